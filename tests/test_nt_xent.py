@@ -1,0 +1,325 @@
+"""NT-Xent against the paper's double loop, finite differences, other implementations, other numbers of processes."""
+
+import functools
+import importlib
+import logging
+import math
+import multiprocessing
+
+import pytest
+import torch
+import torch.distributed
+import torch.nn.functional as F
+
+from kernels import nt_xent, nt_xent_reference
+
+MODULE = importlib.import_module("kernels.nt_xent")  # the package exports the function under the same name
+
+
+def double_loop(z_a, z_b, temperature, decoupled=False):
+    """The formula of the paper, term by term."""
+    z = [row / row.norm() for pair in zip(z_a, z_b, strict=True) for row in pair]
+    total = 0.0
+    for i in range(len(z)):
+        positive = i + 1 if i % 2 == 0 else i - 1
+        others = [j for j in range(len(z)) if j != i and not (decoupled and j == positive)]
+        denominator = sum(torch.exp(z[i] @ z[j] / temperature) for j in others)
+        total = total - z[i] @ z[positive] / temperature + torch.log(denominator)
+    return total / len(z)
+
+
+def eager(z_a, z_b, temperature):
+    """What a user would write, at the inputs' own precision: the yardstick of rounding errors."""
+    z = F.normalize(torch.cat((z_a, z_b)).float(), dim=1).to(z_a.dtype)
+    logits = ((z @ z.T).float() / temperature).fill_diagonal_(-math.inf)
+    n = z_a.shape[0]
+    return F.cross_entropy(logits, torch.arange(2 * n).roll(n))
+
+
+def views(n, d, dtype=torch.float32, noise=1.0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    z_a = torch.randn(n, d, generator=generator)
+    z_b = z_a + noise * torch.randn(n, d, generator=generator)
+    return z_a.to(dtype), z_b.to(dtype)
+
+
+def run(fn, z_a, z_b, *args, upstream=1.0, **kwargs):
+    """Loss and the gradients of both views, side by side in fp64."""
+    z_a, z_b = z_a.detach().requires_grad_(), z_b.detach().requires_grad_()
+    loss = fn(z_a, z_b, *args, **kwargs)
+    grad = torch.autograd.grad(loss * upstream, (z_a, z_b))
+    assert grad[0].dtype == z_a.dtype and grad[1].dtype == z_b.dtype
+    return loss.detach().double(), torch.cat(grad).double()
+
+
+def relative(x, truth):
+    return ((x - truth).norm() / truth.norm().clamp_min(1e-12)).item()
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize(("n", "d", "temperature"), [(2, 3, 0.5), (5, 7, 0.1), (9, 4, 1.0)])
+def test_reference_is_the_papers_double_loop(n, d, temperature, decoupled):
+    z_a, z_b = views(n, d, torch.float64)
+    loss, grad = run(nt_xent_reference, z_a, z_b, temperature, decoupled=decoupled)
+    true_loss, true_grad = run(double_loop, z_a, z_b, temperature, decoupled)
+    torch.testing.assert_close(loss, true_loss, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(grad, true_grad, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_reference_gradients_are_those_of_finite_differences(normalize, decoupled):
+    z_a, z_b = (z.requires_grad_() for z in views(4, 3, torch.float64))
+    temperature = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    loss = functools.partial(nt_xent_reference, normalize=normalize, decoupled=decoupled)
+    assert torch.autograd.gradcheck(loss, (z_a, z_b, temperature))
+
+
+def test_reference_is_the_same_for_every_tile_size(monkeypatch):
+    z_a, z_b = views(37, 8, torch.float64)
+    expected = run(nt_xent_reference, z_a, z_b, 0.2)
+    for tile in ((8, 8), (16, 64), (64, 16 * 4), (2, 128)):
+        monkeypatch.setattr(MODULE, "REFERENCE_TILE", tile)
+        for got, truth in zip(run(nt_xent_reference, z_a, z_b, 0.2), expected, strict=True):
+            torch.testing.assert_close(got, truth, rtol=1e-12, atol=1e-14)
+
+
+def test_reference_equals_lightly():
+    loss = pytest.importorskip("lightly.loss", reason="pip install lightly")
+    z_a, z_b = views(12, 16, torch.float64)
+    for decoupled, oracle in ((False, loss.NTXentLoss(temperature=0.2)), (True, loss.DCLLoss(temperature=0.2))):
+        got = run(nt_xent_reference, z_a, z_b, 0.2, decoupled=decoupled)
+        for ours, theirs in zip(got, run(oracle, z_a, z_b), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+# Tiles are 32 wide in the interpreter: below one, one exactly, ragged, several; D below, at and above a power of two.
+SHAPES = [(1, 3), (2, 16), (16, 5), (24, 33), (65, 20)]
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.07, 0.5, 1.0])
+@pytest.mark.parametrize(("n", "d"), SHAPES)
+def test_kernel_fp32_is_as_exact_as_fp32_allows(n, d, temperature):
+    z_a, z_b = views(n, d)
+    for decoupled in (False, True):
+        true_loss, true_grad = run(
+            nt_xent_reference, z_a.double(), z_b.double(), temperature, decoupled=decoupled, upstream=-2.5
+        )
+        loss, grad = run(nt_xent, z_a, z_b, temperature, decoupled=decoupled, upstream=-2.5, impl="triton")
+        same_precision = run(nt_xent_reference, z_a, z_b, temperature, decoupled=decoupled, upstream=-2.5)
+        tolerance = 1e-6 if temperature >= 0.07 else 1e-5
+        # A loss near zero is a difference of logits of size 1 / temperature, which fp32 holds to about 1e-6.
+        scale = true_loss.abs().clamp_min(0.1)
+        assert (loss - true_loss).abs() <= (same_precision[0] - true_loss).abs() + tolerance * scale
+        assert (grad - true_grad).norm() <= (same_precision[1] - true_grad).norm() + tolerance * true_grad.norm() + 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [0.01, 0.07, 0.5])
+@pytest.mark.parametrize(("n", "d"), [(2, 16), (24, 33), (65, 20)])
+def test_kernel_16_bit_is_no_worse_than_eager(n, d, temperature, dtype):
+    # bf16 rows are rounded as on a GPU and multiplied in fp32: the interpreter has no bf16 product.
+    z_a, z_b = views(n, d, dtype)
+    true_loss, true_grad = run(nt_xent_reference, z_a.double(), z_b.double(), temperature, upstream=3.0)
+    loss, grad = run(nt_xent, z_a, z_b, temperature, upstream=3.0, impl="triton")
+    eager_loss, eager_grad = run(eager, z_a, z_b, temperature, upstream=3.0)
+    eps = torch.finfo(dtype).eps
+    assert (loss - true_loss).abs() <= (eager_loss - true_loss).abs() + eps * true_loss.abs()
+    assert (grad - true_grad).norm() <= (eager_grad - true_grad).norm() + eps * true_grad.norm()
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_without_normalisation_and_with_large_logits(impl):
+    z_a, z_b = views(40, 12, noise=0.5)
+    truth = run(nt_xent_reference, z_a.double(), z_b.double(), 0.5, normalize=False)
+    loss, grad = run(nt_xent, z_a, z_b, 0.5, normalize=False, impl=impl)
+    assert relative(loss, truth[0]) <= 1e-5 and relative(grad, truth[1]) <= 1e-4
+    loss, grad = run(nt_xent, z_a * 100, z_b * 100, 0.5, normalize=False, impl=impl)
+    assert loss.isfinite() and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_strides_do_not_matter(impl):
+    z_a, z_b = views(20, 24)
+    expected = run(nt_xent, z_a, z_b, 0.2, impl=impl)
+    strided_a = z_a.T.contiguous().T
+    strided_b = torch.zeros(40, 50)[::2, 1:49:2].copy_(z_b)
+    for got, truth in zip(run(nt_xent, strided_a, strided_b, 0.2, impl=impl), expected, strict=True):
+        assert torch.equal(got, truth) if impl == "triton" else relative(got, truth) < 1e-6
+    # One tensor expanded over rows: strides of zero.
+    row = z_a[:1].expand(20, 24)
+    for got, truth in zip(
+        run(nt_xent, row, z_b, 0.2, impl=impl), run(nt_xent, row.clone(), z_b, 0.2, impl=impl), strict=True
+    ):
+        assert relative(got, truth) < 1e-6
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_hostile_rows_stay_finite(impl, dtype):
+    z_a, z_b = views(18, 8, dtype)
+    z_a[0] = 0  # a row without a direction, in one view
+    z_a[1] = z_b[1] = 0  # in both
+    z_a[2:6] = z_b[2]  # duplicates
+    z_b[6] = -z_a[6]  # an antipodal positive: the farthest exponent there is
+    z_a[7] = 60000 if dtype == torch.float16 else 1e15  # its square overflows fp16
+    z_b[8] = 1e-7 if dtype == torch.float16 else 1e-15
+    for temperature in (0.01, 0.1, 1.0):
+        loss, grad = run(nt_xent, z_a, z_b, temperature, impl=impl)
+        assert loss.isfinite()
+        finite = grad.isfinite().all(1)
+        finite[18 + 8] = True  # 1 / length is beyond the dtype's range there
+        assert finite.all()
+        assert not grad[0].any() and not grad[1].any() and not grad[19].any()
+        truth = run(nt_xent_reference, z_a.double(), z_b.double(), temperature)[0]
+        assert relative(loss, truth) < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_one_image_is_defined(impl):
+    z_a, z_b = views(1, 6)
+    loss, grad = run(nt_xent, z_a, z_b, 0.1, impl=impl)
+    assert loss == 0 and not grad.any()
+    loss, grad = run(nt_xent, z_a, z_b, 0.1, decoupled=True, impl=impl)
+    truth = run(lambda a, b: -F.cosine_similarity(a, b).mean() / 0.1, z_a, z_b)
+    assert relative(loss, truth[0]) < 1e-6 and relative(grad, truth[1]) < 1e-5
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_a_tensor_temperature_gets_its_gradient(impl, decoupled):
+    z_a, z_b = views(21, 10)
+    temperature = torch.tensor(0.3, requires_grad=True)
+    exact = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    (2 * nt_xent(z_a, z_b, temperature, decoupled=decoupled, impl=impl)).backward()
+    (2 * nt_xent_reference(z_a.double(), z_b.double(), exact, decoupled=decoupled)).backward()
+    assert temperature.grad.item() == pytest.approx(exact.grad.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_second_derivative_raises(impl):
+    z_a, z_b = (z.requires_grad_() for z in views(4, 4))
+    (dz_a,) = torch.autograd.grad(nt_xent(z_a, z_b, 0.5, normalize=False, impl=impl), z_a, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        dz_a.sum().backward()
+
+
+def test_autocast_does_not_lower_the_reference():
+    z_a, z_b = views(30, 16)
+    expected = run(nt_xent, z_a, z_b, 0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        for got, truth in zip(run(nt_xent, z_a, z_b, 0.1), expected, strict=True):
+            assert torch.equal(got, truth)
+
+
+def test_the_kernel_gives_the_same_bits_every_time():
+    z_a, z_b = views(70, 16, torch.float16)
+    first, second = (run(nt_xent, z_a, z_b, 0.1, impl="triton") for _ in range(2))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.zeros(3, 4), torch.zeros(4, 4), 0.1), r"\(3, 4\).*\(4, 4\)"),
+        ((torch.zeros(3, 4), torch.zeros(3, 4).half(), 0.1), "float32.*float16"),
+        ((torch.zeros(0, 4), torch.zeros(0, 4), 0.1), "N and D >= 1"),
+        ((torch.zeros(3, 4), torch.zeros(3, 4), 0.0), "temperature=0.0"),
+        ((torch.zeros(3, 4), torch.zeros(3, 4), torch.ones(2)), "2 elements"),
+        ((torch.zeros(3, 4).long(), torch.zeros(3, 4).long(), 0.1), "int64"),
+    ],
+)
+def test_bad_input_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        nt_xent(*arguments)
+
+
+def test_impl_is_resolved_said_and_refused(monkeypatch, caplog):
+    z_a, z_b = views(3, 4)
+    with caplog.at_level(logging.INFO, logger="kernels"):
+        nt_xent(z_a, z_b, 0.1)
+        nt_xent(z_a, z_b, 0.1)
+    assert len([r for r in caplog.records if "nt_xent" in r.message]) <= 1
+    with pytest.raises(ValueError, match="'cuda'.*allowed"):
+        nt_xent(z_a, z_b, 0.1, impl="cuda")
+    with pytest.raises(ValueError, match="float64.*impl='auto'"):
+        nt_xent(z_a.double(), z_b.double(), 0.1, impl="triton")
+    monkeypatch.setattr(MODULE, "interpreted", lambda: False)
+    with pytest.raises(ValueError, match="on cpu.*TRITON_INTERPRET=1"):
+        nt_xent(z_a, z_b, 0.1, impl="triton")
+
+
+def _gather(x):
+    parts = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def _rank(rank, world_size, folder, weight, images, options):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/init", rank=rank, world_size=world_size)
+    calls = []
+
+    def gather(x):
+        calls.append(tuple(x.shape))
+        return _gather(x)
+
+    weight = weight.clone().requires_grad_()
+    x_a, x_b = (x.chunk(world_size)[rank] for x in images)
+    loss = nt_xent(x_a @ weight, x_b @ weight, options["temperature"], gather=gather, **options["kwargs"])
+    (loss * 1.7).backward()
+    assert len(calls) == 2 and calls[1] == (2 * len(x_a),)
+    grad, loss = weight.grad, loss.detach()
+    for x in (grad, loss):
+        torch.distributed.all_reduce(x)
+    torch.save((loss / world_size, grad / world_size), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def over_processes(world_size, folder, *args):
+    """Loss and gradient, averaged over processes as DistributedDataParallel averages them, as each process has them."""
+    folder.mkdir()
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_rank, args=(rank, world_size, folder, *args)) for rank in range(world_size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    return [torch.load(folder / f"{rank}.pt") for rank in range(world_size)]
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize(
+    ("impl", "dtype", "tolerance"), [("torch", torch.float64, 1e-12), ("triton", torch.float32, 2e-6)]
+)
+def test_processes_together_give_the_gradient_of_one(tmp_path, impl, dtype, tolerance, decoupled):
+    generator = torch.Generator().manual_seed(1)
+    weight, x_a, x_b = (torch.randn(n, 6, generator=generator).to(dtype) for n in (6, 16, 16))
+    options = {"temperature": 0.3, "kwargs": {"impl": impl, "decoupled": decoupled}}
+    exact = weight.double().clone().requires_grad_()
+    loss = nt_xent_reference(x_a.double() @ exact, x_b.double() @ exact, 0.3, decoupled=decoupled)
+    (loss * 1.7).backward()
+    for world_size in (1, 2, 4) if impl == "torch" else (4,):
+        for got_loss, got_grad in over_processes(world_size, tmp_path / str(world_size), weight, (x_a, x_b), options):
+            assert relative(got_loss.double(), loss.detach()) < tolerance
+            assert relative(got_grad.double(), exact.grad) < tolerance
+
+
+def test_processes_with_equal_rows_agree(tmp_path):
+    """The own block is found by its values: equal blocks are interchangeable."""
+    generator = torch.Generator().manual_seed(2)
+    weight, x_a, x_b = (torch.randn(6, 6, generator=generator).double() for _ in range(3))
+    images = (x_a.repeat(2, 1), x_b.repeat(2, 1))
+    exact = weight.clone().requires_grad_()
+    loss = nt_xent_reference(images[0] @ exact, images[1] @ exact, 0.3)
+    (loss * 1.7).backward()
+    options = {"temperature": 0.3, "kwargs": {}}
+    for got_loss, got_grad in over_processes(2, tmp_path / "2", weight, images, options):
+        assert relative(got_loss, loss.detach()) < 1e-12 and relative(got_grad, exact.grad) < 1e-12
+
+
+def test_a_wrong_gather_is_named():
+    z_a, z_b = views(4, 4)
+    with pytest.raises(ValueError, match=r"gather returned \(9, 4\)"):
+        nt_xent(z_a, z_b, 0.1, gather=lambda x: torch.cat((x, x[:1])))
