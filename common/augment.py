@@ -1,0 +1,391 @@
+"""Image augmentation in batches on the training device, with parameters drawn on the host.
+
+Parameters and pixels are kept apart. `simclr_params` and `crop_flip_params` draw one row of NumPy parameters per sample
+as a pure function of (seed, epoch, sample, view), so a view does not depend on the batch, the worker or the process
+that makes it, and a resumed run replays nothing. `make_view` applies the rows to a batch of uint8 images on any device:
+one small host-to-device copy, no synchronisation and no loop over samples. Each operation equals torchvision's
+functional form.
+
+Shape legend: n samples, H x W source pixels, S output pixels (square), all images channels first and RGB.
+
+Sources: SimCLR, appendix A (Chen et al. 2020, arXiv:2002.05709); SplitMix64 (Steele, Lea and Flood, OOPSLA 2014).
+"""
+
+import functools
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# ITU-R 601 luma as torchvision rounds it; the sum is 0.9999, so white turns to 0.9999.
+LUMA = (0.2989, 0.587, 0.114)
+
+# torchvision gives a random crop this many tries before it takes the central one.
+CROP_TRIES = 10
+CROP_RATIO = (3 / 4, 4 / 3)
+
+# Columns of one sample's row of uniforms. The crop's come first, so that `crop_flip_params` draws a prefix of the row.
+_AREA = slice(0, CROP_TRIES)
+_RATIO = slice(CROP_TRIES, 2 * CROP_TRIES)
+_TOP, _LEFT, _FLIP = range(2 * CROP_TRIES, 2 * CROP_TRIES + 3)
+_NUM_CROP_FLIP = _FLIP + 1
+_JITTERED, _GRAYSCALE, _BLURRED, _SIGMA = range(_NUM_CROP_FLIP, _NUM_CROP_FLIP + 4)
+_FACTORS = slice(_SIGMA + 1, _SIGMA + 5)
+_ORDER = slice(_SIGMA + 5, _SIGMA + 9)
+_NUM_SIMCLR = _ORDER.stop
+
+_MASK64 = (1 << 64) - 1
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(z):
+    """SplitMix64's finaliser on a uint64 array: a bijection in which every input bit reaches every output bit."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def uniform(seed, epoch, samples, view, count):
+    """Draw uniforms that depend on (seed, epoch, sample, view, column) alone.
+
+    Each key is absorbed by one SplitMix64 round, so the order of the keys matters: swapping two of them gives unrelated
+    draws. A row does not depend on the other samples, and the first columns do not depend on `count`.
+
+    Args:
+        seed, epoch, view: integers, taken modulo 2**64.
+        samples: (n,) integer array or sequence, the samples' indices in the data set.
+        count: draws per sample.
+
+    Returns:
+        (n, count) float64 array, uniform in [0, 1) on a grid of 2**-53.
+
+    Raises:
+        ValueError: `samples` is not a one-dimensional array of integers.
+    """
+    samples = np.asarray(samples)
+    if samples.ndim != 1 or (samples.size and samples.dtype.kind not in "iu"):
+        raise ValueError(f"samples must be one-dimensional integers, got {samples.dtype} of shape {samples.shape}")
+    state = np.zeros(1, np.uint64)
+    for key in (seed, epoch, view):
+        state = _mix(state + (np.array([int(key) & _MASK64], np.uint64) + np.uint64(1)) * _GOLDEN)
+    state = _mix(state + (samples.astype(np.uint64) + np.uint64(1)) * _GOLDEN)  # [n]
+    bits = _mix(state[:, None] + np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN)
+    return (bits >> np.uint64(11)) * 2.0**-53
+
+
+@dataclass
+class ViewParams:
+    """One row of augmentation parameters per sample, on the host.
+
+    Attributes:
+        boxes: (n, 4) float64: top, left, height, width in source pixels, whole numbers.
+        flip: (n,) bool, mirror left to right.
+        jittered: (n,) bool, whether the colour jitter applies.
+        factors: (n, 4) float64: brightness, contrast, saturation (1 keeps), hue (turns of the colour circle, 0 keeps).
+        order: (n, 4) int64 permutations: column s holds the factor that is applied s-th.
+        grayscale: (n,) bool.
+        sigma: (n,) float64, blur's standard deviation in output pixels, 0 for none.
+    """
+
+    boxes: np.ndarray
+    flip: np.ndarray
+    jittered: np.ndarray
+    factors: np.ndarray
+    order: np.ndarray
+    grayscale: np.ndarray
+    sigma: np.ndarray
+
+    def __len__(self):
+        return len(self.boxes)
+
+    def repeat(self, k):
+        """Return each row k times in succession, as the k frames of a clip need it."""
+        return ViewParams(**{f.name: np.repeat(getattr(self, f.name), k, axis=0) for f in fields(self)})
+
+
+def _height_width(size_in):
+    height, width = (size_in, size_in) if np.ndim(size_in) == 0 else size_in
+    if height < 1 or width < 1:
+        raise ValueError(f"size_in must be positive, got {size_in}")
+    return int(height), int(width)
+
+
+def _crop_boxes(u, height, width, scale):
+    """Random-resized-crop boxes from rows of uniforms: torchvision's tries and central fallback, all rows at once."""
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise ValueError(f"scale must satisfy 0 < low <= high <= 1, got {scale}")
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * u[:, _AREA])  # [n, tries]
+    low, high = np.log(CROP_RATIO)
+    ratio = np.exp(low + (high - low) * u[:, _RATIO])
+    w = np.rint(np.sqrt(area * ratio))
+    h = np.rint(np.sqrt(area / ratio))
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = fits.argmax(axis=1)[:, None]
+    h = np.take_along_axis(h, first, axis=1)[:, 0]
+    w = np.take_along_axis(w, first, axis=1)[:, 0]
+    top = np.floor(u[:, _TOP] * (height - h + 1))
+    left = np.floor(u[:, _LEFT] * (width - w + 1))
+
+    # round(), as torchvision; at least one pixel, which torchvision does not guarantee for an image one pixel thin.
+    central_w = max(min(width, round(height * CROP_RATIO[1])), 1)
+    central_h = max(min(height, round(width / CROP_RATIO[0])), 1)
+    central = ((height - central_h) // 2, (width - central_w) // 2, central_h, central_w)
+    return np.where(fits.any(axis=1)[:, None], np.stack([top, left, h, w], axis=1), np.asarray(central, np.float64))
+
+
+def identity_params(n, size_in):
+    """Return the parameters of n views that only resize the whole image; `size_in` as in `simclr_params`."""
+    height, width = _height_width(size_in)
+    return ViewParams(
+        boxes=np.tile(np.array([0.0, 0.0, height, width]), (n, 1)),
+        flip=np.zeros(n, bool),
+        jittered=np.zeros(n, bool),
+        factors=np.tile(np.array([1.0, 1.0, 1.0, 0.0]), (n, 1)),
+        order=np.tile(np.arange(4), (n, 1)),
+        grayscale=np.zeros(n, bool),
+        sigma=np.zeros(n),
+    )
+
+
+def crop_flip_params(seed, epoch, samples, view, size_in, scale=(0.5, 1.0)):
+    """Draw the parameters of supervised training: a random resized crop and, half of the time, a mirror image.
+
+    Args:
+        seed, epoch, samples, view: keys of the draw, see `uniform`.
+        size_in: source side in pixels, or (H, W).
+        scale: range of the crop's share of the image's area.
+
+    Returns:
+        ViewParams of n rows.
+
+    Raises:
+        ValueError: `samples`, `size_in` or `scale` is out of range.
+    """
+    u = uniform(seed, epoch, samples, view, _NUM_CROP_FLIP)
+    params = identity_params(len(u), size_in)
+    params.boxes = _crop_boxes(u, *_height_width(size_in), scale)
+    params.flip = u[:, _FLIP] < 0.5
+    return params
+
+
+def simclr_params(seed, epoch, samples, view, size_in, size_out, strength=1.0, blur=0.5):
+    """Draw the parameters of one SimCLR view (appendix A of the paper).
+
+    A crop of 8 to 100 % of the area; with the probabilities in brackets a mirror image (0.5), colour jitter of 0.8,
+    0.8, 0.8 and 0.2 times `strength` in random order (0.8), grayscale (0.2), and Gaussian blur with sigma uniform in
+    [0.1, 2] output pixels (`blur`). The paper's CIFAR-10 setting (B.9) is strength 0.5 and blur 0.
+
+    Args:
+        seed, epoch, samples, view: keys of the draw, see `uniform`.
+        size_in: source side in pixels, or (H, W).
+        size_out: side of the view in pixels; below 20 a tenth of it holds no kernel and nothing is blurred.
+        strength: the jitter's strength, 0 to 2.5 (hue then spans the whole circle).
+        blur: probability of the blur.
+
+    Returns:
+        ViewParams of n rows.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    if not 0 <= strength <= 2.5:
+        raise ValueError(f"strength must be in [0, 2.5], got {strength}")
+    if not 0 <= blur <= 1:
+        raise ValueError(f"blur must be a probability, got {blur}")
+    u = uniform(seed, epoch, samples, view, _NUM_SIMCLR)
+    spread = strength * np.array([0.8, 0.8, 0.8, 0.2])
+    low = np.array([*np.maximum(1 - spread[:3], 0), -spread[3]])
+    high = np.array([*(1 + spread[:3]), spread[3]])
+    blurred = (u[:, _BLURRED] < blur) & (blur_kernel_size(size_out) > 1)
+    return ViewParams(
+        boxes=_crop_boxes(u, *_height_width(size_in), (0.08, 1.0)),
+        flip=u[:, _FLIP] < 0.5,
+        jittered=u[:, _JITTERED] < 0.8,
+        factors=low + (high - low) * u[:, _FACTORS],
+        order=u[:, _ORDER].argsort(axis=1),
+        grayscale=u[:, _GRAYSCALE] < 0.2,
+        sigma=np.where(blurred, 0.1 + 1.9 * u[:, _SIGMA], 0.0),
+    )
+
+
+def blur_kernel_size(size):
+    """Return the odd number of taps nearest above a tenth of the view's side, 23 for 224 pixels; 1 blurs nothing."""
+    return 2 * (size // 20) + 1
+
+
+def _resize_weights(start, length, size, source):
+    """Antialiased bilinear weights of one axis.
+
+    A triangle filter that reaches one output pixel to each side, never less than one source pixel, cut at the box's
+    ends and normalised.
+
+    Args:
+        start, length: (n,) float tensors, the box in source pixels.
+        size, source: numbers of output and of source pixels.
+
+    Returns:
+        (n, size, source) tensor whose rows sum to 1.
+    """
+    scale = (length / size)[:, None]
+    centre = (torch.arange(size, device=start.device) + 0.5) * scale  # [n, size], from the box's start
+    pixel = torch.arange(source, device=start.device) - start[:, None]  # [n, source]
+    weights = (pixel[:, None, :] + 0.5 - centre[:, :, None]).abs_()
+    weights = weights.div_(-scale.clamp(min=1)[:, :, None]).add_(1).clamp_(min=0)
+    weights.mul_(((pixel >= 0) & (pixel < length[:, None]))[:, None, :])
+    return weights.div_(weights.sum(dim=2, keepdim=True))
+
+
+def _crop_resize_flip(images, box, flip, size):
+    """Cut, resize and mirror each image by two batched matrix products; returns (n, 3, size, size) in [0, 1]."""
+    n, channels, height, width = images.shape
+    top, left, box_height, box_width = box.unbind(1)
+    wy = _resize_weights(top, box_height, size, height)
+    wx = _resize_weights(left, box_width, size, width).div_(255)
+    wx = torch.where(flip[:, :, None], wx.flip(1), wx)
+    # The rows' axis in front of the channels': then both products read their operands where they lie.
+    rows = images.permute(0, 2, 1, 3).to(torch.float32, memory_format=torch.contiguous_format)
+    rows = torch.bmm(rows.view(n, height * channels, width), wx.transpose(1, 2))
+    views = torch.bmm(wy, rows.view(n, height, channels * size)).view(n, size, channels, size)
+    # Weights sum to 1 only up to rounding.
+    return views.permute(0, 2, 1, 3).contiguous().clamp_(0, 1)
+
+
+def _luma(x):
+    r, g, b = x.unbind(1)
+    return (r * LUMA[0]).add_(g, alpha=LUMA[1]).add_(b, alpha=LUMA[2]).unsqueeze(1)  # [n, 1, S, S]
+
+
+def _brightness(x, factor):
+    return x.mul_(factor).clamp_(0, 1)
+
+
+def _contrast(x, factor):
+    mean = _luma(x).mean(dim=(1, 2, 3), keepdim=True)
+    return x.mul_(factor).add_(mean.mul_(1 - factor)).clamp_(0, 1)
+
+
+def _saturation(x, factor):
+    gray = _luma(x)
+    return x.mul_(factor).add_(gray.mul_(1 - factor)).clamp_(0, 1)
+
+
+def _hue(x, turns):
+    """Turn the hue and keep HSV's value and saturation: each channel is a trapezoid of six times the hue."""
+    r, g, b = x.unbind(1)
+    low, value = torch.aminmax(x, dim=1)
+    chroma = value - low
+    sixths = torch.where(value == g, b - r + 2 * chroma, r - g + 4 * chroma)
+    sixths = torch.where(value == r, g - b, sixths).div_(chroma + (chroma == 0)).unsqueeze(1)
+    # Red, green and blue lie 5, 3 and 1 sixths of a turn ahead; arange makes them on the device.
+    offsets = torch.arange(5, 0, -2, device=x.device, dtype=x.dtype).view(3, 1, 1)
+    k = (sixths + 6 * turns + offsets).remainder_(6)
+    fade = torch.minimum(k, 4 - k).clamp_(0, 1)
+    return torch.addcmul(value.unsqueeze(1), fade, chroma.unsqueeze(1), value=-1, out=fade).clamp_(0, 1)
+
+
+def _blur(x, sigma, kernel_size):
+    """Gaussian blur with one sigma a sample: separable, reflected at the border."""
+    n, channels, height, width = x.shape
+    radius = kernel_size // 2
+    offset = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
+    taps = torch.softmax(-0.5 * (offset / sigma.view(n, 1)).square(), dim=1)  # [n, kernel_size]
+    taps = taps.repeat_interleave(channels, dim=0)
+    planes = F.pad(x, (radius, radius, radius, radius), mode="reflect").view(1, n * channels, height + 2 * radius, -1)
+    planes = F.conv2d(planes, taps.view(-1, 1, 1, kernel_size), groups=n * channels)
+    return F.conv2d(planes, taps.view(-1, 1, kernel_size, 1), groups=n * channels).view_as(x)
+
+
+def _check(images, params, size):
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must be uint8 of shape (n, 3, H, W), got {images.dtype} of {tuple(images.shape)}")
+    if len(params) != len(images):
+        raise ValueError(f"params must have one row an image, got {len(params)} rows for {len(images)} images")
+    if size < 1:
+        raise ValueError(f"size must be at least 1 pixel, got {size}")
+    top, left, height, width = params.boxes.T
+    inside = (top >= 0) & (left >= 0) & (height >= 1) & (width >= 1)
+    inside &= (top + height <= images.shape[2]) & (left + width <= images.shape[3])
+    if not inside.all() or (params.boxes != np.rint(params.boxes)).any():
+        raise ValueError(f"params.boxes must be whole pixels inside the {images.shape[2]} x {images.shape[3]} image")
+
+
+def make_view(images, params, size):
+    """Augment a batch: crop, resize and mirror, then jitter, grayscale and blur, each by its sample's own parameters.
+
+    The same batch gives the same bits. In another batch a sample's view agrees to 1e-6, the rounding of a batched
+    matrix product. Where TF32 is allowed for matrix products, a GPU resizes to about 5e-4, an eighth of an 8-bit level.
+
+    Args:
+        images: (n, 3, H, W) uint8 on any device.
+        params: ViewParams of n rows.
+        size: side of the views in pixels.
+
+    Returns:
+        (n, 3, size, size) float32 in [0, 1] on the images' device; `normalize` prepares it for a backbone.
+
+    Raises:
+        ValueError: images or params of another type or shape, or a box that leaves the image.
+    """
+    _check(images, params, size)
+    n = len(params)
+    # Which samples take which operation is settled on the host, so that the device never has to be asked. Grayscale is
+    # a saturation of 0.
+    blur = functools.partial(_blur, kernel_size=blur_kernel_size(size))
+    operations = (_brightness, _contrast, _saturation, _hue, _saturation, blur)
+    amounts = [params.factors, ~params.grayscale, params.sigma if blur_kernel_size(size) > 1 else np.zeros(n)]
+    chosen = [(op, params.jittered & (params.order[:, slot] == op)) for slot in range(4) for op in range(4)]
+    chosen += [(4, params.grayscale), (5, amounts[2] > 0)]
+    steps = [(op, np.flatnonzero(mask).astype(np.int32)) for op, mask in chosen if mask.any()]
+
+    # Parameters and index lists in one buffer: one copy to the device, asynchronous from pinned memory.
+    floats = np.column_stack([params.boxes, params.flip, *amounts]).astype(np.float32)
+    packed = torch.from_numpy(np.concatenate([floats.view(np.int32).ravel(), *(index for _, index in steps)]))
+    if images.is_cuda:
+        packed = packed.pin_memory()
+    packed = packed.to(images.device, non_blocking=True)
+    rows, *indices = packed.split([floats.size, *(len(index) for _, index in steps)])
+    box, flip, amount = rows.view(torch.float32).view(floats.shape).split([4, 1, len(operations)], dim=1)
+
+    x = _crop_resize_flip(images, box, flip > 0, size)
+    for (op, _), index in zip(steps, indices, strict=True):
+        index = index.long()
+        part = operations[op](x.index_select(0, index), amount[:, op].index_select(0, index).view(-1, 1, 1, 1))
+        x.index_copy_(0, index, part)
+    return x
+
+
+def resize(images, size):
+    """Resize whole images for evaluation, antialiased bilinear.
+
+    Args:
+        images: (n, 3, H, W) uint8 on any device.
+        size: side of the result in pixels; H != W is stretched to a square.
+
+    Returns:
+        (n, 3, size, size) float32 in [0, 1].
+
+    Raises:
+        ValueError: images of another type or shape.
+    """
+    _check(images, identity_params(len(images), images.shape[-2:]), size)
+    x = images.to(torch.float32).div_(255)
+    return F.interpolate(x, size=(size, size), mode="bilinear", antialias=True).clamp_(0, 1)
+
+
+@functools.cache
+def _mean_std(device, dtype):
+    # Cached, because a new constant would be a synchronous copy at every step. Ordinary tensors even if the first call
+    # is made in inference mode: autograd could not use the others later.
+    with torch.inference_mode(False):
+        mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=device, dtype=dtype).view(2, 3, 1, 1)
+        return mean, std
+
+
+def normalize(x):
+    """Subtract ImageNet's mean and divide by its standard deviation; x (..., 3, H, W) floating point in [0, 1]."""
+    mean, std = _mean_std(x.device, x.dtype)
+    return (x - mean) / std

@@ -1,0 +1,358 @@
+"""Batched augmentation against torchvision's functional forms and distributions."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
+
+from common import augment
+
+SAMPLES = np.arange(20_000)
+
+
+def random_images(n, height, width, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randint(0, 256, (n, 3, height, width), generator=generator, dtype=torch.uint8)
+    images[0, :, : height // 2] = 255  # a flat region: hue and saturation are undefined there
+    return images
+
+
+def some_params(n, height, width, size, **changes):
+    """Distinct crops for each of n samples, everything else off but what `changes` names."""
+    drawn = augment.simclr_params(3, 1, np.arange(n), 0, (height, width), size)
+    return dataclasses.replace(augment.identity_params(n, (height, width)), boxes=drawn.boxes, **changes)
+
+
+def crop_with_torchvision(image, box, size):
+    top, left, height, width = map(int, box)
+    image = image.to(torch.float32) / 255
+    return TF.resized_crop(
+        image, top, left, height, width, [size, size], interpolation=v2.InterpolationMode.BILINEAR, antialias=True
+    )
+
+
+def view_with_torchvision(image, params, row, size):
+    x = crop_with_torchvision(image, params.boxes[row], size)
+    if params.flip[row]:
+        x = TF.horizontal_flip(x)
+    if params.jittered[row]:
+        adjust = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
+        for op in params.order[row]:
+            x = adjust[op](x, float(params.factors[row, op]))
+    if params.grayscale[row]:
+        x = TF.rgb_to_grayscale(x, num_output_channels=3)
+    if params.sigma[row] > 0:
+        k = augment.blur_kernel_size(size)
+        x = TF.gaussian_blur(x, [k, k], [float(params.sigma[row])] * 2)
+    return x
+
+
+def assert_equals_torchvision(images, params, size, atol=1e-5):
+    views = augment.make_view(images, params, size)
+    assert views.shape == (len(images), 3, size, size) and views.dtype == torch.float32
+    expected = torch.stack([view_with_torchvision(image, params, i, size) for i, image in enumerate(images)])
+    torch.testing.assert_close(views, expected, atol=atol, rtol=0)
+
+
+def test_uniform_fills_the_unit_interval():
+    u = augment.uniform(0, 0, SAMPLES, 0, 4)
+    assert u.dtype == np.float64 and u.min() >= 0 and u.max() < 1
+    for column in u.T:
+        # Kolmogorov-Smirnov: 1.95 / sqrt(n) is exceeded once in a thousand draws, and these are fixed.
+        distance = np.abs(np.sort(column) - (np.arange(len(column)) + 0.5) / len(column)).max()
+        assert distance < 1.95 / math.sqrt(len(column))
+
+
+def test_uniform_is_independent_across_every_key():
+    base = augment.uniform(5, 6, SAMPLES, 7, 2)
+    others = [
+        augment.uniform(6, 6, SAMPLES, 7, 2),
+        augment.uniform(5, 7, SAMPLES, 7, 2),
+        augment.uniform(5, 6, SAMPLES, 8, 2),
+        augment.uniform(5, 6, SAMPLES + 1, 7, 2),
+        augment.uniform(5 + 2**32, 6, SAMPLES, 7, 2),
+        base[:, ::-1],
+    ]
+    bound = 4 / math.sqrt(len(SAMPLES))  # four standard deviations of a correlation of independent draws
+    for other in others:
+        assert abs(np.corrcoef(base[:, 0], other[:, 0])[0, 1]) < bound
+    for row, nexts in ((base[:-1, 0], base[1:, 0]), (base[:-1, 1], base[1:, 0])):
+        assert abs(np.corrcoef(row, nexts)[0, 1]) < bound
+
+
+def test_uniform_does_not_collide_when_keys_are_swapped():
+    keys = range(12)
+    draws = {
+        (seed, epoch, view): augment.uniform(seed, epoch, np.arange(12), view, 3)
+        for seed in keys
+        for epoch in keys
+        for view in keys
+    }
+    values = np.concatenate([draw.ravel() for draw in draws.values()])
+    assert len(np.unique(values)) == len(values) == 12**4 * 3
+
+
+def test_uniform_depends_on_the_sample_alone():
+    whole = augment.uniform(1, 2, np.arange(100), 3, 5)
+    chosen = np.array([42, 7, 7, 99])
+    np.testing.assert_array_equal(augment.uniform(1, 2, chosen, 3, 5), whole[chosen])
+    np.testing.assert_array_equal(augment.uniform(1, 2, chosen, 3, 2), whole[chosen, :2])
+    assert augment.uniform(1, 2, [], 3, 5).shape == (0, 5)
+
+
+@pytest.mark.parametrize("samples", [np.zeros((2, 2), int), np.array([0.5]), 3])
+def test_uniform_refuses_other_samples(samples):
+    with pytest.raises(ValueError, match="samples"):
+        augment.uniform(0, 0, samples, 0, 1)
+
+
+def test_simclr_probabilities_and_ranges():
+    params = augment.simclr_params(0, 0, SAMPLES, 0, 256, 224)
+    for drawn, p in (
+        (params.flip, 0.5),
+        (params.jittered, 0.8),
+        (params.grayscale, 0.2),
+        (params.sigma > 0, 0.5),
+    ):
+        assert abs(drawn.mean() - p) < 4 * math.sqrt(p * (1 - p) / len(SAMPLES))
+    low, high = [0.2, 0.2, 0.2, -0.2], [1.8, 1.8, 1.8, 0.2]
+    assert (params.factors >= low).all() and (params.factors <= high).all()
+    np.testing.assert_allclose(params.factors.min(0), low, atol=2e-3)
+    np.testing.assert_allclose(params.factors.max(0), high, atol=2e-3)
+    sigma = params.sigma[params.sigma > 0]
+    assert 0.1 <= sigma.min() < 0.11 and 1.99 < sigma.max() <= 2 and abs(sigma.mean() - 1.05) < 0.02
+    codes, counts = np.unique(params.order @ [1000, 100, 10, 1], return_counts=True)
+    assert len(codes) == 24 and (np.sort(params.order, axis=1) == np.arange(4)).all()
+    expected = len(SAMPLES) / 24
+    assert ((counts - expected) ** 2 / expected).sum() < 49.7  # chi-square, 23 degrees of freedom, p = 0.001
+    # What decides one operation must not decide another.
+    switches = np.stack([params.flip, params.jittered, params.grayscale, params.sigma > 0])
+    assert np.abs(np.corrcoef(switches) - np.eye(4)).max() < 4 / math.sqrt(len(SAMPLES))
+
+
+def test_strength_scales_the_jitter():
+    params = augment.simclr_params(0, 0, SAMPLES, 0, 32, 32, strength=0.5, blur=0)
+    assert params.factors[:, :3].min() >= 0.6 and params.factors[:, :3].max() <= 1.4
+    assert np.abs(params.factors[:, 3]).max() <= 0.1 and not params.sigma.any()
+    strong = augment.simclr_params(0, 0, SAMPLES, 0, 32, 32, strength=2).factors[:, :3]
+    assert 0 <= strong.min() < 1e-3 and 2.599 < strong.max() <= 2.6
+
+
+@pytest.mark.parametrize("height, width", [(256, 256), (60, 200)])
+def test_boxes_follow_torchvisions_distribution(height, width):
+    boxes = augment.simclr_params(1, 0, SAMPLES, 0, (height, width), 224).boxes
+    torch.manual_seed(0)
+    crop = v2.RandomResizedCrop(224)
+    image = torch.empty(3, height, width)
+    drawn = [crop.make_params([image]) for _ in range(4000)]
+    reference = np.array([[p["top"], p["left"], p["height"], p["width"]] for p in drawn], float)
+    assert (boxes == np.rint(boxes)).all() and (boxes[:, :2] >= 0).all()
+    assert (boxes[:, 0] + boxes[:, 2] <= height).all() and (boxes[:, 1] + boxes[:, 3] <= width).all()
+
+    def features(b):
+        return {
+            "area": b[:, 2] * b[:, 3],
+            "log ratio": np.log(b[:, 3] / b[:, 2]),
+            "top": b[:, 0],
+            "left": b[:, 1],
+            "centre": b[:, 0] + b[:, 2] / 2,
+        }
+
+    ours, theirs = features(boxes), features(reference)
+    for name, values in ours.items():
+        grid = np.unique(np.concatenate([values, theirs[name]]))
+        gap = np.searchsorted(np.sort(values), grid, "right") / len(values)
+        gap -= np.searchsorted(np.sort(theirs[name]), grid, "right") / len(theirs[name])
+        assert np.abs(gap).max() < 1.95 * math.sqrt(1 / len(values) + 1 / len(theirs[name])), name
+
+
+@pytest.mark.parametrize("height, width", [(10, 400), (400, 10)])
+def test_boxes_fall_back_to_torchvisions_central_crop(height, width):
+    boxes = augment.crop_flip_params(0, 0, np.arange(50), 0, (height, width), scale=(0.99, 1.0)).boxes
+    central = v2.RandomResizedCrop(8, scale=(0.99, 1.0)).make_params([torch.empty(3, height, width)])
+    expected = [central[key] for key in ("top", "left", "height", "width")]
+    np.testing.assert_array_equal(boxes, np.tile(expected, (50, 1)))
+
+
+def test_crop_flip_changes_crop_and_flip_only():
+    params = augment.crop_flip_params(0, 0, SAMPLES, 0, 128)
+    area = params.boxes[:, 2] * params.boxes[:, 3] / 128**2
+    assert 0.48 < area.min() < 0.52 and 0.95 < area.max() <= 1 and abs(params.flip.mean() - 0.5) < 0.02
+    plain = augment.identity_params(len(SAMPLES), 128)
+    for name in ("jittered", "factors", "order", "grayscale", "sigma"):
+        np.testing.assert_array_equal(getattr(params, name), getattr(plain, name))
+
+
+@pytest.mark.parametrize(
+    "height, width, size", [(32, 32, 16), (37, 29, 23), (24, 40, 64), (50, 50, 7), (5, 3, 4), (40, 40, 1)]
+)
+def test_crop_resize_and_flip_equal_torchvision(height, width, size):
+    images = random_images(6, height, width)
+    params = some_params(6, height, width, size, flip=np.arange(6) % 2 == 1)
+    assert_equals_torchvision(images, params, size)
+
+
+def test_identity_keeps_the_pixels():
+    images = random_images(3, 21, 21)
+    views = augment.make_view(images, augment.identity_params(3, 21), 21)
+    torch.testing.assert_close(views, images / 255, atol=1e-6, rtol=0)
+    flipped = dataclasses.replace(augment.identity_params(3, 21), flip=np.ones(3, bool))
+    torch.testing.assert_close(augment.make_view(images, flipped, 21), (images / 255).flip(3), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("op", [0, 1, 2, 3])
+def test_each_jitter_operation_equals_torchvision(op):
+    n = 7
+    factors = np.tile([1.0, 1.0, 1.0, 0.0], (n, 1))
+    factors[:, op] = np.linspace(-0.5, 0.5, n) if op == 3 else np.linspace(0, 2.2, n)
+    params = some_params(n, 33, 31, 19, jittered=np.arange(n) != 2, factors=factors)
+    images = random_images(n, 33, 31)
+    assert_equals_torchvision(images, params, 19)
+    off = dataclasses.replace(params, jittered=np.zeros(n, bool))
+    changed = (augment.make_view(images, params, 19) - augment.make_view(images, off, 19)).abs().amax(dim=(1, 2, 3))
+    assert changed[2] == 0 and (changed[[0, 1, 6]] > 0.05).all()
+
+
+def test_grayscale_equals_torchvision():
+    params = some_params(5, 20, 20, 15, grayscale=np.arange(5) % 2 == 0)
+    assert_equals_torchvision(random_images(5, 20, 20), params, 15)
+
+
+@pytest.mark.parametrize("size", [20, 41, 64, 75])
+def test_blur_equals_torchvision(size):
+    sigma = np.array([0.0, 0.1, 0.7, 1.3, 2.0])
+    assert_equals_torchvision(random_images(5, 50, 50), some_params(5, 50, 50, size, sigma=sigma), size)
+
+
+def test_blur_kernel_is_odd_and_a_tenth_of_the_side():
+    sizes = {size: augment.blur_kernel_size(size) for size in (224, 96, 64, 32, 20, 19)}
+    assert sizes == {224: 23, 96: 9, 64: 7, 32: 3, 20: 3, 19: 1}
+    assert not augment.simclr_params(0, 0, np.arange(99), 0, 32, 19).sigma.any()
+
+
+@pytest.mark.parametrize("height, width, size", [(48, 48, 40), (45, 61, 33)])
+def test_whole_views_equal_torchvision(height, width, size):
+    params = augment.simclr_params(9, 2, np.arange(48), 1, (height, width), size)
+    # Looser: contrast and saturation of up to 1.8 in a row enlarge the rounding of the resize.
+    assert_equals_torchvision(random_images(48, height, width), params, size, atol=3e-5)
+
+
+def test_a_view_does_not_depend_on_its_batch():
+    samples = np.arange(100, 124)
+    images = random_images(24, 40, 40)
+    params = augment.simclr_params(0, 4, samples, 0, 40, 32)
+    views = augment.make_view(images, params, 32)
+    for chosen in ([5], [23, 5, 11], list(range(23, -1, -1))):
+        alone = augment.simclr_params(0, 4, samples[chosen], 0, 40, 32)
+        for field in dataclasses.fields(alone):
+            np.testing.assert_array_equal(getattr(alone, field.name), getattr(params, field.name)[chosen])
+        torch.testing.assert_close(augment.make_view(images[chosen], alone, 32), views[chosen], atol=1e-6, rtol=0)
+    torch.testing.assert_close(augment.make_view(images, params, 32), views, atol=0, rtol=0)
+
+
+def test_epochs_and_views_differ():
+    draws = [augment.simclr_params(0, epoch, np.arange(9), view, 64, 48) for epoch in (0, 1) for view in (0, 1)]
+    assert len({draw.factors.tobytes() for draw in draws}) == 4
+
+
+def test_repeat_gives_every_frame_the_clips_row():
+    params = augment.simclr_params(0, 0, np.arange(2), 0, 32, 24)
+    frames = params.repeat(3)
+    assert len(frames) == 6
+    image = random_images(2, 32, 32)
+    views = augment.make_view(image.repeat_interleave(3, dim=0), frames, 24).view(2, 3, 3, 24, 24)
+    expected = augment.make_view(image, params, 24)[:, None].expand_as(views)
+    torch.testing.assert_close(views, expected, atol=1e-6, rtol=0)
+
+
+def test_source_images_are_left_alone():
+    images = random_images(4, 16, 16)
+    before = images.clone()
+    augment.make_view(images, augment.simclr_params(0, 0, np.arange(4), 0, 16, 16), 16)
+    assert torch.equal(images, before)
+    noncontiguous = images.transpose(2, 3)
+    params = augment.identity_params(4, 16)
+    torch.testing.assert_close(augment.make_view(noncontiguous, params, 16), noncontiguous / 255, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("height, width, size", [(40, 40, 24), (31, 45, 24), (12, 12, 30)])
+def test_resize_equals_torchvision(height, width, size):
+    images = random_images(3, height, width)
+    expected = TF.resize(images / 255, [size, size], antialias=True)
+    torch.testing.assert_close(augment.resize(images, size), expected, atol=1e-6, rtol=0)
+    drawn = augment.make_view(images, augment.identity_params(3, (height, width)), size)
+    torch.testing.assert_close(augment.resize(images, size), drawn, atol=1e-5, rtol=0)
+
+
+def test_normalize_equals_torchvision():
+    x = torch.rand(2, 3, 5, 7)
+    with torch.inference_mode():
+        augment.normalize(x.double())
+    y = x.double().requires_grad_()
+    expected = TF.normalize(x.double(), list(augment.IMAGENET_MEAN), list(augment.IMAGENET_STD))
+    torch.testing.assert_close(augment.normalize(y), expected)
+    augment.normalize(y).sum().backward()
+    assert augment.normalize(x).dtype == torch.float32
+
+
+def test_bad_input_is_refused():
+    images = random_images(2, 8, 8)
+    params = augment.identity_params(2, 8)
+    with pytest.raises(ValueError, match="uint8"):
+        augment.make_view(images.float(), params, 8)
+    with pytest.raises(ValueError, match="rows"):
+        augment.make_view(images[:1], params, 8)
+    with pytest.raises(ValueError, match="size"):
+        augment.make_view(images, params, 0)
+    for boxes in ([0, 0, 9, 8], [-1, 0, 8, 8], [0, 0, 8, 0], [0.5, 0, 4, 4]):
+        moved = dataclasses.replace(params, boxes=np.tile(np.array(boxes, float), (2, 1)))
+        with pytest.raises(ValueError, match="whole pixels"):
+            augment.make_view(images, moved, 8)
+    with pytest.raises(ValueError, match="strength"):
+        augment.simclr_params(0, 0, [0], 0, 8, 8, strength=3)
+    with pytest.raises(ValueError, match="blur"):
+        augment.simclr_params(0, 0, [0], 0, 8, 8, blur=2)
+    with pytest.raises(ValueError, match="scale"):
+        augment.crop_flip_params(0, 0, [0], 0, 8, scale=(1.0, 0.5))
+    with pytest.raises(ValueError, match="size_in"):
+        augment.identity_params(1, 0)
+
+
+def test_make_view_never_reads_the_device_and_does_not_loop_over_samples():
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for n in (64, 192):
+        calls = []
+        images = random_images(n, 24, 24)
+        params = augment.simclr_params(0, 0, np.arange(n), 0, 24, 24)
+        with Record():
+            augment.make_view(images, params, 24)
+        assert not {"_local_scalar_dense", "nonzero", "item"} & set(calls)
+        counts.append(len(calls))
+    assert counts[0] == counts[1] > 50
+
+
+@pytest.mark.gpu
+def test_a_gpu_makes_the_same_views_without_synchronising():
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA or ROCm device")
+    images = random_images(16, 45, 61)
+    params = augment.simclr_params(9, 2, np.arange(16), 1, (45, 61), 40)
+    expected = augment.normalize(augment.make_view(images, params, 40))
+    on_device = images.cuda()
+    augment.normalize(augment.make_view(on_device, params, 40))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        views = augment.normalize(augment.make_view(on_device, params, 40))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(views.cpu(), expected, atol=2e-4, rtol=0)
