@@ -1,0 +1,200 @@
+"""Metrics against scikit-learn, the papers' formulas and plain loops."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from common import metrics
+
+ORACLE = "pip install -r tests/requirements.txt"
+
+
+@pytest.mark.filterwarnings("ignore:A single label was found")
+@pytest.mark.parametrize("num_classes, used", [(2, 2), (5, 5), (7, 4), (1, 1)])
+@pytest.mark.parametrize("kind", ["random", "one class predicted", "disjoint", "perfect"])
+def test_classification_equals_scikit_learn(num_classes, used, kind):
+    oracle = pytest.importorskip("sklearn.metrics", reason=ORACLE)
+    rng = np.random.default_rng(num_classes)
+    target = rng.integers(0, used, 40)
+    predicted = {
+        "random": rng.integers(0, used, 40),
+        "one class predicted": np.full(40, used - 1),
+        "disjoint": np.full(40, num_classes - 1),
+        "perfect": target,
+    }[kind]
+    matrix = metrics.confusion_matrix(target, predicted, num_classes)
+    assert matrix.dtype == np.int64
+    np.testing.assert_array_equal(matrix, oracle.confusion_matrix(target, predicted, labels=range(num_classes)))
+    scores = metrics.classification(torch.from_numpy(target), predicted.tolist(), num_classes)
+    expected = {"accuracy": oracle.accuracy_score(target, predicted)}
+    for name, score in (
+        ("macro_precision", oracle.precision_score),
+        ("macro_recall", oracle.recall_score),
+        ("macro_f1", oracle.f1_score),
+    ):
+        expected[name] = score(target, predicted, average="macro", zero_division=0)
+    assert scores.keys() == expected.keys() and all(type(value) is float for value in scores.values())
+    assert scores == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    "target, predicted, message",
+    [
+        ([], [], "target must be one-dimensional, not empty"),
+        ([0, 1], [0], "one length, got 2 and 1"),
+        ([0, 3], [0, 1], r"\[0, 3\), got 0 to 3"),
+        ([0, -1], [0, 1], "got -1 to 0"),
+        ([0, 1], [0.0, 1.0], "integers"),
+    ],
+)
+def test_classification_refuses_bad_labels(target, predicted, message):
+    with pytest.raises(ValueError, match=message):
+        metrics.classification(target, predicted, 3)
+
+
+def contrastive_loops(z_a, z_b):
+    z = F.normalize(torch.cat([z_a, z_b]).double(), dim=1)
+    n, m = len(z_a), 2 * len(z_a)
+    hits = {1: 0, 5: 0}
+    for i in range(m):
+        positive = (i + n) % m
+        nearer = sum(int(z[i] @ z[j] >= z[i] @ z[positive]) for j in range(m) if j not in (i, positive))
+        for k in hits:
+            hits[k] += nearer < k
+    pairs = [(-2 * (z[i] - z[j]).square().sum()).exp().item() for i in range(m) for j in range(i)]
+    return {
+        "top1": hits[1] / m,
+        "top5": hits[5] / m,
+        "alignment": (z[:n] - z[n:]).square().sum(1).mean().item(),
+        "uniformity": math.log(sum(pairs) / len(pairs)),
+    }
+
+
+@pytest.mark.parametrize("n, tile", [(1, 1024), (2, 1), (3, 4), (13, 5), (40, 80), (40, 7)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-6)])
+def test_contrastive_equals_the_formulas(n, tile, dtype, tolerance):
+    generator = torch.Generator().manual_seed(n)
+    z_a = torch.randn(n, 6, generator=generator, dtype=dtype) * 3
+    z_b = z_a + 2.5 * torch.randn(n, 6, generator=generator, dtype=dtype)
+    scores = metrics.contrastive(z_a.requires_grad_(), z_b, tile=tile)
+    assert scores == pytest.approx(contrastive_loops(z_a.detach(), z_b), abs=tolerance)
+    assert all(type(value) is float for value in scores.values())
+    if 2 * n - 1 <= 5:
+        assert scores["top5"] == 1
+
+
+def test_contrastive_counts_ties_and_nan_against_the_positive():
+    basis = torch.eye(8)
+    assert metrics.contrastive(basis, basis) == pytest.approx(
+        {"top1": 1, "top5": 1, "alignment": 0, "uniformity": math.log((8 + 112 * math.exp(-4)) / 120)}
+    )
+    collapsed = torch.zeros(8, 4)
+    collapsed[:, 0] = 1
+    assert metrics.contrastive(collapsed, collapsed) == {"top1": 0, "top5": 0, "alignment": 0, "uniformity": 0}
+    broken = torch.full((8, 4), math.nan)
+    scores = metrics.contrastive(broken, broken)
+    assert scores["top1"] == scores["top5"] == 0 and math.isnan(scores["alignment"])
+
+
+def test_contrastive_does_not_depend_on_the_length_of_the_rows():
+    z_a, z_b = torch.randn(2, 20, 8, generator=torch.Generator().manual_seed(0)).double()
+    scaled = metrics.contrastive(z_a * torch.linspace(1, 9, 20)[:, None], z_b / 3)
+    assert scaled == pytest.approx(metrics.contrastive(z_a, z_b), abs=1e-12)
+    half = metrics.contrastive(z_a.bfloat16(), z_b.bfloat16())
+    assert half == pytest.approx(metrics.contrastive(z_a.bfloat16().float(), z_b.bfloat16().float()), abs=1e-12)
+
+
+def test_effective_rank_is_the_papers_formula():
+    generator = torch.Generator().manual_seed(0)
+    for shape in ((50, 8), (8, 50), (2, 3), (9, 9)):
+        x = torch.randn(shape, generator=generator) * torch.logspace(0, -1, shape[1]) + 5
+        centred = x.double().numpy() - x.double().numpy().mean(0)
+        variance = np.linalg.svd(np.cov(centred.T), compute_uv=False)
+        share = variance[variance > 1e-12 * variance.max()] / variance.sum()
+        expected = math.exp(-(share * np.log(share)).sum())
+        assert metrics.effective_rank(x) == pytest.approx(expected, rel=1e-6)
+        assert metrics.effective_rank(-3 * x + 1) == pytest.approx(expected, rel=1e-4)
+
+
+def test_effective_rank_of_known_spectra():
+    signs = torch.tensor([[a, b, c] for a in (-1.0, 1) for b in (-1.0, 1) for c in (-1.0, 1)])
+    assert metrics.effective_rank(signs) == pytest.approx(3)
+    assert metrics.effective_rank(signs * torch.tensor([1.0, 1, 0])) == pytest.approx(2)
+    assert metrics.effective_rank(torch.arange(6.0)[:, None] * torch.tensor([[1.0, 2, 3]])) == pytest.approx(1)
+    assert metrics.effective_rank(torch.full((4, 3), 0.1)) == 0
+
+
+def knn_setup(num_bank=60, num_queries=30, num_classes=4, dim=5):
+    generator = torch.Generator().manual_seed(1)
+    centres = torch.randn(num_classes, dim, generator=generator)
+    labels = torch.randint(0, num_classes, (num_bank + num_queries,), generator=generator)
+    x = centres[labels] + 0.9 * torch.randn(len(labels), dim, generator=generator)
+    return x[:num_bank].double(), labels[:num_bank], x[num_bank:].double(), labels[num_bank:], num_classes
+
+
+@pytest.mark.parametrize("k", [1, 7, 60, 200])
+@pytest.mark.parametrize("temperature", [0.07, 1.0])
+def test_knn_equals_a_double_loop(k, temperature):
+    bank, bank_labels, queries, query_labels, num_classes = knn_setup()
+    right = 0
+    for query, label in zip(queries, query_labels.tolist(), strict=True):
+        similarity = [(F.cosine_similarity(query, row, dim=0).item(), i) for i, row in enumerate(bank)]
+        votes = [0.0] * num_classes
+        for s, i in sorted(similarity, reverse=True)[:k]:
+            votes[bank_labels[i]] += math.exp(s / temperature)
+        right += max(range(num_classes), key=votes.__getitem__) == label
+    for tile in (4, 1024):
+        accuracy = metrics.knn_accuracy(
+            bank, bank_labels, queries, query_labels, num_classes, k=k, temperature=temperature, tile=tile
+        )
+        assert accuracy == right / len(queries)
+    assert 0.3 < right / len(queries) < 1
+
+
+def test_knn_equals_scikit_learn():
+    neighbors = pytest.importorskip("sklearn.neighbors", reason=ORACLE)
+    bank, bank_labels, queries, query_labels, num_classes = knn_setup(300, 100)
+    oracle = neighbors.KNeighborsClassifier(
+        15, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
+    )
+    expected = oracle.fit(bank.numpy(), bank_labels.numpy()).score(queries.numpy(), query_labels.numpy())
+    assert metrics.knn_accuracy(bank, bank_labels, queries, query_labels, num_classes, k=15) == expected
+
+
+def test_knn_survives_a_low_temperature():
+    bank, bank_labels, queries, query_labels, num_classes = knn_setup()
+    accuracy = metrics.knn_accuracy(
+        bank.float(), bank_labels, queries.float(), query_labels, num_classes, temperature=1e-3
+    )
+    nearest = metrics.knn_accuracy(bank.float(), bank_labels, queries.float(), query_labels, num_classes, k=1)
+    assert abs(accuracy - nearest) < 0.1
+
+
+def test_representations_of_bad_shape_are_refused():
+    x, labels = torch.randn(4, 3), [0, 1, 0, 1]
+    for bad in (torch.empty(0, 3), torch.randn(4), torch.randn(2, 2, 2), [[1.0]]):
+        with pytest.raises(ValueError, match="z_a must be a real tensor"):
+            metrics.contrastive(bad, x)
+        with pytest.raises(ValueError, match="features must be a real tensor"):
+            metrics.effective_rank(bad)
+        with pytest.raises(ValueError, match="queries must be a real tensor"):
+            metrics.knn_accuracy(x, labels, bad, labels, 2)
+    with pytest.raises(ValueError, match=r"\(4, 3\) and \(3, 3\)"):
+        metrics.contrastive(x, x[:3])
+    with pytest.raises(ValueError, match="tile"):
+        metrics.contrastive(x, x, tile=0)
+    with pytest.raises(ValueError, match="at least 2 finite rows"):
+        metrics.effective_rank(x[:1])
+    with pytest.raises(ValueError, match="finite"):
+        metrics.effective_rank(x * math.nan)
+    with pytest.raises(ValueError, match="one width, got 3 and 2"):
+        metrics.knn_accuracy(x, labels, x[:, :2], labels, 2)
+    with pytest.raises(ValueError, match="one label a row"):
+        metrics.knn_accuracy(x, labels, x, labels[:3], 2)
+    with pytest.raises(ValueError, match="query_labels"):
+        metrics.knn_accuracy(x, labels, x, [0, 1, 2, 0], 2)
+    with pytest.raises(ValueError, match="temperature"):
+        metrics.knn_accuracy(x, labels, x, labels, 2, temperature=0)
