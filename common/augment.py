@@ -389,3 +389,9 @@ def normalize(x):
     """Subtract ImageNet's mean and divide by its standard deviation; x (..., 3, H, W) floating point in [0, 1]."""
     mean, std = _mean_std(x.device, x.dtype)
     return (x - mean) / std
+
+
+def denormalize(x):
+    """Undo `normalize`, for pictures."""
+    mean, std = _mean_std(x.device, x.dtype)
+    return x * std + mean

@@ -1,0 +1,440 @@
+"""Atomic, verified checkpoints; exact resume; signals.
+
+A checkpoint is a `torch.save` file whose zip comment holds the SHA-256 of all bytes before it: `torch.load` itself
+accepts flipped bits without a word. Plain `torch.load(path, weights_only=True)` reads the file as usual.
+"""
+
+import hashlib
+import io
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from pickle import UnpicklingError
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common import dist
+from common.config import EXIT_STOPPED, Diverged, InputError, Stopped
+from common.log import Log
+
+_MARK = b"sha256:"
+_COMMENT = len(_MARK) + 64
+
+
+def save(path: Path, state: dict) -> None:
+    """Write `state` so that `path` holds either the old or the new checkpoint, whatever happens in between.
+
+    The bytes go to a temporary file in the same directory, are forced to the disk and renamed.
+
+    Raises:
+        OSError: the disk is full or not writable; the old file is untouched.
+    """
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    body = buffer.getbuffer()
+    # The last two bytes of a zip file give the length of its comment: make room for ours.
+    size = _COMMENT.to_bytes(2, "little")
+    hasher = hashlib.sha256(body[:-2])
+    hasher.update(size)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            for part in (body[:-2], size, _MARK, hasher.hexdigest().encode()):
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def load(path: Path) -> dict:
+    """Read a checkpoint on the CPU after checking every byte of it; a file without our mark is read unchecked.
+
+    Raises:
+        InputError: missing, damaged, or not a file of tensors and plain values.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"checkpoint {path}: {error.strerror}") from None
+    mark = data[-_COMMENT:]
+    marked = mark.startswith(_MARK)
+    if marked and hashlib.sha256(data[:-_COMMENT]).hexdigest().encode() != mark[len(_MARK) :]:
+        raise InputError(f"checkpoint {path} is damaged: its SHA-256 does not match")
+    if not marked and path.name in ("last.pt", "best.pt", "last.previous.pt"):
+        raise InputError(f"checkpoint {path} is damaged: it is cut short")
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, ValueError, EOFError, KeyError, UnpicklingError) as error:
+        reason = str(error).split("\n")[0][:200]
+        raise InputError(f"checkpoint {path} is not a file of tensors and plain values: {reason}") from None
+
+
+def load_newest(folder: Path, say=print) -> dict | None:
+    """The state in `last.pt`, or in the one before it where that is damaged; None where there is neither."""
+    damaged = None
+    for name in ("last.pt", "last.previous.pt"):
+        if (folder / name).exists():
+            try:
+                state = load(folder / name)
+            except InputError as error:
+                say(f"{error}; trying the one before it")
+                damaged = error
+                continue
+            return state
+    if damaged:
+        raise InputError(f"no checkpoint in {folder} can be read; start anew with --resume none")
+    return None
+
+
+def load_training_state(path: Path, stage: str) -> dict:
+    """The state of a stage that `--resume PATH` names: a last.pt, or the one of a run directory.
+
+    Raises:
+        InputError: there is none, or the file holds weights only.
+    """
+    if path.is_dir():
+        folder = next((f for f in (path / stage, path) if (f / "last.pt").exists()), path)
+        state = load_newest(folder)
+        if state is None:
+            raise InputError(f"--resume {path}: there is no last.pt to go on from")
+        return state
+    state = load(path)
+    if "place" not in state:
+        raise InputError(f"--resume {path} holds weights only: give a last.pt or a run directory")
+    return state
+
+
+def load_weights(module: torch.nn.Module, state: dict, source) -> None:
+    """`load_state_dict(strict=True)` whose error names the keys and the shapes that do not fit.
+
+    Raises:
+        InputError: some key is missing or unknown, or has another shape.
+    """
+    own = module.state_dict()
+    problems = [f"{len(missing)} keys missing (first: {missing[0]})" for missing in [sorted(own.keys() - state)] if missing]
+    problems += [f"{len(extra)} unknown keys (first: {extra[0]})" for extra in [sorted(state.keys() - own)] if extra]
+    shapes = [f"{k} is {tuple(state[k].shape)}, the model's is {tuple(own[k].shape)}" for k in own
+              if k in state and state[k].shape != own[k].shape]  # fmt: skip
+    problems += shapes[:2] + ([f"and {len(shapes) - 2} more shapes"] if len(shapes) > 2 else [])
+    if problems:
+        raise InputError(f"{source} does not fit this model: {'; '.join(problems)}")
+    module.load_state_dict(state)
+
+
+def load_backbone(source: str) -> tuple[dict[str, Tensor], dict]:
+    """(backbone weights, meta) of a finished run directory, a checkpoint, or a plain state dict (whose meta is empty).
+
+    Prefixes and heads (`backbone.`, `projector.`, `fc.`) are taken off.
+
+    Raises:
+        InputError: there is none, or the run has not finished.
+    """
+    path = Path(source)
+    if path.is_dir():
+        folder = next((f for f in (path / "pretrain", path) if (f / "best.pt").exists()), None)
+        summary = path / "summary.json"
+        if folder is None or not summary.exists() or json.loads(summary.read_text())["status"] != "finished":
+            raise InputError(f"--from {path} is not a finished run: run it to its end, or name a checkpoint file in it")
+        path = folder / "best.pt"
+    state = load(path)
+    weights = state.get("model") or state.get("parts", {}).get("model") or state
+    if any(name.startswith("backbone.") for name in weights):
+        weights = {n.removeprefix("backbone."): t for n, t in weights.items() if n.startswith("backbone.")}
+    return {name: t for name, t in weights.items() if not name.startswith("fc.")}, state.get("meta", {})
+
+
+def load_selected(source: str) -> dict:
+    """The selected model (best.pt) of a run directory's last stage, or a checkpoint file: `model`, `meta`, `epoch`.
+
+    Raises:
+        InputError: there is none, or the file does not say what model it holds.
+    """
+    path = Path(source)
+    if path.is_dir():
+        folders = [path / "finetune", path / "linear", path, path / "pretrain"]
+        path = next((folder for folder in folders if (folder / "best.pt").exists()), path) / "best.pt"
+    state = load(path)
+    if "place" in state:
+        state = state | {"model": state["parts"].get("model"), "epoch": state["place"]["epoch"]}
+    if not state.get("model") or "meta" not in state:
+        raise InputError(f"{path} does not say what model it holds: give a run directory, its best.pt or its last.pt")
+    return state
+
+
+def weights_digest(weights: dict[str, Tensor]) -> str:
+    """Sixteen hexadecimal digits that stand for a state dict's names and values."""
+    hasher = hashlib.sha256()
+    for name in sorted(weights):
+        hasher.update(name.encode())
+        hasher.update(weights[name].detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return hasher.hexdigest()[:16]
+
+
+def rng_state() -> dict:
+    """The state of every global random-number generator, as tensors and plain values."""
+    numpy_state = np.random.get_state(legacy=False)["state"]
+    return {
+        "python": random.getstate(),
+        "numpy": {"key": torch.from_numpy(numpy_state["key"].astype(np.int64)), "pos": int(numpy_state["pos"])},
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict) -> None:
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    np.random.set_state(("MT19937", state["numpy"]["key"].numpy().astype(np.uint32), state["numpy"]["pos"]))
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+class Signals:
+    """USR1 and USR2 (time limit, preemption) ask for a save and a requeue; TERM and Ctrl-C for a save and an end.
+
+    The handler only sets a flag: saving inside it could tear the step that it interrupts. A second Ctrl-C leaves at
+    once.
+    """
+
+    REQUEUE, END = 1, 2
+
+    def __init__(self):
+        self.asked = 0
+        self._before = {}
+        for number, what in (("SIGUSR1", 1), ("SIGUSR2", 1), ("SIGTERM", 2), ("SIGINT", 2)):
+            code = getattr(signal, number, None)  # Windows has no USR1
+            if code is not None:
+                self._before[code] = signal.signal(code, lambda s, _, what=what: self._handle(s, what))
+
+    def _handle(self, number: int, what: int) -> None:
+        if number == signal.SIGINT and self.asked:
+            raise KeyboardInterrupt
+        self.asked = max(self.asked, what)
+
+    def restore(self) -> None:
+        for code, handler in self._before.items():
+            signal.signal(code, handler)
+
+    @staticmethod
+    def leave(asked: int, where: str) -> Stopped:
+        """Requeue the Slurm job where that was asked, and say how the run ended."""
+        job = os.environ.get("SLURM_JOB_ID")
+        if asked == Signals.REQUEUE and job and shutil.which("scontrol"):
+            if int(os.environ.get("SLURM_PROCID", 0)) == 0:
+                done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+                if done.returncode:
+                    return Stopped(f"saved at {where}; scontrol requeue {job}: {done.stderr.strip()}", EXIT_STOPPED)
+            return Stopped(f"saved at {where}; job {job} is requeued and will go on from there", 0)
+        return Stopped(f"saved at {where}; run the same command again to go on", EXIT_STOPPED)
+
+
+class Progress:
+    """Where one stage of a run stands; what makes resuming exact, and where it may stop.
+
+    `parts` are the objects whose `state_dict` makes up the stage (model, optimiser, scaler); they must be equal on all
+    processes, and rank 0 writes them. Position: `step` optimiser steps done, of which `batch` in `epoch`. `sums` are
+    device tensors accumulated over the epoch. `best` follows the selection metric. `meta` goes into every file and says
+    what is needed to rebuild the model; `start` names what the stage started from: a state with another start is
+    not continued.
+    """
+
+    def __init__(self, folder: Path, stage: str, *, parts: dict, log: Log, facts: dist.Facts, signals: Signals,
+                 meta: dict, start: str, save_every: float, max_steps: int | None):  # fmt: skip
+        self.folder, self.stage, self.parts, self.log, self.facts = folder, stage, parts, log, facts
+        self.signals, self.meta, self.start = signals, meta, start
+        self.save_seconds, self.max_steps = save_every * 60, max_steps
+        self.step = self.epoch = self.batch = self.best_epoch = self.stale = 0
+        self.best: float | None = None
+        self.sums: dict[str, Tensor] = {}
+        self.results: dict[str, float] = {}
+        self.finished = False
+        self._best_state: dict | None = None
+        self._flags: Tensor | None = None
+        self._flags_ready = None
+        self._saved = time.monotonic()
+        if facts.main:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def restore(self, state: dict | None) -> None:
+        """Take the stage to where `state` was saved; None starts it. Cuts the log's lines that came later."""
+        if state is not None and (state["stage"], state["start"]) != (self.stage, self.start):
+            self.log.say(f"{self.stage}: the saved state began from other weights or another stage; starting anew")
+            state = None
+        if state is None:
+            self.log.cut(self.log.floor)
+            return
+        place = state["place"]
+        self.finished = place["finished"]
+        self.log.floor = place["log_offset"]
+        self.log.go_on_from(place["seconds"])
+        if not self.finished:
+            self.log.cut(self.log.floor)
+        for name, part in self.parts.items():
+            if isinstance(part, torch.nn.Module):
+                load_weights(part, state["parts"][name], f"{self.folder}/last.pt")
+            else:
+                part.load_state_dict(state["parts"][name])
+        for name in ("step", "epoch", "batch", "best", "best_epoch", "stale", "results"):
+            setattr(self, name, place[name])
+        self.sums = {name: value.to(self.facts.device) for name, value in state["sums"].items()}
+        set_rng_state(state["rng"])
+        if not self.finished:
+            self.log.say(f"{self.stage}: going on from step {self.step}, epoch {self.epoch + 1}")
+
+    def reopen(self) -> None:
+        """Go on training a finished stage (more epochs)."""
+        self.finished, self.results = False, {}
+
+    def save(self) -> None:
+        """Write best.pt and last.pt, keeping the last.pt before it.
+
+        Raises:
+            Diverged: instead of storing a state whose last update was masked; on every process that calls this.
+        """
+        if self._peek()[0]:
+            self._diverge()
+        if not self.facts.main:
+            return
+        if self._best_state is not None:
+            save(self.folder / "best.pt", self._best_state)
+        last = self.folder / "last.pt"
+        place = {"log_offset": self.log.offset, "seconds": self.log.seconds}
+        for name in ("step", "epoch", "batch", "best", "best_epoch", "stale", "results", "finished"):
+            place[name] = getattr(self, name)
+        state = {
+            "stage": self.stage,
+            "start": self.start,
+            "meta": self.meta,
+            "place": place,
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+            "sums": self.sums,
+            "rng": rng_state(),
+        }
+        if last.exists():
+            os.replace(last, self.folder / "last.previous.pt")
+        save(last, state)
+        self._saved = time.monotonic()
+
+    def add(self, **values: Tensor) -> None:
+        """Accumulate detached device scalars over the epoch."""
+        for name, value in values.items():
+            value = value.detach().double() if value.device.type != "mps" else value.detach()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def mean(self, name: str) -> float:
+        """Mean over the epoch's batches and over the processes of something added at every step."""
+        return dist.all_reduce(self.sums[name].clone()).item() / (self.batch * self.facts.world_size)
+
+    def end_step(self, bad: Tensor) -> None:
+        """Count a step whose update was masked where `bad` (a boolean device scalar); save or stop where it is time.
+
+        The flags are read one step late, so that the host never waits for the step that it has just queued.
+
+        Raises:
+            Diverged, Stopped.
+        """
+        self.step += 1
+        self.batch += 1
+        bad_before, asked = self._peek()
+        if bad_before:
+            self._diverge()
+        self._send_flags(bad)
+        if asked and self.facts.world_size > 1:
+            self._stop(asked)
+        if self.facts.world_size == 1 and self.signals.asked:
+            self._stop(self.signals.asked)
+        if self.max_steps and self.step >= self.max_steps:
+            self.save()
+            raise Stopped(f"{self.stage}: stopped at --max-steps {self.max_steps}; the state is saved in {self.folder}", 0)
+        # Rank 0 alone decides by its clock, so it must not raise alone: a bad step is left to the next end_step.
+        if self.facts.main and time.monotonic() - self._saved > self.save_seconds and not self._peek()[0]:
+            self.save()
+
+    def check_stop(self) -> None:
+        """Stop inside an evaluation: the state is that before it, which a resumed run repeats.
+
+        In several processes every one must call this equally often.
+        """
+        asked = self.signals.asked
+        if self.facts.world_size > 1:
+            asked = int(dist.all_reduce(torch.tensor(asked, device=self.facts.device), "max"))
+        if asked:
+            self._stop(asked)
+
+    def _stop(self, asked: int) -> None:
+        self.save()
+        dist.barrier()  # the other processes leave when the state is on the disk
+        raise Signals.leave(asked, f"{self.stage} step {self.step}")
+
+    def _send_flags(self, bad: Tensor) -> None:
+        flags = torch.stack([bad.to(torch.int32), bad.new_full((), self.signals.asked, dtype=torch.int32)])
+        dist.all_reduce(flags, "max")
+        if flags.device.type == "cuda":
+            self._flags = torch.empty(2, dtype=torch.int32, pin_memory=True)
+            self._flags.copy_(flags, non_blocking=True)
+            self._flags_ready = torch.cuda.Event()
+            self._flags_ready.record()
+        else:
+            self._flags = flags.cpu()
+
+    def _peek(self) -> tuple[int, int]:
+        # (a step was masked, a signal asks to stop), agreed among the processes, of the last step that was counted.
+        if self._flags is None:
+            return 0, 0
+        if self._flags_ready is not None:
+            self._flags_ready.synchronize()
+        bad, asked = self._flags.tolist()
+        return bad, asked
+
+    def _diverge(self):
+        last = self.folder / "last.pt"
+        good = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was written yet"
+        raise Diverged(
+            f"{self.stage}: the loss or a gradient was not finite near step {self.step}; {good}."
+            " Try a lower --lr, more --warmup-epochs or --precision fp32"
+        )
+
+    def select(self, value: float, weights: dict, metrics: dict, *, higher_is_better: bool) -> None:
+        """Keep a copy of `weights` as best.pt if `value` is the best so far; `stale` counts evaluations since then."""
+        better = math.isfinite(value) and (
+            self.best is None or (value > self.best if higher_is_better else value < self.best)
+        )
+        if not better:
+            self.stale += 1
+            return
+        self.best, self.best_epoch, self.stale = value, self.epoch + 1, 0
+        copies = {name: tensor.detach().clone() for name, tensor in weights.items()}
+        self._best_state = {"model": copies, "meta": self.meta, "epoch": self.epoch + 1, "metrics": metrics}
+
+    def best_weights(self) -> dict:
+        """Weights of the selected model, from memory or from best.pt of a resumed run."""
+        state = self._best_state or load(self.folder / "best.pt")
+        return state["model"]
+
+    def end_epoch(self) -> None:
+        self.epoch += 1
+        self.batch = 0
+        self.sums = {}
+
+    def finish(self, results: dict) -> None:
+        """Store the stage's final metrics; a later start of the same command reads them instead of training."""
+        self.results, self.finished = results, True
+        self.save()
+        dist.barrier()

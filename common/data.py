@@ -1,0 +1,356 @@
+"""Images from a folder, a .zip of one, or the embedded sample: one list of items, decoded by threads to uint8.
+
+Order is a function, not state: the permutation of an epoch depends on `(seed, epoch)` alone, so a resumed run, another
+number of threads or of processes sees the same images in the same order.
+"""
+
+import hashlib
+import io
+import os
+import threading
+import zipfile
+import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from common.augment import uniform
+from common.config import InputError, nearest
+from common.sample import cytology
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif")
+SPLITS = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+UNLABELLED = -1
+# What Pillow and zipfile raise on damaged files.
+DECODE_ERRORS = (
+    OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+TEST_SHARE, FINETUNE_DEV_SHARE = 0.15, 0.15
+_CACHE_BYTES = 2 * 2**30
+_ORDER_STREAM = 2**31  # no view has this number
+
+
+class Images:
+    """Images of one data set: ids, labels, splits, and their pixels as uint8 squares of side `store_size`.
+
+    Attributes:
+        name: what was read, for people.
+        ids: (n,) names within the folder or archive.
+        labels: (n,) int64 into `classes`; UNLABELLED where there is no label.
+        splits: (n,) "train", "val", "test", or "" where the data names none.
+        native_size: median shorter side of the images in pixels.
+        store_size: side of the decoded squares in pixels.
+        fingerprint: eight digits that stand for the content: names and sizes of all items.
+    """
+
+    def __init__(self, name: str, ids: list[str], labels, classes: list[str], splits, *, sizes=(), read=None, pixels=None):
+        self.name, self.ids, self.classes = name, ids, classes
+        self.labels, self.splits = np.asarray(labels, np.int64), np.asarray(splits, dtype=object)
+        self._read_bytes, self._cache = read, pixels
+        self._cached = None if pixels is None else np.ones(len(ids), bool)
+        content = f"{ids}{list(sizes)}".encode()
+        if pixels is not None:
+            content += hashlib.sha256(pixels.numpy().tobytes()).digest()
+        self.fingerprint = hashlib.sha256(content).hexdigest()[:8]
+        self.native_size = pixels.shape[-1] if pixels is not None else self._probe()
+        self.store_size = pixels.shape[-1] if pixels is not None else min(256, self.native_size)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def labelled(self) -> bool:
+        return bool((self.labels != UNLABELLED).any())
+
+    def describe(self) -> str:
+        """`blood_cells.zip: 4886 images in 3 classes (RBC 4153, ...), ...`"""
+        text = f"{self.name}: {len(self)} images"
+        if self.labelled:
+            counts = np.bincount(self.labels[self.labels >= 0], minlength=len(self.classes))
+            order = np.argsort(-counts, kind="stable")
+            shown = ", ".join(f"{self.classes[i]} {counts[i]}" for i in order[:10])
+            text += f" in {len(self.classes)} classes ({shown}{', ...' if len(order) > 10 else ''})"
+        else:
+            text += " without labels"
+        named = [f"{s} {int((self.splits == s).sum())}" for s in ("train", "val", "test") if (self.splits == s).any()]
+        if named:
+            text += f"; splits {', '.join(named)}"
+        return text + f"; {self.native_size} px, stored at {self.store_size} px"
+
+    def number_classes(self, classes: list[str]) -> None:
+        """Number the labels as in `classes` (a trained model's), which must have every class of the data.
+
+        Raises:
+            InputError: a class of the data is not among them.
+        """
+        unknown = [name for name in self.classes if name not in classes]
+        if unknown:
+            raise InputError(f"{self.name} has the class {unknown[0]!r}, the model has {', '.join(classes)}")
+        table = np.array([classes.index(name) for name in self.classes] + [UNLABELLED])
+        self.labels, self.classes = table[self.labels], list(classes)
+
+    def resize_store(self, size: int) -> None:
+        """Decode to squares of another side (pixels)."""
+        if self._read_bytes is None and size != self.store_size:
+            raise InputError(f"--store-size {size}: the embedded images are stored at {self.store_size} px; leave it out")
+        self.store_size = size
+
+    def decode(self, index: int) -> Tensor:
+        """One image as uint8 (3, store_size, store_size): shorter side to store_size, then the centre square.
+
+        Raises:
+            InputError: the file is damaged; the message names it.
+        """
+        side = self.store_size
+        try:
+            with Image.open(io.BytesIO(self._read_bytes(index))) as image:
+                image.draft("RGB", (side, side))  # JPEG: decode at a fraction of the size where that is enough
+                image = image.convert("RGB")
+            scale = side / min(image.size)
+            width, height = (max(side, round(length * scale)) for length in image.size)
+            if image.size != (width, height):
+                image = image.resize((width, height), Image.Resampling.BILINEAR)
+            left, top = (width - side) // 2, (height - side) // 2
+            if (width, height) != (side, side):
+                image = image.crop((left, top, left + side, top + side))
+        except DECODE_ERRORS as error:
+            reason = str(error).split("\n")[0] or type(error).__name__
+            raise InputError(
+                f"damaged image {self.ids[index]} in {self.name}: {reason}; mend or remove it, or --bad-images skip"
+            ) from None
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+    def _probe(self) -> int:
+        # Headers only: the sizes of up to 64 images spread over the set.
+        sides = []
+        for index in np.unique(np.linspace(0, len(self) - 1, 64).astype(int)):
+            try:
+                with Image.open(io.BytesIO(self._read_bytes(index))) as image:
+                    sides.append(min(image.size))
+            except DECODE_ERRORS:
+                continue  # decoding it later names the file, or skips it
+        if not sides:
+            raise InputError(f"{self.name}: none of the images that were tried can be read (first: {self.ids[0]})")
+        return int(np.median(sides))
+
+    def batches(self, index_batches: Iterable[np.ndarray], workers: int) -> Iterator[Tensor]:
+        """The pixels of each batch of indices, uint8 (b, 3, store_size, store_size), decoded by threads ahead of use.
+
+        A set that fits in 2 GiB is decoded once and kept. Threads, not processes: Pillow decodes and resizes without
+        holding the interpreter lock, and a thread cannot outlive the run.
+        """
+        if self._cache is None and self._cached is None and len(self) * 3 * self.store_size**2 <= _CACHE_BYTES:
+            self._cache = torch.empty((len(self), 3, self.store_size, self.store_size), dtype=torch.uint8)
+            self._cached = np.zeros(len(self), bool)
+        ahead: deque = deque()
+        with ThreadPoolExecutor(workers) as pool:
+            try:
+                for indices in index_batches:
+                    ahead.append((indices, self._submit(pool, indices)))
+                    if len(ahead) > 2:
+                        yield self._collect(*ahead.popleft())
+                while ahead:
+                    yield self._collect(*ahead.popleft())
+            finally:
+                for _, futures in ahead:
+                    for future in futures.values():
+                        future.cancel()
+
+    def _submit(self, pool: ThreadPoolExecutor, indices: np.ndarray) -> dict:
+        wanted = np.unique(indices)
+        if self._cached is not None:
+            wanted = wanted[~self._cached[wanted]]
+        return {int(i): pool.submit(self.decode, int(i)) for i in wanted}
+
+    def _collect(self, indices: np.ndarray, futures: dict) -> Tensor:
+        decoded = {index: future.result() for index, future in futures.items()}
+        if self._cache is None:
+            return torch.stack([decoded[int(i)] for i in indices])
+        for index, pixels in decoded.items():
+            self._cache[index] = pixels
+            self._cached[index] = True
+        return self._cache[torch.from_numpy(np.asarray(indices, np.int64))]
+
+    def drop_damaged(self, workers: int, cap: float = 0.01) -> list[str]:
+        """Decode every image once and leave out those that cannot be read; returns their names.
+
+        Raises:
+            InputError: more than the share `cap` of the images is damaged.
+        """
+
+        def damaged(index: int) -> bool:
+            try:
+                self.decode(index)
+            except InputError:
+                return True
+            return False
+
+        if self._read_bytes is None:
+            return []
+        with ThreadPoolExecutor(workers) as pool:
+            bad = np.array(list(pool.map(damaged, range(len(self)))), bool)
+        names = [self.ids[i] for i in np.flatnonzero(bad)]
+        if bad.sum() > cap * len(self):
+            raise InputError(
+                f"{self.name}: {bad.sum()} of {len(self)} images are damaged (first: {names[0]}), more than"
+                f" --bad-images skip allows ({cap:.0%})"
+            )
+        if names:
+            kept, read = np.flatnonzero(~bad), self._read_bytes
+            self.ids = [self.ids[i] for i in kept]
+            self.labels, self.splits = self.labels[kept], self.splits[kept]
+            self._read_bytes = lambda index: read(kept[index])
+        return names
+
+
+def open_images(path: str) -> Images:
+    """The images of a folder, of a .zip, or of the embedded data set (`sample`).
+
+    A folder of folders gives the labels; `train/`, `val/` (or dev) and `test/` above them give the splits; images in no
+    folder are unlabelled. One folder that holds everything is looked through.
+
+    Raises:
+        InputError: missing, not readable, or without images.
+    """
+    if path == "sample":
+        pixels, labels, classes = cytology()
+        ids = [f"{classes[label]}/{i:05d}.png" for i, label in enumerate(labels)]
+        return Images("sample (embedded, generated)", ids, labels, classes, [""] * len(ids), pixels=torch.from_numpy(pixels))
+    place = Path(path)
+    if not place.exists():
+        siblings = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
+        raise InputError(f"--data {path}: no such file or folder{nearest(place.name, [*siblings, 'sample'])}")
+    files, sizes, read = _zip_files(place) if place.is_file() else _folder_files(place)
+    if not files:
+        raise InputError(f"--data {path}: no images there; allowed are {', '.join(SUFFIXES)}")
+    splits, names = _layout(files)
+    classes = sorted({name for name in names if name is not None})
+    number = {name: i for i, name in enumerate(classes)}
+    labels = [UNLABELLED if name is None else number[name] for name in names]
+    return Images(place.name, files, labels, classes, splits, sizes=sizes, read=read)
+
+
+def _is_image(name: str) -> bool:
+    parts = PurePosixPath(name).parts
+    return name.lower().endswith(SUFFIXES) and not any(p.startswith(".") or p == "__MACOSX" for p in parts)
+
+
+def _folder_files(folder: Path):
+    found = []
+    try:
+        for directory, _, names in os.walk(folder, followlinks=True):
+            base = Path(directory)
+            found += [(base / name).relative_to(folder).as_posix() for name in names]
+        files = sorted(name for name in found if _is_image(name))
+        sizes = [(folder / name).stat().st_size for name in files]
+    except OSError as error:
+        raise InputError(f"--data {folder}: {error.strerror}: {error.filename}") from None
+    return files, sizes, lambda index: (folder / files[index]).read_bytes()
+
+
+def _zip_files(path: Path):
+    if path.suffix.lower() != ".zip":
+        raise InputError(f"--data {path}: allowed are a folder, a .zip of one, or `sample`")
+    try:
+        archive = zipfile.ZipFile(path)  # kept open for the run; closed with the process
+        entries = sorted((e for e in archive.infolist() if _is_image(e.filename)), key=lambda e: e.filename)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise InputError(f"--data {path}: not a readable zip archive: {error}") from None
+    lock = threading.Lock()
+
+    def read(index: int) -> bytes:
+        with lock:  # one file handle; decompression is short beside decoding
+            return archive.read(entries[index])
+
+    return [e.filename for e in entries], [e.CRC for e in entries], read
+
+
+def _layout(files: list[str]) -> tuple[list[str], list[str | None]]:
+    # Split and class name of every file.
+    parts = [PurePosixPath(name).parts for name in files]
+    while all(len(p) > 1 for p in parts) and len({p[0] for p in parts}) == 1 and parts[0][0].lower() not in SPLITS:
+        parts = [p[1:] for p in parts]
+    splits = []
+    has_splits = all(len(p) > 1 and p[0].lower() in SPLITS for p in parts)
+    if has_splits:
+        splits = [SPLITS[p[0].lower()] for p in parts]
+        parts = [p[1:] for p in parts]
+    return splits or [""] * len(files), [p[0] if len(p) > 1 else None for p in parts]
+
+
+def hold_out(ids: list[str], labels: np.ndarray, indices: np.ndarray, share: float, salt: str) -> np.ndarray:
+    """A class-stratified share of `indices`, chosen by a hash of the item's name: sorted int64.
+
+    It depends on nothing else, so every run and every stage holds out the same items; shares are nested, and items
+    added later do not move the others from one side to the other at random. Each class gives round(share * its count),
+    at least one when it has two or more items and 0 < share < 1.
+    """
+    keys = {i: hashlib.blake2b(f"{salt}/{ids[i]}".encode(), digest_size=8).digest() for i in indices}
+    chosen: list[int] = []
+    for label in np.unique(labels[indices]):
+        members = sorted(indices[labels[indices] == label], key=keys.__getitem__)
+        count = round(share * len(members))
+        if 0 < share < 1 and len(members) > 1:
+            count = min(max(count, 1), len(members) - 1)
+        chosen += members[:count]
+    return np.array(sorted(chosen), np.int64)
+
+
+def split(images: Images, fraction: float = 1.0) -> dict[str, np.ndarray]:
+    """The indices of every part of an image set.
+
+    `test`: the data's own test split, or 15 % held out. `rest`: all else. `dev`: the data's own validation split, or a
+    part of the labelled rest: 70/15/15 in all for the linear protocol, and (`finetune_dev`) 15 % of the training labels
+    for fine-tuning. `train` and `finetune_train`: the labelled rest without it. `pretrain`: the share `fraction` of the
+    rest, used without its labels. Everything is stratified by class and depends on the items' names alone, so no stage
+    of any run trains on the test part.
+    """
+    ids, labels = images.ids, images.labels
+    test, own_dev = (np.flatnonzero(images.splits == name) for name in ("test", "val"))
+    candidates = np.setdiff1d(np.flatnonzero(labels != UNLABELLED), own_dev)
+    if not len(test):
+        test = hold_out(ids, labels, candidates, TEST_SHARE, "test")
+    rest = np.setdiff1d(np.arange(len(images)), test)
+    labelled = rest[labels[rest] != UNLABELLED]
+    parts = {"rest": rest, "test": test[labels[test] != UNLABELLED]}
+    for name, share in (("", TEST_SHARE / (1 - TEST_SHARE)), ("finetune_", FINETUNE_DEV_SHARE)):
+        own = np.intersect1d(own_dev, labelled)
+        parts[f"{name}dev"] = own if len(own) else hold_out(ids, labels, labelled, share, "dev")
+        parts[f"{name}train"] = np.setdiff1d(labelled, parts[f"{name}dev"])
+    parts["pretrain"] = hold_out(ids, labels, rest, fraction, "fraction")
+    return parts
+
+
+def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch: a permutation of range(count) that is a function of (seed, epoch)."""
+    keys = uniform(seed, epoch, np.arange(count), _ORDER_STREAM, 1)[:, 0]
+    return np.argsort(keys, kind="stable")
+
+
+def epoch_batches(indices: np.ndarray, *, bs: int, seed: int, epoch: int, done: int = 0, facts=None) -> list[np.ndarray]:
+    """An epoch's batches but for the first `done`: this process's equal share of each, as items of `indices`.
+
+    The last, incomplete batch is left out; another epoch's order has other items there.
+    """
+    rank, world_size = (facts.rank, facts.world_size) if facts else (0, 1)
+    share = bs // world_size
+    order = indices[permutation(len(indices), seed, epoch)]
+    starts = [batch * bs + rank * share for batch in range(done, len(indices) // bs)]
+    return [order[start : start + share] for start in starts]
+
+
+def check_batch(stage: str, bs: int, count: int, parts: int) -> None:
+    """Refuse a batch that is larger than the data or does not divide into `parts` (processes x chunks)."""
+    if bs > count:
+        raise InputError(f"{stage}: a batch of {bs} is larger than the {count} training items; lower --bs")
+    if bs % parts:
+        raise InputError(f"{stage}: a batch of {bs} is not divisible by {parts} (processes x chunks); change --bs")

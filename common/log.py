@@ -1,0 +1,166 @@
+"""One console line and one JSON line per interval; TensorBoard where asked for."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from statistics import median
+
+from common.config import InputError
+
+# Fields that differ between two runs of the same command: the only ones.
+TIMING = ("time", "rate", "eta_s")
+
+
+def duration(seconds: float) -> str:
+    """`41s`, `12m`, `3h05m`, `2d04h`: what an ETA needs."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes}m"
+    hours = minutes // 60
+    return f"{hours}h{minutes % 60:02d}m" if hours < 48 else f"{hours // 24}d{hours % 24:02d}h"
+
+
+class Pace:
+    """Rate and remaining time of a loop, from the median of its recent steps (the first one, a warm-up, left out)."""
+
+    def __init__(self, items_per_step: int, total_steps: int):
+        self.items_per_step, self.total_steps = items_per_step, total_steps
+        self.recent, self.last, self.steps = deque(maxlen=50), time.monotonic(), 0
+
+    def tick(self) -> None:
+        now = time.monotonic()
+        self.steps += 1
+        if self.steps != 2:  # the second step replaces the first, which paid for allocation and compilation
+            self.recent.append(now - self.last)
+        else:
+            self.recent[0] = now - self.last
+        self.last = now
+
+    def pause(self) -> None:
+        """Leave the time since the last tick (an evaluation, a save) out of the pace."""
+        self.last = time.monotonic()
+
+    @property
+    def seconds_per_step(self) -> float:
+        return median(self.recent) if self.recent else 0.0
+
+    def rate(self) -> float:
+        mean = sum(self.recent) / max(len(self.recent), 1)
+        return self.items_per_step / mean if mean else 0.0
+
+    def eta(self, step: int) -> float:
+        return self.seconds_per_step * max(self.total_steps - step, 0)
+
+
+class Log:
+    """Rank 0's console and `log.jsonl`; silent on the other ranks.
+
+    Every JSON line holds `stage`, `step` and `epoch`, then metrics named `stage/split/metric`.
+    """
+
+    def __init__(self, folder: Path | None, *, main: bool, tensorboard: bool = False):
+        self.main, self.start, self.floor = main, time.monotonic(), 0
+        self.live = main and sys.stdout.isatty()
+        self.file = open(folder / "log.jsonl", "a+b") if main and folder else None  # noqa: SIM115
+        self.board = _summary_writer(folder) if main and tensorboard else None
+        self._width = 0
+
+    def say(self, text: str) -> None:
+        """One plain line for people."""
+        if self.main:
+            self._clear()
+            print(text, flush=True)
+
+    def progress(self, stage: str, step: int, pace: Pace, unit: str) -> None:
+        """On a terminal: rewrite the live line. Reads nothing from the device."""
+        if self.live:
+            text = f"{stage} step {step}/{pace.total_steps} | {pace.rate():.0f} {unit}/s | eta {duration(pace.eta(step))}"
+            print("\r" + text.ljust(self._width), end="", flush=True)
+            self._width = len(text)
+
+    def interval(self, stage: str, step: int, epoch: int, values: dict, pace: Pace, unit: str) -> None:
+        """One line of the loop: the same fields for people and for `log.jsonl`."""
+        width = len(str(pace.total_steps))
+        shown = " | ".join(f"{name} {_number(name, value)}" for name, value in values.items())
+        self.say(f"{stage} step {step:0{width}d}/{pace.total_steps} | {shown} | {pace.rate():.0f} {unit}/s"
+                 f" | eta {duration(pace.eta(step))}")  # fmt: skip
+        timing = {"rate": round(pace.rate(), 2), "eta_s": round(pace.eta(step), 1)}
+        self._write(stage, step, epoch, values | timing)
+
+    def metrics(self, stage: str, step: int, epoch: int, values: dict, *, quiet: bool = False) -> None:
+        """Metrics of an epoch or of the end of a stage, named `stage/split/metric`; `quiet`: in the file alone."""
+        shown = " | ".join(f"{name.removeprefix(stage + '/')} {_number(name, value)}" for name, value in values.items())
+        if not quiet:
+            self.say(f"{stage} epoch {epoch} | {shown}")
+        self._write(stage, step, epoch, values)
+
+    def _write(self, stage: str, step: int, epoch: int, values: dict) -> None:
+        if self.file:
+            known = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            line = {"stage": stage, "step": step, "epoch": epoch, **known, "time": round(self.seconds, 2)}
+            self.file.write(json.dumps(line).encode() + b"\n")
+            self.file.flush()
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(name if "/" in name else f"{stage}/step/{name}", value, step)
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on the run so far, over all of its starts."""
+        return time.monotonic() - self.start
+
+    def go_on_from(self, seconds: float) -> None:
+        """Count on from the time that an earlier start had spent."""
+        self.start = min(self.start, time.monotonic() - seconds)
+
+    @property
+    def offset(self) -> int:
+        """Bytes of `log.jsonl` so far: a checkpoint stores it, and a resumed run cuts what came later."""
+        return self.file.seek(0, os.SEEK_END) if self.file else 0
+
+    def cut(self, offset: int) -> None:
+        if self.file and offset < self.offset:
+            self.file.truncate(offset)
+
+    def close(self) -> None:
+        self._clear()
+        for sink in (self.file, self.board):
+            if sink:
+                sink.close()
+
+    def _clear(self) -> None:
+        if self.live and self._width:
+            print("\r" + " " * self._width + "\r", end="")
+            self._width = 0
+
+
+def _number(name: str, value) -> str:
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:.1e}" if name == "lr" else f"{value:.4f}"
+
+
+def _summary_writer(folder: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
+    return SummaryWriter(str(folder))
+
+
+def read(folder: Path) -> list[dict]:
+    """The lines of a run's `log.jsonl`; a torn last line is left out."""
+    lines = []
+    for text in (Path(folder) / "log.jsonl").read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines

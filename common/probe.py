@@ -1,0 +1,118 @@
+"""Frozen features: computed once and kept in features.npz, and the linear protocol on them."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common import config, data, metrics, step
+from common.checkpoint import Progress
+from common.log import Pace
+from common.run import Run
+
+KNN_BANK, KNN_QUERIES = 4096, 1024
+
+
+def stored_features(run: Run, weights: str, compute: Callable[[], Tensor]) -> Tensor:
+    """Features (n, d) float32 of all items in their order: from the run directory's features.npz, or computed and kept.
+
+    `weights` is the digest of the weights that make them: features of other weights, items or sizes are not reused.
+    The file holds `features`, `id`, `label` (-1: none), `split`, `classes`.
+    """
+    file, items = run.folder / "features.npz", run.data
+    key = f"{weights} {items.fingerprint} {items.store_size} {run.meta['image_size']}"
+    if file.exists():
+        with np.load(file) as stored:
+            if str(stored["key"]) == key:
+                return torch.from_numpy(stored["features"])
+    rows = compute()
+    if run.facts.main:
+        splits = np.full(len(items), "train", dtype="<U5")
+        splits[run.splits["dev"]] = "val"
+        splits[run.splits["test"]] = "test"
+        temporary = file.with_name(".features.tmp.npz")
+        np.savez(temporary, features=rows.numpy(), id=np.array(items.ids), label=items.labels, split=splits,
+                 classes=np.array(items.classes, dtype=str), key=key)  # fmt: skip
+        temporary.replace(file)
+    return rows
+
+
+def representation(run: Run, outputs: Callable[[np.ndarray], Tensor], queries: str) -> dict:
+    """kNN accuracy of the split `queries`, where there are labels, and the effective rank of its features.
+
+    `outputs` gives the features (n, d) of items. Neighbours are sought among at most KNN_BANK training items, for at most
+    KNN_QUERIES queries, the same ones every time.
+    """
+    items, labels = run.data, run.data.labels
+
+    def some(split: str, most: int) -> np.ndarray:
+        indices = run.splits[split]
+        return data.hold_out(items.ids, labels, indices, min(1.0, most / max(len(indices), 1)), "knn")
+
+    if not len(run.splits[queries]):
+        return {"effective_rank": metrics.effective_rank(outputs(some("rest", KNN_QUERIES)))}
+    bank, asked = some("train", KNN_BANK), some(queries, KNN_QUERIES)
+    rows = outputs(np.concatenate([bank, asked]))
+    near, far = rows[: len(bank)], rows[len(bank) :]
+    accuracy = metrics.knn_accuracy(near, labels[bank], far, labels[asked], len(items.classes))
+    return {"knn_accuracy": accuracy, "effective_rank": metrics.effective_rank(far)}
+
+
+def score(prefix: str, logits: Tensor, labels: np.ndarray, num_classes: int) -> dict:
+    """`PREFIX/accuracy`, `/macro_precision`, `/macro_recall`, `/macro_f1` of logits (n, num_classes)."""
+    values = metrics.classification(labels, logits.argmax(1).numpy(), num_classes)
+    return {f"{prefix}/{name}": value for name, value in values.items()}
+
+
+def linear_protocol(run: Run, progress: Progress, head: nn.Linear, optimizer, stage: config.Stage, rows: Tensor,
+                    backbone: dict[str, Tensor]) -> dict:  # fmt: skip
+    """Train a linear layer on frozen features and test the one of the best macro F1 on dev; returns its test metrics.
+
+    Args:
+        progress: the stage's state, with `head` and `optimizer` as its parts.
+        rows: features (n, d) float32 of all items; standardised with the training part's mean and deviation. The stored
+            layer, `fc.*` in best.pt beside the weights `backbone`, takes them as they are.
+
+    Training ends after `--patience` epochs without a better macro F1 on dev. Every process does the same small work.
+    """
+    args, name, device = run.args, progress.stage, run.facts.device
+    train, dev, test = (run.splits[split] for split in ("train", "dev", "test"))
+    labels, num_classes = run.data.labels, len(run.meta["classes"])
+    targets = torch.from_numpy(labels)
+    mean, std = rows[train].mean(0), rows[train].std(0)
+    std = torch.where(std > 1e-6, std, 1.0)  # a constant feature stays zero instead of becoming noise
+    scaler, steps = step.scaler("fp32", device), len(train) // stage.bs
+    pace = Pace(stage.bs, stage.epochs * steps)
+    while progress.epoch < stage.epochs and progress.stale < args.patience:
+        for batch in data.epoch_batches(train, bs=stage.bs, seed=args.seed, epoch=progress.epoch, done=progress.batch):
+            step.set_lr(optimizer, stage, progress.step, steps, args.lr_schedule)
+            x, y = (step.to_device(t, device) for t in ((rows[batch] - mean) / std, targets[batch]))
+            optimizer.zero_grad(set_to_none=True)
+            loss = nn.functional.cross_entropy(head(x), y)
+            loss.backward()
+            _, bad = step.masked_step(optimizer, scaler, loss)
+            progress.add(loss=loss)
+            pace.tick()
+            run.log.progress(name, progress.step + 1, pace, "item")
+            progress.end_step(bad)
+        values = {f"{name}/train/loss": progress.mean("loss")}
+        layer = unstandardised(head, mean, std)
+        values |= score(f"{name}/val", apply(layer, rows[dev]), labels[dev], num_classes)
+        progress.select(values[f"{name}/val/macro_f1"], backbone | layer, values, higher_is_better=True)
+        run.log.metrics(name, progress.step, progress.epoch + 1, values, quiet=True)
+        progress.end_epoch()
+    results = score(f"{name}/test", apply(progress.best_weights(), rows[test]), labels[test], num_classes)
+    last = score(f"{name}/test", apply(unstandardised(head, mean, std), rows[test]), labels[test], num_classes)
+    return results | {f"{metric}_last_epoch": value for metric, value in last.items()}
+
+
+def unstandardised(head: nn.Linear, mean: Tensor, std: Tensor) -> dict[str, Tensor]:
+    """The layer that gives for raw features what `head` gives for (features - mean) / std."""
+    weight = head.weight.detach().cpu() / std
+    return {"fc.weight": weight, "fc.bias": head.bias.detach().cpu() - weight @ mean}
+
+
+def apply(layer: dict[str, Tensor], rows: Tensor) -> Tensor:
+    """Logits of features (n, d) on the CPU."""
+    return rows @ layer["fc.weight"].cpu().T + layer["fc.bias"].cpu()

@@ -1,0 +1,213 @@
+"""report.html: what a run looks like, in one self-contained file; and the small files that go beside it.
+
+python -m common.report RUN writes it again from the run directory's log.jsonl, summary.json and config.json.
+"""
+
+import base64
+import csv
+import html
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.utils import make_grid, save_image
+
+from common import log
+
+_COLORS = ("#2563eb", "#dc2626", "#059669", "#9333ea", "#d97706", "#0891b2")
+_STYLE = """
+body{font:15px/1.5 system-ui,sans-serif;color:#1f2937;max-width:1080px;margin:2rem auto;padding:0 1rem}
+h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem;border-bottom:1px solid #e5e7eb}
+table{border-collapse:collapse;margin:.6rem 0}td,th{padding:.2rem .8rem .2rem 0;text-align:left;vertical-align:top}
+td.n{text-align:right;font-variant-numeric:tabular-nums}code{background:#f3f4f6;padding:.1rem .3rem}
+.charts{display:flex;flex-wrap:wrap;gap:1rem}figure{margin:0}figcaption{font-size:.85rem;color:#4b5563}
+img,svg{max-width:100%}.wide{overflow-x:auto}
+"""
+
+
+def save_grid(path: Path, images: Tensor, columns: int) -> None:
+    """Write images (n, 3, h, w) in [0, 1] as a PNG grid of so many columns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    grid = make_grid(images.detach().float().cpu().clamp(0, 1), nrow=columns, padding=2, pad_value=1.0)
+    scale = max(1, 96 // images.shape[-1])  # small images are enlarged in whole pixels
+    save_image(grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2), path)
+
+
+def write_predictions(path: Path, ids: list[str], classes: list[str], scores: Tensor) -> None:
+    """Write predictions.csv: id, the class of the highest score, and the score (a probability) of every class."""
+    best = scores.argmax(1).tolist()
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "class", *(f"score_{name}" for name in classes)])
+        for name, index, row in zip(ids, best, scores.tolist(), strict=True):
+            writer.writerow([name, classes[index], *(f"{value:.6f}" for value in row)])
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """About `count` round numbers that cover [low, high]."""
+    if high <= low:
+        return [low]
+    raw = (high - low) / count
+    unit = 10 ** math.floor(math.log10(raw))
+    step = min((m * unit for m in (1, 2, 5, 10)), key=lambda s: abs(s - raw))
+    first = math.ceil(low / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def chart(title: str, series: dict[str, list[tuple[float, float]]], *, x_label: str, marks: dict[str, float] | None = None):
+    """A line chart as SVG text: `series` are (x, y) points by name, `marks` horizontal lines by name."""
+    marks = marks or {}
+    points = [p for line in series.values() for p in line]
+    xs, ys = [p[0] for p in points], [p[1] for p in points] + list(marks.values())
+    x_low, x_high, y_low, y_high = min(xs), max(xs), min(ys), max(ys)
+    pad = (y_high - y_low) * 0.05 or max(abs(y_high) * 0.05, 0.01)
+    y_low, y_high = y_low - pad, y_high + pad
+    if x_high == x_low:
+        x_low, x_high = x_low - 0.5, x_high + 0.5
+    left, right, top, bottom, width, height = 56, 8, 30, 40, 500, 270
+
+    def px(x):
+        return left + (x - x_low) / (x_high - x_low) * (width - left - right)
+
+    def py(y):
+        return height - bottom - (y - y_low) / (y_high - y_low) * (height - top - bottom)
+
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
+           f' font-family="system-ui,sans-serif" font-size="11" role="img"><rect width="{width}" height="{height}"'
+           f' fill="#fff"/><text x="{left}" y="16" font-size="13" font-weight="600">{html.escape(title)}</text>']  # fmt: skip
+    for y in ticks(y_low, y_high):
+        out.append(f'<line x1="{left}" x2="{width - right}" y1="{py(y):.1f}" y2="{py(y):.1f}" stroke="#e5e7eb"/>'
+                   f'<text x="{left - 6}" y="{py(y) + 4:.1f}" text-anchor="end" fill="#4b5563">{y:g}</text>')  # fmt: skip
+    for x in ticks(x_low, x_high):
+        out.append(f'<text x="{px(x):.1f}" y="{height - bottom + 16}" text-anchor="middle" fill="#4b5563">{x:g}</text>')
+    out.append(f'<text x="{(left + width - right) / 2}" y="{height - 8}" text-anchor="middle" fill="#4b5563">{x_label}</text>')
+    for name, y in marks.items():
+        out.append(f'<line x1="{left}" x2="{width - right}" y1="{py(y):.1f}" y2="{py(y):.1f}" stroke="#6b7280"'
+                   f' stroke-dasharray="5 4"/><text x="{width - right - 2}" y="{py(y) - 4:.1f}" text-anchor="end"'
+                   f' fill="#6b7280">{html.escape(name)}</text>')  # fmt: skip
+    for i, (name, line) in enumerate(series.items()):
+        color = _COLORS[i % len(_COLORS)]
+        path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in line)
+        shape = (f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.8"/>' if len(line) > 1
+                 else f'<circle cx="{px(line[0][0]):.1f}" cy="{py(line[0][1]):.1f}" r="3" fill="{color}"/>')  # fmt: skip
+        out.append(shape)
+        if len(series) > 1:
+            x = left + 110 * i
+            out.append(f'<rect x="{x}" y="21" width="12" height="3" fill="{color}"/>'
+                       f'<text x="{x + 16}" y="27" fill="#374151">{html.escape(name)}</text>')  # fmt: skip
+    return "".join(out) + "</svg>"
+
+
+def table(rows: list[tuple], header: tuple = ()) -> str:
+    """Rows of cells as an HTML table; floats are shown with four digits."""
+
+    def cell(value, tag="td"):
+        if isinstance(value, float):
+            return f'<td class="n">{value:.4f}</td>'
+        return f"<{tag}>{html.escape(str(value))}</{tag}>"
+
+    head = "<tr>" + "".join(cell(h, "th") for h in header) + "</tr>" if header else ""
+    return "<table>" + head + "".join("<tr>" + "".join(map(cell, row)) + "</tr>" for row in rows) + "</table>"
+
+
+def charts_of(lines: list[dict]) -> dict[str, str]:
+    """The curves of a log: per stage the step values, and per metric its splits over the epochs."""
+    out = {}
+    for stage in dict.fromkeys(line["stage"] for line in lines):
+        own = [line for line in lines if line["stage"] == stage]
+        groups: dict[str, dict[str, list]] = {}
+        for line in own:
+            for name, value in line.items():
+                if name in ("stage", "step", "epoch", *log.TIMING) or not isinstance(value, (int, float)):
+                    continue
+                parts = name.split("/")
+                if len(parts) == 3:  # stage/split/metric, one value an epoch
+                    if parts[1] != "test" and not parts[2].endswith("_over_chance"):
+                        groups.setdefault(f"{parts[2]} by epoch", {}).setdefault(parts[1], []).append((line["epoch"], value))
+                elif name != "loss/chance":
+                    groups.setdefault(name, {}).setdefault(name, []).append((line["step"], value))
+        for title, series in groups.items():
+            series = {name: line for name, line in series.items() if line}
+            chance = {"chance": chance_level(own)} if title in ("loss", "loss by epoch") and chance_level(own) else {}
+            x_label = "epoch" if title.endswith("by epoch") else "step"
+            out[f"{stage}: {title}"] = chart(f"{stage}: {title}", series, x_label=x_label, marks=chance)
+    return out
+
+
+def chance_level(lines: list[dict]) -> float | None:
+    """The loss at chance level, ln(2N-1), which the ratio in the log gives."""
+    for line in lines:
+        if line.get("loss/chance"):
+            return line["loss"] / line["loss/chance"]
+    return None
+
+
+def write(folder: Path) -> Path:
+    """Write report.html and the curves in figures/ of a run directory; returns the report's path."""
+    folder = Path(folder)
+    lines = log.read(folder)
+    files = {name: json.loads((folder / f"{name}.json").read_text()) for name in ("summary", "config", "env")}
+    summary = files["summary"]
+    figures = folder / "figures"
+    figures.mkdir(exist_ok=True)
+    body = [f"<h1>{html.escape(folder.name)}</h1>",
+            f"<p>Status <b>{summary['status']}</b> after {log.duration(summary['seconds'])}."
+            f" Command: <code>{html.escape(files['env']['command'])}</code></p>"]  # fmt: skip
+    scores = {name: value for name, value in summary.items() if "/" in name}
+    tests = sorted({name.split("/")[0] for name in scores if "/test/accuracy" in name}, key=list(scores).__str__().find)
+    columns = ("accuracy", "macro_precision", "macro_recall", "macro_f1")
+    if tests:
+        rows = [(name, *(scores.get(f"{name}/test/{column}", "") for column in columns)) for name in tests]
+        body += ["<h2>Test results</h2>", table(rows, ("stage", *columns))]
+    body += loss_section(scores, files["config"])
+    charts = charts_of(lines)
+    for title, svg in charts.items():
+        name = title.replace(": ", "_").replace(" ", "_").replace("/", "_")
+        (figures / f"{name}.svg").write_text(svg)
+    if charts:
+        body += ["<h2>Curves</h2>", '<div class="charts">', *(f"<figure>{svg}</figure>" for svg in charts.values()), "</div>"]
+    for picture in sorted(figures.glob("*.png")):
+        encoded = base64.b64encode(picture.read_bytes()).decode()
+        caption = {"views": "What enters the network: eight images, view a above view b."}.get(picture.stem, picture.stem)
+        body += [f"<h2>{html.escape(picture.stem.capitalize())}</h2>", f'<figure><img src="data:image/png;base64,{encoded}">'
+                 f"<figcaption>{html.escape(caption)}</figcaption></figure>"]  # fmt: skip
+    body += ["<h2>All metrics</h2>", table(sorted(summary.items()))]
+    settings = {k: v for k, v in files["config"].items() if k not in ("resolved", "identity")}
+    body += ["<h2>Flags</h2>", table(sorted(settings.items())), "<h2>Resolved settings</h2>",
+             table(list(files["config"]["resolved"].items())), "<h2>Environment</h2>", table(list(files["env"].items()))]  # fmt: skip
+    page = (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+            f"<title>{html.escape(folder.name)}</title><style>{_STYLE}</style>{''.join(body)}</html>")  # fmt: skip
+    path = folder / "report.html"
+    path.write_text(page)
+    return path
+
+
+def loss_section(scores: dict, settings: dict) -> list[str]:
+    """NT-Xent in both conventions, beside its chance level: losses of different batch sizes are not comparable."""
+    loss, chance = scores.get("pretrain/train/loss"), scores.get("pretrain/train/loss_at_chance")
+    if loss is None or chance is None:
+        return []
+    rows = [
+        ("averaged over the 2N rows (this project's, lightly's)", loss, chance, loss / chance),
+        ("the two views' averages summed (google-research/simclr's)", 2 * loss, 2 * chance, loss / chance),
+    ]
+    batch = settings["resolved"]["pretrain"]["bs"]
+    return ["<h2>NT-Xent loss</h2>", table(rows, ("convention", "last epoch's mean", "chance level", "ratio")),
+            f"<p>Batch {batch}: a guess among 2N-1 = {2 * batch - 1} candidates costs ln({2 * batch - 1}) = {chance:.4f}."
+            " Compare the ratio, not the loss, between batch sizes.</p>"]  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) != 1 or not (Path(argv[0]) / "summary.json").exists():
+        print("error: usage: python -m common.report RUN (a run directory with a summary.json)", file=sys.stderr)
+        return 2
+    print(write(Path(argv[0])))
+    return 0
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,202 @@
+"""A run: its directory, its log, its stages, and how it ends."""
+
+import contextlib
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+
+from common import checkpoint, config, dist, report
+from common.config import Diverged, InputError, Stopped
+from common.log import Log
+
+
+@dataclass
+class Run:
+    """What every stage of a script needs.
+
+    Attributes:
+        args: the flags, unchanged.
+        facts: which process this is, and its device.
+        data: the script's data set.
+        splits: indices into it by split name.
+        folder: the run directory.
+        meta: what a checkpoint must say so that the model can be rebuilt from it.
+    """
+
+    args: object
+    facts: dist.Facts
+    data: object
+    splits: dict[str, np.ndarray]
+    folder: Path
+    log: Log
+    signals: checkpoint.Signals | None
+    meta: dict
+    results: dict = field(default_factory=dict)
+    selected: checkpoint.Progress | None = None
+
+    def stage(self, name: str, parts: dict, *, start: str, first: bool, own_folder: bool) -> checkpoint.Progress:
+        """The state of a stage, restored from its checkpoints.
+
+        `parts` are the objects with a `state_dict`; `start` names what the stage starts from; the `first` stage is the
+        one that `--resume PATH` means; `own_folder` keeps the checkpoints of several stages apart.
+        """
+        args = self.args
+        folder = self.folder / name if own_folder else self.folder
+        progress = checkpoint.Progress(
+            folder, name, parts=parts, log=self.log, facts=self.facts, signals=self.signals,
+            meta=self.meta | {"stage": name}, start=start, save_every=args.save_every, max_steps=args.max_steps,
+        )  # fmt: skip
+        state = checkpoint.load_newest(folder, self.log.say)
+        if state is None and first and args.resume not in ("auto", "none"):
+            state = checkpoint.load_training_state(Path(args.resume), name)
+        dist.barrier()  # nobody writes before everybody has read
+        progress.restore(state)
+        return progress
+
+    def settled(self, progress: checkpoint.Progress, epochs: int) -> bool:
+        """Whether a stage has nothing left to do (its results are then taken over): finished, and `epochs` epochs long."""
+        if progress.finished and progress.epoch >= epochs:
+            self.results |= progress.results
+            self.selected = progress
+            return True
+        progress.finished = False
+        return False
+
+    def finish(self, progress: checkpoint.Progress, results: dict, *, selected: bool = True) -> None:
+        """Store a stage's final metrics; the summary names the best model of the last `selected` stage."""
+        progress.finish(results)
+        self.results |= results
+        if selected:
+            self.selected = progress
+
+    @contextlib.contextmanager
+    def recorded(self):
+        """Around the stages: however they end, write summary.json and report.html and close the log.
+
+        `results`, flat metrics named `stage/split/metric`, and `selected`, the stage whose best.pt the summary names, are
+        what the stages have put there so far.
+        """
+        status = "failed"
+        try:
+            yield
+            status = "finished"
+        except Stopped:
+            status = "stopped"
+            raise
+        except Diverged:
+            status = "diverged"
+            raise
+        finally:
+            facts = {"status": status, "seconds": round(self.log.seconds, 1)}
+            if self.selected:
+                best = self.selected.folder / "best.pt"
+                facts |= {"best_epoch": self.selected.best_epoch, "best_model_path": str(best)}
+            if self.facts.main:
+                (self.folder / "summary.json").write_text(json.dumps(self.results | facts, indent=2) + "\n")
+                report.write(self.folder)
+                self.log.say(f"{status}: {self.folder / 'report.html'}")
+            self.log.close()
+            self.signals.restore()
+
+
+def directory(args, script: str, name: str, identity: dict) -> Path:
+    """The run directory: --out, or the one that `--resume PATH` goes on with, or runs/SCRIPT/NAME-HASH."""
+    if args.out:
+        return Path(args.out)
+    if args.resume not in ("auto", "none"):
+        path = Path(args.resume)
+        if not path.exists():
+            raise InputError(f"--resume {path}: no such file or directory")
+        folders = [path, *path.parents][:3]
+        return next((folder for folder in folders if (folder / "config.json").exists()), folders[0])
+    return Path("runs") / script / f"{name}-{config.digest(identity)}"
+
+
+def claim(folder: Path, args, identity: dict, resolved: dict, facts: dist.Facts) -> None:
+    """Create `folder` and write config.json and env.json, or refuse a folder that holds another run.
+
+    Raises:
+        InputError: the folder's run has another identity and --fork is not given, or it cannot be written.
+    """
+    file = folder / "config.json"
+    if file.exists() and args.resume != "none":
+        before = json.loads(file.read_text())["identity"]
+        # To go on for longer is what `--resume PATH --epochs MORE` asks for; any other difference makes another run.
+        free = set() if args.resume == "auto" else {"epochs", "warmup_epochs"}
+        names = sorted((before.keys() | identity.keys()) - free)
+        differences = [f"{n} is {before.get(n)!r} there and {identity.get(n)!r} here" for n in names
+                       if before.get(n) != identity.get(n)]  # fmt: skip
+        if differences and not args.fork:
+            raise InputError(
+                f"{folder} holds another run: {'; '.join(differences)}. Choose another --out, or --fork to go on from it"
+            )
+    dist.barrier()
+    if not facts.main:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if args.resume == "none":
+            for old in [*folder.rglob("last.pt"), *folder.rglob("last.previous.pt"), *folder.rglob("best.pt"),
+                        folder / "summary.json"]:  # fmt: skip
+                old.unlink(missing_ok=True)
+        flags = {**vars(args), "resolved": resolved, "identity": identity}
+        file.write_text(json.dumps(flags, indent=2, default=str) + "\n")
+        (folder / "env.json").write_text(json.dumps(environment(), indent=2) + "\n")
+    except OSError as error:
+        raise InputError(f"run directory {folder}: cannot write there: {error.strerror}") from None
+
+
+def finished(folder: Path, args) -> dict | None:
+    """The summary of a run that has finished and is not asked to go on."""
+    file = folder / "summary.json"
+    if args.resume != "auto" or not file.exists():
+        return None
+    summary = json.loads(file.read_text())
+    return summary if summary["status"] == "finished" else None
+
+
+def prepare(args) -> None:
+    """Settings of the process: repeatable kernels where --deterministic asks for them."""
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.benchmark = not args.deterministic
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is repeatable only with a fixed workspace
+        torch.use_deterministic_algorithms(True)
+
+
+def environment() -> dict:
+    """Versions, hardware, commit and command: what a figure needs beside it to mean something."""
+    root = Path(__file__).parent.parent
+
+    def git(*command):
+        result = subprocess.run(["git", "-C", root, *command], capture_output=True, text=True)
+        return result.stdout.strip() if result.returncode == 0 else None
+
+    try:
+        commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    except FileNotFoundError:  # no git on the machine
+        commit, changes = None, None
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+        "cuda": torch.version.cuda,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "commit": commit,
+        "uncommitted_changes": None if changes is None else bool(changes),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }

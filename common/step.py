@@ -1,0 +1,89 @@
+"""What stands around an optimiser step in every script: precision, the masked update, chunks of a batch."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from common import optim
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a host tensor without waiting for it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def dtype_of(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype that `--precision` means on a device: `auto` is bf16 on a GPU that has it, fp32 elsewhere."""
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def autocast(precision: str, device: torch.device):
+    """The autocast context of `--precision`."""
+    dtype = dtype_of(precision, device)
+    # Weights do not change between the forward passes of a step, but they do between steps: the cache is emptied on exit.
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
+    """A loss scaler, which does nothing but for fp16."""
+    return torch.amp.GradScaler(device.type, enabled=dtype_of(precision, device) == torch.float16)
+
+
+def masked_step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, loss: Tensor) -> tuple[Tensor, Tensor]:
+    """Step the optimiser unless a gradient is not finite; returns (gradient norm, bad), device scalars.
+
+    The decision stays on the device: the optimisers of `common.optim` skip the whole update where their `found_inf` is
+    1, so no host synchronisation is needed and a bad step never reaches the weights. `bad` is a boolean; with a loss
+    scaler an overflow of the scaled gradients is no divergence, only a loss that is not finite is.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = optim.grad_norm(parameters)
+    if scaler.is_enabled():
+        norm = norm / scaler._get_scale_async() if hasattr(scaler, "_get_scale_async") else norm
+        scaler.step(optimizer)
+        scaler.update()
+        return norm, ~loss.detach().isfinite()
+    finite = norm.isfinite()
+    optimizer.found_inf = (~finite).float()
+    optimizer.step()
+    del optimizer.found_inf
+    return norm, ~(finite & loss.detach().isfinite())
+
+
+@contextlib.contextmanager
+def frozen_running_stats(model: nn.Module) -> Iterator[None]:
+    """BatchNorm in training mode whose running statistics stay as they are: for a forward pass that is repeated."""
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [m.momentum for m in layers]
+    counts = [m.num_batches_tracked.clone() for m in layers]
+    for layer in layers:
+        layer.momentum = 0.0
+    try:
+        yield
+    finally:
+        for layer, momentum, count in zip(layers, before, counts, strict=True):
+            layer.momentum = momentum
+            layer.num_batches_tracked.copy_(count)
+
+
+def reduce_gradients(model: nn.Module, *, last: bool):
+    """Average the gradients over the processes with the last chunk of a batch only."""
+    return contextlib.nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
+
+
+def set_lr(optimizer: torch.optim.Optimizer, stage, done: int, steps_per_epoch: int, schedule: str) -> float:
+    """Set and return the learning rate of the step that follows `done` steps: a function of the position alone.
+
+    `stage` is a `common.config.Stage`.
+    """
+    lr = optim.lr_at(
+        done, lr=stage.lr, warmup_steps=round(stage.warmup_epochs * steps_per_epoch),
+        total_steps=stage.epochs * steps_per_epoch, schedule=schedule,
+    )  # fmt: skip
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr

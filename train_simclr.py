@@ -1,0 +1,484 @@
+"""SimCLR on (cytology) images: contrastive pretraining, then the linear protocol, then fine-tuning.
+
+Chen et al., A Simple Framework for Contrastive Learning of Visual Representations, arXiv:2002.05709.
+
+  python train_simclr.py --backbone resnet50 --bs 256            pretraining on the embedded images; best on a GPU
+  python train_simclr.py --data cells.zip --stage all            all three stages on your own images
+  python train_simclr.py --stage finetune --from RUN             one stage, from a finished pretraining run
+  python train_simclr.py --demo                                  everything, small: minutes on two CPU cores
+"""
+
+import json
+import math
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common import augment, checkpoint, config, data, dist, metrics, optim, probe, report, step
+from common.config import InputError
+from common.log import Log, Pace, duration
+from common.models import BACKBONES, build_backbone, min_image_size
+from common.models.heads import projector
+from common.run import Run, claim, directory, finished, prepare
+from kernels import nt_xent
+
+# The batch and the learning rate of the linear protocol and of fine-tuning are the cytology recipe's; their epochs only
+# bound the early stopping. A learning rate of None follows from the batch.
+STAGES = {
+    "pretrain": {"epochs": 100, "bs": 256, "lr": None, "wd": 1e-4},
+    "linear": {"epochs": 100, "bs": 256, "lr": 0.2, "wd": 0.0, "optimizer": "sgd", "warmup_epochs": 0.0},
+    "finetune": {"epochs": 50, "bs": 256, "lr": 1e-4, "wd": 1e-4, "optimizer": "adamw"},
+}
+LR_OF = {
+    "lars": lambda bs: 0.075 * math.sqrt(bs),  # SimCLR, appendix B.1
+    "sgd": lambda bs: 0.05 * bs / 256,  # SimSiam, arXiv:2011.10566
+    "adamw": lambda bs: 1e-3 * bs / 256,
+}
+DEMO = {"backbone": "resnet18", "image_size": 32, "stage": "all", "epochs": 30, "bs": 128, "finetune_epochs": 8,
+        "finetune_bs": 64, "finetune_lr": 1e-3, "eval_every": 5}  # fmt: skip
+DEFAULT_BACKBONE = "resnet50"
+PIXELS = 32  # side of the raw-pixel baseline's images
+FIRST_STEPS = 3  # logged one by one, so that a slow run shows its pace at once
+USE_FLAGS = {"data", "out", "workers", "bad_images", "config", "device", "precision", "compile", "store_size", "eval",
+             "predict", "resume", "seed", "deterministic"}  # fmt: skip
+
+
+def parse_args(argv: list[str] | None = None):
+    parser = config.base_parser("simclr", __doc__)
+    stage = parser.add_argument_group("stages")
+    parser.choice(stage, "--stage", [*STAGES, "all"], default="pretrain", help="which stage to run")
+    stage.add_argument("--from", dest="from_run", metavar="RUN",
+                       help="run directory or checkpoint whose backbone the stage starts from; none: random weights")  # fmt: skip
+    stage.add_argument("--patience", type=config.number(int, low=1), default=10,
+                       help="linear and finetune: evaluations on dev without a better macro F1 before stopping")  # fmt: skip
+    for name in ("linear", "finetune"):
+        for flag, kind in (("epochs", int), ("bs", int), ("lr", float), ("wd", float)):
+            stage.add_argument(f"--{name}-{flag}", type=config.number(kind, low=1 if kind is int else 0),
+                               default=STAGES[name][flag], help=f"with --stage all: --{flag} of this stage")  # fmt: skip
+    model = parser.add_argument_group("model")
+    parser.choice(model, "--backbone", BACKBONES, help=f"unset: {DEFAULT_BACKBONE}, or the one of --from")
+    parser.choice(model, "--stem", ["imagenet", "cifar"], default="imagenet",
+                  help="cifar: 3x3 convolution with stride 1 and no max-pooling, for small images")  # fmt: skip
+    model.add_argument("--image-size", type=config.number(int, low=1),
+                       help="side of the network's input, pixels; unset: the stored size, at most 224")  # fmt: skip
+    model.add_argument("--store-size", type=config.number(int, low=8),
+                       help="side to which images are decoded, pixels; unset: their own, at most 256")  # fmt: skip
+    pre = parser.add_argument_group("pretraining")
+    pre.add_argument("--proj-dim", type=config.number(int, low=2), default=128, help="outputs of the projection head")
+    pre.add_argument("--temperature", type=config.number(float, above=0), default=0.2, help="of NT-Xent")
+    parser.choice(pre, "--augment", ["simclr", "none"], default="simclr", help="none: both views are the image itself")
+    pre.add_argument("--color-strength", type=config.number(float, low=0), default=1.0, help="of the colour distortion")
+    parser.choice(pre, "--optimizer", ["lars", "sgd", "adamw"], default="lars", help="optimiser")
+    parser.choice(pre, "--lr-schedule", ["cosine", "constant"], default="cosine", help="after the warm-up; every stage's")
+    pre.add_argument("--fraction", type=config.number(float, above=0, high=1), default=1.0,
+                     help="share of the training images, stratified by class, the same ones every time")  # fmt: skip
+    args = config.parse(parser, argv, DEMO)
+
+    used = config.refuse_without_effect
+    pretrain_flags = ["proj_dim", "temperature", "augment", "color_strength", "optimizer", "fraction", "accum", "impl"]
+    later_flags = [f"{s}_{f}" for s in ("linear", "finetune") for f in ("epochs", "bs", "lr", "wd")]
+    if args.stage != "all":
+        used(parser, args, later_flags, "without --stage all; use --epochs, --bs, --lr, --wd for a single stage")
+    if args.stage == "pretrain":
+        used(parser, args, ["patience"], "with --stage pretrain, which does not stop early")
+    if args.stage in ("linear", "finetune"):
+        used(parser, args, pretrain_flags, f"with --stage {args.stage}")
+        if args.from_run is None and not (args.eval or args.predict):
+            parser.error(f"--stage {args.stage} starts from a backbone: give --from RUN (or --from none: random weights)")
+    else:
+        used(parser, args, ["from_run"], f"with --stage {args.stage}, which trains its backbone")
+    if args.stage == "linear":
+        used(parser, args, ["eval_every"], "with --stage linear, which evaluates every epoch")
+    if args.augment == "none":
+        used(parser, args, ["color_strength"], "with --augment none")
+    if args.eval or args.predict:
+        used(parser, args, sorted(vars(args).keys() - USE_FLAGS), f"with --{'eval' if args.eval else 'predict'}")
+        if args.eval and args.predict:
+            parser.error("--eval and --predict exclude each other")
+        if args.predict and args.resume in ("auto", "none"):
+            parser.error("--predict needs the trained run: add --resume RUN")
+    return args, parser
+
+
+def settings(args, name: str) -> config.Stage:
+    """Resolved settings of a stage."""
+    first = args.stage == name or (args.stage == "all" and name == "pretrain")
+    defaults = STAGES[name] | ({"optimizer": args.optimizer} if name == "pretrain" else {})
+    return config.stage(args, name, defaults, first=first, lr_of=LR_OF[defaults["optimizer"]])
+
+
+def build_data(args, path: str, facts: dist.Facts) -> data.Images:
+    """The images of `path`, without the damaged ones where --bad-images skip allows that."""
+    images = data.open_images(path)
+    if args.store_size:
+        images.resize_store(args.store_size)
+    if args.bad_images == "skip":
+        dropped = images.drop_damaged(args.workers)
+        if facts.main:
+            named = f", the first is {dropped[0]}" if dropped else ""
+            print(f"--bad-images skip: left out {len(dropped)} damaged images{named}", flush=True)
+    if facts.main:
+        print(images.describe(), flush=True)
+    return images
+
+
+def image_size(args, images: data.Images, backbone: str, stem: str) -> int:
+    """Side of the network's input: --image-size, or the stored size, at most 224 and at least what the backbone takes."""
+    smallest = min_image_size(backbone, stem)
+    if args.image_size is None:
+        return max(min(224, images.store_size), smallest)
+    if args.image_size < smallest:
+        raise InputError(f"--image-size {args.image_size}: the smallest that {backbone} takes is {smallest}")
+    return args.image_size
+
+
+def check(args, facts: dist.Facts, images: data.Images, splits: dict, stages: list[config.Stage]) -> None:
+    """Refuse what the stages could not use, before anything is written."""
+    parts = {"pretrain": ("pretrain", facts.world_size * args.accum), "linear": ("train", 1),
+             "finetune": ("finetune_train", facts.world_size)}  # fmt: skip
+    for stage in stages:
+        split, divisor = parts[stage.name]
+        if stage.name != "pretrain" and (len(images.classes) < 2 or not len(splits["test"])):
+            raise InputError(f"--stage {args.stage} needs labels of two classes or more: {images.describe()}")
+        data.check_batch(stage.name, stage.bs, len(splits[split]), divisor)
+
+
+class SimCLR(nn.Module):
+    """Backbone f and projection head g: images (n, 3, s, s) to z (n, proj_dim)."""
+
+    def __init__(self, backbone: nn.Module, num_features: int, proj_dim: int):
+        super().__init__()
+        self.backbone, self.projector = backbone, projector(num_features, num_features, proj_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.projector(self.backbone(x))
+
+
+def build_model(run: Run, kind: str, weights: dict | None = None) -> nn.Module:
+    """The network of a stage on the device: `pretrain` has a projection head, `finetune` a linear one as `fc`.
+
+    `weights` are a backbone's. The random part is a function of --seed.
+    """
+    args, meta = run.args, run.meta
+    torch.manual_seed(args.seed)
+    model = build_backbone(meta["backbone"], meta["stem"])
+    if weights is not None:
+        checkpoint.load_weights(model, weights, f"--from {args.from_run}" if args.from_run else "the pretrained backbone")
+    width = BACKBONES[meta["backbone"]].num_features
+    if kind == "pretrain":
+        model = SimCLR(model, width, meta["proj_dim"])
+    elif kind == "finetune":
+        model.fc = nn.Linear(width, len(meta["classes"]))
+    model = dist.sync_batchnorm(model, run.facts).to(run.facts.device, memory_format=torch.channels_last)
+    if args.compile:
+        model.compile()
+    return model
+
+
+def two_views(run: Run, pixels: Tensor, ids: np.ndarray, epoch: int) -> Tensor:
+    """Normalised views (2n, 3, s, s) of uint8 pixels: first view a of every image, then view b."""
+    args, size, stored = run.args, run.meta["image_size"], pixels.shape[-1]
+    if args.augment == "none":
+        return augment.normalize(augment.resize(pixels, size)).repeat(2, 1, 1, 1)
+    drawn = [augment.simclr_params(args.seed, epoch, ids, v, stored, size, args.color_strength) for v in (0, 1)]
+    views = torch.cat([augment.make_view(pixels, params, size) for params in drawn])
+    return augment.normalize(views).contiguous(memory_format=torch.channels_last)
+
+
+def train_step(run: Run, model, optimizer, scaler, make_views, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One pretraining update; returns (loss, z (2n, d), gradient norm, bad), all on the device.
+
+    `make_views(slice)` gives the views of a chunk of this process's `count` images. With --accum K the batch keeps all
+    its negatives (GradCache, arXiv:2101.06983): embeddings of every chunk first, the loss on all of them, then the
+    gradient of each chunk; BatchNorm then sees one chunk at a time.
+    """
+    args, facts, size = run.args, run.facts, count // run.args.accum
+    gather = dist.all_gather_rows if facts.world_size > 1 else None
+    chunks = [slice(k * size, (k + 1) * size) for k in range(args.accum)]
+    optimizer.zero_grad(set_to_none=True)
+    if args.accum == 1:
+        with step.autocast(args.precision, facts.device):
+            z_a, z_b = model(make_views(chunks[0])).chunk(2)
+    else:
+        with torch.no_grad(), step.frozen_running_stats(model), step.autocast(args.precision, facts.device):
+            parts = [model(make_views(chunk)).chunk(2) for chunk in chunks]
+        z_a, z_b = (torch.cat(side).requires_grad_() for side in zip(*parts, strict=True))
+    loss = nt_xent(z_a, z_b, args.temperature, gather=gather, impl=args.impl)
+    scaler.scale(loss).backward()
+    if args.accum > 1:
+        for chunk in chunks:
+            with step.reduce_gradients(model, last=chunk is chunks[-1]):
+                with step.autocast(args.precision, facts.device):
+                    z = model(make_views(chunk))
+                z.backward(torch.cat([z_a.grad[chunk], z_b.grad[chunk]]))
+    norm, bad = step.masked_step(optimizer, scaler, loss)
+    return loss.detach(), torch.cat([z_a, z_b]).detach(), norm, bad
+
+
+@torch.no_grad()
+def evaluate(run: Run, model: nn.Module, indices: np.ndarray, progress=None) -> Tensor:
+    """Outputs of the model in evaluation mode for the images `indices` (n,): float32 (n, outputs) on the CPU."""
+    model.eval()
+    own = dist.shard(indices, run.facts)
+    rows = []
+    for pixels in run.data.batches(np.array_split(own, -(-len(own) // 256)), run.args.workers):
+        if progress:
+            progress.check_stop()
+        x = augment.normalize(augment.resize(step.to_device(pixels, run.facts.device), run.meta["image_size"]))
+        with step.autocast(run.args.precision, run.facts.device):
+            rows.append(model(x.contiguous(memory_format=torch.channels_last)).float())
+    return dist.unshard(torch.cat(rows), len(indices)).cpu()
+
+
+def log_now(run: Run, done: int) -> bool:
+    return done <= FIRST_STEPS or done % run.args.log_every == 0
+
+
+def pretrain(run: Run) -> None:
+    """Stage 1: NT-Xent on two views. Writes backbone.pt and features.npz from the epoch of the lowest mean loss."""
+    args, facts, log, indices = run.args, run.facts, run.log, run.splits["pretrain"]
+    stage = settings(args, "pretrain")
+    model = build_model(run, "pretrain")
+    optimizer = optim.build_optimizer(stage.optimizer, optim.param_groups([model], stage.wd), lr=stage.lr)
+    scaler = step.scaler(args.precision, facts.device)
+    progress = run.stage("pretrain", {"model": model, "optimizer": optimizer, "scaler": scaler}, start="scratch",
+                         first=True, own_folder=args.stage == "all")  # fmt: skip
+    if run.settled(progress, stage.epochs):
+        return
+    trained, chance, steps = dist.wrap(model, facts), math.log(2 * stage.bs - 1), len(indices) // stage.bs
+    log.say(f"pretrain: {len(indices)} images, {steps} steps of {stage.bs} an epoch, {stage.epochs} epochs,"
+            f" {stage.optimizer}, lr {stage.lr:.3g}; the loss at chance is ln(2N-1) = {chance:.4f}")  # fmt: skip
+    pace, begun = Pace(stage.bs, stage.epochs * steps), progress.step
+    while progress.epoch < stage.epochs:
+        model.train()
+        batches = data.epoch_batches(indices, bs=stage.bs, seed=args.seed, epoch=progress.epoch, done=progress.batch,
+                                     facts=facts)  # fmt: skip
+        for batch, pixels in zip(batches, run.data.batches(batches, args.workers), strict=True):
+            lr = step.set_lr(optimizer, stage, progress.step, steps, args.lr_schedule)
+            pixels = step.to_device(pixels, facts.device)
+
+            def make_views(chunk, pixels=pixels, batch=batch):
+                return two_views(run, pixels[chunk], batch[chunk], progress.epoch)
+
+            if progress.step == 0 and facts.main:
+                report.save_grid(run.folder / "figures" / "views.png", augment.denormalize(make_views(slice(0, 8))), 8)
+            loss, z, norm, bad = train_step(run, trained, optimizer, scaler, make_views, len(batch))
+            progress.add(loss=loss)
+            pace.tick()
+            done = progress.step + 1
+            if log_now(run, done):
+                values = {"loss": loss.item(), "loss/chance": loss.item() / chance, "lr": lr, "grad_norm": norm.item()}
+                values |= metrics.contrastive(*z.float().chunk(2))
+                log.interval("pretrain", done, progress.epoch + 1, values, pace, "img")
+            log.progress("pretrain", done, pace, "img")
+            if done == begun + 2 and facts.device.type == "cpu":
+                cost = pace.seconds_per_step * steps
+                log.say(f"pretrain: on this CPU an epoch costs about {duration(cost)}, {stage.epochs} epochs about"
+                        f" {duration(cost * stage.epochs)}; smaller: --image-size, --backbone resnet18, --epochs")  # fmt: skip
+            progress.end_step(bad)
+        loss = progress.mean("loss")
+        values = {"pretrain/train/loss": loss, "pretrain/train/loss_over_chance": loss / chance}
+        if (progress.epoch + 1) % args.eval_every == 0 or progress.epoch + 1 == stage.epochs:
+            values |= representation(run, model.backbone, "dev", "val", progress)
+        progress.select(loss, model.state_dict(), values, higher_is_better=False)
+        progress.results = values
+        log.metrics("pretrain", progress.step, progress.epoch + 1, values)
+        progress.end_epoch()
+        pace.pause()
+
+    results = progress.results | {"pretrain/train/loss_at_chance": chance}
+    last = representation(run, model.backbone, "test", "test", progress)
+    results |= {f"{name}_last_epoch": value for name, value in last.items()}
+    model.load_state_dict(progress.best_weights())
+    results |= representation(run, model.backbone, "test", "test", progress)
+    weights = {name: tensor.detach().cpu() for name, tensor in model.backbone.state_dict().items()}
+    if facts.main:
+        checkpoint.save(run.folder / "backbone.pt", weights)
+    probe.stored_features(run, checkpoint.weights_digest(weights),
+                          lambda: evaluate(run, model.backbone, np.arange(len(run.data)), progress))  # fmt: skip
+    log.metrics("pretrain", progress.step, progress.epoch, {n: v for n, v in results.items() if "/test/" in n})
+    progress.finish(results)
+    return results, progress
+
+
+def linear(run: Run, weights: dict | None) -> None:
+    """Stage 2: a linear layer on frozen features; beside it, the same on random-weight features and on raw pixels."""
+    args, images, everything = run.args, run.data, np.arange(len(run.data))
+    stage, labels = settings(args, "linear"), run.data.labels
+
+    def backbone_features(weights: dict | None) -> Tensor:
+        digest = checkpoint.weights_digest(weights) if weights else "random"
+        compute = partial(evaluate, run, build_model(run, "features", weights), everything)
+        return probe.stored_features(run, digest, compute) if weights else compute()
+
+    def raw_pixels(_) -> Tensor:
+        chunks = np.array_split(everything, -(-len(images) // 256))
+        return torch.cat([augment.resize(x, PIXELS).flatten(1) for x in images.batches(chunks, args.workers)])
+
+    width = BACKBONES[run.meta["backbone"]].num_features
+    sources = {
+        "linear": ("learned features" if weights else "random-weight backbone", weights, width, backbone_features),
+        "linear-random": ("random-weight backbone", None, width, backbone_features),
+        "linear-pixels": (f"raw pixels ({PIXELS} px)", None, 3 * PIXELS**2, raw_pixels),
+    }
+    if not weights:
+        del sources["linear-random"]
+    for name, (title, source, dim, make) in sources.items():
+        torch.manual_seed(args.seed)
+        head = nn.Linear(dim, len(run.meta["classes"])).to(run.facts.device)
+        optimizer = optim.build_optimizer(stage.optimizer, optim.param_groups([head], stage.wd), lr=stage.lr)
+        start = checkpoint.weights_digest(source) if source else name
+        progress = run.stage(name, {"head": head, "optimizer": optimizer}, start=start, first=name == "linear",
+                             own_folder=args.stage == "all" or name != "linear")  # fmt: skip
+        if not run.settled(progress, 0):
+            results = probe.linear_protocol(run, progress, head, optimizer, stage, make(source), source or {})
+            run.finish(progress, results, selected=name == "linear")
+        accuracy, f1 = (run.results[f"{name}/test/{metric}"] for metric in ("accuracy", "macro_f1"))
+        run.log.say(f"linear protocol, {title + ':':24}test accuracy {accuracy:.4f}, macro F1 {f1:.4f}")
+    majority = np.bincount(labels[run.splits["train"]]).argmax()
+    run.results["majority/test/accuracy"] = share = float((labels[run.splits["test"]] == majority).mean())
+    run.log.say(f"linear protocol, {'majority class:':24}test accuracy {share:.4f}")
+
+
+def finetune(run: Run, weights: dict | None) -> None:
+    """Stage 3: train the whole model on labels; test the epoch of the best macro F1 on dev."""
+    args, facts, log, labels = run.args, run.facts, run.log, run.data.labels
+    train, dev, test = (run.splits[name] for name in ("finetune_train", "finetune_dev", "test"))
+    stage, num_classes, targets = settings(args, "finetune"), len(run.meta["classes"]), torch.from_numpy(labels)
+    model = build_model(run, "finetune", weights)
+    optimizer = optim.build_optimizer(stage.optimizer, optim.param_groups([model], stage.wd), lr=stage.lr)
+    scaler = step.scaler(args.precision, facts.device)
+    start = checkpoint.weights_digest(weights) if weights else "random"
+    progress = run.stage("finetune", {"model": model, "optimizer": optimizer, "scaler": scaler}, start=start,
+                         first=args.stage == "finetune", own_folder=args.stage == "all")  # fmt: skip
+    if run.settled(progress, stage.epochs):
+        return
+    trained, steps = dist.wrap(model, facts), len(train) // stage.bs
+    log.say(f"finetune: {len(train)} training, {len(dev)} dev, {len(test)} test images, {steps} steps of {stage.bs} an"
+            f" epoch, at most {stage.epochs} epochs, {stage.optimizer}, lr {stage.lr:.3g}, patience {args.patience}")  # fmt: skip
+    pace = Pace(stage.bs, stage.epochs * steps)
+    while progress.epoch < stage.epochs and progress.stale < args.patience:
+        model.train()
+        batches = data.epoch_batches(train, bs=stage.bs, seed=args.seed, epoch=progress.epoch, done=progress.batch,
+                                     facts=facts)  # fmt: skip
+        for batch, pixels in zip(batches, run.data.batches(batches, args.workers), strict=True):
+            lr = step.set_lr(optimizer, stage, progress.step, steps, args.lr_schedule)
+            params = augment.crop_flip_params(args.seed, progress.epoch, batch, 0, pixels.shape[-1])
+            x = augment.make_view(step.to_device(pixels, facts.device), params, run.meta["image_size"])
+            x = augment.normalize(x).contiguous(memory_format=torch.channels_last)
+            optimizer.zero_grad(set_to_none=True)
+            with step.autocast(args.precision, facts.device):
+                logits = trained(x)
+            loss = nn.functional.cross_entropy(logits.float(), step.to_device(targets[batch], facts.device))
+            scaler.scale(loss).backward()
+            norm, bad = step.masked_step(optimizer, scaler, loss)
+            progress.add(loss=loss)
+            pace.tick()
+            done = progress.step + 1
+            if log_now(run, done):
+                values = {"loss": loss.item(), "lr": lr, "grad_norm": norm.item()}
+                log.interval("finetune", done, progress.epoch + 1, values, pace, "img")
+            log.progress("finetune", done, pace, "img")
+            progress.end_step(bad)
+        values = {"finetune/train/loss": progress.mean("loss")}
+        if (progress.epoch + 1) % args.eval_every == 0 or progress.epoch + 1 == stage.epochs:
+            values |= probe.score("finetune/val", evaluate(run, model, dev, progress), labels[dev], num_classes)
+            progress.select(values["finetune/val/macro_f1"], model.state_dict(), values, higher_is_better=True)
+        log.metrics("finetune", progress.step, progress.epoch + 1, values)
+        progress.end_epoch()
+        pace.pause()
+
+    last = probe.score("finetune/test", evaluate(run, model, test, progress), labels[test], num_classes)
+    model.load_state_dict(progress.best_weights())
+    logits = evaluate(run, model, test, progress)
+    results = probe.score("finetune/test", logits, labels[test], num_classes)
+    results |= {f"{name}_last_epoch": value for name, value in last.items()}
+    log.metrics("finetune", progress.step, progress.epoch, results)
+    run.finish(progress, results)
+
+
+def representation(run: Run, backbone: nn.Module, queries: str, split: str, progress=None) -> dict:
+    """kNN accuracy of a split's images, where there are labels, and the effective rank of their features."""
+    outputs = partial(evaluate, run, backbone, progress=progress)
+    return {f"pretrain/{split}/{name}": value for name, value in probe.representation(run, outputs, queries).items()}
+
+
+def use(args, facts: dist.Facts) -> int:
+    """--eval: the test metrics of a checkpoint. --predict: predictions.csv for images without labels."""
+    state = checkpoint.load_selected(args.eval or args.resume)
+    meta, folder = state["meta"], Path(args.out or (args.eval or args.resume))
+    folder = folder if folder.is_dir() or args.out else folder.parent
+    if meta.get("script") != "simclr":
+        raise InputError(f"{args.eval or args.resume} is of train_{meta.get('script')}.py; use that script")
+    if args.predict and meta["stage"] == "pretrain":
+        raise InputError(f"{args.resume} has no classifier: run --stage linear or --stage finetune --from it first")
+    images = build_data(args, args.eval and args.data or args.predict, facts)
+    run = Run(args, facts, images, data.split(images), folder, Log(None, main=facts.main), None, meta)
+    model = build_model(run, "pretrain" if meta["stage"] == "pretrain" else "finetune")
+    checkpoint.load_weights(model, state["model"], f"checkpoint {args.eval or args.resume}")
+    folder.mkdir(parents=True, exist_ok=True)
+    if args.predict:
+        scores = evaluate(run, model, np.arange(len(images))).softmax(1)
+        if facts.main:
+            report.write_predictions(folder / "predictions.csv", images.ids, meta["classes"], scores)
+            print(f"{len(images)} predictions in {folder / 'predictions.csv'}")
+        return 0
+    images.number_classes(meta["classes"])
+    if meta["stage"] == "pretrain":
+        results = representation(run, model.backbone, "test", "test")
+    else:
+        test = run.splits["test"]
+        results = probe.score("eval/test", evaluate(run, model, test), images.labels[test], len(meta["classes"]))
+    results = {f"eval/{name.split('/', 1)[1]}": value for name, value in results.items()}
+    if facts.main:
+        (folder / "eval.json").write_text(json.dumps(results, indent=2) + "\n")
+        print("\n".join(f"{name} {value:.4f}" for name, value in results.items()))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, parser = parse_args(argv)
+    with config.exit_codes():
+        facts = dist.init(args.device)
+        prepare(args)
+        if args.eval or args.predict:
+            return use(args, facts)
+        images = build_data(args, args.data, facts)
+        weights, origin = None, {}
+        if args.from_run not in (None, "none"):
+            weights, origin = checkpoint.load_backbone(args.from_run)
+        name = args.backbone or origin.get("backbone", DEFAULT_BACKBONE)
+        stem = origin.get("stem", args.stem)
+        meta = {"script": "simclr", "backbone": name, "stem": stem, "classes": images.classes,
+                "proj_dim": args.proj_dim, "image_size": image_size(args, images, name, stem)}  # fmt: skip
+        stages = [settings(args, stage) for stage in (STAGES if args.stage == "all" else [args.stage])]
+        splits = data.split(images, args.fraction)
+        check(args, facts, images, splits, stages)
+        start = {"from_run": checkpoint.weights_digest(weights)} if weights else {}
+        identity = config.identity(parser, args, data=images.fingerprint, stage=args.stage, **meta, **start)
+        folder = directory(args, "simclr", f"{name}-{args.stage}-bs{stages[0].bs}", identity)
+        if summary := finished(folder, args):
+            print(f"{folder} has finished; its summary:\n{json.dumps(summary, indent=2)}")
+            return 0
+        claim(folder, args, identity, {s.name: vars(s) for s in stages} | meta, facts)
+        log = Log(folder, main=facts.main, tensorboard=args.tensorboard)
+        run = Run(args, facts, images, splits, folder, log, checkpoint.Signals(), meta)
+        log.say(f"run directory {folder}; {facts.device}, {facts.world_size} process(es), image size {meta['image_size']} px")
+        with run.recorded():
+            if args.stage in ("pretrain", "all"):
+                pretrain(run)
+                if args.stage == "all":
+                    weights = checkpoint.load(folder / "backbone.pt")
+            if args.stage in ("linear", "all"):
+                linear(run, weights)
+            if args.stage in ("finetune", "all"):
+                finetune(run, weights)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
