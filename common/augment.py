@@ -274,17 +274,18 @@ def _saturation(x, factor):
 
 
 def _hue(x, turns):
-    """Turn the hue and keep HSV's value and saturation: each channel is a trapezoid of six times the hue."""
+    """Turn the hue, keep HSV's value and chroma: a channel fades with its distance from the hue on the colour wheel."""
     r, g, b = x.unbind(1)
     low, value = torch.aminmax(x, dim=1)
     chroma = value - low
     sixths = torch.where(value == g, b - r + 2 * chroma, r - g + 4 * chroma)
     sixths = torch.where(value == r, g - b, sixths).div_(chroma + (chroma == 0)).unsqueeze(1)
-    # Red, green and blue lie 5, 3 and 1 sixths of a turn ahead; arange makes them on the device.
-    offsets = torch.arange(5, 0, -2, device=x.device, dtype=x.dtype).view(3, 1, 1)
-    k = (sixths + 6 * turns + offsets).remainder_(6)
-    fade = torch.minimum(k, 4 - k).clamp_(0, 1)
-    return torch.addcmul(value.unsqueeze(1), fade, chroma.unsqueeze(1), value=-1, out=fade).clamp_(0, 1)
+    # Red, green and blue stand at 0, 2 and 4 sixths of a turn; arange makes them on the device.
+    stand = torch.arange(0, 6, 2, device=x.device, dtype=x.dtype).view(3, 1, 1)
+    away = sixths + (6 * turns - stand)
+    away.sub_((away / 6).round_(), alpha=6).abs_()  # in [0, 3], round the circle
+    fade = away.sub_(1).clamp_(0, 1).mul_(chroma.unsqueeze(1))
+    return torch.sub(value.unsqueeze(1), fade, out=fade).clamp_(0, 1)
 
 
 def _blur(x, sigma, kernel_size):
