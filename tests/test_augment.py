@@ -298,6 +298,7 @@ def test_normalize_equals_torchvision():
     torch.testing.assert_close(augment.normalize(y), expected)
     augment.normalize(y).sum().backward()
     assert augment.normalize(x).dtype == torch.float32
+    torch.testing.assert_close(augment.denormalize(augment.normalize(x)), x)
 
 
 def test_bad_input_is_refused():
