@@ -27,33 +27,41 @@ class _Cell(NamedTuple):
 _CELLS = {
     "squamous": _Cell(1.3, 1, (0.22, 0.28), (0.0, 0.2), 0.1, (0.12, 0.18), (1.0, 1.3), (0, 1), (0, 3), 0.0),
     "parabasal": _Cell(1.0, 1, (0.50, 0.60), (0.0, 0.1), 0.1, (0.01, 0.04), (1.0, 1.2), (0, 1), (0, 3), 0.0),
-    "dyskaryotic": _Cell(0.8, 1, (0.50, 0.60), (0.0, 0.1), 1.0, (0.12, 0.18), (1.0, 1.2), (0, 1), (0, 3), 0.0),
+    "dyskaryotic": _Cell(0.8, 1, (0.52, 0.64), (0.0, 0.1), 1.0, (0.12, 0.18), (1.0, 1.2), (0, 1), (0, 3), 0.0),
     "binucleate": _Cell(0.9, 2, (0.26, 0.32), (0.3, 0.4), 0.1, (0.02, 0.06), (1.0, 1.3), (0, 1), (0, 3), 0.0),
     "koilocyte": _Cell(0.9, 1, (0.26, 0.32), (0.0, 0.2), 1.0, (0.05, 0.10), (1.0, 1.3), (0, 1), (0, 3), 1.0),
     "macrophage": _Cell(1.0, 1, (0.26, 0.34), (0.3, 0.5), 0.1, (0.04, 0.08), (1.0, 1.2), (6, 10), (0, 3), 0.0),
     "granulocyte": _Cell(1.1, 3, (0.22, 0.28), (0.25, 0.3), 1.0, (0.02, 0.06), (1.0, 1.1), (0, 1), (10, 16), 0.0),
     "columnar": _Cell(1.0, 1, (0.30, 0.36), (0.3, 0.5), 0.1, (0.02, 0.06), (1.8, 2.2), (0, 1), (0, 3), 0.0),
 }
-_CHUNK = 64  # images made at once: a plane of them fits in a core's cache
+# Where the k-th nucleus lies around the centre; unused ones repeat the first.
+_PLACES = {1: ((1, 0),) * 3, 2: ((1, 0), (-1, 0), (1, 0)), 3: ((1, 0), (-0.5, 0.8660254), (-0.5, -0.8660254))}
+_PINK, _GREEN, _BLUE = ((0.12, 0.55, 0.3), (0.6, 0.18, 0.22), (1.3, 1.35, 0.65))  # optical densities in R, G, B
+_CHUNK = 16  # images made at once: a plane of them fits in a core's cache
 
 
 def cytology(num_images: int = 1280, size: int = 64, seed: int = 0) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Stained cells on a slide, one whole cell per image.
+    """Stained cells on a slide, one in the middle of each image, in eight mildly imbalanced classes.
 
     The class decides the number, size and place of the nuclei, the chromatin's texture, the membrane's waves and
-    elongation, vacuoles, granules and a perinuclear halo (`_CELLS`). Position, rotation, scale, the two stains, light,
-    focus, noise, neighbouring cells and debris vary alike in all classes, and more than the class does.
+    elongation, vacuoles, granules and a perinuclear halo (`_CELLS`): what crops, flips, colour jitter and blur leave.
+    Position, rotation, scale, both stains, light, focus, noise, neighbouring cells and debris are nuisance: drawn
+    alike for all classes. Pure in its arguments.
 
     Returns:
         images: uint8 [num_images, 3, size, size], RGB, shuffled.
         labels: int64 [num_images], index into the names; counts follow the recipes' shares to within one image.
-        class_names: the names.
+        class_names: the names, in the labels' order.
+
+    Raises:
+        ValueError: fewer images than classes, or a size below 16.
     """
     if num_images < len(_CELLS) or size < 16:
         raise ValueError(f"num_images={num_images}, size={size}: at least {len(_CELLS)} images of 16 pixels are needed")
     rng = np.random.Generator(np.random.PCG64(seed))
     recipes = list(_CELLS.values())
-    edges = np.floor(_cumulative([cell.share for cell in recipes]) * num_images + 0.5)
+    edges = np.cumsum([cell.share for cell in recipes])
+    edges = np.floor(edges / edges[-1] * num_images + 0.5)
     labels = np.searchsorted(edges, np.arange(num_images), side="right").astype(np.int64)
     labels = labels[np.argsort(rng.random(num_images), kind="stable")]
     images = np.empty((num_images, 3, size, size), np.uint8)
@@ -66,20 +74,16 @@ def cytology(num_images: int = 1280, size: int = 64, seed: int = 0) -> tuple[np.
 def _render(cells: list[_Cell], size: int, rng: np.random.Generator) -> np.ndarray:
     n = len(cells)
 
-    def column(field):
-        values = np.array([getattr(cell, field) for cell in cells], np.float32)
-        return values.reshape(n, *values.shape[1:], 1, 1)
-
     def drawn(field):
-        pair = column(field)
-        return pair[:, 0] + (pair[:, 1] - pair[:, 0]) * rng.random((n, 1, 1), np.float32)
+        low, high = np.array([getattr(cell, field) for cell in cells], np.float32).T.reshape(2, n, 1, 1)
+        return low + (high - low) * rng.random((n, 1, 1), np.float32)
 
     def uniform(low, high, *shape):
         return np.float32(low) + np.float32(high - low) * rng.random((n, *shape, 1, 1), np.float32)
 
     # The cell's own frame: shifted, rotated, scaled, stretched. Its membrane lies at distance 1.
     grid = (np.arange(size, dtype=np.float32) * 2 + 1) / size - 1
-    scale, (cos, sin), stretch = uniform(0.5, 0.78), _directions(rng, n), np.sqrt(drawn("stretch"))
+    scale, (cos, sin), stretch = uniform(0.62, 0.95), _directions(rng, n), np.sqrt(drawn("stretch"))
     dx, dy = grid - uniform(-0.25, 0.25), grid[:, None] - uniform(-0.25, 0.25)
     x, y = (dx * cos + dy * sin) / (scale * stretch), (dy * cos - dx * sin) * stretch / scale
     soft = np.float32(3 / size) / scale  # a pixel and a half
@@ -88,70 +92,45 @@ def _render(cells: list[_Cell], size: int, rng: np.random.Generator) -> np.ndarr
     rim = body * (1 - _inside(outline, soft, -3 * soft))
 
     fine, coarse, mottle = (_noise(rng, n, size, size // step) for step in (2, 5, 10))
-    vacuole = _discs(rng, x, y, drawn("vacuoles"), 10, 0.12, 0.26, 0.75, soft)
+    vacuole = _discs(rng, x, y, drawn("vacuoles"), 10, 0.14, 0.28, 0.75, soft)
     granule = _discs(rng, x, y, drawn("granules"), 16, 0.05, 0.09, 0.85, soft)
-    nucleus, near = np.zeros_like(x), np.full_like(x, 9)
+    near = np.float32(9)
+    clumps, clear = np.array([(cell.clumps, cell.halo) for cell in cells], np.float32).T.reshape(2, n, 1, 1)
     radius, apart, (ux, uy) = drawn("nucleus"), drawn("apart"), _directions(rng, n)
     for k in range(3):
         px, py = np.array([_PLACES[cell.nuclei][k] for cell in cells], np.float32).T.reshape(2, n, 1, 1)
         vx, vy = apart * (ux * px - uy * py) * stretch, apart * (ux * py + uy * px) / stretch
-        # undo the stretch: a long cell has a round nucleus
-        distance = _waves(rng, (x - vx) * stretch, (y - vy) / stretch, 0.03 + 0.06 * column("clumps"), 2, 4)
+        # The stretch is undone here: a long cell has a round nucleus.
+        distance = _waves(rng, (x - vx) * stretch, (y - vy) / stretch, 0.03 + 0.06 * clumps, 2, 4)
         near = np.minimum(near, distance / radius)
     nucleus = _inside(near, soft / radius)
     nuclear_rim = nucleus * (1 - _inside(near, soft / radius, -1.5 * soft / radius))
-    halo = column("halo") * _inside(near, np.float32(0.3), np.float32(0.8)) * (1 - nucleus)
+    halo = clear * _inside(near, np.float32(0.3), np.float32(0.8)) * (1 - nucleus)
 
-    clumps = column("clumps")
     chromatin = (1 - clumps) * (fine - 0.5) + clumps * 2 * (_smooth((coarse - 0.3) * 2.5) - 0.5)
     cytoplasm = body * (0.75 + 0.5 * mottle) * (1 - 0.8 * vacuole * (1 - nucleus)) * (1 - 0.75 * halo) + 0.5 * rim
-    nuclear = nucleus * (1 + uniform(0.4, 0.7) * chromatin) + 0.35 * nuclear_rim
-    granular = granule * body * (1 - nucleus)
+    nuclear = nucleus * (0.85 + uniform(0.5, 0.8) * chromatin) + 0.35 * nuclear_rim
 
     # Neighbours and debris, in the slide's frame.
-    cytoplasm += (1 - body) * uniform(0.2, 0.8) * _discs(rng, dx, dy, uniform(0, 3), 3, 0.3, 0.6, 1.5, soft, 0.8)
-    litter = (1 - body) * _discs(rng, dx, dy, uniform(0, 9), 8, 0.02, 0.09, 1.4, soft)
+    cytoplasm += (1 - body) * uniform(0.15, 0.6) * _discs(rng, dx, dy, uniform(0, 3), 3, 0.3, 0.6, 1.5, soft)
+    dark = granule * body * (1 - nucleus) + (1 - body) * _discs(rng, dx, dy, uniform(0, 9), 8, 0.02, 0.09, 1.4, soft)
 
     # Optical densities per stain and channel; 1 / (1 + d + d^2 / 2) stands for exp(-d).
-    tint = uniform(0, 1)
-    eosin = (1 - tint)[:, None] * _EOSIN + tint[:, None] * _GREEN
-    eosin = eosin * uniform(0.7, 1.3, 3) * uniform(0.5, 1.2, 1)
-    blue = _HAEMATOXYLIN * uniform(0.75, 1.25, 3) * uniform(0.8, 1.5, 1)
-    density = (
-        cytoplasm[:, None] * eosin
-        + nuclear[:, None] * blue
-        + (0.8 * granular + 0.8 * litter)[:, None] * (eosin + blue) * 0.6
-    )
+    pink, green, blue = np.array([_PINK, _GREEN, _BLUE], np.float32).reshape(3, 3, 1, 1)
+    tint = uniform(0, 0.7, 1)
+    counter = ((1 - tint) * pink + tint * green) * uniform(0.85, 1.15, 3) * uniform(0.4, 1.3, 1)
+    blue = blue * uniform(0.9, 1.1, 3) * uniform(0.5, 1.4, 1)
+    density = (cytoplasm + 0.5 * dark)[:, None] * counter + (nuclear + 0.5 * dark)[:, None] * blue
     image = 1 / (1 + density + density * density / 2)
     (lx, ly), tilt = _directions(rng, n), uniform(0.0, 0.14)
-    light = (
-        uniform(0.82, 0.97) * (1 + tilt * (lx * grid + ly * grid[:, None])) * (0.96 + 0.08 * _noise(rng, n, size, 4))
-    )
-    image *= light[:, None] * (1 - uniform(0, 0.08, 3))
-    blur = uniform(0, 0.8, 1)
+    light = (1 + tilt * (lx * grid + ly * grid[:, None])) * (0.96 + 0.08 * _noise(rng, n, size, 4))
+    image *= light[:, None] * uniform(0.65, 1, 1) * uniform(0.94, 1, 3)
+    blur = uniform(0.1, 0.6, 1)
     for axis in (2, 3):
         image += blur * ((np.roll(image, 1, axis) + np.roll(image, -1, axis)) / 2 - image) * 0.5
     grain = rng.random(image.shape, np.float32) + rng.random(image.shape, np.float32) - 1
-    image += uniform(0.01, 0.05, 1) * grain
+    image += uniform(0.01, 0.03, 1) * grain
     return np.floor(np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
-
-
-# Where the k-th nucleus lies around the centre; unused ones repeat the first.
-_PLACES = {
-    1: ((1, 0), (1, 0), (1, 0)),
-    2: ((1, 0), (-1, 0), (1, 0)),
-    3: ((1, 0), (-0.5, 0.8660254), (-0.5, -0.8660254)),
-}
-# Optical densities in R, G, B.
-_EOSIN, _GREEN, _HAEMATOXYLIN = (
-    np.array(d, np.float32).reshape(3, 1, 1) for d in ((0.12, 0.55, 0.3), (0.6, 0.18, 0.22), (1.3, 1.35, 0.65))
-)
-
-
-def _cumulative(shares):
-    """Cumulative sums of the shares, scaled to end at exactly 1."""
-    total = np.cumsum(np.array(shares))
-    return total / total[-1]
 
 
 def _smooth(t):
@@ -167,9 +146,8 @@ def _inside(distance, soft, grow=0.0):
 def _directions(rng, n):
     """Unit vectors (cos, sin), each [n, 1, 1]; sums of four uniform numbers are close to isotropic."""
     u = rng.random((4, 2, n, 1, 1), np.float32) - 0.5
-    x, y = u[0] + u[1] + u[2] + u[3] + np.float32(1e-6)
-    norm = np.sqrt(x * x + y * y)
-    return x / norm, y / norm
+    x, y = u = u[0] + u[1] + u[2] + u[3] + np.float32(1e-6)
+    return u / np.sqrt(x * x + y * y)
 
 
 def _noise(rng, n, size, cells):
@@ -185,8 +163,8 @@ def _noise(rng, n, size, cells):
 def _waves(rng, x, y, amplitude, low, high):
     """Distance from the origin over a radius that waves around 1 with the angular frequencies low..high."""
     r = np.sqrt(x * x + y * y) + np.float32(1e-6)
-    c, s = x / r, y / r
-    ck, sk, wave = c, s, 1
+    c, s, wave = x / r, y / r, 1
+    ck, sk = c, s
     for k in range(2, high + 1):
         ck, sk = ck * c - sk * s, sk * c + ck * s
         if k >= low:
@@ -195,18 +173,14 @@ def _waves(rng, x, y, amplitude, low, high):
     return r / wave
 
 
-def _discs(rng, x, y, count, most, small, large, spread, soft, fade=1.0):
+def _discs(rng, x, y, count, most, small, large, spread, soft):
     """Soft mask of `count` (at most `most`) discs with radii in [small, large] and centres within `spread`."""
-    n = len(x)
-    mask = np.zeros(np.broadcast_shapes(x.shape, y.shape), np.float32)
+    outside = np.float32(9)
     for k in range(most):
-        reach, radius, (u, v) = (
-            rng.random((n, 1, 1), np.float32),
-            rng.random((n, 1, 1), np.float32),
-            _directions(rng, n),
-        )
-        radius = np.float32(small) + np.float32(large - small) * radius
-        dx, dy = x - u * np.sqrt(reach) * np.float32(spread), y - v * np.sqrt(reach) * np.float32(spread)
-        disc = _inside(np.sqrt(dx * dx + dy * dy) / radius, soft / radius)
-        mask = np.maximum(mask, disc * (k + 0.5 < count) * np.float32(fade))
-    return mask
+        reach, radius = rng.random((2, len(x), 1, 1), np.float32)
+        u, v = _directions(rng, len(x))
+        reach = np.sqrt(reach) * np.float32(spread)
+        radius = np.where(k + 0.5 < count, np.float32(small) + np.float32(large - small) * radius, np.float32(-9))
+        dx, dy = x - u * reach, y - v * reach
+        outside = np.minimum(outside, np.sqrt(dx * dx + dy * dy) - radius)
+    return _smooth(0.5 - outside / soft)
