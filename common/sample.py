@@ -65,9 +65,8 @@ def cytology(num_images: int = 1280, size: int = 64, seed: int = 0) -> tuple[np.
     labels = np.searchsorted(edges, np.arange(num_images), side="right").astype(np.int64)
     labels = labels[np.argsort(rng.random(num_images), kind="stable")]
     images = np.empty((num_images, 3, size, size), np.uint8)
-    for start in range(0, num_images, _CHUNK):
-        chunk = slice(start, start + _CHUNK)
-        images[chunk] = _render([recipes[k] for k in labels[chunk]], size, rng)
+    for i in range(0, num_images, _CHUNK):
+        images[i : i + _CHUNK] = _render([recipes[k] for k in labels[i : i + _CHUNK]], size, rng)
     return images, labels, list(_CELLS)
 
 
@@ -83,8 +82,9 @@ def _render(cells: list[_Cell], size: int, rng: np.random.Generator) -> np.ndarr
 
     # The cell's own frame: shifted, rotated, scaled, stretched. Its membrane lies at distance 1.
     grid = (np.arange(size, dtype=np.float32) * 2 + 1) / size - 1
-    scale, (cos, sin), stretch = uniform(0.62, 0.95), _directions(rng, n), np.sqrt(drawn("stretch"))
-    dx, dy = grid - uniform(-0.25, 0.25), grid[:, None] - uniform(-0.25, 0.25)
+    scale, (cos, sin), stretch = uniform(0.75, 1.05), _directions(rng, n), np.sqrt(drawn("stretch"))
+    # A cell fills its image: most small crops then show some of it, and not the empty slide.
+    dx, dy = grid - uniform(-0.2, 0.2), grid[:, None] - uniform(-0.2, 0.2)
     x, y = (dx * cos + dy * sin) / (scale * stretch), (dy * cos - dx * sin) * stretch / scale
     soft = np.float32(3 / size) / scale  # a pixel and a half
     outline = _waves(rng, x, y, drawn("ruffle"), 3, 7)
@@ -163,8 +163,7 @@ def _noise(rng, n, size, cells):
 def _waves(rng, x, y, amplitude, low, high):
     """Distance from the origin over a radius that waves around 1 with the angular frequencies low..high."""
     r = np.sqrt(x * x + y * y) + np.float32(1e-6)
-    c, s, wave = x / r, y / r, 1
-    ck, sk = c, s
+    ck, sk, wave = (c := x / r), (s := y / r), 1
     for k in range(2, high + 1):
         ck, sk = ck * c - sk * s, sk * c + ck * s
         if k >= low:
@@ -178,8 +177,7 @@ def _discs(rng, x, y, count, most, small, large, spread, soft):
     outside = np.float32(9)
     for k in range(most):
         reach, radius = rng.random((2, len(x), 1, 1), np.float32)
-        u, v = _directions(rng, len(x))
-        reach = np.sqrt(reach) * np.float32(spread)
+        (u, v), reach = _directions(rng, len(x)), np.sqrt(reach) * np.float32(spread)
         radius = np.where(k + 0.5 < count, np.float32(small) + np.float32(large - small) * radius, np.float32(-9))
         dx, dy = x - u * reach, y - v * reach
         outside = np.minimum(outside, np.sqrt(dx * dx + dy * dy) - radius)
