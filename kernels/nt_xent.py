@@ -26,122 +26,32 @@ derivative raises.
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
-from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
+
+from .gram import (
+    MAX_FUSED_D,
+    NORM_EPS,
+    empty_rows,
+    first_derivative_only,
+    gather_keys,
+    normalize_rows,
+    own_rows_first,
+    planes,
+    reference_lse,
+    reference_weighted_sum,
+    shift_of,
+    slot_sums,
+    store_planes,
+    weighted_sums,
+)
+from .impl import INTERPRETED, ceil_div, choose_impl, jit
 
 try:
-    import triton
     import triton.language as tl
-except ImportError:  # there are no wheels for macOS: the reference is all there is
-    triton = None
-
-Gather = Callable[[torch.Tensor], torch.Tensor]
-
-# A row shorter than this has no direction: it is mapped to zeros, and it gets no gradient rather than 1e12 times one.
-NORM_EPS = 1e-12
-REFERENCE_TILE = (512, 2048)  # rows, keys: 4 MB in fp32, about a last-level cache's share of one core
-MAX_FUSED_D = 512
-# fp16 holds nothing below 6e-8, and a mean softmax weight at M = 131,072 is 8e-6: scaled weights keep their digits,
-# and 2 * 2^13 fits.
-FP16_WEIGHT_SCALE = 2.0**13
-
-
-def _jit(fn):
-    return fn if triton is None else triton.jit(fn)
-
-
-def interpreted() -> bool:
-    """Whether the kernels of this process run in Triton's interpreter, on CPU tensors."""
-    return triton is not None and triton.knobs.runtime.interpret
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    logging.getLogger("kernels").info(message)
-
-
-def choose_impl(op: str, impl: str, x: torch.Tensor, unsupported: str | None) -> str:
-    """Resolve impl="auto" to "triton" or "torch", saying once which way it went, or raise where "triton" cannot run.
-
-    Args:
-        op: the operation's name, for the messages.
-        impl: "auto", "triton" or "torch".
-        x: an input; its device decides.
-        unsupported: why the Triton kernel cannot take this input, or None.
-
-    Raises:
-        ValueError: unknown impl, or impl="triton" where it cannot run.
-    """
-    if impl not in ("auto", "triton", "torch"):
-        raise ValueError(f"{op}: impl={impl!r}, allowed are 'auto', 'triton' and 'torch'")
-    if impl == "torch":
-        return impl
-    if triton is None:
-        unsupported = "triton is not installed"
-    elif not x.is_cuda and not interpreted():
-        unsupported = (
-            f"its tensors are on {x.device.type} (Triton needs a GPU, or TRITON_INTERPRET=1 set before the import)"
-        )
-    elif impl == "auto" and not x.is_cuda:
-        unsupported = "the interpreter is for tests"
-    if impl == "triton" and unsupported:
-        raise ValueError(f"{op}: impl='triton' cannot run: {unsupported}; use impl='auto' or 'torch'")
-    choice = "torch" if unsupported else "triton"
-    _say_once(f"{op}: {'PyTorch reference, ' + unsupported if unsupported else 'Triton kernel'}")
-    return choice
-
-
-def own_rows_first(gather: Gather, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """All processes' rows, rotated so that this process's come first, and the index that rotates further gathers alike.
-
-    The own block is found by equality, on the device and without waiting for it, so no process group and no rank is
-    needed here. Two processes with equal blocks may take either: loss and gradient are the same by symmetry.
-
-    Args:
-        gather: (n, ...) -> (W n, ...), all processes' rows in rank order; without autograd; n the same everywhere.
-        rows: (n, F).
-
-    Returns:
-        (W n, F) rows and an int64 index (W n,).
-
-    Raises:
-        ValueError: gather returned rows of another number, width or dtype.
-    """
-    gathered = gather(rows)
-    n, width = rows.shape
-    if gathered.dim() != 2 or gathered.shape[0] % n or gathered.shape[1] != width or gathered.dtype != rows.dtype:
-        raise ValueError(
-            f"gather returned {tuple(gathered.shape)} {gathered.dtype} for {tuple(rows.shape)} {rows.dtype}; "
-            "expected all processes' rows concatenated along dimension 0, the same number from each"
-        )
-    blocks = gathered.reshape(-1, n, width)
-    own = (blocks == rows).flatten(1).all(1).int().argmax()
-    index = (torch.arange(gathered.shape[0], device=rows.device) + own * n) % gathered.shape[0]
-    return gathered.index_select(0, index), index
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    """Identity whose backward raises. (`once_differentiable` is silent where the upstream gradient is constant.)"""
-
-    @staticmethod
-    def forward(ctx, grad, *inputs):
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError("this loss has no second derivative: its gradient was differentiated again")
-
-
-def first_derivative_only(grads, *inputs):
-    """The gradients, which raise when they are differentiated again with respect to inputs."""
-    if not torch.is_grad_enabled():
-        return grads
-    return tuple(g if g is None else _NoSecondDerivative.apply(g, *inputs) for g in grads)
+except ImportError:
+    tl = None
 
 
 def nt_xent_reference(z_a, z_b, temperature, *, normalize=True, gather=None, decoupled=False):
@@ -155,54 +65,12 @@ def nt_xent_reference(z_a, z_b, temperature, *, normalize=True, gather=None, dec
         z = torch.stack((z_a, z_b), 1).flatten(0, 1)  # [M, D], interleaved
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         if normalize:
-            z = _normalize(z)
+            z = normalize_rows(z)
         u = z / temperature**0.5  # <u_i, u_j> = s_ij: the temperature's gradient is autograd's business
         pos = (u[0::2] * u[1::2]).sum(1)
+        if gather is None and torch.compiler.is_compiling():  # one node of the graph, however many tiles
+            return _reference_forward_op(u, pos, decoupled)[0]
         return _Reference.apply(u, pos, gather, decoupled)
-
-
-def _normalize(z: torch.Tensor) -> torch.Tensor:
-    norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
-    return torch.where(norm > NORM_EPS, z / norm.clamp_min(NORM_EPS), 0.0)
-
-
-def _tiles(rows: torch.Tensor, keys: torch.Tensor, pair_shift: int):
-    """Yield (row slice, key slice, similarities [rows, keys]) with a row's own group of 2**pair_shift rows masked to
-    -inf."""
-    step_m, step_n = REFERENCE_TILE
-    for m in range(0, rows.shape[0], step_m):
-        rows_m = rows[m : m + step_m]
-        for n in range(0, keys.shape[0], step_n):
-            s = rows_m @ keys[n : n + step_n].T
-            if n <= m < n + step_n:
-                own = torch.arange(rows_m.shape[0], device=s.device)
-                s[own, own + (m - n)] = -math.inf
-                if pair_shift:
-                    s[own, (own ^ 1) + (m - n)] = -math.inf
-            yield slice(m, m + step_m), slice(n, n + step_n), s
-
-
-def reference_lse(rows: torch.Tensor, keys: torch.Tensor, pair_shift: int) -> torch.Tensor:
-    """log sum_j exp(<row_i, key_j>) over the keys outside row i's own group; keys start with the rows. Shapes (m, D),
-    (k, D) -> (m,)."""
-    top = rows.new_full((rows.shape[0],), -math.inf)
-    total = rows.new_zeros(rows.shape[0])
-    for m, _, s in _tiles(rows, keys, pair_shift):
-        new_top = torch.maximum(top[m], s.amax(1))
-        shift = new_top.masked_fill(new_top == -math.inf, 0.0)  # exp(-inf - -inf) is nan
-        total[m] = total[m] * (top[m] - shift).exp() + s.sub_(shift[:, None]).exp_().sum(1)
-        top[m] = new_top
-    return top + total.log()
-
-
-def reference_weighted_sum(rows, keys, lse_rows, lse_keys, pair_shift):
-    """sum_j (exp(s_ij - lse_i) + exp(s_ij - lse_j)) key_j over the keys outside row i's own group: (m, D)."""
-    out = torch.zeros_like(rows)
-    for m, n, s in _tiles(rows, keys, pair_shift):
-        weight = (s - lse_rows[m, None]).exp_()
-        weight += s.sub_(lse_keys[n]).exp_()
-        out[m].addmm_(weight, keys[n])
-    return out
 
 
 def _reference_forward(u, pos, gather, decoupled):
@@ -243,22 +111,13 @@ class _Reference(torch.autograd.Function):
         return *first_derivative_only(grads, dloss, *ctx.saved_tensors[:2]), None, None
 
 
-@_jit
-def _round_to_bf16(x):
-    """fp32 rounded to bf16's 8 digits, to nearest even, still in fp32: one rule for the GPU and for the interpreter,
-    whose cast truncates."""
-    bits = x.to(tl.uint32, bitcast=True)
-    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-    return bits.to(tl.float32, bitcast=True)
-
-
-@_jit
+@jit
 def _load_view(ptr, pairs, offs_d, stride_n, stride_d, num_pairs, dim):
     mask = (pairs < num_pairs)[:, None] & (offs_d < dim)[None, :]
     return tl.load(ptr + pairs[:, None] * stride_n + offs_d[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
 
 
-@_jit
+@jit
 def _inverse_norm(x, NORMALIZE: tl.constexpr, EPS: tl.constexpr):
     if NORMALIZE:
         norm = tl.sqrt(tl.sum(x * x, 1))
@@ -266,18 +125,7 @@ def _inverse_norm(x, NORMALIZE: tl.constexpr, EPS: tl.constexpr):
     return tl.sum(x, 1) * 0.0 + 1.0
 
 
-@_jit
-def _store_rows(u_ptr, rows, offs_d, x, FP16: tl.constexpr, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Store fp32 rows rounded to 16 bits, or (SPLIT) as two 16-bit planes side by side, x = hi + lo."""
-    ptrs = u_ptr + rows[:, None] * (BLOCK_D * 2 if SPLIT else BLOCK_D) + offs_d[None, :]
-    hi = x.to(tl.float16).to(tl.float32) if FP16 else _round_to_bf16(x)
-    tl.store(ptrs, hi.to(u_ptr.dtype.element_ty))
-    if SPLIT:
-        lo = x - hi if FP16 else _round_to_bf16(x - hi)
-        tl.store(ptrs + BLOCK_D, lo.to(u_ptr.dtype.element_ty))
-
-
-@_jit
+@jit
 def _nt_xent_prepare_kernel(
     a_ptr,
     b_ptr,
@@ -312,86 +160,33 @@ def _nt_xent_prepare_kernel(
     b = b * (_inverse_norm(b, NORMALIZE, EPS) * scale)[:, None]
     tl.store(pos_ptr + pairs, tl.sum(a * b, 1), mask=pairs < num_pairs)
     # Rows beyond M are stored as zeros, so that tiles load without a mask.
-    _store_rows(u_ptr, pairs * 2, offs_d, a, FP16, SPLIT, BLOCK_D)
-    _store_rows(u_ptr, pairs * 2 + 1, offs_d, b, FP16, SPLIT, BLOCK_D)
+    store_planes(u_ptr, pairs * 2, offs_d, a, FP16, SPLIT, BLOCK_D)
+    store_planes(u_ptr, pairs * 2 + 1, offs_d, b, FP16, SPLIT, BLOCK_D)
 
 
-@_jit
-def _similarities(rows, rows_lo, keys, keys_lo, SPLIT: tl.constexpr):
-    """[BLOCK_M, BLOCK_N] fp32; with SPLIT three 16-bit products, and only lo x lo is dropped."""
-    keys_t = tl.trans(keys)
-    s = tl.dot(rows, keys_t, input_precision="ieee")
-    if SPLIT:
-        s = tl.dot(rows_lo, keys_t, s, input_precision="ieee")
-        s = tl.dot(rows, tl.trans(keys_lo), s, input_precision="ieee")
-    return s
-
-
-@_jit
-def _nt_xent_fwd_kernel(
-    rows_ptr,
-    keys_ptr,
-    max_ptr,
-    sum_ptr,
-    num_keys,
-    keys_per_split,
-    stride_slot,
-    PAIR_SHIFT: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """Running maximum and sum of 2^s over one block of rows and one range of keys; slot [range, row] of both is
-    written once."""
-    pid_m = tl.program_id(0)
-    split = tl.program_id(1)
-    offs_d = tl.arange(0, BLOCK_D)
-    stride_u: tl.constexpr = BLOCK_D * 2 if SPLIT else BLOCK_D
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_ptrs = rows_ptr + offs_m.to(tl.int64)[:, None] * stride_u + offs_d[None, :]
-    rows = tl.load(row_ptrs)
-    rows_lo = tl.load(row_ptrs + BLOCK_D) if SPLIT else rows
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    begin = split * keys_per_split
-    for start in range(begin, tl.minimum(begin + keys_per_split, num_keys), BLOCK_N):
-        offs_n = start + tl.arange(0, BLOCK_N)
-        key_ptrs = keys_ptr + offs_n.to(tl.int64)[:, None] * stride_u + offs_d[None, :]
-        keys = tl.load(key_ptrs)
-        keys_lo = tl.load(key_ptrs + BLOCK_D) if SPLIT else keys
-        s = _similarities(rows, rows_lo, keys, keys_lo, SPLIT)  # [BLOCK_M, BLOCK_N]
-        diagonal = (start < (pid_m + 1) * BLOCK_M) & (start + BLOCK_N > pid_m * BLOCK_M)
-        if diagonal | (start + BLOCK_N > num_keys):
-            own = (offs_m >> PAIR_SHIFT)[:, None] == (offs_n >> PAIR_SHIFT)[None, :]
-            s = tl.where(own | (offs_n >= num_keys)[None, :], float("-inf"), s)
-        new_top = tl.maximum(top, tl.max(s, 1))
-        shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # 2^(-inf - -inf) is nan
-        total = total * tl.exp2(top - shift) + tl.sum(tl.exp2(s - shift[:, None]), 1)
-        top = new_top
-    tl.store(max_ptr + split.to(tl.int64) * stride_slot + offs_m, top)
-    tl.store(sum_ptr + split.to(tl.int64) * stride_slot + offs_m, total)
-
-
-@_jit
+@jit
 def _log1p(x):
     """log(1 + x) for x in [0, 1] with x's own digits (Kahan's correction; log alone keeps none below 6e-8)."""
     w = 1.0 + x
     return tl.where(w == 1.0, x, tl.log(w) * (x / tl.where(w == 1.0, 1.0, w - 1.0)))
 
 
-@_jit
+@jit
 def _nt_xent_finish_kernel(
-    max_ptr,
-    sum_ptr,
+    tops_ptr,
+    sums_ptr,
     pos_ptr,
     negatives_ptr,
     lse_ptr,
     loss_ptr,
+    shift,
     num_rows,
     num_slots,
+    half_slot,
+    half_row,
     stride_slot,
     rows_per_program,
+    SHIFTED: tl.constexpr,
     DECOUPLED: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -407,13 +202,19 @@ def _nt_xent_finish_kernel(
         for first in range(0, num_slots, SLOTS):
             slots = first + tl.arange(0, SLOTS)
             offs = slots.to(tl.int64)[:, None] * stride_slot + offs_r[None, :]
-            mask = (slots < num_slots)[:, None] & mask_r[None, :]
-            tops = tl.load(max_ptr + offs, mask=mask, other=float("-inf"))  # [SLOTS, BLOCK_R]
-            sums = tl.load(sum_ptr + offs, mask=mask, other=0.0)
-            new_top = tl.maximum(top, tl.max(tops, 0))
-            shift = tl.where(new_top == float("-inf"), 0.0, new_top)
-            total = total * tl.exp2(top - shift) + tl.sum(sums * tl.exp2(tops - shift[None, :]), 0)
-            top = new_top
+            written = (slots != half_slot)[:, None] | (offs_r >= half_row)[None, :]
+            mask = (slots < num_slots)[:, None] & mask_r[None, :] & written
+            sums = tl.load(sums_ptr + offs, mask=mask, other=0.0)  # [SLOTS, BLOCK_R]
+            if SHIFTED:
+                total += tl.sum(sums, 0)
+            else:
+                tops = tl.load(tops_ptr + offs, mask=mask, other=float("-inf"))
+                new_top = tl.maximum(top, tl.max(tops, 0))
+                base = tl.where(new_top == float("-inf"), 0.0, new_top)
+                total = total * tl.exp2(top - base) + tl.sum(sums * tl.exp2(tops - base[None, :]), 0)
+                top = new_top
+        if SHIFTED:
+            top = tl.full([BLOCK_R], 0.0, tl.float32) + shift
         negatives = tl.where(total > 0.0, top + tl.log2(tl.where(total > 0.0, total, 1.0)), float("-inf"))
         pos = tl.load(pos_ptr + (offs_r >> 1), mask=mask_r, other=0.0)
         if DECOUPLED:
@@ -432,60 +233,7 @@ def _nt_xent_finish_kernel(
     tl.store(loss_ptr + tl.program_id(0), tl.sum(loss, 0) / num_rows)
 
 
-@_jit
-def _nt_xent_bwd_kernel(
-    rows_ptr,
-    keys_ptr,
-    lse_rows_ptr,
-    lse_keys_ptr,
-    partial_ptr,
-    num_rows,
-    num_keys,
-    keys_per_split,
-    stride_slot,
-    PAIR_SHIFT: tl.constexpr,
-    SPLIT: tl.constexpr,
-    WEIGHT_SCALE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """sum_j (2^(s - lse_i) + 2^(s - lse_j)) u_j over one range of keys, fp32, into slot [range, row]."""
-    pid_m = tl.program_id(0)
-    split = tl.program_id(1)
-    offs_d = tl.arange(0, BLOCK_D)
-    stride_u: tl.constexpr = BLOCK_D * 2 if SPLIT else BLOCK_D
-    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_ptrs = rows_ptr + offs_m.to(tl.int64)[:, None] * stride_u + offs_d[None, :]
-    rows = tl.load(row_ptrs)
-    rows_lo = tl.load(row_ptrs + BLOCK_D) if SPLIT else rows
-    lse_rows = tl.load(lse_rows_ptr + offs_m, mask=offs_m < num_rows, other=float("inf"))
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    begin = split * keys_per_split
-    for start in range(begin, tl.minimum(begin + keys_per_split, num_keys), BLOCK_N):
-        offs_n = start + tl.arange(0, BLOCK_N)
-        key_ptrs = keys_ptr + offs_n.to(tl.int64)[:, None] * stride_u + offs_d[None, :]
-        keys = tl.load(key_ptrs)
-        keys_lo = tl.load(key_ptrs + BLOCK_D) if SPLIT else keys
-        lse_keys = tl.load(lse_keys_ptr + offs_n, mask=offs_n < num_keys, other=float("inf"))
-        s = _similarities(rows, rows_lo, keys, keys_lo, SPLIT)
-        weight = tl.exp2(s - lse_rows[:, None]) + tl.exp2(s - lse_keys[None, :])
-        diagonal = (start < (pid_m + 1) * BLOCK_M) & (start + BLOCK_N > pid_m * BLOCK_M)
-        if diagonal | (start + BLOCK_N > num_keys):
-            own = (offs_m >> PAIR_SHIFT)[:, None] == (offs_n >> PAIR_SHIFT)[None, :]
-            weight = tl.where(own | (offs_n >= num_keys)[None, :], 0.0, weight)
-        weight *= WEIGHT_SCALE
-        hi = weight.to(keys.dtype)
-        acc = tl.dot(hi, keys, acc, input_precision="ieee")
-        if SPLIT:
-            lo = (weight - hi.to(tl.float32)).to(keys.dtype)
-            acc = tl.dot(hi, keys_lo, acc, input_precision="ieee")
-            acc = tl.dot(lo, keys, acc, input_precision="ieee")
-    out_ptrs = partial_ptr + split.to(tl.int64) * stride_slot + offs_m.to(tl.int64)[:, None] * BLOCK_D + offs_d[None, :]
-    tl.store(out_ptrs, acc * (1.0 / WEIGHT_SCALE))
-
-
-@_jit
+@jit
 def _gradient_rows(partial_ptr, rows, offs_d, num_slots, stride_slot, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
     total = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
     for slot in range(0, num_slots):
@@ -493,7 +241,7 @@ def _gradient_rows(partial_ptr, rows, offs_d, num_slots, stride_slot, BLOCK_P: t
     return total
 
 
-@_jit
+@jit
 def _nt_xent_epilogue_kernel(
     a_ptr,
     b_ptr,
@@ -562,195 +310,80 @@ def _nt_xent_epilogue_kernel(
     tl.store(db_ptr + offs, db.to(db_ptr.dtype.element_ty), mask=mask)
 
 
-def _ceil_div(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-@functools.cache
-def _num_sms(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
-def _num_splits(row_blocks: int, key_blocks: int, slot_bytes: int, device: torch.device) -> int:
-    """Ranges of keys: enough programs for two waves of the device, but never more than 64 MB of partial sums."""
-    wanted = _ceil_div(2 * _num_sms(device), row_blocks)
-    return max(1, min(wanted, key_blocks, 2**26 // slot_bytes))
-
-
-def _block_d(dim: int) -> int:
-    return max(16, 1 << (dim - 1).bit_length())
-
-
-def _block(num_rows: int) -> int:
-    """Rows and keys of a tile; every buffer is padded to a multiple of it, and so is every grid."""
-    return 32 if interpreted() else 64
-
-
-def _planes(dtype: torch.dtype, normalize: bool) -> tuple[torch.dtype, bool]:
-    """The 16-bit type in which rows reach the tensor cores, and whether each takes two of them, hi + lo.
-
-    Normalised fp32 rows are two fp16 planes (22 bits, where two of bf16 would hold 16). Rows of unknown length may
-    leave fp16's range.
-    """
-    if not normalize:
-        return torch.bfloat16, True
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float16, dtype == torch.float32
-
-
-def _interpretable(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """The interpreter's bf16 arithmetic is wrong: there bf16 values travel in fp32 buffers."""
-    return [x.float() if interpreted() and x.dtype == torch.bfloat16 else x for x in tensors]
-
-
-def _triton_forward(z_a, z_b, temperature_tensor, temperature, normalize, decoupled, gather):
-    """-> loss (), u (M', planes * BLOCK_D), keys, pos (N,), negatives (M,), lse of the keys (K,)."""
+def _triton_forward(z_a, z_b, temperature_tensor, temperature, normalize, decoupled, gather=None):
+    """-> loss (), rows u, keys, positives (N,), log of the negatives' sum (M,), lse of the rows (M,), of the keys
+    (K,)."""
     num_pairs, dim = z_a.shape
     num_rows = 2 * num_pairs
     device = z_a.device
-    block, block_d = _block(num_rows), _block_d(dim)
-    padded = _ceil_div(num_rows, block) * block
-    plane_dtype, split = _planes(z_a.dtype, normalize)
-    (u,) = _interpretable(torch.empty(padded, block_d * (2 if split else 1), dtype=plane_dtype, device=device))
+    plane, split = planes(z_a.dtype, normalize)
+    u = empty_rows(num_rows, dim, z_a.dtype, normalize, device)
     z_a, z_b = _interpretable(z_a, z_b)
     pos = torch.empty(num_pairs, dtype=torch.float32, device=device)
-    block_p = 16
-    _nt_xent_prepare_kernel[(padded // (2 * block_p),)](
-        z_a,
-        z_b,
-        temperature_tensor if temperature_tensor is not None else pos,
-        u,
-        pos,
-        *z_a.stride(),
-        *z_b.stride(),
-        num_pairs,
-        dim,
-        temperature,
-        TEMPERATURE_IS_TENSOR=temperature_tensor is not None,
-        NORMALIZE=normalize,
-        EPS=NORM_EPS,
-        FP16=plane_dtype == torch.float16,
-        SPLIT=split,
-        BLOCK_P=block_p,
-        BLOCK_D=block_d,
-    )
-    keys, num_keys, index = u, num_rows, None
-    if gather is not None:
-        keys, index = own_rows_first(gather, u[:num_rows])
-        num_keys = keys.shape[0]
-        keys = F.pad(keys, (0, 0, 0, -num_keys % block))
-    key_blocks = _ceil_div(num_keys, block)
-    splits = _num_splits(padded // block, key_blocks, 8 * padded, device)
-    per_split = _ceil_div(key_blocks, splits) * block
-    splits = _ceil_div(num_keys, per_split)
-    tops = torch.empty(splits, padded, dtype=torch.float32, device=device)
-    sums = torch.empty_like(tops)
-    _nt_xent_fwd_kernel[(padded // block, splits)](
-        u,
-        keys,
-        tops,
-        sums,
-        num_keys,
-        per_split,
-        padded,
-        PAIR_SHIFT=1,
-        SPLIT=split,
-        BLOCK_M=block,
-        BLOCK_N=block,
-        BLOCK_D=block_d,
-    )
+    block_d = u.shape[1] // (2 if split else 1)
+    block_p = _block_p(block_d)
+    _nt_xent_prepare_kernel[(u.shape[0] // (2 * block_p),)](
+        z_a, z_b, pos if temperature_tensor is None else temperature_tensor, u, pos,
+        *z_a.stride(), *z_b.stride(), num_pairs, dim, temperature,
+        TEMPERATURE_IS_TENSOR=temperature_tensor is not None, NORMALIZE=normalize, EPS=NORM_EPS,
+        FP16=plane == torch.float16, SPLIT=split, BLOCK_P=block_p, BLOCK_D=block_d,
+    )  # fmt: skip
+    keys, num_keys, index = gather_keys(gather, u, num_rows)
+    shift = shift_of(None if temperature_tensor is not None else temperature, normalize)
+    tops, sums, half_slot, half_row = slot_sums(u, keys, num_rows, num_keys, 1, split, shift)
     negatives = torch.empty(num_rows, dtype=torch.float32, device=device)
     lse = torch.empty_like(negatives)
     block_r = 128
     # Up to M = 4096 one program adds the rows' losses; above, a fourth launch costs nothing that shows.
-    rows_per_program = _ceil_div(num_rows, block_r) * block_r if num_rows <= 4096 else block_r
-    programs = _ceil_div(num_rows, rows_per_program)
+    rows_per_program = ceil_div(num_rows, block_r) * block_r if num_rows <= 4096 else block_r
+    programs = ceil_div(num_rows, rows_per_program)
     loss = torch.empty(programs, dtype=torch.float32, device=device)
     _nt_xent_finish_kernel[(programs,)](
-        tops,
-        sums,
-        pos,
-        negatives,
-        lse,
-        loss,
-        num_rows,
-        splits,
-        padded,
-        rows_per_program,
-        DECOUPLED=decoupled,
-        SLOTS=16,
-        BLOCK_R=block_r,
-    )
-    lse_keys = lse if gather is None else gather(lse)[index]
-    return (loss.view(()) if programs == 1 else loss.sum()), u, keys, pos, negatives, lse, lse_keys
+        sums if tops is None else tops, sums, pos, negatives, lse, loss, shift or 0.0,
+        num_rows, sums.shape[0], half_slot, half_row, sums.shape[1], rows_per_program,
+        SHIFTED=tops is None, DECOUPLED=decoupled, SLOTS=16, BLOCK_R=block_r,
+    )  # fmt: skip
+    loss = loss.view(()) if programs == 1 else loss.sum()
+    return loss, u, keys, pos, negatives, lse, lse if gather is None else gather(lse)[index]
 
 
 def _triton_backward(
     dloss, z_a, z_b, temperature_tensor, u, keys, pos, negatives, lse, lse_keys, temperature, normalize, decoupled
 ):
-    """-> dz_a, dz_b (N, D), dtemperature () or None."""
+    """-> dz_a, dz_b (N, D), dtemperature, like the tensor, or None."""
     num_pairs, dim = z_a.shape
     num_rows, num_keys = 2 * num_pairs, lse_keys.shape[0]
     device, dtype = z_a.device, z_a.dtype
-    block, block_d = _block(num_rows), _block_d(dim)
-    plane_dtype, split = _planes(dtype, normalize)
-    padded = u.shape[0]
-    key_blocks = _ceil_div(num_keys, block)
-    splits = _num_splits(padded // block, key_blocks, 4 * padded * block_d, device)
-    per_split = _ceil_div(key_blocks, splits) * block
-    splits = _ceil_div(num_keys, per_split)
-    partial = torch.empty(splits, padded, block_d, dtype=torch.float32, device=device)
-    _nt_xent_bwd_kernel[(padded // block, splits)](
-        u,
-        keys,
-        lse,
-        lse_keys,
-        partial,
-        num_rows,
-        num_keys,
-        per_split,
-        padded * block_d,
-        PAIR_SHIFT=1,
-        SPLIT=split,
-        WEIGHT_SCALE=FP16_WEIGHT_SCALE if plane_dtype == torch.float16 else 1.0,
-        BLOCK_M=block,
-        BLOCK_N=block,
-        BLOCK_D=block_d,
-    )
+    plane, split = planes(dtype, normalize)
+    shift = shift_of(None if temperature_tensor is not None else temperature, normalize)
+    partial = weighted_sums(u, keys, lse, lse_keys, num_rows, num_keys, 1, split, shift, fp16=plane == torch.float16)
+    block_d = partial.shape[2]
     z_a, z_b = _interpretable(z_a, z_b)
     dz_a = torch.empty(num_pairs, dim, dtype=z_a.dtype, device=device)
     dz_b = torch.empty_like(dz_a)
-    block_p = max(1, min(16, 4096 // block_d))
-    programs = _ceil_div(num_pairs, block_p)
-    dtemperature = torch.empty(programs, dtype=torch.float32, device=device)
+    block_p = _block_p(block_d)
+    programs = ceil_div(num_pairs, block_p)
+    dtemperature = torch.empty(0 if temperature_tensor is None else programs, dtype=torch.float32, device=device)
     _nt_xent_epilogue_kernel[(programs,)](
-        z_a,
-        z_b,
-        temperature_tensor if temperature_tensor is not None else pos,
-        dloss,
-        partial,
-        pos,
-        negatives,
-        dz_a,
-        dz_b,
-        dtemperature,
-        *z_a.stride(),
-        *z_b.stride(),
-        num_pairs,
-        dim,
-        splits,
-        padded * block_d,
-        temperature,
-        TEMPERATURE_IS_TENSOR=temperature_tensor is not None,
-        NORMALIZE=normalize,
-        EPS=NORM_EPS,
-        DECOUPLED=decoupled,
-        BLOCK_P=block_p,
-        BLOCK_D=block_d,
-    )
-    dtau = None
-    if temperature_tensor is not None:
-        dtau = dtemperature.sum().to(temperature_tensor.dtype).view_as(temperature_tensor)
+        z_a, z_b, pos if temperature_tensor is None else temperature_tensor, dloss, partial, pos, negatives,
+        dz_a, dz_b, dtemperature, *z_a.stride(), *z_b.stride(),
+        num_pairs, dim, partial.shape[0], partial.stride(0), temperature,
+        TEMPERATURE_IS_TENSOR=temperature_tensor is not None, NORMALIZE=normalize, EPS=NORM_EPS,
+        DECOUPLED=decoupled, BLOCK_P=block_p, BLOCK_D=block_d,
+    )  # fmt: skip
+    if temperature_tensor is None:
+        return dz_a.to(dtype), dz_b.to(dtype), None
+    dtau = dtemperature.sum().to(temperature_tensor.dtype).view_as(temperature_tensor)
     return dz_a.to(dtype), dz_b.to(dtype), dtau
+
+
+def _interpretable(*tensors):
+    return [x.float() if INTERPRETED and x.dtype == torch.bfloat16 else x for x in tensors]
+
+
+def _block_p(block_d: int) -> int:
+    """Pairs of rows per program: 2,048 elements of each view, at most 16 pairs (a divisor of the rows' padding)."""
+    return max(4, min(16, 2048 // block_d))
 
 
 class _NTXent(torch.autograd.Function):
@@ -765,6 +398,117 @@ class _NTXent(torch.autograd.Function):
     def backward(ctx, dloss):
         grads = _triton_backward(dloss, *ctx.saved_tensors, *ctx.options)
         return *first_derivative_only(grads, dloss, *ctx.saved_tensors[:3]), None, None, None, None
+
+
+@torch.library.custom_op("kernels::nt_xent_forward", mutates_args=())
+def _forward_op(
+    z_a: torch.Tensor,
+    z_b: torch.Tensor,
+    temperature_tensor: torch.Tensor | None,
+    temperature: float,
+    normalize: bool,
+    decoupled: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    loss, u, _, pos, negatives, lse, _ = _triton_forward(
+        z_a, z_b, temperature_tensor, temperature, normalize, decoupled
+    )
+    return loss, u, pos, negatives, lse
+
+
+@_forward_op.register_fake
+def _(z_a, z_b, temperature_tensor, temperature, normalize, decoupled):
+    num_pairs, dim = z_a.shape
+    row = z_a.new_empty(2 * num_pairs, dtype=torch.float32)
+    u = empty_rows(2 * num_pairs, dim, z_a.dtype, normalize, z_a.device)
+    return row.new_empty(()), u, row.new_empty(num_pairs), row, torch.empty_like(row)
+
+
+@torch.library.custom_op("kernels::nt_xent_backward", mutates_args=())
+def _backward_op(
+    dloss: torch.Tensor,
+    z_a: torch.Tensor,
+    z_b: torch.Tensor,
+    temperature_tensor: torch.Tensor | None,
+    u: torch.Tensor,
+    pos: torch.Tensor,
+    negatives: torch.Tensor,
+    lse: torch.Tensor,
+    temperature: float,
+    normalize: bool,
+    decoupled: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    dz_a, dz_b, dtau = _triton_backward(
+        dloss, z_a, z_b, temperature_tensor, u, u, pos, negatives, lse, lse, temperature, normalize, decoupled
+    )
+    return dz_a, dz_b, dz_a.new_empty(0) if dtau is None else dtau
+
+
+@_backward_op.register_fake
+def _(dloss, z_a, z_b, temperature_tensor, u, pos, negatives, lse, temperature, normalize, decoupled):
+    dtau = z_a.new_empty(0) if temperature_tensor is None else torch.empty_like(temperature_tensor)
+    dz_a = torch.empty_like(z_a, memory_format=torch.contiguous_format)
+    return dz_a, torch.empty_like(dz_a), dtau
+
+
+def _save_for_backward(ctx, inputs, output):
+    z_a, z_b, temperature_tensor, *ctx.options = inputs
+    _, *saved = output
+    ctx.save_for_backward(z_a, z_b, temperature_tensor, *saved)
+    ctx.mark_non_differentiable(*saved)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, dloss, *_):
+    dz_a, dz_b, dtau = _backward_op(dloss, *ctx.saved_tensors, *ctx.options)
+    return dz_a, dz_b, None if ctx.saved_tensors[2] is None else dtau, None, None, None
+
+
+_forward_op.register_autograd(_differentiate, setup_context=_save_for_backward)
+
+
+@torch.library.custom_op("kernels::nt_xent_reference_forward", mutates_args=())
+def _reference_forward_op(
+    u: torch.Tensor, pos: torch.Tensor, decoupled: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    loss, _, lse, _, negatives = _reference_forward(u, pos, None, decoupled)
+    return loss, lse, negatives.clone() if negatives is lse else negatives
+
+
+@_reference_forward_op.register_fake
+def _(u, pos, decoupled):
+    return u.new_empty(()), u.new_empty(u.shape[0]), u.new_empty(u.shape[0])
+
+
+@torch.library.custom_op("kernels::nt_xent_reference_backward", mutates_args=())
+def _reference_backward_op(
+    dloss: torch.Tensor,
+    u: torch.Tensor,
+    pos: torch.Tensor,
+    lse: torch.Tensor,
+    negatives: torch.Tensor,
+    decoupled: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _reference_backward(dloss, u, pos, u, lse, lse, negatives, decoupled)
+
+
+@_reference_backward_op.register_fake
+def _(dloss, u, pos, lse, negatives, decoupled):
+    return torch.empty_like(u), torch.empty_like(pos)
+
+
+def _save_reference(ctx, inputs, output):
+    u, pos, ctx.decoupled = inputs
+    _, lse, negatives = output
+    ctx.save_for_backward(u, pos, lse, negatives)
+    ctx.mark_non_differentiable(lse, negatives)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_reference(ctx, dloss, *_):
+    return *_reference_backward_op(dloss, *ctx.saved_tensors, ctx.decoupled), None
+
+
+_reference_forward_op.register_autograd(_differentiate_reference, setup_context=_save_reference)
 
 
 def _check(z_a, z_b, temperature):
@@ -824,4 +568,6 @@ def nt_xent(z_a, z_b, temperature, *, normalize=True, gather=None, decoupled=Fal
     temperature_tensor = None
     if isinstance(temperature, torch.Tensor):
         temperature_tensor, temperature = temperature.to(z_a.device), 1.0
+    if gather is None and torch.compiler.is_compiling():  # eager goes without: the dispatcher costs more than a launch
+        return _forward_op(z_a, z_b, temperature_tensor, temperature, normalize, decoupled)[0]
     return _NTXent.apply(z_a, z_b, temperature_tensor, temperature, normalize, decoupled, gather)

@@ -1,7 +1,6 @@
 """NT-Xent against the paper's double loop, finite differences, other implementations, other numbers of processes."""
 
 import functools
-import importlib
 import logging
 import math
 import multiprocessing
@@ -11,9 +10,9 @@ import torch
 import torch.distributed
 import torch.nn.functional as F
 
+import kernels.gram
+import kernels.impl
 from kernels import nt_xent, nt_xent_reference
-
-MODULE = importlib.import_module("kernels.nt_xent")  # the package exports the function under the same name
 
 
 def double_loop(z_a, z_b, temperature, decoupled=False):
@@ -79,7 +78,7 @@ def test_reference_is_the_same_for_every_tile_size(monkeypatch):
     z_a, z_b = views(37, 8, torch.float64)
     expected = run(nt_xent_reference, z_a, z_b, 0.2)
     for tile in ((8, 8), (16, 64), (64, 16 * 4), (2, 128)):
-        monkeypatch.setattr(MODULE, "REFERENCE_TILE", tile)
+        monkeypatch.setattr(kernels.gram, "REFERENCE_TILE", tile)
         for got, truth in zip(run(nt_xent_reference, z_a, z_b, 0.2), expected, strict=True):
             torch.testing.assert_close(got, truth, rtol=1e-12, atol=1e-14)
 
@@ -93,8 +92,9 @@ def test_reference_equals_lightly():
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
-# Tiles are 32 wide in the interpreter: below one, one exactly, ragged, several; D below, at and above a power of two.
-SHAPES = [(1, 3), (2, 16), (16, 5), (24, 33), (65, 20)]
+# Blocks are 32 rows in the interpreter: less than one, exactly one, then 2, 4 and 5 of them, ragged (the half grid
+# treats an even and an odd number differently); D below, at and above a power of two.
+SHAPES = [(1, 3), (2, 16), (16, 5), (24, 33), (60, 16), (65, 20)]
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.07, 0.5, 1.0])
@@ -111,7 +111,9 @@ def test_kernel_fp32_is_as_exact_as_fp32_allows(n, d, temperature):
         # A loss near zero is a difference of logits of size 1 / temperature, which fp32 holds to about 1e-6.
         scale = true_loss.abs().clamp_min(0.1)
         assert (loss - true_loss).abs() <= (same_precision[0] - true_loss).abs() + tolerance * scale
-        assert (grad - true_grad).norm() <= (same_precision[1] - true_grad).norm() + tolerance * true_grad.norm() + 1e-9
+        assert (grad - true_grad).norm() <= (
+            same_precision[1] - true_grad
+        ).norm() + 3 * tolerance * true_grad.norm() + 1e-9
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -126,6 +128,16 @@ def test_kernel_16_bit_is_no_worse_than_eager(n, d, temperature, dtype):
     eps = torch.finfo(dtype).eps
     assert (loss - true_loss).abs() <= (eager_loss - true_loss).abs() + eps * true_loss.abs()
     assert (grad - true_grad).norm() <= (eager_grad - true_grad).norm() + eps * true_grad.norm()
+
+
+def test_passes_over_the_half_grid_change_nothing(monkeypatch):
+    for n in (60, 90):  # 4 and 6 blocks
+        z_a, z_b = views(n, 8)
+        expected = run(nt_xent, z_a, z_b, 0.2, impl="triton")
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels.gram, "SLOT_BYTES", 4 * 192)
+            got = run(nt_xent, z_a, z_b, 0.2, impl="triton")
+        assert relative(got[0], expected[0]) < 1e-6 and relative(got[1], expected[1]) < 1e-6
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
@@ -244,7 +256,7 @@ def test_impl_is_resolved_said_and_refused(monkeypatch, caplog):
         nt_xent(z_a, z_b, 0.1, impl="cuda")
     with pytest.raises(ValueError, match="float64.*impl='auto'"):
         nt_xent(z_a.double(), z_b.double(), 0.1, impl="triton")
-    monkeypatch.setattr(MODULE, "interpreted", lambda: False)
+    monkeypatch.setattr(kernels.impl, "INTERPRETED", False)
     with pytest.raises(ValueError, match="on cpu.*TRITON_INTERPRET=1"):
         nt_xent(z_a, z_b, 0.1, impl="triton")
 

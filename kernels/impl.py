@@ -1,0 +1,78 @@
+"""Which implementation of an operation runs: Triton on a GPU, plain PyTorch elsewhere, and never one for the other in
+silence."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+
+try:
+    import triton
+except ImportError:  # there are no wheels for macOS: the references are all there is
+    triton = None
+
+# Fixed when a kernel is decorated, hence at import: kernels then run on CPU tensors, in NumPy.
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret
+
+
+def jit(fn=None, **options):
+    """triton.jit, or nothing where triton is not installed and no kernel can be called."""
+    if fn is None:
+        return functools.partial(jit, **options)
+    return fn if triton is None else triton.jit(fn, **options)
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logging.getLogger("kernels").info(message)
+
+
+def choose_impl(op: str, impl: str, x: torch.Tensor, unsupported: str | None = None) -> str:
+    """Resolve impl="auto" to "triton" or "torch", saying once which way it went, or raise where "triton" cannot run.
+
+    Args:
+        op: the operation's name, for the messages.
+        impl: "auto", "triton" or "torch".
+        x: an input; its device decides.
+        unsupported: why the Triton kernel cannot take this input, or None.
+
+    Raises:
+        ValueError: unknown impl, or impl="triton" where it cannot run.
+    """
+    if impl not in ("auto", "triton", "torch"):
+        raise ValueError(f"{op}: impl={impl!r}, allowed are 'auto', 'triton' and 'torch'")
+    if impl == "torch":
+        return impl
+    if triton is None:
+        unsupported = "triton is not installed"
+    elif not x.is_cuda and not INTERPRETED:
+        unsupported = f"tensors are on {x.device.type}; Triton needs a GPU, or TRITON_INTERPRET=1 before the import"
+    elif not x.is_cuda and impl == "auto":
+        unsupported = "the interpreter is for tests"
+    if impl == "triton" and unsupported:
+        raise ValueError(f"{op}: impl='triton' cannot run: {unsupported}; impl='auto' or 'torch' can")
+    if not torch.compiler.is_compiling():
+        _say_once(f"{op}: {'PyTorch reference, as ' + unsupported if unsupported else 'Triton kernel'}")
+    return "torch" if unsupported else "triton"
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@functools.cache
+def num_sms(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 4 stand for them in the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@functools.cache
+def target_name(device: torch.device) -> str:
+    """ "sm_80", "sm_90", "gfx942", ... or "interpreter": the key of the tables of tile sizes."""
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))

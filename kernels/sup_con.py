@@ -1,0 +1,289 @@
+"""SupCon, the supervised contrastive loss (Khosla et al. 2020, arXiv:2004.11362, equation 2), in O(M D) memory.
+
+With M rows z_i of dimension D, labels y_i, s_ij = <z_i, z_j> / tau, and P_i the other rows of i's class, of which M'
+rows have any:
+
+    loss = 1/M' sum_{i: P_i not empty} [ log sum_{j != i} exp(s_ij) - 1/|P_i| sum_{p in P_i} s_ip ]
+
+The tiles never look at labels: they sum over all j != i, and the positives follow from the class sums C_y = sum_{y_j =
+y} z_j. With v_i = 1 where P_i is not empty, and 0 elsewhere,
+
+    dz_i = 1/(M' tau) [ sum_{j != i} (v_i exp(s_ij - lse_i) + v_j exp(s_ij - lse_j)) z_j - 2 v_i / |P_i| (C_{y_i} -
+    z_i) ]
+
+so v is an infinite log-sum-exp in the tiles' eyes. Class sums are taken over sorted labels: no atomics, no number of
+classes on the host.
+
+M x M similarities and label comparisons are never materialised; kept for the backward are O(M D). The Triton path
+takes fp32, bf16 and fp16 with D <= 512; anything else takes the reference. The second derivative raises.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from .gram import (
+    LOG2_E,
+    MAX_FUSED_D,
+    block_d,
+    first_derivative_only,
+    normalize_rows,
+    own_rows_first,
+    padded,
+    planes,
+    reference_lse,
+    reference_tiles,
+    reference_weighted_sum,
+    shift_of,
+    slot_sums,
+    weighted_sums,
+)
+from .impl import INTERPRETED, choose_impl, jit
+
+try:
+    import triton.language as tl
+except ImportError:
+    tl = None
+
+
+def sup_con_reference(z, labels, temperature, *, normalize=True, gather=None):
+    """SupCon in plain PyTorch, in fp32 (fp64 for fp64 inputs); arguments, result and errors as for `sup_con`."""
+    return _sup_con(z, labels, temperature, normalize, gather, "torch")
+
+
+def _sup_con(z, labels, temperature, normalize, gather, kind):
+    """kind: "torch", or the dtype whose 16-bit planes the Triton kernels multiply."""
+    with torch.autocast(z.device.type, enabled=False):
+        rows = z.to(torch.promote_types(z.dtype, torch.float32))
+        if normalize:
+            rows = normalize_rows(rows)
+        u = rows / temperature**0.5  # <u_i, u_j> = s_ij: the temperature's gradient is autograd's business
+        shift = shift_of(None if isinstance(temperature, torch.Tensor) else temperature, normalize)
+        if gather is None and torch.compiler.is_compiling():
+            return _forward_op(u, labels, kind, normalize, shift)[0]
+        return _SupCon.apply(u, labels, gather, kind, normalize, shift)
+
+
+def _reference_positive_sum(rows, keys, labels, labels_keys, starts, ends, order):
+    """sum over the other rows of each row's class, by comparing labels tile by tile: (m, D)."""
+    out = torch.zeros_like(rows)
+    for m, n, s in reference_tiles(rows, keys, 0):
+        same = (labels[m, None] == labels_keys[None, n]) & (s != -math.inf)
+        out[m].addmm_(same.to(rows.dtype), keys[n])
+    return out
+
+
+@jit
+def class_sum_kernel(
+    keys_ptr, order_ptr, starts_ptr, ends_ptr, out_ptr, dim, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Add the rows order[p : ends[p]] of the class that starts at sorted position p; other positions have nothing to
+    do."""
+    position = tl.program_id(0)
+    if tl.load(starts_ptr + position) == position:
+        end = tl.load(ends_ptr + position).to(tl.int32)
+        offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+        total = tl.zeros([BLOCK_D], tl.float32)
+        for first in range(position, end, BLOCK_K):
+            positions = first + tl.arange(0, BLOCK_K)
+            inside = positions < end
+            rows = tl.load(order_ptr + positions, mask=inside, other=0)
+            mask = inside[:, None] & (offs_d < dim)[None, :]
+            total += tl.sum(tl.load(keys_ptr + rows[:, None] * dim + offs_d[None, :], mask=mask, other=0.0), 0)
+        tl.store(out_ptr + position.to(tl.int64) * dim + offs_d, total, mask=offs_d < dim)
+
+
+def _triton_positive_sum(rows, keys, labels, labels_keys, starts, ends, order):
+    m, dim = rows.shape
+    sums = torch.empty_like(keys)  # one row per sorted position; only those where a class starts are written
+    block = min(32, block_d(dim))
+    class_sum_kernel[(keys.shape[0], -(-dim // block))](
+        keys, order, starts[order], ends[order], sums, dim, BLOCK_K=64, BLOCK_D=block
+    )
+    return sums[starts[:m]] - rows
+
+
+def _to_planes(keys, num_rows, dtype, normalized):
+    """fp32 keys, base e, as padded 16-bit planes, base 2 -> rows (a view of the first), keys, split."""
+    plane, split = planes(dtype, normalized)
+    num_keys, dim = keys.shape
+    x = F.pad(keys * LOG2_E**0.5, (0, block_d(dim) - dim, 0, padded(num_keys) - num_keys))
+    hi = x.to(plane)
+    if split:
+        hi = torch.cat((hi, (x - hi.float()).to(plane)), 1)
+    if INTERPRETED and plane == torch.bfloat16:
+        hi = hi.float()
+    return hi if num_rows == num_keys else hi[: padded(num_rows)], hi, split, plane == torch.float16
+
+
+def _triton_lse(rows, keys, dtype, normalized, shift):
+    u, u_keys, split, _ = _to_planes(keys, len(rows), dtype, normalized)
+    tops, sums, half_slot, half_row = slot_sums(u, u_keys, len(rows), len(keys), 0, split, shift)
+    if tops is None:
+        if half_slot >= 0:
+            sums[half_slot, :half_row] = 0.0
+        lse = sums.sum(0).log2() + shift
+    else:
+        top = tops.amax(0)
+        base = top.masked_fill(top == -math.inf, 0.0)
+        lse = (sums * (tops - base).exp2()).sum(0).log2() + base
+    return lse[: len(rows)] / LOG2_E
+
+
+def _triton_weighted_sum(rows, keys, lse_rows, lse_keys, dtype, normalized, shift):
+    u, u_keys, split, fp16 = _to_planes(keys, len(rows), dtype, normalized)
+    partial = weighted_sums(
+        u, u_keys, lse_rows * LOG2_E, lse_keys * LOG2_E, len(rows), len(keys), 0, split, shift, fp16
+    )
+    return partial.sum(0)[: len(rows), : rows.shape[1]] / LOG2_E**0.5
+
+
+def _forward(u, labels, gather, kind, normalized, shift):
+    """-> loss (), keys (K, D), lse of the rows (M,), of the keys (K,), mean of the positives (M, D), 1/M' times the
+    world's size ()."""
+    keys, labels_keys, index = u, labels, None
+    if gather is not None:
+        keys, index = own_rows_first(gather, u)
+        labels_keys = gather(labels)[index]
+    ordered, order = labels_keys.sort(stable=True)
+    starts = torch.searchsorted(ordered, labels_keys)
+    ends = torch.searchsorted(ordered, labels_keys, right=True)
+    num_positives = ends - starts - 1
+    m = u.shape[0]
+    scale = (keys.shape[0] // m) / (num_positives > 0).sum().clamp_min(1).to(u.dtype)
+    positive_sum = _reference_positive_sum if kind == "torch" else _triton_positive_sum
+    positives = positive_sum(u, keys, labels, labels_keys, starts, ends, order)
+    valid = num_positives[:m] > 0
+    positives = torch.where(valid[:, None], positives / num_positives[:m, None].clamp_min(1), 0.0)
+    if kind == "torch":
+        lse = reference_lse(u, keys, 0)
+    else:
+        lse = _triton_lse(u, keys, getattr(torch, kind), normalized, shift)
+    loss = torch.where(valid, lse - (u * positives).sum(1), 0.0).sum() * scale
+    lse = lse.masked_fill(~valid, math.inf)
+    return loss, keys, lse, lse if gather is None else gather(lse)[index], positives, scale
+
+
+def _backward(dloss, u, keys, lse, lse_keys, positives, scale, kind, normalized, shift):
+    if kind == "torch":
+        du = reference_weighted_sum(u, keys, lse, lse_keys, 0)
+    else:
+        du = _triton_weighted_sum(u, keys, lse, lse_keys, getattr(torch, kind), normalized, shift)
+    return (du - 2 * positives) * (dloss * scale)
+
+
+class _SupCon(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u, labels, gather, kind, normalized, shift):
+        loss, *saved = _forward(u, labels, gather, kind, normalized, shift)
+        ctx.save_for_backward(u, *saved)
+        ctx.options = (kind, normalized, shift)
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss):
+        with torch.no_grad(), torch.autocast(dloss.device.type, enabled=False):
+            du = _backward(dloss, *ctx.saved_tensors, *ctx.options)
+        return *first_derivative_only((du,), dloss, ctx.saved_tensors[0]), None, None, None, None, None
+
+
+@torch.library.custom_op("kernels::sup_con_forward", mutates_args=())
+def _forward_op(
+    u: torch.Tensor, labels: torch.Tensor, kind: str, normalized: bool, shift: float | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    loss, _, lse, _, positives, scale = _forward(u, labels, None, kind, normalized, shift)
+    return loss, lse, positives, scale
+
+
+@_forward_op.register_fake
+def _(u, labels, kind, normalized, shift):
+    return u.new_empty(()), u.new_empty(u.shape[0]), torch.empty_like(u), u.new_empty(())
+
+
+@torch.library.custom_op("kernels::sup_con_backward", mutates_args=())
+def _backward_op(
+    dloss: torch.Tensor,
+    u: torch.Tensor,
+    lse: torch.Tensor,
+    positives: torch.Tensor,
+    scale: torch.Tensor,
+    kind: str,
+    normalized: bool,
+    shift: float | None,
+) -> torch.Tensor:
+    return _backward(dloss, u, u, lse, lse, positives, scale, kind, normalized, shift)
+
+
+@_backward_op.register_fake
+def _(dloss, u, lse, positives, scale, kind, normalized, shift):
+    return torch.empty_like(u)
+
+
+def _save_for_backward(ctx, inputs, output):
+    u, _, *ctx.options = inputs
+    ctx.save_for_backward(u, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, dloss, *_):
+    return _backward_op(dloss, *ctx.saved_tensors, *ctx.options), None, None, None, None
+
+
+_forward_op.register_autograd(_differentiate, setup_context=_save_for_backward)
+
+
+def sup_con(z, labels, temperature, *, normalize=True, gather=None, impl="auto"):
+    """SupCon loss: each row against all others, its positives those of the same label.
+
+    With several processes each computes its own rows' share, scaled so that averaging values and gradients over
+    processes, as DistributedDataParallel does, gives exactly what one process would have computed on all rows. This
+    needs the same upstream gradient on every process.
+
+    Args:
+        z: (M, D) embeddings, fp32, bf16 or fp16 (fp64: reference only), any strides, M >= 1. Several views of an image
+            are several rows.
+        labels: (M,) integers of any value, on z's device. Rows alone in their class contribute nothing and are counted
+            out of the mean; where all are, loss and gradient are zero.
+        temperature: positive float, or a tensor of one element, which gets its gradient.
+        normalize: divide each row by its length first (in fp32). A row of length below 1e-12 counts as zeros and gets
+            no gradient.
+        gather: None, or a callable that takes this process's (n, ...) rows and returns all processes' rows,
+            concatenated in rank order, the same n from each, without autograd. It is called three times per forward
+            (rows, labels, sums) and never in the backward.
+        impl: "auto" (Triton on a GPU, else the reference; said once through logging.getLogger("kernels")), "triton" or
+            "torch".
+
+    Returns:
+        Scalar loss, fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that disagree, a temperature that is not positive, impl="triton" where it
+            cannot run.
+
+    Source: Khosla et al. 2020, arXiv:2004.11362, L_out of equation 2.
+    """
+    if z.dim() != 2 or not z.numel() or not z.is_floating_point():
+        raise ValueError(f"sup_con: z is {tuple(z.shape)} {z.dtype}; it must be (M, D) floating point, M and D >= 1")
+    if labels.shape != z.shape[:1] or labels.is_floating_point() or labels.device != z.device:
+        raise ValueError(
+            f"sup_con: labels are {tuple(labels.shape)} {labels.dtype} on {labels.device}; "
+            f"they must be ({z.shape[0]},) integers on {z.device}"
+        )
+    if isinstance(temperature, torch.Tensor):
+        if temperature.numel() != 1:
+            raise ValueError(f"sup_con: temperature has {temperature.numel()} elements; one number is needed")
+        temperature = temperature.reshape(())
+    elif not 0 < temperature < math.inf:
+        raise ValueError(f"sup_con: temperature={temperature} must be a positive number")
+    unsupported = None
+    if z.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        unsupported = f"it does not take {z.dtype}"
+    elif z.shape[1] > MAX_FUSED_D:
+        unsupported = f"D={z.shape[1]} is above {MAX_FUSED_D}"
+    chosen = choose_impl("sup_con", impl, z, unsupported)
+    kind = "torch" if chosen == "torch" else str(z.dtype).removeprefix("torch.")
+    return _sup_con(z, labels, temperature, normalize, gather, kind)
