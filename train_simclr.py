@@ -8,6 +8,7 @@ Chen et al., A Simple Framework for Contrastive Learning of Visual Representatio
   python train_simclr.py --demo                                  everything, small: minutes on two CPU cores
 """
 
+import copy
 import json
 import math
 import sys
@@ -20,9 +21,9 @@ from torch import Tensor, nn
 
 from common import augment, checkpoint, config, data, dist, metrics, optim, probe, report, step
 from common.config import InputError
-from common.log import Log, Pace, duration
-from common.models import BACKBONES, build_backbone, min_image_size
-from common.models.heads import projector
+from common.log import Log, Pace
+from common.models import BACKBONES, build_backbone, input_size
+from common.models.heads import SimCLR
 from common.run import Run, claim, directory, finished, prepare
 from kernels import nt_xent
 
@@ -38,69 +39,64 @@ LR_OF = {
     "sgd": lambda bs: 0.05 * bs / 256,  # SimSiam, arXiv:2011.10566
     "adamw": lambda bs: 1e-3 * bs / 256,
 }
-DEMO = {"backbone": "resnet18", "image_size": 32, "stage": "all", "epochs": 30, "bs": 128, "finetune_epochs": 8,
-        "finetune_bs": 64, "finetune_lr": 1e-3, "eval_every": 5}  # fmt: skip
+DEMO = dict(
+    backbone="resnet18",
+    image_size=32,
+    stage="all",
+    epochs=30,
+    bs=128,
+    eval_every=5,
+    finetune_epochs=8,
+    finetune_bs=64,
+    finetune_lr=1e-3,
+)
 DEFAULT_BACKBONE = "resnet50"
 PIXELS = 32  # side of the raw-pixel baseline's images
-FIRST_STEPS = 3  # logged one by one, so that a slow run shows its pace at once
-USE_FLAGS = {"data", "out", "workers", "bad_images", "config", "device", "precision", "compile", "store_size", "eval",
-             "predict", "resume", "seed", "deterministic"}  # fmt: skip
 
 
 def parse_args(argv: list[str] | None = None):
     parser = config.base_parser("simclr", __doc__)
-    stage = parser.add_argument_group("stages")
-    parser.choice(stage, "--stage", [*STAGES, "all"], default="pretrain", help="which stage to run")
-    stage.add_argument("--from", dest="from_run", metavar="RUN",
-                       help="run directory or checkpoint whose backbone the stage starts from; none: random weights")  # fmt: skip
-    stage.add_argument("--patience", type=config.number(int, low=1), default=10,
-                       help="linear and finetune: evaluations on dev without a better macro F1 before stopping")  # fmt: skip
+    group = parser.add_argument_group("stages")
+    parser.choice(group, "--stage", [*STAGES, "all"], "pretrain", "which stage to run")
+    group.add_argument(
+        "--from", dest="from_run", metavar="RUN", help="run or checkpoint to start from; none: no training"
+    )
+    parser.number(group, "--patience", int, 10, "evaluations on dev without a better macro F1 before stopping", low=1)
     for name in ("linear", "finetune"):
-        for flag, kind in (("epochs", int), ("bs", int), ("lr", float), ("wd", float)):
-            stage.add_argument(f"--{name}-{flag}", type=config.number(kind, low=1 if kind is int else 0),
-                               default=STAGES[name][flag], help=f"with --stage all: --{flag} of this stage")  # fmt: skip
-    model = parser.add_argument_group("model")
-    parser.choice(model, "--backbone", BACKBONES, help=f"unset: {DEFAULT_BACKBONE}, or the one of --from")
-    parser.choice(model, "--stem", ["imagenet", "cifar"], default="imagenet",
-                  help="cifar: 3x3 convolution with stride 1 and no max-pooling, for small images")  # fmt: skip
-    model.add_argument("--image-size", type=config.number(int, low=1),
-                       help="side of the network's input, pixels; unset: the stored size, at most 224")  # fmt: skip
-    model.add_argument("--store-size", type=config.number(int, low=8),
-                       help="side to which images are decoded, pixels; unset: their own, at most 256")  # fmt: skip
-    pre = parser.add_argument_group("pretraining")
-    pre.add_argument("--proj-dim", type=config.number(int, low=2), default=128, help="outputs of the projection head")
-    pre.add_argument("--temperature", type=config.number(float, above=0), default=0.2, help="of NT-Xent")
-    parser.choice(pre, "--augment", ["simclr", "none"], default="simclr", help="none: both views are the image itself")
-    pre.add_argument("--color-strength", type=config.number(float, low=0), default=1.0, help="of the colour distortion")
-    parser.choice(pre, "--optimizer", ["lars", "sgd", "adamw"], default="lars", help="optimiser")
-    parser.choice(pre, "--lr-schedule", ["cosine", "constant"], default="cosine", help="after the warm-up; every stage's")
-    pre.add_argument("--fraction", type=config.number(float, above=0, high=1), default=1.0,
-                     help="share of the training images, stratified by class, the same ones every time")  # fmt: skip
+        parser.stage(group, name, STAGES[name])
+    group = parser.add_argument_group("model")
+    parser.choice(group, "--backbone", BACKBONES, None, f"unset: {DEFAULT_BACKBONE}, or the one of --from")
+    parser.choice(group, "--stem", ["imagenet", "cifar"], "imagenet", "cifar: for small images, no early downsampling")
+    parser.number(group, "--image-size", int, None, "input side, pixels; unset: the stored one, at most 224", low=1)
+    parser.number(group, "--store-size", int, None, "side images are decoded to; unset: their own, at most 256", low=8)
+    group = parser.add_argument_group("pretraining")
+    parser.number(group, "--proj-dim", int, 128, "outputs of the projection head", low=2)
+    parser.number(group, "--temperature", float, 0.2, "of NT-Xent", above=0)
+    parser.choice(group, "--augment", ["simclr", "none"], "simclr", "none: both views are the image itself")
+    parser.number(group, "--color-strength", float, 1.0, "of the colour distortion", low=0)
+    parser.choice(group, "--optimizer", LR_OF, "lars", "optimiser of the pretraining")
+    parser.choice(group, "--lr-schedule", ["cosine", "constant"], "cosine", "after the warm-up, in every stage")
+    parser.number(group, "--fraction", float, 1.0, "share of the images, stratified, always the same", above=0, high=1)
     args = config.parse(parser, argv, DEMO)
 
-    used = config.refuse_without_effect
-    pretrain_flags = ["proj_dim", "temperature", "augment", "color_strength", "optimizer", "fraction", "accum", "impl"]
-    later_flags = [f"{s}_{f}" for s in ("linear", "finetune") for f in ("epochs", "bs", "lr", "wd")]
+    config.check_use(parser, args)
+    used = partial(config.refuse_without_effect, parser, args)
     if args.stage != "all":
-        used(parser, args, later_flags, "without --stage all; use --epochs, --bs, --lr, --wd for a single stage")
-    if args.stage == "pretrain":
-        used(parser, args, ["patience"], "with --stage pretrain, which does not stop early")
+        later = [f"{stage}_{flag}" for stage in ("linear", "finetune") for flag in ("epochs", "bs", "lr", "wd")]
+        used(later, "without --stage all; use --epochs, --bs, --lr, --wd for a single stage")
     if args.stage in ("linear", "finetune"):
-        used(parser, args, pretrain_flags, f"with --stage {args.stage}")
-        if args.from_run is None and not (args.eval or args.predict):
-            parser.error(f"--stage {args.stage} starts from a backbone: give --from RUN (or --from none: random weights)")
+        pretraining = ["proj_dim", "temperature", "augment", "color_strength", "optimizer", "fraction", "accum", "impl"]
+        used(pretraining, f"with --stage {args.stage}")
+        if args.from_run is None:
+            parser.error(f"--stage {args.stage} starts from a backbone: --from RUN (or --from none, random weights)")
     else:
-        used(parser, args, ["from_run"], f"with --stage {args.stage}, which trains its backbone")
+        used(["from_run"], f"with --stage {args.stage}, which trains its backbone")
+    if args.stage == "pretrain":
+        used(["patience"], "with --stage pretrain, which does not stop early")
     if args.stage == "linear":
-        used(parser, args, ["eval_every"], "with --stage linear, which evaluates every epoch")
+        used(["eval_every", "log_every"], "with --stage linear, which evaluates and logs every epoch")
     if args.augment == "none":
-        used(parser, args, ["color_strength"], "with --augment none")
-    if args.eval or args.predict:
-        used(parser, args, sorted(vars(args).keys() - USE_FLAGS), f"with --{'eval' if args.eval else 'predict'}")
-        if args.eval and args.predict:
-            parser.error("--eval and --predict exclude each other")
-        if args.predict and args.resume in ("auto", "none"):
-            parser.error("--predict needs the trained run: add --resume RUN")
+        used(["color_strength"], "with --augment none")
     return args, parser
 
 
@@ -112,50 +108,24 @@ def settings(args, name: str) -> config.Stage:
 
 
 def build_data(args, path: str, facts: dist.Facts) -> data.Images:
-    """The images of `path`, without the damaged ones where --bad-images skip allows that."""
-    images = data.open_images(path)
-    if args.store_size:
-        images.resize_store(args.store_size)
-    if args.bad_images == "skip":
-        dropped = images.drop_damaged(args.workers)
-        if facts.main:
-            named = f", the first is {dropped[0]}" if dropped else ""
-            print(f"--bad-images skip: left out {len(dropped)} damaged images{named}", flush=True)
-    if facts.main:
-        print(images.describe(), flush=True)
-    return images
+    """The images of `path`, said in one line."""
+    say = print if facts.main else lambda text: None
+    return data.prepare(path, store_size=args.store_size, bad=args.bad_images, workers=args.workers, say=say)
 
 
-def image_size(args, images: data.Images, backbone: str, stem: str) -> int:
-    """Side of the network's input: --image-size, or the stored size, at most 224 and at least what the backbone takes."""
-    smallest = min_image_size(backbone, stem)
-    if args.image_size is None:
-        return max(min(224, images.store_size), smallest)
-    if args.image_size < smallest:
-        raise InputError(f"--image-size {args.image_size}: the smallest that {backbone} takes is {smallest}")
-    return args.image_size
-
-
-def check(args, facts: dist.Facts, images: data.Images, splits: dict, stages: list[config.Stage]) -> None:
+def check(args, facts: dist.Facts, images: data.Images, splits: dict, stages: dict[str, config.Stage]) -> None:
     """Refuse what the stages could not use, before anything is written."""
-    parts = {"pretrain": ("pretrain", facts.world_size * args.accum), "linear": ("train", 1),
-             "finetune": ("finetune_train", facts.world_size)}  # fmt: skip
-    for stage in stages:
-        split, divisor = parts[stage.name]
-        if stage.name != "pretrain" and (len(images.classes) < 2 or not len(splits["test"])):
+    world = facts.world_size
+    parts = {
+        "pretrain": ("pretrain", world * args.accum),
+        "linear": ("train", 1),
+        "finetune": ("finetune_train", world),
+    }
+    for name, stage in stages.items():
+        split, divisor = parts[name]
+        if name != "pretrain" and (len(images.classes) < 2 or not len(splits["test"])):
             raise InputError(f"--stage {args.stage} needs labels of two classes or more: {images.describe()}")
-        data.check_batch(stage.name, stage.bs, len(splits[split]), divisor)
-
-
-class SimCLR(nn.Module):
-    """Backbone f and projection head g: images (n, 3, s, s) to z (n, proj_dim)."""
-
-    def __init__(self, backbone: nn.Module, num_features: int, proj_dim: int):
-        super().__init__()
-        self.backbone, self.projector = backbone, projector(num_features, num_features, proj_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.projector(self.backbone(x))
+        data.check_batch(name, stage.bs, len(splits[split]), divisor)
 
 
 def build_model(run: Run, kind: str, weights: dict | None = None) -> nn.Module:
@@ -167,7 +137,7 @@ def build_model(run: Run, kind: str, weights: dict | None = None) -> nn.Module:
     torch.manual_seed(args.seed)
     model = build_backbone(meta["backbone"], meta["stem"])
     if weights is not None:
-        checkpoint.load_weights(model, weights, f"--from {args.from_run}" if args.from_run else "the pretrained backbone")
+        checkpoint.load_weights(model, weights, f"--from {args.from_run or 'this run'} ({meta['backbone']})")
     width = BACKBONES[meta["backbone"]].num_features
     if kind == "pretrain":
         model = SimCLR(model, width, meta["proj_dim"])
@@ -234,29 +204,22 @@ def evaluate(run: Run, model: nn.Module, indices: np.ndarray, progress=None) -> 
     return dist.unshard(torch.cat(rows), len(indices)).cpu()
 
 
-def log_now(run: Run, done: int) -> bool:
-    return done <= FIRST_STEPS or done % run.args.log_every == 0
-
-
 def pretrain(run: Run) -> None:
     """Stage 1: NT-Xent on two views. Writes backbone.pt and features.npz from the epoch of the lowest mean loss."""
     args, facts, log, indices = run.args, run.facts, run.log, run.splits["pretrain"]
-    stage = settings(args, "pretrain")
+    stage = run.stages["pretrain"]
     model = build_model(run, "pretrain")
     optimizer = optim.build_optimizer(stage.optimizer, optim.param_groups([model], stage.wd), lr=stage.lr)
     scaler = step.scaler(args.precision, facts.device)
-    progress = run.stage("pretrain", {"model": model, "optimizer": optimizer, "scaler": scaler}, start="scratch",
-                         first=True, own_folder=args.stage == "all")  # fmt: skip
-    if run.settled(progress, stage.epochs):
+    progress = run.stage("pretrain", {"model": model, "optimizer": optimizer, "scaler": scaler}, start="scratch")
+    if run.settled(progress):
         return
     trained, chance, steps = dist.wrap(model, facts), math.log(2 * stage.bs - 1), len(indices) // stage.bs
-    log.say(f"pretrain: {len(indices)} images, {steps} steps of {stage.bs} an epoch, {stage.epochs} epochs,"
-            f" {stage.optimizer}, lr {stage.lr:.3g}; the loss at chance is ln(2N-1) = {chance:.4f}")  # fmt: skip
+    log.say(stage.describe(f"{len(indices)} images", steps) + f"; loss at chance ln(2N-1) = {chance:.4f}")
     pace, begun = Pace(stage.bs, stage.epochs * steps), progress.step
     while progress.epoch < stage.epochs:
         model.train()
-        batches = data.epoch_batches(indices, bs=stage.bs, seed=args.seed, epoch=progress.epoch, done=progress.batch,
-                                     facts=facts)  # fmt: skip
+        batches = data.epoch_batches(indices, stage.bs, args.seed, progress.epoch, progress.batch, facts)
         for batch, pixels in zip(batches, run.data.batches(batches, args.workers), strict=True):
             lr = step.set_lr(optimizer, stage, progress.step, steps, args.lr_schedule)
             pixels = step.to_device(pixels, facts.device)
@@ -270,15 +233,13 @@ def pretrain(run: Run) -> None:
             progress.add(loss=loss)
             pace.tick()
             done = progress.step + 1
-            if log_now(run, done):
+            if log.due(done, args.log_every):
                 values = {"loss": loss.item(), "loss/chance": loss.item() / chance, "lr": lr, "grad_norm": norm.item()}
                 values |= metrics.contrastive(*z.float().chunk(2))
                 log.interval("pretrain", done, progress.epoch + 1, values, pace, "img")
             log.progress("pretrain", done, pace, "img")
             if done == begun + 2 and facts.device.type == "cpu":
-                cost = pace.seconds_per_step * steps
-                log.say(f"pretrain: on this CPU an epoch costs about {duration(cost)}, {stage.epochs} epochs about"
-                        f" {duration(cost * stage.epochs)}; smaller: --image-size, --backbone resnet18, --epochs")  # fmt: skip
+                log.cost("pretrain", steps, stage.epochs, pace)
             progress.end_step(bad)
         loss = progress.mean("loss")
         values = {"pretrain/train/loss": loss, "pretrain/train/loss_over_chance": loss / chance}
@@ -290,25 +251,30 @@ def pretrain(run: Run) -> None:
         progress.end_epoch()
         pace.pause()
 
-    results = progress.results | {"pretrain/train/loss_at_chance": chance}
+    chosen = copy.deepcopy(model)
+    chosen.load_state_dict(progress.best_weights())
+    test = representation(run, chosen.backbone, "test", "test", progress)
     last = representation(run, model.backbone, "test", "test", progress)
-    results |= {f"{name}_last_epoch": value for name, value in last.items()}
-    model.load_state_dict(progress.best_weights())
-    results |= representation(run, model.backbone, "test", "test", progress)
-    weights = {name: tensor.detach().cpu() for name, tensor in model.backbone.state_dict().items()}
+    test |= {f"{name}_last_epoch": value for name, value in last.items()}
+    log.metrics("pretrain", progress.step, progress.epoch, test)
+    weights = {name: tensor.detach().cpu() for name, tensor in chosen.backbone.state_dict().items()}
     if facts.main:
         checkpoint.save(run.folder / "backbone.pt", weights)
-    probe.stored_features(run, checkpoint.weights_digest(weights),
-                          lambda: evaluate(run, model.backbone, np.arange(len(run.data)), progress))  # fmt: skip
-    log.metrics("pretrain", progress.step, progress.epoch, {n: v for n, v in results.items() if "/test/" in n})
-    progress.finish(results)
-    return results, progress
+    everything = partial(evaluate, run, chosen.backbone, np.arange(len(run.data)), progress)
+    probe.stored_features(run, checkpoint.weights_digest(weights), everything)
+    run.finish(progress, progress.results | test | {"pretrain/train/loss_at_chance": chance})
+
+
+def representation(run: Run, backbone: nn.Module, queries: str, split: str, progress=None) -> dict:
+    """kNN accuracy of a split's images, where there are labels, and the effective rank of their features."""
+    outputs = partial(evaluate, run, backbone, progress=progress)
+    return {f"pretrain/{split}/{name}": value for name, value in probe.representation(run, outputs, queries).items()}
 
 
 def linear(run: Run, weights: dict | None) -> None:
     """Stage 2: a linear layer on frozen features; beside it, the same on random-weight features and on raw pixels."""
     args, images, everything = run.args, run.data, np.arange(len(run.data))
-    stage, labels = settings(args, "linear"), run.data.labels
+    stage, labels = run.stages["linear"], run.data.labels
 
     def backbone_features(weights: dict | None) -> Tensor:
         digest = checkpoint.weights_digest(weights) if weights else "random"
@@ -322,21 +288,20 @@ def linear(run: Run, weights: dict | None) -> None:
     width = BACKBONES[run.meta["backbone"]].num_features
     sources = {
         "linear": ("learned features" if weights else "random-weight backbone", weights, width, backbone_features),
-        "linear-random": ("random-weight backbone", None, width, backbone_features),
-        "linear-pixels": (f"raw pixels ({PIXELS} px)", None, 3 * PIXELS**2, raw_pixels),
+        "linear_random": ("random-weight backbone", None, width, backbone_features),
+        "linear_pixels": (f"raw pixels ({PIXELS} px)", None, 3 * PIXELS**2, raw_pixels),
     }
     if not weights:
-        del sources["linear-random"]
+        del sources["linear_random"]
     for name, (title, source, dim, make) in sources.items():
         torch.manual_seed(args.seed)
         head = nn.Linear(dim, len(run.meta["classes"])).to(run.facts.device)
         optimizer = optim.build_optimizer(stage.optimizer, optim.param_groups([head], stage.wd), lr=stage.lr)
         start = checkpoint.weights_digest(source) if source else name
-        progress = run.stage(name, {"head": head, "optimizer": optimizer}, start=start, first=name == "linear",
-                             own_folder=args.stage == "all" or name != "linear")  # fmt: skip
-        if not run.settled(progress, 0):
+        progress = run.stage(name, {"head": head, "optimizer": optimizer}, start=start)
+        if not run.settled(progress):
             results = probe.linear_protocol(run, progress, head, optimizer, stage, make(source), source or {})
-            run.finish(progress, results, selected=name == "linear")
+            run.finish(progress, results)
         accuracy, f1 = (run.results[f"{name}/test/{metric}"] for metric in ("accuracy", "macro_f1"))
         run.log.say(f"linear protocol, {title + ':':24}test accuracy {accuracy:.4f}, macro F1 {f1:.4f}")
     majority = np.bincount(labels[run.splits["train"]]).argmax()
@@ -348,23 +313,23 @@ def finetune(run: Run, weights: dict | None) -> None:
     """Stage 3: train the whole model on labels; test the epoch of the best macro F1 on dev."""
     args, facts, log, labels = run.args, run.facts, run.log, run.data.labels
     train, dev, test = (run.splits[name] for name in ("finetune_train", "finetune_dev", "test"))
-    stage, num_classes, targets = settings(args, "finetune"), len(run.meta["classes"]), torch.from_numpy(labels)
+    stage, num_classes, targets = run.stages["finetune"], len(run.meta["classes"]), torch.from_numpy(labels)
     model = build_model(run, "finetune", weights)
     optimizer = optim.build_optimizer(stage.optimizer, optim.param_groups([model], stage.wd), lr=stage.lr)
     scaler = step.scaler(args.precision, facts.device)
     start = checkpoint.weights_digest(weights) if weights else "random"
-    progress = run.stage("finetune", {"model": model, "optimizer": optimizer, "scaler": scaler}, start=start,
-                         first=args.stage == "finetune", own_folder=args.stage == "all")  # fmt: skip
-    if run.settled(progress, stage.epochs):
+    progress = run.stage("finetune", {"model": model, "optimizer": optimizer, "scaler": scaler}, start=start)
+    if run.settled(progress):
         return
     trained, steps = dist.wrap(model, facts), len(train) // stage.bs
-    log.say(f"finetune: {len(train)} training, {len(dev)} dev, {len(test)} test images, {steps} steps of {stage.bs} an"
-            f" epoch, at most {stage.epochs} epochs, {stage.optimizer}, lr {stage.lr:.3g}, patience {args.patience}")  # fmt: skip
+    log.say(
+        stage.describe(f"{len(train)} training, {len(dev)} dev and {len(test)} test images", steps)
+        + f", patience {args.patience} evaluations"
+    )
     pace = Pace(stage.bs, stage.epochs * steps)
     while progress.epoch < stage.epochs and progress.stale < args.patience:
         model.train()
-        batches = data.epoch_batches(train, bs=stage.bs, seed=args.seed, epoch=progress.epoch, done=progress.batch,
-                                     facts=facts)  # fmt: skip
+        batches = data.epoch_batches(train, stage.bs, args.seed, progress.epoch, progress.batch, facts)
         for batch, pixels in zip(batches, run.data.batches(batches, args.workers), strict=True):
             lr = step.set_lr(optimizer, stage, progress.step, steps, args.lr_schedule)
             params = augment.crop_flip_params(args.seed, progress.epoch, batch, 0, pixels.shape[-1])
@@ -379,7 +344,7 @@ def finetune(run: Run, weights: dict | None) -> None:
             progress.add(loss=loss)
             pace.tick()
             done = progress.step + 1
-            if log_now(run, done):
+            if log.due(done, args.log_every):
                 values = {"loss": loss.item(), "lr": lr, "grad_norm": norm.item()}
                 log.interval("finetune", done, progress.epoch + 1, values, pace, "img")
             log.progress("finetune", done, pace, "img")
@@ -392,19 +357,13 @@ def finetune(run: Run, weights: dict | None) -> None:
         progress.end_epoch()
         pace.pause()
 
+    chosen = copy.deepcopy(model)
+    chosen.load_state_dict(progress.best_weights())
+    results = probe.score("finetune/test", evaluate(run, chosen, test, progress), labels[test], num_classes)
     last = probe.score("finetune/test", evaluate(run, model, test, progress), labels[test], num_classes)
-    model.load_state_dict(progress.best_weights())
-    logits = evaluate(run, model, test, progress)
-    results = probe.score("finetune/test", logits, labels[test], num_classes)
     results |= {f"{name}_last_epoch": value for name, value in last.items()}
     log.metrics("finetune", progress.step, progress.epoch, results)
     run.finish(progress, results)
-
-
-def representation(run: Run, backbone: nn.Module, queries: str, split: str, progress=None) -> dict:
-    """kNN accuracy of a split's images, where there are labels, and the effective rank of their features."""
-    outputs = partial(evaluate, run, backbone, progress=progress)
-    return {f"pretrain/{split}/{name}": value for name, value in probe.representation(run, outputs, queries).items()}
 
 
 def use(args, facts: dist.Facts) -> int:
@@ -416,8 +375,8 @@ def use(args, facts: dist.Facts) -> int:
         raise InputError(f"{args.eval or args.resume} is of train_{meta.get('script')}.py; use that script")
     if args.predict and meta["stage"] == "pretrain":
         raise InputError(f"{args.resume} has no classifier: run --stage linear or --stage finetune --from it first")
-    images = build_data(args, args.eval and args.data or args.predict, facts)
-    run = Run(args, facts, images, data.split(images), folder, Log(None, main=facts.main), None, meta)
+    images = build_data(args, args.predict or args.data, facts)
+    run = Run(args, facts, images, data.split(images), folder, Log(None, main=facts.main), None, meta, {})
     model = build_model(run, "pretrain" if meta["stage"] == "pretrain" else "finetune")
     checkpoint.load_weights(model, state["model"], f"checkpoint {args.eval or args.resume}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -453,29 +412,35 @@ def main(argv: list[str] | None = None) -> int:
             weights, origin = checkpoint.load_backbone(args.from_run)
         name = args.backbone or origin.get("backbone", DEFAULT_BACKBONE)
         stem = origin.get("stem", args.stem)
-        meta = {"script": "simclr", "backbone": name, "stem": stem, "classes": images.classes,
-                "proj_dim": args.proj_dim, "image_size": image_size(args, images, name, stem)}  # fmt: skip
-        stages = [settings(args, stage) for stage in (STAGES if args.stage == "all" else [args.stage])]
+        size = input_size(name, stem, args.image_size, images.store_size)
+        meta = {
+            "script": "simclr",
+            "backbone": name,
+            "stem": stem,
+            "image_size": size,
+            "classes": images.classes,
+            "proj_dim": args.proj_dim,
+        }
+        stages = {stage: settings(args, stage) for stage in (STAGES if args.stage == "all" else [args.stage])}
         splits = data.split(images, args.fraction)
         check(args, facts, images, splits, stages)
         start = {"from_run": checkpoint.weights_digest(weights)} if weights else {}
         identity = config.identity(parser, args, data=images.fingerprint, stage=args.stage, **meta, **start)
-        folder = directory(args, "simclr", f"{name}-{args.stage}-bs{stages[0].bs}", identity)
+        folder = directory(args, "simclr", f"{name}-{args.stage}-bs{next(iter(stages.values())).bs}", identity)
         if summary := finished(folder, args):
             print(f"{folder} has finished; its summary:\n{json.dumps(summary, indent=2)}")
             return 0
-        claim(folder, args, identity, {s.name: vars(s) for s in stages} | meta, facts)
+        claim(folder, args, identity, {stage: vars(values) for stage, values in stages.items()} | meta, facts)
         log = Log(folder, main=facts.main, tensorboard=args.tensorboard)
-        run = Run(args, facts, images, splits, folder, log, checkpoint.Signals(), meta)
-        log.say(f"run directory {folder}; {facts.device}, {facts.world_size} process(es), image size {meta['image_size']} px")
+        run = Run(args, facts, images, splits, folder, log, checkpoint.Signals(), meta, stages)
+        log.say(f"run directory {folder}; device {facts.device}, {facts.world_size} process(es), input {size} px")
         with run.recorded():
-            if args.stage in ("pretrain", "all"):
+            if "pretrain" in stages:
                 pretrain(run)
-                if args.stage == "all":
-                    weights = checkpoint.load(folder / "backbone.pt")
-            if args.stage in ("linear", "all"):
+                weights = checkpoint.load(folder / "backbone.pt")
+            if "linear" in stages:
                 linear(run, weights)
-            if args.stage in ("finetune", "all"):
+            if "finetune" in stages:
                 finetune(run, weights)
     return 0
 

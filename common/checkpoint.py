@@ -127,10 +127,15 @@ def load_weights(module: torch.nn.Module, state: dict, source) -> None:
         InputError: some key is missing or unknown, or has another shape.
     """
     own = module.state_dict()
-    problems = [f"{len(missing)} keys missing (first: {missing[0]})" for missing in [sorted(own.keys() - state)] if missing]
+    problems = [
+        f"{len(missing)} keys missing (first: {missing[0]})" for missing in [sorted(own.keys() - state)] if missing
+    ]
     problems += [f"{len(extra)} unknown keys (first: {extra[0]})" for extra in [sorted(state.keys() - own)] if extra]
-    shapes = [f"{k} is {tuple(state[k].shape)}, the model's is {tuple(own[k].shape)}" for k in own
-              if k in state and state[k].shape != own[k].shape]  # fmt: skip
+    shapes = [
+        f"{k} is {tuple(state[k].shape)}, the model's is {tuple(own[k].shape)}"
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]
     problems += shapes[:2] + ([f"and {len(shapes) - 2} more shapes"] if len(shapes) > 2 else [])
     if problems:
         raise InputError(f"{source} does not fit this model: {'; '.join(problems)}")
@@ -255,8 +260,20 @@ class Progress:
     not continued.
     """
 
-    def __init__(self, folder: Path, stage: str, *, parts: dict, log: Log, facts: dist.Facts, signals: Signals,
-                 meta: dict, start: str, save_every: float, max_steps: int | None):  # fmt: skip
+    def __init__(
+        self,
+        folder: Path,
+        stage: str,
+        *,
+        parts: dict,
+        log: Log,
+        facts: dist.Facts,
+        signals: Signals,
+        meta: dict,
+        start: str,
+        save_every: float,
+        max_steps: int | None,
+    ):
         self.folder, self.stage, self.parts, self.log, self.facts = folder, stage, parts, log, facts
         self.signals, self.meta, self.start = signals, meta, start
         self.save_seconds, self.max_steps = save_every * 60, max_steps
@@ -264,7 +281,7 @@ class Progress:
         self.best: float | None = None
         self.sums: dict[str, Tensor] = {}
         self.results: dict[str, float] = {}
-        self.finished = False
+        self.finished, self.planned = False, 0
         self._best_state: dict | None = None
         self._flags: Tensor | None = None
         self._flags_ready = None
@@ -291,16 +308,12 @@ class Progress:
                 load_weights(part, state["parts"][name], f"{self.folder}/last.pt")
             else:
                 part.load_state_dict(state["parts"][name])
-        for name in ("step", "epoch", "batch", "best", "best_epoch", "stale", "results"):
+        for name in ("step", "epoch", "batch", "best", "best_epoch", "stale", "results", "planned"):
             setattr(self, name, place[name])
         self.sums = {name: value.to(self.facts.device) for name, value in state["sums"].items()}
         set_rng_state(state["rng"])
         if not self.finished:
             self.log.say(f"{self.stage}: going on from step {self.step}, epoch {self.epoch + 1}")
-
-    def reopen(self) -> None:
-        """Go on training a finished stage (more epochs)."""
-        self.finished, self.results = False, {}
 
     def save(self) -> None:
         """Write best.pt and last.pt, keeping the last.pt before it.
@@ -316,7 +329,7 @@ class Progress:
             save(self.folder / "best.pt", self._best_state)
         last = self.folder / "last.pt"
         place = {"log_offset": self.log.offset, "seconds": self.log.seconds}
-        for name in ("step", "epoch", "batch", "best", "best_epoch", "stale", "results", "finished"):
+        for name in ("step", "epoch", "batch", "best", "best_epoch", "stale", "results", "finished", "planned"):
             place[name] = getattr(self, name)
         state = {
             "stage": self.stage,
@@ -362,7 +375,9 @@ class Progress:
             self._stop(self.signals.asked)
         if self.max_steps and self.step >= self.max_steps:
             self.save()
-            raise Stopped(f"{self.stage}: stopped at --max-steps {self.max_steps}; the state is saved in {self.folder}", 0)
+            raise Stopped(
+                f"{self.stage}: stopped at --max-steps {self.max_steps}; the state is saved in {self.folder}", 0
+            )
         # Rank 0 alone decides by its clock, so it must not raise alone: a bad step is left to the next end_step.
         if self.facts.main and time.monotonic() - self._saved > self.save_seconds and not self._peek()[0]:
             self.save()
@@ -433,8 +448,10 @@ class Progress:
         self.batch = 0
         self.sums = {}
 
-    def finish(self, results: dict) -> None:
-        """Store the stage's final metrics; a later start of the same command reads them instead of training."""
-        self.results, self.finished = results, True
+    def finish(self, results: dict, planned: int) -> None:
+        """Store the stage's final metrics: a later start reads them instead of training, unless more than the `planned`
+        epochs are asked for."""
+        self.results, self.finished, self.planned = results, True, planned
         self.save()
+        self.log.floor = self.log.offset
         dist.barrier()

@@ -20,8 +20,14 @@ EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_STOPPED = 2, 3, 75
 # What may differ between two commands that mean the same run. The data set enters the identity by its content
 # (`fingerprint`), so that a copy on a node's local disk continues the same run.
 NOT_IDENTITY = {
-    "bad_images", "compile", "config", "data", "demo", "deterministic", "device", "eval", "eval_every", "fork", "from_run",
-    "impl", "log_every", "max_steps", "out", "predict", "resume", "save_every", "tensorboard", "workers",
+    "bad_images", "compile", "config", "data", "demo", "deterministic", "device", "eval", "eval_every", "fork",
+    "from_run", "impl", "log_every", "max_steps", "out", "predict", "resume", "save_every", "tensorboard", "workers",
+}  # fmt: skip
+
+# What --eval and --predict heed.
+USE_FLAGS = {
+    "bad_images", "compile", "config", "data", "deterministic", "device", "eval", "out", "precision", "predict",
+    "resume", "seed", "store_size", "workers",
 }  # fmt: skip
 
 
@@ -88,7 +94,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
 
-    def choice(self, group, flag: str, names, **kwargs):
+    def choice(self, group, flag: str, names, default, help: str):
         """Add a flag that takes one of `names`."""
         names = list(names)
 
@@ -98,7 +104,17 @@ class Parser(argparse.ArgumentParser):
                 raise argparse.ArgumentTypeError(f"received {text!r}, allowed {allowed}{nearest(text, names)}")
             return text
 
-        group.add_argument(flag, type=convert, metavar="{" + ",".join(names) + "}", **kwargs)
+        group.add_argument(flag, type=convert, metavar="{" + ",".join(names) + "}", default=default, help=help)
+
+    def number(self, group, flag: str, kind, default, help: str, **bounds):
+        """Add a flag that takes an int or a float within `bounds` (low, high: included; above: not)."""
+        metavar = "N" if kind is int else "X"
+        group.add_argument(flag, type=number(kind, **bounds), metavar=metavar, default=default, help=help)
+
+    def stage(self, group, name: str, defaults: dict):
+        """Add `--NAME-epochs`, `-bs`, `-lr` and `-wd` of a stage that the shared flags do not set."""
+        for flag, kind, low in (("epochs", int, 1), ("bs", int, 1), ("lr", float, 0), ("wd", float, 0)):
+            self.number(group, f"--{name}-{flag}", kind, defaults[flag], f"with --stage all: its --{flag}", low=low)
 
     def flags(self) -> list[str]:
         return [option for option in self._option_string_actions if option.startswith("--")]
@@ -127,40 +143,54 @@ def base_parser(script: str, doc: str) -> Parser:
     data = parser.add_argument_group("data and run directory")
     data.add_argument("--data", default="sample", help="folder, .zip of one, or `sample`, the embedded data set")
     data.add_argument("--out", help="run directory; unset: runs/SCRIPT/NAME-HASH, a function of the other flags")
-    data.add_argument("--workers", type=number(int, low=1), default=min(8, os.cpu_count() or 1), help="decoding threads")
-    parser.choice(data, "--bad-images", ["error", "skip"], default="error",
-                  help="a damaged image ends the run, or is left out (at most 1 %% of them) and counted")  # fmt: skip
+    parser.number(data, "--workers", int, min(8, os.cpu_count() or 1), "decoding threads", low=1)
+    parser.choice(
+        data,
+        "--bad-images",
+        ["error", "skip"],
+        "error",
+        "a damaged image ends the run, or is left out (at most 1 %% of them) and counted",
+    )
     data.add_argument("--config", metavar="FILE", help="TOML or JSON file of flags; the command line wins")
 
-    optim = parser.add_argument_group("optimisation (of the first stage, or of the one stage that was named)")
-    optim.add_argument("--epochs", type=number(int, low=1), help="passes over the training data")
-    optim.add_argument("--bs", type=number(int, low=1), help="batch of one optimiser step, over all processes and chunks")
-    optim.add_argument("--accum", type=number(int, low=1), default=1, help="chunks that the batch is split into")
-    optim.add_argument("--lr", type=number(float, low=0), help="peak learning rate, used as given")
-    optim.add_argument("--wd", type=number(float, low=0), help="weight decay of all but biases and normalisation")
-    optim.add_argument("--warmup-epochs", type=number(float, low=0), help="unset: a tenth of the epochs")
+    optim = parser.add_argument_group("optimisation (of the first stage, or of the one stage that is named)")
+    parser.number(optim, "--epochs", int, None, "passes over the training data", low=1)
+    parser.number(optim, "--bs", int, None, "batch of one optimiser step, over all processes and chunks", low=1)
+    parser.number(optim, "--accum", int, 1, "chunks that the batch is split into", low=1)
+    parser.number(optim, "--lr", float, None, "peak learning rate, used as given", low=0)
+    parser.number(optim, "--wd", float, None, "weight decay of all but biases and normalisation", low=0)
+    parser.number(optim, "--warmup-epochs", float, None, "unset: a tenth of the epochs", low=0)
 
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.choice(machine, "--precision", ["auto", "fp32", "bf16", "fp16"], default="auto",
-                  help="auto: bf16 on a GPU that has it, fp32 elsewhere")  # fmt: skip
+    parser.choice(
+        machine,
+        "--precision",
+        ["auto", "fp32", "bf16", "fp16"],
+        "auto",
+        "auto: bf16 on a GPU that has it, fp32 elsewhere",
+    )
     machine.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
-    parser.choice(machine, "--impl", ["auto", "triton", "torch"], default="auto", help="implementation of the kernels")
-    machine.add_argument("--seed", type=number(int, low=0, high=2**31 - 1), default=0, help="weights, order, augmentation")
+    parser.choice(machine, "--impl", ["auto", "triton", "torch"], "auto", "implementation of the kernels")
+    parser.number(machine, "--seed", int, 0, "of weights, order and augmentation", low=0, high=2**31 - 1)
     machine.add_argument("--deterministic", action="store_true", help="bitwise repeatable on a GPU too, at some cost")
 
     running = parser.add_argument_group("running")
-    running.add_argument("--resume", default="auto", metavar="{auto,none,PATH}",
-                         help="continue the run directory, start anew, or continue from PATH")  # fmt: skip
+    running.add_argument(
+        "--resume",
+        default="auto",
+        metavar="{auto,none,PATH}",
+        help="continue the run directory, start anew, or continue from PATH",
+    )
     running.add_argument("--fork", action="store_true", help="continue a run although its flags differ")
-    running.add_argument("--max-steps", type=number(int, low=1), help="stop after so many steps; the schedule is unchanged")
-    running.add_argument("--log-every", type=number(int, low=1), default=10, help="steps")
-    running.add_argument("--eval-every", type=number(int, low=1), default=1, help="epochs")
-    running.add_argument("--save-every", type=number(float, low=0), default=10.0, help="minutes")
+    parser.number(running, "--max-steps", int, None, "stop after so many steps; the schedule is unchanged", low=1)
+    parser.number(running, "--log-every", int, 10, "steps between two lines", low=1)
+    parser.number(running, "--eval-every", int, 1, "epochs between two evaluations", low=1)
+    parser.number(running, "--save-every", float, 10.0, "minutes between two checkpoints", low=0)
     running.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events")
     running.add_argument("--eval", metavar="CHECKPOINT", help="evaluate a checkpoint or run on the test split and end")
     running.add_argument("--predict", metavar="PATH", help="classify the items of PATH with the run named by --resume")
-    running.add_argument("--demo", action="store_true", help="a small run on the embedded data set, minutes on two cores")
+    running.add_argument("--demo", action="store_true", help="a small run on the embedded data, minutes on two cores")
     return parser
 
 
@@ -210,6 +240,22 @@ def refuse_without_effect(parser: Parser, args: argparse.Namespace, names, reaso
             parser.error(f"--{name.replace('_', '-')} has no effect {reason}")
 
 
+def check_use(parser: Parser, args: argparse.Namespace) -> None:
+    """Exit 2 if --eval or --predict comes with a flag of training, or --predict without the run to use."""
+    mode = "--eval" if args.eval else "--predict" if args.predict else None
+    if mode is None:
+        return
+    if args.eval and args.predict:
+        parser.error("--eval and --predict exclude each other")
+    refuse_without_effect(parser, args, sorted(vars(args).keys() - USE_FLAGS), f"with {mode}")
+    if args.predict and args.resume in ("auto", "none"):
+        parser.error("--predict needs the trained run: add --resume RUN")
+    if args.predict:
+        refuse_without_effect(parser, args, ["data"], "with --predict, which reads PATH")
+    else:
+        refuse_without_effect(parser, args, ["resume"], "with --eval, which names its checkpoint")
+
+
 def identity(parser: Parser, args: argparse.Namespace, **facts) -> dict:
     """The settings that decide a run's result: flags that differ from their built-in default, and given `facts`.
 
@@ -239,6 +285,13 @@ class Stage:
     wd: float
     optimizer: str
     warmup_epochs: float
+
+    def describe(self, items: str, steps_per_epoch: int) -> str:
+        """One line for people: how much data in how many steps, and how they are taken."""
+        return (
+            f"{self.name}: {items}, {steps_per_epoch} steps of {self.bs} an epoch, {self.epochs} epochs at most,"
+            f" {self.optimizer}, lr {self.lr:.3g}"
+        )
 
 
 def stage(args, name: str, defaults: dict, *, first: bool, lr_of) -> Stage:

@@ -32,8 +32,14 @@ SPLITS = {
 UNLABELLED = -1
 # What Pillow and zipfile raise on damaged files.
 DECODE_ERRORS = (
-    OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError, zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    Image.DecompressionBombError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 TEST_SHARE, FINETUNE_DEV_SHARE = 0.15, 0.15
 _CACHE_BYTES = 2 * 2**30
 _ORDER_STREAM = 2**31  # no view has this number
@@ -52,7 +58,9 @@ class Images:
         fingerprint: eight digits that stand for the content: names and sizes of all items.
     """
 
-    def __init__(self, name: str, ids: list[str], labels, classes: list[str], splits, *, sizes=(), read=None, pixels=None):
+    def __init__(
+        self, name: str, ids: list[str], labels, classes: list[str], splits, *, sizes=(), read=None, pixels=None
+    ):
         self.name, self.ids, self.classes = name, ids, classes
         self.labels, self.splits = np.asarray(labels, np.int64), np.asarray(splits, dtype=object)
         self._read_bytes, self._cache = read, pixels
@@ -101,7 +109,9 @@ class Images:
     def resize_store(self, size: int) -> None:
         """Decode to squares of another side (pixels)."""
         if self._read_bytes is None and size != self.store_size:
-            raise InputError(f"--store-size {size}: the embedded images are stored at {self.store_size} px; leave it out")
+            raise InputError(
+                f"--store-size {size}: the embedded images are stored at {self.store_size} px; leave it out"
+            )
         self.store_size = size
 
     def decode(self, index: int) -> Tensor:
@@ -212,6 +222,18 @@ class Images:
         return names
 
 
+def prepare(path: str, *, store_size: int | None, bad: str, workers: int, say=print) -> Images:
+    """`open_images`, decoded to `store_size` where that is given; damaged ones are left out where `bad` is "skip"."""
+    images = open_images(path)
+    if store_size:
+        images.resize_store(store_size)
+    if bad == "skip":
+        dropped = images.drop_damaged(workers)
+        say(f"left out {len(dropped)} damaged images" + (f", the first is {dropped[0]}" if dropped else ""))
+    say(images.describe())
+    return images
+
+
 def open_images(path: str) -> Images:
     """The images of a folder, of a .zip, or of the embedded data set (`sample`).
 
@@ -224,7 +246,9 @@ def open_images(path: str) -> Images:
     if path == "sample":
         pixels, labels, classes = cytology()
         ids = [f"{classes[label]}/{i:05d}.png" for i, label in enumerate(labels)]
-        return Images("sample (embedded, generated)", ids, labels, classes, [""] * len(ids), pixels=torch.from_numpy(pixels))
+        return Images(
+            "sample (embedded, generated)", ids, labels, classes, [""] * len(ids), pixels=torch.from_numpy(pixels)
+        )
     place = Path(path)
     if not place.exists():
         siblings = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
@@ -336,7 +360,7 @@ def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(keys, kind="stable")
 
 
-def epoch_batches(indices: np.ndarray, *, bs: int, seed: int, epoch: int, done: int = 0, facts=None) -> list[np.ndarray]:
+def epoch_batches(indices: np.ndarray, bs: int, seed: int, epoch: int, done: int = 0, facts=None) -> list[np.ndarray]:
     """An epoch's batches but for the first `done`: this process's equal share of each, as items of `indices`.
 
     The last, incomplete batch is left out; another epoch's order has other items there.

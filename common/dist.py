@@ -3,6 +3,7 @@
 Every function also works in one process, where it does nothing.
 """
 
+import inspect
 import os
 import re
 from dataclasses import dataclass
@@ -130,7 +131,10 @@ def wrap(model: nn.Module, facts: Facts) -> nn.Module:
     if facts.world_size == 1:
         return model
     ids = [facts.device.index] if facts.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # torch renamed the option; the old name warns in newer versions.
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    option = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **option)
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -13,6 +13,7 @@ from common.config import InputError
 
 # Fields that differ between two runs of the same command: the only ones.
 TIMING = ("time", "rate", "eta_s")
+FIRST_STEPS = 3
 
 
 def duration(seconds: float) -> str:
@@ -78,10 +79,24 @@ class Log:
             self._clear()
             print(text, flush=True)
 
+    def due(self, step: int, every: int) -> bool:
+        """Whether a step has its line: the first ones do, so that a slow run shows its pace at once."""
+        return step <= FIRST_STEPS or step % every == 0
+
+    def cost(self, stage: str, steps_per_epoch: int, epochs: int, pace: Pace) -> None:
+        """Say what an epoch costs on a CPU, where a user may have meant a GPU or a smaller run."""
+        epoch = pace.seconds_per_step * steps_per_epoch
+        self.say(
+            f"{stage}: on this CPU an epoch costs about {duration(epoch)}, {epochs} epochs about"
+            f" {duration(epoch * epochs)}; a GPU, a smaller backbone or --image-size, fewer --epochs cost less"
+        )
+
     def progress(self, stage: str, step: int, pace: Pace, unit: str) -> None:
         """On a terminal: rewrite the live line. Reads nothing from the device."""
         if self.live:
-            text = f"{stage} step {step}/{pace.total_steps} | {pace.rate():.0f} {unit}/s | eta {duration(pace.eta(step))}"
+            text = (
+                f"{stage} step {step}/{pace.total_steps} | {pace.rate():.0f} {unit}/s | eta {duration(pace.eta(step))}"
+            )
             print("\r" + text.ljust(self._width), end="", flush=True)
             self._width = len(text)
 
@@ -89,8 +104,10 @@ class Log:
         """One line of the loop: the same fields for people and for `log.jsonl`."""
         width = len(str(pace.total_steps))
         shown = " | ".join(f"{name} {_number(name, value)}" for name, value in values.items())
-        self.say(f"{stage} step {step:0{width}d}/{pace.total_steps} | {shown} | {pace.rate():.0f} {unit}/s"
-                 f" | eta {duration(pace.eta(step))}")  # fmt: skip
+        self.say(
+            f"{stage} step {step:0{width}d}/{pace.total_steps} | {shown} | {pace.rate():.0f} {unit}/s"
+            f" | eta {duration(pace.eta(step))}"
+        )
         timing = {"rate": round(pace.rate(), 2), "eta_s": round(pace.eta(step), 1)}
         self._write(stage, step, epoch, values | timing)
 

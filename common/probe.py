@@ -32,8 +32,15 @@ def stored_features(run: Run, weights: str, compute: Callable[[], Tensor]) -> Te
         splits[run.splits["dev"]] = "val"
         splits[run.splits["test"]] = "test"
         temporary = file.with_name(".features.tmp.npz")
-        np.savez(temporary, features=rows.numpy(), id=np.array(items.ids), label=items.labels, split=splits,
-                 classes=np.array(items.classes, dtype=str), key=key)  # fmt: skip
+        np.savez(
+            temporary,
+            features=rows.numpy(),
+            id=np.array(items.ids),
+            label=items.labels,
+            split=splits,
+            classes=np.array(items.classes, dtype=str),
+            key=key,
+        )
         temporary.replace(file)
     return rows
 
@@ -41,8 +48,8 @@ def stored_features(run: Run, weights: str, compute: Callable[[], Tensor]) -> Te
 def representation(run: Run, outputs: Callable[[np.ndarray], Tensor], queries: str) -> dict:
     """kNN accuracy of the split `queries`, where there are labels, and the effective rank of its features.
 
-    `outputs` gives the features (n, d) of items. Neighbours are sought among at most KNN_BANK training items, for at most
-    KNN_QUERIES queries, the same ones every time.
+    `outputs` gives the features (n, d) of items. Neighbours are sought among at most KNN_BANK training items, for at
+    most KNN_QUERIES queries, the same ones every time.
     """
     items, labels = run.data, run.data.labels
 
@@ -65,8 +72,15 @@ def score(prefix: str, logits: Tensor, labels: np.ndarray, num_classes: int) -> 
     return {f"{prefix}/{name}": value for name, value in values.items()}
 
 
-def linear_protocol(run: Run, progress: Progress, head: nn.Linear, optimizer, stage: config.Stage, rows: Tensor,
-                    backbone: dict[str, Tensor]) -> dict:  # fmt: skip
+def linear_protocol(
+    run: Run,
+    progress: Progress,
+    head: nn.Linear,
+    optimizer,
+    stage: config.Stage,
+    rows: Tensor,
+    backbone: dict[str, Tensor],
+) -> dict:
     """Train a linear layer on frozen features and test the one of the best macro F1 on dev; returns its test metrics.
 
     Args:
@@ -85,7 +99,7 @@ def linear_protocol(run: Run, progress: Progress, head: nn.Linear, optimizer, st
     scaler, steps = step.scaler("fp32", device), len(train) // stage.bs
     pace = Pace(stage.bs, stage.epochs * steps)
     while progress.epoch < stage.epochs and progress.stale < args.patience:
-        for batch in data.epoch_batches(train, bs=stage.bs, seed=args.seed, epoch=progress.epoch, done=progress.batch):
+        for batch in data.epoch_batches(train, stage.bs, args.seed, progress.epoch, progress.batch):
             step.set_lr(optimizer, stage, progress.step, steps, args.lr_schedule)
             x, y = (step.to_device(t, device) for t in ((rows[batch] - mean) / std, targets[batch]))
             optimizer.zero_grad(set_to_none=True)

@@ -57,7 +57,9 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def chart(title: str, series: dict[str, list[tuple[float, float]]], *, x_label: str, marks: dict[str, float] | None = None):
+def chart(
+    title: str, series: dict[str, list[tuple[float, float]]], *, x_label: str, marks: dict[str, float] | None = None
+):
     """A line chart as SVG text: `series` are (x, y) points by name, `marks` horizontal lines by name."""
     marks = marks or {}
     points = [p for line in series.values() for p in line]
@@ -75,29 +77,42 @@ def chart(title: str, series: dict[str, list[tuple[float, float]]], *, x_label: 
     def py(y):
         return height - bottom - (y - y_low) / (y_high - y_low) * (height - top - bottom)
 
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
-           f' font-family="system-ui,sans-serif" font-size="11" role="img"><rect width="{width}" height="{height}"'
-           f' fill="#fff"/><text x="{left}" y="16" font-size="13" font-weight="600">{html.escape(title)}</text>']  # fmt: skip
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
+        f' font-family="system-ui,sans-serif" font-size="11" role="img"><rect width="{width}" height="{height}"'
+        f' fill="#fff"/><text x="{left}" y="16" font-size="13" font-weight="600">{html.escape(title)}</text>'
+    ]
     for y in ticks(y_low, y_high):
-        out.append(f'<line x1="{left}" x2="{width - right}" y1="{py(y):.1f}" y2="{py(y):.1f}" stroke="#e5e7eb"/>'
-                   f'<text x="{left - 6}" y="{py(y) + 4:.1f}" text-anchor="end" fill="#4b5563">{y:g}</text>')  # fmt: skip
+        out.append(
+            f'<line x1="{left}" x2="{width - right}" y1="{py(y):.1f}" y2="{py(y):.1f}" stroke="#e5e7eb"/>'
+            f'<text x="{left - 6}" y="{py(y) + 4:.1f}" text-anchor="end" fill="#4b5563">{y:g}</text>'
+        )
     for x in ticks(x_low, x_high):
         out.append(f'<text x="{px(x):.1f}" y="{height - bottom + 16}" text-anchor="middle" fill="#4b5563">{x:g}</text>')
-    out.append(f'<text x="{(left + width - right) / 2}" y="{height - 8}" text-anchor="middle" fill="#4b5563">{x_label}</text>')
+    out.append(
+        f'<text x="{(left + width - right) / 2}" y="{height - 8}" text-anchor="middle" fill="#4b5563">{x_label}</text>'
+    )
     for name, y in marks.items():
-        out.append(f'<line x1="{left}" x2="{width - right}" y1="{py(y):.1f}" y2="{py(y):.1f}" stroke="#6b7280"'
-                   f' stroke-dasharray="5 4"/><text x="{width - right - 2}" y="{py(y) - 4:.1f}" text-anchor="end"'
-                   f' fill="#6b7280">{html.escape(name)}</text>')  # fmt: skip
+        out.append(
+            f'<line x1="{left}" x2="{width - right}" y1="{py(y):.1f}" y2="{py(y):.1f}" stroke="#6b7280"'
+            f' stroke-dasharray="5 4"/><text x="{width - right - 2}" y="{py(y) - 4:.1f}" text-anchor="end"'
+            f' fill="#6b7280">{html.escape(name)}</text>'
+        )
     for i, (name, line) in enumerate(series.items()):
         color = _COLORS[i % len(_COLORS)]
         path = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in line)
-        shape = (f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.8"/>' if len(line) > 1
-                 else f'<circle cx="{px(line[0][0]):.1f}" cy="{py(line[0][1]):.1f}" r="3" fill="{color}"/>')  # fmt: skip
+        shape = (
+            f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="1.8"/>'
+            if len(line) > 1
+            else f'<circle cx="{px(line[0][0]):.1f}" cy="{py(line[0][1]):.1f}" r="3" fill="{color}"/>'
+        )
         out.append(shape)
         if len(series) > 1:
             x = left + 110 * i
-            out.append(f'<rect x="{x}" y="21" width="12" height="3" fill="{color}"/>'
-                       f'<text x="{x + 16}" y="27" fill="#374151">{html.escape(name)}</text>')  # fmt: skip
+            out.append(
+                f'<rect x="{x}" y="21" width="12" height="3" fill="{color}"/>'
+                f'<text x="{x + 16}" y="27" fill="#374151">{html.escape(name)}</text>'
+            )
     return "".join(out) + "</svg>"
 
 
@@ -126,7 +141,9 @@ def charts_of(lines: list[dict]) -> dict[str, str]:
                 parts = name.split("/")
                 if len(parts) == 3:  # stage/split/metric, one value an epoch
                     if parts[1] != "test" and not parts[2].endswith("_over_chance"):
-                        groups.setdefault(f"{parts[2]} by epoch", {}).setdefault(parts[1], []).append((line["epoch"], value))
+                        groups.setdefault(f"{parts[2]} by epoch", {}).setdefault(parts[1], []).append(
+                            (line["epoch"], value)
+                        )
                 elif name != "loss/chance":
                     groups.setdefault(name, {}).setdefault(name, []).append((line["step"], value))
         for title, series in groups.items():
@@ -153,9 +170,11 @@ def write(folder: Path) -> Path:
     summary = files["summary"]
     figures = folder / "figures"
     figures.mkdir(exist_ok=True)
-    body = [f"<h1>{html.escape(folder.name)}</h1>",
-            f"<p>Status <b>{summary['status']}</b> after {log.duration(summary['seconds'])}."
-            f" Command: <code>{html.escape(files['env']['command'])}</code></p>"]  # fmt: skip
+    body = [
+        f"<h1>{html.escape(folder.name)}</h1>",
+        f"<p>Status <b>{summary['status']}</b> after {log.duration(summary['seconds'])}."
+        f" Command: <code>{html.escape(files['env']['command'])}</code></p>",
+    ]
     scores = {name: value for name, value in summary.items() if "/" in name}
     tests = sorted({name.split("/")[0] for name in scores if "/test/accuracy" in name}, key=list(scores).__str__().find)
     columns = ("accuracy", "macro_precision", "macro_recall", "macro_f1")
@@ -168,18 +187,36 @@ def write(folder: Path) -> Path:
         name = title.replace(": ", "_").replace(" ", "_").replace("/", "_")
         (figures / f"{name}.svg").write_text(svg)
     if charts:
-        body += ["<h2>Curves</h2>", '<div class="charts">', *(f"<figure>{svg}</figure>" for svg in charts.values()), "</div>"]
+        body += [
+            "<h2>Curves</h2>",
+            '<div class="charts">',
+            *(f"<figure>{svg}</figure>" for svg in charts.values()),
+            "</div>",
+        ]
     for picture in sorted(figures.glob("*.png")):
         encoded = base64.b64encode(picture.read_bytes()).decode()
-        caption = {"views": "What enters the network: eight images, view a above view b."}.get(picture.stem, picture.stem)
-        body += [f"<h2>{html.escape(picture.stem.capitalize())}</h2>", f'<figure><img src="data:image/png;base64,{encoded}">'
-                 f"<figcaption>{html.escape(caption)}</figcaption></figure>"]  # fmt: skip
+        caption = {"views": "What enters the network: eight images, view a above view b."}.get(
+            picture.stem, picture.stem
+        )
+        body += [
+            f"<h2>{html.escape(picture.stem.capitalize())}</h2>",
+            f'<figure><img src="data:image/png;base64,{encoded}">'
+            f"<figcaption>{html.escape(caption)}</figcaption></figure>",
+        ]
     body += ["<h2>All metrics</h2>", table(sorted(summary.items()))]
     settings = {k: v for k, v in files["config"].items() if k not in ("resolved", "identity")}
-    body += ["<h2>Flags</h2>", table(sorted(settings.items())), "<h2>Resolved settings</h2>",
-             table(list(files["config"]["resolved"].items())), "<h2>Environment</h2>", table(list(files["env"].items()))]  # fmt: skip
-    page = (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-            f"<title>{html.escape(folder.name)}</title><style>{_STYLE}</style>{''.join(body)}</html>")  # fmt: skip
+    body += [
+        "<h2>Flags</h2>",
+        table(sorted(settings.items())),
+        "<h2>Resolved settings</h2>",
+        table(list(files["config"]["resolved"].items())),
+        "<h2>Environment</h2>",
+        table(list(files["env"].items())),
+    ]
+    page = (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>{html.escape(folder.name)}</title><style>{_STYLE}</style>{''.join(body)}</html>"
+    )
     path = folder / "report.html"
     path.write_text(page)
     return path
@@ -195,9 +232,12 @@ def loss_section(scores: dict, settings: dict) -> list[str]:
         ("the two views' averages summed (google-research/simclr's)", 2 * loss, 2 * chance, loss / chance),
     ]
     batch = settings["resolved"]["pretrain"]["bs"]
-    return ["<h2>NT-Xent loss</h2>", table(rows, ("convention", "last epoch's mean", "chance level", "ratio")),
-            f"<p>Batch {batch}: a guess among 2N-1 = {2 * batch - 1} candidates costs ln({2 * batch - 1}) = {chance:.4f}."
-            " Compare the ratio, not the loss, between batch sizes.</p>"]  # fmt: skip
+    return [
+        "<h2>NT-Xent loss</h2>",
+        table(rows, ("convention", "last epoch's mean", "chance level", "ratio")),
+        f"<p>Batch {batch}: a guess among 2N-1 = {2 * batch - 1} candidates costs ln({2 * batch - 1}) = {chance:.4f}."
+        " Compare the ratio, not the loss, between batch sizes.</p>",
+    ]
 
 
 def main(argv: list[str]) -> int:

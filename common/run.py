@@ -30,6 +30,9 @@ class Run:
         splits: indices into it by split name.
         folder: the run directory.
         meta: what a checkpoint must say so that the model can be rebuilt from it.
+        stages: the settings of the stages to run, by name, in their order.
+        results: flat metrics named `stage/split/metric`, of the stages that have ended.
+        selected: the last of those stages, whose best.pt the summary names.
     """
 
     args: object
@@ -40,51 +43,57 @@ class Run:
     log: Log
     signals: checkpoint.Signals | None
     meta: dict
+    stages: dict[str, config.Stage]
     results: dict = field(default_factory=dict)
     selected: checkpoint.Progress | None = None
 
-    def stage(self, name: str, parts: dict, *, start: str, first: bool, own_folder: bool) -> checkpoint.Progress:
+    def stage(self, name: str, parts: dict, *, start: str) -> checkpoint.Progress:
         """The state of a stage, restored from its checkpoints.
 
-        `parts` are the objects with a `state_dict`; `start` names what the stage starts from; the `first` stage is the
-        one that `--resume PATH` means; `own_folder` keeps the checkpoints of several stages apart.
+        `parts` are the objects with a `state_dict`, `start` names what the stage starts from. A run of several stages
+        keeps the checkpoints of each in a folder of its own. `--resume PATH` means the first stage.
         """
         args = self.args
-        folder = self.folder / name if own_folder else self.folder
+        folder = self.folder if list(self.stages) == [name] else self.folder / name
         progress = checkpoint.Progress(
-            folder, name, parts=parts, log=self.log, facts=self.facts, signals=self.signals,
-            meta=self.meta | {"stage": name}, start=start, save_every=args.save_every, max_steps=args.max_steps,
-        )  # fmt: skip
+            folder,
+            name,
+            parts=parts,
+            log=self.log,
+            facts=self.facts,
+            signals=self.signals,
+            meta=self.meta | {"stage": name},
+            start=start,
+            save_every=args.save_every,
+            max_steps=args.max_steps,
+        )
         state = checkpoint.load_newest(folder, self.log.say)
-        if state is None and first and args.resume not in ("auto", "none"):
+        if state is None and name == next(iter(self.stages)) and args.resume not in ("auto", "none"):
             state = checkpoint.load_training_state(Path(args.resume), name)
         dist.barrier()  # nobody writes before everybody has read
         progress.restore(state)
         return progress
 
-    def settled(self, progress: checkpoint.Progress, epochs: int) -> bool:
-        """Whether a stage has nothing left to do (its results are then taken over): finished, and `epochs` epochs long."""
-        if progress.finished and progress.epoch >= epochs:
+    def settled(self, progress: checkpoint.Progress) -> bool:
+        """Whether a stage has nothing left to do: its results are taken over. More epochs than before reopen it."""
+        stage = self.stages.get(progress.stage)
+        if progress.finished and (stage is None or progress.planned >= stage.epochs):
             self.results |= progress.results
-            self.selected = progress
+            self.selected = progress if stage else self.selected
             return True
         progress.finished = False
         return False
 
-    def finish(self, progress: checkpoint.Progress, results: dict, *, selected: bool = True) -> None:
-        """Store a stage's final metrics; the summary names the best model of the last `selected` stage."""
-        progress.finish(results)
+    def finish(self, progress: checkpoint.Progress, results: dict) -> None:
+        """Store a stage's final metrics; the summary names the best model of the last stage."""
+        stage = self.stages.get(progress.stage)
+        progress.finish(results, stage.epochs if stage else 0)
         self.results |= results
-        if selected:
-            self.selected = progress
+        self.selected = progress if stage else self.selected
 
     @contextlib.contextmanager
     def recorded(self):
-        """Around the stages: however they end, write summary.json and report.html and close the log.
-
-        `results`, flat metrics named `stage/split/metric`, and `selected`, the stage whose best.pt the summary names, are
-        what the stages have put there so far.
-        """
+        """Around the stages: however they end, write summary.json and report.html and close the log."""
         status = "failed"
         try:
             yield
@@ -133,11 +142,14 @@ def claim(folder: Path, args, identity: dict, resolved: dict, facts: dist.Facts)
         # To go on for longer is what `--resume PATH --epochs MORE` asks for; any other difference makes another run.
         free = set() if args.resume == "auto" else {"epochs", "warmup_epochs"}
         names = sorted((before.keys() | identity.keys()) - free)
-        differences = [f"{n} is {before.get(n)!r} there and {identity.get(n)!r} here" for n in names
-                       if before.get(n) != identity.get(n)]  # fmt: skip
+        differences = [
+            f"{n} is {before.get(n)!r} there and {identity.get(n)!r} here"
+            for n in names
+            if before.get(n) != identity.get(n)
+        ]
         if differences and not args.fork:
             raise InputError(
-                f"{folder} holds another run: {'; '.join(differences)}. Choose another --out, or --fork to go on from it"
+                f"{folder} holds another run: {'; '.join(differences)}. Choose another --out, or --fork to go on"
             )
     dist.barrier()
     if not facts.main:
@@ -145,8 +157,12 @@ def claim(folder: Path, args, identity: dict, resolved: dict, facts: dist.Facts)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if args.resume == "none":
-            for old in [*folder.rglob("last.pt"), *folder.rglob("last.previous.pt"), *folder.rglob("best.pt"),
-                        folder / "summary.json"]:  # fmt: skip
+            for old in [
+                *folder.rglob("last.pt"),
+                *folder.rglob("last.previous.pt"),
+                *folder.rglob("best.pt"),
+                folder / "summary.json",
+            ]:
                 old.unlink(missing_ok=True)
         flags = {**vars(args), "resolved": resolved, "identity": identity}
         file.write_text(json.dumps(flags, indent=2, default=str) + "\n")

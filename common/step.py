@@ -24,7 +24,6 @@ def dtype_of(precision: str, device: torch.device) -> torch.dtype:
 def autocast(precision: str, device: torch.device):
     """The autocast context of `--precision`."""
     dtype = dtype_of(precision, device)
-    # Weights do not change between the forward passes of a step, but they do between steps: the cache is emptied on exit.
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
@@ -43,11 +42,15 @@ def masked_step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = optim.grad_norm(parameters)
     if scaler.is_enabled():
-        norm = norm / scaler._get_scale_async() if hasattr(scaler, "_get_scale_async") else norm
+        norm = norm / scaler.scale(torch.ones_like(norm))
         scaler.step(optimizer)
         scaler.update()
         return norm, ~loss.detach().isfinite()
     finite = norm.isfinite()
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        if finite:  # a device without fused optimisers (mps): the host has to wait and see
+            optimizer.step()
+        return norm, ~(finite & loss.detach().isfinite())
     optimizer.found_inf = (~finite).float()
     optimizer.step()
     del optimizer.found_inf
@@ -81,9 +84,12 @@ def set_lr(optimizer: torch.optim.Optimizer, stage, done: int, steps_per_epoch: 
     `stage` is a `common.config.Stage`.
     """
     lr = optim.lr_at(
-        done, lr=stage.lr, warmup_steps=round(stage.warmup_epochs * steps_per_epoch),
-        total_steps=stage.epochs * steps_per_epoch, schedule=schedule,
-    )  # fmt: skip
+        done,
+        lr=stage.lr,
+        warmup_steps=round(stage.warmup_epochs * steps_per_epoch),
+        total_steps=stage.epochs * steps_per_epoch,
+        schedule=schedule,
+    )
     for group in optimizer.param_groups:
         group["lr"] = lr
     return lr

@@ -46,7 +46,9 @@ def build_backbone(name: str, stem: str = "imagenet") -> nn.Module:
     min_image_size(name, stem)
     if name == "inception_v3":
         # No auxiliary head, no dropout: the features go to a projector or to a linear layer.
-        model = torchvision.models.inception_v3(weights=None, aux_logits=False, transform_input=False, init_weights=True)
+        model = torchvision.models.inception_v3(
+            weights=None, aux_logits=False, transform_input=False, init_weights=True
+        )
         model.dropout = nn.Identity()
     else:
         model = torchvision.models.get_model(name, weights=None)
@@ -56,3 +58,17 @@ def build_backbone(name: str, stem: str = "imagenet") -> nn.Module:
         model.maxpool = nn.Identity()
     model.fc = nn.Identity()
     return model
+
+
+def input_size(name: str, stem: str, wanted: int | None, store_size: int) -> int:
+    """Side of the input in pixels: `wanted`, or the stored size, at most 224 and at least what the backbone takes.
+
+    Raises:
+        InputError: `wanted` is smaller than the backbone takes.
+    """
+    smallest = min_image_size(name, stem)
+    if wanted is None:
+        return max(min(224, store_size), smallest)
+    if wanted < smallest:
+        raise InputError(f"--image-size {wanted}: the smallest that {name} takes with --stem {stem} is {smallest}")
+    return wanted

@@ -1,6 +1,6 @@
 """Heads that stand on a backbone."""
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def projector(num_features: int, hidden: int, dim: int) -> nn.Sequential:
@@ -15,3 +15,14 @@ def projector(num_features: int, hidden: int, dim: int) -> nn.Sequential:
         nn.Linear(hidden, dim, bias=False),
         nn.BatchNorm1d(dim),
     )
+
+
+class SimCLR(nn.Module):
+    """Backbone f and projection head g: images (n, 3, s, s) to embeddings z (n, proj_dim)."""
+
+    def __init__(self, backbone: nn.Module, num_features: int, proj_dim: int):
+        super().__init__()
+        self.backbone, self.projector = backbone, projector(num_features, num_features, proj_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.projector(self.backbone(x))

@@ -1,0 +1,136 @@
+"""Flags, config files, one-line errors, and what makes two commands the same run."""
+
+import json
+
+import pytest
+
+from common import config
+
+
+def parser():
+    p = config.base_parser("demo", "A script.")
+    p.choice(p, "--color", ["red", "green"], "red", "a colour")
+    p.number(p, "--ratio", float, 0.5, "a share", above=0, high=1)
+    return p
+
+
+def parse(argv, demo=None):
+    return config.parse(parser(), argv, demo or {})
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--epoch", "3"], "unknown flag --epoch; did you mean --epochs?"),
+        (["--colour", "red"], "did you mean --color?"),
+        (["--color", "gren"], "received 'gren', allowed red, green; did you mean green?"),
+        (["--ratio", "0"], "received 0, allowed > 0 <= 1"),
+        (["--ratio", "nan"], "received nan"),
+        (["--ratio", "half"], "'half' is not a number"),
+        (["--bs", "0"], "received 0, allowed >= 1"),
+        (["--bs", "1.5"], "'1.5' is not an integer"),
+        (["--config", "missing.toml"], "missing.toml"),
+        (["--config", "flags.yaml"], "allowed are .toml and .json"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_and_exit_code_2(argv, said, capsys):
+    with pytest.raises(SystemExit) as ending:
+        parse(argv)
+    error = capsys.readouterr().err
+    assert ending.value.code == 2
+    assert said in error
+    assert error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("suffix", ["toml", "json"])
+def test_config_file_stands_between_the_defaults_and_the_command_line(tmp_path, suffix):
+    file = tmp_path / f"flags.{suffix}"
+    values = {"epochs": 7, "log_every": 3, "deterministic": True, "tensorboard": False, "color": "green"}
+    if suffix == "json":
+        file.write_text(json.dumps(values))
+    else:
+        file.write_text('epochs = 7\nlog-every = 3\ndeterministic = true\ntensorboard = false\ncolor = "green"\n')
+    args = parse(["--config", str(file), "--epochs", "9"], demo={"ratio": 0.25})
+    assert (args.epochs, args.log_every, args.deterministic, args.tensorboard) == (9, 3, True, False)
+    assert (args.color, args.ratio) == ("green", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("epoch = 1", "unknown flag 'epoch'; did you mean --epochs?"),
+        ("epochs = 'x'", "'x' is not an integer"),
+        ("epochs =", "Invalid value"),
+    ],
+)
+def test_config_file_errors_name_the_file_or_the_flag(tmp_path, text, said, capsys):
+    file = tmp_path / "flags.toml"
+    file.write_text(text)
+    with pytest.raises(SystemExit) as ending:
+        parse(["--config", str(file)])
+    assert ending.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_demo_changes_defaults_and_the_command_line_wins(tmp_path):
+    demo = {"epochs": 2, "ratio": 0.25}
+    assert parse([], demo).epochs is None
+    assert (parse(["--demo"], demo).epochs, parse(["--demo", "--epochs", "5"], demo).epochs) == (2, 5)
+    file = tmp_path / "flags.toml"
+    file.write_text("demo = true\nratio = 0.75\n")
+    args = parse(["--config", str(file)], demo)
+    assert (args.demo, args.epochs, args.ratio) == (True, 2, 0.75)
+
+
+def test_help_shows_every_default_once(capsys):
+    with pytest.raises(SystemExit) as ending:
+        parse(["--help"])
+    text = capsys.readouterr().out
+    assert ending.value.code == 0
+    assert "(default: 0.5)" in text and "(default: None)" not in text and "%%" not in text
+
+
+def test_a_flag_without_effect_is_refused(capsys):
+    p = parser()
+    args = config.parse(p, ["--color", "green"], {})
+    config.refuse_without_effect(p, args, ["ratio"], "here")
+    with pytest.raises(SystemExit):
+        config.refuse_without_effect(p, args, ["ratio", "color"], "in black and white")
+    assert "--color has no effect in black and white" in capsys.readouterr().err
+
+
+def test_identity_leaves_out_what_does_not_change_the_result():
+    p = parser()
+    plain = config.identity(p, config.parse(p, [], {}), data="abc")
+    same = [
+        "--workers",
+        "3",
+        "--device",
+        "cpu",
+        "--max-steps",
+        "5",
+        "--log-every",
+        "2",
+        "--data",
+        "elsewhere",
+        "--compile",
+    ]
+    assert config.identity(p, config.parse(p, same, {}), data="abc") == plain
+    for other in (["--epochs", "3"], ["--lr", "0.1"], ["--seed", "1"], ["--color", "green"], ["--precision", "bf16"]):
+        assert config.identity(p, config.parse(p, other, {}), data="abc") != plain
+    assert config.identity(p, config.parse(p, [], {}), data="xyz") != plain
+    assert config.digest(plain) == config.digest(dict(reversed(plain.items())))
+
+
+def test_stage_settings_come_from_the_flags_of_their_stage():
+    p = parser()
+    p.stage(p, "late", {"epochs": 50, "bs": 64, "lr": 0.2, "wd": 0.0})
+    args = config.parse(p, ["--epochs", "20", "--late-lr", "0.3"], {})
+    defaults = {"epochs": 100, "bs": 256, "lr": None, "wd": 1e-4, "optimizer": "sgd"}
+    first = config.stage(args, "first", defaults, first=True, lr_of=lambda bs: bs / 100)
+    assert (first.epochs, first.bs, first.lr, first.warmup_epochs) == (20, 256, 2.56, 2.0)
+    late = config.stage(args, "late", defaults | {"lr": 0.2}, first=False, lr_of=None)
+    assert (late.epochs, late.bs, late.lr) == (50, 64, 0.3)
+    args = config.parse(p, ["--epochs", "2", "--warmup-epochs", "3"], {})
+    with pytest.raises(config.InputError, match="more than the 2 epochs"):
+        config.stage(args, "first", defaults, first=True, lr_of=lambda bs: 1.0)

@@ -1,0 +1,125 @@
+"""Several gloo processes compute what one computes; launcher variables; BatchNorm over processes."""
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as td
+import torch.multiprocessing as mp
+from torch import nn
+
+from common import dist
+from common.config import InputError
+from kernels import nt_xent
+
+
+def ranks(tmp_path, world_size, work, *args):
+    """Run `work(facts, *args)` in so many forked gloo processes; returns what each returned."""
+    rendezvous = f"file://{tmp_path}/rendezvous{world_size}"
+    mp.start_processes(_rank, (world_size, rendezvous, tmp_path, work, args), world_size, start_method="fork")
+    return [torch.load(tmp_path / f"out{rank}.pt", weights_only=True) for rank in range(world_size)]
+
+
+def _rank(rank, world_size, rendezvous, folder, work, args):
+    torch.set_num_threads(1)
+    td.init_process_group("gloo", rendezvous, rank=rank, world_size=world_size)
+    facts = dist.Facts(rank, world_size, rank, torch.device("cpu"))
+    torch.save(work(facts, *args), folder / f"out{rank}.pt")
+    td.destroy_process_group()
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+        self.fc, self.bn1 = nn.Linear(6, 5, bias=False), nn.BatchNorm1d(5)
+
+    def forward(self, x):
+        return self.bn1(self.fc(torch.relu(self.bn(self.conv(x))).mean((2, 3))))
+
+
+def contrastive_gradients(facts, views, dtype):
+    """Gradients, BatchNorm buffers and mean loss of a SimCLR step on this process's share of the views (2, n, ...)."""
+    torch.manual_seed(0)
+    model = dist.sync_batchnorm(Net().to(dtype), facts)
+    share = views.shape[1] // facts.world_size
+    mine = views[:, facts.rank * share : (facts.rank + 1) * share].to(dtype)
+    trained = dist.wrap(model, facts)  # must live until the backward pass, which it averages
+    z_a, z_b = trained(mine.flatten(0, 1)).chunk(2)
+    gather = dist.all_gather_rows if facts.world_size > 1 else None
+    loss = nt_xent(z_a, z_b, 0.2, gather=gather)
+    loss.backward()
+    out = {name: p.grad for name, p in model.named_parameters()} | dict(model.named_buffers())
+    return out | {"loss": dist.all_reduce(loss.detach().clone()) / facts.world_size}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_processes_give_the_gradients_of_one(tmp_path, world_size, dtype, tolerance):
+    views = torch.randn(2, 8, 3, 9, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    alone = contrastive_gradients(dist.Facts(0, 1, 0, torch.device("cpu")), views, dtype)
+    for result in ranks(tmp_path, world_size, contrastive_gradients, views, dtype):
+        assert result.keys() == alone.keys()
+        for name, value in alone.items():
+            # Relative to the tensor's size: a bias in front of BatchNorm has a gradient of zero but for rounding.
+            scale = max(float(value.abs().max()), 1e-2)
+            assert float((result[name] - value).abs().max()) <= tolerance * scale, name
+
+
+def gathers(facts, _):
+    rows = torch.arange(3, dtype=torch.float32)[:, None] + 10 * facts.rank
+    indices = np.arange(100, 107)
+    own = dist.shard(indices, facts)
+    back = dist.unshard(torch.from_numpy(own).float(), len(indices))
+    most = dist.all_reduce(torch.tensor(facts.rank), "max")
+    return {"rows": dist.all_gather_rows(rows), "back": back, "most": most, "own": torch.tensor(len(own))}
+
+
+def test_gathers_keep_the_order_and_uneven_shares_are_padded(tmp_path):
+    for result in ranks(tmp_path, 3, gathers, None):
+        assert result["rows"].flatten().tolist() == [0, 1, 2, 10, 11, 12, 20, 21, 22]
+        assert result["back"].tolist() == list(range(100, 107))
+        assert (result["most"].item(), result["own"].item()) == (2, 3)
+
+
+def test_rank_batchnorm_keeps_the_keys_and_evaluates_as_torch_does():
+    facts = dist.Facts(0, 2, 0, torch.device("cpu"))
+    plain = Net()
+    synced = dist.sync_batchnorm(Net(), facts)
+    assert list(synced.state_dict()) == list(plain.state_dict())
+    assert isinstance(synced.bn, dist.RankBatchNorm) and isinstance(synced.bn1, dist.RankBatchNorm)
+    synced.load_state_dict(plain.state_dict())
+    x = torch.randn(4, 3, 8, 8)
+    torch.testing.assert_close(synced.eval()(x), plain.eval()(x))
+
+
+def test_one_process_needs_no_group():
+    facts = dist.Facts(0, 1, 0, torch.device("cpu"))
+    x = torch.randn(3, 2)
+    model = Net()
+    assert (
+        dist.all_gather_rows(x) is x and dist.wrap(model, facts) is model and dist.sync_batchnorm(model, facts) is model
+    )
+    assert dist.shard(np.arange(5), facts).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_the_shell_of_an_sbatch_script_is_one_process(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (("SLURM_JOB_ID", "7"), ("SLURM_NTASKS", "4"), ("SLURM_PROCID", "0"), ("SLURM_LOCALID", "0")):
+        monkeypatch.setenv(name, value)
+    assert dist.init("cpu") == dist.Facts(0, 1, 0, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "host"),
+    [("node7", "node7"), ("node[03-05,9],gpu1", "node03"), ("a[1,4]b[007-9],c", "a1b007"), ("x-1,y[2-3]", "x-1")],
+)
+def test_first_host_of_a_node_list(nodelist, host):
+    assert dist.first_host(nodelist) == host
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "cpu:0", "cuda:99", "tpu"])
+def test_a_device_that_is_not_there_is_refused(device, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(InputError, match=device):
+        dist.init(device)
