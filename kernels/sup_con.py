@@ -60,7 +60,8 @@ def _sup_con(z, labels, temperature, normalize, gather, kind):
         rows = z.to(torch.promote_types(z.dtype, torch.float32))
         if normalize:
             rows = normalize_rows(rows)
-        u = rows / temperature**0.5  # <u_i, u_j> = s_ij: the temperature's gradient is autograd's business
+        # <u_i, u_j> = s_ij: the temperature's gradient is autograd's business.
+        u = (rows / temperature**0.5).contiguous()
         shift = shift_of(None if isinstance(temperature, torch.Tensor) else temperature, normalize)
         if gather is None and torch.compiler.is_compiling():
             return _forward_op(u, labels, kind, normalize, shift)[0]

@@ -335,3 +335,37 @@ def test_a_wrong_gather_is_named():
     z_a, z_b = views(4, 4)
     with pytest.raises(ValueError, match=r"gather returned \(9, 4\)"):
         nt_xent(z_a, z_b, 0.1, gather=lambda x: torch.cat((x, x[:1])))
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_registered_ops_pass_opcheck(decoupled):
+    z_a, z_b = (z.requires_grad_() for z in views(20, 8))
+    temperature = torch.tensor(0.3, requires_grad=True)
+    forward = torch.ops.kernels.nt_xent_forward.default
+    torch.library.opcheck(forward, (z_a, z_b, None, 0.3, True, decoupled))
+    torch.library.opcheck(forward, (z_a, z_b, temperature, 1.0, True, decoupled))
+    u, pos = torch.randn(12, 4, requires_grad=True), torch.randn(6, requires_grad=True)
+    torch.library.opcheck(torch.ops.kernels.nt_xent_reference_forward.default, (u, pos, decoupled))
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_compiles_without_graph_breaks(impl):
+    z_a, z_b = views(20, 8)
+
+    def step(z_a, z_b):
+        return nt_xent(z_a * 2 + 0.1, z_b.sin(), 0.2, impl=impl) * 3
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for got, truth in zip(run(compiled, z_a, z_b), run(step, z_a, z_b), strict=True):
+        assert relative(got, truth) < 1e-6
+
+
+def test_a_learnable_temperature_compiles():
+    z_a, z_b = views(20, 8)
+    compiled = torch.compile(nt_xent, fullgraph=True, backend="aot_eager")
+    grads = []
+    for step in (nt_xent, compiled):
+        temperature = torch.tensor([0.3], requires_grad=True)
+        step(z_a, z_b, temperature, impl="triton").backward()
+        grads.append(temperature.grad)
+    torch.testing.assert_close(grads[0], grads[1])

@@ -1,0 +1,205 @@
+"""SupCon against its formula, finite differences, another implementation, NT-Xent, other numbers of processes."""
+
+import multiprocessing
+
+import pytest
+import torch
+import torch.distributed
+
+from kernels import nt_xent_reference, sup_con, sup_con_reference
+
+
+def double_loop(z, labels, temperature):
+    """Equation 2 of the paper, term by term, over the rows that have positives."""
+    z = [row / row.norm() for row in z]
+    total, counted = 0.0, 0
+    for i in range(len(z)):
+        others = [j for j in range(len(z)) if j != i]
+        positives = [p for p in others if labels[p] == labels[i]]
+        if positives:
+            counted += 1
+            denominator = sum(torch.exp(z[i] @ z[j] / temperature) for j in others)
+            total = total + denominator.log() - sum(z[i] @ z[p] for p in positives) / temperature / len(positives)
+    return total / counted
+
+
+def batch(m, d, classes, dtype=torch.float32, seed=0):
+    """Rows around class centres; the first row is alone in its class; labels are neither small nor consecutive."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (m,), generator=generator)
+    z = torch.randn(classes, d, generator=generator)[labels] + torch.randn(m, d, generator=generator)
+    labels = labels * 1_000_003 - 5
+    labels[0] = 17
+    return z.to(dtype), labels
+
+
+def run(fn, z, *args, upstream=1.0, **kwargs):
+    z = z.detach().clone().requires_grad_()
+    loss = fn(z, *args, **kwargs)
+    (grad,) = torch.autograd.grad(loss * upstream, z)
+    assert grad.dtype == z.dtype
+    return loss.detach().double(), grad.double()
+
+
+def relative(x, truth):
+    return ((x - truth).norm() / truth.norm().clamp_min(1e-12)).item()
+
+
+@pytest.mark.parametrize(("m", "d", "temperature"), [(7, 3, 0.5), (12, 5, 0.1)])
+def test_reference_is_the_papers_formula(m, d, temperature):
+    z, labels = batch(m, d, 3, torch.float64)
+    for got, truth in zip(
+        run(sup_con_reference, z, labels, temperature), run(double_loop, z, labels, temperature), strict=True
+    ):
+        torch.testing.assert_close(got, truth, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_reference_gradients_are_those_of_finite_differences(normalize):
+    z, labels = batch(8, 3, 3, torch.float64)
+    temperature = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda z, t: sup_con_reference(z, labels, t, normalize=normalize), (z.requires_grad_(), temperature)
+    )
+
+
+def test_reference_equals_pytorch_metric_learning():
+    losses = pytest.importorskip("pytorch_metric_learning.losses", reason="pip install pytorch-metric-learning")
+    z, labels = batch(20, 8, 4, torch.float64)
+    for got, truth in zip(
+        run(sup_con_reference, z, labels, 0.2), run(losses.SupConLoss(temperature=0.2), z, labels), strict=True
+    ):
+        torch.testing.assert_close(got, truth, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_two_views_with_labels_of_their_own_are_nt_xent(impl):
+    z, _ = batch(40, 8, 4)
+    labels = torch.arange(20).repeat(2)
+    loss, grad = run(sup_con, z, labels, 0.2, impl=impl)
+    true_loss, true_grad = run(lambda z: nt_xent_reference(z[:20], z[20:], 0.2), z.double())
+    assert relative(loss, true_loss) < 1e-6 and relative(grad, true_grad) < 1e-5
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.1, 1.0])
+@pytest.mark.parametrize(("m", "d"), [(1, 4), (5, 3), (32, 16), (67, 33), (120, 8)])
+def test_kernel_is_as_exact_as_its_precision_allows(m, d, temperature):
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 6e-3), (torch.bfloat16, 5e-2)):
+        z, labels = batch(m, d, 5, dtype)
+        true_loss, true_grad = run(sup_con_reference, z.double(), labels, temperature, upstream=-3.0)
+        loss, grad = run(sup_con, z, labels, temperature, upstream=-3.0, impl="triton")
+        # Logits of size 1 / temperature, rounded to the dtype's precision.
+        assert (loss - true_loss).abs() <= 2 * torch.finfo(dtype).eps * (true_loss.abs() + 1 / temperature)
+        assert relative(grad, true_grad) <= tolerance
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_extremes(impl):
+    z, _ = batch(33, 6, 3)
+    alone = torch.arange(33)
+    loss, grad = run(sup_con, z, alone, 0.1, impl=impl)  # nobody has a positive
+    assert loss == 0 and not grad.any()
+    z[3] = 0
+    z[4:9] = z[10]
+    together = torch.full((33,), -(2**40))
+    for temperature in (0.01, 1.0):
+        loss, grad = run(sup_con, z, together, temperature, impl=impl)  # one class
+        true_loss, _ = run(sup_con_reference, z.double(), together, temperature)
+        assert relative(loss, true_loss) < 1e-5 and grad.isfinite().all() and not grad[3].any()
+    loss, grad = run(sup_con, z, together, 0.5, normalize=False, impl=impl)
+    truth = run(sup_con_reference, z.double(), together, 0.5, normalize=False)
+    assert relative(loss, truth[0]) < 1e-4 and relative(grad, truth[1]) < 1e-3
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_strides_bits_and_second_derivative(impl):
+    z, labels = batch(40, 12, 4)
+    expected = run(sup_con, z, labels, 0.2, impl=impl)
+    for got, truth in zip(run(sup_con, z.T.contiguous().T, labels, 0.2, impl=impl), expected, strict=True):
+        assert relative(got, truth) < 1e-6
+    for got, truth in zip(run(sup_con, z, labels, 0.2, impl=impl), expected, strict=True):
+        assert torch.equal(got, truth)
+    z = z.requires_grad_()
+    (dz,) = torch.autograd.grad(sup_con(z, labels, 0.5, impl=impl), z, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        dz.sum().backward()
+
+
+@pytest.mark.parametrize("kind", ["torch", "float32"])
+def test_registered_op_passes_opcheck(kind):
+    z, labels = batch(20, 8, 4)
+    u = torch.nn.functional.normalize(z).requires_grad_()
+    torch.library.opcheck(torch.ops.kernels.sup_con_forward.default, (u, labels, kind, True, 1.4426950408889634))
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_compiles_without_graph_breaks(impl):
+    z, labels = batch(24, 8, 4)
+
+    def step(z, labels):
+        return sup_con(z * 2 + 0.1, labels, 0.2, impl=impl)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for got, truth in zip(run(compiled, z, labels), run(step, z, labels), strict=True):
+        assert relative(got, truth) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.zeros(3), torch.zeros(3).long(), 0.1), r"z is \(3,\)"),
+        ((torch.zeros(3, 4), torch.zeros(2).long(), 0.1), r"labels are \(2,\)"),
+        ((torch.zeros(3, 4), torch.zeros(3), 0.1), "float32"),
+        ((torch.zeros(3, 4), torch.zeros(3).long(), -1.0), "temperature=-1.0"),
+        ((torch.zeros(3, 4), torch.zeros(3).long(), torch.ones(2)), "2 elements"),
+    ],
+)
+def test_bad_input_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sup_con(*arguments)
+
+
+def _gather(x):
+    parts = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def _rank(rank, world_size, folder, weight, x, labels, impl):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/init", rank=rank, world_size=world_size)
+    weight = weight.clone().requires_grad_()
+    rows, labels = x.chunk(world_size)[rank] @ weight, labels.chunk(world_size)[rank]
+    loss = sup_con(rows, labels, 0.3, gather=_gather, impl=impl)
+    (loss * 1.7).backward()
+    grad, loss = weight.grad, loss.detach()
+    for tensor in (grad, loss):
+        torch.distributed.all_reduce(tensor)
+    torch.save((loss / world_size, grad / world_size), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("impl", "dtype", "tolerance"), [("torch", torch.float64, 1e-12), ("triton", torch.float32, 5e-6)]
+)
+def test_processes_together_give_the_gradient_of_one(tmp_path, impl, dtype, tolerance):
+    x, labels = batch(24, 6, 4, dtype)
+    labels[7] = 99  # more rows without positives on one process than on another
+    weight = torch.randn(6, 6, generator=torch.Generator().manual_seed(3)).to(dtype)
+    exact = weight.double().clone().requires_grad_()
+    loss = sup_con_reference(x.double() @ exact, labels, 0.3)
+    (loss * 1.7).backward()
+    context = multiprocessing.get_context("fork")
+    for world_size in (1, 2, 4) if impl == "torch" else (2,):
+        folder = tmp_path / str(world_size)
+        folder.mkdir()
+        arguments = (world_size, folder, weight, x, labels, impl)
+        processes = [context.Process(target=_rank, args=(rank, *arguments)) for rank in range(world_size)]
+        for process in processes:
+            process.start()
+        for rank, process in enumerate(processes):
+            process.join(60)
+            assert process.exitcode == 0
+            got_loss, got_grad = torch.load(folder / f"{rank}.pt")
+            assert relative(got_loss.double(), loss.detach()) < tolerance
+            assert relative(got_grad.double(), exact.grad) < tolerance
