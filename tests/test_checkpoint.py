@@ -1,0 +1,150 @@
+"""Checkpoints are atomic, verified and harmless; random-number states return; signals only set a flag."""
+
+import os
+import pickle
+import random
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from common import checkpoint
+from common.config import InputError
+
+
+def state():
+    return {"weights": torch.arange(1000.0), "place": {"step": 3, "best": None, "done": False}, "names": ["a", "b"]}
+
+
+def test_round_trip_and_plain_torch_load(tmp_path):
+    checkpoint.save(tmp_path / "last.pt", state())
+    for loaded in (checkpoint.load(tmp_path / "last.pt"), torch.load(tmp_path / "last.pt", weights_only=True)):
+        assert torch.equal(loaded["weights"], state()["weights"])
+        assert loaded["place"] == state()["place"] and loaded["names"] == ["a", "b"]
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_every_flipped_bit_and_every_truncation_is_found(tmp_path):
+    file = tmp_path / "last.pt"
+    checkpoint.save(file, state())
+    good = file.read_bytes()
+    rng = random.Random(0)
+    for _ in range(300):
+        bad = bytearray(good)
+        bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
+        file.write_bytes(bad)
+        with pytest.raises(InputError, match="damaged"):
+            checkpoint.load(file)
+    for length in [0, 1, len(good) - 1, *(rng.randrange(len(good)) for _ in range(50))]:
+        file.write_bytes(good[:length])
+        with pytest.raises(InputError, match="damaged"):
+            checkpoint.load(file)
+
+
+def test_the_one_before_is_used_when_the_newest_is_damaged(tmp_path):
+    said = []
+    assert checkpoint.load_newest(tmp_path, said.append) is None
+    checkpoint.save(tmp_path / "last.previous.pt", state() | {"names": ["old"]})
+    checkpoint.save(tmp_path / "last.pt", state())
+    assert checkpoint.load_newest(tmp_path, said.append)["names"] == ["a", "b"] and not said
+    (tmp_path / "last.pt").write_bytes(b"half a file")
+    assert checkpoint.load_newest(tmp_path, said.append)["names"] == ["old"]
+    assert "damaged" in said[0]
+    (tmp_path / "last.previous.pt").write_bytes(b"")
+    with pytest.raises(InputError, match="--resume none"):
+        checkpoint.load_newest(tmp_path, said.append)
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path / "last.pt", state())
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save(tmp_path / "last.pt", state() | {"names": ["new"]})
+    assert checkpoint.load(tmp_path / "last.pt")["names"] == ["a", "b"]
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_a_hostile_pickle_executes_nothing(tmp_path):
+    trap = tmp_path / "executed"
+    for name, write in (("zip.pt", torch.save), ("raw.pt", lambda o, f: f.write_bytes(pickle.dumps(o)))):
+        write({"weights": Hostile(trap)}, tmp_path / name)
+        with pytest.raises(InputError, match="not a file of tensors"):
+            checkpoint.load(tmp_path / name)
+    assert not trap.exists()
+
+
+def test_weights_that_do_not_fit_are_named():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4))
+    with pytest.raises(InputError) as error:
+        checkpoint.load_weights(model, {"0.weight": torch.zeros(4, 5), "1.bias": torch.zeros(4)}, "x.pt")
+    text = str(error.value)
+    assert "x.pt" in text and "1 keys missing (first: 0.bias)" in text and "1 unknown keys (first: 1.bias)" in text
+    assert "0.weight is (4, 5), the model's is (4, 3)" in text
+
+
+def test_random_number_states_return(tmp_path):
+    checkpoint.save(tmp_path / "rng.pt", checkpoint.rng_state())
+    drawn = [(random.random(), np.random.rand(), torch.rand(1).item()) for _ in range(2)]
+    checkpoint.set_rng_state(checkpoint.load(tmp_path / "rng.pt"))
+    assert [(random.random(), np.random.rand(), torch.rand(1).item()) for _ in range(2)] == drawn
+
+
+def test_digest_tells_values_names_and_dtypes_apart():
+    base = {"a": torch.ones(3), "b": torch.tensor(1)}
+    same = {"b": torch.tensor(1), "a": torch.ones(3)}
+    others = [{"a": torch.ones(3), "b": torch.tensor(2)}, {"a": torch.ones(3), "c": torch.tensor(1)},
+              {"a": torch.ones(3).bfloat16(), "b": torch.tensor(1)}]  # fmt: skip
+    digest = checkpoint.weights_digest
+    assert digest(base) == digest(same)
+    assert len({digest(base), *map(digest, others)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("number", "asked"), [(signal.SIGUSR1, 1), (signal.SIGUSR2, 1), (signal.SIGTERM, 2), (signal.SIGINT, 2)]
+)
+def test_signals_set_a_flag_and_are_given_back(number, asked):
+    before = signal.getsignal(number)
+    signals = checkpoint.Signals()
+    try:
+        os.kill(os.getpid(), number)
+        assert signals.asked == asked
+        if number == signal.SIGINT:
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), number)
+    finally:
+        signals.restore()
+    assert signal.getsignal(number) is before
+
+
+def test_an_end_without_requeue_tells_what_to_do(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    stop = checkpoint.Signals.leave(checkpoint.Signals.REQUEUE, "step 5")
+    assert stop.code == 75 and "step 5" in str(stop) and "run the same command again" in str(stop)
+
+
+def test_usr1_requeues_the_slurm_job(tmp_path, monkeypatch):
+    tool = tmp_path / "scontrol"
+    tool.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/called\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    assert checkpoint.Signals.leave(checkpoint.Signals.END, "step 5").code == 75
+    assert not (tmp_path / "called").exists()
+    assert checkpoint.Signals.leave(checkpoint.Signals.REQUEUE, "step 5").code == 0
+    assert (tmp_path / "called").read_text() == "requeue 42\n"
+    tool.write_text("#!/bin/sh\necho no such job >&2; exit 1\n")
+    stop = checkpoint.Signals.leave(checkpoint.Signals.REQUEUE, "step 5")
+    assert stop.code == 75 and "no such job" in str(stop)

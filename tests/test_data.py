@@ -1,0 +1,242 @@
+"""Folders, archives and their layouts; decoding; damaged files; splits and orders that are functions of the names."""
+
+import io
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as F
+
+from common import data
+from common.config import InputError
+
+
+def picture(seed, width=20, height=20, mode="RGB"):
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+def folder(root, names, **size):
+    for i, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture(i, **size).save(path)
+    return root
+
+
+def zipped(root, prefix=""):
+    archive = root.with_suffix(".zip")
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in sorted(root.rglob("*")):
+            if path.is_file():
+                file.write(path, prefix + path.relative_to(root).as_posix())
+    return archive
+
+
+CLASSES = [f"{name}/{i}.png" for name in ("b", "a", "c") for i in range(4)]
+
+
+def read(images, indices, workers=2):
+    return torch.cat(list(images.batches([np.array(indices)], workers)))
+
+
+@pytest.mark.parametrize("prefix", ["", "cells/", "some/where/"])
+def test_folder_and_zip_are_the_same_data(tmp_path, prefix):
+    root = folder(tmp_path / "set", CLASSES)
+    (root / "notes.txt").write_text("not an image")
+    (root / ".hidden.png").write_text("not an image")
+    plain, packed = data.open_images(str(root)), data.open_images(str(zipped(root, prefix)))
+    assert plain.classes == packed.classes == ["a", "b", "c"]
+    assert plain.labels.tolist() == packed.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert torch.equal(read(plain, range(12)), read(packed, range(12)))
+    first = np.array(picture(4))  # a/0.png was written fifth
+    assert torch.equal(read(plain, [0])[0], torch.from_numpy(first).permute(2, 0, 1))
+
+
+def test_splits_are_recognised_and_may_hold_a_prefix(tmp_path):
+    names = [f"{s}/{c}/{i}.png" for s, n in (("Train", 5), ("dev", 2), ("test", 3)) for c in "xy" for i in range(n)]
+    root = folder(tmp_path / "set", names)
+    for source in (str(root), str(zipped(root, "top/"))):
+        images = data.open_images(source)
+        assert images.classes == ["x", "y"]
+        assert [int((images.splits == s).sum()) for s in ("train", "val", "test")] == [10, 4, 6]
+        parts = data.split(images)
+        assert set(parts["test"]) == set(np.flatnonzero(images.splits == "test"))
+        assert set(parts["dev"]) == set(parts["finetune_dev"]) == set(np.flatnonzero(images.splits == "val"))
+        assert set(parts["train"]) == set(np.flatnonzero(images.splits == "train"))
+
+
+def test_images_in_no_folder_have_no_label_and_are_all_for_pretraining(tmp_path):
+    images = data.open_images(str(folder(tmp_path / "flat", [f"{i}.png" for i in range(6)])))
+    assert not images.labelled and images.classes == []
+    parts = data.split(images)
+    assert len(parts["pretrain"]) == 6 and all(len(parts[name]) == 0 for name in ("train", "dev", "test"))
+
+
+@pytest.mark.parametrize(("width", "height"), [(40, 25), (25, 40), (16, 16), (300, 17)])
+def test_decoding_resizes_the_shorter_side_and_cuts_the_centre(tmp_path, width, height):
+    root = folder(tmp_path / "set", ["a/0.png", "b/0.png"], width=width, height=height)
+    images = data.open_images(str(root))
+    images.resize_store(16)
+    image = read(images, [0])[0]
+    scale = 16 / min(width, height)
+    size = [max(16, round(height * scale)), max(16, round(width * scale))]
+    expected = F.center_crop(F.resize(F.pil_to_tensor(picture(0, width, height)), size, antialias=True), [16, 16])
+    assert image.dtype == torch.uint8 and image.shape == (3, 16, 16)
+    # Pillow and torchvision round differently at ties, and odd margins may be cut on either side by one pixel.
+    if (size[0] - 16) % 2 == 0 and (size[1] - 16) % 2 == 0:
+        assert (image.int() - expected.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK", "LA"])
+def test_other_modes_become_rgb(tmp_path, mode):
+    suffix = "tif" if mode == "CMYK" else "png"
+    root = tmp_path / "set"
+    root.mkdir()
+    for i in range(2):
+        picture(i).convert("L" if mode == "LA" else mode).convert(mode).save(root / f"{i}.{suffix}")
+    assert read(data.open_images(str(root)), [0, 1]).shape == (2, 3, 20, 20)
+
+
+def test_batches_do_not_depend_on_threads_or_on_the_cache(tmp_path, monkeypatch):
+    root = folder(tmp_path / "set", CLASSES)
+    order = [np.array([3, 1, 4]), np.array([1, 5, 9]), np.array([2, 6, 5]), np.array([3, 5, 8])]
+    cached = list(data.open_images(str(root)).batches(order, 3))
+    monkeypatch.setattr(data, "_CACHE_BYTES", 0)
+    single = data.open_images(str(root))
+    decoded = list(single.batches(order, 1))
+    assert all(torch.equal(a, b) for a, b in zip(cached, decoded, strict=True))
+    assert single._cache is None
+
+
+def damaged(root):
+    folder(root, [f"{c}/{i:03d}.png" for c in "xy" for i in range(100)])
+    whole = io.BytesIO()
+    picture(0, 60, 60).save(whole, "JPEG")
+    (root / "x" / "cut.jpg").write_bytes(whole.getvalue()[:-200])
+    return root
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_damaged_image_is_named(tmp_path, pack):
+    root = damaged(tmp_path / "set")
+    images = data.open_images(str(zipped(root) if pack else root))
+    with pytest.raises(InputError, match=r"x/cut\.jpg in set"):
+        read(images, range(len(images)))
+
+
+def test_damaged_images_are_left_out_and_counted_up_to_one_percent(tmp_path):
+    root = damaged(tmp_path / "set")
+    said = []
+    images = data.prepare(str(root), store_size=8, bad="skip", workers=2, say=said.append)
+    assert len(images) == 200 and not any("cut" in name for name in images.ids)
+    assert "left out 1 damaged images, the first is x/cut.jpg" in said[0]
+    assert read(images, range(200)).shape == (200, 3, 8, 8)
+    for i in range(2):
+        (root / "y" / f"bad{i}.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"3 of 203 images are damaged .* more than --bad-images skip allows \(1%\)"):
+        data.prepare(str(root), store_size=None, bad="skip", workers=2)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda p: p / "absent", "no such file or folder"),
+        (lambda p: (p / "empty").mkdir() or p / "empty", "no images there"),
+        (lambda p: (p / "text.tar").write_text("x") and p / "text.tar", "allowed are a folder, a .zip"),
+        (lambda p: (p / "broken.zip").write_text("x") and p / "broken.zip", "not a readable zip"),
+    ],
+)
+def test_data_that_cannot_be_used_is_refused(tmp_path, make, said):
+    with pytest.raises(InputError, match=said):
+        data.open_images(str(make(tmp_path)))
+
+
+def test_a_misspelt_path_gets_the_nearest_name(tmp_path):
+    folder(tmp_path / "cells", ["a/0.png"])
+    with pytest.raises(InputError, match="did you mean cells?"):
+        data.open_images(str(tmp_path / "cels"))
+
+
+def names(count):
+    return [f"c{i % 5}/{i:04d}.png" for i in range(count)], np.arange(count) % 5
+
+
+def test_hold_out_is_stratified_nested_and_independent_of_the_other_items():
+    ids, labels = names(500)
+    everything = np.arange(500)
+    small, large = (data.hold_out(ids, labels, everything, share, "s") for share in (0.4, 0.7))
+    assert np.bincount(labels[small]).tolist() == [40] * 5 and np.bincount(labels[large]).tolist() == [70] * 5
+    assert set(small) <= set(large) and (np.diff(small) > 0).all()
+    assert set(small) != set(data.hold_out(ids, labels, everything, 0.4, "other"))
+    shuffled = np.random.default_rng(0).permutation(everything)
+    assert np.array_equal(data.hold_out(ids, labels, shuffled, 0.4, "s"), small)
+    assert np.array_equal(data.hold_out(ids, labels, everything, 1.0, "s"), everything)
+    tiny = data.hold_out(ids, labels, np.arange(10), 0.15, "s")
+    assert np.bincount(labels[tiny]).tolist() == [1] * 5
+
+
+def test_no_image_is_in_two_parts_and_the_shares_are_70_15_15():
+    images = data.open_images("sample")
+    parts = data.split(images, fraction=0.4)
+    whole = len(images)
+    for dev, train in (("dev", "train"), ("finetune_dev", "finetune_train")):
+        together = np.concatenate([parts["test"], parts[dev], parts[train]])
+        assert len(together) == whole == len(set(together))
+    assert [round(len(parts[name]) / whole, 2) for name in ("train", "dev", "test")] == [0.7, 0.15, 0.15]
+    assert len(parts["finetune_dev"]) == pytest.approx(0.15 * 0.85 * whole, abs=8)
+    assert not set(parts["pretrain"]) & set(parts["test"])
+    assert len(parts["pretrain"]) == pytest.approx(0.4 * 0.85 * whole, abs=8)
+
+
+def test_an_epoch_is_a_permutation_of_seed_and_epoch():
+    a, b, c = data.permutation(100, 0, 0), data.permutation(100, 0, 1), data.permutation(100, 1, 0)
+    assert sorted(a) == sorted(b) == sorted(c) == list(range(100))
+    assert not np.array_equal(a, b) and not np.array_equal(a, c)
+    assert np.array_equal(a, data.permutation(100, 0, 0))
+
+
+def test_batches_of_an_epoch_resume_and_are_shared_by_processes():
+    from common.dist import Facts
+
+    indices = np.arange(1000, 1050)
+    whole = data.epoch_batches(indices, 8, 3, 2)
+    assert len(whole) == 6 and len(set(np.concatenate(whole))) == 48
+    rest = data.epoch_batches(indices, 8, 3, 2, done=4)
+    assert all(np.array_equal(a, b) for a, b in zip(whole[4:], rest, strict=True))
+    shares = [data.epoch_batches(indices, 8, 3, 2, 0, Facts(rank, 2, rank, torch.device("cpu"))) for rank in (0, 1)]
+    for batch, left, right in zip(whole, *shares, strict=True):
+        assert np.array_equal(batch, np.concatenate([left, right]))
+
+
+def test_batch_sizes_that_do_not_fit_are_refused():
+    data.check_batch("train", 8, 8, 4)
+    with pytest.raises(InputError, match="larger than the 7 training items"):
+        data.check_batch("train", 8, 7, 1)
+    with pytest.raises(InputError, match="not divisible by 3"):
+        data.check_batch("train", 8, 100, 3)
+
+
+def test_the_sample_is_as_large_as_promised():
+    images = data.open_images("sample")
+    assert len(images) >= 1024 and images.store_size == 64 and images.labelled
+    with pytest.raises(InputError, match="stored at 64 px"):
+        images.resize_store(32)
+
+
+def test_fingerprint_follows_the_content(tmp_path):
+    root = folder(tmp_path / "set", CLASSES)
+    before = data.open_images(str(root)).fingerprint
+    assert data.open_images(str(root)).fingerprint == before
+    picture(99, 30, 30).save(root / "a" / "0.png")
+    assert data.open_images(str(root)).fingerprint != before
+
+
+def test_labels_are_renumbered_to_the_models_classes(tmp_path):
+    images = data.open_images(str(folder(tmp_path / "set", ["b/0.png", "b/1.png", "a/0.png"])))
+    images.number_classes(["z", "b", "a"])
+    assert images.labels.tolist() == [2, 1, 1]
+    with pytest.raises(InputError, match="has the class 'z'"):
+        images.number_classes(["a", "b"])
