@@ -1,0 +1,157 @@
+"""The run's log and its report: what a reader of log.jsonl and report.html relies on."""
+
+import csv
+import json
+import re
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common import log, report
+from common.config import InputError
+
+
+def test_log_lines_hold_the_same_fields_as_the_console(tmp_path, capsys):
+    book = log.Log(tmp_path, main=True)
+    pace = log.Pace(32, 100)
+    for _ in range(3):
+        pace.tick()
+    book.interval("train", 7, 1, {"loss": 4.8123, "lr": 0.24}, pace, "img")
+    book.metrics("train", 7, 1, {"train/val/accuracy": 0.5, "train/val/loss": float("nan")})
+    book.close()
+    console = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"train step 007/100 \| loss 4\.8123 \| lr 2\.4e-01 \| \d+ img/s \| eta \S+", console[0])
+    assert console[1] == "train epoch 1 | val/accuracy 0.5000 | val/loss nan"
+    first, second = log.read(tmp_path)
+    assert (first["stage"], first["step"], first["epoch"], first["loss"], first["lr"]) == ("train", 7, 1, 4.8123, 0.24)
+    assert set(log.TIMING) <= first.keys()
+    assert second["train/val/accuracy"] == 0.5 and second["train/val/loss"] is None  # strict JSON has no NaN
+
+
+def test_other_ranks_are_silent(tmp_path, capsys):
+    book = log.Log(tmp_path, main=False)
+    book.say("hello")
+    book.metrics("train", 1, 1, {"train/train/loss": 1.0})
+    book.close()
+    assert capsys.readouterr().out == "" and not (tmp_path / "log.jsonl").exists()
+
+
+def test_lines_after_a_checkpoint_are_cut_and_a_torn_line_is_left_out(tmp_path):
+    book = log.Log(tmp_path, main=True)
+    book.metrics("train", 1, 1, {"train/train/loss": 1.0})
+    offset = book.offset
+    book.metrics("train", 2, 1, {"train/train/loss": 0.5})
+    book.close()
+    book = log.Log(tmp_path, main=True)
+    book.cut(offset)
+    book.metrics("train", 2, 1, {"train/train/loss": 0.25})
+    book.close()
+    assert [line["train/train/loss"] for line in log.read(tmp_path)] == [1.0, 0.25]
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"stage": "tr')
+    assert len(log.read(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0s"), (41.4, "41s"), (59.6, "1m"), (720, "12m"), (3599, "1h00m"), (11100, "3h05m"), (187200, "2d04h")],
+)
+def test_durations(seconds, text):
+    assert log.duration(seconds) == text
+
+
+def test_pace_leaves_out_the_warm_up_step_and_pauses(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
+    pace = log.Pace(10, 12)
+    for seconds in (100, 2, 2):
+        now[0] += seconds
+        pace.tick()
+    now[0] += 1000  # an evaluation
+    pace.pause()
+    now[0] += 2
+    pace.tick()
+    assert (pace.seconds_per_step, pace.rate(), pace.eta(4)) == (2, 5, 16)
+
+
+def test_time_counts_on_after_a_resume(monkeypatch):
+    now = [50.0]
+    monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
+    book = log.Log(None, main=False)
+    book.go_on_from(1000)
+    now[0] += 5
+    assert book.seconds == 1005
+
+
+def test_a_missing_tensorboard_is_an_error_with_the_install_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    with pytest.raises(InputError, match="pip install tensorboard"):
+        log.Log(tmp_path, main=True, tensorboard=True)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"), [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]), (3.1, 5.6, [3.5, 4, 4.5, 5, 5.5]), (2, 2, [2])]
+)
+def test_ticks_are_round_numbers_inside_the_range(low, high, expected):
+    assert report.ticks(low, high) == pytest.approx(expected)
+
+
+def test_a_chart_draws_its_points_where_they_belong():
+    svg = ET.fromstring(report.chart("loss", {"train": [(0, 0.0), (10, 1.0)]}, x_label="step", marks={"chance": 2.0}))
+    line = next(e for e in svg.iter() if e.tag.endswith("polyline")).attrib["points"]
+    (x0, y0), (x1, y1) = [tuple(map(float, p.split(","))) for p in line.split()]
+    assert x0 < x1 and y0 > y1  # SVG's y grows downwards
+    dashed = [e for e in svg.iter() if "stroke-dasharray" in e.attrib]
+    assert len(dashed) == 1 and float(dashed[0].attrib["y1"]) < y1
+    one = report.chart("<loss>", {"a": [(3, 1.0)]}, x_label="step")
+    assert "&lt;loss&gt;" in one and "circle" in one
+
+
+def run_directory(folder):
+    (folder / "config.json").write_text(json.dumps({"bs": 8, "resolved": {"pretrain": {"bs": 8}}, "identity": {}}))
+    (folder / "env.json").write_text(json.dumps({"command": "train_x.py --data <cells>", "torch": "2"}))
+    summary = {"pretrain/train/loss": 1.5, "pretrain/train/loss_at_chance": 2.5, "linear/test/accuracy": 0.75,
+               "linear/test/macro_f1": 0.7, "status": "finished", "seconds": 61}  # fmt: skip
+    (folder / "summary.json").write_text(json.dumps(summary))
+    book = log.Log(folder, main=True)
+    pace = log.Pace(8, 20)
+    for step in (1, 2, 3):
+        pace.tick()
+        book.interval("pretrain", step, 1, {"loss": 3.0 - step / 2, "loss/chance": 1.2 - step / 5}, pace, "img")
+        book.metrics("pretrain", step, step, {"pretrain/train/loss": 2.0, "pretrain/val/knn_accuracy": 0.1 * step})
+    book.close()
+
+
+def test_report_is_self_contained_and_names_both_conventions(tmp_path, capsys):
+    run_directory(tmp_path)
+    report.save_grid(tmp_path / "figures" / "views.png", torch.rand(4, 3, 10, 10), 2)
+    assert report.main([str(tmp_path)]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")  # nothing is loaded from elsewhere
+    for text in ("1.5000", "3.0000", "2.5000", "0.6000", "averaged over the 2N rows", "summed", "0.7500"):
+        assert text in page
+    assert "&lt;cells&gt;" in page and "data:image/png;base64," in page
+    drawn = {path.stem for path in (tmp_path / "figures").glob("*.svg")}
+    assert {"pretrain_loss", "pretrain_loss_by_epoch", "pretrain_knn_accuracy_by_epoch"} <= drawn
+    assert report.main([str(tmp_path / "absent")]) == 2
+
+
+def test_a_grid_enlarges_small_images_in_whole_pixels(tmp_path):
+    images = torch.zeros(2, 3, 8, 8)
+    images[1] = 1
+    report.save_grid(tmp_path / "grid.png", images, 2)
+    pixels = np.array(Image.open(tmp_path / "grid.png"))
+    scale = 96 // 8
+    assert pixels.shape == ((8 + 4) * scale, (2 * 8 + 6) * scale, 3)
+    assert pixels[4 * scale, 6 * scale].tolist() == [0, 0, 0] and pixels[4 * scale, 16 * scale].tolist() == [255] * 3
+
+
+def test_predictions_hold_id_class_and_scores(tmp_path):
+    scores = torch.tensor([[0.2, 0.8], [0.6, 0.4]])
+    report.write_predictions(tmp_path / "p.csv", ["x,1", "y"], ["cat", "dog"], scores)
+    rows = list(csv.reader((tmp_path / "p.csv").read_text().splitlines()))
+    assert rows == [["id", "class", "score_cat", "score_dog"], ["x,1", "dog", "0.200000", "0.800000"],
+                    ["y", "cat", "0.600000", "0.400000"]]  # fmt: skip

@@ -1,0 +1,97 @@
+"""A step that must not happen leaves everything as it was; chunks of a batch; precision."""
+
+import pytest
+import torch
+from torch import nn
+
+from common import config, optim, step
+
+CPU = torch.device("cpu")
+
+
+def setting(name):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
+    return model, optim.build_optimizer(name, optim.param_groups([model], 1e-2), lr=0.1)
+
+
+def snapshot(model, optimizer):
+    states = [v.clone() for s in optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
+    return [p.detach().clone() for p in model.parameters()] + states
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+@pytest.mark.parametrize("poison", ["loss", "gradient"])
+def test_a_non_finite_step_changes_nothing_and_is_reported(name, poison):
+    model, optimizer = setting(name)
+    x = torch.randn(8, 4)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        _, bad = step.masked_step(optimizer, step.scaler("fp32", CPU), loss)
+        assert not bad
+    before = snapshot(model, optimizer)
+    optimizer.zero_grad()
+    loss = model(x).square().mean()
+    if poison == "loss":
+        loss = loss * float("nan")
+    loss.backward()
+    if poison == "gradient":
+        next(model.parameters()).grad[0, 0] = float("inf")
+    _, bad = step.masked_step(optimizer, step.scaler("fp32", CPU), loss)
+    assert bad
+    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(model, optimizer), strict=True))
+
+
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+def test_an_fp16_overflow_is_skipped_but_is_no_divergence(name):
+    model, optimizer = setting(name)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    x = torch.randn(8, 4)
+    before = snapshot(model, optimizer)[:6]
+    loss = model(x).square().mean()
+    scaler.scale(loss).backward()
+    next(model.parameters()).grad[0, 0] = float("inf")
+    _, bad = step.masked_step(optimizer, scaler, loss)
+    assert not bad and scaler.get_scale() == 2.0**9
+    assert all(torch.equal(a, b.detach()) for a, b in zip(before, model.parameters(), strict=True))
+    optimizer.zero_grad()
+    loss = model(x).square().mean()
+    scaler.scale(loss).backward()
+    true = optim.grad_norm(list(model.parameters())) / scaler.get_scale()
+    norm, bad = step.masked_step(optimizer, scaler, loss)
+    torch.testing.assert_close(norm, true)
+    assert not bad and not torch.equal(before[0], next(model.parameters()))
+
+
+def test_a_repeated_forward_pass_leaves_the_running_statistics():
+    model, _ = setting("sgd")
+    model.train()
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    x = torch.randn(8, 4)
+    plain = model(x)
+    model.load_state_dict({**model.state_dict(), **before})
+    with step.frozen_running_stats(model):
+        torch.testing.assert_close(model(x), plain)  # statistics of the batch all the same
+    assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
+    model(x)
+    assert not torch.equal(model[1].running_mean, before["1.running_mean"])
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("auto", None), ("fp32", None), ("bf16", torch.bfloat16)])
+def test_autocast_follows_the_flag(precision, dtype):
+    with step.autocast(precision, CPU):
+        out = nn.Linear(4, 4)(torch.randn(2, 4))
+    assert out.dtype == (dtype or torch.float32)
+    assert not step.scaler(precision, CPU).is_enabled() and step.scaler("fp16", CPU).is_enabled()
+
+
+def test_the_learning_rate_is_a_function_of_the_position():
+    _, optimizer = setting("sgd")
+    stage = config.Stage("s", epochs=10, bs=8, lr=0.4, wd=0.0, optimizer="sgd", warmup_epochs=2.0)
+    rates = [step.set_lr(optimizer, stage, done, 5, "cosine") for done in range(50)]
+    assert rates[0] == pytest.approx(0.04) and rates[9] == pytest.approx(0.4) and max(rates) == rates[9]
+    assert rates[-1] == pytest.approx(0.0, abs=1e-3) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert {group["lr"] for group in optimizer.param_groups} == {rates[-1]}
+    assert step.set_lr(optimizer, stage, 30, 5, "constant") == 0.4
