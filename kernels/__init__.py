@@ -4,6 +4,18 @@ Needs torch; triton where there is a GPU.
 """
 
 from .nt_xent import nt_xent, nt_xent_reference
+from .shift_conv1x1 import shift_conv1x1, shift_conv1x1_reference
 from .sup_con import sup_con, sup_con_reference
+from .temporal_shift import shift_step, temporal_shift, temporal_shift_reference
 
-__all__ = ["nt_xent", "nt_xent_reference", "sup_con", "sup_con_reference"]
+__all__ = [
+    "nt_xent",
+    "nt_xent_reference",
+    "shift_conv1x1",
+    "shift_conv1x1_reference",
+    "shift_step",
+    "sup_con",
+    "sup_con_reference",
+    "temporal_shift",
+    "temporal_shift_reference",
+]

@@ -93,25 +93,6 @@ def own_rows_first(gather: Gather, rows: torch.Tensor) -> tuple[torch.Tensor, to
     return gathered.index_select(0, index), index
 
 
-class _NoSecondDerivative(torch.autograd.Function):
-    """Identity whose backward raises. (`once_differentiable` is silent where the upstream gradient is constant.)"""
-
-    @staticmethod
-    def forward(ctx, grad, *inputs):
-        return grad.view_as(grad)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError("this loss has no second derivative: its gradient was differentiated again")
-
-
-def first_derivative_only(grads, *inputs):
-    """The gradients, which raise when they are differentiated again with respect to inputs."""
-    if not torch.is_grad_enabled():
-        return grads
-    return tuple(g if g is None else _NoSecondDerivative.apply(g, *inputs) for g in grads)
-
-
 def normalize_rows(z: torch.Tensor) -> torch.Tensor:
     """Rows divided by their lengths, differentiably; a row shorter than NORM_EPS becomes zeros, with a zero
     gradient."""

@@ -76,3 +76,22 @@ def target_name(device: torch.device) -> str:
     if torch.version.hip:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Identity whose backward raises. (`once_differentiable` is silent where the upstream gradient is constant.)"""
+
+    @staticmethod
+    def forward(ctx, grad, *inputs):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("this operation has no second derivative: its gradient was differentiated again")
+
+
+def first_derivative_only(grads, *inputs):
+    """The gradients, which raise when they are differentiated again with respect to inputs."""
+    if not torch.is_grad_enabled():
+        return grads
+    return tuple(g if g is None else _NoSecondDerivative.apply(g, *inputs) for g in grads)

@@ -34,7 +34,6 @@ from .gram import (
     MAX_FUSED_D,
     NORM_EPS,
     empty_rows,
-    first_derivative_only,
     gather_keys,
     normalize_rows,
     own_rows_first,
@@ -46,7 +45,7 @@ from .gram import (
     store_planes,
     weighted_sums,
 )
-from .impl import INTERPRETED, ceil_div, choose_impl, jit
+from .impl import INTERPRETED, ceil_div, choose_impl, first_derivative_only, jit
 
 try:
     import triton.language as tl

@@ -29,7 +29,6 @@ from .gram import (
     LOG2_E,
     MAX_FUSED_D,
     block_d,
-    first_derivative_only,
     normalize_rows,
     own_rows_first,
     padded,
@@ -41,7 +40,7 @@ from .gram import (
     slot_sums,
     weighted_sums,
 )
-from .impl import INTERPRETED, choose_impl, jit
+from .impl import INTERPRETED, choose_impl, first_derivative_only, jit
 
 try:
     import triton.language as tl
