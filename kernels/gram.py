@@ -53,15 +53,49 @@ SLOT_BYTES = 2**26
 LOG2_FP16_SCALE = 13.0
 BLOCK = 32 if INTERPRETED else 128  # every row buffer is padded to a multiple of it, and so is every grid
 
-# (BLOCK_M, BLOCK_N, warps, stages) by kernel, planes and BLOCK_D, chosen by the ahead-of-time reports in README.md.
-_SAFE = {16: (64, 64, 4, 3), 32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 64, 4, 3), 256: (64, 64, 4, 2)}
+# (BLOCK_M, BLOCK_N, warps, stages) of the half, the full and the backward kernel, by planes and BLOCK_D. Nothing
+# spills; within that the half grid's owner and the backward's key block are as wide as leaves two blocks on a
+# multiprocessor (reports in README.md).
+_A, _B, _C, _D, _E = (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (64, 64, 8, 1), (64, 64, 8, 2)
+_NARROW = {(1, d): (_A, _A, _A) for d in (64, 128, 256)} | {(2, 64): (_A, _A, _A), (2, 128): (_A, _A, (64, 32, 4, 2))}
+TILES = {
+    "sm_80": _NARROW | {(1, 64): (_C, _C, _C), (1, 128): (_C, _C, _C), (1, 512): (_D, _D, _E)},
+    "sm_90": _NARROW
+    | {
+        (1, 64): (_C, _B, _C),
+        (1, 128): (_C, _C, _C),
+        (1, 512): (_D, _D, _E),
+        (2, 64): (_B, _B, _B),
+        (2, 128): (_A, _A, _A),
+    },
+    "sm_100": _NARROW
+    | {
+        (1, 64): (_B, _B, _B),
+        (1, 128): (_A, _C, _A),
+        (1, 512): (_D, _D, _D),
+        (2, 64): (_B, _B, _B),
+        (2, 128): (_A, _A, _A),
+    },
+    "gfx942": _NARROW | {(1, 512): (_D, _D, (32, 32, 4, 1)), (2, 128): (_A, _A, _A)},
+}
 
 
-def tile(kernel: str, planes: int, block_d: int, target: str) -> tuple[int, int, int, int]:
-    """(BLOCK_M, BLOCK_N, warps, stages) for kernel "half", "full" or "bwd"."""
+def tile(kernel: str, planes: int, block_d: int, target: str) -> tuple[int, int, int, int] | None:
+    """(BLOCK_M, BLOCK_N, warps, stages) for kernel "half", "full" or "bwd"; None where it would not fit."""
     if target == "interpreter":
         return (16, 32, 1, 1)
-    return _SAFE[block_d]
+    sizes = TILES.get(target, _NARROW).get((planes, max(64, block_d)))
+    return None if sizes is None else sizes[("half", "full", "bwd").index(kernel)]
+
+
+def why_not_fused(z: torch.Tensor, normalized: bool) -> str | None:
+    """Why the Triton kernels cannot take rows like z, if they cannot."""
+    if z.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it does not take {z.dtype}"
+    count = 1 + planes(z.dtype, normalized)[1]
+    if tile("bwd", count, block_d(z.shape[1]), target_name(z.device)) is None or z.shape[1] > MAX_FUSED_D:
+        return f"rows of D={z.shape[1]} in {z.dtype} do not fit its tiles"
+    return None
 
 
 def own_rows_first(gather: Gather, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

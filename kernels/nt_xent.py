@@ -20,8 +20,8 @@ Gradient. The similarity matrix is symmetric, so row i needs nobody else's gradi
 Only the M row log-sum-exps are kept between forward and backward; the M x M similarities exist one tile at a time. Row
 blocks own their gradient and sums run in a fixed order: no atomics, the same bits in every run.
 
-Limits. The Triton path takes fp32, bf16 and fp16 with D <= 512; anything else takes the reference. The second
-derivative raises.
+Limits. The Triton path takes bf16 and fp16 with D <= 512 (D <= 256 on GPUs without a table in gram.py) and fp32 with D
+<= 128; anything else takes the reference, whose tiles are cuBLAS products on a GPU. The second derivative raises.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ import math
 import torch
 
 from .gram import (
-    MAX_FUSED_D,
     NORM_EPS,
     empty_rows,
     gather_keys,
@@ -44,6 +43,7 @@ from .gram import (
     slot_sums,
     store_planes,
     weighted_sums,
+    why_not_fused,
 )
 from .impl import INTERPRETED, ceil_div, choose_impl, first_derivative_only, jit
 
@@ -557,12 +557,7 @@ def nt_xent(z_a, z_b, temperature, *, normalize=True, gather=None, decoupled=Fal
     Source: Chen et al. 2020, arXiv:2002.05709; decoupled: Yeh et al. 2022, arXiv:2110.06848.
     """
     _check(z_a, z_b, temperature)
-    unsupported = None
-    if z_a.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        unsupported = f"it does not take {z_a.dtype}"
-    elif z_a.shape[1] > MAX_FUSED_D:
-        unsupported = f"D={z_a.shape[1]} is above {MAX_FUSED_D}"
-    if choose_impl("nt_xent", impl, z_a, unsupported) == "torch":
+    if choose_impl("nt_xent", impl, z_a, why_not_fused(z_a, normalize)) == "torch":
         return nt_xent_reference(z_a, z_b, temperature, normalize=normalize, gather=gather, decoupled=decoupled)
     temperature_tensor = None
     if isinstance(temperature, torch.Tensor):

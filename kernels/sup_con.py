@@ -15,7 +15,7 @@ so v is an infinite log-sum-exp in the tiles' eyes. Class sums are taken over so
 classes on the host.
 
 M x M similarities and label comparisons are never materialised; kept for the backward are O(M D). The Triton path
-takes fp32, bf16 and fp16 with D <= 512; anything else takes the reference. The second derivative raises.
+takes what `nt_xent` takes. The second derivative raises.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ import torch.nn.functional as F
 
 from .gram import (
     LOG2_E,
-    MAX_FUSED_D,
     block_d,
     normalize_rows,
     own_rows_first,
@@ -39,6 +38,7 @@ from .gram import (
     shift_of,
     slot_sums,
     weighted_sums,
+    why_not_fused,
 )
 from .impl import INTERPRETED, choose_impl, first_derivative_only, jit
 
@@ -279,11 +279,6 @@ def sup_con(z, labels, temperature, *, normalize=True, gather=None, impl="auto")
         temperature = temperature.reshape(())
     elif not 0 < temperature < math.inf:
         raise ValueError(f"sup_con: temperature={temperature} must be a positive number")
-    unsupported = None
-    if z.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        unsupported = f"it does not take {z.dtype}"
-    elif z.shape[1] > MAX_FUSED_D:
-        unsupported = f"D={z.shape[1]} is above {MAX_FUSED_D}"
-    chosen = choose_impl("sup_con", impl, z, unsupported)
+    chosen = choose_impl("sup_con", impl, z, why_not_fused(z, normalize))
     kind = "torch" if chosen == "torch" else str(z.dtype).removeprefix("torch.")
     return _sup_con(z, labels, temperature, normalize, gather, kind)

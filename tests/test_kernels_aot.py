@@ -1,9 +1,12 @@
-"""Every kernel compiles ahead of time for four GPUs, without one: no spills, tensor cores used, shared memory within limits.
+"""Every kernel compiles ahead of time for four GPUs, without one: no spills, tensor cores used, shared memory within
+limits.
 
-Run as a program (`python tests/test_kernels_aot.py sm_90`) it prints one JSON line per kernel: the tables of kernels/README.md.
-The compiler refuses to work in a process that has TRITON_INTERPRET set, so the tests run it that way too.
+Run as a program (`python tests/test_kernels_aot.py sm_90`) it prints one JSON line per kernel: the tables of
+kernels/README.md. The compiler refuses to work in a process that has TRITON_INTERPRET set, so the tests run it that
+way too.
 """
 
+import concurrent.futures
 import json
 import os
 import pathlib
@@ -42,6 +45,11 @@ def compile_kernel(kernel, types, constants, target, warps, stages):
     report = {"kernel": kernel.__name__, "target": target, "warps": warps, "stages": stages}
     report["shared"] = compiled.metadata.shared
     assembly = compiled.asm["amdgcn" if amd else "ptx"]
+    report["wide_accesses"] = len(
+        re.findall(
+            r"_(?:load|store)_dwordx4" if amd else r"\b(?:ld|st)\.global\S*\.v4|cp\.async\S* .*, 0x10,", assembly
+        )
+    )
     report["tensor_cores"] = len(re.findall(re.escape(TENSOR_CORES[target]), assembly))
     if amd:
         report["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1])
@@ -60,37 +68,166 @@ def compile_kernel(kernel, types, constants, target, warps, stages):
     return report
 
 
-def gram_cases(target):
-    """(kernel, types, constants, warps, stages, label) of the tiles, for every type of rows and width."""
+def argument_types(kernel, element, *, fp32=(), int64=(), aligned=(), scalars=()):
+    """Pointers to element but for those named; integers but for the scalars; lower-case names are no constants."""
+    types = {"aligned": aligned}
+    for name in kernel.arg_names:
+        if name.endswith("_ptr"):
+            types[name] = "*fp32" if name in fp32 else "*i64" if name in int64 else f"*{element}"
+        elif name.islower():
+            types[name] = "fp32" if name in scalars else "i32"
+    return types
+
+
+def gram_cases(target, every):
+    """(label, kernel, types, constants, warps, stages) of the tiles."""
     from kernels import gram
 
-    for planes, element in ((1, "bf16"), (1, "fp16"), (2, "fp16")):
-        for block_d in (64, 128, 256, 512):
-            for name in ("half", "full", "bwd"):
-                kernel = {"half": gram.half_kernel, "full": gram.full_kernel, "bwd": gram.bwd_kernel}[name]
-                block_m, block_n, warps, stages = gram.tile(name, planes, block_d, target)
-                types = {"aligned": ("stride_slot", "keys_per_split"), "shift": "fp32"}
-                for argument in kernel.arg_names:
-                    if argument in ("u_ptr", "rows_ptr", "keys_ptr"):
-                        types[argument] = f"*{element}"
-                    elif argument.endswith("_ptr"):
-                        types[argument] = "*fp32"
-                    elif argument.islower() and argument != "shift":
-                        types[argument] = "i32"
-                constants = {"PAIR_SHIFT": 1, "SPLIT": planes == 2, "BLOCK_M": block_m, "BLOCK_N": block_n}
-                constants["BLOCK_D"] = block_d
-                if name == "bwd":
-                    constants |= {"SHIFTED": True, "LOG2_SCALE": 13.0 if element == "fp16" else 0.0}
-                label = f"{name} {'split ' if planes == 2 else ''}{element} D={block_d} {block_m}x{block_n}"
-                yield kernel, types, constants, warps, stages, label
+    chosen = [(1, "bf16", 128), (1, "bf16", 256), (1, "bf16", 512), (2, "fp16", 128)]
+    if every:
+        chosen = [
+            (p, e, d) for p, e in ((1, "bf16"), (1, "fp16"), (2, "fp16"), (2, "bf16")) for d in (16, 64, 128, 256, 512)
+        ]
+    for planes, element, block_d in chosen:
+        for name in ("half", "full", "bwd"):
+            tile = gram.tile(name, planes, block_d, target)
+            if tile is None or (
+                name == "half" and (planes, element) == (2, "bf16")
+            ):  # rows of unknown length: full grid
+                continue
+            kernel = {"half": gram.half_kernel, "full": gram.full_kernel, "bwd": gram.bwd_kernel}[name]
+            block_m, block_n, warps, stages = tile
+            sums = ("slots_ptr", "tops_ptr", "sums_ptr", "lse_rows_ptr", "lse_keys_ptr", "partial_ptr")
+            types = argument_types(
+                kernel, element, fp32=sums, aligned=("stride_slot", "keys_per_split"), scalars=("shift",)
+            )
+            constants = {"PAIR_SHIFT": 1, "SPLIT": planes == 2, "BLOCK_M": block_m, "BLOCK_N": block_n}
+            constants["BLOCK_D"] = block_d
+            label = f"{element}{' hi+lo' if planes == 2 else ''} D={block_d}, {block_m}x{block_n}"
+            if name != "bwd":
+                yield f"{name} {label}", kernel, types, constants, warps, stages
+                continue
+            constants["LOG2_SCALE"] = 13.0 if element == "fp16" else 0.0
+            shifted = (True, False) if every or block_d == 128 else (True,)
+            for flag in shifted if element == "fp16" or planes == 1 else (False,):
+                yield (
+                    f"bwd{'' if flag else ', two exponentials,'} {label}",
+                    kernel,
+                    types,
+                    constants | {"SHIFTED": flag},
+                    warps,
+                    stages,
+                )
 
 
-def main(target):
+def loss_cases(target):
+    """The kernels around NT-Xent's and SupCon's tiles; no products in them."""
+    from kernels import nt_xent as _  # noqa: F401
+
+    losses, supervised = sys.modules["kernels.nt_xent"], sys.modules["kernels.sup_con"]
+    fp32 = ("temperature_ptr", "pos_ptr", "tops_ptr", "sums_ptr", "negatives_ptr", "lse_ptr", "loss_ptr", "dloss_ptr")
+    fp32 += ("partial_ptr", "dtemperature_ptr", "keys_ptr", "out_ptr")
+    common = {"TEMPERATURE_IS_TENSOR": True, "NORMALIZE": True, "EPS": 1e-12, "DECOUPLED": False, "BLOCK_P": 16}
+    common |= {
+        "BLOCK_D": 128,
+        "FP16": False,
+        "SPLIT": False,
+        "SHIFTED": False,
+        "SLOTS": 16,
+        "BLOCK_R": 128,
+        "BLOCK_K": 64,
+    }
+    for kernel in (
+        losses._nt_xent_prepare_kernel,
+        losses._nt_xent_finish_kernel,
+        losses._nt_xent_epilogue_kernel,
+        supervised.class_sum_kernel,
+    ):
+        types = argument_types(
+            kernel,
+            "bf16",
+            fp32=fp32,
+            int64=("order_ptr", "starts_ptr", "ends_ptr"),
+            aligned=("stride_slot",),
+            scalars=("temperature", "shift"),
+        )
+        constants = {name: common[name] for name in kernel.arg_names if name in common}
+        if kernel is supervised.class_sum_kernel:
+            constants["BLOCK_D"] = 32
+        yield kernel.__name__, kernel, types, constants, 4, 3
+
+
+def shift_cases(target, every):
+    from kernels import shift_conv1x1 as _  # noqa: F401
+    from kernels.temporal_shift import temporal_shift_kernel
+
+    fused = sys.modules["kernels.shift_conv1x1"]
+    for channels_last in (False, True):
+        types = argument_types(temporal_shift_kernel, "bf16")
+        constants = {"CHANNELS_LAST": channels_last, "SWAP": False, "PADDING": "zero", "TRANSPOSED": False}
+        constants |= {"VECTOR": 8, "BLOCK": 1024}
+        label = f"shift bf16 {'channels_last' if channels_last else 'contiguous'}"
+        yield label, temporal_shift_kernel, types, constants, 4, 3
+    block_m, block_n, block_k, warps, stages = fused.GPU_TILE
+    for vector in (2, 4, 8) if every else (2, 8):
+        for name in ("fwd", "dx", "dw"):
+            kernel = getattr(fused, f"shift_conv1x1_{name}_kernel")
+            types = argument_types(kernel, "bf16", fp32=("partial_ptr",))
+            constants = {"VECTOR": vector, "OUT_VECTOR": 8, "PRECISION": "ieee", "HAS_BIAS": True}
+            constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
+            constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+            label = f"shift_conv1x1 {name} bf16, runs of {vector}, {block_m}x{block_n}x{block_k}"
+            yield label, kernel, types, constants, warps, stages
+
+
+def main(target, every):
     sys.path.insert(0, str(ROOT))
-    for kernel, types, constants, warps, stages, label in gram_cases(target):
-        report = compile_kernel(kernel, types, constants, target, warps, stages)
-        print(json.dumps({"label": label, **report}), flush=True)
+    for cases in (gram_cases(target, every), loss_cases(target), shift_cases(target, every)):
+        for label, kernel, types, constants, warps, stages in cases:
+            report = compile_kernel(kernel, types, constants, target, warps, stages)
+            print(json.dumps({"label": label, **report}), flush=True)
+
+
+def reports(target, *options):
+    """What a process of its own says about every kernel."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", __file__, target, *options], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def found():
+    """All targets' reports, made side by side: one compiler is one thread."""
+    pytest.importorskip("triton", reason="pip install triton")
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {target: pool.submit(reports, target) for target in TARGETS}
+
+
+def check(target, found):
+    assert len(found) >= 20
+    for report in found:
+        assert report["spills"] == 0, report
+        assert report["shared"] <= TARGETS[target], report
+        products = report["kernel"] in ("half_kernel", "full_kernel", "bwd_kernel") or "conv1x1" in report["kernel"]
+        assert (report["tensor_cores"] > 0) == products, report
+        if report["kernel"] == "temporal_shift_kernel" or "runs of 8" in report["label"]:
+            assert report["wide_accesses"] > 0, report
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_compile_without_spills_and_with_tensor_cores(target, found):
+    check(target, found[target].result())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_type_and_width_compiles(target):
+    pytest.importorskip("triton", reason="pip install triton")
+    check(target, reports(target, "--every"))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], "--every" in sys.argv)
