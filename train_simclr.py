@@ -24,7 +24,7 @@ from common.config import InputError
 from common.log import Log, Pace
 from common.models import BACKBONES, build_backbone, input_size
 from common.models.heads import SimCLR
-from common.run import Run, claim, directory, finished, prepare
+from common.run import Run, claim, directory, prepare
 from kernels import nt_xent
 
 # The batch and the learning rate of the linear protocol and of fine-tuning are the cytology recipe's; their epochs only
@@ -419,10 +419,10 @@ def main(argv: list[str] | None = None) -> int:
         start = {"from_run": checkpoint.weights_digest(weights)} if weights else {}
         identity = config.identity(parser, args, data=images.fingerprint, stage=args.stage, **meta, **start)
         folder = directory(args, "simclr", f"{name}-{args.stage}-bs{next(iter(stages.values())).bs}", identity)
-        if summary := finished(folder, args):
+        resolved = {stage: vars(values) for stage, values in stages.items()} | meta
+        if summary := claim(folder, args, identity, resolved, facts):
             print(f"{folder} has finished; its summary:\n{json.dumps(summary, indent=2)}")
             return 0
-        claim(folder, args, identity, {stage: vars(values) for stage, values in stages.items()} | meta, facts)
         log = Log(folder, main=facts.main, tensorboard=args.tensorboard)
         run = Run(args, facts, images, splits, folder, log, checkpoint.Signals(), meta, stages)
         log.say(f"run directory {folder}; device {facts.device}, {facts.world_size} process(es), input {size} px")

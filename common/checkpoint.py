@@ -102,8 +102,8 @@ def load_newest(folder: Path, say=print) -> dict | None:
     return None
 
 
-def load_training_state(path: Path, stage: str) -> dict:
-    """The state of a stage that `--resume PATH` names: a last.pt, or the one of a run directory.
+def load_training_state(path: Path, stage: str) -> tuple[dict, dict | None]:
+    """The state of a stage that `--resume PATH` names, a last.pt or the one of a run directory, and its best.pt.
 
     Raises:
         InputError: there is none, or the file holds weights only.
@@ -113,11 +113,12 @@ def load_training_state(path: Path, stage: str) -> dict:
         state = load_newest(folder)
         if state is None:
             raise InputError(f"--resume {path}: there is no last.pt to go on from")
-        return state
-    state = load(path)
-    if "place" not in state:
-        raise InputError(f"--resume {path} holds weights only: give a last.pt or a run directory")
-    return state
+    else:
+        folder, state = path.parent, load(path)
+        if "place" not in state:
+            raise InputError(f"--resume {path} holds weights only: give a last.pt or a run directory")
+    best = folder / "best.pt"
+    return state, load(best) if best.exists() else None
 
 
 def load_weights(module: torch.nn.Module, state: dict, source) -> None:
@@ -289,8 +290,11 @@ class Progress:
         if facts.main:
             folder.mkdir(parents=True, exist_ok=True)
 
-    def restore(self, state: dict | None) -> None:
-        """Take the stage to where `state` was saved; None starts it. Cuts the log's lines that came later."""
+    def restore(self, state: dict | None, best: dict | None = None) -> None:
+        """Take the stage to where `state` was saved; None starts it. Cuts the log's lines that came later.
+
+        `best` is the best.pt that belongs to a state of another directory.
+        """
         if state is not None and (state["stage"], state["start"]) != (self.stage, self.start):
             self.log.say(f"{self.stage}: the saved state began from other weights or another stage; starting anew")
             state = None
@@ -298,6 +302,7 @@ class Progress:
             self.log.cut(self.log.floor)
             return
         place = state["place"]
+        self._best_state = best
         self.finished = place["finished"]
         self.log.floor = place["log_offset"]
         self.log.go_on_from(place["seconds"])

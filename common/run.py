@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import platform
+import random
 import shlex
 import subprocess
 import sys
@@ -67,11 +68,11 @@ class Run:
             save_every=args.save_every,
             max_steps=args.max_steps,
         )
-        state = checkpoint.load_newest(folder, self.log.say)
+        state, best = checkpoint.load_newest(folder, self.log.say), None
         if state is None and name == next(iter(self.stages)) and args.resume not in ("auto", "none"):
-            state = checkpoint.load_training_state(Path(args.resume), name)
+            state, best = checkpoint.load_training_state(Path(args.resume), name)
         dist.barrier()  # nobody writes before everybody has read
-        progress.restore(state)
+        progress.restore(state, best)
         return progress
 
     def settled(self, progress: checkpoint.Progress) -> bool:
@@ -123,15 +124,13 @@ def directory(args, script: str, name: str, identity: dict) -> Path:
         return Path(args.out)
     if args.resume not in ("auto", "none"):
         path = Path(args.resume)
-        if not path.exists():
-            raise InputError(f"--resume {path}: no such file or directory")
         folders = [path, *path.parents][:3]
         return next((folder for folder in folders if (folder / "config.json").exists()), folders[0])
     return Path("runs") / script / f"{name}-{config.digest(identity)}"
 
 
-def claim(folder: Path, args, identity: dict, resolved: dict, facts: dist.Facts) -> None:
-    """Create `folder` and write config.json and env.json, or refuse a folder that holds another run.
+def claim(folder: Path, args, identity: dict, resolved: dict, facts: dist.Facts) -> dict | None:
+    """Create `folder` and write config.json and env.json; or return the summary of the same run, which has finished.
 
     Raises:
         InputError: the folder's run has another identity and --fork is not given, or it cannot be written.
@@ -142,46 +141,44 @@ def claim(folder: Path, args, identity: dict, resolved: dict, facts: dist.Facts)
         # To go on for longer is what `--resume PATH --epochs MORE` asks for; any other difference makes another run.
         free = set() if args.resume == "auto" else {"epochs", "warmup_epochs"}
         names = sorted((before.keys() | identity.keys()) - free)
-        differences = [
-            f"{n} is {before.get(n)!r} there and {identity.get(n)!r} here"
-            for n in names
-            if before.get(n) != identity.get(n)
-        ]
+        pairs = [(name, before.get(name, "its default"), identity.get(name, "its default")) for name in names]
+        differences = [f"{name} is {there} there and {here} here" for name, there, here in pairs if there != here]
         if differences and not args.fork:
             raise InputError(
                 f"{folder} holds another run: {'; '.join(differences)}. Choose another --out, or --fork to go on"
             )
+    summary = folder / "summary.json"
+    if args.resume == "auto" and summary.exists():
+        metrics = json.loads(summary.read_text())
+        if metrics["status"] == "finished":
+            return metrics
+    dist.barrier()  # rank 0 writes when every process has read
+    if facts.main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if args.resume == "none":
+                for name in ("last.pt", "last.previous.pt", "best.pt", "summary.json"):
+                    for old in folder.rglob(name):
+                        old.unlink()
+            flags = {**vars(args), "resolved": resolved, "identity": identity}
+            file.write_text(json.dumps(flags, indent=2, default=str) + "\n")
+            (folder / "env.json").write_text(json.dumps(environment(), indent=2) + "\n")
+        except OSError as error:
+            raise InputError(f"run directory {folder}: cannot write there: {error.strerror}") from None
     dist.barrier()
-    if not facts.main:
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if args.resume == "none":
-            for old in [
-                *folder.rglob("last.pt"),
-                *folder.rglob("last.previous.pt"),
-                *folder.rglob("best.pt"),
-                folder / "summary.json",
-            ]:
-                old.unlink(missing_ok=True)
-        flags = {**vars(args), "resolved": resolved, "identity": identity}
-        file.write_text(json.dumps(flags, indent=2, default=str) + "\n")
-        (folder / "env.json").write_text(json.dumps(environment(), indent=2) + "\n")
-    except OSError as error:
-        raise InputError(f"run directory {folder}: cannot write there: {error.strerror}") from None
-
-
-def finished(folder: Path, args) -> dict | None:
-    """The summary of a run that has finished and is not asked to go on."""
-    file = folder / "summary.json"
-    if args.resume != "auto" or not file.exists():
-        return None
-    summary = json.loads(file.read_text())
-    return summary if summary["status"] == "finished" else None
+    return None
 
 
 def prepare(args) -> None:
-    """Settings of the process: repeatable kernels where --deterministic asks for them."""
+    """Settings of the process: seeds, and repeatable kernels where --deterministic asks for them.
+
+    Raises:
+        InputError: there is nothing at the path that --resume names.
+    """
+    if args.resume not in ("auto", "none") and not Path(args.resume).exists():
+        raise InputError(f"--resume {args.resume}: no such file or directory")
+    random.seed(args.seed)
+    np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = not args.deterministic
     if args.deterministic:

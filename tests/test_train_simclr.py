@@ -1,0 +1,410 @@
+"""train_simclr.py as its users run it: whole runs, interrupted runs that equal them, use of a model, bad input."""
+
+import csv
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+import train_simclr
+from common import checkpoint, dist, log
+
+ROOT = Path(__file__).parent.parent
+NET = ["--backbone", "resnet18", "--stem", "cifar", "--image-size", "8", "--device", "cpu"]
+SMALL = [*NET, "--stage", "all", "--bs", "16", "--epochs", "3", "--linear-bs", "16", "--linear-epochs", "4",
+         "--finetune-bs", "16", "--finetune-epochs", "2", "--seed", "3"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory):
+    """72 images of 16 px in three classes that differ in colour."""
+    root = tmp_path_factory.mktemp("data") / "cells"
+    rng = np.random.default_rng(0)
+    for k, name in enumerate(("round", "long", "split")):
+        (root / name).mkdir(parents=True)
+        for i in range(24):
+            pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            pixels[..., k] = pixels[..., k] // 2 + 100
+            Image.fromarray(pixels).save(root / name / f"{i:02d}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(cells, tmp_path_factory):
+    """A finished run of all three stages."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert train_simclr.main([*SMALL, "--data", str(cells), "--out", str(folder)]) == 0
+    return folder
+
+
+def summary(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def equal_runs(a, b):
+    """Every stored tensor, metric and log line of two runs is the same, times and rates apart."""
+    assert {p.relative_to(a) for p in a.rglob("best.pt")} == {p.relative_to(b) for p in b.rglob("best.pt")}
+    for file in [p.relative_to(a) for name in ("last.pt", "best.pt", "backbone.pt") for p in a.rglob(name)]:
+        same(checkpoint.load(a / file), checkpoint.load(b / file), str(file))
+    timing = {"seconds", "best_model_path"}
+    ours, theirs = ({k: v for k, v in summary(f).items() if k not in timing} for f in (a, b))
+    assert ours == theirs
+    lines = [[{k: v for k, v in line.items() if k not in log.TIMING} for line in log.read(f)] for f in (a, b)]
+    assert lines[0] == lines[1]
+    with np.load(a / "features.npz") as x, np.load(b / "features.npz") as y:
+        assert all(np.array_equal(x[name], y[name]) for name in x.files)
+
+
+def same(x, y, where):
+    if isinstance(x, dict):
+        assert x.keys() == y.keys(), where
+        for key in x.keys() - {"log_offset", "seconds"}:
+            same(x[key], y[key], f"{where}/{key}")
+    elif isinstance(x, (list, tuple)):
+        assert len(x) == len(y), where
+        for i, pair in enumerate(zip(x, y, strict=True)):
+            same(*pair, f"{where}/{i}")
+    elif torch.is_tensor(x):
+        assert x.dtype == y.dtype and torch.equal(x, y), where
+    else:
+        assert x == y, where
+
+
+def test_a_run_leaves_what_the_readme_promises(whole, cells, capsys):
+    result = summary(whole)
+    for stage in ("linear", "linear_random", "linear_pixels", "finetune"):
+        for metric in ("accuracy", "macro_precision", "macro_recall", "macro_f1"):
+            assert 0 <= result[f"{stage}/test/{metric}"] <= 1
+    assert result["majority/test/accuracy"] == pytest.approx(1 / 3)
+    assert result["linear_pixels/test/accuracy"] > 0.9  # the classes differ in colour
+    assert result["pretrain/train/loss_at_chance"] == pytest.approx(math.log(31))
+    ratio = result["pretrain/train/loss"] / math.log(31)
+    assert result["pretrain/train/loss_over_chance"] == pytest.approx(ratio)
+    assert result["status"] == "finished" and result["best_model_path"] == str(whole / "finetune" / "best.pt")
+    for name in (
+        "config.json",
+        "env.json",
+        "log.jsonl",
+        "report.html",
+        "figures/views.png",
+        "figures/pretrain_loss.svg",
+    ):
+        assert (whole / name).stat().st_size > 0
+    steps = [line for line in log.read(whole) if line["stage"] == "pretrain" and "top1" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    assert {"loss", "loss/chance", "top1", "top5", "alignment", "uniformity", "lr", "grad_norm"} <= steps[0].keys()
+    epochs = [line for line in log.read(whole) if "pretrain/train/loss" in line]
+    assert len(epochs) == 3 and {"pretrain/val/knn_accuracy", "pretrain/val/effective_rank"} <= epochs[0].keys()
+    before = (whole / "log.jsonl").read_bytes()
+    capsys.readouterr()
+    assert train_simclr.main([*SMALL, "--data", str(cells), "--out", str(whole)]) == 0  # finished: nothing is repeated
+    assert "has finished" in capsys.readouterr().out and (whole / "log.jsonl").read_bytes() == before
+
+
+def test_backbone_loads_into_plain_torchvision_and_gives_the_stored_features(whole, cells):
+    plain = torchvision.models.resnet18(weights=None)
+    plain.conv1, plain.maxpool = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False), torch.nn.Identity()
+    plain.fc = torch.nn.Identity()
+    plain.load_state_dict(torch.load(whole / "backbone.pt", weights_only=True), strict=True)
+    with np.load(whole / "features.npz") as stored:
+        assert stored["features"].shape == (72, 512) and set(stored["split"]) == {"train", "val", "test"}
+        assert stored["classes"][stored["label"][0]] == str(stored["id"][0]).split("/")[0]
+        pixels = np.array(Image.open(cells / str(stored["id"][0])))
+        image = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
+        image = torch.nn.functional.interpolate(image, (8, 8), mode="bilinear", antialias=True)
+        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 1, 3, 1, 1)
+        with torch.no_grad():
+            features = plain.eval()((image - mean) / std)[0]
+        np.testing.assert_allclose(features.numpy(), stored["features"][0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_interrupted_in_every_stage_equals_a_whole_one(whole, cells, tmp_path, monkeypatch, capsys):
+    """Steps and evaluations are cut short at random places by a real signal, and the same command goes on."""
+    rng, calls = random.Random(7), 0
+    cuts = sorted(rng.sample(range(1, 9), 2) + rng.sample(range(10, 20), 2) + rng.sample(range(20, 60), 3))
+    end_step, check_stop = checkpoint.Progress.end_step, checkpoint.Progress.check_stop
+
+    def counted(original):
+        def call(self, *args):
+            nonlocal calls
+            calls += 1
+            if cuts and calls >= cuts[0]:
+                cuts.pop(0)
+                os.kill(os.getpid(), rng.choice([signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]))
+            return original(self, *args)
+
+        return call
+
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setattr(checkpoint.Progress, "end_step", counted(end_step))
+    monkeypatch.setattr(checkpoint.Progress, "check_stop", counted(check_stop))
+    folder, stopped, stages = tmp_path / "run", 0, set()
+    while True:
+        try:
+            assert (
+                train_simclr.main([*SMALL, "--data", str(cells), "--out", str(folder), "--workers", str(stopped + 1)])
+                == 0
+            )
+            break
+        except SystemExit as ending:
+            assert ending.code == 75
+            stopped += 1
+            assert summary(folder)["status"] == "stopped"
+            stages.add(capsys.readouterr().err.split()[2])
+    assert stopped == 7 and {"pretrain", "finetune"} <= stages and any(s.startswith("linear") for s in stages)
+    equal_runs(whole, folder)
+
+
+def launch(argv, env=None):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
+    environment |= {"OMP_NUM_THREADS": "1"} | (env or {})
+    command = [sys.executable, str(ROOT / "train_simclr.py"), *argv]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def test_a_killed_process_goes_on_from_its_last_checkpoint(cells, tmp_path):
+    argv = [*NET, "--data", str(cells), "--bs", "16", "--epochs", "3", "--save-every", "0"]
+    process = launch([*argv, "--out", str(tmp_path / "killed")])
+    for _ in range(600):
+        if (tmp_path / "killed" / "last.previous.pt").exists():
+            break
+        time.sleep(0.1)
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "killed" / "summary.json").exists()
+    second = launch([*argv, "--out", str(tmp_path / "killed")])
+    out, err = second.communicate(timeout=300)
+    assert second.returncode == 0, err
+    assert "pretrain: going on from step" in out
+    third = launch([*argv, "--out", str(tmp_path / "whole")])
+    _, err = third.communicate(timeout=300)
+    assert third.returncode == 0, err
+    equal_runs(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_two_processes_train_the_same_model_as_one(cells, tmp_path):
+    argv = [*NET, "--data", str(cells), "--bs", "16", "--epochs", "1", "--max-steps", "1", "--optimizer", "sgd"]
+    port = str(random.randrange(20000, 50000))
+    env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    both = [
+        launch([*argv, "--out", str(tmp_path / "two")], env | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in (0, 1)
+    ]
+    for process in both:
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+    with pytest.raises(SystemExit) as ending:
+        train_simclr.main([*argv, "--out", str(tmp_path / "one")])
+    assert ending.value.code == 0
+    two, one = (checkpoint.load(tmp_path / name / "last.pt") for name in ("two", "one"))
+    assert one["place"]["step"] == two["place"]["step"] == 1
+    torch.testing.assert_close(two["parts"]["model"], one["parts"]["model"], rtol=1e-4, atol=1e-6)
+    lines = [[line["loss"] for line in log.read(tmp_path / name)] for name in ("two", "one")]
+    assert lines[0][0] == pytest.approx(lines[1][0], rel=0.2)  # rank 0 logs its own half of the batch
+
+
+def test_training_goes_on_for_more_epochs(whole, cells, tmp_path):
+    argv = [*NET, "--data", str(cells), "--bs", "16", "--lr-schedule", "constant", "--warmup-epochs", "0"]
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    assert train_simclr.main([*argv, "--epochs", "2", "--out", str(first)]) == 0
+    assert train_simclr.main([*argv, "--epochs", "3", "--resume", str(first), "--out", str(second)]) == 0
+    assert train_simclr.main([*argv, "--epochs", "3", "--out", str(third)]) == 0
+    a, b = (checkpoint.load(f / "last.pt") for f in (second, third))
+    same(a["parts"], b["parts"], "parts")
+    assert train_simclr.main([*argv, "--epochs", "3", "--resume", str(first)]) == 0  # in its own directory
+    same(checkpoint.load(first / "last.pt")["parts"], b["parts"], "parts")
+
+
+def test_stages_start_from_a_run_and_refuse_another_identity(whole, cells, tmp_path, capsys):
+    base = ["--data", str(cells), "--device", "cpu", "--bs", "16"]
+    with pytest.raises(SystemExit) as ending:  # whole's backbone.pt has no meta: its stem must be said
+        train_simclr.main([*base, "--stage", "linear", "--from", str(whole / "backbone.pt"), "--backbone", "resnet18"])
+    assert ending.value.code == 2 and "does not fit this model" in capsys.readouterr().err
+    argv = [
+        *base,
+        "--stage",
+        "linear",
+        "--from",
+        str(whole),
+        "--epochs",
+        "4",
+        "--out",
+        str(tmp_path / "run"),
+        "--image-size",
+        "8",
+    ]
+    assert train_simclr.main([*argv, "--seed", "3"]) == 0
+    assert summary(tmp_path / "run")["linear/test/accuracy"] == summary(whole)["linear/test/accuracy"]
+    with pytest.raises(SystemExit) as ending:
+        train_simclr.main([*argv, "--seed", "4"])
+    assert ending.value.code == 2 and "seed is 3 there and 4 here" in capsys.readouterr().err.replace("None", "0")
+    assert train_simclr.main([*argv, "--seed", "4", "--fork"]) == 0
+
+
+def test_eval_repeats_the_test_and_predict_needs_no_labels(whole, cells, tmp_path, capsys):
+    argv = ["--data", str(cells), "--device", "cpu"]
+    for source, stage in ((whole, "finetune"), (whole / "linear", "linear"), (whole / "linear" / "best.pt", "linear")):
+        assert train_simclr.main([*argv, "--eval", str(source), "--out", str(tmp_path)]) == 0
+        result = json.loads((tmp_path / "eval.json").read_text())
+        for metric in ("accuracy", "macro_f1"):
+            assert result[f"eval/test/{metric}"] == pytest.approx(summary(whole)[f"{stage}/test/{metric}"], abs=1e-9)
+    assert train_simclr.main([*argv, "--eval", str(whole / "pretrain" / "best.pt"), "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "eval.json").read_text())
+    assert result["eval/test/knn_accuracy"] == summary(whole)["pretrain/test/knn_accuracy"]
+
+    loose = tmp_path / "loose"
+    loose.mkdir()
+    for i, path in enumerate(sorted(cells.rglob("*.png"))[:5]):
+        (loose / f"{i}.png").write_bytes(path.read_bytes())
+    linear = ["--predict", str(loose), "--resume", str(whole / "linear"), "--device", "cpu", "--out", str(tmp_path)]
+    assert train_simclr.main(linear) == 0
+    rows = list(csv.DictReader((tmp_path / "predictions.csv").read_text().splitlines()))
+    assert [row["id"] for row in rows] == [f"{i}.png" for i in range(5)]
+    for row in rows:
+        scores = {name: float(row[f"score_{name}"]) for name in ("long", "round", "split")}
+        assert row["class"] == max(scores, key=scores.get) and sum(scores.values()) == pytest.approx(1, abs=1e-5)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ending:
+        train_simclr.main(["--predict", str(loose), "--resume", str(whole / "pretrain"), "--device", "cpu"])
+    assert ending.value.code == 2 and "has no classifier" in capsys.readouterr().err
+
+
+def test_accumulation_keeps_the_negatives_and_the_gradient():
+    """With BatchNorm in evaluation mode a batch in four chunks gives the gradient of the batch in one (GradCache)."""
+    pixels = torch.randn(2, 8, 3, 8, 8)
+    gradients = []
+    for accum in (1, 4):
+        args, _ = train_simclr.parse_args([*NET, "--accum", str(accum)])
+        facts = dist.Facts(0, 1, 0, torch.device("cpu"))
+        meta = {"backbone": "resnet18", "stem": "cifar", "image_size": 8, "proj_dim": 16, "classes": []}
+        run = train_simclr.Run(args, facts, None, {}, Path(), None, None, meta, {})
+        model = train_simclr.build_model(run, "pretrain").eval()
+
+        class Optimizer(torch.optim.SGD):
+            def step(self):
+                pass
+
+        optimizer = Optimizer(model.parameters(), lr=0.1)
+        views = lambda chunk: pixels[:, chunk].flatten(0, 1)  # noqa: E731
+        scaler = train_simclr.step.scaler("fp32", facts.device)
+        loss, z, _, bad = train_simclr.train_step(run, model, optimizer, scaler, views, 8)
+        assert z.shape == (16, 16) and not bad
+        gradients.append({"loss": loss} | {name: p.grad for name, p in model.named_parameters()})
+    for name, value in gradients[0].items():
+        scale = max(value.abs().max().item(), 1e-6)
+        assert (gradients[1][name] - value).abs().max().item() <= 1e-4 * scale, name
+
+
+def test_views_are_functions_of_seed_epoch_and_image(cells):
+    args, _ = train_simclr.parse_args([*NET, "--seed", "5"])
+    run = train_simclr.Run(args, None, None, {}, Path(), None, None, {"image_size": 8}, {})
+    pixels = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    ids = np.array([3, 1, 4, 5])
+    views = train_simclr.two_views(run, pixels, ids, 2)
+    alone = train_simclr.two_views(run, pixels[2:3], ids[2:3], 2)
+    torch.testing.assert_close(views[[2, 6]], alone)
+    assert not torch.allclose(views[:4], views[4:])
+    assert not torch.allclose(views, train_simclr.two_views(run, pixels, ids, 3))
+    args, _ = train_simclr.parse_args([*NET, "--augment", "none"])
+    plain = train_simclr.two_views(
+        train_simclr.Run(args, None, None, {}, Path(), None, None, {"image_size": 8}, {}), pixels, ids, 2
+    )
+    assert torch.equal(plain[:4], plain[4:])
+
+
+def test_divergence_ends_with_exit_code_3_and_a_finite_checkpoint(cells, tmp_path, monkeypatch, capsys):
+    original = train_simclr.train_step
+
+    def poisoned(run, model, optimizer, *rest):
+        if int(poisoned.calls) == 4:
+            with torch.no_grad():
+                next(model.parameters()).fill_(float("nan"))
+        poisoned.calls += 1
+        return original(run, model, optimizer, *rest)
+
+    poisoned.calls = 0
+    monkeypatch.setattr(train_simclr, "train_step", poisoned)
+    argv = [*NET, "--data", str(cells), "--bs", "16", "--epochs", "4", "--save-every", "0", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit) as ending:
+        train_simclr.main(argv)
+    error = capsys.readouterr().err
+    assert ending.value.code == 3 and error.count("\n") == 1
+    assert "not finite" in error and "step 6" in error and str(tmp_path / "last.pt") in error
+    stored = checkpoint.load(tmp_path / "last.pt")
+    assert stored["place"]["step"] == 4
+    assert all(t.isfinite().all() for t in stored["parts"]["model"].values())
+    assert summary(tmp_path)["status"] == "diverged"
+
+
+BAD = {
+    "missing folder": (["--data", "{tmp}/absent"], "no such file or folder"),
+    "empty folder": (["--data", "{tmp}"], "no images there"),
+    "batch larger than the data": (["--bs", "64"], "larger than the 60 training items"),
+    "batch not divisible by chunks": (["--bs", "10", "--accum", "4"], "not divisible by 4"),
+    "unknown backbone": (["--backbone", "resnet5O"], "did you mean resnet50?"),
+    "unknown flag": (["--bachsize", "3"], "unknown flag --bachsize"),
+    "too small an image": (["--image-size", "7"], "the smallest that resnet18 takes with --stem cifar is 8"),
+    "a stem that the backbone has not": (["--backbone", "inception_v3"], "--stem cifar is for"),
+    "missing resume": (["--resume", "{tmp}/nothing"], "no such file or directory"),
+    "a stage without its start": (["--stage", "linear"], "--from RUN"),
+    "a start that is no run": (["--stage", "linear", "--from", "{tmp}"], "not a finished run"),
+    "missing checkpoint": (["--stage", "linear", "--from", "{tmp}/x.pt"], "No such file"),
+    "a flag of another stage": (["--linear-lr", "1"], "--linear-lr has no effect"),
+    "patience without early stopping": (["--patience", "3"], "--patience has no effect"),
+    "colours without augmentation": (["--augment", "none", "--color-strength", "2"], "no effect with --augment none"),
+    "warm-up longer than training": (["--epochs", "2", "--warmup-epochs", "5"], "more than the 2 epochs"),
+    "predict without a run": (["--predict", "{cells}"], "unknown"),
+    "a device that is not there": (["--device", "cuda:77"], "cuda:77"),
+    "triton without a GPU": (["--impl", "triton", "--bs", "16"], "impl"),
+    "labels of one class": (["--data", "{one}", "--stage", "all", "--bs", "8"], "labels of two classes or more"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(case, cells, tmp_path, capsys, monkeypatch):
+    if case == "triton without a GPU" and (os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()):
+        pytest.skip("Triton runs here")
+    one = tmp_path / "one_class"
+    if "{one}" in BAD[case][0]:
+        one.mkdir()
+        for i, path in enumerate(sorted((cells / "long").iterdir())):
+            (one / f"{i}.png").write_bytes(path.read_bytes())
+    argv, said = BAD[case]
+    argv = [a.format(tmp=tmp_path, cells=cells, one=one) for a in argv]
+    if case == "predict without a run":
+        argv, said = ["--predict", str(cells)], "add --resume RUN"
+    else:
+        argv = [*NET, "--data", str(cells), "--out", str(tmp_path / "out"), *argv]
+    with pytest.raises(SystemExit) as ending:
+        train_simclr.main(argv)
+    error = capsys.readouterr().err
+    assert ending.value.code == 2, error
+    assert error.startswith("error: ") and error.count("\n") == 1 and said in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_image_ends_the_run_by_name(cells, tmp_path, capsys):
+    root = tmp_path / "cells"
+    for path in cells.rglob("*.png"):
+        (root / path.parent.name).mkdir(parents=True, exist_ok=True)
+        (root / path.parent.name / path.name).write_bytes(path.read_bytes())
+    (root / "long" / "05.png").write_bytes((root / "long" / "05.png").read_bytes()[:-80])
+    with pytest.raises(SystemExit) as ending:
+        train_simclr.main([*NET, "--data", str(root), "--bs", "16", "--epochs", "1", "--out", str(tmp_path / "out")])
+    assert ending.value.code == 2 and "long/05.png" in capsys.readouterr().err
+
+
+def test_importing_the_script_does_no_work():
+    code = "import sys; import train_simclr; import torch; assert not torch.cuda.is_initialized()"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
