@@ -1,0 +1,118 @@
+"""The linear protocol and the measures of frozen features, on features whose answer is known."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from common import config, data, dist, log, metrics, optim, probe
+from common.run import Run
+
+
+class Items:
+    def __init__(self, count, classes):
+        self.ids = [f"{i}.png" for i in range(count)]
+        self.labels = np.arange(count) % classes
+        self.classes = [f"c{k}" for k in range(classes)]
+        self.fingerprint, self.store_size = "abc", 8
+
+    def __len__(self):
+        return len(self.ids)
+
+
+def setting(folder, count=600, classes=3):
+    items = Items(count, classes)
+    everything = np.arange(count)
+    test = data.hold_out(items.ids, items.labels, everything, 0.15, "test")
+    rest = np.setdiff1d(everything, test)
+    dev = data.hold_out(items.ids, items.labels, rest, 0.15, "dev")
+    splits = {"test": test, "rest": rest, "dev": dev, "train": np.setdiff1d(rest, dev)}
+    args = SimpleNamespace(seed=0, lr_schedule="cosine", patience=5, save_every=10, max_steps=None, resume="auto")
+    stage = config.Stage("linear", epochs=30, bs=64, lr=0.2, wd=0.0, optimizer="sgd", warmup_epochs=0.0)
+    facts = dist.Facts(0, 1, 0, torch.device("cpu"))
+    meta = {"classes": items.classes, "image_size": 8}
+    signals = SimpleNamespace(asked=0)
+    return Run(args, facts, items, splits, folder, log.Log(folder, main=True), signals, meta, {"linear": stage})
+
+
+def protocol(run, rows):
+    torch.manual_seed(0)
+    head = nn.Linear(rows.shape[1], len(run.meta["classes"]))
+    optimizer = optim.build_optimizer("sgd", optim.param_groups([head], 0.0), lr=0.2)
+    progress = run.stage("linear", {"head": head, "optimizer": optimizer}, start="x")
+    return probe.linear_protocol(run, progress, head, optimizer, run.stages["linear"], rows, {}), progress
+
+
+def blobs(labels, noise, seed=0):
+    centres = torch.randn(3, 20, generator=torch.Generator().manual_seed(1))
+    rows = centres[torch.from_numpy(labels)] + noise * torch.randn(
+        len(labels), 20, generator=torch.Generator().manual_seed(seed)
+    )
+    return rows * torch.logspace(-3, 3, 20) + 5  # features of very different scale, off the origin
+
+
+def test_protocol_reaches_what_scikit_learn_reaches(tmp_path):
+    linear_model = pytest.importorskip("sklearn.linear_model", reason="pip install -r tests/requirements.txt")
+    run = setting(tmp_path)
+    labels, train, test = run.data.labels, run.splits["train"], run.splits["test"]
+    rows = blobs(labels, noise=1.8)
+    results, progress = protocol(run, rows)
+    scale = rows[train].std(0)
+    oracle = linear_model.LogisticRegression(C=np.inf, max_iter=2000).fit((rows[train] / scale).numpy(), labels[train])
+    reached = oracle.score((rows[test] / scale).numpy(), labels[test])
+    assert 0.6 < reached < 1
+    assert results["linear/test/accuracy"] == pytest.approx(reached, abs=0.06)
+    # The stored layer takes the features as they are.
+    layer = progress.best_weights()
+    logits = rows[test] @ layer["fc.weight"].T + layer["fc.bias"]
+    assert (
+        metrics.classification(labels[test], logits.argmax(1).numpy(), 3)["accuracy"] == results["linear/test/accuracy"]
+    )
+
+
+def test_it_stops_when_dev_no_longer_improves(tmp_path):
+    run = setting(tmp_path)
+    _, progress = protocol(run, blobs(run.data.labels, noise=0.01))
+    assert progress.best == 1.0 and progress.epoch == progress.best_epoch + run.args.patience < 30
+
+
+def test_a_constant_feature_does_no_harm(tmp_path):
+    run = setting(tmp_path)
+    rows = blobs(run.data.labels, noise=0.5)
+    rows[:, 3] = 7.0
+    results, _ = protocol(run, rows)
+    assert results["linear/test/accuracy"] > 0.9
+
+
+def test_features_are_stored_once_and_not_taken_for_others(tmp_path):
+    run = setting(tmp_path)
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return torch.full((600, 4), float(len(calls)))
+
+    first = probe.stored_features(run, "weights-a", compute)
+    assert torch.equal(probe.stored_features(run, "weights-a", compute), first) and len(calls) == 1
+    with np.load(tmp_path / "features.npz") as stored:
+        assert stored["features"].shape == (600, 4)
+        assert [int((stored["split"] == s).sum()) for s in ("train", "val", "test")] == [
+            len(run.splits[s]) for s in ("train", "dev", "test")
+        ]
+    assert torch.equal(probe.stored_features(run, "weights-b", compute), torch.full((600, 4), 2.0))
+    run.data.fingerprint = "other images"
+    assert torch.equal(probe.stored_features(run, "weights-b", compute), torch.full((600, 4), 3.0))
+
+
+def test_representation_tells_good_features_from_noise(tmp_path):
+    run = setting(tmp_path)
+    rows = blobs(run.data.labels, noise=0.1)
+    rows = (rows - rows.mean(0)) / rows.std(0)
+    good = probe.representation(run, lambda indices: rows[indices], "dev")
+    noise = probe.representation(run, lambda indices: torch.randn(len(indices), 20), "dev")
+    assert good["knn_accuracy"] == 1.0 and noise["knn_accuracy"] < 0.6
+    assert good["effective_rank"] < 5 < noise["effective_rank"] <= 20
+    run.splits["dev"] = np.array([], np.int64)
+    assert list(probe.representation(run, lambda indices: rows[indices], "dev")) == ["effective_rank"]
