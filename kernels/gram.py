@@ -44,7 +44,7 @@ Gather = Callable[[torch.Tensor], torch.Tensor]
 # A row shorter than this has no direction: it is mapped to zeros, and it gets no gradient rather than 1e12 times one.
 NORM_EPS = 1e-12
 MAX_FUSED_D = 512
-REFERENCE_TILE = (512, 2048)  # rows, keys: 4 MB in fp32
+REFERENCE_TILE = 1024  # rows and keys: 4 MB in fp32; even, so that pairs of rows stay together
 LOG2_E = math.log2(math.e)
 MAX_SHIFTED = LOG2_E / 0.0128
 SLOT_BYTES = 2**26
@@ -135,39 +135,50 @@ def normalize_rows(z: torch.Tensor) -> torch.Tensor:
 
 
 def reference_tiles(rows: torch.Tensor, keys: torch.Tensor, pair_shift: int):
-    """Yield (row slice, key slice, similarities [rows, keys]) with each row's own group masked to -inf."""
-    step_m, step_n = REFERENCE_TILE
-    for m in range(0, rows.shape[0], step_m):
-        rows_m = rows[m : m + step_m]
-        for n in range(0, keys.shape[0], step_n):
-            s = rows_m @ keys[n : n + step_n].T
-            if n <= m < n + step_n:
-                own = torch.arange(rows_m.shape[0], device=s.device)
-                s[own, own + (m - n)] = -math.inf
+    """Yield (row slice, key slice, similarities [rows, keys], mirrored) with each row's own group masked to -inf.
+
+    Where keys are the rows themselves only tiles on and above the diagonal come; a mirrored one stands for its
+    transpose too.
+    """
+    step, symmetric = REFERENCE_TILE, keys.data_ptr() == rows.data_ptr() and keys.shape == rows.shape
+    for m in range(0, rows.shape[0], step):
+        for n in range(m if symmetric else 0, keys.shape[0], step):
+            s = rows[m : m + step] @ keys[n : n + step].T
+            if n == m:
+                own = torch.arange(s.shape[0], device=s.device)
+                s[own, own] = -math.inf
                 if pair_shift:
-                    s[own, (own ^ 1) + (m - n)] = -math.inf
-            yield slice(m, m + step_m), slice(n, n + step_n), s
+                    s[own, own ^ 1] = -math.inf
+            yield slice(m, m + step), slice(n, n + step), s, symmetric and n != m
 
 
 def reference_lse(rows: torch.Tensor, keys: torch.Tensor, pair_shift: int) -> torch.Tensor:
     """Natural log-sum-exp of each row over the keys outside its group: (m, D), (k, D) -> (m,)."""
     top = rows.new_full((rows.shape[0],), -math.inf)
     total = rows.new_zeros(rows.shape[0])
-    for m, _, s in reference_tiles(rows, keys, pair_shift):
-        new_top = torch.maximum(top[m], s.amax(1))
+
+    def add(where, s, dim):
+        new_top = torch.maximum(top[where], s.amax(dim))
         shift = new_top.masked_fill(new_top == -math.inf, 0.0)  # exp(-inf - -inf) is nan
-        total[m] = total[m] * (top[m] - shift).exp() + s.sub_(shift[:, None]).exp_().sum(1)
-        top[m] = new_top
+        total[where] = total[where] * (top[where] - shift).exp() + (s - shift.unsqueeze(dim)).exp_().sum(dim)
+        top[where] = new_top
+
+    for m, n, s, mirrored in reference_tiles(rows, keys, pair_shift):
+        add(m, s, 1)
+        if mirrored:
+            add(n, s, 0)
     return top + total.log()
 
 
 def reference_weighted_sum(rows, keys, lse_rows, lse_keys, pair_shift) -> torch.Tensor:
     """The weighted sum g of the module's docstring, natural log-sum-exps: (m, D)."""
     out = torch.zeros_like(rows)
-    for m, n, s in reference_tiles(rows, keys, pair_shift):
+    for m, n, s, mirrored in reference_tiles(rows, keys, pair_shift):
         weight = (s - lse_rows[m, None]).exp_()
         weight += s.sub_(lse_keys[n]).exp_()
         out[m].addmm_(weight, keys[n])
+        if mirrored:
+            out[n].addmm_(weight.T, rows[m])
     return out
 
 

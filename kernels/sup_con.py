@@ -70,9 +70,11 @@ def _sup_con(z, labels, temperature, normalize, gather, kind):
 def _reference_positive_sum(rows, keys, labels, labels_keys, starts, ends, order):
     """sum over the other rows of each row's class, by comparing labels tile by tile: (m, D)."""
     out = torch.zeros_like(rows)
-    for m, n, s in reference_tiles(rows, keys, 0):
-        same = (labels[m, None] == labels_keys[None, n]) & (s != -math.inf)
-        out[m].addmm_(same.to(rows.dtype), keys[n])
+    for m, n, s, mirrored in reference_tiles(rows, keys, 0):
+        same = ((labels[m, None] == labels_keys[None, n]) & (s != -math.inf)).to(rows.dtype)
+        out[m].addmm_(same, keys[n])
+        if mirrored:
+            out[n].addmm_(same.T, rows[m])
     return out
 
 

@@ -77,7 +77,7 @@ def test_reference_gradients_are_those_of_finite_differences(normalize, decouple
 def test_reference_is_the_same_for_every_tile_size(monkeypatch):
     z_a, z_b = views(37, 8, torch.float64)
     expected = run(nt_xent_reference, z_a, z_b, 0.2)
-    for tile in ((8, 8), (16, 64), (64, 16 * 4), (2, 128)):
+    for tile in (2, 8, 30, 64, 256):
         monkeypatch.setattr(kernels.gram, "REFERENCE_TILE", tile)
         for got, truth in zip(run(nt_xent_reference, z_a, z_b, 0.2), expected, strict=True):
             torch.testing.assert_close(got, truth, rtol=1e-12, atol=1e-14)
@@ -369,3 +369,103 @@ def test_a_learnable_temperature_compiles():
         step(z_a, z_b, temperature, impl="triton").backward()
         grads.append(temperature.grad)
     torch.testing.assert_close(grads[0], grads[1])
+
+
+@pytest.mark.parametrize("n", [32, 60])
+def test_at_most_three_forward_and_two_backward_launches(n, monkeypatch):
+    launches = []
+    kind = type(kernels.gram.half_kernel)
+    launcher = kind.__getitem__
+    monkeypatch.setattr(kind, "__getitem__", lambda self, grid: launches.append(self) or launcher(self, grid))
+    z_a, z_b = (z.requires_grad_() for z in views(n, 8))
+    loss = nt_xent(z_a, z_b, 0.1, impl="triton")
+    assert len(launches) == 3
+    loss.backward()
+    assert len(launches) == 5
+
+
+def gpu_views(n, d, dtype, noise=1.0):
+    return [z.cuda() for z in views(n, d, dtype, noise)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [0.01, 0.02, 0.07, 0.5, 1.0])
+@pytest.mark.parametrize(("n", "d"), [(1, 16), (2, 3), (63, 64), (64, 128), (500, 128), (1024, 200), (300, 512)])
+def test_kernel_on_the_gpu(n, d, temperature, dtype, decoupled):
+    if dtype == torch.float32 and d > 128:
+        pytest.skip("fp32 is fused up to D=128")
+    z_a, z_b = gpu_views(n, d, dtype)
+    truth = run(nt_xent_reference, z_a.double(), z_b.double(), temperature, decoupled=decoupled, upstream=-2.5)
+    got = run(nt_xent, z_a, z_b, temperature, decoupled=decoupled, upstream=-2.5, impl="triton")
+    eps = torch.finfo(dtype).eps if dtype != torch.float32 else 3e-6 if temperature >= 0.07 else 3e-5
+    assert (got[0] - truth[0]).abs() <= 2 * eps * (truth[0].abs() + 0.1 / temperature)
+    allowed = 4 * eps * truth[1].norm() + 1e-9
+    if dtype != torch.float32 and not decoupled:
+        allowed = allowed + (run(eager, z_a, z_b, temperature, upstream=-2.5)[1] - truth[1]).norm()
+    assert (got[1] - truth[1]).norm() <= allowed
+
+
+@pytest.mark.gpu
+def test_full_grid_on_the_gpu():
+    z_a, z_b = gpu_views(500, 128, torch.bfloat16)
+    truth = run(nt_xent_reference, z_a.double(), z_b.double(), 0.5, normalize=False)
+    got = run(nt_xent, z_a, z_b, 0.5, normalize=False, impl="triton")
+    assert relative(got[0], truth[0]) < 1e-3 and relative(got[1], truth[1]) < 2e-2
+    temperature = torch.tensor(0.1, device="cuda", requires_grad=True)
+    nt_xent(z_a, z_b, temperature, impl="triton").backward()
+    exact = torch.tensor(0.1, device="cuda", dtype=torch.float64, requires_grad=True)
+    nt_xent_reference(z_a.double(), z_b.double(), exact).backward()
+    assert temperature.grad.item() == pytest.approx(exact.grad.item(), rel=2e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [256, 4096, 40000])
+def test_same_bits_and_no_waiting_on_the_gpu(n):
+    z_a, z_b = gpu_views(n, 128, torch.bfloat16)
+    first = run(nt_xent, z_a, z_b, 0.1, impl="triton")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        z_a.requires_grad_()
+        (dz_a,) = torch.autograd.grad(nt_xent(z_a, z_b, 0.1, impl="triton"), z_a)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(dz_a.double(), first[1][:n])
+
+
+@pytest.mark.gpu
+def test_65536_pairs_need_at_most_200_megabytes():
+    z_a, z_b = (z.requires_grad_() for z in gpu_views(65536, 128, torch.bfloat16))
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loss = nt_xent(z_a, z_b, 0.1, impl="triton")
+    loss.backward()
+    assert torch.cuda.max_memory_allocated() - before <= 200e6
+    assert loss.item() == pytest.approx(nt_xent_reference(z_a.detach(), z_b.detach(), 0.1).item(), rel=1e-3)
+
+
+@pytest.mark.gpu
+def test_cuda_graph_and_compile_on_the_gpu():
+    z_a, z_b = (z.requires_grad_() for z in gpu_views(256, 128, torch.bfloat16))
+
+    def step(z_a, z_b):
+        loss = nt_xent(z_a, z_b, 0.1, impl="triton")
+        return loss, *torch.autograd.grad(loss, (z_a, z_b))
+
+    expected = step(z_a, z_b)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(z_a, z_b)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(z_a, z_b)
+    graph.replay()
+    for got, truth in zip(captured, expected, strict=True):
+        assert torch.equal(got, truth)
+    compiled = torch.compile(lambda a, b: nt_xent(a, b, 0.1, impl="triton"), fullgraph=True)
+    loss = compiled(z_a, z_b)
+    for got, truth in zip((loss, *torch.autograd.grad(loss, (z_a, z_b))), expected, strict=True):
+        assert torch.equal(got, truth)

@@ -1,0 +1,390 @@
+"""Time the kernels: python -m kernels.benchmark --op all --peers      (GPU)
+                  python -m kernels.benchmark --op nt_xent --cpu      (laptop)
+
+Every implementation is compared with the fp64 reference first, and nothing is timed if one of ours is wrong. Then each
+runs alone, forward and forward+backward: median and 20/80 quantiles of the wall time of a call, the peak memory beyond
+the inputs, and the share of the written bound. The last line of the output is one JSON object with everything in the
+table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import functools
+import gc
+import importlib
+import json
+import math
+import pathlib
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+
+from . import (
+    nt_xent,
+    nt_xent_reference,
+    shift_conv1x1,
+    shift_conv1x1_reference,
+    sup_con,
+    sup_con_reference,
+    temporal_shift,
+    temporal_shift_reference,
+)
+from .impl import triton
+
+# Dense 16-bit FLOP/s and 2^x per second: H200 at its sustained clock, 132 SMs x 16 ex2 x 1.98 GHz.
+RATES = {"NVIDIA H200": (790e12, 4.18e12)}
+TEMPERATURE = 0.1
+OPS = ("nt_xent", "sup_con", "temporal_shift", "shift_conv1x1")
+LOSS_BOUND = (
+    "max(FLOP / tensor rate, exp / exp rate); forward M^2 D, M^2 / 2 (half grid); backward 4 M^2 D, M^2; M rows"
+)
+
+
+def nt_xent_eager(z_a, z_b):
+    """The usual form: the whole matrix, a masked diagonal, cross entropy."""
+    z = F.normalize(torch.cat((z_a, z_b)), dim=1)
+    logits = (z @ z.T).float() / TEMPERATURE
+    logits = logits.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -math.inf)
+    return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(z_a)))
+
+
+def sup_con_eager(z, labels):
+    z = F.normalize(z, dim=1)
+    logits = (z @ z.T).float() / TEMPERATURE
+    own = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    positives = (labels[:, None] == labels[None, :]) & ~own
+    log_prob = logits - logits.masked_fill(own, -math.inf).logsumexp(1, keepdim=True)
+    return -((log_prob * positives).sum(1) / positives.sum(1)).mean()
+
+
+def official_shift(x, n_segment):
+    """The form of the authors' code: zeros and three slice copies."""
+    clips = x.view(-1, n_segment, *x.shape[1:])
+    fold = x.shape[1] // 8
+    out = torch.zeros_like(clips)
+    out[:, :-1, :fold] = clips[:, 1:, :fold]
+    out[:, 1:, fold : 2 * fold] = clips[:, :-1, fold : 2 * fold]
+    out[:, :, 2 * fold :] = clips[:, :, 2 * fold :]
+    return out.view(x.shape)
+
+
+def peers(op):
+    """name -> function of the op's inputs, for what is installed."""
+    wanted = {
+        "nt_xent": (("lightly", "lightly.loss"), ("pytorch-metric-learning", "pytorch_metric_learning.losses")),
+        "sup_con": (("pytorch-metric-learning", "pytorch_metric_learning.losses"),),
+    }
+    found = {}
+    for name, module in wanted.get(op, ()):
+        try:
+            losses = importlib.import_module(module)
+        except ImportError:
+            print(f"{name} is not installed and not compared (pip install {name})")
+            continue
+        if name == "lightly":
+            found[name] = losses.NTXentLoss(temperature=TEMPERATURE)
+        elif op == "nt_xent":
+            loss = losses.NTXentLoss(temperature=TEMPERATURE)
+            found[name] = lambda a, b, loss=loss: loss(
+                torch.cat((a, b)), torch.arange(len(a), device=a.device).repeat(2)
+            )
+        else:
+            found[name] = losses.SupConLoss(temperature=TEMPERATURE)
+    return found
+
+
+def cases(op, device, dtype, quick):
+    """Yield (shape's name, differentiable inputs, other inputs, number of rows, D)."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    on_gpu = device.type == "cuda"
+    if op in ("nt_xent", "sup_con"):
+        for n in (32,) if quick else (256, 1024, 4096, 16384, 65536) if on_gpu else (256, 8192):
+            z_a, z_b = random(n, 128), random(n, 128)
+            if op == "nt_xent":
+                yield f"N={n} D=128", (z_a, z_b), (), 2 * n, 128
+            else:
+                labels = torch.arange(2 * n, device=device) % min(100, n // 4)
+                yield f"M={2 * n} D=128", (torch.cat((z_a, z_b)),), (labels,), 2 * n, 128
+        return
+    shapes = [(256, 32, 112), (256, 64, 56), (256, 96, 28), (256, 160, 14)] if on_gpu else [(64, 64, 28)]
+    for frames, channels, side in [(16, 16, 4)] if quick else shapes:
+        for layout in ("contiguous", "channels_last") if op == "temporal_shift" else ("channels_last",):
+            x = random(frames, channels, side, side).contiguous(
+                memory_format=getattr(torch, f"{layout}_format", torch.channels_last)
+            )
+            name = f"{frames}x{channels}x{side}x{side} {layout}"
+            if op == "temporal_shift":
+                yield name, (x,), (8,), 0, 0
+            else:
+                outputs = 4 * channels
+                weight, bias = random(outputs, channels), random(outputs)
+                yield f"{name} -> {outputs}", (x, weight, bias), (8,), 0, 0
+
+
+def variants(op, case_rows, on_gpu, with_peers):
+    """name -> (function, is it ours). Ours are checked; whole-matrix forms are left out where their matrix would not
+    fit."""
+    impl = {"impl": "triton" if on_gpu else "torch"}
+    name = "ours (Triton)" if on_gpu else "ours (chunked)" if case_rows else "ours (reference)"
+    can_compile = triton is not None if on_gpu else shutil.which("g++") or shutil.which("clang++")
+    if op == "nt_xent":
+        eager = nt_xent_eager
+        ours = functools.partial(nt_xent, temperature=TEMPERATURE, **impl)
+        reference = functools.partial(nt_xent_reference, temperature=TEMPERATURE)
+    elif op == "sup_con":
+        eager = sup_con_eager
+        ours = functools.partial(sup_con, temperature=TEMPERATURE, **impl)
+        reference = functools.partial(sup_con_reference, temperature=TEMPERATURE)
+    elif op == "temporal_shift":
+        eager = official_shift
+        ours = functools.partial(temporal_shift, **impl)
+        reference = temporal_shift_reference
+    else:
+
+        def eager(x, weight, bias, n_segment):
+            return F.conv2d(official_shift(x.contiguous(), n_segment), weight[..., None, None], bias)
+
+        ours = functools.partial(shift_conv1x1, **impl)
+        reference = shift_conv1x1_reference
+    found = {}
+    if case_rows <= 32768:
+        found["eager"] = eager
+        if can_compile:
+            found["torch.compile(eager)"] = torch.compile(eager, dynamic=False)
+    if op == "shift_conv1x1":
+        found["1x1 convolution alone"] = lambda x, weight, bias, _: F.conv2d(x, weight[..., None, None], bias)
+    if on_gpu and case_rows <= 32768:
+        found["chunked reference" if case_rows else "reference"] = reference
+    if with_peers:
+        for peer, function in peers(op).items():
+            if case_rows <= (32768 if peer == "lightly" else 512 if op == "nt_xent" else 8192):
+                found[peer] = function
+            else:
+                print(f"{peer} is left out at {case_rows} rows: its matrices would not fit or take minutes")
+    return found | {name: ours}
+
+
+def gradients(function, inputs, others):
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    out = function(*inputs, *others)
+    # A fixed upstream gradient that costs nothing: ones, expanded.
+    return out.detach(), torch.autograd.grad(out, inputs, torch.ones_like(out) if out.dim() == 0 else out.detach())
+
+
+def check(op, function, reference, inputs, others, dtype):
+    """The relative error of forward and gradients against fp64, on at most 2,048 rows; above the tolerance it ends the
+    program."""
+    if op in ("nt_xent", "sup_con"):
+        inputs = [x[:1024] for x in inputs]
+        others = [x[:1024] for x in others]
+    out, grads = gradients(function, inputs, others)
+    true_out, true_grads = gradients(reference, [x.double() for x in inputs], others)
+    tolerance = {torch.float32: 1e-4 if op == "shift_conv1x1" else 1e-5}.get(dtype, 2e-2)
+    worst = 0.0
+    for got, truth in zip((out, *grads), (true_out, *true_grads), strict=True):
+        worst = max(worst, ((got.double() - truth).norm() / truth.norm().clamp_min(1e-12)).item())
+    if not worst <= tolerance:
+        print(
+            f"{op}: relative error {worst:.1e} is above {tolerance:.0e}: a wrong kernel is not timed", file=sys.stderr
+        )
+        raise SystemExit(4)
+    return worst
+
+
+@contextlib.contextmanager
+def peak_memory(device, result):
+    """Peak bytes beyond what was held before, into result["peak_mb"] (None where the system does not tell)."""
+    gc.collect()
+    result["peak_mb"] = None
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        yield
+        torch.cuda.synchronize()
+        result["peak_mb"] = (torch.cuda.max_memory_allocated() - before) / 1e6
+        return
+    reset, status = pathlib.Path("/proc/self/clear_refs"), pathlib.Path("/proc/self/status")
+    if not reset.exists():
+        yield
+        return
+    reset.write_text("5")  # the resident peak starts again from here
+    before = int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+    yield
+    result["peak_mb"] = (int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) - before) * 1024 / 1e6
+
+
+def measure(call, device, quick):
+    """Milliseconds of one call, sorted."""
+    times, budget = [], 0.05 if quick else 2.0
+    flush = torch.empty(2**28, dtype=torch.int8, device=device) if device.type == "cuda" else None
+    begin = time.perf_counter()
+    while len(times) < 3 or (time.perf_counter() - begin < budget and len(times) < 200):
+        if flush is None:
+            start = time.perf_counter()
+            call()
+            times.append(1e3 * (time.perf_counter() - start))
+        else:
+            flush.zero_()  # no input is left in the second-level cache
+            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+            events[0].record()
+            call()
+            events[1].record()
+            torch.cuda.synchronize()
+            times.append(events[0].elapsed_time(events[1]))
+    return sorted(times)
+
+
+def graphed(call):
+    """The call as a CUDA graph: what is left of it without launches."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def loss_bound(rows, dim, backward, device):
+    """Milliseconds that arithmetic alone takes, or None where the device's rates are not written down."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    if name not in RATES:
+        return None
+    tensor, exp = RATES[name]
+    bound = max(rows**2 * dim / tensor, rows**2 / 2 / exp)
+    if backward:
+        bound += max(4 * rows**2 * dim / tensor, rows**2 / exp)
+    return 1e3 * bound
+
+
+def bench(op, device, dtype, options):
+    rows = []
+    on_gpu = device.type == "cuda"
+    if op == "nt_xent":
+        print(f"\nbound of the losses: {LOSS_BOUND}")
+    for shape, inputs, others, num_rows, dim in cases(op, device, dtype, options.quick):
+        torch._dynamo.reset()
+        candidates = variants(op, num_rows, on_gpu, options.peers)
+        if options.quick:
+            candidates.pop("torch.compile(eager)", None)
+        ours = next(name for name in candidates if name.startswith("ours"))
+        reference = {
+            "nt_xent": functools.partial(nt_xent_reference, temperature=TEMPERATURE),
+            "sup_con": functools.partial(sup_con_reference, temperature=TEMPERATURE),
+            "temporal_shift": temporal_shift_reference,
+            "shift_conv1x1": shift_conv1x1_reference,
+        }[op]
+        error = check(op, candidates[ours], reference, inputs, others, dtype)
+        print(f"\n{op} {shape} {str(dtype).removeprefix('torch.')}: relative error of ours against fp64 {error:.1e}")
+        copy = None
+        if op == "temporal_shift":
+            target = torch.empty_like(inputs[0])
+            copy = statistics.median(measure(functools.partial(target.copy_, inputs[0]), device, options.quick))
+            print(f"bound: a copy of the tensor, {copy:.4f} ms forward, twice that forward+backward")
+        print(
+            f"{'implementation':<28}{'pass':<9}{'median ms':>11}{'20 %':>10}{'80 %':>10}{'peak MB':>10}{'of bound':>10}"
+        )
+        for name, function in candidates.items():
+            for backward in (False, True):
+                detached = [x.detach() for x in inputs]
+                call = (
+                    functools.partial(gradients, function, inputs, others)
+                    if backward
+                    else functools.partial(function, *detached, *others)
+                )
+                calls = {name: call}
+                if on_gpu and name in ("eager", ours) and op in ("nt_xent", "sup_con") and num_rows <= 8192:
+                    call()
+                    calls[f"{name}, CUDA graph"] = graphed(call)
+                for label, timed in calls.items():
+                    row = {"op": op, "shape": shape, "dtype": str(dtype), "implementation": label, "error": error}
+                    row["pass"] = "fwd+bwd" if backward else "fwd"
+                    with torch.set_grad_enabled(backward):
+                        if num_rows < 8192 or on_gpu:
+                            timed()
+                        with peak_memory(device, row):
+                            timed()
+                        times = measure(timed, device, options.quick)
+                    row["ms"] = statistics.median(times)
+                    row["ms_20"], row["ms_80"] = times[len(times) // 5], times[-1 - len(times) // 5]
+                    bound = loss_bound(num_rows, dim, backward, device) if num_rows else None
+                    bound = copy * (1 + backward) if copy else bound
+                    row["share_of_bound"] = bound / row["ms"] if bound else None
+                    share = f"{100 * row['share_of_bound']:.0f} %" if bound else "-"
+                    memory = "-" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
+                    print(
+                        f"{label:<28}{row['pass']:<9}{row['ms']:>11.4f}{row['ms_20']:>10.4f}{row['ms_80']:>10.4f}"
+                        f"{memory:>10}{share:>10}",
+                        flush=True,
+                    )
+                    rows.append(row)
+    return rows
+
+
+def commit():
+    if shutil.which("git") is None:
+        return None
+    command = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels.benchmark", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--op", choices=(*OPS, "all"), default="all", help="what to time")
+    parser.add_argument("--peers", action="store_true", help="time installed libraries that compute the same, too")
+    parser.add_argument("--cpu", action="store_true", help="time what runs on a CPU")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the inputs (bfloat16; float32 on a CPU)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny shapes, to see that it runs; no figures worth keeping"
+    )
+    args = parser.parse_args(argv)
+    if not args.cpu and not torch.cuda.is_available():
+        parser.error("there is no GPU; --cpu times what runs without one")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = torch.device("cpu" if args.cpu else "cuda")
+    dtype = getattr(torch, args.dtype or ("float32" if args.cpu else "bfloat16"))
+    header = {
+        "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+        if args.cpu
+        else torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": None if triton is None else triton.__version__,
+        "python": platform.python_version(),
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+    print("  ".join(f"{key} {value}" for key, value in header.items()))
+    rows = []
+    for op in OPS if args.op == "all" else (args.op,):
+        rows += bench(op, device, dtype, args)
+    print(json.dumps(header | {"rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
