@@ -41,7 +41,7 @@ LR_OF = {
 }
 # Six hundred steps: too few for LARS, whose step is a thousandth of the weights' norm. Colour strength 0.5 is the
 # paper's for small images (appendix B.9).
-DEMO = dict(backbone="resnet18", image_size=32, stage="all", optimizer="adamw", bs=64, epochs=32, eval_every=8)
+DEMO = dict(backbone="resnet18", image_size=32, stage="all", optimizer="adamw", bs=64, epochs=32, eval_every=4)
 DEMO |= dict(color_strength=0.5, finetune_epochs=6, finetune_bs=64, finetune_lr=1e-3)
 DEFAULT_BACKBONE = "resnet50"
 PIXELS = 32  # side of the raw-pixel baseline's images

@@ -18,11 +18,16 @@ from torchvision.utils import make_grid, save_image
 from common import log
 
 _COLORS = ("#2563eb", "#dc2626", "#059669", "#9333ea", "#d97706", "#0891b2")
+_BASELINES = (
+    "<code>linear_random</code>, <code>linear_pixels</code>: the linear protocol on a random-weight backbone and on raw"
+    " pixels. <code>majority</code>: always the most frequent class."
+)
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1f2937;max-width:1080px;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem;border-bottom:1px solid #e5e7eb}
 table{border-collapse:collapse;margin:.6rem 0}td,th{padding:.2rem .8rem .2rem 0;text-align:left;vertical-align:top}
-td.n{text-align:right;font-variant-numeric:tabular-nums}code{background:#f3f4f6;padding:.1rem .3rem}
+th:not(:first-child),td.n{text-align:right}
+td.n{font-variant-numeric:tabular-nums}code{background:#f3f4f6;padding:.1rem .3rem}
 .charts{display:flex;flex-wrap:wrap;gap:1rem}figure{margin:0}figcaption{font-size:.85rem;color:#4b5563}
 img,svg{max-width:100%}.wide{overflow-x:auto}
 """
@@ -69,7 +74,7 @@ def chart(
     y_low, y_high = y_low - pad, y_high + pad
     if x_high == x_low:
         x_low, x_high = x_low - 0.5, x_high + 0.5
-    left, right, top, bottom, width, height = 56, 8, 30, 40, 500, 270
+    left, right, top, bottom, width, height = 56, 8, 36, 40, 500, 276
 
     def px(x):
         return left + (x - x_low) / (x_high - x_low) * (width - left - right)
@@ -80,7 +85,7 @@ def chart(
     out = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
         f' font-family="system-ui,sans-serif" font-size="11" role="img"><rect width="{width}" height="{height}"'
-        f' fill="#fff"/><text x="{left}" y="16" font-size="13" font-weight="600">{html.escape(title)}</text>'
+        f' fill="#fff"/><text x="{left}" y="14" font-size="13" font-weight="600">{html.escape(title)}</text>'
     ]
     for y in ticks(y_low, y_high):
         out.append(
@@ -108,10 +113,10 @@ def chart(
         )
         out.append(shape)
         if len(series) > 1:
-            x = left + 110 * i
+            x = left + 440 / len(series) * i
             out.append(
-                f'<rect x="{x}" y="21" width="12" height="3" fill="{color}"/>'
-                f'<text x="{x + 16}" y="27" fill="#374151">{html.escape(name)}</text>'
+                f'<rect x="{x}" y="22" width="12" height="3" fill="{color}"/>'
+                f'<text x="{x + 16}" y="28" fill="#374151">{html.escape(name)}</text>'
             )
     return "".join(out) + "</svg>"
 
@@ -129,29 +134,33 @@ def table(rows: list[tuple], header: tuple = ()) -> str:
 
 
 def charts_of(lines: list[dict]) -> dict[str, str]:
-    """The curves of a log: per stage the step values, and per metric its splits over the epochs."""
-    out = {}
-    for stage in dict.fromkeys(line["stage"] for line in lines):
-        own = [line for line in lines if line["stage"] == stage]
-        groups: dict[str, dict[str, list]] = {}
-        for line in own:
-            for name, value in line.items():
-                if name in ("stage", "step", "epoch", *log.TIMING) or not isinstance(value, (int, float)):
-                    continue
-                parts = name.split("/")
-                if len(parts) == 3:  # stage/split/metric, one value an epoch
-                    if parts[1] != "test" and not parts[2].endswith("_over_chance"):
-                        groups.setdefault(f"{parts[2]} by epoch", {}).setdefault(parts[1], []).append(
-                            (line["epoch"], value)
-                        )
-                elif name != "loss/chance":
-                    groups.setdefault(name, {}).setdefault(name, []).append((line["step"], value))
-        for title, series in groups.items():
-            series = {name: line for name, line in series.items() if line}
-            chance = {"chance": chance_level(own)} if title in ("loss", "loss by epoch") and chance_level(own) else {}
-            x_label = "epoch" if title.endswith("by epoch") else "step"
-            out[f"{stage}: {title}"] = chart(f"{stage}: {title}", series, x_label=x_label, marks=chance)
-    return out
+    """The curves of a log: per stage the values of its steps, and each metric of its epochs, all splits in one chart.
+
+    Stages that differ in what stands after an underscore (`linear`, `linear_random`) are drawn together.
+    """
+    groups: dict[tuple[str, str], dict[str, list]] = {}
+    for line in lines:
+        stage, _, variant = line["stage"].partition("_")
+        for name, value in line.items():
+            if name in ("stage", "step", "epoch", *log.TIMING) or not isinstance(value, (int, float)):
+                continue
+            _, _, metric = name.rpartition("/")
+            if name.count("/") < 2:
+                if name != "loss/chance":
+                    groups.setdefault((stage, name), {}).setdefault(name, []).append((line["step"], value))
+                continue
+            split = name.split("/")[1]
+            if split != "test" and metric not in ("macro_precision", "macro_recall", "loss_over_chance"):
+                series = f"{split} ({variant})" if variant else split
+                points = groups.setdefault((stage, f"{metric} by epoch"), {}).setdefault(series, [])
+                points.append((line["epoch"], value))
+    charts = {}
+    for (stage, title), series in groups.items():
+        chance = chance_level(lines) if stage == "pretrain" and title in ("loss", "loss by epoch") else None
+        x_label = "epoch" if title.endswith("by epoch") else "step"
+        name = f"{stage}: {title}"
+        charts[name] = chart(name, series, x_label=x_label, marks={"chance": chance} if chance else {})
+    return charts
 
 
 def chance_level(lines: list[dict]) -> float | None:
@@ -180,7 +189,7 @@ def write(folder: Path) -> Path:
     columns = ("accuracy", "macro_precision", "macro_recall", "macro_f1")
     if tests:
         rows = [(name, *(scores.get(f"{name}/test/{column}", "") for column in columns)) for name in tests]
-        body += ["<h2>Test results</h2>", table(rows, ("stage", *columns))]
+        body += ["<h2>Test results</h2>", table(rows, ("stage", *columns)), f"<p>{_BASELINES}</p>"]
     body += loss_section(scores, files["config"])
     charts = charts_of(lines)
     for title, svg in charts.items():
