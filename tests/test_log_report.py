@@ -92,6 +92,19 @@ def test_a_missing_tensorboard_is_an_error_with_the_install_line(tmp_path, monke
         log.Log(tmp_path, main=True, tensorboard=True)
 
 
+def test_tensorboard_gets_the_same_values(tmp_path):
+    events = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="pip install -r tests/requirements.txt"
+    )
+    book = log.Log(tmp_path, main=True, tensorboard=True)
+    book.metrics("train", 5, 1, {"train/val/accuracy": 0.25})
+    book.metrics("train", 9, 2, {"train/val/accuracy": 0.75})
+    book.close()
+    board = events.EventAccumulator(str(tmp_path))
+    board.Reload()
+    assert [(e.step, e.value) for e in board.Scalars("train/val/accuracy")] == [(5, 0.25), (9, 0.75)]
+
+
 @pytest.mark.parametrize(
     ("low", "high", "expected"), [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]), (3.1, 5.6, [3.5, 4, 4.5, 5, 5.5]), (2, 2, [2])]
 )
