@@ -73,10 +73,11 @@ TILES = {
         (1, 64): (_B, _B, _B),
         (1, 128): (_A, _C, _A),
         (1, 512): (_D, _D, _D),
-        (2, 64): (_B, _B, _B),
+        (2, 64): (_B, _B, _A),
         (2, 128): (_A, _A, _A),
     },
-    "gfx942": _NARROW | {(1, 512): (_D, _D, (32, 32, 4, 1)), (2, 128): (_A, _A, _A)},
+    "gfx942": _NARROW
+    | {(1, 256): (_A, _A, (32, 32, 4, 2)), (1, 512): (_D, _D, (32, 32, 4, 1)), (2, 128): (_A, _A, (64, 64, 4, 1))},
 }
 
 
@@ -483,6 +484,7 @@ def slot_sums(u, keys, num_rows, num_keys, pair_shift, split, shift):
             if blocks % 2 == 0 and last == offsets:
                 sums[last - first_slot - 1, : size // 2].zero_()
             total = sums.sum(0) if total is None else total.add_(sums.sum(0))
+            del sums  # before the next pass takes as much again
     if total is not None:
         return None, total[None], -1, 0
     return None, sums, offsets - 2 if blocks % 2 == 0 else -1, size // 2

@@ -562,6 +562,7 @@ def nt_xent(z_a, z_b, temperature, *, normalize=True, gather=None, decoupled=Fal
     temperature_tensor = None
     if isinstance(temperature, torch.Tensor):
         temperature_tensor, temperature = temperature.to(z_a.device), 1.0
+    temperature = float(temperature)  # an integer 1 would be compiled in as a constant
     if gather is None and torch.compiler.is_compiling():  # eager goes without: the dispatcher costs more than a launch
         return _forward_op(z_a, z_b, temperature_tensor, temperature, normalize, decoupled)[0]
     return _NTXent.apply(z_a, z_b, temperature_tensor, temperature, normalize, decoupled, gather)

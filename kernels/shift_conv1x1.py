@@ -92,8 +92,10 @@ def shift_conv1x1_fwd_kernel(
     split = (split // VECTOR) * VECTOR
     num_shifted = (num_shifted // VECTOR) * VECTOR
     outputs = (outputs // OUT_VECTOR) * OUT_VECTOR
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Neighbouring programs share rows, which then come from memory once however many blocks of outputs there are.
+    blocks_n = tl.cdiv(outputs, BLOCK_N)
+    offs_m = (tl.program_id(0) // blocks_n) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = (tl.program_id(0) % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, channels, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
@@ -133,8 +135,9 @@ def shift_conv1x1_dx_kernel(
     split = (split // VECTOR) * VECTOR
     num_shifted = (num_shifted // VECTOR) * VECTOR
     outputs = (outputs // OUT_VECTOR) * OUT_VECTOR
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # channels
+    blocks_n = tl.cdiv(channels, BLOCK_N)
+    offs_m = (tl.program_id(0) // blocks_n) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = (tl.program_id(0) % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)  # channels
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, outputs, BLOCK_K):
         offs_k = k + tl.arange(0, BLOCK_K)
@@ -212,7 +215,7 @@ def _forward(x, weight, bias, n_segment, split, num_shifted):
     outputs, num_rows = weight.shape[0], num * height * width
     y = torch.empty((num, outputs, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     block_m, block_n, block_k, warps, stages = TILE
-    shift_conv1x1_fwd_kernel[(ceil_div(num_rows, block_m), ceil_div(outputs, block_n))](
+    shift_conv1x1_fwd_kernel[(ceil_div(num_rows, block_m) * ceil_div(outputs, block_n),)](
         x, weight, y if bias is None else bias, y,
         num_rows, channels, outputs, split, num_shifted, height * width, n_segment,
         HAS_BIAS=bias is not None, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
@@ -233,7 +236,7 @@ def _backward(dy, x, weight, n_segment, split, num_shifted, needs):
     dx = dweight = dbias = None
     if needs[0]:
         dx = torch.empty_like(x, memory_format=torch.channels_last)
-        shift_conv1x1_dx_kernel[(ceil_div(num_rows, block_m), ceil_div(channels, block_n))](
+        shift_conv1x1_dx_kernel[(ceil_div(num_rows, block_m) * ceil_div(channels, block_n),)](
             dy, weight, dx, *sizes, **options
         )
     if needs[1]:

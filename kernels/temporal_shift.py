@@ -82,8 +82,9 @@ def temporal_shift_kernel(
     round."""
     # True by the caller's choice of VECTOR; it tells the compiler that frames start at multiples of an access's width.
     frame_size = (frame_size // VECTOR) * VECTOR
-    clip = tl.program_id(1).to(tl.int64) * num_frames * frame_size
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    blocks = tl.cdiv(frame_size, BLOCK)
+    clip = (tl.program_id(0) // blocks).to(tl.int64) * num_frames * frame_size
+    offs = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < frame_size
     channel = offs % channels if CHANNELS_LAST else offs // area
     first_group = channel < split
@@ -124,7 +125,7 @@ def _launch(x, n_segment, split, num_shifted, swap, padding, transposed, channel
     num, channels, height, width = x.shape
     frame_size = channels * height * width
     if x.numel():
-        temporal_shift_kernel[(ceil_div(frame_size, BLOCK), num // n_segment)](
+        temporal_shift_kernel[(ceil_div(frame_size, BLOCK) * (num // n_segment),)](
             x, y, n_segment, frame_size, channels, height * width, split, num_shifted,
             CHANNELS_LAST=channels_last, SWAP=swap, PADDING=padding, TRANSPOSED=transposed,
             VECTOR=math.gcd(frame_size, 8), BLOCK=BLOCK, num_warps=WARPS,
@@ -216,7 +217,8 @@ def temporal_shift(x, n_segment, *, fold_div=8, direction="both", padding="zero"
     Source: Lin et al. 2019, arXiv:1811.08383.
     """
     split, num_shifted = _folds(x, n_segment, fold_div, direction, padding)
-    if choose_impl("temporal_shift", impl, x) == "torch":
+    unsupported = "a frame has 2^31 elements or more" if x[:1].numel() >= 2**31 else None
+    if choose_impl("temporal_shift", impl, x, unsupported) == "torch":
         return temporal_shift_reference(x, n_segment, fold_div=fold_div, direction=direction, padding=padding)
     channels_last = _memory_format(x) == torch.channels_last
     shift = _temporal_shift_op if torch.compiler.is_compiling() else _TemporalShift.apply
