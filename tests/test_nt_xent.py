@@ -4,6 +4,9 @@ import functools
 import logging
 import math
 import multiprocessing
+import pathlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -469,3 +472,19 @@ def test_cuda_graph_and_compile_on_the_gpu():
     loss = compiled(z_a, z_b)
     for got, truth in zip((loss, *torch.autograd.grad(loss, (z_a, z_b))), expected, strict=True):
         assert torch.equal(got, truth)
+
+
+def test_without_triton_the_references_remain():
+    """On macOS there is no triton to install."""
+    program = (
+        "import sys; sys.modules['triton'] = None; import torch, kernels\n"
+        "z = torch.randn(8, 4, requires_grad=True); kernels.nt_xent(z, 2 * z, 0.1).backward()\n"
+        "kernels.sup_con(z, torch.arange(8) // 2, 0.1).backward(); x = torch.randn(8, 8, 2, 2)\n"
+        "kernels.temporal_shift(x, 4); kernels.shift_conv1x1(x, torch.randn(4, 8), None, 4)\n"
+        "try:\n    kernels.nt_xent(z, z, 0.1, impl='triton')\n"
+        "except ValueError as error:\n    print(error)"
+    )
+    root = pathlib.Path(__file__).resolve().parents[1]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "triton is not installed" in done.stdout
