@@ -9,11 +9,9 @@ Chen et al., A Simple Framework for Contrastive Learning of Visual Representatio
 """
 
 import copy
-import json
 import math
 import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +22,7 @@ from common.config import InputError
 from common.log import Log, Pace
 from common.models import BACKBONES, build_backbone, input_size
 from common.models.heads import SimCLR
-from common.run import Run, claim, directory, prepare
+from common.run import Run, claim, directory, origin, output_folder, prepare, read_json, write_json
 from kernels import nt_xent
 
 # The batch and the learning rate of the linear protocol and of fine-tuning are the cytology recipe's; their epochs only
@@ -43,7 +41,8 @@ LR_OF = {
 # paper's for small images (appendix B.9).
 DEMO = dict(backbone="resnet18", image_size=32, stage="all", optimizer="adamw", bs=64, epochs=32, eval_every=4)
 DEMO |= dict(color_strength=0.5, finetune_epochs=6, finetune_bs=64, finetune_lr=1e-3)
-DEFAULT_BACKBONE = "resnet50"
+STEMS = ["imagenet", "cifar"]
+DEFAULTS = {"backbone": "resnet50", "stem": STEMS[0]}  # where neither a flag nor --from says otherwise
 PIXELS = 32  # side of the raw-pixel baseline's images
 
 
@@ -58,15 +57,15 @@ def parse_args(argv: list[str] | None = None):
     for name in ("linear", "finetune"):
         parser.stage(group, name, STAGES[name])
     group = parser.add_argument_group("model")
-    parser.choice(group, "--backbone", BACKBONES, None, f"unset: {DEFAULT_BACKBONE}, or the one of --from")
-    parser.choice(group, "--stem", ["imagenet", "cifar"], "imagenet", "cifar: for small images, no early downsampling")
+    parser.choice(group, "--backbone", BACKBONES, None, f"unset: {DEFAULTS['backbone']}, or the one of --from")
+    parser.choice(group, "--stem", STEMS, None, f"cifar: for small images; unset: {STEMS[0]}, or the one of --from")
     parser.number(group, "--image-size", int, None, "input side, pixels; unset: the stored one, at most 224", low=1)
     parser.number(group, "--store-size", int, None, "side images are decoded to; unset: their own, at most 256", low=8)
     group = parser.add_argument_group("pretraining")
     parser.number(group, "--proj-dim", int, 128, "outputs of the projection head", low=2)
     parser.number(group, "--temperature", float, 0.2, "of NT-Xent", above=0)
     parser.choice(group, "--augment", ["simclr", "none"], "simclr", "none: both views are the image itself")
-    parser.number(group, "--color-strength", float, 1.0, "of the colour distortion", low=0)
+    parser.number(group, "--color-strength", float, 1.0, "of the colour distortion", low=0, high=2.5)
     parser.choice(group, "--optimizer", LR_OF, "lars", "optimiser of the pretraining")
     parser.choice(group, "--lr-schedule", ["cosine", "constant"], "cosine", "after the warm-up, in every stage")
     parser.number(group, "--fraction", float, 1.0, "share of the images, stratified, always the same", above=0, high=1)
@@ -108,17 +107,19 @@ def build_data(args, path: str, facts: dist.Facts) -> data.Images:
 
 def check(args, facts: dist.Facts, images: data.Images, splits: dict, stages: dict[str, config.Stage]) -> None:
     """Refuse what the stages could not use, before anything is written."""
-    world = facts.world_size
-    parts = {
-        "pretrain": ("pretrain", world * args.accum),
-        "linear": ("train", 1),
-        "finetune": ("finetune_train", world),
-    }
+    needs = {"linear": ("train", "dev", "test"), "finetune": ("finetune_train", "finetune_dev", "test")}
     for name, stage in stages.items():
-        split, divisor = parts[name]
-        if name != "pretrain" and (len(images.classes) < 2 or not len(splits["test"])):
-            raise InputError(f"--stage {args.stage} needs labels of two classes or more: {images.describe()}")
-        data.check_batch(name, stage.bs, len(splits[split]), divisor)
+        parts = needs.get(name, ("pretrain",))
+        if name != "pretrain" and (len(images.classes) < 2 or not all(len(splits[part]) for part in parts)):
+            raise InputError(f"{name} needs labelled images of two classes in train, dev and test: {images.describe()}")
+        if name == "pretrain" and stage.bs < 2:
+            raise InputError("pretrain: a batch of 1 has no negatives; give --bs 2 or more")
+        divisor = {"pretrain": facts.world_size * args.accum, "linear": 1, "finetune": facts.world_size}[name]
+        data.check_batch(name, stage.bs, len(splits[parts[0]]), divisor)
+    try:
+        nt_xent(*torch.eye(4, device=facts.device).chunk(2), args.temperature, impl=args.impl)
+    except ValueError as error:
+        raise InputError(f"--impl {args.impl}: {error}") from None
 
 
 def build_model(run: Run, kind: str, weights: dict | None = None) -> nn.Module:
@@ -227,8 +228,9 @@ def pretrain(run: Run) -> None:
             pace.tick()
             done = progress.step + 1
             if log.due(done, args.log_every):
-                values = {"loss": loss.item(), "loss/chance": loss.item() / chance, "lr": lr, "grad_norm": norm.item()}
-                values |= metrics.contrastive(*z.float().chunk(2))
+                shown = dist.mean(loss).item()
+                values = {"loss": shown, "loss/chance": shown / chance, "lr": lr, "grad_norm": norm.item()}
+                values |= metrics.contrastive(*(dist.all_gather_rows(view) for view in z.float().chunk(2)))
                 log.interval("pretrain", done, progress.epoch + 1, values, pace, "img")
             log.progress("pretrain", done, pace, "img")
             if done == begun + 2 and facts.device.type == "cpu":
@@ -249,12 +251,12 @@ def pretrain(run: Run) -> None:
     test = representation(run, chosen.backbone, "test", "test", progress)
     last = representation(run, model.backbone, "test", "test", progress)
     test |= {f"{name}_last_epoch": value for name, value in last.items()}
-    log.metrics("pretrain", progress.step, progress.epoch, test)
     weights = {name: tensor.detach().cpu() for name, tensor in chosen.backbone.state_dict().items()}
     if facts.main:
         checkpoint.save(run.folder / "backbone.pt", weights)
     everything = partial(evaluate, run, chosen.backbone, np.arange(len(run.data)), progress)
     probe.stored_features(run, checkpoint.weights_digest(weights), everything)
+    log.metrics("pretrain", progress.step, progress.epoch, test)
     run.finish(progress, progress.results | test | {"pretrain/train/loss_at_chance": chance})
 
 
@@ -269,14 +271,16 @@ def linear(run: Run, weights: dict | None) -> None:
     args, images, everything = run.args, run.data, np.arange(len(run.data))
     stage, labels = run.stages["linear"], run.data.labels
 
-    def backbone_features(weights: dict | None) -> Tensor:
-        digest = checkpoint.weights_digest(weights) if weights else "random"
-        compute = partial(evaluate, run, build_model(run, "features", weights), everything)
-        return probe.stored_features(run, digest, compute) if weights else compute()
+    def backbone_features(weights: dict | None, progress) -> Tensor:
+        compute = partial(evaluate, run, build_model(run, "features", weights), everything, progress)
+        return probe.stored_features(run, checkpoint.weights_digest(weights), compute) if weights else compute()
 
-    def raw_pixels(_) -> Tensor:
-        chunks = np.array_split(everything, -(-len(images) // 256))
-        return torch.cat([augment.resize(x, PIXELS).flatten(1) for x in images.batches(chunks, args.workers)])
+    def raw_pixels(_, progress) -> Tensor:
+        rows = []
+        for pixels in images.batches(np.array_split(everything, -(-len(images) // 256)), args.workers):
+            progress.check_stop()
+            rows.append(augment.resize(pixels, PIXELS).flatten(1))
+        return torch.cat(rows)
 
     width = BACKBONES[run.meta["backbone"]].num_features
     sources = {
@@ -293,7 +297,7 @@ def linear(run: Run, weights: dict | None) -> None:
         start = checkpoint.weights_digest(source) if source else name
         progress = run.stage(name, {"head": head, "optimizer": optimizer}, start=start)
         if not run.settled(progress):
-            results = probe.linear_protocol(run, progress, head, optimizer, stage, make(source), source or {})
+            results = probe.linear_protocol(run, progress, head, optimizer, stage, make(source, progress), source or {})
             run.finish(progress, results)
         accuracy, f1 = (run.results[f"{name}/test/{metric}"] for metric in ("accuracy", "macro_f1"))
         run.log.say(f"linear protocol, {title + ':':24}test accuracy {accuracy:.4f}, macro F1 {f1:.4f}")
@@ -338,7 +342,7 @@ def finetune(run: Run, weights: dict | None) -> None:
             pace.tick()
             done = progress.step + 1
             if log.due(done, args.log_every):
-                values = {"loss": loss.item(), "lr": lr, "grad_norm": norm.item()}
+                values = {"loss": dist.mean(loss).item(), "lr": lr, "grad_norm": norm.item()}
                 log.interval("finetune", done, progress.epoch + 1, values, pace, "img")
             log.progress("finetune", done, pace, "img")
             progress.end_step(bad)
@@ -359,37 +363,39 @@ def finetune(run: Run, weights: dict | None) -> None:
     run.finish(progress, results)
 
 
-def use(args, facts: dist.Facts) -> int:
+def use(args, facts: dist.Facts) -> None:
     """--eval: the test metrics of a checkpoint. --predict: predictions.csv for images without labels."""
-    state = checkpoint.load_selected(args.eval or args.resume)
-    meta, folder = state["meta"], Path(args.out or (args.eval or args.resume))
-    folder = folder if folder.is_dir() or args.out else folder.parent
-    if meta.get("script") != "simclr":
-        raise InputError(f"{args.eval or args.resume} is of train_{meta.get('script')}.py; use that script")
-    if args.predict and meta["stage"] == "pretrain":
-        raise InputError(f"{args.resume} has no classifier: run --stage linear or --stage finetune --from it first")
-    images = build_data(args, args.predict or args.data, facts)
+    source = args.eval or args.resume
+    state = checkpoint.load_selected(source)
+    meta, kind = state["meta"], state["meta"]["stage"]
+    if meta["script"] != "simclr":
+        raise InputError(f"{source} is of train_{meta['script']}.py; use that script")
+    if args.predict and kind == "pretrain":
+        raise InputError(f"{source} has no classifier: run --stage linear or --stage finetune --from it first")
+    folder = output_folder(args.out or source)
+    trained_on = (read_json(origin(source) / "config.json") or {}).get("data", args.data)
+    images = build_data(args, args.predict or (args.data if args.data != "sample" else trained_on), facts)
     run = Run(args, facts, images, data.split(images), folder, Log(None, main=facts.main), None, meta, {})
-    model = build_model(run, "pretrain" if meta["stage"] == "pretrain" else "finetune")
-    checkpoint.load_weights(model, state["model"], f"checkpoint {args.eval or args.resume}")
-    folder.mkdir(parents=True, exist_ok=True)
+    model = build_model(run, "pretrain" if kind == "pretrain" else "finetune")
+    checkpoint.load_weights(model, state["model"], source)
     if args.predict:
         scores = evaluate(run, model, np.arange(len(images))).softmax(1)
         if facts.main:
             report.write_predictions(folder / "predictions.csv", images.ids, meta["classes"], scores)
             print(f"{len(images)} predictions in {folder / 'predictions.csv'}")
-        return 0
-    images.number_classes(meta["classes"])
-    if meta["stage"] == "pretrain":
+        return
+    if kind == "pretrain":
         results = representation(run, model.backbone, "test", "test")
     else:
+        images.number_classes(meta["classes"])
         test = run.splits["test"]
+        if not len(test):
+            raise InputError(f"{images.describe()}: there is no labelled test image to evaluate on")
         results = probe.score("eval/test", evaluate(run, model, test), images.labels[test], len(meta["classes"]))
     results = {f"eval/{name.split('/', 1)[1]}": value for name, value in results.items()}
     if facts.main:
-        (folder / "eval.json").write_text(json.dumps(results, indent=2) + "\n")
+        write_json(folder / "eval.json", results)
         print("\n".join(f"{name} {value:.4f}" for name, value in results.items()))
-    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -398,22 +404,17 @@ def main(argv: list[str] | None = None) -> int:
         facts = dist.init(args.device)
         prepare(args)
         if args.eval or args.predict:
-            return use(args, facts)
+            use(args, facts)
+            dist.close()
+            return 0
         images = build_data(args, args.data, facts)
-        weights, origin = None, {}
+        weights, before = None, {}
         if args.from_run not in (None, "none"):
-            weights, origin = checkpoint.load_backbone(args.from_run)
-        name = args.backbone or origin.get("backbone", DEFAULT_BACKBONE)
-        stem = origin.get("stem", args.stem)
-        size = input_size(name, stem, args.image_size, images.store_size)
-        meta = {
-            "script": "simclr",
-            "backbone": name,
-            "stem": stem,
-            "image_size": size,
-            "classes": images.classes,
-            "proj_dim": args.proj_dim,
-        }
+            weights, before = checkpoint.load_backbone(args.from_run)
+        name, stem = (getattr(args, flag) or before.get(flag, first) for flag, first in DEFAULTS.items())
+        size = input_size(name, stem, args.image_size or before.get("image_size"), images.store_size)
+        meta = dict(script="simclr", backbone=name, stem=stem, image_size=size, proj_dim=args.proj_dim)
+        meta["classes"] = images.classes
         stages = {stage: settings(args, stage) for stage in (STAGES if args.stage == "all" else [args.stage])}
         splits = data.split(images, args.fraction)
         check(args, facts, images, splits, stages)
@@ -421,8 +422,8 @@ def main(argv: list[str] | None = None) -> int:
         identity = config.identity(parser, args, data=images.fingerprint, stage=args.stage, **meta, **start)
         folder = directory(args, "simclr", f"{name}-{args.stage}-bs{next(iter(stages.values())).bs}", identity)
         resolved = {stage: vars(values) for stage, values in stages.items()} | meta
-        if summary := claim(folder, args, identity, resolved, facts):
-            print(f"{folder} has finished; its summary:\n{json.dumps(summary, indent=2)}")
+        if not claim(folder, args, identity, resolved, facts):
+            dist.close()
             return 0
         log = Log(folder, main=facts.main, tensorboard=args.tensorboard)
         run = Run(args, facts, images, splits, folder, log, checkpoint.Signals(), meta, stages)
@@ -435,6 +436,7 @@ def main(argv: list[str] | None = None) -> int:
                 linear(run, weights)
             if "finetune" in stages:
                 finetune(run, weights)
+        dist.close()
     return 0
 
 

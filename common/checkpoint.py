@@ -159,10 +159,18 @@ def load_backbone(source: str) -> tuple[dict[str, Tensor], dict]:
             raise InputError(f"--from {path} is not a finished run: run it to its end, or name a checkpoint file in it")
         path = folder / "best.pt"
     state = load(path)
-    weights = state.get("model") or state.get("parts", {}).get("model") or state
+    meta = state.get("meta", {}) if isinstance(state, dict) else {}
+    weights = state
+    for key in ("parts", "model", "state_dict"):  # ours, and the usual name elsewhere
+        if isinstance(weights, dict) and key in weights:
+            weights = weights[key]
+    if not isinstance(weights, dict) or not weights or not all(isinstance(t, Tensor) for t in weights.values()):
+        raise InputError(
+            f"--from {path} holds no weights of a backbone: give a run directory, its best.pt or backbone.pt"
+        )
     if any(name.startswith("backbone.") for name in weights):
         weights = {n.removeprefix("backbone."): t for n, t in weights.items() if n.startswith("backbone.")}
-    return {name: t for name, t in weights.items() if not name.startswith("fc.")}, state.get("meta", {})
+    return {name: t for name, t in weights.items() if not name.startswith("fc.")}, meta
 
 
 def load_selected(source: str) -> dict:
@@ -248,7 +256,12 @@ class Signals:
                 if done.returncode:
                     return Stopped(f"saved at {where}; scontrol requeue {job}: {done.stderr.strip()}", EXIT_STOPPED)
             return Stopped(f"saved at {where}; job {job} is requeued and will go on from there", 0)
-        return Stopped(f"saved at {where}; run the same command again to go on", EXIT_STOPPED)
+        return Stopped(
+            f"saved at {where}; run the same command again to go on (with --resume auto, the default)", EXIT_STOPPED
+        )
+
+
+_PLACE = ("step", "epoch", "batch", "best", "best_epoch", "stale", "results", "finished", "planned")
 
 
 class Progress:
@@ -294,31 +307,36 @@ class Progress:
         """Take the stage to where `state` was saved; None starts it. Cuts the log's lines that came later.
 
         `best` is the best.pt that belongs to a state of another directory.
+
+        Raises:
+            InputError: the state is of another model or optimiser.
+            Stopped: --max-steps are done.
         """
         if state is not None and (state["stage"], state["start"]) != (self.stage, self.start):
-            self.log.say(f"{self.stage}: the saved state began from other weights or another stage; starting anew")
+            self.log.say(f"{self.stage}: the saved state began from other weights; starting anew")
             state = None
         if state is None:
-            self.log.cut(self.log.floor)
+            self.log.cut(self.stage, 0)
             return
-        place = state["place"]
-        self._best_state = best
-        self.finished = place["finished"]
-        self.log.floor = place["log_offset"]
-        self.log.go_on_from(place["seconds"])
-        if not self.finished:
-            self.log.cut(self.log.floor)
         for name, part in self.parts.items():
+            stored = state["kinds"].get(name)
+            if stored != type(part).__name__:
+                raise InputError(f"{self.folder}: its {name} is {stored}, this command's is {type(part).__name__}")
             if isinstance(part, torch.nn.Module):
                 load_weights(part, state["parts"][name], f"{self.folder}/last.pt")
             else:
                 part.load_state_dict(state["parts"][name])
-        for name in ("step", "epoch", "batch", "best", "best_epoch", "stale", "results", "planned"):
+        place = state["place"]
+        for name in _PLACE:
             setattr(self, name, place[name])
         self.sums = {name: value.to(self.facts.device) for name, value in state["sums"].items()}
+        self._best_state = best
         set_rng_state(state["rng"])
+        self.log.go_on_from(place["seconds"])
+        self.log.cut(self.stage, place["log_lines"])
         if not self.finished:
             self.log.say(f"{self.stage}: going on from step {self.step}, epoch {self.epoch + 1}")
+            self._check_max_steps()
 
     def save(self) -> None:
         """Write best.pt and last.pt, keeping the last.pt before it.
@@ -333,14 +351,14 @@ class Progress:
         if self._best_state is not None:
             save(self.folder / "best.pt", self._best_state)
         last = self.folder / "last.pt"
-        place = {"log_offset": self.log.offset, "seconds": self.log.seconds}
-        for name in ("step", "epoch", "batch", "best", "best_epoch", "stale", "results", "finished", "planned"):
-            place[name] = getattr(self, name)
+        place = {"log_lines": self.log.count(self.stage), "seconds": self.log.seconds}
+        place |= {name: getattr(self, name) for name in _PLACE}
         state = {
             "stage": self.stage,
             "start": self.start,
             "meta": self.meta,
             "place": place,
+            "kinds": {name: type(part).__name__ for name, part in self.parts.items()},
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
             "sums": self.sums,
             "rng": rng_state(),
@@ -357,7 +375,13 @@ class Progress:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def mean(self, name: str) -> float:
-        """Mean over the epoch's batches and over the processes of something added at every step."""
+        """Mean over the epoch's batches and over the processes of something added at every step.
+
+        Raises:
+            Diverged: the last step was masked; what follows, an evaluation, would be of no use.
+        """
+        if self._peek()[0]:
+            self._diverge()
         return dist.all_reduce(self.sums[name].clone()).item() / (self.batch * self.facts.world_size)
 
     def end_step(self, bad: Tensor) -> None:
@@ -380,12 +404,14 @@ class Progress:
             self._stop(self.signals.asked)
         if self.max_steps and self.step >= self.max_steps:
             self.save()
-            raise Stopped(
-                f"{self.stage}: stopped at --max-steps {self.max_steps}; the state is saved in {self.folder}", 0
-            )
+            self._check_max_steps()
         # Rank 0 alone decides by its clock, so it must not raise alone: a bad step is left to the next end_step.
         if self.facts.main and time.monotonic() - self._saved > self.save_seconds and not self._peek()[0]:
             self.save()
+
+    def _check_max_steps(self) -> None:
+        if self.max_steps and self.step >= self.max_steps:
+            raise Stopped(f"{self.stage}: stopped at --max-steps {self.max_steps}, saved in {self.folder}", 0)
 
     def check_stop(self) -> None:
         """Stop inside an evaluation: the state is that before it, which a resumed run repeats.
@@ -458,5 +484,4 @@ class Progress:
         epochs are asked for."""
         self.results, self.finished, self.planned = results, True, planned
         self.save()
-        self.log.floor = self.log.offset
         dist.barrier()

@@ -20,8 +20,8 @@ EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_STOPPED = 2, 3, 75
 # What may differ between two commands that mean the same run. The data set enters the identity by its content
 # (`fingerprint`), so that a copy on a node's local disk continues the same run.
 NOT_IDENTITY = {
-    "bad_images", "compile", "config", "data", "demo", "deterministic", "device", "eval", "eval_every", "fork",
-    "from_run", "impl", "log_every", "max_steps", "out", "predict", "resume", "save_every", "tensorboard", "workers",
+    "compile", "config", "data", "demo", "deterministic", "device", "eval", "fork", "from_run",
+    "impl", "log_every", "max_steps", "out", "predict", "resume", "save_every", "tensorboard", "workers",
 }  # fmt: skip
 
 # What --eval and --predict heed.
@@ -221,16 +221,32 @@ def _config_flags(parser: Parser, file: str) -> list[str]:
         parser.error(f"--config {file}: {error}")
     if not isinstance(values, dict):
         parser.error(f"--config {file}: expected a table of flags, received {type(values).__name__}")
+    # A run's own config.json names flags by their attributes and has two derived entries.
+    flags = {action.dest: action for action in parser._actions if action.option_strings}
+    flags |= {
+        option.removeprefix("--").replace("-", "_"): action
+        for action in flags.values()
+        for option in action.option_strings
+    }
     argv = []
     for name, value in values.items():
-        flag = "--" + name.replace("_", "-")
-        if flag not in parser.flags() or flag == "--config":
-            parser.error(f"--config {file}: unknown flag {name!r}{nearest(flag, parser.flags())}")
-        if value is True:
-            argv.append(flag)
-        elif value is not False:
-            argv += [flag, str(value)]
+        action = flags.get(name.replace("-", "_"))
+        if value is None or name in ("config", "resolved", "identity"):
+            continue
+        if action is None:
+            parser.error(f"--config {file}: unknown flag {name!r}{nearest('--' + name, parser.flags())}")
+        if (action.nargs == 0) != isinstance(value, bool):
+            wanted = "true or false" if action.nargs == 0 else "a value"
+            parser.error(f"--config {file}: {name} takes {wanted}, received {value!r}")
+        if value is not False:
+            argv += [action.option_strings[0]] if value is True else [action.option_strings[0], str(value)]
     return argv
+
+
+def resume_mode(args: argparse.Namespace) -> str:
+    """--resume, but `auto` where Slurm has requeued a job whose command says `none`: its work is not thrown away."""
+    requeued = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+    return "auto" if args.resume == "none" and requeued else args.resume
 
 
 def refuse_without_effect(parser: Parser, args: argparse.Namespace, names, reason: str) -> None:

@@ -36,6 +36,7 @@ DECODE_ERRORS = (
     SyntaxError,
     ValueError,
     EOFError,
+    RuntimeError,
     Image.DecompressionBombError,
     zipfile.BadZipFile,
     zlib.error,
@@ -124,6 +125,10 @@ class Images:
         try:
             with Image.open(io.BytesIO(self._read_bytes(index))) as image:
                 image.draft("RGB", (side, side))  # JPEG: decode at a fraction of the size where that is enough
+                if image.mode.startswith("I;16"):  # Pillow's own conversion clips 16 bits at 255 instead of scaling
+                    image = Image.fromarray((np.asarray(image, np.uint32) // 257).astype(np.uint8))
+                elif image.mode in ("I", "F"):
+                    raise ValueError("32-bit pixels have no known range; save them with 8 or 16 bits")
                 image = image.convert("RGB")
             scale = side / min(image.size)
             width, height = (max(side, round(length * scale)) for length in image.size)
@@ -135,7 +140,8 @@ class Images:
         except DECODE_ERRORS as error:
             reason = str(error).split("\n")[0] or type(error).__name__
             raise InputError(
-                f"damaged image {self.ids[index]} in {self.name}: {reason}; mend or remove it, or --bad-images skip"
+                f"image {self.ids[index]} in {self.name} cannot be read: {reason}; mend or remove it, or"
+                " --bad-images skip"
             ) from None
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
@@ -252,15 +258,15 @@ def open_images(path: str) -> Images:
     place = Path(path)
     if not place.exists():
         siblings = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
-        raise InputError(f"--data {path}: no such file or folder{nearest(place.name, [*siblings, 'sample'])}")
+        raise InputError(f"{path}: no such file or folder{nearest(place.name, [*siblings, 'sample'])}")
     files, sizes, read = _zip_files(place) if place.is_file() else _folder_files(place)
     if not files:
-        raise InputError(f"--data {path}: no images there; allowed are {', '.join(SUFFIXES)}")
-    splits, names = _layout(files)
+        raise InputError(f"{path}: no images there; allowed are {', '.join(SUFFIXES)}")
+    ids, splits, names = _layout(files, path)
     classes = sorted({name for name in names if name is not None})
     number = {name: i for i, name in enumerate(classes)}
     labels = [UNLABELLED if name is None else number[name] for name in names]
-    return Images(place.name, files, labels, classes, splits, sizes=sizes, read=read)
+    return Images(place.name, ids, labels, classes, splits, sizes=sizes, read=read)
 
 
 def _is_image(name: str) -> bool:
@@ -269,46 +275,57 @@ def _is_image(name: str) -> bool:
 
 
 def _folder_files(folder: Path):
-    found = []
+    found, seen = [], set()
+
+    def refuse(error: OSError):
+        raise error
+
     try:
-        for directory, _, names in os.walk(folder, followlinks=True):
+        for directory, subfolders, names in os.walk(folder, followlinks=True, onerror=refuse):
             base = Path(directory)
+            seen.add(base.resolve())
+            # A link back up would give every image many times over.
+            subfolders[:] = [name for name in subfolders if (base / name).resolve() not in seen]
             found += [(base / name).relative_to(folder).as_posix() for name in names]
         files = sorted(name for name in found if _is_image(name))
         sizes = [(folder / name).stat().st_size for name in files]
     except OSError as error:
-        raise InputError(f"--data {folder}: {error.strerror}: {error.filename}") from None
+        raise InputError(f"{folder}: {error.strerror}: {error.filename}") from None
     return files, sizes, lambda index: (folder / files[index]).read_bytes()
 
 
 def _zip_files(path: Path):
     if path.suffix.lower() != ".zip":
-        raise InputError(f"--data {path}: allowed are a folder, a .zip of one, or `sample`")
+        raise InputError(f"{path}: allowed are a folder, a .zip of one, or `sample`")
     try:
         archive = zipfile.ZipFile(path)  # kept open for the run; closed with the process
         entries = sorted((e for e in archive.infolist() if _is_image(e.filename)), key=lambda e: e.filename)
     except (OSError, zipfile.BadZipFile) as error:
-        raise InputError(f"--data {path}: not a readable zip archive: {error}") from None
+        raise InputError(f"{path}: not a readable zip archive: {error}") from None
     lock = threading.Lock()
 
     def read(index: int) -> bytes:
         with lock:  # one file handle; decompression is short beside decoding
             return archive.read(entries[index])
 
-    return [e.filename for e in entries], [e.CRC for e in entries], read
+    return [e.filename for e in entries], [e.file_size for e in entries], read
 
 
-def _layout(files: list[str]) -> tuple[list[str], list[str | None]]:
-    # Split and class name of every file.
+def _layout(files: list[str], path: str) -> tuple[list[str], list[str], list[str | None]]:
+    # Name below the folder that holds everything (the same in a folder and in any archive of it), split and class name.
     parts = [PurePosixPath(name).parts for name in files]
     while all(len(p) > 1 for p in parts) and len({p[0] for p in parts}) == 1 and parts[0][0].lower() not in SPLITS:
         parts = [p[1:] for p in parts]
-    splits = []
-    has_splits = all(len(p) > 1 and p[0].lower() in SPLITS for p in parts)
-    if has_splits:
-        splits = [SPLITS[p[0].lower()] for p in parts]
+    ids = ["/".join(p) for p in parts]
+    splits = [SPLITS.get(p[0].lower(), "") if len(p) > 1 else "" for p in parts]
+    if any(splits):
+        if not all(splits):
+            stray = ids[splits.index("")]
+            raise InputError(
+                f"{path}: {stray} is in none of the splits {', '.join(sorted(set(splits) - {''}))}; move it"
+            )
         parts = [p[1:] for p in parts]
-    return splits or [""] * len(files), [p[0] if len(p) > 1 else None for p in parts]
+    return ids, splits, [p[0] if len(p) > 1 else None for p in parts]
 
 
 def hold_out(ids: list[str], labels: np.ndarray, indices: np.ndarray, share: float, salt: str) -> np.ndarray:

@@ -53,7 +53,13 @@ def init(device: str = "auto", timeout_s: float = 1800) -> Facts:
     place = _device(device, local_rank)
     if world_size > 1 and not td.is_initialized():
         backend = "nccl" if place.type == "cuda" else "gloo"
-        td.init_process_group(backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s))
+        td.init_process_group(
+            backend,
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=place if place.type == "cuda" else None,
+        )
     return Facts(rank, world_size, local_rank, place)
 
 
@@ -105,6 +111,11 @@ def all_reduce(x: Tensor, op: str = "sum") -> Tensor:
     if parallel():
         td.all_reduce(x, td.ReduceOp.MAX if op == "max" else td.ReduceOp.SUM)
     return x
+
+
+def mean(x: Tensor) -> Tensor:
+    """Mean of a tensor over the processes, a new tensor."""
+    return all_reduce(x.detach().clone()) / (td.get_world_size() if parallel() else 1)
 
 
 def barrier() -> None:

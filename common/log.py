@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from pathlib import Path
 from statistics import median
 
@@ -67,9 +67,15 @@ class Log:
     """
 
     def __init__(self, folder: Path | None, *, main: bool, tensorboard: bool = False):
-        self.main, self.start, self.floor = main, time.monotonic(), 0
+        self.main, self.start, self.counts = main, time.monotonic(), Counter()
         self.live = main and sys.stdout.isatty()
-        self.file = open(folder / "log.jsonl", "a+b") if main and folder else None  # noqa: SIM115
+        self.path, self.file = folder / "log.jsonl" if main and folder else None, None
+        if self.path:
+            lines = read(folder) if self.path.exists() else []
+            # A line torn by a killed process must not meet the next one.
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            self.counts.update(line["stage"] for line in lines)
+            self.file = open(self.path, "a")  # noqa: SIM115
         self.board = _summary_writer(folder) if main and tensorboard else None
         self._width = 0
 
@@ -122,8 +128,9 @@ class Log:
         if self.file:
             known = {name: value if math.isfinite(value) else None for name, value in values.items()}
             line = {"stage": stage, "step": step, "epoch": epoch, **known, "time": round(self.seconds, 2)}
-            self.file.write(json.dumps(line).encode() + b"\n")
+            self.file.write(json.dumps(line) + "\n")
             self.file.flush()
+            self.counts[stage] += 1
         if self.board:
             for name, value in values.items():
                 self.board.add_scalar(name if "/" in name else f"{stage}/step/{name}", value, step)
@@ -137,14 +144,25 @@ class Log:
         """Count on from the time that an earlier start had spent."""
         self.start = min(self.start, time.monotonic() - seconds)
 
-    @property
-    def offset(self) -> int:
-        """Bytes of `log.jsonl` so far: a checkpoint stores it, and a resumed run cuts what came later."""
-        return self.file.seek(0, os.SEEK_END) if self.file else 0
+    def count(self, stage: str) -> int:
+        """Lines of a stage in `log.jsonl` so far: a checkpoint stores it."""
+        return self.counts[stage]
 
-    def cut(self, offset: int) -> None:
-        if self.file and offset < self.offset:
-            self.file.truncate(offset)
+    def cut(self, stage: str, count: int) -> None:
+        """Drop a stage's lines after the first `count`, which a resumed run writes again."""
+        if not self.file or self.counts[stage] <= count:
+            return
+        seen, kept = 0, []
+        for line in read(self.path.parent):
+            seen += line["stage"] == stage
+            if line["stage"] != stage or seen <= count:
+                kept.append(json.dumps(line) + "\n")
+        self.file.close()
+        temporary = self.path.with_name(".log.tmp")
+        temporary.write_text("".join(kept))
+        os.replace(temporary, self.path)
+        self.file = open(self.path, "a")  # noqa: SIM115
+        self.counts[stage] = count
 
     def close(self) -> None:
         self._clear()

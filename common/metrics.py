@@ -101,6 +101,8 @@ def contrastive(z_a, z_b, tile=1024):
         raise ValueError(f"z_a and z_b must have one shape, got {tuple(z_a.shape)} and {tuple(z_b.shape)}")
     if tile < 1:
         raise ValueError(f"tile must be at least 1, got {tile}")
+    if z_a.device.type == "mps":  # it has no float64 to sum in
+        z_a, z_b = z_a.cpu(), z_b.cpu()
     z_a, z_b = F.normalize(z_a, dim=1), F.normalize(z_b, dim=1)
     z = torch.cat([z_a, z_b])
     n, m = len(z_a), len(z)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import config, data, metrics, step
+from common import config, data, dist, metrics, step
 from common.checkpoint import Progress
 from common.log import Pace
 from common.run import Run
@@ -57,10 +57,13 @@ def representation(run: Run, outputs: Callable[[np.ndarray], Tensor], queries: s
         indices = run.splits[split]
         return data.hold_out(items.ids, labels, indices, min(1.0, most / max(len(indices), 1)), "knn")
 
-    if not len(run.splits[queries]):
-        return {"effective_rank": metrics.effective_rank(outputs(some("rest", KNN_QUERIES)))}
-    bank, asked = some("train", KNN_BANK), some(queries, KNN_QUERIES)
-    rows = outputs(np.concatenate([bank, asked]))
+    labelled = len(run.splits[queries]) > 1 and len(run.splits["train"])
+    bank, asked = (some("train", KNN_BANK), some(queries, KNN_QUERIES)) if labelled else ([], some("rest", KNN_QUERIES))
+    rows = outputs(np.concatenate([bank, asked]).astype(np.int64))
+    if not rows.isfinite().all():
+        raise config.Diverged("the features are not finite: the weights have grown too large. Try a lower --lr")
+    if not labelled:
+        return {"effective_rank": metrics.effective_rank(rows)}
     near, far = rows[: len(bank)], rows[len(bank) :]
     accuracy = metrics.knn_accuracy(near, labels[bank], far, labels[asked], len(items.classes))
     return {"knn_accuracy": accuracy, "effective_rank": metrics.effective_rank(far)}
@@ -113,12 +116,16 @@ def linear_protocol(
         values = {f"{name}/train/loss": progress.mean("loss")}
         layer = unstandardised(head, mean, std)
         values |= score(f"{name}/val", apply(layer, rows[dev]), labels[dev], num_classes)
-        progress.select(values[f"{name}/val/macro_f1"], backbone | layer, values, higher_is_better=True)
+        # Rounding may differ between processes; they must agree on when to stop.
+        f1 = dist.mean(torch.tensor(values[f"{name}/val/macro_f1"], device=device)).item()
+        progress.select(f1, backbone | layer, values, higher_is_better=True)
         run.log.metrics(name, progress.step, progress.epoch + 1, values, quiet=True)
         progress.end_epoch()
     results = score(f"{name}/test", apply(progress.best_weights(), rows[test]), labels[test], num_classes)
     last = score(f"{name}/test", apply(unstandardised(head, mean, std), rows[test]), labels[test], num_classes)
-    return results | {f"{metric}_last_epoch": value for metric, value in last.items()}
+    results |= {f"{metric}_last_epoch": value for metric, value in last.items()}
+    run.log.metrics(name, progress.step, progress.epoch, results, quiet=True)
+    return results
 
 
 def unstandardised(head: nn.Linear, mean: Tensor, std: Tensor) -> dict[str, Tensor]:

@@ -185,7 +185,7 @@ def write(folder: Path) -> Path:
         f" Command: <code>{html.escape(files['env']['command'])}</code></p>",
     ]
     scores = {name: value for name, value in summary.items() if "/" in name}
-    tests = sorted({name.split("/")[0] for name in scores if "/test/accuracy" in name}, key=list(scores).__str__().find)
+    tests = list(dict.fromkeys(name.split("/")[0] for name in scores if "/test/accuracy" in name))
     columns = ("accuracy", "macro_precision", "macro_recall", "macro_f1")
     if tests:
         rows = [(name, *(scores.get(f"{name}/test/{column}", "") for column in columns)) for name in tests]

@@ -69,28 +69,37 @@ class Run:
             max_steps=args.max_steps,
         )
         state, best = checkpoint.load_newest(folder, self.log.say), None
-        if state is None and name == next(iter(self.stages)) and args.resume not in ("auto", "none"):
+        elsewhere = state is None and name == next(iter(self.stages)) and args.resume not in ("auto", "none")
+        if elsewhere:
             state, best = checkpoint.load_training_state(Path(args.resume), name)
+            if (state["stage"], state["start"]) != (name, start):
+                raise InputError(
+                    f"--resume {args.resume} is a {state['stage']} state of another start, not of this {name}"
+                )
         dist.barrier()  # nobody writes before everybody has read
         progress.restore(state, best)
+        if elsewhere and progress.finished and progress.planned >= self.stages[name].epochs:
+            raise InputError(f"--resume {args.resume} has finished its {progress.planned} epochs; give more --epochs")
         return progress
 
     def settled(self, progress: checkpoint.Progress) -> bool:
         """Whether a stage has nothing left to do: its results are taken over. More epochs than before reopen it."""
-        stage = self.stages.get(progress.stage)
-        if progress.finished and (stage is None or progress.planned >= stage.epochs):
-            self.results |= progress.results
-            self.selected = progress if stage else self.selected
+        # A stage's baselines (`linear_random`) are as long as the stage itself.
+        if progress.finished and progress.planned >= self.stages[progress.stage.split("_")[0]].epochs:
+            self._take(progress)
             return True
         progress.finished = False
         return False
 
     def finish(self, progress: checkpoint.Progress, results: dict) -> None:
         """Store a stage's final metrics; the summary names the best model of the last stage."""
-        stage = self.stages.get(progress.stage)
-        progress.finish(results, stage.epochs if stage else 0)
-        self.results |= results
-        self.selected = progress if stage else self.selected
+        progress.finish(results, self.stages[progress.stage.split("_")[0]].epochs)
+        self._take(progress)
+
+    def _take(self, progress: checkpoint.Progress) -> None:
+        self.results |= progress.results
+        if progress.stage in self.stages:
+            self.selected = progress
 
     @contextlib.contextmanager
     def recorded(self):
@@ -111,11 +120,35 @@ class Run:
                 best = self.selected.folder / "best.pt"
                 facts |= {"best_epoch": self.selected.best_epoch, "best_model_path": str(best)}
             if self.facts.main:
-                (self.folder / "summary.json").write_text(json.dumps(self.results | facts, indent=2) + "\n")
+                write_json(self.folder / "summary.json", self.results | facts)
                 report.write(self.folder)
                 self.log.say(f"{status}: {self.folder / 'report.html'}")
             self.log.close()
             self.signals.restore()
+
+
+def origin(path: str) -> Path:
+    """The run directory that a path means: itself, or the one that holds the checkpoint or the stage's folder."""
+    folders = [Path(path), *Path(path).parents][:3]
+    return next((folder for folder in folders if (folder / "config.json").exists()), folders[0])
+
+
+def output_folder(path: str) -> Path:
+    """The folder that results of using a model go to: `path`, or the one of a checkpoint, created where it is missing.
+
+    Raises:
+        InputError: it cannot be created or written.
+    """
+    folder = Path(path).parent if Path(path).suffix == ".pt" else Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "permission denied")
+    except OSError as error:
+        raise InputError(
+            f"{folder}: results cannot be written there ({error.strerror}); choose another --out"
+        ) from None
+    return folder
 
 
 def directory(args, script: str, name: str, identity: dict) -> Path:
@@ -123,50 +156,80 @@ def directory(args, script: str, name: str, identity: dict) -> Path:
     if args.out:
         return Path(args.out)
     if args.resume not in ("auto", "none"):
-        path = Path(args.resume)
-        folders = [path, *path.parents][:3]
-        return next((folder for folder in folders if (folder / "config.json").exists()), folders[0])
+        return origin(args.resume)
     return Path("runs") / script / f"{name}-{config.digest(identity)}"
 
 
-def claim(folder: Path, args, identity: dict, resolved: dict, facts: dist.Facts) -> dict | None:
-    """Create `folder` and write config.json and env.json; or return the summary of the same run, which has finished.
+def claim(folder: Path, args, identity: dict, resolved: dict, facts: dist.Facts) -> bool:
+    """Create `folder` and write config.json and env.json; or print the summary of the same run and return False, if it
+    has finished.
 
     Raises:
-        InputError: the folder's run has another identity and --fork is not given, or it cannot be written.
+        InputError: the run there, or the one of --resume PATH, has another identity and --fork is not given; or the
+            folder cannot be written.
     """
-    file = folder / "config.json"
-    if file.exists() and args.resume != "none":
-        before = json.loads(file.read_text())["identity"]
+    mode = config.resume_mode(args)
+    before = None if mode == "none" else read_json(folder / "config.json")
+    if before is None and mode not in ("auto", "none"):
+        before = read_json(origin(mode) / "config.json")
+    if before is not None:
         # To go on for longer is what `--resume PATH --epochs MORE` asks for; any other difference makes another run.
-        free = set() if args.resume == "auto" else {"epochs", "warmup_epochs"}
-        names = sorted((before.keys() | identity.keys()) - free)
-        pairs = [(name, before.get(name, "its default"), identity.get(name, "its default")) for name in names]
-        differences = [f"{name} is {there} there and {here} here" for name, there, here in pairs if there != here]
+        free = set() if mode == "auto" else {"epochs", "warmup_epochs"}
+        there, default = before["identity"], "its default"
+        names = sorted((there.keys() | identity.keys()) - free)
+        pairs = [(name, there.get(name, default), identity.get(name, default)) for name in names]
+        differences = [f"{name} is {old} there and {new} here" for name, old, new in pairs if old != new]
         if differences and not args.fork:
-            raise InputError(
-                f"{folder} holds another run: {'; '.join(differences)}. Choose another --out, or --fork to go on"
-            )
-    summary = folder / "summary.json"
-    if args.resume == "auto" and summary.exists():
-        metrics = json.loads(summary.read_text())
-        if metrics["status"] == "finished":
-            return metrics
+            longer = f", --resume {folder} for more epochs" if mode == "auto" else ""
+            raise InputError(f"{folder} holds another run: {'; '.join(differences)}. Another --out{longer}, or --fork")
+        summary = read_json(folder / "summary.json")
+        if mode == "auto" and not differences and summary and summary["status"] == "finished":
+            if facts.main:
+                print(f"{folder} has finished; its summary:\n{json.dumps(summary, indent=2)}")
+            return False
     dist.barrier()  # rank 0 writes when every process has read
+    problem = None
     if facts.main:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if args.resume == "none":
-                for name in ("last.pt", "last.previous.pt", "best.pt", "summary.json"):
-                    for old in folder.rglob(name):
-                        old.unlink()
-            flags = {**vars(args), "resolved": resolved, "identity": identity}
-            file.write_text(json.dumps(flags, indent=2, default=str) + "\n")
-            (folder / "env.json").write_text(json.dumps(environment(), indent=2) + "\n")
+            if mode == "none" and (folder / "config.json").exists():
+                _forget(folder)
+            write_json(folder / "config.json", {**vars(args), "resolved": resolved, "identity": identity})
+            write_json(folder / "env.json", environment())
         except OSError as error:
-            raise InputError(f"run directory {folder}: cannot write there: {error.strerror}") from None
-    dist.barrier()
-    return None
+            problem = f"run directory {folder}: cannot write there: {error.strerror}"
+    if dist.all_reduce(torch.tensor(int(problem is not None), device=facts.device), "max"):
+        raise InputError(problem or f"run directory {folder}: process 0 cannot write there")
+    return True
+
+
+def _forget(folder: Path) -> None:
+    # The state of this run alone: its folder and its stages' folders, which have no config.json of their own.
+    stages = [f for f in folder.iterdir() if f.is_dir() and not (f / "config.json").exists()]
+    for place in (folder, *stages):
+        for name in ("last.pt", "last.previous.pt", "best.pt", "summary.json", "log.jsonl"):
+            (place / name).unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write a JSON file that is never seen half written."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> dict | None:
+    """A JSON file; None where there is none.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
 
 
 def prepare(args) -> None:

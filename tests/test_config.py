@@ -61,6 +61,8 @@ def test_config_file_stands_between_the_defaults_and_the_command_line(tmp_path, 
         ("epoch = 1", "unknown flag 'epoch'; did you mean --epochs?"),
         ("epochs = 'x'", "'x' is not an integer"),
         ("epochs =", "Invalid value"),
+        ("color = false", "color takes a value, received False"),
+        ("deterministic = 1", "deterministic takes true or false, received 1"),
     ],
 )
 def test_config_file_errors_name_the_file_or_the_flag(tmp_path, text, said, capsys):
@@ -70,6 +72,22 @@ def test_config_file_errors_name_the_file_or_the_flag(tmp_path, text, said, caps
         parse(["--config", str(file)])
     assert ending.value.code == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_runs_own_config_repeats_its_flags(tmp_path):
+    args = parse(["--epochs", "9", "--deterministic", "--color", "green"])
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**vars(args), "resolved": {"lr": 3}, "identity": {"x": 1}}))
+    again = parse(["--config", str(file)])
+    assert {**vars(again), "config": None} == vars(args)
+
+
+def test_a_requeued_job_keeps_its_work(monkeypatch):
+    args = parse(["--resume", "none"])
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    assert config.resume_mode(args) == "none"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert config.resume_mode(args) == "auto" and config.resume_mode(parse(["--resume", "x"])) == "x"
 
 
 def test_demo_changes_defaults_and_the_command_line_wins(tmp_path):

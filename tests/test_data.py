@@ -68,6 +68,41 @@ def test_splits_are_recognised_and_may_hold_a_prefix(tmp_path):
         assert set(parts["train"]) == set(np.flatnonzero(images.splits == "train"))
 
 
+def test_a_file_beside_the_splits_is_refused(tmp_path):
+    root = folder(tmp_path / "set", ["train/a/0.png", "train/b/0.png", "test/a/0.png", "preview.png"])
+    with pytest.raises(InputError, match="preview.png is in none of the splits test, train"):
+        data.open_images(str(root))
+
+
+def test_the_held_out_part_does_not_depend_on_the_packaging(tmp_path):
+    root = folder(tmp_path / "set", [f"{c}/{i}.png" for c in "ab" for i in range(30)])
+    sources = [data.open_images(str(source)) for source in (root, zipped(root, "top/"))]
+    assert sources[0].ids == sources[1].ids and sources[0].fingerprint == sources[1].fingerprint
+    assert np.array_equal(*(data.split(images)["test"] for images in sources))
+
+
+def test_a_link_to_a_folder_above_is_not_followed(tmp_path):
+    root = folder(tmp_path / "set", CLASSES)
+    (root / "a" / "loop").symlink_to(root)
+    assert len(data.open_images(str(root))) == 12
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_sixteen_bits_are_scaled_and_thirty_two_refused(tmp_path, suffix):
+    root = tmp_path / "set"
+    root.mkdir()
+    levels = (np.arange(400, dtype=np.uint16).reshape(20, 20) * 164).astype(np.uint16)
+    Image.fromarray(levels).save(root / f"0.{suffix}")
+    image = read(data.open_images(str(root)), [0])[0, 0].numpy()
+    assert np.abs(image.astype(int) - levels / 257).max() <= 1 and len(np.unique(image)) > 200
+    Image.fromarray(levels.astype(np.float32)).save(root / "0.tiff")
+    (root / f"0.{suffix}").unlink(missing_ok=suffix == "png")
+    if suffix == "tiff":
+        Image.fromarray(levels.astype(np.float32)).save(root / "0.tiff")
+    with pytest.raises(InputError, match="32-bit"):
+        read(data.open_images(str(root)), [0])
+
+
 def test_images_in_no_folder_have_no_label_and_are_all_for_pretraining(tmp_path):
     images = data.open_images(str(folder(tmp_path / "flat", [f"{i}.png" for i in range(6)])))
     assert not images.labelled and images.classes == []

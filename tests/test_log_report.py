@@ -39,20 +39,25 @@ def test_other_ranks_are_silent(tmp_path, capsys):
     assert capsys.readouterr().out == "" and not (tmp_path / "log.jsonl").exists()
 
 
-def test_lines_after_a_checkpoint_are_cut_and_a_torn_line_is_left_out(tmp_path):
+def test_lines_after_a_checkpoint_are_cut_and_a_torn_line_is_dropped(tmp_path):
     book = log.Log(tmp_path, main=True)
-    book.metrics("train", 1, 1, {"train/train/loss": 1.0})
-    offset = book.offset
+    for stage in ("train", "late"):
+        book.metrics(stage, 1, 1, {f"{stage}/train/loss": 1.0})
+    count = book.count("train")
     book.metrics("train", 2, 1, {"train/train/loss": 0.5})
+    book.metrics("late", 2, 1, {"late/train/loss": 2.0})
     book.close()
-    book = log.Log(tmp_path, main=True)
-    book.cut(offset)
-    book.metrics("train", 2, 1, {"train/train/loss": 0.25})
-    book.close()
-    assert [line["train/train/loss"] for line in log.read(tmp_path)] == [1.0, 0.25]
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"stage": "tr')
-    assert len(log.read(tmp_path)) == 2
+    book = log.Log(tmp_path, main=True)
+    book.cut("train", count)  # an earlier stage goes on: the later one's lines stay
+    book.metrics("train", 2, 1, {"train/train/loss": 0.25})
+    book.cut("late", 9)
+    book.close()
+    lines = log.read(tmp_path)
+    assert [line["train/train/loss"] for line in lines if line["stage"] == "train"] == [1.0, 0.25]
+    assert [line["late/train/loss"] for line in lines if line["stage"] == "late"] == [1.0, 2.0]
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 4
 
 
 @pytest.mark.parametrize(

@@ -225,6 +225,61 @@ def test_training_goes_on_for_more_epochs(whole, cells, tmp_path):
     same(checkpoint.load(first / "last.pt")["parts"], b["parts"], "parts")
 
 
+def test_a_longer_run_of_all_stages_keeps_every_line_of_its_log(cells, tmp_path):
+    base = [*SMALL, "--data", str(cells)]
+    run = str(tmp_path / "run")
+    assert train_simclr.main([*base, "--epochs", "1", "--out", run]) == 0
+    before = summary(tmp_path / "run")
+    assert train_simclr.main([*base, "--epochs", "4", "--resume", run]) == 0
+    lines = log.read(tmp_path / "run")
+    epochs = [line["epoch"] for line in lines if "pretrain/train/loss" in line]
+    assert epochs == [1, 2, 3, 4]
+    for stage in ("linear", "linear_random", "linear_pixels", "finetune"):  # the later stages start from new weights
+        steps = [line["step"] for line in lines if f"{stage}/train/loss" in line]
+        assert steps and steps == sorted(set(steps))
+    assert summary(tmp_path / "run")["pretrain/train/loss"] != before["pretrain/train/loss"]
+    with pytest.raises(SystemExit) as ending:
+        train_simclr.main([*base, "--epochs", "4", "--resume", run, "--out", str(tmp_path / "elsewhere")])
+    assert ending.value.code == 2
+
+
+def test_starting_anew_forgets_this_run_alone(cells, tmp_path, capsys):
+    argv = [*NET, "--data", str(cells), "--bs", "16", "--epochs", "1", "--max-steps", "2"]
+    for name in ("a", "a/inner", "b"):
+        with pytest.raises(SystemExit):
+            train_simclr.main([*argv, "--out", str(tmp_path / name)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ending:  # --max-steps are done: nothing is trained
+        train_simclr.main([*argv, "--out", str(tmp_path / "a")])
+    assert ending.value.code == 0 and checkpoint.load(tmp_path / "a" / "last.pt")["place"]["step"] == 2
+    assert "going on from step 2" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        train_simclr.main([*argv, "--resume", "none", "--out", str(tmp_path / "a")])
+    assert "going on" not in capsys.readouterr().out
+    assert (tmp_path / "a" / "inner" / "last.pt").exists() and len(log.read(tmp_path / "a")) == 2
+    with pytest.raises(SystemExit):
+        train_simclr.main([*argv, "--resume", "none", "--out", str(tmp_path)])  # a folder of runs, itself no run
+    assert (tmp_path / "b" / "last.pt").exists() and (tmp_path / "a" / "last.pt").exists()
+
+
+def test_a_state_of_other_settings_is_not_continued(whole, cells, tmp_path, capsys):
+    argv = [*NET, "--data", str(cells), "--epochs", "1", "--max-steps", "1", "--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit):
+        train_simclr.main([*argv, "--bs", "16"])
+    cases = {
+        "bs is 16 there and 8 here": [*argv[:-1], str(tmp_path / "x"), "--bs", "8", "--resume", str(tmp_path / "run")],
+        "its optimizer is LARS": [*argv, "--bs", "16", "--optimizer", "adamw", "--fork"],
+        "of another start": [*argv[:-1], str(tmp_path / "y"), "--bs", "16", "--stage", "finetune", "--from", "none",
+                             "--fork", "--resume", str(tmp_path / "run")],
+    }  # fmt: skip
+    for said, command in cases.items():
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ending:
+            train_simclr.main(command)
+        error = capsys.readouterr().err
+        assert ending.value.code == 2 and said in error and error.count("\n") == 1, error
+
+
 def test_stages_start_from_a_run_and_refuse_another_identity(whole, cells, tmp_path, capsys):
     base = ["--data", str(cells), "--device", "cpu", "--bs", "16"]
     with pytest.raises(SystemExit) as ending:  # whole's backbone.pt has no meta: its stem must be said
@@ -346,9 +401,25 @@ def test_divergence_ends_with_exit_code_3_and_a_finite_checkpoint(cells, tmp_pat
     assert summary(tmp_path)["status"] == "diverged"
 
 
+def test_divergence_in_the_last_step_of_an_epoch_is_divergence(cells, tmp_path, capsys):
+    argv = [*NET, "--data", str(cells), "--bs", "60", "--optimizer", "sgd", "--lr", "1e30", "--warmup-epochs", "0"]
+    with pytest.raises(SystemExit) as ending:
+        train_simclr.main([*argv, "--epochs", "3", "--out", str(tmp_path / "run")])
+    assert ending.value.code == 3 and "not finite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, {"state_dict": {}}, {"head": {"weight": torch.zeros(2)}}])
+def test_a_foreign_checkpoint_is_refused(cells, tmp_path, content, capsys):
+    torch.save(content, tmp_path / "foreign.pt")
+    argv = [*NET, "--data", str(cells), "--bs", "16", "--stage", "finetune", "--from", str(tmp_path / "foreign.pt")]
+    with pytest.raises(SystemExit) as ending:
+        train_simclr.main(argv)
+    assert ending.value.code == 2 and "holds no weights of a backbone" in capsys.readouterr().err
+
+
 BAD = {
     "missing folder": (["--data", "{tmp}/absent"], "no such file or folder"),
-    "empty folder": (["--data", "{tmp}"], "no images there"),
+    "empty folder": (["--data", "{empty}"], "no images there"),
     "batch larger than the data": (["--bs", "64"], "larger than the 60 training items"),
     "batch not divisible by chunks": (["--bs", "10", "--accum", "4"], "not divisible by 4"),
     "unknown backbone": (["--backbone", "resnet5O"], "did you mean resnet50?"),
@@ -357,7 +428,7 @@ BAD = {
     "a stem that the backbone has not": (["--backbone", "inception_v3"], "--stem cifar is for"),
     "missing resume": (["--resume", "{tmp}/nothing"], "no such file or directory"),
     "a stage without its start": (["--stage", "linear"], "--from RUN"),
-    "a start that is no run": (["--stage", "linear", "--from", "{tmp}"], "not a finished run"),
+    "a start that is no run": (["--stage", "linear", "--from", "{empty}"], "not a finished run"),
     "missing checkpoint": (["--stage", "linear", "--from", "{tmp}/x.pt"], "No such file"),
     "a flag of another stage": (["--linear-lr", "1"], "--linear-lr has no effect"),
     "patience without early stopping": (["--patience", "3"], "--patience has no effect"),
@@ -365,22 +436,26 @@ BAD = {
     "warm-up longer than training": (["--epochs", "2", "--warmup-epochs", "5"], "more than the 2 epochs"),
     "predict without a run": (["--predict", "{cells}"], "unknown"),
     "a device that is not there": (["--device", "cuda:77"], "cuda:77"),
-    "triton without a GPU": (["--impl", "triton", "--bs", "16"], "impl"),
-    "labels of one class": (["--data", "{one}", "--stage", "all", "--bs", "8"], "labels of two classes or more"),
+    "a batch without negatives": (["--bs", "1"], "has no negatives"),
+    "too few images": (["--data", "{few}", "--stage", "linear", "--from", "none", "--bs", "2"], "two classes"),
+    "labels of one class": (["--data", "{one}", "--stage", "all", "--bs", "8"], "labelled images of two classes"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_and_exit_code_2(case, cells, tmp_path, capsys, monkeypatch):
-    if case == "triton without a GPU" and (os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()):
-        pytest.skip("Triton runs here")
     one = tmp_path / "one_class"
     if "{one}" in BAD[case][0]:
         one.mkdir()
         for i, path in enumerate(sorted((cells / "long").iterdir())):
             (one / f"{i}.png").write_bytes(path.read_bytes())
+    empty, few = tmp_path / "empty", tmp_path / "few"
+    empty.mkdir()
+    for name in ("long", "round"):
+        (few / name).mkdir(parents=True)
+        (few / name / "0.png").write_bytes((cells / name / "00.png").read_bytes())
     argv, said = BAD[case]
-    argv = [a.format(tmp=tmp_path, cells=cells, one=one) for a in argv]
+    argv = [a.format(tmp=tmp_path / "nothing_here", cells=cells, one=one, few=few, empty=empty) for a in argv]
     if case == "predict without a run":
         argv, said = ["--predict", str(cells)], "add --resume RUN"
     else:
@@ -390,6 +465,14 @@ def test_bad_input_is_one_line_and_exit_code_2(case, cells, tmp_path, capsys, mo
     error = capsys.readouterr().err
     assert ending.value.code == 2, error
     assert error.startswith("error: ") and error.count("\n") == 1 and said in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_triton_without_a_gpu_is_refused_before_training(cells, tmp_path):
+    argv = [*NET, "--data", str(cells), "--bs", "16", "--impl", "triton", "--out", str(tmp_path / "out")]
+    process = launch(argv, {"TRITON_INTERPRET": "0"})
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and err.count("\n") == 1 and err.startswith("error: --impl triton: ")
     assert not (tmp_path / "out").exists()
 
 
