@@ -244,6 +244,7 @@ def measure(call, device, quick):
             times.append(1e3 * (time.perf_counter() - start))
         else:
             flush.zero_()  # no input is left in the second-level cache
+            torch.cuda.synchronize()  # else the launches would hide behind it
             events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             events[0].record()
             call()

@@ -32,7 +32,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from .impl import INTERPRETED, ceil_div, jit, num_sms, target_name
+from .impl import INTERPRETED, ceil_div, jit, lacks_tensor_cores, num_sms, target_name
 
 try:
     import triton.language as tl
@@ -93,24 +93,27 @@ def why_not_fused(z: torch.Tensor, normalized: bool) -> str | None:
     """Why the Triton kernels cannot take rows like z, if they cannot."""
     if z.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it does not take {z.dtype}"
+    if lacks_tensor_cores(z):
+        return "Triton has no tensor-core products before compute capability 8.0"
     count = 1 + planes(z.dtype, normalized)[1]
     if tile("bwd", count, block_d(z.shape[1]), target_name(z.device)) is None or z.shape[1] > MAX_FUSED_D:
         return f"rows of D={z.shape[1]} in {z.dtype} do not fit its tiles"
     return None
 
 
-def own_rows_first(gather: Gather, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def own_rows_first(gather: Gather, rows: torch.Tensor, labels: torch.Tensor | None = None):
     """All processes' rows, rotated so that this process's come first, and the index that rotates further gathers alike.
 
     The own block is found by equality, on the device and without waiting for it, so no process group and no rank is
-    needed here. Two processes with equal blocks may take either: loss and gradient are the same by symmetry.
+    needed here. Two processes with equal blocks (and labels) may take either: by symmetry nothing changes.
 
     Args:
         gather: (n, ...) -> (W n, ...), all processes' rows in rank order; without autograd; n the same everywhere.
         rows: (n, F).
+        labels: None, or (n,), gathered and rotated like the rows.
 
     Returns:
-        (W n, F) rows and an int64 index (W n,).
+        (W n, F) rows, an int64 index (W n,), and the labels (W n,) or None.
 
     Raises:
         ValueError: gather returned rows of another number, width or dtype.
@@ -122,17 +125,19 @@ def own_rows_first(gather: Gather, rows: torch.Tensor) -> tuple[torch.Tensor, to
             f"gather returned {tuple(gathered.shape)} {gathered.dtype} for {tuple(rows.shape)} {rows.dtype}; "
             "expected all processes' rows concatenated along dimension 0, the same number from each"
         )
-    blocks = gathered.reshape(-1, n, width)
-    own = (blocks == rows).flatten(1).all(1).int().argmax()
-    index = (torch.arange(gathered.shape[0], device=rows.device) + own * n) % gathered.shape[0]
-    return gathered.index_select(0, index), index
+    same = (gathered.reshape(-1, n, width) == rows).flatten(1).all(1)
+    if labels is not None:
+        labels_gathered = gather(labels)
+        same &= (labels_gathered.view(-1, n) == labels).all(1)
+    index = (torch.arange(gathered.shape[0], device=rows.device) + same.int().argmax() * n) % gathered.shape[0]
+    return gathered.index_select(0, index), index, None if labels is None else labels_gathered[index]
 
 
 def normalize_rows(z: torch.Tensor) -> torch.Tensor:
     """Rows divided by their lengths, differentiably; a row shorter than NORM_EPS becomes zeros, with a zero
     gradient."""
     norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
-    return torch.where(norm > NORM_EPS, z / norm.clamp_min(NORM_EPS), 0.0)
+    return torch.where(norm <= NORM_EPS, 0.0, z / norm.clamp_min(NORM_EPS))  # a nan stays a nan
 
 
 def reference_tiles(rows: torch.Tensor, keys: torch.Tensor, pair_shift: int):
@@ -434,7 +439,7 @@ def gather_keys(gather: Gather | None, u: torch.Tensor, num_rows: int):
     """-> keys, padded like u; how many they are; the index for further gathers (None for one process)."""
     if gather is None:
         return u, num_rows, None
-    keys, index = own_rows_first(gather, u[:num_rows])
+    keys, index, _ = own_rows_first(gather, u[:num_rows])
     num_keys = keys.shape[0]
     return F.pad(keys, (0, 0, 0, padded(num_keys) - num_keys)), num_keys, index
 
@@ -465,7 +470,8 @@ def slot_sums(u, keys, num_rows, num_keys, pair_shift, split, shift):
         )  # fmt: skip
         return tops, sums, -1, 0
     block_m, block_n, warps, stages = tile("half", 1 + split, dim, target)
-    blocks = size // block_n
+    blocks = ceil_div(num_rows, block_n)  # none is empty: only the last is ragged, and the kernel masks no other
+    half_row = blocks // 2 * block_n
     offsets = blocks // 2 + 1
     splits = _num_splits(blocks, offsets * (block_n // block_m), offsets, 2 * num_sms(device))
     per_pass = max(1, min(offsets, SLOT_BYTES // (4 * size) - splits))
@@ -482,12 +488,12 @@ def slot_sums(u, keys, num_rows, num_keys, pair_shift, split, shift):
         )  # fmt: skip
         if per_pass < offsets:
             if blocks % 2 == 0 and last == offsets:
-                sums[last - first_slot - 1, : size // 2].zero_()
+                sums[last - first_slot - 1, :half_row].zero_()
             total = sums.sum(0) if total is None else total.add_(sums.sum(0))
             del sums  # before the next pass takes as much again
     if total is not None:
         return None, total[None], -1, 0
-    return None, sums, offsets - 2 if blocks % 2 == 0 else -1, size // 2
+    return None, sums, offsets - 2 if blocks % 2 == 0 else -1, half_row
 
 
 def weighted_sums(u, keys, lse, lse_keys, num_rows, num_keys, pair_shift, split, shift, fp16):

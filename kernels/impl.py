@@ -58,6 +58,22 @@ def choose_impl(op: str, impl: str, x: torch.Tensor, unsupported: str | None = N
     return "torch" if unsupported else "triton"
 
 
+def on_device_of_first(function):
+    """Run a function that launches kernels on the GPU of its first argument: Triton launches on the current one."""
+
+    @functools.wraps(function)
+    def guarded(first, *rest, **options):
+        with torch.cuda.device_of(first):  # does nothing for a CPU tensor
+            return function(first, *rest, **options)
+
+    return guarded
+
+
+def lacks_tensor_cores(x: torch.Tensor) -> bool:
+    """Whether x is on an NVIDIA GPU older than Ampere."""
+    return x.is_cuda and not torch.version.hip and torch.cuda.get_device_capability(x.device) < (8, 0)
+
+
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 

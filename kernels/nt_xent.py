@@ -45,7 +45,7 @@ from .gram import (
     weighted_sums,
     why_not_fused,
 )
-from .impl import INTERPRETED, ceil_div, choose_impl, first_derivative_only, jit
+from .impl import INTERPRETED, ceil_div, choose_impl, first_derivative_only, jit, on_device_of_first
 
 try:
     import triton.language as tl
@@ -74,7 +74,7 @@ def nt_xent_reference(z_a, z_b, temperature, *, normalize=True, gather=None, dec
 
 def _reference_forward(u, pos, gather, decoupled):
     """-> loss (), keys (K, D), lse of the rows (M,), lse of the keys (K,), log of the negatives' sum (M,)."""
-    keys, index = (u, None) if gather is None else own_rows_first(gather, u)
+    keys, index = (u, None) if gather is None else own_rows_first(gather, u)[:2]
     pos = pos.repeat_interleave(2)
     negatives = reference_lse(u, keys, pair_shift=1)
     if decoupled:
@@ -309,6 +309,7 @@ def _nt_xent_epilogue_kernel(
     tl.store(db_ptr + offs, db.to(db_ptr.dtype.element_ty), mask=mask)
 
 
+@on_device_of_first
 def _triton_forward(z_a, z_b, temperature_tensor, temperature, normalize, decoupled, gather=None):
     """-> loss (), rows u, keys, positives (N,), log of the negatives' sum (M,), lse of the rows (M,), of the keys
     (K,)."""
@@ -346,6 +347,7 @@ def _triton_forward(z_a, z_b, temperature_tensor, temperature, normalize, decoup
     return loss, u, keys, pos, negatives, lse, lse if gather is None else gather(lse)[index]
 
 
+@on_device_of_first
 def _triton_backward(
     dloss, z_a, z_b, temperature_tensor, u, keys, pos, negatives, lse, lse_keys, temperature, normalize, decoupled
 ):

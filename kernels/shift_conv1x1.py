@@ -24,7 +24,17 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .impl import INTERPRETED, ceil_div, choose_impl, first_derivative_only, jit, num_sms
+from .impl import (
+    INTERPRETED,
+    ceil_div,
+    choose_impl,
+    first_derivative_only,
+    jit,
+    lacks_tensor_cores,
+    num_sms,
+    on_device_of_first,
+    target_name,
+)
 from .temporal_shift import _folds, temporal_shift, temporal_shift_reference
 
 try:
@@ -210,6 +220,7 @@ def _hints(x, weight, split, num_shifted):
     return {"VECTOR": vector, "OUT_VECTOR": math.gcd(weight.shape[0], 8), "PRECISION": precision}
 
 
+@on_device_of_first
 def _forward(x, weight, bias, n_segment, split, num_shifted):
     num, channels, height, width = x.shape
     outputs, num_rows = weight.shape[0], num * height * width
@@ -224,6 +235,7 @@ def _forward(x, weight, bias, n_segment, split, num_shifted):
     return y
 
 
+@on_device_of_first
 def _backward(dy, x, weight, n_segment, split, num_shifted, needs):
     """-> dx, dweight (O, C), dbias, each where needed."""
     dy = dy.contiguous(memory_format=torch.channels_last)
@@ -242,8 +254,8 @@ def _backward(dy, x, weight, n_segment, split, num_shifted, needs):
     if needs[1]:
         tiles = ceil_div(outputs, block_m) * ceil_div(channels, block_n)
         ranges = max(1, min(2 * num_sms(x.device) // tiles, ceil_div(num_rows, 8 * block_k), 256))
-        per_range = ceil_div(ceil_div(num_rows, ranges), block_k) * block_k
-        ranges = ceil_div(num_rows, per_range)
+        per_range = max(1, ceil_div(ceil_div(num_rows, ranges), block_k)) * block_k
+        ranges = max(1, ceil_div(num_rows, per_range))  # of an empty batch one range writes the zeros
         partial = torch.empty(ranges, outputs, channels, dtype=torch.float32, device=x.device)
         shift_conv1x1_dw_kernel[(ceil_div(outputs, block_m), ceil_div(channels, block_n), ranges)](
             x, dy, partial, *sizes, per_range, **options
@@ -317,13 +329,26 @@ def _check(x, weight, bias):
         raise ValueError(f"shift_conv1x1: bias is {tuple(bias.shape)}, expected ({weight.shape[0]},)")
 
 
+def _tf32_allowed():
+    # The old flag's getter raises once the newer setting was used.
+    conv = getattr(torch.backends.cudnn, "conv", None)
+    if hasattr(conv, "fp32_precision"):
+        return conv.fp32_precision == "tf32"
+    return torch.backends.cudnn.allow_tf32
+
+
 def _why_not_fused(x, split, num_shifted, padding):
     if padding != "zero":
         return f"padding={padding!r} is not folded into the convolution"
     if (num_shifted - split) % 2 or x.shape[1] % 2:
         return f"a fold of {num_shifted - split} among {x.shape[1]} channels would be loaded two bytes at a time"
-    if x.dtype == torch.float32 and x.is_cuda and not torch.backends.cudnn.allow_tf32:
-        return "fp32 convolutions may not use TF32"
+    if lacks_tensor_cores(x):
+        return "Triton has no tensor-core products before compute capability 8.0"
+    if x.dtype == torch.float32 and x.is_cuda:
+        if torch.version.hip and target_name(x.device) != "gfx942":
+            return "this GPU has no TF32"
+        if not _tf32_allowed():
+            return "fp32 convolutions may not use TF32"
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"it does not take {x.dtype}"
     return None

@@ -40,12 +40,15 @@ from .gram import (
     weighted_sums,
     why_not_fused,
 )
-from .impl import INTERPRETED, choose_impl, first_derivative_only, jit
+from .impl import INTERPRETED, choose_impl, first_derivative_only, jit, on_device_of_first
 
 try:
     import triton.language as tl
 except ImportError:
     tl = None
+
+
+_LABEL_TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def sup_con_reference(z, labels, temperature, *, normalize=True, gather=None):
@@ -143,13 +146,13 @@ def _triton_weighted_sum(rows, keys, lse_rows, lse_keys, dtype, normalized, shif
     return partial.sum(0)[: len(rows), : rows.shape[1]] / LOG2_E**0.5
 
 
+@on_device_of_first
 def _forward(u, labels, gather, kind, normalized, shift):
     """-> loss (), keys (K, D), lse of the rows (M,), of the keys (K,), mean of the positives (M, D), 1/M' times the
     world's size ()."""
     keys, labels_keys, index = u, labels, None
     if gather is not None:
-        keys, index = own_rows_first(gather, u)
-        labels_keys = gather(labels)[index]
+        keys, index, labels_keys = own_rows_first(gather, u, labels)
     ordered, order = labels_keys.sort(stable=True)
     starts = torch.searchsorted(ordered, labels_keys)
     ends = torch.searchsorted(ordered, labels_keys, right=True)
@@ -169,6 +172,7 @@ def _forward(u, labels, gather, kind, normalized, shift):
     return loss, keys, lse, lse if gather is None else gather(lse)[index], positives, scale
 
 
+@on_device_of_first
 def _backward(dloss, u, keys, lse, lse_keys, positives, scale, kind, normalized, shift):
     if kind == "torch":
         du = reference_weighted_sum(u, keys, lse, lse_keys, 0)
@@ -270,7 +274,7 @@ def sup_con(z, labels, temperature, *, normalize=True, gather=None, impl="auto")
     """
     if z.dim() != 2 or not z.numel() or not z.is_floating_point():
         raise ValueError(f"sup_con: z is {tuple(z.shape)} {z.dtype}; it must be (M, D) floating point, M and D >= 1")
-    if labels.shape != z.shape[:1] or labels.is_floating_point() or labels.device != z.device:
+    if labels.shape != z.shape[:1] or labels.device != z.device or labels.dtype not in _LABEL_TYPES:
         raise ValueError(
             f"sup_con: labels are {tuple(labels.shape)} {labels.dtype} on {labels.device}; "
             f"they must be ({z.shape[0]},) integers on {z.device}"

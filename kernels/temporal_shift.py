@@ -23,7 +23,7 @@ import math
 
 import torch
 
-from .impl import INTERPRETED, ceil_div, choose_impl, jit
+from .impl import INTERPRETED, ceil_div, choose_impl, jit, on_device_of_first
 
 try:
     import triton.language as tl
@@ -94,7 +94,7 @@ def temporal_shift_kernel(
     first = tl.load(x_ptr + clip + offs, mask=mask)
     previous = tl.zeros_like(first)
     if PADDING == "circulant":
-        last_frame = clip + (num_frames - 1).to(tl.int64) * frame_size
+        last_frame = clip + (num_frames - 1) * frame_size.to(tl.int64)  # Triton makes a num_frames of 1 a plain int
         previous = tl.load(x_ptr + last_frame + offs, mask=mask)
     elif PADDING == "replicate" and not TRANSPOSED:
         previous = first
@@ -118,6 +118,7 @@ def temporal_shift_kernel(
         current = following
 
 
+@on_device_of_first
 def _launch(x, n_segment, split, num_shifted, swap, padding, transposed, channels_last):
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x = x.contiguous(memory_format=layout)

@@ -166,8 +166,15 @@ def shift_cases(target, every):
         types = argument_types(temporal_shift_kernel, "bf16")
         constants = {"CHANNELS_LAST": channels_last, "SWAP": False, "PADDING": "zero", "TRANSPOSED": False}
         constants |= {"VECTOR": 8, "BLOCK": 1024}
+        constants_of_shift = constants
         label = f"shift bf16 {'channels_last' if channels_last else 'contiguous'}"
         yield label, temporal_shift_kernel, types, constants, 4, 3
+    # Triton turns an argument of 1 into a constant, which has other methods.
+    types = argument_types(temporal_shift_kernel, "bf16")
+    for padding in ("circulant", "replicate"):
+        ones = {"num_frames": 1, "PADDING": padding}
+        left = {name: kind for name, kind in types.items() if name not in ones}
+        yield f"shift bf16 one frame, {padding}", temporal_shift_kernel, left, constants_of_shift | ones, 4, 3
     block_m, block_n, block_k, warps, stages = fused.GPU_TILE
     for vector in (2, 4, 8) if every else (2, 8):
         for name in ("fwd", "dx", "dw"):

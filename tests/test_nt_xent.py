@@ -143,6 +143,25 @@ def test_passes_over_the_half_grid_change_nothing(monkeypatch):
         assert relative(got[0], expected[0]) < 1e-6 and relative(got[1], expected[1]) < 1e-6
 
 
+@pytest.mark.parametrize("n", [33, 40, 64, 65, 70])
+def test_blocks_narrower_than_the_padding_leave_no_padded_row_in_the_sums(monkeypatch, n):
+    """A GPU pads to 128 rows and often works on 64 at a time: then the ragged block is not the last of the buffer."""
+    monkeypatch.setattr(kernels.gram, "BLOCK", 64)
+    monkeypatch.setattr(kernels.gram, "tile", lambda *_: (16, 32, 1, 1))
+    z_a, z_b = views(n, 20)
+    loss, grad = run(nt_xent, z_a, z_b, 0.5, impl="triton")
+    true_loss, true_grad = run(nt_xent_reference, z_a.double(), z_b.double(), 0.5)
+    assert relative(loss, true_loss) < 1e-6 and relative(grad, true_grad) < 1e-5
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_diverged_embedding_does_not_look_healthy(impl, value):
+    z_a, z_b = views(9, 8)
+    z_a[2, 3] = value
+    assert not nt_xent(z_a, z_b, 0.5, impl=impl).isfinite()
+
+
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_without_normalisation_and_with_large_logits(impl):
     z_a, z_b = views(40, 12, noise=0.5)
@@ -395,7 +414,9 @@ def gpu_views(n, d, dtype, noise=1.0):
 @pytest.mark.parametrize("decoupled", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [0.01, 0.02, 0.07, 0.5, 1.0])
-@pytest.mark.parametrize(("n", "d"), [(1, 16), (2, 3), (63, 64), (64, 128), (500, 128), (1024, 200), (300, 512)])
+@pytest.mark.parametrize(
+    ("n", "d"), [(1, 16), (2, 3), (63, 64), (64, 128), (65, 128), (80, 256), (500, 128), (1024, 200), (300, 512)]
+)
 def test_kernel_on_the_gpu(n, d, temperature, dtype, decoupled):
     if dtype == torch.float32 and d > 128:
         pytest.skip("fp32 is fused up to D=128")

@@ -112,6 +112,32 @@ def test_extremes(impl):
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_processes_with_equal_rows_and_other_labels(impl):
+    rows = batch(6, 5, 3)[0]
+    z, labels = rows.repeat(2, 1), torch.tensor([0, 0, 1, 1, 2, 2, 0, 0, 0, 0, 1, 1])
+    truth, _ = run(sup_con_reference, z.double(), labels, 0.3)
+
+    def gather(x):
+        return labels if x.dtype == torch.int64 else torch.cat((x, x))  # rows are equal; statistics serve the gradient
+
+    losses = [sup_con(z[own], labels[own], 0.3, gather=gather, impl=impl) for own in (slice(0, 6), slice(6, 12))]
+    assert relative(torch.stack(losses).mean().double(), truth) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.complex64])
+def test_labels_that_are_no_integers_are_named(dtype):
+    with pytest.raises(ValueError, match="must be .* integers"):
+        sup_con(torch.randn(4, 3), torch.ones(4, dtype=dtype), 0.5)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_diverged_row_does_not_look_healthy(impl):
+    z, labels = batch(9, 6, 3)
+    z[2, 1] = float("nan")
+    assert not sup_con(z, labels, 0.5, impl=impl).isfinite()
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_strides_bits_and_second_derivative(impl):
     z, labels = batch(40, 12, 4)
     expected = run(sup_con, z, labels, 0.2, impl=impl)
