@@ -157,7 +157,7 @@ def variants(op, case_rows, on_gpu, with_peers):
     else:
 
         def eager(x, weight, bias, n_segment):
-            return F.conv2d(official_shift(x.contiguous(), n_segment), weight[..., None, None], bias)
+            return F.conv2d(official_shift(x, n_segment), weight[..., None, None], bias)
 
         ours = functools.partial(shift_conv1x1, **impl)
         reference = shift_conv1x1_reference
@@ -167,6 +167,10 @@ def variants(op, case_rows, on_gpu, with_peers):
         if can_compile:
             found["torch.compile(eager)"] = torch.compile(eager, dynamic=False)
     if op == "shift_conv1x1":
+        # A fold of no channels: the fused kernel without its shift.
+        found["fused kernel, no shift"] = lambda x, weight, bias, frames: shift_conv1x1(
+            x, weight, bias, frames, fold_div=x.shape[1] + 1, **impl
+        )
         found["1x1 convolution alone"] = lambda x, weight, bias, _: F.conv2d(x, weight[..., None, None], bias)
     if on_gpu and case_rows <= 32768:
         found["chunked reference" if case_rows else "reference"] = reference
@@ -316,7 +320,12 @@ def bench(op, device, dtype, options):
                     else functools.partial(function, *detached, *others)
                 )
                 calls = {name: call}
-                if on_gpu and name in ("eager", ours) and op in ("nt_xent", "sup_con") and num_rows <= 8192:
+                if (
+                    on_gpu
+                    and name in ("eager", "torch.compile(eager)", ours)
+                    and op in ("nt_xent", "sup_con")
+                    and num_rows <= 8192
+                ):
                     call()
                     calls[f"{name}, CUDA graph"] = graphed(call)
                 for label, timed in calls.items():
