@@ -37,10 +37,9 @@ LR_OF = {
     "sgd": lambda bs: 0.05 * bs / 256,  # SimSiam, arXiv:2011.10566
     "adamw": lambda bs: 1e-3,
 }
-# Six hundred steps: too few for LARS, whose step is a thousandth of the weights' norm. Colour strength 0.5 is the
-# paper's for small images (appendix B.9).
-DEMO = dict(backbone="resnet18", image_size=32, stage="all", optimizer="adamw", bs=64, epochs=32, eval_every=4)
-DEMO |= dict(color_strength=0.5, finetune_epochs=6, finetune_bs=64, finetune_lr=1e-3)
+# Colour strength 0.5 is the paper's for small images (appendix B.9).
+DEMO = dict(backbone="resnet18", image_size=32, stage="all", bs=64, epochs=32, eval_every=4, color_strength=0.5)
+DEMO |= dict(finetune_epochs=6, finetune_bs=64, finetune_lr=1e-3)
 STEMS = ["imagenet", "cifar"]
 DEFAULTS = {"backbone": "resnet50", "stem": STEMS[0]}  # where neither a flag nor --from says otherwise
 PIXELS = 32  # side of the raw-pixel baseline's images
