@@ -104,8 +104,12 @@ class Images:
         unknown = [name for name in self.classes if name not in classes]
         if unknown:
             raise InputError(f"{self.name} has the class {unknown[0]!r}, the model has {', '.join(classes)}")
-        table = np.array([classes.index(name) for name in self.classes] + [UNLABELLED])
-        self.labels, self.classes = table[self.labels], list(classes)
+        self.labels, self.classes = self.labels_in(classes), list(classes)
+
+    def labels_in(self, classes: list[str]) -> np.ndarray:
+        """The labels (n,) numbered as in `classes`; UNLABELLED for the images of other classes."""
+        known = {name: number for number, name in enumerate(classes)}
+        return np.array([known.get(name, UNLABELLED) for name in self.classes] + [UNLABELLED])[self.labels]
 
     def resize_store(self, size: int) -> None:
         """Decode to squares of another side (pixels)."""
@@ -328,6 +332,11 @@ def _layout(files: list[str], path: str) -> tuple[list[str], list[str], list[str
     return ids, splits, [p[0] if len(p) > 1 else None for p in parts]
 
 
+def by_name(ids: list[str], indices: np.ndarray, salt: str) -> list[int]:
+    """`indices` in the order of a hash of their items' names: as good as chance, and always the same."""
+    return sorted(indices, key=lambda i: hashlib.blake2b(f"{salt}/{ids[i]}".encode(), digest_size=8).digest())
+
+
 def hold_out(ids: list[str], labels: np.ndarray, indices: np.ndarray, share: float, salt: str) -> np.ndarray:
     """A class-stratified share of `indices`, chosen by a hash of the item's name: sorted int64.
 
@@ -335,10 +344,9 @@ def hold_out(ids: list[str], labels: np.ndarray, indices: np.ndarray, share: flo
     added later do not move the others from one side to the other at random. Each class gives round(share * its count),
     at least one when it has two or more items and 0 < share < 1.
     """
-    keys = {i: hashlib.blake2b(f"{salt}/{ids[i]}".encode(), digest_size=8).digest() for i in indices}
     chosen: list[int] = []
     for label in np.unique(labels[indices]):
-        members = sorted(indices[labels[indices] == label], key=keys.__getitem__)
+        members = by_name(ids, indices[labels[indices] == label], salt)
         count = round(share * len(members))
         if 0 < share < 1 and len(members) > 1:
             count = min(max(count, 1), len(members) - 1)
@@ -349,11 +357,11 @@ def hold_out(ids: list[str], labels: np.ndarray, indices: np.ndarray, share: flo
 def split(images: Images, fraction: float = 1.0) -> dict[str, np.ndarray]:
     """The indices of every part of an image set.
 
-    `test`: the data's own test split, or 15 % held out. `rest`: all else. `dev`: the data's own validation split, or a
-    part of the labelled rest: 70/15/15 in all for the linear protocol, and (`finetune_dev`) 15 % of the training labels
-    for fine-tuning. `train` and `finetune_train`: the labelled rest without it. `pretrain`: the share `fraction` of the
-    rest, used without its labels. Everything is stratified by class and depends on the items' names alone, so no stage
-    of any run trains on the test part.
+    `test` and `finetune_test` (here the same): the data's own test split, or 15 % held out. `rest`: all else. `dev`: the
+    data's own validation split, or a part of the labelled rest: 70/15/15 in all for the linear protocol, and
+    (`finetune_dev`) 15 % of the training labels for fine-tuning. `train` and `finetune_train`: the labelled rest without
+    it. `pretrain`: the share `fraction` of the rest, used without its labels. Everything is stratified by class and
+    depends on the items' names alone, so no stage of any run trains on the test part.
     """
     ids, labels = images.ids, images.labels
     test, own_dev = (np.flatnonzero(images.splits == name) for name in ("test", "val"))
@@ -367,6 +375,7 @@ def split(images: Images, fraction: float = 1.0) -> dict[str, np.ndarray]:
         own = np.intersect1d(own_dev, labelled)
         parts[f"{name}dev"] = own if len(own) else hold_out(ids, labels, labelled, share, "dev")
         parts[f"{name}train"] = np.setdiff1d(labelled, parts[f"{name}dev"])
+    parts["finetune_test"] = parts["test"]
     parts["pretrain"] = hold_out(ids, labels, rest, fraction, "fraction")
     return parts
 

@@ -1,0 +1,1 @@
+"""What one field's data layout means: one module per layout."""
