@@ -1,8 +1,11 @@
-"""Scores of classifications and of representations.
+"""Scores of classifications, of representations and of clusterings.
 
 All functions check their input and return Python floats (`confusion_matrix` an array), so they wait for the device:
 call them in evaluation, not in the training step.
 """
+
+import itertools
+import math
 
 import numpy as np
 import torch
@@ -198,3 +201,249 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, num_classes, k=200, t
         votes = weights.new_zeros(len(chunk), num_classes).scatter_add_(1, bank_labels[neighbours], weights)
         right += (votes.argmax(1) == labels).sum().item()
     return right / len(queries)
+
+
+def _contingency(target, clusters):
+    """Return the distinct classes, the distinct clusters and the (C, K) int64 counts of their joint occurrence."""
+    target, clusters = _labels("target", target, np.inf), _labels("clusters", clusters, np.inf)
+    if len(target) != len(clusters):
+        raise ValueError(f"target and clusters must have one length, got {len(target)} and {len(clusters)}")
+    classes, rows = np.unique(target, return_inverse=True)
+    names, columns = np.unique(clusters, return_inverse=True)
+    counts = np.bincount(rows * len(names) + columns, minlength=len(classes) * len(names))
+    return classes, names, counts.reshape(len(classes), len(names))
+
+
+def _mutual_information(counts):
+    n, rows, columns = counts.sum(), counts.sum(1), counts.sum(0)
+    i, j = counts.nonzero()
+    joint = counts[i, j]
+    terms = joint / n * (np.log(joint) - np.log(n) + (2 * np.log(n) - np.log(rows[i] * columns[j])))
+    return max(float(terms.sum()), 0.0)
+
+
+def _entropy(sizes):
+    share = sizes / sizes.sum()
+    return float(-(share * np.log(share)).sum())
+
+
+def _expected_mutual_information(rows, columns):
+    """Mean mutual information of all tables with these margins (Vinh, Epps and Bailey 2010, eq. 24a)."""
+    n = int(rows.sum())
+    log_factorial = np.array([math.lgamma(i + 1.0) for i in range(n + 1)])
+    total = 0.0
+    # Margins of one size give one term: with all rows distinct there would be N * N of them.
+    for a, of_a in zip(*np.unique(rows, return_counts=True), strict=True):
+        for b, of_b in zip(*np.unique(columns, return_counts=True), strict=True):
+            joint = np.arange(max(1, a + b - n), min(a, b) + 1)
+            log_p = (
+                log_factorial[[a, b, n - a, n - b]].sum()
+                - log_factorial[n]
+                - log_factorial[joint]
+                - log_factorial[a - joint]
+                - log_factorial[b - joint]
+                - log_factorial[n - a - b + joint]
+            )
+            gain = joint / n * (np.log(n) + np.log(joint) - np.log(a) - np.log(b))
+            total += float(of_a * of_b * (gain * np.exp(log_p)).sum())
+    return total
+
+
+def _rand(counts):
+    """Adjusted Rand index from pair counts, in Python integers: N**4 overflows 64 bits from N = 60,000 on."""
+    n = int(counts.sum())
+    together = int((counts**2).sum()) - n
+    in_class, in_cluster = int((counts.sum(1) ** 2).sum()) - n, int((counts.sum(0) ** 2).sum()) - n
+    if together == in_class == in_cluster:
+        return 1.0
+    pairs = n * (n - 1)
+    return (
+        2 * (together * pairs - in_class * in_cluster) / ((in_class + in_cluster) * pairs - 2 * in_class * in_cluster)
+    )
+
+
+def linear_assignment(cost):
+    """Match rows and columns one to one at the least total cost: the Hungarian method by shortest augmenting paths.
+
+    Takes O(n^2 m) time for n rows and m >= n columns (Jonker and Volgenant 1987).
+
+    Args:
+        cost: (n, m) finite numbers.
+
+    Returns:
+        (rows, columns), min(n, m) indices each, the rows ascending, as scipy's `linear_sum_assignment`.
+
+    Raises:
+        ValueError: not a finite matrix.
+    """
+    cost = np.asarray(cost, np.float64)
+    if cost.ndim != 2 or not np.isfinite(cost).all():
+        raise ValueError(f"cost must be a finite matrix, got shape {cost.shape}")
+    if cost.shape[0] > cost.shape[1]:
+        columns, rows = linear_assignment(cost.T)
+        order = rows.argsort()
+        return rows[order], columns[order]
+    n, m = cost.shape
+    row_price, column_price = np.zeros(n), np.zeros(m)
+    row_of = np.full(m, -1)
+    for start in range(n):
+        distance, done, came_from = np.full(m, np.inf), np.zeros(m, bool), np.full(m, -1)
+        row, column, length = start, -1, 0.0
+        while row >= 0:
+            through = length + cost[row] - row_price[row] - column_price
+            shorter = ~done & (through < distance)
+            distance[shorter], came_from[shorter] = through[shorter], column
+            column = np.where(done, np.inf, distance).argmin()
+            length, done[column] = distance[column], True
+            row = row_of[column]
+        passed = done & (row_of >= 0)
+        row_price[start] += length
+        row_price[row_of[passed]] += length - distance[passed]
+        column_price[passed] -= length - distance[passed]
+        while column >= 0:
+            previous = came_from[column]
+            row_of[column] = row_of[previous] if previous >= 0 else start
+            column = previous
+    columns = np.flatnonzero(row_of >= 0)
+    order = row_of[columns].argsort()
+    return row_of[columns][order], columns[order]
+
+
+def match_clusters(target, clusters):
+    """Give each cluster the class that makes most rows right, one to one.
+
+    Args:
+        target, clusters: (N,) integers that are not negative, arrays, sequences or tensors.
+
+    Returns:
+        dict cluster -> class of min(C, K) entries; other clusters have no class.
+
+    Raises:
+        ValueError: empty input, different lengths or a negative label.
+    """
+    classes, names, counts = _contingency(target, clusters)
+    rows, columns = linear_assignment(-counts)
+    return {int(names[k]): int(classes[c]) for c, k in zip(rows, columns, strict=True)}
+
+
+def clustering(target, clusters):
+    """Score a clustering against true classes; the numbers that name classes and clusters do not matter.
+
+    All but the last equal scikit-learn's functions. acc, balanced_accuracy and minority_recall are taken after
+    `match_clusters`: a row of a cluster without a class counts as wrong, a class without a cluster has recall 0.
+
+    Args:
+        target, clusters: as in `match_clusters`.
+
+    Returns:
+        dict of floats: nmi (over the arithmetic mean of the entropies), ami and ari (both adjusted for chance), acc,
+        fmi, balanced_accuracy (mean recall of the classes) and minority_recall (that of the smallest class; the mean
+        of equally small ones).
+
+    Raises:
+        ValueError: as in `match_clusters`.
+    """
+    _, _, counts = _contingency(target, clusters)
+    n, rows, columns = counts.sum(), counts.sum(1), counts.sum(0)
+    mutual, entropy = _mutual_information(counts), (_entropy(rows) + _entropy(columns)) / 2
+    if len(rows) == len(columns) == np.count_nonzero(counts):
+        nmi = ami = 1.0  # the same partition; where it has one part or N, the formulas are 0 / 0
+    else:
+        expected = _expected_mutual_information(rows, columns)
+        nmi, ami = mutual / entropy, (mutual - expected) / (entropy - expected)
+    same = int((counts**2).sum() - n)
+    fmi = math.sqrt(same / ((rows**2).sum() - n)) * math.sqrt(same / ((columns**2).sum() - n)) if same else 0.0
+    i, j = linear_assignment(-counts)
+    recall = np.zeros(len(rows))
+    recall[i] = counts[i, j] / rows[i]
+    return {
+        "nmi": nmi,
+        "ami": ami,
+        "ari": _rand(counts),
+        "acc": float(counts[i, j].sum() / n),
+        "fmi": fmi,
+        "balanced_accuracy": float(recall.mean()),
+        "minority_recall": float(recall[rows == rows.min()].mean()),
+    }
+
+
+def stability(labelings):
+    """Mean adjusted Rand index over all pairs of labelings of the same rows: 1 where every run found one partition.
+
+    Args:
+        labelings: sequence of at least two (N,) integer labelings, as of k-means from different seeds.
+
+    Raises:
+        ValueError: fewer than two labelings, or labels as in `match_clusters`.
+    """
+    if len(labelings) < 2:
+        raise ValueError(f"stability needs at least 2 labelings, got {len(labelings)}")
+    scores = [_rand(_contingency(a, b)[2]) for a, b in itertools.combinations(labelings, 2)]
+    return float(np.mean(scores))
+
+
+def _grouped(x, labels):
+    """Return the centred rows and the (N, K) float matrix of their memberships."""
+    x = _matrix("x", x)
+    labels = _labels("labels", labels, np.inf)
+    if len(x) != len(labels):
+        raise ValueError(f"x and labels must have one length, got {len(x)} and {len(labels)}")
+    groups = torch.from_numpy(np.unique(labels, return_inverse=True)[1]).to(x.device)
+    return x - x.mean(0), F.one_hot(groups).to(x.dtype)
+
+
+def silhouette(x, labels, tile=1024):
+    """Mean silhouette: (b - a) / max(a, b) for a row's mean distance a to its cluster and b to the nearest other one.
+
+    Rousseeuw 1987; needs no true classes. A row alone in its cluster counts 0.
+
+    Args:
+        x: (N, D) real tensor; distances are Euclidean.
+        labels: (N,) integers that are not negative.
+        tile: rows compared at once; memory is O(tile * N).
+
+    Returns:
+        float in [-1, 1].
+
+    Raises:
+        ValueError: fewer than 2 clusters, as many as rows, or shapes that do not match.
+    """
+    x, member = _grouped(x, labels)
+    sizes = member.sum(0)
+    if not 1 < len(sizes) < len(x):
+        raise ValueError(f"silhouette needs between 2 and {len(x) - 1} clusters of {len(x)} rows, got {len(sizes)}")
+    squares, total = x.square().sum(1), 0.0
+    for start in range(0, len(x), tile):
+        rows = torch.arange(start, min(start + tile, len(x)), device=x.device)
+        distance = torch.addmm(squares[rows, None] + squares, x[rows], x.T, alpha=-2).clamp_(min=0).sqrt_()
+        distance.scatter_(1, rows[:, None], 0)  # rounding leaves a row some way from itself
+        sums, own = distance @ member, member[rows].bool()  # [tile, K]
+        size = (own * sizes).sum(1)
+        a = (own * sums).sum(1) / (size - 1).clamp(min=1)
+        b = (sums / sizes).masked_fill(own, torch.inf).amin(1)
+        # Equal rows in two clusters have a = b = 0 and count 0.
+        score = torch.where(size > 1, (b - a) / torch.maximum(a, b).clamp(min=torch.finfo(x.dtype).tiny), 0)
+        total += score.sum(dtype=torch.float64).item() if x.device.type != "mps" else score.sum().item()
+    return total / len(x)
+
+
+def cluster_distances(x, labels):
+    """Mean Euclidean distance of rows to their cluster's mean, and of the means to each other.
+
+    Args:
+        x: (N, D) real tensor.
+        labels: (N,) integers that are not negative.
+
+    Returns:
+        dict of the floats intra (over rows) and inter (over pairs of clusters; 0 for a single one).
+
+    Raises:
+        ValueError: shapes that do not match.
+    """
+    x, member = _grouped(x, labels)
+    means = member.T @ x / member.sum(0)[:, None]
+    inter = F.pdist(means)
+    return {
+        "intra": (x - means[member.argmax(1)]).norm(dim=1).mean().item(),
+        "inter": inter.mean().item() if len(inter) else 0.0,
+    }
