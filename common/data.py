@@ -357,11 +357,11 @@ def hold_out(ids: list[str], labels: np.ndarray, indices: np.ndarray, share: flo
 def split(images: Images, fraction: float = 1.0) -> dict[str, np.ndarray]:
     """The indices of every part of an image set.
 
-    `test` and `finetune_test` (here the same): the data's own test split, or 15 % held out. `rest`: all else. `dev`: the
-    data's own validation split, or a part of the labelled rest: 70/15/15 in all for the linear protocol, and
-    (`finetune_dev`) 15 % of the training labels for fine-tuning. `train` and `finetune_train`: the labelled rest without
-    it. `pretrain`: the share `fraction` of the rest, used without its labels. Everything is stratified by class and
-    depends on the items' names alone, so no stage of any run trains on the test part.
+    `test` and `finetune_test` (here the same): the data's own test split, or 15 % held out. `rest`: all else. `dev`:
+    the data's own validation split, or a part of the labelled rest: 70/15/15 in all for the linear protocol, and
+    (`finetune_dev`) 15 % of the training labels for fine-tuning. `train` and `finetune_train`: the labelled rest
+    without it. `pretrain`: the share `fraction` of the rest, used without its labels. Everything is stratified by class
+    and depends on the items' names alone, so no stage of any run trains on the test part.
     """
     ids, labels = images.ids, images.labels
     test, own_dev = (np.flatnonzero(images.splits == name) for name in ("test", "val"))

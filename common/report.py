@@ -1,6 +1,7 @@
 """report.html: what a run looks like, in one self-contained file; and the small files that go beside it.
 
-python -m common.report RUN writes it again from the run directory's log.jsonl, summary.json and config.json.
+python -m common.report RUN                                        writes it again from the run directory's files
+python -m common.report DIR --rows backbone,bs --cols proj_dim --value pretrain/train/loss     a table of many runs
 """
 
 import base64
@@ -249,14 +250,44 @@ def loss_section(scores: dict, settings: dict) -> list[str]:
     ]
 
 
-def main(argv: list[str]) -> int:
-    if len(argv) != 1 or not (Path(argv[0]) / "summary.json").exists():
-        print("error: usage: python -m common.report RUN (a run directory with a summary.json)", file=sys.stderr)
-        return 2
-    print(write(Path(argv[0])))
+def main(argv: list[str] | None = None) -> int:
+    from common import config, tables  # they import this module
+
+    parser = config.Parser(prog="python -m common.report", description=__doc__)
+    parser.add_argument("folder", metavar="DIR", help="a run directory, or with the flags below a folder of runs")
+    axis = "settings, as `backbone,bs`; `bs=64|128` lists the values to show"
+    parser.add_argument("--rows", help=f"a table of the runs below DIR: {axis}")
+    parser.add_argument("--cols", default="", help=f"its columns: {axis}")
+    parser.add_argument("--value", help="the metrics in its cells, as `linear/test/accuracy,linear/test/macro_f1`")
+    parser.add_argument("--where", default="", help="only runs with these settings, as `stage=linear`")
+    parser.add_argument("--interval", action="store_true", help="95 %% intervals of means instead of deviations")
+    parser.add_argument("--compact", action="store_true", help="leave out rows without any run")
+    parser.add_argument("--select", action="store_true", help="per backbone the SimCLR run to go on with")
+    args = parser.parse_args(argv)
+    folder = Path(args.folder)
+    with config.exit_codes():
+        if args.rows is None and not args.select:
+            config.refuse_without_effect(
+                parser, args, ["cols", "value", "where", "interval", "compact"], "without --rows"
+            )
+            if not (folder / "summary.json").exists():
+                raise config.InputError(f"{folder} holds no summary.json: give a run directory, or --rows for a table")
+            print(write(folder))
+            return 0
+        if args.rows is not None and args.value is None:
+            parser.error("--rows needs --value, the metric to show")
+        found = [run for run in tables.runs(folder) if tables.listed(run, tables.parse_axis(args.where))]
+        if not found:
+            raise config.InputError(f"{folder} holds no run{' with ' + args.where if args.where else ''}")
+        if args.rows is not None:
+            rows, cols = tables.parse_axis(args.rows), tables.parse_axis(args.cols)
+            values = args.value.split(",")
+            print(tables.pivot(found, rows, cols, values, interval=args.interval, compact=args.compact))
+        if args.select:
+            print(tables.select(found))
     return 0
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -154,7 +154,9 @@ def test_report_is_self_contained_and_names_both_conventions(tmp_path, capsys):
     assert "&lt;cells&gt;" in page and "data:image/png;base64," in page
     drawn = {path.stem for path in (tmp_path / "figures").glob("*.svg")}
     assert {"pretrain_loss", "pretrain_loss_by_epoch", "pretrain_knn_accuracy_by_epoch"} <= drawn
-    assert report.main([str(tmp_path / "absent")]) == 2
+    with pytest.raises(SystemExit) as stop:
+        report.main([str(tmp_path / "absent")])
+    assert stop.value.code == 2
 
 
 def test_a_grid_enlarges_small_images_in_whole_pixels(tmp_path):
