@@ -4,6 +4,7 @@ Order is a function, not state: the permutation of an epoch depends on `(seed, e
 number of threads or of processes sees the same images in the same order.
 """
 
+import functools
 import hashlib
 import io
 import os
@@ -43,7 +44,7 @@ DECODE_ERRORS = (
 )
 TEST_SHARE, FINETUNE_DEV_SHARE = 0.15, 0.15
 _CACHE_BYTES = 2 * 2**30
-_ORDER_STREAM = 2**31  # no view has this number
+_ORDER_STREAM = 2**31  # no view has this number or a higher one
 
 
 class Images:
@@ -380,9 +381,9 @@ def split(images: Images, fraction: float = 1.0) -> dict[str, np.ndarray]:
     return parts
 
 
-def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch: a permutation of range(count) that is a function of (seed, epoch)."""
-    keys = uniform(seed, epoch, np.arange(count), _ORDER_STREAM, 1)[:, 0]
+def permutation(count: int, seed: int, epoch: int, stream: int = 0) -> np.ndarray:
+    """The order of an epoch: a permutation of range(count) that is a function of (seed, epoch, stream)."""
+    keys = uniform(seed, epoch, np.arange(count), _ORDER_STREAM + stream, 1)[:, 0]
     return np.argsort(keys, kind="stable")
 
 
@@ -396,6 +397,45 @@ def epoch_batches(indices: np.ndarray, bs: int, seed: int, epoch: int, done: int
     order = indices[permutation(len(indices), seed, epoch)]
     starts = [batch * bs + rank * share for batch in range(done, len(indices) // bs)]
     return [order[start : start + share] for start in starts]
+
+
+def balanced_batches(
+    indices: np.ndarray, labels: np.ndarray, bs: int, seed: int, epoch: int, done: int = 0, facts=None
+) -> list[np.ndarray]:
+    """As `epoch_batches`, but every batch holds as many items of each class, to within one; none twice.
+
+    An epoch has as many batches as without balance. Each class is gone through in permutations of its own, from one
+    epoch to the next, so that every item is drawn about equally often within its class. A process's share is balanced
+    too, and so is every chunk of it.
+
+    Args:
+        indices: (n,) items to draw from.
+        labels: (n,) their classes, integers.
+
+    Raises:
+        InputError: a class has fewer items than a batch needs.
+    """
+    rank, world_size = (facts.rank, facts.world_size) if facts else (0, 1)
+    classes, share, steps = np.unique(labels), bs // world_size, len(indices) // bs
+    need = -(-bs // len(classes))
+    members = [indices[labels == label] for label in classes]
+    order_of = functools.lru_cache(maxsize=len(classes))(permutation)
+    for label, own in zip(classes, members, strict=True):
+        if len(own) < need:
+            raise InputError(f"a balanced batch of {bs} needs {need} items of class {label}, which has {len(own)}")
+
+    def drawn(number: int, batch: int) -> np.ndarray:
+        cycle, place = divmod(batch, len(members[number]) // need)
+        order = order_of(len(members[number]), seed, cycle, 1 + number)
+        return members[number][order[place * need :][:need]]
+
+    batches = []
+    for batch in range(epoch * steps + done, (epoch + 1) * steps):
+        columns = np.stack([drawn(number, batch) for number in range(len(classes))], 1)  # [need, classes]
+        # Where the batch does not divide into the classes, another one is short each time.
+        items = np.roll(columns, batch, axis=1).ravel()[:bs]
+        batches.append(items[rank * share :][:share])
+    return batches
 
 
 def check_batch(stage: str, bs: int, count: int, parts: int) -> None:

@@ -1,4 +1,4 @@
-"""Scores of classifications, of representations and of clusterings.
+"""Scores of classifications, of binary detectors, of representations and of clusterings.
 
 All functions check their input and return Python floats (`confusion_matrix` an array), so they wait for the device:
 call them in evaluation, not in the training step.
@@ -78,6 +78,110 @@ def classification(target, predicted, num_classes):
         "macro_recall": macro(hits, true),
         "macro_f1": macro(2 * hits, true + guessed),
     }
+
+
+def _detections(target, scores):
+    """Return checked 0/1 labels and fp64 scores as arrays; both classes must be there."""
+    target = _labels("target", target, 2)
+    scores = scores.detach().cpu().numpy() if isinstance(scores, torch.Tensor) else np.asarray(scores)
+    scores = scores.astype(np.float64)
+    if scores.shape != target.shape or not np.isfinite(scores).all():
+        raise ValueError(f"scores must be finite, one a label, got {scores.shape} for {len(target)} labels")
+    if target.min() == target.max():
+        raise ValueError(f"target must hold both classes, got {len(target)} times {target[0]}")
+    return target, scores
+
+
+def _operating_points(target, scores):
+    """Return the thresholds in falling order and the true and false positives at each; equal scores share a point."""
+    order = np.argsort(-scores, kind="stable")
+    ends = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
+    hits = np.cumsum(target[order])[ends]
+    return scores[order][ends], hits, ends + 1 - hits
+
+
+def detection(target, scores):
+    """Score a detector: area under the ROC curve, average precision and equal error rate.
+
+    Equal scores share one point of the curves. The AUC is the Mann-Whitney statistic, in which a tie counts half, and
+    the average precision is a sum without interpolation, both equal to scikit-learn's. The equal error rate is where
+    the straight lines between the points of the ROC curve have as many false alarms as misses, as shares.
+
+    Args:
+        target: (N,) integers 0 and 1, both of them there; 1 is what is to be detected.
+        scores: (N,) finite floats, higher for 1.
+
+    Returns:
+        dict of the floats auc, ap and eer; they do not depend on the order of the items.
+
+    Raises:
+        ValueError: empty input, different lengths, one class alone, or scores that are not finite.
+    """
+    _, hits, alarms = _operating_points(*_detections(target, scores))
+    positives, negatives = int(hits[-1]), int(alarms[-1])
+    new_hits, new_alarms = np.diff(hits, prepend=0), np.diff(alarms, prepend=0)
+    auc = int((new_alarms * (2 * hits - new_hits)).sum()) / (2 * positives * negatives)
+    ap = float((new_hits / positives * (hits / (hits + alarms))).sum())
+    crossed = int(np.argmax(alarms * positives >= (positives - hits) * negatives))
+    alarm_rates = np.array([alarms[crossed] - new_alarms[crossed], alarms[crossed]]) / negatives
+    miss_rates = 1 - np.array([hits[crossed] - new_hits[crossed], hits[crossed]]) / positives
+    before, after = miss_rates - alarm_rates
+    eer = alarm_rates[0] + before / (before - after) * (alarm_rates[1] - alarm_rates[0])
+    return {"auc": auc, "ap": ap, "eer": float(eer)}
+
+
+def best_threshold(target, scores):
+    """Return the threshold of highest accuracy: `scores >= threshold` is then the answer 1.
+
+    It lies halfway between two neighbouring scores, or at the highest representable distance that puts all on one
+    side; of equally good ones it is the highest. Arguments and errors as for `detection`.
+    """
+    levels, hits, alarms = _operating_points(*_detections(target, scores))
+    right = np.append(0, hits - alarms)  # relative to answering 0 throughout
+    best = int(right.argmax())
+    if best == 0:
+        return float(np.nextafter(levels[0], np.inf))
+    if best == len(levels):
+        return float(levels[-1])
+    middle = (levels[best - 1] + levels[best]) / 2
+    return float(middle if middle > levels[best] else levels[best - 1])
+
+
+def auc_interval(target, scores, seed, rounds=1000, level=0.95):
+    """Return the percentile bootstrap interval of the AUC as (low, high): a function of the arguments alone.
+
+    The items of each class are drawn again with replacement, `rounds` times. Items must be independent: videos, not
+    their clips. Memory is O(rounds * N + positives * negatives). Errors as for `detection`.
+    """
+    target, scores = _detections(target, scores)
+    positive, negative = scores[target == 1], scores[target == 0]
+    wins = (positive[:, None] > negative) + 0.5 * (positive[:, None] == negative)  # [positives, negatives]
+    rng = np.random.Generator(np.random.PCG64(seed))
+    drawn, other = (rng.multinomial(n, np.full(n, 1 / n), rounds).astype(float) for n in wins.shape)
+    # Sums of halves are exact in any order: the same bits on every machine.
+    areas = ((drawn @ wins) * other).sum(1) / wins.size
+    low, high = np.quantile(areas, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def group_means(groups, values, num_groups):
+    """Return the mean of the values of each group, fp64 (num_groups,): clip scores to video scores.
+
+    Args:
+        groups: (N,) integers in [0, num_groups), every one of them there.
+        values: (N,) floats.
+        num_groups: G.
+
+    Raises:
+        ValueError: lengths that differ, or a group without a value.
+    """
+    groups, values = _labels("groups", groups, num_groups), np.asarray(values, np.float64)
+    if groups.shape != values.shape:
+        raise ValueError(f"groups and values must have one length, got {groups.shape} and {values.shape}")
+    counts = np.bincount(groups, minlength=num_groups)
+    if not counts.all():
+        raise ValueError(f"every group must have a value, got none for {int(np.argmin(counts))}")
+    return np.bincount(groups, values, num_groups) / counts
 
 
 def contrastive(z_a, z_b, tile=1024):

@@ -246,6 +246,62 @@ def test_batches_of_an_epoch_resume_and_are_shared_by_processes():
         assert np.array_equal(batch, np.concatenate([left, right]))
 
 
+def imbalanced(counts):
+    labels = np.repeat(np.arange(len(counts)), counts)
+    order = np.random.default_rng(0).permutation(len(labels))
+    return 500 + np.arange(len(labels)), labels[order]
+
+
+@pytest.mark.parametrize(("counts", "bs"), [((50, 10), 12), ((50, 10), 8), ((40, 9), 7), ((11, 30, 9), 8), ((4, 4), 8)])
+def test_balanced_batches_hold_every_class_alike_and_reach_every_item(counts, bs):
+    indices, labels = imbalanced(counts)
+    label_of = dict(zip(indices.tolist(), labels.tolist(), strict=True))
+    drawn = dict.fromkeys(indices.tolist(), 0)
+    epochs = 40 * max(counts) // sum(counts) + 4
+    totals = np.zeros(len(counts))
+    for epoch in range(epochs):
+        batches = data.balanced_batches(indices, labels, bs, 5, epoch)
+        assert len(batches) == len(data.epoch_batches(indices, bs, 5, epoch))
+        for batch in batches:
+            assert len(batch) == bs and len(set(batch.tolist())) == bs
+            found = np.bincount([label_of[i] for i in batch.tolist()], minlength=len(counts))
+            assert found.max() - found.min() <= 1
+            totals += found
+            for i in batch.tolist():
+                drawn[i] += 1
+    assert min(drawn.values()) > 0
+    assert totals.max() - totals.min() <= len(counts)  # who is short takes turns
+    for number, count in enumerate(counts):
+        own = [drawn[i] for i in drawn if label_of[i] == number]
+        assert max(own) - min(own) <= 0.6 * totals[number] / count + 2
+
+
+def test_balanced_batches_are_functions_of_seed_and_epoch_and_shared_by_processes():
+    from common.dist import Facts
+
+    indices, labels = imbalanced((60, 20))
+    whole = data.balanced_batches(indices, labels, 12, 3, 2)
+    again, rest = (data.balanced_batches(indices, labels, 12, 3, 2, done=done) for done in (0, 4))
+    assert all(np.array_equal(a, b) for a, b in zip(whole, again, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(whole[4:], rest, strict=True))
+    for seed, epoch in ((4, 2), (3, 3)):
+        assert not np.array_equal(whole[0], data.balanced_batches(indices, labels, 12, seed, epoch)[0])
+    shares = [
+        data.balanced_batches(indices, labels, 12, 3, 2, 0, Facts(rank, 3, rank, torch.device("cpu")))
+        for rank in range(3)
+    ]
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert np.array_equal(batch, np.concatenate(parts))
+        for part in parts:
+            assert np.bincount(labels[part - 500]).tolist() == [2, 2]
+
+
+def test_a_class_too_small_for_a_balanced_batch_is_refused():
+    indices, labels = imbalanced((50, 5))
+    with pytest.raises(InputError, match="needs 6 items of class 1, which has 5"):
+        data.balanced_batches(indices, labels, 12, 0, 0)
+
+
 def test_batch_sizes_that_do_not_fit_are_refused():
     data.check_batch("train", 8, 8, 4)
     with pytest.raises(InputError, match="larger than the 7 training items"):

@@ -7,7 +7,7 @@ import torch.distributed as td
 import torch.multiprocessing as mp
 from torch import nn
 
-from common import dist
+from common import dist, metrics
 from common.config import InputError
 from kernels import nt_xent
 
@@ -77,6 +77,27 @@ def test_gathers_keep_the_order_and_uneven_shares_are_padded(tmp_path):
         assert result["rows"].flatten().tolist() == [0, 1, 2, 10, 11, 12, 20, 21, 22]
         assert result["back"].tolist() == list(range(100, 107))
         assert (result["most"].item(), result["own"].item()) == (2, 3)
+
+
+def video_metrics(facts, target, scores, videos):
+    own = dist.shard(np.arange(len(scores)), facts)
+    gathered = dist.unshard(torch.from_numpy(scores[own]), len(scores)).numpy()
+    means = metrics.group_means(videos, gathered, len(target))
+    values = metrics.detection(target, means) | metrics.detection(target[videos], gathered)
+    low, high = metrics.auc_interval(target, means, seed=0)
+    values |= {"threshold": metrics.best_threshold(target, means), "low": low, "high": high}
+    return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+
+
+def test_metrics_of_uneven_data_are_bitwise_those_of_one_process(tmp_path):
+    rng = np.random.default_rng(0)
+    target, videos = np.arange(19) % 2, np.repeat(np.arange(19), 1 + np.arange(19) % 3)
+    scores = np.round(rng.random(len(videos)), 1)
+    assert len(scores) == 37
+    alone = video_metrics(dist.Facts(0, 1, 0, torch.device("cpu")), target, scores, videos)
+    for world_size in (2, 3):
+        for result in ranks(tmp_path, world_size, video_metrics, target, scores, videos):
+            assert result == alone
 
 
 def test_rank_batchnorm_keeps_the_keys_and_evaluates_as_torch_does():

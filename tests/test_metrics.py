@@ -55,6 +55,104 @@ def test_classification_refuses_bad_labels(target, predicted, message):
         metrics.classification(target, predicted, 3)
 
 
+def detections(n, levels, seed, share=0.7):
+    """Labels with both classes and scores of so many levels (None: no ties) that tell something about them."""
+    rng = np.random.default_rng(seed)
+    target = np.arange(n) < max(1, min(n - 1, round(share * n)))
+    scores = rng.normal(size=n) + target
+    if levels:
+        scores = np.round(scores * levels / 6) * 6 / levels
+    order = rng.permutation(n)
+    return target[order].astype(int), scores[order]
+
+
+@pytest.mark.parametrize("n, levels", [(2, None), (3, 1), (7, 2), (50, None), (200, 5), (701, 30), (5000, 100)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_detection_equals_scikit_learn_with_ties(n, levels, sign):
+    oracle = pytest.importorskip("sklearn.metrics", reason=ORACLE)
+    optimize = pytest.importorskip("scipy.optimize", reason=ORACLE)
+    target, scores = detections(n, levels, n)
+    scores = sign * scores
+    found = metrics.detection(torch.from_numpy(target), torch.from_numpy(scores))
+    fpr, tpr, _ = oracle.roc_curve(target, scores, drop_intermediate=False)
+    expected = {
+        "auc": oracle.roc_auc_score(target, scores),
+        "ap": oracle.average_precision_score(target, scores),
+        # Along the curve, where fpr may stand still while tpr jumps.
+        "eer": eer_along_the_curve(fpr, tpr, optimize),
+    }
+    assert found == pytest.approx(expected, abs=1e-12) and all(type(value) is float for value in found.values())
+    shuffled = np.random.default_rng(1).permutation(n)
+    assert metrics.detection(target[shuffled], scores[shuffled]) == found
+
+
+def eer_along_the_curve(fpr, tpr, optimize):
+    at = np.arange(len(fpr))
+    root = optimize.brentq(lambda t: np.interp(t, at, fpr) - 1 + np.interp(t, at, tpr), 0, len(fpr) - 1, xtol=1e-14)
+    return float(np.interp(root, at, fpr))
+
+
+def test_detection_of_known_cases():
+    target = [0, 0, 1, 1]
+    assert metrics.detection(target, [1.0, 2, 3, 4]) == {"auc": 1, "ap": 1, "eer": 0}
+    assert metrics.detection(target, [4.0, 3, 2, 1])["auc"] == 0
+    assert metrics.detection(target, [5.0] * 4) == {"auc": 0.5, "ap": 0.5, "eer": 0.5}
+
+
+def test_the_best_threshold_is_the_best_of_all():
+    for seed in range(30):
+        target, scores = detections(2 + seed * 3, (None, 3, 12)[seed % 3], seed)
+        scores *= (-1) ** seed
+        threshold = metrics.best_threshold(target, scores)
+        accuracy = ((scores >= threshold) == target).mean()
+        tried = [((scores >= t) == target).mean() for t in [*scores, scores.max() + 1]]
+        assert accuracy == max(tried)
+    assert metrics.best_threshold([0, 0, 1, 1], [1.0, 2, 4, 5]) == 3
+    near = np.array([1.0, np.nextafter(1.0, 2)])  # nothing lies between neighbours
+    assert ((near >= metrics.best_threshold([0, 1], near)) == [False, True]).all()
+
+
+def test_the_interval_has_the_width_of_delongs():
+    """DeLong et al. 1988: the variance of the AUC from the placements of each item among the other class."""
+    target, scores = detections(700, 40, 3, share=0.8)
+    positive, negative = scores[target == 1], scores[target == 0]
+    wins = (positive[:, None] > negative) + 0.5 * (positive[:, None] == negative)
+    error = math.sqrt(wins.mean(1).var(ddof=1) / len(positive) + wins.mean(0).var(ddof=1) / len(negative))
+    low, high = metrics.auc_interval(target, scores, seed=0, rounds=4000)
+    assert low < wins.mean() < high
+    assert (high - low) / (2 * 1.96 * error) == pytest.approx(1, abs=0.05)
+    assert metrics.auc_interval(target, scores, seed=0, rounds=4000) == (low, high)
+    assert metrics.auc_interval(target, scores, seed=1, rounds=4000) != (low, high)
+    assert metrics.auc_interval([0, 0, 1, 1], [1.0, 2, 3, 4], seed=0) == (1, 1)
+
+
+def test_group_means_are_means():
+    rng = np.random.default_rng(0)
+    groups, values = rng.permutation(np.repeat(np.arange(9), 3))[:25], rng.normal(size=25)
+    expected = [values[groups == g].mean() for g in range(9)]
+    np.testing.assert_allclose(metrics.group_means(groups, values, 9), expected, rtol=1e-14)
+    with pytest.raises(ValueError, match="got none for 9"):
+        metrics.group_means(groups, values, 10)
+    with pytest.raises(ValueError, match="one length"):
+        metrics.group_means(groups, values[1:], 9)
+
+
+@pytest.mark.parametrize(
+    "target, scores, message",
+    [
+        ([1, 1], [0.0, 1.0], "both classes, got 2 times 1"),
+        ([0, 1], [0.0], "one a label"),
+        ([0, 1], [0.0, math.nan], "finite"),
+        ([0, 2], [0.0, 1.0], r"\[0, 2\)"),
+        ([], [], "not empty"),
+    ],
+)
+def test_detections_of_bad_input_are_refused(target, scores, message):
+    for function in (metrics.detection, metrics.best_threshold, lambda t, s: metrics.auc_interval(t, s, 0)):
+        with pytest.raises(ValueError, match=message):
+            function(target, scores)
+
+
 def contrastive_loops(z_a, z_b):
     z = F.normalize(torch.cat([z_a, z_b]).double(), dim=1)
     n, m = len(z_a), 2 * len(z_a)
