@@ -261,7 +261,7 @@ class Signals:
         )
 
 
-_PLACE = ("step", "epoch", "batch", "best", "best_epoch", "stale", "results", "finished", "planned")
+_PLACE = ("step", "epoch", "batch", "best", "best_epoch", "certain", "stale", "results", "finished", "planned")
 
 
 class Progress:
@@ -293,6 +293,7 @@ class Progress:
         self.save_seconds, self.max_steps = save_every * 60, max_steps
         self.step = self.epoch = self.batch = self.best_epoch = self.stale = 0
         self.best: float | None = None
+        self.certain: float | None = None
         self.sums: dict[str, Tensor] = {}
         self.results: dict[str, float] = {}
         self.finished, self.planned = False, 0
@@ -457,15 +458,25 @@ class Progress:
             " Try a lower --lr, more --warmup-epochs or --precision fp32"
         )
 
-    def select(self, value: float, weights: dict, metrics: dict, *, higher_is_better: bool) -> None:
-        """Keep a copy of `weights` as best.pt if `value` is the best so far; `stale` counts evaluations since then."""
-        better = math.isfinite(value) and (
-            self.best is None or (value > self.best if higher_is_better else value < self.best)
-        )
-        if not better:
+    def select(
+        self, value: float, weights: dict, metrics: dict, *, higher_is_better: bool, certain: float | None = None
+    ) -> None:
+        """Keep a copy of `weights` as best.pt if `value` is the best so far.
+
+        `stale` counts the evaluations since one that was better beyond doubt: whose `certain`, what can be relied on of
+        its value (unset: all of it), was better than the value of the last such evaluation.
+        """
+
+        def better(new: float, old: float | None) -> bool:
+            return math.isfinite(new) and (old is None or (new > old if higher_is_better else new < old))
+
+        if better(value if certain is None else certain, self.certain):
+            self.certain, self.stale = value, 0
+        else:
             self.stale += 1
+        if not better(value, self.best):
             return
-        self.best, self.best_epoch, self.stale = value, self.epoch + 1, 0
+        self.best, self.best_epoch = value, self.epoch + 1
         copies = {name: tensor.detach().clone() for name, tensor in weights.items()}
         self._best_state = {"model": copies, "meta": self.meta, "epoch": self.epoch + 1, "metrics": metrics}
 

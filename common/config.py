@@ -256,14 +256,17 @@ def refuse_without_effect(parser: Parser, args: argparse.Namespace, names, reaso
             parser.error(f"--{name.replace('_', '-')} has no effect {reason}")
 
 
-def check_use(parser: Parser, args: argparse.Namespace) -> None:
-    """Exit 2 if --eval or --predict comes with a flag of training, or --predict without the run to use."""
+def check_use(parser: Parser, args: argparse.Namespace, heeded=()) -> None:
+    """Exit 2 if --eval or --predict comes with a flag of training, or --predict without the run to use.
+
+    `heeded` are flags of the script (attribute names) that both heed.
+    """
     mode = "--eval" if args.eval else "--predict" if args.predict else None
     if mode is None:
         return
     if args.eval and args.predict:
         parser.error("--eval and --predict exclude each other")
-    refuse_without_effect(parser, args, sorted(vars(args).keys() - USE_FLAGS), f"with {mode}")
+    refuse_without_effect(parser, args, sorted(vars(args).keys() - USE_FLAGS - {*heeded}), f"with {mode}")
     if args.predict and args.resume in ("auto", "none"):
         parser.error("--predict needs the trained run: add --resume RUN")
     if args.predict:
@@ -301,6 +304,7 @@ class Stage:
     wd: float
     optimizer: str
     warmup_epochs: float
+    min_lr: float = 0.0
 
     def describe(self, items: str, steps_per_epoch: int) -> str:
         """One line for people: how much data in how many steps, and how they are taken."""
@@ -323,6 +327,8 @@ def stage(args, name: str, defaults: dict, *, first: bool, lr_of) -> Stage:
         values["warmup_epochs"] = args.warmup_epochs
     else:
         values["warmup_epochs"] = defaults.get("warmup_epochs", values["epochs"] / 10)
+    if values.get("min_lr", 0.0) > values["lr"]:
+        raise InputError(f"--min-lr {values['min_lr']:g} is more than the learning rate {values['lr']:g}")
     if values["warmup_epochs"] > values["epochs"]:
         raise InputError(f"--warmup-epochs {values['warmup_epochs']:g} is more than the {values['epochs']} epochs")
     return Stage(name, **values)

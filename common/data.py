@@ -44,7 +44,8 @@ DECODE_ERRORS = (
 )
 TEST_SHARE, FINETUNE_DEV_SHARE = 0.15, 0.15
 _CACHE_BYTES = 2 * 2**30
-_ORDER_STREAM = 2**31  # no view has this number or a higher one
+_ORDER_STREAM = 2**31  # no view has this number
+_CLASS_STREAMS = 2**32  # the first of one a class
 
 
 class Images:
@@ -381,9 +382,9 @@ def split(images: Images, fraction: float = 1.0) -> dict[str, np.ndarray]:
     return parts
 
 
-def permutation(count: int, seed: int, epoch: int, stream: int = 0) -> np.ndarray:
+def permutation(count: int, seed: int, epoch: int, stream: int = _ORDER_STREAM) -> np.ndarray:
     """The order of an epoch: a permutation of range(count) that is a function of (seed, epoch, stream)."""
-    keys = uniform(seed, epoch, np.arange(count), _ORDER_STREAM + stream, 1)[:, 0]
+    keys = uniform(seed, epoch, np.arange(count), stream, 1)[:, 0]
     return np.argsort(keys, kind="stable")
 
 
@@ -426,7 +427,7 @@ def balanced_batches(
 
     def drawn(number: int, batch: int) -> np.ndarray:
         cycle, place = divmod(batch, len(members[number]) // need)
-        order = order_of(len(members[number]), seed, cycle, 1 + number)
+        order = order_of(len(members[number]), seed, cycle, _CLASS_STREAMS + number)
         return members[number][order[place * need :][:need]]
 
     batches = []

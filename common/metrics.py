@@ -164,26 +164,6 @@ def auc_interval(target, scores, seed, rounds=1000, level=0.95):
     return float(low), float(high)
 
 
-def group_means(groups, values, num_groups):
-    """Return the mean of the values of each group, fp64 (num_groups,): clip scores to video scores.
-
-    Args:
-        groups: (N,) integers in [0, num_groups), every one of them there.
-        values: (N,) floats.
-        num_groups: G.
-
-    Raises:
-        ValueError: lengths that differ, or a group without a value.
-    """
-    groups, values = _labels("groups", groups, num_groups), np.asarray(values, np.float64)
-    if groups.shape != values.shape:
-        raise ValueError(f"groups and values must have one length, got {groups.shape} and {values.shape}")
-    counts = np.bincount(groups, minlength=num_groups)
-    if not counts.all():
-        raise ValueError(f"every group must have a value, got none for {int(np.argmin(counts))}")
-    return np.bincount(groups, values, num_groups) / counts
-
-
 def contrastive(z_a, z_b, tile=1024):
     """Score two views' embeddings: how well a row finds its positive, and alignment and uniformity.
 

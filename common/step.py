@@ -89,6 +89,7 @@ def set_lr(optimizer: torch.optim.Optimizer, stage, done: int, steps_per_epoch: 
         warmup_steps=round(stage.warmup_epochs * steps_per_epoch),
         total_steps=stage.epochs * steps_per_epoch,
         schedule=schedule,
+        min_lr=stage.min_lr,
     )
     for group in optimizer.param_groups:
         group["lr"] = lr

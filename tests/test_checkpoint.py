@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import checkpoint
+from common import checkpoint, dist
 from common.config import InputError
 
 
@@ -93,6 +93,21 @@ def test_weights_that_do_not_fit_are_named():
     text = str(error.value)
     assert "x.pt" in text and "1 keys missing (first: 0.bias)" in text and "1 unknown keys (first: 1.bias)" in text
     assert "0.weight is (4, 5), the model's is (4, 3)" in text
+
+
+def test_patience_counts_from_the_last_certain_gain_and_selection_does_not(tmp_path):
+    facts = dist.Facts(0, 1, 0, torch.device("cpu"))
+    progress = checkpoint.Progress(
+        tmp_path, "s", parts={}, log=None, facts=facts, signals=None, meta={}, start="", save_every=1, max_steps=None
+    )
+    stale, best = [], []
+    for epoch, value in enumerate([0.50, 0.505, 0.51, 0.515, 0.53, 0.52, float("nan")]):
+        progress.epoch = epoch
+        progress.select(value, {}, {}, higher_is_better=True, certain=value - 0.01)
+        stale.append(progress.stale)
+        best.append(progress.best_epoch)
+    assert stale == [0, 1, 2, 0, 0, 1, 2]  # 0.51 - 0.01 is not above 0.50; 0.515 - 0.01 is
+    assert best == [1, 2, 3, 4, 5, 5, 5]
 
 
 def test_random_number_states_return(tmp_path):

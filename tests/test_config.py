@@ -152,3 +152,7 @@ def test_stage_settings_come_from_the_flags_of_their_stage():
     args = config.parse(p, ["--epochs", "2", "--warmup-epochs", "3"], {})
     with pytest.raises(config.InputError, match="more than the 2 epochs"):
         config.stage(args, "first", defaults, first=True, lr_of=lambda bs: 1.0)
+    args = config.parse(p, ["--lr", "1e-3"], {})
+    assert config.stage(args, "first", defaults | {"min_lr": 1e-4}, first=True, lr_of=None).min_lr == 1e-4
+    with pytest.raises(config.InputError, match="--min-lr 0.01 is more than the learning rate 0.001"):
+        config.stage(args, "first", defaults | {"min_lr": 1e-2}, first=True, lr_of=None)

@@ -126,17 +126,6 @@ def test_the_interval_has_the_width_of_delongs():
     assert metrics.auc_interval([0, 0, 1, 1], [1.0, 2, 3, 4], seed=0) == (1, 1)
 
 
-def test_group_means_are_means():
-    rng = np.random.default_rng(0)
-    groups, values = rng.permutation(np.repeat(np.arange(9), 3))[:25], rng.normal(size=25)
-    expected = [values[groups == g].mean() for g in range(9)]
-    np.testing.assert_allclose(metrics.group_means(groups, values, 9), expected, rtol=1e-14)
-    with pytest.raises(ValueError, match="got none for 9"):
-        metrics.group_means(groups, values, 10)
-    with pytest.raises(ValueError, match="one length"):
-        metrics.group_means(groups, values[1:], 9)
-
-
 @pytest.mark.parametrize(
     "target, scores, message",
     [

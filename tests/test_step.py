@@ -1,5 +1,7 @@
 """A step that must not happen leaves everything as it was; chunks of a batch; precision."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -95,3 +97,6 @@ def test_the_learning_rate_is_a_function_of_the_position():
     assert rates[-1] == pytest.approx(0.0, abs=1e-3) and rates[10:] == sorted(rates[10:], reverse=True)
     assert {group["lr"] for group in optimizer.param_groups} == {rates[-1]}
     assert step.set_lr(optimizer, stage, 30, 5, "constant") == 0.4
+    floored = dataclasses.replace(stage, min_lr=0.04)
+    assert step.set_lr(optimizer, floored, 49, 5, "cosine") == pytest.approx(0.04)
+    assert step.set_lr(optimizer, floored, 9, 5, "cosine") == pytest.approx(0.4)
