@@ -16,12 +16,14 @@ import pickle
 import re
 import zipfile
 import zlib
+from collections import Counter
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from common.config import InputError, nearest
 from common.data import SPLITS, TEST_SHARE, UNLABELLED, hold_out
+from common.models.text import tokens
 
 FEATURES = {"video": "video_data/swin_feats.pkl", "audio": "audio_data/wavlm_feats.pkl"}
 # What NumPy, zipfile and pickle raise on damaged or hostile files.
@@ -146,6 +148,71 @@ def split(utterances: Utterances) -> dict[str, np.ndarray]:
     if not len(test):
         test = hold_out(utterances.ids, np.zeros(len(utterances), np.int64), everything, TEST_SHARE, "test")
     return {"train": np.setdiff1d(everything, test), "test": test}
+
+
+def doctor(utterances: Utterances) -> dict[str, str]:
+    """What to know of the data before training: finding by name, in the words that are printed and reported.
+
+    Rows, classes, imbalance (largest class over smallest), texts (tokens, empty, repeated), and of every modality its
+    scale, rows of zeros, constant columns and values that are not finite. Labels are counted here and nowhere used.
+    """
+    found = {"utterances": str(len(utterances))}
+    named = [f"{s} {int((utterances.splits == s).sum())}" for s in ("train", "val", "test") if s in utterances.splits]
+    found["splits"] = ", ".join(named) or "none named"
+    if utterances.labelled:
+        counts = utterances.counts()
+        order = np.argsort(-counts, kind="stable")
+        found["classes"] = f"{len(counts)}: " + ", ".join(f"{utterances.classes[i]} {counts[i]}" for i in order)
+        few = order[counts[order] > 0][-1]
+        ratio = counts.max() / counts[few]
+        found["imbalance"] = f"{ratio:.1f} ({utterances.classes[order[0]]} over {utterances.classes[few]})"
+    found["without label"] = str(int((utterances.labels == UNLABELLED).sum()))
+    if utterances.texts is not None:
+        found |= _text_findings(utterances)
+    for name, values in utterances.modalities.items():
+        found[f"modality {name}"] = _scale(values, utterances.lengths.get(name))
+    return found
+
+
+def _text_findings(utterances: Utterances) -> dict[str, str]:
+    texts = utterances.texts
+    sizes = np.array([len(tokens(text)) for text in texts])
+    empty = [utterances.ids[i] for i in np.flatnonzero(sizes == 0)]
+    most, times = Counter(texts).most_common(1)[0]
+    repeated = len(texts) - len(set(texts))
+    return {
+        "tokens per text": f"mean {sizes.mean():.1f}, longest {sizes.max()} ({utterances.ids[sizes.argmax()]})",
+        "empty texts": f"{len(empty)}" + (f" ({_some(empty)})" if empty else ""),
+        "repeated texts": f"{repeated} repeat an earlier one"
+        + (f"; {most!r} stands {times} times" if repeated else ""),
+    }
+
+
+def _scale(values: np.ndarray, lengths: np.ndarray | None) -> str:
+    # In chunks: a copy of all frames of a video data set would double its memory.
+    width = values.shape[-1]
+    count, not_finite, zeros = 0, 0, 0
+    total, squares = np.zeros(width), np.zeros(width)
+    low, high = np.full(width, np.inf), np.full(width, -np.inf)
+    for start in range(0, len(values), 256):
+        chunk = values[start : start + 256]
+        zeros += int((chunk.reshape(len(chunk), -1) == 0).all(1).sum())
+        if lengths is not None:
+            chunk = chunk[np.arange(chunk.shape[1]) < lengths[start : start + 256, None]]
+        finite = np.isfinite(chunk)
+        not_finite += int((~finite).sum())
+        chunk = np.where(finite, chunk, 0).astype(np.float64)
+        count += len(chunk)
+        total, squares = total + chunk.sum(0), squares + (chunk**2).sum(0)
+        low, high = np.minimum(low, chunk.min(0)), np.maximum(high, chunk.max(0))
+    mean = total / count
+    deviation = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    text = f"{' x '.join(map(str, values.shape[1:]))}"
+    if lengths is not None:
+        text += f", lengths {lengths.min()} to {lengths.max()} (mean {lengths.mean():.1f})"
+    text += f"; means {mean.min():.3g} to {mean.max():.3g}, deviations {deviation.min():.3g} to {deviation.max():.3g}"
+    text += f"; {zeros} utterances all zero, {int((low == high).sum())} constant columns"
+    return text + (f", {not_finite / (count * width):.2%} not finite" if not_finite else "")
 
 
 def _some(items, most: int = 5) -> str:

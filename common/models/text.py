@@ -1,0 +1,459 @@
+"""Text to vectors: TF-IDF with a truncated SVD, which needs no file at all, and encoders of the BERT family.
+
+`lsa` is latent semantic analysis (Deerwester et al. 1990) of words, punctuation and character n-grams, `encode` the
+pooled states of a frozen encoder (Devlin et al. 2018, arXiv:1810.04805) whose folder the user has.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import string
+import unicodedata
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.checkpoint import load_weights
+from common.config import InputError
+
+_TOKEN = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*|([^\w\s]|_)\1*")
+
+
+def tokens(text: str) -> list[str]:
+    """Lower-case words, and punctuation: each run of one sign is a token, for `?` and `...` tell much of an act."""
+    return [match[0] for match in _TOKEN.finditer(text.lower())]
+
+
+def word_ngrams(text: str, longest: int = 2) -> list[str]:
+    """All runs of 1 to `longest` tokens, joined by blanks."""
+    words = tokens(text)
+    return [" ".join(words[i : i + n]) for n in range(1, longest + 1) for i in range(len(words) - n + 1)]
+
+
+def char_ngrams(text: str, shortest: int = 2, longest: int = 4) -> list[str]:
+    """All runs of `shortest` to `longest` characters of each token with a blank on either side."""
+    padded = [f" {token} " for token in tokens(text)]
+    return [p[i : i + n] for p in padded for n in range(shortest, longest + 1) for i in range(len(p) - n + 1)]
+
+
+class Sparse(NamedTuple):
+    """A matrix in compressed rows: row i has `values[k]` in column `columns[k]` for starts[i] <= k < starts[i + 1]."""
+
+    values: np.ndarray  # (nnz,) float64
+    columns: np.ndarray  # (nnz,) int64, ascending in each row
+    starts: np.ndarray  # (n + 1,) int64
+    num_columns: int
+
+    def torch(self) -> torch.Tensor:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+            return torch.sparse_csr_tensor(
+                *(torch.from_numpy(a) for a in (self.starts, self.columns, self.values)),
+                size=(len(self.starts) - 1, self.num_columns),
+                check_invariants=True,
+            )
+
+    def transposed(self) -> "Sparse":
+        rows = np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
+        order = np.argsort(self.columns, kind="stable")
+        starts = np.concatenate([[0], np.cumsum(np.bincount(self.columns, minlength=self.num_columns))])
+        return Sparse(self.values[order], rows[order], starts, len(self.starts) - 1)
+
+
+def vocabulary(documents: list[list[str]], min_df: int) -> tuple[list[str], np.ndarray]:
+    """The sorted terms that stand in at least `min_df` documents, and their (V,) weights 1 + ln((1 + n) / (1 + df))."""
+    df = Counter(term for document in documents for term in set(document))
+    terms = sorted(term for term, count in df.items() if count >= min_df)
+    counts = np.array([df[term] for term in terms], np.float64)
+    return terms, 1 + np.log((1 + len(documents)) / (1 + counts))
+
+
+def tfidf(documents: list[list[str]], terms: list[str], idf: np.ndarray) -> Sparse:
+    """(n, V) TF-IDF: (1 + ln tf) * idf, rows of norm 1, or 0 where a document has none of the terms."""
+    number = {term: i for i, term in enumerate(terms)}
+    rows = [sorted((number[t], tf) for t, tf in Counter(d).items() if t in number) for d in documents]
+    sizes = np.array([len(row) for row in rows], np.int64)
+    columns, tf = np.array([pair for row in rows for pair in row], np.int64).reshape(-1, 2).T
+    values = (1 + np.log(tf)) * idf[columns]
+    owner = np.repeat(np.arange(len(rows)), sizes)
+    norms = np.sqrt(np.bincount(owner, values**2, len(rows)))
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    return Sparse(values / norms[owner], np.ascontiguousarray(columns), starts, len(terms))
+
+
+def side_by_side(blocks: list[tuple[float, Sparse]]) -> Sparse:
+    """Blocks of columns of the same rows, each times its weight."""
+    offsets = np.cumsum([0] + [block.num_columns for _, block in blocks])
+    owner = np.concatenate([np.repeat(np.arange(len(b.starts) - 1), np.diff(b.starts)) for _, b in blocks])
+    values = np.concatenate([weight * b.values for weight, b in blocks])
+    columns = np.concatenate([b.columns + offset for (_, b), offset in zip(blocks, offsets, strict=False)])
+    order = np.argsort(owner, kind="stable")
+    starts = np.sum([b.starts for _, b in blocks], 0)
+    return Sparse(values[order], columns[order], starts, int(offsets[-1]))
+
+
+def svd(matrix: Sparse, dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Left singular vectors (n, d) and singular values (d,) of the d = min(dim, n, V) largest, float64.
+
+    Randomised block Krylov iteration (Musco and Musco 2015, arXiv:1504.05477). The entry of largest magnitude in each
+    vector is positive.
+    """
+    n, width = len(matrix.starts) - 1, matrix.num_columns
+    dim = min(dim, n, width)
+    a, at = matrix.torch(), matrix.transposed().torch()
+    generator = torch.Generator().manual_seed(seed)
+    block = torch.linalg.qr(a @ torch.randn(width, min(dim + 10, n, width), generator=generator, dtype=torch.float64))[
+        0
+    ]
+    blocks = [block]
+    for _ in range(4):
+        block = torch.linalg.qr(a @ (at @ block))[0]
+        blocks.append(block)
+    basis = torch.linalg.qr(torch.cat(blocks, 1))[0]
+    small = at @ basis
+    s2, u = torch.linalg.eigh(small.T @ small)
+    s = s2.flip(0)[:dim].clamp_min(0).sqrt().numpy()
+    u = (basis @ u.flip(1)[:, :dim]).numpy()
+    return u * np.where(u[np.abs(u).argmax(0), np.arange(dim)] < 0, -1, 1), s
+
+
+class Lsa:
+    """Latent semantic analysis fitted to texts; maps n texts to (n, d) float32.
+
+    The terms are runs of one and two tokens, punctuation included, and with a smaller weight the characters of each
+    token, for spellings and endings that a corpus shows once. Singular directions keep their singular values: unlike
+    whitened ones they weigh what is common more than what is rare.
+
+    Attributes:
+        state: all of it as plain values and tensors, for a checkpoint; `Lsa(state)` is the same map.
+    """
+
+    def __init__(self, state: dict):
+        self.state = state
+
+    @classmethod
+    def fit(cls, texts: list[str], dim: int = 100, char_weight: float = 0.5, seed: int = 0) -> "Lsa":
+        """Fit to texts. No labels enter, so all utterances may take part, those of the test split too (the usual
+        transductive setting of clustering, in which the test utterances are at hand without their labels).
+
+        Args:
+            texts: n utterances.
+            dim: directions; fewer where n or the number of terms is smaller.
+            char_weight: weight of the character n-grams' part of a row beside the words' part, >= 0.
+            seed: of the randomised SVD.
+
+        Raises:
+            InputError: no term stands in two utterances.
+        """
+        words, chars = (vocabulary([ngrams(text) for text in texts], 2) for ngrams in (word_ngrams, char_ngrams))
+        if not words[0] and not chars[0]:
+            raise InputError("no word stands in two utterances: nothing to compare them by; check the text")
+        tables = {"words": words[0], "word_idf": words[1], "chars": chars[0], "char_idf": chars[1]}
+        state = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in tables.items()}
+        state["char_weight"] = char_weight
+        matrix = cls(state)._weigh(texts)
+        u, s = svd(matrix, dim, seed)
+        kept = s > s[0] * 1e-9  # the others are rounding
+        state["projection"] = (matrix.transposed().torch() @ torch.from_numpy(u[:, kept])) / torch.from_numpy(s[kept])
+        return cls(state)
+
+    def _weigh(self, texts: list[str]) -> Sparse:
+        words = tfidf([word_ngrams(t) for t in texts], self.state["words"], self.state["word_idf"].numpy())
+        chars = tfidf([char_ngrams(t) for t in texts], self.state["chars"], self.state["char_idf"].numpy())
+        return side_by_side([(1.0, words), (self.state["char_weight"], chars)])
+
+    def __call__(self, texts: list[str]) -> np.ndarray:
+        return (self._weigh(texts).torch() @ self.state["projection"]).float().numpy()
+
+
+def lsa(texts: list[str], dim: int = 100, seed: int = 0) -> np.ndarray:
+    """(n, d) float32: latent semantic analysis of n texts, fitted to these texts. See `Lsa`."""
+    return Lsa.fit(texts, dim, seed=seed)(texts)
+
+
+class WordPiece:
+    """The tokeniser of BERT (Devlin et al. 2018): clean, split at blanks and punctuation, longest match first.
+
+    Names of special tokens in a text, such as `[MASK]`, are ordinary text here.
+
+    Args:
+        vocab: token -> id; needs [UNK], [CLS], [SEP] and [PAD].
+        lower: lower-case and take off accents.
+        chinese: put blanks around CJK ideographs.
+    """
+
+    def __init__(self, vocab: dict[str, int], lower: bool = True, strip_accents: bool | None = None, chinese=True):
+        missing = [name for name in ("[UNK]", "[CLS]", "[SEP]", "[PAD]") if name not in vocab]
+        if missing:
+            raise InputError(f"the vocabulary lacks {', '.join(missing)}: not a WordPiece vocabulary of BERT")
+        self.vocab, self.lower, self.chinese = vocab, lower, chinese
+        self.strip_accents = lower if strip_accents is None else strip_accents
+        self.unknown, self.first, self.last, self.pad = (vocab[t] for t in ("[UNK]", "[CLS]", "[SEP]", "[PAD]"))
+
+    @classmethod
+    def read(cls, folder: Path) -> "WordPiece":
+        """From a folder's `vocab.txt`, and `tokenizer_config.json` where there is one."""
+        lines = _read_text(folder / "vocab.txt").split("\n")
+        settings = _read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+        return cls(
+            {token: i for i, token in enumerate(lines[:-1] if not lines[-1] else lines)},
+            bool(settings.get("do_lower_case", True)),
+            settings.get("strip_accents"),
+            bool(settings.get("tokenize_chinese_chars", True)),
+        )
+
+    def words(self, text: str) -> list[str]:
+        """The words and single signs of punctuation of a text, cleaned."""
+        # Control characters vanish, and so do unassigned and private ones: category C.
+        text = "".join(
+            " " if c in "\t\n\r" or c.isspace() else c
+            for c in text
+            if c in "\t\n\r" or not (c == "\ufffd" or unicodedata.category(c)[0] == "C")
+        )
+        if self.chinese:
+            text = "".join(f" {c} " if _is_cjk(ord(c)) else c for c in text)
+        if self.strip_accents:
+            text = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
+        if self.lower:
+            text = "".join(c.lower() for c in text)  # letter by letter: a final sigma stays a sigma
+        return "".join(f" {c} " if _is_punctuation(c) else c for c in text).split()
+
+    def pieces(self, word: str) -> list[int]:
+        """Ids of a word's longest pieces from left to right; [UNK] alone where it cannot be spelt."""
+        if len(word) > 100:
+            return [self.unknown]
+        ids, start = [], 0
+        while start < len(word):
+            prefix = "##" if start else ""
+            ends = range(len(word), start, -1)
+            end = next((end for end in ends if prefix + word[start:end] in self.vocab), None)
+            if end is None:
+                return [self.unknown]
+            ids.append(self.vocab[prefix + word[start:end]])
+            start = end
+        return ids
+
+    def __call__(self, text: str, max_length: int) -> list[int]:
+        """[CLS], at most max_length - 2 pieces, [SEP]."""
+        ids = [i for word in self.words(text) for i in self.pieces(word)]
+        return [self.first, *ids[: max_length - 2], self.last]
+
+
+_CJK = (
+    (0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F), (0x2B820, 0x2CEAF),
+    (0xF900, 0xFAFF), (0x2F800, 0x2FA1F),
+)  # fmt: skip
+
+
+def _is_cjk(code: int) -> bool:
+    return any(low <= code <= high for low, high in _CJK)
+
+
+def _is_punctuation(sign: str) -> bool:
+    # ASCII signs such as $ and ^ are punctuation to BERT although Unicode calls them symbols.
+    return sign in string.punctuation or unicodedata.category(sign)[0] == "P"
+
+
+_SIZES = (
+    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+    "max_position_embeddings", "type_vocab_size",
+)  # fmt: skip
+
+
+class Bert(nn.Module):
+    """The encoder of BERT and of what shares its shape, such as MiniLM, with Hugging Face's keys (no pooler).
+
+    Post-norm layers, exact GELU, learned positions, no dropout.
+
+    Args:
+        config: the values of the `config.json` beside the weights.
+    """
+
+    def __init__(self, config: dict):
+        super().__init__()
+        missing = [name for name in _SIZES if not isinstance(config.get(name), int)]
+        if missing:
+            raise InputError(f"the encoder's config.json lacks {', '.join(missing)}: not an encoder of the BERT family")
+        for name, allowed in (("model_type", "bert"), ("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
+            if config.get(name, allowed) != allowed:
+                raise InputError(f"the encoder's config.json has {name} {config[name]!r}; allowed is {allowed}")
+        vocab, width, layers, self.num_heads, inner, self.max_length, types = (config[name] for name in _SIZES)
+        if width % self.num_heads:
+            raise InputError(f"hidden_size {width} is not divisible by num_attention_heads {self.num_heads}")
+        eps = config.get("layer_norm_eps", 1e-12)
+        self.num_layers, self.width = layers, width
+        self.embeddings = nn.ModuleDict(
+            {
+                "word_embeddings": nn.Embedding(vocab, width),
+                "position_embeddings": nn.Embedding(self.max_length, width),
+                "token_type_embeddings": nn.Embedding(types, width),
+                "LayerNorm": nn.LayerNorm(width, eps),
+            }
+        )
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(_layer(width, inner, eps) for _ in range(layers))})
+
+    def forward(self, ids: Tensor, mask: Tensor, layer: int) -> Tensor:
+        """Hidden states after `layer` layers (0: the embeddings): (b, l) ids and bool mask of tokens -> (b, l, d)."""
+        parts = self.embeddings
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        x = parts["word_embeddings"](ids) + parts["position_embeddings"](positions)
+        x = parts["LayerNorm"](x + parts["token_type_embeddings"].weight[0])
+        for block in self.encoder["layer"][:layer]:
+            attention = block["attention"]
+            q, k, v = (
+                attention["self"][name](x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+                for name in ("query", "key", "value")
+            )  # (b, h, l, d / h)
+            mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
+            mixed = attention["output"]["dense"](mixed.transpose(1, 2).flatten(2))
+            x = attention["output"]["LayerNorm"](mixed + x)
+            inner = F.gelu(block["intermediate"]["dense"](x))
+            x = block["output"]["LayerNorm"](block["output"]["dense"](inner) + x)
+        return x
+
+
+def _layer(width: int, inner: int, eps: float) -> nn.ModuleDict:
+    def output(size):
+        return nn.ModuleDict({"dense": nn.Linear(size, width), "LayerNorm": nn.LayerNorm(width, eps)})
+
+    projections = nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")})
+    return nn.ModuleDict(
+        {
+            "attention": nn.ModuleDict({"self": projections, "output": output(width)}),
+            "intermediate": nn.ModuleDict({"dense": nn.Linear(width, inner)}),
+            "output": output(inner),
+        }
+    )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read: {error}; an encoder's folder needs it") from None
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        value = json.loads(_read_text(path))
+    except ValueError as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a table of settings, received {type(value).__name__}")
+    return value
+
+
+def _weights_file(folder: Path) -> Path:
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return folder / name
+    raise InputError(f"{folder}: no model.safetensors or pytorch_model.bin there; name an encoder's folder")
+
+
+def read_bert(folder: str | Path) -> Bert:
+    """The encoder of a Hugging Face folder: `config.json` and `model.safetensors` or `pytorch_model.bin`.
+
+    Keys may have the prefix `bert.`; a pooler and pretraining heads are left out.
+
+    Raises:
+        InputError: a file is missing, damaged, or of another family.
+    """
+    from common import weights
+
+    folder = Path(folder)
+    model = Bert(_read_json(folder / "config.json"))
+    path = _weights_file(folder)
+    state = weights.read(path)
+    if any(key.startswith("bert.") for key in state):
+        state = {key.removeprefix("bert."): value for key, value in state.items() if key.startswith("bert.")}
+    # The first published checkpoints name a LayerNorm's parameters as TensorFlow does.
+    names = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+    kept = {}
+    for key, value in state.items():
+        if key.startswith(("embeddings.", "encoder.")) and not key.endswith("position_ids"):
+            old = next((end for end in names if key.endswith(end)), None)
+            kept[key.removesuffix(old) + names[old] if old else key] = value.float()
+    load_weights(model, kept, path)
+    return model.eval()
+
+
+@torch.no_grad()
+def encode(
+    folder: str | Path,
+    texts: list[str],
+    layer: int | None = None,
+    pooling: str = "mean",
+    max_length: int | None = None,
+    batch: int = 64,
+    device: str | torch.device = "cpu",
+    cache: str | Path | None = None,
+) -> np.ndarray:
+    """(n, d) float32: the states of a frozen encoder after one of its layers, pooled over each text's tokens.
+
+    Each distinct text is encoded once, in batches of like length, so that a text's vector does not depend on where it
+    stands in the list.
+
+    Args:
+        folder: `config.json`, `vocab.txt` and the weights, as Hugging Face publishes them.
+        texts: n texts.
+        layer: 0 for the embeddings, K for the states after layer K, None for the last layer. Middle layers often
+            separate acts better than the last one, which is trained for another task.
+        pooling: "mean" over all tokens, [CLS] and [SEP] included, or "cls", the state of [CLS].
+        max_length: tokens of a text that are read, at most the encoder's positions; None: all of these.
+        batch: texts encoded together.
+        device: where the encoder runs.
+        cache: folder in which the result is kept under a name that stands for the weights, vocabulary, texts and
+            settings, and read again.
+
+    Raises:
+        InputError: the folder holds no such encoder, or it has no such layer.
+    """
+    folder = Path(folder)
+    config = _read_json(folder / "config.json")
+    tokenizer = WordPiece.read(folder)
+    num_layers = config.get("num_hidden_layers", 0)
+    layer = num_layers if layer is None else layer
+    if not 0 <= layer <= num_layers:
+        raise InputError(f"--text-layer {layer}: {folder} has the layers 0 (embeddings) to {num_layers}")
+    if pooling not in ("mean", "cls"):
+        raise ValueError(f"pooling must be mean or cls, got {pooling!r}")
+    kept = None
+    if cache is not None:
+        files = [folder / name for name in ("config.json", "vocab.txt", "tokenizer_config.json")] + [
+            _weights_file(folder)
+        ]
+        contents = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.exists()]
+        key = repr((contents, texts, layer, pooling, max_length)).encode()
+        kept = Path(cache) / f"text-{hashlib.sha256(key).hexdigest()[:16]}.npy"
+        with contextlib.suppress(OSError, ValueError, EOFError):  # a missing or damaged file is made anew
+            return np.load(kept, allow_pickle=False)
+    model = read_bert(folder).to(device)
+    longest = min(max_length or model.max_length, model.max_length)
+    distinct = {text: tokenizer(text, longest) for text in texts}
+    order = sorted(distinct, key=lambda text: (len(distinct[text]), text))
+    row = {text: i for i, text in enumerate(order)}
+    pooled = []
+    for start in range(0, len(order), batch):
+        rows = [torch.tensor(distinct[text]) for text in order[start : start + batch]]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad).to(device)
+        sizes = torch.tensor([len(ids) for ids in rows], device=device)
+        mask = torch.arange(ids.shape[1], device=device) < sizes[:, None]
+        x = model(ids, mask, layer)
+        x = x[:, 0] if pooling == "cls" else (x * mask[..., None]).sum(1) / sizes[:, None]
+        pooled.append(x.float().cpu())
+    features = torch.cat(pooled).numpy()[[row[text] for text in texts]]
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        temporary = kept.with_name(f".{kept.name}.{os.getpid()}.tmp")
+        with open(temporary, "wb") as file:
+            np.save(file, features)
+        os.replace(temporary, kept)
+    return features
