@@ -172,6 +172,36 @@ def crop_flip_params(seed, epoch, samples, view, size_in, scale=(0.5, 1.0)):
     return params
 
 
+def clip_params(seed, epoch, samples, view, size_in, spread=(0.2, 0.2, 0.2, 0.1)):
+    """Draw the parameters of clips: half of the time a mirror image, always colour jitter in random order, no crop.
+
+    One row a clip. `make_view(frames, clip_params(...).repeat(T), size)` gives the T frames of each clip the same draw;
+    the contrast's mean is each frame's own, as torchvision takes it on a video.
+
+    Args:
+        seed, epoch, samples, view: keys of the draw, see `uniform`.
+        size_in: source side in pixels, or (H, W).
+        spread: brightness, contrast and saturation vary by factors in 1 +- spread, 0 to 1; hue by +- spread turns, 0 to
+            0.5, as ColorJitter takes them.
+
+    Returns:
+        ViewParams of n rows.
+
+    Raises:
+        ValueError: `samples`, `size_in` or `spread` is out of range.
+    """
+    spread = np.asarray(spread, np.float64)
+    if spread.shape != (4,) or not ((spread >= 0) & (spread <= (1, 1, 1, 0.5))).all():
+        raise ValueError(f"spread must be four numbers in [0, 1], hue's in [0, 0.5], got {spread.tolist()}")
+    u = uniform(seed, epoch, samples, view, _NUM_SIMCLR)
+    params = identity_params(len(u), size_in)
+    params.flip = u[:, _FLIP] < 0.5
+    params.jittered = np.full(len(u), spread.any())
+    params.factors = params.factors + spread * (2 * u[:, _FACTORS] - 1)
+    params.order = u[:, _ORDER].argsort(axis=1)
+    return params
+
+
 def simclr_params(seed, epoch, samples, view, size_in, size_out, strength=1.0, blur=0.5):
     """Draw the parameters of one SimCLR view (appendix A of the paper).
 

@@ -12,7 +12,7 @@ import threading
 import zipfile
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
@@ -135,21 +135,13 @@ class Images:
                     image = Image.fromarray((np.asarray(image, np.uint32) // 257).astype(np.uint8))
                 elif image.mode in ("I", "F"):
                     raise ValueError("32-bit pixels have no known range; save them with 8 or 16 bits")
-                image = image.convert("RGB")
-            scale = side / min(image.size)
-            width, height = (max(side, round(length * scale)) for length in image.size)
-            if image.size != (width, height):
-                image = image.resize((width, height), Image.Resampling.BILINEAR)
-            left, top = (width - side) // 2, (height - side) // 2
-            if (width, height) != (side, side):
-                image = image.crop((left, top, left + side, top + side))
+                return central_square(image.convert("RGB"), side)
         except DECODE_ERRORS as error:
-            reason = str(error).split("\n")[0] or type(error).__name__
-            raise InputError(
-                f"image {self.ids[index]} in {self.name} cannot be read: {reason}; mend or remove it, or"
-                " --bad-images skip"
-            ) from None
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            raise self._damaged(f"image {self.ids[index]}", error) from None
+
+    def _damaged(self, item: str, error: Exception) -> InputError:
+        reason = str(error).split("\n")[0] or type(error).__name__
+        return InputError(f"{item} in {self.name} cannot be read: {reason}; mend or remove it, or --bad-images skip")
 
     def _probe(self) -> int:
         # Headers only: the sizes of up to 64 images spread over the set.
@@ -183,18 +175,25 @@ class Images:
                 while ahead:
                     yield self._collect(*ahead.popleft())
             finally:
-                for _, futures in ahead:
-                    for future in futures.values():
+                for _, groups in ahead:
+                    for _, future in groups:
                         future.cancel()
 
-    def _submit(self, pool: ThreadPoolExecutor, indices: np.ndarray) -> dict:
+    def _groups(self, indices: np.ndarray) -> list[np.ndarray]:
+        # What one thread decodes in one go.
+        return list(indices[:, None])
+
+    def _decode_group(self, indices: np.ndarray) -> list[Tensor]:
+        return [self.decode(int(index)) for index in indices]
+
+    def _submit(self, pool: ThreadPoolExecutor, indices: np.ndarray) -> list:
         wanted = np.unique(indices)
         if self._cached is not None:
             wanted = wanted[~self._cached[wanted]]
-        return {int(i): pool.submit(self.decode, int(i)) for i in wanted}
+        return [(group, pool.submit(self._decode_group, group)) for group in self._groups(wanted)]
 
-    def _collect(self, indices: np.ndarray, futures: dict) -> Tensor:
-        decoded = {index: future.result() for index, future in futures.items()}
+    def _collect(self, indices: np.ndarray, groups: list) -> Tensor:
+        decoded = {int(i): part for group, future in groups for i, part in zip(group, future.result(), strict=True)}
         if self._cache is None:
             return torch.stack([decoded[int(i)] for i in indices])
         for index, pixels in decoded.items():
@@ -262,10 +261,7 @@ def open_images(path: str) -> Images:
             "sample (embedded, generated)", ids, labels, classes, [""] * len(ids), pixels=torch.from_numpy(pixels)
         )
     place = Path(path)
-    if not place.exists():
-        siblings = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
-        raise InputError(f"{path}: no such file or folder{nearest(place.name, [*siblings, 'sample'])}")
-    files, sizes, read = _zip_files(place) if place.is_file() else _folder_files(place)
+    files, sizes, read = list_files(path, is_image)
     if not files:
         raise InputError(f"{path}: no images there; allowed are {', '.join(SUFFIXES)}")
     ids, splits, names = _layout(files, path)
@@ -275,12 +271,43 @@ def open_images(path: str) -> Images:
     return Images(place.name, ids, labels, classes, splits, sizes=sizes, read=read)
 
 
-def _is_image(name: str) -> bool:
-    parts = PurePosixPath(name).parts
-    return name.lower().endswith(SUFFIXES) and not any(p.startswith(".") or p == "__MACOSX" for p in parts)
+def central_square(image: Image.Image, side: int) -> Tensor:
+    """An RGB image with its shorter side resized to `side` pixels, cut to the square: uint8 (3, side, side)."""
+    scale = side / min(image.size)
+    width, height = (max(side, round(length * scale)) for length in image.size)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = (width - side) // 2, (height - side) // 2
+    if (width, height) != (side, side):
+        image = image.crop((left, top, left + side, top + side))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def _folder_files(folder: Path):
+def is_image(name: str) -> bool:
+    """Whether a name has an image's suffix and neither it nor a folder above is hidden."""
+    return name.lower().endswith(SUFFIXES) and not hidden(name)
+
+
+def hidden(name: str) -> bool:
+    """Whether a path has a part that starts with a dot, or is macOS's shadow of an archive's file."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+
+
+def list_files(path: str, keep) -> tuple[list[str], list[int], Callable[[int], bytes]]:
+    """The files of a folder or of a .zip whose relative name passes `keep`: sorted names, sizes in bytes, and a
+    function from a position in these lists to the file's content.
+
+    Raises:
+        InputError: missing or not readable.
+    """
+    place = Path(path)
+    if not place.exists():
+        siblings = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
+        raise InputError(f"{path}: no such file or folder{nearest(place.name, [*siblings, 'sample'])}")
+    return _zip_files(place, keep) if place.is_file() else _folder_files(place, keep)
+
+
+def _folder_files(folder: Path, keep):
     found, seen = [], set()
 
     def refuse(error: OSError):
@@ -293,19 +320,19 @@ def _folder_files(folder: Path):
             # A link back up would give every image many times over.
             subfolders[:] = [name for name in subfolders if (base / name).resolve() not in seen]
             found += [(base / name).relative_to(folder).as_posix() for name in names]
-        files = sorted(name for name in found if _is_image(name))
+        files = sorted(name for name in found if keep(name))
         sizes = [(folder / name).stat().st_size for name in files]
     except OSError as error:
         raise InputError(f"{folder}: {error.strerror}: {error.filename}") from None
     return files, sizes, lambda index: (folder / files[index]).read_bytes()
 
 
-def _zip_files(path: Path):
+def _zip_files(path: Path, keep):
     if path.suffix.lower() != ".zip":
         raise InputError(f"{path}: allowed are a folder, a .zip of one, or `sample`")
     try:
         archive = zipfile.ZipFile(path)  # kept open for the run; closed with the process
-        entries = sorted((e for e in archive.infolist() if _is_image(e.filename)), key=lambda e: e.filename)
+        entries = sorted((e for e in archive.infolist() if keep(e.filename)), key=lambda e: e.filename)
     except (OSError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: not a readable zip archive: {error}") from None
     lock = threading.Lock()

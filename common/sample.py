@@ -133,6 +133,132 @@ def _render(cells: list[_Cell], size: int, rng: np.random.Generator) -> np.ndarr
     return np.floor(np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
+class FaceClips(NamedTuple):
+    """Videos of generated faces.
+
+    Attributes:
+        pixels: uint8 [frames, 3, size, size], the frames of all videos.
+        names: the videos' names: `003` is real, `003_001` the face 003 manipulated with 001 as its source.
+        splits: "train", "val" or "test" of each video; no face is in two of them.
+        frames: int64 arrays, each video's frames in order of time, as positions in `pixels`.
+        rate: frames a second.
+    """
+
+    pixels: np.ndarray
+    names: list[str]
+    splits: list[str]
+    frames: list[np.ndarray]
+    rate: float
+
+
+_CAST = 6  # faces that are swapped with one another: 6 real videos and 30 manipulated ones, five to one
+_RATE = 8.0  # two seconds are 16 frames: a clip of 8 takes every second one, from either start
+
+
+def face_clips(variant: str, num_faces: int = 96, num_frames: int = 16, size: int = 48, seed: int = 0) -> FaceClips:
+    """Talking faces, real and manipulated 1 to 5, in FaceForensics++'s manner: pairs within a split, both orders.
+
+    A face goes through one cycle in a video, from a phase of its own: the mouth opens slowly and shuts at once, the
+    eyes do the same at another phase, and a shadow sinks over the face. Everything else (features, colours, light,
+    place, and in each frame grain and a little shake) is nuisance.
+
+    Variant `order`: a manipulated video has exactly the frames of its real one, backwards and from another frame of the
+    cycle. So every frame, set of frames and spacing is as frequent in real videos as in manipulated ones, whatever
+    the clip's start, and mirror images and colour jitter change nothing: only the order of the frames tells.
+
+    Variant `flicker`: the inner face is a patch with a tint, gain and offset of its own: once drawn for a real video,
+    redrawn in every frame of a manipulated one. One frame shows nothing; the patch flickers over time.
+
+    Pure in its arguments. Seven tenths of the casts of six faces are for training, the rest for validation and test.
+
+    Raises:
+        ValueError: another variant, fewer than 18 faces or not a multiple of 6, fewer than 2 frames, or a size below
+            16.
+    """
+    if variant not in ("order", "flicker"):
+        raise ValueError(f"variant={variant!r}: allowed are order, flicker")
+    if num_faces < 3 * _CAST or num_faces % _CAST or num_frames < 2 or size < 16:
+        raise ValueError(
+            f"num_faces={num_faces}, num_frames={num_frames}, size={size}: at least 18 faces, a multiple of 6, of 2"
+            " frames and 16 pixels are needed"
+        )
+    rng = np.random.Generator(np.random.PCG64(seed))
+    held = max(round(num_faces / _CAST * 0.2), 1) * _CAST  # in validation, and again in test
+    names, splits, frames, pixels = [], [], [], []
+    for face in range(num_faces):
+        cast = range(face - face % _CAST, face - face % _CAST + _CAST)
+        split = "train" if face < num_faces - 2 * held else "val" if face < num_faces - held else "test"
+        sources = [other for other in cast if other != face]
+        names += [f"{face:03d}"] + [f"{face:03d}_{source:03d}" for source in sources]
+        splits += [split] * _CAST
+        real = np.arange(num_frames) + sum(map(len, pixels))
+        flickers = np.arange(_CAST) > 0 if variant == "flicker" else np.zeros(1, bool)
+        drawn = _face(size, num_frames, flickers, rng)  # [videos, num_frames, 3, size, size]
+        pixels.append(drawn.reshape(-1, 3, size, size))
+        starts = np.floor(rng.random(_CAST - 1) * num_frames).astype(np.int64)
+        if variant == "order":
+            frames += [real] + [np.roll(real[::-1], start) for start in starts]
+        else:
+            frames += [real + k * num_frames for k in range(_CAST)]
+    return FaceClips(np.concatenate(pixels), names, splits, frames, _RATE)
+
+
+def _face(size: int, num_frames: int, flickers: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One face in `len(flickers)` videos of a whole cycle, uint8 [videos, num_frames, 3, size, size]."""
+
+    def uniform(low, high, *shape):
+        return np.float32(low) + np.float32(high - low) * rng.random(shape, np.float32)
+
+    def each(low, high):  # one number a frame
+        return uniform(low, high, len(flickers) * num_frames, 1, 1)
+
+    def blend(image, mask, colour):
+        return image + mask[:, None] * (colour - image)
+
+    grid = (np.arange(size, dtype=np.float32) * 2 + 1) / size - 1
+    soft, scale = np.float32(4 / size), uniform(0.85, 1.05)
+    x = (grid - uniform(-0.08, 0.08) - each(-0.02, 0.02)) / scale
+    y = (grid[:, None] - uniform(-0.08, 0.08) - each(-0.02, 0.02)) / scale
+    phase = rng.random(dtype=np.float32) + np.arange(num_frames, dtype=np.float32) / num_frames
+    phase = np.tile(phase, len(flickers))[:, None, None]
+    mouth, eyes, shadow = (at - np.floor(at) for at in (phase, phase + np.float32(0.4), phase + np.float32(0.7)))
+
+    def ellipse(cx, cy, rx, ry):
+        return _inside(np.sqrt(((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2), soft / np.minimum(rx, ry))
+
+    skin = np.array([0.85, 0.62, 0.5], np.float32) * uniform(0.6, 1.1) * uniform(0.92, 1.08, 3)
+    skin, hair, backdrop = (c.reshape(3, 1, 1) for c in (skin, uniform(0.05, 0.5, 3), uniform(0.2, 0.8, 3)))
+    texture = np.float32(0.9) + np.float32(0.2) * _noise(rng, 1, size, max(size // 8, 2))
+    image = backdrop * np.ones_like(x + y)[:, None] * texture[:, None]
+    width, height = uniform(0.58, 0.7), uniform(0.78, 0.9)
+    image = blend(image, ellipse(0, -0.12, width * 1.1, height * 1.05), hair)
+    face = ellipse(0, 0.05, width, height)
+    image = blend(image, face * _smooth((y + uniform(0.45, 0.6)) / soft / 2 + 0.5), skin * texture[:, None])
+    apart, level, iris = uniform(0.24, 0.32), uniform(-0.2, -0.08), uniform(0.05, 0.45, 3).reshape(3, 1, 1)
+    for side in (-1, 1):
+        lid = 0.03 + 0.1 * eyes
+        eye = ellipse(side * apart, level, np.float32(0.16), lid)
+        image = blend(image, eye, np.float32(0.95))
+        image = blend(image, eye * ellipse(side * apart, level, np.float32(0.07), np.float32(0.09)), iris)
+        image = blend(image, ellipse(side * apart, level - 0.22, np.float32(0.18), np.float32(0.035)), hair * 0.6)
+    image = blend(image, ellipse(0, 0.2, np.float32(0.06), np.float32(0.12)), skin * 0.8)
+    image = blend(image, ellipse(0, uniform(0.45, 0.52), uniform(0.24, 0.32), 0.04 + 0.16 * mouth), skin * 0.35)
+    away = np.abs(y - (shadow * 2 - 1) * np.float32(1.2)) / np.float32(0.3)
+    image *= 1 - np.float32(0.3) * _smooth(1 - away)[:, None]
+    if flickers.any():
+        patch = np.where(
+            flickers[:, None], uniform(-1, 1, 6, len(flickers), num_frames), uniform(-1, 1, 6, len(flickers), 1)
+        )
+        gain, *tint, dx, dy = patch.reshape(6, -1, 1, 1).astype(np.float32)
+        inner = _inside(np.sqrt(((x - 0.03 * dx) / 0.45) ** 2 + ((y - 0.12 - 0.03 * dy) / 0.55) ** 2), np.float32(0.3))
+        colour = 1 + np.float32(0.1) * gain[:, None] + np.float32(0.06) * np.stack(tint, 1)
+        image *= 1 + inner[:, None] * (colour - 1)
+    image *= uniform(0.7, 1.1)
+    image += each(0.01, 0.03)[:, None] * (rng.random(image.shape, np.float32) + rng.random(image.shape, np.float32) - 1)
+    image = np.floor(np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
+    return image.reshape(len(flickers), num_frames, 3, size, size)
+
+
 def _smooth(t):
     t = np.clip(t, 0, 1)
     return t * t * (3 - 2 * t)
