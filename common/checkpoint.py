@@ -10,8 +10,10 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
+import struct
 import subprocess
 import time
 from pathlib import Path
@@ -27,6 +29,11 @@ from common.log import Log
 
 _MARK = b"sha256:"
 _COMMENT = len(_MARK) + 64
+# What torch.load raises on damaged files, found by damaging them.
+_UNREADABLE = (
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError),
+    *(TypeError, ValueError, UnpicklingError, struct.error),
+)
 
 
 def save(path: Path, state: dict) -> None:
@@ -80,8 +87,15 @@ def load(path: Path) -> dict:
         raise InputError(f"checkpoint {path} is damaged: it is cut short")
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, ValueError, EOFError, KeyError, UnpicklingError) as error:
-        reason = str(error).split("\n")[0][:200]
+    except _UNREADABLE as error:
+        # torch's own text advises to run what the file asks for.
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        if wanted:
+            reason = f"it asks to run {wanted[1]}; store its state dict alone"
+        elif isinstance(error, (RuntimeError, OSError)):
+            reason = str(error).split("\n")[0].split(" This is an internal")[0][:200].strip()
+        else:
+            reason = "its pickle is damaged or of another format"
         raise InputError(f"checkpoint {path} is not a file of tensors and plain values: {reason}") from None
 
 
@@ -124,23 +138,27 @@ def load_training_state(path: Path, stage: str) -> tuple[dict, dict | None]:
 def load_weights(module: torch.nn.Module, state: dict, source) -> None:
     """`load_state_dict(strict=True)` whose error names the keys and the shapes that do not fit.
 
+    Files older than PyTorch 0.4.1 have no `num_batches_tracked`; the module's stay as they are.
+
     Raises:
-        InputError: some key is missing or unknown, or has another shape.
+        InputError: some key is missing or unknown, has another shape, or is an integer where the module has a float.
     """
     own = module.state_dict()
-    problems = [
-        f"{len(missing)} keys missing (first: {missing[0]})" for missing in [sorted(own.keys() - state)] if missing
-    ]
-    problems += [f"{len(extra)} unknown keys (first: {extra[0]})" for extra in [sorted(state.keys() - own)] if extra]
+    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
+    extra = [name for name in state if name not in own]
+    problems = [f"{len(missing)} keys missing (first: {', '.join(missing[:3])})"] if missing else []
+    problems += [f"{len(extra)} unknown keys (first: {', '.join(extra[:3])})"] if extra else []
     shapes = [
-        f"{k} is {tuple(state[k].shape)}, the model's is {tuple(own[k].shape)}"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
+        f"{name} is {tuple(state[name].shape)}, the model's is {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
     ]
     problems += shapes[:2] + ([f"and {len(shapes) - 2} more shapes"] if len(shapes) > 2 else [])
+    kinds = [name for name in own if name in state and state[name].is_floating_point() != own[name].is_floating_point()]
+    problems += [f"{name} is {state[name].dtype}, the model's is {own[name].dtype}" for name in kinds[:1]]
     if problems:
         raise InputError(f"{source} does not fit this model: {'; '.join(problems)}")
-    module.load_state_dict(state)
+    module.load_state_dict({name: state.get(name, tensor) for name, tensor in own.items()})
 
 
 def load_backbone(source: str) -> tuple[dict[str, Tensor], dict]:

@@ -1,0 +1,203 @@
+"""Published weights: files read safely, state dicts mapped strictly onto a model.
+
+`.safetensors` is read here (https://huggingface.co/docs/safetensors): eight bytes with the header's length,
+little-endian; a JSON header, name -> dtype, shape and byte range; the tensors' bytes without a gap. Everything is
+checked against the file's size before anything is allocated. Other files go through `torch.load(weights_only=True)`.
+"""
+
+import json
+import math
+import warnings
+import zipfile
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from common import checkpoint
+from common.config import InputError
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "BOOL": torch.bool, "C64": torch.complex64,
+}  # fmt: skip
+_MAX_HEADER = 100_000_000  # the format's own limit
+# Where training scripts keep the model's state dict: this project's, timm's and Lightning's, the PyTorch tutorials'.
+_CONTAINERS = ("parts", "state_dict", "model", "model_state", "model_state_dict", "net")
+
+
+def read(path: str | Path) -> dict[str, Tensor]:
+    """The state dict in a file of weights, on the CPU, in the file's order and with the stored dtypes.
+
+    `.safetensors` is read as such, every other name as a file of `torch.save`, this project's checkpoints included. The
+    usual containers (`state_dict`, `model`, ...) are opened; what DistributedDataParallel and `torch.compile` put
+    before names (`module.`, `_orig_mod.`) is taken off.
+
+    Raises:
+        InputError: missing, damaged, of another format, or more than tensors; one line names the file and the fault.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"weights {path}: there is no such file")
+    state = read_safetensors(path) if path.suffix == ".safetensors" else unwrap(_read_torch(path), path)
+    names = {name: name.removeprefix("module.").replace("_orig_mod.", "").removeprefix("module.") for name in state}
+    if len(set(names.values())) < len(names):
+        raise InputError(f"weights {path}: the same name stands with and without the prefix module. or _orig_mod.")
+    return {names[name]: tensor for name, tensor in state.items()}
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file under their own names.
+
+    Raises:
+        InputError: the file breaks the format in any way.
+    """
+
+    def wrong(what: str) -> InputError:
+        return InputError(f"weights {path} is not a valid safetensors file: {what}")
+
+    try:
+        with open(path, "rb") as file:
+            size = path.stat().st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 10 or not 2 <= length <= min(size - 8, _MAX_HEADER):
+                raise wrong(f"a header of {length} bytes in a file of {size} (allowed: 2 to {_MAX_HEADER})")
+            try:
+                entries = _entries(json.loads(file.read(length), object_pairs_hook=_object), size - 8 - length)
+            except RecursionError:
+                raise wrong("its header is nested too deeply") from None
+            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError among them
+                raise wrong(f"{error}"[:300]) from None
+            tensors = {}
+            for name, dtype, shape, begin in entries:
+                tensors[name] = tensor = torch.empty(shape, dtype=dtype)
+                if tensor.numel():
+                    file.seek(8 + length + begin)
+                    if file.readinto(tensor.view(-1).view(torch.uint8).numpy()) < tensor.nbytes:
+                        raise wrong("it became shorter while it was read")
+            return tensors
+    except OSError as error:
+        raise InputError(f"weights {path}: {error.strerror}") from None
+
+
+def _object(pairs: list[tuple]) -> dict:
+    """A JSON object; the format forbids a name that stands twice."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in made if names.count(name) > 1)!r} stands twice in its header")
+    return made
+
+
+def _entries(header, size: int) -> list[tuple[str, torch.dtype, list[int], int]]:
+    """(name, dtype, shape, first byte) of every tensor, in the header's order; they fill `size` bytes exactly.
+
+    Raises:
+        ValueError: they do not, or the header is malformed.
+    """
+    if not isinstance(header, dict):
+        raise ValueError("its header is not a JSON object")
+    notes = header.pop("__metadata__", None) or {}
+    if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
+        raise ValueError("its __metadata__ is not an object of strings")
+    entries, ranges = [], []
+    for name, entry in header.items():
+        if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
+            raise ValueError(f"{name!r} lacks dtype, shape or data_offsets")
+        kind, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(kind, str) or kind not in _DTYPES:
+            raise ValueError(f"{name!r} has dtype {kind!r}, allowed {', '.join(_DTYPES)}")
+        # bool is an int to Python, not to JSON. Torch holds 64 dimensions and 63-bit strides.
+        plain = all(isinstance(part, list) and all(type(n) is int and n >= 0 for n in part) for part in (shape, span))
+        if not plain or len(shape) > 64 or len(span) != 2:
+            raise ValueError(f"{name!r} has shape {shape} and data_offsets {span}")
+        dtype, (begin, end) = _DTYPES[kind], span
+        if math.prod(max(n, 1) for n in shape) * dtype.itemsize >= 2**63:
+            raise ValueError(f"{name!r} has the absurd shape {shape}")
+        wanted = math.prod(shape) * dtype.itemsize
+        if not begin <= end <= size or end - begin != wanted:
+            raise ValueError(f"{name!r}, {kind} of shape {shape}, needs {wanted} bytes; it has {span} of {size}")
+        entries.append((name, dtype, shape, begin))
+        ranges.append((begin, end, name))
+    last = 0
+    for begin, end, name in sorted(ranges):
+        if begin != last:
+            raise ValueError(
+                f"{name!r} {'overlaps another tensor' if begin < last else 'leaves a gap'} at byte {begin}"
+            )
+        last = end
+    if last != size:
+        raise ValueError(f"its tensors end at byte {last} of {size}")
+    return entries
+
+
+def _read_torch(path: Path):
+    """What `torch.load(weights_only=True)` gives, after refusing what it has no good answer to."""
+    try:
+        entries = []
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                entries = archive.infolist()
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
+        raise InputError(f"weights {path} is damaged: {error}") from None
+    if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+        raise InputError(f"weights {path} is a TorchScript archive, a program: store its state_dict() with torch.save")
+    # torch.save never compresses: a small file that would unpack to a huge one is not its work.
+    if sum(entry.file_size for entry in entries) > path.stat().st_size:
+        raise InputError(f"weights {path} is not a file of torch.save: its entries are compressed")
+    with warnings.catch_warnings(action="ignore"):  # about old pickles; what cannot be read is refused
+        return checkpoint.load(path)
+
+
+def unwrap(state, path: Path) -> dict[str, Tensor]:
+    """The state dict inside what a training script saved.
+
+    Raises:
+        InputError: there is none.
+    """
+    while isinstance(state, dict) and (inner := next((k for k in _CONTAINERS if isinstance(state.get(k), dict)), None)):
+        state = state[inner]
+    if not isinstance(state, dict) or not state:
+        raise InputError(f"weights {path} holds {type(state).__name__}, not a state dict of tensors")
+    for name, tensor in state.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise InputError(f"weights {path} holds no state dict: {name!r} is {type(tensor).__name__}, not a tensor")
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+            raise InputError(f"weights {path}: {name} is sparse, quantised or without values")
+    return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def load(
+    model: nn.Module, state: dict[str, Tensor], source, *, head: tuple[str, ...] = (), ignore: tuple[str, ...] = ()
+) -> list[str]:
+    """Load `state` strictly, but for its heads; returns what was left out, one line each, to be logged.
+
+    Args:
+        source: what the messages call the weights, usually the file's path.
+        head: prefixes such as "fc.". A head that is missing on one side, or of another shape, is left out: the model's
+            keeps its values. One that fits is loaded.
+        ignore: prefixes of weights that the model has no use for.
+
+    Raises:
+        InputError: any other key is missing or unknown, or has another shape; see `checkpoint.load_weights`.
+    """
+    own, said = model.state_dict(), []
+    for prefix in ignore:
+        unused = {name for name in state if name.startswith(prefix)}
+        if unused:
+            said.append(f"{source}: {prefix}* ({len(unused)} tensors) is not used")
+        state = {name: tensor for name, tensor in state.items() if name not in unused}
+    for prefix in head:
+        theirs, ours = ({n: t for n, t in d.items() if n.startswith(prefix)} for d in (state, own))
+        shapes = [{n: tuple(t.shape) for n, t in d.items()} for d in (theirs, ours)]
+        if shapes[0] == shapes[1]:
+            continue
+        there, here = (max(d.values(), key=len, default="none") for d in shapes)
+        said.append(f"{source}: the head {prefix}* is left out (in the file {there}, in this model {here})")
+        state = {name: tensor for name, tensor in state.items() if name not in theirs} | ours
+    checkpoint.load_weights(model, state, source)
+    return said

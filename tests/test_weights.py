@@ -1,0 +1,286 @@
+"""Weights are read as the safetensors package and torch read them; whatever is wrong ends in one line, cheaply."""
+
+import argparse
+import json
+import random
+import resource
+import warnings
+import zipfile
+
+import pytest
+import torch
+from torch import nn
+
+from common import checkpoint, weights
+from common.config import InputError
+
+
+def oracle():
+    return pytest.importorskip("safetensors.torch", reason="pip install -r tests/requirements.txt")
+
+
+def tensors():
+    """One tensor of every dtype, a scalar, an empty one, and bit patterns that are not numbers."""
+    torch.manual_seed(0)
+    made = {
+        name: torch.randint(0, 256, (3, 2 * dtype.itemsize), dtype=torch.uint8).view(dtype)
+        for name, dtype in weights._DTYPES.items()
+        if name != "BOOL"
+    }
+    made |= {"BOOL": torch.tensor([True, False, True]), "scalar": torch.tensor(2.5), "empty": torch.zeros(0, 4)}
+    return made | {"layer.0.weight": torch.randn(2, 3, 1, 1), "ключ": torch.arange(3)}
+
+
+def raw(state):
+    return {n: (t.dtype, t.shape, t.contiguous().reshape(-1).view(torch.uint8).tolist()) for n, t in state.items()}
+
+
+def write(path, header, data=b"", length=None):
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes((len(text) if length is None else length).to_bytes(8, "little") + text + data)
+    return path
+
+
+def entry(dtype="F32", shape=(2,), span=(0, 8)):
+    return {"dtype": dtype, "shape": shape, "data_offsets": span}
+
+
+@pytest.fixture
+def little_memory():
+    """Address space for 400 MB more than what is in use: a larger allocation fails."""
+    with open("/proc/self/statm") as file:
+        used = int(file.read().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 400 * 2**20, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def test_every_dtype_reads_as_the_package_reads_it(tmp_path):
+    file = tmp_path / "w.safetensors"
+    oracle().save_file(tensors(), file, metadata={"format": "pt"})
+    read = weights.read(file)
+    assert raw(read) == raw(oracle().load_file(file)) == raw(tensors())
+    read["F32"].add_(1)  # the file is not mapped
+    assert raw(weights.read(file)) == raw(tensors())
+
+
+def test_unaligned_tensors_and_a_padded_header(tmp_path):
+    header = json.dumps({"a": entry("U8", [1], [0, 1]), "b": entry("F64", [1], [1, 9])}).encode() + b"   "
+    file = write(tmp_path / "w.safetensors", header, b"\x07" + bytes(6) + b"\xf0\x3f")
+    assert raw(weights.read(file)) == raw(oracle().load_file(file))
+    assert weights.read(file)["b"].item() == 1.0
+
+
+FAULTS = {
+    "empty": (b"", "header of 0 bytes in a file of 0"),
+    "seven bytes": (b"\x02" + bytes(6), "in a file of 7"),
+    "header longer than the file": ((2**62, b"{}", b""), "header of 4611686018427387904 bytes in a file of 10"),
+    "header over the limit": ((100_000_001, b"{}", b""), "allowed: 2 to 100000000"),
+    "no JSON": (b"{]", "Expecting property name"),
+    "no UTF-8": (b'{"\xff": 1}', "can't decode byte 0xff"),
+    "nested": (b"[" * 100_000, "nested too deeply"),
+    "array": ([1, 2], "not a JSON object"),
+    "metadata": ({"__metadata__": {"a": 1}}, "__metadata__ is not an object of strings"),
+    "entry": ({"w": 3}, "'w' lacks dtype, shape or data_offsets"),
+    "no shape": ({"w": {"dtype": "F32", "data_offsets": [0, 8]}}, "'w' lacks"),
+    "twice": (b'{"w": {}, "w": {}}', "'w' stands twice"),
+    "dtype": ({"w": entry("F31")}, "'w' has dtype 'F31', allowed F64"),
+    "dtype list": ({"w": entry(["F32"])}, "'w' has dtype"),
+    "negative": ({"w": entry(shape=[-2, -1])}, r"'w' has shape \[-2, -1\]"),
+    "bool": ({"w": entry(shape=[True, 2])}, "'w' has shape"),
+    "float": ({"w": entry(shape=[2.0])}, "'w' has shape"),
+    "65 dimensions": ({"w": entry(shape=[1] * 64 + [2])}, "'w' has shape"),
+    "absurd": ({"w": entry(shape=[2**40, 2**40])}, "absurd shape"),
+    "absurd but empty": ({"w": entry(shape=[0, 2**62, 8], span=[0, 0])}, "absurd shape"),
+    "wraps to 8 bytes": ({"w": entry(shape=[2**62 + 2])}, "absurd shape"),
+    "a number of 5000 digits": (b'{"w": ' + b"9" * 5000 + b"}", "digit"),
+    "three offsets": ({"w": entry(span=[0, 4, 8])}, "'w' has shape"),
+    "backwards": ({"w": entry(span=[8, 0])}, "needs 8 bytes"),
+    "out of range": ({"w": entry(shape=[4], span=[0, 16])}, "of 8"),
+    "size": ({"w": entry(shape=[3])}, "needs 12 bytes"),
+    "overlap": ({"v": entry(shape=[1], span=[0, 4]), "w": entry()}, "'w' overlaps another tensor at byte 0"),
+    "gap": ({"v": entry(shape=[1], span=[4, 8])}, "'v' leaves a gap at byte 4"),
+    "hole at the end": ({"v": entry(shape=[1], span=[0, 4])}, "end at byte 4 of 8"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_faulty_safetensors_file_is_refused_in_one_line(tmp_path, fault, little_memory):
+    content, message = FAULTS[fault]
+    file = tmp_path / "w.safetensors"
+    if isinstance(content, tuple):
+        write(file, content[1], content[2], length=content[0])
+    elif fault in ("empty", "seven bytes"):
+        file.write_bytes(content)
+    else:
+        write(file, content, bytes(8))
+    with pytest.raises(InputError, match=message) as error:
+        weights.read(file)
+    assert str(file) in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def mutated(good: bytes, rng: random.Random, header: int) -> bytes:
+    """The file with a few faults of the kinds that disks, networks and enemies make, most of them in its header."""
+    bad = bytearray(good)
+    for _ in range(rng.choice((1, 1, 1, 4))):
+        place = rng.randrange(min(len(bad), rng.choice((9, header, len(good)))) or 1)
+        kind = rng.randrange(7)
+        if kind == 0:
+            bad[place : place + 1] = bytes([bad[place] ^ 1 << rng.randrange(8)]) if bad else b""
+        elif kind == 1:
+            del bad[place : place + rng.choice((1, 1, 8, 1000))]
+        elif kind == 2:
+            bad[place:place] = bad[place : place + rng.choice((1, 8, 100))]
+        elif kind == 3:
+            bad[place : place + 1] = rng.choice((b"0", b"9", b"-", b"[", b"}", b",", b'"', b" ", b"1e9", b"null"))
+        elif kind == 4:
+            del bad[rng.randrange(len(bad) + 1) :]
+        elif kind == 5:
+            bad[:8] = rng.choice((0, 1, 2**20, 2**31, 2**63, 2**64 - 1, rng.randrange(2 * header))).to_bytes(
+                8, "little"
+            )
+        else:
+            digits = [i for i, byte in enumerate(bad[:header]) if 48 <= byte <= 57]
+            if digits:
+                bad[rng.choice(digits)] = rng.choice(b"0123456789")
+    return bytes(bad)
+
+
+def test_mutated_safetensors_read_as_the_package_reads_them_or_are_refused(tmp_path, little_memory):
+    load, rng, file = oracle().load_file, random.Random(0), tmp_path / "w.safetensors"
+    files = [oracle().save(tensors()), oracle().save({"w": torch.ones(2, 3), "b": torch.zeros(3).half()})]
+    read = refused = 0
+    for turn in range(3000):
+        good = files[turn % 2]
+        file.write_bytes(mutated(good, rng, 8 + int.from_bytes(good[:8], "little")))
+        try:
+            ours = raw(weights.read(file))
+        except InputError as error:
+            refused += 1
+            assert str(file) in str(error) and "\n" not in str(error)
+            with pytest.raises(pytest.importorskip("safetensors").SafetensorError):
+                load(file)
+            continue
+        read += 1
+        assert ours == raw(load(file))
+    assert read > 80 and refused > 2000, (read, refused)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_mutated_torch_files_read_or_are_refused(tmp_path, little_memory, legacy):
+    rng, file = random.Random(1), tmp_path / "w.pth"
+    state = {"state_dict": {"w": torch.ones(20, 3), "b": torch.zeros(3).half()}, "epoch": 3}
+    torch.save(state, file, _use_new_zipfile_serialization=not legacy)
+    good, refused = file.read_bytes(), 0
+    for _ in range(600):
+        file.write_bytes(mutated(good, rng, len(good)))
+        try:
+            weights.read(file)
+        except InputError as error:
+            refused += 1
+            assert str(file) in str(error) and "\n" not in str(error)
+    assert refused > 300
+
+
+def test_own_checkpoints_containers_and_prefixes_are_opened(tmp_path):
+    state = {"conv.weight": torch.randn(2, 3), "bn.running_mean": torch.randn(2)}
+    wrapped = {
+        "plain": state,
+        "timm": {"epoch": 3, "arch": "resnet18", "state_dict": state, "optimizer": {"state": {}}},
+        "torchvision": {"model": state, "lr_scheduler": {}},
+        "own last.pt": {"parts": {"model": state, "optimizer": {}}, "place": {"step": 1}},
+        "ddp": {"state_dict": {f"module.{n}": t for n, t in state.items()}},
+        "ddp of compiled": {f"module._orig_mod.{n}": t for n, t in state.items()},
+        "compiled ddp": {f"_orig_mod.module.{n}": t for n, t in state.items()},
+        "parameters": {n: nn.Parameter(t) for n, t in state.items()},
+    }
+    for suffix in (".pt", ".pth", ".bin", ".pth.tar"):
+        for value in wrapped.values():
+            torch.save(value, tmp_path / f"w{suffix}")
+            read = weights.read(tmp_path / f"w{suffix}")
+            assert raw(read) == raw(state) and not any(t.requires_grad for t in read.values())
+    checkpoint.save(tmp_path / "backbone.pt", state)
+    assert raw(weights.read(str(tmp_path / "backbone.pt"))) == raw(state)
+    good = (tmp_path / "backbone.pt").read_bytes()
+    (tmp_path / "backbone.pt").write_bytes(good.replace(b"conv.weight", b"conv.weighs"))
+    with pytest.raises(InputError, match="SHA-256"):
+        weights.read(tmp_path / "backbone.pt")
+
+
+def test_files_that_are_no_weights_are_refused(tmp_path):
+    def refused(name, match):
+        with pytest.raises(InputError, match=match) as error:
+            weights.read(tmp_path / name)
+        assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+
+    refused("missing.pt", "no such file")
+    refused("", "no such file")
+    for value, match in (
+        ([torch.ones(2)], "holds list"),
+        ({}, "not a state dict"),
+        ({"w": torch.ones(2), "n": 3}, "'n' is int"),
+        ({"w": torch.ones(2).to_sparse()}, "sparse"),
+        ({"w": torch.ones(2, device="meta")}, "without values"),
+        ({"module.w": torch.ones(2), "w": torch.ones(2)}, "with and without the prefix"),
+        (argparse.Namespace(lr=1), "asks to run argparse.Namespace; store its state dict alone"),
+        (nn.Linear(2, 2), "asks to run torch.nn.modules.linear.Linear"),
+    ):
+        torch.save(value, tmp_path / "w.pt")
+        refused("w.pt", match)
+    for content in (b"", b"\xff\xd8\xff\xe0" + bytes(500), b"hello\n" * 100, bytes(9)):
+        (tmp_path / "w.pt").write_bytes(content)
+        refused("w.pt", "not a file of tensors")
+    with warnings.catch_warnings(action="ignore"):  # TorchScript is deprecated
+        torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "script.pt")
+    refused("script.pt", "TorchScript archive")
+
+
+def test_a_compressed_archive_is_not_unpacked(tmp_path, little_memory):
+    torch.save({"w": torch.zeros(50_000)}, tmp_path / "w.pt")
+    with zipfile.ZipFile(tmp_path / "w.pt") as source, zipfile.ZipFile(tmp_path / "bomb.pt", "w", 8) as bomb:
+        for entry in source.infolist():
+            bomb.writestr(entry.filename, source.read(entry), 8)
+    with pytest.raises(InputError, match="compressed"):
+        weights.read(tmp_path / "bomb.pt")
+
+
+def small(classes=5):
+    model = nn.Sequential()
+    model.body, model.bn = nn.Linear(3, 4), nn.BatchNorm1d(4)
+    model.fc = nn.Linear(4, classes) if classes else nn.Identity()
+    return model
+
+
+def test_a_head_that_fits_is_loaded_and_one_that_does_not_is_left_out_and_said():
+    model = small()
+    assert weights.load(model, small().state_dict(), "x.pt", head=("fc.",)) == []
+    source, before = small(7), model.fc.weight.clone()
+    said = weights.load(model, source.state_dict(), "x.pt", head=("fc.",))
+    assert said == ["x.pt: the head fc.* is left out (in the file (7, 4), in this model (5, 4))"]
+    assert torch.equal(model.fc.weight, before) and torch.equal(model.body.weight, source.body.weight)
+    assert "in this model none" in weights.load(small(0), small().state_dict(), "x.pt", head=("fc.",))[0]
+    assert "in the file none" in weights.load(small(), small(0).state_dict(), "x.pt", head=("fc.",))[0]
+    with pytest.raises(InputError, match=r"fc.weight is \(7, 4\), the model's is \(5, 4\)"):
+        weights.load(model, small(7).state_dict(), "x.pt")
+
+
+def test_all_but_the_head_must_fit():
+    model, state = small(), small().state_dict()
+    extra = {"aux.weight": torch.ones(1), "aux.bias": torch.ones(1)}
+    assert weights.load(model, state | extra, "x.pt", ignore=("aux.",)) == ["x.pt: aux.* (2 tensors) is not used"]
+    with pytest.raises(InputError, match=r"x.pt does not fit .* 2 unknown keys \(first: aux.weight, aux.bias\)"):
+        weights.load(model, state | extra, "x.pt", head=("fc.",))
+    with pytest.raises(InputError, match=r"1 keys missing \(first: body.bias\)"):
+        weights.load(model, {n: t for n, t in state.items() if n != "body.bias"}, "x.pt", head=("fc.",))
+    with pytest.raises(InputError, match=r"body.bias is torch.int8, the model's is torch.float32"):
+        weights.load(model, state | {"body.bias": torch.ones(4, dtype=torch.int8)}, "x.pt")
+
+
+def test_files_without_batch_counts_and_of_half_precision_load():
+    model, source = small(), small()
+    state = {n: t.half() for n, t in source.state_dict().items() if not n.endswith("num_batches_tracked")}
+    weights.load(model, state, "x.pt")
+    assert model.body.weight.dtype == torch.float32 and torch.equal(
+        model.body.weight, source.body.weight.half().float()
+    )
