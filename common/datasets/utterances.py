@@ -559,6 +559,9 @@ class _Unpickler(pickle.Unpickler):
                 raise pickle.UnpicklingError("bytes in another encoding than latin1")
             return text.encode("latin1")
 
+        def no_bytes():
+            return b""
+
         self.array, self.buffer, self.scalar, self.type = Array, Buffer, Scalar, Type
         self.known = {
             ("multiarray", "_reconstruct"): Array,
@@ -567,6 +570,7 @@ class _Unpickler(pickle.Unpickler):
             ("numpy", "ndarray"): "ndarray",
             ("numpy", "dtype"): Type,
             ("_codecs", "encode"): latin1,
+            ("__builtin__", "bytes"): no_bytes,  # the buffer of an empty array, before protocol 3
         }
 
     def find_class(self, module, name):

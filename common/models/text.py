@@ -12,7 +12,6 @@ import re
 import string
 import unicodedata
 import warnings
-from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,25 +67,44 @@ class Sparse(NamedTuple):
         return Sparse(self.values[order], rows[order], starts, len(self.starts) - 1)
 
 
-def vocabulary(documents: list[list[str]], min_df: int) -> tuple[list[str], np.ndarray]:
-    """The sorted terms that stand in at least `min_df` documents, and their (V,) weights 1 + ln((1 + n) / (1 + df))."""
-    df = Counter(term for document in documents for term in set(document))
-    terms = sorted(term for term, count in df.items() if count >= min_df)
-    counts = np.array([df[term] for term in terms], np.float64)
-    return terms, 1 + np.log((1 + len(documents)) / (1 + counts))
+def tfidf(
+    documents: list[list[str]], terms: list[str] | None = None, idf: np.ndarray | None = None, min_df: int = 1
+) -> tuple[Sparse, list[str], np.ndarray]:
+    """(n, V) TF-IDF: (1 + ln tf) * idf with idf = 1 + ln((1 + n) / (1 + df)), rows of norm 1, or 0 without any term.
 
+    Args:
+        documents: n lists of terms.
+        terms, idf: V terms and their weights from an earlier call; None: the sorted terms of these documents.
+        min_df: terms that stand in fewer documents are left out of new ones.
 
-def tfidf(documents: list[list[str]], terms: list[str], idf: np.ndarray) -> Sparse:
-    """(n, V) TF-IDF: (1 + ln tf) * idf, rows of norm 1, or 0 where a document has none of the terms."""
-    number = {term: i for i, term in enumerate(terms)}
-    rows = [sorted((number[t], tf) for t, tf in Counter(d).items() if t in number) for d in documents]
-    sizes = np.array([len(row) for row in rows], np.int64)
-    columns, tf = np.array([pair for row in rows for pair in row], np.int64).reshape(-1, 2).T
+    Returns:
+        The matrix, its columns' terms and their (V,) weights.
+    """
+    if terms is None:
+        number: dict[str, int] = {}
+        found = [[number.setdefault(term, len(number)) for term in document] for document in documents]
+    else:
+        number = {term: i for i, term in enumerate(terms)}
+        found = [[number[term] for term in document if term in number] for document in documents]
+    owner = np.repeat(np.arange(len(found)), [len(row) for row in found])
+    columns = np.fromiter((i for row in found for i in row), np.int64, len(owner))
+    pairs, tf = np.unique(owner * max(len(number), 1) + columns, return_counts=True)
+    owner, columns = np.divmod(pairs, max(len(number), 1))
+    if terms is None:
+        df = np.bincount(columns, minlength=len(number))
+        terms = sorted(term for term, i in number.items() if df[i] >= min_df)
+        old = np.array([number[term] for term in terms], np.int64)
+        idf = 1 + np.log((1 + len(documents)) / (1 + df[old]))
+        new = np.full(len(number), -1)
+        new[old] = np.arange(len(terms))
+        columns = new[columns]
+        order = np.lexsort((columns, owner))
+        order = order[columns[order] >= 0]
+        owner, columns, tf = owner[order], columns[order], tf[order]
     values = (1 + np.log(tf)) * idf[columns]
-    owner = np.repeat(np.arange(len(rows)), sizes)
-    norms = np.sqrt(np.bincount(owner, values**2, len(rows)))
-    starts = np.concatenate([[0], np.cumsum(sizes)])
-    return Sparse(values / norms[owner], np.ascontiguousarray(columns), starts, len(terms))
+    values /= np.sqrt(np.bincount(owner, values**2, len(documents)))[owner]
+    starts = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(documents)))])
+    return Sparse(values, columns, starts, len(terms)), terms, idf
 
 
 def side_by_side(blocks: list[tuple[float, Sparse]]) -> Sparse:
@@ -114,7 +132,7 @@ def svd(matrix: Sparse, dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray
         0
     ]
     blocks = [block]
-    for _ in range(4):
+    for _ in range(3):
         block = torch.linalg.qr(a @ (at @ block))[0]
         blocks.append(block)
     basis = torch.linalg.qr(torch.cat(blocks, 1))[0]
@@ -153,25 +171,24 @@ class Lsa:
         Raises:
             InputError: no term stands in two utterances.
         """
-        words, chars = (vocabulary([ngrams(text) for text in texts], 2) for ngrams in (word_ngrams, char_ngrams))
-        if not words[0] and not chars[0]:
+        words, chars = (tfidf([f(text) for text in texts], min_df=2) for f in (word_ngrams, char_ngrams))
+        if not words[1] and not chars[1]:
             raise InputError("no word stands in two utterances: nothing to compare them by; check the text")
-        tables = {"words": words[0], "word_idf": words[1], "chars": chars[0], "char_idf": chars[1]}
-        state = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in tables.items()}
-        state["char_weight"] = char_weight
-        matrix = cls(state)._weigh(texts)
+        state = {"words": words[1], "word_idf": torch.from_numpy(words[2]), "chars": chars[1]}
+        state |= {"char_idf": torch.from_numpy(chars[2]), "char_weight": char_weight}
+        matrix = side_by_side([(1.0, words[0]), (char_weight, chars[0])])
         u, s = svd(matrix, dim, seed)
         kept = s > s[0] * 1e-9  # the others are rounding
         state["projection"] = (matrix.transposed().torch() @ torch.from_numpy(u[:, kept])) / torch.from_numpy(s[kept])
         return cls(state)
 
-    def _weigh(self, texts: list[str]) -> Sparse:
-        words = tfidf([word_ngrams(t) for t in texts], self.state["words"], self.state["word_idf"].numpy())
-        chars = tfidf([char_ngrams(t) for t in texts], self.state["chars"], self.state["char_idf"].numpy())
-        return side_by_side([(1.0, words), (self.state["char_weight"], chars)])
-
     def __call__(self, texts: list[str]) -> np.ndarray:
-        return (self._weigh(texts).torch() @ self.state["projection"]).float().numpy()
+        words, chars = (
+            tfidf([ngrams(text) for text in texts], self.state[terms], self.state[idf].numpy())[0]
+            for ngrams, terms, idf in ((word_ngrams, "words", "word_idf"), (char_ngrams, "chars", "char_idf"))
+        )
+        matrix = side_by_side([(1.0, words), (self.state["char_weight"], chars)])
+        return (matrix.torch() @ self.state["projection"]).float().numpy()
 
 
 def lsa(texts: list[str], dim: int = 100, seed: int = 0) -> np.ndarray:
