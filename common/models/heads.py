@@ -1,5 +1,6 @@
 """Heads that stand on a backbone."""
 
+import torch
 from torch import Tensor, nn
 
 
@@ -26,3 +27,36 @@ class SimCLR(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.projector(self.backbone(x))
+
+
+AGGREGATES = ("attention", "mean")
+
+
+class TemporalHead(nn.Module):
+    """Features F of frames (n, T, num_features) to logits (n, num_classes) of their weighted mean sum_t alpha_t F_t,
+    and alpha (n, T).
+
+    `attention`: alpha = softmax over t of w^T F_t; w starts at zero, so training starts from the mean. `mean`:
+    alpha_t = 1 / T.
+    """
+
+    def __init__(self, num_features: int, num_classes: int, aggregate: str):
+        super().__init__()
+        if aggregate not in AGGREGATES:
+            raise ValueError(f"aggregate={aggregate!r}, allowed are {', '.join(AGGREGATES)}")
+        # A bias would add the same to every frame: the softmax cancels it.
+        self.attention = nn.Linear(num_features, 1, bias=False) if aggregate == "attention" else None
+        self.classifier = nn.Linear(num_features, num_classes)
+        if self.attention is not None:
+            nn.init.zeros_(self.attention.weight)
+
+    def score(self, features: Tensor) -> Tensor:
+        """w^T F (...), 0 for the mean, of features (..., num_features)."""
+        if self.attention is None:
+            return features.new_zeros(features.shape[:-1])
+        return self.attention(features).squeeze(-1)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        alpha = self.score(features).softmax(1)
+        pooled = torch.einsum("nt,ntd->nd", alpha, features)
+        return self.classifier(pooled), alpha

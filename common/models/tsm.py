@@ -1,0 +1,257 @@
+"""Clips to logits: a frame network whose blocks exchange channels in time (TSM, Lin et al. 2019, arXiv:1811.08383).
+
+The shift is a function that the script hands in; no module is wrapped, so the backbone keeps the keys of its published
+weights. Sites are the blocks with a shortcut (`shift_sites`), attention blocks excepted:
+
+    residual    the branch reads the shifted map, the shortcut the map itself; shifting both would lose channels of the
+                frame for good
+    expand      the branch's expansion convolution reads the shifted map, so that one kernel does both. Where no
+                depthwise convolution comes before it, this is `residual`; elsewhere it differs at a clip's first and
+                last frame only, whose zeros come after instead of before that convolution's normalisation
+    none        no shift: a frame network and an average over frames
+
+With `fold_div` 8 an eighth of the channels comes from the next frame and an eighth from the previous one: 2/8 move.
+With 4 it is half of them. Under direction `past` only the eighth, or quarter, from the previous frame moves. None of
+this adds FLOPs; it adds memory traffic.
+
+Sequences longer than a clip. Windows of `n_segment` frames, scored one by one, are what training saw: every window
+starts, and with direction `both` ends, with zeros for its missing neighbours. A stream, or a forward pass over all T
+frames, has these zeros at the sequence's ends only, and a frame then depends on as many earlier frames as there are
+sites. The two scores differ; the averaged windows are the ones to trust for a model trained on windows.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common.config import InputError
+from common.models.heads import TemporalHead
+from common.models.mobilenet_v4 import NUM_FEATURES, MobileNetV4, shift_sites
+
+PLACEMENTS = ("residual", "expand", "none")
+
+
+@dataclass(frozen=True)
+class Shift:
+    """Where and how frames exchange channels.
+
+    Args:
+        placement: one of PLACEMENTS.
+        kernel: `kernels.temporal_shift` for `residual`, `kernels.shift_conv1x1` for `expand`, anything for `none`;
+            functools.partial binds its `impl`.
+        n_segment: frames of a clip.
+        fold_div, direction, padding: the kernel's.
+    """
+
+    placement: str
+    kernel: Callable | None
+    n_segment: int
+    fold_div: int
+    direction: str
+    padding: str
+
+    def hooks(self, n_segment: int) -> tuple[Callable | None, Callable | None]:
+        """`shift` and `shift_conv` of `MobileNetV4.feature_map`, for clips of `n_segment` frames."""
+        options = {"fold_div": self.fold_div, "direction": self.direction, "padding": self.padding}
+        if self.placement == "residual":
+            return lambda x: self.kernel(x, n_segment, **options), None
+        if self.placement == "expand":
+            return None, lambda x, weight: self.kernel(x, weight, None, n_segment, **options)
+        return None, None
+
+
+class ClipModel(nn.Module):
+    """Clips (n, T, 3, s, s), or their frames (n * n_segment, 3, s, s), to logits (n, num_classes) and the share of each
+    frame in them (n, T), which sum to 1.
+
+    Pixels are normalised floats. T of five-dimensional clips may differ from `n_segment`. The head works in its
+    weights' precision, fp32, under autocast too: scores of 8 bits would tie.
+
+    Args:
+        backbone: without a classifier.
+        shift: see `Shift`.
+        aggregate, num_classes: see `TemporalHead`.
+        dropout: probability, of a feature of a frame, or with `dropout2d` of a channel of its last map (Tompson et al.
+            2015, arXiv:1411.4280).
+    """
+
+    def __init__(
+        self, backbone: MobileNetV4, shift: Shift, *, aggregate: str, dropout: float, dropout2d: bool, num_classes: int
+    ):
+        super().__init__()
+        if shift.placement not in PLACEMENTS:
+            raise ValueError(f"placement={shift.placement!r}, allowed are {', '.join(PLACEMENTS)}")
+        self.backbone, self.shift = backbone, shift
+        self.dropout, self.dropout2d = dropout, dropout2d
+        self.head = TemporalHead(NUM_FEATURES, num_classes, aggregate)
+        self.frozen_bn: list[str] = []
+
+    def train(self, mode: bool = True) -> "ClipModel":
+        super().train(mode)
+        for name in self.frozen_bn:
+            self.get_submodule(name).eval()
+        return self
+
+    def frame_features(self, frames: Tensor, shift=None, shift_conv=None) -> Tensor:
+        """Frames (m, 3, s, s) to features (m, 1280), dropout included."""
+        maps = self.backbone.feature_map(frames, shift, shift_conv)
+        if self.dropout2d:
+            return self.backbone.pool(F.dropout2d(maps, self.dropout, self.training))
+        return F.dropout(self.backbone.pool(maps), self.dropout, self.training)
+
+    def forward(self, clips: Tensor) -> tuple[Tensor, Tensor]:
+        n_segment = clips.shape[1] if clips.dim() == 5 else self.shift.n_segment
+        frames = clips.flatten(0, 1) if clips.dim() == 5 else clips
+        features = self.frame_features(frames, *self.shift.hooks(n_segment))
+        with torch.autocast(features.device.type, enabled=False):
+            return self.head(features.to(self.head.classifier.weight.dtype).unflatten(0, (-1, n_segment)))
+
+    def describe(self) -> str:
+        """One line for people: where the shift sits and how much it moves."""
+        s = self.shift
+        if s.placement == "none":
+            return "shift none"
+        widths = [block.pw_proj.conv.out_channels for block in shift_sites(self.backbone).values()]
+        moved = sum(width // s.fold_div for width in widths) * (2 if s.direction == "both" else 1) / sum(widths)
+        return (
+            f"shift {s.placement} at {len(widths)} blocks, {s.n_segment} frames, fold_div {s.fold_div}, "
+            f"direction {s.direction}, padding {s.padding}: {moved:.0%} of their channels move"
+        )
+
+
+def freeze_bn(model: ClipModel, share: float) -> list[str]:
+    """Freeze the first round(share * n) of the backbone's n BatchNorm layers, in the order in which they run.
+
+    Their running statistics normalise and stay, and their scales and shifts are not trained, whatever `train()` says.
+    Call it after `dist.sync_batchnorm`, which makes new layers, and before the optimiser is built.
+
+    Returns:
+        Their names.
+    """
+    layers = [n for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    model.frozen_bn = layers[: round(share * len(layers))]
+    for name in model.frozen_bn:
+        model.get_submodule(name).requires_grad_(False)
+    model.train(model.training)
+    return model.frozen_bn
+
+
+class Stream:
+    """A model that was trained with direction `past`, run frame by frame.
+
+    Per site the previous frame's fold is kept, and of the aggregation a running softmax: the memory does not grow with
+    the sequence. After t frames the logits are those of the model for one clip of these t frames.
+
+    Args:
+        model: in evaluation mode.
+        step: `kernels.shift_step`.
+
+    Raises:
+        InputError: a model that reads later frames.
+    """
+
+    def __init__(self, model: ClipModel, step: Callable):
+        s = model.shift
+        if s.placement != "none" and (s.direction, s.padding) != ("past", "zero"):
+            raise InputError(
+                f"a stream needs a model trained with --direction past --padding zero: this one has {s.direction} and "
+                f"{s.padding}"
+            )
+        assert not model.training, "BatchNorm would use the statistics of one frame"
+        self.model, self.step = model, step
+        self.folds: list[Tensor | None] = [None] * len(shift_sites(model.backbone))
+        self.peak = self.total = self.features = None
+
+    @torch.no_grad()
+    def __call__(self, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """The next frame of n streams (n, 3, s, s) to logits (n, num_classes) of all frames so far and this frame's
+        score (n,); a softmax over the scores of a sequence gives the frames' shares."""
+        folds = iter(self.folds)
+        self.folds = []
+
+        def shift(x: Tensor) -> Tensor:
+            shifted, fold = self.step(x, next(folds), fold_div=self.model.shift.fold_div)
+            self.folds.append(fold)
+            return shifted
+
+        def shift_conv(x: Tensor, weight: Tensor) -> Tensor:
+            return F.conv2d(shift(x), weight)
+
+        placement = self.model.shift.placement
+        hooks = {"residual": (shift, None), "expand": (None, shift_conv), "none": (None, None)}[placement]
+        features = self.model.frame_features(frames, *hooks)
+        head = self.model.head
+        with torch.autocast(features.device.type, enabled=False):
+            features = features.to(head.classifier.weight.dtype)
+            score = head.score(features)
+            if self.total is None:
+                self.peak, self.total, self.features = score, torch.ones_like(score), features
+            else:
+                peak = torch.maximum(self.peak, score)
+                old, new = (self.peak - peak).exp(), (score - peak).exp()
+                self.peak, self.total = peak, self.total * old + new
+                self.features = self.features * old.unsqueeze(1) + features * new.unsqueeze(1)
+            return head.classifier(self.features / self.total.unsqueeze(1)), score
+
+
+class Memory(NamedTuple):
+    """Bytes of a training step; the sum is a floor, to which the device adds its workspaces."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    def describe(self) -> str:
+        parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in self._asdict().items())
+        return f"{sum(self) / 1e9:.2f} GB ({parts})"
+
+
+def training_memory(model: ClipModel, frames: int, size: int, dtype: torch.dtype, *, states: int = 2) -> Memory:
+    """What a training step of the model will hold at its peak, between forward and backward.
+
+    The backbone runs once without data (device `meta`), and what autograd would keep is counted. With checkpointed
+    blocks that is every block's input, and everything within the largest block.
+
+    Args:
+        frames: of one chunk on one device: clips times their frames.
+        size: side of a frame, pixels.
+        dtype: of autocast, or fp32.
+        states: tensors that the optimiser keeps per parameter: 2 for AdamW.
+    """
+    with torch.device("meta"):
+        twin = MobileNetV4(model.backbone.variant).to(dtype)
+        x = torch.empty(frames, 3, size, size, dtype=dtype)
+    own = {t.untyped_storage()._cdata for t in [*twin.parameters(), *twin.buffers()]}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    inputs, inside = {}, []
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        x = twin.stem(x)
+        around = dict(kept)
+        for block in (block for stage in twin.blocks for block in stage):
+            storage, before = x.untyped_storage(), sum(kept.values())
+            inputs[storage._cdata] = storage.nbytes()
+            x = block(x)
+            inside.append(sum(kept.values()) - before)
+        if model.backbone.checkpoint_blocks:
+            kept = around | inputs
+        features = twin.pool(x)
+    assert features.requires_grad  # the graph, and so every storage that was counted, lives until here
+    activations = sum(kept.values()) + (max(inside) if model.backbone.checkpoint_blocks else 0)
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    if dtype != torch.float32:
+        # Autocast keeps a copy of the weights and the frames as they came.
+        activations += sum(p.numel() for p in twin.parameters()) * dtype.itemsize + frames * 3 * size**2 * 4
+    return Memory(parameters, trained, states * trained, activations)
