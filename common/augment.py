@@ -408,21 +408,20 @@ def resize(images, size):
 
 
 @functools.cache
-def _mean_std(device, dtype):
+def _mean_std(device, dtype, mean, std):
     # Cached, because a new constant would be a synchronous copy at every step. Ordinary tensors even if the first call
     # is made in inference mode: autograd could not use the others later.
     with torch.inference_mode(False):
-        mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=device, dtype=dtype).view(2, 3, 1, 1)
-        return mean, std
+        return torch.tensor([mean, std], device=device, dtype=dtype).view(2, 3, 1, 1)
 
 
-def normalize(x):
-    """Subtract ImageNet's mean and divide by its standard deviation; x (..., 3, H, W) floating point in [0, 1]."""
-    mean, std = _mean_std(x.device, x.dtype)
+def normalize(x, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    """Subtract the mean and divide by the standard deviation, tuples of three; x (..., 3, H, W) floating in [0, 1]."""
+    mean, std = _mean_std(x.device, x.dtype, mean, std)
     return (x - mean) / std
 
 
 def denormalize(x):
-    """Undo `normalize`, for pictures."""
-    mean, std = _mean_std(x.device, x.dtype)
+    """Undo `normalize` with its defaults, for pictures."""
+    mean, std = _mean_std(x.device, x.dtype, IMAGENET_MEAN, IMAGENET_STD)
     return x * std + mean

@@ -192,7 +192,8 @@ def load_backbone(source: str) -> tuple[dict[str, Tensor], dict]:
 
 
 def load_selected(source: str) -> dict:
-    """The selected model (best.pt) of a run directory's last stage, or a checkpoint file: `model`, `meta`, `epoch`.
+    """The selected model (best.pt) of a run directory's last stage, or a checkpoint file: `model`, `meta`, `epoch`,
+    `metrics`.
 
     Raises:
         InputError: there is none, or the file does not say what model it holds.
@@ -203,7 +204,8 @@ def load_selected(source: str) -> dict:
         path = next((folder for folder in folders if (folder / "best.pt").exists()), path) / "best.pt"
     state = load(path)
     if "place" in state:
-        state = state | {"model": state["parts"].get("model"), "epoch": state["place"]["epoch"]}
+        place = state["place"]
+        state |= {"model": state["parts"].get("model"), "epoch": place["epoch"], "metrics": place["results"]}
     if not state.get("model") or "meta" not in state:
         raise InputError(f"{path} does not say what model it holds: give a run directory, its best.pt or its last.pt")
     return state
@@ -500,8 +502,14 @@ class Progress:
 
     def best_weights(self) -> dict:
         """Weights of the selected model, from memory or from best.pt of a resumed run."""
-        state = self._best_state or load(self.folder / "best.pt")
-        return state["model"]
+        return self._best()["model"]
+
+    def best_metrics(self) -> dict:
+        """The `metrics` that were given with the selected model."""
+        return self._best()["metrics"]
+
+    def _best(self) -> dict:
+        return self._best_state or load(self.folder / "best.pt")
 
     def end_epoch(self) -> None:
         self.epoch += 1

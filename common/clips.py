@@ -98,10 +98,13 @@ class Videos:
                 text += f"; {int(which.sum())} of {len(self)} videos are shorter and {said} (first: {first})"
         return text
 
-    def train_clips(self, indices: np.ndarray, seed: int, epoch: int, n_segment: int, seconds: float) -> np.ndarray:
-        """One clip of each video: (b, n_segment) positions, the start drawn from (seed, epoch, video)."""
-        drawn = uniform(seed, epoch, indices, _START_STREAM, 1)[:, 0]
-        return train_clips(drawn, self.lengths[indices], self.rates[indices], n_segment, seconds)
+    def train_clips(self, items: np.ndarray, seed: int, epoch: int, n_segment: int, seconds: float) -> np.ndarray:
+        """One clip of each item: (b, n_segment) positions, the start drawn from (seed, epoch, item).
+
+        Items below n are the videos, those above more clips of them: item i is one of video i % n.
+        """
+        drawn, videos = uniform(seed, epoch, items, _START_STREAM, 1)[:, 0], items % len(self)
+        return train_clips(drawn, self.lengths[videos], self.rates[videos], n_segment, seconds)
 
     def eval_clips(self, indices: np.ndarray, n_segment: int, seconds: float, count: int) -> np.ndarray:
         """`count` evenly spaced clips of each video: (b, count, n_segment) positions."""

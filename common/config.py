@@ -257,22 +257,23 @@ def refuse_without_effect(parser: Parser, args: argparse.Namespace, names, reaso
 
 
 def check_use(parser: Parser, args: argparse.Namespace, heeded=()) -> None:
-    """Exit 2 if --eval or --predict comes with a flag of training, or --predict without the run to use.
+    """Exit 2 if --eval, --predict or --stream comes with a flag of training, or without the run to use.
 
-    `heeded` are flags of the script (attribute names) that both heed.
+    `heeded` are flags of the script (attribute names) that they heed.
     """
-    mode = "--eval" if args.eval else "--predict" if args.predict else None
-    if mode is None:
+    modes = [name for name in ("eval", "predict", "stream") if getattr(args, name, None)]
+    if not modes:
         return
-    if args.eval and args.predict:
-        parser.error("--eval and --predict exclude each other")
-    refuse_without_effect(parser, args, sorted(vars(args).keys() - USE_FLAGS - {*heeded}), f"with {mode}")
-    if args.predict and args.resume in ("auto", "none"):
-        parser.error("--predict needs the trained run: add --resume RUN")
-    if args.predict:
-        refuse_without_effect(parser, args, ["data"], "with --predict, which reads PATH")
-    else:
+    mode = f"--{modes[0]}"
+    if len(modes) > 1:
+        parser.error(f"{mode} and --{modes[1]} exclude each other")
+    refuse_without_effect(parser, args, sorted(vars(args).keys() - USE_FLAGS - {*heeded, *modes}), f"with {mode}")
+    if args.eval:
         refuse_without_effect(parser, args, ["resume"], "with --eval, which names its checkpoint")
+        return
+    if args.resume in ("auto", "none"):
+        parser.error(f"{mode} needs the trained run: add --resume RUN")
+    refuse_without_effect(parser, args, ["data"], f"with {mode}, which names what it reads")
 
 
 def identity(parser: Parser, args: argparse.Namespace, **facts) -> dict:

@@ -23,6 +23,10 @@ _BASELINES = (
     "<code>linear_random</code>, <code>linear_pixels</code>: the linear protocol on a random-weight backbone and on raw"
     " pixels. <code>majority</code>: always the most frequent class."
 )
+_CAPTIONS = {
+    "views": "What enters the network: eight images, view a above view b.",
+    "watched": "Test clips, one a row, first real, then fake: the paler a frame, the smaller its share in the score.",
+}
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1f2937;max-width:1080px;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem;border-bottom:1px solid #e5e7eb}
@@ -42,9 +46,18 @@ def save_grid(path: Path, images: Tensor, columns: int) -> None:
     save_image(grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2), path)
 
 
-def write_predictions(path: Path, ids: list[str], classes: list[str], scores: Tensor) -> None:
-    """Write predictions.csv: id, the class of the highest score, and the score (a probability) of every class."""
-    best = scores.argmax(1).tolist()
+def save_watched(path: Path, frames: Tensor, shares: Tensor) -> None:
+    """Write clips (n, T, 3, h, w) in [0, 1], one a row, as a PNG; the less a frame's share (n, T), the paler it is."""
+    weight = 0.1 + 0.9 * (shares / shares.amax(1, keepdim=True)).view(*shares.shape, 1, 1, 1)
+    save_grid(path, (1 - (1 - frames) * weight).flatten(0, 1), frames.shape[1])
+
+
+def write_predictions(path: Path, ids: list[str], classes: list[str], scores: Tensor, chosen=None) -> None:
+    """Write predictions.csv: id, the class, and the score (a probability) of every class.
+
+    `chosen` are the classes' numbers; unset: the classes of the highest scores.
+    """
+    best = scores.argmax(1).tolist() if chosen is None else chosen
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["id", "class", *(f"score_{name}" for name in classes)])
@@ -191,7 +204,7 @@ def write(folder: Path) -> Path:
     if tests:
         rows = [(name, *(scores.get(f"{name}/test/{column}", "") for column in columns)) for name in tests]
         body += ["<h2>Test results</h2>", table(rows, ("stage", *columns)), f"<p>{_BASELINES}</p>"]
-    body += loss_section(scores, files["config"])
+    body += detection_section(scores) + loss_section(scores, files["config"])
     charts = charts_of(lines)
     for title, svg in charts.items():
         name = title.replace(": ", "_").replace(" ", "_").replace("/", "_")
@@ -205,9 +218,7 @@ def write(folder: Path) -> Path:
         ]
     for picture in sorted(figures.glob("*.png")):
         encoded = base64.b64encode(picture.read_bytes()).decode()
-        caption = {"views": "What enters the network: eight images, view a above view b."}.get(
-            picture.stem, picture.stem
-        )
+        caption = _CAPTIONS.get(picture.stem, picture.stem)
         body += [
             f"<h2>{html.escape(picture.stem.capitalize())}</h2>",
             f'<figure><img src="data:image/png;base64,{encoded}">'
@@ -230,6 +241,21 @@ def write(folder: Path) -> Path:
     path = folder / "report.html"
     path.write_text(page)
     return path
+
+
+def detection_section(scores: dict) -> list[str]:
+    """Test metrics of a detector on videos: all of them, and each kind of positive beside all negatives."""
+    stem = "/test/video_auc"
+    names = [name for name in scores if stem in name]
+    columns = ("auc", "ap", "eer", "accuracy")
+    rows = [
+        (
+            name.partition(stem)[2].strip("_") or "all",
+            *(scores[name.replace("video_auc", f"video_{c}")] for c in columns),
+        )
+        for name in names
+    ]
+    return ["<h2>Test videos</h2>", table(rows, ("of", *columns))] if rows else []
 
 
 def loss_section(scores: dict, settings: dict) -> list[str]:

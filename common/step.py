@@ -1,6 +1,7 @@
 """What stands around an optimiser step in every script: precision, the masked update, chunks of a batch."""
 
 import contextlib
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -71,6 +72,18 @@ def frozen_running_stats(model: nn.Module) -> Iterator[None]:
         for layer, momentum, count in zip(layers, before, counts, strict=True):
             layer.momentum = momentum
             layer.num_batches_tracked.copy_(count)
+
+
+def peak_memory(device: torch.device) -> str:
+    """The most memory held so far, for people: of the GPU by tensors, elsewhere by the process."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB of the GPU"
+    try:
+        import resource
+    except ImportError:  # Windows
+        return "not counted on this system"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB of the process"
 
 
 def reduce_gradients(model: nn.Module, *, last: bool):
