@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from common import augment, config
 
 _TILE = 1 << 22  # numbers in one block of distances: 16 MB in fp32
+_PLAIN_STEPS = 10  # of Sinkhorn's iteration, before Newton's method takes over
 _GROUP = 1 << 27  # numbers that the restarts computed together may hold
 
 
@@ -242,3 +243,221 @@ def kmeans(x, k, *, seed=0, restarts=10, start=None, weights=None, spherical=Fal
             if best is None or inertia < best.inertia:
                 best = KMeans(labels.contiguous(), run + mean, inertia, count)
     return best
+
+
+class Assignment(NamedTuple):
+    """Pseudo-labels: a transport `plan` (N, K), its `labels` (N,) and their `weights` (N,) in [0, 1].
+
+    A row's label is the cluster that gets most of it, its weight N times the mass it sends there: a whole row is 1/N.
+    """
+
+    plan: torch.Tensor
+    labels: torch.Tensor
+    weights: torch.Tensor
+
+
+def relative_costs(x, centroids):
+    """Squared distances (N, K) in fp64 over their mean, so that an `epsilon` means the same for all features."""
+    x, centroids = _checked(x).double(), _checked(centroids, "centroids").double()
+    mean = x.mean(0)
+    x, centroids = x - mean, centroids.to(x.device) - mean
+    cost = (_scores(x, centroids[None])[:, 0] + x.square().sum(1, keepdim=True)).clamp(min=0)
+    return cost / cost.mean().clamp(min=torch.finfo(cost.dtype).tiny)
+
+
+def _checked_costs(cost, sizes, epsilon, iterations):
+    cost = _checked(cost, "cost").double()
+    k = cost.shape[1]
+    sizes = cost.new_ones(k) if sizes is None else torch.as_tensor(sizes).to(cost)
+    if sizes.shape != (k,) or not (sizes.isfinite() & (sizes > 0)).all():
+        raise ValueError(f"sizes must be {k} positive numbers, got {sizes.tolist()}")
+    if not epsilon > 0 or iterations < 1:
+        raise ValueError(f"epsilon and iterations must be positive, got {epsilon} and {iterations}")
+    return cost, sizes / sizes.sum()
+
+
+def _scaled(kernel, columns, power, iterations, tolerance):
+    """Scale exp(kernel) (N, M) to rows of 1/N and, damped by `power` (M,), to the columns' mass; all in logarithms."""
+    n = len(kernel)
+
+    def off(g):  # what one Sinkhorn step would add to g
+        return power * (columns.log() - (kernel + g).log_softmax(1).logsumexp(0) + math.log(n) + g) - g
+
+    g = torch.zeros_like(columns)
+    step = off(g)
+    for done in range(iterations):
+        if step.abs().max() <= tolerance:
+            break
+        # Sinkhorn's steps shrink like powers of power * transition, at a small epsilon hardly at all: sum the series.
+        if done >= _PLAIN_STEPS:
+            plan = (kernel + g).softmax(1)
+            transition = plan.T @ plan / plan.sum(0).clamp(min=torch.finfo(plan.dtype).tiny)[:, None]
+            eye = torch.eye(len(g), dtype=g.dtype, device=g.device)
+            newton = g + torch.linalg.pinv(eye - power[:, None] * transition, rtol=1e-12) @ step
+            further = off(newton)
+            if further.abs().max() < step.abs().max():
+                g, step = newton, further
+                continue
+        g = g + step
+        step = off(g)
+    # The rows last: every row's mass is exact, the columns' to the tolerance.
+    return (kernel + g).softmax(1) / n
+
+
+def _hardened(plan):
+    weights, labels = plan.max(1)
+    return Assignment(plan, labels, (weights * len(plan)).clamp_(max=1))
+
+
+@torch.no_grad()
+def sinkhorn(cost, *, sizes=None, epsilon=0.05, iterations=1000, tolerance=1e-7):
+    """Assign rows to clusters of given sizes by entropic optimal transport, as SeLa and SwAV do.
+
+    Minimises <plan, cost> - epsilon * entropy(plan) over plans whose rows sum to 1/N and whose columns sum to the
+    sizes (Cuturi 2013; Asano et al. 2020, arXiv:1911.05371; Caron et al. 2020, arXiv:2006.09882, with cost = -score
+    and 3 iterations). In logarithms, so no epsilon under- or overflows; Newton's method speeds up the last digits.
+
+    Args:
+        cost: (N, K) finite real tensor; -log p, or `relative_costs`.
+        sizes: (K,) positive, the clusters' shares up to a factor; equal by default.
+        epsilon: the smaller, the harder the plan and the slower; in the unit of `cost`.
+        iterations, tolerance: stops at this many, or where no column's mass is off by more than this relative part.
+
+    Returns:
+        Assignment, fp64.
+
+    Raises:
+        ValueError: a shape or setting out of range; `InputError` for costs that are not finite.
+    """
+    cost, sizes = _checked_costs(cost, sizes, epsilon, iterations)
+    return _hardened(_scaled(-cost / epsilon, sizes, torch.ones_like(sizes), iterations, tolerance))
+
+
+@torch.no_grad()
+def partial_transport(cost, mass, *, sizes=None, relax=1.0, epsilon=0.05, iterations=1000, tolerance=1e-7):
+    """Assign the share `mass` of the rows' mass, cheapest first, to clusters of about the given sizes.
+
+    The step of progressive partial optimal transport (Zhang et al. 2024, arXiv:2401.09266 and 2404.03446). Minimises
+
+        <plan, cost> - epsilon * entropy + relax * KL(columns | mass * sizes)
+
+    over plans whose rows sum to at most 1/N and which transport `mass` in all. What is left goes to an extra column of
+    cost 0; it is fixed at 1 - mass, so its cost does not matter. Growing `mass` over the epochs takes the sure rows
+    first. The KL term, unlike an equality, lets the data make clusters unequal.
+
+    Args:
+        cost, sizes, epsilon, iterations, tolerance: as in `sinkhorn`.
+        mass: in (0, 1].
+        relax: weight of the KL term: 0 leaves the sizes free, inf makes them equalities.
+
+    Returns:
+        Assignment, fp64; rows left out have weights near 0.
+
+    Raises:
+        ValueError: as in `sinkhorn`.
+    """
+    cost, sizes = _checked_costs(cost, sizes, epsilon, iterations)
+    if not 0 < mass <= 1 or not relax >= 0:
+        raise ValueError(f"mass must lie in (0, 1] and relax be at least 0, got {mass} and {relax}")
+    kernel, columns = -cost / epsilon, mass * sizes
+    power = torch.full_like(sizes, 1.0 if relax == math.inf else relax / (relax + epsilon))
+    if mass < 1:
+        kernel = torch.cat([kernel, kernel.new_zeros(len(kernel), 1)], 1)
+        columns = torch.cat([columns, columns.new_tensor([1 - mass])])
+        power = torch.cat([power, power.new_ones(1)])
+    return _hardened(_scaled(kernel, columns, power, iterations, tolerance)[:, : len(sizes)])
+
+
+class Selection(NamedTuple):
+    """Rows of high quality: per cluster the `indices` (m,) int64, ascending, and the neighbourhood `fractions` taken.
+
+    A fraction is None where there was nothing to choose: an empty cluster, or one that is taken whole.
+    """
+
+    indices: list
+    fractions: list
+
+
+FRACTIONS = tuple(percent / 100 for percent in range(10, 32, 2))
+
+
+@torch.no_grad()
+def select(x, labels, k, share, *, floor=1, direction="largest", umc=False):
+    """Select the densest rows of each cluster, as UMC does (Zhang et al. 2024, arXiv:2405.12775).
+
+    Of a cluster's n rows m = max(floor(share * n), floor, 1) are taken, at most n. For each q of FRACTIONS a row's
+    density is one over the mean distance to its max(floor(q * n), 1) nearest rows, and the candidates are the m
+    densest. The q is kept whose candidates have the largest or the smallest mean distance to their nearest fellow
+    candidate; the lowest q, and the lowest index, among equals. One distance matrix and one sort serve all q.
+
+    Args:
+        x: (N, D) finite real tensor.
+        labels: (N,) integers in [0, k).
+        share: in (0, 1].
+        floor: minimum of rows per cluster.
+        direction: "largest" (spread out; UMC's code) or "smallest" (compact).
+        umc: take the whole cluster where m is 1, as UMC's code does.
+
+    Returns:
+        Selection, k entries each.
+
+    Raises:
+        ValueError: a shape or setting out of range; `InputError` for rows that are not finite.
+    """
+    x = _checked(x)
+    labels = torch.as_tensor(labels).to(x.device)
+    if labels.shape != x.shape[:1] or labels.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"labels must be {len(x)} integers, got {labels.dtype} {tuple(labels.shape)}")
+    if labels.min() < 0 or labels.max() >= k:
+        raise ValueError(f"labels must lie in [0, {k}), got {labels.min()} to {labels.max()}")
+    if not 0 < share <= 1 or floor < 0 or direction not in ("largest", "smallest"):
+        raise ValueError(
+            "share must lie in (0, 1], floor be at least 0 and direction be largest or smallest, "
+            f"got {share}, {floor} and {direction}"
+        )
+    indices, fractions = [], []
+    for cluster in range(k):
+        rows = (labels == cluster).nonzero()[:, 0]
+        # A product such as 0.29 * 100 falls short of its whole number by rounding.
+        m = min(max(int(share * len(rows) + 1e-9), floor, 1), len(rows))
+        if m == len(rows) or (umc and m == 1):
+            indices.append(rows)
+            fractions.append(None)
+            continue
+        taken, fraction = _densest(x[rows], m, direction)
+        indices.append(rows[taken])
+        fractions.append(fraction)
+    return Selection(indices, fractions)
+
+
+def _densest(x, m, direction):
+    """Indices of the m densest of rows (n, D), ascending, and the fraction of FRACTIONS that gave them."""
+    n = len(x)
+    # In fp64: equal rows, frequent among short utterances, must come out at distance 0.
+    x = x.double() - x.double().mean(0)
+    squares = x.square().sum(1)
+
+    def distances(rows):
+        block = torch.addmm(squares[rows, None] + squares, x[rows], x.T, alpha=-2).clamp_(min=0).sqrt_()
+        return block.scatter_(1, rows[:, None], torch.inf)  # a row is no neighbour of its own
+
+    parts = torch.arange(n, device=x.device).split(max(_TILE // n, 1))
+    # Beyond what fits, blocks are computed twice instead of kept.
+    kept = [distances(rows) for rows in parts] if n * n <= _GROUP else None
+    sizes = torch.tensor([max(round(q * 100) * n // 100, 1) for q in FRACTIONS], device=x.device)
+    reach = []
+    for i, rows in enumerate(parts):
+        block = distances(rows) if kept is None else kept[i]
+        near = block.topk(int(sizes[-1]), largest=False).values
+        reach.append(near.cumsum(1)[:, sizes - 1] / sizes)
+    order = torch.cat(reach).argsort(dim=0, stable=True)[:m]  # [m, q]
+    chosen = torch.zeros(n, len(FRACTIONS), dtype=torch.bool, device=x.device).scatter_(0, order, True)
+    scores = x.new_zeros(len(FRACTIONS))
+    for i, rows in enumerate(parts):
+        block = distances(rows) if kept is None else kept[i]
+        for q, candidate in enumerate(chosen.T):
+            own = candidate[rows]
+            if m > 1:
+                scores[q] += block[own][:, candidate].amin(1).sum()
+    best = int(scores.argmax() if direction == "largest" else scores.argmin())
+    return chosen[:, best].nonzero()[:, 0], FRACTIONS[best]

@@ -185,3 +185,200 @@ def test_kmeans_on_a_gpu():
     assert torch.equal(again.labels, gpu.labels) and torch.equal(again.centroids, gpu.centroids)
     clear, k = SHAPES["clear"]()
     assert torch.equal(clustering.kmeans(clear.cuda(), k).labels.cpu(), clustering.kmeans(clear, k).labels)
+
+
+def brute_force_selection(x, share, floor, direction):
+    """Rows of one cluster: neighbour lists, densities and scores by loops."""
+    x = x.double().numpy()
+    n = len(x)
+    m = min(max(math.floor(share * n + 1e-9), floor, 1), n)
+    best = None
+    for percent in range(10, 32, 2):
+        neighbours = max(percent * n // 100, 1)
+        reach = []
+        for i in range(n):
+            distances = sorted(np.linalg.norm(x[i] - x[j]) for j in range(n) if j != i)
+            reach.append(np.mean(distances[:neighbours]))
+        densest = sorted(range(n), key=lambda i: (reach[i], i))[:m]
+        score = np.mean([min([np.linalg.norm(x[i] - x[j]) for j in densest if j != i], default=0) for i in densest])
+        if best is None or (score > best[0] + 1e-12 if direction == "largest" else score < best[0] - 1e-12):
+            best = score, sorted(densest), percent / 100
+    return best[1:]
+
+
+@pytest.mark.parametrize("direction", ["largest", "smallest"])
+@pytest.mark.parametrize("share, floor", [(0.1, 1), (0.29, 1), (0.02, 9), (0.5, 30), (0.9, 1), (0.02, 1)])
+def test_selection_equals_brute_force(direction, share, floor, monkeypatch):
+    x, labels = mixture(170, 4, 4, 2.0, balance=[0.6, 0.25, 0.13, 0.02])
+    x[::9] *= 3  # outliers
+    labels[labels == 2] = 5  # 2 is empty
+    found = clustering.select(x, labels, 6, share, floor=floor, direction=direction)
+    assert len(found.indices) == len(found.fractions) == 6
+    for cluster in (0, 1, 3, 5):
+        rows = np.flatnonzero(labels == cluster)
+        expected, fraction = brute_force_selection(x[rows], share, floor, direction)
+        assert found.indices[cluster].tolist() == rows[expected].tolist()
+        assert found.fractions[cluster] == (None if len(expected) == len(rows) else fraction)
+    assert found.indices[2].tolist() == [] and found.fractions[2] is None
+    for limit in ("_TILE", "_GROUP"):  # blocks; blocks that are computed twice
+        monkeypatch.setattr(clustering, limit, 500)
+        again = clustering.select(x, labels, 6, share, floor=floor, direction=direction)
+        assert again.fractions == found.fractions
+        assert all(torch.equal(a, b) for a, b in zip(again.indices, found.indices, strict=True))
+
+
+def test_the_directions_differ_and_more_share_takes_more():
+    x, labels = mixture(400, 2, 6, 1.0)
+    picked = {d: clustering.select(x, labels, 2, 0.2, direction=d) for d in ("largest", "smallest")}
+    assert picked["largest"].fractions != picked["smallest"].fractions
+    for share in (0.1, 0.35, 1.0):
+        sizes = [len(i) for i in clustering.select(x, labels, 2, share).indices]
+        assert sizes == [int(share * n + 1e-9) for n in np.bincount(labels)]
+
+
+def test_umc_takes_small_clusters_whole():
+    x, labels = mixture(160, 2, 3, 1.0, balance=[0.7, 0.3])
+    small, large = np.bincount(labels)[::-1]
+    assert small < 100 < large
+    for umc, sizes in ((True, [large, small]), (False, [1, 1])):
+        found = clustering.select(x, labels, 2, 0.01, umc=umc)
+        assert [len(i) for i in found.indices] == (sizes if umc else [1, 1])
+    assert [len(i) for i in clustering.select(x, labels, 2, 0.02, umc=True).indices] == [2, small]
+
+
+def test_selection_of_equal_rows():
+    x = torch.full((40, 3), 0.1)
+    assert clustering.select(x, [0] * 40, 1, 0.2).indices[0].tolist() == list(range(8))
+    for bad in ({"share": 0.0}, {"share": 1.5}, {"direction": "up"}, {"floor": -1}):
+        with pytest.raises(ValueError, match=r"share must lie in \(0, 1\]"):
+            clustering.select(x, [0] * 40, 1, **({"share": 0.5} | bad))
+    with pytest.raises(ValueError, match=r"\[0, 1\), got 0 to 1"):
+        clustering.select(x, [0] * 39 + [1], 1, 0.5)
+    with pytest.raises(ValueError, match="40 integers"):
+        clustering.select(x, [0] * 3, 1, 0.5)
+
+
+def costs(n, k, seed=0):
+    return torch.from_numpy(np.random.default_rng(seed).random((n, k)))
+
+
+def transport_program(cost, columns, mass):
+    """The optimum of the linear program: columns sum to `columns`, rows to at most 1/N, exactly where mass is 1."""
+    optimize = pytest.importorskip("scipy.optimize", reason=ORACLE)
+    n, k = cost.shape
+    by_row, by_column = np.kron(np.eye(n), np.ones(k)), np.kron(np.ones(n), np.eye(k))
+    limits = dict(A_eq=by_column, b_eq=columns, A_ub=by_row, b_ub=np.full(n, 1 / n))
+    if mass == 1:
+        limits = dict(A_eq=np.vstack([by_column, by_row]), b_eq=np.concatenate([columns, np.full(n, 1 / n)]))
+    solved = optimize.linprog(cost.numpy().ravel(), bounds=(0, None), **limits)
+    assert solved.status == 0
+    return solved.fun, solved.x.reshape(n, k)
+
+
+@pytest.mark.parametrize("sizes", [None, [5, 1, 2, 4]])
+@pytest.mark.parametrize("mass", [1.0, 0.5])
+def test_transport_at_small_epsilon_is_the_linear_program(sizes, mass):
+    cost = costs(24, 4)
+    shares = np.full(4, 0.25) if sizes is None else np.array(sizes) / 12
+    value, plan = transport_program(cost, mass * shares, mass)
+    epsilon = 5e-3
+    settings = dict(sizes=sizes, epsilon=epsilon, iterations=20_000)
+    runs = [clustering.partial_transport(cost, mass, relax=math.inf, **settings)]
+    if mass == 1:
+        runs.append(clustering.sinkhorn(cost, **settings))
+    for run in runs:
+        assert (run.plan.sum(0).numpy() - mass * shares) == pytest.approx(np.zeros(4), abs=1e-6)
+        assert run.plan.sum(1).max() <= 1 / 24 + 1e-9
+        # No plan costs less; the entropy can be worth no more than epsilon ln K of a unit of mass.
+        assert value - 1e-6 <= (run.plan * cost).sum().item() <= value + epsilon * math.log(5)
+        whole = plan.max(1) > 0.99 / 24
+        assert whole.sum() > 5
+        assert (run.labels.numpy() == plan.argmax(1))[whole].mean() > 0.9
+        if mass < 1:
+            assert run.weights[plan.max(1) < 1e-9].mean() < 0.1 < 0.9 < run.weights[whole].mean()
+
+
+@pytest.mark.parametrize("epsilon, scale", [(0.05, 1), (1.0, 1), (1e-3, 1), (0.05, 1e4)])
+def test_sinkhorn_meets_its_margins(epsilon, scale):
+    cost = costs(300, 7) * scale
+    run = clustering.sinkhorn(cost, epsilon=epsilon * scale, iterations=20_000)
+    assert run.plan.isfinite().all()
+    torch.testing.assert_close(run.plan.sum(1), torch.full((300,), 1 / 300, dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close(run.plan.sum(0), torch.full((7,), 1 / 7, dtype=torch.float64), atol=1e-6, rtol=0)
+    # The plan is exp(-cost / epsilon) with its rows and columns scaled: the rest is additive in logarithms.
+    rest = run.plan.log() + cost / (epsilon * scale)
+    if run.plan.min() > 1e-290:  # smaller ones have lost digits
+        rest = rest - rest[:, :1]
+        assert (rest - rest[0]).abs().max() < 1e-6
+    assert torch.equal(run.labels, run.plan.argmax(1)) and (run.weights <= 1).all()
+
+
+def test_sinkhorn_with_three_iterations_is_swavs():
+    scores = -costs(50, 5)
+    q = torch.exp(scores / 0.05).T  # the paper's listing: K x B, columns of samples
+    q = q / q.sum()
+    for _ in range(3):
+        q = q / q.sum(1, keepdim=True) / 5
+        q = q / q.sum(0, keepdim=True) / 50
+    run = clustering.sinkhorn(-scores, iterations=3, tolerance=0.0)
+    torch.testing.assert_close(run.plan, q.T, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("mass, relax", [(0.3, 0.5), (0.8, 5.0), (1.0, 0.2), (0.5, 0.0)])
+def test_partial_transport_is_optimal(mass, relax):
+    optimize = pytest.importorskip("scipy.optimize", reason=ORACLE)
+    n, k, epsilon = 6, 3, 0.2
+    cost, sizes = costs(n, k), np.array([0.5, 0.3, 0.2])
+    run = clustering.partial_transport(
+        cost, mass, sizes=sizes, relax=relax, epsilon=epsilon, iterations=20_000, tolerance=1e-12
+    )
+    assert run.plan.sum().item() == pytest.approx(mass, abs=1e-9)
+    assert run.plan.sum(1).max() <= 1 / n + 1e-12
+
+    def objective(flat):  # with the slack's entropy, as the extra column has it
+        plan = np.maximum(flat.reshape(n, k), 1e-15)
+        columns, slack = plan.sum(0), np.maximum(1 / n - plan.sum(1), 1e-15)
+        negative_entropy = (plan * np.log(plan) - plan).sum()
+        if mass < 1:
+            negative_entropy += (slack * np.log(slack) - slack).sum()
+        divergence = (columns * np.log(columns / (mass * sizes)) - columns).sum()
+        return (plan * cost.numpy()).sum() + epsilon * negative_entropy + relax * divergence
+
+    limits = [{"type": "eq", "fun": lambda flat: flat.sum() - mass}]
+    limits.append({"type": "ineq", "fun": lambda flat: 1 / n - flat.reshape(n, k).sum(1)})
+    start = np.outer(np.full(n, mass / n), sizes).ravel()
+    solved = optimize.minimize(
+        objective, start, method="SLSQP", constraints=limits, bounds=[(0, 1)] * (n * k), options=dict(ftol=1e-14)
+    )
+    assert objective(run.plan.numpy().ravel()) <= solved.fun + 1e-8
+    np.testing.assert_allclose(run.plan.numpy().ravel(), solved.x, atol=1e-4)
+
+
+def test_partial_transport_takes_the_sure_rows_first():
+    x, labels = mixture(300, 3, 5, 4.0, balance=[0.8, 0.15, 0.05])
+    found = clustering.kmeans(x, 3)
+    cost = clustering.relative_costs(x, found.centroids)
+    exact = torch.cdist(x.double(), found.centroids.double()).square()
+    torch.testing.assert_close(cost, exact / exact.mean(), atol=1e-9, rtol=1e-9)
+    weights = [clustering.partial_transport(cost, mass, relax=0.01).weights for mass in (0.2, 0.6, 1.0)]
+    assert weights[0].sum() < weights[1].sum() < weights[2].sum() <= 300 + 1e-6
+    near = cost.amin(1).argsort()
+    assert weights[0][near[:30]].mean() > 3 * weights[0][near[-30:]].mean()
+    # Equality of sizes tears the large cluster apart, the relaxed form does not.
+    free, equal = (clustering.partial_transport(cost, 1.0, relax=relax).labels for relax in (0.01, math.inf))
+    assert (free == found.labels).float().mean() > 0.98 > 0.7 > (equal == found.labels).float().mean()
+
+
+def test_assignment_refuses_bad_settings():
+    cost = costs(4, 2)
+    with pytest.raises(config.InputError, match="1 of 4 rows hold nan"):
+        clustering.sinkhorn(torch.tensor([[0.0], [1.0], [2.0], [math.nan]]))
+    for sizes in ([1.0], [1.0, 0.0]):
+        with pytest.raises(ValueError, match="sizes must be 2 positive"):
+            clustering.sinkhorn(cost, sizes=sizes)
+    for setting in ({"epsilon": 0.0}, {"iterations": 0}):
+        with pytest.raises(ValueError, match="must be positive"):
+            clustering.sinkhorn(cost, **setting)
+    for setting in ({"mass": 0.0}, {"mass": 1.1}, {"mass": 0.5, "relax": -1.0}):
+        with pytest.raises(ValueError, match="mass must lie"):
+            clustering.partial_transport(cost, **setting)
