@@ -1,0 +1,441 @@
+"""TSM on face clips: is a video real or manipulated? MobileNetV4 whose blocks exchange channels between frames.
+
+Lin et al., TSM: Temporal Shift Module for Efficient Video Understanding, arXiv:1811.08383.
+Qin et al., MobileNetV4: Universal Models for the Mobile Ecosystem, arXiv:2404.10518.
+
+  python train_tsm.py --data ffpp/ --compression c23 --weights mobilenetv4_conv_medium.safetensors    best on a GPU
+  python train_tsm.py --data ffpp.zip --backbone conv_small --image-size 112 --shift none             without the shift
+  python train_tsm.py --data ffpp/ --eval RUN                                                         the test again
+  python train_tsm.py --stream frames/ --resume RUN       frame by frame, where RUN was trained with --direction past
+  python train_tsm.py --demo                              small, on embedded clips: minutes on two CPU cores
+
+A block's input exchanges channels with the neighbouring frames before its convolutions: with --fold-div 8 an eighth
+comes from the next frame and an eighth from the previous one, 2/8 in all; with 4, the recipe's choice, it is half of
+the channels. It costs no arithmetic, only memory traffic.
+"""
+
+import copy
+import sys
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from common import augment, checkpoint, config, data, dist, metrics, optim, report, step, weights
+from common.config import Diverged, InputError
+from common.datasets import faceforensics
+from common.log import Log, Pace
+from common.losses import focal_bce
+from common.models.heads import AGGREGATES
+from common.models.mobilenet_v4 import VARIANTS, build_mobilenet_v4, load_published, normalization
+from common.models.tsm import PLACEMENTS, ClipModel, Shift, Stream, freeze_bn, training_memory
+from common.run import Run, claim, directory, origin, output_folder, prepare, read_json, write_json
+from kernels import shift_conv1x1, shift_step, temporal_shift
+
+STAGE = {"epochs": 30, "bs": 64, "lr": 3e-4, "wd": 0.01, "optimizer": "adamw"}
+KERNELS = {"residual": temporal_shift, "expand": shift_conv1x1, "none": None}
+DEMO = dict(backbone="conv_small_035", image_size=32, bs=32, accum=1, epochs=20)
+MODEL_FLAGS = ["backbone", "shift", "n_segment", "fold_div", "direction", "padding", "aggregate", "clip_seconds"]
+MIN_SIZE = 32  # the stride of MobileNetV4: a smaller frame leaves less than one pixel
+EVAL_FRAMES = 256  # at once
+
+
+def parse_args(argv: list[str] | None = None):
+    parser = config.base_parser("tsm", __doc__)
+    parser.set_defaults(accum=2, eval_every=2)  # the recipe's
+    group = parser.add_argument_group("clips")
+    group.add_argument("--compression", help="read this level alone, such as c23; unset: all that are there")
+    parser.number(group, "--fps", float, 25.0, "rate of folders of frames, frames a second", above=0)
+    parser.number(group, "--n-segment", int, 8, "frames of a clip", low=1)
+    parser.number(group, "--clip-seconds", float, 2.0, "time that a clip covers, seconds", above=0)
+    parser.number(group, "--train-clips", int, 1, "clips drawn from each training video in an epoch", low=1)
+    parser.number(group, "--clips", int, 3, "clips of each video in evaluation; their mean is its score", low=1)
+    parser.choice(group, "--augment", ["clip", "none"], "clip", "clip: mirror image and colour jitter, one draw a clip")
+    parser.number(group, "--image-size", int, None, "input side, pixels; unset: the stored one, at most 224", low=1)
+    parser.number(group, "--store-size", int, None, "side frames are decoded to; unset: their own, at most 256", low=8)
+    group = parser.add_argument_group("model")
+    parser.choice(group, "--backbone", VARIANTS, "conv_medium", "MobileNetV4 variant")
+    group.add_argument("--weights", metavar="FILE", help="published weights of the backbone, .safetensors or .pt")
+    parser.choice(group, "--shift", PLACEMENTS, "residual", "what reads the shifted map: the branch, its expansion")
+    parser.number(group, "--fold-div", int, 4, "1/N of the channels comes from each neighbour: 4 moves half", low=1)
+    parser.choice(group, "--direction", ["both", "past"], "both", "past: from the previous frame alone, for --stream")
+    parser.choice(group, "--padding", ["zero", "replicate", "circulant"], "zero", "what lies beyond a clip")
+    parser.choice(group, "--aggregate", AGGREGATES, "attention", "how a clip's frames become one")
+    parser.number(group, "--dropout", float, 0.3, "of the frames' features", low=0, high=1)
+    group.add_argument("--dropout2d", action="store_true", help="drop whole channels of the last map instead")
+    parser.number(
+        group, "--freeze-bn", float, 0.0, "share of BatchNorm layers to freeze, from the first", low=0, high=1
+    )
+    group.add_argument("--checkpoint-blocks", action="store_true", help="recompute blocks in backward: less memory")
+    group = parser.add_argument_group("loss and imbalance")
+    parser.choice(group, "--loss", ["focal_bce", "bce"], "focal_bce", "of a clip")
+    parser.number(group, "--gamma", float, 2.0, "of focal_bce: how little easy clips count", low=0)
+    parser.number(
+        group, "--alpha", float, None, "weight of fake in focal_bce, 1 - X of real; unset: 1, 1", low=0, high=1
+    )
+    group.add_argument("--pos-weight", type=pos_weight, default="none", help="of fake: none, auto (real / fake) or X")
+    parser.choice(group, "--sampler", ["none", "balanced"], "none", "balanced: as many real as fake in every batch")
+    group.add_argument("--allow-double-balance", action="store_true", help="two of the three corrections at once")
+    group = parser.add_argument_group("schedule and stopping")
+    parser.number(group, "--min-lr", float, 3e-5, "last learning rate of the cosine", low=0)
+    parser.number(group, "--patience", int, 10, "validations without a better video AUC before stopping", low=1)
+    parser.number(group, "--min-delta", float, 0.002, "gain in video AUC that counts as better", low=0)
+    group.add_argument("--stop-on-interval", action="store_true", help="better: the AUC's interval lies above the best")
+    group.add_argument("--stream", metavar="FOLDER", help="score one sequence frame by frame with the run of --resume")
+    args = config.parse(parser, argv, DEMO)
+
+    reading = ["clips", "compression", "fps"]
+    config.check_use(parser, args, [*reading, "impl"])
+    used = partial(config.refuse_without_effect, parser, args)
+    if args.stream:
+        used(reading, "with --stream")
+    elif args.data in faceforensics.SAMPLES and not (args.eval or args.predict):
+        used(reading[1:], "on the embedded clips")
+    if args.shift == "none":
+        used(["fold_div", "direction", "padding", "impl"], "with --shift none")
+    if args.loss == "bce":
+        used(["gamma", "alpha"], "with --loss bce")
+    if args.dropout == 0:
+        used(["dropout2d"], "with --dropout 0")
+    if args.stop_on_interval:
+        used(["min_delta"], "with --stop-on-interval, which decides by the interval")
+    balance = {
+        "alpha": args.alpha is not None,
+        "pos-weight": args.pos_weight != "none",
+        "sampler": args.sampler != "none",
+    }
+    twice = " and ".join(f"--{name}" for name, given in balance.items() if given)
+    if " and " not in twice:
+        used(["allow_double_balance"], "without two of --alpha, --pos-weight and --sampler")
+    elif not args.allow_double_balance:
+        parser.error(f"{twice} correct one imbalance twice; give one of them, or --allow-double-balance")
+    return args, parser
+
+
+def pos_weight(text: str):
+    """--pos-weight: `none`, `auto` or a positive number."""
+    return text if text in ("none", "auto") else config.number(float, above=0)(text)
+
+
+def build_data(args, path: str, facts: dist.Facts, labels: bool = True) -> faceforensics.FaceVideos:
+    """The videos of `path`, said in one line."""
+    say = print if facts.main else lambda text: None
+    reading = dict(store_size=args.store_size, bad=args.bad_images, workers=args.workers, fps=args.fps)
+    return faceforensics.prepare(path, compression=args.compression, labels=labels, say=say, **reading)
+
+
+def train_items(args, videos, splits: dict) -> np.ndarray:
+    """The items of an epoch: item i is a clip of video i % len(videos), every training video has --train-clips."""
+    return np.concatenate([splits["train"] + draw * len(videos) for draw in range(args.train_clips)])
+
+
+def epoch_batches(args, videos, items: np.ndarray, bs: int, epoch: int, done: int = 0, facts=None) -> list[np.ndarray]:
+    """This process's share of an epoch's batches of items, but for the first `done`."""
+    if args.sampler == "balanced":
+        labels = videos.labels[items % len(videos)]
+        return data.balanced_batches(items, labels, bs, args.seed, epoch, done, facts)
+    return data.epoch_batches(items, bs, args.seed, epoch, done, facts)
+
+
+def check(args, facts: dist.Facts, videos, splits: dict, stage: config.Stage, meta: dict, published) -> None:
+    """Refuse what training could not use, before anything is written."""
+    if published:
+        load_published(build_mobilenet_v4(args.backbone), published, args.weights)
+    items = train_items(args, videos, splits)
+    data.check_batch("train", stage.bs, len(items), facts.world_size * args.accum)
+    epoch_batches(args, videos, items, stage.bs, 0)
+    x = torch.zeros(2, 8, 1, 1, device=facts.device)
+    try:
+        for hook, inputs in zip(shift_of(args, meta).hooks(2), ([x], [x, x.new_zeros(8, 8, 1, 1)]), strict=True):
+            if hook:
+                hook(*inputs)
+    except ValueError as error:
+        raise InputError(f"--shift {args.shift}: {error}") from None
+
+
+def shift_of(args, meta: dict) -> Shift:
+    """The shift that a model was made with; --impl chooses the kernel's implementation."""
+    kernel = KERNELS[meta["shift"]]
+    options = {name: meta[name] for name in ("n_segment", "fold_div", "direction", "padding")}
+    return Shift(meta["shift"], kernel=kernel and partial(kernel, impl=args.impl), **options)
+
+
+def build_model(run: Run, published: dict | None = None) -> ClipModel:
+    """The network on the device, its backbone with published weights; the random part is a function of --seed."""
+    args, meta, facts = run.args, run.meta, run.facts
+    torch.manual_seed(args.seed)
+    backbone = build_mobilenet_v4(meta["backbone"])
+    if published:
+        load_published(backbone, published, args.weights)
+    drop = dict(dropout=args.dropout, dropout2d=args.dropout2d)
+    model = ClipModel(backbone, shift_of(args, meta), aggregate=meta["aggregate"], num_classes=1, **drop)
+    model = dist.sync_batchnorm(model, facts).to(facts.device, memory_format=torch.channels_last)
+    frozen = freeze_bn(model, args.freeze_bn)
+    if frozen:
+        run.log.say(f"--freeze-bn {args.freeze_bn:g}: {len(frozen)} BatchNorm layers, {frozen[0]} to {frozen[-1]}")
+    backbone.checkpoint_blocks = args.checkpoint_blocks
+    if args.compile:
+        model.compile()
+    return model
+
+
+def frames_of(run: Run, pixels: Tensor, items: np.ndarray | None = None, epoch: int = 0) -> Tensor:
+    """Normalised frames (b * T, 3, s, s) of uint8 clips (b, T, 3, h, h), augmented if they are `items` of an epoch: one
+    draw for all frames of a clip."""
+    frames, size = pixels.flatten(0, 1), run.meta["image_size"]
+    if items is None or run.args.augment == "none":
+        x = augment.resize(frames, size)
+    else:
+        params = augment.clip_params(run.args.seed, epoch, items, 0, pixels.shape[-1])
+        x = augment.make_view(frames, params.repeat(pixels.shape[1]), size)
+    return augment.normalize(x, *run.meta["pixels"]).contiguous(memory_format=torch.channels_last)
+
+
+def train_step(
+    run: Run, model, optimizer, scaler, criterion, make_clips, targets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One update; returns (loss, gradient norm, bad), device scalars.
+
+    `make_clips(slice)` gives the frames of a chunk of this process's clips, `targets` (b,) their labels. With --accum K
+    the gradient is that of the whole batch, but BatchNorm sees one chunk at a time: it is exact for frozen layers only.
+    """
+    accum, device = run.args.accum, run.facts.device
+    size, total = len(targets) // accum, torch.zeros((), device=device)
+    optimizer.zero_grad(set_to_none=True)
+    for k in range(accum):
+        chunk = slice(k * size, (k + 1) * size)
+        with step.reduce_gradients(model, last=k + 1 == accum):
+            with step.autocast(run.args.precision, device):
+                logits, _ = model(make_clips(chunk))
+            loss = criterion(logits.squeeze(1).float(), targets[chunk]) / accum
+            scaler.scale(loss).backward()
+        total += loss.detach()
+    norm, bad = step.masked_step(optimizer, scaler, total)
+    return total, norm, bad
+
+
+@torch.no_grad()
+def evaluate(run: Run, model: nn.Module, indices: np.ndarray, progress=None) -> tuple[Tensor, Tensor]:
+    """Logits (n, clips) of --clips clips of each video of `indices` (n,), and the shares of their frames (n, clips, T),
+    float32 on the CPU, by the model in evaluation mode."""
+    model.eval()
+    args, count, length = run.args, run.args.clips, run.meta["n_segment"]
+    positions = run.data.eval_clips(indices, length, run.meta["clip_seconds"], count).reshape(-1, length)
+    own = dist.shard(np.arange(len(positions)), run.facts)
+    parts = np.array_split(own, -(-len(own) * length // EVAL_FRAMES))
+    rows = []
+    for pixels in run.data.batches([(indices[part // count], positions[part]) for part in parts], args.workers):
+        if progress:
+            progress.check_stop()
+        with step.autocast(args.precision, run.facts.device):
+            logits, shares = model(frames_of(run, step.to_device(pixels, run.facts.device)))
+        rows.append(torch.cat([logits, shares], 1).float())
+    rows = dist.unshard(torch.cat(rows), len(positions)).cpu().unflatten(0, (-1, count))
+    if not rows.isfinite().all():
+        raise Diverged("the scores are not finite: the weights have grown too large. Try a lower --lr")
+    return rows[..., 0], rows[..., 1:]
+
+
+def video_scores(logits: Tensor) -> np.ndarray:
+    """The mean probability of fake over each video's clips (n, clips): float64 (n,)."""
+    return logits.double().sigmoid().mean(1).numpy()
+
+
+def score(run: Run, prefix: str, indices: np.ndarray, logits: Tensor, threshold: float | None = None) -> dict:
+    """Metrics of videos and clips (n, clips) named `PREFIX/video_auc` and so on.
+
+    With a threshold also accuracies, and all of it for each method of manipulation beside all real videos; without one,
+    in validation, the threshold of the best accuracy and the interval of the AUC.
+    """
+    labels, videos = run.data.labels[indices], video_scores(logits)
+    clip_labels = np.repeat(labels, logits.shape[1])
+    values = {"clip_auc": metrics.detection(clip_labels, logits.flatten())["auc"]}
+    methods = run.data.methods[indices]
+    groups = {"": np.full(len(labels), True)}
+    if threshold is not None and len(set(methods[labels == 1])) > 1:
+        groups |= {f"_{name}": (labels == 0) | (methods == name) for name in sorted(set(methods[labels == 1]))}
+    for name, kept in groups.items():
+        found = metrics.detection(labels[kept], videos[kept])
+        if threshold is not None:
+            found["accuracy"] = float(((videos[kept] >= threshold) == labels[kept]).mean())
+        values |= {f"video_{metric}{name}": value for metric, value in found.items()}
+    if threshold is None:
+        low, high = metrics.auc_interval(labels, videos, run.args.seed)
+        values |= {"video_auc_low": low, "video_auc_high": high, "threshold": metrics.best_threshold(labels, videos)}
+    return {f"{prefix}/{name}": value for name, value in values.items()}
+
+
+def train(run: Run, published: dict | None) -> None:
+    """Train, validate every --eval-every epochs, and test the model of the best video AUC on the validation split."""
+    args, facts, log, videos, stage = run.args, run.facts, run.log, run.data, run.stages["train"]
+    val, test, items = run.splits["val"], run.splits["test"], train_items(args, videos, run.splits)
+    labels = torch.from_numpy(videos.labels)
+    model = build_model(run, published)
+    optimizer = optim.build_optimizer(stage.optimizer, optim.param_groups([model], stage.wd), lr=stage.lr)
+    scaler = step.scaler(args.precision, facts.device)
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    progress = run.stage("train", parts, start=run.meta["weights"] or "random")
+    if run.settled(progress):
+        return
+    trained, steps = dist.wrap(model, facts), len(items) // stage.bs
+    gamma = args.gamma if args.loss == "focal_bce" else 0.0
+    criterion = partial(focal_bce, gamma=gamma, alpha=args.alpha, pos_weight=run.meta["pos_weight"])
+    frames = stage.bs // facts.world_size // args.accum * args.n_segment
+    memory = training_memory(model, frames, run.meta["image_size"], step.dtype_of(args.precision, facts.device))
+    several = f"{len(items)} clips of {len(run.splits['train'])} videos"
+    log.say(stage.describe(several, steps) + f", patience {args.patience} validations")
+    log.say(f"{model.describe()}; a step of {frames} frames at once needs {memory.describe()}")
+
+    def cut(batch):
+        starts = dict(n_segment=args.n_segment, seconds=args.clip_seconds)
+        return batch % len(videos), videos.train_clips(batch, args.seed, progress.epoch, **starts)
+
+    pace, begun = Pace(stage.bs, stage.epochs * steps), progress.step
+    while progress.epoch < stage.epochs and progress.stale < args.patience:
+        model.train()
+        batches = epoch_batches(args, videos, items, stage.bs, progress.epoch, progress.batch, facts)
+        for batch, pixels in zip(batches, videos.batches(map(cut, batches), args.workers), strict=True):
+            lr = step.set_lr(optimizer, stage, progress.step, steps, "cosine")
+            pixels, targets = (step.to_device(t, facts.device) for t in (pixels, labels[batch % len(videos)]))
+
+            def make_clips(chunk, pixels=pixels, batch=batch):
+                return frames_of(run, pixels[chunk], batch[chunk], progress.epoch)
+
+            loss, norm, bad = train_step(run, trained, optimizer, scaler, criterion, make_clips, targets)
+            progress.add(loss=loss)
+            pace.tick()
+            done = progress.step + 1
+            if log.due(done, args.log_every):
+                values = {"loss": dist.mean(loss).item(), "lr": lr, "grad_norm": norm.item()}
+                log.interval("train", done, progress.epoch + 1, values, pace, "clip")
+            log.progress("train", done, pace, "clip")
+            if done == begun + 2:
+                log.say(f"peak memory: {step.peak_memory(facts.device)}")
+                if facts.device.type == "cpu":
+                    log.cost("train", steps, stage.epochs, pace)
+            progress.end_step(bad)
+        values = {"train/train/loss": progress.mean("loss")}
+        if (progress.epoch + 1) % args.eval_every == 0 or progress.epoch + 1 == stage.epochs:
+            values |= score(run, "train/val", val, evaluate(run, model, val, progress)[0])
+            auc, low = values["train/val/video_auc"], values["train/val/video_auc_low"]
+            certain = low if args.stop_on_interval else auc - args.min_delta
+            progress.select(auc, model.state_dict(), values, higher_is_better=True, certain=certain)
+            progress.results = values
+        log.metrics("train", progress.step, progress.epoch + 1, values)
+        progress.end_epoch()
+        pace.pause()
+
+    chosen = copy.deepcopy(model)
+    chosen.load_state_dict(progress.best_weights())
+    results = {}
+    for network, found, suffix in ((model, progress.results, "_last_epoch"), (chosen, progress.best_metrics(), "")):
+        logits, shares = evaluate(run, network, test, progress)
+        values = score(run, "train/test", test, logits, found["train/val/threshold"])
+        results |= {name + suffix: value for name, value in values.items()}
+    if facts.main and args.aggregate == "attention":
+        most_watched(run, test, shares)
+    log.metrics("train", progress.step, progress.epoch, results)
+    run.finish(progress, progress.results | results)
+
+
+def most_watched(run: Run, indices: np.ndarray, shares: Tensor) -> None:
+    """figures/watched.png: the middle clips of three real and three fake videos, and how much each frame counts."""
+    meta, count = run.meta, run.args.clips
+    classes = [np.flatnonzero(run.data.labels[indices] == label) for label in (0, 1)]
+    rows = np.concatenate([own[:: -(-len(own) // 3)] for own in classes])
+    positions = run.data.eval_clips(indices[rows], meta["n_segment"], meta["clip_seconds"], count)[:, count // 2]
+    (pixels,) = run.data.batches([(indices[rows], positions)], run.args.workers)
+    x = augment.resize(pixels.flatten(0, 1), min(meta["image_size"], 112)).unflatten(0, pixels.shape[:2])
+    report.save_watched(run.folder / "figures" / "watched.png", x, shares[rows, count // 2])
+
+
+def use(args, facts: dist.Facts) -> None:
+    """--eval: the test metrics of a checkpoint. --predict: predictions.csv of videos without labels. --stream: one
+    sequence frame by frame."""
+    source = args.eval or args.resume
+    state = checkpoint.load_selected(source)
+    meta = state["meta"]
+    if meta["script"] != "tsm":
+        raise InputError(f"{source} is of train_{meta['script']}.py; use that script")
+    threshold = state["metrics"].get("train/val/threshold")
+    if threshold is None:
+        raise InputError(f"{source} was saved before its first validation: there is no threshold yet")
+    folder = output_folder(args.out or source)
+    trained_on = (read_json(origin(source) / "config.json") or {}).get("data", args.data)
+    path = args.predict or args.stream or (args.data if args.data != "sample" else trained_on)
+    videos = build_data(args, path, facts, labels=bool(args.eval))
+    run = Run(args, facts, videos, {}, folder, Log(None, main=facts.main), None, meta, {})
+    model = build_model(run)
+    checkpoint.load_weights(model, state["model"], source)
+    if args.eval:
+        test = faceforensics.split(videos, ["test"])["test"]
+        results = score(run, "eval/test", test, evaluate(run, model, test)[0], threshold)
+        if facts.main:
+            write_json(folder / "eval.json", results)
+            print("\n".join(f"{name} {value:.4f}" for name, value in results.items()))
+    elif args.predict:
+        scores = video_scores(evaluate(run, model, np.arange(len(videos)))[0])
+        if facts.main:
+            both = torch.from_numpy(np.stack([1 - scores, scores], 1))
+            report.write_predictions(folder / "predictions.csv", videos.ids, meta["classes"], both, scores >= threshold)
+            print(f"{len(videos)} predictions in {folder / 'predictions.csv'}; fake from a score of {threshold:.4f} on")
+    else:
+        stream(run, model)
+
+
+def stream(run: Run, model: ClipModel) -> None:
+    """Score the frames of one sequence as they come: stream.csv, and the last score for people."""
+    if len(run.data) != 1:
+        raise InputError(f"--stream {run.args.stream}: expected one sequence of frames, found {len(run.data)} videos")
+    one, flow, lines = np.zeros(1, np.int64), Stream(model.eval(), shift_step), ["frame,score_fake"]
+    frames = [(one, np.array([[t]])) for t in range(int(run.data.lengths[0]))]
+    for t, pixels in enumerate(run.data.batches(frames, run.args.workers)):
+        with step.autocast(run.args.precision, run.facts.device):
+            logits, _ = flow(frames_of(run, step.to_device(pixels, run.facts.device)))
+        lines.append(f"{t},{logits.double().sigmoid().item():.6f}")
+    (run.folder / "stream.csv").write_text("\n".join(lines) + "\n")
+    print(f"{run.folder / 'stream.csv'}: {len(frames)} frames, the last score is {lines[-1].split(',')[1]}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, parser = parse_args(argv)
+    with config.exit_codes():
+        facts = dist.init(args.device)
+        prepare(args)
+        if args.eval or args.predict or args.stream:
+            use(args, facts)
+            dist.close()
+            return 0
+        stage = config.stage(args, "train", STAGE | {"min_lr": args.min_lr}, first=True, lr_of=None)
+        videos = build_data(args, args.data, facts)
+        splits = faceforensics.split(videos)
+        size = args.image_size or max(min(224, videos.store_size), MIN_SIZE)
+        if size < MIN_SIZE:
+            raise InputError(f"--image-size {size}: the smallest that MobileNetV4 takes is {MIN_SIZE}")
+        published = weights.read(args.weights) if args.weights else None
+        meta = dict(script="tsm", image_size=size, classes=videos.classes)
+        meta |= {name: getattr(args, name) for name in MODEL_FLAGS}
+        meta["pixels"] = normalization(args.backbone, args.weights)
+        meta["weights"] = checkpoint.weights_digest(published) if published else None
+        real, fake = np.bincount(videos.labels[splits["train"]], minlength=2)
+        weight = real / max(fake, 1) if args.pos_weight == "auto" else args.pos_weight
+        meta["pos_weight"] = None if weight == "none" else float(weight)
+        check(args, facts, videos, splits, stage, meta, published)
+        identity = config.identity(parser, args, data=videos.fingerprint, stage="train", **meta)
+        folder = directory(args, "tsm", f"{args.backbone}-{args.shift}-bs{stage.bs}", identity)
+        if not claim(folder, args, identity, {"train": vars(stage)} | meta, facts):
+            dist.close()
+            return 0
+        log = Log(folder, main=facts.main, tensorboard=args.tensorboard)
+        run = Run(args, facts, videos, splits, folder, log, checkpoint.Signals(), meta, {"train": stage})
+        log.say(f"run directory {folder}; device {facts.device}, {facts.world_size} process(es), input {size} px")
+        log.say(videos.describe_clips(args.n_segment, args.clip_seconds))
+        with run.recorded():
+            train(run, published)
+        dist.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
