@@ -5,6 +5,7 @@ Chen et al., A Simple Framework for Contrastive Learning of Visual Representatio
   python train_simclr.py --backbone resnet50 --bs 256            pretraining on the embedded images; best on a GPU
   python train_simclr.py --data cells.zip --stage all            all three stages on your own images
   python train_simclr.py --stage finetune --from RUN             one stage, from a finished pretraining run
+  python train_simclr.py --protocol cytology --cell 0            one of the 108 runs of the cytology experiment
   python train_simclr.py --demo                                  everything, small: minutes on two CPU cores
 """
 
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 
 from common import augment, checkpoint, config, data, dist, metrics, optim, probe, report, step
 from common.config import InputError
+from common.datasets import cytology
 from common.log import Log, Pace
 from common.models import BACKBONES, build_backbone, input_size
 from common.models.heads import SimCLR
-from common.run import Run, claim, directory, origin, output_folder, prepare, read_json, write_json
+from common.run import Run, claim, directory, origin, prepare, used
 from kernels import nt_xent
 
 # The batch and the learning rate of the linear protocol and of fine-tuning are the cytology recipe's; their epochs only
@@ -42,22 +44,33 @@ DEMO = dict(backbone="resnet18", image_size=32, stage="all", bs=64, epochs=32, e
 DEMO |= dict(finetune_epochs=6, finetune_bs=64, finetune_lr=1e-3)
 STEMS = ["imagenet", "cifar"]
 DEFAULTS = {"backbone": "resnet50", "stem": STEMS[0]}  # where neither a flag nor --from says otherwise
-PIXELS = 32  # side of the raw-pixel baseline's images
+# The cytology experiment: what pretraining makes of the backbone, the batch, the amount of data and the projection.
+CELLS = [
+    dict(backbone=backbone, bs=bs, fraction=fraction, proj_dim=proj_dim)
+    for backbone in ("resnet50", "resnet101", "inception_v3", "inception_resnet_v2")
+    for bs in (64, 128, 256)
+    for fraction in (1.0, 0.7, 0.4)
+    for proj_dim in (32, 64, 128)
+]
 
 
 def parse_args(argv: list[str] | None = None):
     parser = config.base_parser("simclr", __doc__)
     group = parser.add_argument_group("stages")
     parser.choice(group, "--stage", [*STAGES, "all"], "pretrain", "which stage to run")
-    group.add_argument(
-        "--from", dest="from_run", metavar="RUN", help="run or checkpoint to start from; none: no training"
-    )
+    group.add_argument("--from", dest="from_run", metavar="RUN", help="run or checkpoint to start from; none: random")
     parser.number(group, "--patience", int, 10, "evaluations on dev without a better macro F1 before stopping", low=1)
     for name in ("linear", "finetune"):
         parser.stage(group, name, STAGES[name])
+    parser.number(group, "--cell", int, None, "run of the cytology experiment's grid", low=0, high=len(CELLS) - 1)
+    parser.choice(group, "--protocol", ["none", "cytology"], "none", "which images the stages see; cytology: A1 to B2")
+    group.add_argument(
+        "--target-labels", default=cytology.TARGETS, help="labels that --protocol cytology fine-tunes on"
+    )
     group = parser.add_argument_group("model")
     parser.choice(group, "--backbone", BACKBONES, None, f"unset: {DEFAULTS['backbone']}, or the one of --from")
     parser.choice(group, "--stem", STEMS, None, f"cifar: for small images; unset: {STEMS[0]}, or the one of --from")
+    group.add_argument("--weights", metavar="FILE", help="published weights to start from: .pt, .pth or .safetensors")
     parser.number(group, "--image-size", int, None, "input side, pixels; unset: the stored one, at most 224", low=1)
     parser.number(group, "--store-size", int, None, "side images are decoded to; unset: their own, at most 256", low=8)
     group = parser.add_argument_group("pretraining")
@@ -68,26 +81,34 @@ def parse_args(argv: list[str] | None = None):
     parser.choice(group, "--optimizer", LR_OF, "lars", "optimiser of the pretraining")
     parser.choice(group, "--lr-schedule", ["cosine", "constant"], "cosine", "after the warm-up, in every stage")
     parser.number(group, "--fraction", float, 1.0, "share of the images, stratified, always the same", above=0, high=1)
+    group.add_argument("--profile", action="store_true", help="time the phases of its steps, which makes them slower")
     args = config.parse(parser, argv, DEMO)
+    if args.cell is not None:
+        parser.set_defaults(**CELLS[args.cell])
+        args = config.parse(parser, argv, DEMO | CELLS[args.cell])
+        config.refuse_without_effect(parser, args, CELLS[args.cell], "with --cell, which sets it")
 
     config.check_use(parser, args)
-    used = partial(config.refuse_without_effect, parser, args)
+    refuse = partial(config.refuse_without_effect, parser, args)
     if args.stage != "all":
         later = [f"{stage}_{flag}" for stage in ("linear", "finetune") for flag in ("epochs", "bs", "lr", "wd")]
-        used(later, "without --stage all; use --epochs, --bs, --lr, --wd for a single stage")
+        refuse(later, "without --stage all; use --epochs, --bs, --lr, --wd for a single stage")
     if args.stage in ("linear", "finetune"):
         pretraining = ["proj_dim", "temperature", "augment", "color_strength", "optimizer", "fraction", "accum", "impl"]
-        used(pretraining, f"with --stage {args.stage}")
-        if args.from_run is None:
-            parser.error(f"--stage {args.stage} starts from a backbone: --from RUN (or --from none, random weights)")
+        pretraining += ["profile"]
+        refuse(pretraining, f"with --stage {args.stage}")
+        if (args.from_run is None) == (args.weights is None):
+            parser.error(f"--stage {args.stage} starts from either --from RUN, --weights FILE or --from none (random)")
     else:
-        used(["from_run"], f"with --stage {args.stage}, which trains its backbone")
+        refuse(["from_run"], f"with --stage {args.stage}, which trains its backbone")
     if args.stage == "pretrain":
-        used(["patience"], "with --stage pretrain, which does not stop early")
+        refuse(["patience"], "with --stage pretrain, which does not stop early")
     if args.stage == "linear":
-        used(["eval_every", "log_every"], "with --stage linear, which evaluates and logs every epoch")
+        refuse(["eval_every", "log_every"], "with --stage linear, which evaluates and logs every epoch")
     if args.augment == "none":
-        used(["color_strength"], "with --augment none")
+        refuse(["color_strength"], "with --augment none")
+    if args.protocol == "none":
+        refuse(["target_labels"], "without --protocol cytology")
     return args, parser
 
 
@@ -98,15 +119,20 @@ def settings(args, name: str) -> config.Stage:
     return config.stage(args, name, defaults, first=first, lr_of=LR_OF[defaults["optimizer"]])
 
 
-def build_data(args, path: str, facts: dist.Facts) -> data.Images:
-    """The images of `path`, said in one line."""
+def build_data(args, path: str, facts: dist.Facts, targets: list[str] | None, stored: list):
+    """(images, parts, classes, split): the images of `path`, the indices of each part, the class names of the labelled
+    stages, and what split.json holds (None without `targets`, the labels of the cytology protocol).
+    """
     say = print if facts.main else lambda text: None
-    return data.prepare(path, store_size=args.store_size, bad=args.bad_images, workers=args.workers, say=say)
+    images = data.prepare(path, store_size=args.store_size, bad=args.bad_images, workers=args.workers, say=say)
+    if targets is None:
+        return images, data.split(images, args.fraction), dict.fromkeys(("linear", "finetune"), images.classes), None
+    return images, *cytology.protocol(images, targets, args.fraction, stored, say)
 
 
 def check(args, facts: dist.Facts, images: data.Images, splits: dict, stages: dict[str, config.Stage]) -> None:
     """Refuse what the stages could not use, before anything is written."""
-    needs = {"linear": ("train", "dev", "test"), "finetune": ("finetune_train", "finetune_dev", "test")}
+    needs = {"linear": ("train", "dev", "test"), "finetune": ("finetune_train", "finetune_dev", "finetune_test")}
     for name, stage in stages.items():
         parts = needs.get(name, ("pretrain",))
         if name != "pretrain" and (len(images.classes) < 2 or not all(len(splits[part]) for part in parts)):
@@ -122,7 +148,7 @@ def check(args, facts: dist.Facts, images: data.Images, splits: dict, stages: di
 
 
 def build_model(run: Run, kind: str, weights: dict | None = None) -> nn.Module:
-    """The network of a stage on the device: `pretrain` has a projection head, `finetune` a linear one as `fc`.
+    """The network of a stage on the device: `pretrain` has a projection head, a labelled stage a linear one as `fc`.
 
     `weights` are a backbone's. The random part is a function of --seed.
     """
@@ -130,12 +156,13 @@ def build_model(run: Run, kind: str, weights: dict | None = None) -> nn.Module:
     torch.manual_seed(args.seed)
     model = build_backbone(meta["backbone"], meta["stem"])
     if weights is not None:
-        checkpoint.load_weights(model, weights, f"--from {args.from_run or 'this run'} ({meta['backbone']})")
+        source = args.from_run or args.weights or "this run"
+        checkpoint.load_weights(model, weights, f"{source} ({meta['backbone']})")
     width = BACKBONES[meta["backbone"]].num_features
     if kind == "pretrain":
         model = SimCLR(model, width, meta["proj_dim"])
-    elif kind == "finetune":
-        model.fc = nn.Linear(width, len(meta["classes"]))
+    elif kind in meta["classes"]:
+        model.fc = nn.Linear(width, len(meta["classes"][kind]))
     model = dist.sync_batchnorm(model, run.facts).to(run.facts.device, memory_format=torch.channels_last)
     if args.compile:
         model.compile()
@@ -164,13 +191,17 @@ def train_step(run: Run, model, optimizer, scaler, make_views, count: int) -> tu
     chunks = [slice(k * size, (k + 1) * size) for k in range(args.accum)]
     optimizer.zero_grad(set_to_none=True)
     if args.accum == 1:
+        views = make_views(chunks[0])
+        run.lap("augmentation")
         with step.autocast(args.precision, facts.device):
-            z_a, z_b = model(make_views(chunks[0])).chunk(2)
+            z_a, z_b = model(views).chunk(2)
     else:
         with torch.no_grad(), step.frozen_running_stats(model), step.autocast(args.precision, facts.device):
             parts = [model(make_views(chunk)).chunk(2) for chunk in chunks]
         z_a, z_b = (torch.cat(side).requires_grad_() for side in zip(*parts, strict=True))
+    run.lap("forward")
     loss = nt_xent(z_a, z_b, args.temperature, gather=gather, impl=args.impl)
+    run.lap("loss")
     scaler.scale(loss).backward()
     if args.accum > 1:
         for chunk in chunks:
@@ -178,7 +209,9 @@ def train_step(run: Run, model, optimizer, scaler, make_views, count: int) -> tu
                 with step.autocast(args.precision, facts.device):
                     z = model(make_views(chunk))
                 z.backward(torch.cat([z_a.grad[chunk], z_b.grad[chunk]]))
+    run.lap("backward")
     norm, bad = step.masked_step(optimizer, scaler, loss)
+    run.lap("optimizer")
     return loss.detach(), torch.cat([z_a, z_b]).detach(), norm, bad
 
 
@@ -197,14 +230,15 @@ def evaluate(run: Run, model: nn.Module, indices: np.ndarray, progress=None) -> 
     return dist.unshard(torch.cat(rows), len(indices)).cpu()
 
 
-def pretrain(run: Run) -> None:
+def pretrain(run: Run, weights: dict | None) -> None:
     """Stage 1: NT-Xent on two views. Writes backbone.pt and features.npz from the epoch of the lowest mean loss."""
     args, facts, log, indices = run.args, run.facts, run.log, run.splits["pretrain"]
     stage = run.stages["pretrain"]
-    model = build_model(run, "pretrain")
+    model = build_model(run, "pretrain", weights)
     optimizer = optim.build_optimizer(stage.optimizer, optim.param_groups([model], stage.wd), lr=stage.lr)
     scaler = step.scaler(args.precision, facts.device)
-    progress = run.stage("pretrain", {"model": model, "optimizer": optimizer, "scaler": scaler}, start="scratch")
+    start = checkpoint.weights_digest(weights) if weights else "scratch"
+    progress = run.stage("pretrain", {"model": model, "optimizer": optimizer, "scaler": scaler}, start=start)
     if run.settled(progress):
         return
     trained, chance, steps = dist.wrap(model, facts), math.log(2 * stage.bs - 1), len(indices) // stage.bs
@@ -216,6 +250,7 @@ def pretrain(run: Run) -> None:
         for batch, pixels in zip(batches, run.data.batches(batches, args.workers), strict=True):
             lr = step.set_lr(optimizer, stage, progress.step, steps, args.lr_schedule)
             pixels = step.to_device(pixels, facts.device)
+            run.lap("input")
 
             def make_views(chunk, pixels=pixels, batch=batch):
                 return two_views(run, pixels[chunk], batch[chunk], progress.epoch)
@@ -235,10 +270,11 @@ def pretrain(run: Run) -> None:
             if done == begun + 2 and facts.device.type == "cpu":
                 log.cost("pretrain", steps, stage.epochs, pace)
             progress.end_step(bad)
+            run.lap("rest")
         loss = progress.mean("loss")
         values = {"pretrain/train/loss": loss, "pretrain/train/loss_over_chance": loss / chance}
         if (progress.epoch + 1) % args.eval_every == 0 or progress.epoch + 1 == stage.epochs:
-            values |= representation(run, model.backbone, "dev", "val", progress)
+            values |= probe.representation(run, partial(evaluate, run, model.backbone, progress=progress), "dev", "val")
         progress.select(loss, model.state_dict(), values, higher_is_better=False)
         progress.results = values
         log.metrics("pretrain", progress.step, progress.epoch + 1, values)
@@ -247,8 +283,10 @@ def pretrain(run: Run) -> None:
 
     chosen = copy.deepcopy(model)
     chosen.load_state_dict(progress.best_weights())
-    test = representation(run, chosen.backbone, "test", "test", progress)
-    last = representation(run, model.backbone, "test", "test", progress)
+    test, last = (
+        probe.representation(run, partial(evaluate, run, backbone, progress=progress), "test", "test")
+        for backbone in (chosen.backbone, model.backbone)
+    )
     test |= {f"{name}_last_epoch": value for name, value in last.items()}
     weights = {name: tensor.detach().cpu() for name, tensor in chosen.backbone.state_dict().items()}
     if facts.main:
@@ -259,57 +297,23 @@ def pretrain(run: Run) -> None:
     run.finish(progress, progress.results | test | {"pretrain/train/loss_at_chance": chance})
 
 
-def representation(run: Run, backbone: nn.Module, queries: str, split: str, progress=None) -> dict:
-    """kNN accuracy of a split's images, where there are labels, and the effective rank of their features."""
-    outputs = partial(evaluate, run, backbone, progress=progress)
-    return {f"pretrain/{split}/{name}": value for name, value in probe.representation(run, outputs, queries).items()}
-
-
 def linear(run: Run, weights: dict | None) -> None:
     """Stage 2: a linear layer on frozen features; beside it, the same on random-weight features and on raw pixels."""
-    args, images, everything = run.args, run.data, np.arange(len(run.data))
-    stage, labels = run.stages["linear"], run.data.labels
+    everything = np.arange(len(run.data))
 
-    def backbone_features(weights: dict | None, progress) -> Tensor:
+    def features(weights: dict | None, progress) -> Tensor:
         compute = partial(evaluate, run, build_model(run, "features", weights), everything, progress)
         return probe.stored_features(run, checkpoint.weights_digest(weights), compute) if weights else compute()
 
-    def raw_pixels(_, progress) -> Tensor:
-        rows = []
-        for pixels in images.batches(np.array_split(everything, -(-len(images) // 256)), args.workers):
-            progress.check_stop()
-            rows.append(augment.resize(pixels, PIXELS).flatten(1))
-        return torch.cat(rows)
-
-    width = BACKBONES[run.meta["backbone"]].num_features
-    sources = {
-        "linear": ("learned features" if weights else "random-weight backbone", weights, width, backbone_features),
-        "linear_random": ("random-weight backbone", None, width, backbone_features),
-        "linear_pixels": (f"raw pixels ({PIXELS} px)", None, 3 * PIXELS**2, raw_pixels),
-    }
-    if not weights:
-        del sources["linear_random"]
-    for name, (title, source, dim, make) in sources.items():
-        torch.manual_seed(args.seed)
-        head = nn.Linear(dim, len(run.meta["classes"])).to(run.facts.device)
-        optimizer = optim.build_optimizer(stage.optimizer, optim.param_groups([head], stage.wd), lr=stage.lr)
-        start = checkpoint.weights_digest(source) if source else name
-        progress = run.stage(name, {"head": head, "optimizer": optimizer}, start=start)
-        if not run.settled(progress):
-            results = probe.linear_protocol(run, progress, head, optimizer, stage, make(source, progress), source or {})
-            run.finish(progress, results)
-        accuracy, f1 = (run.results[f"{name}/test/{metric}"] for metric in ("accuracy", "macro_f1"))
-        run.log.say(f"linear protocol, {title + ':':24}test accuracy {accuracy:.4f}, macro F1 {f1:.4f}")
-    majority = np.bincount(labels[run.splits["train"]]).argmax()
-    run.results["majority/test/accuracy"] = share = float((labels[run.splits["test"]] == majority).mean())
-    run.log.say(f"linear protocol, {'majority class:':24}test accuracy {share:.4f}")
+    probe.linear(run, weights, BACKBONES[run.meta["backbone"]].num_features, features)
 
 
 def finetune(run: Run, weights: dict | None) -> None:
     """Stage 3: train the whole model on labels; test the epoch of the best macro F1 on dev."""
-    args, facts, log, labels = run.args, run.facts, run.log, run.data.labels
-    train, dev, test = (run.splits[name] for name in ("finetune_train", "finetune_dev", "test"))
-    stage, num_classes, targets = run.stages["finetune"], len(run.meta["classes"]), torch.from_numpy(labels)
+    args, facts, log, classes = run.args, run.facts, run.log, run.meta["classes"]["finetune"]
+    train, dev, test = (run.splits[f"finetune_{name}"] for name in ("train", "dev", "test"))
+    stage, num_classes, labels = run.stages["finetune"], len(classes), run.data.labels_in(classes)
+    targets = torch.from_numpy(labels)
     model = build_model(run, "finetune", weights)
     optimizer = optim.build_optimizer(stage.optimizer, optim.param_groups([model], stage.wd), lr=stage.lr)
     scaler = step.scaler(args.precision, facts.device)
@@ -364,37 +368,31 @@ def finetune(run: Run, weights: dict | None) -> None:
 
 def use(args, facts: dist.Facts) -> None:
     """--eval: the test metrics of a checkpoint. --predict: predictions.csv for images without labels."""
-    source = args.eval or args.resume
-    state = checkpoint.load_selected(source)
-    meta, kind = state["meta"], state["meta"]["stage"]
-    if meta["script"] != "simclr":
-        raise InputError(f"{source} is of train_{meta['script']}.py; use that script")
+    model_of = used(args, "simclr")
+    meta, folder = model_of.state["meta"], model_of.folder
+    kind = meta["stage"].split("_")[0]  # the linear protocol's baselines are models of the same kind
+    classes = meta["classes"].get(kind)
     if args.predict and kind == "pretrain":
-        raise InputError(f"{source} has no classifier: run --stage linear or --stage finetune --from it first")
-    folder = output_folder(args.out or source)
-    trained_on = (read_json(origin(source) / "config.json") or {}).get("data", args.data)
-    images = build_data(args, args.predict or (args.data if args.data != "sample" else trained_on), facts)
-    run = Run(args, facts, images, data.split(images), folder, Log(None, main=facts.main), None, meta, {})
-    model = build_model(run, "pretrain" if kind == "pretrain" else "finetune")
-    checkpoint.load_weights(model, state["model"], source)
+        raise InputError(f"{model_of.source} has no classifier: run --stage linear or --stage finetune --from it first")
+    targets = None if args.predict else meta["targets"]
+    images, splits, _, _ = build_data(args, model_of.path, facts, targets, [model_of.home])
+    run = Run(args, facts, images, splits, folder, Log(None, main=facts.main), None, meta, {})
+    model = build_model(run, kind)
+    checkpoint.load_weights(model, model_of.state["model"], model_of.source)
     if args.predict:
         scores = evaluate(run, model, np.arange(len(images))).softmax(1)
         if facts.main:
-            report.write_predictions(folder / "predictions.csv", images.ids, meta["classes"], scores)
+            report.write_predictions(folder / "predictions.csv", images.ids, classes, scores)
             print(f"{len(images)} predictions in {folder / 'predictions.csv'}")
         return
     if kind == "pretrain":
-        results = representation(run, model.backbone, "test", "test")
-    else:
-        images.number_classes(meta["classes"])
-        test = run.splits["test"]
-        if not len(test):
-            raise InputError(f"{images.describe()}: there is no labelled test image to evaluate on")
-        results = probe.score("eval/test", evaluate(run, model, test), images.labels[test], len(meta["classes"]))
-    results = {f"eval/{name.split('/', 1)[1]}": value for name, value in results.items()}
-    if facts.main:
-        write_json(folder / "eval.json", results)
-        print("\n".join(f"{name} {value:.4f}" for name, value in results.items()))
+        model_of.write(probe.representation(run, partial(evaluate, run, model.backbone), "test", "test"), facts)
+        return
+    test = splits["finetune_test" if kind == "finetune" else "test"]
+    if not len(test):
+        raise InputError(f"{images.describe()}: there is no labelled test image to evaluate on")
+    labels = images.labels_in(classes, test)
+    model_of.write(probe.score("eval/test", evaluate(run, model, test), labels[test], len(classes)), facts)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -406,30 +404,36 @@ def main(argv: list[str] | None = None) -> int:
             use(args, facts)
             dist.close()
             return 0
-        images = build_data(args, args.data, facts)
         weights, before = None, {}
         if args.from_run not in (None, "none"):
             weights, before = checkpoint.load_backbone(args.from_run)
+        targets = args.target_labels.split(",") if args.protocol == "cytology" else None
+        stored = [origin(path) for path in (args.out, args.from_run) if path]
+        images, splits, classes, split = build_data(args, args.data, facts, targets, stored)
         name, stem = (getattr(args, flag) or before.get(flag, first) for flag, first in DEFAULTS.items())
+        if args.weights:
+            raise InputError("--weights: not yet")
         size = input_size(name, stem, args.image_size or before.get("image_size"), images.store_size)
-        meta = dict(script="simclr", backbone=name, stem=stem, image_size=size, proj_dim=args.proj_dim)
-        meta["classes"] = images.classes
+        meta = dict(script="simclr", backbone=name, stem=stem, image_size=size, classes=classes, targets=targets)
+        meta["proj_dim"] = before.get("proj_dim", args.proj_dim)
         stages = {stage: settings(args, stage) for stage in (STAGES if args.stage == "all" else [args.stage])}
-        splits = data.split(images, args.fraction)
         check(args, facts, images, splits, stages)
-        start = {"from_run": checkpoint.weights_digest(weights)} if weights else {}
+        start = {"start": checkpoint.weights_digest(weights)} if weights else {}
         identity = config.identity(parser, args, data=images.fingerprint, stage=args.stage, **meta, **start)
         folder = directory(args, "simclr", f"{name}-{args.stage}-bs{next(iter(stages.values())).bs}", identity)
         resolved = {stage: vars(values) for stage, values in stages.items()} | meta
         if not claim(folder, args, identity, resolved, facts):
             dist.close()
             return 0
+        if split and facts.main:
+            cytology.save(folder, split)
         log = Log(folder, main=facts.main, tensorboard=args.tensorboard)
         run = Run(args, facts, images, splits, folder, log, checkpoint.Signals(), meta, stages)
+        run.phases = step.Phases(facts.device) if args.profile else None
         log.say(f"run directory {folder}; device {facts.device}, {facts.world_size} process(es), input {size} px")
         with run.recorded():
             if "pretrain" in stages:
-                pretrain(run)
+                pretrain(run, weights)
                 weights = checkpoint.load(folder / "backbone.pt")
             if "linear" in stages:
                 linear(run, weights)

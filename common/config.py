@@ -21,7 +21,7 @@ EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_STOPPED = 2, 3, 75
 # (`fingerprint`), so that a copy on a node's local disk continues the same run.
 NOT_IDENTITY = {
     "compile", "config", "data", "demo", "deterministic", "device", "eval", "fork", "from_run",
-    "impl", "log_every", "max_steps", "out", "predict", "resume", "save_every", "tensorboard", "workers",
+    "impl", "log_every", "max_steps", "out", "predict", "profile", "resume", "save_every", "tensorboard", "workers",
 }  # fmt: skip
 
 # What --eval and --predict heed.

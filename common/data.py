@@ -97,21 +97,19 @@ class Images:
             text += f"; splits {', '.join(named)}"
         return text + f"; {self.native_size} px, stored at {self.store_size} px"
 
-    def number_classes(self, classes: list[str]) -> None:
-        """Number the labels as in `classes` (a trained model's), which must have every class of the data.
+    def labels_in(self, classes: list[str], indices: np.ndarray | None = None) -> np.ndarray:
+        """The labels (n,) numbered as in `classes` (a model's); UNLABELLED for the images of other classes.
 
         Raises:
-            InputError: a class of the data is not among them.
+            InputError: one of the images `indices` has a label that is not in `classes`.
         """
-        unknown = [name for name in self.classes if name not in classes]
-        if unknown:
-            raise InputError(f"{self.name} has the class {unknown[0]!r}, the model has {', '.join(classes)}")
-        self.labels, self.classes = self.labels_in(classes), list(classes)
-
-    def labels_in(self, classes: list[str]) -> np.ndarray:
-        """The labels (n,) numbered as in `classes`; UNLABELLED for the images of other classes."""
         known = {name: number for number, name in enumerate(classes)}
-        return np.array([known.get(name, UNLABELLED) for name in self.classes] + [UNLABELLED])[self.labels]
+        labels = np.array([known.get(name, UNLABELLED) for name in self.classes] + [UNLABELLED])[self.labels]
+        for index in [] if indices is None else indices[labels[indices] != self.labels[indices]]:
+            if labels[index] == UNLABELLED:
+                unknown = self.classes[self.labels[index]]
+                raise InputError(f"{self.name} has the class {unknown!r}, the model has {', '.join(classes)}")
+        return labels
 
     def resize_store(self, size: int) -> None:
         """Decode to squares of another side (pixels)."""

@@ -6,12 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import config, data, dist, metrics, step
+from common import augment, checkpoint, config, data, dist, metrics, optim, step
 from common.checkpoint import Progress
 from common.log import Pace
 from common.run import Run
 
 KNN_BANK, KNN_QUERIES = 4096, 1024
+PIXELS = 32  # side of the raw-pixel baseline's images
 
 
 def stored_features(run: Run, weights: str, compute: Callable[[], Tensor]) -> Tensor:
@@ -30,7 +31,8 @@ def stored_features(run: Run, weights: str, compute: Callable[[], Tensor]) -> Te
     if run.facts.main:
         splits = np.full(len(items), "train", dtype="<U5")
         splits[run.splits["dev"]] = "val"
-        splits[run.splits["test"]] = "test"
+        for part in ("test", "finetune_test"):
+            splits[run.splits[part]] = "test"
         temporary = file.with_name(".features.tmp.npz")
         np.savez(
             temporary,
@@ -45,8 +47,9 @@ def stored_features(run: Run, weights: str, compute: Callable[[], Tensor]) -> Te
     return rows
 
 
-def representation(run: Run, outputs: Callable[[np.ndarray], Tensor], queries: str) -> dict:
-    """kNN accuracy of the split `queries`, where there are labels, and the effective rank of its features.
+def representation(run: Run, outputs: Callable[[np.ndarray], Tensor], queries: str, split: str) -> dict:
+    """kNN accuracy of the part `queries`, where there are labels, and the effective rank of its features, as metrics
+    `pretrain/SPLIT/...`.
 
     `outputs` gives the features (n, d) of items. Neighbours are sought among at most KNN_BANK training items, for at
     most KNN_QUERIES queries, the same ones every time.
@@ -63,10 +66,60 @@ def representation(run: Run, outputs: Callable[[np.ndarray], Tensor], queries: s
     if not rows.isfinite().all():
         raise config.Diverged("the features are not finite: the weights have grown too large. Try a lower --lr")
     if not labelled:
-        return {"effective_rank": metrics.effective_rank(rows)}
+        return {f"pretrain/{split}/effective_rank": metrics.effective_rank(rows)}
     near, far = rows[: len(bank)], rows[len(bank) :]
     accuracy = metrics.knn_accuracy(near, labels[bank], far, labels[asked], len(items.classes))
-    return {"knn_accuracy": accuracy, "effective_rank": metrics.effective_rank(far)}
+    values = {"knn_accuracy": accuracy, "effective_rank": metrics.effective_rank(far)}
+    return {f"pretrain/{split}/{name}": value for name, value in values.items()}
+
+
+def linear(
+    run: Run,
+    weights: dict[str, Tensor] | None,
+    width: int,
+    features: Callable[[dict[str, Tensor] | None, Progress], Tensor],
+) -> None:
+    """The linear protocol on a backbone's features and, beside it, on a random-weight backbone's and on raw pixels.
+
+    Args:
+        weights: the backbone's; None: random ones.
+        width: the features' dimension.
+        features: gives the features (n, width) of all images for weights (None: random ones).
+    """
+    args, images, stage, classes = run.args, run.data, run.stages["linear"], run.meta["classes"]["linear"]
+    sources = {
+        "linear": ("learned features" if weights else "random-weight backbone", weights, width, features),
+        "linear_random": ("random-weight backbone", None, width, features),
+        "linear_pixels": (f"raw pixels ({PIXELS} px)", None, 3 * PIXELS**2, lambda _, prog: raw_pixels(run, prog)),
+    }
+    if not weights:
+        del sources["linear_random"]
+    for name, (title, source, dim, make) in sources.items():
+        torch.manual_seed(args.seed)
+        head = nn.Linear(dim, len(classes)).to(run.facts.device)
+        optimizer = optim.build_optimizer(stage.optimizer, optim.param_groups([head], stage.wd), lr=stage.lr)
+        start = checkpoint.weights_digest(source) if source else name
+        progress = run.stage(name, {"head": head, "optimizer": optimizer}, start=start)
+        if not run.settled(progress):
+            results = linear_protocol(run, progress, head, optimizer, stage, make(source, progress), source or {})
+            run.finish(progress, results)
+        accuracy, f1 = (run.results[f"{name}/test/{metric}"] for metric in ("accuracy", "macro_f1"))
+        run.log.say(f"linear protocol, {title + ':':24}test accuracy {accuracy:.4f}, macro F1 {f1:.4f}")
+    labels = images.labels_in(classes)
+    majority = np.bincount(labels[run.splits["train"]]).argmax()
+    run.results["majority/test/accuracy"] = share = float((labels[run.splits["test"]] == majority).mean())
+    run.log.say(f"linear protocol, {'majority class:':24}test accuracy {share:.4f}")
+
+
+def raw_pixels(run: Run, progress: Progress) -> Tensor:
+    """The pixels of all images at PIXELS x PIXELS as features (n, 3 PIXELS**2)."""
+    rows = []
+    for pixels in run.data.batches(
+        np.array_split(np.arange(len(run.data)), -(-len(run.data) // 256)), run.args.workers
+    ):
+        progress.check_stop()
+        rows.append(augment.resize(pixels, PIXELS).flatten(1))
+    return torch.cat(rows)
 
 
 def score(prefix: str, logits: Tensor, labels: np.ndarray, num_classes: int) -> dict:
@@ -95,7 +148,8 @@ def linear_protocol(
     """
     args, name, device = run.args, progress.stage, run.facts.device
     train, dev, test = (run.splits[split] for split in ("train", "dev", "test"))
-    labels, num_classes = run.data.labels, len(run.meta["classes"])
+    classes = run.meta["classes"]["linear"]
+    labels, num_classes = run.data.labels_in(classes), len(classes)
     targets = torch.from_numpy(labels)
     mean, std = rows[train].mean(0), rows[train].std(0)
     std = torch.where(std > 1e-6, std, 1.0)  # a constant feature stays zero instead of becoming noise

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torchvision
 
-from common import checkpoint, config, dist, report
+from common import checkpoint, config, dist, report, step
 from common.config import Diverged, InputError, Stopped
 from common.log import Log
 
@@ -34,6 +34,7 @@ class Run:
         stages: the settings of the stages to run, by name, in their order.
         results: flat metrics named `stage/split/metric`, of the stages that have ended.
         selected: the last of those stages, whose best.pt the summary names.
+        phases: the clock of --profile.
     """
 
     args: object
@@ -47,6 +48,12 @@ class Run:
     stages: dict[str, config.Stage]
     results: dict = field(default_factory=dict)
     selected: checkpoint.Progress | None = None
+    phases: step.Phases | None = None
+
+    def lap(self, phase: str) -> None:
+        """The end of a phase of a training step, for --profile."""
+        if self.phases:
+            self.phases.lap(phase)
 
     def stage(self, name: str, parts: dict, *, start: str) -> checkpoint.Progress:
         """The state of a stage, restored from its checkpoints.
@@ -122,6 +129,8 @@ class Run:
             if self.facts.main:
                 write_json(self.folder / "summary.json", self.results | facts)
                 report.write(self.folder)
+                if self.phases:
+                    self.log.say(f"profile: {self.phases.describe()}")
                 self.log.say(f"{status}: {self.folder / 'report.html'}")
             self.log.close()
             self.signals.restore()
@@ -149,6 +158,42 @@ def output_folder(path: str) -> Path:
             f"{folder}: results cannot be written there ({error.strerror}); choose another --out"
         ) from None
     return folder
+
+
+@dataclass(frozen=True)
+class Used:
+    """What --eval or --predict works with: the checkpoint's `state` and where it is from (`source`, for messages); the
+    `folder` for results; the run directory `home`; and the `path` of the data.
+    """
+
+    state: dict
+    source: str
+    folder: Path
+    home: Path
+    path: str
+
+    def write(self, results: dict, facts: dist.Facts) -> None:
+        """Write eval.json: the test metrics, named `eval/test/...`, and print them."""
+        results = {f"eval/{name.split('/', 1)[1]}": value for name, value in results.items()}
+        if facts.main:
+            write_json(self.folder / "eval.json", results)
+            print("\n".join(f"{name} {value:.4f}" for name, value in results.items()))
+
+
+def used(args, script: str) -> Used:
+    """The selected model that --eval or --predict names; --eval without --data reads the data it was trained on.
+
+    Raises:
+        InputError: there is none, it is another script's, or results cannot be written.
+    """
+    source = args.eval or args.resume
+    state = checkpoint.load_selected(source)
+    if state["meta"]["script"] != script:
+        raise InputError(f"{source} is of train_{state['meta']['script']}.py; use that script")
+    home = origin(source)
+    trained_on = (read_json(home / "config.json") or {}).get("data", args.data)
+    path = args.predict or (args.data if args.data != "sample" else trained_on)
+    return Used(state, source, output_folder(args.out or source), home, path)
 
 
 def directory(args, script: str, name: str, identity: dict) -> Path:

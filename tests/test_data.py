@@ -327,7 +327,10 @@ def test_fingerprint_follows_the_content(tmp_path):
 
 def test_labels_are_renumbered_to_the_models_classes(tmp_path):
     images = data.open_images(str(folder(tmp_path / "set", ["b/0.png", "b/1.png", "a/0.png"])))
-    images.number_classes(["z", "b", "a"])
-    assert images.labels.tolist() == [2, 1, 1]
-    with pytest.raises(InputError, match="has the class 'z'"):
-        images.number_classes(["a", "b"])
+    assert images.labels_in(["z", "b", "a"]).tolist() == [2, 1, 1]
+    assert images.labels_in(["b"]).tolist() == [-1, 0, 0]
+    every = np.arange(3)
+    assert images.labels_in(["z", "b", "a"], every).tolist() == [2, 1, 1]
+    assert images.labels_in(["b"], every[1:]).tolist() == [-1, 0, 0]
+    with pytest.raises(InputError, match="has the class 'a', the model has b"):
+        images.labels_in(["b"], every)

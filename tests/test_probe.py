@@ -21,6 +21,9 @@ class Items:
     def __len__(self):
         return len(self.ids)
 
+    def labels_in(self, classes):
+        return self.labels
+
 
 def setting(folder, count=600, classes=3):
     items = Items(count, classes)
@@ -28,18 +31,18 @@ def setting(folder, count=600, classes=3):
     test = data.hold_out(items.ids, items.labels, everything, 0.15, "test")
     rest = np.setdiff1d(everything, test)
     dev = data.hold_out(items.ids, items.labels, rest, 0.15, "dev")
-    splits = {"test": test, "rest": rest, "dev": dev, "train": np.setdiff1d(rest, dev)}
+    splits = {"test": test, "finetune_test": test, "rest": rest, "dev": dev, "train": np.setdiff1d(rest, dev)}
     args = SimpleNamespace(seed=0, lr_schedule="cosine", patience=5, save_every=10, max_steps=None, resume="auto")
     stage = config.Stage("linear", epochs=30, bs=64, lr=0.2, wd=0.0, optimizer="sgd", warmup_epochs=0.0)
     facts = dist.Facts(0, 1, 0, torch.device("cpu"))
-    meta = {"classes": items.classes, "image_size": 8}
+    meta = {"classes": {"linear": items.classes}, "image_size": 8}
     signals = SimpleNamespace(asked=0)
     return Run(args, facts, items, splits, folder, log.Log(folder, main=True), signals, meta, {"linear": stage})
 
 
 def protocol(run, rows):
     torch.manual_seed(0)
-    head = nn.Linear(rows.shape[1], len(run.meta["classes"]))
+    head = nn.Linear(rows.shape[1], len(run.data.classes))
     optimizer = optim.build_optimizer("sgd", optim.param_groups([head], 0.0), lr=0.2)
     progress = run.stage("linear", {"head": head, "optimizer": optimizer}, start="x")
     return probe.linear_protocol(run, progress, head, optimizer, run.stages["linear"], rows, {}), progress
@@ -110,9 +113,11 @@ def test_representation_tells_good_features_from_noise(tmp_path):
     run = setting(tmp_path)
     rows = blobs(run.data.labels, noise=0.1)
     rows = (rows - rows.mean(0)) / rows.std(0)
-    good = probe.representation(run, lambda indices: rows[indices], "dev")
-    noise = probe.representation(run, lambda indices: torch.randn(len(indices), 20), "dev")
-    assert good["knn_accuracy"] == 1.0 and noise["knn_accuracy"] < 0.6
-    assert good["effective_rank"] < 5 < noise["effective_rank"] <= 20
+    good = probe.representation(run, lambda indices: rows[indices], "dev", "val")
+    noise = probe.representation(run, lambda indices: torch.randn(len(indices), 20), "dev", "val")
+    assert good["pretrain/val/knn_accuracy"] == 1.0 and noise["pretrain/val/knn_accuracy"] < 0.6
+    assert good["pretrain/val/effective_rank"] < 5 < noise["pretrain/val/effective_rank"] <= 20
     run.splits["dev"] = np.array([], np.int64)
-    assert list(probe.representation(run, lambda indices: rows[indices], "dev")) == ["effective_rank"]
+    assert list(probe.representation(run, lambda indices: rows[indices], "dev", "val")) == [
+        "pretrain/val/effective_rank"
+    ]

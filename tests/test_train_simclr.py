@@ -19,6 +19,7 @@ from PIL import Image
 
 import train_simclr
 from common import checkpoint, dist, log
+from common.datasets import cytology
 
 ROOT = Path(__file__).parent.parent
 NET = ["--backbone", "resnet18", "--stem", "cifar", "--image-size", "8", "--device", "cpu"]
@@ -491,3 +492,69 @@ def test_importing_the_script_does_no_work():
     code = "import sys; import train_simclr; import torch; assert not torch.cuda.is_initialized()"
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.fixture(scope="module")
+def labels49(tmp_path_factory):
+    """The five target labels and 44 others, four to 24 images of 8 px each, coloured by label."""
+    root, rng = tmp_path_factory.mktemp("data") / "labels49", np.random.default_rng(0)
+    names = [*cytology.TARGETS.split(","), *(f"label{k:02d}" for k in range(44))]
+    for k, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        color = rng.integers(0, 256, 3)
+        for i in range(20 if k < 5 else 4 + k % 40 // 2):
+            pixels = np.clip(color + rng.integers(-20, 21, (8, 8, 3)), 0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{i:02d}.png")
+    return root
+
+
+def test_the_cytology_protocol_runs_through_all_stages(labels49, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cytology, "TOO_SMALL", 4)
+    run, again = tmp_path / "run", tmp_path / "again"
+    flags = [*NET, "--protocol", "cytology", "--data", str(labels49)]
+    assert train_simclr.main([*flags, "--stage", "all", "--bs", "16", "--epochs", "1", "--linear-bs", "16",
+                              "--linear-epochs", "20", "--finetune-bs", "16", "--finetune-epochs", "3",
+                              "--finetune-lr", "3e-3", "--out", str(run)]) == 0  # fmt: skip
+    assert "A1 has" in capsys.readouterr().out
+    sets = json.loads((run / "split.json").read_text())["sets"]
+    targets = set(cytology.TARGETS.split(","))
+    assert {name.split("/")[0] for name in sets["B1"]} == targets == {name.split("/")[0] for name in sets["B2"]}
+    for stage, num_classes in (("linear", 30), ("finetune", 5)):
+        best = checkpoint.load(run / stage / "best.pt")
+        assert len(best["meta"]["classes"][stage]) == num_classes == len(best["model"]["fc.weight"])
+    assert summary(run)["linear_pixels/test/accuracy"] > 0.5 > summary(run)["majority/test/accuracy"]
+    # A later stage of another run takes the sets of the run it starts from, although the data has grown.
+    Image.new("RGB", (8, 8)).save(labels49 / "HSIL" / "new.png")
+    alone = [*flags, "--stage", "finetune", "--from", str(run), "--bs", "16", "--epochs", "1", "--out", str(again)]
+    assert train_simclr.main(alone) == 0
+    (labels49 / "HSIL" / "new.png").unlink()
+    assert json.loads((again / "split.json").read_text())["sets"] == sets
+    # --eval repeats the test on B2, --predict names the target labels.
+    assert train_simclr.main(["--eval", str(run), "--device", "cpu"]) == 0
+    evaluated = json.loads((run / "eval.json").read_text())
+    assert evaluated["eval/test/accuracy"] == summary(run)["finetune/test/accuracy"]
+    assert train_simclr.main(["--predict", str(labels49), "--resume", str(run), "--device", "cpu"]) == 0
+    with open(run / "predictions.csv") as file:
+        assert {row["class"] for row in csv.DictReader(file)} <= targets
+
+
+def test_a_cell_is_a_function_of_its_number(cells, tmp_path, monkeypatch, capsys):
+    parsed = [train_simclr.parse_args(["--cell", str(k)])[0] for k in range(108)]
+    settings = [(a.backbone, a.bs, a.fraction, a.proj_dim) for a in parsed]
+    assert len(set(settings)) == 108
+    assert {s[0] for s in settings} == {"resnet50", "resnet101", "inception_v3", "inception_resnet_v2"}
+    assert settings[0] == ("resnet50", 64, 1.0, 32) and settings[-1] == ("inception_resnet_v2", 256, 0.4, 128)
+    with pytest.raises(SystemExit) as stop:
+        train_simclr.parse_args(["--cell", "3", "--bs", "32"])
+    assert stop.value.code == 2 and "--bs has no effect with --cell" in capsys.readouterr().err
+    # Run twice, a cell finds its own directory; other flags or another cell have another one.
+    monkeypatch.setitem(train_simclr.CELLS[0], "backbone", "resnet18")
+    monkeypatch.setitem(train_simclr.CELLS[0], "bs", 16)
+    monkeypatch.setitem(train_simclr.CELLS[1], "backbone", "resnet18")
+    monkeypatch.setitem(train_simclr.CELLS[1], "bs", 16)
+    monkeypatch.chdir(tmp_path)
+    small = ["--image-size", "8", "--stem", "cifar", "--device", "cpu", "--data", str(cells), "--epochs", "1"]
+    for extra in (["--cell", "0"], ["--cell", "0"], ["--cell", "1"], ["--cell", "0", "--seed", "1"]):
+        assert train_simclr.main([*small, *extra]) == 0
+    assert len(list((tmp_path / "runs" / "simclr").iterdir())) == 3
+    assert capsys.readouterr().out.count("has finished; its summary") == 1
