@@ -267,8 +267,8 @@ def pretrain(run: Run, weights: dict | None) -> None:
                 values |= metrics.contrastive(*(dist.all_gather_rows(view) for view in z.float().chunk(2)))
                 log.interval("pretrain", done, progress.epoch + 1, values, pace, "img")
             log.progress("pretrain", done, pace, "img")
-            if done == begun + 2 and facts.device.type == "cpu":
-                log.cost("pretrain", steps, stage.epochs, pace)
+            if done == begun + 2:
+                log.cost("pretrain", steps, stage.epochs, pace, facts.device)
             progress.end_step(bad)
             run.lap("rest")
         loss = progress.mean("loss")

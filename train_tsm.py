@@ -311,9 +311,7 @@ def train(run: Run, published: dict | None) -> None:
                 log.interval("train", done, progress.epoch + 1, values, pace, "clip")
             log.progress("train", done, pace, "clip")
             if done == begun + 2:
-                log.say(f"peak memory: {step.peak_memory(facts.device)}")
-                if facts.device.type == "cpu":
-                    log.cost("train", steps, stage.epochs, pace)
+                log.cost("train", steps, stage.epochs, pace, facts.device)
             progress.end_step(bad)
         values = {"train/train/loss": progress.mean("loss")}
         if (progress.epoch + 1) % args.eval_every == 0 or progress.epoch + 1 == stage.epochs:

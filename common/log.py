@@ -9,6 +9,9 @@ from collections import Counter, deque
 from pathlib import Path
 from statistics import median
 
+import torch
+
+from common import step
 from common.config import InputError
 
 # Fields that differ between two runs of the same command: the only ones.
@@ -89,13 +92,15 @@ class Log:
         """Whether a step has its line: the first ones do, so that a slow run shows its pace at once."""
         return step <= FIRST_STEPS or step % every == 0
 
-    def cost(self, stage: str, steps_per_epoch: int, epochs: int, pace: Pace) -> None:
-        """Say what an epoch costs on a CPU, where a user may have meant a GPU or a smaller run."""
-        epoch = pace.seconds_per_step * steps_per_epoch
-        self.say(
-            f"{stage}: on this CPU an epoch costs about {duration(epoch)}, {epochs} epochs about"
-            f" {duration(epoch * epochs)}; a GPU, a smaller backbone or --image-size, fewer --epochs cost less"
-        )
+    def cost(self, stage: str, steps_per_epoch: int, epochs: int, pace: Pace, device: torch.device) -> None:
+        """Say the memory that a step takes and, on a CPU, what an epoch costs: a user may have meant a GPU."""
+        self.say(f"{stage}: peak memory {step.peak_memory(device)}")
+        if device.type == "cpu":
+            epoch = pace.seconds_per_step * steps_per_epoch
+            self.say(
+                f"{stage}: on this CPU an epoch costs about {duration(epoch)}, {epochs} epochs about"
+                f" {duration(epoch * epochs)}; a GPU, a smaller backbone or --image-size, fewer --epochs cost less"
+            )
 
     def progress(self, stage: str, step: int, pace: Pace, unit: str) -> None:
         """On a terminal: rewrite the live line. Reads nothing from the device."""
