@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common import weights
 from common.checkpoint import load_weights
 from common.config import InputError
 
@@ -55,7 +56,7 @@ class Sparse(NamedTuple):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
             return torch.sparse_csr_tensor(
-                *(torch.from_numpy(a) for a in (self.starts, self.columns, self.values)),
+                *(torch.from_numpy(np.ascontiguousarray(a)) for a in (self.starts, self.columns, self.values)),
                 size=(len(self.starts) - 1, self.num_columns),
                 check_invariants=True,
             )
@@ -128,9 +129,8 @@ def svd(matrix: Sparse, dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray
     dim = min(dim, n, width)
     a, at = matrix.torch(), matrix.transposed().torch()
     generator = torch.Generator().manual_seed(seed)
-    block = torch.linalg.qr(a @ torch.randn(width, min(dim + 10, n, width), generator=generator, dtype=torch.float64))[
-        0
-    ]
+    start = torch.randn(width, min(dim + 10, n, width), generator=generator, dtype=torch.float64)
+    block = torch.linalg.qr(a @ start)[0]
     blocks = [block]
     for _ in range(3):
         block = torch.linalg.qr(a @ (at @ block))[0]
@@ -158,13 +158,14 @@ class Lsa:
         self.state = state
 
     @classmethod
-    def fit(cls, texts: list[str], dim: int = 100, char_weight: float = 0.5, seed: int = 0) -> "Lsa":
+    def fit(cls, texts: list[str], dim: int = 50, char_weight: float = 0.5, seed: int = 0) -> "Lsa":
         """Fit to texts. No labels enter, so all utterances may take part, those of the test split too (the usual
         transductive setting of clustering, in which the test utterances are at hand without their labels).
 
         Args:
             texts: n utterances.
-            dim: directions; fewer where n or the number of terms is smaller.
+            dim: directions; fewer where n or the number of terms is smaller. Further ones hold rare words, and k-means
+                on them depends more on its seed.
             char_weight: weight of the character n-grams' part of a row beside the words' part, >= 0.
             seed: of the randomised SVD.
 
@@ -191,9 +192,9 @@ class Lsa:
         return (matrix.torch() @ self.state["projection"]).float().numpy()
 
 
-def lsa(texts: list[str], dim: int = 100, seed: int = 0) -> np.ndarray:
-    """(n, d) float32: latent semantic analysis of n texts, fitted to these texts. See `Lsa`."""
-    return Lsa.fit(texts, dim, seed=seed)(texts)
+def lsa(texts: list[str], **options) -> np.ndarray:
+    """(n, d) float32: latent semantic analysis of n texts, fitted to these texts; `options` are those of `Lsa.fit`."""
+    return Lsa.fit(texts, **options)(texts)
 
 
 class WordPiece:
@@ -229,11 +230,11 @@ class WordPiece:
 
     def words(self, text: str) -> list[str]:
         """The words and single signs of punctuation of a text, cleaned."""
-        # Control characters vanish, and so do unassigned and private ones: category C.
+        # Control, format and private characters vanish; unassigned ones stay, as in the Rust tokenisers.
         text = "".join(
             " " if c in "\t\n\r" or c.isspace() else c
             for c in text
-            if c in "\t\n\r" or not (c == "\ufffd" or unicodedata.category(c)[0] == "C")
+            if c in "\t\n\r" or not (c == "\ufffd" or unicodedata.category(c) in ("Cc", "Cf", "Co", "Cs"))
         )
         if self.chinese:
             text = "".join(f" {c} " if _is_cjk(ord(c)) else c for c in text)
@@ -383,8 +384,6 @@ def read_bert(folder: str | Path) -> Bert:
     Raises:
         InputError: a file is missing, damaged, or of another family.
     """
-    from common import weights
-
     folder = Path(folder)
     model = Bert(_read_json(folder / "config.json"))
     path = _weights_file(folder)
