@@ -1,0 +1,147 @@
+"""Watch a score over the epochs: trend, stability, alarms, early stopping, and what to do on a plateau.
+
+All figures are functions of the scores and actions so far, so a resumed run that restores these goes on exactly.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass, field
+from statistics import median
+
+PATIENCE = 10  # epochs without a gain that raise the alarm
+WINDOW = 2 * PATIENCE  # epochs that trend and stability look at
+LEAST_STABILITY = 0.3
+_SURE = 2.0  # standard deviations that the trend test asks for
+_MOST_ACTIONS = 2  # on one plateau
+
+
+def slope(scores: list[float]) -> float:
+    """Median slope over all pairs of epochs (Theil 1950, Sen 1968): up to 29 % of outliers do not move it far."""
+    pairs = itertools.combinations(enumerate(scores), 2)
+    return median([(b - a) / (j - i) for (i, a), (j, b) in pairs]) if len(scores) > 1 else 0.0
+
+
+def trend(scores: list[float]) -> str:
+    """`improving`, `stable` or `declining` over the last WINDOW scores.
+
+    Not stable is a slope that the Mann-Kendall test tells from noise: the rising pairs outnumber the falling ones, or
+    the reverse, by more than two standard deviations of what scores in random order give. It needs 5 scores.
+    """
+    recent = scores[-WINDOW:]
+    n, pairs = len(recent), itertools.combinations(recent, 2)
+    surplus = sum((b > a) - (b < a) for a, b in pairs)
+    deviation = math.sqrt(n * (n - 1) * (2 * n + 5) / 18)
+    if abs(surplus) - 1 <= _SURE * deviation or slope(recent) * surplus <= 0:
+        return "stable"
+    return "improving" if surplus > 0 else "declining"
+
+
+def stability(scores: list[float]) -> float:
+    """How little the last WINDOW scores jump, in [0, 1]: 1 less ten times their noise relative to their level.
+
+    The noise is the robust deviation of each score from the line through its two neighbours, so neither a rise nor its
+    bend counts as unrest. The level is the median, at least 0.1: a score near 0 has no relative noise.
+    """
+    recent = scores[-WINDOW:]
+    if len(recent) < 3:
+        return 1.0
+    bends = [abs(b - (a + c) / 2) for a, b, c in zip(recent, recent[1:], recent[2:], strict=False)]
+    # 1.4826 makes a median a deviation, 1.5 is the variance of such a bend among independent scores.
+    noise = 1.4826 * median(bends) / math.sqrt(1.5)
+    return max(0.0, 1.0 - 10 * noise / max(median(map(abs, recent)), 0.1))
+
+
+@dataclass
+class Monitor:
+    """The scores of a run, higher is better, and the actions taken on plateaus as (epochs done, name)."""
+
+    min_epochs: int = 20
+    scores: list[float] = field(default_factory=list)
+    actions: list[tuple[int, str]] = field(default_factory=list)
+
+    def add(self, score: float) -> None:
+        """Take in the score of one more epoch.
+
+        Raises:
+            ValueError: it is not finite.
+        """
+        if not math.isfinite(score):
+            raise ValueError(f"the score of epoch {len(self.scores)} must be finite, got {score}")
+        self.scores.append(float(score))
+
+    @property
+    def best_epoch(self) -> int:
+        """Index of the first epoch with the best score; -1 before any."""
+        return max(range(len(self.scores)), key=self.scores.__getitem__, default=-1)
+
+    @property
+    def epochs_without_gain(self) -> int:
+        return len(self.scores) - 1 - self.best_epoch if self.scores else 0
+
+    def report(self) -> dict:
+        """The figures of the epoch: numbers, and `performance_trend` as a word.
+
+        An improvement is a new best after the first epoch; a degradation a score more than 5 % below the best so far.
+        """
+        best = list(itertools.accumulate(self.scores, max))
+        return {
+            "best_performance": best[-1] if best else math.nan,
+            "best_epoch": self.best_epoch,
+            "performance_trend": trend(self.scores),
+            "slope": slope(self.scores[-WINDOW:]),
+            "stability_score": stability(self.scores),
+            "total_improvements": sum(b > a for a, b in itertools.pairwise(best)),
+            "total_degradations": sum(s < b - 0.05 * abs(b) for s, b in zip(self.scores, best, strict=True)),
+            "epochs_without_gain": self.epochs_without_gain,
+        }
+
+    def alarms(self) -> list[str]:
+        """One sentence for each thing that asks for attention."""
+        found, stable = [], stability(self.scores)
+        if self.epochs_without_gain >= PATIENCE:
+            found.append(f"no gain for {self.epochs_without_gain} epochs")
+        if stable < LEAST_STABILITY:
+            found.append(f"stability {stable:.2f} is below {LEAST_STABILITY}")
+        if trend(self.scores) == "declining":
+            found.append("the score is declining")
+        return found
+
+    def stalled(self) -> bool:
+        """Whether PATIENCE epochs since the best score and since the last action brought no gain and it is not rising.
+
+        A noisy score can rise and yet have no new best for a while: the trend has the last word.
+        """
+        since = len(self.scores) - (self.actions[-1][0] if self.actions else 0)
+        return min(self.epochs_without_gain, since) >= PATIENCE and trend(self.scores) != "improving"
+
+    def advice(self, on_plateau: str) -> str | None:
+        """What to do now under `--on-plateau lr|thres|none`: `lr` or `thres` (halve it), or None.
+
+        At most two actions on one plateau: what did not help twice will not help a third time.
+        """
+        if on_plateau not in ("lr", "thres", "none"):
+            raise ValueError(f"on_plateau must be lr, thres or none, got {on_plateau!r}")
+        return on_plateau if on_plateau != "none" and self.stalled() and self._tried() < _MOST_ACTIONS else None
+
+    def act(self, name: str) -> None:
+        """Note that advice was followed after the last epoch added."""
+        self.actions.append((len(self.scores), name))
+
+    def _tried(self) -> int:
+        """Actions since the best score."""
+        return sum(done > self.best_epoch for done, _ in self.actions)
+
+    def should_stop(self, on_plateau: str = "none") -> bool:
+        """Whether to stop: stalled, nothing left to try, and `min_epochs` done. A rising score never stops."""
+        return len(self.scores) >= self.min_epochs and self.stalled() and self.advice(on_plateau) is None
+
+    def nothing_helped(self) -> bool:
+        """Whether actions were taken and none was followed by a new best: a larger `--base-dim` is worth a run."""
+        return self._tried() > 0 and self._tried() == len(self.actions)
+
+    def state_dict(self) -> dict:
+        """Scores and actions, for a checkpoint."""
+        return {"scores": list(self.scores), "actions": [list(action) for action in self.actions]}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.scores, self.actions = list(state["scores"]), [tuple(action) for action in state["actions"]]
