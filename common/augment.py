@@ -12,6 +12,7 @@ Sources: SimCLR, appendix A (Chen et al. 2020, arXiv:2002.05709); SplitMix64 (St
 """
 
 import functools
+import math
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -37,6 +38,11 @@ _JITTERED, _GRAYSCALE, _BLURRED, _SIGMA = range(_NUM_CROP_FLIP, _NUM_CROP_FLIP +
 _FACTORS = slice(_SIGMA + 1, _SIGMA + 5)
 _ORDER = slice(_SIGMA + 5, _SIGMA + 9)
 _NUM_SIMCLR = _ORDER.stop
+
+# float32 values of views that a CPU thread works on at once: 1 MiB, a core's second-level cache.
+_CPU_VALUES = 2**18
+# A run of samples of so many values takes an operation in the time of its calls.
+_CPU_RUN = 2**14
 
 _MASK64 = (1 << 64) - 1
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -105,6 +111,10 @@ class ViewParams:
     def repeat(self, k):
         """Return each row k times in succession, as the k frames of a clip need it."""
         return ViewParams(**{f.name: np.repeat(getattr(self, f.name), k, axis=0) for f in fields(self)})
+
+    def take(self, rows):
+        """Return the rows that an index array names, in its order."""
+        return ViewParams(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
 
 def _height_width(size_in):
@@ -247,87 +257,128 @@ def blur_kernel_size(size):
     return 2 * (size // 20) + 1
 
 
-def _resize_weights(start, length, size, source):
-    """Antialiased bilinear weights of one axis.
+def _resize_bands(start, length, flip, size, taps):
+    """Antialiased bilinear weights of one axis, as the few source pixels that each output pixel takes.
 
     A triangle filter that reaches one output pixel to each side, never less than one source pixel, cut at the box's
     ends and normalised.
 
     Args:
-        start, length: (n,) float tensors, the box in source pixels.
-        size, source: numbers of output and of source pixels.
+        start, length: (n, 1) float tensors, the box in source pixels.
+        flip: (n, 1) bool tensor, mirror the axis.
+        size: number of output pixels.
+        taps: source pixels an output pixel, enough for the largest box.
 
     Returns:
-        (n, size, source) tensor whose rows sum to 1.
+        Source pixels (n, size, taps) int64, and their weights, float32 with sums of 1.
     """
-    scale = (length / size)[:, None]
-    centre = (torch.arange(size, device=start.device) + 0.5) * scale  # [n, size], from the box's start
-    pixel = torch.arange(source, device=start.device) - start[:, None]  # [n, source]
-    weights = (pixel[:, None, :] + 0.5 - centre[:, :, None]).abs_()
-    weights = weights.div_(-scale.clamp(min=1)[:, :, None]).add_(1).clamp_(min=0)
-    weights.mul_(((pixel >= 0) & (pixel < length[:, None]))[:, None, :])
-    return weights.div_(weights.sum(dim=2, keepdim=True))
+    scale = length / size
+    reach = scale.clamp(min=1)
+    place = torch.arange(size, device=start.device) + 0.5  # [size]
+    centre = torch.where(flip, size - place, place) * scale  # [n, size], from the box's start
+    first = (centre - reach + 0.5).floor_()
+    pixel = first.unsqueeze(2) + torch.arange(taps, device=start.device)  # [n, size, taps]
+    weights = (pixel + 0.5 - centre.unsqueeze(2)).abs_().div_(-reach.unsqueeze(2)).add_(1).clamp_(min=0)
+    last = length.unsqueeze(2) - 1
+    weights.mul_((pixel >= 0) & (pixel <= last))
+    pixel = torch.minimum(pixel.clamp_(min=0), last).add_(start.unsqueeze(2))
+    return pixel.long(), weights.div_(weights.sum(dim=2, keepdim=True))
 
 
-def _crop_resize_flip(images, box, flip, size):
-    """Cut, resize and mirror each image by two batched matrix products; returns (n, 3, size, size) in [0, 1]."""
-    n, channels, height, width = images.shape
-    top, left, box_height, box_width = box.unbind(1)
-    wy = _resize_weights(top, box_height, size, height)
-    wx = _resize_weights(left, box_width, size, width).div_(255)
-    wx = torch.where(flip[:, :, None], wx.flip(1), wx)
-    # The rows' axis in front of the channels': then both products read their operands where they lie.
-    rows = images.permute(0, 2, 1, 3).to(torch.float32, memory_format=torch.contiguous_format)
-    rows = torch.bmm(rows.view(n, height * channels, width), wx.transpose(1, 2))
-    views = torch.bmm(wy, rows.view(n, height, channels * size)).view(n, size, channels, size)
+def _bands(box, flip, boxes, size):
+    """`_resize_bands` of the rows and of the columns; `boxes` are those of `box` on the host."""
+    top, left, height, width = box.split(1, dim=1)
+    taps_y, taps_x = (max(2, math.ceil(2 * length / size)) for length in boxes[:, 2:].max(0, initial=1))
+    rows = _resize_bands(top, height, torch.zeros_like(flip), size, taps_y)
+    return (*rows, *_resize_bands(left, width, flip, size, taps_x))
+
+
+def _combine_rows(x, pixel, weights, first=0):
+    """Weighted sums of rows: x [n, R, 3, L], pixel - first and weights [n, S, taps] -> [n, S, 3, L].
+
+    An embedding bag gathers, weights and adds in one pass and reads whole rows, several times as fast as a product with
+    a matrix that is mostly zero.
+    """
+    n, rows, channels, length = x.shape
+    start = torch.arange(-first, n * rows - first, rows, device=x.device).view(n, 1, 1)
+    index, weights = (pixel + start).flatten(0, 1), weights.flatten(0, 1).contiguous()
+    x = F.embedding_bag(index, x.reshape(n * rows, -1), per_sample_weights=weights, mode="sum")
+    return x.view(n, -1, channels, length)
+
+
+def _turn(x):
+    """Rows to columns: [n, y, 3, x] <-> [n, x, 3, y], so that `_combine_rows` serves both axes."""
+    return x.transpose(1, 3).contiguous()
+
+
+def _crop_resize_flip(images, boxes, pixel_y, weights_y, pixel_x, weights_x):
+    """Cut, resize and mirror each image to [n, x, 3, y] in [0, 1]; `boxes` are on the host."""
+    # Only what some box covers is read. Not cut to the columns: the rows' length is compiled into the bag's code.
+    (top, left), (bottom, right) = boxes[:, :2].min(0).astype(int), (boxes[:, :2] + boxes[:, 2:]).max(0).astype(int)
+    rows = images[:, :, top:bottom].transpose(1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    columns = _turn(_combine_rows(rows, pixel_y, weights_y, top)[..., left:right])
     # Weights sum to 1 only up to rounding.
-    return views.permute(0, 2, 1, 3).contiguous().clamp_(0, 1)
+    return _combine_rows(columns, pixel_x, weights_x, left).div_(255).clamp_(0, 1)
 
 
 def _luma(x):
-    r, g, b = x.unbind(1)
-    return (r * LUMA[0]).add_(g, alpha=LUMA[1]).add_(b, alpha=LUMA[2]).unsqueeze(1)  # [n, 1, S, S]
+    r, g, b = x.unbind(2)
+    return (r * LUMA[0]).add_(g, alpha=LUMA[1]).add_(b, alpha=LUMA[2]).unsqueeze(2)  # [n, S, 1, S]
+
+
+# The operations work in place on [n, S, 3, S], with one amount a sample, [n, 1, 1, 1].
 
 
 def _brightness(x, factor):
-    return x.mul_(factor).clamp_(0, 1)
+    x.mul_(factor).clamp_(0, 1)
 
 
 def _contrast(x, factor):
-    mean = _luma(x).mean(dim=(1, 2, 3), keepdim=True)
-    return x.mul_(factor).add_(mean.mul_(1 - factor)).clamp_(0, 1)
+    r, g, b = x.mean(dim=(1, 3)).unbind(1)
+    mean = (r * LUMA[0]).add_(g, alpha=LUMA[1]).add_(b, alpha=LUMA[2]).view(-1, 1, 1, 1)
+    x.mul_(factor).add_(mean.mul_(1 - factor)).clamp_(0, 1)
 
 
 def _saturation(x, factor):
     gray = _luma(x)
-    return x.mul_(factor).add_(gray.mul_(1 - factor)).clamp_(0, 1)
+    x.mul_(factor).add_(gray.mul_(1 - factor)).clamp_(0, 1)
 
 
 def _hue(x, turns):
-    """Turn the hue, keep HSV's value and chroma: a channel fades with its distance from the hue on the colour wheel."""
-    r, g, b = x.unbind(1)
-    low, value = torch.aminmax(x, dim=1)
-    chroma = value - low
-    sixths = torch.where(value == g, b - r + 2 * chroma, r - g + 4 * chroma)
-    sixths = torch.where(value == r, g - b, sixths).div_(chroma + (chroma == 0)).unsqueeze(1)
-    # Red, green and blue stand at 0, 2 and 4 sixths of a turn; arange makes them on the device.
-    stand = torch.arange(0, 6, 2, device=x.device, dtype=x.dtype).view(3, 1, 1)
-    away = sixths + (6 * turns - stand)
-    away.sub_((away / 6).round_(), alpha=6).abs_()  # in [0, 3], round the circle
-    fade = away.sub_(1).clamp_(0, 1).mul_(chroma.unsqueeze(1))
-    return torch.sub(value.unsqueeze(1), fade, out=fade).clamp_(0, 1)
+    """Turn the hue, keep HSV's value and chroma: a channel fades with its distance from the hue on the colour wheel.
+
+    The hue in sixths of a turn is 2 + (g + b - r - value) / chroma up to half a turn, and its mirror image beyond; that
+    needs no choice between cases. Every intermediate is one plane.
+    """
+    r, g, b = x.unbind(2)
+    value, chroma = torch.maximum(r, g), torch.minimum(r, g)
+    torch.maximum(value, b, out=value)
+    torch.sub(value, torch.minimum(chroma, b, out=chroma), out=chroma)
+    hue = (g + b).sub_(r).sub_(value).div_(chroma.clamp_min(1e-12)).add_(2).copysign_(g - b).add_(6 * turns.squeeze(2))
+    hue.sub_((hue / 6).floor_(), alpha=6)  # [n, S, S] in [0, 6]
+    # Green and blue fade with the distance from 2 and 4 sixths; red, at 0 and 6, with the nearness to 3.
+    base = torch.add(value, chroma)
+    for channel, stand, start, sign in ((r, 3, value.sub_(chroma, alpha=2), 1), (g, 2, base, -1), (b, 4, base, -1)):
+        fade = (hue - stand).abs_().clamp_(1, 2)
+        torch.addcmul(start, fade, chroma, value=sign, out=fade)
+        channel.copy_(fade)
+    x.clamp_(0, 1)
 
 
-def _blur(x, sigma, kernel_size):
-    """Gaussian blur with one sigma a sample: separable, reflected at the border."""
-    n, channels, height, width = x.shape
-    radius = kernel_size // 2
-    offset = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
-    taps = torch.softmax(-0.5 * (offset / sigma.view(n, 1)).square(), dim=1)  # [n, kernel_size]
-    taps = taps.repeat_interleave(channels, dim=0)
-    planes = F.pad(x, (radius, radius, radius, radius), mode="reflect").view(1, n * channels, height + 2 * radius, -1)
-    planes = F.conv2d(planes, taps.view(-1, 1, 1, kernel_size), groups=n * channels)
-    return F.conv2d(planes, taps.view(-1, 1, kernel_size, 1), groups=n * channels).view_as(x)
+def _blur(x, sigma):
+    """Gaussian blur along the rows' axis with one sigma a sample, reflected at the border."""
+    n, size = x.shape[:2]
+    radius = blur_kernel_size(size) // 2
+    offset = torch.arange(-radius, radius + 1, device=x.device)
+    taps = torch.softmax(-0.5 * (offset / sigma.view(n, 1)).square(), dim=1)  # [n, taps]
+    pixel = (torch.arange(size, device=x.device).unsqueeze(1) + offset).abs_()
+    pixel = (size - 1) - ((size - 1) - pixel).abs_()  # [size, taps]
+    x.copy_(_combine_rows(x, pixel.expand(n, -1, -1), taps.unsqueeze(1).expand(-1, size, -1)))
+
+
+_OPERATIONS = (_brightness, _contrast, _saturation, _hue, _saturation, _blur)
+_BLUR = len(_OPERATIONS) - 1
+_STEPS = (*range(4), *range(4), *range(4), *range(4), 4, _BLUR)
 
 
 def _check(images, params, size):
@@ -347,8 +398,10 @@ def _check(images, params, size):
 def make_view(images, params, size):
     """Augment a batch: crop, resize and mirror, then jitter, grayscale and blur, each by its sample's own parameters.
 
-    The same batch gives the same bits. In another batch a sample's view agrees to 1e-6, the rounding of a batched
-    matrix product. Where TF32 is allowed for matrix products, a GPU resizes to about 5e-4, an eighth of an 8-bit level.
+    A GPU takes the whole batch at once. A CPU takes a few samples at a time, as many as its caches hold (one of 224
+    pixels a thread): at that size a pass over the whole batch waits for memory, several times longer than it computes.
+
+    The same batch gives the same bits. In another batch a sample's view agrees to 1e-6.
 
     Args:
         images: (n, 3, H, W) uint8 on any device.
@@ -362,31 +415,78 @@ def make_view(images, params, size):
         ValueError: images or params of another type or shape, or a box that leaves the image.
     """
     _check(images, params, size)
-    n = len(params)
-    # Which samples take which operation is settled on the host, so that the device never has to be asked. Grayscale is
-    # a saturation of 0.
-    blur = functools.partial(_blur, kernel_size=blur_kernel_size(size))
-    operations = (_brightness, _contrast, _saturation, _hue, _saturation, blur)
-    amounts = [params.factors, ~params.grayscale, params.sigma if blur_kernel_size(size) > 1 else np.zeros(n)]
-    chosen = [(op, params.jittered & (params.order[:, slot] == op)) for slot in range(4) for op in range(4)]
-    chosen += [(4, params.grayscale), (5, amounts[2] > 0)]
-    steps = [(op, np.flatnonzero(mask).astype(np.int32)) for op, mask in chosen if mask.any()]
+    n, on_cpu = len(params), images.device.type == "cpu"
+    at_once = max(1, _CPU_VALUES * torch.get_num_threads() // (3 * size * size)) if on_cpu else max(1, n)
+    taken, order = _taken(params, size), np.arange(n)
+    if n > at_once:
+        # Samples that take the same operations in the same order stand together, and take them where they lie.
+        order = np.lexsort(taken[::-1])
+        params, taken = params.take(order), taken[:, order]
+    chunks = [slice(start, start + at_once) for start in range(0, n, at_once)]
+    least = _CPU_RUN / (3 * size * size) if on_cpu else n
+    plans = [_plan(taken[:, chunk], least) for chunk in chunks]
 
-    # Parameters and index lists in one buffer: one copy to the device, asynchronous from pinned memory.
-    floats = np.column_stack([params.boxes, params.flip, *amounts]).astype(np.float32)
-    packed = torch.from_numpy(np.concatenate([floats.view(np.int32).ravel(), *(index for _, index in steps)]))
+    # Parameters and index lists in one buffer: one copy to the device, asynchronous from pinned memory. Grayscale is a
+    # saturation of 0.
+    floats = [params.boxes, params.flip, params.factors, ~params.grayscale, params.sigma]
+    floats = np.column_stack(floats).astype(np.float32)
+    lists = [some for plan in plans for _, some in plan if not isinstance(some, slice)]
+    packed = torch.from_numpy(np.concatenate([floats.view(np.int32).ravel(), *lists]))
     if images.is_cuda:
         packed = packed.pin_memory()
-    packed = packed.to(images.device, non_blocking=True)
-    rows, *indices = packed.split([floats.size, *(len(index) for _, index in steps)])
-    box, flip, amount = rows.view(torch.float32).view(floats.shape).split([4, 1, len(operations)], dim=1)
+    rows, *lists = packed.to(images.device, non_blocking=True).split([floats.size, *map(len, lists)])
+    box, flip, amounts = rows.view(torch.float32).view(floats.shape).split([4, 1, len(_OPERATIONS)], dim=1)
+    lists, bands = iter(lists), _bands(box, flip > 0, params.boxes, size)
 
-    x = _crop_resize_flip(images, box, flip > 0, size)
-    for (op, _), index in zip(steps, indices, strict=True):
-        index = index.long()
-        part = operations[op](x.index_select(0, index), amount[:, op].index_select(0, index).view(-1, 1, 1, 1))
-        x.index_copy_(0, index, part)
-    return x
+    out = torch.empty((n, 3, size, size), device=images.device)
+    for chunk, plan in zip(chunks, plans, strict=True):
+        plan = [(op, some if isinstance(some, slice) else next(lists).long()) for op, some in plan]
+        pixels = images if len(chunks) == 1 else images.index_select(0, torch.from_numpy(order[chunk]))
+        x = _crop_resize_flip(pixels, params.boxes[chunk], *(part[chunk] for part in bands))  # [n, x, 3, y]
+        _apply(plan, x, amounts[chunk])
+        x = _turn(x)  # [n, y, 3, x]
+        _apply([step for step in plan if step[0] == _BLUR], x, amounts[chunk])
+        if len(chunks) == 1:
+            return x.transpose(1, 2).contiguous()
+        for row, view in zip(order[chunk], x, strict=True):
+            out[row] = view.transpose(0, 1)
+    return out
+
+
+def _apply(plan, x, amounts):
+    for op, some in plan:
+        if isinstance(some, slice):
+            _OPERATIONS[op](x[some], amounts[some, op].view(-1, 1, 1, 1))
+        else:
+            part = x.index_select(0, some)
+            _OPERATIONS[op](part, amounts[:, op].index_select(0, some).view(-1, 1, 1, 1))
+            x.index_copy_(0, some, part)
+
+
+def _taken(params, size):
+    """Which samples take which operation, [18, n] bool: each of the four of the jitter as the first, second, third and
+    last, then grayscale, then blur."""
+    slots = [params.jittered & (column == op) for column in params.order.T for op in range(4)]
+    return np.stack([*slots, params.grayscale, (params.sigma > 0) & (blur_kernel_size(size) > 1)])
+
+
+def _plan(taken, least):
+    """The operations of a chunk in their order, each with the samples that take it.
+
+    Those are a slice, or an int32 array that costs a copy to and fro. Samples that stand in several runs take the
+    operation run by run where that is no more work: where a run has `least` samples on average.
+    """
+    plan = []
+    for op, mask, count in zip(_STEPS, taken, taken.sum(axis=1).tolist(), strict=True):
+        if count in (0, len(mask)):
+            plan += [(op, slice(None))] * (count > 0)
+            continue
+        edges = np.flatnonzero(np.diff(mask, prepend=False, append=False)).tolist()
+        if len(edges) == 2 or 2 * count >= least * len(edges):
+            plan += [(op, slice(*run)) for run in zip(edges[::2], edges[1::2], strict=True)]
+        else:
+            plan.append((op, np.flatnonzero(mask).astype(np.int32)))
+    return plan
 
 
 def resize(images, size):
@@ -402,9 +502,7 @@ def resize(images, size):
     Raises:
         ValueError: images of another type or shape.
     """
-    _check(images, identity_params(len(images), images.shape[-2:]), size)
-    x = images.to(torch.float32).div_(255)
-    return F.interpolate(x, size=(size, size), mode="bilinear", antialias=True).clamp_(0, 1)
+    return make_view(images, identity_params(len(images), images.shape[-2:]), size)
 
 
 @functools.cache
@@ -418,7 +516,7 @@ def _mean_std(device, dtype, mean, std):
 def normalize(x, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     """Subtract the mean and divide by the standard deviation, tuples of three; x (..., 3, H, W) floating in [0, 1]."""
     mean, std = _mean_std(x.device, x.dtype, mean, std)
-    return (x - mean) / std
+    return (x - mean).div_(std)
 
 
 def denormalize(x):

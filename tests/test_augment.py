@@ -333,13 +333,38 @@ def test_make_view_never_reads_the_device_and_does_not_loop_over_samples():
     counts = []
     for n in (64, 192):
         calls = []
-        images = random_images(n, 24, 24)
+        # A meta tensor takes the way of a device and has no values: reading one would raise.
+        images = torch.empty((n, 3, 24, 24), dtype=torch.uint8, device="meta")
         params = augment.simclr_params(0, 0, np.arange(n), 0, 24, 24)
         with Record():
-            augment.make_view(images, params, 24)
-        assert not {"_local_scalar_dense", "nonzero", "item"} & set(calls)
+            views = augment.make_view(images, params, 24)
+        assert views.device.type == "meta" and views.shape == (n, 3, 24, 24)
         counts.append(len(calls))
     assert counts[0] == counts[1] > 50
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 7, 24])
+def test_views_do_not_depend_on_how_many_a_cpu_makes_at_once(monkeypatch, at_once):
+    images = random_images(24, 40, 40)
+    params = augment.simclr_params(0, 4, np.arange(24), 0, 40, 32)
+    monkeypatch.setattr(augment, "_CPU_VALUES", 24 * 3 * 32 * 32)
+    whole = augment.make_view(images, params, 32)
+    monkeypatch.setattr(augment, "_CPU_VALUES", at_once * 3 * 32 * 32 // torch.get_num_threads())
+    for run in (1, 2**14, 2**30):  # samples of one operation: run by run, as it is, gathered
+        monkeypatch.setattr(augment, "_CPU_RUN", run)
+        torch.testing.assert_close(augment.make_view(images, params, 32), whole, atol=1e-6, rtol=0)
+
+
+def test_an_empty_batch_has_no_views():
+    views = augment.make_view(torch.empty((0, 3, 8, 8), dtype=torch.uint8), augment.identity_params(0, 8), 5)
+    assert views.shape == (0, 3, 5, 5)
+
+
+def test_take_keeps_the_rows_that_are_named():
+    params = augment.simclr_params(0, 0, np.arange(9), 0, 32, 24)
+    for field in dataclasses.fields(params):
+        expected = getattr(params, field.name)[[7, 2, 2]]
+        np.testing.assert_array_equal(getattr(params.take(np.array([7, 2, 2])), field.name), expected)
 
 
 @pytest.mark.gpu
