@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import augment, config
+from common import augment, config, metrics
 
 _TILE = 1 << 22  # numbers in one block of distances: 16 MB in fp32
 _PLAIN_STEPS = 10  # of Sinkhorn's iteration, before Newton's method takes over
@@ -461,3 +461,78 @@ def _densest(x, m, direction):
                 scores[q] += block[own][:, candidate].amin(1).sum()
     best = int(scores.argmax() if direction == "largest" else scores.argmin())
     return chosen[:, best].nonzero()[:, 0], FRACTIONS[best]
+
+
+class Estimate(NamedTuple):
+    """An estimated number of clusters `k`, and the `table` that it was read from: one dict of figures a candidate."""
+
+    k: int
+    table: list
+
+
+@torch.no_grad()
+def estimate_k(x, candidates=range(2, 31), *, seed=0, references=5, max_rows=4000, max_columns=64):
+    """Estimate the number of clusters without labels, by the gap statistic (Tibshirani, Walther and Hastie 2001).
+
+    The gap is how much smaller the log of inertia over variance is than on references without clusters: here Gaussian
+    rows of the data's own covariance, so that long axes are not taken for clusters. It finds small clusters beside
+    large ones, where the mean silhouette stops at the large ones. The answer is the candidate of the largest gap; of
+    the paper's rule, the smallest one within an error of the next, small clusters would fall victim. It is the first
+    candidate where the largest gap is within three errors of 0, the gap of one cluster.
+
+    Args:
+        x: (N, D) finite real tensor.
+        candidates: numbers of clusters, at least 1; those above half the rows looked at are left out.
+        seed: of the rows looked at, the references and the seeding.
+        references: data sets without clusters, at least 2.
+        max_rows, max_columns: looked at are at most so many rows, on so many principal axes.
+
+    Returns:
+        Estimate; the table's columns are k, inertia, gap, error (one standard error) and silhouette (None for k = 1).
+        A `k` that is the last candidate says that the rows go on falling apart and that the data gives no number.
+
+    Raises:
+        ValueError: a setting out of range or no usable candidate; `InputError` for rows that are not finite.
+    """
+    x = _checked(x)
+    if min(references, max_rows) < 2 or max_columns < 1:
+        raise ValueError(
+            "references and max_rows must be at least 2 and max_columns at least 1, "
+            f"got {references}, {max_rows} and {max_columns}"
+        )
+    if len(x) > max_rows:
+        x = x[augment.uniform(seed, 1, np.arange(len(x)), 0, 1)[:, 0].argsort()[:max_rows]]
+    candidates = sorted({int(k) for k in candidates if k <= len(x) // 2})
+    if not candidates or candidates[0] < 1:
+        raise ValueError(f"candidates must lie between 1 and half of {len(x)} rows, got {candidates}")
+    x = x - x.mean(0)
+    axes = torch.linalg.eigh(x.double().T @ x.double()).eigenvectors.flip(1)[:, :max_columns]
+    x = x @ axes.to(x.dtype)
+    spread, none = x.std(0), []
+    for i in range(references):
+        u = torch.from_numpy(augment.uniform(seed, 2, np.arange(len(x)), i, x.shape[1]))
+        none.append(torch.special.ndtri(u + 2.0**-54).to(x) * spread)
+
+    def log_share(rows, k, restarts):
+        found = kmeans(rows, k, seed=seed, restarts=restarts)
+        share = found.inertia / rows.var(0, unbiased=False).sum().item() / len(rows)
+        return math.log(max(share, torch.finfo(x.dtype).tiny)), found
+
+    table = []
+    for k in candidates:
+        share, found = log_share(x, k, 5)
+        expected = np.array([log_share(rows, k, 1)[0] for rows in none])
+        some = slice(2000)
+        several = 1 < len(found.labels[some].unique()) < len(found.labels[some])
+        table.append(
+            {
+                "k": k,
+                "inertia": found.inertia,
+                "gap": float(expected.mean() - share),
+                "error": float(expected.std() * math.sqrt(1 + 1 / references)),
+                "silhouette": metrics.silhouette(x[some], found.labels[some]) if several else None,
+            }
+        )
+    best = max(table, key=lambda row: row["gap"])
+    # With one cluster the gap is 0: less than three errors above it, a sample of one Gaussian can come by chance.
+    return Estimate((best if best["gap"] > 3 * best["error"] else table[0])["k"], table)

@@ -382,3 +382,32 @@ def test_assignment_refuses_bad_settings():
     for setting in ({"mass": 0.0}, {"mass": 1.1}, {"mass": 0.5, "relax": -1.0}):
         with pytest.raises(ValueError, match="mass must lie"):
             clustering.partial_transport(cost, **setting)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(
+    "k, balance", [(3, None), (8, None), (6, [0.5, 0.25, 0.12, 0.06, 0.04, 0.03])], ids=["3", "8", "6 unequal"]
+)
+def test_the_number_of_clusters_of_a_mixture_is_found(k, balance, seed):
+    x, _ = mixture(600, k, 8, 3.0, seed=seed, balance=balance)
+    found = clustering.estimate_k(x * 40 + 1000, range(1, 13), references=3)
+    assert found.k == k
+    assert [row["k"] for row in found.table] == list(range(1, 13))
+    assert found.table[0]["gap"] == pytest.approx(0, abs=1e-5) and found.table[0]["silhouette"] is None
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_without_clusters_are_one_cluster(seed):
+    x = mixture(500, 1, 6, seed=seed)[0] * torch.tensor([9.0, 4, 2, 1, 1, 1])  # one long axis
+    assert clustering.estimate_k(x, range(1, 9)).k == 1
+
+
+def test_estimate_is_deterministic_and_bounded():
+    x, _ = mixture(300, 3, 90, 1.0)
+    first = clustering.estimate_k(x, [2, 3, 4, 500], max_rows=100, max_columns=10)
+    torch.manual_seed(5)
+    assert clustering.estimate_k(x, [4, 3, 2], max_rows=100, max_columns=10) == first and first.k == 3
+    with pytest.raises(ValueError, match="candidates must lie between 1 and half of 300 rows"):
+        clustering.estimate_k(x, [200])
+    with pytest.raises(ValueError, match="references"):
+        clustering.estimate_k(x, references=1)
