@@ -48,7 +48,7 @@ class Videos:
         self.lengths = np.array([len(f) for f in self.frames], np.int64)
         self.rates = np.broadcast_to(np.asarray(rates, np.float64), len(self.ids)).copy()
         digest = hashlib.sha256(f"{images.fingerprint}{self.ids}{list(self.splits)}".encode())
-        for part in (self.labels, self.rates, *self.frames):
+        for part in (self.labels, self.rates, self.lengths, *self.frames):
             digest.update(part.tobytes())
         self.fingerprint = digest.hexdigest()[:8]
 
@@ -88,9 +88,10 @@ class Videos:
     def describe_clips(self, n_segment: int, seconds: float) -> str:
         """How clips are cut, in one line: how many videos are shorter than a clip, or have too few frames, by name."""
         text = f"clips of {n_segment} frames over {seconds:g} s"
-        length, few = n_segment * _interval(self.rates, n_segment, seconds), self.lengths < n_segment
+        needed = (n_segment - 1) * _interval(self.rates, n_segment, seconds) + 1
+        few = self.lengths < n_segment
         for which, said in (
-            ((self.lengths < np.floor(length)) & ~few, "shrink the interval"),
+            ((self.lengths < needed) & ~few, "shrink the interval"),
             (few, f"have fewer than {n_segment} frames and repeat the last"),
         ):
             if which.any():
@@ -174,12 +175,12 @@ def clip_offsets(lengths, rates, n_segment: int, seconds: float) -> np.ndarray:
 
     Args:
         lengths: (n,) frames of the videos.
-        rates: (n,) their frames a second.
+        rates: (n,) their frames a second, or one number.
         n_segment: frames of a clip.
         seconds: the time that a clip covers.
     """
     lengths = np.asarray(lengths, np.int64)[:, None]
-    interval = _interval(rates, n_segment, seconds)[:, None]
+    interval = np.reshape(_interval(rates, n_segment, seconds), (-1, 1))
     interval = np.minimum(interval, np.maximum((lengths - 1) / max(n_segment - 1, 1), 1))
     # A product such as 7 * (9 / 7) must not fall below 9.
     offsets = np.floor(np.arange(n_segment) * interval + 1e-6).astype(np.int64)

@@ -155,21 +155,23 @@ _CAST = 6  # faces that are swapped with one another: 6 real videos and 30 manip
 _RATE = 8.0  # two seconds are 16 frames: a clip of 8 takes every second one, from either start
 
 
-def face_clips(variant: str, num_faces: int = 96, num_frames: int = 16, size: int = 48, seed: int = 0) -> FaceClips:
+def face_clips(variant: str, num_faces: int = 96, num_frames: int = 16, size: int = 40, seed: int = 0) -> FaceClips:
     """Talking faces, real and manipulated 1 to 5, in FaceForensics++'s manner: pairs within a split, both orders.
 
-    A face goes through one cycle in a video, from a phase of its own: the mouth opens slowly and shuts at once, the
-    eyes do the same at another phase, and a shadow sinks over the face. Everything else (features, colours, light,
-    place, and in each frame grain and a little shake) is nuisance.
+    A video is one cycle from a phase of its own: the mouth opens slowly and shuts at once, so do the eyes at another
+    phase, and a shadow sinks over the face. Everything else (features, colours, brightness, place, and in each frame
+    grain and a little shake) is nuisance.
 
     Variant `order`: a manipulated video has exactly the frames of its real one, backwards and from another frame of the
     cycle. So every frame, set of frames and spacing is as frequent in real videos as in manipulated ones, whatever
-    the clip's start, and mirror images and colour jitter change nothing: only the order of the frames tells.
+    the clip's start, and mirror images and colour jitter change nothing: only the order of the frames tells. To be
+    learnt in minutes it shows best in the light, which twice in a video fades slowly and comes back at once.
 
-    Variant `flicker`: the inner face is a patch with a tint, gain and offset of its own: once drawn for a real video,
-    redrawn in every frame of a manipulated one. One frame shows nothing; the patch flickers over time.
+    Variant `flicker`: the inner face is a patch, lighter or darker than the rest and a little beside it: once drawn
+    for a real video, redrawn in every frame of a manipulated one. One frame shows nothing; the patch flickers.
 
-    Pure in its arguments. Seven tenths of the casts of six faces are for training, the rest for validation and test.
+    Pure in its arguments. Faces are swapped within casts of six; a fifth of the casts, at least one, is for validation
+    and another for test.
 
     Raises:
         ValueError: another variant, fewer than 18 faces or not a multiple of 6, fewer than 2 frames, or a size below
@@ -221,39 +223,42 @@ def _face(size: int, num_frames: int, flickers: np.ndarray, rng: np.random.Gener
     y = (grid[:, None] - uniform(-0.08, 0.08) - each(-0.02, 0.02)) / scale
     phase = rng.random(dtype=np.float32) + np.arange(num_frames, dtype=np.float32) / num_frames
     phase = np.tile(phase, len(flickers))[:, None, None]
-    mouth, eyes, shadow = (at - np.floor(at) for at in (phase, phase + np.float32(0.4), phase + np.float32(0.7)))
+    cycles = (phase, phase + np.float32(0.4), phase + np.float32(0.7), 2 * phase)
+    mouth, eyes, shadow, light = (at - np.floor(at) for at in cycles)
 
-    def ellipse(cx, cy, rx, ry):
-        return _inside(np.sqrt(((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2), soft / np.minimum(rx, ry))
+    def ellipse(cx, cy, rx, ry, soft):
+        u, v = (x - cx) / rx, (y - cy) / ry
+        return _inside(np.sqrt(u * u + v * v), soft / np.minimum(rx, ry))
 
     skin = np.array([0.85, 0.62, 0.5], np.float32) * uniform(0.6, 1.1) * uniform(0.92, 1.08, 3)
     skin, hair, backdrop = (c.reshape(3, 1, 1) for c in (skin, uniform(0.05, 0.5, 3), uniform(0.2, 0.8, 3)))
     texture = np.float32(0.9) + np.float32(0.2) * _noise(rng, 1, size, max(size // 8, 2))
     image = backdrop * np.ones_like(x + y)[:, None] * texture[:, None]
     width, height = uniform(0.58, 0.7), uniform(0.78, 0.9)
-    image = blend(image, ellipse(0, -0.12, width * 1.1, height * 1.05), hair)
-    face = ellipse(0, 0.05, width, height)
+    image = blend(image, ellipse(0, -0.12, width * 1.1, height * 1.05, soft), hair)
+    face = ellipse(0, 0.05, width, height, soft)
     image = blend(image, face * _smooth((y + uniform(0.45, 0.6)) / soft / 2 + 0.5), skin * texture[:, None])
     apart, level, iris = uniform(0.24, 0.32), uniform(-0.2, -0.08), uniform(0.05, 0.45, 3).reshape(3, 1, 1)
     for side in (-1, 1):
         lid = 0.03 + 0.1 * eyes
-        eye = ellipse(side * apart, level, np.float32(0.16), lid)
+        eye = ellipse(side * apart, level, np.float32(0.16), lid, soft)
         image = blend(image, eye, np.float32(0.95))
-        image = blend(image, eye * ellipse(side * apart, level, np.float32(0.07), np.float32(0.09)), iris)
-        image = blend(image, ellipse(side * apart, level - 0.22, np.float32(0.18), np.float32(0.035)), hair * 0.6)
-    image = blend(image, ellipse(0, 0.2, np.float32(0.06), np.float32(0.12)), skin * 0.8)
-    image = blend(image, ellipse(0, uniform(0.45, 0.52), uniform(0.24, 0.32), 0.04 + 0.16 * mouth), skin * 0.35)
+        image = blend(image, eye * ellipse(side * apart, level, np.float32(0.07), np.float32(0.09), soft), iris)
+        image = blend(image, ellipse(side * apart, level - 0.22, np.float32(0.18), np.float32(0.035), soft), hair * 0.6)
+    image = blend(image, ellipse(0, 0.2, np.float32(0.06), np.float32(0.12), soft), skin * 0.8)
+    image = blend(image, ellipse(0, uniform(0.45, 0.52), uniform(0.24, 0.32), 0.04 + 0.16 * mouth, soft), skin * 0.35)
     away = np.abs(y - (shadow * 2 - 1) * np.float32(1.2)) / np.float32(0.3)
     image *= 1 - np.float32(0.3) * _smooth(1 - away)[:, None]
     if flickers.any():
-        patch = np.where(
-            flickers[:, None], uniform(-1, 1, 6, len(flickers), num_frames), uniform(-1, 1, 6, len(flickers), 1)
-        )
-        gain, *tint, dx, dy = patch.reshape(6, -1, 1, 1).astype(np.float32)
-        inner = _inside(np.sqrt(((x - 0.03 * dx) / 0.45) ** 2 + ((y - 0.12 - 0.03 * dy) / 0.55) ** 2), np.float32(0.3))
-        colour = 1 + np.float32(0.1) * gain[:, None] + np.float32(0.06) * np.stack(tint, 1)
-        image *= 1 + inner[:, None] * (colour - 1)
-    image *= uniform(0.7, 1.1)
+        redrawn, once = uniform(0, 1, 3, len(flickers), num_frames), uniform(0, 1, 3, len(flickers), 1)
+        patch = np.where(flickers[:, None], redrawn, once).reshape(3, -1, 1, 1)
+        side = np.where(patch[0] < 0.5, np.float32(-1), np.float32(1))
+        dx, dy = (patch[1:] - np.float32(0.5)) * np.float32(0.06)
+        inner = ellipse(dx, 0.12 + dy, np.float32(0.45), np.float32(0.55), np.float32(0.14))
+        image *= 1 + (inner * side)[:, None] * np.array([0.3, 0.25, 0.1], np.float32).reshape(3, 1, 1)
+    else:
+        image *= 1 - np.float32(0.5) * light[:, None]
+    image *= uniform(0.75, 1.1)
     image += each(0.01, 0.03)[:, None] * (rng.random(image.shape, np.float32) + rng.random(image.shape, np.float32) - 1)
     image = np.floor(np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
     return image.reshape(len(flickers), num_frames, 3, size, size)

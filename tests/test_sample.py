@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.sample import cytology
+from common.sample import cytology, face_clips
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_CLASSES = 8
 PINNED = "35a9fdbee1ddd0e944a868a0aecaffc44091f50b1f57cbd486b3b865959a26b4"  # of cytology(200)
+PINNED_ORDER = "3e8a845b608a15692b343d06700deb486ded47b7230a2014b697c1d912e5e3cf"  # of face_clips(variant, 18, size=32)
+PINNED_FLICKER = "4d041364602301dc76ef196f0f63de493d07a1c4db69c4b0b040c8241ec54415"
 
 
 def digest(images, labels):
@@ -112,3 +114,89 @@ def test_cytology_pixels_are_not_linearly_separable(cells, split):
         scores = pixels[test] @ (pixels[train].T @ weights) + target.mean(0)
         accuracies.append((scores.argmax(1) == labels[test]).mean())
     assert 0.2 < max(accuracies) < 0.55, accuracies
+
+
+@pytest.fixture(scope="module")
+def order():
+    return face_clips("order")
+
+
+def twins(clips):
+    """(real, its fakes) as positions of videos."""
+    reals = [i for i, name in enumerate(clips.names) if "_" not in name]
+    return [(i, [k for k, name in enumerate(clips.names) if name.startswith(clips.names[i] + "_")]) for i in reals]
+
+
+@pytest.mark.parametrize("variant", ["order", "flicker"])
+def test_face_clips_are_pairs_in_disjoint_splits_five_to_one(variant):
+    clips = face_clips(variant, num_faces=36, size=16)
+    assert clips.pixels.shape[1:] == (3, 16, 16) and clips.pixels.dtype == np.uint8
+    assert len(clips.names) == len(set(clips.names)) == len(clips.splits) == len(clips.frames) == 36 * 6
+    assert {len(frames) for frames in clips.frames} == {16}
+    part_of = {}
+    for name, part in zip(clips.names, clips.splits, strict=True):
+        for face in name.split("_"):
+            assert part_of.setdefault(face, part) == part, name
+    assert [list(part_of.values()).count(part) for part in ("train", "val", "test")] == [24, 6, 6]
+    fakes = {name for name in clips.names if "_" in name}
+    assert fakes == {"_".join(reversed(name.split("_"))) for name in fakes}  # both orders of every pair
+    assert all(len(fakes) == 5 for _, fakes in twins(clips))
+
+
+def test_order_fakes_have_exactly_the_frames_of_their_real_video_backwards(order):
+    for real, fakes in twins(order):
+        shown = order.pixels[order.frames[real]]
+        assert len({frame.tobytes() for frame in shown}) == 16  # no frame twice: an order is seen
+        for fake in fakes:
+            again = order.pixels[order.frames[fake]]
+            assert sorted(map(bytes, again)) == sorted(map(bytes, shown))
+            start = next(k for k in range(16) if np.array_equal(again[k], shown[0]))
+            assert np.array_equal(np.roll(again, -start, 0), np.roll(shown[::-1], 1, 0))
+
+
+def test_order_clips_have_the_same_sets_of_frames_whatever_their_start(order):
+    """The clips of 8 frames that training draws from a fake video are its real one's, as sets of frames."""
+    from common.clips import eval_clips
+
+    positions = eval_clips([16], order.rate, 8, 2.0, 2)[0]  # both starts that training can draw
+    for real, fakes in twins(order)[:12]:
+        sets = [{frozenset(order.frames[video][clip].tolist()) for clip in positions} for video in (real, *fakes)]
+        assert len(sets[0]) == 2 and all(other == sets[0] for other in sets)
+
+
+def test_order_shows_in_successive_frames(order):
+    """The light fades slowly and returns at once: the third moment of its changes, which no order-free score sees."""
+    light = order.pixels.mean((1, 2, 3))
+    score = np.array([(np.diff(light[frames[::2]]) ** 3).mean() for frames in order.frames])
+    fake = np.array(["_" in name for name in order.names])
+    assert score[~fake].min() > 0 > score[fake].max()
+
+
+def test_flicker_shows_over_time_and_not_in_a_frame():
+    clips = face_clips("flicker", num_faces=36, size=32)
+    fake = np.array(["_" in name for name in clips.names])
+    inner = clips.pixels[np.stack(clips.frames), :, 14:24, 10:22].mean((3, 4), dtype=np.float64)  # [videos, 16, 3]
+    outer = clips.pixels[np.stack(clips.frames), :, 26:].mean((3, 4), dtype=np.float64)
+    colour = inner[..., 0] / inner[..., 2]
+    unrest = np.abs(np.diff(colour, axis=1)).mean(1)
+    # Any real and any fake video of one face differ; between faces the same flicker differs with the skin.
+    assert all(unrest[real] < unrest[fakes].min() for real, fakes in twins(clips))
+    first = [(colour[real, 0], colour[fakes, 0].mean()) for real, fakes in twins(clips)]
+    below = np.mean([real < mean for real, mean in first])
+    assert 0.25 < below < 0.75, below
+    assert np.abs(outer[~fake].mean() - outer[fake].mean()) < 1
+
+
+def test_face_clips_bytes_are_pinned():
+    clips = face_clips("order", num_faces=18, size=32)
+    assert hashlib.sha256(clips.pixels.tobytes() + np.stack(clips.frames).tobytes()).hexdigest() == PINNED_ORDER
+    clips = face_clips("flicker", num_faces=18, size=32)
+    assert hashlib.sha256(clips.pixels.tobytes() + np.stack(clips.frames).tobytes()).hexdigest() == PINNED_FLICKER
+
+
+@pytest.mark.parametrize(
+    "changed", [{"variant": "other"}, {"num_faces": 17}, {"num_faces": 20}, {"num_frames": 1}, {"size": 8}]
+)
+def test_face_clips_refuse_what_they_cannot_draw(changed):
+    with pytest.raises(ValueError, match=next(iter(changed))):
+        face_clips(**{"variant": "order"} | changed)

@@ -33,7 +33,7 @@ from common.sample import face_clips
 
 REAL, FAKE = 0, 1
 CLASSES = ["real", "fake"]
-SAMPLES = {"sample": {"variant": "order"}, "sample-flicker": {"variant": "flicker", "num_faces": 48, "size": 32}}
+SAMPLES = {"sample": {"variant": "order"}, "sample-flicker": {"variant": "flicker", "num_faces": 60, "size": 32}}
 _ROOTS = {"original_sequences": REAL, "manipulated_sequences": FAKE}
 _KINDS = ("frames", "faces", "images", "videos")  # the first that is there is read
 _LABELS = {"0": REAL, "real": REAL, "1": FAKE, "fake": FAKE}
