@@ -138,7 +138,7 @@ def open_videos(path: str, *, fps: float, workers: int, bad="error", compression
         records = [record for record in records if record.key[2] == compression]
         if not records:
             raise InputError(f"{path}: no videos with compression {compression!r}, there are {there}")
-    twice = [f"{'/'.join(k)} {s}" for (k, s), n in Counter((r.key, r.split) for r in records).items() if n > 1]
+    twice = [name for (name, _), n in Counter((_name(r), r.split) for r in records).items() if n > 1]
     if twice:
         raise InputError(f"{path}: {len(twice)} videos are listed twice{_first(twice)}; give each a name of its own")
 

@@ -1,0 +1,400 @@
+"""The layouts of face-manipulation data, missing and damaged videos, and splits that share nobody."""
+
+import json
+import sys
+import types
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common.config import InputError
+from common.datasets import faceforensics
+
+PAIRS = {"train": [["000", "001"], ["002", "003"]], "val": [["004", "005"]], "test": [["006", "007"]]}
+METHODS = ("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures")
+
+
+def frames(folder, count=3, value=0, start=0):
+    folder.mkdir(parents=True, exist_ok=True)
+    for k in range(count):  # names whose alphabetical order is not their order in time
+        Image.new("RGB", (10, 10), (value, k, 0)).save(folder / f"{start + k}.png")
+
+
+def official(root, pairs=PAIRS, methods=METHODS, compressions=("c23",), splits=True):
+    """A miniature FaceForensics++: every video's pixels hold (its number, the frame's number)."""
+    (root / "splits").mkdir(parents=True)
+    number = 0
+    for name, listed in pairs.items():
+        if splits:
+            (root / "splits" / f"{name}.json").write_text(json.dumps(listed))
+        for a, b in listed:
+            for compression in compressions:
+                for video in (a, b):
+                    frames(root / "original_sequences" / "youtube" / compression / "frames" / video, 11, number)
+                    number += 1
+                for method in methods:
+                    for video in (f"{a}_{b}", f"{b}_{a}"):
+                        folder = root / "manipulated_sequences" / method / compression / "frames" / video
+                        frames(folder, 11, number)
+                        number += 1
+    return root
+
+
+def zipped(root, prefix=""):
+    archive = root.with_suffix(".zip")
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in sorted(root.rglob("*")):
+            if path.is_file():
+                file.write(path, prefix + path.relative_to(root).as_posix())
+    return archive
+
+
+def opened(path, **changes):
+    return faceforensics.open_videos(str(path), **{"fps": 25.0, "workers": 2} | changes)
+
+
+def pixels(videos, index):
+    positions = np.arange(videos.lengths[index])[None]
+    (clip,) = videos.batches([(np.array([index]), positions)], 2)
+    return clip[0, :, :2, 5, 5].tolist()
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    return official(tmp_path_factory.mktemp("data") / "ffpp")
+
+
+@pytest.mark.parametrize("prefix", ["", "ffpp/", "some/where/"])
+def test_the_official_layout_reads_alike_from_a_folder_and_a_zip(tree, prefix):
+    plain, packed = opened(tree), opened(zipped(tree, prefix))
+    assert plain.ids == packed.ids and plain.fingerprint == packed.fingerprint
+    assert len(plain) == 8 + 4 * 8 and plain.labels.sum() == 32
+    parts = faceforensics.split(plain)
+    # Each pair gives two real videos and both orders of every manipulation.
+    assert {name: len(indices) for name, indices in parts.items()} == {"train": 20, "val": 10, "test": 10}
+    for videos in (plain, packed):
+        index = videos.ids.index("FaceForensics++/FaceSwap/c23/002_003")
+        assert videos.keys[index] == ("FaceForensics++", "FaceSwap", "c23", "002_003")
+        shown = pixels(videos, index)
+        assert [k for _, k in shown] == list(range(11))  # 10.png comes after 9.png
+        assert len({number for number, _ in shown}) == 1
+
+
+def test_the_manipulations_of_one_pair_stay_videos_of_their_own(tree):
+    """Grouping by the folder's name alone merges the four fakes of `000_001` into one video with one score."""
+    videos = opened(tree)
+    same = [i for i, key in enumerate(videos.keys) if key[3] == "000_001"]
+    assert len(same) == len({videos.ids[i] for i in same}) == len(METHODS)
+    assert sorted(videos.methods[same]) == sorted(METHODS)
+    shown = [pixels(videos, i)[0][0] for i in same]
+    assert len(set(shown)) == len(METHODS)
+
+
+def test_compressions_are_kept_apart_and_chosen(tmp_path):
+    root = official(tmp_path / "two", {"train": [["000", "001"]]}, ("Deepfakes",), ("c23", "c40"))
+    assert len(opened(root)) == 8 == len(set(opened(root).ids))
+    chosen = opened(root, compression="c40")
+    assert len(chosen) == 4 and {key[2] for key in chosen.keys} == {"c40"}
+    with pytest.raises(InputError, match=r"compression 'raw', there are \['c23', 'c40'\]"):
+        opened(root, compression="raw")
+
+
+def test_masks_and_other_sources_do_not_disturb(tmp_path):
+    root = official(tmp_path / "more", methods=("Deepfakes",))
+    frames(root / "manipulated_sequences" / "Deepfakes" / "masks" / "frames" / "000_001")
+    frames(root / "original_sequences" / "actors" / "c23" / "frames" / "01__hugging_happy")
+    videos = opened(root)
+    assert len(videos) == 16
+    assert videos.unlisted == ["FaceForensics++/actors/c23/01__hugging_happy"]
+    said = []
+    faceforensics.prepare(str(root), store_size=None, bad="error", workers=1, fps=25.0, say=said.append)
+    assert said[0] == "left out 1 videos that no split lists: FaceForensics++/actors/c23/01__hugging_happy"
+
+
+def test_a_missing_video_is_named_and_left_out_only_on_demand(tmp_path):
+    root = official(tmp_path / "gap", methods=("Deepfakes",))
+    gone = root / "manipulated_sequences" / "Deepfakes" / "c23" / "frames" / "001_000"
+    for file in gone.iterdir():
+        file.unlink()
+    with pytest.raises(InputError, match=r"1 of 16 listed videos cannot be used: .*Deepfakes/c23/001_000 \(no frames"):
+        opened(root)
+    said = []
+    videos = faceforensics.prepare(str(root), store_size=None, bad="skip", workers=1, fps=25.0, say=said.append)
+    assert len(videos) == 15 and videos.missing == ["FaceForensics++/Deepfakes/c23/001_000 (no frames)"]
+    assert said[0].startswith("left out 1 missing or damaged videos: FaceForensics++/Deepfakes/c23/001_000")
+
+
+def test_a_damaged_frame_is_named_and_takes_its_video_along(tmp_path):
+    pairs = {"train": [[f"{2 * i:03d}", f"{2 * i + 1:03d}"] for i in range(30)]}
+    root = official(tmp_path / "bad", pairs, ("Deepfakes",))
+    (root / "original_sequences/youtube/c23/frames/004/2.png").write_bytes(b"no image")
+    videos = opened(root)
+    with pytest.raises(InputError, match=r"youtube/c23/frames/004/2\.png in bad cannot be read"):
+        pixels(videos, videos.ids.index("FaceForensics++/youtube/c23/004"))
+    said = []
+    videos = faceforensics.prepare(str(root), store_size=None, bad="skip", workers=2, fps=25.0, say=said.append)
+    assert len(videos) == 119 == len(videos.keys) and "FaceForensics++/youtube/c23/004" not in videos.ids
+    assert "left out 1 missing or damaged videos: FaceForensics++/youtube/c23/004 (damaged)" in said[0]
+
+
+def test_splits_that_share_a_person_are_refused_by_name(tmp_path):
+    leaking = PAIRS | {"test": [["006", "000"]]}
+    with pytest.raises(InputError, match="000 is in two splits"):
+        opened(official(tmp_path / "leak", leaking))
+
+
+def bench(root, change=None):
+    """DeepfakeBench: frame folders and a JSON with Windows' separators and frames out of order."""
+    sets: dict = {"FaceForensics++": {}}
+    for label, folder, videos in (
+        ("FF-real", "original_sequences/youtube", ("000", "001", "002", "003", "004", "005")),
+        ("FF-DF", "manipulated_sequences/Deepfakes", ("000_001", "002_003", "004_005")),
+        ("FF-FS", "manipulated_sequences/FaceSwap", ("000_001", "002_003", "004_005")),
+    ):
+        by_split = sets["FaceForensics++"].setdefault(label, {})
+        for video in videos:
+            part = {"0": "train", "2": "val", "4": "test", "1": "train", "3": "val", "5": "test"}[video[2]]
+            path = f"FaceForensics++/{folder}/c23/frames/{video}"
+            frames(root / path, 12)
+            names = [f"{path}/{k}.png".replace("/", "\\") for k in sorted(range(12), key=str)]
+            by_split.setdefault(part, {}).setdefault("c23", {})[video] = {"label": label, "frames": names}
+    if change:
+        change(sets)
+    (root / "FaceForensics++.json").write_text(json.dumps(sets))
+    return root
+
+
+@pytest.mark.parametrize("prefix", ["", "rgb/"])
+def test_deepfakebench_lists_give_labels_splits_and_the_order_of_frames(tmp_path, prefix):
+    root = bench(tmp_path / "bench")
+    for source in (root, zipped(root, prefix)):
+        videos = opened(source)
+        parts = faceforensics.split(videos)
+        assert {name: len(indices) for name, indices in parts.items()} == {"train": 4, "val": 4, "test": 4}
+        assert videos.labels.sum() == 6 and set(videos.methods) == {"FF-real", "FF-DF", "FF-FS"}
+        assert [k for _, k in pixels(videos, 7)] == list(range(12))
+
+
+def test_deepfakebench_lists_without_compression_and_with_missing_frames(tmp_path):
+    def flatten(sets):
+        for by_split in sets["FaceForensics++"].values():
+            for part in by_split:
+                by_split[part] = by_split[part]["c23"]
+
+    videos = opened(bench(tmp_path / "flat", flatten))
+    assert {key[2] for key in videos.keys} == {""} and len(videos) == 12
+    root = bench(tmp_path / "gap")
+    (root / "FaceForensics++/manipulated_sequences/Deepfakes/c23/frames/002_003/7.png").unlink()
+    with pytest.raises(InputError, match=r"FF-DF/c23/002_003 \(11 of 12 frames\)"):
+        opened(root)
+
+
+def test_a_bench_list_that_shares_a_person_is_refused_where_both_parts_are_used(tmp_path):
+    def leak(sets):  # the fake of 002 and 003, whose real videos are in val
+        by_split = sets["FaceForensics++"]["FF-DF"]
+        by_split["train"]["c23"] |= by_split["val"]["c23"]
+        del by_split["val"]
+
+    videos = opened(bench(tmp_path / "leak", leak))
+    with pytest.raises(InputError, match=r"2 persons are in two splits: 002 \(.*FF-DF/c23/002_003 in train.*003"):
+        faceforensics.split(videos)
+    assert len(faceforensics.split(videos, ("test",))["test"]) == 4
+
+
+def table(root, rows, header="video_id,label,path", name="list.csv"):
+    root.mkdir(parents=True, exist_ok=True)
+    (root / name).write_text("\n".join([header, *rows]) + "\n")
+    return root
+
+
+@pytest.fixture
+def people(tmp_path):
+    """Forty persons, each with one real and one fake video, in no split."""
+    root, rows = tmp_path / "people", []
+    for i in range(40):
+        for kind in ("real", "fake"):
+            frames(root / kind / f"p{i}", 2)
+            rows.append(f"p{i},{kind},{kind}/p{i}," + ("swap" if kind == "fake" else "web"))
+    return table(root, rows, "video_id,label,path,method")
+
+
+def test_a_csv_reads_alike_by_itself_in_its_folder_and_in_a_zip(people):
+    videos = [opened(source) for source in (people, people / "list.csv", zipped(people, "top/"))]
+    assert videos[0].ids == videos[1].ids == videos[2].ids and len(videos[0]) == 80
+    assert videos[0].fingerprint == videos[1].fingerprint == videos[2].fingerprint
+    assert videos[0].labels.tolist() == [0, 1] * 40
+
+
+def test_without_splits_persons_are_held_out_whole_and_always_the_same(people):
+    videos = opened(people)
+    parts = faceforensics.split(videos)
+    assert [len(parts[name]) for name in ("train", "val", "test")] == [56, 12, 12]
+    assert sorted(np.concatenate(list(parts.values()))) == list(range(80))
+    names = {part: {videos.keys[i][3] for i in indices} for part, indices in parts.items()}
+    assert not names["train"] & names["val"] and not names["train"] & names["test"] and not names["val"] & names["test"]
+    assert all(videos.labels[indices].mean() == 0.5 for indices in parts.values())
+    rows = (people / "list.csv").read_text().splitlines()
+    table(people, rows[:0:-1], rows[0])  # the other way round
+    again = opened(people)
+    assert {again.ids[i] for i in faceforensics.split(again)["test"]} == {videos.ids[i] for i in parts["test"]}
+
+
+def test_a_split_of_its_own_lacks_only_validation(people):
+    rows = [
+        row + (",test" if i < 20 else ",train") for i, row in enumerate((people / "list.csv").read_text().split()[1:])
+    ]
+    videos = opened(table(people, rows, "video_id,label,path,method,split"))
+    parts = faceforensics.split(videos)
+    assert set(parts["test"]) == set(range(20)) and len(parts["val"]) == 10 and len(parts["train"]) == 50
+
+
+def test_pairs_are_held_out_in_their_closure(tmp_path):
+    """001 is a target in one fake and a source in another: all three persons stay together."""
+    root = official(
+        tmp_path / "chain", {"train": [[f"{i:03d}", f"{i + 1:03d}"] for i in range(0, 40, 2)]}, ("Deepfakes",)
+    )
+    (root / "splits" / "train.json").unlink()
+    frames(root / "manipulated_sequences/Deepfakes/c23/frames/001_002", 2)
+    videos = opened(root)
+    parts = faceforensics.split(videos)
+    side = {}
+    for name, indices in parts.items():
+        for i in indices:
+            for person in faceforensics.identities(videos.keys[i][3]):
+                assert side.setdefault(person, name) == name
+    assert side["000"] == side["003"] and {len(parts[name]) for name in ("val", "test")} == {12}
+
+
+@pytest.mark.parametrize(
+    ("video", "persons"),
+    [
+        ("003", ("003",)),
+        ("003_017", ("003", "017")),
+        ("01_02__outside_talking__YVGY8LOK", ("01", "02")),
+        ("01__outside_talking", ("01",)),
+        ("id3_0001", ("id3",)),
+        ("id3_id16_0001", ("id3", "id16")),
+        ("anna_2", ("anna_2",)),
+        ("00231", ("00231",)),
+    ],
+)
+def test_names_tell_the_persons(video, persons):
+    assert faceforensics.identities(video) == persons
+
+
+@pytest.mark.parametrize(
+    ("rows", "header", "said"),
+    [
+        (["a,real,a", "b,2,b"], "video_id,label,path", r"line 3: label '2', allowed are 0, real, 1, fake"),
+        (["a,real,a,tain"], "video_id,label,path,split", r"line 2: split 'tain', allowed .*; did you mean train\?"),
+        (["a,real"], "video_id,label", r"has no path; needed are video_id,label,path"),
+        ([], "video_id,label,path", r"has no rows"),
+        (["a,real,a", "a,real,b"], "video_id,label,path", r"1 videos are listed twice: list/a"),
+        (["a,real,a", "c,fake,absent"], "video_id,label,path", r"1 of 2 listed .*: list/c \(nothing at absent\)"),
+    ],
+)
+def test_a_csv_that_cannot_be_used_is_refused(tmp_path, rows, header, said):
+    for name in "ab":
+        frames(tmp_path / "set" / name)
+    with pytest.raises(InputError, match=said):
+        opened(table(tmp_path / "set", rows, header))
+
+
+def test_one_class_alone_is_refused(tmp_path):
+    root = tmp_path / "set"
+    rows = []
+    for i in range(10):
+        frames(root / f"v{i}", 1)
+        rows.append(f"v{i},fake,v{i}")
+    with pytest.raises(InputError, match=r"has 0 real and \d fake videos; both are needed"):
+        faceforensics.split(opened(table(root, rows)))
+
+
+def test_an_unknown_layout_is_refused_but_can_be_predicted(tmp_path):
+    root = tmp_path / "plain"
+    for name in ("b", "a"):
+        frames(root / "clips" / name, 3)
+    with pytest.raises(InputError, match="no known layout there; allowed are FaceForensics"):
+        opened(root)
+    videos = opened(root, labels=False)
+    assert videos.ids == ["a", "b"] and videos.labels.tolist() == [-1, -1]
+    assert "without labels" in videos.describe()
+    one = opened(root / "clips" / "a", labels=False)
+    assert one.ids == ["a"] and [k for _, k in pixels(one, 0)] == [0, 1, 2]
+
+
+class Decoder:
+    """A stand-in for torchcodec's VideoDecoder: a file is its number of frames in words."""
+
+    def __init__(self, content):
+        self.count = int(content)
+        self.metadata = types.SimpleNamespace(average_fps=30.0, height=12, width=12)
+
+    def __len__(self):
+        return self.count
+
+    def get_frames_at(self, indices):
+        return types.SimpleNamespace(data=torch.full((len(indices), 3, 12, 12), self.count, dtype=torch.uint8))
+
+
+def test_video_files_have_their_own_rate_and_bad_ones_are_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchcodec", types.SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", types.SimpleNamespace(VideoDecoder=Decoder))
+    root = tmp_path / "files"
+    for number, video in enumerate(
+        (
+            "original_sequences/youtube/c23/videos/000",
+            "original_sequences/youtube/c23/videos/001",
+            "manipulated_sequences/Deepfakes/c23/videos/000_001",
+            "manipulated_sequences/Deepfakes/c23/videos/001_000",
+        )
+    ):
+        path = root / f"{video}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(20 + number))
+    (root / "train.json").write_text('[["000", "001"]]')
+    videos = opened(root)
+    assert videos.rates.tolist() == [30.0] * 4 and sorted(videos.lengths) == [20, 21, 22, 23]
+    for index, length in enumerate(videos.lengths):
+        assert pixels(videos, index) == [[length, length]] * length
+    (root / "original_sequences/youtube/c23/videos/001.mp4").write_text("no video")
+    with pytest.raises(InputError, match=r"1 of 4 .*: FaceForensics\+\+/youtube/c23/001 \(invalid literal"):
+        opened(root)
+    kept = opened(root, bad="skip")
+    assert len(kept) == 3 and sorted(kept.lengths) == [20, 22, 23]
+    assert all(pixels(kept, i) == [[n, n]] * n for i, n in enumerate(kept.lengths))
+    frames(root / "other" / "a", 2)
+    table(root, ["a,real,other/a", "b,fake,original_sequences/youtube/c23/videos/000.mp4"])
+    with pytest.raises(InputError, match="folders of frames and video files in one data set"):
+        opened(root / "list.csv")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "train.json is not JSON"),
+        ('["000"]', "train.json is not a list of pairs"),
+        ("{}", "is not a list of pairs"),
+    ],
+)
+def test_split_lists_that_cannot_be_read_are_named(tmp_path, content, said):
+    root = official(tmp_path / "set", methods=("Deepfakes",))
+    (root / "splits" / "train.json").write_text(content)
+    with pytest.raises(InputError, match=said):
+        opened(root)
+
+
+def test_the_embedded_videos_are_official_in_shape_and_disjoint():
+    videos = opened("sample")
+    parts = faceforensics.split(videos)
+    assert [len(parts[name]) for name in ("train", "val", "test")] == [360, 108, 108]
+    for indices in parts.values():
+        assert videos.labels[indices].mean() == pytest.approx(5 / 6)
+    assert set(videos.methods) == {"generated", "order"}
+    (clip,) = videos.batches([(np.array([1]), videos.eval_clips(np.array([1]), 8, 2.0, 1)[:, 0])], 1)
+    assert clip.shape == (1, 8, 3, 40, 40) and clip.dtype == torch.uint8
+    with pytest.raises(InputError, match="stored at 40 px"):
+        videos.resize_store(32)
