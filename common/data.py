@@ -1,4 +1,5 @@
-"""Images from a folder, a .zip of one, or the embedded sample: one list of items, decoded by threads to uint8.
+"""Images from a folder, a .zip of one, a packed file, or the embedded sample: one list of items, decoded by threads to
+uint8. `python -m common.data pack SRC DST` makes a packed file.
 
 Order is a function, not state: the permutation of an epoch depends on `(seed, epoch)` alone, so a resumed run, another
 number of threads or of processes sees the same images in the same order.
@@ -8,6 +9,7 @@ import functools
 import hashlib
 import io
 import os
+import sys
 import threading
 import zipfile
 import zlib
@@ -58,6 +60,8 @@ class Images:
         splits: (n,) "train", "val", "test", or "" where the data names none.
         native_size: median shorter side of the images in pixels.
         store_size: side of the decoded squares in pixels.
+        num_bytes: what the items take where they lie.
+        keeps: whether `batches` may keep what it has decoded.
         fingerprint: eight digits that stand for the content: names and sizes of all items.
     """
 
@@ -66,7 +70,8 @@ class Images:
     ):
         self.name, self.ids, self.classes = name, ids, classes
         self.labels, self.splits = np.asarray(labels, np.int64), np.asarray(splits, dtype=object)
-        self._read_bytes, self._cache = read, pixels
+        self._read_bytes, self._cache, self.keeps = read, pixels, True
+        self.num_bytes = sum(sizes) if pixels is None else pixels.nbytes
         self._cached = None if pixels is None else np.ones(len(ids), bool)
         content = f"{ids}{list(sizes)}".encode()
         if pixels is not None:
@@ -160,7 +165,8 @@ class Images:
         A set that fits in 2 GiB is decoded once and kept. Threads, not processes: Pillow decodes and resizes without
         holding the interpreter lock, and a thread cannot outlive the run.
         """
-        if self._cache is None and self._cached is None and len(self) * 3 * self.store_size**2 <= _CACHE_BYTES:
+        small = len(self) * 3 * self.store_size**2 <= _CACHE_BYTES
+        if self.keeps and small and self._cache is None and self._cached is None:
             self._cache = torch.empty((len(self), 3, self.store_size, self.store_size), dtype=torch.uint8)
             self._cached = np.zeros(len(self), bool)
         ahead: deque = deque()
@@ -197,7 +203,7 @@ class Images:
         for index, pixels in decoded.items():
             self._cache[index] = pixels
             self._cached[index] = True
-        return self._cache[torch.from_numpy(np.asarray(indices, np.int64))]
+        return self._cache.index_select(0, torch.from_numpy(np.asarray(indices, np.int64)))
 
     def drop_damaged(self, workers: int, cap: float = 0.01) -> list[str]:
         """Decode every image once and leave out those that cannot be read; returns their names.
@@ -244,7 +250,7 @@ def prepare(path: str, *, store_size: int | None, bad: str, workers: int, say=pr
 
 
 def open_images(path: str) -> Images:
-    """The images of a folder, of a .zip, or of the embedded data set (`sample`).
+    """The images of a folder, of a .zip, of a packed file (`common.pack`), or of the embedded data set (`sample`).
 
     A folder of folders gives the labels; `train/`, `val/` (or dev) and `test/` above them give the splits; images in no
     folder are unlabelled. One folder that holds everything is looked through.
@@ -258,7 +264,11 @@ def open_images(path: str) -> Images:
         return Images(
             "sample (embedded, generated)", ids, labels, classes, [""] * len(ids), pixels=torch.from_numpy(pixels)
         )
+    from common import pack  # which packs what this module opens
+
     place = Path(path)
+    if place.suffix == pack.SUFFIX and place.is_file():
+        return pack.PackedImages(place)
     files, sizes, read = list_files(path, is_image)
     if not files:
         raise InputError(f"{path}: no images there; allowed are {', '.join(SUFFIXES)}")
@@ -470,3 +480,9 @@ def check_batch(stage: str, bs: int, count: int, parts: int) -> None:
         raise InputError(f"{stage}: a batch of {bs} is larger than the {count} training items; lower --bs")
     if bs % parts:
         raise InputError(f"{stage}: a batch of {bs} is not divisible by {parts} (processes x chunks); change --bs")
+
+
+if __name__ == "__main__":
+    from common.pack import main
+
+    sys.exit(main())
