@@ -25,6 +25,7 @@ from common.log import Log, Pace
 from common.models import BACKBONES, build_backbone, input_size
 from common.models.heads import SimCLR
 from common.run import Run, claim, directory, origin, prepare, used
+from common.weights import load_backbone
 from kernels import nt_xent
 
 # The batch and the learning rate of the linear protocol and of fine-tuning are the cytology recipe's; their epochs only
@@ -406,7 +407,7 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         weights, before = None, {}
         if args.from_run not in (None, "none"):
-            weights, before = checkpoint.load_backbone(args.from_run)
+            weights, before = load_backbone(args.from_run)
         targets = args.target_labels.split(",") if args.protocol == "cytology" else None
         stored = [origin(path) for path in (args.out, args.from_run) if path]
         images, splits, classes, split = build_data(args, args.data, facts, targets, stored)

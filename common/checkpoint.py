@@ -6,7 +6,6 @@ accepts flipped bits without a word. Plain `torch.load(path, weights_only=True)`
 
 import hashlib
 import io
-import json
 import math
 import os
 import random
@@ -159,36 +158,6 @@ def load_weights(module: torch.nn.Module, state: dict, source) -> None:
     if problems:
         raise InputError(f"{source} does not fit this model: {'; '.join(problems)}")
     module.load_state_dict({name: state.get(name, tensor) for name, tensor in own.items()})
-
-
-def load_backbone(source: str) -> tuple[dict[str, Tensor], dict]:
-    """(backbone weights, meta) of a finished run directory, a checkpoint, or a plain state dict (whose meta is empty).
-
-    Prefixes and heads (`backbone.`, `projector.`, `fc.`) are taken off.
-
-    Raises:
-        InputError: there is none, or the run has not finished.
-    """
-    path = Path(source)
-    if path.is_dir():
-        folder = next((f for f in (path / "pretrain", path) if (f / "best.pt").exists()), None)
-        summary = path / "summary.json"
-        if folder is None or not summary.exists() or json.loads(summary.read_text())["status"] != "finished":
-            raise InputError(f"--from {path} is not a finished run: run it to its end, or name a checkpoint file in it")
-        path = folder / "best.pt"
-    state = load(path)
-    meta = state.get("meta", {}) if isinstance(state, dict) else {}
-    weights = state
-    for key in ("parts", "model", "state_dict"):  # ours, and the usual name elsewhere
-        if isinstance(weights, dict) and key in weights:
-            weights = weights[key]
-    if not isinstance(weights, dict) or not weights or not all(isinstance(t, Tensor) for t in weights.values()):
-        raise InputError(
-            f"--from {path} holds no weights of a backbone: give a run directory, its best.pt or backbone.pt"
-        )
-    if any(name.startswith("backbone.") for name in weights):
-        weights = {n.removeprefix("backbone."): t for n, t in weights.items() if n.startswith("backbone.")}
-    return {name: t for name, t in weights.items() if not name.startswith("fc.")}, meta
 
 
 def load_selected(source: str) -> dict:

@@ -162,13 +162,43 @@ def unwrap(state, path: Path) -> dict[str, Tensor]:
     while isinstance(state, dict) and (inner := next((k for k in _CONTAINERS if isinstance(state.get(k), dict)), None)):
         state = state[inner]
     if not isinstance(state, dict) or not state:
-        raise InputError(f"weights {path} holds {type(state).__name__}, not a state dict of tensors")
+        what = f"it is a {type(state).__name__}" if not isinstance(state, dict) else "it is empty"
+        raise InputError(f"weights {path} holds no state dict of tensors: {what}")
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise InputError(f"weights {path} holds no state dict: {name!r} is {type(tensor).__name__}, not a tensor")
+            raise InputError(
+                f"weights {path} holds no state dict of tensors: {name!r} is {type(tensor).__name__}, not a tensor"
+            )
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
             raise InputError(f"weights {path}: {name} is sparse, quantised or without values")
     return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def of_backbone(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The backbone's part of a model that has more (`backbone.*`, without the prefix), or the state dict itself."""
+    inner = {n.removeprefix("backbone."): tensor for n, tensor in state.items() if n.startswith("backbone.")}
+    return inner or state
+
+
+def load_backbone(source: str) -> tuple[dict[str, Tensor], dict]:
+    """(backbone weights, meta) of a finished run directory, a checkpoint, or a plain state dict (whose meta is empty).
+
+    Prefixes and heads (`backbone.`, `projector.`, `fc.`) are taken off.
+
+    Raises:
+        InputError: there is none, or the run has not finished.
+    """
+    path = Path(source)
+    if path.is_dir():
+        folder = next((f for f in (path / "pretrain", path) if (f / "best.pt").exists()), None)
+        summary = path / "summary.json"
+        if folder is None or not summary.exists() or json.loads(summary.read_text())["status"] != "finished":
+            raise InputError(f"--from {path} is not a finished run: run it to its end, or name a checkpoint file in it")
+        path = folder / "best.pt"
+    state = checkpoint.load(path)
+    meta = state.get("meta", {}) if isinstance(state, dict) else {}
+    weights = of_backbone(unwrap(state, path))
+    return {name: tensor for name, tensor in weights.items() if not name.startswith("fc.")}, meta
 
 
 def load(

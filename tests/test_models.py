@@ -118,7 +118,8 @@ def test_own_backbones_start_unchanged(tmp_path):
     for name, source in sources.items():
         backbone = build_backbone(name)
         assert "\n" not in load_published(backbone, tmp_path / f"{name}.pt")
-        assert all(torch.equal(t, source.state_dict()[n]) for n, t in backbone.state_dict().items())
+        expected = source.state_dict()
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in backbone.state_dict().items())
 
 
 def test_weights_of_another_backbone_are_named(tmp_path):

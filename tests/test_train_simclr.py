@@ -415,7 +415,7 @@ def test_a_foreign_checkpoint_is_refused(cells, tmp_path, content, capsys):
     argv = [*NET, "--data", str(cells), "--bs", "16", "--stage", "finetune", "--from", str(tmp_path / "foreign.pt")]
     with pytest.raises(SystemExit) as ending:
         train_simclr.main(argv)
-    assert ending.value.code == 2 and "holds no weights of a backbone" in capsys.readouterr().err
+    assert ending.value.code == 2 and "holds no state dict of tensors" in capsys.readouterr().err
 
 
 BAD = {

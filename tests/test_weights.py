@@ -217,8 +217,8 @@ def test_files_that_are_no_weights_are_refused(tmp_path):
     refused("missing.pt", "no such file")
     refused("", "no such file")
     for value, match in (
-        ([torch.ones(2)], "holds list"),
-        ({}, "not a state dict"),
+        ([torch.ones(2)], "holds no state dict of tensors: it is a list"),
+        ({}, "it is empty"),
         ({"w": torch.ones(2), "n": 3}, "'n' is int"),
         ({"w": torch.ones(2).to_sparse()}, "sparse"),
         ({"w": torch.ones(2, device="meta")}, "without values"),

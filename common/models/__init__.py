@@ -96,9 +96,7 @@ def load_published(model: nn.Module, path: str | Path) -> str:
     Raises:
         InputError: the file cannot be read or is of another architecture, which is named if the table has it.
     """
-    state = weights.read(path)
-    if any(name.startswith("backbone.") for name in state):
-        state = {n.removeprefix("backbone."): t for n, t in state.items() if n.startswith("backbone.")}
+    state = weights.of_backbone(weights.read(path))
     if not _fits(model, state):
         stem = state.get("conv1.weight")
         if stem is not None and _fits(model, state | {"conv1.weight": model.state_dict().get("conv1.weight", stem)}):
