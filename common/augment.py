@@ -415,6 +415,14 @@ def make_view(images, params, size):
         ValueError: images or params of another type or shape, or a box that leaves the image.
     """
     _check(images, params, size)
+    kind = images.device.type
+    if not torch.amp.is_autocast_available(kind):
+        return _make_view(images, params, size)
+    with torch.autocast(kind, enabled=False):  # whose matrix products would round pixels to 16 bits
+        return _make_view(images, params, size)
+
+
+def _make_view(images, params, size):
     n, on_cpu = len(params), images.device.type == "cpu"
     at_once = max(1, _CPU_VALUES * torch.get_num_threads() // (3 * size * size)) if on_cpu else max(1, n)
     taken, order = _taken(params, size), np.arange(n)

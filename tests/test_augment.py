@@ -382,3 +382,11 @@ def test_a_gpu_makes_the_same_views_without_synchronising():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(views.cpu(), expected, atol=2e-4, rtol=0)
+
+
+def test_autocast_does_not_touch_the_pixels():
+    images = torch.randint(0, 256, (4, 3, 20, 20), dtype=torch.uint8)
+    params = augment.simclr_params(0, 0, np.arange(4), 0, 20, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = augment.make_view(images, params, 16)
+    assert torch.equal(inside, augment.make_view(images, params, 16)) and inside.dtype == torch.float32
