@@ -159,8 +159,9 @@ def unwrap(state, path: Path) -> dict[str, Tensor]:
     Raises:
         InputError: there is none.
     """
-    while isinstance(state, dict) and (inner := next((k for k in _CONTAINERS if isinstance(state.get(k), dict)), None)):
-        state = state[inner]
+    for _ in range(4):  # a container may be inside another, in a hostile file inside itself
+        inner = next((k for k in _CONTAINERS if isinstance(state, dict) and isinstance(state.get(k), dict)), None)
+        state = state if inner is None else state[inner]
     if not isinstance(state, dict) or not state:
         what = f"it is a {type(state).__name__}" if not isinstance(state, dict) else "it is empty"
         raise InputError(f"weights {path} holds no state dict of tensors: {what}")

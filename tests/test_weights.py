@@ -216,7 +216,10 @@ def test_files_that_are_no_weights_are_refused(tmp_path):
 
     refused("missing.pt", "no such file")
     refused("", "no such file")
+    endless = {"epoch": 3}
+    endless["model"] = endless
     for value, match in (
+        (endless, "'epoch' is int"),
         ([torch.ones(2)], "holds no state dict of tensors: it is a list"),
         ({}, "it is empty"),
         ({"w": torch.ones(2), "n": 3}, "'n' is int"),
