@@ -3,8 +3,8 @@
 Parameters and pixels are kept apart. `simclr_params` and `crop_flip_params` draw one row of NumPy parameters per sample
 as a pure function of (seed, epoch, sample, view), so a view does not depend on the batch, the worker or the process
 that makes it, and a resumed run replays nothing. `make_view` applies the rows to a batch of uint8 images on any device:
-one small host-to-device copy, no synchronisation and no loop over samples. Each operation equals torchvision's
-functional form.
+one small host-to-device copy, no synchronisation, and no loop over samples but on a CPU, whose caches hold a few samples
+at a time. Each operation equals torchvision's functional form.
 
 Shape legend: n samples, H x W source pixels, S output pixels (square), all images channels first and RGB.
 
@@ -13,6 +13,7 @@ Sources: SimCLR, appendix A (Chen et al. 2020, arXiv:2002.05709); SplitMix64 (St
 
 import functools
 import math
+import sys
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -531,3 +532,9 @@ def denormalize(x):
     """Undo `normalize` with its defaults, for pictures."""
     mean, std = _mean_std(x.device, x.dtype, IMAGENET_MEAN, IMAGENET_STD)
     return x * std + mean
+
+
+if __name__ == "__main__":
+    from common.augment_benchmark import main
+
+    sys.exit(main())

@@ -135,6 +135,30 @@ def test_simclr_probabilities_and_ranges():
     assert np.abs(np.corrcoef(switches) - np.eye(4)).max() < 4 / math.sqrt(len(SAMPLES))
 
 
+def assert_same_distribution(ours, theirs):
+    # Kolmogorov-Smirnov for two samples at one in ten million (4 to 5 sigma); both are drawn from fixed seeds.
+    grid = np.unique(np.concatenate([ours, theirs]))
+    gap = np.searchsorted(np.sort(ours), grid, "right") / len(ours)
+    gap -= np.searchsorted(np.sort(theirs), grid, "right") / len(theirs)
+    assert np.abs(gap).max() < 2.9 * math.sqrt(1 / len(ours) + 1 / len(theirs))
+
+
+def test_factors_orders_and_sigmas_follow_torchvisions_distribution():
+    params = augment.simclr_params(2, 0, SAMPLES, 0, 256, 224)
+    torch.manual_seed(0)
+    jitter, blur = v2.ColorJitter(0.8, 0.8, 0.8, 0.2), v2.GaussianBlur(23, (0.1, 2.0))
+    drawn = [jitter.make_params([]) for _ in range(4000)]
+    for op, name in enumerate(("brightness", "contrast", "saturation", "hue")):
+        theirs = np.array([float(draw[f"{name}_factor"]) for draw in drawn])
+        assert_same_distribution(params.factors[:, op], theirs)
+        places = np.array([draw["fn_idx"].tolist().index(op) for draw in drawn])
+        assert_same_distribution(params.order.argsort(axis=1)[:, op], places)
+    sigmas = np.array([blur.make_params([])["sigma"][0] for _ in range(4000)])
+    assert_same_distribution(params.sigma[params.sigma > 0], sigmas)
+    spread = np.corrcoef(np.column_stack([params.factors, params.boxes[:, 2:].prod(axis=1)]).T)
+    assert np.abs(spread - np.eye(5)).max() < 5 / math.sqrt(len(SAMPLES))
+
+
 def test_strength_scales_the_jitter():
     params = augment.simclr_params(0, 0, SAMPLES, 0, 32, 32, strength=0.5, blur=0)
     assert params.factors[:, :3].min() >= 0.6 and params.factors[:, :3].max() <= 1.4
