@@ -22,7 +22,7 @@ from common import augment, checkpoint, config, data, dist, metrics, optim, prob
 from common.config import InputError
 from common.datasets import cytology
 from common.log import Log, Pace
-from common.models import BACKBONES, build_backbone, input_size
+from common.models import BACKBONES, build_backbone, input_size, load_published
 from common.models.heads import SimCLR
 from common.run import Run, claim, directory, origin, prepare, used
 from common.weights import load_backbone
@@ -412,8 +412,10 @@ def main(argv: list[str] | None = None) -> int:
         stored = [origin(path) for path in (args.out, args.from_run) if path]
         images, splits, classes, split = build_data(args, args.data, facts, targets, stored)
         name, stem = (getattr(args, flag) or before.get(flag, first) for flag, first in DEFAULTS.items())
+        started = None
         if args.weights:
-            raise InputError("--weights: not yet")
+            published = build_backbone(name, stem)
+            started, weights = load_published(published, args.weights), published.state_dict()
         size = input_size(name, stem, args.image_size or before.get("image_size"), images.store_size)
         meta = dict(script="simclr", backbone=name, stem=stem, image_size=size, classes=classes, targets=targets)
         meta["proj_dim"] = before.get("proj_dim", args.proj_dim)
@@ -432,6 +434,8 @@ def main(argv: list[str] | None = None) -> int:
         run = Run(args, facts, images, splits, folder, log, checkpoint.Signals(), meta, stages)
         run.phases = step.Phases(facts.device) if args.profile else None
         log.say(f"run directory {folder}; device {facts.device}, {facts.world_size} process(es), input {size} px")
+        if started:
+            log.say(started)
         with run.recorded():
             if "pretrain" in stages:
                 pretrain(run, weights)

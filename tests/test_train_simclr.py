@@ -558,3 +558,27 @@ def test_a_cell_is_a_function_of_its_number(cells, tmp_path, monkeypatch, capsys
         assert train_simclr.main([*small, *extra]) == 0
     assert len(list((tmp_path / "runs" / "simclr").iterdir())) == 3
     assert capsys.readouterr().out.count("has finished; its summary") == 1
+
+
+def test_published_weights_start_every_stage(cells, tmp_path, capsys):
+    torch.manual_seed(1)
+    model = torchvision.models.resnet18()
+    file = tmp_path / "published.pth"
+    torch.save(model.state_dict(), file)
+    flags = ["--backbone", "resnet18", "--image-size", "32", "--device", "cpu", "--data", str(cells), "--bs", "16",
+             "--weights", str(file), "--epochs", "1", "--lr", "0"]  # fmt: skip
+    for stage in ("pretrain", "linear", "finetune"):
+        out = tmp_path / stage
+        assert train_simclr.main([*flags, "--stage", stage, "--out", str(out)]) == 0
+        said = capsys.readouterr().out
+        assert f"started from {file}" in said and "the head fc." in said
+        stored = checkpoint.load(out / "best.pt")["model"]
+        for name, tensor in model.named_parameters():  # nothing moves at a learning rate of 0
+            if not name.startswith("fc."):
+                assert torch.equal(stored[f"backbone.{name}" if stage == "pretrain" else name], tensor), name
+    with pytest.raises(SystemExit) as stop:
+        train_simclr.main([*flags, "--backbone", "resnet50", "--out", str(tmp_path / "other")])
+    assert stop.value.code == 2 and "holds weights of resnet18" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        train_simclr.main([*flags, "--stage", "linear", "--from", str(tmp_path / "pretrain")])
+    assert stop.value.code == 2 and "either --from RUN, --weights FILE or --from none" in capsys.readouterr().err
