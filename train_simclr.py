@@ -314,7 +314,6 @@ def finetune(run: Run, weights: dict | None) -> None:
     args, facts, log, classes = run.args, run.facts, run.log, run.meta["classes"]["finetune"]
     train, dev, test = (run.splits[f"finetune_{name}"] for name in ("train", "dev", "test"))
     stage, num_classes, labels = run.stages["finetune"], len(classes), run.data.labels_in(classes)
-    targets = torch.from_numpy(labels)
     model = build_model(run, "finetune", weights)
     optimizer = optim.build_optimizer(stage.optimizer, optim.param_groups([model], stage.wd), lr=stage.lr)
     scaler = step.scaler(args.precision, facts.device)
@@ -339,7 +338,9 @@ def finetune(run: Run, weights: dict | None) -> None:
             optimizer.zero_grad(set_to_none=True)
             with step.autocast(args.precision, facts.device):
                 logits = trained(x)
-            loss = nn.functional.cross_entropy(logits.float(), step.to_device(targets[batch], facts.device))
+            loss = nn.functional.cross_entropy(
+                logits.float(), step.to_device(torch.from_numpy(labels[batch]), facts.device)
+            )
             scaler.scale(loss).backward()
             norm, bad = step.masked_step(optimizer, scaler, loss)
             progress.add(loss=loss)
@@ -405,14 +406,13 @@ def main(argv: list[str] | None = None) -> int:
             use(args, facts)
             dist.close()
             return 0
-        weights, before = None, {}
+        weights, started, before = None, None, {}
         if args.from_run not in (None, "none"):
             weights, before = load_backbone(args.from_run)
         targets = args.target_labels.split(",") if args.protocol == "cytology" else None
         stored = [origin(path) for path in (args.out, args.from_run) if path]
         images, splits, classes, split = build_data(args, args.data, facts, targets, stored)
         name, stem = (getattr(args, flag) or before.get(flag, first) for flag, first in DEFAULTS.items())
-        started = None
         if args.weights:
             published = build_backbone(name, stem)
             started, weights = load_published(published, args.weights), published.state_dict()
