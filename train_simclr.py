@@ -338,9 +338,8 @@ def finetune(run: Run, weights: dict | None) -> None:
             optimizer.zero_grad(set_to_none=True)
             with step.autocast(args.precision, facts.device):
                 logits = trained(x)
-            loss = nn.functional.cross_entropy(
-                logits.float(), step.to_device(torch.from_numpy(labels[batch]), facts.device)
-            )
+            y = step.to_device(torch.from_numpy(labels[batch]), facts.device)
+            loss = nn.functional.cross_entropy(logits.float(), y)
             scaler.scale(loss).backward()
             norm, bad = step.masked_step(optimizer, scaler, loss)
             progress.add(loss=loss)
@@ -433,9 +432,8 @@ def main(argv: list[str] | None = None) -> int:
         log = Log(folder, main=facts.main, tensorboard=args.tensorboard)
         run = Run(args, facts, images, splits, folder, log, checkpoint.Signals(), meta, stages)
         run.phases = step.Phases(facts.device) if args.profile else None
-        log.say(f"run directory {folder}; device {facts.device}, {facts.world_size} process(es), input {size} px")
-        if started:
-            log.say(started)
+        where = f"device {facts.device}, {facts.world_size} process(es), input {size} px"
+        log.say("\n".join(filter(None, [f"run directory {folder}; {where}", started])))
         with run.recorded():
             if "pretrain" in stages:
                 pretrain(run, weights)
