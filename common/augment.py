@@ -270,7 +270,7 @@ def make_view(images, params, size):
     A GPU takes the whole batch at once. A CPU takes a few samples at a time, as many as its caches hold (one of 224
     pixels a thread): at that size a pass over the whole batch waits for memory, several times longer than it computes.
 
-    The same batch gives the same bits. In another batch a sample's view agrees to 1e-6.
+    The same batch gives the same bits with the same number of threads. In another one a sample's view agrees to 1e-6.
 
     Args:
         images: (n, 3, H, W) uint8 on any device.
