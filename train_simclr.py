@@ -176,8 +176,8 @@ def two_views(run: Run, pixels: Tensor, ids: np.ndarray, epoch: int) -> Tensor:
     if args.augment == "none":
         return augment.normalize(augment.resize(pixels, size)).repeat(2, 1, 1, 1)
     drawn = [augment.simclr_params(args.seed, epoch, ids, v, stored, size, args.color_strength) for v in (0, 1)]
-    views = torch.cat([augment.make_view(pixels, params, size) for params in drawn])
-    return augment.normalize(views).contiguous(memory_format=torch.channels_last)
+    views = torch.cat([augment.normalize(augment.make_view(pixels, params, size)) for params in drawn])
+    return views.contiguous(memory_format=torch.channels_last)
 
 
 def train_step(run: Run, model, optimizer, scaler, make_views, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
