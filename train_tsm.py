@@ -35,7 +35,8 @@ from kernels import shift_conv1x1, shift_step, temporal_shift
 
 STAGE = {"epochs": 30, "bs": 64, "lr": 3e-4, "wd": 0.01, "optimizer": "adamw"}
 KERNELS = {"residual": temporal_shift, "expand": shift_conv1x1, "none": None}
-DEMO = dict(backbone="conv_small_035", image_size=32, bs=32, accum=1, epochs=20)
+DEMO = dict(backbone="conv_small_035", image_size=32, bs=24, accum=1, epochs=12, lr=3e-3, eval_every=3, clips=2)
+DEMO |= dict(sampler="balanced")
 MODEL_FLAGS = ["backbone", "shift", "n_segment", "fold_div", "direction", "padding", "aggregate", "clip_seconds"]
 MIN_SIZE = 32  # the stride of MobileNetV4: a smaller frame leaves less than one pixel
 EVAL_FRAMES = 256  # at once
@@ -189,7 +190,7 @@ def frames_of(run: Run, pixels: Tensor, items: np.ndarray | None = None, epoch: 
     else:
         params = augment.clip_params(run.args.seed, epoch, items, 0, pixels.shape[-1])
         x = augment.make_view(frames, params.repeat(pixels.shape[1]), size)
-    return augment.normalize(x, *run.meta["pixels"]).contiguous(memory_format=torch.channels_last)
+    return augment.normalize(x, *map(tuple, run.meta["pixels"])).contiguous(memory_format=torch.channels_last)
 
 
 def train_step(
@@ -205,9 +206,10 @@ def train_step(
     optimizer.zero_grad(set_to_none=True)
     for k in range(accum):
         chunk = slice(k * size, (k + 1) * size)
+        x = make_clips(chunk)
         with step.reduce_gradients(model, last=k + 1 == accum):
             with step.autocast(run.args.precision, device):
-                logits, _ = model(make_clips(chunk))
+                logits, _ = model(x)
             loss = criterion(logits.squeeze(1).float(), targets[chunk]) / accum
             scaler.scale(loss).backward()
         total += loss.detach()
@@ -228,8 +230,9 @@ def evaluate(run: Run, model: nn.Module, indices: np.ndarray, progress=None) -> 
     for pixels in run.data.batches([(indices[part // count], positions[part]) for part in parts], args.workers):
         if progress:
             progress.check_stop()
+        x = frames_of(run, step.to_device(pixels, run.facts.device))
         with step.autocast(args.precision, run.facts.device):
-            logits, shares = model(frames_of(run, step.to_device(pixels, run.facts.device)))
+            logits, shares = model(x)
         rows.append(torch.cat([logits, shares], 1).float())
     rows = dist.unshard(torch.cat(rows), len(positions)).cpu().unflatten(0, (-1, count))
     if not rows.isfinite().all():
@@ -376,7 +379,9 @@ def use(args, facts: dist.Facts) -> None:
         scores = video_scores(evaluate(run, model, np.arange(len(videos)))[0])
         if facts.main:
             both = torch.from_numpy(np.stack([1 - scores, scores], 1))
-            report.write_predictions(folder / "predictions.csv", videos.ids, meta["classes"], both, scores >= threshold)
+            report.write_predictions(
+                folder / "predictions.csv", videos.ids, meta["classes"], both, (scores >= threshold).astype(int)
+            )
             print(f"{len(videos)} predictions in {folder / 'predictions.csv'}; fake from a score of {threshold:.4f} on")
     else:
         stream(run, model)
@@ -389,8 +394,9 @@ def stream(run: Run, model: ClipModel) -> None:
     one, flow, lines = np.zeros(1, np.int64), Stream(model.eval(), shift_step), ["frame,score_fake"]
     frames = [(one, np.array([[t]])) for t in range(int(run.data.lengths[0]))]
     for t, pixels in enumerate(run.data.batches(frames, run.args.workers)):
+        x = frames_of(run, step.to_device(pixels, run.facts.device))
         with step.autocast(run.args.precision, run.facts.device):
-            logits, _ = flow(frames_of(run, step.to_device(pixels, run.facts.device)))
+            logits, _ = flow(x)
         lines.append(f"{t},{logits.double().sigmoid().item():.6f}")
     (run.folder / "stream.csv").write_text("\n".join(lines) + "\n")
     print(f"{run.folder / 'stream.csv'}: {len(frames)} frames, the last score is {lines[-1].split(',')[1]}")
@@ -414,7 +420,7 @@ def main(argv: list[str] | None = None) -> int:
         published = weights.read(args.weights) if args.weights else None
         meta = dict(script="tsm", image_size=size, classes=videos.classes)
         meta |= {name: getattr(args, name) for name in MODEL_FLAGS}
-        meta["pixels"] = normalization(args.backbone, args.weights)
+        meta["pixels"] = [list(part) for part in normalization(args.backbone, args.weights)]
         meta["weights"] = checkpoint.weights_digest(published) if published else None
         real, fake = np.bincount(videos.labels[splits["train"]], minlength=2)
         weight = real / max(fake, 1) if args.pos_weight == "auto" else args.pos_weight
