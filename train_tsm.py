@@ -30,7 +30,7 @@ from common.losses import focal_bce
 from common.models.heads import AGGREGATES
 from common.models.mobilenet_v4 import VARIANTS, build_mobilenet_v4, load_published, normalization
 from common.models.tsm import PLACEMENTS, ClipModel, Shift, Stream, freeze_bn, training_memory
-from common.run import Run, claim, directory, origin, output_folder, prepare, read_json, write_json
+from common.run import Run, claim, directory, prepare, used
 from kernels import shift_conv1x1, shift_step, temporal_shift
 
 STAGE = {"epochs": 30, "bs": 64, "lr": 3e-4, "wd": 0.01, "optimizer": "adamw"}
@@ -354,35 +354,24 @@ def most_watched(run: Run, indices: np.ndarray, shares: Tensor) -> None:
 def use(args, facts: dist.Facts) -> None:
     """--eval: the test metrics of a checkpoint. --predict: predictions.csv of videos without labels. --stream: one
     sequence frame by frame."""
-    source = args.eval or args.resume
-    state = checkpoint.load_selected(source)
-    meta = state["meta"]
-    if meta["script"] != "tsm":
-        raise InputError(f"{source} is of train_{meta['script']}.py; use that script")
-    threshold = state["metrics"].get("train/val/threshold")
+    found = used(args, "tsm")
+    meta, threshold = found.state["meta"], found.state["metrics"].get("train/val/threshold")
     if threshold is None:
-        raise InputError(f"{source} was saved before its first validation: there is no threshold yet")
-    folder = output_folder(args.out or source)
-    trained_on = (read_json(origin(source) / "config.json") or {}).get("data", args.data)
-    path = args.predict or args.stream or (args.data if args.data != "sample" else trained_on)
-    videos = build_data(args, path, facts, labels=bool(args.eval))
-    run = Run(args, facts, videos, {}, folder, Log(None, main=facts.main), None, meta, {})
+        raise InputError(f"{found.source} was saved before its first validation: there is no threshold yet")
+    videos = build_data(args, found.path, facts, labels=bool(args.eval))
+    run = Run(args, facts, videos, {}, found.folder, Log(None, main=facts.main), None, meta, {})
     model = build_model(run)
-    checkpoint.load_weights(model, state["model"], source)
+    checkpoint.load_weights(model, found.state["model"], found.source)
     if args.eval:
         test = faceforensics.split(videos, ["test"])["test"]
-        results = score(run, "eval/test", test, evaluate(run, model, test)[0], threshold)
-        if facts.main:
-            write_json(folder / "eval.json", results)
-            print("\n".join(f"{name} {value:.4f}" for name, value in results.items()))
+        found.write(score(run, "eval/test", test, evaluate(run, model, test)[0], threshold), facts)
     elif args.predict:
         scores = video_scores(evaluate(run, model, np.arange(len(videos)))[0])
         if facts.main:
             both = torch.from_numpy(np.stack([1 - scores, scores], 1))
-            report.write_predictions(
-                folder / "predictions.csv", videos.ids, meta["classes"], both, (scores >= threshold).astype(int)
-            )
-            print(f"{len(videos)} predictions in {folder / 'predictions.csv'}; fake from a score of {threshold:.4f} on")
+            file, chosen = run.folder / "predictions.csv", (scores >= threshold).astype(int)
+            report.write_predictions(file, videos.ids, meta["classes"], both, chosen)
+            print(f"{len(videos)} predictions in {file}; fake from a score of {threshold:.4f} on")
     else:
         stream(run, model)
 

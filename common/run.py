@@ -162,8 +162,8 @@ def output_folder(path: str) -> Path:
 
 @dataclass(frozen=True)
 class Used:
-    """What --eval or --predict works with: the checkpoint's `state` and where it is from (`source`, for messages); the
-    `folder` for results; the run directory `home`; and the `path` of the data.
+    """What --eval, --predict or --stream works with: the checkpoint's `state` and where it is from (`source`, for
+    messages); the `folder` for results; the run directory `home`; and the `path` of the data.
     """
 
     state: dict
@@ -181,7 +181,7 @@ class Used:
 
 
 def used(args, script: str) -> Used:
-    """The selected model that --eval or --predict names; --eval without --data reads the data it was trained on.
+    """The selected model that --eval, --predict or --stream names; --eval without --data reads what it was trained on.
 
     Raises:
         InputError: there is none, it is another script's, or results cannot be written.
@@ -192,7 +192,7 @@ def used(args, script: str) -> Used:
         raise InputError(f"{source} is of train_{state['meta']['script']}.py; use that script")
     home = origin(source)
     trained_on = (read_json(home / "config.json") or {}).get("data", args.data)
-    path = args.predict or (args.data if args.data != "sample" else trained_on)
+    path = args.predict or getattr(args, "stream", None) or (args.data if args.data != "sample" else trained_on)
     return Used(state, source, output_folder(args.out or source), home, path)
 
 
