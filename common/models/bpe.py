@@ -1,0 +1,190 @@
+"""CLIP's tokenizer from the standard library: byte-pair encoding of words' bytes (Sennrich et al. 2016,
+arXiv:1508.07909).
+
+Texts are cleaned before they are split. The original cleans them with the package ftfy, whose plain steps stand here:
+HTML entities, surrogates, C1 controls as Windows-1252, control characters, Latin ligatures, characters of other width,
+curly quotes, line ends, NFC. Not here is its repair of text that was decoded wrongly (the two signs of U+00C3 U+00A9
+instead of one accented e) and of terminal escapes: such text gets other ids than the original's.
+
+Names of special tokens in a text are ordinary text.
+"""
+
+import gzip
+import hashlib
+import html
+import os
+import re
+import unicodedata
+import urllib.error
+import urllib.request
+import zlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common.config import InputError
+
+VOCAB_URL = "https://raw.githubusercontent.com/openai/CLIP/main/clip/bpe_simple_vocab_16e6.txt.gz"
+VOCAB_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
+_MERGES = 48_894  # of the file's 262,144 lines; with them there are 49,408 ids
+_MAX_BYTES = 32_000_000  # of an unpacked vocabulary; the official one has 3.2 million
+
+# Bytes stand in the vocabulary as characters: printable ones as themselves, the others in order from U+0100 on.
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_SIGNS = {byte: chr(byte) for byte in _PRINTABLE}
+_SIGNS |= {byte: chr(256 + i) for i, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))}
+_END = "</w>"
+
+_SUFFIX = re.compile("'(?:s|t|re|ve|m|ll|d)", re.IGNORECASE)
+_RUN = re.compile("L+|N|O+")
+
+
+def clean(text: str) -> str:
+    """Lower-case text with single blanks; what else changes stands at the head of this file."""
+    text = html.unescape(html.unescape(text))
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").translate(_REPAIRS)
+    return " ".join(unicodedata.normalize("NFC", text).split()).lower()
+
+
+def _repairs() -> dict[int, str]:
+    quotes = dict.fromkeys((0x2BC, *range(0x2018, 0x201C)), "'") | dict.fromkeys(range(0x201C, 0x2020), '"')
+    table = dict.fromkeys((*range(32), 0x7F, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)), "")
+    table |= dict.fromkeys((9, 10, 12, 13), " ")
+    table |= {code: bytes([code]).decode("cp1252", "ignore") or chr(code) for code in range(0x80, 0xA0)}
+    wide = (0x3000, *range(0xFF01, 0xFFF0))
+    ligatures = (0x132, 0x133, 0x149, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4), *range(0xFB00, 0xFB07))
+    table |= {code: unicodedata.normalize("NFKC", chr(code)) for code in (*wide, *ligatures)}
+    table[0xFB05] = "\u017ft"  # with a long s, which compatibility forms would lose
+    return {code: text.translate(quotes) for code, text in table.items()} | quotes
+
+
+_REPAIRS = _repairs()
+
+
+def split(text: str) -> list[str]:
+    """The words of a cleaned text: English suffixes such as `'s`, runs of letters, single digits, runs of the rest."""
+    # Letters and numbers by Unicode's categories, which the patterns of `re` cannot name.
+    kinds = "".join(" " if c == " " else k if (k := unicodedata.category(c)[0]) in "LN" else "O" for c in text)
+    words, i = [], 0
+    while i < len(text):
+        match = _SUFFIX.match(text, i) or _RUN.match(kinds, i)
+        if match:
+            words.append(text[i : match.end()])
+        i = match.end() if match else i + 1
+    return words
+
+
+class Tokenizer:
+    """Texts to token ids: 256 bytes, 256 bytes that end a word, one id per merge, the start and the end token.
+
+    Args:
+        merges: pairs of pieces, the most frequent first.
+
+    Attributes:
+        vocab_size: number of ids; 49,408 with the official vocabulary, 514 without merges.
+        start, end: ids of the start and end tokens, the two highest.
+    """
+
+    def __init__(self, merges: list[tuple[str, str]]):
+        pieces = list(_SIGNS.values())
+        pieces += [sign + _END for sign in pieces] + [a + b for a, b in merges]
+        self._ids = {piece: i for i, piece in enumerate(pieces)}
+        self._ranks = {pair: i for i, pair in enumerate(merges)}
+        self._words: dict[str, list[int]] = {}
+        self.start, self.end, self.vocab_size = len(pieces), len(pieces) + 1, len(pieces) + 2
+
+    @classmethod
+    def bytes(cls) -> "Tokenizer":
+        """The vocabulary without merges, for towers without pretrained weights: 514 ids."""
+        return cls([])
+
+    @classmethod
+    def read(cls, path: str | Path | None = None) -> "Tokenizer":
+        """From a file of merges, plain or gzipped; None: the official one, see `official_vocab`.
+
+        Raises:
+            InputError: the file cannot be read or holds something else, or could not be fetched.
+        """
+        path = Path(path) if path is not None else official_vocab()
+        try:
+            with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+                data = file.read(_MAX_BYTES)
+            lines = data.decode("utf-8").split("\n")[1 : _MERGES + 1]
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+            raise InputError(f"--clip-vocab {path} cannot be read: {error}") from None
+        merges = [tuple(line.split()) for line in lines if line.strip()]
+        odd = next((i for i, pair in enumerate(merges) if len(pair) != 2), None)
+        if odd is not None or not merges:
+            what = "no merges" if odd is None else f"{len(merges[odd])} pieces in line {odd + 2}"
+            raise InputError(f"--clip-vocab {path} is no vocabulary of merges: {what}; expected two pieces a line")
+        return cls(merges)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text of any length, without start and end."""
+        return [i for word in split(clean(text)) for i in self._encode_word(word)]
+
+    def _encode_word(self, word: str) -> list[int]:
+        if word not in self._words:
+            pieces = [_SIGNS[byte] for byte in word.encode()]
+            pieces[-1] += _END
+            while len(pieces) > 1:
+                pairs = zip(pieces, pieces[1:], strict=False)
+                first, second = min(pairs, key=lambda pair: self._ranks.get(pair, len(self._ranks)))
+                if (first, second) not in self._ranks:
+                    break
+                merged, i = [], 0
+                while i < len(pieces):
+                    both = pieces[i : i + 2] == [first, second]
+                    merged.append(first + second if both else pieces[i])
+                    i += 2 if both else 1
+                pieces = merged
+            self._words[word] = [self._ids[piece] for piece in pieces]
+        return self._words[word]
+
+    def decode(self, ids: list[int]) -> str:
+        """The cleaned text of ids, a blank behind each word; start and end vanish."""
+        pieces = list(self._ids)
+        text = "".join(pieces[i] for i in ids if i < len(pieces)).replace(_END, " ")
+        signs = {sign: byte for byte, sign in _SIGNS.items()} | {" ": 32}
+        return bytes(signs[sign] for sign in text).decode("utf-8", "replace")
+
+    def __call__(self, texts: list[str], context: int = 77) -> Tensor:
+        """(n, context) int64: start, ids, end, zeros; a longer text is cut and still ends with the end token."""
+        rows = [[self.start, *self.encode(text)[: context - 2], self.end] for text in texts]
+        return torch.tensor([row + [0] * (context - len(row)) for row in rows])
+
+
+def official_vocab(url: str = VOCAB_URL, folder: str | Path | None = None) -> Path:
+    """OpenAI's file of merges in the user's cache folder; the first call fetches it and checks its SHA-256.
+
+    Args:
+        folder: where it is kept; None: `clip` in $XDG_CACHE_HOME or ~/.cache.
+
+    Raises:
+        InputError: it could not be fetched, or is not that file; the line says what to fetch and where to put it.
+    """
+    folder = Path(folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clip")
+    path = folder / VOCAB_URL.rpartition("/")[2]
+    if path.is_file() and _sha256(path.read_bytes()) == VOCAB_SHA256:
+        return path
+    try:
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            data = answer.read(_MAX_BYTES)
+        fault = None if _sha256(data) == VOCAB_SHA256 else "what came has another SHA-256"
+    except OSError as error:
+        fault = f"{getattr(error, 'reason', error)}"
+    if fault:
+        raise InputError(
+            f"CLIP's vocabulary could not be fetched ({fault}): put {url} (SHA-256 {VOCAB_SHA256}) at {path}, or name "
+            "your copy with --clip-vocab FILE"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+    return path
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

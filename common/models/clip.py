@@ -1,0 +1,290 @@
+"""CLIP's image and text towers (Radford et al. 2021, arXiv:2103.00020), and published weights in their four layouts.
+
+A state dict has OpenAI's keys for the image tower (`visual.*`) and the same with the prefix `text.` for the text tower;
+`from_published` maps OpenAI's, open_clip's and Hugging Face's names to these.
+
+Activation. OpenAI trained with x * sigmoid(1.702 x), most others with GELU. Weights of the one run with the other give
+features that look right and are not, so `read_clip` takes the activation from the source or from its caller, and never
+guesses.
+"""
+
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from common.config import InputError
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pixels in [0, 1] that published weights expect
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+CONTEXT, VOCAB = 77, 49_408
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # The same function as a SiLU, which keeps one tensor for the backward pass instead of three.
+        return F.silu(1.702 * x) / 1.702
+
+
+ACTIVATIONS = {"quick_gelu": QuickGELU, "gelu": nn.GELU}
+
+
+class Variant(NamedTuple):
+    """One row of the table; a `text_width` of 0 means no text tower."""
+
+    width: int
+    layers: int
+    heads: int
+    patch: int
+    embed_dim: int
+    text_width: int = 512
+    text_layers: int = 12
+    text_heads: int = 8
+    activation: str = "quick_gelu"
+
+
+VARIANTS = {
+    "vit_b_32": Variant(768, 12, 12, 32, 512),
+    "vit_b_16": Variant(768, 12, 12, 16, 512),
+    # For training from scratch on small images: no weights of it are published.
+    "vit_tiny": Variant(192, 6, 3, 8, 192, text_width=0, activation="gelu"),
+}
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; keys `in_proj_weight`, `in_proj_bias`, `out_proj.*`."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, causal: bool) -> Tensor:
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (n, heads, l, width / heads) each
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return self.out_proj(y.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """A pre-norm layer; keys `ln_1`, `attn`, `ln_2`, `mlp.c_fc`, `mlp.c_proj`."""
+
+    def __init__(self, width: int, heads: int, activation: str):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(width)
+        self.attn = Attention(width, heads)
+        self.ln_2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential()
+        self.mlp.c_fc = nn.Linear(width, 4 * width)
+        self.mlp.act = ACTIVATIONS[activation]()
+        self.mlp.c_proj = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor, causal: bool) -> Tensor:
+        x = x + self.attn(self.ln_1(x), causal)
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """Layers over (n, l, width); keys `resblocks.N.*`. With `recompute` only their inputs are kept for the backward
+    pass."""
+
+    def __init__(self, width: int, layers: int, heads: int, activation: str):
+        super().__init__()
+        self.resblocks = nn.ModuleList(Block(width, heads, activation) for _ in range(layers))
+        for block in self.resblocks:
+            nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+            for linear in (block.attn.out_proj, block.mlp.c_proj):
+                nn.init.normal_(linear.weight, std=(2 * width * layers) ** -0.5)
+            for linear in (block.attn.out_proj, block.mlp.c_fc, block.mlp.c_proj):
+                nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor, causal: bool, recompute: bool) -> Tensor:
+        for block in self.resblocks:
+            if recompute:  # no layer draws random numbers: no generator's state to keep
+                x = checkpoint(block, x, causal, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, causal)
+        return x
+
+
+class ImageTower(nn.Module):
+    """Maps normalised images (n, 3, image_size, image_size) to features (n, embed_dim), not of unit length.
+
+    The residual stream and with it every normalisation stay fp32 under autocast.
+
+    Args:
+        image_size: side in pixels, a multiple of the patch.
+        embed_dim: width of the features.
+        activation: a key of ACTIVATIONS.
+
+    `checkpoint_blocks = True` keeps the layers' inputs only and computes the rest a second time in the backward pass.
+    """
+
+    def __init__(
+        self, image_size: int, *, width: int, layers: int, heads: int, patch: int, embed_dim: int, activation: str
+    ):
+        super().__init__()
+        if image_size < patch or image_size % patch:
+            raise InputError(f"--image-size {image_size}: this tower takes multiples of its patch of {patch} pixels")
+        self.image_size, self.num_features, self.activation = image_size, embed_dim, activation
+        self.checkpoint_blocks = False
+        scale = width**-0.5
+        self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
+        self.class_embedding = nn.Parameter(scale * torch.randn(width))
+        self.positional_embedding = nn.Parameter(scale * torch.randn(1 + (image_size // patch) ** 2, width))
+        self.ln_pre = nn.LayerNorm(width)
+        self.transformer = Transformer(width, layers, heads, activation)
+        self.ln_post = nn.LayerNorm(width)
+        self.proj = nn.Parameter(scale * torch.randn(width, embed_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1:] != (3, self.image_size, self.image_size):
+            raise ValueError(f"images of shape {tuple(x.shape)}, expected (n, 3, {self.image_size}, {self.image_size})")
+        x = self.conv1(x).flatten(2).transpose(1, 2)  # (n, patches, width)
+        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1) + self.positional_embedding
+        x = self.transformer(self.ln_pre(x), False, self.checkpoint_blocks)
+        return self.ln_post(x[:, 0]) @ self.proj
+
+
+class TextTower(nn.Module):
+    """Maps token ids (n, l), l <= `context`, to features (n, embed_dim), not of unit length.
+
+    The feature is read at the end token, which is the highest id and so found as the first maximum of a row. Attention
+    is causal: what follows the end token does not matter, and rows may be cut behind the longest text.
+
+    Args:
+        vocab: number of ids, the tokenizer's `vocab_size`.
+        context: positions.
+        activation: a key of ACTIVATIONS.
+
+    `checkpoint_blocks` as in `ImageTower`.
+    """
+
+    def __init__(
+        self,
+        vocab: int = VOCAB,
+        context: int = CONTEXT,
+        *,
+        width: int,
+        layers: int,
+        heads: int,
+        embed_dim: int,
+        activation: str,
+    ):
+        super().__init__()
+        self.num_features, self.activation = embed_dim, activation
+        self.checkpoint_blocks = False
+        self.token_embedding = nn.Embedding(vocab, width)
+        self.positional_embedding = nn.Parameter(0.01 * torch.randn(context, width))
+        self.transformer = Transformer(width, layers, heads, activation)
+        self.ln_final = nn.LayerNorm(width)
+        self.text_projection = nn.Parameter(width**-0.5 * torch.randn(width, embed_dim))
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+
+    def forward(self, ids: Tensor, learned: Tensor | None = None) -> Tensor:
+        """Features of token ids (n, l), int64.
+
+        Args:
+            ids: start token, words, end token, anything.
+            learned: (m, width) or (n, m, width) vectors that stand between the start token and the words (CoOp, Zhou et
+                al. 2022, arXiv:2109.01134). They take m positions from the words: give ids of at most context - m.
+        """
+        x, end = self.token_embedding(ids), ids.argmax(1)
+        if learned is not None:
+            learned = learned.expand(len(x), -1, -1)
+            x, end = torch.cat([x[:, :1], learned, x[:, 1:]], 1), end + learned.shape[1]
+        x = x + self.positional_embedding[: x.shape[1]]
+        x = self.ln_final(self.transformer(x, True, self.checkpoint_blocks))
+        return x[torch.arange(len(x), device=x.device), end] @ self.text_projection
+
+
+class CLIP(nn.Module):
+    """Both towers and the temperature: `visual`, `text`, `logit_scale` (the logarithm of the factor)."""
+
+    def __init__(self, visual: ImageTower, text: TextTower):
+        super().__init__()
+        self.visual, self.text = visual, text
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    @property
+    def activation(self) -> str:
+        return self.visual.activation
+
+    def forward(self, images: Tensor, ids: Tensor) -> Tensor:
+        """Logits (n, k) of images (n, 3, s, s) over texts (k, l): cosines times exp(logit_scale)."""
+        return cosine_logits(self.visual(images), self.text(ids), self.logit_scale.exp())
+
+
+def cosine_logits(features: Tensor, classes: Tensor, scale: Tensor | float) -> Tensor:
+    """(n, k) fp32: `scale` times the cosines of features (n, d) with class features (k, d); fp32 under autocast too,
+    for a scale of 100 would leave bf16 cosines steps of a half."""
+    with torch.autocast(features.device.type, enabled=False):
+        return scale * F.normalize(features.float(), dim=-1) @ F.normalize(classes.float(), dim=-1).T
+
+
+def build_image_tower(name: str, image_size: int, activation: str | None = None) -> ImageTower:
+    """The image tower of a row of VARIANTS with random weights; `activation` None: the row's.
+
+    Raises:
+        InputError: an unknown name, or a size that the patch does not divide.
+    """
+    v = _variant(name)
+    return ImageTower(
+        image_size,
+        width=v.width,
+        layers=v.layers,
+        heads=v.heads,
+        patch=v.patch,
+        embed_dim=v.embed_dim,
+        activation=activation or v.activation,
+    )
+
+
+def build_clip(name: str, image_size: int = 224, activation: str | None = None, vocab: int = VOCAB) -> CLIP:
+    """Both towers of a row of VARIANTS with random weights; `activation` None: the row's.
+
+    Raises:
+        InputError: an unknown name, one without a text tower, or a size that the patch does not divide.
+    """
+    v = _variant(name)
+    if not v.text_width:
+        raise InputError(f"{name} has no text tower; allowed are {', '.join(n for n in VARIANTS if VARIANTS[n][5])}")
+    text = TextTower(
+        vocab,
+        width=v.text_width,
+        layers=v.text_layers,
+        heads=v.text_heads,
+        embed_dim=v.embed_dim,
+        activation=activation or v.activation,
+    )
+    return CLIP(build_image_tower(name, image_size, activation), text)
+
+
+def _variant(name: str) -> Variant:
+    if name not in VARIANTS:
+        raise InputError(f"--backbone {name}: allowed are {', '.join(VARIANTS)}")
+    return VARIANTS[name]
+
+
+def read_clip(path: str | Path, name: str, image_size: int = 224, activation: str | None = None) -> tuple[CLIP, str]:
+    """CLIP with the published weights in a file, in fp32, and what was done, one line each, to be logged.
+
+    Args:
+        path: OpenAI's `.pt`, a plain state dict, or open_clip's or Hugging Face's `.safetensors` or `.bin`.
+        name: a row of VARIANTS that has a text tower.
+        image_size: side of the images in pixels; another one than the weights' resizes the position embedding.
+        activation: "quick_gelu" or "gelu" where the source does not say; where it does, it must say the same.
+
+    Raises:
+        InputError: the file cannot be read or is of another architecture, or its activation is unknown or differs.
+    """
+    raise NotImplementedError
