@@ -1,5 +1,7 @@
 """Losses of the supervised scripts, as means over the batch."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,3 +35,85 @@ def focal_bce(
     if pos_weight is not None:
         loss = torch.where(positive, pos_weight * loss, loss)
     return loss.mean()
+
+
+def smooth_targets(
+    labels: Tensor, num_classes: int, smoothing: float, similarity: Tensor | None = None, temperature: float = 1.0
+) -> Tensor:
+    """(1 - smoothing) one-hot + smoothing prior[label]: (n, num_classes) float32, each row of sum 1.
+
+    Args:
+        labels: (n,) int64.
+        smoothing: 0 to 1.
+        similarity: (num_classes, num_classes) cosines of the classes' texts: the prior of a class is the softmax of its
+            row divided by `temperature`, so that a class shares its mass with those that mean nearly the same. None:
+            the prior is uniform.
+        temperature: positive; has no effect without `similarity`.
+    """
+    one_hot = F.one_hot(labels, num_classes).float()
+    if similarity is None:
+        return (1 - smoothing) * one_hot + smoothing / num_classes
+    return (1 - smoothing) * one_hot + smoothing * (similarity.float() / temperature).softmax(1)[labels]
+
+
+def logit_adjusted(logits: Tensor, targets: Tensor, prior: Tensor, tau: float) -> Tensor:
+    """Cross-entropy on logits + tau log(prior) (Menon et al. 2021, arXiv:2007.07314, eq. 10), averaged over the batch.
+
+    The prior is ADDED in training and predictions use the raw logits, which then estimate the class-balanced posterior
+    at tau 1 (there the same as balanced softmax, Ren et al. 2020, arXiv:2007.10740). Subtracting it from the logits of
+    a model that was trained without it is the other form; with both, or with the sign turned, a frequent class wins.
+
+    Args:
+        logits: (n, K) floating point.
+        targets: (n,) int64 classes or (n, K) probabilities.
+        prior: (K,) positive shares of the classes among the training items as they are drawn.
+        tau: 0 or more; 0 is plain cross-entropy.
+    """
+    return F.cross_entropy(logits + tau * prior.to(logits.dtype).log() if tau else logits, targets)
+
+
+def info_nce(learnt: Tensor, fixed: Tensor, temperature: float = 0.07) -> Tensor:
+    """Symmetric InfoNCE (van den Oord et al. 2018, arXiv:1807.03748) over pairs of rows (K, d): log K less this bounds
+    their mutual information from below, so unlike a critic's difference of means it has a floor, 0.
+    """
+    logits = F.normalize(learnt, dim=1) @ F.normalize(fixed, dim=1).T / temperature
+    own = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+
+
+def decorrelation(rows: Tensor) -> Tensor:
+    """Mean squared cosine of different rows (K, d), K >= 2: 0 where all are orthogonal, 1 where all are parallel."""
+    rows = F.normalize(rows, dim=1)
+    cosines, count = rows @ rows.T, len(rows)
+    return (cosines - torch.diag(cosines.diagonal())).square().sum() / (count * (count - 1))
+
+
+def ldam(
+    cosines: Tensor,
+    labels: Tensor,
+    counts: Tensor,
+    *,
+    scale: float = 30.0,
+    max_margin: float = 0.5,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Label-distribution-aware margin loss (Cao et al. 2019, arXiv:1906.07413): cross-entropy on scale * (cosine -
+    margin of the true class), the margin proportional to count^(-1/4) and at most `max_margin`, that of the rarest.
+
+    Args:
+        cosines: (n, K) in [-1, 1]: features and classifier are normalised.
+        labels: (n,) int64.
+        counts: (K,) positive, items of each class.
+        weights: (K,) of the classes; the mean over the batch is weighted too, as torch's.
+    """
+    margins = counts.to(cosines.dtype) ** -0.25
+    margins = margins * (max_margin / margins.max())
+    return F.cross_entropy(scale * (cosines - margins * F.one_hot(labels, len(margins))), labels, weights)
+
+
+def effective_number_weights(counts: Tensor, beta: float) -> Tensor:
+    """Class weights (1 - beta) / (1 - beta^count) with sum K (Cui et al. 2019, arXiv:1901.05555): (K,) float64."""
+    # expm1 and log1p: beta^1 of 0.9999 leaves four digits of the difference.
+    weights = [1.0 if beta == 0 else (beta - 1) / math.expm1(int(n) * math.log(beta)) for n in counts]
+    weights = torch.tensor(weights, dtype=torch.float64)
+    return weights * len(weights) / weights.sum()
