@@ -80,6 +80,46 @@ def classification(target, predicted, num_classes):
     }
 
 
+def long_tail(target, predicted, num_classes):
+    """Score a classification of unequal classes: uar, war and each class's recall.
+
+    UAR is the mean recall over all `num_classes`, always: a class that `target` lacks counts as 0, as in scikit-learn's
+    macro recall over given labels, so that the figure never gets better by losing a class. WAR is the accuracy.
+
+    Args:
+        target, predicted, num_classes: as in `confusion_matrix`.
+
+    Returns:
+        dict of the floats uar and war, and of `recall`, a list of num_classes floats.
+
+    Raises:
+        ValueError: as in `confusion_matrix`.
+    """
+    counts = confusion_matrix(target, predicted, num_classes)
+    recall = counts.diagonal() / np.maximum(counts.sum(1), 1)
+    return {
+        "uar": float(recall.mean()),
+        "war": float(counts.diagonal().sum() / counts.sum()),
+        "recall": recall.tolist(),
+    }
+
+
+def recall_intervals(target, predicted, num_classes, seed, rounds=2000, level=0.95):
+    """Return percentile bootstrap intervals of UAR and WAR as {"uar": (low, high), "war": (low, high)}: a function of
+    the arguments alone.
+
+    The items of each class are drawn again with replacement, so no class is ever lost; the hits among n items drawn
+    from n with h hits are binomial. Errors as for `confusion_matrix`.
+    """
+    counts = confusion_matrix(target, predicted, num_classes)
+    hits, sizes = counts.diagonal(), counts.sum(1)
+    rng = np.random.Generator(np.random.PCG64(seed))
+    drawn = rng.binomial(sizes, hits / np.maximum(sizes, 1), (rounds, num_classes))
+    scores = {"uar": (drawn / np.maximum(sizes, 1)).mean(1), "war": drawn.sum(1) / sizes.sum()}
+    edges = [(1 - level) / 2, (1 + level) / 2]
+    return {name: tuple(float(edge) for edge in np.quantile(values, edges)) for name, values in scores.items()}
+
+
 def _detections(target, scores):
     """Return checked 0/1 labels and fp64 scores as arrays; both classes must be there."""
     target = _labels("target", target, 2)

@@ -55,6 +55,41 @@ def test_classification_refuses_bad_labels(target, predicted, message):
         metrics.classification(target, predicted, 3)
 
 
+@pytest.mark.parametrize("used", [5, 3])
+def test_long_tail_equals_scikit_learn_over_a_fixed_number_of_classes(used):
+    oracle = pytest.importorskip("sklearn.metrics", reason=ORACLE)
+    rng = np.random.default_rng(used)
+    target, predicted = rng.integers(0, used, 60), rng.integers(0, 5, 60)
+    found = metrics.long_tail(target, torch.from_numpy(predicted), 5)
+    recall = oracle.recall_score(target, predicted, labels=range(5), average=None, zero_division=0)
+    assert found["recall"] == pytest.approx(recall.tolist(), abs=1e-12)
+    assert found["uar"] == pytest.approx(recall.mean(), abs=1e-12)
+    assert found["war"] == pytest.approx(oracle.accuracy_score(target, predicted), abs=1e-12)
+
+
+def test_the_constant_classifier_scores_as_the_recipes_good_sign():
+    target = np.repeat(np.arange(5), [277, 26, 6, 31, 84])
+    found = metrics.long_tail(target, np.zeros(424, int), 5)
+    assert round(100 * found["war"], 2) == 65.33 and found["uar"] == pytest.approx(0.2)
+
+
+def test_recall_intervals_are_those_of_drawing_the_items_of_each_class_again():
+    rng = np.random.default_rng(0)
+    target = np.repeat(np.arange(3), [200, 40, 7])
+    predicted = np.where(rng.random(247) < 0.7, target, rng.integers(0, 3, 247))
+    found = metrics.recall_intervals(target, predicted, 3, seed=0)
+    assert found == metrics.recall_intervals(target, predicted, 3, seed=0)
+    draws = []
+    for _ in range(4000):
+        rows = np.concatenate([rng.choice(np.flatnonzero(target == c), (target == c).sum()) for c in range(3)])
+        scores = metrics.long_tail(target[rows], predicted[rows], 3)
+        draws.append((scores["uar"], scores["war"]))
+    for name, values in zip(("uar", "war"), np.array(draws).T, strict=True):
+        assert found[name] == pytest.approx(np.quantile(values, [0.025, 0.975]).tolist(), abs=0.015)
+    perfect = metrics.recall_intervals(target, target, 3, seed=1)
+    assert perfect == {"uar": (1.0, 1.0), "war": (1.0, 1.0)}
+
+
 def detections(n, levels, seed, share=0.7):
     """Labels with both classes and scores of so many levels (None: no ties) that tell something about them."""
     rng = np.random.default_rng(seed)
