@@ -47,6 +47,7 @@ DECODE_ERRORS = (
 TEST_SHARE, FINETUNE_DEV_SHARE = 0.15, 0.15
 _CACHE_BYTES = 2 * 2**30
 _ORDER_STREAM = 2**31  # no view has this number
+_DRAW_STREAM = 2**31 + 3  # beside the streams of clips
 _CLASS_STREAMS = 2**32  # the first of one a class
 
 
@@ -428,10 +429,14 @@ def epoch_batches(indices: np.ndarray, bs: int, seed: int, epoch: int, done: int
 
     The last, incomplete batch is left out; another epoch's order has other items there.
     """
+    return cut(indices[permutation(len(indices), seed, epoch)], bs, done, facts)
+
+
+def cut(order: np.ndarray, bs: int, done: int = 0, facts=None) -> list[np.ndarray]:
+    """The batches of an epoch whose items come in `order`, as `epoch_batches` gives them."""
     rank, world_size = (facts.rank, facts.world_size) if facts else (0, 1)
     share = bs // world_size
-    order = indices[permutation(len(indices), seed, epoch)]
-    starts = [batch * bs + rank * share for batch in range(done, len(indices) // bs)]
+    starts = [batch * bs + rank * share for batch in range(done, len(order) // bs)]
     return [order[start : start + share] for start in starts]
 
 
@@ -472,6 +477,30 @@ def balanced_batches(
         items = np.roll(columns, batch, axis=1).ravel()[:bs]
         batches.append(items[rank * share :][:share])
     return batches
+
+
+def class_weights(counts: np.ndarray, cap: float | None) -> np.ndarray:
+    """How much more often than by chance each class is to be drawn: (K,) float64 min(N / (K n_c), cap).
+
+    Without a cap every class is drawn equally often; a cap leaves rare classes rare, but less so.
+    """
+    weights = counts.sum() / (len(counts) * counts)
+    return weights if cap is None else np.minimum(weights, cap)
+
+
+def weighted_order(indices: np.ndarray, weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """An epoch's items drawn with replacement, each by its weight: (n,) of `indices`.
+
+    Draw i is a function of (seed, epoch, i).
+
+    Args:
+        indices: (n,) items to draw from.
+        weights: (n,) positive.
+    """
+    edges = np.cumsum(weights)
+    u = uniform(seed, epoch, np.arange(len(indices)), _DRAW_STREAM, 1)[:, 0] * edges[-1]
+    # A product with the last edge may round up to it.
+    return indices[np.minimum(np.searchsorted(edges, u, side="right"), len(indices) - 1)]
 
 
 def check_batch(stage: str, bs: int, count: int, parts: int) -> None:

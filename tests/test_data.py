@@ -11,6 +11,7 @@ from torchvision.transforms.v2 import functional as F
 
 from common import data
 from common.config import InputError
+from common.dist import Facts
 
 
 def picture(seed, width=20, height=20, mode="RGB"):
@@ -334,3 +335,38 @@ def test_labels_are_renumbered_to_the_models_classes(tmp_path):
     assert images.labels_in(["b"], every[1:]).tolist() == [-1, 0, 0]
     with pytest.raises(InputError, match="has the class 'a', the model has b"):
         images.labels_in(["b"], every)
+
+
+RAER_COUNTS = np.array([1106, 103, 24, 126, 338])
+
+
+@pytest.mark.parametrize(
+    "cap, shares", [(1.5, [32.1, 14.6, 3.4, 17.9, 32.1]), (2.0, [28.6, 17.4, 4.1, 21.3, 28.6]), (None, [20.0] * 5)]
+)
+def test_capped_weights_draw_each_class_as_often_as_derived(cap, shares):
+    """RAER's counts: min(N / (K n_c), cap) n_c, normalised; 100,000 draws within three deviations."""
+    labels = np.repeat(np.arange(5), RAER_COUNTS)
+    weights = data.class_weights(RAER_COUNTS, cap)
+    exact = weights * RAER_COUNTS / (weights * RAER_COUNTS).sum()
+    assert (100 * exact).round(1).tolist() == pytest.approx(shares, abs=0.051)
+    counts, draws = np.zeros(5), 0
+    for epoch in range(59):
+        drawn = data.weighted_order(np.arange(1697), weights[labels], 3, epoch)
+        counts += np.bincount(labels[drawn], minlength=5)
+        draws += len(drawn)
+    assert draws >= 100_000
+    deviation = np.sqrt(draws * exact * (1 - exact))
+    assert (np.abs(counts - draws * exact) <= 3 * deviation).all()
+
+
+def test_a_weighted_order_is_a_function_of_seed_and_epoch_and_is_shared_out_whole():
+    indices, weights = np.array([3, 5, 8, 9, 11, 20, 21]), np.array([1.0, 0.5, 4.0, 1.0, 1.0, 0.1, 1.0])
+    orders = [data.weighted_order(indices, weights, seed, epoch) for seed, epoch in ((0, 0), (0, 0), (0, 1), (1, 0))]
+    assert all(len(order) == 7 and set(order) <= set(indices) for order in orders)
+    assert np.array_equal(orders[0], orders[1])
+    assert not np.array_equal(orders[0], orders[2]) and not np.array_equal(orders[0], orders[3])
+    batches = data.cut(orders[0], 2)
+    assert np.array_equal(np.concatenate(batches), orders[0][:6])
+    assert all(np.array_equal(a, b) for a, b in zip(batches[1:], data.cut(orders[0], 2, done=1), strict=True))
+    ranks = [data.cut(orders[0], 2, 0, Facts(rank, 2, rank, torch.device("cpu"))) for rank in (0, 1)]
+    assert all(np.array_equal(a, np.concatenate(b)) for a, b in zip(batches, zip(*ranks, strict=True), strict=True))
