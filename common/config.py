@@ -15,7 +15,7 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_STOPPED = 2, 3, 75
+EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_AUDIT, EXIT_STOPPED = 2, 3, 4, 75
 
 # What may differ between two commands that mean the same run. The data set enters the identity by its content
 # (`fingerprint`), so that a copy on a node's local disk continues the same run.
@@ -39,6 +39,10 @@ class Diverged(RuntimeError):
     """The loss or a gradient is not finite: training cannot go on."""
 
 
+class AuditFailed(RuntimeError):
+    """A check of the model found something dead: a parameter that does not train, a loss that moves nothing."""
+
+
 class Stopped(RuntimeError):
     """The run was asked to stop and its state is saved; `code` is the exit code."""
 
@@ -49,7 +53,7 @@ class Stopped(RuntimeError):
 
 @contextlib.contextmanager
 def exit_codes():
-    """Turn the three expected endings into one line on stderr and the exit code that README.md lists."""
+    """Turn the four expected endings into one line on stderr and the exit code that README.md lists."""
     try:
         yield
     except InputError as error:
@@ -58,6 +62,9 @@ def exit_codes():
     except Diverged as error:
         print(f"diverged: {error}", file=sys.stderr)
         raise SystemExit(EXIT_DIVERGED) from None
+    except AuditFailed as error:
+        print(f"audit failed: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_AUDIT) from None
     except Stopped as stop:
         print(stop, file=sys.stderr)
         raise SystemExit(stop.code) from None
