@@ -169,7 +169,7 @@ def load_selected(source: str) -> dict:
     """
     path = Path(source)
     if path.is_dir():
-        folders = [path / "finetune", path / "linear", path, path / "pretrain"]
+        folders = [path / "finetune", path / "linear", path / "cluster", path, path / "pretrain"]
         path = next((folder for folder in folders if (folder / "best.pt").exists()), path) / "best.pt"
     state = load(path)
     if "place" in state:

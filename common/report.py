@@ -205,10 +205,14 @@ def write(folder: Path) -> Path:
         rows = [(name, *(scores.get(f"{name}/test/{column}", "") for column in columns)) for name in tests]
         body += ["<h2>Test results</h2>", table(rows, ("stage", *columns)), f"<p>{_BASELINES}</p>"]
     body += detection_section(scores) + loss_section(scores, files["config"])
-    charts = charts_of(lines)
+    tables = folder / "tables.json"  # of a script's own: title -> {"header": [...], "rows": [...]}
+    for title, own in json.loads(tables.read_text()).items() if tables.exists() else ():
+        body += [f"<h2>{html.escape(title)}</h2>", f'<div class="wide">{table(own["rows"], own["header"])}</div>']
+    charts, curves = charts_of(lines), set()
     for title, svg in charts.items():
         name = title.replace(": ", "_").replace(" ", "_").replace("/", "_")
         (figures / f"{name}.svg").write_text(svg)
+        curves.add(name)
     if charts:
         body += [
             "<h2>Curves</h2>",
@@ -216,6 +220,9 @@ def write(folder: Path) -> Path:
             *(f"<figure>{svg}</figure>" for svg in charts.values()),
             "</div>",
         ]
+    for drawing in sorted(figures.glob("*.svg")):
+        if drawing.stem not in curves:
+            body += [f"<h2>{html.escape(drawing.stem.capitalize())}</h2>", f"<figure>{drawing.read_text()}</figure>"]
     for picture in sorted(figures.glob("*.png")):
         encoded = base64.b64encode(picture.read_bytes()).decode()
         caption = _CAPTIONS.get(picture.stem, picture.stem)

@@ -33,9 +33,12 @@ def tokens(text: str) -> list[str]:
 
 
 def word_ngrams(text: str, longest: int = 2) -> list[str]:
-    """All runs of 1 to `longest` tokens, joined by blanks."""
+    """All runs of 1 to `longest` tokens, joined by blanks; longer runs may begin or end with the utterance's own edge
+    (`^`, `$`): how an utterance opens and closes tells more of the act than what stands in between."""
     words = tokens(text)
-    return [" ".join(words[i : i + n]) for n in range(1, longest + 1) for i in range(len(words) - n + 1)]
+    edged = ["^", *words, "$"]
+    runs = [edged[i : i + n] for n in range(2, longest + 1) for i in range(len(edged) - n + 1)]
+    return words + [" ".join(run) for run in runs]
 
 
 def char_ngrams(text: str, shortest: int = 2, longest: int = 4) -> list[str]:

@@ -1,0 +1,337 @@
+"""What a run that clusters utterances needs beside its loop: its rows and targets, its scores, and its findings."""
+
+import csv
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common import augment, checkpoint, clustering, log, metrics, sample
+from common.config import InputError
+from common.datasets import utterances
+from common.models import umc
+from common.models.text import Lsa, encode, tokens
+from common.monitor import Monitor
+from common.run import Run, write_json
+
+COMPONENTS = 50  # principal axes of a modality, at most
+SHRINKAGE = 1.0  # added to the scatter within clusters, in units of its mean variance
+ANCHOR = "text"  # the modality that the others are weighed by, where there is one of that name
+SEEDS = 10  # k-means runs that score a split
+WATCHED_ROWS, WATCHED_RUNS = 2000, 5  # rows and k-means runs whose agreement is the stability
+
+
+class Rows:
+    """The utterances and what the network reads of them: tensors on the device and lengths by modality."""
+
+    def __init__(self, table: utterances.Utterances, only: list[str] | None, lsa: Lsa | None, encoded, device):
+        arrays = {} if lsa is None else {ANCHOR if encoded is None else "words": lsa(table.texts)}
+        self.as_is = set(arrays)
+        arrays |= table.modalities if encoded is None else {ANCHOR: encoded} | table.modalities
+        names = sorted(arrays, key=lambda name: name != ANCHOR)  # the anchor first, as UMC has it
+        unknown = set(only or names) - set(names)
+        if unknown:
+            raise InputError(f"--only {','.join(only)}: {table.name} has the modalities {', '.join(names)}")
+        self.table, self.names = table, [name for name in names if only is None or name in only]
+        self.inputs = {name: torch.from_numpy(arrays[name]).to(device) for name in self.names}
+        self.lengths = {
+            name: torch.from_numpy(table.lengths[name]).to(device) for name in self.names if name in table.lengths
+        }
+
+    def pooled(self, name: str) -> Tensor:
+        """(n, D): a modality, a sequence's mean."""
+        x = self.inputs[name]
+        return umc.pool(x, self.lengths[name]) if name in self.lengths else x
+
+    def take(self, indices: np.ndarray) -> tuple[dict, dict]:
+        rows = torch.from_numpy(indices).to(next(iter(self.inputs.values())).device)
+        return tuple({name: x[rows] for name, x in group.items()} for group in (self.inputs, self.lengths))
+
+
+def read_rows(path: str, reading: dict, device: torch.device, home: Path | None) -> tuple[Rows, Lsa | None]:
+    """The rows of `path` and its text features where there are any; of the run `home` if that is given.
+
+    Raw text becomes TF-IDF with SVD, fitted to the training utterances, and with `text_model` also an encoder's states.
+    """
+    if path == "sample":
+        modalities, labels, classes = sample.utterances()
+        ids, name = [f"{i:05d}" for i in range(len(labels))], "sample (embedded, generated)"
+        table = utterances.Utterances(name, ids, labels, classes, [""] * len(ids), modalities=modalities)
+    else:
+        table = utterances.open_utterances(path, reading["max_length"])
+    lsa = encoded = None
+    if reading["text_model"]:
+        if table.texts is None:
+            raise InputError(f"--text-model: {table.name} has no text to encode; leave it out")
+        options = dict(layer=reading["text_layer"], max_length=reading["max_length"], device=device)
+        encoded = encode(reading["text_model"], table.texts, **options, cache=Path("runs") / "texts")
+    if table.texts is not None and (encoded is not None or ANCHOR not in table.modalities):
+        train = utterances.split(table)["train"]
+        lsa = Lsa(checkpoint.load(home / "text.pt")) if home else Lsa.fit([table.texts[i] for i in train])
+    return Rows(table, reading["only"], lsa, encoded, device), lsa
+
+
+class Targets:
+    """The pseudo-labels of an epoch of stage 2: all that a run resumed inside that epoch must know of its start."""
+
+    def __init__(self, count: int):
+        self.labels = torch.zeros(count, dtype=torch.int64)
+        self.selected = torch.zeros(count, dtype=torch.bool)
+        self.share, self.floor = 0.0, 0
+
+    def state_dict(self) -> dict:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict) -> None:
+        vars(self).update(state)
+
+    def sizes(self, k: int) -> np.ndarray:
+        """(k,) how many rows of each cluster are selected."""
+        return np.bincount(self.labels[self.selected].numpy(), minlength=k)
+
+
+@torch.no_grad()
+def assign(run: Run, model: umc.Fusion, targets: Targets, raw: Tensor, share: float) -> None:
+    """Give the training rows, whose z is `raw` (n, base_dim), the pseudo-labels of an epoch.
+
+    Sets the model's metric and centroids on the way.
+
+    k-means goes on from the epoch before. Selected are the densest rows of each cluster: the share of them that the
+    epoch takes, but at least the floor; with partial transport those that it takes, and the floor by its weights.
+    """
+    args, meta, k = run.args, run.meta, run.meta["k"]
+    z = raw @ model.metric.cpu()
+    start = dict(start=model.centroids.cpu()) if model.centroids.any() else dict(seed=args.seed)
+    floor = round(meta["min_share"] * len(z) / k)
+
+    def select(labels: Tensor) -> Tensor:
+        options = dict(floor=floor, direction=meta["direction"], umc=args.mode == "umc")
+        chosen = torch.zeros(len(z), dtype=torch.bool)
+        chosen[torch.cat(clustering.select(z, labels, k, share, **options).indices)] = True
+        return chosen
+
+    found = clustering.kmeans(z, k, **start)
+    if meta["metric"] == "discriminant":
+        chosen = select(found.labels)
+        metric = umc.discriminant(raw, found.labels, chosen, SHRINKAGE)
+        z = raw @ metric
+        means = torch.stack([z[chosen & (found.labels == c)].mean(0) for c in range(k)])
+        found = clustering.kmeans(z, k, start=means)
+        model.metric.copy_(metric)
+    labels = found.labels
+    if args.assign == "sinkhorn":
+        labels = clustering.sinkhorn(clustering.relative_costs(z, found.centroids)).labels
+    if args.assign == "partial-ot":
+        plan = clustering.partial_transport(clustering.relative_costs(z, found.centroids), share)
+        labels, chosen = plan.labels, plan.weights > 0.5
+        for c in range(k):
+            own = (labels == c).nonzero()[:, 0]
+            chosen[own[plan.weights[own].argsort(descending=True, stable=True)[:floor]]] = True
+    else:
+        chosen = select(labels)
+    targets.labels, targets.selected, targets.share, targets.floor = labels, chosen, share, floor
+    model.centroids.copy_(found.centroids)
+
+
+def fused_basis(args, rows: "Rows", train: np.ndarray, k: int | None):
+    """(basis, weights, anchor, k, estimate): the axes that training starts from, and the number of clusters."""
+    own = {name: rows.pooled(name)[torch.from_numpy(train)] for name in rows.names}
+    components = min(COMPONENTS, args.base_dim // len(own))
+    anchor, estimate = ANCHOR if ANCHOR in own else None, None
+    options = dict(components=components, seed=args.seed)
+    if k is None:
+        first = anchor or rows.names[0]
+        (mean, scale, axes), *_ = umc.weighted_basis({first: own[first]}, rows.as_is, first, 2, **options)[0].values()
+        estimate = clustering.estimate_k(((own[first] - mean) / scale @ axes).float(), seed=args.seed)
+        k = estimate.k
+    return *umc.weighted_basis(own, rows.as_is, anchor, k, **options), k, estimate
+
+
+def stability(z: Tensor, k: int, seed: int) -> float:
+    """How well k-means runs from different seeds agree on a fixed sample of the rows z (n, d), in [-1, 1]."""
+    some = augment.uniform(seed, 0, np.arange(len(z)), 0, 1)[:, 0].argsort(kind="stable")[:WATCHED_ROWS]
+    runs = [clustering.kmeans(z[some], k, seed=i, restarts=1).labels for i in range(WATCHED_RUNS)]
+    return metrics.stability(runs)
+
+
+def describe(run: Run, z: Tensor, targets: Targets) -> dict:
+    """What an epoch's clusters look like: sizes, distances, silhouette; where there are labels, their NMI."""
+    k, train = run.meta["k"], run.splits["train"]
+    some = slice(WATCHED_ROWS)
+    sizes = targets.sizes(k)
+    values = {"threshold": targets.share, "floor": targets.floor, "selected": int(sizes.sum())}
+    values |= {"min_samples": int(sizes.min()), "max_share": targets.labels.bincount().max().item() / len(z)}
+    values |= {f"{name}_distance": value for name, value in metrics.cluster_distances(z, targets.labels).items()}
+    if 1 < len(targets.labels[some].unique()) < len(z[some]):
+        values["silhouette"] = metrics.silhouette(z[some], targets.labels[some])
+    labels = run.data.table.labels[train]
+    if (labels >= 0).sum() > 1:
+        known = np.flatnonzero(labels >= 0)
+        values["nmi"] = metrics.clustering(labels[known], targets.labels[known])["nmi"]
+    return values
+
+
+def figures(monitor: Monitor) -> dict:
+    """The monitor's report as numbers: the trend is 1 improving, 0 stable, -1 declining."""
+    found = monitor.report()
+    found["performance_trend"] = {"improving": 1, "stable": 0, "declining": -1}[found["performance_trend"]]
+    return found
+
+
+def score(prefix: str, z: Tensor, labels: np.ndarray, k: int) -> dict:
+    """Metrics of k-means on rows z (n, d), mean and deviation over SEEDS seeds, as `PREFIX/nmi` and `PREFIX/nmi_sd`.
+
+    Rows without a label are clustered and left out of the score; without any label there is none.
+    """
+    known = np.flatnonzero(labels >= 0)
+    if len(known) < 2:
+        return {}
+    runs = [clustering.kmeans(z, k, seed=seed).labels.numpy() for seed in range(SEEDS)]
+    found = [metrics.clustering(labels[known], clusters[known]) for clusters in runs]
+    values = {}
+    for name in found[0]:
+        own = [one[name] for one in found]
+        values |= {f"{prefix}/{name}": float(np.mean(own)), f"{prefix}/{name}_sd": float(np.std(own, ddof=1))}
+    return values
+
+
+def baselines(run: Run) -> dict:
+    """The scores of k-means on the test rows of each modality alone and of all of them side by side."""
+    train, test, k = run.splits["train"], run.splits["test"], run.meta["k"]
+    parts = {}
+    for name in run.data.names:
+        x = run.data.pooled(name).cpu()
+        spread = x[train].std(0)
+        scale = spread.square().sum().sqrt() if name in run.data.as_is else torch.where(spread > 0, spread, torch.inf)
+        parts[name] = ((x - x[train].mean(0)) / scale)[test]
+    if len(parts) > 1:
+        parts["concatenation"] = torch.cat(list(parts.values()), 1)
+    labels = run.data.table.labels[test]
+    found = {}
+    for name, x in parts.items():
+        found |= score(f"kmeans_{name}/test", x, labels, k)
+    return found
+
+
+def tracking(run: Run) -> float | None:
+    """Rank correlation of the stability with the NMI over the epochs of stage 2: how well choosing by the first serves
+    the second. None where there are no labels or fewer than 3 epochs."""
+    names = ("cluster/train/stability", "cluster/train/nmi")
+    lines = log.read(run.folder) if run.facts.main else []
+    pairs = np.array([[line[name] for name in names] for line in lines if all(name in line for name in names)])
+    if len(pairs) < 3 or not (pairs.max(0) > pairs.min(0)).all():
+        return None
+    ranks = np.stack([[(column < x).mean() + (column <= x).mean() for x in column] for column in pairs.T])
+    return float(np.corrcoef(ranks)[0, 1])
+
+
+def membership(z: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of rows z (n, d): the nearest of the centroids (k, d), its distance, the confidence 1 - distance / distance to
+    the next, and shares (n, k) that add up to 1 and fall with the squared distance in units of its mean."""
+    distances = torch.cdist(z.double(), centroids.double())
+    near, clusters = distances.topk(2, dim=1, largest=False)
+    shares = (-distances.square() / near[:, 0].square().mean().clamp(min=1e-30)).softmax(1)
+    return clusters[:, 0], near[:, 0], 1 - near[:, 0] / near[:, 1].clamp(min=1e-30), shares
+
+
+def distinctive_words(texts: list[str], clusters: np.ndarray, k: int, count: int = 8) -> list[list[str]]:
+    """The words of each cluster that set it apart: the largest z-scores of the log-odds against the other clusters, the
+    corpus as prior (Monroe, Colaresi and Quinn 2008)."""
+    own = [Counter() for _ in range(k)]
+    for text, cluster in zip(texts, clusters, strict=True):
+        own[cluster].update(tokens(text))
+    total = sum(own, Counter())
+    words = [word for word, times in total.items() if times > 1]
+    prior = np.array([total[word] for word in words], float)
+    counts = np.array([[mine[word] for word in words] for mine in own], float).reshape(k, len(words))
+    found = []
+    for mine in counts:
+        rest = prior - mine
+        with np.errstate(divide="ignore", invalid="ignore"):
+            odds = [np.log((c + prior) / (c.sum() + prior.sum() - c - prior)) for c in (mine, rest)]
+        z = (odds[0] - odds[1]) / np.sqrt(1 / (mine + prior) + 1 / (rest + prior))
+        found.append([words[i] for i in np.argsort(-z, kind="stable")[:count] if z[i] > 0])
+    return found
+
+
+def scatter(z: Tensor, clusters: np.ndarray, centroids: Tensor) -> str:
+    """Rows z (n, d) on the two axes along which the centroids (k, d) differ most, as SVG; a colour for each cluster."""
+    centred = centroids.double() - centroids.double().mean(0)
+    axes = torch.linalg.svd(centred, full_matrices=False)[2][:2]
+    points = (z.double() @ axes.T).numpy()
+    if points.shape[1] < 2:
+        points = np.pad(points, ((0, 0), (0, 1)))
+    low, high = np.quantile(points, [0.005, 0.995], axis=0)
+    size = np.where(high > low, high - low, 1)
+    places = np.clip((points - low) / size, -0.03, 1.03) * 560 + 20
+    k = len(centroids)
+    dots = [
+        f'<circle cx="{x:.1f}" cy="{600 - y:.1f}" r="2" fill="hsl({360 * c // k} 70% {40 + 15 * (c % 2)}%)"/>'
+        for (x, y), c in zip(places, clusters.tolist(), strict=True)
+    ]
+    names = [
+        f'<text x="{places[own, 0].mean():.1f}" y="{600 - places[own, 1].mean():.1f}" font-size="16"'
+        f' font-weight="700" stroke="#fff" stroke-width="3" paint-order="stroke">{c}</text>'
+        for c in range(k)
+        if (own := clusters == c).any()
+    ]
+    box = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 600 600" width="600" height="600">'
+    return box + "".join(dots + names) + "</svg>"
+
+
+def explain(run: Run, z: Tensor, centroids: Tensor, monitor: Monitor, targets: Targets) -> None:
+    """Write what a person looks at: clusters.csv, figures/scatter.svg, and the tables of the report.
+
+    z (n, base_dim) are all utterances as the chosen model gives them.
+    """
+    table, k = run.data.table, run.meta["k"]
+    clusters, distance, confidence, _ = membership(z, centroids)
+    names, test = clusters.numpy(), run.splits["test"]
+    part = np.full(len(table), "train", dtype=object)
+    part[test] = "test"
+    with open(run.folder / "clusters.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "split", "cluster", "confidence", "distance"])
+        for row in zip(table.ids, part, names, confidence.tolist(), distance.tolist(), strict=True):
+            writer.writerow([*row[:3], *(f"{value:.6f}" for value in row[3:])])
+    figures_of = run.folder / "figures"
+    figures_of.mkdir(exist_ok=True)
+    some = np.arange(len(z))[:: -(-len(z) // 3000)]
+    (figures_of / "scatter.svg").write_text(scatter(z[some], names[some], centroids))
+    words = [[]] * k if table.texts is None else distinctive_words(table.texts, names, k)
+    rows = []
+    for c in range(k):
+        own = np.flatnonzero(names == c)
+        nearest = own[np.argsort(distance[own].numpy(), kind="stable")[:5]]
+        shown = [table.ids[i] if table.texts is None else f"{table.texts[i]} ({table.ids[i]})" for i in nearest]
+        rows.append([c, len(own), int(targets.sizes(k)[c]), " ".join(words[c]), " | ".join(shown)])
+    found = {
+        "Clusters": {"header": ["cluster", "utterances", "selected", "words", "nearest to the centre"], "rows": rows}
+    }
+    labels = table.labels[test]
+    known = test[labels >= 0]
+    if len(known):
+        counts = np.zeros((k, len(table.classes)), np.int64)
+        np.add.at(counts, (names[known], table.labels[known]), 1)
+        matched = metrics.match_clusters(table.labels[known], names[known])
+        rows = [[c, table.classes[matched[c]] if c in matched else "-", *counts[c].tolist()] for c in range(k)]
+        found["Clusters and labels, test"] = {"header": ["cluster", "matched", *table.classes], "rows": rows}
+    rows = [[name.replace("_", " "), value] for name, value in monitor.report().items()]
+    rows += [["action after epoch " + str(done), name] for done, name in monitor.actions]
+    rows += [["alarm", alarm] for alarm in monitor.alarms()]
+    if monitor.nothing_helped():
+        rows.append(["advice", "halving did not help: --base-dim 512 is worth a run"])
+    found["Monitor"] = {"header": ["figure", "at the last epoch"], "rows": rows}
+    weights = [[name, weight] for name, weight in run.meta["weights"].items()]
+    found["Weights of the modalities"] = {"header": ["modality", "weight"], "rows": weights}
+    if run.meta["estimate"]:
+        columns = list(run.meta["estimate"][0])
+        rows = [[row[column] for column in columns] for row in run.meta["estimate"]]
+        found[f"Number of clusters: {k}"] = {"header": columns, "rows": rows}
+    times = {stage: [line["time"] for line in log.read(run.folder) if line["stage"] == stage] for stage in run.stages}
+    rows = [[stage, seconds[-1] - seconds[0]] for stage, seconds in times.items() if seconds]
+    rows.append(["test and findings", run.log.seconds - times["cluster"][-1]])
+    found["Seconds of each stage"] = {"header": ["stage", "seconds"], "rows": rows}
+    write_json(run.folder / "tables.json", found)

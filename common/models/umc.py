@@ -1,0 +1,150 @@
+"""Fusion of modalities into one embedding (UMC: Zhang et al. 2024, arXiv:2405.12775), with a linear path of its own."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import clustering, metrics
+
+HEADS = 8
+
+
+class Fusion(nn.Module):
+    """Modalities of an utterance to z (n, base_dim), which is clustered, and h (n, base_dim), which losses compare.
+
+    Each modality is projected to base_dim; a sequence also goes through one causal transformer layer, and the state at
+    its last step stands for it. With t, v, ... these vectors: z = W_f dropout(gelu([t; v; ...])) and
+    h = W_h dropout(relu(z)) of unit length. Given a `basis`, the modalities are scaled by it, its coordinates are added
+    to z, W_f starts at zero, and h is z of unit length: training starts from the coordinates, not from a random map.
+
+    Args:
+        widths: name -> D of each modality, in their order.
+        sequences: names of those that come as (n, L, D) with lengths.
+        base_dim: width of z, a multiple of HEADS.
+        k: clusters.
+        dropout: before both linear maps.
+        padded_last: take a sequence's state at the last step of the data, padding or not, as UMC's code does, instead
+            of at its own last step.
+        basis: None, or name -> (mean (D,), scale (D,), axes (D, C)) as `weighted_basis` gives it.
+
+    Two buffers are there to be set: `metric` (base_dim, base_dim), by which z is multiplied before it is clustered, at
+    first the identity, and the `centroids` (k, base_dim) found there.
+    """
+
+    def __init__(self, widths, sequences, base_dim: int, k: int, *, dropout: float, padded_last: bool, basis=None):
+        super().__init__()
+        self.names, self.sequences, self.padded_last = list(widths), set(sequences), padded_last
+        self.project = nn.ModuleDict({name: nn.Linear(width, base_dim) for name, width in widths.items()})
+        self.temporal = nn.ModuleDict(
+            {
+                name: nn.TransformerEncoderLayer(base_dim, HEADS, 4 * base_dim, dropout=0.0, batch_first=True)
+                for name in self.names
+                if name in self.sequences
+            }
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.fuse = nn.Linear(base_dim * len(widths), base_dim)
+        self.register_buffer("metric", torch.eye(base_dim))
+        self.register_buffer("centroids", torch.zeros(k, base_dim))
+        self.linear_path = basis is not None
+        if not self.linear_path:
+            self.head = nn.Linear(base_dim, base_dim)
+            return
+        nn.init.zeros_(self.fuse.weight)
+        nn.init.zeros_(self.fuse.bias)
+        start = 0
+        for name in self.names:
+            mean, scale, axes = basis[name]
+            wide = torch.zeros(len(axes), base_dim)
+            wide[:, start : start + axes.shape[1]] = axes
+            start += axes.shape[1]
+            for kind, value in (("mean", mean), ("scale", scale), ("axes", wide)):
+                self.register_buffer(f"{kind}_{name}", value.float())
+
+    def forward(self, inputs: dict[str, Tensor], lengths: dict[str, Tensor], keep: Tensor | None = None):
+        """z and h of `inputs`, name -> (n, D) or (n, L, D) with `lengths` (n,); where `keep` (n, modalities) is 0, a
+        modality's part is zero."""
+        parts, path = [], 0.0
+        for i, name in enumerate(self.names):
+            x, kept = inputs[name], 1.0 if keep is None else keep[:, i, None]
+            if self.linear_path:
+                x = (x - self.get_buffer(f"mean_{name}")) / self.get_buffer(f"scale_{name}")
+                pooled = pool(x, lengths[name]) if name in self.sequences else x
+                path = path + kept * (pooled @ self.get_buffer(f"axes_{name}"))
+            state = self.project[name](x)
+            if name in self.sequences:
+                causal = nn.Transformer.generate_square_subsequent_mask(x.shape[1], device=x.device, dtype=state.dtype)
+                state = self.temporal[name](state, src_mask=causal, is_causal=True)
+                last = torch.full_like(lengths[name], x.shape[1]) if self.padded_last else lengths[name]
+                state = state[torch.arange(len(x), device=x.device), last - 1]
+            parts.append(kept * state)
+        z = path + self.fuse(self.dropout(F.gelu(torch.cat(parts, 1))))
+        h = z if self.linear_path else self.head(self.dropout(F.relu(z)))
+        return z, F.normalize(h.float(), dim=1)
+
+
+def pool(x: Tensor, lengths: Tensor) -> Tensor:
+    """Mean (n, D) of the first `lengths` (n,) steps of sequences (n, L, D)."""
+    mask = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+    return (x * mask[..., None]).sum(1) / lengths[:, None]
+
+
+def weighted_basis(rows: dict[str, Tensor], as_is, anchor: str | None, k: int, components: int, seed: int):
+    """Principal axes of each modality, with a weight that no label decides.
+
+    Columns are centred and brought to unit variance, but for the modalities `as_is`, whose scales mean something. The
+    coordinates along the `components` largest axes have a total variance of 1, times the square of the weight: 1 for
+    the anchor, and for another modality the agreement of k-means on it with k-means on the anchor (adjusted mutual
+    information): what shares nothing with the anchor's clusters cannot drown them.
+
+    Args:
+        rows: name -> (n, D).
+        anchor: its name; None: the modality whose agreement with the others is largest in all.
+
+    Returns:
+        The basis, name -> (mean (D,), scale (D,), axes (D, C)); the weights by name; the anchor's name.
+    """
+    basis, found = {}, {}
+    for name, x in rows.items():
+        x = x.double()
+        mean, spread = x.mean(0), x.std(0, unbiased=False)
+        scale = torch.where(spread > 1e-6 * spread.max(), spread, torch.inf)  # a constant column stays zero
+        if name in as_is:
+            scale = torch.full_like(spread, spread.square().sum().sqrt().item())
+        x = (x - mean) / scale
+        values, vectors = torch.linalg.eigh(x.T @ x / len(x))
+        values, vectors = values.flip(0)[:components], vectors.flip(1)[:, :components]
+        axes = vectors[:, values > 1e-9 * values[0]] / values.clamp(min=0).sum().sqrt()
+        basis[name] = mean, scale, axes
+        found[name] = clustering.kmeans((x @ axes).float(), k, seed=seed).labels
+    agreement = {
+        a: {b: max(metrics.clustering(found[a].cpu(), found[b].cpu())["ami"], 0.0) for b in found if b != a}
+        for a in found
+    }
+    anchor = anchor or max(agreement, key=lambda name: sum(agreement[name].values()))
+    weights = {name: 1.0 if name == anchor else agreement[anchor][name] for name in rows}
+    return {n: (mean, scale, weights[n] * axes) for n, (mean, scale, axes) in basis.items()}, weights, anchor
+
+
+def discriminant(z: Tensor, labels: Tensor, selected: Tensor, shrinkage: float) -> Tensor:
+    """A metric (D, D) for rows z (n, D): directions in which the selected rows scatter within clusters count less.
+
+    It is the inverse root of S + shrinkage * tr(S) / D, S the covariance within clusters (as in adaptive dimension
+    reduction by discriminants and k-means, Ding and Li 2007), and keeps the total variance of z.
+    """
+    k = int(labels.max()) + 1
+    x, own = z[selected].double(), labels[selected]
+    member = torch.nn.functional.one_hot(own, k).double()
+    means = member.T @ x / member.sum(0).clamp(min=1)[:, None]
+    within = x - means[own]
+    values, vectors = torch.linalg.eigh(within.T @ within / len(x))
+    values = values.clamp(min=0)
+    floor = shrinkage * values.mean() + torch.finfo(torch.float32).tiny
+    metric = (vectors / (values + floor).sqrt()) @ vectors.T
+    every = z.double()
+    return (metric * (every.var(0).sum() / (every @ metric).var(0).sum().clamp(min=1e-30)).sqrt()).to(z.dtype)
+
+
+def empty_basis(widths: dict[str, int]) -> dict:
+    """A basis of the right shapes, for a model whose weights are loaded."""
+    return {name: (torch.zeros(width), torch.ones(width), torch.zeros(width, 1)) for name, width in widths.items()}

@@ -1,0 +1,409 @@
+"""train_cluster.py as its users run it, and the pieces of common.discovery and common.models.umc that it is made of."""
+
+import csv
+import json
+import math
+import os
+import random
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import train_cluster
+from common import checkpoint, discovery, log, sample
+from common.models import umc
+from common.monitor import Monitor
+
+SMALL = ["--device", "cpu", "--base-dim", "16", "--bs", "32", "--epochs", "2", "--cluster-bs", "32",
+         "--cluster-epochs", "3", "--seed", "3", "--log-every", "1"]  # fmt: skip
+WORDS = {
+    "ask": "what are you doing ?",
+    "tell": "i was there last week .",
+    "greet": "hi , hello !",
+    "thank": "thanks so much",
+}
+
+
+def arrays(seed=0, count=160):
+    """Four classes in three modalities, one of them sequences."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, 4, count)
+    lengths = rng.integers(1, 6, count)
+    audio = rng.normal(size=(count, 5, 6)).astype(np.float32) + 2 * np.eye(4, 6)[labels][:, None]
+    found = {"text": rng.normal(size=(count, 8)) + 3 * np.eye(4, 8)[labels], "room": rng.normal(size=(count, 3))}
+    found = {name: x.astype(np.float32) for name, x in found.items()} | {"audio": audio, "audio_len": lengths}
+    return found | {"label": labels, "classes": np.array(["a", "b", "c", "d"])}
+
+
+@pytest.fixture(scope="module")
+def acts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "acts.npz"
+    np.savez(path, **arrays())
+    return path
+
+
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory):
+    """A .tsv of 120 utterances in four classes."""
+    rng, path = random.Random(0), tmp_path_factory.mktemp("text") / "acts.tsv"
+    rows = ["id\ttext\tlabel"]
+    for i in range(120):
+        label = list(WORDS)[i % 4]
+        words = WORDS[label].split()
+        rows.append(f"u{i}\t{' '.join(rng.sample(words, 3) + [f'name{i % 7}'])}\t{label}")
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(acts, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert train_cluster.main([*SMALL, "--data", str(acts), "--out", str(folder)]) == 0
+    return folder
+
+
+def summary(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def refused(argv, capsys):
+    with pytest.raises(SystemExit) as ending:
+        train_cluster.main(argv)
+    error = capsys.readouterr().err
+    assert ending.value.code == 2, error
+    assert error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+def same(x, y, where=""):
+    if isinstance(x, dict):
+        assert x.keys() == y.keys(), where
+        for key in x.keys() - {"seconds"}:
+            same(x[key], y[key], f"{where}/{key}")
+    elif isinstance(x, (list, tuple)):
+        assert len(x) == len(y), where
+        for i, pair in enumerate(zip(x, y, strict=True)):
+            same(*pair, f"{where}/{i}")
+    elif torch.is_tensor(x):
+        assert x.dtype == y.dtype and torch.equal(x, y), where
+    else:
+        assert x == y, where
+
+
+def test_a_run_leaves_what_the_readme_promises(whole, acts, capsys):
+    result = summary(whole)
+    for metric in ("nmi", "ami", "ari", "acc", "fmi", "balanced_accuracy", "minority_recall"):
+        assert -1 <= result[f"cluster/test/{metric}"] <= 1 and result[f"cluster/test/{metric}_sd"] >= 0
+        assert f"kmeans_text/test/{metric}" in result and f"kmeans_concatenation/test/{metric}" in result
+    assert result["status"] == "finished" and result["cluster/test/nmi"] > 0.8
+    epochs = [line for line in log.read(whole) if "cluster/train/stability" in line]
+    assert [line["cluster/train/threshold"] for line in epochs] == pytest.approx([0.1, 0.15, 0.2])
+    assert {line["cluster/train/floor"] for line in epochs} == {round(0.1 * 136 / 4)}  # 24 of 160 are held out
+    keys = ("best_performance", "performance_trend", "stability_score", "total_improvements", "total_degradations")
+    assert all(f"cluster/monitor/{key}" in epochs[0] for key in keys)
+    rows = list(csv.DictReader((whole / "clusters.csv").open()))
+    assert len(rows) == 160 and {row["cluster"] for row in rows} == {"0", "1", "2", "3"}
+    assert sum(row["split"] == "test" for row in rows) == 24
+    assert all(0 <= float(row["confidence"]) <= 1 and float(row["distance"]) >= 0 for row in rows)
+    tables = json.loads((whole / "tables.json").read_text())
+    assert {"Clusters", "Monitor", "Weights of the modalities", "Seconds of each stage"} <= tables.keys()
+    counts = np.array([row[2:] for row in tables["Clusters and labels, test"]["rows"]])
+    assert counts.shape == (4, 4) and counts.sum() == 24
+    page = (whole / "report.html").read_text()
+    assert "nearest to the centre" in page and page.count("<circle") > 100  # the scatter is in it
+    capsys.readouterr()
+    assert train_cluster.main([*SMALL, "--data", str(acts), "--out", str(whole)]) == 0
+    assert "has finished" in capsys.readouterr().out
+
+
+def test_labels_enter_neither_weights_nor_clusters(whole, acts, tmp_path):
+    """With permuted labels, and with none, every stored weight and every cluster is bitwise the same."""
+    found = arrays()
+    found["label"] = np.random.default_rng(1).permutation(found["label"])
+    np.savez(tmp_path / "permuted.npz", **found)
+    np.savez(tmp_path / "bare.npz", **{name: x for name, x in found.items() if name not in ("label", "classes")})
+    for name, more in (("permuted", []), ("bare", ["--k", "4"])):
+        folder = tmp_path / name
+        assert train_cluster.main([*SMALL, *more, "--data", f"{folder}.npz", "--out", str(folder)]) == 0
+        for stage in ("pretrain", "cluster"):
+            ours, theirs = (checkpoint.load(f / stage / "best.pt")["model"] for f in (whole, folder))
+            same(ours, theirs)
+        assert (folder / "clusters.csv").read_bytes() == (whole / "clusters.csv").read_bytes()
+    assert not any("/nmi" in name for name in summary(tmp_path / "bare"))
+
+
+@pytest.mark.parametrize("mode", ["default", "umc"])
+def test_an_interrupted_run_equals_a_whole_one(mode, whole, acts, tmp_path, monkeypatch, capsys):
+    """Steps and evaluations are cut short at random places by a real signal, and the same command goes on."""
+    argv = [*SMALL, "--mode", mode, "--data", str(acts)]
+    if mode == "umc":
+        whole = tmp_path / "whole"
+        assert train_cluster.main([*argv, "--out", str(whole)]) == 0
+    rng, calls = random.Random(5), 0
+    cuts = sorted(rng.sample(range(2, 34), 6))
+    end_step, check_stop = checkpoint.Progress.end_step, checkpoint.Progress.check_stop
+
+    def counted(original):
+        def call(self, *args):
+            nonlocal calls
+            calls += 1
+            if cuts and calls >= cuts[0]:
+                cuts.pop(0)
+                os.kill(os.getpid(), rng.choice([signal.SIGTERM, signal.SIGINT]))
+            return original(self, *args)
+
+        return call
+
+    monkeypatch.setattr(checkpoint.Progress, "end_step", counted(end_step))
+    monkeypatch.setattr(checkpoint.Progress, "check_stop", counted(check_stop))
+    folder, stopped = tmp_path / "run", 0
+    while True:
+        try:
+            assert train_cluster.main([*argv, "--out", str(folder)]) == 0
+            break
+        except SystemExit as ending:
+            assert ending.code == 75
+            stopped += 1
+    assert stopped == 6
+    for stage in ("pretrain", "cluster"):
+        for file in ("last.pt", "best.pt"):
+            same(*(checkpoint.load(f / stage / file) for f in (whole, folder)), f"{stage}/{file}")
+    assert (folder / "clusters.csv").read_bytes() == (whole / "clusters.csv").read_bytes()
+    lines = [[{k: v for k, v in line.items() if k not in log.TIMING} for line in log.read(f)] for f in (whole, folder)]
+    assert lines[0] == lines[1]
+
+
+def test_eval_repeats_the_test_and_predict_needs_no_labels(whole, acts, tmp_path, capsys):
+    assert train_cluster.main(["--eval", str(whole), "--device", "cpu", "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "eval.json").read_text())
+    for metric in ("nmi", "ari", "acc"):
+        assert result[f"eval/test/{metric}"] == pytest.approx(summary(whole)[f"cluster/test/{metric}"], abs=1e-9)
+    bare = {name: x[:9] for name, x in arrays().items() if name not in ("label", "classes")}
+    np.savez(tmp_path / "bare.npz", **bare)
+    argv = ["--predict", str(tmp_path / "bare.npz"), "--resume", str(whole), "--device", "cpu", "--out", str(tmp_path)]
+    assert train_cluster.main(argv) == 0
+    rows = list(csv.DictReader((tmp_path / "predictions.csv").open()))
+    known = {row["id"]: row["cluster"] for row in csv.DictReader((whole / "clusters.csv").open())}
+    assert [row["class"] for row in rows] == [known[str(i)] for i in range(9)]
+    assert all(sum(float(row[f"score_{c}"]) for c in range(4)) == pytest.approx(1, abs=1e-5) for row in rows)
+    np.savez(tmp_path / "other.npz", text=bare["text"][:, :5])
+    argv = ["--predict", str(tmp_path / "other.npz"), "--resume", str(whole), "--device", "cpu"]
+    assert "the model reads" in refused(argv, capsys)
+    argv = ["--predict", str(acts), "--resume", str(whole / "pretrain" / "best.pt"), "--device", "cpu"]
+    assert "has no clusters yet" in refused(argv, capsys)
+
+
+def test_text_is_read_clustered_and_explained(lines, tmp_path):
+    folder = tmp_path / "run"
+    assert train_cluster.main([*SMALL, "--data", str(lines), "--out", str(folder)]) == 0
+    assert summary(folder)["cluster/test/nmi"] > 0.6
+    rows = json.loads((folder / "tables.json").read_text())["Clusters"]["rows"]
+    own = [set(words.split()) for _, _, _, words, _ in rows]
+    assert sum(any(word in words for words in own) for word in ("?", "thanks", "hi", "week")) >= 3
+    assert all("(u" in nearest for *_, nearest in rows)
+    bare = tmp_path / "bare.tsv"
+    bare.write_text("text\n" + "\n".join(WORDS.values()) + "\n")
+    argv = ["--predict", str(bare), "--resume", str(folder), "--device", "cpu", "--out", str(tmp_path)]
+    assert train_cluster.main(argv) == 0
+    assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 5
+
+
+def test_the_number_of_clusters_is_estimated_without_labels(tmp_path):
+    rng = np.random.default_rng(0)
+    centres = 9 * rng.normal(size=(5, 12))
+    text = centres[rng.integers(0, 5, 300)] + rng.normal(size=(300, 12))
+    np.savez(tmp_path / "bare.npz", text=text.astype(np.float32))
+    assert train_cluster.main([*SMALL, "--data", str(tmp_path / "bare.npz"), "--out", str(tmp_path / "run")]) == 0
+    assert "Number of clusters: 5" in json.loads((tmp_path / "run" / "tables.json").read_text())
+
+
+@pytest.mark.parametrize("assign", ["sinkhorn", "partial-ot"])
+def test_every_assignment_finds_the_classes(assign, acts, tmp_path):
+    argv = [*SMALL, "--assign", assign, "--thres", "0.5", "--data", str(acts), "--out", str(tmp_path / "run")]
+    assert train_cluster.main(argv) == 0
+    assert summary(tmp_path / "run")["cluster/test/nmi"] > 0.8
+
+
+def test_the_method_beats_every_modality_and_their_concatenation_on_the_embedded_data(tmp_path):
+    argv = ["--demo", "--device", "cpu", "--epochs", "1", "--cluster-epochs", "5", "--out", str(tmp_path / "run")]
+    assert train_cluster.main(argv) == 0
+    result = summary(tmp_path / "run")
+    plain = max(result[f"kmeans_{name}/test/nmi"] for name in ("text", "audio", "video", "concatenation"))
+    assert result["cluster/test/nmi"] > plain + 0.1
+
+
+def test_the_embedded_data_is_as_imbalanced_as_promised_and_pure():
+    modalities, labels, classes = sample.utterances()
+    counts = np.bincount(labels)
+    assert len(classes) == len(counts) == 12 and counts.max() / counts.min() == pytest.approx(38.8, abs=1)
+    again = sample.utterances()
+    assert np.array_equal(labels, again[1]) and all(np.array_equal(x, again[0][n]) for n, x in modalities.items())
+    with pytest.raises(ValueError, match="num_utterances=100"):
+        sample.utterances(100)
+
+
+def fusion(padded_last, basis=None, seed=0):
+    torch.manual_seed(seed)
+    model = umc.Fusion({"text": 4, "audio": 3}, ["audio"], 8, 2, dropout=0.5, padded_last=padded_last, basis=basis)
+    return model.eval()
+
+
+def test_lengths_hide_the_padding_and_umc_reads_it():
+    """At a sequence's own last step the state depends neither on the padding nor on its amount; UMC's state does."""
+    x, audio = torch.randn(2, 4), torch.randn(2, 6, 3)
+    lengths = {"audio": torch.tensor([2, 6])}
+    noisy = audio.clone()
+    noisy[0, 2:] = 9.0
+    inputs = [{"text": x, "audio": a} for a in (audio, noisy)]
+    ours, theirs = fusion(False), fusion(True)
+    assert torch.equal(ours(inputs[0], lengths)[0], ours(inputs[1], lengths)[0])
+    alone = ours({"text": x[:1], "audio": audio[:1, :2]}, {"audio": torch.tensor([2])})[0]
+    torch.testing.assert_close(ours(inputs[0], lengths)[0][:1], alone, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(theirs(inputs[0], lengths)[0][0], theirs(inputs[1], lengths)[0][0])
+
+
+def test_fusion_is_the_published_formula():
+    model, x, audio = fusion(True), torch.randn(3, 4), torch.randn(3, 5, 3)
+    keep = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]])
+    z, h = model({"text": x, "audio": audio}, {"audio": torch.tensor([1, 2, 5])}, keep)
+    t = x @ model.project["text"].weight.T + model.project["text"].bias
+    mask = torch.triu(torch.full((5, 5), -math.inf), 1)
+    a = model.temporal["audio"](model.project["audio"](audio), src_mask=mask)[:, -1]
+    joined = torch.cat([t * keep[:, :1], a * keep[:, 1:]], 1)
+    expected = torch.nn.functional.gelu(joined) @ model.fuse.weight.T + model.fuse.bias
+    torch.testing.assert_close(z, expected)
+    head = expected.relu() @ model.head.weight.T + model.head.bias
+    torch.testing.assert_close(h, head / head.norm(dim=1, keepdim=True))
+
+
+def test_training_starts_from_the_basis():
+    """With a basis z is its coordinates: those of scikit-learn's PCA of the standardised columns, up to their signs."""
+    decomposition = pytest.importorskip("sklearn.decomposition", reason="pip install scikit-learn")
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 4)) * [1, 5, 0.1, 2] + rng.normal(size=(200, 1))
+    audio = rng.normal(size=(200, 3))
+    rows = {"text": torch.from_numpy(x).float(), "audio": torch.from_numpy(audio).float()}
+    basis, weights, anchor = umc.weighted_basis(rows, set(), "text", 3, 2, 0)
+    assert anchor == "text" and weights["text"] == 1 and 0 <= weights["audio"] < 0.1
+    model = umc.Fusion({"text": 4, "audio": 3}, [], 8, 3, dropout=0.0, padded_last=False, basis=basis).eval()
+    z, h = model(rows, {})
+    pca = decomposition.PCA(2).fit_transform((x - x.mean(0)) / x.std(0))
+    pca /= np.sqrt(pca.var(0).sum())
+    np.testing.assert_allclose(z[:, :2].abs().detach().numpy(), np.abs(pca), atol=1e-4)
+    assert z[:, 4:].abs().max() == 0 and torch.allclose(h.norm(dim=1), torch.ones(200))
+    assert z[:, 2:4].var(0, unbiased=False).sum().item() == pytest.approx(weights["audio"] ** 2, abs=1e-4)
+
+
+def test_agreement_weighs_a_modality_and_names_the_anchor():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 300)
+    near, far = (5 * rng.normal(size=(3, 6))[labels] + rng.normal(size=(300, 6)) for _ in range(2))
+    rows = {"noise": rng.normal(size=(300, 6)), "near": near, "far": far}
+    rows = {name: torch.from_numpy(x).float() for name, x in rows.items()}
+    _, weights, anchor = umc.weighted_basis(rows, set(), None, 3, 6, 0)
+    assert anchor in ("near", "far") and weights["noise"] < 0.05 and min(weights["near"], weights["far"]) > 0.9
+
+
+def test_the_metric_undoes_the_scatter_within_clusters():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 4, 500)
+    z = rng.normal(size=(4, 6))[labels] + rng.normal(size=(500, 6)) * [3, 2, 1, 1, 0.5, 0.1]
+    chosen = rng.random(500) < 0.7
+    metric = umc.discriminant(torch.from_numpy(z), torch.from_numpy(labels), torch.from_numpy(chosen), 0.5).numpy()
+    own = np.concatenate([z[chosen & (labels == c)] - z[chosen & (labels == c)].mean(0) for c in range(4)])
+    within = own.T @ own / len(own)
+    shrunk = within + 0.5 * np.trace(within) / 6 * np.eye(6)
+    product = metric.T @ shrunk @ metric
+    np.testing.assert_allclose(product, product[0, 0] * np.eye(6), atol=1e-8 * product[0, 0])
+    assert (z @ metric).var(0).sum() == pytest.approx(z.var(0).sum())
+
+
+def fake_run(views="all", names=("text", "audio", "video"), seed=0):
+    facts = SimpleNamespace(device=torch.device("cpu"), world_size=1, main=True)
+    return SimpleNamespace(
+        meta={"views": views, "k": 2},
+        data=SimpleNamespace(names=list(names)),
+        args=SimpleNamespace(seed=seed),
+        facts=facts,
+    )
+
+
+def test_views_are_umc_s_or_functions_of_seed_epoch_and_utterance():
+    fixed = train_cluster.masks(fake_run("anchored"), np.arange(2), 0)
+    assert [view[0].tolist() for view in fixed] == [[1, 0, 1], [1, 1, 0], [1, 1, 1]]
+    ids = np.arange(500)
+    first, second = train_cluster.masks(fake_run(), ids, 3)
+    assert (first.sum(1) > 0).all() and 0.15 < 1 - first.mean() < 0.25 and not torch.equal(first, second)
+    assert torch.equal(train_cluster.masks(fake_run(), ids[::-1].copy(), 3)[0], first.flip(0))
+    assert not torch.equal(train_cluster.masks(fake_run(), ids, 4)[0], first)
+    assert not torch.equal(train_cluster.masks(fake_run(seed=1), ids, 3)[0], first)
+
+
+def test_tracking_is_spearman_s_correlation(tmp_path):
+    stats = pytest.importorskip("scipy.stats", reason="pip install scipy")
+    rng = np.random.default_rng(0)
+    pairs = np.round(rng.random((12, 2)), 1)
+    with open(tmp_path / "log.jsonl", "w") as file:
+        for stable, nmi in pairs.tolist():
+            line = {
+                "stage": "cluster",
+                "step": 0,
+                "epoch": 0,
+                "cluster/train/stability": stable,
+                "cluster/train/nmi": nmi,
+            }
+            file.write(json.dumps(line) + "\n")
+    run = SimpleNamespace(folder=tmp_path, facts=SimpleNamespace(main=True))
+    assert discovery.tracking(run) == pytest.approx(stats.spearmanr(*pairs.T).statistic)
+
+
+def test_monitor_figures_are_numbers():
+    monitor = Monitor()
+    for value in range(8):
+        monitor.add(float(value))
+    assert discovery.figures(monitor)["performance_trend"] == 1
+    assert all(isinstance(value, (int, float)) for value in discovery.figures(monitor).values())
+
+
+def test_a_mode_is_the_default_of_flags_that_can_be_set_alone():
+    for argv, expected in (([], "discriminant"), (["--mode", "umc"], "euclidean")):
+        args, _ = train_cluster.parse_args(argv)
+        assert train_cluster.knob(args, "metric") == expected
+    args, _ = train_cluster.parse_args(["--mode", "umc", "--metric", "discriminant", "--min-share", "0"])
+    assert train_cluster.knob(args, "metric") == "discriminant" and train_cluster.knob(args, "min_share") == 0
+    stages = train_cluster.settings(args)
+    assert (stages["pretrain"].epochs, stages["cluster"].epochs, stages["cluster"].lr) == (100, 18, 2e-4)
+
+
+BAD = {
+    "missing file": (["--data", "{tmp}/absent.npz"], "no such file or folder"),
+    "more clusters than rows": (["--k", "30"], "--k 30: there are 24 test utterances"),
+    "unknown modality": (["--only", "text,vidio"], "has the modalities text, room, audio"),
+    "text model without text": (["--text-model", "{tmp}"], "has no text to encode"),
+    "layer without a model": (["--text-layer", "3"], "--text-layer has no effect without --text-model"),
+    "width not divisible": (["--base-dim", "12"], "a multiple of 8"),
+    "batch larger than the data": (["--bs", "200"], "larger than the 136 training items"),
+    "plateau without a score": (["--choose", "last", "--on-plateau", "thres"], "no effect with --choose last"),
+    "direction of a transport": (["--assign", "partial-ot", "--direction", "largest"], "no effect with --assign"),
+    "unknown mode": (["--mode", "ums"], "did you mean umc?"),
+    "no growth": (["--mode", "umc", "--delta", "0"], "--delta 0"),
+    "accumulation": (["--accum", "2"], "--accum has no effect"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(case, acts, tmp_path, capsys):
+    argv, said = BAD[case]
+    argv = [*(SMALL if case != "no growth" else SMALL[:8]), "--data", str(acts), "--out", str(tmp_path / "out"), *argv]
+    assert said in refused([a.format(tmp=tmp_path) for a in argv], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_values_that_are_not_finite_are_refused_by_row(tmp_path, capsys):
+    found = arrays()
+    found["text"][7, 2] = np.nan
+    np.savez(tmp_path / "bad.npz", **found)
+    assert "7" in refused([*SMALL, "--data", str(tmp_path / "bad.npz"), "--out", str(tmp_path / "out")], capsys)

@@ -1,0 +1,450 @@
+"""Dialogue acts without labels: modalities of utterances fused by contrastive learning, then clustered.
+
+Zhang et al., Unsupervised Multimodal Clustering for Semantics Discovery in Multimodal Utterances, arXiv:2405.12775.
+
+  python train_cluster.py --data utterances.npz                               float arrays of one row per utterance
+  python train_cluster.py --data acts.tsv --text-model minilm/ --text-layer 3 text encoded by a BERT-family model
+  python train_cluster.py --data acts.tsv --mode umc                          the published procedure, uncorrected
+  python train_cluster.py --predict new.npz --resume RUN                      clusters of utterances without labels
+  python train_cluster.py --demo                                              small, embedded: minutes on two CPU cores
+
+Labels, where there are any, are counted and scored against. They enter no loss, no selection and no schedule.
+"""
+
+import copy
+import math
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common import augment, checkpoint, clustering, config, data, discovery, dist, optim, report, step
+from common.config import Diverged, InputError
+from common.datasets import utterances
+from common.discovery import Rows, Targets, score
+from common.log import Log, Pace
+from common.models import umc
+from common.models.text import Lsa
+from common.monitor import Monitor
+from common.run import Run, claim, directory, prepare, used
+from kernels import nt_xent, sup_con
+
+STAGES = {
+    "default": {
+        "pretrain": {"epochs": 5, "bs": 256, "lr": 1e-4, "wd": 0.01, "optimizer": "adamw"},
+        "cluster": {"epochs": 24, "bs": 256, "lr": 1e-4, "wd": 0.01, "optimizer": "adamw"},
+    },
+    "umc": {
+        "pretrain": {"epochs": 100, "bs": 128, "lr": 2e-5, "wd": 0.01, "optimizer": "adamw"},
+        "cluster": {"epochs": None, "bs": 128, "lr": 2e-4, "wd": 0.01, "optimizer": "adamw"},  # (1 - thres) / delta
+    },
+}
+# What --mode means: flag -> its value by default and with --mode umc (those of UMC's MELD-DA configuration), what is
+# allowed, what it is. Each can be given on its own.
+KNOBS = {
+    "inputs": ("weighted", "raw", ["weighted", "raw"], "weighted: principal axes, by agreement with the anchor"),
+    "lengths": (
+        "valid",
+        "padded",
+        ["valid", "padded"],
+        "where a sequence ends: at its length or the longest's",
+    ),
+    "views": ("all", "anchored", ["all", "anchored"], "all: the anchor is masked too; anchored: UMC's three views"),
+    "metric": ("discriminant", "euclidean", ["discriminant", "euclidean"], "discriminant: less of scatter in clusters"),
+    "direction": ("smallest", "largest", ["smallest", "largest"], "dense rows to take: close together or spread out"),
+    "choose": (
+        "stability",
+        "last",
+        ["stability", "last"],
+        "epoch to keep: of the most stable clusters, or the last",
+    ),
+    "min_share": (0.1, 0.0, dict(low=0, high=1), "least rows to select of a cluster, as a share of the mean cluster"),
+    "temperature": (0.5, 0.2, dict(above=0), "of the contrastive pretraining"),
+    "sup_temperature": (0.5, 20.0, dict(above=0), "of the loss on selected rows"),
+    "unsup_temperature": (1.0, 20.0, dict(above=0), "of the loss on the other rows"),
+}
+READING = ["only", "text_model", "text_layer", "max_length"]
+DEMO = dict(epochs=3, cluster_epochs=16)
+SHOWN = ("nmi", "ari", "acc")
+MASK = 0.2  # chance that a view lacks a modality
+
+
+def parse_args(argv: list[str] | None = None):
+    parser = config.base_parser("cluster", __doc__)
+    parser.set_defaults(log_every=50)
+    group = parser.add_argument_group("text")
+    group.add_argument("--text-model", metavar="DIR", help="BERT-family encoder; unset: TF-IDF and SVD of the text")
+    parser.number(group, "--text-layer", int, None, "its layer whose states are averaged; unset: the last", low=0)
+    parser.number(group, "--max-length", int, None, "tokens and steps of a sequence that are read; unset: all", low=1)
+    group = parser.add_argument_group("method")
+    parser.choice(group, "--mode", STAGES, "default", "umc: the published procedure, the defaults of all flags below")
+    parser.number(group, "--base-dim", int, 256, "width of the embedding, a multiple of 8", low=8)
+    parser.number(group, "--dropout", float, 0.1, "of the fusion", low=0, high=0.9)
+    group.add_argument(
+        "--only",
+        type=lambda text: text.split(","),
+        metavar="NAMES",
+        help="use these modalities alone, as `text,timing`",
+    )
+    parser.number(
+        group, "--cluster-epochs", int, None, "of stage 2; unset: 24, with --mode umc (1 - thres) / delta", low=1
+    )
+    for flag, kind, low in (("bs", int, 2), ("lr", float, 0), ("wd", float, 0)):
+        parser.number(group, f"--cluster-{flag}", kind, None, f"--{flag} of stage 2; unset: by --mode", low=low)
+    for name, (value, of_umc, allowed, text) in KNOBS.items():
+        flag, text = f"--{name.replace('_', '-')}", f"{text}; unset: {value}, with --mode umc {of_umc}"
+        if isinstance(allowed, list):
+            parser.choice(group, flag, allowed, None, text)
+        else:
+            parser.number(group, flag, float, None, text, **allowed)
+    group = parser.add_argument_group("clusters")
+    group.add_argument("--k", type=clusters, help="number, or auto; unset: that of the labels, else auto")
+    parser.choice(group, "--assign", ["kmeans", "sinkhorn", "partial-ot"], "kmeans", "how rows get pseudo-labels")
+    parser.number(group, "--thres", float, 0.1, "share of a cluster that the first epoch selects", above=0, high=1)
+    parser.number(group, "--delta", float, 0.05, "by how much the share grows each epoch", low=0, high=1)
+    parser.choice(group, "--on-plateau", ["lr", "thres", "none"], "lr", "what to halve when the stability stalls")
+    parser.number(group, "--min-epochs", int, 20, "epochs of stage 2 before it may stop early", low=1)
+    args = config.parse(parser, argv, DEMO)
+
+    config.check_use(parser, args)
+    refuse = partial(config.refuse_without_effect, parser, args)
+    refuse(["accum", "bad_images", "eval_every", "workers"], "on utterances: batches are whole, every epoch is watched")
+    if args.text_model is None:
+        refuse(["text_layer"], "without --text-model")
+    if knob(args, "choose") == "last":
+        refuse(["on_plateau", "min_epochs"], "with --choose last, which watches no score")
+    if args.assign == "partial-ot":
+        refuse(["direction"], "with --assign partial-ot, which takes the rows of least cost")
+    if knob(args, "choose") != "last" and args.cluster_epochs and args.min_epochs >= args.cluster_epochs:
+        refuse(["min_epochs"], f"with --cluster-epochs {args.cluster_epochs}, which ends before")
+    if args.base_dim % umc.HEADS:
+        parser.error(f"--base-dim {args.base_dim}: it must be a multiple of {umc.HEADS}")
+    return args, parser
+
+
+def knob(args, name: str):
+    """A setting that --mode decides where its own flag does not."""
+    value = getattr(args, name)
+    return KNOBS[name][args.mode == "umc"] if value is None else value
+
+
+def clusters(text: str):
+    """--k: `auto` or a number."""
+    return text if text == "auto" else config.number(int, low=2)(text)
+
+
+def build_data(path: str, reading: dict, facts: dist.Facts, home: Path | None = None) -> tuple[Rows, Lsa | None]:
+    """The rows of `path`, said in a few lines, and its text features where there are any.
+
+    `reading` are the flags READING by name, `home` the run whose fitted text features are used.
+    """
+    rows, lsa = discovery.read_rows(path, reading, facts.device, home)
+    if facts.main:
+        print(rows.table.describe())
+        for finding, words in utterances.doctor(rows.table).items():
+            print(f"  {finding}: {words}")
+    return rows, lsa
+
+
+def check(args, facts: dist.Facts, rows: Rows, splits: dict, stages: dict, k) -> None:
+    """Refuse what the stages could not use, before anything is written."""
+    train, test = splits["train"], splits["test"]
+    for part, name in ((train, "training"), (test, "test")):
+        if k != "auto" and k > len(part):
+            raise InputError(f"--k {k}: there are {len(part)} {name} utterances; lower --k")
+    for name, stage in stages.items():
+        data.check_batch(name, stage.bs, len(train), facts.world_size)
+    if args.base_dim < len(rows.names):
+        raise InputError(f"--base-dim {args.base_dim}: each of {len(rows.names)} modalities needs an axis; raise it")
+    try:
+        nt_xent(*torch.eye(4, device=facts.device).chunk(2), 1.0, impl=args.impl)
+    except ValueError as error:
+        raise InputError(f"--impl {args.impl}: {error}") from None
+
+
+def settings(args) -> dict[str, config.Stage]:
+    """Resolved settings of both stages."""
+    table = copy.deepcopy(STAGES[args.mode])
+    if table["cluster"]["epochs"] is None and args.cluster_epochs is None:
+        if args.delta == 0:
+            raise InputError("--delta 0: stage 2 of --mode umc has (1 - thres) / delta epochs; give --cluster-epochs")
+        table["cluster"]["epochs"] = max(round((1 - args.thres) / args.delta), 1)
+    return {name: config.stage(args, name, table[name], first=name == "pretrain", lr_of=None) for name in table}
+
+
+def build_model(run: Run, basis: dict | None) -> umc.Fusion:
+    """The fusion network on the device; its random part is a function of --seed."""
+    args, meta = run.args, run.meta
+    torch.manual_seed(args.seed)
+    options = dict(dropout=args.dropout, padded_last=meta["lengths"] == "padded", basis=basis)
+    model = umc.Fusion(meta["widths"], meta["sequences"], meta["base_dim"], meta["k"], **options).to(run.facts.device)
+    if args.compile:
+        model.compile()
+    return model
+
+
+def masks(run: Run, batch: np.ndarray, epoch: int) -> list[Tensor]:
+    """What each view keeps, (n, modalities) of 0 and 1: two random views, or UMC's with the anchor in all of them."""
+    n, count = len(batch), len(run.data.names)
+    if run.meta["views"] == "anchored":
+        kept = [torch.ones(n, count) for _ in range(max(count, 2))]
+        for i in range(1, count):
+            kept[i - 1][:, i] = 0
+    else:
+        kept = []
+        for view in (0, 1):
+            keep = torch.from_numpy(augment.uniform(run.args.seed, epoch, batch, view, count)) >= MASK
+            keep[~keep.any(1), 0] = True
+            kept.append(keep.float())
+    return [keep.to(run.facts.device) for keep in kept]
+
+
+def train_step(
+    run: Run, model, optimizer, scaler, batch: np.ndarray, epoch: int, labels: Tensor | None, temperature: float
+):
+    """One update on the views of `batch`; returns (loss, gradient norm, bad), device scalars.
+
+    Positives are the views of an utterance, or with `labels` (n,) all views of utterances of one label.
+    """
+    facts, impl = run.facts, run.args.impl
+    gather = dist.all_gather_rows if facts.world_size > 1 else None
+    inputs, lengths = run.data.take(batch)
+    optimizer.zero_grad(set_to_none=True)
+    with step.autocast(run.args.precision, facts.device):
+        h = [model(inputs, lengths, keep)[1] for keep in masks(run, batch, epoch)]
+    if labels is None and len(h) == 2:
+        loss = nt_xent(*h, temperature, gather=gather, impl=impl)
+    else:
+        own = torch.from_numpy(batch) if labels is None else labels
+        loss = sup_con(torch.cat(h), own.to(facts.device).repeat(len(h)), temperature, gather=gather, impl=impl)
+    scaler.scale(loss).backward()
+    norm, bad = step.masked_step(optimizer, scaler, loss)
+    return loss.detach(), norm, bad
+
+
+@torch.no_grad()
+def evaluate(run: Run, model: umc.Fusion, indices: np.ndarray, progress=None, *, raw: bool = False) -> Tensor:
+    """What is clustered of the utterances `indices` (n,): z in the model's metric (`raw`: as the network gives it),
+    float32 (n, base_dim), on the CPU."""
+    model.eval()
+    parts = []
+    for part in np.array_split(indices, -(-len(indices) // 1024)):
+        if progress:
+            progress.check_stop()
+        with step.autocast(run.args.precision, run.facts.device):
+            z, _ = model(*run.data.take(part))
+        parts.append(z.float() if raw else z.float() @ model.metric)
+    z = torch.cat(parts).cpu()
+    if not z.isfinite().all():
+        raise Diverged("the embedding is not finite: the weights have grown too large. Try a lower --lr")
+    return z
+
+
+def watch(run: Run, name: str, model, progress, targets: Targets | None = None) -> tuple[float, dict]:
+    """The stability of the training rows' clusters, and with the rest of an epoch's figures as metrics."""
+    z = evaluate(run, model, run.splits["train"], progress)
+    stable = discovery.stability(z, run.meta["k"], run.args.seed)
+    if targets:  # what the run leaves behind are the clusters of the epoch's end
+        model.centroids.copy_(clustering.kmeans(z, run.meta["k"], start=model.centroids.cpu()).centroids)
+    found = {"stability": stable} | (discovery.describe(run, z, targets) if targets else {})
+    return stable, {f"{name}/train/{key}": value for key, value in found.items()}
+
+
+def passes(
+    run: Run, stage: config.Stage, epoch: int, targets: Targets | None
+) -> list[tuple[np.ndarray, Tensor | None]]:
+    """The batches of an epoch with their pseudo-labels; in stage 2 the selected rows, then the others without any."""
+    train, facts = run.splits["train"], run.facts
+    if targets is None:
+        return [(batch, None) for batch in data.epoch_batches(train, stage.bs, run.args.seed, epoch, 0, facts)]
+    found = []
+    for chosen in (True, False):
+        own = np.flatnonzero(targets.selected.numpy() == chosen)
+        # Fewer rows than a batch make one smaller batch, not none.
+        bs = min(stage.bs, len(own) // facts.world_size * facts.world_size)
+        if bs < 2 * facts.world_size:
+            continue
+        for rows in data.epoch_batches(own, bs, run.args.seed, 2 * epoch + chosen, 0, facts):
+            found.append((train[rows], targets.labels[rows] if chosen else None))
+    return found
+
+
+def train(run: Run, name: str, model: umc.Fusion, start: str) -> None:
+    """A stage: epochs of `passes`, each watched; keeps the epoch of the most stable clusters, or the last one.
+
+    The start counts as an epoch of stage 1: where contrastive learning blurs the clusters, it is what stage 2 gets.
+    """
+    args, facts, log, meta, stage = run.args, run.facts, run.log, run.meta, run.stages[name]
+    second, last = name == "cluster", meta["choose"] == "last"
+    optimizer = optim.build_optimizer(stage.optimizer, optim.param_groups([model], stage.wd), lr=stage.lr)
+    scaler, monitor = step.scaler(args.precision, facts.device), Monitor(args.min_epochs)
+    targets = Targets(len(run.splits["train"])) if second else None
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "monitor": monitor}
+    progress = run.stage(name, parts | ({"targets": targets} if second else {}), start=start)
+    if run.settled(progress):
+        model.load_state_dict(progress.best_weights())
+        return
+    trained, steps = dist.wrap(model, facts), len(run.splits["train"]) // stage.bs
+    views = 2 if meta["views"] == "all" else max(len(run.data.names), 2)
+    tau, tau_rest = (meta["sup_temperature"], meta["unsup_temperature"]) if second else (meta["temperature"],) * 2
+    chance = math.log(views * stage.bs - 1)
+    log.say(stage.describe(f"{len(run.splits['train'])} utterances", steps))
+    log.say(f"{name}: n = {views} views x {stage.bs} - 1, the loss lies in ln n ± 2/τ = {chance:.4f} ± {2 / tau:.4f}")
+
+    def keep(stable: float, values: dict) -> None:
+        progress.select(progress.epoch if last else stable, model.state_dict(), values, higher_is_better=True)
+
+    if not second and progress.step == 0:
+        stable, values = watch(run, name, model, progress)
+        log.metrics(name, 0, 0, values)
+        progress.epoch = -1  # select() counts from 1: the start is epoch 0
+        keep(stable, values)
+        progress.epoch = 0
+    pace, begun = Pace(stage.bs, stage.epochs * steps), progress.step
+    while progress.epoch < stage.epochs and (last or not second or not monitor.should_stop(args.on_plateau)):
+        halved = [action for _, action in monitor.actions]
+        if second and progress.batch == 0:
+            share = (args.thres + args.delta * progress.epoch) * 0.5 ** halved.count("thres")
+            discovery.assign(
+                run, model, targets, evaluate(run, model, run.splits["train"], progress, raw=True), min(share, 1.0)
+            )
+        model.train()
+        batches = passes(run, stage, progress.epoch, targets)
+        for batch, labels in batches[progress.batch :]:
+            place = progress.epoch * steps + min(progress.batch, steps - 1)
+            lr = step.set_lr(optimizer, stage, place, steps, "cosine") * 0.5 ** halved.count("lr")
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            temperature = tau if labels is not None else tau_rest
+            loss, norm, bad = train_step(run, trained, optimizer, scaler, batch, progress.epoch, labels, temperature)
+            progress.add(loss=loss)
+            pace.tick()
+            done = progress.step + 1
+            if log.due(done, args.log_every):
+                values = {"loss": dist.mean(loss).item(), "lr": lr, "grad_norm": norm.item()}
+                log.interval(name, done, progress.epoch + 1, values, pace, "utterance")
+            log.progress(name, done, pace, "utterance")
+            if done == begun + 2:
+                log.cost(name, steps, stage.epochs, pace, facts.device)
+            progress.end_step(bad)
+        stable, values = watch(run, name, model, progress, targets)
+        values = {f"{name}/train/loss": progress.mean("loss")} | values
+        monitor.add(stable)
+        keep(stable, values)
+        if second:
+            values |= {f"{name}/monitor/{key}": value for key, value in discovery.figures(monitor).items()}
+            for alarm in monitor.alarms():
+                log.say(f"{name}: {alarm}")
+            advice = None if last else monitor.advice(args.on_plateau)
+            if advice:
+                monitor.act(advice)
+                log.say(f"{name}: the stability stalls; halving {'the learning rate' if advice == 'lr' else '--thres'}")
+        progress.results = values
+        log.metrics(name, progress.step, progress.epoch + 1, values, quiet=True)
+        shown = [f"{key.split('/')[-1]} {value:.4g}" for key, value in values.items() if "/train/" in key]
+        log.say(f"{name} epoch {progress.epoch + 1} | {' | '.join(shown)}")
+        progress.end_epoch()
+        pace.pause()
+    results = progress.results
+    if second:
+        results |= conclude(run, model, progress, monitor, targets)
+    model.load_state_dict(progress.best_weights())
+    run.finish(progress, results)
+
+
+def conclude(run: Run, model: umc.Fusion, progress, monitor: Monitor, targets: Targets) -> dict:
+    """The test metrics of the chosen model, of the last epoch and of k-means without training; writes the findings."""
+    test, k, table = run.splits["test"], run.meta["k"], run.data.table
+    results = discovery.baselines(run)
+    last = score("cluster/test", evaluate(run, model, test, progress), table.labels[test], k)
+    results |= {f"{name}_last_epoch": value for name, value in last.items()}
+    model.load_state_dict(progress.best_weights())
+    z = evaluate(run, model, np.arange(len(table)), progress)
+    results |= score("cluster/test", z[test], table.labels[test], k)
+    tracks = discovery.tracking(run)
+    results |= {} if tracks is None else {"cluster/train/stability_tracks_nmi": tracks}
+    run.log.metrics("cluster", progress.step, progress.epoch, results, quiet=True)
+    for name in [name.removesuffix("/nmi") for name in results if name.endswith("/test/nmi")]:
+        values = (f"{key} {results[f'{name}/{key}']:.4f} ± {results[f'{name}/{key}_sd']:.4f}" for key in SHOWN)
+        run.log.say(f"{name}: {', '.join(values)}")
+    if run.facts.main:
+        discovery.explain(run, z, model.centroids.cpu(), monitor, targets)
+    return results
+
+
+def use(args, facts: dist.Facts) -> None:
+    """--eval: the test metrics of a checkpoint. --predict: predictions.csv, the clusters of other utterances."""
+    model_of = used(args, "cluster")
+    meta = model_of.state["meta"]
+    rows, _ = build_data(model_of.path, meta["reading"], facts, model_of.home)
+    widths = {name: rows.inputs[name].shape[-1] for name in rows.names}
+    if widths != meta["widths"] or sorted(rows.lengths) != meta["sequences"]:
+        raise InputError(f"{model_of.path} has the modalities {widths}, the model reads {meta['widths']}")
+    run = Run(
+        args, facts, rows, utterances.split(rows.table), model_of.folder, Log(None, main=facts.main), None, meta, {}
+    )
+    model = build_model(run, umc.empty_basis(widths) if meta["inputs"] == "weighted" else None)
+    checkpoint.load_weights(model, model_of.state["model"], model_of.source)
+    if args.predict:
+        if meta["stage"] != "cluster":
+            raise InputError(f"{model_of.source} has no clusters yet: name the run, or its cluster/best.pt")
+        z, centroids = evaluate(run, model, np.arange(len(rows.table))), model.centroids.cpu()
+        chosen, _, _, scores = discovery.membership(z, centroids)
+        if facts.main:
+            classes = [str(c) for c in range(meta["k"])]
+            report.write_predictions(run.folder / "predictions.csv", rows.table.ids, classes, scores, chosen.tolist())
+            print(f"{len(rows.table)} predictions in {run.folder / 'predictions.csv'}")
+        return
+    test = run.splits["test"]
+    results = score("cluster/test", evaluate(run, model, test), rows.table.labels[test], meta["k"])
+    if not results:
+        raise InputError(f"{rows.table.name}: there is no labelled test utterance to evaluate on")
+    model_of.write(results, facts)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, parser = parse_args(argv)
+    with config.exit_codes():
+        facts = dist.init(args.device)
+        prepare(args)
+        if args.eval or args.predict:
+            use(args, facts)
+            dist.close()
+            return 0
+        stages, reading = settings(args), {name: getattr(args, name) for name in READING}
+        rows, lsa = build_data(args.data, reading, facts)
+        table, splits = rows.table, utterances.split(rows.table)
+        k = args.k or (len(table.classes) if table.labelled else "auto")
+        check(args, facts, rows, splits, stages, k)
+        basis, weights, anchor, k, estimate = discovery.fused_basis(
+            args, rows, splits["train"], None if k == "auto" else k
+        )
+        meta = dict(script="cluster", k=k, base_dim=args.base_dim, reading=reading, sequences=sorted(rows.lengths))
+        meta["widths"] = {name: rows.inputs[name].shape[-1] for name in rows.names}
+        meta |= {name: knob(args, name) for name in KNOBS} | {"weights": weights, "anchor": anchor}
+        meta["estimate"] = estimate and estimate.table
+        identity = config.identity(parser, args, data=table.fingerprint, k=k, modalities=rows.names)
+        folder = directory(args, "cluster", f"{args.mode}-k{k}-dim{args.base_dim}", identity)
+        if not claim(folder, args, identity, {name: vars(stage) for name, stage in stages.items()} | meta, facts):
+            dist.close()
+            return 0
+        log = Log(folder, main=facts.main, tensorboard=args.tensorboard)
+        run = Run(args, facts, rows, splits, folder, log, checkpoint.Signals(), meta, stages)
+        if lsa and facts.main:
+            checkpoint.save(folder / "text.pt", lsa.state)
+        shown = ", ".join(f"{name} {weight:.3f}" for name, weight in weights.items())
+        log.say(f"run directory {folder}; device {facts.device}, {facts.world_size} process(es), {k} clusters")
+        log.say(f"modalities by their agreement with {anchor}: {shown}")
+        with run.recorded():
+            model = build_model(run, basis if meta["inputs"] == "weighted" else None)
+            train(run, "pretrain", model, "scratch")
+            train(run, "cluster", model, checkpoint.weights_digest(model.state_dict()))
+        dist.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
