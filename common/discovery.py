@@ -114,10 +114,9 @@ def assign(run: Run, model: umc.Fusion, targets: Targets, raw: Tensor, share: fl
 
     found = clustering.kmeans(z, k, **start)
     if meta["metric"] == "discriminant":
-        chosen = select(found.labels)
-        metric = umc.discriminant(raw, found.labels, chosen, SHRINKAGE)
+        metric = umc.discriminant(raw, found.labels, SHRINKAGE)
         z = raw @ metric
-        means = torch.stack([z[chosen & (found.labels == c)].mean(0) for c in range(k)])
+        means = torch.stack([z[found.labels == c].mean(0) for c in range(k)])
         found = clustering.kmeans(z, k, start=means)
         model.metric.copy_(metric)
     labels = found.labels

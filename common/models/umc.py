@@ -126,23 +126,21 @@ def weighted_basis(rows: dict[str, Tensor], as_is, anchor: str | None, k: int, c
     return {n: (mean, scale, weights[n] * axes) for n, (mean, scale, axes) in basis.items()}, weights, anchor
 
 
-def discriminant(z: Tensor, labels: Tensor, selected: Tensor, shrinkage: float) -> Tensor:
-    """A metric (D, D) for rows z (n, D): directions in which the selected rows scatter within clusters count less.
+def discriminant(z: Tensor, labels: Tensor, shrinkage: float) -> Tensor:
+    """A metric (D, D) for rows z (n, D): directions in which rows scatter within clusters count less.
 
     It is the inverse root of S + shrinkage * tr(S) / D, S the covariance within clusters (as in adaptive dimension
     reduction by discriminants and k-means, Ding and Li 2007), and keeps the total variance of z.
     """
-    k = int(labels.max()) + 1
-    x, own = z[selected].double(), labels[selected]
-    member = torch.nn.functional.one_hot(own, k).double()
+    x = z.double()
+    member = F.one_hot(labels).double()
     means = member.T @ x / member.sum(0).clamp(min=1)[:, None]
-    within = x - means[own]
+    within = x - means[labels]
     values, vectors = torch.linalg.eigh(within.T @ within / len(x))
     values = values.clamp(min=0)
     floor = shrinkage * values.mean() + torch.finfo(torch.float32).tiny
     metric = (vectors / (values + floor).sqrt()) @ vectors.T
-    every = z.double()
-    return (metric * (every.var(0).sum() / (every @ metric).var(0).sum().clamp(min=1e-30)).sqrt()).to(z.dtype)
+    return (metric * (x.var(0).sum() / (x @ metric).var(0).sum().clamp(min=1e-30)).sqrt()).to(z.dtype)
 
 
 def empty_basis(widths: dict[str, int]) -> dict:
