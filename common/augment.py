@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from common.pixels import BLUR, OPERATIONS, STEPS, blur_kernel_size, box_bands, crop_resize_flip, turn
+from common.pixels import BLUR, OPERATIONS, STEPS, blur_kernel_size, box_bands, crop_resize_flip, rotate, turn
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -35,7 +35,7 @@ _NUM_CROP_FLIP = _FLIP + 1
 _JITTERED, _GRAYSCALE, _BLURRED, _SIGMA = range(_NUM_CROP_FLIP, _NUM_CROP_FLIP + 4)
 _FACTORS = slice(_SIGMA + 1, _SIGMA + 5)
 _ORDER = slice(_SIGMA + 5, _SIGMA + 9)
-_NUM_SIMCLR = _ORDER.stop
+_NUM_SIMCLR = _ANGLE = _ORDER.stop
 
 # float32 values of views that a CPU thread works on at once: 1 MiB, a core's second-level cache.
 _CPU_VALUES = 2**18
@@ -93,6 +93,7 @@ class ViewParams:
         order: (n, 4) int64 permutations: column s holds the factor that is applied s-th.
         grayscale: (n,) bool.
         sigma: (n,) float64, blur's standard deviation in output pixels, 0 for none.
+        angle: (n,) float64, rotation in degrees, counter-clockwise, 0 for none.
     """
 
     boxes: np.ndarray
@@ -102,6 +103,7 @@ class ViewParams:
     order: np.ndarray
     grayscale: np.ndarray
     sigma: np.ndarray
+    angle: np.ndarray
 
     def __len__(self):
         return len(self.boxes)
@@ -156,6 +158,7 @@ def identity_params(n, size_in):
         order=np.tile(np.arange(4), (n, 1)),
         grayscale=np.zeros(n, bool),
         sigma=np.zeros(n),
+        angle=np.zeros(n),
     )
 
 
@@ -180,33 +183,42 @@ def crop_flip_params(seed, epoch, samples, view, size_in, scale=(0.5, 1.0)):
     return params
 
 
-def clip_params(seed, epoch, samples, view, size_in, spread=(0.2, 0.2, 0.2, 0.1)):
-    """Draw the parameters of clips: half of the time a mirror image, always colour jitter in random order, no crop.
+def clip_params(seed, epoch, samples, view, size_in, spread=(0.2, 0.2, 0.2, 0.1), scale=None, degrees=0.0):
+    """Draw the parameters of clips: half of the time a mirror image, always colour jitter in random order; a random
+    resized crop and a rotation where they are asked for.
 
-    One row a clip. `make_view(frames, clip_params(...).repeat(T), size)` gives the T frames of each clip the same draw;
-    the contrast's mean is each frame's own, as torchvision takes it on a video.
+    One row a clip. `make_view(frames, clip_params(...).repeat(T), size)` gives the T frames of each clip the same draw,
+    and a second call with the same rows the frames of another stream; the contrast's mean is each frame's own, as
+    torchvision takes it on a video.
 
     Args:
         seed, epoch, samples, view: keys of the draw, see `uniform`.
         size_in: source side in pixels, or (H, W).
         spread: brightness, contrast and saturation vary by factors in 1 +- spread, 0 to 1; hue by +- spread turns, 0 to
             0.5, as ColorJitter takes them.
+        scale: range of the crop's share of the image's area, as RandomResizedCrop takes it; None: the whole image.
+        degrees: the rotation is uniform in +- degrees, 0 to 180.
 
     Returns:
         ViewParams of n rows.
 
     Raises:
-        ValueError: `samples`, `size_in` or `spread` is out of range.
+        ValueError: `samples`, `size_in`, `spread`, `scale` or `degrees` is out of range.
     """
     spread = np.asarray(spread, np.float64)
     if spread.shape != (4,) or not ((spread >= 0) & (spread <= (1, 1, 1, 0.5))).all():
         raise ValueError(f"spread must be four numbers in [0, 1], hue's in [0, 0.5], got {spread.tolist()}")
-    u = uniform(seed, epoch, samples, view, _NUM_SIMCLR)
+    if not 0 <= degrees <= 180:
+        raise ValueError(f"degrees must be in [0, 180], got {degrees}")
+    u = uniform(seed, epoch, samples, view, _ANGLE + 1)
     params = identity_params(len(u), size_in)
+    if scale is not None:
+        params.boxes = _crop_boxes(u, *_height_width(size_in), scale)
     params.flip = u[:, _FLIP] < 0.5
     params.jittered = np.full(len(u), spread.any())
     params.factors = params.factors + spread * (2 * u[:, _FACTORS] - 1)
     params.order = u[:, _ORDER].argsort(axis=1)
+    params.angle = degrees * (2 * u[:, _ANGLE] - 1)
     return params
 
 
@@ -247,6 +259,7 @@ def simclr_params(seed, epoch, samples, view, size_in, size_out, strength=1.0, b
         order=u[:, _ORDER].argsort(axis=1),
         grayscale=u[:, _GRAYSCALE] < 0.2,
         sigma=np.where(blurred, 0.1 + 1.9 * u[:, _SIGMA], 0.0),
+        angle=np.zeros(len(u)),
     )
 
 
@@ -265,7 +278,8 @@ def _check(images, params, size):
 
 
 def make_view(images, params, size):
-    """Augment a batch: crop, resize and mirror, then jitter, grayscale and blur, each by its sample's own parameters.
+    """Augment a batch: crop, resize, mirror and rotate, then jitter, grayscale and blur, each by its sample's own
+    parameters.
 
     A GPU takes the whole batch at once. A CPU takes a few samples at a time, as many as its caches hold (one of 224
     pixels a thread): at that size a pass over the whole batch waits for memory, several times longer than it computes.
@@ -305,14 +319,16 @@ def _make_view(images, params, size):
 
     # Parameters and index lists in one buffer: one copy to the device, asynchronous from pinned memory. Grayscale is a
     # saturation of 0.
+    radians = np.deg2rad(params.angle)
     floats = [params.boxes, params.flip, params.factors, ~params.grayscale, params.sigma]
+    floats += [np.cos(radians), np.sin(radians)]
     floats = np.column_stack(floats).astype(np.float32)
     lists = [some for plan in plans for _, some in plan if not isinstance(some, slice)]
     packed = torch.from_numpy(np.concatenate([floats.view(np.int32).ravel(), *lists]))
     if images.is_cuda:
         packed = packed.pin_memory()
     rows, *lists = packed.to(images.device, non_blocking=True).split([floats.size, *map(len, lists)])
-    box, flip, amounts = rows.view(torch.float32).view(floats.shape).split([4, 1, len(OPERATIONS)], dim=1)
+    box, flip, amounts, turns = rows.view(torch.float32).view(floats.shape).split([4, 1, len(OPERATIONS), 2], dim=1)
     lists, bands = iter(lists), box_bands(box, flip > 0, params.boxes, size)
 
     out = torch.empty((n, 3, size, size), device=images.device)
@@ -320,6 +336,8 @@ def _make_view(images, params, size):
         plan = [(op, some if isinstance(some, slice) else next(lists).long()) for op, some in plan]
         pixels = images if len(chunks) == 1 else images.index_select(0, torch.from_numpy(order[chunk]))
         x = crop_resize_flip(pixels, params.boxes[chunk], *(part[chunk] for part in bands))  # [n, x, 3, y]
+        if params.angle[chunk].any():
+            x = rotate(x, *turns[chunk].unbind(1))
         _apply(plan, x, amounts[chunk])
         x = turn(x)  # [n, y, 3, x]
         _apply([step for step in plan if step[0] == BLUR], x, amounts[chunk])
