@@ -11,8 +11,10 @@ frames repeats its last.
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import PurePosixPath
 
 import numpy as np
 from PIL import Image
@@ -209,6 +211,23 @@ def eval_clips(lengths, rates, n_segment: int, seconds: float, count: int) -> np
 def natural_order(name: str) -> list:
     """A sort key with numbers by value: 2.png comes before 10.png."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
+def renaming(listed: list[str], there: Iterable[str], least: int = 2) -> Callable[[str], str]:
+    """How the names of a list, which start at some folder, become names in the tree.
+
+    As few of their first folders as possible are left out, so that at least `least` parts remain, for a folder of the
+    tree, at most two deep, below which the most are found; the name itself where none is.
+    """
+    names, paths = ([PurePosixPath(name).parts for name in some] for some in (listed, there))
+    for skipped in range(max(map(len, names), default=0) - least + 1):
+        wanted = {parts[skipped:] for parts in names if len(parts) - skipped >= least}
+        for depth in range(3):
+            tops = Counter(parts[:depth] for parts in paths if parts[depth:] in wanted)
+            if tops:
+                top = max(sorted(tops), key=tops.get)
+                return lambda name: "/".join((*top, *PurePosixPath(name).parts[skipped:]))
+    return lambda name: name
 
 
 def frame_images(name: str, files: list[str], sizes, read) -> Images:

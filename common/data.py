@@ -8,6 +8,7 @@ number of threads or of processes sees the same images in the same order.
 import functools
 import hashlib
 import io
+import math
 import os
 import sys
 import threading
@@ -54,6 +55,8 @@ _CLASS_STREAMS = 2**32  # the first of one a class
 class Images:
     """Images of one data set: ids, labels, splits, and their pixels as uint8 squares of side `store_size`.
 
+    `pixels`, (n, ..., 3, S, S), are images decoded already.
+
     Attributes:
         name: what was read, for people.
         ids: (n,) names within the folder or archive.
@@ -65,6 +68,9 @@ class Images:
         keeps: whether `batches` may keep what it has decoded.
         fingerprint: eight digits that stand for the content: names and sizes of all items.
     """
+
+    # JPEG is decoded at a fraction of its size where that is enough for the squares.
+    _drafts = True
 
     def __init__(
         self, name: str, ids: list[str], labels, classes: list[str], splits, *, sizes=(), read=None, pixels=None
@@ -131,17 +137,25 @@ class Images:
         Raises:
             InputError: the file is damaged; the message names it.
         """
-        side = self.store_size
         try:
             with Image.open(io.BytesIO(self._read_bytes(index))) as image:
-                image.draft("RGB", (side, side))  # JPEG: decode at a fraction of the size where that is enough
+                if self._drafts:
+                    image.draft("RGB", (self.store_size, self.store_size))
                 if image.mode.startswith("I;16"):  # Pillow's own conversion clips 16 bits at 255 instead of scaling
                     image = Image.fromarray((np.asarray(image, np.uint32) // 257).astype(np.uint8))
                 elif image.mode in ("I", "F"):
                     raise ValueError("32-bit pixels have no known range; save them with 8 or 16 bits")
-                return central_square(image.convert("RGB"), side)
+                return self._cut(image.convert("RGB"), index)
         except DECODE_ERRORS as error:
             raise self._damaged(f"image {self.ids[index]}", error) from None
+
+    def _cut(self, image: Image.Image, index: int) -> Tensor:
+        return central_square(image, self.store_size)
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        # Of what `_cut` gives.
+        return (3, self.store_size, self.store_size)
 
     def _damaged(self, item: str, error: Exception) -> InputError:
         reason = str(error).split("\n")[0] or type(error).__name__
@@ -166,9 +180,9 @@ class Images:
         A set that fits in 2 GiB is decoded once and kept. Threads, not processes: Pillow decodes and resizes without
         holding the interpreter lock, and a thread cannot outlive the run.
         """
-        small = len(self) * 3 * self.store_size**2 <= _CACHE_BYTES
+        small = len(self) * math.prod(self._shape) <= _CACHE_BYTES
         if self.keeps and small and self._cache is None and self._cached is None:
-            self._cache = torch.empty((len(self), 3, self.store_size, self.store_size), dtype=torch.uint8)
+            self._cache = torch.empty((len(self), *self._shape), dtype=torch.uint8)
             self._cached = np.zeros(len(self), bool)
         ahead: deque = deque()
         with ThreadPoolExecutor(workers) as pool:

@@ -318,6 +318,149 @@ def _bell(rng, *shape):
     return rng.random((12, *shape), np.float32).sum(0) - 6
 
 
+class TwoStreamClips(NamedTuple):
+    """Generated clips of a face and of the scene around it.
+
+    Attributes:
+        face, context: uint8 [clips, frames, 3, size, size], RGB.
+        labels: int64 [clips], 0 neutrality, 1 enjoyment, 2 confusion, 3 fatigue, 4 distraction.
+        splits: "train", "val" or "test" of each clip, in this order; shuffled within.
+    """
+
+    face: np.ndarray
+    context: np.ndarray
+    labels: np.ndarray
+    splits: list[str]
+
+
+_RAER_COUNTS = (1106, 103, 24, 126, 338)
+# Whether the face's and the context's value rise in a class; distraction leaves both to chance.
+_FACE_RISES, _CONTEXT_RISES = (0, 1, 1, 0, -1), (0, 1, 0, 1, -1)
+_DISTRACTION = 4
+
+
+def emotion_clips(
+    share: float = 0.25,
+    val=(60, 20, 20, 20, 30),
+    test=(120, 40, 40, 40, 60),
+    num_frames: int = 8,
+    size: int = 32,
+    trend: float = 0.7,
+    unrest: float = 0.5,
+    seed: int = 0,
+) -> TwoStreamClips:
+    """Clips of two streams in five classes with RAER's imbalance, whose rare classes need both streams and time.
+
+    Each stream shows one value a frame: the face's is how far the mouth is open and the light on the face, the
+    context's the height of a hand and the room's light. A value drifts by up to `trend`, half of the range from
+    0 to 1 or so, among random changes of up to `unrest`. Neutrality: both fall. Enjoyment: both rise. Confusion: the
+    face's alone rises. Fatigue: the context's alone rises. A stream that falls is one that rises, backwards: so each of
+    these four has its faces in common with another and its contexts with a third, and all four their frames and sets of
+    frames; only the order of the frames in both streams tells them apart, and less surely where the drift is small.
+    Distraction: a window in the context, in every frame; the values drift either way. So the two frequent classes are
+    easy, and who weighs errors by their frequency takes rare ones for neutrality. Everything else (places, colours,
+    light, sides, grain) is nuisance, drawn alike for all classes. Pure in its arguments.
+
+    Args:
+        share: of RAER's 1106, 103, 24, 126 and 338 training clips, rounded, at least one each.
+        val, test: clips of each class; more even than in training, so that a recall means something.
+        num_frames, size: of a clip; side in pixels.
+        trend, unrest: difficulty; a lower `trend` and a higher `unrest` are harder.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    if not 0 < share <= 1 or num_frames < 2 or size < 16 or not 0 <= trend <= 1 or not 0 <= unrest <= 1:
+        raise ValueError(
+            f"share={share}, num_frames={num_frames}, size={size}, trend={trend}, unrest={unrest}: share must lie in"
+            " (0, 1], trend and unrest in [0, 1], and at least 2 frames of 16 pixels are needed"
+        )
+    train = [max(1, int(share * count + 0.5)) for count in _RAER_COUNTS]
+    rng = np.random.Generator(np.random.PCG64(seed))
+    labels, splits = [], []
+    for name, counts in (("train", train), ("val", val), ("test", test)):
+        own = np.repeat(np.arange(len(_RAER_COUNTS)), counts)
+        labels.append(own[np.argsort(rng.random(len(own)), kind="stable")])
+        splits += [name] * len(own)
+    labels = np.concatenate(labels)
+    chunks = [labels[i : i + _CHUNK] for i in range(0, len(labels), _CHUNK)]
+    streams = [_emotion(chunk, num_frames, size, trend, unrest, rng) for chunk in chunks]
+    face, context = (np.concatenate(parts) for parts in zip(*streams, strict=True))
+    return TwoStreamClips(face, context, labels, splits)
+
+
+def _emotion(labels, num_frames, size, trend, unrest, rng) -> tuple[np.ndarray, np.ndarray]:
+    """The streams of clips of these classes; what is drawn does not depend on them."""
+    n = len(labels)
+    time = np.arange(num_frames, dtype=np.float32) / (num_frames - 1) - np.float32(0.5)
+    streams = []
+    for draw, rises in ((_emotion_face, _FACE_RISES), (_emotion_context, _CONTEXT_RISES)):
+        drift = np.float32(trend) * (np.float32(0.3) + np.float32(0.7) * rng.random((n, 1), np.float32))
+        change = rng.random((n, num_frames), np.float32) + rng.random((n, num_frames), np.float32) - 1
+        value = np.clip(np.float32(0.5) + drift * time + np.float32(unrest) * change, 0, 1)
+        rising = draw(value, labels == _DISTRACTION, size, rng)
+        chance = rng.random(n) < 0.5
+        falls = ~np.where(np.array(rises)[labels] < 0, chance, np.array(rises)[labels] > 0)
+        rising[falls] = rising[falls, ::-1].copy()
+        streams.append(rising)
+    return tuple(streams)
+
+
+class _Canvas:
+    """Pictures of n clips of T frames, float32 [n, T, 3, size, size], and the nuisance that all of a clip share."""
+
+    def __init__(self, n: int, size: int, rng: np.random.Generator):
+        self.n, self.size, self.rng = n, size, rng
+        grid = (np.arange(size, dtype=np.float32) * 2 + 1) / size - 1
+        self.soft = np.float32(4 / size)
+        self.x, self.y = grid - self.drawn(-0.1, 0.1), grid[:, None] - self.drawn(-0.1, 0.1)
+
+    def drawn(self, low, high, channels=1):
+        """One number a clip, or one a channel: [n, 1, channels, 1, 1]."""
+        u = self.rng.random((self.n, 1, channels, 1, 1), np.float32)
+        return np.float32(low) + np.float32(high - low) * u
+
+    def ellipse(self, cx, cy, rx, ry):
+        u, v = (self.x - cx) / rx, (self.y - cy) / ry
+        return _inside(np.sqrt(u * u + v * v), self.soft / np.minimum(rx, ry))
+
+    def finish(self, image, value):
+        """The light, and grain in every frame, as uint8."""
+        image = image * (1 - np.float32(0.45) * value) * self.drawn(0.75, 1.1)
+        grain = self.rng.random(image.shape, np.float32) + self.rng.random(image.shape, np.float32) - 1
+        image += self.drawn(0.02, 0.06) * grain
+        return np.floor(np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def _blend(image, mask, colour):
+    return image + mask * (colour - image)
+
+
+def _emotion_face(value, away, size, rng):
+    canvas, value = _Canvas(len(value), size, rng), value[:, :, None, None, None]
+    skin = np.array([0.9, 0.68, 0.55], np.float32).reshape(3, 1, 1) * canvas.drawn(0.6, 1.1)
+    image = _blend(canvas.drawn(0.2, 0.8, 3), canvas.ellipse(0, -0.1, 0.78, 0.95), canvas.drawn(0.05, 0.5, 3))
+    image = _blend(image, canvas.ellipse(0, 0.08, canvas.drawn(0.58, 0.68), 0.82), skin)
+    apart, level, iris = canvas.drawn(0.24, 0.32), canvas.drawn(-0.2, -0.08), canvas.drawn(0.05, 0.45, 3)
+    for side in (-1, 1):
+        image = _blend(image, canvas.ellipse(side * apart, level, np.float32(0.16), np.float32(0.1)), np.float32(0.95))
+        image = _blend(image, canvas.ellipse(side * apart, level, np.float32(0.07), np.float32(0.09)), iris)
+    mouth = canvas.ellipse(0, np.float32(0.48), canvas.drawn(0.24, 0.32), 0.04 + 0.24 * value)
+    return canvas.finish(_blend(image, mouth, skin * np.float32(0.3)), value)
+
+
+def _emotion_context(value, away, size, rng):
+    canvas, value = _Canvas(len(value), size, rng), value[:, :, None, None, None]
+    skin, cloth = canvas.drawn(0.5, 0.9, 3), canvas.drawn(0.1, 0.8, 3)
+    side = np.where(canvas.drawn(0, 1) < 0.5, np.float32(-1), np.float32(1))
+    window = away[:, None, None, None, None] * canvas.ellipse(side * 0.6, -0.6, np.float32(0.35), np.float32(0.35))
+    image = _blend(canvas.drawn(0.3, 0.7, 3), window, np.array([0.6, 0.85, 1], np.float32).reshape(3, 1, 1))
+    image = _blend(image, canvas.ellipse(0, np.float32(0.75), canvas.drawn(0.5, 0.65), np.float32(0.6)), cloth)
+    image = _blend(image, canvas.ellipse(0, np.float32(-0.1), np.float32(0.26), np.float32(0.32)), skin)
+    hand = canvas.ellipse(-side * np.float32(0.7), 0.7 - 1.2 * value, np.float32(0.18), np.float32(0.18))
+    return canvas.finish(_blend(image, hand, skin), value)
+
+
 def _smooth(t):
     t = np.clip(t, 0, 1)
     return t * t * (3 - 2 * t)

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from common.clips import VIDEO_SUFFIXES, VideoFiles, Videos, frame_images, natural_order
+from common.clips import VIDEO_SUFFIXES, VideoFiles, Videos, frame_images, natural_order, renaming
 from common.config import InputError, nearest
 from common.data import SPLITS, SUFFIXES, TEST_SHARE, UNLABELLED, Images, hidden, hold_out, is_image, list_files
 from common.sample import face_clips
@@ -412,27 +412,13 @@ def _from_bench(tree: _Tree, content: dict) -> list[_Record]:
                         real = "real" in str(facts.get("label", label)).lower()
                         listed.append(_Record(key, REAL if real else FAKE, SPLITS[part.lower()], files))
     there = {name for files in tree.videos.values() for name in files}
-    rename = _renaming([record.files[0] for record in listed if record.files], there)
+    rename = renaming([record.files[0] for record in listed if record.files], there)
     records = []
     for record in listed:
         files = [name for name in map(rename, record.files) if name in there]
         why = "" if files and len(files) == len(record.files) else f"{len(files)} of {len(record.files)} frames"
         records.append(record._replace(files=files, missing=why))
     return records
-
-
-def _renaming(listed: list[str], there: set[str]):
-    """How the names of a list, which start at some folder, become names in the tree: from the first one found there."""
-    tops = sorted({"/".join(PurePosixPath(name).parts[:depth]) for name in there for depth in range(3)}, key=len)
-    for name in listed:
-        parts = PurePosixPath(name).parts
-        for skipped in range(len(parts) - 1):
-            for top in tops:
-                if "/".join(filter(None, (top, *parts[skipped:]))) in there:
-                    return lambda other, n=skipped, top=top: "/".join(
-                        filter(None, (top, *PurePosixPath(other).parts[n:]))
-                    )
-    return lambda name: name
 
 
 def _from_csv(tree: _Tree, name: str, place: Path) -> list[_Record]:
