@@ -29,7 +29,7 @@ from common.log import Log
 _MARK = b"sha256:"
 _COMMENT = len(_MARK) + 64
 # What torch.load raises on damaged files, found by damaging them.
-_UNREADABLE = (
+UNREADABLE = (
     *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError),
     *(TypeError, ValueError, UnpicklingError, struct.error),
 )
@@ -86,7 +86,7 @@ def load(path: Path) -> dict:
         raise InputError(f"checkpoint {path} is damaged: it is cut short")
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         # torch's own text advises to run what the file asks for.
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         if wanted:

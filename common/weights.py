@@ -2,14 +2,20 @@
 
 `.safetensors` is read here (https://huggingface.co/docs/safetensors): eight bytes with the header's length,
 little-endian; a JSON header, name -> dtype, shape and byte range; the tensors' bytes without a gap. Everything is
-checked against the file's size before anything is allocated. Other files go through `torch.load(weights_only=True)`.
+checked against the file's size before anything is allocated. TorchScript archives give up their tensors, and none of
+their code runs. Other files go through `torch.load(weights_only=True)`.
 """
 
+import io
 import json
 import math
+import pickle
+import pickletools
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +32,12 @@ _DTYPES = {
     "BOOL": torch.bool, "C64": torch.complex64,
 }  # fmt: skip
 _MAX_HEADER = 100_000_000  # the format's own limit
+_STORAGES = {
+    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
+}  # fmt: skip
+_MAX_MODULES = 100_000  # of a TorchScript archive, which may name one module in many places
 # Where training scripts keep the model's state dict: this project's, timm's and Lightning's, the PyTorch tutorials'.
 _CONTAINERS = ("parts", "state_dict", "model", "model_state", "model_state_dict", "net")
 
@@ -33,9 +45,9 @@ _CONTAINERS = ("parts", "state_dict", "model", "model_state", "model_state_dict"
 def read(path: str | Path) -> dict[str, Tensor]:
     """The state dict in a file of weights, on the CPU, in the file's order and with the stored dtypes.
 
-    `.safetensors` is read as such, every other name as a file of `torch.save`, this project's checkpoints included. The
-    usual containers (`state_dict`, `model`, ...) are opened; what DistributedDataParallel and `torch.compile` put
-    before names (`module.`, `_orig_mod.`) is taken off.
+    `.safetensors` is read as such, every other name as a file of `torch.save`, this project's checkpoints included, or
+    of `torch.jit.save`. The usual containers (`state_dict`, `model`, ...) are opened; what DistributedDataParallel and
+    `torch.compile` put before names (`module.`, `_orig_mod.`) is taken off.
 
     Raises:
         InputError: missing, damaged, of another format, or more than tensors; one line names the file and the fault.
@@ -144,13 +156,89 @@ def _read_torch(path: Path):
                 entries = archive.infolist()
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
         raise InputError(f"weights {path} is damaged: {error}") from None
-    if any(entry.filename.endswith("/constants.pkl") for entry in entries):
-        raise InputError(f"weights {path} is a TorchScript archive, a program: store its state_dict() with torch.save")
+    code = next((e.filename for e in entries if e.filename.endswith("/constants.pkl")), None)
+    if code:
+        return read_torchscript(path, code.removesuffix("constants.pkl"))
     # torch.save never compresses: a small file that would unpack to a huge one is not its work.
     if sum(entry.file_size for entry in entries) > path.stat().st_size:
         raise InputError(f"weights {path} is not a file of torch.save: its entries are compressed")
     with warnings.catch_warnings(action="ignore"):  # about old pickles; what cannot be read is refused
         return checkpoint.load(path)
+
+
+def read_torchscript(path: Path, root: str) -> dict[str, Tensor]:
+    """The parameters and buffers of the module in an archive of `torch.jit.save`; its code is not even read.
+
+    Args:
+        root: folder of the archive inside the file, with its slash.
+
+    Raises:
+        InputError: the archive is damaged or asks for anything but modules and plain tensors.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpickler = _TorchScriptUnpickler(archive, root)
+            pending, state = [("", unpickler.load())], {}
+            for _ in range(_MAX_MODULES):
+                if not pending:
+                    return state
+                prefix, module = pending.pop()
+                for name, value in vars(module).items():
+                    if isinstance(value, SimpleNamespace):
+                        pending.append((f"{prefix}{name}.", value))
+                    elif isinstance(value, Tensor):
+                        state[prefix + name] = value
+            raise pickle.UnpicklingError(f"more than {_MAX_MODULES} modules")
+    except (*checkpoint.UNREADABLE, RecursionError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        reason = f"{error}".split("\n")[0][:200]
+        raise InputError(f"weights {path} is no TorchScript archive of a plain module: {reason}") from None
+
+
+class _TorchScriptUnpickler(pickle.Unpickler):
+    """Modules as their attributes alone. Nothing that the archive names is imported: each name stands for an inert
+    value or a method here, and the rest is refused."""
+
+    def __init__(self, archive: zipfile.ZipFile, root: str):
+        data = self._stored(archive, f"{root}data.pkl")
+        # A memo is allocated up to its highest index.
+        if any(op.name.endswith("PUT") and int(arg) > len(data) for op, arg, _ in pickletools.genops(data)):
+            raise pickle.UnpicklingError("an absurd memo index")
+        super().__init__(io.BytesIO(data))
+        self._archive, self._root, self._storages = archive, root, {}
+
+    @staticmethod
+    def _stored(archive: zipfile.ZipFile, name: str) -> bytes:
+        if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
+            raise pickle.UnpicklingError(f"{name} is compressed")
+        return archive.read(name)
+
+    def find_class(self, module: str, name: str):
+        if module.split(".")[0] == "__torch__":
+            return SimpleNamespace
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return self._tensor
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        if module == "torch.jit._pickle":  # lists and dicts with their types, which no tensor needs
+            return self._untyped
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+    def persistent_load(self, pid) -> Tensor:
+        _, dtype, key, _, _ = pid
+        if (dtype, key) not in self._storages:
+            data = bytearray(self._stored(self._archive, f"{self._root}data/{key}"))
+            self._storages[dtype, key] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        return self._storages[dtype, key]
+
+    def _tensor(self, storage: Tensor, offset: int, size: tuple, stride: tuple, *_) -> Tensor:
+        if math.prod(size) > storage.numel():
+            raise pickle.UnpicklingError(f"a tensor of shape {size} in a storage of {storage.numel()} elements")
+        return storage.as_strided(size, stride, offset)
+
+    def _untyped(self, value, *_):
+        return value
 
 
 def unwrap(state, path: Path) -> dict[str, Tensor]:

@@ -234,9 +234,107 @@ def test_files_that_are_no_weights_are_refused(tmp_path):
     for content in (b"", b"\xff\xd8\xff\xe0" + bytes(500), b"hello\n" * 100, bytes(9)):
         (tmp_path / "w.pt").write_bytes(content)
         refused("w.pt", "not a file of tensors")
+
+
+class Scripted(nn.Module):
+    """Mixed dtypes, a transposed, an empty and a shared tensor, and attributes that are no tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, 4).half(), nn.ReLU(), nn.ModuleList([nn.BatchNorm2d(2)])[0])
+        self.p = nn.Parameter(torch.randn(2, 3).t())
+        self.empty = nn.Parameter(torch.empty(0))
+        self.alike = nn.Linear(3, 4)
+        self.alike.weight = self.body[0].weight
+        self.register_buffer("count", torch.tensor(7))
+        self.names, self.sizes, self.table, self.factor = ["x"], [1, 2], {"a": 1}, 1.5
+
+    def forward(self, x):
+        return x @ self.p * self.factor + self.count + len(self.names) + self.sizes[0] + self.table["a"]
+
+
+def script(tmp_path):
+    torch.manual_seed(0)
     with warnings.catch_warnings(action="ignore"):  # TorchScript is deprecated
-        torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "script.pt")
-    refused("script.pt", "TorchScript archive")
+        model = torch.jit.script(Scripted())
+        model.save(tmp_path / "script.pt")
+    return tmp_path / "script.pt", model.state_dict()
+
+
+def rewrite(file, change, kind=zipfile.ZIP_STORED):
+    """The archive with another data.pkl and correct checksums."""
+    with zipfile.ZipFile(file) as source, zipfile.ZipFile(file.with_name("new.pt"), "w", kind) as made:
+        for entry in source.infolist():
+            data = source.read(entry)
+            made.writestr(entry.filename, change(data) if entry.filename.endswith("/data.pkl") else data)
+    return file.with_name("new.pt")
+
+
+def test_a_torchscript_archive_gives_its_tensors(tmp_path):
+    file, expected = script(tmp_path)
+    read = weights.read(file)
+    assert raw(read) == raw({name: expected[name] for name in read}) and read.keys() == expected.keys()
+    with warnings.catch_warnings(action="ignore"):
+        torch.jit.trace(Scripted(), torch.randn(2, 3)).save(file)
+    assert weights.read(file).keys() == expected.keys()
+
+
+def test_a_torchscript_archive_runs_nothing(tmp_path, monkeypatch):
+    file, _ = script(tmp_path)
+    monkeypatch.setattr(torch.jit, "load", lambda *_: pytest.fail("torch.jit.load runs the archive's program"))
+    call = b"cos\nsystem\n(X\x08\x00\x00\x00touch me\x86R."
+    for change, match in (
+        (lambda data: b"\x80\x02" + call, "names os.system"),
+        (lambda data: data.replace(b"ctorch._utils\n_rebuild_tensor_v2", b"cbuiltins\neval"), "names builtins.eval"),
+        (lambda data: data.replace(b"HalfStorage", b"QInt8Storage"), "names torch.QInt8Storage"),
+        (lambda data: b"\x80\x02}r\xff\xff\xff\x7f.", "absurd memo index"),
+        (lambda data: data.replace(b"K\x03K\x02t", b"K\xffK\xfft"), "in a storage of 6 elements"),
+        (lambda data: data[: len(data) // 2], "no TorchScript archive of a plain module"),
+        (lambda data: b"\x80\x02}.", "no TorchScript archive of a plain module"),
+        # A module that holds itself, and one of 2 ** 40 modules.
+        (lambda data: b"\x80\x02c__torch__\nM\n)\x81q\x00}X\x01\x00\x00\x00ah\x00sb.", "more than 100000 modules"),
+        (
+            lambda data: (
+                b"\x80\x02"
+                + b"c__torch__\nM\n)\x81q\x00"
+                + b"".join(
+                    b"0c__torch__\nM\n)\x81}(X\x01\x00\x00\x00ah%cX\x01\x00\x00\x00bh%cubq%c" % (i, i, i + 1)
+                    for i in range(40)
+                )
+                + b"."
+            ),
+            "more than 100000 modules",
+        ),
+    ):
+        with pytest.raises(InputError, match=match) as error:
+            weights.read(rewrite(file, change))
+        assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match="data.pkl is compressed"):
+        weights.read(rewrite(file, lambda data: data, zipfile.ZIP_DEFLATED))
+
+
+def test_damaged_torchscript_archives_end_in_one_line(tmp_path, little_memory):
+    file, _ = script(tmp_path)
+    rng, refused = random.Random(0), 0
+    for trial in range(400):
+
+        def damage(data):
+            data = bytearray(data)
+            for _ in range(rng.randint(1, 4)):
+                data[rng.randrange(len(data))] = rng.randrange(256)
+            return bytes(data)
+
+        if trial % 2:
+            bad = rewrite(file, damage)
+        else:  # with checksums that tell
+            bad = file.with_name("new.pt")
+            bad.write_bytes(damage(file.read_bytes()))
+        try:
+            weights.read(bad)
+        except InputError as error:
+            assert "\n" not in str(error) and str(bad) in str(error)
+            refused += 1
+    assert refused > 200
 
 
 def test_a_compressed_archive_is_not_unpacked(tmp_path, little_memory):

@@ -8,6 +8,7 @@ features that look right and are not, so `read_clip` takes the activation from t
 guesses.
 """
 
+import json
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from common import weights
+from common.checkpoint import load_weights
 from common.config import InputError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pixels in [0, 1] that published weights expect
@@ -275,6 +278,118 @@ def _variant(name: str) -> Variant:
     return VARIANTS[name]
 
 
+_TEXT = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection")
+_OPENAI = "input_resolution"  # one of three numbers that OpenAI's archives hold, and no others
+_UNUSED = (_OPENAI, "context_length", "vocab_size", "attn_mask", "position_ids")
+_HUGGING_FACE = {
+    "vision_model.embeddings.class_embedding": "visual.class_embedding",
+    "vision_model.embeddings.patch_embedding.": "visual.conv1.",
+    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+    "vision_model.pre_layrnorm.": "visual.ln_pre.",
+    "vision_model.post_layernorm.": "visual.ln_post.",
+    "vision_model.encoder.layers.": "visual.transformer.resblocks.",
+    "visual_projection.weight": "visual.proj",
+    "text_model.embeddings.token_embedding.": "text.token_embedding.",
+    "text_model.embeddings.position_embedding.weight": "text.positional_embedding",
+    "text_model.final_layer_norm.": "text.ln_final.",
+    "text_model.encoder.layers.": "text.transformer.resblocks.",
+    "text_projection.weight": "text.text_projection",
+    ".layer_norm1.": ".ln_1.",
+    ".layer_norm2.": ".ln_2.",
+    ".self_attn.out_proj.": ".attn.out_proj.",
+    ".mlp.fc1.": ".mlp.c_fc.",
+    ".mlp.fc2.": ".mlp.c_proj.",
+}
+
+
+def from_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict in OpenAI's, open_clip's or Hugging Face's layout under this module's keys, floats as fp32.
+
+    Names that belong to no layout stay as they are, for a strict load to refuse.
+    """
+    state = {k: t for k, t in state.items() if k.split(".")[-1] not in _UNUSED}
+    if _is_hugging_face(state):
+        state = _from_hugging_face(state)
+    else:
+        state = {f"text.{k}" if k.startswith(_TEXT) else k: t for k, t in state.items()}
+    if state.get("logit_scale", torch.tensor(0)).shape == (1,):
+        state["logit_scale"] = state["logit_scale"][0]
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+
+
+def _is_hugging_face(state: dict[str, Tensor]) -> bool:
+    return any(name.startswith("vision_model.") for name in state)
+
+
+def _from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    made = {}
+    for name, tensor in state.items():
+        parts = [state.get(name.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
+        if ".self_attn.q_proj." in name and all(p is not None and p.shape == tensor.shape for p in parts):
+            name, tensor = name.replace(".self_attn.q_proj.", ".attn.in_proj_"), torch.cat(parts)
+        elif ".self_attn.k_proj." in name or ".self_attn.v_proj." in name:
+            continue
+        if name.endswith("_projection.weight") and tensor.ndim == 2:
+            tensor = tensor.T
+        for theirs, ours in _HUGGING_FACE.items():
+            name = name.replace(theirs, ours)
+        made[name] = tensor
+    return made
+
+
+def source_activation(state: dict[str, Tensor], path: str | Path) -> tuple[str | None, str]:
+    """The activation that a file of weights was trained with, or None, and how that is known, in words.
+
+    OpenAI's archives are known by numbers in them, Hugging Face's files by the `config.json` beside them, open_clip's
+    by `open_clip_config.json` beside them or by `quickgelu` in the name of the file or its folder.
+
+    Args:
+        state: what `weights.read` gave.
+
+    Raises:
+        InputError: a configuration cannot be read or names another activation.
+    """
+    path = Path(path)
+    if _OPENAI in state:
+        return "quick_gelu", "OpenAI's archive"
+    if _is_hugging_face(state):
+        if not (path.parent / "config.json").exists():
+            return None, f"Hugging Face's config.json is not beside {path.name}"
+        config = _read_config(path.parent / "config.json")
+        found = {(config.get(part) or {}).get("hidden_act", "quick_gelu") for part in ("vision_config", "text_config")}
+        if len(found) > 1 or not found <= ACTIVATIONS.keys():
+            raise InputError(
+                f"{path.parent / 'config.json'}: hidden_act is {', '.join(sorted(map(str, found)))}; allowed is one of "
+                f"{', '.join(ACTIVATIONS)} for both towers"
+            )
+        return found.pop(), "config.json"
+    if (path.parent / "open_clip_config.json").exists():
+        config = _read_config(path.parent / "open_clip_config.json").get("model_cfg") or {}
+        return "quick_gelu" if config.get("quick_gelu") else "gelu", "open_clip_config.json"
+    if "quickgelu" in f"{path.parent.name}/{path.name}".lower().replace("_", ""):
+        return "quick_gelu", "its name"
+    return None, "neither the weights, their name nor an open_clip_config.json beside them tells it"
+
+
+def _read_config(path: Path) -> dict:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    parts = ("vision_config", "text_config", "model_cfg")
+    if not isinstance(config, dict) or not all(isinstance(config.get(part), dict | None) for part in parts):
+        raise InputError(f"{path} is not a model's configuration: expected a table of tables")
+    return config
+
+
+def resize_positions(positions: Tensor, grid: int) -> Tensor:
+    """(1 + g * g, width) -> (1 + grid * grid, width): bicubic and antialiased, the class token's row unchanged."""
+    old = math.isqrt(len(positions) - 1)
+    image = positions[1:].T.reshape(1, -1, old, old)
+    image = F.interpolate(image, (grid, grid), mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([positions[:1], image[0].flatten(1).T])
+
+
 def read_clip(path: str | Path, name: str, image_size: int = 224, activation: str | None = None) -> tuple[CLIP, str]:
     """CLIP with the published weights in a file, in fp32, and what was done, one line each, to be logged.
 
@@ -287,4 +402,26 @@ def read_clip(path: str | Path, name: str, image_size: int = 224, activation: st
     Raises:
         InputError: the file cannot be read or is of another architecture, or its activation is unknown or differs.
     """
-    raise NotImplementedError
+    raw = weights.read(path)
+    found, why = source_activation(raw, path)
+    if found is None and activation is None:
+        raise InputError(f"{path}: GELU or QuickGELU? {why}; give --activation {' or '.join(ACTIVATIONS)}")
+    if None not in (found, activation) and found != activation:
+        raise InputError(f"--activation {activation}: {path} was trained with {found} ({why}); leave the flag out")
+    state = from_published(raw)
+    with torch.device("meta"):
+        model = build_clip(name, image_size, found or activation)
+    model.to_empty(device="cpu")
+    said = [f"started from {path} ({len(raw)} tensors, {model.activation} by {why if found else 'request'})"]
+    stem, positions = state.get("visual.conv1.weight"), state.get("visual.positional_embedding")
+    if stem is not None and stem.shape != model.visual.conv1.weight.shape:
+        rows = [row for row, v in VARIANTS.items() if stem.shape == (v.width, 3, v.patch, v.patch) and v.text_width]
+        hint = f"give --backbone {rows[0]}" if rows else f"allowed are {', '.join(VARIANTS)}"
+        raise InputError(f"{path} holds no {name}: its patches are {tuple(stem.shape)}; {hint}")
+    grid = image_size // model.visual.conv1.kernel_size[0]
+    old = math.isqrt(max(len(positions) - 1, 0)) if positions is not None and positions.ndim == 2 else 0
+    if 0 < old != grid and len(positions) == 1 + old * old:
+        state["visual.positional_embedding"] = resize_positions(positions, grid)
+        said.append(f"{path}: the position embedding is resized from {old}x{old} to {grid}x{grid} patches")
+    load_weights(model, state, path)
+    return model, "\n".join(said)
