@@ -34,8 +34,8 @@ from kernels import nt_xent, sup_con
 
 STAGES = {
     "default": {
-        "pretrain": {"epochs": 5, "bs": 256, "lr": 1e-4, "wd": 0.01, "optimizer": "adamw"},
-        "cluster": {"epochs": 24, "bs": 256, "lr": 1e-4, "wd": 0.01, "optimizer": "adamw"},
+        "pretrain": {"epochs": 3, "bs": 512, "lr": 1e-4, "wd": 0.01, "optimizer": "adamw"},
+        "cluster": {"epochs": 24, "bs": 512, "lr": 1e-4, "wd": 0.01, "optimizer": "adamw"},
     },
     "umc": {
         "pretrain": {"epochs": 100, "bs": 128, "lr": 2e-5, "wd": 0.01, "optimizer": "adamw"},
@@ -67,7 +67,7 @@ KNOBS = {
     "unsup_temperature": (1.0, 20.0, dict(above=0), "of the loss on the other rows"),
 }
 READING = ["only", "text_model", "text_layer", "max_length"]
-DEMO = dict(epochs=3, cluster_epochs=16)
+DEMO = dict(bs=256, cluster_bs=256, cluster_epochs=16)
 SHOWN = ("nmi", "ari", "acc")
 MASK = 0.2  # chance that a view lacks a modality
 
