@@ -68,10 +68,10 @@ def sup_con_eager(z, labels):
     return -((log_prob * positives).sum(1) / positives.sum(1)).mean()
 
 
-def official_shift(x, n_segment):
+def official_shift(x, n_segment, fold_div=8):
     """The form of the authors' code: zeros and three slice copies."""
     clips = x.view(-1, n_segment, *x.shape[1:])
-    fold = x.shape[1] // 8
+    fold = x.shape[1] // fold_div
     out = torch.zeros_like(clips)
     out[:, :-1, :fold] = clips[:, 1:, :fold]
     out[:, 1:, fold : 2 * fold] = clips[:, :-1, fold : 2 * fold]

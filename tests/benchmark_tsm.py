@@ -1,0 +1,89 @@
+"""What the temporal shift costs in a training step: python -m tests.benchmark_tsm [FLAGS OF train_tsm.py]
+
+The same step of train_tsm.py is timed without the shift, with it at both places, and with the authors' eager form in
+its place: by turns, so that a busy machine slows all of them alike. Medians, and the median of each turn's ratio to no
+shift.
+"""
+
+import json
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import train_tsm
+from common import dist, optim
+from common.log import Log
+from common.losses import focal_bce
+from common.run import Run
+from kernels.benchmark import official_shift
+
+TURNS = 15
+
+
+def official(x, n_segment, *, fold_div, direction, padding, impl):
+    """The authors' form behind our signature."""
+    assert (direction, padding) == ("both", "zero")
+    return official_shift(x, n_segment, fold_div)
+
+
+def a_step(facts, argv, kernel=None):
+    """A function that makes one training step of the model that the flags describe."""
+    args, _ = train_tsm.parse_args(argv)
+    stage = train_tsm.config.stage(args, "train", train_tsm.STAGE, first=True, lr_of=None)
+    meta = {name: getattr(args, name) for name in train_tsm.MODEL_FLAGS} | {"image_size": args.image_size}
+    run = Run(args, facts, None, {}, Path(), Log(None, main=False), None, meta, {})
+    before = train_tsm.KERNELS["residual"]
+    train_tsm.KERNELS["residual"] = kernel or before
+    model = train_tsm.build_model(run).train()
+    train_tsm.KERNELS["residual"] = before
+    optimizer = optim.build_optimizer("adamw", optim.param_groups([model], stage.wd), lr=stage.lr)
+    scaler = train_tsm.step.scaler(args.precision, facts.device)
+    frames = torch.randn(stage.bs * args.n_segment, 3, args.image_size, args.image_size, device=facts.device)
+    frames = frames.contiguous(memory_format=torch.channels_last)
+    targets = torch.arange(stage.bs, device=facts.device) % 2
+
+    def clips(chunk):
+        return frames[chunk.start * args.n_segment : chunk.stop * args.n_segment]
+
+    criterion = partial(focal_bce, gamma=args.gamma)
+    return lambda: train_tsm.train_step(run, model, optimizer, scaler, criterion, clips, targets)
+
+
+def main(argv):
+    """Time the four steps and print them, a JSON line last."""
+    facts = dist.init(train_tsm.parse_args(argv)[0].device)
+    steps = {
+        "no shift": a_step(facts, [*argv, "--shift", "none"]),
+        "residual": a_step(facts, [*argv, "--shift", "residual"]),
+        "expand": a_step(facts, [*argv, "--shift", "expand"]),
+        "residual, official eager form": a_step(facts, [*argv, "--shift", "residual"], official),
+    }
+    times = {name: [] for name in steps}
+    for turn in range(TURNS + 2):
+        for name, make in steps.items():
+            begin = time.perf_counter()
+            make()
+            if facts.device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn > 1:  # the first ones allocate
+                times[name].append(time.perf_counter() - begin)
+    rows = {}
+    for name, seconds in times.items():
+        ratios = [a / b for a, b in zip(seconds, times["no shift"], strict=True)]
+        rows[name] = {"ms": 1e3 * statistics.median(seconds), "ratio": statistics.median(ratios)}
+        print(f"{name:<32}{rows[name]['ms']:>10.1f} ms{rows[name]['ratio']:>9.3f} x no shift")
+    header = {
+        "device": str(facts.device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "flags": argv,
+    }
+    print(json.dumps(header | {"rows": rows}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
