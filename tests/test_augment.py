@@ -414,3 +414,75 @@ def test_autocast_does_not_touch_the_pixels():
     with torch.autocast("cpu", torch.bfloat16):
         inside = augment.make_view(images, params, 16)
     assert torch.equal(inside, augment.make_view(images, params, 16)) and inside.dtype == torch.float32
+
+
+def clip_with_torchvision(frames, params, row, size):
+    """torchvision's functional forms on a video, which all frames share."""
+    top, left, height, width = map(int, params.boxes[row])
+    bilinear = v2.InterpolationMode.BILINEAR
+    x = frames.float() / 255
+    x = TF.resized_crop(x, top, left, height, width, [size, size], interpolation=bilinear, antialias=True)
+    if params.flip[row]:
+        x = TF.horizontal_flip(x)
+    x = TF.rotate(x, float(params.angle[row]), interpolation=bilinear)
+    adjust = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
+    for op in params.order[row]:
+        x = adjust[op](x, float(params.factors[row, op]))
+    return x
+
+
+@pytest.mark.parametrize("size", [20, 33])
+def test_two_streams_of_a_clip_share_one_draw_and_equal_torchvision(size):
+    streams = [random_images(24, 24, 24, seed).unflatten(0, (6, 4)) for seed in (0, 1)]
+    params = augment.clip_params(3, 1, np.arange(6), 0, 24, spread=(0.3, 0.3, 0.3, 0.1), scale=(0.4, 1.0), degrees=15)
+    assert 0 < params.flip.sum() < 6
+    for frames in streams:
+        views = augment.make_view(frames.flatten(0, 1), params.repeat(4), size).unflatten(0, (6, 4))
+        for row in range(6):
+            expected = clip_with_torchvision(frames[row], params, row, size)
+            # The contrast and the hue of nearly grey pixels magnify rounding at a rotation's border.
+            torch.testing.assert_close(views[row], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("size", [12, 15])
+def test_rotation_equals_torchvision(size):
+    images = random_images(7, size, size)
+    params = augment.identity_params(7, size)
+    params.angle = np.array([0.0, 15, -15, 7.3, 90, 180, -0.01])
+    views = augment.make_view(images, params, size)
+    for image, angle, view in zip(images, params.angle, views, strict=True):
+        expected = TF.rotate(image / 255, float(angle), interpolation=v2.InterpolationMode.BILINEAR)
+        torch.testing.assert_close(view, expected, atol=1e-5, rtol=0)
+
+
+def test_clips_are_cropped_and_rotated_in_the_given_ranges():
+    spread = (0.3, 0.3, 0.3, 0.1)
+    params = augment.clip_params(0, 0, SAMPLES, 0, 64, spread=spread, scale=(0.5, 1.0), degrees=15)
+    # The crop and the mirror image of supervised training, whose distributions are torchvision's.
+    crops = augment.crop_flip_params(0, 0, SAMPLES, 0, 64, scale=(0.5, 1.0))
+    np.testing.assert_array_equal(params.boxes, crops.boxes)
+    np.testing.assert_array_equal(params.flip, crops.flip)
+    assert np.abs(params.angle).max() <= 15 and abs(params.angle.mean()) < 4 * 15 / np.sqrt(3 * len(SAMPLES))
+    np.testing.assert_allclose(params.angle.std(), 15 / np.sqrt(3), rtol=0.02)
+    bound = 4 / math.sqrt(len(SAMPLES))
+    for other in (params.flip, *params.factors.T, *params.boxes.T):
+        assert abs(np.corrcoef(params.angle, other)[0, 1]) < bound
+    # Without them the draws of the rest are the same.
+    plain = augment.clip_params(0, 0, SAMPLES, 0, 64, spread=spread)
+    np.testing.assert_array_equal(plain.factors, params.factors)
+    np.testing.assert_array_equal(plain.flip, params.flip)
+    assert not plain.angle.any() and (plain.boxes == [0, 0, 64, 64]).all()
+    for degrees in (-1, 181):
+        with pytest.raises(ValueError, match="degrees"):
+            augment.clip_params(0, 0, SAMPLES, 0, 64, degrees=degrees)
+    with pytest.raises(ValueError, match="scale"):
+        augment.clip_params(0, 0, SAMPLES, 0, 64, scale=(0.0, 1.0))
+
+
+def test_rotation_does_not_depend_on_how_many_a_cpu_makes_at_once(monkeypatch):
+    images = random_images(24, 40, 40)
+    params = augment.clip_params(0, 4, np.arange(24), 0, 40, scale=(0.3, 1.0), degrees=15)
+    params.angle[::3] = 0
+    whole = augment.make_view(images, params, 32)
+    monkeypatch.setattr(augment, "_CPU_VALUES", 5 * 3 * 32 * 32 // torch.get_num_threads())
+    torch.testing.assert_close(augment.make_view(images, params, 32), whole, atol=2e-6, rtol=0)

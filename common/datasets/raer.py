@@ -1,6 +1,6 @@
 """Emotion clips of two streams, a person's face and the scene around: RAER's layout, or the embedded sample.
 
-A folder, or a .zip of one (RAER: Zhao et al., CLIP-CAER; DFER-CLIP's lists are the same but count labels from 0):
+A folder, or a .zip of one, as CLIP-CAER reads RAER (DFER-CLIP's lists are alike, but count labels from 0):
 
 - `train.txt`, `test.txt` and perhaps `val.txt`, a line a clip: `CLIP_FOLDER NUM_FRAMES LABEL`. The folder may have
   spaces in its name, and may be absolute: what lies above the data is dropped. Labels count from 1, or from 0 where a 0

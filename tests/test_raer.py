@@ -1,0 +1,439 @@
+"""RAER's layout: lists, labels, frames, boxes, segments, both streams, and a validation part held out by folder."""
+
+import json
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from common import data
+from common.config import InputError
+from common.datasets import raer
+
+SIZE = (40, 24)  # of a frame, width and height
+FACE, BODY = [10, 4, 20, 14], [4, 0, 34, 24]
+
+
+def frame(path, value=0, k=0, size=SIZE):
+    """A frame whose red is the clip's number, whose green is the frame's, and whose blue tells the place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.zeros((size[1], size[0], 3), np.uint8)
+    pixels[:] = (value, k, 0)
+    pixels[..., 2] = np.arange(size[0]) * 5
+    Image.fromarray(pixels).save(path)
+
+
+def tree(root, lists, *, faces=None, bodies=None, classes=None, length=3):
+    """A miniature RAER: `lists` gives (clip, label) by file, each clip has `length` frames and both boxes."""
+    root.mkdir(parents=True, exist_ok=True)
+    face_boxes, body_boxes = {}, {}
+    for number, (clip, _) in enumerate(dict.fromkeys(line for lines in lists.values() for line in lines)):
+        names = [f"{k}.png" for k in range(8, 8 + length)]  # 10.png comes after 9.png
+        for k, name in enumerate(names):
+            frame(root / clip / name, number, k)
+        face_boxes[clip] = dict.fromkeys(names, FACE)
+        body_boxes[clip] = BODY
+    for part, lines in lists.items():
+        (root / f"{part}.txt").write_text("".join(f"{clip} {length} {label}\n" for clip, label in lines))
+    (root / "face.json").write_text(json.dumps(face_boxes if faces is None else faces(face_boxes)))
+    (root / "body.json").write_text(json.dumps(body_boxes if bodies is None else bodies(body_boxes)))
+    if classes:
+        (root / "classes.txt").write_text(classes)
+    return root
+
+
+LISTS = {
+    "train": [("a b/c  1", 1), ("a b/c 2", 2), ("d/c 3", 3), ("d/c 4", 4), ("e/c 5", 5), ("e/c 6", 1)],
+    "val": [("v/1", 2)],
+    "test": [("t/1", 3)],
+}
+
+
+def opened(path, **changes):
+    return raer.open_clips(str(path), **{"workers": 2, "margin": 0.0} | changes)
+
+
+def without(content, *keys):
+    return {key: value for key, value in content.items() if key not in keys}
+
+
+def zipped(root, prefix=""):
+    archive = root.with_suffix(".zip")
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in sorted(root.rglob("*")):
+            if path.is_file():
+                file.write(path, prefix + path.relative_to(root).as_posix())
+    return archive
+
+
+def shown(clips, index, positions):
+    ((face, context),) = clips.batches([(np.array([index]), np.array([positions]))], 2)
+    return face[0], context[0]
+
+
+@pytest.mark.parametrize("prefix", ["", "RAER/", "some where/RAER/"])
+def test_a_folder_and_a_zip_read_alike_and_names_may_have_spaces(tmp_path, prefix):
+    root = tree(tmp_path / "raer", LISTS)
+    plain, packed = opened(root), opened(zipped(root, prefix))
+    assert plain.ids == packed.ids and plain.fingerprint == packed.fingerprint
+    assert plain.ids == [clip for part in ("train", "val", "test") for clip, _ in LISTS[part]]
+    assert plain.labels.tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
+    assert plain.classes == list(raer.CLASSES) and plain.descriptions == list(raer.CLASSES.values())
+    parts = raer.split(plain)
+    assert {name: len(own) for name, own in parts.items()} == {"train": 6, "val": 1, "test": 1}
+    for clips in (plain, packed):
+        face, context = shown(clips, 4, [2, 0])
+        for stream in (face, context):
+            assert stream.dtype == torch.uint8 and stream.shape == (2, 3, 24, 24)
+            assert stream[:, 1, 12, 12].tolist() == [2, 0]  # in order of time
+            assert (stream[:, 0, 12, 12] == 4).all()
+
+
+def test_absolute_and_foreign_folders_in_the_lists_are_found(tmp_path):
+    root = tree(tmp_path / "raer", LISTS)
+    for name in ("train.txt", "val.txt", "test.txt"):
+        lines = (root / name).read_text().splitlines()
+        (root / name).write_text("".join(f"/home/some body/RAER/{line}\n" for line in lines))
+    for name in ("face.json", "body.json"):
+        content = json.loads((root / name).read_text())
+        (root / name).write_text(json.dumps({f"D:\\RAER\\{clip}".replace("/", "\\"): b for clip, b in content.items()}))
+    clips = opened(root)
+    assert clips.ids == [clip for part in LISTS.values() for clip, _ in part]
+    assert np.array_equal(clips.images.faces, np.tile(FACE, (24, 1))) and not np.isnan(clips.images.bodies).any()
+
+
+def test_labels_from_zero_are_told_by_a_zero_in_any_list(tmp_path):
+    shifted = {part: [(clip, label - 1) for clip, label in lines] for part, lines in LISTS.items()}
+    zero, one = opened(tree(tmp_path / "zero", shifted)), opened(tree(tmp_path / "one", LISTS))
+    assert np.array_equal(zero.labels, one.labels)
+    assert zero.notes[0].startswith("labels are counted from 0: 0 neutrality")
+    assert one.notes[0].startswith("labels are counted from 1: 1 neutrality")
+    # A list that lacks the first class counts as the others do.
+    shifted["test"] = [("t/1", 4)]
+    assert opened(tree(tmp_path / "more", shifted)).labels[-1] == 4
+
+
+def test_classes_and_descriptions_come_from_the_file(tmp_path):
+    classes = "calm\tsomebody calm\nenjoyment\n\nbored"
+    lists = {"train": [("a/1", 1), ("a/2", 2)], "test": [("t/1", 3)]}
+    clips = opened(tree(tmp_path / "raer", lists, classes=classes))
+    assert clips.classes == ["calm", "enjoyment", "bored"]
+    assert clips.descriptions == ["somebody calm", raer.CLASSES["enjoyment"], "an expression of bored"]
+    with pytest.raises(InputError, match=r"classes\.txt names \['calm', 'calm'\]"):
+        opened(tree(tmp_path / "twice", lists, classes="calm\ncalm\n"))
+
+
+def test_labels_beyond_the_classes_are_refused_by_line(tmp_path):
+    lists = LISTS | {"test": [("t/1", 6)]}
+    with pytest.raises(InputError, match=r"test\.txt line 1: label 6, allowed are 1 to 5 \(neutrality, .*classes\.txt"):
+        opened(tree(tmp_path / "raer", lists))
+    lists = LISTS | {"test": [("t/1", 0)]}
+    with pytest.raises(InputError, match=r"train\.txt line 5: label 5, allowed are 0 to 4"):
+        opened(tree(tmp_path / "mixed", lists))
+
+
+@pytest.mark.parametrize("line", ["a/1 3", "a/1 three 1", "a/1 3 -1", "a/1 3 1.5", "1"])
+def test_lines_of_another_form_are_refused_by_number(tmp_path, line):
+    root = tree(tmp_path / "raer", LISTS)
+    (root / "val.txt").write_text(f"\nv/1 3 2\n{line}\n")
+    with pytest.raises(InputError, match=r"val\.txt line 3: .*expected `clip_folder num_frames label`"):
+        opened(root)
+
+
+def test_clips_in_two_splits_or_listed_twice_are_refused(tmp_path):
+    leak = LISTS | {"test": [("t/1", 3), ("d/c 3", 3)]}
+    with pytest.raises(InputError, match=r"1 clips are in two splits: d/c 3 \(train\.txt line 3, test\.txt line 2\)"):
+        opened(tree(tmp_path / "leak", leak))
+    with pytest.raises(InputError, match=r"1 clips are listed twice: v/1 \(val\.txt line 1, val\.txt line 2\)"):
+        opened(tree(tmp_path / "twice", LISTS | {"val": [("v/1", 2), ("v/1", 2)]}))
+
+
+def test_wrong_frame_counts_are_named_and_taken_as_they_are_on_demand(tmp_path):
+    root = tree(tmp_path / "raer", LISTS)
+    frame(root / "t/1/11.png", 7, 3)
+    with pytest.raises(
+        InputError, match=r"1 of 8 clips have another number .*t/1 has 4 frames, test\.txt line 1 says 3"
+    ):
+        opened(root)
+    clips = opened(root, bad="skip", missing_box="full")
+    assert clips.lengths.tolist() == [3] * 7 + [4] and "t/1 has 4 frames" in clips.notes[1]
+
+
+def test_clips_without_frames_are_named_and_left_out_on_demand(tmp_path):
+    root = tree(tmp_path / "raer", LISTS)
+    with (root / "train.txt").open("a") as file:
+        file.write("e/gone 3 2\n")
+    with pytest.raises(
+        InputError, match="1 of 9 clips have no frames: e/gone; complete the data, or --bad-images skip"
+    ):
+        opened(root)
+    clips = opened(root, bad="skip")
+    assert len(clips) == 8 and clips.notes[1] == "left out 1 of 9 clips without frames: e/gone"
+
+
+def test_a_damaged_frame_is_named_and_takes_its_clip_along(tmp_path):
+    lists = {"train": [(f"a/{i}", 1 + i % 5) for i in range(150)], "test": [("t/1", 3)]}
+    root = tree(tmp_path / "raer", lists, length=1)
+    (root / "a/77/8.png").write_bytes(b"no image")
+    clips = opened(root)
+    with pytest.raises(InputError, match=r"image a/77/8\.png in raer cannot be read"):
+        shown(clips, clips.ids.index("a/77"), [0])
+    said = []
+    options = dict(bad="skip", workers=2, missing_box="error", margin=0.0, store_size=None)
+    clips = raer.prepare(str(root), say=said.append, **options)
+    assert len(clips) == 150 and "a/77" not in clips.ids
+    assert "left out 1 clips with damaged frames: a/77" in said
+
+
+def lacking(root, **changes):
+    """The first clip's second face and the last clip's body are missing."""
+
+    def faces(boxes):
+        boxes["a b/c  1"] = without(boxes["a b/c  1"], "9.png")
+        return boxes
+
+    return tree(root, LISTS, faces=faces, bodies=lambda boxes: boxes | {"t/1": None}, **changes)
+
+
+def test_missing_boxes_are_counted_and_refused(tmp_path):
+    said = r"1 of 24 frames have no face box, 1 of 8 clips no body box \(first: t/1\); .*--missing-box full or skip"
+    with pytest.raises(InputError, match=said):
+        opened(lacking(tmp_path / "raer"))
+
+
+def test_the_whole_frame_stands_for_a_missing_box(tmp_path):
+    clips = opened(lacking(tmp_path / "raer"), missing_box="full")
+    assert clips.lengths.tolist() == [3] * 8
+    assert clips.notes[1].startswith("1 of 24 frames have no face box, 1 of 8 clips no body box")
+    face, context = shown(clips, 0, [0, 1])
+    assert face[0, 2].max() < 20 * 5 and face[1, 2].max() > 38 * 5  # the frame's right end
+    assert context[:, 2].max() < 34 * 5
+    face, context = shown(clips, 7, [0])
+    assert face[0, 2].max() < 20 * 5 and context[0, 2].max() > 38 * 5
+
+
+def test_frames_and_clips_without_boxes_are_left_out(tmp_path):
+    clips = opened(lacking(tmp_path / "raer"), missing_box="skip")
+    assert "t/1" not in clips.ids and clips.lengths.tolist() == [2] + [3] * 6
+    assert clips.notes[1].endswith("left out, and with them 1 whole clips")
+    face, _ = shown(clips, 0, [0, 1])
+    assert face[:, 1, 12, 12].tolist() == [0, 2]
+    with pytest.raises(InputError, match="no clips are left"):
+        opened(tree(tmp_path / "none", LISTS, faces=lambda boxes: {}), missing_box="skip")
+
+
+def test_without_any_file_of_boxes_they_are_all_missing(tmp_path):
+    root = tree(tmp_path / "raer", LISTS)
+    (root / "face.json").unlink()
+    with pytest.raises(InputError, match="24 of 24 frames have no face box, 0 of 8 clips no body box"):
+        opened(root)
+
+
+@pytest.mark.parametrize("box", [[10, 4, 10, 14], [10, 14, 20, 4], [40, 4, 60, 14], [-9, 4, 0, 14], [10, 24, 20, 30]])
+def test_degenerate_boxes_are_named(tmp_path, box):
+    def faces(boxes):
+        boxes["t/1"]["9.png"] = box
+        return boxes
+
+    with pytest.raises(InputError, match=r"face\.json: 1 frames have a degenerate box \(first: t/1/9\.png: .*40 x 24"):
+        opened(tree(tmp_path / "face", LISTS, faces=faces), missing_box="skip")
+    with pytest.raises(InputError, match=r"body\.json: 3 frames have a degenerate box"):
+        opened(tree(tmp_path / "body", LISTS, bodies=lambda boxes: boxes | {"t/1": box}))
+
+
+@pytest.mark.parametrize("box", [[1, 2, 3], "1 2 3 4", [1, 2, 3, "4"], [1, 2, 3, float("nan")], {"l": 1}, 7])
+def test_what_is_no_box_is_refused(tmp_path, box):
+    with pytest.raises(InputError, match=r"body\.json: t/1: .*expected \[left, top, right, bottom\] or null"):
+        opened(tree(tmp_path / "raer", LISTS, bodies=lambda boxes: boxes | {"t/1": box}))
+
+
+def test_files_of_boxes_of_another_form_are_refused(tmp_path):
+    root = tree(tmp_path / "raer", LISTS, faces=lambda boxes: boxes | {"t/1": FACE})
+    with pytest.raises(InputError, match=r"face\.json: t/1: expected \{frame's file name: box\}"):
+        opened(root)
+    (root / "face.json").write_text("{")
+    with pytest.raises(InputError, match=r"face\.json is not JSON"):
+        opened(root)
+
+
+def test_the_face_is_stretched_with_its_margin_as_far_as_the_frame_goes():
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (24, 40, 3), np.uint8)
+    image = Image.fromarray(pixels)
+    # Boxes of whole pixels and the crop's own size: the pixels themselves.
+    cut = raer.crop_square(image, np.array([10.0, 4, 20, 14]), 10)
+    assert np.array_equal(cut.permute(1, 2, 0), pixels[4:14, 10:20])
+    images = raer.TwoStreams(
+        "made", ["1"], [1], lambda i: _png(image), np.array([[10.0, 0, 20, 10]]), np.full((1, 4), np.nan), 0.2
+    )
+    images.resize_store(7)
+    left, top, right, bottom = 8, 0, 22, 12  # two pixels on each side, but none above the frame
+    expected = image.resize((7, 7), Image.Resampling.BILINEAR, box=(left, top, right, bottom))
+    assert np.array_equal(images.decode(0)[0].permute(1, 2, 0), np.asarray(expected))
+
+
+def _png(image):
+    import io
+
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("size, rows, columns", [((40, 24), (6, 30), (0, 36)), ((24, 40), (0, 36), (7, 29))])
+def test_the_context_keeps_its_shape_between_black_bars(size, rows, columns):
+    pixels = np.random.default_rng(0).integers(100, 256, (size[1], size[0], 3), np.uint8)
+    image = Image.fromarray(pixels)
+    square = raer.letterbox(image, np.full(4, np.nan), 36).permute(1, 2, 0).numpy()
+    if size[0] > size[1]:  # 36 x 21.6
+        rows = (7, 29)
+    inner = square[slice(*rows), slice(*columns)]
+    expected = image.resize(inner.shape[1::-1], Image.Resampling.BILINEAR)
+    assert np.array_equal(inner, np.asarray(expected))
+    assert square.sum() == inner.sum(dtype=np.int64)
+
+
+@pytest.mark.parametrize(
+    ("length", "count", "expected"),
+    [(32, 4, [4, 12, 20, 28]), (8, 8, [0, 1, 2, 3, 4, 5, 6, 7]), (5, 8, [0, 1, 2, 3, 4, 4, 4, 4]), (1, 3, [0, 0, 0])],
+)
+def test_evaluation_takes_the_centre_of_each_segment(length, count, expected):
+    assert raer.segment_frames([length], count).tolist() == [expected]
+
+
+def test_training_draws_each_frame_of_each_segment_alike(tmp_path):
+    for length in (16, 19, 40):
+        drawn = np.random.default_rng(length).random((20_000, 16))
+        positions = raer.segment_frames(np.full(20_000, length), 16, drawn)
+        assert (np.diff(positions) > 0).all()
+        edges = np.arange(17) * length // 16
+        for t in range(16):
+            counts = np.bincount(positions[:, t], minlength=length)
+            own = counts[edges[t] : edges[t + 1]]
+            assert own.sum() == 20_000 and np.abs(own - own.mean()).max() < 5 * np.sqrt(20_000)
+
+
+def test_draws_follow_seed_epoch_and_item(tmp_path):
+    lists = {"train": [(f"a/{i}", 1 + i % 5) for i in range(5)], "test": [("t/1", 3)]}
+    clips = opened(tree(tmp_path / "raer", lists, length=9))
+    items = np.array([0, 1, 2, 3, 4, 6, 12])  # 6 and 12 are clip 0 once and twice more
+    whole = clips.train_frames(items, 1, 2, 3)
+    assert np.array_equal(clips.train_frames(items[[5, 2]], 1, 2, 3), whole[[5, 2]])
+    for seed, epoch in ((2, 2), (1, 3)):
+        assert (clips.train_frames(items, seed, epoch, 3) != whole).any()
+    assert (whole[0] != whole[5]).any() or (whole[0] != whole[6]).any()
+    assert clips.eval_frames(np.array([5, 0]), 3).tolist() == [[1, 4, 7]] * 2
+    assert "6 of 6 have fewer frames and repeat the last (first: a/0)" in clips.describe_frames(10)
+    assert "fewer" not in clips.describe_frames(9)
+
+
+def test_a_clip_that_is_drawn_again_becomes_another_item():
+    drawn = np.array([3, 1, 3, 0, 3, 1])
+    items = raer.redraw(drawn, 10)
+    assert items.tolist() == [3, 1, 13, 0, 23, 11]
+    assert raer.redraw(np.array([], np.int64), 10).tolist() == []
+
+
+def test_frames_are_decoded_once_for_both_streams_and_kept(tmp_path, monkeypatch):
+    clips, reads = opened(tree(tmp_path / "raer", LISTS)), []
+    read = clips.images._read_bytes
+    clips.images._read_bytes = lambda index: reads.append(index) or read(index)
+    everything = [(np.arange(8), clips.eval_frames(np.arange(8), 3))]
+    ((face, context),) = clips.batches(everything, 2)
+    assert sorted(reads) == list(range(24))
+    ((again, _),) = clips.batches(everything, 2)
+    assert len(reads) == 24 and torch.equal(face, again)
+    # Beyond the cap nothing is kept.
+    monkeypatch.setattr(data, "_CACHE_BYTES", 24 * 2 * 3 * 24 * 24 - 1)
+    fresh = opened(tree(tmp_path / "again", LISTS))
+    ((face, other),) = fresh.batches(everything, 1)
+    assert fresh.images._cache is None and torch.equal(face, again) and torch.equal(other, context)
+
+
+def lectures(root, per_folder=6, folders=20):
+    """Clips of `folders` people, all five classes with RAER's kind of imbalance in most of them."""
+    labels = [1, 1, 1, 5, 2, 4] * per_folder
+    lines = [(f"p{p:02d}/c{i}", 3 if p % 4 == 0 and i == 0 else labels[i]) for p in range(folders) for i in range(6)]
+    return tree(root, {"train": lines, "test": [("t/1", 3)]}, length=1)
+
+
+def test_validation_is_held_out_by_folder_and_stratified(tmp_path):
+    said = []
+    clips = opened(lectures(tmp_path / "raer"))
+    parts = raer.split(clips, say=said.append)
+    people = [{clips.ids[i].split("/")[0] for i in parts[name]} for name in ("train", "val")]
+    assert not people[0] & people[1] and len(people[1]) == 4
+    counts = [np.bincount(clips.labels[parts[name]], minlength=5) for name in ("train", "val")]
+    assert (counts[1] > 0).all() and np.allclose(counts[1] / (counts[0] + counts[1]), 0.2, atol=0.06)
+    assert said == ["no val.txt: 24 training clips are held out for validation, whole parent folders each"]
+    assert np.array_equal(parts["train"], np.setdiff1d(np.arange(120), parts["val"]))
+    alone = raer.split(clips, ["val"], say=said.append)
+    assert list(alone) == ["val"] and np.array_equal(alone["val"], parts["val"])
+
+
+def test_the_held_out_clips_depend_on_names_alone(tmp_path):
+    clips = opened(lectures(tmp_path / "raer"))
+    held = {clips.ids[i] for i in raer.split(clips)["val"]}
+    lines = (tmp_path / "raer" / "train.txt").read_text().splitlines()
+    (tmp_path / "raer" / "train.txt").write_text("\n".join(reversed(lines)))
+    again = opened(tmp_path / "raer")
+    assert again.ids != clips.ids and {again.ids[i] for i in raer.split(again)["val"]} == held
+
+
+@pytest.mark.parametrize("parent", ["clips/train", "class{label}"])
+def test_folders_that_hold_whole_classes_are_no_people(tmp_path, parent):
+    lines = [(f"{parent.format(label=1 + i % 5)}/c{i}", 1 + i % 5) for i in range(100)]
+    clips = opened(tree(tmp_path / "raer", {"train": lines, "test": [("t/1", 3)]}, length=1))
+    said = []
+    parts = raer.split(clips, say=said.append)
+    assert np.bincount(clips.labels[parts["val"]]).tolist() == [4] * 5
+    assert said[0].endswith("whole clips each")
+
+
+def test_parts_that_training_cannot_use_are_refused(tmp_path):
+    only = opened(tree(tmp_path / "test", {"test": [("t/1", 3)]}))
+    assert raer.split(only, ["test"])["test"].tolist() == [0]
+    with pytest.raises(InputError, match=r"no clips in train; needed is train\.txt"):
+        raer.split(only)
+    few = {"train": [("a/1", 1), ("a/2", 2)], "test": [("t/1", 3)]}
+    with pytest.raises(InputError, match="train has no clips of confusion"):
+        raer.split(opened(tree(tmp_path / "few", few)))
+
+
+def test_folders_without_lists_are_clips_without_labels(tmp_path):
+    root = tree(tmp_path / "raer", LISTS)
+    for part in LISTS:
+        (root / f"{part}.txt").unlink()
+    with pytest.raises(InputError, match=r"no train\.txt or test\.txt there"):
+        opened(root)
+    clips = opened(root, labels=False)
+    assert sorted(clips.ids) == sorted(clip for lines in LISTS.values() for clip, _ in lines)
+    assert (clips.labels == data.UNLABELLED).all() and not clips.splits.any()
+    one = opened(root / "d" / "c 3", labels=False, missing_box="full")
+    assert one.ids == ["c 3"] and one.lengths.tolist() == [3]
+
+
+def test_nothing_there_is_refused(tmp_path):
+    (tmp_path / "train.txt").write_text("a/1 3 1\n")
+    with pytest.raises(InputError, match="no folders of frames there"):
+        opened(tmp_path)
+
+
+def test_the_fingerprint_follows_boxes_and_labels(tmp_path):
+    moved = opened(tree(tmp_path / "moved", LISTS, bodies=lambda boxes: boxes | {"t/1": [0, 0, 9, 9]}))
+    other = opened(tree(tmp_path / "other", LISTS | {"test": [("t/1", 4)]}))
+    prints = {clips.fingerprint for clips in (opened(tree(tmp_path / "raer", LISTS)), moved, other)}
+    assert len(prints) == 3
+
+
+def test_the_embedded_clips_have_raers_classes_and_shares():
+    said = []
+    options = dict(store_size=None, bad="error", workers=1, missing_box="error", margin=0.2)
+    clips = raer.prepare("sample", say=said.append, **options)
+    parts = raer.split(clips)
+    assert np.bincount(clips.labels[parts["train"]]).tolist() == [277, 26, 6, 32, 85]
+    assert np.bincount(clips.labels[parts["test"]]).min() >= 40
+    ((face, context),) = clips.batches([(parts["test"][:2], clips.eval_frames(parts["test"][:2], 8))], 1)
+    assert face.shape == context.shape == (2, 8, 3, 32, 32) and not torch.equal(face, context)
