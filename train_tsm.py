@@ -288,7 +288,7 @@ def train(run: Run, published: dict | None) -> None:
     memory = training_memory(model, frames, run.meta["image_size"], step.dtype_of(args.precision, facts.device))
     several = f"{len(items)} clips of {len(run.splits['train'])} videos"
     log.say(stage.describe(several, steps) + f", patience {args.patience} validations")
-    log.say(f"{model.describe()}; a step of {frames} frames at once needs {memory.describe()}")
+    log.say(f"{model.describe()}; predicted memory of {frames} frames at once: {memory.describe()}")
 
     def cut(batch):
         starts = dict(n_segment=args.n_segment, seconds=args.clip_seconds)
