@@ -4,6 +4,7 @@ Pixels are made with `Generator.random` and the operations that IEEE 754 rounds 
 seed gives the same bytes on every machine: `exp`, `sin` and `cos` differ in the last bit between instruction sets.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -345,17 +346,17 @@ def emotion_clips(
     test=(120, 40, 40, 40, 60),
     num_frames: int = 8,
     size: int = 32,
-    trend: float = 0.7,
+    trend: float = 0.5,
     unrest: float = 0.5,
     seed: int = 0,
 ) -> TwoStreamClips:
     """Clips of two streams in five classes with RAER's imbalance, whose rare classes need both streams and time.
 
-    Each stream shows one value a frame: the face's is how far the mouth is open and the light on the face, the
-    context's the height of a hand and the room's light. A value drifts by up to `trend`, half of the range from
-    0 to 1 or so, among random changes of up to `unrest`. Neutrality: both fall. Enjoyment: both rise. Confusion: the
-    face's alone rises. Fatigue: the context's alone rises. A stream that falls is one that rises, backwards: so each of
-    these four has its faces in common with another and its contexts with a third, and all four their frames and sets of
+    Each stream shows one value a frame, from 0 to 1: the face's is how far the mouth is open and how dark the picture,
+    the context's the height of a hand and the room's darkness. Within a clip a value drifts by 0.3 to 1 times `trend`,
+    among independent changes of up to `unrest`. Neutrality: both fall. Enjoyment: both rise. Confusion: the face's
+    alone rises. Fatigue: the context's alone rises. A stream that falls is one that rises, backwards: so each of these
+    four has its faces in common with another and its contexts with a third, and all four their frames and sets of
     frames; only the order of the frames in both streams tells them apart, and less surely where the drift is small.
     Distraction: a window in the context, in every frame; the values drift either way. So the two frequent classes are
     easy, and who weighs errors by their frequency takes rare ones for neutrality. Everything else (places, colours,
@@ -394,15 +395,15 @@ def _emotion(labels, num_frames, size, trend, unrest, rng) -> tuple[np.ndarray, 
     n = len(labels)
     time = np.arange(num_frames, dtype=np.float32) / (num_frames - 1) - np.float32(0.5)
     streams = []
-    for draw, rises in ((_emotion_face, _FACE_RISES), (_emotion_context, _CONTEXT_RISES)):
+    context = partial(_emotion_context, away=labels == _DISTRACTION)
+    for draw, rises in ((_emotion_face, _FACE_RISES), (context, _CONTEXT_RISES)):
         drift = np.float32(trend) * (np.float32(0.3) + np.float32(0.7) * rng.random((n, 1), np.float32))
         change = rng.random((n, num_frames), np.float32) + rng.random((n, num_frames), np.float32) - 1
         value = np.clip(np.float32(0.5) + drift * time + np.float32(unrest) * change, 0, 1)
-        rising = draw(value, labels == _DISTRACTION, size, rng)
-        chance = rng.random(n) < 0.5
-        falls = ~np.where(np.array(rises)[labels] < 0, chance, np.array(rises)[labels] > 0)
-        rising[falls] = rising[falls, ::-1].copy()
-        streams.append(rising)
+        stream, by_chance, rise = draw(value, size, rng), rng.random(n) < 0.5, np.array(rises)[labels]
+        falls = np.where(rise < 0, by_chance, rise == 0)
+        stream[falls] = stream[falls, ::-1].copy()
+        streams.append(stream)
     return tuple(streams)
 
 
@@ -436,7 +437,7 @@ def _blend(image, mask, colour):
     return image + mask * (colour - image)
 
 
-def _emotion_face(value, away, size, rng):
+def _emotion_face(value, size, rng):
     canvas, value = _Canvas(len(value), size, rng), value[:, :, None, None, None]
     skin = np.array([0.9, 0.68, 0.55], np.float32).reshape(3, 1, 1) * canvas.drawn(0.6, 1.1)
     image = _blend(canvas.drawn(0.2, 0.8, 3), canvas.ellipse(0, -0.1, 0.78, 0.95), canvas.drawn(0.05, 0.5, 3))
@@ -449,7 +450,7 @@ def _emotion_face(value, away, size, rng):
     return canvas.finish(_blend(image, mouth, skin * np.float32(0.3)), value)
 
 
-def _emotion_context(value, away, size, rng):
+def _emotion_context(value, size, rng, away):
     canvas, value = _Canvas(len(value), size, rng), value[:, :, None, None, None]
     skin, cloth = canvas.drawn(0.5, 0.9, 3), canvas.drawn(0.1, 0.8, 3)
     side = np.where(canvas.drawn(0, 1) < 0.5, np.float32(-1), np.float32(1))

@@ -8,13 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from common.sample import cytology, face_clips
+from common import sample
+from common.sample import cytology, emotion_clips, face_clips
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_CLASSES = 8
 PINNED = "35a9fdbee1ddd0e944a868a0aecaffc44091f50b1f57cbd486b3b865959a26b4"  # of cytology(200)
 PINNED_ORDER = "3e8a845b608a15692b343d06700deb486ded47b7230a2014b697c1d912e5e3cf"  # of face_clips(variant, 18, size=32)
 PINNED_FLICKER = "4d041364602301dc76ef196f0f63de493d07a1c4db69c4b0b040c8241ec54415"
+PINNED_EMOTIONS = "7602d7ad1cdcd8e381479693a2b1091efb129a7c4a85d1fb584ec6dc4c1fe143"
 
 
 def digest(images, labels):
@@ -200,3 +202,73 @@ def test_face_clips_bytes_are_pinned():
 def test_face_clips_refuse_what_they_cannot_draw(changed):
     with pytest.raises(ValueError, match=next(iter(changed))):
         face_clips(**{"variant": "order"} | changed)
+
+
+@pytest.fixture(scope="module")
+def emotions():
+    return emotion_clips(share=0.05, val=[6] * 5, test=[8] * 5, size=20)
+
+
+def backwards(clips):
+    return clips[:, ::-1]
+
+
+def test_emotion_clips_have_raers_shares(emotions):
+    splits = np.array(emotions.splits)
+    assert emotions.face.shape == emotions.context.shape == (154, 8, 3, 20, 20)
+    assert emotions.face.dtype == emotions.context.dtype == np.uint8 and emotions.labels.dtype == np.int64
+    assert np.bincount(emotions.labels[splits == "train"]).tolist() == [55, 5, 1, 6, 17]  # 1106, 103, 24, 126, 338 / 20
+    assert np.bincount(emotions.labels[splits == "val"]).tolist() == [6] * 5
+    assert np.bincount(emotions.labels[splits == "test"]).tolist() == [8] * 5
+    assert len({clip.tobytes() for clip in emotions.context}) == 154
+    assert (np.diff(emotions.labels[splits == "train"]) < 0).any()  # shuffled
+
+
+def test_emotion_clips_of_one_draw_differ_by_order_alone_and_each_stream_is_shared():
+    """The same draws as every class: the classes but distraction have the same frames in both streams, and each stream
+    of a class is another class's too, so one stream, or both without the order, cannot tell it."""
+    made = []
+    for label in range(5):
+        rng = np.random.Generator(np.random.PCG64(3))
+        made.append(sample._emotion(np.full(12, label), 8, 20, 0.5, 0.5, rng))
+    (neutral, enjoyment, confusion, fatigue), distraction = made[:4], made[4]
+    face, context = neutral
+    assert (face != backwards(face)).any((1, 2, 3, 4)).all() and (context != backwards(context)).any((1, 2, 3, 4)).all()
+    for (own_face, own_context), rises in ((enjoyment, (1, 1)), (confusion, (1, 0)), (fatigue, (0, 1))):
+        assert np.array_equal(own_face, backwards(face) if rises[0] else face)
+        assert np.array_equal(own_context, backwards(context) if rises[1] else context)
+    # Distraction's faces are of either order; its contexts have something in every frame.
+    same = (distraction[0] == face).all((1, 2, 3, 4))
+    assert 0 < same.sum() < 12 and np.array_equal(distraction[0][~same], backwards(face)[~same])
+    assert (np.sort(distraction[1], 1) != np.sort(context, 1)).any((2, 3, 4)).all()
+
+
+def test_emotion_clips_show_their_class_in_the_order_of_light():
+    """The light of a stream falls as its value rises; where the drift is small against the unrest, not for sure."""
+    clips = emotion_clips(share=0.05, val=[40] * 5, test=[40] * 5, size=16)
+    time = np.arange(8) - 3.5
+    falls = [(-(stream.mean((2, 3, 4)) @ time) < 0) for stream in (clips.face, clips.context)]
+    right = []
+    for label, rises in enumerate(((0, 0), (1, 1), (1, 0), (0, 1))):
+        own = clips.labels == label
+        right += [(fall[own] != rise).mean() for fall, rise in zip(falls, rises, strict=True)]
+    assert min(right) > 0.75 and np.mean(right) < 0.999, right
+    own = clips.labels == 4
+    assert all(0.3 < fall[own].mean() < 0.7 for fall in falls)
+
+
+def test_emotion_clips_bytes_are_the_seed_s_alone(emotions):
+    again = emotion_clips(share=0.05, val=[6] * 5, test=[8] * 5, size=20)
+    assert np.array_equal(again.face, emotions.face) and np.array_equal(again.context, emotions.context)
+    other = emotion_clips(share=0.05, val=[6] * 5, test=[8] * 5, size=20, seed=1)
+    assert (other.face != emotions.face).any() and (other.labels != emotions.labels).any()
+    content = emotions.face.tobytes() + emotions.context.tobytes() + emotions.labels.tobytes()
+    assert hashlib.sha256(content).hexdigest() == PINNED_EMOTIONS
+
+
+@pytest.mark.parametrize(
+    "changed", [{"share": 0}, {"share": 1.5}, {"num_frames": 1}, {"size": 15}, {"trend": -0.1}, {"unrest": 1.1}]
+)
+def test_emotion_clips_refuse_what_they_cannot_draw(changed):
+    with pytest.raises(ValueError, match=next(iter(changed))):
+        emotion_clips(**changed)
