@@ -57,7 +57,7 @@ def parse_args(argv: list[str] | None = None):
     parser.number(group, "--store-size", int, None, "side frames are decoded to; unset: their own, at most 256", low=8)
     group = parser.add_argument_group("model")
     parser.choice(group, "--backbone", VARIANTS, "conv_medium", "MobileNetV4 variant")
-    group.add_argument("--weights", metavar="FILE", help="published weights of the backbone, .safetensors or .pt")
+    group.add_argument("--weights", metavar="FILE", help="published weights (.safetensors, .pt) or a run's best.pt")
     parser.choice(group, "--shift", PLACEMENTS, "residual", "what reads the shifted map: the branch, its expansion")
     parser.number(group, "--fold-div", int, 4, "1/N of the channels comes from each neighbour: 4 moves half", low=1)
     parser.choice(group, "--direction", ["both", "past"], "both", "past: from the previous frame alone, for --stream")
@@ -124,6 +124,17 @@ def build_data(args, path: str, facts: dist.Facts, labels: bool = True) -> facef
     say = print if facts.main else lambda text: None
     reading = dict(store_size=args.store_size, bad=args.bad_images, workers=args.workers, fps=args.fps)
     return faceforensics.prepare(path, compression=args.compression, labels=labels, say=say, **reading)
+
+
+def start_weights(args) -> tuple[dict[str, Tensor] | None, tuple]:
+    """The backbone's weights in --weights, and the (mean, std) of pixels that they expect; of a run, its own."""
+    if args.weights is None:
+        return None, normalization(args.backbone)
+    state = weights.read(args.weights)
+    own = {name.removeprefix("backbone."): t for name, t in state.items() if name.startswith("backbone.")}
+    if own:
+        return own, checkpoint.load_selected(args.weights)["meta"]["pixels"]
+    return state, normalization(args.backbone, args.weights)
 
 
 def train_items(args, videos, splits: dict) -> np.ndarray:
@@ -406,10 +417,10 @@ def main(argv: list[str] | None = None) -> int:
         size = args.image_size or max(min(224, videos.store_size), MIN_SIZE)
         if size < MIN_SIZE:
             raise InputError(f"--image-size {size}: the smallest that MobileNetV4 takes is {MIN_SIZE}")
-        published = weights.read(args.weights) if args.weights else None
+        published, pixels = start_weights(args)
         meta = dict(script="tsm", image_size=size, classes=videos.classes)
         meta |= {name: getattr(args, name) for name in MODEL_FLAGS}
-        meta["pixels"] = [list(part) for part in normalization(args.backbone, args.weights)]
+        meta["pixels"] = [list(part) for part in pixels]
         meta["weights"] = checkpoint.weights_digest(published) if published else None
         real, fake = np.bincount(videos.labels[splits["train"]], minlength=2)
         weight = real / max(fake, 1) if args.pos_weight == "auto" else args.pos_weight

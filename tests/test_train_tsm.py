@@ -419,6 +419,15 @@ def test_published_weights_are_loaded_strictly(ffpp, tmp_path, capsys):
     assert not (tmp_path / "other").exists()
 
 
+def test_a_run_gives_its_backbone_to_another(whole, ffpp, tmp_path):
+    argv = [*NET, "--data", str(ffpp), "--bs", "8", "--lr", "0", "--min-lr", "0", "--freeze-bn", "1"]
+    stopped_at([*argv, "--weights", str(whole / "best.pt"), "--out", str(tmp_path / "run")], 1)
+    model, first = checkpoint.load(tmp_path / "run" / "last.pt")["parts"]["model"], checkpoint.load(whole / "best.pt")
+    same(*({n: t for n, t in state.items() if n.startswith("backbone.")} for state in (model, first["model"])), "")
+    resolved = json.loads((tmp_path / "run" / "config.json").read_text())["resolved"]
+    assert resolved["pixels"] == first["meta"]["pixels"]
+
+
 BAD = {
     "missing folder": (["--data", "{tmp}/absent"], "no such file or folder"),
     "unknown layout": (["--data", "{pictures}"], "no known layout"),
