@@ -12,10 +12,10 @@ Names of special tokens in a text are ordinary text.
 import gzip
 import hashlib
 import html
+import http.client
 import os
 import re
 import unicodedata
-import urllib.error
 import urllib.request
 import zlib
 from pathlib import Path
@@ -64,8 +64,9 @@ _REPAIRS = _repairs()
 
 def split(text: str) -> list[str]:
     """The words of a cleaned text: English suffixes such as `'s`, runs of letters, single digits, runs of the rest."""
-    # Letters and numbers by Unicode's categories, which the patterns of `re` cannot name.
-    kinds = "".join(" " if c == " " else k if (k := unicodedata.category(c)[0]) in "LN" else "O" for c in text)
+    # Letters and numbers by Unicode's categories, which the patterns of `re` cannot name. The mark U+0345 vanishes: the
+    # original ignores case, and by its capital, a letter, no run takes it.
+    kinds = "".join(" " if c in " \u0345" else k if (k := unicodedata.category(c)[0]) in "LN" else "O" for c in text)
     words, i = [], 0
     while i < len(text):
         match = _SUFFIX.match(text, i) or _RUN.match(kinds, i)
@@ -171,19 +172,19 @@ def official_vocab(url: str = VOCAB_URL, folder: str | Path | None = None) -> Pa
     try:
         with urllib.request.urlopen(url, timeout=30) as answer:
             data = answer.read(_MAX_BYTES)
-        fault = None if _sha256(data) == VOCAB_SHA256 else "what came has another SHA-256"
-    except OSError as error:
+        if _sha256(data) == VOCAB_SHA256:
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            temporary.write_bytes(data)
+            os.replace(temporary, path)
+            return path
+        fault = "what came has another SHA-256"
+    except (OSError, http.client.HTTPException) as error:
         fault = f"{getattr(error, 'reason', error)}"
-    if fault:
-        raise InputError(
-            f"CLIP's vocabulary could not be fetched ({fault}): put {url} (SHA-256 {VOCAB_SHA256}) at {path}, or name "
-            "your copy with --clip-vocab FILE"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
-    return path
+    raise InputError(
+        f"CLIP's vocabulary could not be fetched ({fault}): put {url} (SHA-256 {VOCAB_SHA256}) at {path}, or name your "
+        "copy with --clip-vocab FILE"
+    )
 
 
 def _sha256(data: bytes) -> str:
