@@ -30,9 +30,8 @@ def stored_features(run: Run, weights: str, compute: Callable[[], Tensor]) -> Te
     rows = compute()
     if run.facts.main:
         splits = np.full(len(items), "train", dtype="<U5")
-        splits[run.splits["dev"]] = "val"
-        for part in ("test", "finetune_test"):
-            splits[run.splits[part]] = "test"
+        for part, name in (("dev", "val"), ("val", "val"), ("test", "test"), ("finetune_test", "test")):
+            splits[run.splits.get(part, [])] = name
         temporary = file.with_name(".features.tmp.npz")
         np.savez(
             temporary,

@@ -92,7 +92,7 @@ class Schedule:
         )
 
 
-def read(path: str) -> Schedule:
+def read_schedule(path: str) -> Schedule:
     """A schedule from a TOML or JSON file: `epochs` and `phases`, a list of tables with the attributes of `Phase`.
 
     Raises:

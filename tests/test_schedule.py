@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from common import schedule
 from common.config import InputError
-from common.schedule import Phase, Schedule
+from common.schedule import Phase, Schedule, read_schedule
 
 TABLE = Schedule(10, (Phase(0), Phase(4, "weighted", cap=2.0, mi=0.3, dc=0.1, ramp=4), Phase(8, lr=0.1)))
 
@@ -37,7 +36,7 @@ def test_a_table_is_read_as_it_stands(tmp_path):
     lines += ['sampler = "weighted"', "cap = 1.5", "mi = 0.1", "ramp = 2"]
     (tmp_path / "a.toml").write_text("\n".join(lines))
     expected = Schedule(6, (Phase(0, smoothing=0.05), Phase(3, "weighted", cap=1.5, mi=0.1, ramp=2)))
-    assert schedule.read(str(tmp_path / "a.json")) == schedule.read(str(tmp_path / "a.toml")) == expected
+    assert read_schedule(str(tmp_path / "a.json")) == read_schedule(str(tmp_path / "a.toml")) == expected
     text = expected.describe().splitlines()
     assert text[0].split() == ["epochs", "sampler", "cap", "smoothing", "mi", "ramp"]
     assert text[1].split() == ["[0,", "3)", "random", "none", "0.05", "0", "0"]
@@ -71,12 +70,12 @@ def test_a_bad_table_is_refused_in_one_line(tmp_path, table, message):
     path = tmp_path / "table.json"
     path.write_text(table if isinstance(table, str) else json.dumps(table))
     with pytest.raises(InputError, match=message) as caught:
-        schedule.read(str(path))
+        read_schedule(str(path))
     assert "\n" not in str(caught.value) and "--schedule" in str(caught.value)
 
 
 def test_a_missing_table_and_another_suffix_are_refused(tmp_path):
     with pytest.raises(InputError, match="No such file"):
-        schedule.read(str(tmp_path / "none.json"))
+        read_schedule(str(tmp_path / "none.json"))
     with pytest.raises(InputError, match="allowed are .toml and .json"):
-        schedule.read(str(tmp_path / "table.yaml"))
+        read_schedule(str(tmp_path / "table.yaml"))

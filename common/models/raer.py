@@ -1,0 +1,286 @@
+"""Face and context clips against classes that are texts or learnt vectors.
+
+    frames (n, 2, T, 3, s, s) -> shared image tower -> (n, 2, T, d) -> a temporal transformer for each stream
+    -> fusion -> z (n, d);   classes (K, d);   logits = scale * cos(z, class)
+
+After CLIP-CAER (arXiv:2508.04148) and DFER-CLIP (arXiv:2308.13382). With pretrained text a class is the text tower's
+feature of learnable context (CoOp, arXiv:2109.01134) before the class's descriptor, and z starts from the mean of the
+frames' features, which the text tower's features already fit. Without one a class is a learnt vector.
+"""
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import checkpoint
+from common.augment import IMAGENET_MEAN, IMAGENET_STD
+from common.config import InputError
+from common.models import BACKBONES, build_backbone, input_size, load_published
+from common.models.bpe import Tokenizer
+from common.models.clip import (
+    CLIP_MEAN,
+    CLIP_STD,
+    VARIANTS,
+    TextTower,
+    build_clip,
+    build_image_tower,
+    cosine_logits,
+    read_clip,
+)
+from common.weights import of_backbone, read
+
+TUNES = ("none", "adapter", "full")
+STREAMS = ("face", "context")
+_START_SCALE = 1 / 0.07  # what CLIP's own training starts from
+
+
+class Temporal(nn.Module):
+    """Features of T frames (n, T, d) to one (n, d): the output of a class token in a pre-norm transformer.
+
+    Features of one tower lie in a narrow cone, most of each is the same for all images, so BatchNorm takes that off
+    first: a LayerNorm would keep it.
+    """
+
+    def __init__(self, dim: int, num_frames: int, layers: int, dropout: float):
+        super().__init__()
+        self.token = nn.Parameter(dim**-0.5 * torch.randn(dim))
+        self.position = nn.Parameter(dim**-0.5 * torch.randn(1 + num_frames, dim))
+        layer = nn.TransformerEncoderLayer(
+            dim, max(1, dim // 64), 2 * dim, dropout, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.norm_in, self.norm_out = nn.BatchNorm1d(dim), nn.LayerNorm(dim)
+        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm_in(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        x = torch.cat([self.token.expand(len(x), 1, -1), x], 1) + self.position
+        return self.norm_out(self.encoder(x)[:, 0])
+
+
+class Adapter(nn.Module):
+    """A residual bottleneck on features (..., d) that starts as the identity (CLIP-Adapter, arXiv:2110.04544)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.down, self.up = nn.Linear(dim, max(8, dim // 4)), nn.Linear(max(8, dim // 4), dim)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.up(F.gelu(self.down(x)))
+
+
+class Prompts(nn.Module):
+    """Class features (K, d) of a frozen text tower, from learnable context before the words of each descriptor.
+
+    Args:
+        tower: `common.models.clip.TextTower`; its parameters are frozen here.
+        ids: (K, l) int64 of the descriptors: start token, words, end token, zeros.
+        num_context: learnable vectors of each class, between the start token and the words.
+
+    Attributes:
+        fixed: (K, d) the descriptors' own features, without context: what the prompts are compared with.
+
+    Raises:
+        InputError: a descriptor leaves no room for the context.
+    """
+
+    def __init__(self, tower: TextTower, ids: Tensor, num_context: int):
+        super().__init__()
+        longest, room = int(ids.argmax(1).max()) + 1, len(tower.positional_embedding)
+        if longest + num_context > room:
+            raise InputError(
+                f"--num-context {num_context}: the longest descriptor has {longest} tokens, together at most {room};"
+                " shorten it or give less context"
+            )
+        self.tower = tower.requires_grad_(False).eval()
+        self.num_context = num_context
+        self.context = nn.Parameter(0.02 * torch.randn(len(ids), num_context, tower.token_embedding.embedding_dim))
+        self.register_buffer("ids", ids[:, :longest], persistent=False)
+        with torch.no_grad():
+            self.register_buffer("fixed", tower(self.ids), persistent=False)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        self.tower.eval()
+        return self
+
+    def forward(self) -> Tensor:
+        return self.tower(self.ids, self.context)
+
+
+class RaerModel(nn.Module):
+    """Clips of two streams to logits (n, K) and the classes' features (K, d).
+
+    Args:
+        image: frames (m, 3, s, s) to features (m, width).
+        width: d.
+        num_classes: K.
+        num_frames: T.
+        tune: "none" (the tower is frozen), "adapter" (frozen, with a trainable residual behind it) or "full".
+        prompts: `Prompts`, or None: the classes are learnt vectors.
+        scale: of the cosines, fixed: CLIP's own where there is one. None: no cosine, the logits are inner products.
+        layers, dropout: of the temporal transformers.
+    """
+
+    def __init__(
+        self,
+        image: nn.Module,
+        width: int,
+        num_classes: int,
+        *,
+        num_frames: int,
+        tune: str,
+        prompts: Prompts | None = None,
+        scale: float | None,
+        layers: int = 1,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        if tune not in TUNES:
+            raise ValueError(f"tune={tune!r}, allowed are {', '.join(TUNES)}")
+        self.image, self.tune, self.scale, self.num_classes = image, tune, scale, num_classes
+        self.adapter = Adapter(width) if tune == "adapter" else None
+        self.temporal = nn.ModuleDict({name: Temporal(width, num_frames, layers, dropout) for name in STREAMS})
+        self.fusion = nn.Sequential(
+            nn.Linear(2 * width, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, width)
+        )
+        self.prompts, self.classes = prompts, None
+        if prompts is None:
+            self.classes = nn.Linear(width, num_classes, bias=False)
+        self.choose_trained(only_classes=False)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if self.tune != "full" or self.only_classes:
+            self.image.eval()  # what is frozen must not follow the batches through its BatchNorm
+        if self.only_classes:
+            for part in (self.temporal, self.fusion):
+                part.eval()
+        return self
+
+    def parts(self) -> dict[str, list[nn.Module]]:
+        """The modules by the learning rate that they train with."""
+        temporal = [part for part in (self.temporal, self.fusion, self.adapter, self.classes) if part is not None]
+        return {"temporal": temporal, "image": [self.image], "prompts": [self.prompts] if self.prompts else []}
+
+    def choose_trained(self, only_classes: bool) -> None:
+        """Let everything train that `tune` says, or only what decides where the classes lie, on fixed features."""
+        self.only_classes = only_classes
+        self.requires_grad_(not only_classes)
+        if self.tune != "full":
+            self.image.requires_grad_(False)
+        if self.prompts is None:
+            self.classes.requires_grad_(True)
+        else:
+            self.prompts.tower.requires_grad_(False)
+            self.prompts.context.requires_grad_(True)
+        self.train(self.training)
+
+    def class_features(self) -> Tensor:
+        """(K, d), in float32."""
+        return (self.classes.weight if self.prompts is None else self.prompts()).float()
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """Features (n, 2, T, d) of frames (n, 2, T, 3, s, s) by the image tower; without gradient if it is frozen."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.tune == "full"):
+            return self.image(frames.flatten(0, 2)).unflatten(0, frames.shape[:3])
+
+    def clip_features(self, x: Tensor) -> Tensor:
+        """z (n, d) of frames (n, 2, T, 3, s, s), or of what `encode` gave for them."""
+        x = self.encode(x) if x.ndim == 6 else x
+        x = self.adapter(x) if self.adapter else x
+        both = [self.temporal[name](x[:, i]) for i, name in enumerate(STREAMS)]
+        z = self.fusion(torch.cat(both, 1))
+        if self.prompts is None:
+            return z
+        return z + math.sqrt(z.shape[1]) * F.normalize(x.float().mean((1, 2)), dim=1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z, classes = self.clip_features(x).float(), self.class_features()
+        logits = z @ classes.T if self.scale is None else cosine_logits(z, classes, self.scale)
+        return logits, classes
+
+    def describe(self) -> str:
+        """`12.3 million parameters, 1.2 million trained; classes are learnt vectors; scale 14.3`"""
+        count, trained = (
+            sum(p.numel() for p in self.parameters() if p.requires_grad or not only) / 1e6 for only in (False, True)
+        )
+        kind = "learnt vectors" if self.prompts is None else f"texts with {self.prompts.num_context} learnable tokens"
+        scale = "inner products" if self.scale is None else f"cosines times {self.scale:.4g}"
+        return f"{count:.2f} million parameters, {trained:.2f} million of them trained; classes are {kind}; {scale}"
+
+
+def normalization(backbone: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) of the pixels in [0, 1] that a tower expects: CLIP's own, and for SimCLR's ResNet ImageNet's."""
+    return (IMAGENET_MEAN, IMAGENET_STD) if backbone == "resnet18" else (CLIP_MEAN, CLIP_STD)
+
+
+def start(args, store_size: int, descriptions: list[str]) -> tuple[nn.Module | None, dict, str | None]:
+    """What `--weights` holds (None without), the facts from which a checkpoint rebuilds the model, and what was done.
+
+    Args:
+        args: backbone, weights, image_size, activation, clip_vocab, logit_scale, num_context and method.
+        store_size: side of the stored frames in pixels.
+        descriptions: a sentence for each class.
+
+    Raises:
+        InputError: the weights are of another architecture, or the size is one that the tower does not take.
+    """
+    name, published, said = args.backbone, None, None
+    meta = dict(activation=None, tokens=None, stem=None, scale=args.logit_scale or _START_SCALE)
+    if name == "resnet18":
+        kernel = of_backbone(read(args.weights)).get("conv1.weight") if args.weights else None
+        small = store_size < 64 if kernel is None else kernel.shape[-1] == 3
+        meta["stem"] = "cifar" if small else "imagenet"
+        size = input_size(name, meta["stem"], args.image_size, store_size)
+        meta["image_size"] = size
+        if args.weights:
+            published = build_backbone(name, meta["stem"])
+            said = load_published(published, args.weights)
+    else:
+        if args.weights and not VARIANTS[name].text_width:
+            raise InputError(f"--weights: no weights of {name} are published; leave it out, or another --backbone")
+        patch = VARIANTS[name].patch
+        largest = 224 if args.weights else min(224, store_size)
+        size = args.image_size or max(patch, largest // patch * patch)
+        meta["image_size"] = size
+        if args.weights:
+            published, said = read_clip(args.weights, name, size, args.activation)
+            meta["activation"] = published.activation
+            meta["scale"] = args.logit_scale or published.logit_scale.exp().item()
+            if args.method != "tau-norm":
+                ids = Tokenizer.read(args.clip_vocab)(descriptions)
+                Prompts(copy.deepcopy(published.text), ids, args.num_context)
+                meta["tokens"] = ids.tolist()
+        else:
+            build_image_tower(name, size)
+    if args.method == "tau-norm":
+        meta["scale"] = None
+    meta["weights"] = checkpoint.weights_digest(published.state_dict()) if published else None
+    return published, meta, said
+
+
+def build_raer(meta: dict, dropout: float, published: nn.Module | None = None) -> RaerModel:
+    """The model of `meta`: of `start`, with backbone, num_frames, tune, num_context, temporal_layers and classes.
+
+    Args:
+        published: CLIP or a ResNet-18, which is copied; None: random weights.
+    """
+    name, size, prompts = meta["backbone"], meta["image_size"], None
+    published = copy.deepcopy(published)
+    if name == "resnet18":
+        image, width = published or build_backbone(name, meta["stem"]), BACKBONES[name].num_features
+    elif meta["tokens"] is None:
+        image = published.visual if published else build_image_tower(name, size, meta["activation"])
+        width = image.num_features
+    else:
+        clip = published or build_clip(name, size, meta["activation"])
+        image, width = clip.visual, clip.visual.num_features
+        prompts = Prompts(clip.text, torch.tensor(meta["tokens"]), meta["num_context"])
+    options = dict(num_frames=meta["num_frames"], tune=meta["tune"], scale=meta["scale"], prompts=prompts)
+    options |= dict(layers=meta["temporal_layers"], dropout=dropout)
+    return RaerModel(image, width, len(meta["classes"]), **options)

@@ -1,0 +1,413 @@
+"""train_raer.py as its users run it: whole runs, interrupted runs that equal them, every method, use, bad input."""
+
+import csv
+import json
+import os
+import random
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train_raer
+from common import checkpoint, data, dist, log, longtail, metrics
+from common.models import raer as models
+from common.models.clip import TextTower
+from common.schedule import Phase
+
+CLASSES = ["calm", "glad", "puzzled"]
+NET = ["--backbone", "vit_tiny", "--device", "cpu", "--num-frames", "3", "--bs", "8"]
+SMALL = [*NET, "--epochs", "4", "--seed", "3", "--eval-every", "2", "--tune", "full", "--dropout", "0.2"]
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """A miniature RAER of 24 px: 34 training, 9 validation and 9 test clips of three classes that differ in colour."""
+    root = tmp_path_factory.mktemp("data") / "raer"
+    rng = np.random.default_rng(0)
+    faces, bodies = {}, {}
+    for part, counts in (("train", (22, 8, 4)), ("val", (3, 3, 3)), ("test", (3, 3, 3))):
+        lines = []
+        for label, count in enumerate(counts):
+            for i in range(count):
+                clip, length = f"{part}/clip {label}-{i}", 2 + (label + i) % 4
+                for t in range(length):
+                    pixels = rng.integers(0, 90, (24, 32, 3), dtype=np.uint8)
+                    pixels[..., label] += 120
+                    file = root / clip / f"{t:03d}.png"
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    Image.fromarray(pixels).save(file)
+                faces[clip] = {f"{t:03d}.png": [8, 2, 24, 18] for t in range(length)}
+                bodies[clip] = [2, 0, 30, 24]
+                lines.append(f"{clip} {length} {label + 1}\n")
+        (root / f"{part}.txt").write_text("".join(lines))
+    (root / "face.json").write_text(json.dumps(faces))
+    (root / "body.json").write_text(json.dumps(bodies))
+    (root / "classes.txt").write_text("".join(f"{name}\ta {name} face\n" for name in CLASSES))
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(tree, tmp_path_factory):
+    """A finished run whose image tower trains too."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert train_raer.main([*SMALL, "--data", str(tree), "--out", str(folder)]) == 0
+    return folder
+
+
+def summary(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def equal_runs(a, b):
+    """Every stored tensor, metric and log line of two runs is the same, times and rates apart."""
+    for name in ("last.pt", "best.pt"):
+        same(checkpoint.load(a / name), checkpoint.load(b / name), name)
+    timing = {"seconds", "best_model_path"}
+    ours, theirs = ({k: v for k, v in summary(f).items() if k not in timing} for f in (a, b))
+    assert ours == theirs
+    lines = [[{k: v for k, v in line.items() if k not in log.TIMING} for line in log.read(f)] for f in (a, b)]
+    assert lines[0] == lines[1]
+
+
+def same(x, y, where):
+    if isinstance(x, dict):
+        assert x.keys() == y.keys(), where
+        for key in x.keys() - {"log_offset", "seconds"}:
+            same(x[key], y[key], f"{where}/{key}")
+    elif isinstance(x, (list, tuple)):
+        assert len(x) == len(y), where
+        for i, pair in enumerate(zip(x, y, strict=True)):
+            same(*pair, f"{where}/{i}")
+    elif torch.is_tensor(x):
+        assert x.dtype == y.dtype and torch.equal(x, y), where
+    else:
+        assert x == y, where
+
+
+def test_the_three_stages_are_the_recipes_in_every_one_of_60_epochs():
+    table = longtail.SCHEDULES["three-stage"]
+    for epoch in range(60):
+        phase = table.at(epoch)
+        stage = 1 if epoch < 16 else 2 if epoch < 41 else 3
+        sampler = {1: ("random", None), 2: ("weighted", 2.0), 3: ("weighted", 1.5)}[stage]
+        assert (phase.sampler, phase.cap) == sampler and phase.weights == "none" and phase.trains == "all"
+        assert phase.tau == {1: 0.0, 2: 0.4, 3: 0.2}[stage]
+        assert phase.temperature == {1: 0.15, 2: 0.15, 3: 0.12}[stage] and phase.smoothing == 0.05
+        rise = 0.0 if epoch < 16 else min(1.0, (epoch - 16) / 9)
+        assert phase.mi == pytest.approx(0.1 * rise) and phase.dc == pytest.approx(0.1 * rise)
+        assert phase.lr == (1.0 if epoch < 41 else 0.1 if epoch < 51 else 0.01)
+    assert [phase.start for phase in table.scaled(30).phases] == [0, 8, 20, 26]
+    for epochs in (1, 7, 20, 90):
+        wanted = {round(16 * epochs / 60), round(41 * epochs / 60)} - {epochs}
+        assert wanted <= {phase.start for phase in table.scaled(epochs).phases}
+
+
+def test_a_run_leaves_what_the_readme_promises(whole, tree, capsys):
+    result = summary(whole)
+    for name in ("uar", "war", "recall_calm", "recall_puzzled", "uar_low", "uar_high"):
+        assert 0 <= result[f"train/test/{name}"] <= 1 and f"train/test/{name}_last_epoch" in result
+    assert result["train/test/uar_low"] <= result["train/test/uar"] <= result["train/test/uar_high"]
+    assert result["train/test/majority_uar"] == pytest.approx(1 / 3) == result["train/test/majority_war"]
+    assert result["status"] == "finished" and result["best_model_path"] == str(whole / "best.pt")
+    for name in ("config.json", "env.json", "report.html"):
+        assert (whole / name).stat().st_size > 0
+    with open(whole / "confusion.csv") as file:
+        rows = list(csv.reader(file))
+    counts = np.array([row[1:] for row in rows[1:]], int)
+    assert [row[0] for row in rows] == ["true", *CLASSES] and counts.sum(1).tolist() == [3, 3, 3]
+    assert (counts.diagonal() / 3).mean() == pytest.approx(result["train/test/uar"])
+    epochs = [line for line in log.read(whole) if "train/train/loss" in line]
+    table = longtail.SCHEDULES["three-stage"].scaled(4)
+    assert [line["train/schedule/tau"] for line in epochs] == [table.at(epoch).tau for epoch in range(4)]
+    assert [line.get("train/schedule/cap") for line in epochs] == [table.at(epoch).cap for epoch in range(4)]
+    assert ["train/val/uar" in line for line in epochs] == [False, True, False, True]
+    before = (whole / "log.jsonl").read_bytes()
+    capsys.readouterr()
+    assert train_raer.main([*SMALL, "--data", str(tree), "--out", str(whole)]) == 0  # finished: nothing is repeated
+    assert "has finished" in capsys.readouterr().out and (whole / "log.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_a_run_interrupted_anywhere_equals_a_whole_one(whole, tree, tmp_path, monkeypatch, capsys, cache):
+    """A real signal at random steps and evaluations; the same command goes on, with another number of workers."""
+    argv = [*SMALL, "--data", str(tree)]
+    if cache:
+        argv = [*NET, "--data", str(tree), "--epochs", "4", "--cache-features", "--method", "crt", "--eval-every", "2"]
+        whole = tmp_path / "cached"
+        assert train_raer.main([*argv, "--out", str(whole)]) == 0
+    rng, calls = random.Random(5), 0
+    cuts = sorted(rng.sample(range(1, 24), 5))
+    end_step, check_stop = checkpoint.Progress.end_step, checkpoint.Progress.check_stop
+
+    def counted(original):
+        def call(self, *args):
+            nonlocal calls
+            calls += 1
+            if cuts and calls >= cuts[0]:
+                cuts.pop(0)
+                os.kill(os.getpid(), rng.choice([signal.SIGTERM, signal.SIGUSR1, signal.SIGINT]))
+            return original(self, *args)
+
+        return call
+
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setattr(checkpoint.Progress, "end_step", counted(end_step))
+    monkeypatch.setattr(checkpoint.Progress, "check_stop", counted(check_stop))
+    folder, stopped = tmp_path / "run", 0
+    while True:
+        try:
+            assert train_raer.main([*argv, "--out", str(folder), "--workers", str(stopped + 1)]) == 0
+            break
+        except SystemExit as ending:
+            assert ending.code == 75
+            stopped += 1
+    assert stopped == 5
+    equal_runs(whole, folder)
+
+
+@pytest.mark.parametrize("method", list(longtail.SCHEDULES))
+def test_every_method_trains_on_cached_features(tree, tmp_path, method):
+    folder = tmp_path / method
+    argv = [*NET, "--data", str(tree), "--epochs", "6", "--cache-features", "--method", method, "--out", str(folder)]
+    assert train_raer.main([*argv, "--dropout", "0"]) == 0
+    result = summary(folder)
+    assert result["train/test/uar"] > 0.5  # the classes differ in colour
+    tau = result["train/val/tau"]
+    assert tau in {round(0.1 * i, 1) for i in range(11)} if method == "tau-norm" else tau == 1.0
+    state = checkpoint.load(folder / "best.pt")
+    assert state["meta"]["counts"] == [22, 8, 4] and (state["meta"]["scale"] is None) == (method == "tau-norm")
+    capped = [line.get("train/schedule/cap") for line in log.read(folder) if "train/schedule/lr" in line]
+    assert (capped == [None] * 6) == (method != "three-stage")
+
+
+def clip_like(num_classes=4, dim=16, tune="none", prompts=True):
+    """A model with a random text tower, and cached features whose mean tells the class."""
+    torch.manual_seed(0)
+    tower = TextTower(50, 12, width=16, layers=2, heads=2, embed_dim=dim, activation="quick_gelu")
+    ids = torch.tensor([[48, 3 + i, 9, 20 - i, 49] for i in range(num_classes)])
+    text = models.Prompts(tower, ids, 3) if prompts else None
+    return models.RaerModel(torch.nn.Identity(), dim, num_classes, num_frames=5, tune=tune, prompts=text, scale=20.0)
+
+
+@pytest.mark.parametrize("method", list(longtail.SCHEDULES))
+@pytest.mark.parametrize("tune", ["none", "adapter"])
+@pytest.mark.parametrize("prompts", [True, False])
+def test_all_that_is_to_train_is_alive_in_every_phase(method, tune, prompts):
+    from common import audit, optim
+
+    labels, counts = torch.arange(8) % 4, np.array([40, 9, 3, 2])
+    features = torch.randn(3, 8, 2, 5, 16, generator=torch.Generator().manual_seed(1))
+    for phase in longtail.SCHEDULES[method].phases:
+        model = clip_like(tune=tune, prompts=prompts).train()
+        model.choose_trained(phase.trains == "classes")
+
+        def terms_of(network, k, phase=phase):
+            output = network(features[k])
+            return longtail.loss_terms(method, phase, counts, "sampled", network, output, labels)
+
+        def optimizer(network):
+            modules = [m for part in network.parts().values() for m in part]
+            return optim.build_optimizer("sgd", optim.param_groups(modules, 1e-4), lr=1e-2)
+
+        assert audit.check_setting("phase", model, optimizer, terms_of) == []
+        terms = terms_of(model, 0)
+        assert ("mi" in terms, "dc" in terms) == (bool(phase.mi) and prompts, bool(phase.dc))
+
+
+def test_a_model_with_a_dead_part_ends_with_4_and_its_name(tree, tmp_path, monkeypatch, capsys):
+    parts = models.RaerModel.parts
+    monkeypatch.setattr(models.RaerModel, "parts", lambda self: parts(self) | {"temporal": parts(self)["temporal"][:1]})
+    with pytest.raises(SystemExit) as ending:
+        train_raer.main([*NET, "--data", str(tree), "--epochs", "1", "--out", str(tmp_path / "run")])
+    error = capsys.readouterr().err
+    assert ending.value.code == 4 and error.startswith(
+        "audit failed: epochs from 0: fusion.0.weight is trainable and in 0"
+    )
+    assert error.count("\n") == 1
+
+
+def test_prompts_are_the_text_towers_features_of_context_and_words():
+    model = clip_like()
+    tower, ids, context = model.prompts.tower, model.prompts.ids, model.prompts.context
+    embedded = tower.token_embedding(ids)
+    with_context = torch.cat([embedded[:, :1], context, embedded[:, 1:]], 1) + tower.positional_embedding[:8]
+    hidden = tower.ln_final(tower.transformer(with_context, True, False))
+    torch.testing.assert_close(model.class_features(), hidden[:, 7] @ tower.text_projection)
+    torch.testing.assert_close(model.prompts.fixed, tower(ids))
+    x = torch.randn(2, 2, 5, 16)
+    logits, classes = model.eval()(x)
+    z = torch.nn.functional.normalize(model.clip_features(x), dim=1)
+    torch.testing.assert_close(logits, 20 * z @ torch.nn.functional.normalize(classes, dim=1).T)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} & {"prompts.context"}
+    assert not any(p.requires_grad for p in tower.parameters())
+    with pytest.raises(models.InputError, match="longest descriptor has 5 tokens, together at most 12"):
+        models.Prompts(tower, ids, 8)
+
+
+def test_the_sampled_prior_is_what_the_sampler_draws_and_does_not_correct_twice():
+    counts, phase = np.array([1106, 103, 24, 126, 338]), Phase(0, "weighted", cap=2.0)
+    labels = np.repeat(np.arange(5), counts)
+    sampled = longtail.prior(counts, phase, "sampled").numpy()
+    drawn = data.weighted_order(np.arange(1697), data.class_weights(counts, 2.0)[labels], 0, 0)
+    shares = np.bincount(labels[drawn], minlength=5) / 1697
+    assert np.abs(shares - sampled).max() < 0.03
+    np.testing.assert_allclose(longtail.prior(counts, phase, "train").numpy(), counts / 1697, rtol=1e-6)
+    np.testing.assert_allclose(longtail.prior(counts, Phase(0), "sampled").numpy(), counts / 1697, rtol=1e-6)
+    uniform = longtail.prior(counts, Phase(0, "weighted"), "sampled")
+    np.testing.assert_allclose(uniform.numpy(), [0.2] * 5, rtol=1e-6)
+    # All classes drawn equally often leave nothing to adjust: the loss is plain cross-entropy.
+    logits, targets, model = torch.randn(6, 5), torch.arange(6) % 5, clip_like(5, prompts=False)
+    output = (logits, model.class_features())
+    balanced = Phase(0, "weighted", tau=1.0)
+    once, twice = (
+        longtail.loss_terms("three-stage", balanced, counts, which, model, output, targets)["ce"]
+        for which in ("sampled", "train")
+    )
+    torch.testing.assert_close(once, torch.nn.functional.cross_entropy(logits, targets))
+    assert not torch.allclose(once, twice)
+
+
+def test_answers_after_training_are_what_the_papers_say():
+    counts, model = np.array([90, 9, 1, 0 + 5, 5]), clip_like(5, prompts=False)
+    logits = torch.randn(7, 5)
+    expected = logits - torch.log(torch.from_numpy(counts / counts.sum())).float()
+    torch.testing.assert_close(longtail.decide("post-hoc", counts, model, logits, 1.0), expected)
+    norms = model.classes.weight.detach().norm(dim=1)
+    torch.testing.assert_close(longtail.decide("tau-norm", counts, model, logits, 0.5), logits / norms.sqrt())
+    assert longtail.decide("three-stage", counts, model, logits, 1.0) is logits
+    labels = longtail.decide("tau-norm", counts, model, logits, 0.7).argmax(1).numpy()
+    tau = longtail.best_tau("tau-norm", counts, model, logits, labels)
+    found = longtail.decide("tau-norm", counts, model, logits, tau).argmax(1)
+    assert metrics.long_tail(labels, found, 5)["war"] == 1.0
+
+
+def test_one_draw_a_clip_serves_all_frames_of_both_streams():
+    class Fake:
+        args = type("Args", (), {"augment": None, "seed": 0})
+        meta = {"image_size": 16, "backbone": "vit_tiny"}
+        facts = dist.Facts(0, 1, 0, torch.device("cpu"))
+
+    frame = torch.randint(0, 256, (3, 1, 3, 20, 20), dtype=torch.uint8).expand(3, 4, 3, 20, 20)
+    x = train_raer.frames_of(Fake, [frame, frame], np.array([5, 9, 14]), epoch=2)
+    assert x.shape == (3, 2, 4, 3, 16, 16)
+    assert all(torch.equal(x[:, 0, :1], x[:, i, t : t + 1]) for i in (0, 1) for t in range(4))
+    plain, other = (
+        train_raer.frames_of(Fake, [frame, frame]),
+        train_raer.frames_of(Fake, [frame, frame], np.array([5, 9, 15]), 2),
+    )
+    assert not torch.equal(x[0], plain[0]) and torch.equal(x[:2], other[:2]) and not torch.equal(x[2], other[2])
+
+
+def test_a_constant_answer_raises_the_alarm_beside_the_majority_class(capsys):
+    class Fake:
+        args = type("Args", (), {"seed": 0})
+        meta = {"classes": ["neutrality", "enjoyment", "confusion", "fatigue", "distraction"]}
+        data = type("Clips", (), {"labels": np.repeat(np.arange(5), [277, 26, 6, 31, 84])})
+
+    Fake.meta["counts"] = [1106, 103, 24, 126, 338]
+    said = []
+    scores = torch.zeros(424, 5)
+    scores[:, 0] = 1
+    values = train_raer.score(Fake, "train/val", np.arange(424), scores, said.append)
+    assert values["train/val/uar"] == values["train/val/majority_uar"] == pytest.approx(0.2)
+    assert round(values["train/val/majority_war"], 4) == 0.6533
+    assert len(said) == 1 and "constant classifier, UAR 20.0%, WAR 65.3%" in said[0]
+    scores[3, 2] = 2
+    assert train_raer.score(Fake, "train/val", np.arange(424), scores, said.append) and len(said) == 1
+
+
+def test_eval_and_predict_repeat_what_the_run_found(whole, tree, tmp_path, capsys):
+    assert train_raer.main(["--data", str(tree), "--eval", str(whole), "--out", str(tmp_path), "--device", "cpu"]) == 0
+    found = json.loads((tmp_path / "eval.json").read_text())
+    result = summary(whole)
+    assert (
+        found["eval/test/uar"] == result["train/test/uar"]
+        and found["eval/test/war_low"] == result["train/test/war_low"]
+    )
+    argv = ["--predict", str(tree / "test"), "--resume", str(whole), "--out", str(tmp_path), "--missing-box", "full"]
+    assert train_raer.main([*argv, "--device", "cpu"]) == 0
+    with open(tmp_path / "predictions.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 9 and set(rows[0]) == {"id", "class", *(f"score_{name}" for name in CLASSES)}
+    assert all(sum(float(row[f"score_{n}"]) for n in CLASSES) == pytest.approx(1, abs=1e-5) for row in rows)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--backbone", "vit_b"], "did you mean vit_b_"),
+        (["--method", "focal"], "allowed three-stage"),
+        (["--impl", "torch"], "no effect"),
+        (["--cache-features", "--tune", "full"], "frozen image tower"),
+        (["--cache-features", "--augment", "clip"], "no effect"),
+        (["--method", "ce", "--la-prior", "train"], "no effect"),
+        (["--method", "ce", "--schedule", "x.json"], "no effect"),
+        (["--num-context", "4"], "no effect without the text tower"),
+        (["--clip-vocab", "x"], "no effect without the text tower"),
+        (["--image-lr", "1"], "no effect with --tune none"),
+        (["--method", "tau-norm", "--logit-scale", "3"], "no effect"),
+        (["--schedule", "none.json"], "No such file"),
+        (["--image-size", "13"], "multiples of its patch"),
+        (["--bs", "100"], "larger than the 34 training items"),
+        (["--bs", "8", "--accum", "3"], "not divisible"),
+        (["--weights", "none.pt", "--backbone", "resnet18"], "no such file"),
+        (["--weights", "none.pt"], "no weights of vit_tiny"),
+        (["--data", "nowhere"], "no such file or folder"),
+        (["--missing-box", "zero"], "allowed"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(tree, tmp_path, capsys, argv, message):
+    base = ["--backbone", "vit_tiny", "--data", str(tree), "--out", str(tmp_path / "run"), "--epochs", "2", "--bs", "8"]
+    with pytest.raises(SystemExit) as ending:
+        train_raer.main([*base, *argv])
+    error = capsys.readouterr().err
+    assert ending.value.code == 2 and message in error and error.count("\n") == 1, error
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_damaged_trees_and_other_models_are_refused_in_one_line(tree, whole, tmp_path, capsys):
+    import shutil
+
+    def refused(argv, message):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ending:
+            train_raer.main([*argv, "--device", "cpu"])
+        error = capsys.readouterr().err
+        assert ending.value.code == 2 and message in error and error.count("\n") == 1, error
+
+    def changed(name, edit):
+        copy = tmp_path / f"tree{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(tree, copy)
+        (copy / name).write_text(edit((copy / name).read_text()))
+        return [*NET, "--epochs", "1", "--data", str(copy), "--out", str(tmp_path / "run")]
+
+    refused(changed("train.txt", lambda text: text.replace(" 1\n", " 7\n", 1)), "label 7")
+    refused(changed("test.txt", lambda text: text + "train/clip 0-0 2 1\n"), "train/clip 0-0")
+    refused(changed("train.txt", lambda text: text.replace("clip 0-0 2 ", "clip 0-0 9 ")), "clip 0-0")
+    refused(changed("body.json", lambda text: text.replace("[2, 0, 30, 24]", "[9, 0, 9, 24]", 1)), "[9")
+    refused(["--eval", str(whole), "--data", str(tree), "--epochs", "3"], "no effect")
+    refused(["--eval", str(tmp_path)], "best.pt")
+    other = [*SMALL, "--data", str(tree), "--out", str(whole), "--temporal-layers", "2"]
+    refused(other, "temporal_layers is 1 there and 2 here")
+    refused([*other, "--fork"], "does not fit this model")
+
+
+def test_an_inert_cap_warns(tree, tmp_path, capsys):
+    table = {"epochs": 2, "phases": [{"start": 0}, {"start": 1, "sampler": "weighted", "cap": 50.0, "tau": 0.1}]}
+    (tmp_path / "table.json").write_text(json.dumps(table))
+    argv = [*NET, "--data", str(tree), "--epochs", "2", "--cache-features", "--schedule", str(tmp_path / "table.json")]
+    assert train_raer.main([*argv, "--out", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    assert "warning: from epoch 1 the cap 50 binds no class" in out and "[1, 2)  weighted  50" in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_two_thousand_steps_stay_finite_without_a_clamp(tree, tmp_path, precision):
+    argv = [*NET, "--data", str(tree), "--epochs", "500", "--cache-features", "--precision", precision]
+    assert train_raer.main([*argv, "--eval-every", "100", "--out", str(tmp_path / "run")]) == 0
+    lines = [line for line in log.read(tmp_path / "run") if "train/train/loss" in line]
+    assert len(lines) == 500 and all(np.isfinite(line["train/train/loss"]) for line in lines)

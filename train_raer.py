@@ -1,0 +1,449 @@
+"""RAER: which of five academic emotions does a clip show? CLIP on the face and on the scene around it, long-tailed.
+
+After CLIP-CAER (arXiv:2508.04148); logit adjustment: Menon et al., arXiv:2007.07314; deferred sampling and LDAM: Cao et
+al., arXiv:1906.07413.
+
+  python train_raer.py --data raer/ --backbone vit_b_16 --weights ViT-B-16.pt --tune full --bs 8     best on a GPU
+  python train_raer.py --data raer.zip --backbone vit_b_32 --weights ViT-B-32.pt --cache-features    seconds an epoch
+  python train_raer.py --data raer.zip --backbone resnet18 --weights simclr/backbone.pt              from SimCLR
+  python train_raer.py --data raer.zip --method ldam-drw                                             a comparison
+  python train_raer.py --demo                              small, on embedded clips: minutes on two CPU cores
+
+The schedule has three stages: learn from the clips as they come; draw rare classes more often and adjust the logits;
+cool down. It is one table, in common/longtail.py, and printed at the start; --schedule FILE replaces it.
+"""
+
+import copy
+import csv
+import sys
+from dataclasses import asdict
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common import audit, augment, checkpoint, config, data, dist, longtail, metrics, optim, probe, report, step
+from common.config import Diverged, InputError
+from common.datasets import raer
+from common.log import Log, Pace
+from common.models.clip import ACTIVATIONS, VARIANTS
+from common.models.raer import TUNES, RaerModel, build_raer, normalization, start
+from common.run import Run, claim, directory, prepare, used
+from common.schedule import Phase, Schedule, read_schedule
+
+STAGE = {"epochs": 60, "bs": 32, "lr": 1e-2, "wd": 1e-4, "optimizer": "sgd", "warmup_epochs": 0.0}
+PRETRAINED_IMAGE_LR = 1e-5  # CLIP-CAER's; a tower that does not start from CLIP trains at --lr
+JITTER, DEGREES, CROP = (0.3, 0.3, 0.3, 0.1), 15, (0.5, 1.0)
+DEMO = dict(backbone="vit_tiny", cache_features=True, bs=16, num_frames=8)
+EVAL_FRAMES = 256  # at once
+MODEL_FLAGS = ["backbone", "num_frames", "tune", "num_context", "temporal_layers", "method"]
+
+
+def parse_args(argv: list[str] | None = None):
+    parser = config.base_parser("raer", __doc__)
+    group = parser.add_argument_group("clips")
+    parser.number(group, "--num-frames", int, 16, "frames of a clip, one of each of as many segments", low=1)
+    parser.choice(group, "--missing-box", raer.MISSING_BOX, "error", "full: the whole frame; skip: leave it out")
+    parser.number(group, "--face-margin", float, 0.1, "by which a face's box grows on each side, share", low=0, high=1)
+    parser.choice(group, "--augment", ["clip", "none"], None, "one draw a clip; unset: clip, none with cached features")
+    parser.number(group, "--image-size", int, None, "input side, pixels; unset: 224, or less if stored smaller", low=1)
+    parser.number(group, "--store-size", int, None, "side frames are decoded to; unset: their own, at most 256", low=8)
+    group = parser.add_argument_group("model")
+    parser.choice(group, "--backbone", [*VARIANTS, "resnet18"], "vit_b_16", "image tower of both streams")
+    group.add_argument("--weights", metavar="FILE", help="CLIP's weights; for resnet18 SimCLR's backbone.pt")
+    parser.choice(group, "--activation", ACTIVATIONS, None, "of CLIP's weights where their file does not say it")
+    group.add_argument("--clip-vocab", metavar="FILE", help="CLIP's merges; unset: the official file, fetched once")
+    parser.choice(group, "--tune", TUNES, "none", "what trains of the image tower; adapter: a residual behind it")
+    group.add_argument("--cache-features", action="store_true", help="encode each clip once: a frozen tower, no views")
+    parser.number(group, "--num-context", int, 8, "learnable tokens before a class's descriptor", low=1)
+    parser.number(group, "--temporal-layers", int, 1, "of each stream's temporal transformer", low=1)
+    parser.number(group, "--dropout", float, 0.1, "of the temporal transformers and the fusion", low=0, high=0.9)
+    parser.number(group, "--logit-scale", float, None, "of the cosines; unset: CLIP's, of --weights or new", above=0)
+    group.add_argument("--checkpoint-blocks", action="store_true", help="recompute blocks in backward: less memory")
+    group = parser.add_argument_group("schedule and imbalance")
+    parser.choice(group, "--method", longtail.SCHEDULES, "three-stage", "how the imbalance is met")
+    group.add_argument("--schedule", metavar="FILE", help="TOML or JSON table of phases instead of the three stages")
+    parser.choice(group, "--la-prior", ["sampled", "train"], "sampled", "of the logit adjustment")
+    parser.choice(group, "--optimizer", ["sgd", "adamw"], STAGE["optimizer"], "of all parts")
+    parser.number(group, "--image-lr", float, None, f"unset: {PRETRAINED_IMAGE_LR} with CLIP's weights, or --lr", low=0)
+    parser.number(group, "--prompt-lr", float, 1e-3, "of the prompts' context", low=0)
+    args = config.parse(parser, argv, DEMO)
+
+    reading = ["missing_box", "face_margin"]
+    config.check_use(parser, args, reading)
+    used = partial(config.refuse_without_effect, parser, args)
+    used(["impl"], "here: no kernel is used")
+    if args.data == "sample" and not (args.eval or args.predict):
+        used(reading, "on the embedded clips")
+    text = args.weights and args.backbone != "resnet18" and args.method != "tau-norm"
+    if not text:
+        used(["clip_vocab", "num_context", "prompt_lr"], "without the text tower of CLIP's weights")
+    if args.backbone == "resnet18" or not args.weights:
+        used(["activation"], "without CLIP's weights")
+    if args.method == "tau-norm":
+        used(["logit_scale"], "with --method tau-norm, whose logits are inner products")
+    if args.backbone == "resnet18" or args.tune != "full":
+        used(["checkpoint_blocks"], "without a vit_* backbone and --tune full")
+    if args.tune != "full":
+        used(["image_lr"], f"with --tune {args.tune}, which freezes the image tower")
+    if args.method != "three-stage":
+        used(["schedule", "la_prior"], f"with --method {args.method}")
+    if args.cache_features and args.tune == "full":
+        parser.error("--cache-features needs a frozen image tower: --tune none or adapter")
+    if args.cache_features and args.augment == "clip":
+        parser.error("--augment clip has no effect with --cache-features, which encodes each clip once")
+    return args, parser
+
+
+def build_data(args, path: str, facts: dist.Facts, labels: bool = True) -> raer.EmotionClips:
+    """The clips of `path`, said in one line."""
+    say = print if facts.main else lambda text: None
+    reading = dict(store_size=args.store_size, bad=args.bad_images, workers=args.workers)
+    boxes = dict(missing_box=args.missing_box, margin=args.face_margin)
+    return raer.prepare(path, **reading, **boxes, labels=labels, say=say)
+
+
+def epoch_batches(run: Run, phase: Phase, epoch: int, done: int = 0) -> list[np.ndarray]:
+    """This process's share of an epoch's batches of items, but for the first `done`: item i is clip i % len(clips)."""
+    clips, train, seed, bs = run.data, run.splits["train"], run.args.seed, run.stages["train"].bs
+    if phase.sampler == "random":
+        return data.epoch_batches(train, bs, seed, epoch, done, run.facts)
+    weights = data.class_weights(np.array(run.meta["counts"]), phase.cap)[clips.labels[train]]
+    order = data.weighted_order(train, weights, seed, epoch)
+    return data.cut(raer.redraw(order, len(clips)), bs, done, run.facts)
+
+
+def check(args, facts: dist.Facts, clips, splits: dict, stage: config.Stage, table: Schedule) -> np.ndarray:
+    """Refuse what training could not use, before anything is written, and say what evaluation will miss; returns the
+    training clips of each class."""
+    say = print if facts.main else lambda text: None
+    counts = np.bincount(clips.labels[splits["train"]], minlength=len(clips.classes))
+    data.check_batch("train", stage.bs, len(splits["train"]), facts.world_size * args.accum)
+    for name in ("val", "test"):
+        for i in np.setdiff1d(np.arange(len(counts)), clips.labels[splits[name]]):
+            say(f"{name} has no clip of {clips.classes[i]}: its recall counts as 0 in the UAR there")
+    for phase in table.phases:
+        if phase.cap is not None and phase.cap >= data.class_weights(counts, None).max():
+            say(f"warning: from epoch {phase.start} the cap {phase.cap:g} binds no class: all are drawn equally often")
+    return counts
+
+
+def build_model(run: Run, published=None) -> RaerModel:
+    """The network on the device, with the weights `published`; the random part is a function of --seed."""
+    torch.manual_seed(run.args.seed)
+    model = build_raer(run.meta, run.args.dropout, published)
+    model = dist.sync_batchnorm(model, run.facts).to(run.facts.device)
+    if run.args.checkpoint_blocks:
+        model.image.checkpoint_blocks = True
+    if run.args.compile:
+        model.compile()
+    return model
+
+
+def build_optimizer(run: Run, model: RaerModel) -> torch.optim.Optimizer:
+    """One or two groups a part, with the part's own peak rate in `peak`."""
+    stage, groups = run.stages["train"], []
+    for part, modules in model.parts().items():
+        if any(p.requires_grad for module in modules for p in module.parameters()):
+            rate = {"temporal": stage.lr, "image": run.meta["image_lr"], "prompts": run.args.prompt_lr}[part]
+            groups += [g | {"peak": rate, "lr": rate} for g in optim.param_groups(modules, stage.wd)]
+    return optim.build_optimizer(stage.optimizer, groups, lr=stage.lr)
+
+
+def set_lr(optimizer, stage: config.Stage, done: int, steps: int, factor: float) -> float:
+    """Set every group's rate for the step that follows `done` steps: its peak by the warm-up and the phase's factor."""
+    warmup = round(stage.warmup_epochs * steps)
+    factor *= optim.lr_at(done, lr=1.0, warmup_steps=warmup, total_steps=stage.epochs * steps, schedule="constant")
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
+    return stage.lr * factor
+
+
+def inputs(run: Run, cached: Tensor | None, batches: list[np.ndarray], epoch: int | None = None):
+    """What the model's input is made of, a batch of items at a time: cached features, or (faces, contexts), uint8."""
+    if cached is not None:
+        return (cached[batch % len(run.data)] for batch in batches)
+    length, seed = run.meta["num_frames"], run.args.seed
+    if epoch is None:
+        clips = [(batch, run.data.eval_frames(batch, length)) for batch in batches]
+    else:
+        clips = [(batch % len(run.data), run.data.train_frames(batch, seed, epoch, length)) for batch in batches]
+    return run.data.batches(clips, run.args.workers)
+
+
+def frames_of(run: Run, pixels, items: np.ndarray | None = None, epoch: int = 0) -> Tensor:
+    """The model's input on the device: normalised frames (b, 2, T, 3, s, s) of the two streams of clips, augmented if
+    they are `items` of an epoch, by one draw for all frames of both streams; or cached features as they are."""
+    if isinstance(pixels, Tensor):
+        return step.to_device(pixels, run.facts.device)
+    args, size, (count, length, _, stored, _) = run.args, run.meta["image_size"], pixels[0].shape
+    views = []
+    for stream in (step.to_device(part, run.facts.device).flatten(0, 1) for part in pixels):
+        if items is None or args.augment == "none":
+            x = augment.resize(stream, size)
+        else:
+            drawn = augment.clip_params(args.seed, epoch, items, 0, stored, JITTER, CROP, DEGREES)
+            x = augment.make_view(stream, drawn.repeat(length), size)
+        views.append(augment.normalize(x, *normalization(run.meta["backbone"])).unflatten(0, (count, length)))
+    return torch.stack(views, 1)
+
+
+def loss_terms(run: Run, model: RaerModel, phase: Phase, output, targets: Tensor) -> dict[str, Tensor]:
+    """The weighted terms of the loss by name."""
+    args, counts = run.args, np.array(run.meta["counts"])
+    return longtail.loss_terms(args.method, phase, counts, args.la_prior, model, output, targets)
+
+
+def train_step(run: Run, model, optimizer, scaler, terms_of, make_inputs, targets: Tensor):
+    """One update; returns (the loss and its terms by name, gradient norm, bad), device scalars.
+
+    `make_inputs(slice)` gives the input of a chunk of this process's clips, `targets` (b,) their labels. With --accum K
+    the gradient is that of the whole batch, but for BatchNorm and for the weights of ldam-drw, which see one chunk.
+    """
+    accum, device = run.args.accum, run.facts.device
+    size, total = len(targets) // accum, {}
+    optimizer.zero_grad(set_to_none=True)
+    for k in range(accum):
+        chunk = slice(k * size, (k + 1) * size)
+        with step.reduce_gradients(model, last=k + 1 == accum):
+            with step.autocast(run.args.precision, device):
+                output = model(make_inputs(chunk))
+            terms = {name: value / accum for name, value in terms_of(output, targets[chunk]).items()}
+            loss = sum(terms.values())
+            scaler.scale(loss).backward()
+        for name, value in (terms | {"loss": loss}).items():
+            total[name] = total.get(name, 0) + value.detach()
+    norm, bad = step.masked_step(optimizer, scaler, total["loss"])
+    return total, norm, bad
+
+
+@torch.no_grad()
+def evaluate(run: Run, model: RaerModel, indices: np.ndarray, cached=None, progress=None, outputs=None) -> Tensor:
+    """Raw logits (n, K) of clips `indices` (n,), float32 on the CPU, by the model in evaluation mode; or what another
+    function than its `forward` gives, `outputs`."""
+    model.eval()
+    outputs = outputs or (lambda x: model(x)[0])
+    own = dist.shard(indices, run.facts)
+    parts = np.array_split(own, -(-len(own) * 2 * run.meta["num_frames"] // EVAL_FRAMES))
+    parts, rows = [part for part in parts if len(part)], []
+    for pixels in inputs(run, cached, parts):
+        if progress:
+            progress.check_stop()
+        with step.autocast(run.args.precision, run.facts.device):
+            rows.append(outputs(frames_of(run, pixels)).float())
+    rows = dist.unshard(torch.cat(rows), len(indices)).cpu()
+    if not rows.isfinite().all():
+        raise Diverged("the outputs are not finite: the weights have grown too large. Try a lower --lr")
+    return rows
+
+
+def score(run: Run, prefix: str, indices: np.ndarray, scores: Tensor, say=None) -> dict:
+    """Metrics named `PREFIX/uar` and so on, with intervals, and the majority class's beside them; `say` gets the alarm
+    of a model that gives one answer."""
+    classes, labels, predicted = run.meta["classes"], run.data.labels[indices], scores.argmax(1).numpy()
+    found = metrics.long_tail(labels, predicted, len(classes))
+    constant = metrics.long_tail(labels, np.full(len(labels), np.argmax(run.meta["counts"])), len(classes))
+    values = {"uar": found["uar"], "war": found["war"]}
+    for name, (low, high) in metrics.recall_intervals(labels, predicted, len(classes), run.args.seed).items():
+        values |= {f"{name}_low": low, f"{name}_high": high}
+    values |= {f"recall_{name}": recall for name, recall in zip(classes, found["recall"], strict=True)}
+    values |= {"majority_uar": constant["uar"], "majority_war": constant["war"]}
+    if say and len(set(predicted)) == 1:
+        say(
+            f"alarm: {prefix}: all {len(labels)} clips are called {classes[predicted[0]]}. This is the constant"
+            f" classifier, UAR {found['uar']:.1%}, WAR {found['war']:.1%}: nothing is learnt about the other classes"
+        )
+    return {f"{prefix}/{name}": value for name, value in values.items()}
+
+
+def audit_phases(run: Run, model: RaerModel, table: Schedule, cached: Tensor | None) -> None:
+    """The audit of every phase's settings, three steps each on a copy; its batches are chunks of the phase's first."""
+    labels, problems = torch.from_numpy(run.data.labels), []
+    for phase in table.phases:
+        batches = [batch[: len(batch) // run.args.accum] for batch in epoch_batches(run, phase, phase.start)[:3]]
+        rows = list(zip(batches, inputs(run, cached, batches, phase.start), strict=True))
+        twin = copy.deepcopy(model).train()
+        twin.choose_trained(phase.trains == "classes")
+
+        def terms_of(network, k, phase=phase, rows=rows):
+            items, pixels = rows[k % len(rows)]
+            with step.autocast(run.args.precision, run.facts.device):
+                output = network(frames_of(run, pixels, items, phase.start))
+            return loss_terms(run, network, phase, output, labels[items % len(run.data)].to(run.facts.device))
+
+        make = partial(build_optimizer, run)
+        problems += audit.check_setting(f"epochs from {phase.start}", twin, make, terms_of)
+    audit.refuse(problems)
+    run.log.say(f"audit of {len(table.phases)} phases, 3 steps each: what is to train moves, every loss is felt")
+
+
+def train(run: Run, published, table: Schedule) -> None:
+    """Train by the table, validate every --eval-every epochs, and test the epoch of the best UAR on the validation
+    split."""
+    args, facts, log, clips, stage = run.args, run.facts, run.log, run.data, run.stages["train"]
+    val, test, labels = run.splits["val"], run.splits["test"], torch.from_numpy(clips.labels)
+    model = build_model(run, published)
+    optimizer, scaler = build_optimizer(run, model), step.scaler(args.precision, facts.device)
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    progress = run.stage("train", parts, start=run.meta["weights"] or "random")
+    if run.settled(progress):
+        return
+    steps, method = len(run.splits["train"]) // stage.bs, (args.method, np.array(run.meta["counts"]))
+    log.say(stage.describe(f"{len(run.splits['train'])} clips", steps) + f"; {args.method}:\n{table.describe()}")
+    log.say(model.describe())
+    if model.prompts is None and any(phase.mi or phase.smoothing for phase in table.phases):
+        log.say(
+            "no pretrained text: smoothed targets are uniform, and the MI loss, which holds prompts to texts, is off"
+        )
+    cached = encode(run, model, progress) if args.cache_features else None
+    if progress.step == 0:
+        audit_phases(run, model, table, cached)
+
+    pace, begun, trained, trains = Pace(stage.bs, stage.epochs * steps), progress.step, None, None
+    while progress.epoch < stage.epochs:
+        phase = table.at(progress.epoch)
+        if phase.trains != trains:
+            model.choose_trained(phase.trains == "classes")
+            trained, trains = dist.wrap(model, facts), phase.trains
+        model.train()
+        terms_of = partial(loss_terms, run, model, phase)
+        batches = epoch_batches(run, phase, progress.epoch, progress.batch)
+        for batch, pixels in zip(batches, inputs(run, cached, batches, progress.epoch), strict=True):
+            lr = set_lr(optimizer, stage, progress.step, steps, phase.lr)
+            targets = step.to_device(labels[batch % len(clips)], facts.device)
+
+            def make_inputs(chunk, pixels=pixels, batch=batch):
+                part = pixels[chunk] if cached is not None else [stream[chunk] for stream in pixels]
+                return frames_of(run, part, batch[chunk], progress.epoch)
+
+            terms, norm, bad = train_step(run, trained, optimizer, scaler, terms_of, make_inputs, targets)
+            progress.add(**terms)
+            pace.tick()
+            done = progress.step + 1
+            if log.due(done, args.log_every):
+                values = {name: dist.mean(value).item() for name, value in terms.items()}
+                values |= {"lr": lr, "grad_norm": norm.item()}
+                log.interval("train", done, progress.epoch + 1, values, pace, "clip")
+            log.progress("train", done, pace, "clip")
+            if done == begun + 2:
+                log.cost("train", steps, stage.epochs, pace, facts.device)
+            progress.end_step(bad)
+        values = {f"train/train/{name}": progress.mean(name) for name in sorted(progress.sums)}
+        if (progress.epoch + 1) % args.eval_every == 0 or progress.epoch + 1 == stage.epochs:
+            logits = evaluate(run, model, val, cached, progress)
+            tau = longtail.best_tau(*method, model, logits, clips.labels[val])
+            scores = longtail.decide(*method, model, logits, tau)
+            values |= score(run, "train/val", val, scores, log.say) | {"train/val/tau": tau}
+            progress.select(values["train/val/uar"], model.state_dict(), values, higher_is_better=True)
+            progress.results = values
+        settings = {n: v for n, v in asdict(phase).items() if isinstance(v, (int, float))}
+        values = values | {f"train/schedule/{name}": value for name, value in settings.items()}
+        log.metrics("train", progress.step, progress.epoch + 1, values)
+        progress.end_epoch()
+        pace.pause()
+
+    chosen = copy.deepcopy(model)
+    chosen.load_state_dict(progress.best_weights())
+    results = {}
+    for network, found, suffix in ((model, progress.results, "_last_epoch"), (chosen, progress.best_metrics(), "")):
+        logits = evaluate(run, network, test, cached, progress)
+        scores = longtail.decide(*method, network, logits, found["train/val/tau"])
+        results |= {name + suffix: value for name, value in score(run, "train/test", test, scores, log.say).items()}
+    confusion(run, test, scores)
+    log.metrics("train", progress.step, progress.epoch, results)
+    run.finish(progress, progress.results | results)
+
+
+def encode(run: Run, model: RaerModel, progress) -> Tensor:
+    """Features (n, 2, T, d) of the centre frames of all clips by the frozen tower, kept in features.npz."""
+    digest = checkpoint.weights_digest(model.image.state_dict())
+    everything, length = np.arange(len(run.data)), run.meta["num_frames"]
+
+    def compute() -> Tensor:
+        return evaluate(run, model, everything, None, progress, lambda x: model.encode(x).flatten(1))
+
+    rows = probe.stored_features(run, f"{digest} {length}", compute)
+    return rows.view(len(rows), 2, length, -1)
+
+
+def confusion(run: Run, indices: np.ndarray, scores: Tensor) -> None:
+    """confusion.csv of the scores (n, K): a row for each true class, a column for each answer."""
+    classes = run.meta["classes"]
+    counts = metrics.confusion_matrix(run.data.labels[indices], scores.argmax(1), len(classes))
+    if run.facts.main:
+        with open(run.folder / "confusion.csv", "w", newline="") as file:
+            csv.writer(file).writerows(
+                [["true", *classes], *([name, *row] for name, row in zip(classes, counts, strict=True))]
+            )
+
+
+def use(args, facts: dist.Facts) -> None:
+    """--eval: the test metrics of a checkpoint. --predict: predictions.csv of clips without labels."""
+    source = used(args, "raer")
+    state, meta = source.state, source.state["meta"]
+    tau = state["metrics"].get("train/val/tau")
+    if tau is None:
+        raise InputError(f"{source.source} was saved before its first validation; train on, or name best.pt")
+    clips, method = (
+        build_data(args, source.path, facts, labels=bool(args.eval)),
+        (meta["method"], np.array(meta["counts"])),
+    )
+    if args.eval and clips.classes != meta["classes"]:
+        raise InputError(
+            f"{clips.name} has the classes {', '.join(clips.classes)}, the model {', '.join(meta['classes'])}"
+        )
+    run = Run(args, facts, clips, {}, source.folder, Log(None, main=facts.main), None, meta, {})
+    model = build_model(run)
+    checkpoint.load_weights(model, state["model"], source.source)
+    if args.eval:
+        test = raer.split(clips, ["test"])["test"]
+        scores = longtail.decide(*method, model, evaluate(run, model, test), tau)
+        source.write(score(run, "eval/test", test, scores, run.log.say), facts)
+        return
+    scores = longtail.decide(*method, model, evaluate(run, model, np.arange(len(clips))), tau).softmax(1)
+    if facts.main:
+        report.write_predictions(source.folder / "predictions.csv", clips.ids, meta["classes"], scores)
+        print(f"{len(clips)} predictions in {source.folder / 'predictions.csv'}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, parser = parse_args(argv)
+    with config.exit_codes():
+        facts = dist.init(args.device)
+        prepare(args)
+        if args.eval or args.predict:
+            use(args, facts)
+            dist.close()
+            return 0
+        stage = config.stage(args, "train", STAGE | {"optimizer": args.optimizer}, first=True, lr_of=None)
+        table = read_schedule(args.schedule) if args.schedule else longtail.SCHEDULES[args.method]
+        table = table.scaled(stage.epochs)
+        clips = build_data(args, args.data, facts)
+        splits = raer.split(clips)
+        meta = dict(script="raer", classes=clips.classes, schedule=[asdict(phase) for phase in table.phases])
+        meta |= {name: getattr(args, name) for name in MODEL_FLAGS}
+        meta["counts"] = check(args, facts, clips, splits, stage, table).tolist()
+        published, model_facts, said = start(args, clips.store_size, clips.descriptions)
+        meta |= model_facts
+        pretrained = args.weights and args.backbone != "resnet18"
+        own = PRETRAINED_IMAGE_LR if pretrained else stage.lr
+        meta["image_lr"] = own if args.image_lr is None else args.image_lr
+        identity = config.identity(parser, args, data=clips.fingerprint, stage="train", **meta)
+        folder = directory(args, "raer", f"{args.backbone}-{args.method}-bs{stage.bs}", identity)
+        if not claim(folder, args, identity, {"train": vars(stage)} | meta, facts):
+            dist.close()
+            return 0
+        log = Log(folder, main=facts.main, tensorboard=args.tensorboard)
+        run = Run(args, facts, clips, splits, folder, log, checkpoint.Signals(), meta, {"train": stage})
+        where = f"device {facts.device}, {facts.world_size} process(es), input {meta['image_size']} px"
+        log.say("\n".join(filter(None, [f"run directory {folder}; {where}", said])))
+        log.say(clips.describe_frames(args.num_frames))
+        with run.recorded():
+            train(run, published, table)
+        dist.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
