@@ -13,6 +13,7 @@ from PIL import Image
 
 import train_raer
 from common import checkpoint, data, dist, log, longtail, metrics
+from common.models import clip
 from common.models import raer as models
 from common.models.clip import TextTower
 from common.schedule import Phase
@@ -333,6 +334,38 @@ def test_eval_and_predict_repeat_what_the_run_found(whole, tree, tmp_path, capsy
         rows = list(csv.DictReader(file))
     assert len(rows) == 9 and set(rows[0]) == {"id", "class", *(f"score_{name}" for name in CLASSES)}
     assert all(sum(float(row[f"score_{n}"]) for n in CLASSES) == pytest.approx(1, abs=1e-5) for row in rows)
+
+
+@pytest.mark.parametrize("tune", ["none", "full"])
+def test_a_run_from_clips_weights_learns_prompts_and_is_used_without_them(tree, tmp_path, monkeypatch, capsys, tune):
+    """A CLIP of the published layout, small and random: both towers, MI loss, smoothing by texts, --eval, --predict."""
+    small = clip.Variant(16, 2, 2, 8, 24, text_width=16, text_layers=2, text_heads=2)
+    monkeypatch.setitem(clip.VARIANTS, "vit_b_32", small)
+    torch.manual_seed(0)
+    state = clip.build_clip("vit_b_32", 16).state_dict()
+    weights, vocab, folder = tmp_path / "clip.pt", tmp_path / "merges.txt", tmp_path / "run"
+    torch.save({name.removeprefix("text."): tensor for name, tensor in state.items()}, weights)
+    vocab.write_text("#version\na c\nf a\nc e</w>\n")
+    argv = ["--backbone", "vit_b_32", "--weights", str(weights), "--clip-vocab", str(vocab), "--image-size", "16"]
+    argv += ["--activation", "quick_gelu", "--device", "cpu", "--num-frames", "3", "--bs", "8", "--epochs", "6"]
+    argv += ["--data", str(tree), "--out", str(folder), "--tune", tune]
+    if tune == "full":
+        argv += ["--checkpoint-blocks", "--accum", "2", "--precision", "bf16"]
+    assert train_raer.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "texts with 8 learnable tokens; cosines times 14.29" in out and "no pretrained text" not in out
+    lines = [line for line in log.read(folder) if "train/train/ce" in line]
+    assert [line.get("train/train/mi", 0.0) > 0 for line in lines] == [False] * 2 + [True] * 4
+    best = checkpoint.load(folder / "best.pt")
+    moved = {name for name, tensor in best["model"].items() if name.startswith("image.")}
+    moved = {name for name in moved if not torch.equal(best["model"][name], state["visual" + name[5:]])}
+    assert bool(moved) == (tune == "full")
+    weights.unlink(), vocab.unlink()
+    capsys.readouterr()
+    used = ["--data", str(tree), "--eval", str(folder), "--out", str(tmp_path), "--device", "cpu"]
+    assert train_raer.main([*used, "--precision", "bf16" if tune == "full" else "auto"]) == 0
+    found = json.loads((tmp_path / "eval.json").read_text())
+    assert found["eval/test/uar"] == summary(folder)["train/test/uar"]
 
 
 @pytest.mark.parametrize(
