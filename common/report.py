@@ -284,7 +284,7 @@ def loss_section(scores: dict, settings: dict) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from common import config, tables  # they import this module
+    from common import config, run, tables  # they import this module
 
     parser = config.Parser(prog="python -m common.report", description=__doc__)
     parser.add_argument("folder", metavar="DIR", help="a run directory, or with the flags below a folder of runs")
@@ -303,15 +303,17 @@ def main(argv: list[str] | None = None) -> int:
             config.refuse_without_effect(
                 parser, args, ["cols", "value", "where", "interval", "compact"], "without --rows"
             )
-            if not (folder / "summary.json").exists():
-                raise config.InputError(f"{folder} holds no summary.json: give a run directory, or --rows for a table")
+            for name in ("summary.json", "config.json", "env.json"):
+                if run.read_json(folder / name) is None:
+                    raise config.InputError(f"{folder} holds no {name}: give a run directory, or --rows for a table")
             print(write(folder))
             return 0
         if args.rows is not None and args.value is None:
             parser.error("--rows needs --value, the metric to show")
-        found = [run for run in tables.runs(folder) if tables.listed(run, tables.parse_axis(args.where))]
+        found = tables.runs(folder)
         if not found:
-            raise config.InputError(f"{folder} holds no run{' with ' + args.where if args.where else ''}")
+            raise config.InputError(f"{folder} holds no run")
+        found = tables.where(found, args.where)
         if args.rows is not None:
             rows, cols = tables.parse_axis(args.rows), tables.parse_axis(args.cols)
             values = args.value.split(",")

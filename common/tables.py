@@ -7,6 +7,7 @@ the status of the run that is there, or `-` where there is none.
 """
 
 import math
+import shlex
 from collections import defaultdict
 from pathlib import Path
 
@@ -46,13 +47,48 @@ def parse_axis(text: str) -> dict[str, list[str] | None]:
     axis = {}
     for part in filter(None, text.split(",")):
         name, _, values = part.partition("=")
-        axis[name.replace("-", "_")] = values.split("|") if values else None
+        axis[name.strip().replace("-", "_")] = [_shown(value) for value in values.split("|")] if values else None
     return axis
+
+
+def where(found: list[dict], text: str) -> list[dict]:
+    """The runs that have the listed values of every setting in `text`, as `stage=linear,fraction=1|0.7`.
+
+    Raises:
+        InputError: a setting without values, a setting that no run has, or no run is left.
+    """
+    axis = parse_axis(text)
+    for name, allowed in axis.items():
+        if allowed is None:
+            raise InputError(f"--where {name} lists no values: give {name}=VALUE, or several as {name}=A|B")
+        _check_names(found, [name])
+    kept = [run for run in found if listed(run, axis)]
+    if not kept:
+        raise InputError(f"no run has {text}")
+    return kept
 
 
 def listed(run: dict, axis: dict) -> bool:
     """Whether a run has one of the listed values of every setting of an axis."""
-    return all(allowed is None or str(run.get(name)) in allowed for name, allowed in axis.items())
+    return all(allowed is None or _shown(run.get(name)) in allowed for name, allowed in axis.items())
+
+
+def _shown(value) -> str:
+    # 1, 1.0 and "1" are one value: flags are typed in either form.
+    if isinstance(value, bool) or value is None:
+        return str(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return str(value)
+    return str(int(number)) if number.is_integer() else repr(number)
+
+
+def _check_names(found: list[dict], names: list[str]) -> None:
+    for name in names:
+        if not any(name in run for run in found):
+            known = sorted({key for run in found for key in run})
+            raise InputError(f"no run has {name!r}{nearest(name, known)}; metrics look like pretrain/train/loss")
 
 
 def cell(values: list[float], interval: bool) -> str:
@@ -75,12 +111,12 @@ def pivot(
     of another one those that occur in some run. `compact` leaves out the rows without any run.
 
     Raises:
-        InputError: a setting or a metric that no run has.
+        InputError: a setting or a metric that no run has, or a value that is no number.
     """
-    for name in [*rows, *cols, *values]:
-        if not any(name in run for run in found):
-            known = sorted({key for run in found for key in run})
-            raise InputError(f"no run has {name!r}{nearest(name, known)}; metrics look like pretrain/train/loss")
+    _check_names(found, [*rows, *cols, *values])
+    for value in values:
+        if not any(isinstance(run.get(value), (int, float)) for run in found):
+            raise InputError(f"--value {value} is no number in any run; metrics look like pretrain/train/loss")
     cells, states = defaultdict(list), defaultdict(set)
     kept = [run for run in found if listed(run, rows) and listed(run, cols)]
     for run in kept:
@@ -107,13 +143,13 @@ def pivot(
 
 
 def _key(run: dict, axis: dict) -> tuple[str, ...]:
-    return tuple(str(run.get(name)) for name in axis)
+    return tuple(_shown(run.get(name)) for name in axis)
 
 
 def _combinations(axis: dict, found: list[dict]) -> list[tuple[str, ...]]:
     keys = [()]
     for name, allowed in axis.items():
-        levels = allowed or sorted({str(run.get(name)) for run in found}, key=_order)
+        levels = allowed or sorted({_shown(run.get(name)) for run in found}, key=_order)
         keys = [(*key, level) for key in keys for level in levels]
     return keys
 
@@ -140,7 +176,7 @@ def select(found: list[dict], value: str = "pretrain/train/loss") -> str:
     Raises:
         InputError: no finished run has `value`.
     """
-    done = [run for run in found if run["status"] == "finished" and value in run]
+    done = [run for run in found if run["status"] == "finished" and run.get("script") == "simclr" and value in run]
     if not done:
         raise InputError(f"no finished run has {value}: run `python train_simclr.py --cell K` first")
     lines = []
@@ -152,5 +188,10 @@ def select(found: list[dict], value: str = "pretrain/train/loss") -> str:
         chosen = RECIPE_CHOICE.get(backbone, best["proj_dim"])
         if chosen != best["proj_dim"]:
             text += f" (the published experiment went on with projection {chosen})"
-        lines += [text, f"  python train_simclr.py --stage linear --from {best['run']}"]
+        command = ["python", "train_simclr.py", "--stage", "linear", "--data", best["data"]]
+        for flag in ("protocol", "target_labels"):
+            # It has no effect without the protocol, and is refused there.
+            if best["targets"] is not None:
+                command += [f"--{flag.replace('_', '-')}", best[flag]]
+        lines += [text, "  " + shlex.join([*command, "--from", best["run"]])]
     return "\n".join(lines)

@@ -13,7 +13,8 @@ from common.config import InputError
 def write_run(root, name, settings, summary, stages=None):
     folder = root / name
     folder.mkdir(parents=True)
-    resolved = {**(stages or {}), "backbone": settings.pop("backbone")}
+    resolved = {**(stages or {}), "backbone": settings.pop("backbone"), "script": "simclr", "targets": None}
+    settings = {"data": "sample"} | settings
     (folder / "config.json").write_text(json.dumps(settings | {"resolved": resolved, "identity": {}}))
     if summary:
         (folder / "summary.json").write_text(json.dumps(summary))
@@ -86,6 +87,7 @@ def test_select_takes_the_largest_batch_then_the_lowest_loss_and_says_where_the_
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("resnet18: proj_dim 32, bs 128, fraction 1, pretrain/train/loss 3.3280")
     assert lines[1].endswith("--from " + str(grid / "resnet18-128-32"))
+    assert "--stage linear --data sample --from" in lines[1]  # no flag of the protocol, which these runs have not
     # Of the largest batch only projection 128 has finished; the experiment chose 64.
     assert lines[2].startswith("resnet50: proj_dim 128") and lines[2].endswith("went on with projection 64)")
 
@@ -96,7 +98,10 @@ def test_select_takes_the_largest_batch_then_the_lowest_loss_and_says_where_the_
         (["--rows", "bakbone", "--value", "pretrain/train/loss"], "did you mean backbone"),
         (["--rows", "backbone", "--value", "pretrain/train/los"], "did you mean pretrain/train/loss"),
         (["--rows", "backbone"], "--rows needs --value"),
-        (["--rows", "backbone", "--value", "x", "--where", "bs=7"], "holds no run with bs=7"),
+        (["--rows", "backbone", "--value", "x", "--where", "bs=7"], "no run has bs=7"),
+        (["--rows", "backbone", "--value", "x", "--where", "bakbone=7"], "did you mean backbone"),
+        (["--rows", "backbone", "--value", "x", "--where", "backbone"], "--where backbone lists no values"),
+        (["--rows", "backbone", "--value", "status"], "--value status is no number in any run"),
         (["--cols", "backbone"], "--cols has no effect without --rows"),
         ([], "holds no summary.json"),
     ],
@@ -111,3 +116,28 @@ def test_bad_input_is_one_line(grid, capsys, flags, message):
 def test_a_folder_without_runs_has_no_selection(tmp_path):
     with pytest.raises(InputError, match="no finished run"):
         tables.select([{"status": "started"}])
+
+
+def test_numbers_are_listed_in_any_form(grid):
+    found = tables.where(tables.runs(grid), "fraction=1,bs=64.0")
+    table = rows_of(tables.pivot(found, {"fraction": None, "bs": None}, {}, ["pretrain/train/loss"]))
+    assert len(table) == 3 and table[2][:2] == ["1", "64"]
+
+
+def test_select_names_the_data_and_the_protocol_and_passes_over_other_scripts(tmp_path):
+    settings = {"bs": 64, "proj_dim": 32, "fraction": 0.7, "data": "my cells.zip", "protocol": "cytology"}
+    summary = {"status": "finished", "pretrain/train/loss": 1.0}
+    run = settings | {"backbone": "resnet18", "target_labels": "A,B", "targets": ["A", "B"], "run": "x"} | summary
+    lines = tables.select([run | {"script": "simclr"}, {"script": "cluster"} | summary]).splitlines()
+    flags = "--stage linear --data 'my cells.zip' --protocol cytology --target-labels A,B --from x"
+    assert lines[1:] == [f"  python train_simclr.py {flags}"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--select"]])
+def test_a_damaged_summary_is_named(grid, capsys, flags):
+    folder = grid / "resnet18-64-32"
+    (folder / "summary.json").write_text('{"status": "fini')
+    with pytest.raises(SystemExit) as stop:
+        report.main([str(folder), *flags])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "summary.json cannot be read" in error and error.count("\n") == 1
