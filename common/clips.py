@@ -153,6 +153,8 @@ class Videos:
                 return True
             return False
 
+        if self.images.in_memory:
+            return []
         with ThreadPoolExecutor(workers) as pool:
             bad = np.array(list(pool.map(damaged, self.frames)), bool)
         names = [self.ids[i] for i in np.flatnonzero(bad)]
@@ -266,6 +268,8 @@ class VideoFiles(Images):
         video_decoder = _video_decoder()
         try:
             facts = (decoder := video_decoder(self._read_file(file))).metadata
+            if not (len(decoder) and facts.average_fps and facts.height and facts.width):
+                raise ValueError("it says no number of frames, rate or size")
         except DECODE_ERRORS as error:
             return error
         return len(decoder), facts.average_fps, min(facts.height, facts.width)

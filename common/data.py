@@ -91,6 +91,11 @@ class Images:
         return len(self.ids)
 
     @property
+    def in_memory(self) -> bool:
+        """Whether there are no files behind the images, which nothing can have damaged then."""
+        return self._read_bytes is None
+
+    @property
     def labelled(self) -> bool:
         return bool((self.labels != UNLABELLED).any())
 
@@ -125,7 +130,7 @@ class Images:
 
     def resize_store(self, size: int) -> None:
         """Decode to squares of another side (pixels)."""
-        if self._read_bytes is None and size != self.store_size:
+        if self.in_memory and size != self.store_size:
             raise InputError(
                 f"--store-size {size}: the embedded images are stored at {self.store_size} px; leave it out"
             )
@@ -234,7 +239,7 @@ class Images:
                 return True
             return False
 
-        if self._read_bytes is None:
+        if self.in_memory:
             return []
         with ThreadPoolExecutor(workers) as pool:
             bad = np.array(list(pool.map(damaged, range(len(self)))), bool)

@@ -163,7 +163,7 @@ class Decoder:
     def __init__(self, content):
         count, rate = content.decode().split()
         self.count = int(count)
-        self.metadata = types.SimpleNamespace(average_fps=float(rate), height=12, width=16)
+        self.metadata = types.SimpleNamespace(average_fps=float(rate) or None, height=12, width=16)
         Decoder.opened.append(content)
 
     def __len__(self):
@@ -210,6 +210,13 @@ def test_a_video_that_breaks_off_is_named(torchcodec, monkeypatch):
     monkeypatch.setattr(Decoder, "get_frames_at", fail)
     with pytest.raises(InputError, match=r"video c\.mp4#3 in made cannot be read: could not seek; mend"):
         list(images.batches([np.array([33])], 1))
+
+
+@pytest.mark.parametrize("content", [b"0 25", b"12 0"])
+def test_a_video_file_without_frames_or_rate_cannot_be_used(torchcodec, monkeypatch, content):
+    monkeypatch.setattr(sys.modules[__name__], "FILES", [FILES[0], content, FILES[2]])
+    images = video_files()
+    assert images.errors == {1: "it says no number of frames, rate or size"} and images.counts.tolist() == [30, 0, 12]
 
 
 def test_no_readable_video_file_is_refused(torchcodec):
