@@ -111,7 +111,7 @@ def test_masks_and_other_sources_do_not_disturb(tmp_path):
     assert videos.unlisted == ["FaceForensics++/actors/c23/01__hugging_happy"]
     said = []
     faceforensics.prepare(str(root), store_size=None, bad="error", workers=1, fps=25.0, say=said.append)
-    assert said[0] == "left out 1 videos that no split lists: FaceForensics++/actors/c23/01__hugging_happy"
+    assert said[0] == "left out 1 videos that are in no split: FaceForensics++/actors/c23/01__hugging_happy"
 
 
 def test_a_missing_video_is_named_and_left_out_only_on_demand(tmp_path):
@@ -204,6 +204,14 @@ def test_a_bench_list_that_shares_a_person_is_refused_where_both_parts_are_used(
     assert len(faceforensics.split(videos, ("test",))["test"]) == 4
 
 
+def test_a_bench_list_without_frames_is_named(tmp_path):
+    def lose(sets):
+        del sets["FaceForensics++"]["FF-DF"]["val"]["c23"]["002_003"]["frames"]
+
+    with pytest.raises(InputError, match=r"FF-DF/val/002_003: expected a split .* with its frames"):
+        opened(bench(tmp_path / "bare", lose))
+
+
 def table(root, rows, header="video_id,label,path", name="list.csv"):
     root.mkdir(parents=True, exist_ok=True)
     (root / name).write_text("\n".join([header, *rows]) + "\n")
@@ -249,6 +257,24 @@ def test_a_split_of_its_own_lacks_only_validation(people):
     videos = opened(table(people, rows, "video_id,label,path,method,split"))
     parts = faceforensics.split(videos)
     assert set(parts["test"]) == set(range(20)) and len(parts["val"]) == 10 and len(parts["train"]) == 50
+
+
+def test_a_part_alone_is_the_one_beside_the_others(people):
+    """A test part that is held out must not hold what a model was trained on, when it is used alone."""
+    rows = (people / "list.csv").read_text().split()[1:]
+    for parts in (["train"], ["train", "val"], ["val", "train", "train"], [""]):
+        named = [f"{row},{parts[i // 2 % len(parts)]}" for i, row in enumerate(rows)]
+        videos = opened(table(people, named, "video_id,label,path,method,split"))
+        assert np.array_equal(faceforensics.split(videos, ["test"])["test"], faceforensics.split(videos)["test"])
+
+
+def test_videos_in_no_split_are_left_out_by_name_where_others_are_in_one(people):
+    rows = [f"{row},{'' if i < 6 else 'train'}" for i, row in enumerate((people / "list.csv").read_text().split()[1:])]
+    table(people, rows, "video_id,label,path,method,split")
+    said = []
+    videos = faceforensics.prepare(str(people), store_size=None, bad="error", workers=1, fps=25.0, say=said.append)
+    assert len(videos) == 74 and said[0].startswith("left out 6 videos that are in no split: list/web/p0, list/swap/p0")
+    assert len(opened(people, labels=False)) == 80
 
 
 def test_pairs_are_held_out_in_their_closure(tmp_path):
@@ -398,3 +424,4 @@ def test_the_embedded_videos_are_official_in_shape_and_disjoint():
     assert clip.shape == (1, 8, 3, 40, 40) and clip.dtype == torch.uint8
     with pytest.raises(InputError, match="stored at 40 px"):
         videos.resize_store(32)
+    assert videos.drop_damaged(1) == [] and len(videos) == 576

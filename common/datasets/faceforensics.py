@@ -67,7 +67,7 @@ class FaceVideos(Videos):
     Attributes, beside those of `Videos`:
         keys: (dataset, method, compression, video) of each; the method of a real video is its source.
         missing: "VIDEO (reason)" for each listed video that was left out.
-        unlisted: names of the videos that are there but in no split's list, and were left out.
+        unlisted: names of the videos that are there but in no split, though others are, and were left out.
     """
 
     def __init__(self, name: str, records: list[_Record], frames, rates, images: Images, missing=(), unlisted=()):
@@ -103,7 +103,7 @@ def prepare(
         videos.missing += [f"{name} (damaged)" for name in videos.drop_damaged(workers)]
         say(f"left out {len(videos.missing)} missing or damaged videos" + _first(videos.missing))
     if videos.unlisted:
-        say(f"left out {len(videos.unlisted)} videos that no split lists" + _first(videos.unlisted))
+        say(f"left out {len(videos.unlisted)} videos that are in no split" + _first(videos.unlisted))
     say(videos.describe())
     return videos
 
@@ -133,6 +133,9 @@ def open_videos(path: str, *, fps: float, workers: int, bad="error", compression
     number = {name: i for i, name in enumerate(names)}
     lists = {name: read(number[name]) for name in names if _may_be_list(name)}
     records, unlisted = _records(_Tree(path, _videos(names), lists), only, place, labels)
+    if labels and any(record.split for record in records):
+        unlisted += [_name(record) for record in records if not record.split]
+        records = [record for record in records if record.split]
     if compression is not None:
         there = sorted({record.key[2] for record in records})
         records = [record for record in records if record.key[2] == compression]
@@ -175,16 +178,17 @@ def split(videos: FaceVideos, names=("train", "val", "test")) -> dict[str, np.nd
     """The indices of the parts `names`: the data's own, or 15 % each for validation and test where it has none.
 
     Parts are held out by person, in the closure of the pairs: whoever appears with somebody in one video is on his
-    side. They are stratified by what a group holds and depend on names alone.
+    side. They are stratified by what a group holds and depend on the videos' names and splits alone, so a part is the
+    same whichever others are asked for.
 
     Raises:
         InputError: two of the parts share a person, or a part lacks real or fake videos.
     """
     persons = [[f"{key[0]}/{person}" for person in identities(key[3])] for key in videos.keys]
-    own = {name: np.flatnonzero(videos.splits == name) for name in names}
+    own = {name: np.flatnonzero(videos.splits == name) for name in ("train", "val", "test")}
     seen: dict[str, dict[str, int]] = defaultdict(dict)  # person -> split -> a video
-    for name, indices in own.items():
-        for index in indices:
+    for name in names:
+        for index in own[name]:
             for person in persons[index]:
                 seen[person].setdefault(name, int(index))
     shared = {person: found for person, found in seen.items() if len(found) > 1}
@@ -196,14 +200,12 @@ def split(videos: FaceVideos, names=("train", "val", "test")) -> dict[str, np.nd
         raise InputError(f"{videos.name}: {len(shared)} persons are in two splits{_first(examples)}; mend the splits")
 
     labelled = videos.labels != UNLABELLED
-    pool = own.get("train", np.array([], np.int64)) if any(map(len, own.values())) else np.flatnonzero(labelled)
-    parts = dict(own)
+    pool = own["train"] if any(map(len, own.values())) else np.flatnonzero(labelled)
     for name, share in (("test", TEST_SHARE), ("val", TEST_SHARE / (1 - TEST_SHARE))):
-        if name in parts and not len(parts[name]):
-            parts[name] = _hold_out_persons(videos, persons, pool, share, name)
-            pool = np.setdiff1d(pool, parts[name])
-    if "train" in parts:
-        parts["train"] = pool
+        if not len(own[name]):
+            own[name] = _hold_out_persons(videos, persons, pool, share, name)
+            pool = np.setdiff1d(pool, own[name])
+    parts = {name: {**own, "train": pool}[name] for name in names}
     for name, indices in parts.items():
         counts = np.bincount(videos.labels[indices][labelled[indices]], minlength=2)
         if not counts.all():
@@ -406,6 +408,11 @@ def _from_bench(tree: _Tree, content: dict) -> list[_Record]:
                 levels = {"": videos} if all("frames" in video for video in videos.values()) else videos
                 for compression, named in levels.items():
                     for video, facts in named.items():
+                        if not isinstance(facts, dict) or "frames" not in facts or part.lower() not in SPLITS:
+                            raise InputError(
+                                f"{tree.path}: {dataset}/{label}/{part}/{video}: expected a split (train, val, test)"
+                                " and a video with its frames"
+                            )
                         # Some of the published lists have Windows' separators, and frames in no order.
                         files = sorted((name.replace("\\", "/") for name in facts["frames"]), key=natural_order)
                         key = (dataset, label, compression, PurePosixPath(video.replace("\\", "/")).name)
