@@ -35,7 +35,7 @@ from kernels import nt_xent, sup_con
 STAGES = {
     "default": {
         "pretrain": {"epochs": 3, "bs": 512, "lr": 1e-4, "wd": 0.01, "optimizer": "adamw"},
-        "cluster": {"epochs": 24, "bs": 512, "lr": 1e-4, "wd": 0.01, "optimizer": "adamw"},
+        "cluster": {"epochs": 12, "bs": 512, "lr": 3e-5, "wd": 0.01, "optimizer": "adamw"},
     },
     "umc": {
         "pretrain": {"epochs": 100, "bs": 128, "lr": 2e-5, "wd": 0.01, "optimizer": "adamw"},
@@ -67,7 +67,7 @@ KNOBS = {
     "unsup_temperature": (1.0, 20.0, dict(above=0), "of the loss on the other rows"),
 }
 READING = ["only", "text_model", "text_layer", "max_length"]
-DEMO = dict(bs=256, cluster_bs=256, cluster_epochs=16)
+DEMO = dict(bs=256, cluster_bs=256)
 SHOWN = ("nmi", "ari", "acc")
 MASK = 0.2  # chance that a view lacks a modality
 
@@ -90,7 +90,7 @@ def parse_args(argv: list[str] | None = None):
         help="use these modalities alone, as `text,timing`",
     )
     parser.number(
-        group, "--cluster-epochs", int, None, "of stage 2; unset: 24, with --mode umc (1 - thres) / delta", low=1
+        group, "--cluster-epochs", int, None, "of stage 2; unset: 12, with --mode umc (1 - thres) / delta", low=1
     )
     for flag, kind, low in (("bs", int, 2), ("lr", float, 0), ("wd", float, 0)):
         parser.number(group, f"--cluster-{flag}", kind, None, f"--{flag} of stage 2; unset: by --mode", low=low)
@@ -118,10 +118,12 @@ def parse_args(argv: list[str] | None = None):
         refuse(["on_plateau", "min_epochs"], "with --choose last, which watches no score")
     if args.assign == "partial-ot":
         refuse(["direction"], "with --assign partial-ot, which takes the rows of least cost")
-    if knob(args, "choose") != "last" and args.cluster_epochs and args.min_epochs >= args.cluster_epochs:
-        refuse(["min_epochs"], f"with --cluster-epochs {args.cluster_epochs}, which ends before")
+    if args.mode == "umc" and args.delta == 0 and args.cluster_epochs is None:
+        parser.error("--delta 0: stage 2 of --mode umc has (1 - thres) / delta epochs; give --cluster-epochs")
+    if knob(args, "choose") != "last" and args.min_epochs >= settings(args)["cluster"].epochs:
+        refuse(["min_epochs"], "with fewer epochs of stage 2; give more --cluster-epochs")
     if args.base_dim % umc.HEADS:
-        parser.error(f"--base-dim {args.base_dim}: it must be a multiple of {umc.HEADS}")
+        parser.error(f"--base-dim {args.base_dim}: not a multiple of {umc.HEADS}")
     return args, parser
 
 
@@ -169,8 +171,6 @@ def settings(args) -> dict[str, config.Stage]:
     """Resolved settings of both stages."""
     table = copy.deepcopy(STAGES[args.mode])
     if table["cluster"]["epochs"] is None and args.cluster_epochs is None:
-        if args.delta == 0:
-            raise InputError("--delta 0: stage 2 of --mode umc has (1 - thres) / delta epochs; give --cluster-epochs")
         table["cluster"]["epochs"] = max(round((1 - args.thres) / args.delta), 1)
     return {name: config.stage(args, name, table[name], first=name == "pretrain", lr_of=None) for name in table}
 

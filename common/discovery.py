@@ -16,8 +16,8 @@ from common.models.text import Lsa, encode, tokens
 from common.monitor import Monitor
 from common.run import Run, write_json
 
-COMPONENTS = 20  # principal axes of a modality, at most
-SHRINKAGE = 0.3  # added to the scatter within clusters, in units of its mean variance
+FIRST_COMPONENTS = 20  # principal axes that the number of clusters is estimated on
+SHRINKAGE = 0.1  # added to the scatter within clusters, in units of its typical variance
 ANCHOR = "text"  # the modality that the others are weighed by, where there is one of that name
 SEEDS, BASELINE_SEEDS = 10, 3  # k-means runs that score a split
 WATCHED_ROWS, WATCHED_RUNS = 2000, 5  # rows and k-means runs whose agreement is the stability
@@ -102,23 +102,21 @@ def assign(run: Run, model: umc.Fusion, targets: Targets, raw: Tensor, share: fl
     epoch takes, but at least the floor; with partial transport those that it takes, and the floor by its weights.
     """
     args, meta, k = run.args, run.meta, run.meta["k"]
-    z = raw @ model.metric.cpu()
-    start = dict(start=model.centroids.cpu()) if model.centroids.any() else dict(seed=args.seed)
-    floor = round(meta["min_share"] * len(z) / k)
+    floor = round(meta["min_share"] * len(raw) / k)
 
     def select(labels: Tensor) -> Tensor:
         options = dict(floor=floor, direction=meta["direction"], umc=args.mode == "umc")
-        chosen = torch.zeros(len(z), dtype=torch.bool)
+        chosen = torch.zeros(len(raw), dtype=torch.bool)
         chosen[torch.cat(clustering.select(z, labels, k, share, **options).indices)] = True
         return chosen
 
-    found = clustering.kmeans(z, k, **start)
+    metric, centroids = model.metric.cpu(), model.centroids.cpu() if model.centroids.any() else None
     if meta["metric"] == "discriminant":
-        metric = umc.discriminant(raw, found.labels, SHRINKAGE)
-        z = raw @ metric
-        means = torch.stack([z[found.labels == c].mean(0) for c in range(k)])
-        found = clustering.kmeans(z, k, start=means)
+        found, metric = umc.discriminant_kmeans(raw, k, SHRINKAGE, args.seed, metric, centroids)
         model.metric.copy_(metric)
+    else:
+        found = clustering.kmeans(raw @ metric, k, seed=args.seed, start=centroids)
+    z = raw @ metric
     labels = found.labels
     if args.assign == "sinkhorn":
         labels = clustering.sinkhorn(clustering.relative_costs(z, found.centroids)).labels
@@ -134,18 +132,21 @@ def assign(run: Run, model: umc.Fusion, targets: Targets, raw: Tensor, share: fl
     model.centroids.copy_(found.centroids)
 
 
-def fused_basis(args, rows: "Rows", train: np.ndarray, k: int | None):
-    """(basis, weights, anchor, k, estimate): the axes that training starts from, and the number of clusters."""
+def fused_basis(args, rows: Rows, train: np.ndarray, k: int | None):
+    """(basis, weights, anchor, k, estimate): the axes that training starts from, and the number of clusters.
+
+    A modality has k - 1 axes: those hold the relaxed solution of k-means (Ding and He 2004).
+    """
     own = {name: rows.pooled(name)[torch.from_numpy(train)] for name in rows.names}
-    components = min(COMPONENTS, args.base_dim // len(own))
     anchor, estimate = ANCHOR if ANCHOR in own else None, None
-    options = dict(components=components, seed=args.seed)
     if k is None:
         first = anchor or rows.names[0]
-        (mean, scale, axes), *_ = umc.weighted_basis({first: own[first]}, rows.as_is, first, 2, **options)[0].values()
+        found, *_ = umc.weighted_basis({first: own[first]}, rows.as_is, first, 2, FIRST_COMPONENTS, args.seed)
+        mean, scale, axes = found[first]
         estimate = clustering.estimate_k(((own[first] - mean) / scale @ axes).float(), seed=args.seed)
         k = estimate.k
-    return *umc.weighted_basis(own, rows.as_is, anchor, k, **options), k, estimate
+    components = max(min(k - 1, args.base_dim // len(own)), 1)
+    return *umc.weighted_basis(own, rows.as_is, anchor, k, components, args.seed), k, estimate
 
 
 def stability(z: Tensor, k: int, seed: int) -> float:

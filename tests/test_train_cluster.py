@@ -32,8 +32,8 @@ def arrays(seed=0, count=160):
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 4, count)
     lengths = rng.integers(1, 6, count)
-    audio = rng.normal(size=(count, 5, 6)).astype(np.float32) + 2 * np.eye(4, 6)[labels][:, None]
-    found = {"text": rng.normal(size=(count, 8)) + 3 * np.eye(4, 8)[labels], "room": rng.normal(size=(count, 3))}
+    audio = rng.normal(size=(count, 5, 6)).astype(np.float32) + 3 * np.eye(4, 6)[labels][:, None]
+    found = {"text": rng.normal(size=(count, 8)) + 4 * np.eye(4, 8)[labels], "room": rng.normal(size=(count, 3))}
     found = {name: x.astype(np.float32) for name, x in found.items()} | {"audio": audio, "audio_len": lengths}
     return found | {"label": labels, "classes": np.array(["a", "b", "c", "d"])}
 
@@ -311,10 +311,10 @@ def test_the_metric_undoes_the_scatter_within_clusters():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 4, 500)
     z = rng.normal(size=(4, 6))[labels] + rng.normal(size=(500, 6)) * [3, 2, 1, 1, 0.5, 0.1]
-    metric = umc.discriminant(torch.from_numpy(z), torch.from_numpy(labels), 0.5).numpy()
+    metric = umc.discriminant(torch.from_numpy(z), torch.from_numpy(labels), 0.5)[0].numpy()
     own = np.concatenate([z[labels == c] - z[labels == c].mean(0) for c in range(4)])
     within = own.T @ own / len(own)
-    shrunk = within + 0.5 * np.trace(within) / 6 * np.eye(6)
+    shrunk = within + 0.5 * np.trace(within @ within) / np.trace(within) * np.eye(6)
     product = metric.T @ shrunk @ metric
     np.testing.assert_allclose(product, product[0, 0] * np.eye(6), atol=1e-8 * product[0, 0])
     assert (z @ metric).var(0).sum() == pytest.approx(z.var(0).sum())
@@ -383,7 +383,7 @@ BAD = {
     "unknown modality": (["--only", "text,vidio"], "has the modalities text, room, audio"),
     "text model without text": (["--text-model", "{tmp}"], "has no text to encode"),
     "layer without a model": (["--text-layer", "3"], "--text-layer has no effect without --text-model"),
-    "width not divisible": (["--base-dim", "12"], "a multiple of 8"),
+    "width not divisible": (["--base-dim", "12"], "not a multiple of 8"),
     "batch larger than the data": (["--bs", "200"], "larger than the 136 training items"),
     "plateau without a score": (["--choose", "last", "--on-plateau", "thres"], "no effect with --choose last"),
     "direction of a transport": (["--assign", "partial-ot", "--direction", "largest"], "no effect with --assign"),

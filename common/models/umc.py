@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from common import clustering, metrics
 
 HEADS = 8
+STARTS, ROUNDS = 3, 10  # of k-means in a metric that follows it
 
 
 class Fusion(nn.Module):
@@ -126,21 +127,50 @@ def weighted_basis(rows: dict[str, Tensor], as_is, anchor: str | None, k: int, c
     return {n: (mean, scale, weights[n] * axes) for n, (mean, scale, axes) in basis.items()}, weights, anchor
 
 
-def discriminant(z: Tensor, labels: Tensor, shrinkage: float) -> Tensor:
+def discriminant(z: Tensor, labels: Tensor, shrinkage: float) -> tuple[Tensor, float]:
     """A metric (D, D) for rows z (n, D): directions in which rows scatter within clusters count less.
 
-    It is the inverse root of S + shrinkage * tr(S) / D, S the covariance within clusters (as in adaptive dimension
-    reduction by discriminants and k-means, Ding and Li 2007), and keeps the total variance of z.
+    It is the inverse root of S + shrinkage * tr(S^2) / tr(S), S the covariance within clusters (as in adaptive
+    dimension reduction by discriminants and k-means, Ding and Li 2007), and keeps the total variance of z. With it
+    comes the mean log-likelihood of the clusters as normal distributions of that one covariance, up to a constant.
     """
     x = z.double()
     member = F.one_hot(labels).double()
-    means = member.T @ x / member.sum(0).clamp(min=1)[:, None]
-    within = x - means[labels]
+    sizes = member.sum(0).clamp(min=1)
+    within = x - (member.T @ x / sizes[:, None])[labels]
     values, vectors = torch.linalg.eigh(within.T @ within / len(x))
     values = values.clamp(min=0)
-    floor = shrinkage * values.mean() + torch.finfo(torch.float32).tiny
-    metric = (vectors / (values + floor).sqrt()) @ vectors.T
-    return (metric * (x.var(0).sum() / (x @ metric).var(0).sum().clamp(min=1e-30)).sqrt()).to(z.dtype)
+    values = values + shrinkage * values.square().sum() / values.sum().clamp(min=1e-30) + 1e-30
+    metric = (vectors / values.sqrt()) @ vectors.T
+    share = sizes / len(x)
+    likelihood = (share @ share.log() - values.log().sum() / 2 - (within @ metric).square().sum(1).mean() / 2).item()
+    return (metric * (x.var(0).sum() / (x @ metric).var(0).sum().clamp(min=1e-30)).sqrt()).to(z.dtype), likelihood
+
+
+def discriminant_kmeans(z: Tensor, k: int, shrinkage: float, seed: int, metric: Tensor, centroids: Tensor | None):
+    """K-means and `discriminant` in turn on rows z (n, D), for two rounds from `centroids` (k, D) in `metric` (D, D).
+
+    Without centroids, the best of STARTS starts by the likelihood, each of ROUNDS rounds or until no label changes.
+    Returns the KMeans and its metric.
+    """
+    # On the principal axes: an untrained network leaves most of the columns empty.
+    values, axes = torch.linalg.eigh(torch.cov(z.double().T))
+    axes = axes[:, values > 1e-6 * values[-1]].to(z.dtype)
+    x, best = z @ axes, None
+    for start in range(STARTS if centroids is None else 1):
+        found = clustering.kmeans(z @ metric, k, seed=seed + start, restarts=1, start=centroids, max_iterations=20)
+        for _ in range(ROUNDS if centroids is None else 2):
+            labels, (own, likelihood) = found.labels, discriminant(x, found.labels, shrinkage)
+            y = x @ own
+            means = torch.stack([y[labels == c].mean(0) for c in range(k)])
+            found = clustering.kmeans(y, k, start=means, max_iterations=5)
+            if torch.equal(found.labels, labels):
+                break
+        if best is None or likelihood > best[0]:
+            best = likelihood, found.labels, own
+    metric = axes @ best[2] @ axes.T
+    y = z @ metric
+    return clustering.kmeans(y, k, start=torch.stack([y[best[1] == c].mean(0) for c in range(k)])), metric
 
 
 def empty_basis(widths: dict[str, int]) -> dict:
