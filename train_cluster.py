@@ -46,21 +46,11 @@ STAGES = {
 # allowed, what it is. Each can be given on its own.
 KNOBS = {
     "inputs": ("weighted", "raw", ["weighted", "raw"], "weighted: principal axes, by agreement with the anchor"),
-    "lengths": (
-        "valid",
-        "padded",
-        ["valid", "padded"],
-        "where a sequence ends: at its length or the longest's",
-    ),
+    "lengths": ("valid", "padded", ["valid", "padded"], "where a sequence ends: at its length or the longest's"),
     "views": ("all", "anchored", ["all", "anchored"], "all: the anchor is masked too; anchored: UMC's three views"),
     "metric": ("discriminant", "euclidean", ["discriminant", "euclidean"], "discriminant: less of scatter in clusters"),
     "direction": ("smallest", "largest", ["smallest", "largest"], "dense rows to take: close together or spread out"),
-    "choose": (
-        "stability",
-        "last",
-        ["stability", "last"],
-        "epoch to keep: of the most stable clusters, or the last",
-    ),
+    "choose": ("stability", "last", ["stability", "last"], "epoch to keep: of the most stable clusters, or the last"),
     "min_share": (0.1, 0.0, dict(low=0, high=1), "least rows to select of a cluster, as a share of the mean cluster"),
     "temperature": (0.5, 0.2, dict(above=0), "of the contrastive pretraining"),
     "sup_temperature": (0.5, 20.0, dict(above=0), "of the loss on selected rows"),
@@ -351,8 +341,8 @@ def train(run: Run, name: str, model: umc.Fusion, start: str) -> None:
     results = progress.results
     if second:
         results |= conclude(run, model, progress, monitor, targets)
-    model.load_state_dict(progress.best_weights())
     run.finish(progress, results)
+    model.load_state_dict(progress.best_weights())
 
 
 def conclude(run: Run, model: umc.Fusion, progress, monitor: Monitor, targets: Targets) -> dict:
@@ -361,8 +351,9 @@ def conclude(run: Run, model: umc.Fusion, progress, monitor: Monitor, targets: T
     results = discovery.baselines(run)
     last = score("cluster/test", evaluate(run, model, test, progress), table.labels[test], k)
     results |= {f"{name}_last_epoch": value for name, value in last.items()}
-    model.load_state_dict(progress.best_weights())
-    z = evaluate(run, model, np.arange(len(table)), progress)
+    chosen = copy.deepcopy(model)  # a stop in what follows must store the last epoch's weights
+    chosen.load_state_dict(progress.best_weights())
+    z = evaluate(run, chosen, np.arange(len(table)), progress)
     results |= score("cluster/test", z[test], table.labels[test], k)
     tracks = discovery.tracking(run)
     results |= {} if tracks is None else {"cluster/train/stability_tracks_nmi": tracks}
@@ -371,7 +362,7 @@ def conclude(run: Run, model: umc.Fusion, progress, monitor: Monitor, targets: T
         values = (f"{key} {results[f'{name}/{key}']:.4f} ± {results[f'{name}/{key}_sd']:.4f}" for key in SHOWN)
         run.log.say(f"{name}: {', '.join(values)}")
     if run.facts.main:
-        discovery.explain(run, z, model.centroids.cpu(), monitor, targets)
+        discovery.explain(run, z, chosen.centroids.cpu(), monitor, targets)
     return results
 
 

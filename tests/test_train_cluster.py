@@ -176,6 +176,34 @@ def test_an_interrupted_run_equals_a_whole_one(mode, whole, acts, tmp_path, monk
     assert lines[0] == lines[1]
 
 
+def test_a_stop_among_the_findings_leaves_the_last_epoch_s_weights(acts, tmp_path, monkeypatch):
+    """The chosen epoch is not the last one here, so that whoever stores the chosen weights as the last is found out."""
+    argv, select = [*SMALL, "--data", str(acts)], checkpoint.Progress.select
+    monkeypatch.setattr(
+        checkpoint.Progress, "select", lambda self, value, *rest, **more: select(self, -self.epoch, *rest, **more)
+    )
+    assert train_cluster.main([*argv, "--out", str(tmp_path / "whole")]) == 0
+    check_stop, calls = checkpoint.Progress.check_stop, []
+
+    def stop_at_the_second(self):
+        if self.stage == "cluster" and self.epoch == 3:
+            calls.append(1)
+            if len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return check_stop(self)
+
+    monkeypatch.setattr(checkpoint.Progress, "check_stop", stop_at_the_second)
+    with pytest.raises(SystemExit):
+        train_cluster.main([*argv, "--out", str(tmp_path / "run")])
+    assert train_cluster.main([*argv, "--out", str(tmp_path / "run")]) == 0
+    states = [checkpoint.load(tmp_path / name / "cluster" / "last.pt") for name in ("whole", "run")]
+    same(*states)
+    best = checkpoint.load(tmp_path / "whole" / "cluster" / "best.pt")
+    assert best["epoch"] == 1 and not torch.equal(
+        best["model"]["fuse.weight"], states[0]["parts"]["model"]["fuse.weight"]
+    )
+
+
 def test_eval_repeats_the_test_and_predict_needs_no_labels(whole, acts, tmp_path, capsys):
     assert train_cluster.main(["--eval", str(whole), "--device", "cpu", "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "eval.json").read_text())
