@@ -96,7 +96,7 @@ def parse_args(argv: list[str] | None = None):
         refuse(later, "without --stage all; use --epochs, --bs, --lr, --wd for a single stage")
     if args.stage in ("linear", "finetune"):
         pretraining = ["proj_dim", "temperature", "augment", "color_strength", "optimizer", "fraction", "accum", "impl"]
-        pretraining += ["profile"]
+        pretraining += ["profile", "cell"]
         refuse(pretraining, f"with --stage {args.stage}")
         if (args.from_run is None) == (args.weights is None):
             parser.error(f"--stage {args.stage} starts from either --from RUN, --weights FILE or --from none (random)")
@@ -408,7 +408,7 @@ def main(argv: list[str] | None = None) -> int:
         weights, started, before = None, None, {}
         if args.from_run not in (None, "none"):
             weights, before = load_backbone(args.from_run)
-        targets = args.target_labels.split(",") if args.protocol == "cytology" else None
+        targets = cytology.target_labels(args.target_labels) if args.protocol == "cytology" else None
         stored = [origin(path) for path in (args.out, args.from_run) if path]
         images, splits, classes, split = build_data(args, args.data, facts, targets, stored)
         name, stem = (getattr(args, flag) or before.get(flag, first) for flag, first in DEFAULTS.items())
@@ -420,7 +420,7 @@ def main(argv: list[str] | None = None) -> int:
         meta["proj_dim"] = before.get("proj_dim", args.proj_dim)
         stages = {stage: settings(args, stage) for stage in (STAGES if args.stage == "all" else [args.stage])}
         check(args, facts, images, splits, stages)
-        start = {"start": checkpoint.weights_digest(weights)} if weights else {}
+        start = {"weights": checkpoint.weights_digest(weights)} if weights else {}
         identity = config.identity(parser, args, data=images.fingerprint, stage=args.stage, **meta, **start)
         folder = directory(args, "simclr", f"{name}-{args.stage}-bs{next(iter(stages.values())).bs}", identity)
         resolved = {stage: vars(values) for stage, values in stages.items()} | meta

@@ -258,9 +258,10 @@ def resume_mode(args: argparse.Namespace) -> str:
 
 def refuse_without_effect(parser: Parser, args: argparse.Namespace, names, reason: str) -> None:
     """Exit 2 if one of the flags `names` (attribute names) was set although it would change nothing."""
+    flags = {action.dest: action.option_strings[0] for action in parser._actions if action.option_strings}
     for name in names:
         if getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name.replace('_', '-')} has no effect {reason}")
+            parser.error(f"{flags[name]} has no effect {reason}")
 
 
 def check_use(parser: Parser, args: argparse.Namespace, heeded=()) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from common import checkpoint
 from common.config import InputError
+from common.run import read_json
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -53,6 +54,8 @@ def read(path: str | Path) -> dict[str, Tensor]:
         InputError: missing, damaged, of another format, or more than tensors; one line names the file and the fault.
     """
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"weights {path}: a folder; give a file, of a run its best.pt")
     if not path.is_file():
         raise InputError(f"weights {path}: there is no such file")
     state = read_safetensors(path) if path.suffix == ".safetensors" else unwrap(_read_torch(path), path)
@@ -281,11 +284,13 @@ def load_backbone(source: str) -> tuple[dict[str, Tensor], dict]:
     if path.is_dir():
         folder = next((f for f in (path / "pretrain", path) if (f / "best.pt").exists()), None)
         summary = path / "summary.json"
-        if folder is None or not summary.exists() or json.loads(summary.read_text())["status"] != "finished":
+        if folder is None or (read_json(summary) or {}).get("status") != "finished":
             raise InputError(f"--from {path} is not a finished run: run it to its end, or name a checkpoint file in it")
         path = folder / "best.pt"
     state = checkpoint.load(path)
     meta = state.get("meta", {}) if isinstance(state, dict) else {}
+    if meta.get("script", "simclr") != "simclr":
+        raise InputError(f"--from {source} is of train_{meta['script']}.py, allowed are runs of train_simclr.py")
     weights = of_backbone(unwrap(state, path))
     return {name: tensor for name, tensor in weights.items() if not name.startswith("fc.")}, meta
 

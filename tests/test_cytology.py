@@ -127,3 +127,10 @@ def test_wrong_targets_and_missing_sets_are_refused():
         cytology.draw(images, TARGETS)
     with pytest.raises(InputError, match="A1 would be empty"):
         cytology.draw(images, ["ASC_H", "other"])
+
+
+def test_target_labels_are_two_or_more_different_ones():
+    assert cytology.target_labels("HSIL, SCC") == ["HSIL", "SCC"]
+    for text in ("HSIL", "HSIL,HSIL", "", "HSIL,,HSIL"):
+        with pytest.raises(InputError, match="two or more different labels"):
+            cytology.target_labels(text)

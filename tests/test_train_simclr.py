@@ -430,6 +430,10 @@ BAD = {
     "missing resume": (["--resume", "{tmp}/nothing"], "no such file or directory"),
     "a stage without its start": (["--stage", "linear"], "--from RUN"),
     "a start that is no run": (["--stage", "linear", "--from", "{empty}"], "not a finished run"),
+    "a start of a damaged run": (["--stage", "linear", "--from", "{damaged}"], "summary.json cannot be read"),
+    "a start of another script": (["--stage", "linear", "--from", "{damaged}/tsm.pt"], "is of train_tsm.py"),
+    "a start without effect": (["--from", "none"], "--from has no effect with --stage pretrain"),
+    "a folder as weights": (["--weights", "{empty}"], "a folder; give a file"),
     "missing checkpoint": (["--stage", "linear", "--from", "{tmp}/x.pt"], "No such file"),
     "a flag of another stage": (["--linear-lr", "1"], "--linear-lr has no effect"),
     "patience without early stopping": (["--patience", "3"], "--patience has no effect"),
@@ -455,8 +459,14 @@ def test_bad_input_is_one_line_and_exit_code_2(case, cells, tmp_path, capsys, mo
     for name in ("long", "round"):
         (few / name).mkdir(parents=True)
         (few / name / "0.png").write_bytes((cells / name / "00.png").read_bytes())
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    checkpoint.save(damaged / "best.pt", {"model": {}})
+    checkpoint.save(damaged / "tsm.pt", {"model": {"x": torch.zeros(1)}, "meta": {"script": "tsm", "backbone": "x"}})
+    (damaged / "summary.json").write_text('{"status": "finis')
     argv, said = BAD[case]
-    argv = [a.format(tmp=tmp_path / "nothing_here", cells=cells, one=one, few=few, empty=empty) for a in argv]
+    places = {"cells": cells, "one": one, "few": few, "empty": empty, "damaged": damaged}
+    argv = [a.format(tmp=tmp_path / "nothing_here", **places) for a in argv]
     if case == "predict without a run":
         argv, said = ["--predict", str(cells)], "add --resume RUN"
     else:
@@ -547,6 +557,9 @@ def test_a_cell_is_a_function_of_its_number(cells, tmp_path, monkeypatch, capsys
     with pytest.raises(SystemExit) as stop:
         train_simclr.parse_args(["--cell", "3", "--bs", "32"])
     assert stop.value.code == 2 and "--bs has no effect with --cell" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        train_simclr.parse_args(["--cell", "3", "--stage", "linear", "--from", "run"])
+    assert stop.value.code == 2 and "--cell has no effect with --stage linear" in capsys.readouterr().err
     # Run twice, a cell finds its own directory; other flags or another cell have another one.
     monkeypatch.setitem(train_simclr.CELLS[0], "backbone", "resnet18")
     monkeypatch.setitem(train_simclr.CELLS[0], "bs", 16)
@@ -582,3 +595,8 @@ def test_published_weights_start_every_stage(cells, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         train_simclr.main([*flags, "--stage", "linear", "--from", str(tmp_path / "pretrain")])
     assert stop.value.code == 2 and "either --from RUN, --weights FILE or --from none" in capsys.readouterr().err
+    copy = tmp_path / "copy.pth"
+    copy.write_bytes(file.read_bytes())
+    flags[flags.index(str(file))] = str(copy)  # the same weights elsewhere mean the same run
+    assert train_simclr.main([*flags, "--stage", "linear", "--out", str(tmp_path / "linear")]) == 0
+    assert "has finished" in capsys.readouterr().out

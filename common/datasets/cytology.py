@@ -30,6 +30,18 @@ NUM_LABELS = {"A1": 20, "A2": 30}
 TOO_SMALL = 20  # images: such a label can neither be learned from nor judged
 
 
+def target_labels(text: str) -> list[str]:
+    """The label names in `text`, separated by commas.
+
+    Raises:
+        InputError: fewer than two, or one of them twice.
+    """
+    names = [name.strip() for name in text.split(",")]
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise InputError(f"--target-labels received {text!r}, allowed two or more different labels as {TARGETS}")
+    return names
+
+
 def draw(images: data.Images, targets: list[str]) -> tuple[dict[str, np.ndarray], list[str]]:
     """The sets A1, A2, B1, B2 as sorted indices, and notes on what is smaller than the protocol asks for.
 
