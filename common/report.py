@@ -136,11 +136,12 @@ def chart(
 
 
 def table(rows: list[tuple], header: tuple = ()) -> str:
-    """Rows of cells as an HTML table; floats are shown with four digits."""
+    """Rows of cells as an HTML table; floats are shown with four decimals, those below 0.001 with three digits."""
 
     def cell(value, tag="td"):
         if isinstance(value, float):
-            return f'<td class="n">{value:.4f}</td>'
+            small = 0 < abs(value) < 1e-3  # a learning rate
+            return f'<td class="n">{value:{".3g" if small else ".4f"}}</td>'
         return f"<{tag}>{html.escape(str(value))}</{tag}>"
 
     head = "<tr>" + "".join(cell(h, "th") for h in header) + "</tr>" if header else ""

@@ -159,6 +159,11 @@ def test_report_is_self_contained_and_names_both_conventions(tmp_path, capsys):
     assert stop.value.code == 2
 
 
+def test_small_numbers_do_not_become_zero_in_a_table():
+    shown = report.table([(0.5, 3e-5, 0.0, -1e-4, 0.001)])
+    assert re.findall(r">([-.\de]+)<", shown) == ["0.5000", "3e-05", "0.0000", "-0.0001", "0.0010"]
+
+
 def test_a_grid_enlarges_small_images_in_whole_pixels(tmp_path):
     images = torch.zeros(2, 3, 8, 8)
     images[1] = 1
