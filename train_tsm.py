@@ -59,7 +59,8 @@ def parse_args(argv: list[str] | None = None):
     parser.choice(group, "--backbone", VARIANTS, "conv_medium", "MobileNetV4 variant")
     group.add_argument("--weights", metavar="FILE", help="published weights (.safetensors, .pt) or a run's best.pt")
     parser.choice(group, "--shift", PLACEMENTS, "residual", "what reads the shifted map: the branch, its expansion")
-    parser.number(group, "--fold-div", int, 4, "1/N of the channels comes from each neighbour: 4 moves half", low=1)
+    fold = "1/N of the channels comes from each neighbour: 4 moves half"
+    parser.number(group, "--fold-div", int, 4, fold, low=1, high=32)  # no block that shifts has fewer channels
     parser.choice(group, "--direction", ["both", "past"], "both", "past: from the previous frame alone, for --stream")
     parser.choice(group, "--padding", ["zero", "replicate", "circulant"], "zero", "what lies beyond a clip")
     parser.choice(group, "--aggregate", AGGREGATES, "attention", "how a clip's frames become one")
@@ -133,7 +134,10 @@ def start_weights(args) -> tuple[dict[str, Tensor] | None, tuple]:
     state = weights.read(args.weights)
     own = {name.removeprefix("backbone."): t for name, t in state.items() if name.startswith("backbone.")}
     if own:
-        return own, checkpoint.load_selected(args.weights)["meta"]["pixels"]
+        meta = checkpoint.load_selected(args.weights)["meta"]
+        if meta["script"] != "tsm":
+            raise InputError(f"{args.weights} is of train_{meta['script']}.py; give a run of this script")
+        return own, meta["pixels"]
     return state, normalization(args.backbone, args.weights)
 
 
@@ -355,7 +359,7 @@ def most_watched(run: Run, indices: np.ndarray, shares: Tensor) -> None:
     """figures/watched.png: the middle clips of three real and three fake videos, and how much each frame counts."""
     meta, count = run.meta, run.args.clips
     classes = [np.flatnonzero(run.data.labels[indices] == label) for label in (0, 1)]
-    rows = np.concatenate([own[:: -(-len(own) // 3)] for own in classes])
+    rows = np.concatenate([own[np.linspace(0, len(own) - 1, min(3, len(own))).astype(int)] for own in classes])
     positions = run.data.eval_clips(indices[rows], meta["n_segment"], meta["clip_seconds"], count)[:, count // 2]
     (pixels,) = run.data.batches([(indices[rows], positions)], run.args.workers)
     x = augment.resize(pixels.flatten(0, 1), min(meta["image_size"], 112)).unflatten(0, pixels.shape[:2])

@@ -93,7 +93,7 @@ def test_a_run_leaves_what_the_readme_promises(whole, ffpp, capsys):
     page = (whole / "report.html").read_text()
     assert "<h2>Test videos</h2>" in page and "FaceSwap" in page and "Test clips, one a row" in page
     with Image.open(whole / "figures" / "watched.png") as picture:
-        assert picture.width > 4 * 32 and picture.height > 6 * 32
+        assert picture.size == (3 * (4 * 34 + 2), 3 * (6 * 34 + 2))  # three real and three fake clips, enlarged
     capsys.readouterr()
     assert train_tsm.main([*SMALL, "--data", str(ffpp), "--out", str(whole)]) == 0
     assert "has finished" in capsys.readouterr().out
@@ -440,6 +440,7 @@ BAD = {
     "too small an image": (["--image-size", "31"], "the smallest that MobileNetV4 takes is 32"),
     "unknown backbone": (["--backbone", "conv_smal"], "did you mean conv_small?"),
     "a fold that moves too much": (["--bs", "8", "--fold-div", "1"], "fold_div=1"),
+    "a fold that moves nothing": (["--fold-div", "33"], "received 33, allowed >= 1 <= 32"),
     "two corrections": (["--sampler", "balanced", "--pos-weight", "auto"], "correct one imbalance twice"),
     "three corrections": (["--sampler", "balanced", "--pos-weight", "2", "--alpha", "0.2"], "--alpha and --pos-weight"),
     "double balance of nothing": (["--allow-double-balance"], "--allow-double-balance has no effect"),
@@ -450,6 +451,7 @@ BAD = {
     "channels without dropout": (["--dropout", "0", "--dropout2d"], "--dropout2d has no effect"),
     "a floor above the peak": (["--lr", "1e-5"], "--min-lr 3e-05 is more than the learning rate 1e-05"),
     "a compression that is not there": (["--compression", "c40"], "c40"),
+    "another script's backbone": (["--weights", "{simclr}"], "is of train_simclr.py"),
     "weights that are missing": (["--weights", "{tmp}/w.pt"], "there is no such file"),
     "use without a run": (["--stream", "{tmp}"], "add --resume RUN"),
     "two uses": (["--stream", "{tmp}", "--predict", "{tmp}"], "exclude each other"),
@@ -459,7 +461,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_and_exit_code_2(case, ffpp, tmp_path, capsys):
     argv, said = BAD[case]
-    places = {name: tmp_path / name for name in ("pictures", "missing", "one", "leak")}
+    places = {name: tmp_path / name for name in ("pictures", "missing", "one", "leak", "simclr")}
     wanted = " ".join(argv)
     if "{pictures}" in wanted:
         write_clip(places["pictures"] / "some", np.random.default_rng(0), 0)
@@ -476,6 +478,8 @@ def test_bad_input_is_one_line_and_exit_code_2(case, ffpp, tmp_path, capsys):
         clip_folders(
             places["one"], [(f"v{k}", "real", split, [9, 8]) for k, split in enumerate(("train", "val", "test"))]
         )
+    if "{simclr}" in wanted:
+        torch.save({"model": {"backbone.conv1.weight": torch.zeros(1)}, "meta": {"script": "simclr"}}, places["simclr"])
     argv = [a.format(tmp=tmp_path / "nothing_here", **places) for a in argv]
     base = [*NET, "--data", str(ffpp)] if not {"--stream", "--predict"} & set(argv) else []
     with pytest.raises(SystemExit) as ending:

@@ -9,7 +9,7 @@ from torch import nn
 
 from common.config import InputError
 from common.models.heads import TemporalHead
-from common.models.mobilenet_v4 import build_mobilenet_v4, shift_sites
+from common.models.mobilenet_v4 import VARIANTS, build_mobilenet_v4, shift_sites
 from common.models.tsm import ClipModel, Shift, Stream, freeze_bn, training_memory
 from kernels import shift_conv1x1, shift_step, temporal_shift
 
@@ -162,6 +162,13 @@ def test_the_shift_changes_no_key_and_says_where_it_sits():
             dropout2d=False,
             num_classes=1,
         )
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_largest_fold_div_moves_a_channel_of_every_site(name):
+    with torch.device("meta"):
+        sites = shift_sites(build_mobilenet_v4(name))
+    assert min(block.pw_proj.conv.out_channels for block in sites.values()) >= 32
 
 
 def test_padding_reaches_the_kernel():
