@@ -34,7 +34,7 @@ from kernels import nt_xent, sup_con
 
 STAGES = {
     "default": {
-        "pretrain": {"epochs": 3, "bs": 512, "lr": 1e-4, "wd": 0.01, "optimizer": "adamw"},
+        "pretrain": {"epochs": 3, "bs": 512, "lr": 3e-5, "wd": 0.01, "optimizer": "adamw"},
         "cluster": {"epochs": 12, "bs": 512, "lr": 3e-5, "wd": 0.01, "optimizer": "adamw"},
     },
     "umc": {

@@ -149,10 +149,18 @@ def fused_basis(args, rows: Rows, train: np.ndarray, k: int | None):
     return *umc.weighted_basis(own, rows.as_is, anchor, k, components, args.seed), k, estimate
 
 
+def principal(z: Tensor) -> Tensor:
+    """Rows z (n, d) on their principal axes, without those of next to no variance: k-means costs less there, and
+    distances are the same."""
+    values, axes = torch.linalg.eigh(torch.cov(z.double().T).reshape(z.shape[1], -1))
+    return z @ axes[:, values > 1e-6 * values[-1]].to(z.dtype)
+
+
 def stability(z: Tensor, k: int, seed: int) -> float:
     """How well k-means runs from different seeds agree on a fixed sample of the rows z (n, d), in [-1, 1]."""
     some = augment.uniform(seed, 0, np.arange(len(z)), 0, 1)[:, 0].argsort(kind="stable")[:WATCHED_ROWS]
-    runs = [clustering.kmeans(z[some], k, seed=i, restarts=1).labels for i in range(WATCHED_RUNS)]
+    z = principal(z)[some]
+    runs = [clustering.kmeans(z, k, seed=i, restarts=1).labels for i in range(WATCHED_RUNS)]
     return metrics.stability(runs)
 
 
@@ -188,6 +196,7 @@ def score(prefix: str, z: Tensor, labels: np.ndarray, k: int, seeds: int = SEEDS
     known = np.flatnonzero(labels >= 0)
     if len(known) < 2:
         return {}
+    z = principal(z)
     runs = [clustering.kmeans(z, k, seed=seed).labels.numpy() for seed in range(seeds)]
     found = [metrics.clustering(labels[known], clusters[known]) for clusters in runs]
     values = {}
