@@ -35,7 +35,7 @@ from kernels import shift_conv1x1, shift_step, temporal_shift
 
 STAGE = {"epochs": 30, "bs": 64, "lr": 3e-4, "wd": 0.01, "optimizer": "adamw"}
 KERNELS = {"residual": temporal_shift, "expand": shift_conv1x1, "none": None}
-DEMO = dict(backbone="conv_small_035", image_size=32, bs=24, accum=1, epochs=12, lr=3e-3, eval_every=3, clips=2)
+DEMO = dict(backbone="conv_small_035", image_size=32, bs=24, accum=1, epochs=24, lr=3e-3, eval_every=3, clips=2)
 DEMO |= dict(sampler="balanced")
 MODEL_FLAGS = ["backbone", "shift", "n_segment", "fold_div", "direction", "padding", "aggregate", "clip_seconds"]
 MIN_SIZE = 32  # the stride of MobileNetV4: a smaller frame leaves less than one pixel
