@@ -144,7 +144,8 @@ def build_data(path: str, reading: dict, facts: dist.Facts, home: Path | None = 
 def check(args, facts: dist.Facts, rows: Rows, splits: dict, stages: dict, k) -> None:
     """Refuse what the stages could not use, before anything is written."""
     train, test = splits["train"], splits["test"]
-    for part, name in ((train, "training"), (test, "test")):
+    scored = [(test, "test")] if (rows.table.labels[test] >= 0).any() else []
+    for part, name in [(train, "training"), *scored]:
         if k != "auto" and k > len(part):
             raise InputError(f"--k {k}: there are {len(part)} {name} utterances; lower --k")
     for name, stage in stages.items():
@@ -408,11 +409,12 @@ def main(argv: list[str] | None = None) -> int:
         stages, reading = settings(args), {name: getattr(args, name) for name in READING}
         rows, lsa = build_data(args.data, reading, facts)
         table, splits = rows.table, utterances.split(rows.table)
-        k = args.k or (len(table.classes) if table.labelled else "auto")
+        k = args.k or (len(table.classes) if table.labelled and len(table.classes) > 1 else "auto")
         check(args, facts, rows, splits, stages, k)
         basis, weights, anchor, k, estimate = discovery.fused_basis(
             args, rows, splits["train"], None if k == "auto" else k
         )
+        check(args, facts, rows, splits, stages, k)  # again: the number may be an estimate
         meta = dict(script="cluster", k=k, base_dim=args.base_dim, reading=reading, sequences=sorted(rows.lengths))
         meta["widths"] = {name: rows.inputs[name].shape[-1] for name in rows.names}
         meta |= {name: knob(args, name) for name in KNOBS} | {"weights": weights, "anchor": anchor}

@@ -246,7 +246,8 @@ def _config_flags(parser: Parser, file: str) -> list[str]:
             wanted = "true or false" if action.nargs == 0 else "a value"
             parser.error(f"--config {file}: {name} takes {wanted}, received {value!r}")
         if value is not False:
-            argv += [action.option_strings[0]] if value is True else [action.option_strings[0], str(value)]
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            argv += [action.option_strings[0]] if value is True else [action.option_strings[0], text]
     return argv
 
 

@@ -68,8 +68,10 @@ def read_rows(path: str, reading: dict, device: torch.device, home: Path | None)
         options = dict(layer=reading["text_layer"], max_length=reading["max_length"], device=device)
         encoded = encode(reading["text_model"], table.texts, **options, cache=Path("runs") / "texts")
     if table.texts is not None and (encoded is not None or ANCHOR not in table.modalities):
-        train = utterances.split(table)["train"]
-        lsa = Lsa(checkpoint.load(home / "text.pt")) if home else Lsa.fit([table.texts[i] for i in train])
+        if home is None:
+            lsa = Lsa.fit([table.texts[i] for i in utterances.split(table)["train"]])
+        elif (home / "text.pt").exists():  # a run on features alone has none and heeds no text
+            lsa = Lsa(checkpoint.load(home / "text.pt"))
     return Rows(table, reading["only"], lsa, encoded, device), lsa
 
 

@@ -217,9 +217,18 @@ def test_eval_repeats_the_test_and_predict_needs_no_labels(whole, acts, tmp_path
     known = {row["id"]: row["cluster"] for row in csv.DictReader((whole / "clusters.csv").open())}
     assert [row["class"] for row in rows] == [known[str(i)] for i in range(9)]
     assert all(sum(float(row[f"score_{c}"]) for c in range(4)) == pytest.approx(1, abs=1e-5) for row in rows)
+    texts = {name: x for name, x in bare.items() if name != "text"} | {"text": np.array(["hi"] * 9)}
+    np.savez(tmp_path / "other.npz", **texts)  # a text instead of the array that was called so
+    argv = ["--predict", str(tmp_path / "other.npz"), "--resume", str(whole), "--device", "cpu"]
+    assert "the model reads" in refused(argv, capsys)
     np.savez(tmp_path / "other.npz", text=bare["text"][:, :5])
     argv = ["--predict", str(tmp_path / "other.npz"), "--resume", str(whole), "--device", "cpu"]
     assert "the model reads" in refused(argv, capsys)
+    argv = ["--config", str(whole / "config.json"), "--only", "text,room", "--out", str(tmp_path / "run")]
+    assert train_cluster.main(argv) == 0
+    capsys.readouterr()
+    assert train_cluster.main(["--config", str(tmp_path / "run" / "config.json")]) == 0
+    assert "has finished" in capsys.readouterr().out
     argv = ["--predict", str(acts), "--resume", str(whole / "pretrain" / "best.pt"), "--device", "cpu"]
     assert "has no clusters yet" in refused(argv, capsys)
 
@@ -427,6 +436,54 @@ def test_bad_input_is_one_line_and_exit_code_2(case, acts, tmp_path, capsys):
     argv = [*(SMALL if case != "no growth" else SMALL[:8]), "--data", str(acts), "--out", str(tmp_path / "out"), *argv]
     assert said in refused([a.format(tmp=tmp_path) for a in argv], capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_one_class_is_no_number_of_clusters(tmp_path):
+    np.savez(tmp_path / "one.npz", **arrays() | {"label": np.zeros(160, int), "classes": np.array(["a"])})
+    assert train_cluster.main([*SMALL, "--data", str(tmp_path / "one.npz"), "--out", str(tmp_path / "run")]) == 0
+    assert len(json.loads((tmp_path / "run" / "tables.json").read_text())["Clusters"]["rows"]) > 1
+
+
+def test_test_utterances_limit_the_clusters_only_where_they_are_scored(tmp_path, capsys):
+    """Also where the number of clusters is an estimate; the refusal comes before anything is written."""
+    found = arrays() | {"split": np.array(["train"] * 157 + ["test"] * 3)}
+    np.savez(tmp_path / "few.npz", **found)
+    argv = [*SMALL, "--only", "text", "--data", str(tmp_path / "few.npz"), "--out", str(tmp_path / "run"), "--k"]
+    for k in ("4", "auto"):
+        assert ": there are 3 test utterances" in refused([*argv, k], capsys)
+        assert not (tmp_path / "run").exists()
+    np.savez(tmp_path / "few.npz", **{name: x for name, x in found.items() if name not in ("label", "classes")})
+    assert train_cluster.main([*argv, "4"]) == 0
+
+
+def test_a_modality_that_says_nothing_is_refused(tmp_path, capsys):
+    found = arrays()
+    np.savez(tmp_path / "flat.npz", **found | {"room": np.full((160, 3), 0.1, np.float32)})
+    argv = [*SMALL, "--data", str(tmp_path / "flat.npz"), "--out", str(tmp_path / "run")]
+    assert "modality room is the same for all training utterances" in refused(argv, capsys)
+    (tmp_path / "flat.tsv").write_text("text\n" + "thanks so much\n" * 80)
+    for k in ("2", "auto"):
+        argv = [*SMALL, "--data", str(tmp_path / "flat.tsv"), "--k", k, "--out", str(tmp_path / "run")]
+        assert "modality text is the same" in refused(argv, capsys)
+
+
+def test_columns_of_any_scale_count_and_constant_ones_do_not():
+    rng = np.random.default_rng(0)
+    x = np.concatenate([1e8 * rng.normal(size=(90, 1)), rng.normal(size=(90, 2)), np.full((90, 1), 1e6)], 1)
+    basis, *_ = umc.weighted_basis({"text": torch.from_numpy(x)}, set(), "text", 2, 4, 0)
+    assert basis["text"][1].isinf().tolist() == [False, False, False, True]
+
+
+def test_runs_of_neighbouring_seeds_share_no_start(monkeypatch):
+    seeds, kmeans = [], umc.clustering.kmeans
+    monkeypatch.setattr(
+        umc.clustering, "kmeans", lambda *args, **more: (seeds.append(more.get("seed")), kmeans(*args, **more))[1]
+    )
+    z = torch.from_numpy(np.random.default_rng(0).normal(size=(60, 4)))
+    for seed in range(3):
+        umc.discriminant_kmeans(z, 3, 0.1, seed, torch.eye(4, dtype=z.dtype), None)
+    found = [seed for seed in seeds if seed is not None]
+    assert len(found) == len(set(found)) == 3 * umc.STARTS
 
 
 def test_values_that_are_not_finite_are_refused_by_row(tmp_path, capsys):

@@ -363,8 +363,9 @@ def _read_text(path: Path) -> str:
 
 
 def _read_json(path: Path) -> dict:
+    text = _read_text(path)
     try:
-        value = json.loads(_read_text(path))
+        value = json.loads(text)
     except ValueError as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     if not isinstance(value, dict):

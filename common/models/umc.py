@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import clustering, metrics
+from common.config import InputError
 
 HEADS = 8
 STARTS, ROUNDS = 3, 10  # of k-means in a metric that follows it
@@ -104,12 +105,17 @@ def weighted_basis(rows: dict[str, Tensor], as_is, anchor: str | None, k: int, c
 
     Returns:
         The basis, name -> (mean (D,), scale (D,), axes (D, C)); the weights by name; the anchor's name.
+
+    Raises:
+        InputError: all rows of a modality are equal.
     """
     basis, found = {}, {}
     for name, x in rows.items():
         x = x.double()
         mean, spread = x.mean(0), x.std(0, unbiased=False)
-        scale = torch.where(spread > 1e-6 * spread.max(), spread, torch.inf)  # a constant column stays zero
+        scale = torch.where(spread > 1e-7 * x.abs().amax(0), spread, torch.inf)  # a constant column stays zero
+        if scale.isinf().all():
+            raise InputError(f"modality {name} is the same for all training utterances: leave it out with --only")
         if name in as_is:
             scale = torch.full_like(spread, spread.square().sum().sqrt().item())
         x = (x - mean) / scale
@@ -158,7 +164,9 @@ def discriminant_kmeans(z: Tensor, k: int, shrinkage: float, seed: int, metric: 
     axes = axes[:, values > 1e-6 * values[-1]].to(z.dtype)
     x, best = z @ axes, None
     for start in range(STARTS if centroids is None else 1):
-        found = clustering.kmeans(z @ metric, k, seed=seed + start, restarts=1, start=centroids, max_iterations=20)
+        # Seeds of their own: runs of neighbouring --seed must not share their starts.
+        own_seed = STARTS * seed + start
+        found = clustering.kmeans(z @ metric, k, seed=own_seed, restarts=1, start=centroids, max_iterations=20)
         for _ in range(ROUNDS if centroids is None else 2):
             labels, (own, likelihood) = found.labels, discriminant(x, found.labels, shrinkage)
             y = x @ own
