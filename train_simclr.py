@@ -220,8 +220,7 @@ def train_step(run: Run, model, optimizer, scaler, make_views, count: int) -> tu
 def evaluate(run: Run, model: nn.Module, indices: np.ndarray, progress=None) -> Tensor:
     """Outputs of the model in evaluation mode for the images `indices` (n,): float32 (n, outputs) on the CPU."""
     model.eval()
-    own = dist.shard(indices, run.facts)
-    rows = []
+    own, rows = dist.shard(indices, run.facts), []
     for pixels in run.data.batches(np.array_split(own, -(-len(own) // 256)), run.args.workers):
         if progress:
             progress.check_stop()
@@ -281,6 +280,7 @@ def pretrain(run: Run, weights: dict | None) -> None:
         log.metrics("pretrain", progress.step, progress.epoch + 1, values)
         progress.end_epoch()
         pace.pause()
+        run.lap(None)
 
     chosen = copy.deepcopy(model)
     chosen.load_state_dict(progress.best_weights())

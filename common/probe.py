@@ -12,6 +12,9 @@ from common.log import Pace
 from common.run import Run
 
 KNN_BANK, KNN_QUERIES = 4096, 1024
+# What features.npz calls the parts of the data, a later one over an earlier one.
+_SPLITS = {"rest": "train", "train": "train", "finetune_train": "train", "dev": "val", "finetune_dev": "val"}
+_SPLITS |= {"val": "val", "test": "test", "finetune_test": "test"}
 PIXELS = 32  # side of the raw-pixel baseline's images
 
 
@@ -19,7 +22,7 @@ def stored_features(run: Run, weights: str, compute: Callable[[], Tensor]) -> Te
     """Features (n, d) float32 of all items in their order: from the run directory's features.npz, or computed and kept.
 
     `weights` is the digest of the weights that make them: features of other weights, items or sizes are not reused.
-    The file holds `features`, `id`, `label` (-1: none), `split`, `classes`.
+    The file holds `features`, `id`, `label` (-1: none), `split` ("": in no part), `classes`.
     """
     file, items = run.folder / "features.npz", run.data
     key = f"{weights} {items.fingerprint} {items.store_size} {run.meta['image_size']}"
@@ -29,8 +32,8 @@ def stored_features(run: Run, weights: str, compute: Callable[[], Tensor]) -> Te
                 return torch.from_numpy(stored["features"])
     rows = compute()
     if run.facts.main:
-        splits = np.full(len(items), "train", dtype="<U5")
-        for part, name in (("dev", "val"), ("val", "val"), ("test", "test"), ("finetune_test", "test")):
+        splits = np.full(len(items), "", dtype="<U5")
+        for part, name in _SPLITS.items():
             splits[run.splits.get(part, [])] = name
         temporary = file.with_name(".features.tmp.npz")
         np.savez(

@@ -50,8 +50,8 @@ class Run:
     selected: checkpoint.Progress | None = None
     phases: step.Phases | None = None
 
-    def lap(self, phase: str) -> None:
-        """The end of a phase of a training step, for --profile."""
+    def lap(self, phase: str | None) -> None:
+        """The end of a phase of a training step, or (None) of what is no part of a step, for --profile."""
         if self.phases:
             self.phases.lap(phase)
 

@@ -60,7 +60,8 @@ def masked_step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, 
 
 
 class Phases:
-    """The time that steps spend in each phase: `lap(name)` gives the time since the lap before to a phase.
+    """The time that steps spend in each phase: `lap(name)` gives the time since the lap before to a phase, `lap(None)`
+    to none (it was an evaluation).
 
     A lap waits for the device, so the sum is more than an unwatched step takes. The first `skip` steps, each ended by
     `lap("rest")`, do not count: they allocate, compile and choose algorithms.
@@ -70,11 +71,11 @@ class Phases:
         self.device, self.seconds, self.left, self.steps = device, {}, skip, 0
         self.last = time.perf_counter()
 
-    def lap(self, name: str) -> None:
+    def lap(self, name: str | None) -> None:
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
         now = time.perf_counter()
-        if self.left == 0:
+        if self.left == 0 and name:
             self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
         if name == "rest":
             self.left, self.steps = max(self.left - 1, 0), self.steps + (self.left == 0)

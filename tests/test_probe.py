@@ -121,3 +121,13 @@ def test_representation_tells_good_features_from_noise(tmp_path):
     assert list(probe.representation(run, lambda indices: rows[indices], "dev", "val")) == [
         "pretrain/val/effective_rank"
     ]
+
+
+def test_stored_features_name_the_part_of_every_item(tmp_path):
+    """The parts of a protocol share no item and leave some out."""
+    run = setting(tmp_path, 24)
+    names = ("rest", "train", "finetune_train", "dev", "finetune_dev", "test", "finetune_test")
+    run.splits = {part: np.arange(3 * k, 3 * k + 3) for k, part in enumerate(names)}
+    probe.stored_features(run, "x", lambda: torch.zeros(24, 1))
+    with np.load(tmp_path / "features.npz") as stored:
+        assert stored["split"].tolist() == ["train"] * 9 + ["val"] * 6 + ["test"] * 6 + [""] * 3

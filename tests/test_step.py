@@ -100,3 +100,12 @@ def test_the_learning_rate_is_a_function_of_the_position():
     floored = dataclasses.replace(stage, min_lr=0.04)
     assert step.set_lr(optimizer, floored, 49, 5, "cosine") == pytest.approx(0.04)
     assert step.set_lr(optimizer, floored, 9, 5, "cosine") == pytest.approx(0.4)
+
+
+def test_phases_share_the_time_of_steps_alone(monkeypatch):
+    seconds = iter([0, 7, 9, 50, 53, 54])
+    monkeypatch.setattr(step.time, "perf_counter", lambda: next(seconds))
+    phases = step.Phases(CPU, skip=1)
+    for name in ("input", "rest", None, "input", "rest"):  # a step that does not count, an evaluation, a step
+        phases.lap(name)
+    assert phases.describe() == "4000.0 ms a step: input 75.0%, rest 25.0%"
