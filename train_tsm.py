@@ -240,7 +240,7 @@ def evaluate(run: Run, model: nn.Module, indices: np.ndarray, progress=None) -> 
     args, count, length = run.args, run.args.clips, run.meta["n_segment"]
     positions = run.data.eval_clips(indices, length, run.meta["clip_seconds"], count).reshape(-1, length)
     own = dist.shard(np.arange(len(positions)), run.facts)
-    parts = np.array_split(own, -(-len(own) * length // EVAL_FRAMES))
+    parts = np.array_split(own, min(len(own), -(-len(own) * length // EVAL_FRAMES)))
     rows = []
     for pixels in run.data.batches([(indices[part // count], positions[part]) for part in parts], args.workers):
         if progress:

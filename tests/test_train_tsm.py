@@ -131,6 +131,14 @@ def test_eval_repeats_the_test(whole, ffpp, tmp_path):
             assert value == summary(whole)[f"train/{name.split('/', 1)[1]}{suffix}"], name
 
 
+def test_clips_that_are_longer_than_a_batch_of_frames_are_evaluated_one_by_one(whole, ffpp, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_tsm, "EVAL_FRAMES", 2)
+    argv = ["--data", str(ffpp), "--clips", "2", "--device", "cpu", "--out", str(tmp_path), "--eval", str(whole)]
+    assert train_tsm.main(argv) == 0
+    found = json.loads((tmp_path / "eval.json").read_text())
+    assert found["eval/test/video_auc"] == pytest.approx(summary(whole)["train/test/video_auc"], abs=0.05)
+
+
 def same(x, y, where):
     if isinstance(x, dict):
         assert x.keys() == y.keys(), where
