@@ -238,10 +238,12 @@ def watch(run: Run, name: str, model, progress, targets: Targets | None = None) 
     """The stability of the training rows' clusters, and with the rest of an epoch's figures as metrics."""
     z = evaluate(run, model, run.splits["train"], progress)
     stable = discovery.stability(z, run.meta["k"], run.args.seed)
+    values = {"stability": stable}
     if targets:  # what the run leaves behind are the clusters of the epoch's end
-        model.centroids.copy_(clustering.kmeans(z, run.meta["k"], start=model.centroids.cpu()).centroids)
-    found = {"stability": stable} | (discovery.describe(run, z, targets) if targets else {})
-    return stable, {f"{name}/train/{key}": value for key, value in found.items()}
+        found = clustering.kmeans(z, run.meta["k"], start=model.centroids.cpu())
+        model.centroids.copy_(found.centroids)
+        values |= discovery.describe(run, z, found.labels, targets)
+    return stable, {f"{name}/train/{key}": value for key, value in values.items()}
 
 
 def passes(
@@ -283,7 +285,8 @@ def train(run: Run, name: str, model: umc.Fusion, start: str) -> None:
     tau, tau_rest = (meta["sup_temperature"], meta["unsup_temperature"]) if second else (meta["temperature"],) * 2
     chance = math.log(views * stage.bs - 1)
     log.say(stage.describe(f"{len(run.splits['train'])} utterances", steps))
-    log.say(f"{name}: n = {views} views x {stage.bs} - 1, the loss lies in ln n ± 2/τ = {chance:.4f} ± {2 / tau:.4f}")
+    bands = f"{2 / tau:.4f}" + (f" on selected utterances, ± {2 / tau_rest:.4f} on the others" if second else "")
+    log.say(f"{name}: n = {views} views x {stage.bs} - 1, the loss lies in ln n ± 2/τ = {chance:.4f} ± {bands}")
 
     def keep(stable: float, values: dict) -> None:
         progress.select(progress.epoch if last else stable, model.state_dict(), values, higher_is_better=True)

@@ -166,20 +166,21 @@ def stability(z: Tensor, k: int, seed: int) -> float:
     return metrics.stability(runs)
 
 
-def describe(run: Run, z: Tensor, targets: Targets) -> dict:
-    """What an epoch's clusters look like: sizes, distances, silhouette; where there are labels, their NMI."""
+def describe(run: Run, z: Tensor, clusters: Tensor, targets: Targets) -> dict:
+    """What an epoch trained on, its `targets`, and what became of it: distances, silhouette and, where there are
+    labels, NMI of the `clusters` (n,) at its end: those of the weights that the epoch's stability speaks of."""
     k, train = run.meta["k"], run.splits["train"]
     some = slice(WATCHED_ROWS)
     sizes = targets.sizes(k)
     values = {"threshold": targets.share, "floor": targets.floor, "selected": int(sizes.sum())}
     values |= {"min_samples": int(sizes.min()), "max_share": targets.labels.bincount().max().item() / len(z)}
-    values |= {f"{name}_distance": value for name, value in metrics.cluster_distances(z, targets.labels).items()}
-    if 1 < len(targets.labels[some].unique()) < len(z[some]):
-        values["silhouette"] = metrics.silhouette(z[some], targets.labels[some])
+    values |= {f"{name}_distance": value for name, value in metrics.cluster_distances(z, clusters).items()}
+    if 1 < len(clusters[some].unique()) < len(z[some]):
+        values["silhouette"] = metrics.silhouette(z[some], clusters[some])
     labels = run.data.table.labels[train]
     if (labels >= 0).sum() > 1:
         known = np.flatnonzero(labels >= 0)
-        values["nmi"] = metrics.clustering(labels[known], targets.labels[known])["nmi"]
+        values["nmi"] = metrics.clustering(labels[known], clusters[known])["nmi"]
     return values
 
 
@@ -319,7 +320,10 @@ def explain(run: Run, z: Tensor, centroids: Tensor, monitor: Monitor, targets: T
         shown = [table.ids[i] if table.texts is None else f"{table.texts[i]} ({table.ids[i]})" for i in nearest]
         rows.append([c, len(own), int(targets.sizes(k)[c]), " ".join(words[c]), " | ".join(shown)])
     found = {
-        "Clusters": {"header": ["cluster", "utterances", "selected", "words", "nearest to the centre"], "rows": rows}
+        "Clusters": {
+            "header": [*("cluster", "utterances", "selected, last epoch", "words", "nearest to the centre")],
+            "rows": rows,
+        }
     }
     labels = table.labels[test]
     known = test[labels >= 0]

@@ -396,6 +396,27 @@ def test_tracking_is_spearman_s_correlation(tmp_path):
     assert discovery.tracking(run) == pytest.approx(stats.spearmanr(*pairs.T).statistic)
 
 
+def test_an_epoch_is_described_by_the_clusters_it_ends_with(monkeypatch):
+    """The stability that chooses an epoch is of its last weights; the NMI beside it must not be of those before."""
+    z = torch.cat([torch.randn(20, 8, generator=torch.Generator().manual_seed(0)) + 9 * c for c in (0, 1)])
+    labels = np.arange(40) // 20
+    table = SimpleNamespace(labels=labels)
+    run = SimpleNamespace(
+        meta={"k": 2},
+        splits={"train": np.arange(40)},
+        data=SimpleNamespace(table=table),
+        args=SimpleNamespace(seed=0),
+    )
+    monkeypatch.setattr(train_cluster, "evaluate", lambda *_: z)
+    targets = discovery.Targets(40)
+    targets.labels[::2] = 1  # what it trained on
+    model = SimpleNamespace(centroids=torch.zeros(2, 8))
+    model.centroids[1] = 9
+    values = train_cluster.watch(run, "cluster", model, None, targets)[1]
+    assert values["cluster/train/nmi"] == 1 and values["cluster/train/silhouette"] > 0.5
+    assert values["cluster/train/max_share"] == 0.5
+
+
 def test_monitor_figures_are_numbers():
     monitor = Monitor()
     for value in range(8):
