@@ -221,8 +221,9 @@ def evaluate(run: Run, model: umc.Fusion, indices: np.ndarray, progress=None, *,
     """What is clustered of the utterances `indices` (n,): z in the model's metric (`raw`: as the network gives it),
     float32 (n, base_dim), on the CPU."""
     model.eval()
-    parts = []
-    for part in np.array_split(indices, -(-len(indices) // 1024)):
+    # The attention within a sequence of L steps takes L * L numbers.
+    parts, size = [], 2**20 // max(x.shape[1] ** 2 if x.ndim == 3 else 1024 for x in run.data.inputs.values()) or 1
+    for part in np.array_split(indices, -(-len(indices) // size)):
         if progress:
             progress.check_stop()
         with step.autocast(run.args.precision, run.facts.device):

@@ -6,6 +6,8 @@ import math
 import os
 import random
 import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -202,6 +204,26 @@ def test_a_stop_among_the_findings_leaves_the_last_epoch_s_weights(acts, tmp_pat
     assert best["epoch"] == 1 and not torch.equal(
         best["model"]["fuse.weight"], states[0]["parts"]["model"]["fuse.weight"]
     )
+
+
+def test_two_processes_train_the_same_model_as_one(acts, tmp_path):
+    argv = [*SMALL, "--data", str(acts), "--dropout", "0", "--epochs", "1", "--max-steps", "2"]
+    env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | {"OMP_NUM_THREADS": "1"}
+    env |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(random.randrange(20000, 50000))}
+    command = [sys.executable, train_cluster.__file__, *argv, "--out", str(tmp_path / "two")]
+    ranks = [env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
+    both = [
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=own)
+        for own in ranks
+    ]
+    for process in both:
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+    with pytest.raises(SystemExit):
+        train_cluster.main([*argv, "--out", str(tmp_path / "one")])
+    two, one = (checkpoint.load(tmp_path / name / "pretrain" / "last.pt") for name in ("two", "one"))
+    assert one["place"]["step"] == two["place"]["step"] == 2
+    torch.testing.assert_close(two["parts"]["model"], one["parts"]["model"], rtol=1e-4, atol=1e-5)
 
 
 def test_eval_repeats_the_test_and_predict_needs_no_labels(whole, acts, tmp_path, capsys):
