@@ -367,7 +367,7 @@ def conclude(run: Run, model: umc.Fusion, progress, monitor: Monitor, targets: T
         values = (f"{key} {results[f'{name}/{key}']:.4f} ± {results[f'{name}/{key}_sd']:.4f}" for key in SHOWN)
         run.log.say(f"{name}: {', '.join(values)}")
     if run.facts.main:
-        discovery.explain(run, z, chosen.centroids.cpu(), monitor, targets)
+        discovery.explain(run, z, chosen.centroids.cpu(), monitor, targets, results)
     return results
 
 

@@ -19,6 +19,7 @@ from common.run import Run, write_json
 FIRST_COMPONENTS = 20  # principal axes that the number of clusters is estimated on
 SHRINKAGE = 0.1  # added to the scatter within clusters, in units of its typical variance
 ANCHOR = "text"  # the modality that the others are weighed by, where there is one of that name
+SCORES = ("nmi", "ami", "ari", "acc", "fmi", "balanced_accuracy", "minority_recall")
 SEEDS, BASELINE_SEEDS = 10, 3  # k-means runs that score a split
 WATCHED_ROWS, WATCHED_RUNS = 2000, 5  # rows and k-means runs whose agreement is the stability
 
@@ -296,10 +297,23 @@ def scatter(z: Tensor, clusters: np.ndarray, centroids: Tensor) -> str:
     return box + "".join(dots + names) + "</svg>"
 
 
-def explain(run: Run, z: Tensor, centroids: Tensor, monitor: Monitor, targets: Targets) -> None:
+def scores_table(results: dict) -> dict:
+    """The test scores among `results`, a row for the chosen epoch, the last one and each baseline, as the report's."""
+    rows = []
+    for key in [key for key in results if key.removesuffix("_last_epoch").endswith("/test/nmi")]:
+        last = "_last_epoch" * key.endswith("_last_epoch")
+        stem = key.removesuffix(last).removesuffix("nmi")
+        name = "this run" if stem == "cluster/test/" else f"plain k-means, {stem.split('/')[0].removeprefix('kmeans_')}"
+        metric = [(results[f"{stem}{m}{last}"], results[f"{stem}{m}_sd{last}"]) for m in SCORES]
+        rows.append([f"{name}, last epoch" if last else name, *(f"{mean:.3f} ± {sd:.3f}" for mean, sd in metric)])
+    rows.sort(key=lambda row: row[0] != "this run")
+    return {"header": ["clusters of", *(m.replace("_", " ") for m in SCORES)], "rows": rows}
+
+
+def explain(run: Run, z: Tensor, centroids: Tensor, monitor: Monitor, targets: Targets, results: dict) -> None:
     """Write what a person looks at: clusters.csv, figures/scatter.svg, and the tables of the report.
 
-    z (n, base_dim) are all utterances as the chosen model gives them.
+    z (n, base_dim) are all utterances as the chosen model gives them, `results` the run's metrics.
     """
     table, k = run.data.table, run.meta["k"]
     clusters, distance, confidence, _ = membership(z, centroids)
@@ -322,7 +336,9 @@ def explain(run: Run, z: Tensor, centroids: Tensor, monitor: Monitor, targets: T
         nearest = own[np.argsort(distance[own].numpy(), kind="stable")[:5]]
         shown = [table.ids[i] if table.texts is None else f"{table.texts[i]} ({table.ids[i]})" for i in nearest]
         rows.append([c, len(own), int(targets.sizes(k)[c]), " ".join(words[c]), " | ".join(shown)])
-    found = {
+    scores = scores_table(results)
+    found = {"Test scores, mean and deviation of k-means seeds": scores} if scores["rows"] else {}
+    found |= {
         "Clusters": {
             "header": [*("cluster", "utterances", "selected, last epoch", "words", "nearest to the centre")],
             "rows": rows,
@@ -339,6 +355,8 @@ def explain(run: Run, z: Tensor, centroids: Tensor, monitor: Monitor, targets: T
     rows = [[name.replace("_", " "), value] for name, value in monitor.report().items()]
     rows += [["action after epoch " + str(done), name] for done, name in monitor.actions]
     rows += [["alarm", alarm] for alarm in monitor.alarms()]
+    if "cluster/train/stability_tracks_nmi" in results:
+        rows.append(["rank correlation of stability and nmi", results["cluster/train/stability_tracks_nmi"]])
     if monitor.nothing_helped():
         rows.append(["advice", "halving did not help: --base-dim 512 is worth a run"])
     found["Monitor"] = {"header": ["figure", "at the last epoch"], "rows": rows}
@@ -347,7 +365,9 @@ def explain(run: Run, z: Tensor, centroids: Tensor, monitor: Monitor, targets: T
     if run.meta["estimate"]:
         columns = list(run.meta["estimate"][0])
         rows = [[row[column] for column in columns] for row in run.meta["estimate"]]
-        found[f"Number of clusters: {k}"] = {"header": columns, "rows": rows}
+        most = k == run.meta["estimate"][-1]["k"]
+        why = "the most that was tried: the data gives no number" if most else "where the gap is largest"
+        found[f"Number of clusters: {k}, {why}"] = {"header": columns, "rows": rows}
     times = {stage: [line["time"] for line in log.read(run.folder) if line["stage"] == stage] for stage in run.stages}
     rows = [[stage, seconds[-1] - seconds[0]] for stage, seconds in times.items() if seconds]
     rows.append(["test and findings", run.log.seconds - times["cluster"][-1]])

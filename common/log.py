@@ -99,7 +99,7 @@ class Log:
             epoch = pace.seconds_per_step * steps_per_epoch
             self.say(
                 f"{stage}: on this CPU an epoch costs about {duration(epoch)}, {epochs} epochs about"
-                f" {duration(epoch * epochs)}; a GPU, a smaller backbone or --image-size, fewer --epochs cost less"
+                f" {duration(epoch * epochs)}; a GPU, a smaller model or input, fewer --epochs cost less"
             )
 
     def progress(self, stage: str, step: int, pace: Pace, unit: str) -> None:

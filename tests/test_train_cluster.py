@@ -112,6 +112,14 @@ def test_a_run_leaves_what_the_readme_promises(whole, acts, capsys):
     assert all(0 <= float(row["confidence"]) <= 1 and float(row["distance"]) >= 0 for row in rows)
     tables = json.loads((whole / "tables.json").read_text())
     assert {"Clusters", "Monitor", "Weights of the modalities", "Seconds of each stage"} <= tables.keys()
+    scores = tables["Test scores, mean and deviation of k-means seeds"]["rows"]
+    assert [row[0] for row in scores] == [
+        "this run",
+        *(f"plain k-means, {name}" for name in ("text", "room", "audio", "concatenation")),
+        "this run, last epoch",
+    ]
+    pair = (f"{result[f'cluster/test/{name}']:.3f}" for name in ("minority_recall", "minority_recall_sd"))
+    assert scores[0][-1] == " ± ".join(pair)
     counts = np.array([row[2:] for row in tables["Clusters and labels, test"]["rows"]])
     assert counts.shape == (4, 4) and counts.sum() == 24
     page = (whole / "report.html").read_text()
@@ -276,7 +284,9 @@ def test_the_number_of_clusters_is_estimated_without_labels(tmp_path):
     text = centres[rng.integers(0, 5, 300)] + rng.normal(size=(300, 12))
     np.savez(tmp_path / "bare.npz", text=text.astype(np.float32))
     assert train_cluster.main([*SMALL, "--data", str(tmp_path / "bare.npz"), "--out", str(tmp_path / "run")]) == 0
-    assert "Number of clusters: 5" in json.loads((tmp_path / "run" / "tables.json").read_text())
+    titles = json.loads((tmp_path / "run" / "tables.json").read_text())
+    assert "Number of clusters: 5, where the gap is largest" in titles
+    assert not any(title.startswith("Test scores") for title in titles)  # there are no labels
 
 
 @pytest.mark.parametrize("assign", ["sinkhorn", "partial-ot"])
