@@ -96,8 +96,7 @@ def parse_args(argv: list[str] | None = None):
         refuse(later, "without --stage all; use --epochs, --bs, --lr, --wd for a single stage")
     if args.stage in ("linear", "finetune"):
         pretraining = ["proj_dim", "temperature", "augment", "color_strength", "optimizer", "fraction", "accum", "impl"]
-        pretraining += ["profile", "cell"]
-        refuse(pretraining, f"with --stage {args.stage}")
+        refuse([*pretraining, "profile", "cell"], f"with --stage {args.stage}")
         if (args.from_run is None) == (args.weights is None):
             parser.error(f"--stage {args.stage} starts from either --from RUN, --weights FILE or --from none (random)")
     else:
@@ -411,6 +410,7 @@ def main(argv: list[str] | None = None) -> int:
         targets = cytology.target_labels(args.target_labels) if args.protocol == "cytology" else None
         stored = [origin(path) for path in (args.out, args.from_run) if path]
         images, splits, classes, split = build_data(args, args.data, facts, targets, stored)
+        cytology.check_start(args.from_run, before, targets, images)
         name, stem = (getattr(args, flag) or before.get(flag, first) for flag, first in DEFAULTS.items())
         if args.weights:
             published = build_backbone(name, stem)

@@ -539,6 +539,11 @@ def test_the_cytology_protocol_runs_through_all_stages(labels49, tmp_path, monke
     assert train_simclr.main(alone) == 0
     (labels49 / "HSIL" / "new.png").unlink()
     assert json.loads((again / "split.json").read_text())["sets"] == sets
+    # Without the protocol the test part would hold images that the run was trained on.
+    flags = [*NET, "--data", str(labels49), "--stage", "linear", "--from", str(run), "--bs", "16"]
+    with pytest.raises(SystemExit) as stop:
+        train_simclr.main([*flags, "--out", str(tmp_path / "other")])
+    assert stop.value.code == 2 and "the protocol's target labels ASC_H" in capsys.readouterr().err
     # --eval repeats the test on B2, --predict names the target labels.
     assert train_simclr.main(["--eval", str(run), "--device", "cpu"]) == 0
     evaluated = json.loads((run / "eval.json").read_text())

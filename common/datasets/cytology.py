@@ -22,7 +22,7 @@ import numpy as np
 
 from common import data
 from common.config import InputError
-from common.run import read_json, write_json
+from common.run import origin, read_json, write_json
 
 TARGETS = "ASC_H,ASC_US,HSIL,LSIL,SCC"
 SIZES = {"A1": 30_000, "A2": 3_000, "B1": 15_000, "B2": 7_000}
@@ -164,6 +164,25 @@ def protocol(images: data.Images, targets: list[str], fraction: float, stored: l
         for stage, part in (("linear", "A2"), ("finetune", "B1"))
     }
     return parts, classes, record
+
+
+def check_start(source: str, before: dict, targets: list[str] | None, images: data.Images) -> None:
+    """Refuse to start from a run, whose `meta` is `before`, that saw other sets of the same images.
+
+    What it was trained on could be what this one is tested on.
+
+    Raises:
+        InputError: it did.
+    """
+    if before.get("targets", targets) == targets:
+        return
+    config = read_json(origin(source) / "config.json") or {}
+    if config.get("identity", {}).get("data") == images.fingerprint:
+        theirs, ours = ("none" if names is None else ", ".join(names) for names in (before["targets"], targets))
+        raise InputError(
+            f"--from {source} has the protocol's target labels {theirs}, this command {ours}: it may have been trained"
+            " on what this one tests on. Give the same --protocol and --target-labels"
+        )
 
 
 def save(folder: Path, record: dict) -> None:
