@@ -6,7 +6,7 @@
     balanced-softmax   cross-entropy on logits + log(prior) from the start (Ren et al. 2020, arXiv:2007.10740)
     ldam-drw           margins, and class weights late (Cao et al. 2019, arXiv:1906.07413)
     tau-norm           ce on inner products; rows of the classifier divided by |w|^tau (Kang et al., arXiv:1910.09217)
-    crt                ce; then the classifier alone, classes drawn equally often (the same paper)
+    crt                ce; then the classifier alone, from random weights, classes drawn equally often (the same paper)
 
 The learning rate falls at the same epochs in all of them, but for crt, whose classifier starts anew at the full rate.
 """
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import data, losses, metrics
+from common import data, losses, metrics, step
 from common.models.raer import RaerModel
 from common.schedule import Phase, Schedule
 
@@ -60,17 +60,19 @@ def loss_terms(
         targets: (n,) int64.
     """
     (logits, classes), device = output, targets.device
-    logits = logits.float()
+    logits, weights = logits.float(), None
+    if phase.weights == "effective":
+        weights = losses.effective_number_weights(torch.from_numpy(counts), _DRW_BETA).float()
+        weights = step.to_device(weights, device)
     if method == "ldam-drw":
-        sizes, weights = torch.from_numpy(counts), None
-        if phase.weights == "effective":
-            weights = losses.effective_number_weights(sizes, _DRW_BETA).float().to(device)
-        return {"ce": losses.ldam(logits / model.scale, targets, sizes.to(device), weights=weights)}
+        sizes = torch.from_numpy(counts)
+        return {"ce": losses.ldam(logits / model.scale, targets, step.to_device(sizes, device), weights=weights)}
     texts = model.prompts.fixed if model.prompts else None
     directions = None if texts is None else F.normalize(texts, dim=1)
     similarity = None if texts is None else directions @ directions.T
     wanted = losses.smooth_targets(targets, len(counts), phase.smoothing, similarity, phase.temperature)
-    terms = {"ce": losses.logit_adjusted(logits, wanted, prior(counts, phase, which).to(device), phase.tau)}
+    shares = step.to_device(prior(counts, phase, which), device)
+    terms = {"ce": losses.logit_adjusted(logits, wanted, shares, phase.tau, weights)}
     if phase.mi and texts is not None:
         terms["mi"] = phase.mi * losses.info_nce(classes, texts)
     if phase.dc:

@@ -56,7 +56,7 @@ def smooth_targets(
     return (1 - smoothing) * one_hot + smoothing * (similarity.float() / temperature).softmax(1)[labels]
 
 
-def logit_adjusted(logits: Tensor, targets: Tensor, prior: Tensor, tau: float) -> Tensor:
+def logit_adjusted(logits: Tensor, targets: Tensor, prior: Tensor, tau: float, weights: Tensor | None = None) -> Tensor:
     """Cross-entropy on logits + tau log(prior) (Menon et al. 2021, arXiv:2007.07314, eq. 10), averaged over the batch.
 
     The prior is ADDED in training and predictions use the raw logits, which then estimate the class-balanced posterior
@@ -68,8 +68,9 @@ def logit_adjusted(logits: Tensor, targets: Tensor, prior: Tensor, tau: float) -
         targets: (n,) int64 classes or (n, K) probabilities.
         prior: (K,) positive shares of the classes among the training items as they are drawn.
         tau: 0 or more; 0 is plain cross-entropy.
+        weights: (K,) of the classes, as torch's `cross_entropy` takes them.
     """
-    return F.cross_entropy(logits + tau * prior.to(logits.dtype).log() if tau else logits, targets)
+    return F.cross_entropy(logits + tau * prior.to(logits.dtype).log() if tau else logits, targets, weights)
 
 
 def info_nce(learnt: Tensor, fixed: Tensor, temperature: float = 0.07) -> Tensor:
