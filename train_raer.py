@@ -81,8 +81,8 @@ def parse_args(argv: list[str] | None = None):
         used(["clip_vocab", "num_context", "prompt_lr"], "without the text tower of CLIP's weights")
     if args.backbone == "resnet18" or not args.weights:
         used(["activation"], "without CLIP's weights")
-    if args.method == "tau-norm":
-        used(["logit_scale"], "with --method tau-norm, whose logits are inner products")
+    if args.method in ("tau-norm", "ldam-drw"):
+        used(["logit_scale"], f"with --method {args.method}, whose logits have no scale, or its loss's own")
     if args.backbone == "resnet18" or args.tune != "full":
         used(["checkpoint_blocks"], "without a vit_* backbone and --tune full")
     if args.tune != "full":
@@ -118,6 +118,8 @@ def check(args, facts: dist.Facts, clips, splits: dict, stage: config.Stage, tab
     """Refuse what training could not use, before anything is written, and say what evaluation will miss; returns the
     training clips of each class."""
     say = print if facts.main else lambda text: None
+    if stage.bs * args.num_frames == args.accum:
+        raise InputError(f"--accum {args.accum}: BatchNorm needs two frames a chunk; lower it, or raise --bs")
     counts = np.bincount(clips.labels[splits["train"]], minlength=len(clips.classes))
     data.check_batch("train", stage.bs, len(splits["train"]), facts.world_size * args.accum)
     for name in ("val", "test"):
@@ -142,21 +144,21 @@ def build_model(run: Run, published=None) -> RaerModel:
 
 
 def build_optimizer(run: Run, model: RaerModel) -> torch.optim.Optimizer:
-    """One or two groups a part, with the part's own peak rate in `peak`."""
+    """One or two groups a part, each with the part's own peak rate."""
     stage, groups = run.stages["train"], []
     for part, modules in model.parts().items():
         if any(p.requires_grad for module in modules for p in module.parameters()):
             rate = {"temporal": stage.lr, "image": run.meta["image_lr"], "prompts": run.args.prompt_lr}[part]
-            groups += [g | {"peak": rate, "lr": rate} for g in optim.param_groups(modules, stage.wd)]
+            groups += [g | {"lr": rate} for g in optim.param_groups(modules, stage.wd)]
     return optim.build_optimizer(stage.optimizer, groups, lr=stage.lr)
 
 
-def set_lr(optimizer, stage: config.Stage, done: int, steps: int, factor: float) -> float:
+def set_lr(optimizer, peaks: list[float], stage: config.Stage, done: int, steps: int, factor: float) -> float:
     """Set every group's rate for the step that follows `done` steps: its peak by the warm-up and the phase's factor."""
     warmup = round(stage.warmup_epochs * steps)
     factor *= optim.lr_at(done, lr=1.0, warmup_steps=warmup, total_steps=stage.epochs * steps, schedule="constant")
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * factor
+    for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+        group["lr"] = peak * factor
     return stage.lr * factor
 
 
@@ -286,6 +288,7 @@ def train(run: Run, published, table: Schedule) -> None:
     model = build_model(run, published)
     optimizer, scaler = build_optimizer(run, model), step.scaler(args.precision, facts.device)
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    peaks = [group["lr"] for group in optimizer.param_groups]  # this command's: a restored state brings its own
     progress = run.stage("train", parts, start=run.meta["weights"] or "random")
     if run.settled(progress):
         return
@@ -293,9 +296,7 @@ def train(run: Run, published, table: Schedule) -> None:
     log.say(stage.describe(f"{len(run.splits['train'])} clips", steps) + f"; {args.method}:\n{table.describe()}")
     log.say(model.describe())
     if model.prompts is None and any(phase.mi or phase.smoothing for phase in table.phases):
-        log.say(
-            "no pretrained text: smoothed targets are uniform, and the MI loss, which holds prompts to texts, is off"
-        )
+        log.say("no pretrained text: smoothed targets are uniform; the MI loss, of prompts and texts, is off")
     cached = encode(run, model, progress) if args.cache_features else None
     if progress.step == 0:
         audit_phases(run, model, table, cached)
@@ -305,12 +306,15 @@ def train(run: Run, published, table: Schedule) -> None:
         phase = table.at(progress.epoch)
         if phase.trains != trains:
             model.choose_trained(phase.trains == "classes")
+            before = table.at(max(progress.epoch - 1, 0)).trains
+            if progress.batch == 0 and (before, phase.trains) == ("all", "classes"):
+                model.reset_classes(optimizer)
             trained, trains = dist.wrap(model, facts), phase.trains
         model.train()
         terms_of = partial(loss_terms, run, model, phase)
         batches = epoch_batches(run, phase, progress.epoch, progress.batch)
         for batch, pixels in zip(batches, inputs(run, cached, batches, progress.epoch), strict=True):
-            lr = set_lr(optimizer, stage, progress.step, steps, phase.lr)
+            lr = set_lr(optimizer, peaks, stage, progress.step, steps, phase.lr)
             targets = step.to_device(labels[batch % len(clips)], facts.device)
 
             def make_inputs(chunk, pixels=pixels, batch=batch):
@@ -357,13 +361,14 @@ def train(run: Run, published, table: Schedule) -> None:
 
 def encode(run: Run, model: RaerModel, progress) -> Tensor:
     """Features (n, 2, T, d) of the centre frames of all clips by the frozen tower, kept in features.npz."""
+    args, everything, length = run.args, np.arange(len(run.data)), run.meta["num_frames"]
     digest = checkpoint.weights_digest(model.image.state_dict())
-    everything, length = np.arange(len(run.data)), run.meta["num_frames"]
 
     def compute() -> Tensor:
         return evaluate(run, model, everything, None, progress, lambda x: model.encode(x).flatten(1))
 
-    rows = probe.stored_features(run, f"{digest} {length}", compute)
+    made_with = f"{digest} {length} {args.face_margin} {args.precision} {len(everything)}"
+    rows = probe.stored_features(run, made_with, compute)
     return rows.view(len(rows), 2, length, -1)
 
 
@@ -385,14 +390,11 @@ def use(args, facts: dist.Facts) -> None:
     tau = state["metrics"].get("train/val/tau")
     if tau is None:
         raise InputError(f"{source.source} was saved before its first validation; train on, or name best.pt")
-    clips, method = (
-        build_data(args, source.path, facts, labels=bool(args.eval)),
-        (meta["method"], np.array(meta["counts"])),
-    )
+    clips = build_data(args, source.path, facts, labels=bool(args.eval))
+    method = meta["method"], np.array(meta["counts"])
     if args.eval and clips.classes != meta["classes"]:
-        raise InputError(
-            f"{clips.name} has the classes {', '.join(clips.classes)}, the model {', '.join(meta['classes'])}"
-        )
+        there, known = (", ".join(names) for names in (clips.classes, meta["classes"]))
+        raise InputError(f"{clips.name} has the classes {there}, the model {known}")
     run = Run(args, facts, clips, {}, source.folder, Log(None, main=facts.main), None, meta, {})
     model = build_model(run)
     checkpoint.load_weights(model, state["model"], source.source)
@@ -417,17 +419,16 @@ def main(argv: list[str] | None = None) -> int:
             dist.close()
             return 0
         stage = config.stage(args, "train", STAGE | {"optimizer": args.optimizer}, first=True, lr_of=None)
-        table = read_schedule(args.schedule) if args.schedule else longtail.SCHEDULES[args.method]
-        table = table.scaled(stage.epochs)
+        written = read_schedule(args.schedule) if args.schedule else longtail.SCHEDULES[args.method]
+        table = written.scaled(stage.epochs)
         clips = build_data(args, args.data, facts)
         splits = raer.split(clips)
-        meta = dict(script="raer", classes=clips.classes, schedule=[asdict(phase) for phase in table.phases])
+        meta = dict(script="raer", classes=clips.classes, schedule=[written.epochs, *map(asdict, written.phases)])
         meta |= {name: getattr(args, name) for name in MODEL_FLAGS}
         meta["counts"] = check(args, facts, clips, splits, stage, table).tolist()
         published, model_facts, said = start(args, clips.store_size, clips.descriptions)
         meta |= model_facts
-        pretrained = args.weights and args.backbone != "resnet18"
-        own = PRETRAINED_IMAGE_LR if pretrained else stage.lr
+        own = PRETRAINED_IMAGE_LR if args.weights and args.backbone != "resnet18" else stage.lr
         meta["image_lr"] = own if args.image_lr is None else args.image_lr
         identity = config.identity(parser, args, data=clips.fingerprint, stage="train", **meta)
         folder = directory(args, "raer", f"{args.backbone}-{args.method}-bs{stage.bs}", identity)

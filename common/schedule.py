@@ -26,7 +26,7 @@ class Phase:
         ramp: epochs over which mi and dc rise from 0 in their first to their value in their last; 0: at once.
         lr: factor of the learning rates.
         weights: "none", or "effective", the class weights of deferred re-weighting.
-        trains: "all", or "classes", the classifier alone on frozen features.
+        trains: "all", or "classes", the classifier alone, drawn anew after a phase of "all", on frozen features.
     """
 
     start: int

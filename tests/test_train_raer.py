@@ -169,6 +169,55 @@ def test_a_run_interrupted_anywhere_equals_a_whole_one(whole, tree, tmp_path, mo
     equal_runs(whole, folder)
 
 
+def stopped_after(argv, steps):
+    with pytest.raises(SystemExit) as ending:
+        train_raer.main([*argv, "--max-steps", str(steps)])
+    assert ending.value.code == 0
+
+
+def test_a_run_goes_on_for_longer_and_at_another_rate(tree, tmp_path):
+    folder = tmp_path / "run"
+    argv = [*NET, "--data", str(tree), "--cache-features"]
+    assert train_raer.main([*argv, "--epochs", "1", "--out", str(folder)]) == 0
+    assert train_raer.main([*argv, "--epochs", "2", "--resume", str(folder)]) == 0
+    assert checkpoint.load(folder / "last.pt")["place"]["step"] == 8
+    assert [line["epoch"] for line in log.read(folder) if "train/train/loss" in line] == [1, 2]
+    stopped_after([*argv, "--epochs", "2", "--out", str(tmp_path / "other")], 2)
+    before = checkpoint.load(tmp_path / "other" / "last.pt")["parts"]["model"]
+    stopped_after([*argv, "--epochs", "2", "--out", str(tmp_path / "other"), "--lr", "0", "--fork"], 5)
+    after = checkpoint.load(tmp_path / "other" / "last.pt")["parts"]["model"]
+    moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert moved and all("norm_in" in name for name in moved)  # the running statistics alone
+
+
+def test_features_of_other_crops_are_encoded_again(tree, tmp_path):
+    features = []
+    for margin in ("0", "0.5"):
+        argv = [*NET, "--data", str(tree), "--epochs", "1", "--cache-features", "--out", str(tmp_path / "run")]
+        stopped_after([*argv, "--face-margin", margin, "--resume", "none"], 1)
+        with np.load(tmp_path / "run" / "features.npz") as stored:
+            features.append(stored["features"].reshape(52, 2, -1))
+    assert not np.allclose(features[0][:, 0], features[1][:, 0])
+    np.testing.assert_allclose(features[0][:, 1], features[1][:, 1], rtol=1e-5)
+
+
+def test_crt_draws_its_classifier_anew_once(tree, tmp_path, monkeypatch):
+    drawn, reset = [], models.RaerModel.reset_classes
+
+    def recorded(self, optimizer):
+        before = self.classes.weight.detach().clone()
+        reset(self, optimizer)
+        others = [p for group in optimizer.param_groups for p in group["params"] if p is not self.classes.weight]
+        assert self.classes.weight not in optimizer.state and all(p in optimizer.state for p in others)
+        drawn.append(not torch.equal(before, self.classes.weight))
+
+    monkeypatch.setattr(models.RaerModel, "reset_classes", recorded)
+    argv = [*NET, "--data", str(tree), "--epochs", "5", "--cache-features", "--method", "crt"]
+    stopped_after([*argv, "--out", str(tmp_path / "run")], 13)
+    assert drawn == [True]  # at step 12 of 20
+    assert train_raer.main([*argv, "--out", str(tmp_path / "run")]) == 0 and drawn == [True]
+
+
 @pytest.mark.parametrize("method", list(longtail.SCHEDULES))
 def test_every_method_trains_on_cached_features(tree, tmp_path, method):
     folder = tmp_path / method
@@ -269,6 +318,15 @@ def test_the_sampled_prior_is_what_the_sampler_draws_and_does_not_correct_twice(
     )
     torch.testing.assert_close(once, torch.nn.functional.cross_entropy(logits, targets))
     assert not torch.allclose(once, twice)
+
+
+def test_class_weights_of_a_schedules_file_are_felt():
+    counts, phase = np.array([1106, 103, 24, 126, 338]), Phase(0, weights="effective")
+    logits, targets, model = torch.randn(6, 5), torch.arange(6) % 5, clip_like(5, prompts=False)
+    raw = torch.tensor([(1 - 0.9999) / (1 - 0.9999 ** int(n)) for n in counts])
+    terms = longtail.loss_terms("three-stage", phase, counts, "sampled", model, (logits, None), targets)
+    each = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    torch.testing.assert_close(terms["ce"], (each * (5 * raw / raw.sum())[targets]).mean(), rtol=1e-4, atol=1e-5)
 
 
 def test_answers_after_training_are_what_the_papers_say():
@@ -382,6 +440,8 @@ def test_a_run_from_clips_weights_learns_prompts_and_is_used_without_them(tree, 
         (["--clip-vocab", "x"], "no effect without the text tower"),
         (["--image-lr", "1"], "no effect with --tune none"),
         (["--method", "tau-norm", "--logit-scale", "3"], "no effect"),
+        (["--method", "ldam-drw", "--logit-scale", "3"], "no effect"),
+        (["--num-frames", "1", "--accum", "8"], "two frames a chunk"),
         (["--schedule", "none.json"], "No such file"),
         (["--image-size", "13"], "multiples of its patch"),
         (["--bs", "100"], "larger than the 34 training items"),

@@ -98,10 +98,15 @@ class Prompts(nn.Module):
             )
         self.tower = tower.requires_grad_(False).eval()
         self.num_context = num_context
-        self.context = nn.Parameter(0.02 * torch.randn(len(ids), num_context, tower.token_embedding.embedding_dim))
+        self.context = nn.Parameter(torch.empty(len(ids), num_context, tower.token_embedding.embedding_dim))
+        self.reset()
         self.register_buffer("ids", ids[:, :longest], persistent=False)
         with torch.no_grad():
             self.register_buffer("fixed", tower(self.ids), persistent=False)
+
+    def reset(self) -> None:
+        """Draw the context anew, as CoOp does."""
+        nn.init.normal_(self.context, std=0.02)
 
     def train(self, mode: bool = True):
         super().train(mode)
@@ -179,6 +184,15 @@ class RaerModel(nn.Module):
             self.prompts.tower.requires_grad_(False)
             self.prompts.context.requires_grad_(True)
         self.train(self.training)
+
+    def reset_classes(self, optimizer: torch.optim.Optimizer) -> None:
+        """Draw anew what decides where the classes lie, and forget what `optimizer` has gathered about it."""
+        if self.prompts is None:
+            self.classes.reset_parameters()
+            optimizer.state.pop(self.classes.weight, None)
+        else:
+            self.prompts.reset()
+            optimizer.state.pop(self.prompts.context, None)
 
     def class_features(self) -> Tensor:
         """(K, d), in float32."""
