@@ -81,12 +81,12 @@ class Monitor:
     def report(self) -> dict:
         """The figures of the epoch: numbers, and `performance_trend` as a word.
 
-        An improvement is a new best after the first epoch; a degradation a score more than 5 % below the best so far.
+        `best_epoch` counts from 1. An improvement is a new best after the first epoch; a degradation a score more than 5 % below the best so far.
         """
         best = list(itertools.accumulate(self.scores, max))
         return {
             "best_performance": best[-1] if best else math.nan,
-            "best_epoch": self.best_epoch,
+            "best_epoch": self.best_epoch + 1,
             "performance_trend": trend(self.scores),
             "slope": slope(self.scores[-WINDOW:]),
             "stability_score": stability(self.scores),

@@ -75,7 +75,7 @@ def test_a_falling_curve_stops_and_says_so():
     monitor, stopped = replay([0.5 - 0.005 * t for t in range(100)])
     assert stopped == 19
     report = monitor.report()
-    assert report["performance_trend"] == "declining" and report["best_epoch"] == 0
+    assert report["performance_trend"] == "declining" and report["best_epoch"] == 1
     assert report["total_degradations"] == 14 and report["total_improvements"] == 0
     assert monitor.alarms() == ["no gain for 19 epochs", "the score is declining"]
 
@@ -129,7 +129,7 @@ def test_a_score_must_be_finite():
     with pytest.raises(ValueError, match="epoch 0 must be finite, got nan"):
         Monitor().add(math.nan)
     empty = Monitor().report()
-    assert math.isnan(empty.pop("best_performance")) and empty["best_epoch"] == -1 and Monitor().alarms() == []
+    assert math.isnan(empty.pop("best_performance")) and empty["best_epoch"] == 0 and Monitor().alarms() == []
 
 
 def test_state_survives_a_checkpoint_exactly():
