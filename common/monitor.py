@@ -81,7 +81,8 @@ class Monitor:
     def report(self) -> dict:
         """The figures of the epoch: numbers, and `performance_trend` as a word.
 
-        `best_epoch` counts from 1. An improvement is a new best after the first epoch; a degradation a score more than 5 % below the best so far.
+        `best_epoch` counts from 1. An improvement is a new best after the first epoch; a degradation a score
+        more than 5 % below the best so far.
         """
         best = list(itertools.accumulate(self.scores, max))
         return {
