@@ -35,7 +35,7 @@ from common.schedule import Phase, Schedule, read_schedule
 STAGE = {"epochs": 60, "bs": 32, "lr": 1e-2, "wd": 1e-4, "optimizer": "sgd", "warmup_epochs": 0.0}
 PRETRAINED_IMAGE_LR = 1e-5  # CLIP-CAER's; a tower that does not start from CLIP trains at --lr
 JITTER, DEGREES, CROP = (0.3, 0.3, 0.3, 0.1), 15, (0.5, 1.0)
-DEMO = dict(backbone="vit_tiny", cache_features=True, bs=16, num_frames=8)
+DEMO = dict(backbone="vit_tiny", num_frames=8, cache_features=True, bs=16, epochs=8, optimizer="adamw", lr=3e-4)
 EVAL_FRAMES = 256  # at once
 MODEL_FLAGS = ["backbone", "num_frames", "tune", "num_context", "temporal_layers", "method"]
 

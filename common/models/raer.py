@@ -47,7 +47,8 @@ class Temporal(nn.Module):
     def __init__(self, dim: int, num_frames: int, layers: int, dropout: float):
         super().__init__()
         self.token = nn.Parameter(dim**-0.5 * torch.randn(dim))
-        self.position = nn.Parameter(dim**-0.5 * torch.randn(1 + num_frames, dim))
+        # As large as what BatchNorm gives: a smaller one leaves the order of the frames unseen at first.
+        self.position = nn.Parameter(torch.randn(1 + num_frames, dim))
         layer = nn.TransformerEncoderLayer(
             dim, max(1, dim // 64), 2 * dim, dropout, activation="gelu", batch_first=True, norm_first=True
         )
