@@ -267,6 +267,48 @@ def test_all_that_is_to_train_is_alive_in_every_phase(method, tune, prompts):
         assert ("mi" in terms, "dc" in terms) == (bool(phase.mi) and prompts, bool(phase.dc))
 
 
+def long_tailed(counts, seed):
+    """Features (n, 2, 4, 16) of clips whose rare classes need both streams and the order of the frames."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.repeat_interleave(torch.arange(5), torch.tensor(counts))
+    rises = torch.tensor([[-1.0, -1.0], [1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [0.0, 0.0]])[labels]
+    x = 0.7 * torch.randn(len(labels), 2, 4, 16, generator=generator)
+    x[..., 0] += rises[:, :, None] * torch.tensor([-1.5, -0.5, 0.5, 1.5])
+    x[:, 1, :, 1] += 3.0 * (labels == 4)[:, None]
+    return x, labels
+
+
+def fitted(method, seed, epochs=12):
+    """UAR and WAR of a small model after a method's schedule on a fifth of RAER's clips."""
+    counts, lr = np.array([221, 21, 5, 25, 68]), 1e-3
+    x, y = long_tailed(counts.tolist(), seed)
+    torch.manual_seed(seed)
+    model = models.RaerModel(torch.nn.Identity(), 16, 5, num_frames=4, tune="none", scale=1 / 0.07)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-4)
+    table = longtail.SCHEDULES[method].scaled(epochs)
+    for epoch in range(epochs):
+        phase, order = table.at(epoch), data.permutation(len(x), seed, epoch)
+        if phase.sampler == "weighted":
+            weights = data.class_weights(counts, phase.cap)[y.numpy()]
+            order = data.weighted_order(np.arange(len(x)), weights, seed, epoch)
+        optimizer.param_groups[0]["lr"] = lr * phase.lr
+        for batch in data.cut(order, 16):
+            optimizer.zero_grad()
+            terms = longtail.loss_terms(method, phase, counts, "sampled", model, model(x[batch]), y[batch])
+            sum(terms.values()).backward()
+            optimizer.step()
+    x, y = long_tailed([200, 100, 100, 100, 100], 100 + seed)
+    with torch.no_grad():
+        scores = metrics.long_tail(y, model.eval()(x)[0].argmax(1), 5)
+    return scores["uar"], scores["war"]
+
+
+def test_the_three_stages_beat_plain_cross_entropy_on_unequal_classes():
+    """Three seeds: at least 10 points of UAR more, at most 5 of WAR less."""
+    ours, plain = (np.mean([fitted(method, seed) for seed in range(3)], 0) for method in ("three-stage", "ce"))
+    assert ours[0] - plain[0] > 0.10 and ours[1] - plain[1] > -0.05, (ours, plain)
+
+
 def test_a_model_with_a_dead_part_ends_with_4_and_its_name(tree, tmp_path, monkeypatch, capsys):
     parts = models.RaerModel.parts
     monkeypatch.setattr(models.RaerModel, "parts", lambda self: parts(self) | {"temporal": parts(self)["temporal"][:1]})
