@@ -82,7 +82,7 @@ def parse_args(argv: list[str] | None = None):
     parser.choice(group, "--optimizer", LR_OF, "lars", "optimiser of the pretraining")
     parser.choice(group, "--lr-schedule", ["cosine", "constant"], "cosine", "after the warm-up, in every stage")
     parser.number(group, "--fraction", float, 1.0, "share of the images, stratified, always the same", above=0, high=1)
-    group.add_argument("--profile", action="store_true", help="time the phases of its steps, which makes them slower")
+    group.add_argument("--profile", action="store_true", help="time a step's phases; with --accum views are in forward")
     args = config.parse(parser, argv, DEMO)
     if args.cell is not None:
         parser.set_defaults(**CELLS[args.cell])
@@ -95,8 +95,8 @@ def parse_args(argv: list[str] | None = None):
         later = [f"{stage}_{flag}" for stage in ("linear", "finetune") for flag in ("epochs", "bs", "lr", "wd")]
         refuse(later, "without --stage all; use --epochs, --bs, --lr, --wd for a single stage")
     if args.stage in ("linear", "finetune"):
-        pretraining = ["proj_dim", "temperature", "augment", "color_strength", "optimizer", "fraction", "accum", "impl"]
-        refuse([*pretraining, "profile", "cell"], f"with --stage {args.stage}")
+        pretraining = "proj_dim temperature augment color_strength optimizer fraction accum impl profile cell"
+        refuse(pretraining.split(), f"with --stage {args.stage}")
         if (args.from_run is None) == (args.weights is None):
             parser.error(f"--stage {args.stage} starts from either --from RUN, --weights FILE or --from none (random)")
     else:
@@ -299,13 +299,13 @@ def pretrain(run: Run, weights: dict | None) -> None:
 
 def linear(run: Run, weights: dict | None) -> None:
     """Stage 2: a linear layer on frozen features; beside it, the same on random-weight features and on raw pixels."""
-    everything = np.arange(len(run.data))
+    random = build_model(run, "features").state_dict()
 
-    def features(weights: dict | None, progress) -> Tensor:
-        compute = partial(evaluate, run, build_model(run, "features", weights), everything, progress)
-        return probe.stored_features(run, checkpoint.weights_digest(weights), compute) if weights else compute()
+    def features(chosen: dict, progress) -> Tensor:
+        compute = partial(evaluate, run, build_model(run, "features", chosen), np.arange(len(run.data)), progress)
+        return compute() if chosen is random else probe.stored_features(run, checkpoint.weights_digest(chosen), compute)
 
-    probe.linear(run, weights, BACKBONES[run.meta["backbone"]].num_features, features)
+    probe.linear(run, weights, random, BACKBONES[run.meta["backbone"]].num_features, features)
 
 
 def finetune(run: Run, weights: dict | None) -> None:
@@ -370,7 +370,7 @@ def use(args, facts: dist.Facts) -> None:
     """--eval: the test metrics of a checkpoint. --predict: predictions.csv for images without labels."""
     model_of = used(args, "simclr")
     meta, folder = model_of.state["meta"], model_of.folder
-    kind = meta["stage"].split("_")[0]  # the linear protocol's baselines are models of the same kind
+    kind = probe.kind_of(meta["stage"], model_of.source)
     classes = meta["classes"].get(kind)
     if args.predict and kind == "pretrain":
         raise InputError(f"{model_of.source} has no classifier: run --stage linear or --stage finetune --from it first")
@@ -408,7 +408,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.from_run not in (None, "none"):
             weights, before = load_backbone(args.from_run)
         targets = cytology.target_labels(args.target_labels) if args.protocol == "cytology" else None
-        stored = [origin(path) for path in (args.out, args.from_run) if path]
+        stored = [origin(p) for p in (args.out, args.resume, args.from_run) if p not in (None, "auto", "none")]
         images, splits, classes, split = build_data(args, args.data, facts, targets, stored)
         cytology.check_start(args.from_run, before, targets, images)
         name, stem = (getattr(args, flag) or before.get(flag, first) for flag, first in DEFAULTS.items())

@@ -78,21 +78,23 @@ def representation(run: Run, outputs: Callable[[np.ndarray], Tensor], queries: s
 def linear(
     run: Run,
     weights: dict[str, Tensor] | None,
+    random: dict[str, Tensor],
     width: int,
-    features: Callable[[dict[str, Tensor] | None, Progress], Tensor],
+    features: Callable[[dict[str, Tensor], Progress], Tensor],
 ) -> None:
     """The linear protocol on a backbone's features and, beside it, on a random-weight backbone's and on raw pixels.
 
     Args:
-        weights: the backbone's; None: random ones.
+        weights: the backbone's; None: it is the random-weight one.
+        random: the weights of the random-weight backbone.
         width: the features' dimension.
-        features: gives the features (n, width) of all images for weights (None: random ones).
+        features: gives the features (n, width) of all images for a backbone's weights.
     """
     args, images, stage, classes = run.args, run.data, run.stages["linear"], run.meta["classes"]["linear"]
     sources = {
-        "linear": ("learned features" if weights else "random-weight backbone", weights, width, features),
-        "linear_random": ("random-weight backbone", None, width, features),
-        "linear_pixels": (f"raw pixels ({PIXELS} px)", None, 3 * PIXELS**2, lambda _, prog: raw_pixels(run, prog)),
+        "linear": ("learned features" if weights else "random-weight backbone", weights or random, width, features),
+        "linear_random": ("random-weight backbone", random, width, features),
+        "linear_pixels": (f"raw pixels ({PIXELS} px)", {}, 3 * PIXELS**2, lambda _, prog: raw_pixels(run, prog)),
     }
     if not weights:
         del sources["linear_random"]
@@ -103,7 +105,7 @@ def linear(
         start = checkpoint.weights_digest(source) if source else name
         progress = run.stage(name, {"head": head, "optimizer": optimizer}, start=start)
         if not run.settled(progress):
-            results = linear_protocol(run, progress, head, optimizer, stage, make(source, progress), source or {})
+            results = linear_protocol(run, progress, head, optimizer, stage, make(source, progress), source)
             run.finish(progress, results)
         accuracy, f1 = (run.results[f"{name}/test/{metric}"] for metric in ("accuracy", "macro_f1"))
         run.log.say(f"linear protocol, {title + ':':24}test accuracy {accuracy:.4f}, macro F1 {f1:.4f}")
@@ -111,6 +113,17 @@ def linear(
     majority = np.bincount(labels[run.splits["train"]]).argmax()
     run.results["majority/test/accuracy"] = share = float((labels[run.splits["test"]] == majority).mean())
     run.log.say(f"linear protocol, {'majority class:':24}test accuracy {share:.4f}")
+
+
+def kind_of(stage: str, source: str) -> str:
+    """The kind of model that a checkpoint of a stage holds: `linear_random` is a linear one.
+
+    Raises:
+        InputError: it is the baseline on raw pixels, which has no network.
+    """
+    if stage == "linear_pixels":
+        raise config.InputError(f"{source} is the baseline on raw pixels, no network: name linear/best.pt or the run")
+    return stage.split("_")[0]
 
 
 def raw_pixels(run: Run, progress: Progress) -> Tensor:

@@ -24,7 +24,7 @@ _T95 = (
 
 
 def runs(folder: Path) -> list[dict]:
-    """Every run below `folder`: its flags, resolved settings and summary in one flat dict, with `run` and `status`.
+    """Every run below `folder`: its flags, resolved settings and summary in one dict, with `run`, `status`, `identity`.
 
     A setting that stages resolve (`bs`, `epochs`, `lr`) is that of the first stage. A run without a summary has the
     status "started".
@@ -37,8 +37,7 @@ def runs(folder: Path) -> list[dict]:
         summary = read_json(file.with_name("summary.json")) or {"status": "started"}
         resolved = settings.pop("resolved")
         first = next((v for v in resolved.values() if isinstance(v, dict) and "epochs" in v), {})
-        flat = {name: value for name, value in settings.items() if name != "identity"} | first | resolved | summary
-        found.append(flat | {"run": str(file.parent)})
+        found.append(settings | first | resolved | summary | {"run": str(file.parent)})
     return found
 
 
@@ -117,13 +116,14 @@ def pivot(
     for value in values:
         if not any(isinstance(run.get(value), (int, float)) for run in found):
             raise InputError(f"--value {value} is no number in any run; metrics look like pretrain/train/loss")
-    cells, states = defaultdict(list), defaultdict(set)
+    cells, states, groups = defaultdict(list), defaultdict(set), defaultdict(list)
     kept = [run for run in found if listed(run, rows) and listed(run, cols)]
     for run in kept:
         key = (_key(run, rows), _key(run, cols))
         for value in values:
             if run["status"] == "finished" and isinstance(run.get(value), (int, float)):
                 cells[key, value].append(run[value])
+                groups[key, value].append(run)
             elif run["status"] != "finished":
                 states[key, value].add(run["status"])
     row_keys, col_keys = (_combinations(axis, kept) for axis in (rows, cols))
@@ -139,7 +139,16 @@ def pivot(
                 states_there = "/".join(sorted(states[key, value]))
                 shown.append(cell(cells[key, value], interval) if cells[key, value] else states_there or "-")
         lines.append(f"| {' | '.join([*row, *shown])} |")
+    shared = sorted({name for group in groups.values() for name in _differences(group)} - {"seed"})
+    if shared:
+        lines += ["", f"Runs that share a cell differ in: {', '.join(shared)}"]
     return "\n".join(lines)
+
+
+def _differences(group: list[dict]) -> set[str]:
+    # The settings of their identities that some runs of a cell do not share.
+    names = {name for run in group for name in run["identity"]}
+    return {name for name in names if len({str(run["identity"].get(name)) for run in group}) > 1}
 
 
 def _key(run: dict, axis: dict) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ def write_run(root, name, settings, summary, stages=None):
     folder.mkdir(parents=True)
     resolved = {**(stages or {}), "backbone": settings.pop("backbone"), "script": "simclr", "targets": None}
     settings = {"data": "sample"} | settings
-    (folder / "config.json").write_text(json.dumps(settings | {"resolved": resolved, "identity": {}}))
+    (folder / "config.json").write_text(json.dumps(settings | {"resolved": resolved, "identity": settings}))
     if summary:
         (folder / "summary.json").write_text(json.dumps(summary))
 
@@ -40,7 +40,7 @@ def grid(tmp_path):
 
 
 def rows_of(text):
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
 
 
 def test_a_pivot_shows_values_means_states_and_what_is_missing(grid, capsys):
@@ -141,3 +141,11 @@ def test_a_damaged_summary_is_named(grid, capsys, flags):
         report.main([str(folder), *flags])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and "summary.json cannot be read" in error and error.count("\n") == 1
+
+
+def test_what_the_runs_of_a_cell_do_not_share_is_said_but_for_the_seed(grid, capsys):
+    flags = [str(grid), "--rows", "backbone", "--value", "pretrain/train/loss"]
+    assert report.main(flags) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "Runs that share a cell differ in: bs, proj_dim"
+    assert report.main([*flags, "--cols", "proj_dim,bs"]) == 0
+    assert "share a cell" not in capsys.readouterr().out

@@ -605,3 +605,15 @@ def test_published_weights_start_every_stage(cells, tmp_path, capsys):
     flags[flags.index(str(file))] = str(copy)  # the same weights elsewhere mean the same run
     assert train_simclr.main([*flags, "--stage", "linear", "--out", str(tmp_path / "linear")]) == 0
     assert "has finished" in capsys.readouterr().out
+
+
+def test_a_baseline_of_the_linear_protocol_can_be_evaluated(cells, tmp_path, capsys):
+    run = tmp_path / "random"
+    flags = [*NET, "--data", str(cells), "--stage", "linear", "--from", "none", "--bs", "16", "--epochs", "3"]
+    assert train_simclr.main([*flags, "--out", str(run)]) == 0
+    assert train_simclr.main(["--eval", str(run), "--device", "cpu"]) == 0
+    evaluated = json.loads((run / "eval.json").read_text())
+    assert evaluated["eval/test/accuracy"] == summary(run)["linear/test/accuracy"]
+    with pytest.raises(SystemExit) as stop:
+        train_simclr.main(["--eval", str(run / "linear_pixels" / "best.pt"), "--device", "cpu"])
+    assert stop.value.code == 2 and "baseline on raw pixels" in capsys.readouterr().err

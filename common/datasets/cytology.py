@@ -60,7 +60,8 @@ def draw(images: data.Images, targets: list[str]) -> tuple[dict[str, np.ndarray]
     }
     counts = {name: len(rows) for name, rows in members.items()}
     others = sorted((n for n in counts if n not in targets and counts[n] >= TOO_SMALL), key=lambda n: (-counts[n], n))
-    notes = []
+    own = sorted({str(name) for name in images.splits if name})
+    notes = [f"the data's own splits ({', '.join(own)}) are not used"] if own else []
     each = SIZES["A2"] // NUM_LABELS["A2"]
     taken = {name: min(each, counts[name] // 2) for name in others[: NUM_LABELS["A2"]]}
     pool = {name: members[name][taken[name] :] for name in others[: NUM_LABELS["A1"]]}
