@@ -72,23 +72,23 @@ def parse_args(argv: list[str] | None = None):
 
     reading = ["missing_box", "face_margin"]
     config.check_use(parser, args, reading)
-    used = partial(config.refuse_without_effect, parser, args)
-    used(["impl"], "here: no kernel is used")
+    refuse = partial(config.refuse_without_effect, parser, args)
+    refuse(["impl"], "here: no kernel is used")
     if args.data == "sample" and not (args.eval or args.predict):
-        used(reading, "on the embedded clips")
+        refuse(reading, "on the embedded clips")
     text = args.weights and args.backbone != "resnet18" and args.method != "tau-norm"
     if not text:
-        used(["clip_vocab", "num_context", "prompt_lr"], "without the text tower of CLIP's weights")
+        refuse(["clip_vocab", "num_context", "prompt_lr"], "without the text tower of CLIP's weights")
     if args.backbone == "resnet18" or not args.weights:
-        used(["activation"], "without CLIP's weights")
+        refuse(["activation"], "without CLIP's weights")
     if args.method in ("tau-norm", "ldam-drw"):
-        used(["logit_scale"], f"with --method {args.method}, whose logits have no scale, or its loss's own")
+        refuse(["logit_scale"], f"with --method {args.method}, whose logits have no scale, or its loss's own")
     if args.backbone == "resnet18" or args.tune != "full":
-        used(["checkpoint_blocks"], "without a vit_* backbone and --tune full")
+        refuse(["checkpoint_blocks"], "without a vit_* backbone and --tune full")
     if args.tune != "full":
-        used(["image_lr"], f"with --tune {args.tune}, which freezes the image tower")
+        refuse(["image_lr"], f"with --tune {args.tune}, which freezes the image tower")
     if args.method != "three-stage":
-        used(["schedule", "la_prior"], f"with --method {args.method}")
+        refuse(["schedule", "la_prior"], f"with --method {args.method}")
     if args.cache_features and args.tune == "full":
         parser.error("--cache-features needs a frozen image tower: --tune none or adapter")
     if args.cache_features and args.augment == "clip":
