@@ -148,7 +148,11 @@ def base_parser(script: str, doc: str) -> Parser:
     """
     parser = Parser(prog=f"train_{script}.py", description=doc)
     data = parser.add_argument_group("data and run directory")
-    data.add_argument("--data", default="sample", help="folder, .zip of one, or `sample`, the embedded data set")
+    data.add_argument(
+        "--data",
+        default="sample",
+        help="folder, .zip of one, a file of the task (.packed, .npz, ...), or sample: embedded",
+    )
     data.add_argument("--out", help="run directory; unset: runs/SCRIPT/NAME-HASH, a function of the other flags")
     parser.number(data, "--workers", int, min(8, os.cpu_count() or 1), "decoding threads", low=1)
     parser.choice(
