@@ -201,7 +201,7 @@ def train_step(run: Run, model, optimizer, scaler, terms_of, make_inputs, target
     """One update; returns (the loss and its terms by name, gradient norm, bad), device scalars.
 
     `make_inputs(slice)` gives the input of a chunk of this process's clips, `targets` (b,) their labels. With --accum K
-    the gradient is that of the whole batch, but for BatchNorm and for the weights of ldam-drw, which see one chunk.
+    the gradient is that of the whole batch, but for BatchNorm, which sees one chunk.
     """
     accum, device = run.args.accum, run.facts.device
     size, total = len(targets) // accum, {}

@@ -63,7 +63,7 @@ def loss_terms(
     logits, weights = logits.float(), None
     if phase.weights == "effective":
         weights = losses.effective_number_weights(torch.from_numpy(counts), _DRW_BETA).float()
-        weights = step.to_device(weights, device)
+        weights = step.to_device(weights / (weights @ prior(counts, phase, "sampled")), device)  # 1 on average
     if method == "ldam-drw":
         sizes = torch.from_numpy(counts)
         return {"ce": losses.ldam(logits / model.scale, targets, step.to_device(sizes, device), weights=weights)}

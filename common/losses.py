@@ -65,7 +65,7 @@ def logit_adjusted(logits: Tensor, targets: Tensor, prior: Tensor, tau: float, w
 
     Args:
         logits: (n, K) floating point.
-        targets: (n,) int64 classes or (n, K) probabilities.
+        targets: (n, K) probabilities, or (n,) int64 classes.
         prior: (K,) positive shares of the classes among the training items as they are drawn.
         tau: 0 or more; 0 is plain cross-entropy.
         weights: (K,) of the classes, as torch's `cross_entropy` takes them.
@@ -105,11 +105,13 @@ def ldam(
         cosines: (n, K) in [-1, 1]: features and classifier are normalised.
         labels: (n,) int64.
         counts: (K,) positive, items of each class.
-        weights: (K,) of the classes; the mean over the batch is weighted too, as torch's.
+        weights: (K,) of the classes. The sum is divided by the number of items, not by the sum of their weights: chunks
+            and processes then add up to the whole batch.
     """
     margins = counts.to(cosines.dtype) ** -0.25
     margins = margins * (max_margin / margins.max())
-    return F.cross_entropy(scale * (cosines - margins * F.one_hot(labels, len(margins))), labels, weights)
+    shifted = scale * (cosines - margins * F.one_hot(labels, len(margins)))
+    return F.cross_entropy(shifted, labels, weights, reduction="none").mean()
 
 
 def effective_number_weights(counts: Tensor, beta: float) -> Tensor:

@@ -127,7 +127,7 @@ def test_decorrelation_is_the_mean_squared_cosine_of_different_rows():
 
 
 def test_ldam_takes_the_margin_from_the_true_class():
-    """Cao et al., eq. 13: margins C / n^(1/4), the rarest class's is 0.5; weights as torch's cross_entropy has them."""
+    """Cao et al., eq. 13: margins C / n^(1/4), the rarest class's is 0.5; halves of a batch add up to it."""
     logits, labels, _ = classes()
     cosines = logits.tanh()
     counts = torch.tensor([1106, 103, 24, 126, 338])
@@ -136,9 +136,12 @@ def test_ldam_takes_the_margin_from_the_true_class():
     shifted = cosines.clone()
     for i, label in enumerate(labels.tolist()):
         shifted[i, label] -= margins[label]
-    for given in (None, weights):
+    each = F.cross_entropy(30 * shifted, labels, reduction="none")
+    for given, factor in ((None, 1), (weights, weights[labels])):
         ours = losses.ldam(cosines, labels, counts, weights=given)
-        torch.testing.assert_close(ours, F.cross_entropy(30 * shifted, labels, given))
+        torch.testing.assert_close(ours, (factor * each).mean())
+        halves = [losses.ldam(cosines[rows::2], labels[rows::2], counts, weights=given) for rows in (0, 1)]
+        torch.testing.assert_close(ours, sum(halves) / 2)
 
 
 def test_effective_number_weights_equal_the_formula():

@@ -362,13 +362,20 @@ def test_the_sampled_prior_is_what_the_sampler_draws_and_does_not_correct_twice(
     assert not torch.allclose(once, twice)
 
 
-def test_class_weights_of_a_schedules_file_are_felt():
+@pytest.mark.parametrize("method", ["three-stage", "ldam-drw"])
+def test_class_weights_are_felt_and_are_1_on_average(method):
     counts, phase = np.array([1106, 103, 24, 126, 338]), Phase(0, weights="effective")
     logits, targets, model = torch.randn(6, 5), torch.arange(6) % 5, clip_like(5, prompts=False)
     raw = torch.tensor([(1 - 0.9999) / (1 - 0.9999 ** int(n)) for n in counts])
-    terms = longtail.loss_terms("three-stage", phase, counts, "sampled", model, (logits, None), targets)
-    each = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-    torch.testing.assert_close(terms["ce"], (each * (5 * raw / raw.sum())[targets]).mean(), rtol=1e-4, atol=1e-5)
+    plain, weighted = (
+        [longtail.loss_terms(method, p, counts, "sampled", model, (z[None], None), y[None])["ce"] for z, y in rows]
+        for p in (Phase(0), phase)
+        for rows in [list(zip(logits, targets, strict=True))]
+    )
+    factors = raw / (raw * torch.from_numpy(counts / counts.sum())).sum()
+    torch.testing.assert_close(
+        torch.stack(weighted), torch.stack(plain) * factors[targets].float(), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_answers_after_training_are_what_the_papers_say():
