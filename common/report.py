@@ -166,7 +166,9 @@ def charts_of(lines: list[dict]) -> dict[str, str]:
                 continue
             split = name.split("/")[1]
             if split != "test" and metric not in ("macro_precision", "macro_recall", "loss_over_chance"):
-                series = f"{split} ({variant})" if variant else split
+                bound = next((end for end in ("_low", "_high") if metric.endswith(end)), "")
+                metric = metric.removesuffix(bound)  # an interval is drawn with what it is about
+                series = " ".join(filter(None, [split, bound[1:], f"({variant})" if variant else ""]))
                 points = groups.setdefault((stage, f"{metric} by epoch"), {}).setdefault(series, [])
                 points.append((line["epoch"], value))
     charts = {}
@@ -254,7 +256,7 @@ def write(folder: Path) -> Path:
 def detection_section(scores: dict) -> list[str]:
     """Test metrics of a detector on videos: all of them, and each kind of positive beside all negatives."""
     stem = "/test/video_auc"
-    names = [name for name in scores if stem in name]
+    names = sorted((name for name in scores if stem in name), key=lambda name: (name.endswith("_last_epoch"), name))
     columns = ("auc", "ap", "eer", "accuracy")
     rows = [
         (

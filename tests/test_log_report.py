@@ -180,3 +180,11 @@ def test_predictions_hold_id_class_and_scores(tmp_path):
     rows = list(csv.reader((tmp_path / "p.csv").read_text().splitlines()))
     assert rows == [["id", "class", "score_cat", "score_dog"], ["x,1", "dog", "0.200000", "0.800000"],
                     ["y", "cat", "0.600000", "0.400000"]]  # fmt: skip
+
+
+def test_an_interval_is_drawn_in_the_chart_of_its_metric():
+    line = {"stage": "train", "step": 3, "epoch": 1, "train/val/video_auc": 0.7}
+    charts = report.charts_of([line | {"train/val/video_auc_low": 0.6, "train/val/video_auc_high": 0.8}])
+    assert list(charts) == ["train: video_auc by epoch"]
+    drawn = charts["train: video_auc by epoch"]
+    assert ">val<" in drawn and ">val low<" in drawn and ">val high<" in drawn
