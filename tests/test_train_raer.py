@@ -222,7 +222,9 @@ def test_crt_draws_its_classifier_anew_once(tree, tmp_path, monkeypatch):
 def test_every_method_trains_on_cached_features(tree, tmp_path, method):
     folder = tmp_path / method
     argv = [*NET, "--data", str(tree), "--epochs", "6", "--cache-features", "--method", method, "--out", str(folder)]
-    assert train_raer.main([*argv, "--dropout", "0"]) == 0
+    # LDAM's scale of 30 is twice the cosines': the default rate makes this handful of clips diverge.
+    rate = ["--lr", "2e-3"] if method == "ldam-drw" else []
+    assert train_raer.main([*argv, *rate, "--dropout", "0"]) == 0
     result = summary(folder)
     assert result["train/test/uar"] > 0.5  # the classes differ in colour
     tau = result["train/val/tau"]
