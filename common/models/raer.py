@@ -188,12 +188,11 @@ class RaerModel(nn.Module):
 
     def reset_classes(self, optimizer: torch.optim.Optimizer) -> None:
         """Draw anew what decides where the classes lie, and forget what `optimizer` has gathered about it."""
-        if self.prompts is None:
-            self.classes.reset_parameters()
-            optimizer.state.pop(self.classes.weight, None)
-        else:
-            self.prompts.reset()
-            optimizer.state.pop(self.prompts.context, None)
+        (self.classes.reset_parameters if self.prompts is None else self.prompts.reset)()
+        own = self.classes.weight if self.prompts is None else self.prompts.context
+        for value in optimizer.state[own].values():  # kept at zero: a masked first step must find its buffers
+            if isinstance(value, Tensor):
+                value.zero_()
 
     def class_features(self) -> Tensor:
         """(K, d), in float32."""
