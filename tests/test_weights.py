@@ -215,7 +215,7 @@ def test_files_that_are_no_weights_are_refused(tmp_path):
         assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
 
     refused("missing.pt", "no such file")
-    refused("", "no such file")
+    refused("", "a folder; give a file")
     endless = {"epoch": 3}
     endless["model"] = endless
     for value, match in (
