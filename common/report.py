@@ -142,7 +142,8 @@ def table(rows: list[tuple], header: tuple = ()) -> str:
         if isinstance(value, float):
             small = 0 < abs(value) < 1e-3  # a learning rate
             return f'<td class="n">{value:{".3g" if small else ".4f"}}</td>'
-        return f"<{tag}>{html.escape(str(value))}</{tag}>"
+        number = ' class="n"' if isinstance(value, int) else ""
+        return f"<{tag}{number}>{html.escape(str(value))}</{tag}>"
 
     head = "<tr>" + "".join(cell(h, "th") for h in header) + "</tr>" if header else ""
     return "<table>" + head + "".join("<tr>" + "".join(map(cell, row)) + "</tr>" for row in rows) + "</table>"
