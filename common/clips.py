@@ -22,7 +22,7 @@ from torch import Tensor
 
 from common.augment import uniform
 from common.config import InputError
-from common.data import DECODE_ERRORS, UNLABELLED, Images, central_square
+from common.data import DECODE_ERRORS, UNLABELLED, Images, central_square, describe_labels
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
 _START_STREAM = 2**31 + 1  # beside data's _ORDER_STREAM; no view has this number
@@ -75,16 +75,7 @@ class Videos:
         """`ffpp_like.zip: 840 videos of 10 frames in 2 classes (fake 560, real 280); splits train 540, ...`"""
         low, high = self.lengths.min(), self.lengths.max()
         text = f"{self.name}: {len(self)} videos of {low if low == high else f'{low} to {high}'} frames"
-        known = self.labels[self.labels != UNLABELLED]
-        if len(known):
-            counts = np.bincount(known, minlength=len(self.classes))
-            shown = ", ".join(f"{self.classes[i]} {counts[i]}" for i in np.argsort(-counts, kind="stable")[:10])
-            text += f" in {len(self.classes)} classes ({shown}{', ...' if len(counts) > 10 else ''})"
-        else:
-            text += " without labels"
-        named = [f"{s} {int((self.splits == s).sum())}" for s in ("train", "val", "test") if (self.splits == s).any()]
-        if named:
-            text += f"; splits {', '.join(named)}"
+        text += describe_labels(self.labels, self.classes, self.splits)
         return text + f"; {self.native_size} px, stored at {self.store_size} px"
 
     def describe_clips(self, n_segment: int, seconds: float) -> str:

@@ -101,17 +101,7 @@ class Images:
 
     def describe(self) -> str:
         """`blood_cells.zip: 4886 images in 3 classes (RBC 4153, ...), ...`"""
-        text = f"{self.name}: {len(self)} images"
-        if self.labelled:
-            counts = np.bincount(self.labels[self.labels >= 0], minlength=len(self.classes))
-            order = np.argsort(-counts, kind="stable")
-            shown = ", ".join(f"{self.classes[i]} {counts[i]}" for i in order[:10])
-            text += f" in {len(self.classes)} classes ({shown}{', ...' if len(order) > 10 else ''})"
-        else:
-            text += " without labels"
-        named = [f"{s} {int((self.splits == s).sum())}" for s in ("train", "val", "test") if (self.splits == s).any()]
-        if named:
-            text += f"; splits {', '.join(named)}"
+        text = f"{self.name}: {len(self)} images{describe_labels(self.labels, self.classes, self.splits)}"
         return text + f"; {self.native_size} px, stored at {self.store_size} px"
 
     def labels_in(self, classes: list[str], indices: np.ndarray | None = None) -> np.ndarray:
@@ -435,6 +425,18 @@ def split(images: Images, fraction: float = 1.0) -> dict[str, np.ndarray]:
     parts["finetune_test"] = parts["test"]
     parts["pretrain"] = hold_out(ids, labels, rest, fraction, "fraction")
     return parts
+
+
+def describe_labels(labels: np.ndarray, classes: list[str], splits: np.ndarray) -> str:
+    """` in 3 classes (RBC 4153, ...); splits train 10, test 5`, or ` without labels`: what follows a set's size."""
+    known = labels[labels != UNLABELLED]
+    text = " without labels"
+    if len(known):
+        counts = np.bincount(known, minlength=len(classes))
+        shown = ", ".join(f"{classes[i]} {counts[i]}" for i in np.argsort(-counts, kind="stable")[:10])
+        text = f" in {len(classes)} classes ({shown}{', ...' if len(classes) > 10 else ''})"
+    named = [f"{name} {int((splits == name).sum())}" for name in ("train", "val", "test") if (splits == name).any()]
+    return text + (f"; splits {', '.join(named)}" if named else "")
 
 
 def permutation(count: int, seed: int, epoch: int, stream: int = _ORDER_STREAM) -> np.ndarray:

@@ -18,6 +18,7 @@ import train_cluster
 from common import checkpoint, discovery, log, sample
 from common.models import umc
 from common.monitor import Monitor
+from tests.runs import equal_runs, same, summary
 
 SMALL = ["--device", "cpu", "--base-dim", "16", "--bs", "32", "--epochs", "2", "--cluster-bs", "32",
          "--cluster-epochs", "3", "--seed", "3", "--log-every", "1"]  # fmt: skip
@@ -67,10 +68,6 @@ def whole(acts, tmp_path_factory):
     return folder
 
 
-def summary(folder):
-    return json.loads((folder / "summary.json").read_text())
-
-
 def refused(argv, capsys):
     with pytest.raises(SystemExit) as ending:
         train_cluster.main(argv)
@@ -78,21 +75,6 @@ def refused(argv, capsys):
     assert ending.value.code == 2, error
     assert error.startswith("error: ") and error.count("\n") == 1
     return error
-
-
-def same(x, y, where=""):
-    if isinstance(x, dict):
-        assert x.keys() == y.keys(), where
-        for key in x.keys() - {"seconds"}:
-            same(x[key], y[key], f"{where}/{key}")
-    elif isinstance(x, (list, tuple)):
-        assert len(x) == len(y), where
-        for i, pair in enumerate(zip(x, y, strict=True)):
-            same(*pair, f"{where}/{i}")
-    elif torch.is_tensor(x):
-        assert x.dtype == y.dtype and torch.equal(x, y), where
-    else:
-        assert x == y, where
 
 
 def test_a_run_leaves_what_the_readme_promises(whole, acts, capsys):
@@ -178,12 +160,8 @@ def test_an_interrupted_run_equals_a_whole_one(mode, whole, acts, tmp_path, monk
             assert ending.code == 75
             stopped += 1
     assert stopped == 6
-    for stage in ("pretrain", "cluster"):
-        for file in ("last.pt", "best.pt"):
-            same(*(checkpoint.load(f / stage / file) for f in (whole, folder)), f"{stage}/{file}")
+    equal_runs(whole, folder)
     assert (folder / "clusters.csv").read_bytes() == (whole / "clusters.csv").read_bytes()
-    lines = [[{k: v for k, v in line.items() if k not in log.TIMING} for line in log.read(f)] for f in (whole, folder)]
-    assert lines[0] == lines[1]
 
 
 def test_a_stop_among_the_findings_leaves_the_last_epoch_s_weights(acts, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from common.models import clip
 from common.models import raer as models
 from common.models.clip import TextTower
 from common.schedule import Phase
+from tests.runs import equal_runs, summary
 
 CLASSES = ["calm", "glad", "puzzled"]
 NET = ["--backbone", "vit_tiny", "--device", "cpu", "--num-frames", "3", "--bs", "8"]
@@ -56,36 +57,6 @@ def whole(tree, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
     assert train_raer.main([*SMALL, "--data", str(tree), "--out", str(folder)]) == 0
     return folder
-
-
-def summary(folder):
-    return json.loads((folder / "summary.json").read_text())
-
-
-def equal_runs(a, b):
-    """Every stored tensor, metric and log line of two runs is the same, times and rates apart."""
-    for name in ("last.pt", "best.pt"):
-        same(checkpoint.load(a / name), checkpoint.load(b / name), name)
-    timing = {"seconds", "best_model_path"}
-    ours, theirs = ({k: v for k, v in summary(f).items() if k not in timing} for f in (a, b))
-    assert ours == theirs
-    lines = [[{k: v for k, v in line.items() if k not in log.TIMING} for line in log.read(f)] for f in (a, b)]
-    assert lines[0] == lines[1]
-
-
-def same(x, y, where):
-    if isinstance(x, dict):
-        assert x.keys() == y.keys(), where
-        for key in x.keys() - {"log_offset", "seconds"}:
-            same(x[key], y[key], f"{where}/{key}")
-    elif isinstance(x, (list, tuple)):
-        assert len(x) == len(y), where
-        for i, pair in enumerate(zip(x, y, strict=True)):
-            same(*pair, f"{where}/{i}")
-    elif torch.is_tensor(x):
-        assert x.dtype == y.dtype and torch.equal(x, y), where
-    else:
-        assert x == y, where
 
 
 def test_the_three_stages_are_the_recipes_in_every_one_of_60_epochs():

@@ -20,6 +20,7 @@ from PIL import Image
 import train_simclr
 from common import checkpoint, dist, log
 from common.datasets import cytology
+from tests.runs import equal_runs, same, summary
 
 ROOT = Path(__file__).parent.parent
 NET = ["--backbone", "resnet18", "--stem", "cifar", "--image-size", "8", "--device", "cpu"]
@@ -47,39 +48,6 @@ def whole(cells, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
     assert train_simclr.main([*SMALL, "--data", str(cells), "--out", str(folder)]) == 0
     return folder
-
-
-def summary(folder):
-    return json.loads((folder / "summary.json").read_text())
-
-
-def equal_runs(a, b):
-    """Every stored tensor, metric and log line of two runs is the same, times and rates apart."""
-    assert {p.relative_to(a) for p in a.rglob("best.pt")} == {p.relative_to(b) for p in b.rglob("best.pt")}
-    for file in [p.relative_to(a) for name in ("last.pt", "best.pt", "backbone.pt") for p in a.rglob(name)]:
-        same(checkpoint.load(a / file), checkpoint.load(b / file), str(file))
-    timing = {"seconds", "best_model_path"}
-    ours, theirs = ({k: v for k, v in summary(f).items() if k not in timing} for f in (a, b))
-    assert ours == theirs
-    lines = [[{k: v for k, v in line.items() if k not in log.TIMING} for line in log.read(f)] for f in (a, b)]
-    assert lines[0] == lines[1]
-    with np.load(a / "features.npz") as x, np.load(b / "features.npz") as y:
-        assert all(np.array_equal(x[name], y[name]) for name in x.files)
-
-
-def same(x, y, where):
-    if isinstance(x, dict):
-        assert x.keys() == y.keys(), where
-        for key in x.keys() - {"log_offset", "seconds"}:
-            same(x[key], y[key], f"{where}/{key}")
-    elif isinstance(x, (list, tuple)):
-        assert len(x) == len(y), where
-        for i, pair in enumerate(zip(x, y, strict=True)):
-            same(*pair, f"{where}/{i}")
-    elif torch.is_tensor(x):
-        assert x.dtype == y.dtype and torch.equal(x, y), where
-    else:
-        assert x == y, where
 
 
 def test_a_run_leaves_what_the_readme_promises(whole, cells, capsys):

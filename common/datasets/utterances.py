@@ -22,7 +22,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from common.config import InputError, nearest
-from common.data import SPLITS, TEST_SHARE, UNLABELLED, hold_out
+from common.data import SPLITS, TEST_SHARE, UNLABELLED, describe_labels, hold_out
 from common.models.text import tokens
 
 FEATURES = {"video": "video_data/swin_feats.pkl", "audio": "audio_data/wavlm_feats.pkl"}
@@ -87,20 +87,10 @@ class Utterances:
 
     def describe(self) -> str:
         """`meld_da.tsv: 9989 utterances in 12 classes (s 2994, ...); splits train 7964, test 2025; text`"""
-        text = f"{self.name}: {len(self)} utterances"
-        if self.labelled:
-            counts = self.counts()
-            order = np.argsort(-counts, kind="stable")
-            shown = ", ".join(f"{self.classes[i]} {counts[i]}" for i in order[:10])
-            text += f" in {len(self.classes)} classes ({shown}{', ...' if len(order) > 10 else ''})"
-        else:
-            text += " without labels"
-        named = [f"{s} {int((self.splits == s).sum())}" for s in ("train", "val", "test") if (self.splits == s).any()]
-        if named:
-            text += f"; splits {', '.join(named)}"
+        labels = describe_labels(self.labels, self.classes, self.splits)
         parts = [] if self.texts is None else ["raw text"]
         parts += [f"{key} {' x '.join(map(str, x.shape[1:]))}" for key, x in self.modalities.items()]
-        return f"{text}; {', '.join(parts)}"
+        return f"{self.name}: {len(self)} utterances{labels}; {', '.join(parts)}"
 
 
 def open_utterances(path: str, max_length: int | None = None) -> Utterances:

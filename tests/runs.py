@@ -1,0 +1,46 @@
+"""Run directories compared: what the tests of the four scripts share."""
+
+import json
+
+import numpy as np
+import torch
+
+from common import checkpoint, log
+
+
+def summary(folder):
+    return json.loads((folder / "summary.json").read_text())
+
+
+def equal_runs(a, b):
+    """Every stored tensor, metric, feature and log line of two runs is the same, times and rates apart."""
+    stored = [
+        {p.relative_to(f) for name in ("last.pt", "best.pt", "backbone.pt") for p in f.rglob(name)} for f in (a, b)
+    ]
+    assert stored[0] == stored[1] and stored[0]
+    for file in stored[0]:
+        same(checkpoint.load(a / file), checkpoint.load(b / file), str(file))
+    timing = {"seconds", "best_model_path"}
+    ours, theirs = ({k: v for k, v in summary(f).items() if k not in timing} for f in (a, b))
+    assert ours == theirs
+    lines = [[{k: v for k, v in line.items() if k not in log.TIMING} for line in log.read(f)] for f in (a, b)]
+    assert lines[0] == lines[1]
+    assert (a / "features.npz").exists() == (b / "features.npz").exists()
+    if (a / "features.npz").exists():
+        with np.load(a / "features.npz") as x, np.load(b / "features.npz") as y:
+            assert x.files == y.files and all(np.array_equal(x[name], y[name]) for name in x.files)
+
+
+def same(x, y, where=""):
+    if isinstance(x, dict):
+        assert x.keys() == y.keys(), where
+        for key in x.keys() - {"seconds"}:
+            same(x[key], y[key], f"{where}/{key}")
+    elif isinstance(x, (list, tuple)):
+        assert len(x) == len(y), where
+        for i, pair in enumerate(zip(x, y, strict=True)):
+            same(*pair, f"{where}/{i}")
+    elif torch.is_tensor(x):
+        assert x.dtype == y.dtype and torch.equal(x, y), where
+    else:
+        assert x == y, where
