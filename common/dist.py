@@ -3,11 +3,18 @@
 Every function also works in one process, where it does nothing.
 """
 
+import ctypes
 import inspect
+import itertools
 import os
 import re
+import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -38,29 +45,109 @@ def init(device: str = "auto", timeout_s: float = 1800) -> Facts:
     The shell of an sbatch script has Slurm's rank variables too, but only a job step (`srun`) has several processes.
 
     Raises:
-        InputError: the device is not there.
+        InputError: the device is not there, the processes cannot meet, or a signal of the Slurm job would not arrive.
     """
     env = os.environ
-    if "RANK" in env and "WORLD_SIZE" in env:
+    torchrun = "RANK" in env and "WORLD_SIZE" in env
+    _check_signal()
+    if torchrun or "SLURM_TASK_PID" in env:
+        _end_with_parent()
+    if torchrun:
         rank, world_size, local_rank = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
-    elif "SLURM_STEP_ID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
-        rank, world_size, local_rank = (int(env[f"SLURM_{n}"]) for n in ("PROCID", "NTASKS", "LOCALID"))
-        env.setdefault("MASTER_ADDR", first_host(env["SLURM_STEP_NODELIST"]))
-        # A port of the job's own, so that two jobs on one node do not meet.
-        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 40000))
+    elif "SLURM_STEP_ID" in env:
+        rank, world_size, local_rank = (int(env[f"SLURM_{n}"]) for n in ("PROCID", "STEP_NUM_TASKS", "LOCALID"))
+        # On one node nobody has to know its name.
+        nodes = hosts(env["SLURM_STEP_NODELIST"])
+        env.setdefault("MASTER_ADDR", nodes[0] if len(nodes) > 1 else "127.0.0.1")
+        env.setdefault("MASTER_PORT", str(port(int(env["SLURM_JOB_ID"]), int(env["SLURM_STEP_ID"]))))
     else:
         rank, world_size, local_rank = 0, 1, 0
     place = _device(device, local_rank)
     if world_size > 1 and not td.is_initialized():
         backend = "nccl" if place.type == "cuda" else "gloo"
-        td.init_process_group(
-            backend,
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=timeout_s),
-            device_id=place if place.type == "cuda" else None,
-        )
+        try:
+            td.init_process_group(
+                backend,
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=timeout_s),
+                device_id=place if place.type == "cuda" else None,
+            )
+        except td.DistNetworkError as error:
+            where, reason = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}", str(error).split("\n")[0]
+            raise InputError(
+                f"process {rank} cannot meet the others at {where}: {reason}; set MASTER_ADDR or MASTER_PORT"
+            ) from None
     return Facts(rank, world_size, local_rank, place)
+
+
+def port(job: int, step: int) -> int:
+    """A port of a Slurm job step's own: two jobs or steps on one node do not meet.
+
+    Below 32768, where systems take the ports of outgoing connections from; their number, 12763, is prime.
+    """
+    return 20000 + (job * 101 + step) % 12763
+
+
+def hosts(nodelist: str) -> list[str]:
+    """The hosts of a Slurm node list, as `scontrol show hostnames` gives them: `n[08-10,3],g` is n08, n09, n10, n3, g.
+
+    With several brackets in a name the last one changes fastest, then the first, the second, and so on.
+    """
+    names = []
+    for item in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodelist):
+        *texts, tail = re.split(r"\[[^\]]*\]", item)
+        groups = [_numbers(ranges) for ranges in re.findall(r"\[([^\]]*)\]", item)]
+        for digits in itertools.product(*groups[-2::-1], *groups[-1:]):
+            in_place = [*digits[-2::-1], *digits[-1:]]
+            names.append("".join(text + digit for text, digit in zip(texts, in_place, strict=True)) + tail)
+    return names
+
+
+def _numbers(ranges: str) -> list[str]:
+    # `08-10,3` is 08, 09, 10, 3: a range keeps the width of its first number.
+    numbers = []
+    for part in ranges.split(","):
+        low, _, high = part.partition("-")
+        numbers += [f"{number:0{len(low)}d}" for number in range(int(low), int(high or low) + 1)]
+    return numbers
+
+
+def _check_signal() -> None:
+    """Refuse a Slurm job whose `--signal` would kill the program that started Python instead of reaching Python.
+
+    Slurm sends it to the batch shell (`B:`), or else to the processes that `srun` starts; a shell or torchrun there
+    dies of it before the end of the job and leaves Python behind. Options of the sbatch command line are not seen.
+
+    Raises:
+        InputError: with what to write instead.
+    """
+    env, step = os.environ, "SLURM_STEP_ID" in os.environ
+    started = Path("/proc", env.get("SLURM_TASK_PID", "none"))
+    if started.name in ("none", str(os.getpid())) or not started.exists() or not shutil.which("scontrol"):
+        return
+    command = ["scontrol", "write", "batch_script", env["SLURM_JOB_ID"], "-"]
+    script = subprocess.run(command, capture_output=True, text=True).stdout
+    options = re.findall(r"^#SBATCH.*\s--signal[= ](\S+)", script, re.MULTILINE)
+    option = env.get("SBATCH_SIGNAL") or (options[-1] if options else "")
+    match = re.fullmatch(r"(?:([RB]+):)?(?:SIG)?(\w+)(?:@\d+)?", option)
+    if not match or ("B" in (match[1] or "")) == step:
+        return
+    number = int(match[2]) if match[2].isdigit() else getattr(signal, f"SIG{match[2]}", 0)
+    status = (started / "status").read_text()
+    heeded = sum(int(re.search(rf"^{name}:\s*(\w+)", status, re.MULTILINE)[1], 16) for name in ("SigCgt", "SigIgn"))
+    if not heeded >> (number - 1) & 1:
+        raise InputError(
+            f"this job's --signal={option} would kill {(started / 'comm').read_text().strip()}, which started Python,"
+            " and Python would not get it: write `exec python ...` into the batch script, or `srun python ...` with"
+            " --signal=USR1@120"
+        )
+
+
+def _end_with_parent() -> None:
+    # torchrun and the shell of a Slurm job may be killed; Linux then asks this process to save and leave.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def close() -> None:
@@ -85,12 +172,6 @@ def _device(name: str, local_rank: int) -> torch.device:
         torch.cuda.set_device(index)
         return torch.device("cuda", index)
     return torch.device(name)
-
-
-def first_host(nodelist: str) -> str:
-    """The first host of a Slurm node list: `node[03-05,9],gpu1` gives `node03`."""
-    head = re.match(r"[^,\[]*(?:\[[^\]]*\][^,\[]*)*", nodelist).group()
-    return re.sub(r"\[([^\]]*)\]", lambda m: re.split(r"[,-]", m.group(1))[0], head)
 
 
 def parallel() -> bool:

@@ -130,11 +130,23 @@ def test_the_shell_of_an_sbatch_script_is_one_process(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("nodelist", "host"),
-    [("node7", "node7"), ("node[03-05,9],gpu1", "node03"), ("a[1,4]b[007-9],c", "a1b007"), ("x-1,y[2-3]", "x-1")],
+    ("nodelist", "hosts"),
+    [
+        ("node7", "node7"),
+        ("node[03-05,9],gpu1", "node03 node04 node05 node9 gpu1"),
+        ("a[1,4]b[007-9],c", "a1b007 a1b008 a1b009 a4b007 a4b008 a4b009 c"),
+        ("c1001a-s[11,17],x-1", "c1001a-s11 c1001a-s17 x-1"),
+        ("n[1-2]x[1-2]y[3]", "n1x1y3 n2x1y3 n1x2y3 n2x2y3"),
+    ],
 )
-def test_first_host_of_a_node_list(nodelist, host):
-    assert dist.first_host(nodelist) == host
+def test_hosts_of_a_node_list(nodelist, hosts):
+    assert dist.hosts(nodelist) == hosts.split()
+
+
+def test_jobs_and_steps_that_share_a_node_have_ports_of_their_own():
+    ports = [dist.port(job, step) for job in range(70_000, 70_100) for step in range(100)]
+    assert len(set(ports)) == len(ports) and min(ports) >= 20000 and max(ports) < 32768
+    assert len({dist.port(job, 0) for job in range(12_763)}) == 12_763
 
 
 @pytest.mark.parametrize("device", ["gpu", "cuda:x", "cpu:0", "cuda:99", "tpu"])
