@@ -4,6 +4,7 @@ A checkpoint is a `torch.save` file whose zip comment holds the SHA-256 of all b
 accepts flipped bits without a word. Plain `torch.load(path, weights_only=True)` reads the file as usual.
 """
 
+import errno
 import hashlib
 import io
 import math
@@ -26,6 +27,7 @@ from common import dist
 from common.config import EXIT_STOPPED, Diverged, InputError, Stopped
 from common.log import Log
 
+_FULL = errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG
 _MARK = b"sha256:"
 _COMMENT = len(_MARK) + 64
 # What torch.load raises on damaged files, found by damaging them.
@@ -35,13 +37,14 @@ UNREADABLE = (
 )
 
 
-def save(path: Path, state: dict) -> None:
+def save(path: Path, state: dict, previous: Path | None = None) -> None:
     """Write `state` so that `path` holds either the old or the new checkpoint, whatever happens in between.
 
-    The bytes go to a temporary file in the same directory, are forced to the disk and renamed.
+    The bytes go to a temporary file in the same directory, are forced to the disk and renamed; the old checkpoint
+    becomes `previous`, where that is given, and is not touched before the new one is on the disk.
 
     Raises:
-        OSError: the disk is full or not writable; the old file is untouched.
+        OSError: the disk is full (the message says how many bytes are missing) or not writable.
     """
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -50,13 +53,25 @@ def save(path: Path, state: dict) -> None:
     size = _COMMENT.to_bytes(2, "little")
     hasher = hashlib.sha256(body[:-2])
     hasher.update(size)
+    parts = body[:-2], size, _MARK, hasher.hexdigest().encode()
+    needed, free = sum(map(len, parts)), shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise _full(errno.ENOSPC, path, needed, needed - free)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            for part in (body[:-2], size, _MARK, hasher.hexdigest().encode()):
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(temporary, "wb") as file:
+                file.writelines(parts)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            # What statvfs does not know of: a quota, a limit on the size of files, blocks that another process took.
+            written = temporary.stat().st_size if temporary.exists() else 0
+            raise _full(error.errno, path, needed, max(needed - written, 1)) from None
+        if previous is not None:
+            os.replace(path, previous)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -65,6 +80,27 @@ def save(path: Path, state: dict) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _full(number: int, path: Path, needed: int, missing: int) -> OSError:
+    return OSError(number, f"{os.strerror(number)}: it takes {needed} bytes, {missing} are missing", str(path))
+
+
+def remove_orphans(folder: Path) -> None:
+    """Delete the temporary files of a process that was killed while it wrote."""
+    for orphan in folder.glob(".*.tmp*"):
+        orphan.unlink()
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file ends with our mark and every byte before it is as it was written."""
+    with open(path, "rb") as file:
+        left = os.fstat(file.fileno()).st_size - _COMMENT
+        hasher = hashlib.sha256()
+        while left > 0 and (part := file.read(min(left, 2**20))):
+            hasher.update(part)
+            left -= len(part)
+        return file.read() == _MARK + hasher.hexdigest().encode()
 
 
 def load(path: Path) -> dict:
@@ -122,7 +158,8 @@ def load_training_state(path: Path, stage: str) -> tuple[dict, dict | None]:
         InputError: there is none, or the file holds weights only.
     """
     if path.is_dir():
-        folder = next((f for f in (path / stage, path) if (f / "last.pt").exists()), path)
+        names = "last.pt", "last.previous.pt"
+        folder = next((f for f in (path / stage, path) if any((f / name).exists() for name in names)), path)
         state = load_newest(folder)
         if state is None:
             raise InputError(f"--resume {path}: there is no last.pt to go on from")
@@ -260,7 +297,7 @@ class Progress:
     processes, and rank 0 writes them. Position: `step` optimiser steps done, of which `batch` in `epoch`. `sums` are
     device tensors accumulated over the epoch. `best` follows the selection metric. `meta` goes into every file and says
     what is needed to rebuild the model; `start` names what the stage started from: a state with another start is
-    not continued.
+    not continued. `beat` grows while the stage lives.
     """
 
     def __init__(
@@ -287,11 +324,15 @@ class Progress:
         self.results: dict[str, float] = {}
         self.finished, self.planned = False, 0
         self._best_state: dict | None = None
+        self._stored_best: dict | None = None
         self._flags: Tensor | None = None
         self._flags_ready = None
         self._saved = time.monotonic()
+        self._wrote = False
+        self.beat = 0
         if facts.main:
             folder.mkdir(parents=True, exist_ok=True)
+            remove_orphans(folder)
 
     def restore(self, state: dict | None, best: dict | None = None) -> None:
         """Take the stage to where `state` was saved; None starts it. Cuts the log's lines that came later.
@@ -319,8 +360,11 @@ class Progress:
         place = state["place"]
         for name in _PLACE:
             setattr(self, name, place[name])
-        self.sums = {name: value.to(self.facts.device) for name, value in state["sums"].items()}
+        for name, value in state["sums"].items():
+            rows = value.to(self.facts.device).reshape(-1)  # one of each process that wrote it
+            self.sums[name] = rows[self.facts.rank] if len(rows) == self.facts.world_size else rows.mean()
         self._best_state = best
+        self._check_best()
         set_rng_state(state["rng"])
         self.log.go_on_from(place["seconds"])
         self.log.cut(self.stage, place["log_lines"])
@@ -328,18 +372,32 @@ class Progress:
             self.log.say(f"{self.stage}: going on from step {self.step}, epoch {self.epoch + 1}")
             self._check_max_steps()
 
+    def _check_best(self) -> None:
+        # Found out now, not after the training that is left.
+        file = self.folder / "best.pt"
+        if self.best_epoch and self._best_state is None and not (file.exists() and is_whole(file)):
+            raise InputError(
+                f"checkpoint {file} is damaged or missing, so the best model so far is lost: start anew with"
+                " --resume none, or go on from a copy of the run"
+            )
+
     def save(self) -> None:
-        """Write best.pt and last.pt, keeping the last.pt before it.
+        """Write best.pt and last.pt, keeping the last.pt before it. Every process must call this.
 
         Raises:
-            Diverged: instead of storing a state whose last update was masked; on every process that calls this.
+            Diverged: instead of storing a state that is not finite or whose last update was masked.
+            OSError: the disk is full or not writable; what was stored before is whole.
         """
-        if self._peek()[0]:
+        if self._peek()[0] or not self._finite():
             self._diverge()
+        sums = {name: dist.all_gather_rows(value.reshape(1)) for name, value in self.sums.items()}
+        self._saved = time.monotonic()
         if not self.facts.main:
             return
-        if self._best_state is not None:
+        self.log.sync()
+        if self._best_state is not self._stored_best:
             save(self.folder / "best.pt", self._best_state)
+            self._stored_best = self._best_state
         last = self.folder / "last.pt"
         place = {"log_lines": self.log.count(self.stage), "seconds": self.log.seconds}
         place |= {name: getattr(self, name) for name in _PLACE}
@@ -350,13 +408,18 @@ class Progress:
             "place": place,
             "kinds": {name: type(part).__name__ for name, part in self.parts.items()},
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
-            "sums": self.sums,
+            "sums": sums,
             "rng": rng_state(),
         }
-        if last.exists():
-            os.replace(last, self.folder / "last.previous.pt")
-        save(last, state)
-        self._saved = time.monotonic()
+        # A damaged last.pt, which this run did not start from, must not take the place of the one it did start from.
+        keep = last.exists() and (self._wrote or is_whole(last))
+        save(last, state, self.folder / "last.previous.pt" if keep else None)
+        self._wrote, self._saved = True, time.monotonic()
+
+    def _finite(self) -> bool:
+        modules = [part for part in self.parts.values() if isinstance(part, torch.nn.Module)]
+        found = [p.detach().isfinite().all() for module in modules for p in module.parameters()]
+        return not found or bool(torch.stack(found).all())
 
     def add(self, **values: Tensor) -> None:
         """Accumulate detached device scalars over the epoch."""
@@ -382,21 +445,22 @@ class Progress:
         Raises:
             Diverged, Stopped.
         """
+        self.beat += 1
         self.step += 1
         self.batch += 1
-        bad_before, asked = self._peek()
+        bad_before, asked, due = self._peek()
         if bad_before:
             self._diverge()
-        self._send_flags(bad)
-        if asked and self.facts.world_size > 1:
+        late = self.facts.main and time.monotonic() - self._saved > self.save_seconds
+        self._send_flags(bad, late and not due)
+        if self.facts.world_size == 1:
+            asked, due = self.signals.asked, late
+        if asked:
             self._stop(asked)
-        if self.facts.world_size == 1 and self.signals.asked:
-            self._stop(self.signals.asked)
         if self.max_steps and self.step >= self.max_steps:
             self.save()
             self._check_max_steps()
-        # Rank 0 alone decides by its clock, so it must not raise alone: a bad step is left to the next end_step.
-        if self.facts.main and time.monotonic() - self._saved > self.save_seconds and not self._peek()[0]:
+        if due:
             self.save()
 
     def _check_max_steps(self) -> None:
@@ -408,6 +472,7 @@ class Progress:
 
         In several processes every one must call this equally often.
         """
+        self.beat += 1
         asked = self.signals.asked
         if self.facts.world_size > 1:
             asked = int(dist.all_reduce(torch.tensor(asked, device=self.facts.device), "max"))
@@ -419,25 +484,26 @@ class Progress:
         dist.barrier()  # the other processes leave when the state is on the disk
         raise Signals.leave(asked, f"{self.stage} step {self.step}")
 
-    def _send_flags(self, bad: Tensor) -> None:
-        flags = torch.stack([bad.to(torch.int32), bad.new_full((), self.signals.asked, dtype=torch.int32)])
+    def _send_flags(self, bad: Tensor, due: bool) -> None:
+        own = [bad.new_full((), value, dtype=torch.int32) for value in (self.signals.asked, due)]
+        flags = torch.stack([bad.to(torch.int32), *own])
         dist.all_reduce(flags, "max")
         if flags.device.type == "cuda":
-            self._flags = torch.empty(2, dtype=torch.int32, pin_memory=True)
+            self._flags = torch.empty(3, dtype=torch.int32, pin_memory=True)
             self._flags.copy_(flags, non_blocking=True)
             self._flags_ready = torch.cuda.Event()
             self._flags_ready.record()
         else:
             self._flags = flags.cpu()
 
-    def _peek(self) -> tuple[int, int]:
-        # (a step was masked, a signal asks to stop), agreed among the processes, of the last step that was counted.
+    def _peek(self) -> list[int]:
+        # (a step was masked, a signal asks to stop, rank 0's clock asks to save), agreed among the processes, of the
+        # last step that was counted.
         if self._flags is None:
-            return 0, 0
+            return [0, 0, 0]
         if self._flags_ready is not None:
             self._flags_ready.synchronize()
-        bad, asked = self._flags.tolist()
-        return bad, asked
+        return self._flags.tolist()
 
     def _diverge(self):
         last = self.folder / "last.pt"

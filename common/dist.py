@@ -148,6 +148,9 @@ def _end_with_parent() -> None:
     # torchrun and the shell of a Slurm job may be killed; Linux then asks this process to save and leave.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+def peer_lost(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is gone or late; gloo has no exception of its own."""
+    return isinstance(error, td.DistError) or "gloo" in str(error).lower()
 
 
 def close() -> None:

@@ -76,9 +76,8 @@ class Log:
         if self.path:
             lines = read(folder) if self.path.exists() else []
             # A line torn by a killed process must not meet the next one.
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            self._rewrite(lines)
             self.counts.update(line["stage"] for line in lines)
-            self.file = open(self.path, "a")  # noqa: SIM115
         self.board = _summary_writer(folder) if main and tensorboard else None
         self._width = 0
 
@@ -161,13 +160,22 @@ class Log:
         for line in read(self.path.parent):
             seen += line["stage"] == stage
             if line["stage"] != stage or seen <= count:
-                kept.append(json.dumps(line) + "\n")
+                kept.append(line)
         self.file.close()
+        self._rewrite(kept)
+        self.counts[stage] = count
+
+    def _rewrite(self, lines: list[dict]) -> None:
+        # In one piece: a process killed here must not lose the lines of hours.
         temporary = self.path.with_name(".log.tmp")
-        temporary.write_text("".join(kept))
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
         os.replace(temporary, self.path)
         self.file = open(self.path, "a")  # noqa: SIM115
-        self.counts[stage] = count
+
+    def sync(self) -> None:
+        """Force the lines so far to the disk: a checkpoint counts on them."""
+        if self.file:
+            os.fsync(self.file.fileno())
 
     def close(self) -> None:
         self._clear()

@@ -1,6 +1,9 @@
 """Frozen features: computed once and kept in features.npz, and the linear protocol on them."""
 
+import zipfile
+import zlib
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,27 +29,42 @@ def stored_features(run: Run, weights: str, compute: Callable[[], Tensor]) -> Te
     """
     file, items = run.folder / "features.npz", run.data
     key = f"{weights} {items.fingerprint} {items.store_size} {run.meta['image_size']}"
-    if file.exists():
-        with np.load(file) as stored:
-            if str(stored["key"]) == key:
-                return torch.from_numpy(stored["features"])
+    rows = _read_features(file, key, run.log.say)
+    # One process that reads while another computes would wait for it without end.
+    missing = torch.tensor(int(rows is None), device=run.facts.device)
+    if not dist.all_reduce(missing, "max"):
+        return rows
     rows = compute()
     if run.facts.main:
         splits = np.full(len(items), "", dtype="<U5")
         for part, name in _SPLITS.items():
             splits[run.splits.get(part, [])] = name
         temporary = file.with_name(".features.tmp.npz")
-        np.savez(
-            temporary,
-            features=rows.numpy(),
-            id=np.array(items.ids),
-            label=items.labels,
-            split=splits,
-            classes=np.array(items.classes, dtype=str),
-            key=key,
-        )
-        temporary.replace(file)
+        try:
+            np.savez(
+                temporary,
+                features=rows.numpy(),
+                id=np.array(items.ids),
+                label=items.labels,
+                split=splits,
+                classes=np.array(items.classes, dtype=str),
+                key=key,
+            )
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
     return rows
+
+
+def _read_features(file: Path, key: str, say) -> Tensor | None:
+    if not file.exists():
+        return None
+    try:
+        with np.load(file) as stored:
+            return torch.from_numpy(stored["features"]) if str(stored["key"]) == key else None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        say(f"{file} is damaged ({str(error) or type(error).__name__}): computing it again")
+        return None
 
 
 def representation(run: Run, outputs: Callable[[np.ndarray], Tensor], queries: str, split: str) -> dict:

@@ -35,6 +35,7 @@ class Run:
         results: flat metrics named `stage/split/metric`, of the stages that have ended.
         selected: the last of those stages, whose best.pt the summary names.
         phases: the clock of --profile.
+        current: the stage at work.
     """
 
     args: object
@@ -49,6 +50,7 @@ class Run:
     results: dict = field(default_factory=dict)
     selected: checkpoint.Progress | None = None
     phases: step.Phases | None = None
+    current: checkpoint.Progress | None = None
 
     def lap(self, phase: str | None) -> None:
         """The end of a phase of a training step, or (None) of what is no part of a step, for --profile."""
@@ -83,8 +85,15 @@ class Run:
                 raise InputError(
                     f"--resume {args.resume} is a {state['stage']} state of another start, not of this {name}"
                 )
-        dist.barrier()  # nobody writes before everybody has read
+        # All processes take part, so nobody writes before everybody has read.
+        seen = dist.all_gather_rows(torch.tensor([state["place"]["step"] if state else -1], device=self.facts.device))
+        if len(set(seen.tolist())) > 1:
+            raise InputError(
+                f"the processes read different states in {folder} (steps {seen.tolist()}, -1: none): it must lie on"
+                " a file system that they share"
+            )
         progress.restore(state, best)
+        self.current = progress
         if elsewhere and progress.finished and progress.planned >= self.stages[name].epochs:
             raise InputError(f"--resume {args.resume} has finished its {progress.planned} epochs; give more --epochs")
         return progress
@@ -110,30 +119,63 @@ class Run:
 
     @contextlib.contextmanager
     def recorded(self):
-        """Around the stages: however they end, write summary.json and report.html and close the log."""
+        """Around the stages: however they end, write summary.json and report.html and close the log.
+
+        Raises:
+            InputError: for whatever the data or the disk refuses, with the process and the step that met it.
+            Stopped: another process is gone.
+        """
         status = "failed"
         try:
             yield
             status = "finished"
+            self._conclude(status)
         except Stopped:
             status = "stopped"
             raise
         except Diverged:
             status = "diverged"
             raise
+        except InputError as error:
+            raise InputError(f"{self._where() if self.current else ''}{error}") from None
+        except OSError as error:
+            what = ": ".join(str(part) for part in (error.strerror or error, error.filename) if part)
+            advice = "make room or mend it, and run the same command again: it goes on from the last checkpoint"
+            raise InputError(f"{self._where()}{what}; {advice}") from None
+        except RuntimeError as error:
+            if not dist.peer_lost(error):
+                raise
+            status = "stopped"
+            said = str(error).split("\n")[0][-120:]
+            raise Stopped(
+                f"{self._where()}another process is gone or stalls ({said}); what it said stands in its own output."
+                " Run the same command again: it goes on from the last checkpoint",
+                config.EXIT_STOPPED,
+            ) from None
         finally:
-            facts = {"status": status, "seconds": round(self.log.seconds, 1)}
-            if self.selected:
-                best = self.selected.folder / "best.pt"
-                facts |= {"best_epoch": self.selected.best_epoch, "best_model_path": str(best)}
+            if status != "finished":
+                with contextlib.suppress(OSError):  # what ended the run is worth more than its summary
+                    self._conclude(status)
+            self.signals.restore()
+
+    def _where(self) -> str:
+        at = f", {self.current.stage} step {self.current.step}" if self.current else ""
+        return f"process {self.facts.rank} of {self.facts.world_size}{at}: "
+
+    def _conclude(self, status: str) -> None:
+        facts = {"status": status, "seconds": round(self.log.seconds, 1)}
+        if self.selected:
+            best = self.selected.folder / "best.pt"
+            facts |= {"best_epoch": self.selected.best_epoch, "best_model_path": str(best)}
+        try:
             if self.facts.main:
                 write_json(self.folder / "summary.json", self.results | facts)
                 report.write(self.folder)
                 if self.phases:
                     self.log.say(f"profile: {self.phases.describe()}")
                 self.log.say(f"{status}: {self.folder / 'report.html'}")
+        finally:
             self.log.close()
-            self.signals.restore()
 
 
 def origin(path: str) -> Path:
@@ -237,6 +279,7 @@ def claim(folder: Path, args, identity: dict, resolved: dict, facts: dist.Facts)
     if facts.main:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.remove_orphans(folder)
             if mode == "none" and (folder / "config.json").exists():
                 _forget(folder)
             write_json(folder / "config.json", {**vars(args), "resolved": resolved, "identity": identity})

@@ -363,7 +363,7 @@ def test_divergence_ends_with_exit_code_3_and_a_finite_checkpoint(cells, tmp_pat
         train_simclr.main(argv)
     error = capsys.readouterr().err
     assert ending.value.code == 3 and error.count("\n") == 1
-    assert "not finite" in error and "step 6" in error and str(tmp_path / "last.pt") in error
+    assert "not finite" in error and "step 5" in error and str(tmp_path / "last.pt") in error
     stored = checkpoint.load(tmp_path / "last.pt")
     assert stored["place"]["step"] == 4
     assert all(t.isfinite().all() for t in stored["parts"]["model"].values())
