@@ -50,7 +50,7 @@ def init(device: str = "auto", timeout_s: float = 1800) -> Facts:
     env = os.environ
     torchrun = "RANK" in env and "WORLD_SIZE" in env
     _check_signal()
-    if torchrun or "SLURM_TASK_PID" in env:
+    if torchrun or env.get("SLURM_TASK_PID", str(os.getpid())) != str(os.getpid()):
         _end_with_parent()
     if torchrun:
         rank, world_size, local_rank = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0))
