@@ -403,7 +403,7 @@ def use(args, facts: dist.Facts) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args, parser = parse_args(argv)
-    with config.exit_codes():
+    with config.exit_codes(), checkpoint.Signals() as signals:
         facts = dist.init(args.device)
         prepare(args)
         if args.eval or args.predict:
@@ -429,7 +429,7 @@ def main(argv: list[str] | None = None) -> int:
             dist.close()
             return 0
         log = Log(folder, main=facts.main, tensorboard=args.tensorboard)
-        run = Run(args, facts, rows, splits, folder, log, checkpoint.Signals(), meta, stages)
+        run = Run(args, facts, rows, splits, folder, log, signals, meta, stages)
         if lsa and facts.main:
             checkpoint.save(folder / "text.pt", lsa.state)
         shown = ", ".join(f"{name} {weight:.3f}" for name, weight in weights.items())

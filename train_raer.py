@@ -411,7 +411,7 @@ def use(args, facts: dist.Facts) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args, parser = parse_args(argv)
-    with config.exit_codes():
+    with config.exit_codes(), checkpoint.Signals() as signals:
         facts = dist.init(args.device)
         prepare(args)
         if args.eval or args.predict:
@@ -436,7 +436,7 @@ def main(argv: list[str] | None = None) -> int:
             dist.close()
             return 0
         log = Log(folder, main=facts.main, tensorboard=args.tensorboard)
-        run = Run(args, facts, clips, splits, folder, log, checkpoint.Signals(), meta, {"train": stage})
+        run = Run(args, facts, clips, splits, folder, log, signals, meta, {"train": stage})
         where = f"device {facts.device}, {facts.world_size} process(es), input {meta['image_size']} px"
         log.say("\n".join(filter(None, [f"run directory {folder}; {where}", said])))
         log.say(clips.describe_frames(args.num_frames))

@@ -397,7 +397,7 @@ def use(args, facts: dist.Facts) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args, parser = parse_args(argv)
-    with config.exit_codes():
+    with config.exit_codes(), checkpoint.Signals() as signals:
         facts = dist.init(args.device)
         prepare(args)
         if args.eval or args.predict:
@@ -430,7 +430,7 @@ def main(argv: list[str] | None = None) -> int:
         if split and facts.main:
             cytology.save(folder, split)
         log = Log(folder, main=facts.main, tensorboard=args.tensorboard)
-        run = Run(args, facts, images, splits, folder, log, checkpoint.Signals(), meta, stages)
+        run = Run(args, facts, images, splits, folder, log, signals, meta, stages)
         run.phases = step.Phases(facts.device) if args.profile else None
         where = f"device {facts.device}, {facts.world_size} process(es), input {size} px"
         log.say("\n".join(filter(None, [f"run directory {folder}; {where}", started])))

@@ -408,7 +408,7 @@ def stream(run: Run, model: ClipModel) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args, parser = parse_args(argv)
-    with config.exit_codes():
+    with config.exit_codes(), checkpoint.Signals() as signals:
         facts = dist.init(args.device)
         prepare(args)
         if args.eval or args.predict or args.stream:
@@ -436,7 +436,7 @@ def main(argv: list[str] | None = None) -> int:
             dist.close()
             return 0
         log = Log(folder, main=facts.main, tensorboard=args.tensorboard)
-        run = Run(args, facts, videos, splits, folder, log, checkpoint.Signals(), meta, {"train": stage})
+        run = Run(args, facts, videos, splits, folder, log, signals, meta, {"train": stage})
         log.say(f"run directory {folder}; device {facts.device}, {facts.world_size} process(es), input {size} px")
         log.say(videos.describe_clips(args.n_segment, args.clip_seconds))
         with run.recorded():

@@ -15,6 +15,7 @@ import shutil
 import signal
 import struct
 import subprocess
+import sys
 import time
 from pathlib import Path
 from pickle import UnpicklingError
@@ -250,7 +251,8 @@ class Signals:
     """USR1 and USR2 (time limit, preemption) ask for a save and a requeue; TERM and Ctrl-C for a save and an end.
 
     The handler only sets a flag: saving inside it could tear the step that it interrupts. A second Ctrl-C leaves at
-    once.
+    once. Until `defer` there is nothing to save: USR1 and USR2 requeue at once, the others end the process as usual.
+    A context, after which the handlers are those from before.
     """
 
     REQUEUE, END = 1, 2
@@ -258,33 +260,52 @@ class Signals:
     def __init__(self):
         self.asked = 0
         self._before = {}
-        for number, what in (("SIGUSR1", 1), ("SIGUSR2", 1), ("SIGTERM", 2), ("SIGINT", 2)):
-            code = getattr(signal, number, None)  # Windows has no USR1
-            if code is not None:
-                self._before[code] = signal.signal(code, lambda s, _, what=what: self._handle(s, what))
 
-    def _handle(self, number: int, what: int) -> None:
-        if number == signal.SIGINT and self.asked:
-            raise KeyboardInterrupt
-        self.asked = max(self.asked, what)
+    def __enter__(self) -> "Signals":
+        self._handle_by(self._leave_now, "SIGUSR1", "SIGUSR2")
+        return self
 
-    def restore(self) -> None:
+    def __exit__(self, *_) -> None:
         for code, handler in self._before.items():
             signal.signal(code, handler)
 
+    def defer(self) -> None:
+        """From now on a signal waits for the next boundary of a step."""
+        self._handle_by(self._ask_requeue, "SIGUSR1", "SIGUSR2")
+        self._handle_by(self._ask_end, "SIGTERM", "SIGINT")
+
+    def _handle_by(self, handler, *names: str) -> None:
+        for name in names:
+            code = getattr(signal, name, None)  # Windows has no USR1
+            if code is not None:
+                before = signal.signal(code, handler)
+                self._before.setdefault(code, before)
+
+    def _leave_now(self, number: int, frame) -> None:
+        stop = self.leave(self.REQUEUE, "nothing to save yet")
+        print(stop, file=sys.stderr)
+        # Not Stopped: what reads damaged files catches many an exception.
+        raise SystemExit(stop.code)
+
+    def _ask_requeue(self, number: int, frame) -> None:
+        self.asked = max(self.asked, self.REQUEUE)
+
+    def _ask_end(self, number: int, frame) -> None:
+        if number == signal.SIGINT and self.asked:
+            raise KeyboardInterrupt
+        self.asked = self.END
+
     @staticmethod
-    def leave(asked: int, where: str) -> Stopped:
+    def leave(asked: int, saved: str) -> Stopped:
         """Requeue the Slurm job where that was asked, and say how the run ended."""
         job = os.environ.get("SLURM_JOB_ID")
         if asked == Signals.REQUEUE and job and shutil.which("scontrol"):
-            if int(os.environ.get("SLURM_PROCID", 0)) == 0:
+            if dist.rank() == 0:
                 done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
                 if done.returncode:
-                    return Stopped(f"saved at {where}; scontrol requeue {job}: {done.stderr.strip()}", EXIT_STOPPED)
-            return Stopped(f"saved at {where}; job {job} is requeued and will go on from there", 0)
-        return Stopped(
-            f"saved at {where}; run the same command again to go on (with --resume auto, the default)", EXIT_STOPPED
-        )
+                    return Stopped(f"{saved}; scontrol requeue {job}: {done.stderr.strip()}", EXIT_STOPPED)
+            return Stopped(f"{saved}; job {job} is requeued and will go on from there", 0)
+        return Stopped(f"{saved}; run the same command again to go on (with --resume auto, the default)", EXIT_STOPPED)
 
 
 _PLACE = ("step", "epoch", "batch", "best", "best_epoch", "certain", "stale", "results", "finished", "planned")
@@ -482,7 +503,7 @@ class Progress:
     def _stop(self, asked: int) -> None:
         self.save()
         dist.barrier()  # the other processes leave when the state is on the disk
-        raise Signals.leave(asked, f"{self.stage} step {self.step}")
+        raise Signals.leave(asked, f"saved at {self.stage} step {self.step}")
 
     def _send_flags(self, bad: Tensor, due: bool) -> None:
         own = [bad.new_full((), value, dtype=torch.int32) for value in (self.signals.asked, due)]

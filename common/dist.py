@@ -148,6 +148,8 @@ def _end_with_parent() -> None:
     # torchrun and the shell of a Slurm job may be killed; Linux then asks this process to save and leave.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 def peer_lost(error: RuntimeError) -> bool:
     """Whether a collective failed because another process is gone or late; gloo has no exception of its own."""
     return isinstance(error, td.DistError) or "gloo" in str(error).lower()
@@ -179,6 +181,11 @@ def _device(name: str, local_rank: int) -> torch.device:
 
 def parallel() -> bool:
     return td.is_available() and td.is_initialized() and td.get_world_size() > 1
+
+
+def rank() -> int:
+    """This process's number in the group."""
+    return td.get_rank() if parallel() else 0
 
 
 def all_gather_rows(x: Tensor) -> Tensor:

@@ -126,6 +126,7 @@ class Run:
             Stopped: another process is gone.
         """
         status = "failed"
+        self.signals.defer()
         try:
             yield
             status = "finished"
@@ -156,7 +157,6 @@ class Run:
             if status != "finished":
                 with contextlib.suppress(OSError):  # what ended the run is worth more than its summary
                     self._conclude(status)
-            self.signals.restore()
 
     def _where(self) -> str:
         at = f", {self.current.stage} step {self.current.step}" if self.current else ""

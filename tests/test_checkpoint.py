@@ -132,16 +132,24 @@ def test_digest_tells_values_names_and_dtypes_apart():
 )
 def test_signals_set_a_flag_and_are_given_back(number, asked):
     before = signal.getsignal(number)
-    signals = checkpoint.Signals()
-    try:
+    with checkpoint.Signals() as signals:
+        signals.defer()
         os.kill(os.getpid(), number)
         assert signals.asked == asked
         if number == signal.SIGINT:
             with pytest.raises(KeyboardInterrupt):
                 os.kill(os.getpid(), number)
-    finally:
-        signals.restore()
     assert signal.getsignal(number) is before
+
+
+def test_a_signal_before_there_is_anything_to_save_ends_the_process_at_once(monkeypatch, capsys):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+    with checkpoint.Signals():
+        assert signal.getsignal(signal.SIGTERM) is before  # which ends it
+        with pytest.raises(SystemExit) as end:
+            os.kill(os.getpid(), signal.SIGUSR1)
+    assert end.value.code == 75 and "run the same command again" in capsys.readouterr().err
 
 
 def test_an_end_without_requeue_tells_what_to_do(monkeypatch):
