@@ -24,10 +24,8 @@ NET = ["--backbone", "vit_tiny", "--device", "cpu", "--num-frames", "3", "--bs",
 SMALL = [*NET, "--epochs", "4", "--seed", "3", "--eval-every", "2", "--tune", "full", "--dropout", "0.2"]
 
 
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory):
+def raer_tree(root):
     """A miniature RAER of 24 px: 34 training, 9 validation and 9 test clips of three classes that differ in colour."""
-    root = tmp_path_factory.mktemp("data") / "raer"
     rng = np.random.default_rng(0)
     faces, bodies = {}, {}
     for part, counts in (("train", (22, 8, 4)), ("val", (3, 3, 3)), ("test", (3, 3, 3))):
@@ -49,6 +47,11 @@ def tree(tmp_path_factory):
     (root / "body.json").write_text(json.dumps(bodies))
     (root / "classes.txt").write_text("".join(f"{name}\ta {name} face\n" for name in CLASSES))
     return root
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    return raer_tree(tmp_path_factory.mktemp("data") / "raer")
 
 
 @pytest.fixture(scope="module")

@@ -28,18 +28,21 @@ SMALL = [*NET, "--stage", "all", "--bs", "16", "--epochs", "3", "--linear-bs", "
          "--finetune-bs", "16", "--finetune-epochs", "2", "--seed", "3"]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def cells(tmp_path_factory):
-    """72 images of 16 px in three classes that differ in colour."""
-    root = tmp_path_factory.mktemp("data") / "cells"
+def cells_tree(root, per_class=24):
+    """Images of 16 px in three classes that differ in colour."""
     rng = np.random.default_rng(0)
     for k, name in enumerate(("round", "long", "split")):
         (root / name).mkdir(parents=True)
-        for i in range(24):
+        for i in range(per_class):
             pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
             pixels[..., k] = pixels[..., k] // 2 + 100
             Image.fromarray(pixels).save(root / name / f"{i:02d}.png")
     return root
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory):
+    return cells_tree(tmp_path_factory.mktemp("data") / "cells")
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,384 @@
+"""Runs that are killed, signalled, damaged and starved, and must end as if nothing had happened.
+
+  python -m tests.torture --script all --kills 200 --signals 60 --flips 1000 --full-disk 100 --rank-deaths 20
+
+One process imports everything once. Every attempt is a fork of it that calls the script's `main` with the same flags
+in the same run directory; its networks are tiny, so that most of a run is what is tortured: steps, saves, evaluations
+and the log. After each attempt the same command goes on, and the finished run's weights, log, metrics and features
+must equal those of a run that nothing disturbed, bit by bit. Any failure is an exception and exit code 1.
+"""
+
+import argparse
+import contextlib
+import mmap
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process with threads of OpenMP cannot be forked
+
+import numpy as np
+import torch
+from torch import nn
+
+import train_cluster
+import train_raer
+import train_simclr
+import train_tsm
+from common import checkpoint
+from common.models import Backbone, clip, mobilenet_v4
+from tests.runs import equal_runs
+from tests.test_train_cluster import arrays
+from tests.test_train_raer import raer_tree
+from tests.test_train_simclr import cells_tree
+from tests.test_train_tsm import ffpp_tree
+
+MODULES = {"simclr": train_simclr, "tsm": train_tsm, "raer": train_raer, "cluster": train_cluster}
+COMMON = ["--device", "cpu", "--seed", "3", "--save-every", "0", "--log-every", "1"]
+FLAGS = {
+    "simclr": "--backbone resnet18 --stem cifar --image-size 8 --stage all --bs 16 --epochs 3 --linear-bs 16"
+    " --linear-epochs 2 --finetune-bs 16 --finetune-epochs 2 --finetune-lr 0.01",
+    "tsm": "--backbone conv_small_035 --image-size 32 --n-segment 2 --bs 4 --epochs 3 --clips 1",
+    "raer": "--backbone vit_tiny --num-frames 2 --bs 8 --epochs 3 --tune full --dropout 0.2",
+    "cluster": "--base-dim 8 --bs 40 --epochs 2 --cluster-bs 40 --cluster-epochs 2",
+}
+WORKERS = {"simclr": ("1", "2", "4"), "tsm": ("1", "2", "4"), "raer": ("1", "2", "4"), "cluster": ()}
+SAVING, STEPS, SAVES, SAVE_US = 0, 1, 2, 3  # what a child tells its parent, as int32
+
+
+class Victim:
+    """One script with its data, and the run that nothing disturbed."""
+
+    def __init__(self, name: str, root: Path, rng: random.Random):
+        self.name, self.root, self.rng = name, root / name, rng
+        self.shared = np.frombuffer(mmap.mmap(-1, 64), np.int32)
+        self.count = 0
+        self.root.mkdir()
+        data = self.root / ("data.npz" if name == "cluster" else "data")
+        if name == "cluster":
+            np.savez(data, **arrays(count=120))
+        else:
+            {"simclr": cells_tree, "tsm": small_ffpp, "raer": raer_tree}[name](data)
+        self.argv = [*FLAGS[name].split(), *COMMON, "--data", str(data)]
+        self.whole, begun = self.root / "whole", time.monotonic()
+        assert self.run(self.whole) == 0, self.said(self.whole)
+        self.seconds = time.monotonic() - begun
+        self.save_seconds = self.shared[SAVE_US] / 1e6 / max(self.shared[SAVES], 1)
+        self.saves = int(self.shared[SAVES])
+
+    def fresh(self) -> Path:
+        self.count += 1
+        return self.root / f"run{self.count}"
+
+    def start(self, folder: Path, *flags: str, env: dict | None = None, before=None) -> int:
+        """Fork a process that runs the script in `folder`; its output is appended to FOLDER.txt."""
+        self.shared[:] = 0
+        sys.stdout.flush()
+        pid = os.fork()
+        if pid:
+            return pid
+        code = 1
+        try:
+            target = os.open(f"{folder}{(env or {}).get('RANK', '')}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(target, 1)
+            os.dup2(target, 2)
+            os.environ.update(env or {})
+            watch(self.shared)
+            if before:
+                before()
+            code = MODULES[self.name].main([*self.argv, "--out", str(folder), *flags])
+        except SystemExit as ending:
+            code = ending.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            with contextlib.suppress(OSError):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(code)
+
+    def run(self, folder: Path, *flags: str, **more) -> int:
+        return ended(self.start(folder, *flags, **more))
+
+    def said(self, folder: Path, rank: str = "") -> str:
+        return Path(f"{folder}{rank}.txt").read_text()
+
+    def wait_until(self, pid: int, what: int, count: int) -> None:
+        """Until a counter of the child has reached `count`, or it has ended."""
+        while self.shared[what] < count and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            time.sleep(0.0005)
+
+    def finish(self, folder: Path, whole: Path | None = None, **more) -> None:
+        """The same command to its end; the run must equal the undisturbed one and leave nothing behind."""
+        code = self.run(folder, **more)
+        assert code == 0, f"{self.name}: exit code {code}\n{self.said(folder)}"
+        equal_runs(whole or self.whole, folder)
+        orphans = [str(path) for path in folder.rglob(".*")]
+        assert not orphans, orphans
+        shutil.rmtree(folder)
+
+
+def watch(shared: np.ndarray) -> None:
+    """Count this process's steps and saves, and say when it is inside a save."""
+    end_step, save = checkpoint.Progress.end_step, checkpoint.Progress.save
+
+    def counted(self, bad):
+        end_step(self, bad)
+        shared[STEPS] += 1
+
+    def flagged(self):
+        begun = time.monotonic()
+        shared[SAVES] += 1
+        shared[SAVING] = 1
+        try:
+            save(self)
+        finally:
+            shared[SAVING] = 0
+            shared[SAVE_US] += int(1e6 * (time.monotonic() - begun))
+
+    checkpoint.Progress.end_step, checkpoint.Progress.save = counted, flagged
+
+
+def ended(pid: int) -> int:
+    """A child's exit code, or minus the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+class TinyNet(nn.Module):
+    """What `build_backbone` gives, in 1,000 parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 16, 3, 2), nn.BatchNorm2d(16), nn.Identity()
+
+    def forward(self, x):
+        return self.fc(torch.relu(self.bn(self.conv(x))).mean((2, 3)))
+
+
+def shrink() -> None:
+    """Make the networks of the smallest flags tiny: what is tested is not in them."""
+    train_simclr.BACKBONES["resnet18"] = Backbone(16, 8, 8)
+    train_simclr.build_backbone = lambda name, stem="imagenet": TinyNet()
+    mobilenet_v4.VARIANTS["conv_small_035"] = mobilenet_v4.Variant(8, mobilenet_v4.VARIANTS["conv_small"].stages, 0.1)
+    clip.VARIANTS["vit_tiny"] = clip.Variant(16, 1, 1, 8, 16, text_width=0, activation="gelu")
+
+
+def small_ffpp(root: Path) -> None:
+    ffpp_tree(root, pairs=(2, 1, 1), count=2)
+
+
+def kills(victim: Victim, count: int) -> dict:
+    """`count` times kill -9 at random moments of runs, a third of them aimed into saves; each run then goes on."""
+    done, inside, runs, rng = 0, 0, 0, victim.rng
+    while done < count:
+        folder = victim.fresh()
+        for _ in range(rng.randint(3, 10)):
+            if done == count:
+                break
+            pid = victim.start(folder)
+            if rng.random() < 1 / 3:
+                victim.wait_until(pid, SAVES, rng.randint(1, max(victim.saves // 3, 1)))
+                time.sleep(rng.random() * victim.save_seconds)
+            else:
+                time.sleep(rng.random() * victim.seconds)
+            os.kill(pid, signal.SIGKILL)
+            if ended(pid) == -signal.SIGKILL:
+                done += 1
+                inside += int(victim.shared[SAVING])
+        victim.finish(folder)
+        runs += 1
+    return {"kills": done, "inside a save": inside, "runs": runs, "lost": 0}
+
+
+def signals(victim: Victim, count: int) -> dict:
+    """`count` times USR1 or TERM at random moments, with another number of workers each time."""
+    done, saved, early, slowest, rng = 0, 0, 0, 0.0, victim.rng
+    while done < count:
+        folder = victim.fresh()
+        for _ in range(rng.randint(2, 5)):
+            if done == count:
+                break
+            workers = ["--workers", rng.choice(WORKERS[victim.name])] if WORKERS[victim.name] else []
+            pid = victim.start(folder, *workers)
+            time.sleep(rng.random() * victim.seconds)
+            number, asked = rng.choice([signal.SIGUSR1, signal.SIGTERM]), time.monotonic()
+            os.kill(pid, number)
+            code = ended(pid)
+            if code == 0:
+                continue  # it came after the end
+            done, slowest = done + 1, max(slowest, time.monotonic() - asked)
+            if code == -number:
+                early += 1  # before the run began: there was nothing to save
+                assert not victim.shared[STEPS], "a signal ended a run that had begun"
+            else:
+                assert code == 75, f"{victim.name}: exit code {code}\n{victim.said(folder)}"
+                assert "saved at" in victim.said(folder)
+                saved += 1
+        victim.finish(folder)
+    return {"signals": done, "saved": saved, "before the run began": early, "slowest exit, s": round(slowest, 2)}
+
+
+def stopped(victim: Victim) -> Path:
+    """A run that was ended by TERM after some saves, with a last.pt and one before it."""
+    folder = victim.fresh()
+    pid = victim.start(folder)
+    victim.wait_until(pid, SAVES, victim.saves // 2)
+    os.kill(pid, signal.SIGTERM)
+    assert ended(pid) == 75, victim.said(folder)
+    return folder
+
+
+def pairs_of(folder: Path) -> list[Path]:
+    """Where a run has a last.pt and the one before it."""
+    return [file.parent for file in folder.rglob("last.previous.pt") if (file.parent / "last.pt").exists()]
+
+
+def flips(victim: Victim, count: int) -> dict:
+    """`count` random flips of a bit or truncations of the newest checkpoint; the one before it must be read instead."""
+    folder, rng = stopped(victim), victim.rng
+    place = max(pairs_of(folder), key=lambda stage: (stage / "last.pt").stat().st_mtime)
+    good, before = (place / "last.pt").read_bytes(), checkpoint.load(place / "last.previous.pt")["place"]["step"]
+    for i in range(count):
+        bad = bytearray(good)
+        if i % 2:
+            bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
+        else:
+            del bad[rng.randrange(len(bad)) :]
+        (place / "last.pt").write_bytes(bad)
+        said = []
+        found = checkpoint.load_newest(place, said.append)
+        assert "damaged" in said[0] and found["place"]["step"] == before
+        if i < 2:  # and the run goes on from there
+            copy = victim.fresh()
+            shutil.copytree(folder, copy)
+            victim.finish(copy)
+    shutil.rmtree(folder)
+    return {"flips and truncations": count, "found": count}
+
+
+def full_disk(victim: Victim, count: int) -> dict:
+    """`count` times no byte more than a random number fits; what was stored before must stay, and the run go on."""
+    folder, rng, refused = stopped(victim), victim.rng, 0
+    size = max(file.stat().st_size for file in folder.rglob("last.pt"))
+    for i in range(count):
+        copy, limit = victim.fresh(), rng.randrange(size)
+        shutil.copytree(folder, copy)
+        kept = {place: stored(place) for place in pairs_of(copy)}
+
+        def from_the_first_save(limit=limit):
+            save = checkpoint.Progress.save
+
+            def limited(self):
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+                save(self)
+
+            checkpoint.Progress.save = limited
+
+        def at_once(limit=limit):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+        code = victim.run(copy, before=from_the_first_save if i % 2 else at_once)
+        said = victim.said(copy).strip().split("\n")[-1]
+        assert code == 2 and said.startswith("error: "), f"{code}: {victim.said(copy)}"
+        assert "File too large" in said or "No space" in said, said
+        refused += bool(re.search(r"takes \d+ bytes, \d+ are missing", said))
+        for place, before in kept.items():
+            after = stored(place)
+            assert max(after.values()) >= before["last.pt"], f"{place}: {before} became {after}"
+        victim.finish(copy)
+    shutil.rmtree(folder)
+    return {"full disks": count, "in a checkpoint": refused, "lost": 0}
+
+
+def stored(place: Path) -> dict:
+    """The steps of a run's readable states by file."""
+    files = [place / "last.pt", place / "last.previous.pt"]
+    return {f.name: checkpoint.load(f)["place"]["step"] for f in files if f.exists() and checkpoint.is_whole(f)}
+
+
+def rank_env(rank: int, world_size: int, port: int) -> dict:
+    env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+    return {name: str(value) for name, value in env.items()} | {"MASTER_ADDR": "127.0.0.1"}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def together(victim: Victim, folder: Path, world_size: int, *flags: str) -> list[int]:
+    """The processes of one run; the counters are those of all of them."""
+    port = free_port()
+    return [victim.start(folder, *flags, env=rank_env(rank, world_size, port)) for rank in range(world_size)]
+
+
+def rank_deaths(victim: Victim, count: int) -> dict:
+    """`count` times kill -9 of one of two processes; the other must leave soon, and both go on."""
+    rng, slowest = victim.rng, 0.0
+    whole = victim.fresh()
+    assert [ended(pid) for pid in together(victim, whole, 2)] == [0, 0], victim.said(whole, "0")
+    steps = int(victim.shared[STEPS])
+    done = 0
+    while done < count:
+        folder = victim.fresh()
+        pids = together(victim, folder, 2)
+        victim.wait_until(pids[0], STEPS, rng.randint(1, max(steps - 4, 1)))
+        time.sleep(rng.random() * 0.05)
+        dead = rng.randrange(2)
+        os.kill(pids[dead], signal.SIGKILL)
+        begun = time.monotonic()
+        codes = [ended(pid) for pid in pids]
+        if codes[dead] == -signal.SIGKILL:
+            slowest, done = max(slowest, time.monotonic() - begun), done + 1
+            said = victim.said(folder, str(1 - dead)).strip().split("\n")[-1]
+            assert codes[1 - dead] == 75, f"{codes}: {victim.said(folder, str(1 - dead))}"
+            assert f"process {1 - dead} of 2, " in said and " step " in said and "same command" in said, said
+        assert [ended(pid) for pid in together(victim, folder, 2)] == [0, 0], victim.said(folder, "0")
+        equal_runs(whole, folder)
+        shutil.rmtree(folder)
+    shutil.rmtree(whole)
+    return {"rank deaths": done, "slowest exit of the other, s": round(slowest, 2), "lost": 0}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--script", choices=[*MODULES, "all"], default="all")
+    kinds = {"kills": kills, "signals": signals, "flips": flips, "full-disk": full_disk, "rank-deaths": rank_deaths}
+    for name in kinds:
+        parser.add_argument(f"--{name}", type=int, default=0, metavar="N", help="over all chosen scripts together")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    shrink()
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        del os.environ[name]
+    chosen = list(MODULES) if args.script == "all" else [args.script]
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="torture-") as root:
+        for i, name in enumerate(chosen):
+            victim = Victim(name, Path(root), random.Random(args.seed + i))
+            print(
+                f"{name}: a run of {victim.seconds:.1f} s, {victim.saves} saves of {victim.save_seconds * 1e3:.1f} ms"
+            )
+            for kind, work in kinds.items():
+                total = getattr(args, kind.replace("-", "_"))
+                share = total // len(chosen) + (i < total % len(chosen))
+                if share:
+                    found = work(victim, share)
+                    print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in found.items()), flush=True)
+            shutil.rmtree(victim.root)
+    print(f"nothing was lost, in {time.monotonic() - begun:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
