@@ -29,7 +29,7 @@ from common.log import Log, Pace
 from common.models import umc
 from common.models.text import Lsa
 from common.monitor import Monitor
-from common.run import Run, claim, directory, prepare, used
+from common.run import Run, launch, tested, used
 from kernels import nt_xent, sup_con
 
 STAGES = {
@@ -58,7 +58,6 @@ KNOBS = {
 }
 READING = ["only", "text_model", "text_layer", "max_length"]
 DEMO = dict(bs=256, cluster_bs=256)
-SHOWN = ("nmi", "ari", "acc")
 MASK = 0.2  # chance that a view lacks a modality
 
 
@@ -73,15 +72,10 @@ def parse_args(argv: list[str] | None = None):
     parser.choice(group, "--mode", STAGES, "default", "umc: the published procedure, the defaults of all flags below")
     parser.number(group, "--base-dim", int, 256, "width of the embedding, a multiple of 8", low=8)
     parser.number(group, "--dropout", float, 0.1, "of the fusion", low=0, high=0.9)
-    group.add_argument(
-        "--only",
-        type=lambda text: text.split(","),
-        metavar="NAMES",
-        help="use these modalities alone, as `text,timing`",
-    )
-    parser.number(
-        group, "--cluster-epochs", int, None, "of stage 2; unset: 12, with --mode umc (1 - thres) / delta", low=1
-    )
+    only = dict(metavar="NAMES", help="use these modalities alone, as `text,timing`")
+    group.add_argument("--only", type=lambda text: text.split(","), **only)
+    epochs = "of stage 2; unset: 12, with --mode umc (1 - thres) / delta"
+    parser.number(group, "--cluster-epochs", int, None, epochs, low=1)
     for flag, kind, low in (("bs", int, 2), ("lr", float, 0), ("wd", float, 0)):
         parser.number(group, f"--cluster-{flag}", kind, None, f"--{flag} of stage 2; unset: by --mode", low=low)
     for name, (value, of_umc, allowed, text) in KNOBS.items():
@@ -298,7 +292,7 @@ def train(run: Run, name: str, model: umc.Fusion, start: str) -> None:
         progress.epoch = -1  # select() counts from 1: the start is epoch 0
         keep(stable, values)
         progress.epoch = 0
-    pace, begun = Pace(stage.bs, stage.epochs * steps), progress.step
+    pace = Pace(stage.bs, stage.epochs * steps, "utterance")
     while progress.epoch < stage.epochs and (last or not second or not monitor.should_stop(args.on_plateau)):
         halved = [action for _, action in monitor.actions]
         if second and progress.batch == 0:
@@ -315,16 +309,7 @@ def train(run: Run, name: str, model: umc.Fusion, start: str) -> None:
                 group["lr"] = lr
             temperature = tau if labels is not None else tau_rest
             loss, norm, bad = train_step(run, trained, optimizer, scaler, batch, progress.epoch, labels, temperature)
-            progress.add(loss=loss)
-            pace.tick()
-            done = progress.step + 1
-            if log.due(done, args.log_every):
-                values = {"loss": dist.mean(loss).item(), "lr": lr, "grad_norm": norm.item()}
-                log.interval(name, done, progress.epoch + 1, values, pace, "utterance")
-            log.progress(name, done, pace, "utterance")
-            if done == begun + 2:
-                log.cost(name, steps, stage.epochs, pace, facts.device)
-            progress.end_step(bad)
+            run.end_step(progress, pace, {"loss": loss}, lr, norm, bad)
         stable, values = watch(run, name, model, progress, targets)
         values = {f"{name}/train/loss": progress.mean("loss")} | values
         monitor.add(stable)
@@ -353,21 +338,19 @@ def train(run: Run, name: str, model: umc.Fusion, start: str) -> None:
 def conclude(run: Run, model: umc.Fusion, progress, monitor: Monitor, targets: Targets) -> dict:
     """The test metrics of the chosen model, of the last epoch and of k-means without training; writes the findings."""
     test, k, table = run.splits["test"], run.meta["k"], run.data.table
-    results = discovery.baselines(run)
-    last = score("cluster/test", evaluate(run, model, test, progress), table.labels[test], k)
-    results |= {f"{name}_last_epoch": value for name, value in last.items()}
-    chosen = copy.deepcopy(model)  # a stop in what follows must store the last epoch's weights
-    chosen.load_state_dict(progress.best_weights())
-    z = evaluate(run, chosen, np.arange(len(table)), progress)
-    results |= score("cluster/test", z[test], table.labels[test], k)
+
+    def scored(network, _):
+        z = evaluate(run, network, np.arange(len(table)), progress)
+        return score("cluster/test", z[test], table.labels[test], k), (z, network.centroids.cpu())
+
+    results, (z, centroids) = tested(progress, model, scored)
+    results = discovery.baselines(run) | results
     tracks = discovery.tracking(run)
     results |= {} if tracks is None else {"cluster/train/stability_tracks_nmi": tracks}
     run.log.metrics("cluster", progress.step, progress.epoch, results, quiet=True)
-    for name in [name.removesuffix("/nmi") for name in results if name.endswith("/test/nmi")]:
-        values = (f"{key} {results[f'{name}/{key}']:.4f} ± {results[f'{name}/{key}_sd']:.4f}" for key in SHOWN)
-        run.log.say(f"{name}: {', '.join(values)}")
+    discovery.say_scores(run, results)
     if run.facts.main:
-        discovery.explain(run, z, chosen.centroids.cpu(), monitor, targets, results)
+        discovery.explain(run, z, centroids, monitor, targets, results)
     return results
 
 
@@ -379,9 +362,8 @@ def use(args, facts: dist.Facts) -> None:
     widths = {name: rows.inputs[name].shape[-1] for name in rows.names}
     if widths != meta["widths"] or sorted(rows.lengths) != meta["sequences"]:
         raise InputError(f"{model_of.path} has the modalities {widths}, the model reads {meta['widths']}")
-    run = Run(
-        args, facts, rows, utterances.split(rows.table), model_of.folder, Log(None, main=facts.main), None, meta, {}
-    )
+    splits = utterances.split(rows.table)
+    run = Run(args, facts, rows, splits, model_of.folder, Log(None, main=facts.main), None, meta, {})
     model = build_model(run, umc.empty_basis(widths) if meta["inputs"] == "weighted" else None)
     checkpoint.load_weights(model, model_of.state["model"], model_of.source)
     if args.predict:
@@ -401,46 +383,37 @@ def use(args, facts: dist.Facts) -> None:
     model_of.write(results, facts)
 
 
+def begin(parser, args, facts: dist.Facts, signals: checkpoint.Signals) -> None:
+    """Train: read the data, settle what the run is, and run its two stages."""
+    stages, reading = settings(args), {name: getattr(args, name) for name in READING}
+    rows, lsa = build_data(args.data, reading, facts)
+    table, splits = rows.table, utterances.split(rows.table)
+    k = args.k or (len(table.classes) if table.labelled and len(table.classes) > 1 else "auto")
+    check(args, facts, rows, splits, stages, k)
+    basis, weights, anchor, k, estimate = discovery.fused_basis(args, rows, splits["train"], None if k == "auto" else k)
+    check(args, facts, rows, splits, stages, k)  # again: the number may be an estimate
+    meta = dict(script="cluster", k=k, base_dim=args.base_dim, reading=reading, sequences=sorted(rows.lengths))
+    meta["widths"] = {name: rows.inputs[name].shape[-1] for name in rows.names}
+    meta |= {name: knob(args, name) for name in KNOBS} | {"weights": weights, "anchor": anchor}
+    meta["estimate"] = estimate and estimate.table
+    identity = config.identity(parser, args, data=table.fingerprint, k=k, modalities=rows.names)
+    names = dict(name=f"{args.mode}-k{k}-dim{args.base_dim}", identity=identity)
+    run = Run.open(args, facts, signals, rows, splits, meta, stages, **names, size=f"{k} clusters")
+    if run is None:
+        return
+    if lsa and facts.main:
+        checkpoint.save(run.folder / "text.pt", lsa.state)
+    shown = ", ".join(f"{name} {weight:.3f}" for name, weight in weights.items())
+    run.log.say(f"modalities by their agreement with {anchor}: {shown}")
+    with run.recorded():
+        model = build_model(run, basis if meta["inputs"] == "weighted" else None)
+        train(run, "pretrain", model, "scratch")
+        train(run, "cluster", model, checkpoint.weights_digest(model.state_dict()))
+
+
 def main(argv: list[str] | None = None) -> int:
     args, parser = parse_args(argv)
-    with config.exit_codes(), checkpoint.Signals() as signals:
-        facts = dist.init(args.device)
-        prepare(args)
-        if args.eval or args.predict:
-            use(args, facts)
-            dist.close()
-            return 0
-        stages, reading = settings(args), {name: getattr(args, name) for name in READING}
-        rows, lsa = build_data(args.data, reading, facts)
-        table, splits = rows.table, utterances.split(rows.table)
-        k = args.k or (len(table.classes) if table.labelled and len(table.classes) > 1 else "auto")
-        check(args, facts, rows, splits, stages, k)
-        basis, weights, anchor, k, estimate = discovery.fused_basis(
-            args, rows, splits["train"], None if k == "auto" else k
-        )
-        check(args, facts, rows, splits, stages, k)  # again: the number may be an estimate
-        meta = dict(script="cluster", k=k, base_dim=args.base_dim, reading=reading, sequences=sorted(rows.lengths))
-        meta["widths"] = {name: rows.inputs[name].shape[-1] for name in rows.names}
-        meta |= {name: knob(args, name) for name in KNOBS} | {"weights": weights, "anchor": anchor}
-        meta["estimate"] = estimate and estimate.table
-        identity = config.identity(parser, args, data=table.fingerprint, k=k, modalities=rows.names)
-        folder = directory(args, "cluster", f"{args.mode}-k{k}-dim{args.base_dim}", identity)
-        if not claim(folder, args, identity, {name: vars(stage) for name, stage in stages.items()} | meta, facts):
-            dist.close()
-            return 0
-        log = Log(folder, main=facts.main, tensorboard=args.tensorboard)
-        run = Run(args, facts, rows, splits, folder, log, signals, meta, stages)
-        if lsa and facts.main:
-            checkpoint.save(folder / "text.pt", lsa.state)
-        shown = ", ".join(f"{name} {weight:.3f}" for name, weight in weights.items())
-        log.say(f"run directory {folder}; device {facts.device}, {facts.world_size} process(es), {k} clusters")
-        log.say(f"modalities by their agreement with {anchor}: {shown}")
-        with run.recorded():
-            model = build_model(run, basis if meta["inputs"] == "weighted" else None)
-            train(run, "pretrain", model, "scratch")
-            train(run, "cluster", model, checkpoint.weights_digest(model.state_dict()))
-        dist.close()
-    return 0
+    return launch(args, use, partial(begin, parser))
 
 
 if __name__ == "__main__":

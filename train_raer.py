@@ -14,7 +14,6 @@ cool down. It is one table, in common/longtail.py, and printed at the start; --s
 """
 
 import copy
-import csv
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -29,7 +28,7 @@ from common.datasets import raer
 from common.log import Log, Pace
 from common.models.clip import ACTIVATIONS, VARIANTS
 from common.models.raer import TUNES, RaerModel, build_raer, normalization, start
-from common.run import Run, claim, directory, prepare, used
+from common.run import Run, launch, tested, used
 from common.schedule import Phase, Schedule, read_schedule
 
 STAGE = {"epochs": 60, "bs": 32, "lr": 1e-2, "wd": 1e-4, "optimizer": "sgd", "warmup_epochs": 0.0}
@@ -241,20 +240,13 @@ def evaluate(run: Run, model: RaerModel, indices: np.ndarray, cached=None, progr
 
 
 def score(run: Run, prefix: str, indices: np.ndarray, scores: Tensor, say=None) -> dict:
-    """Metrics named `PREFIX/uar` and so on, with intervals, and the majority class's beside them; `say` gets the alarm
-    of a model that gives one answer."""
+    """`metrics.emotions` named `PREFIX/uar` and so on; `say` gets the alarm of a model that gives one answer."""
     classes, labels, predicted = run.meta["classes"], run.data.labels[indices], scores.argmax(1).numpy()
-    found = metrics.long_tail(labels, predicted, len(classes))
-    constant = metrics.long_tail(labels, np.full(len(labels), np.argmax(run.meta["counts"])), len(classes))
-    values = {"uar": found["uar"], "war": found["war"]}
-    for name, (low, high) in metrics.recall_intervals(labels, predicted, len(classes), run.args.seed).items():
-        values |= {f"{name}_low": low, f"{name}_high": high}
-    values |= {f"recall_{name}": recall for name, recall in zip(classes, found["recall"], strict=True)}
-    values |= {"majority_uar": constant["uar"], "majority_war": constant["war"]}
+    values = metrics.emotions(labels, predicted, run.meta["counts"], classes, run.args.seed)
     if say and len(set(predicted)) == 1:
         say(
             f"alarm: {prefix}: all {len(labels)} clips are called {classes[predicted[0]]}. This is the constant"
-            f" classifier, UAR {found['uar']:.1%}, WAR {found['war']:.1%}: nothing is learnt about the other classes"
+            f" classifier, UAR {values['uar']:.1%}, WAR {values['war']:.1%}: nothing is learnt about the other classes"
         )
     return {f"{prefix}/{name}": value for name, value in values.items()}
 
@@ -301,7 +293,7 @@ def train(run: Run, published, table: Schedule) -> None:
     if progress.step == 0:
         audit_phases(run, model, table, cached)
 
-    pace, begun, trained, trains = Pace(stage.bs, stage.epochs * steps), progress.step, None, None
+    pace, trained, trains = Pace(stage.bs, stage.epochs * steps, "clip"), None, None
     while progress.epoch < stage.epochs:
         phase = table.at(progress.epoch)
         if phase.trains != trains:
@@ -322,17 +314,7 @@ def train(run: Run, published, table: Schedule) -> None:
                 return frames_of(run, part, batch[chunk], progress.epoch)
 
             terms, norm, bad = train_step(run, trained, optimizer, scaler, terms_of, make_inputs, targets)
-            progress.add(**terms)
-            pace.tick()
-            done = progress.step + 1
-            if log.due(done, args.log_every):
-                values = {name: dist.mean(value).item() for name, value in terms.items()}
-                values |= {"lr": lr, "grad_norm": norm.item()}
-                log.interval("train", done, progress.epoch + 1, values, pace, "clip")
-            log.progress("train", done, pace, "clip")
-            if done == begun + 2:
-                log.cost("train", steps, stage.epochs, pace, facts.device)
-            progress.end_step(bad)
+            run.end_step(progress, pace, terms, lr, norm, bad)
         values = {f"train/train/{name}": progress.mean(name) for name in sorted(progress.sums)}
         if (progress.epoch + 1) % args.eval_every == 0 or progress.epoch + 1 == stage.epochs:
             logits = evaluate(run, model, val, cached, progress)
@@ -347,14 +329,14 @@ def train(run: Run, published, table: Schedule) -> None:
         progress.end_epoch()
         pace.pause()
 
-    chosen = copy.deepcopy(model)
-    chosen.load_state_dict(progress.best_weights())
-    results = {}
-    for network, found, suffix in ((model, progress.results, "_last_epoch"), (chosen, progress.best_metrics(), "")):
+    def scored(network, found):
         logits = evaluate(run, network, test, cached, progress)
         scores = longtail.decide(*method, network, logits, found["train/val/tau"])
-        results |= {name + suffix: value for name, value in score(run, "train/test", test, scores, log.say).items()}
-    confusion(run, test, scores)
+        return score(run, "train/test", test, scores, log.say), scores
+
+    results, scores = tested(progress, model, scored)
+    if facts.main:
+        report.write_confusion(run.folder / "confusion.csv", run.meta["classes"], clips.labels[test], scores.argmax(1))
     log.metrics("train", progress.step, progress.epoch, results)
     run.finish(progress, progress.results | results)
 
@@ -370,17 +352,6 @@ def encode(run: Run, model: RaerModel, progress) -> Tensor:
     made_with = f"{digest} {length} {args.face_margin} {args.precision} {len(everything)}"
     rows = probe.stored_features(run, made_with, compute)
     return rows.view(len(rows), 2, length, -1)
-
-
-def confusion(run: Run, indices: np.ndarray, scores: Tensor) -> None:
-    """confusion.csv of the scores (n, K): a row for each true class, a column for each answer."""
-    classes = run.meta["classes"]
-    counts = metrics.confusion_matrix(run.data.labels[indices], scores.argmax(1), len(classes))
-    if run.facts.main:
-        with open(run.folder / "confusion.csv", "w", newline="") as file:
-            csv.writer(file).writerows(
-                [["true", *classes], *([name, *row] for name, row in zip(classes, counts, strict=True))]
-            )
 
 
 def use(args, facts: dist.Facts) -> None:
@@ -409,41 +380,34 @@ def use(args, facts: dist.Facts) -> None:
         print(f"{len(clips)} predictions in {source.folder / 'predictions.csv'}")
 
 
+def begin(parser, args, facts: dist.Facts, signals: checkpoint.Signals) -> None:
+    """Train: read the data, settle what the run is, and run its one stage."""
+    stage = config.stage(args, "train", STAGE | {"optimizer": args.optimizer}, first=True, lr_of=None)
+    written = read_schedule(args.schedule) if args.schedule else longtail.SCHEDULES[args.method]
+    table = written.scaled(stage.epochs)
+    clips = build_data(args, args.data, facts)
+    splits = raer.split(clips)
+    meta = dict(script="raer", classes=clips.classes, schedule=[written.epochs, *map(asdict, written.phases)])
+    meta |= {name: getattr(args, name) for name in MODEL_FLAGS}
+    meta["counts"] = check(args, facts, clips, splits, stage, table).tolist()
+    published, model_facts, said = start(args, clips.store_size, clips.descriptions)
+    meta |= model_facts
+    own = PRETRAINED_IMAGE_LR if args.weights and args.backbone != "resnet18" else stage.lr
+    meta["image_lr"] = own if args.image_lr is None else args.image_lr
+    identity = config.identity(parser, args, data=clips.fingerprint, stage="train", **meta)
+    names = dict(name=f"{args.backbone}-{args.method}-bs{stage.bs}", identity=identity)
+    size = f"input {meta['image_size']} px"
+    run = Run.open(args, facts, signals, clips, splits, meta, {"train": stage}, **names, size=size)
+    if run is None:
+        return
+    run.log.say("\n".join(filter(None, [said, clips.describe_frames(args.num_frames)])))
+    with run.recorded():
+        train(run, published, table)
+
+
 def main(argv: list[str] | None = None) -> int:
     args, parser = parse_args(argv)
-    with config.exit_codes(), checkpoint.Signals() as signals:
-        facts = dist.init(args.device)
-        prepare(args)
-        if args.eval or args.predict:
-            use(args, facts)
-            dist.close()
-            return 0
-        stage = config.stage(args, "train", STAGE | {"optimizer": args.optimizer}, first=True, lr_of=None)
-        written = read_schedule(args.schedule) if args.schedule else longtail.SCHEDULES[args.method]
-        table = written.scaled(stage.epochs)
-        clips = build_data(args, args.data, facts)
-        splits = raer.split(clips)
-        meta = dict(script="raer", classes=clips.classes, schedule=[written.epochs, *map(asdict, written.phases)])
-        meta |= {name: getattr(args, name) for name in MODEL_FLAGS}
-        meta["counts"] = check(args, facts, clips, splits, stage, table).tolist()
-        published, model_facts, said = start(args, clips.store_size, clips.descriptions)
-        meta |= model_facts
-        own = PRETRAINED_IMAGE_LR if args.weights and args.backbone != "resnet18" else stage.lr
-        meta["image_lr"] = own if args.image_lr is None else args.image_lr
-        identity = config.identity(parser, args, data=clips.fingerprint, stage="train", **meta)
-        folder = directory(args, "raer", f"{args.backbone}-{args.method}-bs{stage.bs}", identity)
-        if not claim(folder, args, identity, {"train": vars(stage)} | meta, facts):
-            dist.close()
-            return 0
-        log = Log(folder, main=facts.main, tensorboard=args.tensorboard)
-        run = Run(args, facts, clips, splits, folder, log, signals, meta, {"train": stage})
-        where = f"device {facts.device}, {facts.world_size} process(es), input {meta['image_size']} px"
-        log.say("\n".join(filter(None, [f"run directory {folder}; {where}", said])))
-        log.say(clips.describe_frames(args.num_frames))
-        with run.recorded():
-            train(run, published, table)
-        dist.close()
-    return 0
+    return launch(args, use, partial(begin, parser))
 
 
 if __name__ == "__main__":

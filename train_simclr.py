@@ -9,7 +9,6 @@ Chen et al., A Simple Framework for Contrastive Learning of Visual Representatio
   python train_simclr.py --demo                                  everything, small: minutes on two CPU cores
 """
 
-import copy
 import math
 import sys
 from functools import partial
@@ -18,13 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import augment, checkpoint, config, data, dist, metrics, optim, probe, report, step
+from common import augment, checkpoint, config, data, dist, optim, probe, report, step
 from common.config import InputError
 from common.datasets import cytology
+from common.datasets.cytology import CELLS
 from common.log import Log, Pace
 from common.models import BACKBONES, build_backbone, input_size, load_published
 from common.models.heads import SimCLR
-from common.run import Run, claim, directory, origin, prepare, used
+from common.run import Run, launch, origin, tested, used
 from common.weights import load_backbone
 from kernels import nt_xent
 
@@ -45,14 +45,6 @@ DEMO = dict(backbone="resnet18", image_size=32, stage="all", bs=64, epochs=32, e
 DEMO |= dict(finetune_epochs=6, finetune_bs=64, finetune_lr=1e-3)
 STEMS = ["imagenet", "cifar"]
 DEFAULTS = {"backbone": "resnet50", "stem": STEMS[0]}  # where neither a flag nor --from says otherwise
-# The cytology experiment: what pretraining makes of the backbone, the batch, the amount of data and the projection.
-CELLS = [
-    dict(backbone=backbone, bs=bs, fraction=fraction, proj_dim=proj_dim)
-    for backbone in ("resnet50", "resnet101", "inception_v3", "inception_resnet_v2")
-    for bs in (64, 128, 256)
-    for fraction in (1.0, 0.7, 0.4)
-    for proj_dim in (32, 64, 128)
-]
 
 
 def parse_args(argv: list[str] | None = None):
@@ -65,9 +57,8 @@ def parse_args(argv: list[str] | None = None):
         parser.stage(group, name, STAGES[name])
     parser.number(group, "--cell", int, None, "run of the cytology experiment's grid", low=0, high=len(CELLS) - 1)
     parser.choice(group, "--protocol", ["none", "cytology"], "none", "which images the stages see; cytology: A1 to B2")
-    group.add_argument(
-        "--target-labels", default=cytology.TARGETS, help="labels that --protocol cytology fine-tunes on"
-    )
+    labels = "labels that --protocol cytology fine-tunes on"
+    group.add_argument("--target-labels", default=cytology.TARGETS, help=labels)
     group = parser.add_argument_group("model")
     parser.choice(group, "--backbone", BACKBONES, None, f"unset: {DEFAULTS['backbone']}, or the one of --from")
     parser.choice(group, "--stem", STEMS, None, f"cifar: for small images; unset: {STEMS[0]}, or the one of --from")
@@ -242,7 +233,7 @@ def pretrain(run: Run, weights: dict | None) -> None:
         return
     trained, chance, steps = dist.wrap(model, facts), math.log(2 * stage.bs - 1), len(indices) // stage.bs
     log.say(stage.describe(f"{len(indices)} images", steps) + f"; loss at chance ln(2N-1) = {chance:.4f}")
-    pace, begun = Pace(stage.bs, stage.epochs * steps), progress.step
+    pace = Pace(stage.bs, stage.epochs * steps, "img")
     while progress.epoch < stage.epochs:
         model.train()
         batches = data.epoch_batches(indices, stage.bs, args.seed, progress.epoch, progress.batch, facts)
@@ -257,18 +248,7 @@ def pretrain(run: Run, weights: dict | None) -> None:
             if progress.step == 0 and facts.main:
                 report.save_grid(run.folder / "figures" / "views.png", augment.denormalize(make_views(slice(0, 8))), 8)
             loss, z, norm, bad = train_step(run, trained, optimizer, scaler, make_views, len(batch))
-            progress.add(loss=loss)
-            pace.tick()
-            done = progress.step + 1
-            if log.due(done, args.log_every):
-                shown = dist.mean(loss).item()
-                values = {"loss": shown, "loss/chance": shown / chance, "lr": lr, "grad_norm": norm.item()}
-                values |= metrics.contrastive(*(dist.all_gather_rows(view) for view in z.float().chunk(2)))
-                log.interval("pretrain", done, progress.epoch + 1, values, pace, "img")
-            log.progress("pretrain", done, pace, "img")
-            if done == begun + 2:
-                log.cost("pretrain", steps, stage.epochs, pace, facts.device)
-            progress.end_step(bad)
+            run.end_step(progress, pace, {"loss": loss}, lr, norm, bad, chance=chance, more=partial(probe.contrast, z))
             run.lap("rest")
         loss = progress.mean("loss")
         values = {"pretrain/train/loss": loss, "pretrain/train/loss_over_chance": loss / chance}
@@ -281,17 +261,15 @@ def pretrain(run: Run, weights: dict | None) -> None:
         pace.pause()
         run.lap(None)
 
-    chosen = copy.deepcopy(model)
-    chosen.load_state_dict(progress.best_weights())
-    test, last = (
-        probe.representation(run, partial(evaluate, run, backbone, progress=progress), "test", "test")
-        for backbone in (chosen.backbone, model.backbone)
-    )
-    test |= {f"{name}_last_epoch": value for name, value in last.items()}
-    weights = {name: tensor.detach().cpu() for name, tensor in chosen.backbone.state_dict().items()}
+    def scored(network, _):
+        outputs = partial(evaluate, run, network.backbone, progress=progress)
+        return probe.representation(run, outputs, "test", "test"), network.backbone
+
+    test, backbone = tested(progress, model, scored)
+    weights = {name: tensor.detach().cpu() for name, tensor in backbone.state_dict().items()}
     if facts.main:
         checkpoint.save(run.folder / "backbone.pt", weights)
-    everything = partial(evaluate, run, chosen.backbone, np.arange(len(run.data)), progress)
+    everything = partial(evaluate, run, backbone, np.arange(len(run.data)), progress)
     probe.stored_features(run, checkpoint.weights_digest(weights), everything)
     log.metrics("pretrain", progress.step, progress.epoch, test)
     run.finish(progress, progress.results | test | {"pretrain/train/loss_at_chance": chance})
@@ -325,7 +303,7 @@ def finetune(run: Run, weights: dict | None) -> None:
         stage.describe(f"{len(train)} training, {len(dev)} dev and {len(test)} test images", steps)
         + f", patience {args.patience} evaluations"
     )
-    pace = Pace(stage.bs, stage.epochs * steps)
+    pace = Pace(stage.bs, stage.epochs * steps, "img")
     while progress.epoch < stage.epochs and progress.stale < args.patience:
         model.train()
         batches = data.epoch_batches(train, stage.bs, args.seed, progress.epoch, progress.batch, facts)
@@ -341,14 +319,7 @@ def finetune(run: Run, weights: dict | None) -> None:
             loss = nn.functional.cross_entropy(logits.float(), y)
             scaler.scale(loss).backward()
             norm, bad = step.masked_step(optimizer, scaler, loss)
-            progress.add(loss=loss)
-            pace.tick()
-            done = progress.step + 1
-            if log.due(done, args.log_every):
-                values = {"loss": dist.mean(loss).item(), "lr": lr, "grad_norm": norm.item()}
-                log.interval("finetune", done, progress.epoch + 1, values, pace, "img")
-            log.progress("finetune", done, pace, "img")
-            progress.end_step(bad)
+            run.end_step(progress, pace, {"loss": loss}, lr, norm, bad)
         values = {"finetune/train/loss": progress.mean("loss")}
         if (progress.epoch + 1) % args.eval_every == 0 or progress.epoch + 1 == stage.epochs:
             values |= probe.score("finetune/val", evaluate(run, model, dev, progress), labels[dev], num_classes)
@@ -357,11 +328,10 @@ def finetune(run: Run, weights: dict | None) -> None:
         progress.end_epoch()
         pace.pause()
 
-    chosen = copy.deepcopy(model)
-    chosen.load_state_dict(progress.best_weights())
-    results = probe.score("finetune/test", evaluate(run, chosen, test, progress), labels[test], num_classes)
-    last = probe.score("finetune/test", evaluate(run, model, test, progress), labels[test], num_classes)
-    results |= {f"{name}_last_epoch": value for name, value in last.items()}
+    def scored(network, _):
+        return probe.score("finetune/test", evaluate(run, network, test, progress), labels[test], num_classes), None
+
+    results, _ = tested(progress, model, scored)
     log.metrics("finetune", progress.step, progress.epoch, results)
     run.finish(progress, results)
 
@@ -395,55 +365,48 @@ def use(args, facts: dist.Facts) -> None:
     model_of.write(probe.score("eval/test", evaluate(run, model, test), labels[test], len(classes)), facts)
 
 
+def begin(parser, args, facts: dist.Facts, signals: checkpoint.Signals) -> None:
+    """Train: read the data, settle what the run is, and run its stages."""
+    weights, started, before = None, None, {}
+    if args.from_run not in (None, "none"):
+        weights, before = load_backbone(args.from_run)
+    targets = cytology.target_labels(args.target_labels) if args.protocol == "cytology" else None
+    stored = [origin(p) for p in (args.out, args.resume, args.from_run) if p not in (None, "auto", "none")]
+    images, splits, classes, split = build_data(args, args.data, facts, targets, stored)
+    cytology.check_start(args.from_run, before, targets, images)
+    name, stem = (getattr(args, flag) or before.get(flag, first) for flag, first in DEFAULTS.items())
+    if args.weights:
+        published = build_backbone(name, stem)
+        started, weights = load_published(published, args.weights), published.state_dict()
+    size = input_size(name, stem, args.image_size or before.get("image_size"), images.store_size)
+    meta = dict(script="simclr", backbone=name, stem=stem, image_size=size, classes=classes, targets=targets)
+    meta["proj_dim"] = before.get("proj_dim", args.proj_dim)
+    stages = {stage: settings(args, stage) for stage in (STAGES if args.stage == "all" else [args.stage])}
+    check(args, facts, images, splits, stages)
+    start = {"weights": checkpoint.weights_digest(weights)} if weights else {}
+    identity = config.identity(parser, args, data=images.fingerprint, stage=args.stage, **meta, **start)
+    names = dict(name=f"{name}-{args.stage}-bs{next(iter(stages.values())).bs}", identity=identity)
+    run = Run.open(args, facts, signals, images, splits, meta, stages, **names, size=f"input {size} px")
+    if run is None:
+        return
+    if split and facts.main:
+        cytology.save(run.folder, split)
+    run.phases = step.Phases(facts.device) if args.profile else None
+    if started:
+        run.log.say(started)
+    with run.recorded():
+        if "pretrain" in stages:
+            pretrain(run, weights)
+            weights = checkpoint.load(run.folder / "backbone.pt")
+        if "linear" in stages:
+            linear(run, weights)
+        if "finetune" in stages:
+            finetune(run, weights)
+
+
 def main(argv: list[str] | None = None) -> int:
     args, parser = parse_args(argv)
-    with config.exit_codes(), checkpoint.Signals() as signals:
-        facts = dist.init(args.device)
-        prepare(args)
-        if args.eval or args.predict:
-            use(args, facts)
-            dist.close()
-            return 0
-        weights, started, before = None, None, {}
-        if args.from_run not in (None, "none"):
-            weights, before = load_backbone(args.from_run)
-        targets = cytology.target_labels(args.target_labels) if args.protocol == "cytology" else None
-        stored = [origin(p) for p in (args.out, args.resume, args.from_run) if p not in (None, "auto", "none")]
-        images, splits, classes, split = build_data(args, args.data, facts, targets, stored)
-        cytology.check_start(args.from_run, before, targets, images)
-        name, stem = (getattr(args, flag) or before.get(flag, first) for flag, first in DEFAULTS.items())
-        if args.weights:
-            published = build_backbone(name, stem)
-            started, weights = load_published(published, args.weights), published.state_dict()
-        size = input_size(name, stem, args.image_size or before.get("image_size"), images.store_size)
-        meta = dict(script="simclr", backbone=name, stem=stem, image_size=size, classes=classes, targets=targets)
-        meta["proj_dim"] = before.get("proj_dim", args.proj_dim)
-        stages = {stage: settings(args, stage) for stage in (STAGES if args.stage == "all" else [args.stage])}
-        check(args, facts, images, splits, stages)
-        start = {"weights": checkpoint.weights_digest(weights)} if weights else {}
-        identity = config.identity(parser, args, data=images.fingerprint, stage=args.stage, **meta, **start)
-        folder = directory(args, "simclr", f"{name}-{args.stage}-bs{next(iter(stages.values())).bs}", identity)
-        resolved = {stage: vars(values) for stage, values in stages.items()} | meta
-        if not claim(folder, args, identity, resolved, facts):
-            dist.close()
-            return 0
-        if split and facts.main:
-            cytology.save(folder, split)
-        log = Log(folder, main=facts.main, tensorboard=args.tensorboard)
-        run = Run(args, facts, images, splits, folder, log, signals, meta, stages)
-        run.phases = step.Phases(facts.device) if args.profile else None
-        where = f"device {facts.device}, {facts.world_size} process(es), input {size} px"
-        log.say("\n".join(filter(None, [f"run directory {folder}; {where}", started])))
-        with run.recorded():
-            if "pretrain" in stages:
-                pretrain(run, weights)
-                weights = checkpoint.load(folder / "backbone.pt")
-            if "linear" in stages:
-                linear(run, weights)
-            if "finetune" in stages:
-                finetune(run, weights)
-        dist.close()
-    return 0
+    return launch(args, use, partial(begin, parser))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ comes from the next frame and an eighth from the previous one, 2/8 in all; with 
 the channels. It costs no arithmetic, only memory traffic.
 """
 
-import copy
 import sys
 from functools import partial
 
@@ -22,15 +21,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import augment, checkpoint, config, data, dist, metrics, optim, report, step, weights
+from common import augment, checkpoint, config, data, dist, metrics, optim, report, step
 from common.config import Diverged, InputError
 from common.datasets import faceforensics
 from common.log import Log, Pace
 from common.losses import focal_bce
 from common.models.heads import AGGREGATES
-from common.models.mobilenet_v4 import VARIANTS, build_mobilenet_v4, load_published, normalization
-from common.models.tsm import PLACEMENTS, ClipModel, Shift, Stream, freeze_bn, training_memory
-from common.run import Run, claim, directory, prepare, used
+from common.models.mobilenet_v4 import VARIANTS, build_mobilenet_v4, load_published
+from common.models.tsm import PLACEMENTS, ClipModel, Shift, Stream, freeze_bn, start_weights, training_memory
+from common.run import Run, launch, tested, used
 from kernels import shift_conv1x1, shift_step, temporal_shift
 
 STAGE = {"epochs": 30, "bs": 64, "lr": 3e-4, "wd": 0.01, "optimizer": "adamw"}
@@ -125,20 +124,6 @@ def build_data(args, path: str, facts: dist.Facts, labels: bool = True) -> facef
     say = print if facts.main else lambda text: None
     reading = dict(store_size=args.store_size, bad=args.bad_images, workers=args.workers, fps=args.fps)
     return faceforensics.prepare(path, compression=args.compression, labels=labels, say=say, **reading)
-
-
-def start_weights(args) -> tuple[dict[str, Tensor] | None, tuple]:
-    """The backbone's weights in --weights, and the (mean, std) of pixels that they expect; of a run, its own."""
-    if args.weights is None:
-        return None, normalization(args.backbone)
-    state = weights.read(args.weights)
-    own = {name.removeprefix("backbone."): t for name, t in state.items() if name.startswith("backbone.")}
-    if own:
-        meta = checkpoint.load_selected(args.weights)["meta"]
-        if meta["script"] != "tsm":
-            raise InputError(f"{args.weights} is of train_{meta['script']}.py; give a run of this script")
-        return own, meta["pixels"]
-    return state, normalization(args.backbone, args.weights)
 
 
 def train_items(args, videos, splits: dict) -> np.ndarray:
@@ -255,33 +240,11 @@ def evaluate(run: Run, model: nn.Module, indices: np.ndarray, progress=None) -> 
     return rows[..., 0], rows[..., 1:]
 
 
-def video_scores(logits: Tensor) -> np.ndarray:
-    """The mean probability of fake over each video's clips (n, clips): float64 (n,)."""
-    return logits.double().sigmoid().mean(1).numpy()
-
-
 def score(run: Run, prefix: str, indices: np.ndarray, logits: Tensor, threshold: float | None = None) -> dict:
-    """Metrics of videos and clips (n, clips) named `PREFIX/video_auc` and so on.
-
-    With a threshold also accuracies, and all of it for each method of manipulation beside all real videos; without one,
-    in validation, the threshold of the best accuracy and the interval of the AUC.
-    """
-    labels, videos = run.data.labels[indices], video_scores(logits)
-    clip_labels = np.repeat(labels, logits.shape[1])
-    values = {"clip_auc": metrics.detection(clip_labels, logits.flatten())["auc"]}
-    methods = run.data.methods[indices]
-    groups = {"": np.full(len(labels), True)}
-    if threshold is not None and len(set(methods[labels == 1])) > 1:
-        groups |= {f"_{name}": (labels == 0) | (methods == name) for name in sorted(set(methods[labels == 1]))}
-    for name, kept in groups.items():
-        found = metrics.detection(labels[kept], videos[kept])
-        if threshold is not None:
-            found["accuracy"] = float(((videos[kept] >= threshold) == labels[kept]).mean())
-        values |= {f"video_{metric}{name}": value for metric, value in found.items()}
-    if threshold is None:
-        low, high = metrics.auc_interval(labels, videos, run.args.seed)
-        values |= {"video_auc_low": low, "video_auc_high": high, "threshold": metrics.best_threshold(labels, videos)}
-    return {f"{prefix}/{name}": value for name, value in values.items()}
+    """Metrics of videos and clips (n, clips) named `PREFIX/video_auc` and so on; see `metrics.videos`."""
+    videos = run.data
+    found = metrics.videos(videos.labels[indices], videos.methods[indices], logits, run.args.seed, threshold)
+    return {f"{prefix}/{name}": value for name, value in found.items()}
 
 
 def train(run: Run, published: dict | None) -> None:
@@ -309,7 +272,7 @@ def train(run: Run, published: dict | None) -> None:
         starts = dict(n_segment=args.n_segment, seconds=args.clip_seconds)
         return batch % len(videos), videos.train_clips(batch, args.seed, progress.epoch, **starts)
 
-    pace, begun = Pace(stage.bs, stage.epochs * steps), progress.step
+    pace = Pace(stage.bs, stage.epochs * steps, "clip")
     while progress.epoch < stage.epochs and progress.stale < args.patience:
         model.train()
         batches = epoch_batches(args, videos, items, stage.bs, progress.epoch, progress.batch, facts)
@@ -321,16 +284,7 @@ def train(run: Run, published: dict | None) -> None:
                 return frames_of(run, pixels[chunk], batch[chunk], progress.epoch)
 
             loss, norm, bad = train_step(run, trained, optimizer, scaler, criterion, make_clips, targets)
-            progress.add(loss=loss)
-            pace.tick()
-            done = progress.step + 1
-            if log.due(done, args.log_every):
-                values = {"loss": dist.mean(loss).item(), "lr": lr, "grad_norm": norm.item()}
-                log.interval("train", done, progress.epoch + 1, values, pace, "clip")
-            log.progress("train", done, pace, "clip")
-            if done == begun + 2:
-                log.cost("train", steps, stage.epochs, pace, facts.device)
-            progress.end_step(bad)
+            run.end_step(progress, pace, {"loss": loss}, lr, norm, bad)
         values = {"train/train/loss": progress.mean("loss")}
         if (progress.epoch + 1) % args.eval_every == 0 or progress.epoch + 1 == stage.epochs:
             values |= score(run, "train/val", val, evaluate(run, model, val, progress)[0])
@@ -342,13 +296,11 @@ def train(run: Run, published: dict | None) -> None:
         progress.end_epoch()
         pace.pause()
 
-    chosen = copy.deepcopy(model)
-    chosen.load_state_dict(progress.best_weights())
-    results = {}
-    for network, found, suffix in ((model, progress.results, "_last_epoch"), (chosen, progress.best_metrics(), "")):
+    def scored(network, found):
         logits, shares = evaluate(run, network, test, progress)
-        values = score(run, "train/test", test, logits, found["train/val/threshold"])
-        results |= {name + suffix: value for name, value in values.items()}
+        return score(run, "train/test", test, logits, found["train/val/threshold"]), shares
+
+    results, shares = tested(progress, model, scored)
     if facts.main and args.aggregate == "attention":
         most_watched(run, test, shares)
     log.metrics("train", progress.step, progress.epoch, results)
@@ -381,7 +333,7 @@ def use(args, facts: dist.Facts) -> None:
         test = faceforensics.split(videos, ["test"])["test"]
         found.write(score(run, "eval/test", test, evaluate(run, model, test)[0], threshold), facts)
     elif args.predict:
-        scores = video_scores(evaluate(run, model, np.arange(len(videos)))[0])
+        scores = metrics.video_scores(evaluate(run, model, np.arange(len(videos)))[0])
         if facts.main:
             both = torch.from_numpy(np.stack([1 - scores, scores], 1))
             file, chosen = run.folder / "predictions.csv", (scores >= threshold).astype(int)
@@ -406,43 +358,36 @@ def stream(run: Run, model: ClipModel) -> None:
     print(f"{run.folder / 'stream.csv'}: {len(frames)} frames, the last score is {lines[-1].split(',')[1]}")
 
 
+def begin(parser, args, facts: dist.Facts, signals: checkpoint.Signals) -> None:
+    """Train: read the data, settle what the run is, and run its one stage."""
+    stage = config.stage(args, "train", STAGE | {"min_lr": args.min_lr}, first=True, lr_of=None)
+    videos = build_data(args, args.data, facts)
+    splits = faceforensics.split(videos)
+    size = args.image_size or max(min(224, videos.store_size), MIN_SIZE)
+    if size < MIN_SIZE:
+        raise InputError(f"--image-size {size}: the smallest that MobileNetV4 takes is {MIN_SIZE}")
+    published, pixels = start_weights(args)
+    meta = dict(script="tsm", image_size=size, classes=videos.classes)
+    meta |= {name: getattr(args, name) for name in MODEL_FLAGS}
+    meta["pixels"] = [list(part) for part in pixels]
+    meta["weights"] = checkpoint.weights_digest(published) if published else None
+    real, fake = np.bincount(videos.labels[splits["train"]], minlength=2)
+    weight = real / max(fake, 1) if args.pos_weight == "auto" else args.pos_weight
+    meta["pos_weight"] = None if weight == "none" else float(weight)
+    check(args, facts, videos, splits, stage, meta, published)
+    identity = config.identity(parser, args, data=videos.fingerprint, stage="train", **meta)
+    names = dict(name=f"{args.backbone}-{args.shift}-bs{stage.bs}", identity=identity)
+    run = Run.open(args, facts, signals, videos, splits, meta, {"train": stage}, **names, size=f"input {size} px")
+    if run is None:
+        return
+    run.log.say(videos.describe_clips(args.n_segment, args.clip_seconds))
+    with run.recorded():
+        train(run, published)
+
+
 def main(argv: list[str] | None = None) -> int:
     args, parser = parse_args(argv)
-    with config.exit_codes(), checkpoint.Signals() as signals:
-        facts = dist.init(args.device)
-        prepare(args)
-        if args.eval or args.predict or args.stream:
-            use(args, facts)
-            dist.close()
-            return 0
-        stage = config.stage(args, "train", STAGE | {"min_lr": args.min_lr}, first=True, lr_of=None)
-        videos = build_data(args, args.data, facts)
-        splits = faceforensics.split(videos)
-        size = args.image_size or max(min(224, videos.store_size), MIN_SIZE)
-        if size < MIN_SIZE:
-            raise InputError(f"--image-size {size}: the smallest that MobileNetV4 takes is {MIN_SIZE}")
-        published, pixels = start_weights(args)
-        meta = dict(script="tsm", image_size=size, classes=videos.classes)
-        meta |= {name: getattr(args, name) for name in MODEL_FLAGS}
-        meta["pixels"] = [list(part) for part in pixels]
-        meta["weights"] = checkpoint.weights_digest(published) if published else None
-        real, fake = np.bincount(videos.labels[splits["train"]], minlength=2)
-        weight = real / max(fake, 1) if args.pos_weight == "auto" else args.pos_weight
-        meta["pos_weight"] = None if weight == "none" else float(weight)
-        check(args, facts, videos, splits, stage, meta, published)
-        identity = config.identity(parser, args, data=videos.fingerprint, stage="train", **meta)
-        folder = directory(args, "tsm", f"{args.backbone}-{args.shift}-bs{stage.bs}", identity)
-        if not claim(folder, args, identity, {"train": vars(stage)} | meta, facts):
-            dist.close()
-            return 0
-        log = Log(folder, main=facts.main, tensorboard=args.tensorboard)
-        run = Run(args, facts, videos, splits, folder, log, signals, meta, {"train": stage})
-        log.say(f"run directory {folder}; device {facts.device}, {facts.world_size} process(es), input {size} px")
-        log.say(videos.describe_clips(args.n_segment, args.clip_seconds))
-        with run.recorded():
-            train(run, published)
-        dist.close()
-    return 0
+    return launch(args, use, partial(begin, parser))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ FIRST_COMPONENTS = 20  # principal axes that the number of clusters is estimated
 SHRINKAGE = 0.1  # added to the scatter within clusters, in units of its typical variance
 ANCHOR = "text"  # the modality that the others are weighed by, where there is one of that name
 SCORES = ("nmi", "ami", "ari", "acc", "fmi", "balanced_accuracy", "minority_recall")
+SHOWN = ("nmi", "ari", "acc")  # on the console
 SEEDS, BASELINE_SEEDS = 10, 3  # k-means runs that score a split
 WATCHED_ROWS, WATCHED_RUNS = 2000, 5  # rows and k-means runs whose agreement is the stability
 
@@ -295,6 +296,13 @@ def scatter(z: Tensor, clusters: np.ndarray, centroids: Tensor) -> str:
     ]
     box = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 600 600" width="600" height="600">'
     return box + "".join(dots + names) + "</svg>"
+
+
+def say_scores(run: Run, results: dict) -> None:
+    """One line for each test score among `results`: of the run and of each baseline."""
+    for name in [name.removesuffix("/nmi") for name in results if name.endswith("/test/nmi")]:
+        values = (f"{key} {results[f'{name}/{key}']:.4f} ± {results[f'{name}/{key}_sd']:.4f}" for key in SHOWN)
+        run.log.say(f"{name}: {', '.join(values)}")
 
 
 def scores_table(results: dict) -> dict:

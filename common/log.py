@@ -34,8 +34,8 @@ def duration(seconds: float) -> str:
 class Pace:
     """Rate and remaining time of a loop, from the median of its recent steps (the first one, a warm-up, left out)."""
 
-    def __init__(self, items_per_step: int, total_steps: int):
-        self.items_per_step, self.total_steps = items_per_step, total_steps
+    def __init__(self, items_per_step: int, total_steps: int, unit: str = "item"):
+        self.items_per_step, self.total_steps, self.unit = items_per_step, total_steps, unit
         self.recent, self.last, self.steps = deque(maxlen=50), time.monotonic(), 0
 
     def tick(self) -> None:
@@ -101,21 +101,20 @@ class Log:
                 f" {duration(epoch * epochs)}; a GPU, a smaller model or input, fewer --epochs cost less"
             )
 
-    def progress(self, stage: str, step: int, pace: Pace, unit: str) -> None:
+    def progress(self, stage: str, step: int, pace: Pace) -> None:
         """On a terminal: rewrite the live line. Reads nothing from the device."""
         if self.live:
-            text = (
-                f"{stage} step {step}/{pace.total_steps} | {pace.rate():.0f} {unit}/s | eta {duration(pace.eta(step))}"
-            )
+            rate, eta = f"{pace.rate():.0f} {pace.unit}/s", duration(pace.eta(step))
+            text = f"{stage} step {step}/{pace.total_steps} | {rate} | eta {eta}"
             print("\r" + text.ljust(self._width), end="", flush=True)
             self._width = len(text)
 
-    def interval(self, stage: str, step: int, epoch: int, values: dict, pace: Pace, unit: str) -> None:
+    def interval(self, stage: str, step: int, epoch: int, values: dict, pace: Pace) -> None:
         """One line of the loop: the same fields for people and for `log.jsonl`."""
         width = len(str(pace.total_steps))
         shown = " | ".join(f"{name} {_number(name, value)}" for name, value in values.items())
         self.say(
-            f"{stage} step {step:0{width}d}/{pace.total_steps} | {shown} | {pace.rate():.0f} {unit}/s"
+            f"{stage} step {step:0{width}d}/{pace.total_steps} | {shown} | {pace.rate():.0f} {pace.unit}/s"
             f" | eta {duration(pace.eta(step))}"
         )
         timing = {"rate": round(pace.rate(), 2), "eta_s": round(pace.eta(step), 1)}

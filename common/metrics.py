@@ -204,6 +204,55 @@ def auc_interval(target, scores, seed, rounds=1000, level=0.95):
     return float(low), float(high)
 
 
+def video_scores(logits):
+    """The mean probability over each video's clips, logits (n, clips) torch: float64 (n,) numpy."""
+    return logits.double().sigmoid().mean(1).numpy()
+
+
+def videos(labels, methods, logits, seed, threshold=None):
+    """Detection metrics of videos from their clips, by name: `clip_auc`, `video_auc`, `video_ap` and so on.
+
+    With a threshold also accuracies, and all of it for each method of manipulation beside all real videos; without one,
+    in validation, the threshold of the best accuracy and the interval of the AUC.
+
+    Args:
+        labels: (n,) numpy, 1 is fake.
+        methods: (n,) numpy, the method of manipulation of each fake.
+        logits: (n, clips) torch.
+    """
+    scores = video_scores(logits)
+    values = {"clip_auc": detection(np.repeat(labels, logits.shape[1]), logits.flatten())["auc"]}
+    groups = {"": np.full(len(labels), True)}
+    if threshold is not None and len(set(methods[labels == 1])) > 1:
+        groups |= {f"_{name}": (labels == 0) | (methods == name) for name in sorted(set(methods[labels == 1]))}
+    for name, kept in groups.items():
+        found = detection(labels[kept], scores[kept])
+        if threshold is not None:
+            found["accuracy"] = float(((scores[kept] >= threshold) == labels[kept]).mean())
+        values |= {f"video_{metric}{name}": value for metric, value in found.items()}
+    if threshold is None:
+        low, high = auc_interval(labels, scores, seed)
+        values |= {"video_auc_low": low, "video_auc_high": high, "threshold": best_threshold(labels, scores)}
+    return values
+
+
+def emotions(labels, predicted, counts, classes, seed):
+    """UAR, WAR and recalls of `predicted` by name, with intervals, and the most frequent training class's beside them.
+
+    Args:
+        labels, predicted: (n,) class numbers.
+        counts: training items of each class.
+        classes: names (K).
+    """
+    found = long_tail(labels, predicted, len(classes))
+    constant = long_tail(labels, np.full(len(labels), np.argmax(counts)), len(classes))
+    values = {"uar": found["uar"], "war": found["war"]}
+    for name, (low, high) in recall_intervals(labels, predicted, len(classes), seed).items():
+        values |= {f"{name}_low": low, f"{name}_high": high}
+    values |= {f"recall_{name}": recall for name, recall in zip(classes, found["recall"], strict=True)}
+    return values | {"majority_uar": constant["uar"], "majority_war": constant["war"]}
+
+
 def contrastive(z_a, z_b, tile=1024):
     """Score two views' embeddings: how well a row finds its positive, and alignment and uniformity.
 

@@ -133,6 +133,11 @@ def linear(
     run.log.say(f"linear protocol, {'majority class:':24}test accuracy {share:.4f}")
 
 
+def contrast(z: Tensor) -> dict:
+    """Figures of the embeddings z (2n, d) of a batch on all processes, view a above view b."""
+    return metrics.contrastive(*(dist.all_gather_rows(view) for view in z.float().chunk(2)))
+
+
 def kind_of(stage: str, source: str) -> str:
     """The kind of model that a checkpoint of a stage holds: `linear_random` is a linear one.
 
@@ -198,7 +203,7 @@ def linear_protocol(
             _, bad = step.masked_step(optimizer, scaler, loss)
             progress.add(loss=loss)
             pace.tick()
-            run.log.progress(name, progress.step + 1, pace, "item")
+            run.log.progress(name, progress.step + 1, pace)
             progress.end_step(bad)
         values = {f"{name}/train/loss": progress.mean("loss")}
         layer = unstandardised(head, mean, std)

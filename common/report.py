@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
-from common import log
+from common import log, metrics
 
 _COLORS = ("#2563eb", "#dc2626", "#059669", "#9333ea", "#d97706", "#0891b2")
 _BASELINES = (
@@ -63,6 +63,13 @@ def write_predictions(path: Path, ids: list[str], classes: list[str], scores: Te
         writer.writerow(["id", "class", *(f"score_{name}" for name in classes)])
         for name, index, row in zip(ids, best, scores.tolist(), strict=True):
             writer.writerow([name, classes[index], *(f"{value:.6f}" for value in row)])
+
+
+def write_confusion(path: Path, classes: list[str], labels, predicted) -> None:
+    """Write confusion.csv: a row for each true class, a column for each answer; labels and answers are (n,) numbers."""
+    counts = metrics.confusion_matrix(labels, predicted, len(classes))
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([["true", *classes], *([n, *row] for n, row in zip(classes, counts, strict=True))])
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:

@@ -1,6 +1,7 @@
 """A run: its directory, its log, its stages, and how it ends."""
 
 import contextlib
+import copy
 import json
 import os
 import platform
@@ -8,16 +9,18 @@ import random
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision
+from torch import Tensor, nn
 
 from common import checkpoint, config, dist, report, step
 from common.config import Diverged, InputError, Stopped
-from common.log import Log
+from common.log import Log, Pace
 
 
 @dataclass
@@ -51,6 +54,35 @@ class Run:
     selected: checkpoint.Progress | None = None
     phases: step.Phases | None = None
     current: checkpoint.Progress | None = None
+
+    @classmethod
+    def open(
+        cls,
+        args,
+        facts: dist.Facts,
+        signals: checkpoint.Signals,
+        data,
+        splits: dict[str, np.ndarray],
+        meta: dict,
+        stages: dict[str, config.Stage],
+        *,
+        name: str,
+        identity: dict,
+        size: str,
+    ) -> "Run | None":
+        """The run in its directory, said in one line; None where the same run has finished: its summary is printed.
+
+        `name` and `identity` name the directory (see `directory`), `size` is what the line says of the model.
+
+        Raises:
+            InputError: see `claim`.
+        """
+        folder = directory(args, meta["script"], name, identity)
+        if not claim(folder, args, identity, {stage: vars(values) for stage, values in stages.items()} | meta, facts):
+            return None
+        log = Log(folder, main=facts.main, tensorboard=args.tensorboard)
+        log.say(f"run directory {folder}; device {facts.device}, {facts.world_size} process(es), {size}")
+        return cls(args, facts, data, splits, folder, log, signals, meta, stages)
 
     def lap(self, phase: str | None) -> None:
         """The end of a phase of a training step, or (None) of what is no part of a step, for --profile."""
@@ -117,6 +149,42 @@ class Run:
         if progress.stage in self.stages:
             self.selected = progress
 
+    def end_step(
+        self,
+        progress: checkpoint.Progress,
+        pace: Pace,
+        losses: dict[str, Tensor],
+        lr: float,
+        norm: Tensor,
+        bad: Tensor,
+        *,
+        chance: float | None = None,
+        more: Callable[[], dict] = dict,
+    ) -> None:
+        """What follows an update in every loop: the epoch's sums, the pace, a line where one is due, the checkpoint.
+
+        Args:
+            losses: device scalars by name.
+            lr, norm, bad: of the step; `norm` (the gradient's) and `bad` (masked) are device scalars.
+            chance: the loss at chance level, where there is one.
+            more: further values of a line; called only where one is due, as it may wait for the device.
+
+        Raises:
+            Diverged, Stopped: see `Progress.end_step`.
+        """
+        progress.add(**losses)
+        pace.tick()
+        name, done, epochs = progress.stage, progress.step + 1, self.stages[progress.stage].epochs
+        if self.log.due(done, self.args.log_every):
+            values = {key: dist.mean(value).item() for key, value in losses.items()}
+            values |= {} if chance is None else {"loss/chance": values["loss"] / chance}
+            values |= {"lr": lr, "grad_norm": norm.item()} | more()
+            self.log.interval(name, done, progress.epoch + 1, values, pace)
+        self.log.progress(name, done, pace)
+        if pace.steps == 2:
+            self.log.cost(name, pace.total_steps // epochs, epochs, pace, self.facts.device)
+        progress.end_step(bad)
+
     @contextlib.contextmanager
     def recorded(self):
         """Around the stages: however they end, write summary.json and report.html and close the log.
@@ -176,6 +244,37 @@ class Run:
                 self.log.say(f"{status}: {self.folder / 'report.html'}")
         finally:
             self.log.close()
+
+
+def launch(args, use: Callable, begin: Callable) -> int:
+    """The frame of every script: `use(args, facts)` with --eval, --predict or --stream, else `begin(args, facts,
+    signals)`.
+
+    Returns 0; the other exit codes leave as SystemExit.
+    """
+    with config.exit_codes(), checkpoint.Signals() as signals:
+        facts = dist.init(args.device)
+        prepare(args)
+        if args.eval or args.predict or getattr(args, "stream", None):
+            use(args, facts)
+        else:
+            begin(args, facts, signals)
+        dist.close()
+    return 0
+
+
+def tested(progress: checkpoint.Progress, model: nn.Module, test: Callable[[nn.Module, dict], tuple[dict, object]]):
+    """(test metrics, what else `test` gave of the selected model): every script's test at a stage's end.
+
+    `test(network, metrics)` gives the test metrics of a network by name, and something else; it gets the metrics that
+    were stored with the network. Those of the last epoch are named `NAME_last_epoch`. `model` keeps the last epoch's
+    weights: a stop meanwhile must store them.
+    """
+    last, _ = test(model, progress.results)
+    chosen = copy.deepcopy(model)
+    chosen.load_state_dict(progress.best_weights())
+    results, rest = test(chosen, progress.best_metrics())
+    return results | {f"{name}_last_epoch": value for name, value in last.items()}, rest
 
 
 def origin(path: str) -> Path:

@@ -16,10 +16,10 @@ from common.config import InputError
 
 def test_log_lines_hold_the_same_fields_as_the_console(tmp_path, capsys):
     book = log.Log(tmp_path, main=True)
-    pace = log.Pace(32, 100)
+    pace = log.Pace(32, 100, "img")
     for _ in range(3):
         pace.tick()
-    book.interval("train", 7, 1, {"loss": 4.8123, "lr": 0.24}, pace, "img")
+    book.interval("train", 7, 1, {"loss": 4.8123, "lr": 0.24}, pace)
     book.metrics("train", 7, 1, {"train/val/accuracy": 0.5, "train/val/loss": float("nan")})
     book.close()
     console = capsys.readouterr().out.splitlines()
@@ -135,10 +135,10 @@ def run_directory(folder):
                "linear/test/macro_f1": 0.7, "status": "finished", "seconds": 61}  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(summary))
     book = log.Log(folder, main=True)
-    pace = log.Pace(8, 20)
+    pace = log.Pace(8, 20, "img")
     for step in (1, 2, 3):
         pace.tick()
-        book.interval("pretrain", step, 1, {"loss": 3.0 - step / 2, "loss/chance": 1.2 - step / 5}, pace, "img")
+        book.interval("pretrain", step, 1, {"loss": 3.0 - step / 2, "loss/chance": 1.2 - step / 5}, pace)
         book.metrics("pretrain", step, step, {"pretrain/train/loss": 2.0, "pretrain/val/knn_accuracy": 0.1 * step})
     book.close()
 

@@ -27,6 +27,14 @@ from common.run import origin, read_json, write_json
 TARGETS = "ASC_H,ASC_US,HSIL,LSIL,SCC"
 SIZES = {"A1": 30_000, "A2": 3_000, "B1": 15_000, "B2": 7_000}
 NUM_LABELS = {"A1": 20, "A2": 30}
+# Its runs: what pretraining makes of the backbone, the batch, the amount of data and the projection.
+CELLS = [
+    dict(backbone=backbone, bs=bs, fraction=fraction, proj_dim=proj_dim)
+    for backbone in ("resnet50", "resnet101", "inception_v3", "inception_resnet_v2")
+    for bs in (64, 128, 256)
+    for fraction in (1.0, 0.7, 0.4)
+    for proj_dim in (32, 64, 128)
+]
 TOO_SMALL = 20  # images: such a label can neither be learned from nor judged
 
 

@@ -28,9 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common import checkpoint, weights
 from common.config import InputError
 from common.models.heads import TemporalHead
-from common.models.mobilenet_v4 import NUM_FEATURES, MobileNetV4, shift_sites
+from common.models.mobilenet_v4 import NUM_FEATURES, MobileNetV4, normalization, shift_sites
 
 PLACEMENTS = ("residual", "expand", "none")
 
@@ -121,6 +122,24 @@ class ClipModel(nn.Module):
             f"shift {s.placement} at {len(widths)} blocks, {s.n_segment} frames, fold_div {s.fold_div}, "
             f"direction {s.direction}, padding {s.padding}: {moved:.0%} of their channels move"
         )
+
+
+def start_weights(args) -> tuple[dict[str, Tensor] | None, tuple]:
+    """The backbone's weights in --weights, and the (mean, std) of pixels that they expect; of a run, its own.
+
+    Raises:
+        InputError: the file cannot be read, or is another script's.
+    """
+    if args.weights is None:
+        return None, normalization(args.backbone)
+    state = weights.read(args.weights)
+    own = {name.removeprefix("backbone."): t for name, t in state.items() if name.startswith("backbone.")}
+    if own:
+        meta = checkpoint.load_selected(args.weights)["meta"]
+        if meta["script"] != "tsm":
+            raise InputError(f"{args.weights} is of train_{meta['script']}.py; give a run of this script")
+        return own, meta["pixels"]
+    return state, normalization(args.backbone, args.weights)
 
 
 def freeze_bn(model: ClipModel, share: float) -> list[str]:
