@@ -28,7 +28,7 @@ from common.datasets import raer
 from common.log import Log, Pace
 from common.models.clip import ACTIVATIONS, VARIANTS
 from common.models.raer import TUNES, RaerModel, build_raer, normalization, start
-from common.run import Run, launch, tested, used
+from common.run import Run, launch, recall, tested, used
 from common.schedule import Phase, Schedule, read_schedule
 
 STAGE = {"epochs": 60, "bs": 32, "lr": 1e-2, "wd": 1e-4, "optimizer": "sgd", "warmup_epochs": 0.0}
@@ -67,9 +67,9 @@ def parse_args(argv: list[str] | None = None):
     parser.choice(group, "--optimizer", ["sgd", "adamw"], STAGE["optimizer"], "of all parts")
     parser.number(group, "--image-lr", float, None, f"unset: {PRETRAINED_IMAGE_LR} with CLIP's weights, or --lr", low=0)
     parser.number(group, "--prompt-lr", float, 1e-3, "of the prompts' context", low=0)
-    args = config.parse(parser, argv, DEMO)
-
     reading = ["missing_box", "face_margin"]
+    args = recall(parser, argv, config.parse(parser, argv, DEMO), [*reading, "store_size"])
+
     config.check_use(parser, args, reading)
     refuse = partial(config.refuse_without_effect, parser, args)
     refuse(["impl"], "here: no kernel is used")

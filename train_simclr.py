@@ -24,7 +24,7 @@ from common.datasets.cytology import CELLS
 from common.log import Log, Pace
 from common.models import BACKBONES, build_backbone, input_size, load_published
 from common.models.heads import SimCLR
-from common.run import Run, launch, origin, tested, used
+from common.run import Run, launch, origin, recall, tested, used
 from common.weights import load_backbone
 from kernels import nt_xent
 
@@ -74,7 +74,7 @@ def parse_args(argv: list[str] | None = None):
     parser.choice(group, "--lr-schedule", ["cosine", "constant"], "cosine", "after the warm-up, in every stage")
     parser.number(group, "--fraction", float, 1.0, "share of the images, stratified, always the same", above=0, high=1)
     group.add_argument("--profile", action="store_true", help="time a step's phases; with --accum views are in forward")
-    args = config.parse(parser, argv, DEMO)
+    args = recall(parser, argv, config.parse(parser, argv, DEMO), ["store_size"])
     if args.cell is not None:
         parser.set_defaults(**CELLS[args.cell])
         args = config.parse(parser, argv, DEMO | CELLS[args.cell])

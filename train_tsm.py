@@ -29,7 +29,7 @@ from common.losses import focal_bce
 from common.models.heads import AGGREGATES
 from common.models.mobilenet_v4 import VARIANTS, build_mobilenet_v4, load_published
 from common.models.tsm import PLACEMENTS, ClipModel, Shift, Stream, freeze_bn, start_weights, training_memory
-from common.run import Run, launch, tested, used
+from common.run import Run, launch, recall, tested, used
 from kernels import shift_conv1x1, shift_step, temporal_shift
 
 STAGE = {"epochs": 30, "bs": 64, "lr": 3e-4, "wd": 0.01, "optimizer": "adamw"}
@@ -84,9 +84,10 @@ def parse_args(argv: list[str] | None = None):
     parser.number(group, "--min-delta", float, 0.002, "gain in video AUC that counts as better", low=0)
     group.add_argument("--stop-on-interval", action="store_true", help="better: the AUC's interval lies above the best")
     group.add_argument("--stream", metavar="FOLDER", help="score one sequence frame by frame with the run of --resume")
-    args = config.parse(parser, argv, DEMO)
-
     reading = ["clips", "compression", "fps"]
+    args = config.parse(parser, argv, DEMO)
+    args = recall(parser, argv, args, [*(reading if args.eval else ["clips", "fps"]), "store_size"])
+
     config.check_use(parser, args, [*reading, "impl"])
     used = partial(config.refuse_without_effect, parser, args)
     if args.stream:

@@ -337,6 +337,21 @@ def used(args, script: str) -> Used:
     return Used(state, source, output_folder(args.out or source), home, path)
 
 
+def recall(parser: config.Parser, argv: list[str] | None, args, names: list[str]):
+    """The flags `args`, but with --eval, --predict or --stream those of `names` (attribute names), which say how data
+    are read, are by default what the run was trained with.
+    """
+    source = args.eval or (args.resume if args.predict or getattr(args, "stream", None) else None)
+    if not source:
+        return args
+    try:
+        stored = read_json(origin(source) / "config.json") or {}
+    except InputError as error:
+        parser.error(str(error))
+    parser.set_defaults(**{name: stored[name] for name in names if name in stored})
+    return config.parse(parser, argv, {})
+
+
 def directory(args, script: str, name: str, identity: dict) -> Path:
     """The run directory: --out, or the one that `--resume PATH` goes on with, or runs/SCRIPT/NAME-HASH."""
     if args.out:

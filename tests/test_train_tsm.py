@@ -120,7 +120,7 @@ def test_metrics_are_scikit_learns_of_the_scores_that_predict_writes(whole, ffpp
 
 def test_eval_repeats_the_test(whole, ffpp, tmp_path):
     for source, suffix in ((whole, ""), (whole / "last.pt", "_last_epoch")):
-        argv = ["--data", str(ffpp), "--clips", "2", "--device", "cpu", "--out", str(tmp_path)]
+        argv = ["--data", str(ffpp), "--device", "cpu", "--out", str(tmp_path)]
         assert train_tsm.main([*argv, "--eval", str(source)]) == 0
         found = json.loads((tmp_path / "eval.json").read_text())
         assert found.keys() >= {"eval/test/video_auc_Deepfakes", "eval/test/clip_auc", "eval/test/video_accuracy"}
@@ -128,9 +128,15 @@ def test_eval_repeats_the_test(whole, ffpp, tmp_path):
             assert value == summary(whole)[f"train/{name.split('/', 1)[1]}{suffix}"], name
 
 
+def test_data_are_read_as_in_training_unless_the_command_line_says_otherwise(whole):
+    assert train_tsm.parse_args(["--eval", str(whole)])[0].clips == 2 != train_tsm.parse_args([])[0].clips
+    assert train_tsm.parse_args(["--predict", "x", "--resume", str(whole / "best.pt")])[0].clips == 2
+    assert train_tsm.parse_args(["--eval", str(whole), "--clips", "4"])[0].clips == 4
+
+
 def test_clips_that_are_longer_than_a_batch_of_frames_are_evaluated_one_by_one(whole, ffpp, tmp_path, monkeypatch):
     monkeypatch.setattr(train_tsm, "EVAL_FRAMES", 2)
-    argv = ["--data", str(ffpp), "--clips", "2", "--device", "cpu", "--out", str(tmp_path), "--eval", str(whole)]
+    argv = ["--data", str(ffpp), "--device", "cpu", "--out", str(tmp_path), "--eval", str(whole)]
     assert train_tsm.main(argv) == 0
     found = json.loads((tmp_path / "eval.json").read_text())
     assert found["eval/test/video_auc"] == pytest.approx(summary(whole)["train/test/video_auc"], abs=0.05)
