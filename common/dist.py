@@ -136,9 +136,10 @@ def _check_signal() -> None:
     number = int(match[2]) if match[2].isdigit() else getattr(signal, f"SIG{match[2]}", 0)
     status = (started / "status").read_text()
     heeded = sum(int(re.search(rf"^{name}:\s*(\w+)", status, re.MULTILINE)[1], 16) for name in ("SigCgt", "SigIgn"))
-    if not heeded >> (number - 1) & 1:
+    if number and not heeded >> (number - 1) & 1:
+        starter = (started / "comm").read_text().strip() if step else "the batch shell"
         raise InputError(
-            f"this job's --signal={option} would kill {(started / 'comm').read_text().strip()}, which started Python,"
+            f"this job's --signal={option} would kill {starter}, which started Python,"
             " and Python would not get it: write `exec python ...` into the batch script, or `srun python ...` with"
             " --signal=USR1@120"
         )

@@ -55,17 +55,17 @@ def missing() -> list[str]:
 
 
 class Cluster:
-    """Nodes with 16 processors and 4 make-believe GPUs each; `env` is what Slurm's commands need.
+    """Nodes with 64 make-believe processors and 4 GPUs each; `env` is what Slurm's commands need.
 
     `folder` and all folders above it must be open to everyone: munge refuses a socket that others could not reach.
     """
 
-    def __init__(self, folder: Path, num_nodes: int = 2, kill_wait: int = 5):
+    def __init__(self, folder: Path, num_nodes: int = 2, kill_wait: int = 20):
         self.folder, self.daemons = folder, []
         self.nodes = [f"127.0.0.{i + 1}" for i in range(num_nodes)]
         ports = _free_ports(1 + num_nodes)
         lines = [
-            f"NodeName={node} NodeHostname={socket.gethostname()} NodeAddr={node} Port={port} CPUs=16 Gres=gpu:4"
+            f"NodeName={node} NodeHostname={socket.gethostname()} NodeAddr={node} Port={port} CPUs=64 Gres=gpu:4"
             for node, port in zip(self.nodes, ports[1:], strict=True)
         ]
         self.conf = folder / "slurm.conf"
@@ -87,10 +87,10 @@ class Cluster:
     def __enter__(self):
         files = [f"--{name}={self.folder}/munge.{name}" for name in ("socket", "pid-file", "log-file", "seed-file")]
         self.daemons.append(self._daemon("munged", "-F", "--force", f"--key-file={self.folder}/munge.key", *files))
-        _until(lambda: (self.folder / "munge.socket").exists(), "munged")
+        until(lambda: (self.folder / "munge.socket").exists(), "munged")
         self.daemons.append(self._daemon("slurmctld", "-D"))
         self.daemons += [self._daemon("slurmd", "-D", "-N", node) for node in self.nodes]
-        _until(lambda: self.run("sinfo", "-h", "-o", "%T") == "idle", "slurmd")
+        until(lambda: self.run("sinfo", "-h", "-o", "%T") == "idle", "slurmd")
         return self
 
     def __exit__(self, *_):
@@ -109,8 +109,45 @@ class Cluster:
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout.strip()
 
+    def jobs(self) -> set[str]:
+        """The numbers of all jobs that have not ended."""
+        return set(self.run("squeue", "-h", "-o", "%A").split())
 
-def _until(condition, what: str, seconds: float = 60) -> None:
+    def facts(self, job: str) -> dict[str, str]:
+        """What Slurm knows of a job: `JobState`, `ExitCode`, `Restarts` and more."""
+        pairs = (word.partition("=") for word in self.run("scontrol", "show", "job", "-o", job).split())
+        return {name: value for name, _, value in pairs}
+
+    def wait(self, job: str, *states: str) -> dict[str, str]:
+        """Wait until a job is in one of the states; returns its facts."""
+        ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
+        until(lambda: self.facts(job)["JobState"] in ended | set(states), f"job {job}")
+        facts = self.facts(job)
+        assert facts["JobState"] in states, facts
+        return facts
+
+    def start_again(self, job: str) -> None:
+        """Start a requeued job now: Slurm itself waits two minutes."""
+        self.wait(job, "PENDING")
+        time.sleep(2)  # earlier the node still refuses it
+        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+
+    def processes(self, job: str) -> list[int]:
+        """The processes of a job's Python, wherever they hang now."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (folder / "cmdline").read_bytes().split(b"\0")
+                mine = f"SLURM_JOB_ID={job}".encode() in (folder / "environ").read_bytes().split(b"\0")
+            except OSError:  # it has ended
+                continue
+            if mine and b"python" in words[0]:
+                found.append(int(folder.name))
+        return found
+
+
+def until(condition, what: str, seconds: float = 300) -> None:
+    """Wait for a condition; fails after some minutes."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"waited {seconds:.0f} s for {what}"
