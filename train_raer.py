@@ -31,7 +31,7 @@ from common.models.raer import TUNES, RaerModel, build_raer, normalization, star
 from common.run import Run, launch, recall, tested, used
 from common.schedule import Phase, Schedule, read_schedule
 
-STAGE = {"epochs": 60, "bs": 32, "lr": 1e-2, "wd": 1e-4, "optimizer": "sgd", "warmup_epochs": 0.0}
+STAGE = {"bs": 32, "lr": 1e-2, "wd": 1e-4, "optimizer": "sgd", "warmup_epochs": 0.0}
 PRETRAINED_IMAGE_LR = 1e-5  # CLIP-CAER's; a tower that does not start from CLIP trains at --lr
 JITTER, DEGREES, CROP = (0.3, 0.3, 0.3, 0.1), 15, (0.5, 1.0)
 DEMO = dict(backbone="vit_tiny", num_frames=8, cache_features=True, bs=16, epochs=8, optimizer="adamw", lr=3e-4)
@@ -125,8 +125,13 @@ def check(args, facts: dist.Facts, clips, splits: dict, stage: config.Stage, tab
         for i in np.setdiff1d(np.arange(len(counts)), clips.labels[splits[name]]):
             say(f"{name} has no clip of {clips.classes[i]}: its recall counts as 0 in the UAR there")
     for phase in table.phases:
-        if phase.cap is not None and phase.cap >= data.class_weights(counts, None).max():
+        weights = data.class_weights(counts, None)
+        if phase.cap is not None and phase.cap >= weights.max():
             say(f"warning: from epoch {phase.start} the cap {phase.cap:g} binds no class: all are drawn equally often")
+        if phase.cap is not None and phase.cap <= weights.min():
+            say(f"warning: from epoch {phase.start} the cap {phase.cap:g} binds all classes: none is drawn more often")
+    if args.la_prior == "train" and not any(phase.tau and phase.sampler == "weighted" for phase in table.phases):
+        raise InputError("--la-prior train: no phase of --schedule has tau with the weighted sampler; leave it out")
     return counts
 
 
@@ -382,11 +387,12 @@ def use(args, facts: dist.Facts) -> None:
 
 def begin(parser, args, facts: dist.Facts, signals: checkpoint.Signals) -> None:
     """Train: read the data, settle what the run is, and run its one stage."""
-    stage = config.stage(args, "train", STAGE | {"optimizer": args.optimizer}, first=True, lr_of=None)
     written = read_schedule(args.schedule) if args.schedule else longtail.SCHEDULES[args.method]
+    given = {"epochs": written.epochs, "optimizer": args.optimizer}
+    stage = config.stage(args, "train", STAGE | given, first=True, lr_of=None)
     table = written.scaled(stage.epochs)
     clips = build_data(args, args.data, facts)
-    splits = raer.split(clips)
+    splits = raer.split(clips, say=print if facts.main else lambda text: None)
     meta = dict(script="raer", classes=clips.classes, schedule=[written.epochs, *map(asdict, written.phases)])
     meta |= {name: getattr(args, name) for name in MODEL_FLAGS}
     meta["counts"] = check(args, facts, clips, splits, stage, table).tolist()

@@ -174,6 +174,8 @@ def build_model(run: Run, published: dict | None = None) -> ClipModel:
     model = ClipModel(backbone, shift_of(args, meta), aggregate=meta["aggregate"], num_classes=1, **drop)
     model = dist.sync_batchnorm(model, facts).to(facts.device, memory_format=torch.channels_last)
     frozen = freeze_bn(model, args.freeze_bn)
+    if args.freeze_bn and not frozen:
+        raise InputError(f"--freeze-bn {args.freeze_bn:g} freezes no BatchNorm layer; raise it, or leave it out")
     if frozen:
         run.log.say(f"--freeze-bn {args.freeze_bn:g}: {len(frozen)} BatchNorm layers, {frozen[0]} to {frozen[-1]}")
     backbone.checkpoint_blocks = args.checkpoint_blocks
@@ -324,7 +326,7 @@ def use(args, facts: dist.Facts) -> None:
     sequence frame by frame."""
     found = used(args, "tsm")
     meta, threshold = found.state["meta"], found.state["metrics"].get("train/val/threshold")
-    if threshold is None:
+    if threshold is None and not args.stream:
         raise InputError(f"{found.source} was saved before its first validation: there is no threshold yet")
     videos = build_data(args, found.path, facts, labels=bool(args.eval))
     run = Run(args, facts, videos, {}, found.folder, Log(None, main=facts.main), None, meta, {})
@@ -367,6 +369,8 @@ def begin(parser, args, facts: dist.Facts, signals: checkpoint.Signals) -> None:
     size = args.image_size or max(min(224, videos.store_size), MIN_SIZE)
     if size < MIN_SIZE:
         raise InputError(f"--image-size {size}: the smallest that MobileNetV4 takes is {MIN_SIZE}")
+    if size > videos.store_size and facts.main:
+        print(f"frames are stored at {videos.store_size} px and enlarged to --image-size {size}: no detail is gained")
     published, pixels = start_weights(args)
     meta = dict(script="tsm", image_size=size, classes=videos.classes)
     meta |= {name: getattr(args, name) for name in MODEL_FLAGS}

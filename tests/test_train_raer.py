@@ -516,10 +516,20 @@ def test_damaged_trees_and_other_models_are_refused_in_one_line(tree, whole, tmp
 def test_an_inert_cap_warns(tree, tmp_path, capsys):
     table = {"epochs": 2, "phases": [{"start": 0}, {"start": 1, "sampler": "weighted", "cap": 50.0, "tau": 0.1}]}
     (tmp_path / "table.json").write_text(json.dumps(table))
-    argv = [*NET, "--data", str(tree), "--epochs", "2", "--cache-features", "--schedule", str(tmp_path / "table.json")]
+    argv = [*NET, "--data", str(tree), "--cache-features", "--schedule", str(tmp_path / "table.json")]
     assert train_raer.main([*argv, "--out", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
     assert "warning: from epoch 1 the cap 50 binds no class" in out and "[1, 2)  weighted  50" in out
+    assert "2 epochs at most" in out  # the file's, as no --epochs is given
+    table["phases"][1] |= {"cap": 0.01, "tau": 0}
+    (tmp_path / "table.json").write_text(json.dumps(table))
+    argv += ["--out", str(tmp_path / "low")]
+    with pytest.raises(SystemExit):
+        train_raer.main([*argv, "--max-steps", "1"])
+    assert "the cap 0.01 binds all classes" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ending:
+        train_raer.main([*argv, "--la-prior", "train"])
+    assert ending.value.code == 2 and "no phase of --schedule has tau with the weighted" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -241,6 +241,9 @@ def test_frozen_batchnorm_is_named_and_stays(ffpp, tmp_path, capsys):
     model = checkpoint.load(tmp_path / "run" / "last.pt")["parts"]["model"]
     counts = [int(value) for name, value in model.items() if name.endswith("num_batches_tracked")]
     assert counts == [0] * 15 + [4] * 31  # two steps of two chunks
+    with pytest.raises(SystemExit) as ending:
+        train_tsm.main([*NET, "--data", str(ffpp), "--bs", "8", "--freeze-bn", "0.01", "--out", str(tmp_path / "none")])
+    assert ending.value.code == 2 and "freezes no BatchNorm layer" in capsys.readouterr().err
     assert torch.equal(model["backbone.bn1.running_mean"], torch.zeros(32))
 
 
