@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import augment, checkpoint, clustering, config, data, discovery, dist, optim, report, step
+from common import augment, checkpoint, clustering, config, data, discovery, dist, optim, recipe, report, step
 from common.config import Diverged, InputError
 from common.datasets import utterances
 from common.discovery import Rows, Targets, score
@@ -30,6 +30,7 @@ from common.models import umc
 from common.models.text import Lsa
 from common.monitor import Monitor
 from common.run import Run, launch, tested, used
+from common.verdict import Task
 from kernels import nt_xent, sup_con
 
 STAGES = {
@@ -267,7 +268,7 @@ def train(run: Run, name: str, model: umc.Fusion, start: str) -> None:
     """
     args, facts, log, meta, stage = run.args, run.facts, run.log, run.meta, run.stages[name]
     second, last = name == "cluster", meta["choose"] == "last"
-    optimizer = optim.build_optimizer(stage.optimizer, optim.param_groups([model], stage.wd), lr=stage.lr)
+    optimizer = optim.of_stage(stage, [model])
     scaler, monitor = step.scaler(args.precision, facts.device), Monitor(args.min_epochs)
     targets = Targets(len(run.splits["train"])) if second else None
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "monitor": monitor}
@@ -354,6 +355,26 @@ def conclude(run: Run, model: umc.Fusion, progress, monitor: Monitor, targets: T
     return results
 
 
+def task(run: Run, basis: dict | None) -> Task:
+    """Stage 1 in the terms of --check: stage 2 takes the same steps on labels of its own making."""
+    stage, meta, rows = run.stages["pretrain"], run.meta, run.data
+    size, tau, views = min(64, stage.bs), meta["temperature"], 2 if meta["views"] == "all" else max(len(rows.names), 2)
+    middle = math.log(views * size - 1)
+
+    def one_step(model, optimizer, scaler, batch, epoch):
+        return train_step(run, model, optimizer, scaler, batch, epoch, None, tau)
+
+    def entry(model, call):
+        inputs, lengths = call[:2]
+        return list(inputs.values()), lambda xs: model(dict(zip(inputs, xs, strict=True)), lengths)[0]
+
+    options = dict(seen=lambda calls, n: torch.stack([call[2] for call in calls], 1), size=size, images=None)
+    options |= dict(chance=(middle - 2 / tau, 1.1 * middle), varies=meta["views"] == "all", entry=entry)
+    options |= dict(rows=lambda output: output[1], idle=rows.padding if meta["lengths"] == "valid" else None)
+    functions = partial(build_model, run, basis), one_step, partial(evaluate, run, raw=True)
+    return Task(run, stage, run.splits["train"], run.splits["test"], *functions, **options)
+
+
 def use(args, facts: dist.Facts) -> None:
     """--eval: the test metrics of a checkpoint. --predict: predictions.csv, the clusters of other utterances."""
     model_of = used(args, "cluster")
@@ -405,8 +426,12 @@ def begin(parser, args, facts: dist.Facts, signals: checkpoint.Signals) -> None:
         checkpoint.save(run.folder / "text.pt", lsa.state)
     shown = ", ".join(f"{name} {weight:.3f}" for name, weight in weights.items())
     run.log.say(f"modalities by their agreement with {anchor}: {shown}")
+    basis = basis if meta["inputs"] == "weighted" else None
+    if args.check:
+        recipe.check(run, {"pretrain": task(run, basis)})
+        return
     with run.recorded():
-        model = build_model(run, basis if meta["inputs"] == "weighted" else None)
+        model = build_model(run, basis)
         train(run, "pretrain", model, "scratch")
         train(run, "cluster", model, checkpoint.weights_digest(model.state_dict()))
 

@@ -14,6 +14,7 @@ cool down. It is one table, in common/longtail.py, and printed at the start; --s
 """
 
 import copy
+import math
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import audit, augment, checkpoint, config, data, dist, longtail, metrics, optim, probe, report, step
+from common import audit, augment, checkpoint, config, data, dist, longtail, metrics, optim, probe, recipe, report, step
 from common.config import Diverged, InputError
 from common.datasets import raer
 from common.log import Log, Pace
@@ -30,6 +31,7 @@ from common.models.clip import ACTIVATIONS, VARIANTS
 from common.models.raer import TUNES, RaerModel, build_raer, normalization, start
 from common.run import Run, launch, recall, tested, used
 from common.schedule import Phase, Schedule, read_schedule
+from common.verdict import Task
 
 STAGE = {"bs": 32, "lr": 1e-2, "wd": 1e-4, "optimizer": "sgd", "warmup_epochs": 0.0}
 PRETRAINED_IMAGE_LR = 1e-5  # CLIP-CAER's; a tower that does not start from CLIP trains at --lr
@@ -157,15 +159,6 @@ def build_optimizer(run: Run, model: RaerModel) -> torch.optim.Optimizer:
     return optim.build_optimizer(stage.optimizer, groups, lr=stage.lr)
 
 
-def set_lr(optimizer, peaks: list[float], stage: config.Stage, done: int, steps: int, factor: float) -> float:
-    """Set every group's rate for the step that follows `done` steps: its peak by the warm-up and the phase's factor."""
-    warmup = round(stage.warmup_epochs * steps)
-    factor *= optim.lr_at(done, lr=1.0, warmup_steps=warmup, total_steps=stage.epochs * steps, schedule="constant")
-    for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-        group["lr"] = peak * factor
-    return stage.lr * factor
-
-
 def inputs(run: Run, cached: Tensor | None, batches: list[np.ndarray], epoch: int | None = None):
     """What the model's input is made of, a batch of items at a time: cached features, or (faces, contexts), uint8."""
     if cached is not None:
@@ -256,8 +249,9 @@ def score(run: Run, prefix: str, indices: np.ndarray, scores: Tensor, say=None) 
     return {f"{prefix}/{name}": value for name, value in values.items()}
 
 
-def audit_phases(run: Run, model: RaerModel, table: Schedule, cached: Tensor | None) -> None:
-    """The audit of every phase's settings, three steps each on a copy; its batches are chunks of the phase's first."""
+def audit_phases(run: Run, model: RaerModel, table: Schedule, cached: Tensor | None) -> list[str]:
+    """What the audit of every phase's settings finds, three steps each on a copy; its batches are chunks of the phase's
+    first."""
     labels, problems = torch.from_numpy(run.data.labels), []
     for phase in table.phases:
         batches = [batch[: len(batch) // run.args.accum] for batch in epoch_batches(run, phase, phase.start)[:3]]
@@ -273,8 +267,7 @@ def audit_phases(run: Run, model: RaerModel, table: Schedule, cached: Tensor | N
 
         make = partial(build_optimizer, run)
         problems += audit.check_setting(f"epochs from {phase.start}", twin, make, terms_of)
-    audit.refuse(problems)
-    run.log.say(f"audit of {len(table.phases)} phases, 3 steps each: what is to train moves, every loss is felt")
+    return problems
 
 
 def train(run: Run, published, table: Schedule) -> None:
@@ -296,7 +289,8 @@ def train(run: Run, published, table: Schedule) -> None:
         log.say("no pretrained text: smoothed targets are uniform; the MI loss, of prompts and texts, is off")
     cached = encode(run, model, progress) if args.cache_features else None
     if progress.step == 0:
-        audit_phases(run, model, table, cached)
+        audit.refuse(audit_phases(run, model, table, cached))
+        log.say(f"audit of {len(table.phases)} phases, 3 steps each: what is to train moves, every loss is felt")
 
     pace, trained, trains = Pace(stage.bs, stage.epochs * steps, "clip"), None, None
     while progress.epoch < stage.epochs:
@@ -311,7 +305,7 @@ def train(run: Run, published, table: Schedule) -> None:
         terms_of = partial(loss_terms, run, model, phase)
         batches = epoch_batches(run, phase, progress.epoch, progress.batch)
         for batch, pixels in zip(batches, inputs(run, cached, batches, progress.epoch), strict=True):
-            lr = set_lr(optimizer, peaks, stage, progress.step, steps, phase.lr)
+            lr = optim.set_rates(optimizer, peaks, stage, progress.step, steps, phase.lr)
             targets = step.to_device(labels[batch % len(clips)], facts.device)
 
             def make_inputs(chunk, pixels=pixels, batch=batch):
@@ -357,6 +351,39 @@ def encode(run: Run, model: RaerModel, progress) -> Tensor:
     made_with = f"{digest} {length} {args.face_margin} {args.precision} {len(everything)}"
     rows = probe.stored_features(run, made_with, compute)
     return rows.view(len(rows), 2, length, -1)
+
+
+def task(run: Run, published, table: Schedule) -> Task:
+    """The first phase in the terms of --check. Cached features are made here a batch at a time."""
+    args, stage, clips, length = run.args, run.stages["train"], run.data, run.meta["num_frames"]
+    labels, counts, cached = torch.from_numpy(clips.labels), np.array(run.meta["counts"]), args.cache_features
+    guess, phase = math.log(len(counts)), table.phases[0]
+
+    def one_step(model, optimizer, scaler, batch, epoch):
+        own = batch % len(clips)
+        drawn = clips.eval_frames(own, length) if cached else clips.train_frames(batch, args.seed, epoch, length)
+        (pixels,) = run.data.batches([(own, drawn)], args.workers)
+        make = lambda k: frames_of(run, [part[k] for part in pixels], None if cached else batch[k], epoch)  # noqa: E731
+        terms_of = partial(loss_terms, run, model, phase)
+        terms, *rest = train_step(run, model, optimizer, scaler, terms_of, make, labels[own].to(run.facts.device))
+        return terms["loss"], *rest
+
+    def pixels(own):
+        return torch.stack(next(clips.batches([(own, clips.eval_frames(own, length))], args.workers)), 1).flatten(0, 2)
+
+    def entry(model, call):
+        return [call[0] if run.meta["tune"] == "full" else model.encode(call[0])], lambda xs: model(xs[0])[0]
+
+    inputs = dict(several=EVAL_FRAMES // length // 2 + 2, pixels=pixels, size=min(8, stage.bs), entry=entry)
+    inputs |= dict(images=lambda call: call[0].flatten(0, 2), normalization=normalization(run.meta["backbone"]))
+    inputs |= dict(seen=lambda calls, n: calls[0][0].unsqueeze(1), varies=not cached and args.augment != "none")
+    answers = dict(labels=clips.labels, classes=clips.classes, prior=longtail.prior(counts, phase, "sampled").numpy())
+    answers |= dict(rows=lambda output: output[0], parts=2 * length, chance=(0.7 * guess, 1.5 * guess + 2))
+    answers |= dict(audit=lambda model: audit_phases(run, model, table, None))
+    answers |= dict(frozen=lambda model: {name for name in dict(model.named_parameters()) if model.is_frozen(name)})
+    functions = partial(build_model, run, published), one_step, partial(evaluate, run)
+    own = dict(optimizer=partial(build_optimizer, run), batches=partial(epoch_batches, run, phase))
+    return Task(run, stage, run.splits["train"], run.splits["val"], *functions, **own, **inputs, **answers)
 
 
 def use(args, facts: dist.Facts) -> None:
@@ -407,6 +434,9 @@ def begin(parser, args, facts: dist.Facts, signals: checkpoint.Signals) -> None:
     if run is None:
         return
     run.log.say("\n".join(filter(None, [said, clips.describe_frames(args.num_frames)])))
+    if args.check:
+        recipe.check(run, {"train": task(run, published, table)})
+        return
     with run.recorded():
         train(run, published, table)
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import augment, checkpoint, config, data, dist, optim, probe, report, step
+from common import augment, checkpoint, config, data, dist, optim, probe, recipe, report, step
 from common.config import InputError
 from common.datasets import cytology
 from common.datasets.cytology import CELLS
@@ -25,6 +25,7 @@ from common.log import Log, Pace
 from common.models import BACKBONES, build_backbone, input_size, load_published
 from common.models.heads import SimCLR
 from common.run import Run, launch, origin, recall, tested, used
+from common.verdict import Task
 from common.weights import load_backbone
 from kernels import nt_xent
 
@@ -225,7 +226,7 @@ def pretrain(run: Run, weights: dict | None) -> None:
     args, facts, log, indices = run.args, run.facts, run.log, run.splits["pretrain"]
     stage = run.stages["pretrain"]
     model = build_model(run, "pretrain", weights)
-    optimizer = optim.build_optimizer(stage.optimizer, optim.param_groups([model], stage.wd), lr=stage.lr)
+    optimizer = optim.of_stage(stage, [model])
     scaler = step.scaler(args.precision, facts.device)
     start = checkpoint.weights_digest(weights) if weights else "scratch"
     progress = run.stage("pretrain", {"model": model, "optimizer": optimizer, "scaler": scaler}, start=start)
@@ -286,13 +287,29 @@ def linear(run: Run, weights: dict | None) -> None:
     probe.linear(run, weights, random, BACKBONES[run.meta["backbone"]].num_features, features)
 
 
+def finetune_step(run: Run, model, optimizer, scaler, pixels, batch: np.ndarray, labels: np.ndarray, epoch: int):
+    """One update on crops of the images `batch`; returns (loss, gradient norm, bad), device scalars."""
+    args, device = run.args, run.facts.device
+    params = augment.crop_flip_params(args.seed, epoch, batch, 0, pixels.shape[-1])
+    x = augment.make_view(step.to_device(pixels, device), params, run.meta["image_size"])
+    x = augment.normalize(x).contiguous(memory_format=torch.channels_last)
+    optimizer.zero_grad(set_to_none=True)
+    with step.autocast(args.precision, device):
+        logits = model(x)
+    y = step.to_device(torch.from_numpy(labels[batch]), device)
+    loss = nn.functional.cross_entropy(logits.float(), y)
+    scaler.scale(loss).backward()
+    norm, bad = step.masked_step(optimizer, scaler, loss)
+    return loss.detach(), norm, bad
+
+
 def finetune(run: Run, weights: dict | None) -> None:
     """Stage 3: train the whole model on labels; test the epoch of the best macro F1 on dev."""
     args, facts, log, classes = run.args, run.facts, run.log, run.meta["classes"]["finetune"]
     train, dev, test = (run.splits[f"finetune_{name}"] for name in ("train", "dev", "test"))
     stage, num_classes, labels = run.stages["finetune"], len(classes), run.data.labels_in(classes)
     model = build_model(run, "finetune", weights)
-    optimizer = optim.build_optimizer(stage.optimizer, optim.param_groups([model], stage.wd), lr=stage.lr)
+    optimizer = optim.of_stage(stage, [model])
     scaler = step.scaler(args.precision, facts.device)
     start = checkpoint.weights_digest(weights) if weights else "random"
     progress = run.stage("finetune", {"model": model, "optimizer": optimizer, "scaler": scaler}, start=start)
@@ -309,16 +326,7 @@ def finetune(run: Run, weights: dict | None) -> None:
         batches = data.epoch_batches(train, stage.bs, args.seed, progress.epoch, progress.batch, facts)
         for batch, pixels in zip(batches, run.data.batches(batches, args.workers), strict=True):
             lr = step.set_lr(optimizer, stage, progress.step, steps, args.lr_schedule)
-            params = augment.crop_flip_params(args.seed, progress.epoch, batch, 0, pixels.shape[-1])
-            x = augment.make_view(step.to_device(pixels, facts.device), params, run.meta["image_size"])
-            x = augment.normalize(x).contiguous(memory_format=torch.channels_last)
-            optimizer.zero_grad(set_to_none=True)
-            with step.autocast(args.precision, facts.device):
-                logits = trained(x)
-            y = step.to_device(torch.from_numpy(labels[batch]), facts.device)
-            loss = nn.functional.cross_entropy(logits.float(), y)
-            scaler.scale(loss).backward()
-            norm, bad = step.masked_step(optimizer, scaler, loss)
+            loss, norm, bad = finetune_step(run, trained, optimizer, scaler, pixels, batch, labels, progress.epoch)
             run.end_step(progress, pace, {"loss": loss}, lr, norm, bad)
         values = {"finetune/train/loss": progress.mean("loss")}
         if (progress.epoch + 1) % args.eval_every == 0 or progress.epoch + 1 == stage.epochs:
@@ -334,6 +342,29 @@ def finetune(run: Run, weights: dict | None) -> None:
     results, _ = tested(progress, model, scored)
     log.metrics("finetune", progress.step, progress.epoch, results)
     run.finish(progress, results)
+
+
+def task(run: Run, name: str, weights: dict | None) -> Task:
+    """A stage in the terms of --check."""
+    args, stage, first, items = run.args, run.stages[name], name == "pretrain", run.data
+    classes, part = run.meta["classes"].get(name, []), "finetune_" * (name == "finetune")
+    labels, size = None if first else items.labels_in(classes), min(16, stage.bs)
+    splits = (run.splits[split] for split in (("pretrain", "test") if first else (f"{part}train", f"{part}dev")))
+    guess = math.log(2 * size - 1 if first else len(classes))
+
+    def one_step(model, optimizer, scaler, batch, epoch):
+        (pixels,) = run.data.batches([batch], args.workers)
+        if not first:
+            return finetune_step(run, model, optimizer, scaler, pixels, batch, labels, epoch)
+        make_views = lambda chunk: two_views(run, pixels[chunk], batch[chunk], epoch)  # noqa: E731
+        return train_step(run, model, optimizer, scaler, make_views, len(batch))[::2]
+
+    inputs = dict(seen=lambda calls, n: calls[0][0].unflatten(0, (-1, n)).transpose(0, 1), size=size)
+    inputs |= dict(pixels=lambda own: next(run.data.batches([own], args.workers)))
+    answers = dict(labels=labels, classes=classes, head=None if first else lambda model: model.fc)
+    answers |= dict(chance=(0.8 * guess, 1.25 * guess), varies=not first or args.augment != "none")
+    functions = partial(build_model, run, name, weights), one_step, partial(evaluate, run)
+    return Task(run, stage, *splits, *functions, **inputs, **answers)
 
 
 def use(args, facts: dist.Facts) -> None:
@@ -394,6 +425,9 @@ def begin(parser, args, facts: dist.Facts, signals: checkpoint.Signals) -> None:
     run.phases = step.Phases(facts.device) if args.profile else None
     if started:
         run.log.say(started)
+    if args.check:
+        recipe.check(run, {name: task(run, name, weights) for name in stages if name != "linear"})
+        return
     with run.recorded():
         if "pretrain" in stages:
             pretrain(run, weights)

@@ -21,15 +21,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import augment, checkpoint, config, data, dist, metrics, optim, report, step
+from common import augment, checkpoint, config, data, dist, metrics, optim, recipe, report, step
 from common.config import Diverged, InputError
 from common.datasets import faceforensics
 from common.log import Log, Pace
-from common.losses import focal_bce
+from common.losses import focal_bce, focal_guess
 from common.models.heads import AGGREGATES
 from common.models.mobilenet_v4 import VARIANTS, build_mobilenet_v4, load_published
 from common.models.tsm import PLACEMENTS, ClipModel, Shift, Stream, freeze_bn, start_weights, training_memory
 from common.run import Run, launch, recall, tested, used
+from common.verdict import Task
 from kernels import shift_conv1x1, shift_step, temporal_shift
 
 STAGE = {"epochs": 30, "bs": 64, "lr": 3e-4, "wd": 0.01, "optimizer": "adamw"}
@@ -196,6 +197,18 @@ def frames_of(run: Run, pixels: Tensor, items: np.ndarray | None = None, epoch: 
     return augment.normalize(x, *map(tuple, run.meta["pixels"])).contiguous(memory_format=torch.channels_last)
 
 
+def clips_of(run: Run, items: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """The videos of training items and the frames (n, T) that an epoch draws from them."""
+    starts = dict(n_segment=run.args.n_segment, seconds=run.args.clip_seconds)
+    return items % len(run.data), run.data.train_clips(items, run.args.seed, epoch, **starts)
+
+
+def criterion(run: Run):
+    """The loss of logits and labels that the flags choose."""
+    gamma = run.args.gamma if run.args.loss == "focal_bce" else 0.0
+    return partial(focal_bce, gamma=gamma, alpha=run.args.alpha, pos_weight=run.meta["pos_weight"])
+
+
 def train_step(
     run: Run, model, optimizer, scaler, criterion, make_clips, targets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -256,29 +269,24 @@ def train(run: Run, published: dict | None) -> None:
     val, test, items = run.splits["val"], run.splits["test"], train_items(args, videos, run.splits)
     labels = torch.from_numpy(videos.labels)
     model = build_model(run, published)
-    optimizer = optim.build_optimizer(stage.optimizer, optim.param_groups([model], stage.wd), lr=stage.lr)
+    optimizer = optim.of_stage(stage, [model])
     scaler = step.scaler(args.precision, facts.device)
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
     progress = run.stage("train", parts, start=run.meta["weights"] or "random")
     if run.settled(progress):
         return
     trained, steps = dist.wrap(model, facts), len(items) // stage.bs
-    gamma = args.gamma if args.loss == "focal_bce" else 0.0
-    criterion = partial(focal_bce, gamma=gamma, alpha=args.alpha, pos_weight=run.meta["pos_weight"])
     frames = stage.bs // facts.world_size // args.accum * args.n_segment
     memory = training_memory(model, frames, run.meta["image_size"], step.dtype_of(args.precision, facts.device))
     several = f"{len(items)} clips of {len(run.splits['train'])} videos"
     log.say(stage.describe(several, steps) + f", patience {args.patience} validations")
     log.say(f"{model.describe()}; predicted memory of {frames} frames at once: {memory.describe()}")
 
-    def cut(batch):
-        starts = dict(n_segment=args.n_segment, seconds=args.clip_seconds)
-        return batch % len(videos), videos.train_clips(batch, args.seed, progress.epoch, **starts)
-
     pace = Pace(stage.bs, stage.epochs * steps, "clip")
     while progress.epoch < stage.epochs and progress.stale < args.patience:
         model.train()
         batches = epoch_batches(args, videos, items, stage.bs, progress.epoch, progress.batch, facts)
+        cut = partial(clips_of, run, epoch=progress.epoch)
         for batch, pixels in zip(batches, videos.batches(map(cut, batches), args.workers), strict=True):
             lr = step.set_lr(optimizer, stage, progress.step, steps, "cosine")
             pixels, targets = (step.to_device(t, facts.device) for t in (pixels, labels[batch % len(videos)]))
@@ -286,7 +294,7 @@ def train(run: Run, published: dict | None) -> None:
             def make_clips(chunk, pixels=pixels, batch=batch):
                 return frames_of(run, pixels[chunk], batch[chunk], progress.epoch)
 
-            loss, norm, bad = train_step(run, trained, optimizer, scaler, criterion, make_clips, targets)
+            loss, norm, bad = train_step(run, trained, optimizer, scaler, criterion(run), make_clips, targets)
             run.end_step(progress, pace, {"loss": loss}, lr, norm, bad)
         values = {"train/train/loss": progress.mean("loss")}
         if (progress.epoch + 1) % args.eval_every == 0 or progress.epoch + 1 == stage.epochs:
@@ -319,6 +327,37 @@ def most_watched(run: Run, indices: np.ndarray, shares: Tensor) -> None:
     (pixels,) = run.data.batches([(indices[rows], positions)], run.args.workers)
     x = augment.resize(pixels.flatten(0, 1), min(meta["image_size"], 112)).unflatten(0, pixels.shape[:2])
     report.save_watched(run.folder / "figures" / "watched.png", x, shares[rows, count // 2])
+
+
+def task(run: Run, published: dict | None) -> Task:
+    """The training in the terms of --check."""
+    args, stage, videos, length = run.args, run.stages["train"], run.data, run.meta["n_segment"]
+    items, labels = train_items(args, videos, run.splits), torch.from_numpy(videos.labels)
+    fake = 0.5 if args.sampler == "balanced" else float(videos.labels[run.splits["train"]].mean())
+    guess = focal_guess(fake, **criterion(run).keywords)
+
+    def one_step(model, optimizer, scaler, batch, epoch):
+        (pixels,) = run.data.batches([clips_of(run, batch, epoch)], args.workers)
+        targets = labels[batch % len(videos)].to(run.facts.device)
+        make_clips = lambda k: frames_of(run, pixels[k].to(run.facts.device), batch[k], epoch)  # noqa: E731
+        return train_step(run, model, optimizer, scaler, criterion(run), make_clips, targets)
+
+    def pixels(own):
+        positions = videos.eval_clips(own, length, run.meta["clip_seconds"], args.clips).reshape(-1, length)
+        return next(videos.batches([(own.repeat(args.clips), positions)], args.workers)).flatten(0, 1)
+
+    def past(model, x):
+        return model.frame_features(x, *model.shift.hooks(length)).unflatten(0, (-1, length))
+
+    inputs = dict(batches=lambda epoch: epoch_batches(args, videos, items, stage.bs, epoch), size=min(8, stage.bs))
+    inputs |= dict(several=EVAL_FRAMES // length // args.clips + 2, pixels=pixels, normalization=run.meta["pixels"])
+    inputs |= dict(seen=lambda calls, n: calls[0][0].unflatten(0, (n, 1, -1)), varies=args.augment != "none")
+    answers = dict(labels=videos.labels, classes=videos.classes, prior=np.array([1 - fake, fake]), binary=True)
+    answers |= dict(rows=lambda output: output[0], parts=length, past=past if args.direction == "past" else None)
+    answers |= dict(chance=(0.75 * guess, 1.4 * guess), head=lambda model: model.head.classifier)
+    answers |= dict(frozen=lambda model: {f"{name}.{kind}" for name in model.frozen_bn for kind in ("weight", "bias")})
+    functions = partial(build_model, run, published), one_step, lambda *given: evaluate(run, *given)[0]
+    return Task(run, stage, run.splits["train"], run.splits["val"], *functions, **inputs, **answers)
 
 
 def use(args, facts: dist.Facts) -> None:
@@ -386,6 +425,9 @@ def begin(parser, args, facts: dist.Facts, signals: checkpoint.Signals) -> None:
     if run is None:
         return
     run.log.say(videos.describe_clips(args.n_segment, args.clip_seconds))
+    if args.check:
+        recipe.check(run, {"train": task(run, published)})
+        return
     with run.recorded():
         train(run, published)
 

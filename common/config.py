@@ -20,7 +20,7 @@ EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_AUDIT, EXIT_STOPPED = 2, 3, 4, 75
 # What may differ between two commands that mean the same run. The data set enters the identity by its content
 # (`fingerprint`), so that a copy on a node's local disk continues the same run.
 NOT_IDENTITY = {
-    "compile", "config", "data", "demo", "deterministic", "device", "eval", "fork", "from_run",
+    "check", "compile", "config", "data", "demo", "deterministic", "device", "eval", "fork", "from_run",
     "impl", "log_every", "max_steps", "out", "predict", "profile", "resume", "save_every", "tensorboard", "workers",
 }  # fmt: skip
 
@@ -201,6 +201,8 @@ def base_parser(script: str, doc: str) -> Parser:
     running.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events")
     running.add_argument("--eval", metavar="CHECKPOINT", help="evaluate a checkpoint or run on the test split and end")
     running.add_argument("--predict", metavar="PATH", help="classify the items of PATH with the run named by --resume")
+    items = "try the training recipe on a few batches: all of it, or these items (names, comma-separated); exit code 4"
+    running.add_argument("--check", nargs="?", const="all", metavar="ITEMS", help=f"{items} if one fails")
     running.add_argument("--demo", action="store_true", help="a small run on the embedded data, minutes on two cores")
     return parser
 

@@ -42,6 +42,9 @@ class Rows:
             name: torch.from_numpy(table.lengths[name]).to(device) for name in self.names if name in table.lengths
         }
 
+    def __len__(self) -> int:
+        return len(self.table)
+
     def pooled(self, name: str) -> Tensor:
         """(n, D): a modality, a sequence's mean."""
         x = self.inputs[name]
@@ -49,6 +52,16 @@ class Rows:
             return x
         parts = zip(x.split(256), self.lengths[name].split(256), strict=True)
         return torch.cat([umc.pool(*part) for part in parts])
+
+    @staticmethod
+    def padding(call: tuple[dict, dict]) -> list[Tensor]:
+        """Of each modality in what `take` gave: where a sequence has ended, bool like the modality."""
+        inputs, lengths = call[:2]
+        masks = {name: torch.zeros(x.shape, dtype=torch.bool, device=x.device) for name, x in inputs.items()}
+        for name in lengths:
+            steps = torch.arange(inputs[name].shape[1], device=inputs[name].device)
+            masks[name][steps >= lengths[name][:, None]] = True
+        return list(masks.values())
 
     def take(self, indices: np.ndarray) -> tuple[dict, dict]:
         rows = torch.from_numpy(indices).to(next(iter(self.inputs.values())).device)

@@ -37,6 +37,13 @@ def focal_bce(
     return loss.mean()
 
 
+def focal_guess(share: float, *, gamma: float, alpha: float | None = None, pos_weight: float | None = None) -> float:
+    """What `focal_bce` costs on average where every logit is 0 and class 1 has this share of the items."""
+    weights = (1.0, 1.0) if alpha is None else (alpha, 1 - alpha)
+    weight = share * weights[0] * (1.0 if pos_weight is None else pos_weight) + (1 - share) * weights[1]
+    return weight * math.log(2) * 0.5**gamma
+
+
 def smooth_targets(
     labels: Tensor, num_classes: int, smoothing: float, similarity: Tensor | None = None, temperature: float = 1.0
 ) -> Tensor:

@@ -251,6 +251,21 @@ def build_optimizer(name, groups, *, lr, momentum=0.9):
     return optimizer
 
 
+def of_stage(stage, modules):
+    """The optimiser that a stage's settings (`common.config.Stage`) describe, for a list of modules."""
+    return build_optimizer(stage.optimizer, param_groups(modules, stage.wd), lr=stage.lr)
+
+
+def set_rates(optimizer, peaks, stage, done, steps, factor):
+    """Set every group's rate for the step that follows `done` steps: its peak by the warm-up and the phase's factor;
+    returns the stage's own. `steps` are those of an epoch."""
+    warmup = round(stage.warmup_epochs * steps)
+    factor *= lr_at(done, lr=1.0, warmup_steps=warmup, total_steps=stage.epochs * steps, schedule="constant")
+    for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+        group["lr"] = peak * factor
+    return stage.lr * factor
+
+
 def grad_norm(parameters):
     """Return the L2 norm of all gradients together as a 0-d tensor, without synchronising; 0 where there are none."""
     return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

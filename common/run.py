@@ -1,5 +1,6 @@
 """A run: its directory, its log, its stages, and how it ends."""
 
+import argparse
 import contextlib
 import copy
 import json
@@ -72,12 +73,20 @@ class Run:
     ) -> "Run | None":
         """The run in its directory, said in one line; None where the same run has finished: its summary is printed.
 
+        With --check nothing there is claimed or changed: the check only adds its own files.
+
         `name` and `identity` name the directory (see `directory`), `size` is what the line says of the model.
 
         Raises:
             InputError: see `claim`.
         """
         folder = directory(args, meta["script"], name, identity)
+        if args.check:
+            # Its batches are too small to split.
+            whole = argparse.Namespace(**{**vars(args), "accum": 1})
+            run = cls(whole, facts, data, splits, output_folder(folder), Log(None, main=facts.main), None, meta, stages)
+            run.log.say(f"check for {folder}; device {facts.device}, {size}")
+            return run
         if not claim(folder, args, identity, {stage: vars(values) for stage, values in stages.items()} | meta, facts):
             return None
         log = Log(folder, main=facts.main, tensorboard=args.tensorboard)

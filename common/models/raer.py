@@ -186,6 +186,10 @@ class RaerModel(nn.Module):
             self.prompts.context.requires_grad_(True)
         self.train(self.training)
 
+    def is_frozen(self, name: str) -> bool:
+        """Whether the parameter of that name stays as it is in every phase."""
+        return name.startswith("prompts.tower.") or (name.startswith("image.") and self.tune != "full")
+
     def reset_classes(self, optimizer: torch.optim.Optimizer) -> None:
         """Draw anew what decides where the classes lie, and forget what `optimizer` has gathered about it."""
         (self.classes.reset_parameters if self.prompts is None else self.prompts.reset)()
