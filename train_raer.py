@@ -26,6 +26,7 @@ from torch import Tensor
 from common import audit, augment, checkpoint, config, data, dist, longtail, metrics, optim, probe, recipe, report, step
 from common.config import Diverged, InputError
 from common.datasets import raer
+from common.findings import classified
 from common.log import Log, Pace
 from common.models.clip import ACTIVATIONS, VARIANTS
 from common.models.raer import TUNES, RaerModel, build_raer, normalization, start
@@ -304,7 +305,7 @@ def train(run: Run, published, table: Schedule) -> None:
         model.train()
         terms_of = partial(loss_terms, run, model, phase)
         batches = epoch_batches(run, phase, progress.epoch, progress.batch)
-        for batch, pixels in zip(batches, inputs(run, cached, batches, progress.epoch), strict=True):
+        for batch, pixels in zip(batches, pace.waiting(inputs(run, cached, batches, progress.epoch)), strict=True):
             lr = optim.set_rates(optimizer, peaks, stage, progress.step, steps, phase.lr)
             targets = step.to_device(labels[batch % len(clips)], facts.device)
 
@@ -334,8 +335,7 @@ def train(run: Run, published, table: Schedule) -> None:
         return score(run, "train/test", test, scores, log.say), scores
 
     results, scores = tested(progress, model, scored)
-    if facts.main:
-        report.write_confusion(run.folder / "confusion.csv", run.meta["classes"], clips.labels[test], scores.argmax(1))
+    classified(run, "train", test, scores, clips.labels[test], clips.classes)
     log.metrics("train", progress.step, progress.epoch, results)
     run.finish(progress, progress.results | results)
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import augment, checkpoint, config, data, dist, optim, probe, recipe, report, step
+from common import augment, checkpoint, config, data, dist, findings, optim, probe, recipe, report, step
 from common.config import InputError
 from common.datasets import cytology
 from common.datasets.cytology import CELLS
@@ -238,7 +238,7 @@ def pretrain(run: Run, weights: dict | None) -> None:
     while progress.epoch < stage.epochs:
         model.train()
         batches = data.epoch_batches(indices, stage.bs, args.seed, progress.epoch, progress.batch, facts)
-        for batch, pixels in zip(batches, run.data.batches(batches, args.workers), strict=True):
+        for batch, pixels in zip(batches, pace.waiting(run.data.batches(batches, args.workers)), strict=True):
             lr = step.set_lr(optimizer, stage, progress.step, steps, args.lr_schedule)
             pixels = step.to_device(pixels, facts.device)
             run.lap("input")
@@ -271,7 +271,7 @@ def pretrain(run: Run, weights: dict | None) -> None:
     if facts.main:
         checkpoint.save(run.folder / "backbone.pt", weights)
     everything = partial(evaluate, run, backbone, np.arange(len(run.data)), progress)
-    probe.stored_features(run, checkpoint.weights_digest(weights), everything)
+    findings.representation(run, probe.stored_features(run, checkpoint.weights_digest(weights), everything))
     log.metrics("pretrain", progress.step, progress.epoch, test)
     run.finish(progress, progress.results | test | {"pretrain/train/loss_at_chance": chance})
 
@@ -324,7 +324,7 @@ def finetune(run: Run, weights: dict | None) -> None:
     while progress.epoch < stage.epochs and progress.stale < args.patience:
         model.train()
         batches = data.epoch_batches(train, stage.bs, args.seed, progress.epoch, progress.batch, facts)
-        for batch, pixels in zip(batches, run.data.batches(batches, args.workers), strict=True):
+        for batch, pixels in zip(batches, pace.waiting(run.data.batches(batches, args.workers)), strict=True):
             lr = step.set_lr(optimizer, stage, progress.step, steps, args.lr_schedule)
             loss, norm, bad = finetune_step(run, trained, optimizer, scaler, pixels, batch, labels, progress.epoch)
             run.end_step(progress, pace, {"loss": loss}, lr, norm, bad)
@@ -337,9 +337,11 @@ def finetune(run: Run, weights: dict | None) -> None:
         pace.pause()
 
     def scored(network, _):
-        return probe.score("finetune/test", evaluate(run, network, test, progress), labels[test], num_classes), None
+        logits = evaluate(run, network, test, progress)
+        return probe.score("finetune/test", logits, labels[test], num_classes), logits
 
-    results, _ = tested(progress, model, scored)
+    results, logits = tested(progress, model, scored)
+    findings.classified(run, "finetune", test, logits, labels[test], classes)
     log.metrics("finetune", progress.step, progress.epoch, results)
     run.finish(progress, results)
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import augment, checkpoint, config, data, dist, metrics, optim, recipe, report, step
+from common import augment, checkpoint, config, data, dist, findings, metrics, optim, recipe, report, step
 from common.config import Diverged, InputError
 from common.datasets import faceforensics
 from common.log import Log, Pace
@@ -286,8 +286,8 @@ def train(run: Run, published: dict | None) -> None:
     while progress.epoch < stage.epochs and progress.stale < args.patience:
         model.train()
         batches = epoch_batches(args, videos, items, stage.bs, progress.epoch, progress.batch, facts)
-        cut = partial(clips_of, run, epoch=progress.epoch)
-        for batch, pixels in zip(batches, videos.batches(map(cut, batches), args.workers), strict=True):
+        clips = pace.waiting(videos.batches(map(partial(clips_of, run, epoch=progress.epoch), batches), args.workers))
+        for batch, pixels in zip(batches, clips, strict=True):
             lr = step.set_lr(optimizer, stage, progress.step, steps, "cosine")
             pixels, targets = (step.to_device(t, facts.device) for t in (pixels, labels[batch % len(videos)]))
 
@@ -309,24 +309,25 @@ def train(run: Run, published: dict | None) -> None:
 
     def scored(network, found):
         logits, shares = evaluate(run, network, test, progress)
-        return score(run, "train/test", test, logits, found["train/val/threshold"]), shares
+        threshold = found["train/val/threshold"]
+        return score(run, "train/test", test, logits, threshold), (logits, shares, threshold)
 
-    results, shares = tested(progress, model, scored)
+    results, (logits, shares, threshold) = tested(progress, model, scored)
+    findings.detected(run, test, metrics.video_scores(logits), threshold)
     if facts.main and args.aggregate == "attention":
-        most_watched(run, test, shares)
+        most_watched(run, test, logits, shares)
     log.metrics("train", progress.step, progress.epoch, results)
     run.finish(progress, progress.results | results)
 
 
-def most_watched(run: Run, indices: np.ndarray, shares: Tensor) -> None:
-    """figures/watched.png: the middle clips of three real and three fake videos, and how much each frame counts."""
+def most_watched(run: Run, indices: np.ndarray, logits: Tensor, shares: Tensor) -> None:
+    """Leave the middle clips of three real and three fake videos for the report, and how much each frame counts."""
     meta, count = run.meta, run.args.clips
     classes = [np.flatnonzero(run.data.labels[indices] == label) for label in (0, 1)]
     rows = np.concatenate([own[np.linspace(0, len(own) - 1, min(3, len(own))).astype(int)] for own in classes])
     positions = run.data.eval_clips(indices[rows], meta["n_segment"], meta["clip_seconds"], count)[:, count // 2]
     (pixels,) = run.data.batches([(indices[rows], positions)], run.args.workers)
-    x = augment.resize(pixels.flatten(0, 1), min(meta["image_size"], 112)).unflatten(0, pixels.shape[:2])
-    report.save_watched(run.folder / "figures" / "watched.png", x, shares[rows, count // 2])
+    findings.watched(run, indices[rows], pixels, shares[rows, count // 2], logits[rows, count // 2].sigmoid())
 
 
 def task(run: Run, published: dict | None) -> Task:

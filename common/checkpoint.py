@@ -391,6 +391,7 @@ class Progress:
         self.log.cut(self.stage, place["log_lines"])
         if not self.finished:
             self.log.say(f"{self.stage}: going on from step {self.step}, epoch {self.epoch + 1}")
+            self.log.resumed(self.stage, self.step, self.epoch)
             self._check_max_steps()
 
     def _check_best(self) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import augment, checkpoint, clustering, log, metrics, sample
+from common import augment, checkpoint, clustering, findings, log, metrics, sample
 from common.config import InputError
 from common.datasets import utterances
 from common.models import umc
@@ -286,29 +286,30 @@ def distinctive_words(texts: list[str], clusters: np.ndarray, k: int, count: int
     return found
 
 
-def scatter(z: Tensor, clusters: np.ndarray, centroids: Tensor) -> str:
-    """Rows z (n, d) on the two axes along which the centroids (k, d) differ most, as SVG; a colour for each cluster."""
+def scatter(run: Run, z: Tensor, clusters: np.ndarray, centroids: Tensor) -> None:
+    """Leave rows z (n, d) on the two axes along which the centroids (k, d) differ most for the report."""
     centred = centroids.double() - centroids.double().mean(0)
     axes = torch.linalg.svd(centred, full_matrices=False)[2][:2]
-    points = (z.double() @ axes.T).numpy()
+    points = (z.double() @ axes.T).float().numpy()
     if points.shape[1] < 2:
         points = np.pad(points, ((0, 0), (0, 1)))
-    low, high = np.quantile(points, [0.005, 0.995], axis=0)
-    size = np.where(high > low, high - low, 1)
-    places = np.clip((points - low) / size, -0.03, 1.03) * 560 + 20
-    k = len(centroids)
-    dots = [
-        f'<circle cx="{x:.1f}" cy="{600 - y:.1f}" r="2" fill="hsl({360 * c // k} 70% {40 + 15 * (c % 2)}%)"/>'
-        for (x, y), c in zip(places, clusters.tolist(), strict=True)
-    ]
-    names = [
-        f'<text x="{places[own, 0].mean():.1f}" y="{600 - places[own, 1].mean():.1f}" font-size="16"'
-        f' font-weight="700" stroke="#fff" stroke-width="3" paint-order="stroke">{c}</text>'
-        for c in range(k)
-        if (own := clusters == c).any()
-    ]
-    box = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 600 600" width="600" height="600">'
-    return box + "".join(dots + names) + "</svg>"
+    text = (
+        "Each point is an utterance, each colour and shape a cluster, whose number stands at its middle. The two axes"
+        " are those along which the clusters' centres differ most; clusters that overlap here may lie apart on others."
+    )
+    findings.put(
+        run.folder,
+        "scatter",
+        "scatter",
+        "Utterances and their clusters",
+        text,
+        points=np.round(points, 4),
+        groups=clusters,
+        names=[str(c) for c in range(len(centroids))],
+        labels=True,
+        x_label="axis 1 of the embedding",
+        y_label="axis 2 of the embedding",
+    )
 
 
 def say_scores(run: Run, results: dict) -> None:
@@ -331,8 +332,27 @@ def scores_table(results: dict) -> dict:
     return {"header": ["clusters of", *(m.replace("_", " ") for m in SCORES)], "rows": rows}
 
 
+def mistakes(table: utterances.Utterances, known: np.ndarray, clusters, confidence, matched: dict[int, int]) -> dict:
+    """The labelled utterances `known` whose cluster is matched to another label, the most confident ones, and the least
+    certain utterances of all, as a table of the report."""
+    answers = np.array([matched.get(int(c), -1) for c in clusters[known]])
+    wrong = known[answers != table.labels[known]]
+    worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:12]
+    unsure = known[np.argsort(confidence[known], kind="stable")][:6]
+    rows = []
+    for kind, own in (("confident and wrong", worst), ("least certain", unsure)):
+        for i in own.tolist():
+            c = int(clusters[i])
+            of = table.classes[matched[c]] if c in matched else "no label"
+            said = table.ids[i] if table.texts is None else f"{table.texts[i]} ({table.ids[i]})"
+            rows.append([kind, said, table.classes[table.labels[i]], f"{c} ({of})", float(confidence[i])])
+    text = f"{len(wrong)} of {len(known)} labelled test utterances lie in a cluster that is matched to another label."
+    header = ["", "utterance", "label", "cluster (matched)", "confidence"]
+    return {"Worst utterances, test": {"header": header, "rows": rows, "text": text}} if rows else {}
+
+
 def explain(run: Run, z: Tensor, centroids: Tensor, monitor: Monitor, targets: Targets, results: dict) -> None:
-    """Write what a person looks at: clusters.csv, figures/scatter.svg, and the tables of the report.
+    """Write what a person looks at: clusters.csv, figures/scatter.json, and the tables of the report.
 
     z (n, base_dim) are all utterances as the chosen model gives them, `results` the run's metrics.
     """
@@ -346,10 +366,8 @@ def explain(run: Run, z: Tensor, centroids: Tensor, monitor: Monitor, targets: T
         writer.writerow(["id", "split", "cluster", "confidence", "distance"])
         for row in zip(table.ids, part, names, confidence.tolist(), distance.tolist(), strict=True):
             writer.writerow([*row[:3], *(f"{value:.6f}" for value in row[3:])])
-    figures_of = run.folder / "figures"
-    figures_of.mkdir(exist_ok=True)
-    some = np.arange(len(z))[:: -(-len(z) // 3000)]
-    (figures_of / "scatter.svg").write_text(scatter(z[some], names[some], centroids))
+    some = np.arange(len(z))[:: -(-len(z) // findings.POINTS)]
+    scatter(run, z[some], names[some], centroids)
     words = [[]] * k if table.texts is None else distinctive_words(table.texts, names, k)
     rows = []
     for c in range(k):
@@ -358,13 +376,20 @@ def explain(run: Run, z: Tensor, centroids: Tensor, monitor: Monitor, targets: T
         shown = [table.ids[i] if table.texts is None else f"{table.texts[i]} ({table.ids[i]})" for i in nearest]
         rows.append([c, len(own), int(targets.sizes(k)[c]), " ".join(words[c]), " | ".join(shown)])
     scores = scores_table(results)
+    scores["part"], scores["text"] = (
+        "results",
+        (
+            "Agreement with the labels, which training has not seen; 1 is best. nmi, ami, ari and fmi compare the two"
+            " partitions, acc and the recalls give each cluster one label. Plain k-means is the baseline to beat."
+        ),
+    )
     found = {"Test scores, mean and deviation of k-means seeds": scores} if scores["rows"] else {}
-    found |= {
-        "Clusters": {
-            "header": [*("cluster", "utterances", "selected, last epoch", "words", "nearest to the centre")],
-            "rows": rows,
-        }
-    }
+    header = ["cluster", "utterances", "selected, last epoch", "words", "nearest to the centre"]
+    said = (
+        "What each cluster holds: how many utterances, how many of them the last epoch trained on, the words that set"
+    )
+    said += " it apart from the others, and its most typical utterances."
+    found["Clusters"] = {"as": "cards", "header": header, "rows": rows, "text": said}
     labels = table.labels[test]
     known = test[labels >= 0]
     if len(known):
@@ -372,7 +397,12 @@ def explain(run: Run, z: Tensor, centroids: Tensor, monitor: Monitor, targets: T
         np.add.at(counts, (names[known], table.labels[known]), 1)
         matched = metrics.match_clusters(table.labels[known], names[known])
         rows = [[c, table.classes[matched[c]] if c in matched else "-", *counts[c].tolist()] for c in range(k)]
-        found["Clusters and labels, test"] = {"header": ["cluster", "matched", *table.classes], "rows": rows}
+        said = (
+            "How many test utterances of each label lie in each cluster; the darker, the larger its share of the row."
+        )
+        header = ["cluster", "matched", *table.classes]
+        found["Clusters and labels, test"] = {"as": "matrix", "header": header, "rows": rows, "text": said}
+        found |= mistakes(table, known, names, confidence.numpy(), matched)
     rows = [[name.replace("_", " "), value] for name, value in monitor.report().items()]
     rows += [["action after epoch " + str(done), name] for done, name in monitor.actions]
     rows += [["alarm", alarm] for alarm in monitor.alarms()]

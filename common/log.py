@@ -6,17 +6,19 @@ import os
 import sys
 import time
 from collections import Counter, deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import median
 
 import torch
 
-from common import step
 from common.config import InputError
+from common.step import peak_bytes, peak_memory
 
 # Fields that differ between two runs of the same command: the only ones.
-TIMING = ("time", "rate", "eta_s")
+TIMING = ("time", "rate", "eta_s", "wait", "memory_gb")
 FIRST_STEPS = 3
+RESUMES = "resumes.jsonl"
 
 
 def duration(seconds: float) -> str:
@@ -37,6 +39,7 @@ class Pace:
     def __init__(self, items_per_step: int, total_steps: int, unit: str = "item"):
         self.items_per_step, self.total_steps, self.unit = items_per_step, total_steps, unit
         self.recent, self.last, self.steps = deque(maxlen=50), time.monotonic(), 0
+        self.waits: deque = deque(maxlen=50)
 
     def tick(self) -> None:
         now = time.monotonic()
@@ -45,11 +48,25 @@ class Pace:
             self.recent.append(now - self.last)
         else:
             self.recent[0] = now - self.last
+            if len(self.waits) > 1:
+                self.waits.popleft()
         self.last = now
 
     def pause(self) -> None:
         """Leave the time since the last tick (an evaluation, a save) out of the pace."""
         self.last = time.monotonic()
+
+    def waiting(self, batches: Iterable) -> Iterator:
+        """The batches of a loop as they are; how long each is waited for is what `wait` tells."""
+        batches, begun = iter(batches), time.monotonic()
+        for batch in batches:
+            self.waits.append(time.monotonic() - begun)
+            yield batch
+            begun = time.monotonic()
+
+    def wait(self) -> float:
+        """The share of the recent steps' time that was spent waiting for data."""
+        return min(sum(self.waits) / max(sum(self.recent), 1e-9), 1.0) if self.recent else 0.0
 
     @property
     def seconds_per_step(self) -> float:
@@ -66,7 +83,9 @@ class Pace:
 class Log:
     """Rank 0's console and `log.jsonl`; silent on the other ranks.
 
-    Every JSON line holds `stage`, `step` and `epoch`, then metrics named `stage/split/metric`.
+    Every JSON line holds `stage`, `step` and `epoch`, then metrics named `stage/split/metric`. `watcher`, where there
+    is one, is called after every line. Where a run was resumed stands in `resumes.jsonl`, not here: an interrupted
+    run's log equals that of one that never stopped.
     """
 
     def __init__(self, folder: Path | None, *, main: bool, tensorboard: bool = False):
@@ -79,6 +98,7 @@ class Log:
             self._rewrite(lines)
             self.counts.update(line["stage"] for line in lines)
         self.board = _summary_writer(folder) if main and tensorboard else None
+        self.watcher = None
         self._width = 0
 
     def say(self, text: str) -> None:
@@ -93,7 +113,7 @@ class Log:
 
     def cost(self, stage: str, steps_per_epoch: int, epochs: int, pace: Pace, device: torch.device) -> None:
         """Say the memory that a step takes and, on a CPU, what an epoch costs: a user may have meant a GPU."""
-        self.say(f"{stage}: peak memory {step.peak_memory(device)}")
+        self.say(f"{stage}: peak memory {peak_memory(device)}")
         if device.type == "cpu":
             epoch = pace.seconds_per_step * steps_per_epoch
             self.say(
@@ -117,7 +137,8 @@ class Log:
             f"{stage} step {step:0{width}d}/{pace.total_steps} | {shown} | {pace.rate():.0f} {pace.unit}/s"
             f" | eta {duration(pace.eta(step))}"
         )
-        timing = {"rate": round(pace.rate(), 2), "eta_s": round(pace.eta(step), 1)}
+        timing = {"rate": round(pace.rate(), 2), "eta_s": round(pace.eta(step), 1), "wait": round(pace.wait(), 4)}
+        timing["memory_gb"] = round((peak_bytes() or 0) / 1e9, 3)
         self._write(stage, step, epoch, values | timing)
 
     def metrics(self, stage: str, step: int, epoch: int, values: dict, *, quiet: bool = False) -> None:
@@ -137,6 +158,14 @@ class Log:
         if self.board:
             for name, value in values.items():
                 self.board.add_scalar(name if "/" in name else f"{stage}/step/{name}", value, step)
+        if self.watcher:
+            self.watcher()
+
+    def resumed(self, stage: str, step: int, epoch: int) -> None:
+        """Note that a stage goes on from a checkpoint: a mark in the report's curves."""
+        if self.path:
+            with open(self.path.with_name(RESUMES), "a") as file:
+                file.write(json.dumps({"stage": stage, "step": step, "epoch": epoch}) + "\n")
 
     @property
     def seconds(self) -> float:
@@ -202,10 +231,10 @@ def _summary_writer(folder: Path):
     return SummaryWriter(str(folder))
 
 
-def read(folder: Path) -> list[dict]:
-    """The lines of a run's `log.jsonl`; a torn last line is left out."""
+def read(folder: Path, name: str = "log.jsonl") -> list[dict]:
+    """The lines of a run's `log.jsonl`, or of another such file; a torn last line is left out."""
     lines = []
-    for text in (Path(folder) / "log.jsonl").read_text().splitlines():
+    for text in (Path(folder) / name).read_text().splitlines():
         try:
             lines.append(json.loads(text))
         except ValueError:

@@ -6,6 +6,7 @@ call them in evaluation, not in the training step.
 
 import itertools
 import math
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -251,6 +252,56 @@ def emotions(labels, predicted, counts, classes, seed):
         values |= {f"{name}_low": low, f"{name}_high": high}
     values |= {f"recall_{name}": recall for name, recall in zip(classes, found["recall"], strict=True)}
     return values | {"majority_uar": constant["uar"], "majority_war": constant["war"]}
+
+
+def roc(target, scores, seed, rounds=500, level=0.95, places=41):
+    """Return the ROC curve and the bootstrap interval around it.
+
+    Args:
+        target, scores: as in `detection`, with its errors.
+        seed, rounds, level: of the percentile bootstrap, which draws the items of each class again with replacement.
+        places: false alarm rates, evenly spaced over [0, 1], at which the interval is given.
+
+    Returns:
+        (points, band): (P, 2) float64 shares of false alarms and of hits, a row for each distinct score, from (0, 0) to
+        (1, 1); and (places, 3), a false alarm rate and the lowest and the highest share of hits there.
+    """
+    target, scores = _detections(target, scores)
+
+    def curve(positives, negatives):
+        levels = np.concatenate([positives, negatives])
+        labels = np.concatenate([np.ones(len(positives), np.int64), np.zeros(len(negatives), np.int64)])
+        _, hits, alarms = _operating_points(labels, levels)
+        return np.append(0, alarms) / len(negatives), np.append(0, hits) / len(positives)
+
+    positive, negative = scores[target == 1], scores[target == 0]
+    rates, rng = np.linspace(0, 1, places), np.random.Generator(np.random.PCG64(seed))
+    drawn = np.empty((rounds, places))
+    for row in drawn:
+        alarms, hits = curve(*(rng.choice(part, len(part)) for part in (positive, negative)))
+        row[:] = hits[np.searchsorted(alarms, rates + 1e-12, side="right") - 1]  # the most hits for these alarms
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return np.stack(curve(positive, negative), 1), np.stack([rates, low, high], 1)
+
+
+def share_interval(hits, count, level=0.95):
+    """Return Wilson's interval (1927) of a share as (low, high); (0, 1) of no item.
+
+    Args:
+        hits, count: integers, 0 <= hits <= count.
+
+    Raises:
+        ValueError: hits out of range.
+    """
+    if not 0 <= hits <= count:
+        raise ValueError(f"hits must lie in [0, {count}], got {hits}")
+    if count == 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    share, spread = hits / count, z * z / count
+    middle = (share + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * math.sqrt(share * (1 - share) / count + spread / (4 * count))
+    return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
 def contrastive(z_a, z_b, tile=1024):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import augment, checkpoint, config, data, dist, metrics, optim, step
+from common import augment, checkpoint, config, data, dist, findings, metrics, optim, step
 from common.checkpoint import Progress
 from common.log import Pace
 from common.run import Run
@@ -213,7 +213,10 @@ def linear_protocol(
         progress.select(f1, backbone | layer, values, higher_is_better=True)
         run.log.metrics(name, progress.step, progress.epoch + 1, values, quiet=True)
         progress.end_epoch()
-    results = score(f"{name}/test", apply(progress.best_weights(), rows[test]), labels[test], num_classes)
+    chosen = apply(progress.best_weights(), rows[test])
+    results = score(f"{name}/test", chosen, labels[test], num_classes)
+    if name == "linear":
+        findings.classified(run, name, test, chosen, labels[test], classes)
     last = score(f"{name}/test", apply(unstandardised(head, mean, std), rows[test]), labels[test], num_classes)
     results |= {f"{metric}_last_epoch": value for metric, value in last.items()}
     run.log.metrics(name, progress.step, progress.epoch, results, quiet=True)

@@ -196,7 +196,7 @@ class Run:
 
     @contextlib.contextmanager
     def recorded(self):
-        """Around the stages: however they end, write summary.json and report.html and close the log.
+        """Around the stages: report.html is kept up to date and, however they end, summary.json written.
 
         Raises:
             InputError: for whatever the data or the disk refuses, with the process and the step that met it.
@@ -205,6 +205,8 @@ class Run:
         status = "failed"
         self.signals.defer()
         try:
+            if self.facts.main:
+                self._begin()
             yield
             status = "finished"
             self._conclude(status)
@@ -235,6 +237,12 @@ class Run:
                 with contextlib.suppress(OSError):  # what ended the run is worth more than its summary
                     self._conclude(status)
 
+    def _begin(self) -> None:
+        (self.folder / "summary.json").unlink(missing_ok=True)  # of an earlier start: this one has not ended
+        facts = dict(data_read=self.described(), device=str(self.facts.device), processes=self.facts.world_size)
+        write_json(self.folder / "env.json", (read_json(self.folder / "env.json") or {}) | facts)
+        self.log.watcher = report.Live(self.folder, self.log.say)
+
     def _where(self) -> str:
         at = f", {self.current.stage} step {self.current.step}" if self.current else ""
         return f"process {self.facts.rank} of {self.facts.world_size}{at}: "
@@ -247,12 +255,17 @@ class Run:
         try:
             if self.facts.main:
                 write_json(self.folder / "summary.json", self.results | facts)
+                self.log.watcher = None
                 report.write(self.folder)
                 if self.phases:
                     self.log.say(f"profile: {self.phases.describe()}")
                 self.log.say(f"{status}: {self.folder / 'report.html'}")
         finally:
             self.log.close()
+
+    def described(self) -> str:
+        """The data in one line, for people."""
+        return getattr(self.data, "table", self.data).describe()
 
 
 def launch(args, use: Callable, begin: Callable) -> int:
@@ -418,7 +431,7 @@ def _forget(folder: Path) -> None:
     # The state of this run alone: its folder and its stages' folders, which have no config.json of their own.
     stages = [f for f in folder.iterdir() if f.is_dir() and not (f / "config.json").exists()]
     for place in (folder, *stages):
-        for name in ("last.pt", "last.previous.pt", "best.pt", "summary.json", "log.jsonl"):
+        for name in ("last.pt", "last.previous.pt", "best.pt", "summary.json", "log.jsonl", "resumes.jsonl"):
             (place / name).unlink(missing_ok=True)
 
 

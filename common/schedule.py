@@ -74,18 +74,23 @@ class Schedule:
         ends = [p.start for p in phases[1:]] + [epochs]
         return Schedule(epochs, tuple(p for p, end in zip(phases, ends, strict=True) if p.start < end))
 
-    def describe(self) -> str:
-        """The table for people, a line a phase, constant columns left out."""
+    def cells(self) -> list[list[str]]:
+        """The table for people: a header, then a row a phase; constant columns left out."""
         names = [f.name for f in fields(Phase)][1:]
         rows = [asdict(phase) for phase in self.phases]
         # A column that no phase uses says nothing; the sampler always does.
         default = asdict(Phase(0))
         names = [n for n in names if n == "sampler" or any(row[n] != default[n] for row in rows)]
         ends = [phase.start for phase in self.phases[1:]] + [self.epochs]
-        lines = [["epochs", *names]]
+        found = [["epochs", *names]]
         for row, end in zip(rows, ends, strict=True):
             cells = [f"{row[n]:g}" if isinstance(row[n], (int, float)) else str(row[n] or "none") for n in names]
-            lines.append([f"[{row['start']}, {end})", *cells])
+            found.append([f"[{row['start']}, {end})", *cells])
+        return found
+
+    def describe(self) -> str:
+        """`cells` as lines of text."""
+        lines = self.cells()
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join(
             "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines

@@ -106,16 +106,26 @@ def frozen_running_stats(model: nn.Module) -> Iterator[None]:
             layer.num_batches_tracked.copy_(count)
 
 
-def peak_memory(device: torch.device) -> str:
-    """The most memory held so far, for people: of the GPU by tensors, elsewhere by the process."""
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.2f} GB of the GPU"
+def peak_bytes(device: torch.device | None = None) -> int | None:
+    """The most memory held so far: of the GPU by tensors, elsewhere by the process; None where nobody counts it.
+
+    Without a `device`: of the current GPU, where one is in use.
+    """
+    if device.type == "cuda" if device else torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated(device)
     try:
         import resource
     except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_memory(device: torch.device) -> str:
+    """`peak_bytes` for people."""
+    held = peak_bytes(device)
+    if held is None:
         return "not counted on this system"
-    unit = 1 if sys.platform == "darwin" else 1024
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9:.2f} GB of the process"
+    return f"{held / 1e9:.2f} GB of the {'GPU' if device.type == 'cuda' else 'process'}"
 
 
 def reduce_gradients(model: nn.Module, *, last: bool):

@@ -139,16 +139,24 @@ def pivot(
                 states_there = "/".join(sorted(states[key, value]))
                 shown.append(cell(cells[key, value], interval) if cells[key, value] else states_there or "-")
         lines.append(f"| {' | '.join([*row, *shown])} |")
-    shared = sorted({name for group in groups.values() for name in _differences(group)} - {"seed"})
+    shared = sorted({name for group in groups.values() for name in differences(group)} - {"seed"})
     if shared:
         lines += ["", f"Runs that share a cell differ in: {', '.join(shared)}"]
     return "\n".join(lines)
 
 
-def _differences(group: list[dict]) -> set[str]:
-    # The settings of their identities that some runs of a cell do not share.
+def differences(group: list[dict]) -> set[str]:
+    """The settings of their identities, what decides the result, that some of the runs do not share."""
     names = {name for run in group for name in run["identity"]}
     return {name for name in names if len({str(run["identity"].get(name)) for run in group}) > 1}
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """Rows of cells as lines of text, each column as wide as its widest cell."""
+    shown = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown)
+    return "\n".join(lines)
 
 
 def _key(run: dict, axis: dict) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common import log, report
+from common import log, plot, report
 from common.config import InputError
 
 
@@ -114,17 +114,18 @@ def test_tensorboard_gets_the_same_values(tmp_path):
     ("low", "high", "expected"), [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]), (3.1, 5.6, [3.5, 4, 4.5, 5, 5.5]), (2, 2, [2])]
 )
 def test_ticks_are_round_numbers_inside_the_range(low, high, expected):
-    assert report.ticks(low, high) == pytest.approx(expected)
+    assert plot.ticks(low, high) == pytest.approx(expected)
 
 
 def test_a_chart_draws_its_points_where_they_belong():
-    svg = ET.fromstring(report.chart("loss", {"train": [(0, 0.0), (10, 1.0)]}, x_label="step", marks={"chance": 2.0}))
+    labels = dict(x_label="step", y_label="loss")
+    svg = ET.fromstring(plot.lines("loss", {"train": [(0, 0.0), (10, 1.0)]}, **labels, levels={"chance": 2.0}))
     line = next(e for e in svg.iter() if e.tag.endswith("polyline")).attrib["points"]
     (x0, y0), (x1, y1) = [tuple(map(float, p.split(","))) for p in line.split()]
     assert x0 < x1 and y0 > y1  # SVG's y grows downwards
-    dashed = [e for e in svg.iter() if "stroke-dasharray" in e.attrib]
-    assert len(dashed) == 1 and float(dashed[0].attrib["y1"]) < y1
-    one = report.chart("<loss>", {"a": [(3, 1.0)]}, x_label="step")
+    level = next(e for e in svg.iter() if e.attrib.get("class") == "v").attrib["d"]
+    assert float(re.match(r"M[\d.]+ ([\d.]+)H", level)[1]) < y1
+    one = plot.lines("<loss>", {"a": [(3, 1.0)]}, **labels)
     assert "&lt;loss&gt;" in one and "circle" in one
 
 
@@ -148,12 +149,12 @@ def test_report_is_self_contained_and_names_both_conventions(tmp_path, capsys):
     report.save_grid(tmp_path / "figures" / "views.png", torch.rand(4, 3, 10, 10), 2)
     assert report.main([str(tmp_path)]) == 0
     page = (tmp_path / "report.html").read_text()
-    assert "http" not in page.replace("http://www.w3.org/2000/svg", "")  # nothing is loaded from elsewhere
+    assert "://" not in page.replace("http://www.w3.org/2000/svg", "")  # nothing is loaded from elsewhere
     for text in ("1.5000", "3.0000", "2.5000", "0.6000", "averaged over the 2N rows", "summed", "0.7500"):
         assert text in page
     assert "&lt;cells&gt;" in page and "data:image/png;base64," in page
     drawn = {path.stem for path in (tmp_path / "figures").glob("*.svg")}
-    assert {"pretrain_loss", "pretrain_loss_by_epoch", "pretrain_knn_accuracy_by_epoch"} <= drawn
+    assert {"pretrain_loss", "pretrain_knn_accuracy"} <= drawn
     with pytest.raises(SystemExit) as stop:
         report.main([str(tmp_path / "absent")])
     assert stop.value.code == 2
@@ -184,7 +185,6 @@ def test_predictions_hold_id_class_and_scores(tmp_path):
 
 def test_an_interval_is_drawn_in_the_chart_of_its_metric():
     line = {"stage": "train", "step": 3, "epoch": 1, "train/val/video_auc": 0.7}
-    charts = report.charts_of([line | {"train/val/video_auc_low": 0.6, "train/val/video_auc_high": 0.8}])
-    assert list(charts) == ["train: video_auc by epoch"]
-    drawn = charts["train: video_auc by epoch"]
-    assert ">val<" in drawn and ">val low<" in drawn and ">val high<" in drawn
+    line |= {"train/val/video_auc_low": 0.6, "train/val/video_auc_high": 0.8}
+    charts = report.charts_of([line], {"resolved": {}})["train"]
+    assert list(charts) == ["video_auc"] and ">val 0.7 (0.6 to 0.8)<" in charts["video_auc"]

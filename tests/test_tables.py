@@ -103,7 +103,7 @@ def test_select_takes_the_largest_batch_then_the_lowest_loss_and_says_where_the_
         (["--rows", "backbone", "--value", "x", "--where", "backbone"], "--where backbone lists no values"),
         (["--rows", "backbone", "--value", "status"], "--value status is no number in any run"),
         (["--cols", "backbone"], "--cols has no effect without --rows"),
-        ([], "holds no summary.json"),
+        (["--text", "--out", "x"], "--out has no effect"),
     ],
 )
 def test_bad_input_is_one_line(grid, capsys, flags, message):
