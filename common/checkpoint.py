@@ -351,6 +351,7 @@ class Progress:
         self._saved = time.monotonic()
         self._wrote = False
         self.beat = 0
+        self._layers: dict[int, str] = {}
         if facts.main:
             folder.mkdir(parents=True, exist_ok=True)
             remove_orphans(folder)
@@ -459,6 +460,45 @@ class Progress:
             self._diverge()
         return dist.all_reduce(self.sums[name].clone()).item() / (self.batch * self.facts.world_size)
 
+    def name_layers(self) -> None:
+        """From now on end the run at the first layer that gives a value which is not finite, by its name."""
+        for part in self.parts.values():
+            if isinstance(part, torch.nn.Module):
+                # By identity in one hook for all modules: a hook of a layer's own would go into its copies.
+                self._layers |= {id(layer): name or "the model" for name, layer in part.named_modules()}
+        self._hook = torch.nn.modules.module.register_module_forward_hook(self._check_layer)
+
+    def forget_layers(self) -> None:
+        """The end of `name_layers`."""
+        self._hook.remove()
+
+    def _check_layer(self, layer: torch.nn.Module, inputs, output) -> None:
+        if id(layer) not in self._layers:
+            return
+
+        def bad(values) -> list[Tensor]:
+            values = values if isinstance(values, (tuple, list)) else [values]
+            return [x for x in values if isinstance(x, Tensor) and x.is_floating_point() and not x.isfinite().all()]
+
+        if found := bad(output):
+            wrong = ~found[0].detach().isfinite()
+            rows = wrong.flatten(1).any(1).nonzero().flatten().tolist() if wrong.dim() > 1 else []
+            raise Diverged(
+                f"{self.stage} step {self.step + 1}: the first value that is not finite is in the output of"
+                f" {self._layers[id(layer)]} ({type(layer).__name__}): {int(wrong.sum())} of {wrong.numel()} values,"
+                f" rows {', '.join(map(str, rows[:8]))}{', ...' if len(rows) > 8 else ''} of {len(wrong)}; its input is"
+                f" {'not ' if bad(inputs) else ''}finite"
+            )
+
+    def _name_gradients(self) -> None:
+        modules = [part for part in self.parts.values() if isinstance(part, torch.nn.Module)]
+        named = [(name, p) for module in modules for name, p in module.named_parameters() if p.grad is not None]
+        bad = [name for name, p in named if not p.grad.isfinite().all()]
+        raise Diverged(
+            f"{self.stage} step {self.step}: every layer's output is finite;"
+            + (f" the gradients of {len(bad)} tensors are not, the last is {bad[-1]}" if bad else " the loss is not")
+        )
+
     def end_step(self, bad: Tensor) -> None:
         """Count a step whose update was masked where `bad` (a boolean device scalar); save or stop where it is time.
 
@@ -470,6 +510,8 @@ class Progress:
         self.beat += 1
         self.step += 1
         self.batch += 1
+        if self._layers and bad:
+            self._name_gradients()
         bad_before, asked, due = self._peek()
         if bad_before:
             self._diverge()
@@ -532,7 +574,8 @@ class Progress:
         good = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was written yet"
         raise Diverged(
             f"{self.stage}: the loss or a gradient was not finite near step {self.step}; {good}."
-            " Try a lower --lr, more --warmup-epochs or --precision fp32"
+            " Try a lower --lr, more --warmup-epochs or --precision fp32; --detect-anomaly added to the same command"
+            " repeats the step and names the layer"
         )
 
     def select(

@@ -20,8 +20,9 @@ EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_AUDIT, EXIT_STOPPED = 2, 3, 4, 75
 # What may differ between two commands that mean the same run. The data set enters the identity by its content
 # (`fingerprint`), so that a copy on a node's local disk continues the same run.
 NOT_IDENTITY = {
-    "check", "compile", "config", "data", "demo", "deterministic", "device", "eval", "fork", "from_run",
-    "impl", "log_every", "max_steps", "out", "predict", "profile", "resume", "save_every", "tensorboard", "workers",
+    "check", "compile", "config", "data", "demo", "detect_anomaly", "deterministic", "device", "eval", "fork",
+    "from_run", "impl", "log_every", "max_steps", "out", "predict", "profile", "resume", "save_every", "tensorboard", "timeout",
+    "workers",
 }  # fmt: skip
 
 # What --eval and --predict heed.
@@ -198,6 +199,10 @@ def base_parser(script: str, doc: str) -> Parser:
     parser.number(running, "--log-every", int, 10, "steps between two lines", low=1)
     parser.number(running, "--eval-every", int, 1, "epochs between two evaluations", low=1)
     parser.number(running, "--save-every", float, 10.0, "minutes between two checkpoints", low=0)
+    parser.number(running, "--timeout", float, 30.0, "minutes without a step that end the run", above=0, high=30)
+    running.add_argument(
+        "--detect-anomaly", action="store_true", help="end at the first layer that gives a value not finite; slow"
+    )
     running.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events")
     running.add_argument("--eval", metavar="CHECKPOINT", help="evaluate a checkpoint or run on the test split and end")
     running.add_argument("--predict", metavar="PATH", help="classify the items of PATH with the run named by --resume")
@@ -217,7 +222,10 @@ def parse(parser: Parser, argv: list[str] | None, demo: dict) -> argparse.Namesp
     argv = (_config_flags(parser, first.config) if first.config else []) + argv
     if first.demo or "--demo" in argv:
         parser.set_defaults(**demo)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.detect_anomaly:
+        refuse_without_effect(parser, args, ["compile"], "with --detect-anomaly, which looks at each layer")
+    return args
 
 
 def _config_flags(parser: Parser, file: str) -> list[str]:

@@ -10,6 +10,8 @@ import random
 import shlex
 import subprocess
 import sys
+import threading
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +24,9 @@ from torch import Tensor, nn
 from common import checkpoint, config, dist, report, step
 from common.config import Diverged, InputError, Stopped
 from common.log import Log, Pace
+
+ROOT = Path(__file__).resolve().parent.parent
+AGAIN = "Run the same command again: it goes on from the last checkpoint"
 
 
 @dataclass
@@ -40,6 +45,8 @@ class Run:
         selected: the last of those stages, whose best.pt the summary names.
         phases: the clock of --profile.
         current: the stage at work.
+        at_end: what is to be undone when the stages have ended.
+        reopened: the epoch at which it had ended before it was asked for more; -1: it had not.
     """
 
     args: object
@@ -55,6 +62,8 @@ class Run:
     selected: checkpoint.Progress | None = None
     phases: step.Phases | None = None
     current: checkpoint.Progress | None = None
+    reopened: int = -1
+    at_end: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     @classmethod
     def open(
@@ -135,6 +144,9 @@ class Run:
             )
         progress.restore(state, best)
         self.current = progress
+        if args.detect_anomaly:
+            progress.name_layers()
+            self.at_end.callback(progress.forget_layers)
         if elsewhere and progress.finished and progress.planned >= self.stages[name].epochs:
             raise InputError(f"--resume {args.resume} has finished its {progress.planned} epochs; give more --epochs")
         return progress
@@ -145,12 +157,24 @@ class Run:
         if progress.finished and progress.planned >= self.stages[progress.stage.split("_")[0]].epochs:
             self._take(progress)
             return True
+        self.reopened = progress.epoch if progress.finished else -1
         progress.finished = False
         return False
 
     def finish(self, progress: checkpoint.Progress, results: dict) -> None:
         """Store a stage's final metrics; the summary names the best model of the last stage."""
-        progress.finish(results, self.stages[progress.stage.split("_")[0]].epochs)
+        planned = self.stages[progress.stage.split("_")[0]].epochs
+        if progress.epoch < planned:
+            more = (
+                ""
+                if progress.epoch > self.reopened
+                else ". More epochs change nothing, a larger --patience with --fork does"
+            )
+            self.log.say(
+                f"{progress.stage}: stopped early after epoch {progress.epoch} of {planned}, the best is epoch"
+                f" {progress.best_epoch}{more}"
+            )
+        progress.finish(results, planned)
         self._take(progress)
 
     def _take(self, progress: checkpoint.Progress) -> None:
@@ -207,7 +231,8 @@ class Run:
         try:
             if self.facts.main:
                 self._begin()
-            yield
+            with self.at_end, self._watched():
+                yield
             status = "finished"
             self._conclude(status)
         except Stopped:
@@ -220,16 +245,14 @@ class Run:
             raise InputError(f"{self._where() if self.current else ''}{error}") from None
         except OSError as error:
             what = ": ".join(str(part) for part in (error.strerror or error, error.filename) if part)
-            advice = "make room or mend it, and run the same command again: it goes on from the last checkpoint"
-            raise InputError(f"{self._where()}{what}; {advice}") from None
+            raise InputError(f"{self._where()}{what}; make room or mend it. {AGAIN}") from None
         except RuntimeError as error:
             if not dist.peer_lost(error):
                 raise
             status = "stopped"
             said = str(error).split("\n")[0][-120:]
             raise Stopped(
-                f"{self._where()}another process is gone or stalls ({said}); what it said stands in its own output."
-                " Run the same command again: it goes on from the last checkpoint",
+                f"{self._where()}another process is gone or stalls ({said}); its own output says why. {AGAIN}",
                 config.EXIT_STOPPED,
             ) from None
         finally:
@@ -242,6 +265,32 @@ class Run:
         facts = dict(data_read=self.described(), device=str(self.facts.device), processes=self.facts.world_size)
         write_json(self.folder / "env.json", (read_json(self.folder / "env.json") or {}) | facts)
         self.log.watcher = report.Live(self.folder, self.log.say)
+
+    @contextlib.contextmanager
+    def _watched(self):
+        # A read that hangs, a process that stopped, a dead GPU: nothing raises, so a thread counts the time without a
+        # step or a batch of an evaluation. Counts, so that a job which is suspended as a whole has not stalled.
+        over, minutes, main = threading.Event(), self.args.timeout, threading.main_thread().ident
+
+        def watch():
+            seconds, last, idle = min(6 * minutes, 5.0), None, 0.0
+            while not over.wait(seconds):
+                beat = self.current and (self.current.stage, self.current.beat)
+                idle, last = (idle + seconds if beat == last else 0.0), beat
+                if idle >= 60 * minutes:
+                    stack = traceback.extract_stack(sys._current_frames()[main])
+                    own = [frame for frame in stack if Path(frame.filename).is_relative_to(ROOT)]
+                    at = f"{Path(own[-1].filename).relative_to(ROOT)} line {own[-1].lineno}, {own[-1].name}"
+                    what = f"no step in {minutes:g} minutes (--timeout), it waits in {at}"
+                    why = "the data, another process or the device stalls"
+                    print(f"{self._where()}{what}: {why}. {AGAIN}", file=sys.stderr, flush=True)
+                    os._exit(config.EXIT_STOPPED)  # a thread that hangs could not be waited for
+
+        threading.Thread(target=watch, daemon=True).start()
+        try:
+            yield
+        finally:
+            over.set()
 
     def _where(self) -> str:
         at = f", {self.current.stage} step {self.current.step}" if self.current else ""
@@ -475,10 +524,9 @@ def prepare(args) -> None:
 
 def environment() -> dict:
     """Versions, hardware, commit and command: what a figure needs beside it to mean something."""
-    root = Path(__file__).parent.parent
 
     def git(*command):
-        result = subprocess.run(["git", "-C", root, *command], capture_output=True, text=True)
+        result = subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True)
         return result.stdout.strip() if result.returncode == 0 else None
 
     try:

@@ -10,6 +10,7 @@ must equal those of a run that nothing disturbed, bit by bit. Any failure is an 
 
 import argparse
 import contextlib
+import json
 import mmap
 import os
 import random
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process with threads of OpenMP cannot be forked
@@ -34,7 +36,7 @@ import train_cluster
 import train_raer
 import train_simclr
 import train_tsm
-from common import checkpoint
+from common import checkpoint, data
 from common.models import Backbone, clip, mobilenet_v4
 from tests.runs import equal_runs
 from tests.test_train_cluster import arrays
@@ -63,12 +65,12 @@ class Victim:
         self.shared = np.frombuffer(mmap.mmap(-1, 64), np.int32)
         self.count = 0
         self.root.mkdir()
-        data = self.root / ("data.npz" if name == "cluster" else "data")
+        place = self.root / ("data.npz" if name == "cluster" else "data")
         if name == "cluster":
-            np.savez(data, **arrays(count=120))
+            np.savez(place, **arrays(count=120))
         else:
-            {"simclr": cells_tree, "tsm": small_ffpp, "raer": raer_tree}[name](data)
-        self.argv = [*FLAGS[name].split(), *COMMON, "--data", str(data)]
+            {"simclr": cells_tree, "tsm": small_ffpp, "raer": raer_tree}[name](place)
+        self.argv = [*FLAGS[name].split(), *COMMON, "--data", str(place)]
         self.whole, begun = self.root / "whole", time.monotonic()
         assert self.run(self.whole) == 0, self.said(self.whole)
         self.seconds = time.monotonic() - begun
@@ -79,7 +81,7 @@ class Victim:
         self.count += 1
         return self.root / f"run{self.count}"
 
-    def start(self, folder: Path, *flags: str, env: dict | None = None, before=None) -> int:
+    def start(self, folder: Path, *flags: str, env: dict | None = None, before=None, argv=None) -> int:
         """Fork a process that runs the script in `folder`; its output is appended to FOLDER.txt."""
         self.shared[:] = 0
         sys.stdout.flush()
@@ -95,7 +97,7 @@ class Victim:
             watch(self.shared)
             if before:
                 before()
-            code = MODULES[self.name].main([*self.argv, "--out", str(folder), *flags])
+            code = MODULES[self.name].main([*(argv or self.argv), "--out", str(folder), *flags])
         except SystemExit as ending:
             code = ending.code
         except BaseException:
@@ -350,10 +352,140 @@ def rank_deaths(victim: Victim, count: int) -> dict:
     return {"rank deaths": done, "slowest exit of the other, s": round(slowest, 2), "lost": 0}
 
 
+def stalls(victim: Victim, count: int) -> dict:
+    """`count` times one of two processes is stopped (SIGSTOP); the other must leave by itself after --timeout."""
+    rng, slowest, limit = victim.rng, 0.0, 6.0
+    for _ in range(count):
+        folder = victim.fresh()
+        pids = together(victim, folder, 2, "--timeout", str(limit / 60))
+        victim.wait_until(pids[0], STEPS, rng.randint(1, 6))
+        still = rng.randrange(2)
+        os.kill(pids[still], signal.SIGSTOP)
+        begun = time.monotonic()
+        code = ended(pids[1 - still])
+        slowest = max(slowest, time.monotonic() - begun)
+        os.kill(pids[still], signal.SIGKILL)  # as its launcher does
+        ended(pids[still])
+        said = victim.said(folder, str(1 - still)).strip().split("\n")[-1]
+        assert code == 75 and f"process {1 - still} of 2, " in said and f"no step in {limit / 60:g} minutes" in said, (
+            f"{code}: {said}"
+        )
+        assert [ended(pid) for pid in together(victim, folder, 2)] == [0, 0], victim.said(folder, "0")
+        shutil.rmtree(folder)
+    return {"stalled processes": count, f"slowest exit of the other at {limit:g} s": round(slowest, 2)}
+
+
+def hangs(victim: Victim, count: int) -> dict:
+    """`count` times a loader thread hangs in the read of an image (of a pipe that nobody writes to)."""
+    if victim.name != "simclr":
+        return {"hanging reads": 0}
+    image, slowest = Path(victim.argv[-1]) / "long" / "08.png", 0.0  # not one of those that are read before training
+    content = image.read_bytes()
+    for _ in range(count):
+        folder, begun = victim.fresh(), time.monotonic()
+        image.unlink()
+        os.mkfifo(image)
+        code = victim.run(folder, "--timeout", "0.05")
+        slowest = max(slowest, time.monotonic() - begun)
+        said = victim.said(folder).strip().split("\n")[-1]
+        assert code == 75 and "waits in common/data.py" in said and "Run the same command" in said, f"{code}: {said}"
+        image.unlink()
+        image.write_bytes(content)
+    return {"hanging reads": count, "slowest exit at 3 s": round(slowest, 2)}
+
+
+ALONE = {"simclr": "", "tsm": "--dropout 0 --accum 1", "raer": "--dropout 0", "cluster": "--dropout 0"}
+
+
+def equality(victim: Victim, count: int) -> dict:
+    """Two and four processes take the step of one; --eval gives the metrics of one on two, three and four."""
+    flags, states = [*ALONE[victim.name].split(), "--max-steps", "1"], {}
+    if victim.name == "simclr":
+        flags += ["--optimizer", "sgd"]
+    evaluated = {}
+    for world_size in (1, 2, 4):
+        folder = victim.fresh()
+        assert {ended(pid) for pid in together(victim, folder, world_size, *flags)} == {0}, victim.said(folder, "0")
+        states[world_size] = checkpoint.load(next(folder.rglob("last.pt")))["parts"]["optimizer"]["state"]
+    worst = 0.0
+    name = "exp_avg" if any("exp_avg" in own for own in states[1].values()) else "momentum_buffer"
+    largest = max(own[name].abs().max().item() for own in states[1].values())  # both go with the gradient
+    for state in (states[2], states[4]):
+        assert state.keys() == states[1].keys() and state
+        for key, own in states[1].items():
+            # The gradient of what BatchNorm or softmax takes off again is nothing but rounding.
+            scale = own[name].abs().max().item() + 1e-3 * largest
+            worst = max(worst, (state[key][name] - own[name]).abs().max().item() / scale)
+    assert worst <= 1e-4, f"{victim.name}: gradients differ by {worst:.1e} of the largest"
+    argv = ["--eval", str(victim.whole), "--data", victim.argv[-1], "--device", "cpu"]
+    for world_size in (1, 2, 3, 4):
+        folder, port = victim.fresh(), free_port()
+        pids = [victim.start(folder, env=rank_env(r, world_size, port), argv=argv) for r in range(world_size)]
+        assert {ended(pid) for pid in pids} == {0}, victim.said(folder, "0")
+        evaluated[world_size] = json.loads((folder / "eval.json").read_text())
+    off = max(abs(evaluated[w][name] - value) for name, value in evaluated[1].items() for w in (2, 3, 4))
+    assert off <= 1e-6, evaluated
+    return {"gradients differ by at most": f"{worst:.1e}", "metrics by": f"{off:.1e}"}
+
+
+def worlds(victim: Victim, count: int) -> dict:
+    """`count` runs that are stopped and go on with one, two and four processes: every sample once an epoch."""
+    rng, reference = victim.rng, None
+    for _ in range(count + 1):
+        folder = victim.fresh()
+        (trace := folder.with_suffix(".trace")).mkdir()
+        sizes = [1, 2, 4, 1] if reference else [1]
+        for i, world_size in enumerate(sizes):
+            port, before = free_port(), partial(record, trace, i)
+            pids = [victim.start(folder, env=rank_env(r, world_size, port), before=before) for r in range(world_size)]
+            if i + 1 < len(sizes):
+                victim.wait_until(pids[0], STEPS, world_size * rng.randint(1, 3))
+                for pid in pids:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGTERM)
+            codes = {ended(pid) for pid in pids}
+            assert codes == ({75} if i + 1 < len(sizes) else {0}), f"{codes}: {victim.said(folder, '0')}"
+        found = {}
+        for file in sorted(trace.iterdir()):
+            for line in file.read_text().splitlines():
+                stage, epoch, step, ids = json.loads(line)
+                found.setdefault((stage, epoch), {}).setdefault(step, []).extend(ids)
+        if reference is None:
+            reference = found
+        assert found.keys() == reference.keys()
+        for key, steps in found.items():
+            assert steps.keys() == reference[key].keys()
+            for step, ids in steps.items():
+                assert sorted(ids) == sorted(reference[key][step]), (key, step)
+            seen = [i for ids in steps.values() for i in ids]
+            assert victim.name == "raer" or len(seen) == len(set(seen)), key  # it draws with replacement
+    return {"runs on 1, 2, 4 and 1 processes": count, "samples twice or never": 0}
+
+
+def record(folder: Path, attempt: int) -> None:
+    """Write down the items of every step of the stages that go through a permutation, by (stage, epoch, step)."""
+    made, cut, end_step = {}, data.cut, checkpoint.Progress.end_step
+    file = open(folder / f"{attempt}-{os.environ['RANK']}", "w")  # noqa: SIM115
+
+    def kept(order, bs, done=0, facts=None):
+        made["batches"], made["done"] = cut(order, bs, done, facts), done
+        return made["batches"]
+
+    def written(self, bad):
+        if self.stage in ("pretrain", "finetune", "train"):
+            ids = made["batches"][self.batch - made["done"]].tolist()
+            file.write(json.dumps([self.stage, self.epoch, self.step, ids]) + "\n")
+            file.flush()
+        end_step(self, bad)
+
+    data.cut, checkpoint.Progress.end_step = kept, written
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--script", choices=[*MODULES, "all"], default="all")
     kinds = {"kills": kills, "signals": signals, "flips": flips, "full-disk": full_disk, "rank-deaths": rank_deaths}
+    kinds |= {"stalls": stalls, "hangs": hangs, "equality": equality, "worlds": worlds}
     for name in kinds:
         parser.add_argument(f"--{name}", type=int, default=0, metavar="N", help="over all chosen scripts together")
     parser.add_argument("--seed", type=int, default=0)
