@@ -21,8 +21,8 @@ EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_AUDIT, EXIT_STOPPED = 2, 3, 4, 75
 # (`fingerprint`), so that a copy on a node's local disk continues the same run.
 NOT_IDENTITY = {
     "check", "compile", "config", "data", "demo", "detect_anomaly", "deterministic", "device", "eval", "fork",
-    "from_run", "impl", "log_every", "max_steps", "out", "predict", "profile", "resume", "save_every", "tensorboard", "timeout",
-    "workers",
+    "from_run", "impl", "log_every", "max_steps", "out", "predict", "profile", "resume", "save_every", "tensorboard",
+    "timeout", "workers",
 }  # fmt: skip
 
 # What --eval and --predict heed.
