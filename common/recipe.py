@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import data, optim, step
+from common import data, optim, report, step
 from common.config import AuditFailed, InputError, nearest
 from common.run import environment, write_json
 from common.verdict import FAIL, PASS, SKIP, WARN, Result, Task
@@ -37,7 +37,7 @@ def chosen(text: str) -> list[str]:
 
 
 def check(run, tasks: dict[str, Task]) -> None:
-    """Try the items that --check names on every stage, print a line for each and write check.json.
+    """Try the items that --check names on every stage, print a line for each; write check.json and the report.
 
     Args:
         tasks: by the stages' names; items about the data alone are tried once.
@@ -65,6 +65,7 @@ def check(run, tasks: dict[str, Task]) -> None:
         run.folder / "check.json",
         {"command": command, "script": run.meta["script"], "seconds": round(seconds, 1), "items": found},
     )
+    report.write(run.folder)
     failed = [item["item"] for item in found if item["verdict"] == FAIL]
     counts = ", ".join(f"{sum(i['verdict'] == v for i in found)} {v}" for v in (PASS, WARN, FAIL, SKIP))
     print(f"{counts} in {seconds:.0f} s: {run.folder / 'check.json'}")

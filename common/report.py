@@ -361,7 +361,7 @@ def charts_of(
     lines: list[dict], settings: dict, resumes=(), detail: float = 1.0, curves: dict | None = None
 ) -> dict[str, dict[str, str]]:
     """stage -> metric -> SVG of a log's curves, which `curves_of` gives where they are not given."""
-    levels, found = chance_levels(settings), {}
+    levels, found = chance_levels(settings) if lines else {}, {}
     unit = _ITEMS.get(settings["resolved"].get("script"), "items")
     for stage, charts in (curves or curves_of(lines)).items():
         marks = marks_of(stage, lines, list(resumes))
@@ -451,6 +451,9 @@ class Record:
         self.settings, self.env, self.summary, self.check = (
             read_json(self.folder / f"{name}.json") for name in ("config", "env", "summary", "check")
         )
+        if self.settings is None:  # --check was there before any run
+            self.settings = {"resolved": {"script": self.check["script"]}}
+            self.env, status = {"command": self.check["command"]}, "checked, not trained"
         self.env = self.env or {}
         self.lines, self.resumes = (
             log.read(self.folder, name) if (self.folder / name).exists() else [] for name in ("log.jsonl", log.RESUMES)
@@ -478,7 +481,7 @@ def write(folder: Path, status: str | None = None) -> Path:
     """Write report.html of a run directory, never seen half written; returns its path.
 
     `status` is that of a run that goes on; unset: summary.json says how it ended, and the curves are written as files
-    to figures/ too.
+    to figures/ too. A directory that holds but check.json gets a report of that.
     """
     run = Record(folder, status)
     for detail in (1.0, 0.5, 0.25, 0.1, 0.05):
@@ -566,16 +569,19 @@ def facts(run: Record) -> str:
     )
     many = f", {env['processes']} processes" if env.get("processes", 1) > 1 else ""
     commit = (env.get("commit") or "unknown")[:12] + ", with uncommitted changes" * bool(env.get("uncommitted_changes"))
-    rows = [
-        ("state", run.state),
-        ("command", f"python {env.get('command', '')}"),
-        ("data", env.get("data_read", run.settings.get("data"))),
-        ("hardware", f"{device}{many}, {env.get('threads')} thread{'s' * (env.get('threads') != 1)}"),
-        ("software", f"Python {env.get('python')}, torch {env.get('torch')}; commit {commit}"),
+    threads = f"{env.get('threads')} thread{'s' * (env.get('threads') != 1)}"
+    rows = [("state", run.state), ("command", f"python {env.get('command', '')}")]
+    if "torch" in env:
+        rows += [
+            ("data", env.get("data_read", run.settings.get("data"))),
+            ("hardware", f"{device}{many}, {threads}"),
+            ("software", f"Python {env.get('python')}, torch {env['torch']}; commit {commit}"),
+        ]
+    rows += [
         ("folder", str(run.folder.resolve())),
         ("written", datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")),
     ]
-    if run.summary and run.summary.get("best_epoch") and run.status not in ("running", "not ended"):
+    if run.summary and run.summary.get("best_epoch") and run.status != "running":
         rows.insert(1, ("selected", f"epoch {run.summary['best_epoch']}: {run.summary.get('best_model_path')}"))
     return table(rows, form=' class="f"')
 
@@ -740,7 +746,7 @@ def system_part(stages: dict[str, dict[str, str]]) -> tuple[str, str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    from common import compare, config, run, tables  # they import this module
+    from common import compare, config, tables  # they import this module
 
     parser = config.Parser(prog="python -m common.report", description=__doc__)
     parser.add_argument("folders", metavar="DIR", nargs="+", help="run directories, or folders of runs")
@@ -757,7 +763,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     folders = [Path(folder) for folder in args.folders]
     with config.exit_codes():
-        one = len(folders) == 1 and run.read_json(folders[0] / "config.json") is not None
+        one = len(folders) == 1 and any((folders[0] / name).exists() for name in ("config.json", "check.json"))
         if args.rows is None:
             config.refuse_without_effect(parser, args, ["cols", "value", "interval", "compact"], "without --rows")
         elif args.value is None:

@@ -334,6 +334,11 @@ def test_checks_are_shown_with_their_rows_and_pictures(runs, tmp_path):
     assert "Check inputs" not in words  # not a second time among the run's own pictures
     if CHROMIUM:
         is_sound(page, tmp_path)
+    alone = tmp_path / "alone"  # checked before any run
+    alone.mkdir()
+    (alone / "check.json").write_text(json.dumps(check))
+    words = "".join(parsed(report.write(alone)).itertext())
+    assert "checked, not trained" in words and f"mend {EVIL}" in words
 
 
 def test_runs_are_compared_on_a_page_and_on_a_terminal(runs, tmp_path, capsys):
