@@ -15,10 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import data, optim, report, step
+from common import audit, augment, data, metrics, optim, report, step
 from common.config import AuditFailed, InputError, nearest
 from common.run import environment, write_json
-from common.verdict import FAIL, PASS, SKIP, WARN, Result, Task
+from common.verdict import FAIL, PASS, SKIP, WARN, Result, Task, skip
+
+OVERFIT_STEPS, LEARNT = 100, 0.3  # at most; the share of the first loss that counts as learnt
+BASELINE_STEPS, MARGIN = 24, 0.97  # the loss with inputs is to be lower than this share of that without
+DESCENT_STEPS = 16
+ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish)
 
 
 def chosen(text: str) -> list[str]:
@@ -254,10 +259,426 @@ def loss_at_init(task: Task) -> Result:
     return Result(FAIL, value, threshold, why)
 
 
+def inputs(task: Task) -> Result:
+    """What enters the network, seen just before it: evaluation's input is the stored pixels, training's is like it."""
+    model, trial, own = task.build(), Trial(task), task.held_out[: 2 * task.size]
+    items = small(task, 1)[0]
+    with watched(trial.model) as (calls, _):
+        trial.go(items, share=0.0)
+    with watched(model) as (tested, _):
+        task.evaluate(model, own)
+    if not task.images or calls[0][0].ndim < 4:
+        return _features_in(task, calls[0])
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in task.normalization)
+    both = [torch.cat([task.images(call).float().cpu() for call in part]) for part in (calls, tested)]
+    train, test = (x * std + mean for x in both)
+    pictures = [_picture(task, "inputs", train[:32], 8)]
+    rows = [["channel", "training mean", "deviation", "evaluation mean", "deviation"]]
+    for c, name in enumerate(("red", "green", "blue")):
+        rows.append([name, *(f"{f(x[:, c]).item():.3f}" for x in both for f in (torch.mean, torch.std))])
+    value = ", ".join(f"{row[0]} {float(row[1]):.2f} ± {float(row[2]):.2f}" for row in rows[1:])
+    problems = []
+    if not all(x.isfinite().all() for x in both):
+        problems.append("values are not finite")
+    elif train.flatten(1).std(1).max() < 0.01 or (len(train) > 1 and (train - train[:1]).abs().max() < 0.01):
+        problems.append("all images are alike or empty")
+    elif train.min() < -0.05 or train.max() > 1.05:
+        problems.append(f"de-normalised pixels lie in {train.min():.2f} to {train.max():.2f}, not in 0 to 1")
+    if task.pixels:
+        raw = augment.resize(task.pixels(own).to(torch.uint8), test.shape[-1]).float().cpu()
+        away = (raw - test).abs().mean().item() if raw.shape == test.shape else math.inf
+        if not away < 0.02:
+            problems.append(f"evaluation reads images that are {away:.3f} away from the stored ones")
+        spread = (train.std() / raw.std().clamp(min=1e-6)).item()
+        if not problems and not 0.4 < spread < 2.5:
+            problems.append(f"training's deviation is {spread:.2f} times the stored images'")
+    if problems:
+        fix = "look at the picture: check the division by 255, the mean and deviation, and what augments evaluation"
+        return Result(FAIL, "; ".join(problems), "0 to 1; evaluation as stored", fix, pictures, rows)
+    return Result(PASS, value, "evaluation as stored, training in 0 to 1", "", pictures, rows)
+
+
+def _features_in(task: Task, call: tuple) -> Result:
+    parts = call[0] if isinstance(call[0], dict) else {"features": call[0]}
+    rows, problems = [["input", "mean", "deviation", "constant columns"]], []
+    for name, x in parts.items():
+        x = x.detach().float().cpu().flatten(0, -2)
+        still = (x.std(0) < 1e-6).float().mean().item()
+        rows.append([name, f"{x.mean().item():.3f}", f"{x.std().item():.3f}", f"{still:.0%}"])
+        if not x.isfinite().all():
+            problems.append(f"{name}: values are not finite")
+        elif still > 0.5:
+            problems.append(f"{name}: {still:.0%} of the columns are the same for all samples")
+        elif x.std() > 1e3 or x.std() < 1e-4:
+            problems.append(f"{name}: deviation {x.std().item():.2g}")
+    value = "; ".join(f"{row[0]} {row[1]} ± {row[2]}" for row in rows[1:])
+    if problems:
+        return Result(FAIL, "; ".join(problems), "finite, varied", "mend the data or their reading", rows=rows)
+    return Result(PASS, value, "finite, varied", rows=rows)
+
+
+def _picture(task: Task, name: str, images: Tensor, columns: int) -> str:
+    path = f"figures/check_{name}.png"
+    report.save_grid(task.run.folder / path, images, columns)
+    return path
+
+
+def evaluation(task: Task) -> Result:
+    """Evaluation gives a row for each sample, whatever the order and the company, and leaves the network as it is."""
+    model, some = task.build(), task.held_out[:8]
+    trial = Trial(task, model=model)
+    trial.go(small(task, 1)[0])  # fresh running statistics would hide a network that is left in training mode
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    problems, many = [], task.held_out[: task.several]
+    counted = task.evaluate(model, many)
+    if len(counted) != len(many):
+        problems.append(f"{len(counted)} rows for {len(many)} samples")
+    model.train()
+    rows = task.evaluate(model, some)
+    scale = rows.abs().max().item() + 1e-6
+    if not rows.isfinite().all():
+        problems.append("rows are not finite")
+    elif not torch.equal(rows, task.evaluate(model, some)):
+        problems.append("twice the same samples give other rows")
+    elif _away(rows, task.evaluate(model, some[::-1].copy()).flip(0)) > 1e-3 * scale:
+        problems.append("another order gives other rows")
+    elif len(some) > 2 and _away(rows[:2], task.evaluate(model, some[:2])) > 1e-3 * scale:
+        problems.append("a row depends on the other samples of its batch")
+    elif len(counted) == len(many) and _away(rows, counted[: len(some)]) > 1e-3 * scale:
+        problems.append("a row depends on how many samples there are")
+    moved = [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])]
+    if moved:
+        problems.append(f"evaluation changes {moved[0]}")
+    problems += _splits(task)
+    value = f"{len(many)} of {len(task.held_out)} samples, a row each"
+    if problems:
+        fix = "evaluate whole splits, in evaluation mode, without augmentation; keep the splits apart"
+        return Result(FAIL, "; ".join(problems), "one row a sample, the same in any order", fix)
+    return Result(PASS, value, "one row a sample, the same in any order")
+
+
+def _away(a: Tensor, b: Tensor) -> float:
+    return (a - b).abs().max().item() if a.shape == b.shape else math.inf
+
+
+def _splits(task: Task) -> list[str]:
+    # An epoch goes through the training split, once each unless classes are drawn by weight, and through nothing else.
+    n, problems = len(task.run.data), []
+    train, drawn = samples_of(task, task.train), samples_of(task, np.concatenate(epoch_batches(task, 0)))
+    shared = np.intersect1d(train, task.held_out)
+    if len(shared):
+        problems.append(f"{len(shared)} samples are in training and in evaluation")
+    strange = np.setdiff1d(drawn, train)
+    if len(strange):
+        problems.append(f"an epoch trains on {len(strange)} samples of other splits")
+    missed, repeated = len(train) - len(np.unique(drawn)), len(drawn) - len(np.unique(drawn))
+    if repeated and not task.batches:
+        problems.append(f"an epoch draws {repeated} samples again")
+    elif not repeated and missed > len(train) % task.stage.bs:
+        problems.append(f"an epoch leaves out {missed} of {len(train)} samples")
+    if not len(task.held_out):
+        problems.append("there is nothing to evaluate on")
+    if max(np.max(train), np.max(drawn), *task.held_out[:1]) >= n:
+        problems.append("indices beyond the data")
+    return problems
+
+
+def head_bias(task: Task) -> Result:
+    """The untrained network predicts the classes' shares: its last bias holds them."""
+    if task.labels is None:
+        return skip("no classes")
+    model = task.build()
+    head = task.head(model) if task.head else None
+    if head is None or head.bias is None:
+        return skip("the last layer has no bias")
+    logits = task.evaluate(model, samples_of(task, task.train)[:64]).float().flatten(1)
+    if task.binary:
+        fake = logits.sigmoid().mean().item()
+        mean = torch.tensor([1 - fake, fake])
+    else:
+        mean = logits.softmax(1).mean(0)
+    prior = torch.from_numpy(class_shares(task)).float().clamp(min=1e-6)
+    kl = (prior * (prior / mean.clamp(min=1e-9)).log()).sum().item()
+    rows = [["class", "share", "predicted"]]
+    rows += [[n, f"{p:.3f}", f"{q:.3f}"] for n, p, q in zip(task.classes, prior.tolist(), mean.tolist(), strict=True)]
+    value, threshold = f"KL {kl:.4f} from the classes' shares", "at most 0.1, fails above 1"
+    if kl <= 0.1:
+        return Result(PASS, value, threshold, rows=rows)
+    fix = "--head-bias prior starts the last layer at the classes' shares"
+    return Result(FAIL if kl > 1 or not math.isfinite(kl) else WARN, value, threshold, fix, rows=rows)
+
+
+def class_shares(task: Task) -> np.ndarray:
+    """The shares (K,) of the classes as training draws them."""
+    if task.prior is not None:
+        return np.asarray(task.prior, float)
+    counts = np.bincount(task.labels[samples_of(task, task.train)], minlength=len(task.classes))
+    return counts / counts.sum()
+
+
+def alive(task: Task) -> Result:
+    """Every parameter that should train is in one group of the optimiser, gets a gradient and moves; nothing else does.
+
+    Three steps at the peak rates.
+    """
+    trial = Trial(task)
+    model, fixed = trial.model, task.frozen(trial.model)
+    problems = audit.check_groups(model, trial.optimizer)
+    parameters = dict(model.named_parameters())
+    problems += [f"{n} is frozen by no flag" for n, p in parameters.items() if not p.requires_grad and n not in fixed]
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    felt = dict.fromkeys(parameters, False)
+    for items in small(task, 3):
+        trial.go(items)
+        for name, p in parameters.items():
+            felt[name] = felt[name] or (p.grad is not None and bool((p.grad != 0).any()))
+    for name, p in parameters.items():
+        moved = not torch.equal(before[name], p.detach())
+        if p.requires_grad and not felt[name]:
+            problems.append(f"{name} gets no gradient")
+        elif not p.requires_grad and moved:
+            problems.append(f"{name} is frozen and moved")
+    trained = [name for name, p in parameters.items() if p.requires_grad]
+    still = [name for name in trained if torch.equal(before[name], parameters[name].detach())]
+    if len(still) == len(trained):
+        problems.append("no parameter moves: the learning rate is 0 or far too small")
+    problems += task.audit(task.build()) if task.audit else []
+    value, threshold = f"{len(trained)} of {len(parameters)} tensors train", "all that should"
+    if not problems:
+        return Result(PASS, value, threshold)
+    more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
+    fix = "look for a detach, a no_grad, a loss of weight 0, or parameters that the optimiser was not given"
+    return Result(FAIL, "; ".join(problems[:4]) + more, threshold, fix)
+
+
+def dependencies(task: Task) -> Result:
+    """By backprop: the output of a sample depends on that sample alone, and on all of its parts."""
+    model, some = task.build(), task.held_out[:3]
+    with watched(model) as (calls, _):
+        task.evaluate(model, some)
+    model.eval()
+    entry = task.entry or (lambda network, call: ([call[0]], lambda xs: task.rows(network(xs[0]))))
+    found, outputs_of = entry(model, calls[0])
+    xs = [x.detach().clone().requires_grad_() for x in found]
+    rows = outputs_of(xs).float().flatten(1)
+    idle, problems = task.idle(calls[0]) if task.idle else [None] * len(xs), []
+    for i in range(min(len(rows), 3)):
+        grads = torch.autograd.grad(rows[i].sum(), xs, retain_graph=True, allow_unused=True)
+        for name, (grad, mask) in enumerate(zip(grads, idle, strict=True)):
+            where = f"of input {name + 1}" if len(xs) > 1 else ""
+            if grad is None:
+                problems.append(f"outputs do not depend on input {name + 1}")
+                continue
+            if mask is not None and grad[mask].abs().sum() > 0:
+                problems.append(f"output {i + 1} depends on padding {where}")
+            reach = grad.reshape(len(rows), task.parts, -1).abs().sum(2) > 0
+            if reach[[j for j in range(len(rows)) if j != i]].any():
+                problems.append(f"output {i + 1} depends on other samples {where}")
+            if not reach[i].all():
+                blind = (~reach[i]).nonzero()[:, 0].tolist()
+                part = f"parts {blind} of {task.parts}" if task.parts > 1 else "its sample"
+                problems.append(f"output {i + 1} does not depend on {part} {where}")
+    if task.past:
+        x = calls[0][0].detach().clone().requires_grad_()
+        frames = task.past(model, x)
+        for t in range(frames.shape[1] - 1):
+            (grad,) = torch.autograd.grad(frames[0, t].sum(), x, retain_graph=True)
+            if grad.reshape(len(frames), task.parts, -1)[0, t + 1 :].abs().sum() > 0:
+                problems.append(f"frame {t + 1} depends on later frames")
+                break
+    passes = f"its own sample, all {task.parts} parts" if task.parts > 1 else "its own sample alone"
+    if problems:
+        fix = "look for a view or reshape where permute or transpose is meant, and for what mixes a batch in evaluation"
+        found = [text.strip() for text in dict.fromkeys(problems)]
+        return Result(FAIL, "; ".join(found[:4]), passes, fix)
+    past = "; frames depend on the past alone" if task.past else ""
+    return Result(PASS, f"outputs of {len(rows)} rows reach their own samples{past}", passes)
+
+
+def overfit(task: Task) -> Result:
+    """A small batch, its augmentation fixed, is learnt by heart."""
+    trial, items = Trial(task, 1e-3), _varied(task)
+    first = last = right = None
+    for k in range(OVERFIT_STEPS):
+        with watched(trial.model) as (_, outputs):
+            last, _ = trial.go(items, seed=task.run.args.seed + k)
+        first = last if first is None else first
+        right, answers = _answers(task, [task.rows(output) for output in outputs], items)
+        floor = 0.0 if task.labels is None else LEARNT * first
+        if not math.isfinite(last) or (right == 1 and (task.labels is None or last <= floor)):
+            break
+    value = f"{right:.0%} right, loss {first:.4f} to {last:.4f} in {k + 1} steps on {len(items)} items"
+    threshold = "100 %" + ("" if task.labels is None else f", loss below {LEARNT:.0%} of the first")
+    rows = [["truth", "prediction"], *answers] if answers else []
+    if right == 1 and (task.labels is None or last <= LEARNT * first):
+        return Result(PASS, value, threshold, rows=rows)
+    fix = "what cannot learn a few items by heart has a bug in its loss, its labels or its gradient, or no capacity"
+    return Result(FAIL, value, threshold, fix, rows=rows)
+
+
+def _varied(task: Task) -> np.ndarray:
+    # The items of a batch, of two classes at least.
+    for items in small(task, 8):
+        if task.labels is None or len(set(task.labels[samples_of(task, items)])) > 1:
+            return items
+    return items
+
+
+def _answers(task: Task, rows: list[Tensor], items: np.ndarray) -> tuple[float, list[list[str]]]:
+    # The share of right answers of a training step, and (truth, prediction) of each item.
+    x = torch.cat(rows).detach().float()
+    if not x.isfinite().all():
+        return 0.0, []
+    if task.labels is None:
+        a, b = x[: 2 * len(items)].chunk(2)
+        return metrics.contrastive(a, b)["top1"], []
+    truth = task.labels[samples_of(task, items)]
+    predicted = (x[:, 0] > 0).long() if task.binary else x.argmax(1)
+    named = [[task.classes[t], task.classes[p]] for t, p in zip(truth, predicted.tolist(), strict=True)]
+    return float(np.mean([t == p for t, p in named])), named
+
+
+def baseline(task: Task) -> Result:
+    """Zeroed inputs must do worse than real ones after equally many steps."""
+
+    def zeroed(_, call):
+        x = call[0]
+        x = {n: torch.zeros_like(v) for n, v in x.items()} if isinstance(x, dict) else torch.zeros_like(x)
+        return (x, *call[1:])
+
+    losses = {}
+    batches = small(task, BASELINE_STEPS)
+    others = task.held_out[: 4 * task.size]
+    held = [others[i : i + task.size] for i in range(0, len(others) - task.size + 1, task.size)] or [others]
+    for name in ("real", "zero"):
+        trial = Trial(task, 1e-3)
+        if name == "zero":
+            trial.model.register_forward_pre_hook(zeroed)
+        seen = [trial.go(items, epoch=k, seed=k)[0] for k, items in enumerate(batches)]
+        unseen = [trial.go(items, epoch=0, share=0.0, seed=0)[0] for items in held]
+        losses[name] = float(np.mean(seen[-len(seen) // 3 :])), float(np.mean(unseen))
+    (real, fresh), (zero, blind) = losses["real"], losses["zero"]
+    value = f"training loss {real:.4f}, zeroed {zero:.4f}; on other samples {fresh:.4f}, zeroed {blind:.4f}"
+    threshold = "lower with the inputs, on other samples too"
+    if not math.isfinite(real + fresh) or abs(real - zero) <= 1e-4 * abs(zero):
+        return Result(FAIL, value, threshold, "the network does not see its inputs: look for a constant or lost input")
+    if real < MARGIN * zero and fresh < MARGIN * blind:
+        return Result(PASS, value, threshold)
+    fix = f"nothing that carries over in {len(batches)} small steps: see that labels belong to their inputs"
+    return Result(WARN, value, threshold, fix)
+
+
+def _descent(task: Task, model: nn.Module | None = None) -> tuple[list[float], list[Tensor]]:
+    # Losses and outputs of steps with the stage's own optimiser on one batch whose randomness is fixed.
+    trial, items = Trial(task, model=model), _varied(task)
+    losses, shown = [], []
+    for k in range(DESCENT_STEPS):
+        with watched(trial.model) as (_, outputs):
+            losses.append(trial.go(items, share=min(1.0, (k + 1) / 4), seed=task.run.args.seed)[0])
+        shown.append(torch.cat([task.rows(output).detach().float().cpu() for output in outputs]))
+        if not math.isfinite(losses[-1]):
+            break
+    return losses, shown
+
+
+def decreases(task: Task) -> Result:
+    """The stage's own optimiser at its peak rate lowers the loss of a batch that stays the same."""
+    losses, shown = _descent(task)
+    picture, problem = _dynamics(task, shown)
+    first, last = losses[0], float(np.mean(losses[-3:]))
+    value = f"loss {first:.4f} to {last:.4f} in {len(losses)} steps at lr {task.stage.lr:.3g}"
+    threshold = "lower"
+    if not math.isfinite(last):
+        return Result(FAIL, value, threshold, "the loss is not finite: lower --lr", [picture])
+    if last > 1.02 * first or max(losses) > 3 * first:
+        return Result(FAIL, value, threshold, "the loss rises: lower --lr, or give more --warmup-epochs", [picture])
+    if last > (1 - 1e-4) * first:
+        return Result(FAIL, value, threshold, "the loss stays: raise --lr; look for a detached loss", [picture])
+    if problem:
+        return Result(WARN, f"{value}; {problem}", threshold, "look at the strip of predictions", [picture])
+    return Result(PASS, value, threshold, pictures=[picture])
+
+
+def _dynamics(task: Task, shown: list[Tensor]) -> tuple[str, str]:
+    # A strip, an item a row and a step a column: how the answers to one batch change; and what is wrong with them.
+    x = torch.stack([torch.nan_to_num(rows) for rows in shown])  # [steps, rows, d]
+    items = _varied(task)
+    if task.labels is None:
+        a, b = nn.functional.normalize(x, dim=2)[:, : 2 * len(items)].chunk(2, 1)
+        right = (1 + (a * b).sum(2)) / 2
+    else:
+        truth = torch.from_numpy(task.labels[samples_of(task, items)])
+        p = torch.stack([1 - x.sigmoid()[..., 0], x.sigmoid()[..., 0]], 2) if task.binary else x.softmax(2)
+        right = p.gather(2, truth.view(1, -1, 1).expand(len(x), -1, 1))[..., 0]
+    strip = torch.stack([1 - right, 0.35 + 0.4 * right, right]).transpose(1, 2)
+    picture = _picture(task, "dynamics", strip[None], 1)
+    if x.std(1).max() < 1e-5:
+        return picture, "all items get the same answer"
+    return picture, "the answers do not change" if torch.equal(x[0], x[-1]) else ""
+
+
+def larger(task: Task) -> Result:
+    """A larger network lowers the loss of the same batch further."""
+    if not task.larger:
+        return skip("no larger network")
+    (small_, _), (large, _) = _descent(task), _descent(task, task.larger())
+    a, b = float(np.mean(small_[-3:])), float(np.mean(large[-3:]))
+    value = f"loss {b:.4f} after {len(large)} steps, the run's network {a:.4f}"
+    if b < a:
+        return Result(PASS, value, "lower")
+    return Result(WARN, value, "lower", "capacity is not what limits the training loss")
+
+
+def first_layer(task: Task) -> Result:
+    """The first layer's filters differ, and no layer's activations are mostly dead."""
+    trial, live = Trial(task), {}
+    layers = [m for m in trial.model.modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and m.weight.requires_grad]
+    filters = next((m for m in trial.model.modules() if isinstance(m, nn.Conv2d)), layers[0] if layers else None)
+    hooks = []
+    for name, module in trial.model.named_modules():
+        if isinstance(module, ACTIVATIONS):
+
+            def keep(_, __, out, name=name):
+                spread = out.detach().float().transpose(0, 1).flatten(1).std(1) if out.ndim == 4 else out.float().std(0)
+                live.setdefault(f"{name} {sum(k.startswith(name + ' ') for k in live)}", (spread > 1e-6).float())
+
+            hooks.append(module.register_forward_hook(keep))
+    trial.go(small(task, 1)[0], share=0.0)
+    for hook in hooks:
+        hook.remove()
+    weight = filters.weight.detach().float().cpu().flatten(1)
+    dead = (weight.norm(dim=1) < 1e-6 * weight.norm(dim=1).max()).float().mean().item()
+    alike = 1 - len(torch.unique(weight, dim=0)) / len(weight)
+    pictures = []
+    if isinstance(filters, nn.Conv2d) and filters.in_channels == 3:
+        w = filters.weight.detach().float().cpu()[:64]
+        low, high = w.amin((1, 2, 3), keepdim=True), w.amax((1, 2, 3), keepdim=True)
+        pictures = [_picture(task, "filters", (w - low) / (high - low).clamp(min=1e-9), 8)]
+    shares = {name: 1 - x.mean().item() for name, x in live.items()}
+    worst = max(shares, key=shares.get, default=None)
+    value = f"{dead:.0%} of {len(weight)} filters dead, {alike:.0%} alike"
+    value += f"; most dead activations: {shares[worst]:.0%} in {worst.split()[0]}" if worst else ""
+    threshold, fix = "below 50 %", "look at the start of the weights, the learning rate and the scale of the inputs"
+    share = max(dead, alike, shares[worst] if worst else 0.0)
+    if share >= 0.5:
+        return Result(FAIL if share > 0.9 or dead > 0.5 or alike > 0.5 else WARN, value, threshold, fix, pictures)
+    return Result(PASS, value, threshold, pictures=pictures)
+
+
 ITEMS = {
     "seed": seed,
-    "gradient": gradient,
+    "inputs": inputs,
+    "evaluation": evaluation,
     "loss-at-init": loss_at_init,
+    "head-bias": head_bias,
+    "gradient": gradient,
+    "alive": alive,
+    "dependencies": dependencies,
+    "overfit": overfit,
+    "baseline": baseline,
+    "decreases": decreases,
+    "larger": larger,
+    "first-layer": first_layer,
 }
 # Items about the data alone, tried once however many stages a run has.
 OF_DATA: set[str] = set()
