@@ -270,7 +270,7 @@ def scatter(
         names: of the groups, for the legend; or, with `labels`, written where each group's median lies.
     """
     points, groups = np.asarray(points, float), np.asarray(groups)
-    low, high = np.quantile(points, [0.005, 0.995], axis=0)
+    low, high = np.quantile(points, [0.01, 0.99], axis=0)
     frame = [_padded(a, b, 0.06) for a, b in zip(low.tolist(), high.tolist(), strict=True)]
     axes, entries, out = _Axes(*frame, x_label, y_label, height=300), [], []
     edges = np.array(frame).T

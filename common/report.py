@@ -31,7 +31,7 @@ from common.plot import escape
 
 LIMIT = 1_000_000  # bytes of a report
 _EVERY = 30.0  # seconds between two reports of a run that goes on
-_COST = 50  # and times what writing one takes
+_COST = 50  # times what writing one takes, at least
 _WIDEST = 1000  # pixels of a picture
 _ABOUT = {
     "simclr": (
@@ -76,6 +76,7 @@ _METRICS = {
     "stability": ("stability", "How well clusterings from different seeds agree, 1 at most; it chooses the epoch."),
     "nmi": ("NMI", "Agreement of clusters and labels, 1 at most. It is only watched: no label enters the training."),
     "silhouette": ("silhouette", "How much nearer rows are to their own cluster than to the next one, 1 at most."),
+    "selected": ("utterances selected", "How many of them an epoch trains on with their cluster as the label."),
     "rate": ("", "Training items processed in a second."),
     "wait": ("share of a step's time", "Spent waiting for data: near 0 is good; above 0.1 more --workers may help."),
     "memory_gb": ("GB", "The most memory held so far: of the GPU by tensors, without one by the process."),
@@ -110,7 +111,8 @@ nav{margin:.6rem 0}nav a{margin-right:1rem;display:inline-block}a{color:var(--s0
 table{border-collapse:collapse;margin:.4rem 0;font-size:.9rem}
 td,th{padding:.2rem .9rem .2rem 0;text-align:left;vertical-align:top}
 th{color:var(--faint);font-weight:600}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-td.w{overflow-wrap:anywhere;min-width:9rem}code{overflow-wrap:anywhere;font-size:.9em}.wide{overflow-x:auto}
+td{white-space:nowrap}td.w,table.f td{white-space:normal}
+td.w{overflow-wrap:anywhere;min-width:12rem}code{overflow-wrap:anywhere;font-size:.9em}.wide{overflow-x:auto}
 table.f td{overflow-wrap:anywhere}table.f td:first-child{overflow-wrap:normal;color:var(--faint)}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,360px),1fr));gap:1rem}
 .charts figcaption{min-height:2.6em}.one{max-width:440px}

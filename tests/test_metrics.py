@@ -172,9 +172,50 @@ def test_the_interval_has_the_width_of_delongs():
     ],
 )
 def test_detections_of_bad_input_are_refused(target, scores, message):
-    for function in (metrics.detection, metrics.best_threshold, lambda t, s: metrics.auc_interval(t, s, 0)):
+    seeded = (lambda t, s: metrics.auc_interval(t, s, 0), lambda t, s: metrics.roc(t, s, 0))
+    for function in (metrics.detection, metrics.best_threshold, *seeded):
         with pytest.raises(ValueError, match=message):
             function(target, scores)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_roc_curve_is_scikit_learns_and_its_band_holds_what_new_draws_give(ties):
+    oracle = pytest.importorskip("sklearn.metrics", reason=ORACLE)
+    rng = np.random.default_rng(0)
+
+    def draw(count):
+        target = np.repeat([0, 1], count)
+        scores = rng.normal(target * 1.2)
+        return target, np.round(scores * 2) / 2 if ties else scores
+
+    target, scores = draw(60)
+    points, band = metrics.roc(target, scores, seed=0)
+    alarms, hits, _ = oracle.roc_curve(target, scores, drop_intermediate=False)
+    np.testing.assert_allclose(points, np.stack([alarms, hits], 1), atol=1e-12)
+    assert band[0, 0] == 0 and band[-1].tolist() == [1, 1, 1] and (np.diff(band, axis=0) >= 0).all()
+    assert ((band[:, 1] <= band[:, 2]) & (band[:, 2] <= 1)).all()
+    # 95 % of bands hold the hits of a large sample at 30 % false alarms.
+    t, s = draw(20_000)
+    alarms, hits, _ = oracle.roc_curve(t, s, drop_intermediate=False)
+    true = hits[np.searchsorted(alarms, 0.3, side="right") - 1]
+    held = 0
+    for seed in range(100):
+        _, found = metrics.roc(*draw(60), seed, rounds=100, places=11)
+        held += found[3, 1] <= true <= found[3, 2]
+    assert 84 <= held <= 100
+
+
+@pytest.mark.parametrize(("hits", "count"), [(0, 5), (3, 7), (40, 40), (1, 1000), (250, 500)])
+def test_the_interval_of_a_share_is_wilsons(hits, count):
+    stats = pytest.importorskip("scipy.stats", reason=ORACLE)
+    expected = stats.binomtest(hits, count).proportion_ci(method="wilson")
+    assert metrics.share_interval(hits, count) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_the_interval_of_no_item_is_everything():
+    assert metrics.share_interval(0, 0) == (0, 1)
+    with pytest.raises(ValueError, match=r"\[0, 4\], got 5"):
+        metrics.share_interval(5, 4)
 
 
 def contrastive_loops(z_a, z_b):
