@@ -25,10 +25,9 @@ import torch
 from torch import Tensor
 
 from common import dist
-from common.config import EXIT_STOPPED, Diverged, InputError, Stopped
+from common.config import DISK_FULL, EXIT_STOPPED, Diverged, InputError, Stopped
 from common.log import Log
 
-_FULL = errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG
 _MARK = b"sha256:"
 _COMMENT = len(_MARK) + 64
 # What torch.load raises on damaged files, found by damaging them.
@@ -66,7 +65,7 @@ def save(path: Path, state: dict, previous: Path | None = None) -> None:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            if error.errno not in _FULL:
+            if error.errno not in DISK_FULL:
                 raise
             # What statvfs does not know of: a quota, a limit on the size of files, blocks that another process took.
             written = temporary.stat().st_size if temporary.exists() else 0

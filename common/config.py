@@ -7,6 +7,7 @@ never changed after parsing: derived values get names of their own.
 import argparse
 import contextlib
 import difflib
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,8 @@ import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
+# What the system says where the disk is full, a quota is reached or a file may not grow further.
+DISK_FULL = errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG
 EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_AUDIT, EXIT_STOPPED = 2, 3, 4, 75
 
 # What may differ between two commands that mean the same run. The data set enters the identity by its content
@@ -59,6 +62,11 @@ def exit_codes():
         yield
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_BAD_INPUT) from None
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        print(f"error: {error.strerror}; make room and run the same command again", file=sys.stderr)
         raise SystemExit(EXIT_BAD_INPUT) from None
     except Diverged as error:
         print(f"diverged: {error}", file=sys.stderr)

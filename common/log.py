@@ -95,7 +95,9 @@ class Log:
         if self.path:
             lines = read(folder) if self.path.exists() else []
             # A line torn by a killed process must not meet the next one.
-            self._rewrite(lines)
+            if not lines or self.path.read_text() != _text(lines):
+                self._rewrite(lines)
+            self.file = open(self.path, "a")  # noqa: SIM115
             self.counts.update(line["stage"] for line in lines)
         self.board = _summary_writer(folder) if main and tensorboard else None
         self.watcher = None
@@ -191,14 +193,14 @@ class Log:
                 kept.append(line)
         self.file.close()
         self._rewrite(kept)
+        self.file = open(self.path, "a")  # noqa: SIM115
         self.counts[stage] = count
 
     def _rewrite(self, lines: list[dict]) -> None:
         # In one piece: a process killed here must not lose the lines of hours.
         temporary = self.path.with_name(".log.tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        temporary.write_text(_text(lines))
         os.replace(temporary, self.path)
-        self.file = open(self.path, "a")  # noqa: SIM115
 
     def sync(self) -> None:
         """Force the lines so far to the disk: a checkpoint counts on them."""
@@ -229,6 +231,10 @@ def _summary_writer(folder: Path):
     except ImportError:
         raise InputError("--tensorboard needs the package tensorboard: pip install tensorboard") from None
     return SummaryWriter(str(folder))
+
+
+def _text(lines: list[dict]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def read(folder: Path, name: str = "log.jsonl") -> list[dict]:
