@@ -29,7 +29,7 @@ from common.log import Log, Pace
 from common.models import umc
 from common.models.text import Lsa
 from common.monitor import Monitor
-from common.run import Run, launch, tested, used
+from common.run import Run, launch, several, tested, used
 from common.verdict import Task
 from kernels import nt_xent, sup_con
 
@@ -58,6 +58,7 @@ KNOBS = {
     "unsup_temperature": (1.0, 20.0, dict(above=0), "of the loss on the other rows"),
 }
 READING = ["only", "text_model", "text_layer", "max_length"]
+SEARCH = {"lr": (3e-6, 3e-4), "cluster_lr": (3e-6, 3e-4), "temperature": (0.1, 2.0), "sup_temperature": (0.1, 5.0)}
 DEMO = dict(bs=256, cluster_bs=256)
 MASK = 0.2  # chance that a view lacks a modality
 
@@ -92,10 +93,11 @@ def parse_args(argv: list[str] | None = None):
     parser.number(group, "--delta", float, 0.05, "by how much the share grows each epoch", low=0, high=1)
     parser.choice(group, "--on-plateau", ["lr", "thres", "none"], "lr", "what to halve when the stability stalls")
     parser.number(group, "--min-epochs", int, 20, "epochs of stage 2 before it may stop early", low=1)
-    args = config.parse(parser, argv, DEMO)
+    args = config.parse(parser, argv, DEMO, SEARCH)
 
     config.check_use(parser, args)
     refuse = partial(config.refuse_without_effect, parser, args)
+    refuse(["ensemble", "teacher"], "here: runs number their clusters as they like, there are no classes to share")
     refuse(["accum", "bad_images", "eval_every", "workers"], "on utterances: batches are whole, every epoch is watched")
     if args.text_model is None:
         refuse(["text_layer"], "without --text-model")
@@ -147,10 +149,8 @@ def check(args, facts: dist.Facts, rows: Rows, splits: dict, stages: dict, k) ->
         data.check_batch(name, stage.bs, len(train), facts.world_size)
     if args.base_dim < len(rows.names):
         raise InputError(f"--base-dim {args.base_dim}: each of {len(rows.names)} modalities needs an axis; raise it")
-    try:
+    with config.refusing("--impl", args.impl):
         nt_xent(*torch.eye(4, device=facts.device).chunk(2), 1.0, impl=args.impl)
-    except ValueError as error:
-        raise InputError(f"--impl {args.impl}: {error}") from None
 
 
 def settings(args) -> dict[str, config.Stage]:
@@ -438,7 +438,7 @@ def begin(parser, args, facts: dist.Facts, signals: checkpoint.Signals) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args, parser = parse_args(argv)
-    return launch(args, use, partial(begin, parser))
+    return 0 if several(main, argv, args, SEARCH, None) else launch(args, use, partial(begin, parser))
 
 
 if __name__ == "__main__":

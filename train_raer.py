@@ -30,7 +30,7 @@ from common.findings import classified
 from common.log import Log, Pace
 from common.models.clip import ACTIVATIONS, VARIANTS
 from common.models.raer import TUNES, RaerModel, build_raer, normalization, start
-from common.run import Run, launch, recall, tested, used
+from common.run import Run, launch, recall, several, tested, used
 from common.schedule import Phase, Schedule, read_schedule
 from common.verdict import Task
 
@@ -39,6 +39,7 @@ PRETRAINED_IMAGE_LR = 1e-5  # CLIP-CAER's; a tower that does not start from CLIP
 JITTER, DEGREES, CROP = (0.3, 0.3, 0.3, 0.1), 15, (0.5, 1.0)
 DEMO = dict(backbone="vit_tiny", num_frames=8, cache_features=True, bs=16, epochs=8, optimizer="adamw", lr=3e-4)
 EVAL_FRAMES = 256  # at once
+SEARCH = {"sgd": {"lr": (1e-3, 0.1), "wd": (1e-6, 1e-2)}, "adamw": {"lr": (1e-5, 1e-2), "wd": (1e-4, 0.3)}}
 MODEL_FLAGS = ["backbone", "num_frames", "tune", "num_context", "temporal_layers", "method"]
 
 
@@ -71,7 +72,7 @@ def parse_args(argv: list[str] | None = None):
     parser.number(group, "--image-lr", float, None, f"unset: {PRETRAINED_IMAGE_LR} with CLIP's weights, or --lr", low=0)
     parser.number(group, "--prompt-lr", float, 1e-3, "of the prompts' context", low=0)
     reading = ["missing_box", "face_margin"]
-    args = recall(parser, argv, config.parse(parser, argv, DEMO), [*reading, "store_size"])
+    args = recall(parser, argv, config.parse(parser, argv, DEMO, SEARCH), [*reading, "store_size"])
 
     config.check_use(parser, args, reading)
     refuse = partial(config.refuse_without_effect, parser, args)
@@ -127,14 +128,7 @@ def check(args, facts: dist.Facts, clips, splits: dict, stage: config.Stage, tab
     for name in ("val", "test"):
         for i in np.setdiff1d(np.arange(len(counts)), clips.labels[splits[name]]):
             say(f"{name} has no clip of {clips.classes[i]}: its recall counts as 0 in the UAR there")
-    for phase in table.phases:
-        weights = data.class_weights(counts, None)
-        if phase.cap is not None and phase.cap >= weights.max():
-            say(f"warning: from epoch {phase.start} the cap {phase.cap:g} binds no class: all are drawn equally often")
-        if phase.cap is not None and phase.cap <= weights.min():
-            say(f"warning: from epoch {phase.start} the cap {phase.cap:g} binds all classes: none is drawn more often")
-    if args.la_prior == "train" and not any(phase.tau and phase.sampler == "weighted" for phase in table.phases):
-        raise InputError("--la-prior train: no phase of --schedule has tau with the weighted sampler; leave it out")
+    longtail.check(table, counts, args.la_prior, say)
     return counts
 
 
@@ -195,11 +189,11 @@ def loss_terms(run: Run, model: RaerModel, phase: Phase, output, targets: Tensor
     return longtail.loss_terms(args.method, phase, counts, args.la_prior, model, output, targets)
 
 
-def train_step(run: Run, model, optimizer, scaler, terms_of, make_inputs, targets: Tensor):
+def train_step(run: Run, model, optimizer, scaler, terms_of, make_inputs, targets: Tensor, items=None):
     """One update; returns (the loss and its terms by name, gradient norm, bad), device scalars.
 
-    `make_inputs(slice)` gives the input of a chunk of this process's clips, `targets` (b,) their labels. With --accum K
-    the gradient is that of the whole batch, but for BatchNorm, which sees one chunk.
+    `make_inputs(slice)` gives the input of a chunk of this process's clips, `targets` (b,) their labels, `items`
+    (b,) their numbers, where features are cached. With --accum K the gradient is the whole batch's, but for BatchNorm.
     """
     accum, device = run.args.accum, run.facts.device
     size, total = len(targets) // accum, {}
@@ -208,8 +202,9 @@ def train_step(run: Run, model, optimizer, scaler, terms_of, make_inputs, target
         chunk = slice(k * size, (k + 1) * size)
         with step.reduce_gradients(model, last=k + 1 == accum):
             with step.autocast(run.args.precision, device):
-                output = model(make_inputs(chunk))
-            terms = {name: value / accum for name, value in terms_of(output, targets[chunk]).items()}
+                output = model(x := make_inputs(chunk))
+            terms = run.taught(terms_of(output, targets[chunk]), output[0], x, None if items is None else items[chunk])
+            terms = {name: value / accum for name, value in terms.items()}
             loss = sum(terms.values())
             scaler.scale(loss).backward()
         for name, value in (terms | {"loss": loss}).items():
@@ -313,7 +308,8 @@ def train(run: Run, published, table: Schedule) -> None:
                 part = pixels[chunk] if cached is not None else [stream[chunk] for stream in pixels]
                 return frames_of(run, part, batch[chunk], progress.epoch)
 
-            terms, norm, bad = train_step(run, trained, optimizer, scaler, terms_of, make_inputs, targets)
+            own = batch if args.cache_features else None
+            terms, norm, bad = train_step(run, trained, optimizer, scaler, terms_of, make_inputs, targets, own)
             run.end_step(progress, pace, terms, lr, norm, bad)
         values = {f"train/train/{name}": progress.mean(name) for name in sorted(progress.sums)}
         if (progress.epoch + 1) % args.eval_every == 0 or progress.epoch + 1 == stage.epochs:
@@ -404,7 +400,8 @@ def use(args, facts: dist.Facts) -> None:
     if args.eval:
         test = raer.split(clips, ["test"])["test"]
         scores = longtail.decide(*method, model, evaluate(run, model, test), tau)
-        source.write(score(run, "eval/test", test, scores, run.log.say), facts)
+        answers = clips, test, meta["classes"], scores.softmax(1)
+        source.write(score(run, "eval/test", test, scores, run.log.say), facts, answers)
         return
     scores = longtail.decide(*method, model, evaluate(run, model, np.arange(len(clips))), tau).softmax(1)
     if facts.main:
@@ -429,10 +426,12 @@ def begin(parser, args, facts: dist.Facts, signals: checkpoint.Signals) -> None:
     meta["image_lr"] = own if args.image_lr is None else args.image_lr
     identity = config.identity(parser, args, data=clips.fingerprint, stage="train", **meta)
     names = dict(name=f"{args.backbone}-{args.method}-bs{stage.bs}", identity=identity)
+    names |= dict(same=("image_size", "classes", "num_frames", lambda meta: normalization(meta["backbone"])))
     size = f"input {meta['image_size']} px"
     run = Run.open(args, facts, signals, clips, splits, meta, {"train": stage}, **names, size=size)
     if run is None:
         return
+    run.teach(build_model, lambda model, x: model(x)[0], evaluate)
     run.log.say("\n".join(filter(None, [said, clips.describe_frames(args.num_frames)])))
     if args.check:
         recipe.check(run, {"train": task(run, published, table)})
@@ -443,7 +442,7 @@ def begin(parser, args, facts: dist.Facts, signals: checkpoint.Signals) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args, parser = parse_args(argv)
-    return launch(args, use, partial(begin, parser))
+    return 0 if several(main, argv, args, SEARCH, "uar") else launch(args, use, partial(begin, parser))
 
 
 if __name__ == "__main__":

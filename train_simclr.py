@@ -24,7 +24,7 @@ from common.datasets.cytology import CELLS
 from common.log import Log, Pace
 from common.models import BACKBONES, build_backbone, input_size, load_published
 from common.models.heads import SimCLR
-from common.run import Run, launch, origin, recall, tested, used
+from common.run import Run, launch, origin, recall, several, tested, used
 from common.verdict import Task
 from common.weights import load_backbone
 from kernels import nt_xent
@@ -44,6 +44,8 @@ LR_OF = {
 # Colour strength 0.5 is the paper's for small images (appendix B.9).
 DEMO = dict(backbone="resnet18", image_size=32, stage="all", bs=64, epochs=32, eval_every=4, color_strength=0.5)
 DEMO |= dict(finetune_epochs=6, finetune_bs=64, finetune_lr=1e-3)
+SEARCH = {"lars": {"lr": (0.05, 5.0)}, "sgd": {"lr": (5e-3, 0.5)}, "adamw": {"lr": (1e-4, 1e-2)}}
+SEARCH |= {"linear": {"lr": (0.02, 2.0)}, "finetune": {"lr": (1e-5, 1e-2), "wd": (1e-6, 0.1)}}
 STEMS = ["imagenet", "cifar"]
 DEFAULTS = {"backbone": "resnet50", "stem": STEMS[0]}  # where neither a flag nor --from says otherwise
 
@@ -75,10 +77,10 @@ def parse_args(argv: list[str] | None = None):
     parser.choice(group, "--lr-schedule", ["cosine", "constant"], "cosine", "after the warm-up, in every stage")
     parser.number(group, "--fraction", float, 1.0, "share of the images, stratified, always the same", above=0, high=1)
     group.add_argument("--profile", action="store_true", help="time a step's phases; with --accum views are in forward")
-    args = recall(parser, argv, config.parse(parser, argv, DEMO), ["store_size"])
+    args = recall(parser, argv, config.parse(parser, argv, DEMO, SEARCH), ["store_size"])
     if args.cell is not None:
         parser.set_defaults(**CELLS[args.cell])
-        args = config.parse(parser, argv, DEMO | CELLS[args.cell])
+        args = config.parse(parser, argv, DEMO | CELLS[args.cell], SEARCH)
         config.refuse_without_effect(parser, args, CELLS[args.cell], "with --cell, which sets it")
 
     config.check_use(parser, args)
@@ -94,7 +96,7 @@ def parse_args(argv: list[str] | None = None):
     else:
         refuse(["from_run"], f"with --stage {args.stage}, which trains its backbone")
     if args.stage == "pretrain":
-        refuse(["patience"], "with --stage pretrain, which does not stop early")
+        refuse(["patience", "teacher"], "with --stage pretrain, which neither stops early nor classifies")
     if args.stage == "linear":
         refuse(["eval_every", "log_every"], "with --stage linear, which evaluates and logs every epoch")
     if args.augment == "none":
@@ -133,10 +135,8 @@ def check(args, facts: dist.Facts, images: data.Images, splits: dict, stages: di
             raise InputError("pretrain: a batch of 1 has no negatives; give --bs 2 or more")
         divisor = {"pretrain": facts.world_size * args.accum, "linear": 1, "finetune": facts.world_size}[name]
         data.check_batch(name, stage.bs, len(splits[parts[0]]), divisor)
-    try:
+    with config.refusing("--impl", args.impl):
         nt_xent(*torch.eye(4, device=facts.device).chunk(2), args.temperature, impl=args.impl)
-    except ValueError as error:
-        raise InputError(f"--impl {args.impl}: {error}") from None
 
 
 def build_model(run: Run, kind: str, weights: dict | None = None) -> nn.Module:
@@ -297,7 +297,7 @@ def finetune_step(run: Run, model, optimizer, scaler, pixels, batch: np.ndarray,
     with step.autocast(args.precision, device):
         logits = model(x)
     y = step.to_device(torch.from_numpy(labels[batch]), device)
-    loss = nn.functional.cross_entropy(logits.float(), y)
+    loss = sum(run.taught({"ce": nn.functional.cross_entropy(logits.float(), y)}, logits, x).values())
     scaler.scale(loss).backward()
     norm, bad = step.masked_step(optimizer, scaler, loss)
     return loss.detach(), norm, bad
@@ -316,10 +316,8 @@ def finetune(run: Run, weights: dict | None) -> None:
     if run.settled(progress):
         return
     trained, steps = dist.wrap(model, facts), len(train) // stage.bs
-    log.say(
-        stage.describe(f"{len(train)} training, {len(dev)} dev and {len(test)} test images", steps)
-        + f", patience {args.patience} evaluations"
-    )
+    counts = f"{len(train)} training, {len(dev)} dev and {len(test)} test images"
+    log.say(stage.describe(counts, steps) + f", patience {args.patience} evaluations")
     pace = Pace(stage.bs, stage.epochs * steps, "img")
     while progress.epoch < stage.epochs and progress.stale < args.patience:
         model.train()
@@ -394,8 +392,9 @@ def use(args, facts: dist.Facts) -> None:
     test = splits["finetune_test" if kind == "finetune" else "test"]
     if not len(test):
         raise InputError(f"{images.describe()}: there is no labelled test image to evaluate on")
-    labels = images.labels_in(classes, test)
-    model_of.write(probe.score("eval/test", evaluate(run, model, test), labels[test], len(classes)), facts)
+    labels, logits = images.labels_in(classes, test), evaluate(run, model, test)
+    answers = images, test, classes, logits.softmax(1)
+    model_of.write(probe.score("eval/test", logits, labels[test], len(classes)), facts, answers)
 
 
 def begin(parser, args, facts: dist.Facts, signals: checkpoint.Signals) -> None:
@@ -425,6 +424,7 @@ def begin(parser, args, facts: dist.Facts, signals: checkpoint.Signals) -> None:
     if split and facts.main:
         cytology.save(run.folder, split)
     run.phases = step.Phases(facts.device) if args.profile else None
+    run.teach(lambda twin: build_model(twin, probe.kind_of(twin.meta["stage"], args.teacher)), evaluate=evaluate)
     if started:
         run.log.say(started)
     if args.check:
@@ -442,7 +442,7 @@ def begin(parser, args, facts: dist.Facts, signals: checkpoint.Signals) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args, parser = parse_args(argv)
-    return launch(args, use, partial(begin, parser))
+    return 0 if several(main, argv, args, SEARCH, "macro_f1") else launch(args, use, partial(begin, parser))
 
 
 if __name__ == "__main__":

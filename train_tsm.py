@@ -29,7 +29,7 @@ from common.losses import focal_bce, focal_guess
 from common.models.heads import AGGREGATES
 from common.models.mobilenet_v4 import VARIANTS, build_mobilenet_v4, load_published
 from common.models.tsm import PLACEMENTS, ClipModel, Shift, Stream, freeze_bn, start_weights, training_memory
-from common.run import Run, launch, recall, tested, used
+from common.run import Run, launch, recall, several, tested, used
 from common.verdict import Task
 from kernels import shift_conv1x1, shift_step, temporal_shift
 
@@ -37,6 +37,7 @@ STAGE = {"epochs": 30, "bs": 64, "lr": 3e-4, "wd": 0.01, "optimizer": "adamw"}
 KERNELS = {"residual": temporal_shift, "expand": shift_conv1x1, "none": None}
 DEMO = dict(backbone="conv_small_035", image_size=32, bs=24, accum=1, epochs=24, lr=3e-3, eval_every=3, clips=2)
 DEMO |= dict(sampler="balanced")
+SEARCH = {"lr": (3e-5, 3e-3), "wd": (1e-4, 0.3)}
 MODEL_FLAGS = ["backbone", "shift", "n_segment", "fold_div", "direction", "padding", "aggregate", "clip_seconds"]
 MIN_SIZE = 32  # the stride of MobileNetV4: a smaller frame leaves less than one pixel
 EVAL_FRAMES = 256  # at once
@@ -86,7 +87,7 @@ def parse_args(argv: list[str] | None = None):
     group.add_argument("--stop-on-interval", action="store_true", help="better: the AUC's interval lies above the best")
     group.add_argument("--stream", metavar="FOLDER", help="score one sequence frame by frame with the run of --resume")
     reading = ["clips", "compression", "fps"]
-    args = config.parse(parser, argv, DEMO)
+    args = config.parse(parser, argv, DEMO, SEARCH)
     args = recall(parser, argv, args, [*(reading if args.eval else ["clips", "fps"]), "store_size"])
 
     config.check_use(parser, args, [*reading, "impl"])
@@ -149,12 +150,10 @@ def check(args, facts: dist.Facts, videos, splits: dict, stage: config.Stage, me
     data.check_batch("train", stage.bs, len(items), facts.world_size * args.accum)
     epoch_batches(args, videos, items, stage.bs, 0)
     x = torch.zeros(2, 8, 1, 1, device=facts.device)
-    try:
+    with config.refusing("--shift", args.shift):
         for hook, inputs in zip(shift_of(args, meta).hooks(2), ([x], [x, x.new_zeros(8, 8, 1, 1)]), strict=True):
             if hook:
                 hook(*inputs)
-    except ValueError as error:
-        raise InputError(f"--shift {args.shift}: {error}") from None
 
 
 def shift_of(args, meta: dict) -> Shift:
@@ -225,8 +224,9 @@ def train_step(
         x = make_clips(chunk)
         with step.reduce_gradients(model, last=k + 1 == accum):
             with step.autocast(run.args.precision, device):
-                logits, _ = model(x)
-            loss = criterion(logits.squeeze(1).float(), targets[chunk]) / accum
+                logits = model(x)[0].squeeze(1)
+            terms = run.taught({"loss": criterion(logits.float(), targets[chunk])}, logits, x)
+            loss = sum(terms.values()) / accum
             scaler.scale(loss).backward()
         total += loss.detach()
     norm, bad = step.masked_step(optimizer, scaler, total)
@@ -374,7 +374,9 @@ def use(args, facts: dist.Facts) -> None:
     checkpoint.load_weights(model, found.state["model"], found.source)
     if args.eval:
         test = faceforensics.split(videos, ["test"])["test"]
-        found.write(score(run, "eval/test", test, evaluate(run, model, test)[0], threshold), facts)
+        logits, _ = evaluate(run, model, test)
+        answers = videos, test, meta["classes"], metrics.video_scores(logits)
+        found.write(score(run, "eval/test", test, logits, threshold), facts, answers)
     elif args.predict:
         scores = metrics.video_scores(evaluate(run, model, np.arange(len(videos)))[0])
         if facts.main:
@@ -422,9 +424,11 @@ def begin(parser, args, facts: dist.Facts, signals: checkpoint.Signals) -> None:
     check(args, facts, videos, splits, stage, meta, published)
     identity = config.identity(parser, args, data=videos.fingerprint, stage="train", **meta)
     names = dict(name=f"{args.backbone}-{args.shift}-bs{stage.bs}", identity=identity)
+    names |= dict(same=("image_size", "classes", "n_segment", "clip_seconds", "pixels"))
     run = Run.open(args, facts, signals, videos, splits, meta, {"train": stage}, **names, size=f"input {size} px")
     if run is None:
         return
+    run.teach(build_model, lambda model, x: model(x)[0].squeeze(1))
     run.log.say(videos.describe_clips(args.n_segment, args.clip_seconds))
     if args.check:
         recipe.check(run, {"train": task(run, published)})
@@ -435,7 +439,7 @@ def begin(parser, args, facts: dist.Facts, signals: checkpoint.Signals) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args, parser = parse_args(argv)
-    return launch(args, use, partial(begin, parser))
+    return 0 if several(main, argv, args, SEARCH, "auc") else launch(args, use, partial(begin, parser))
 
 
 if __name__ == "__main__":

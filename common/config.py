@@ -24,11 +24,11 @@ EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_AUDIT, EXIT_STOPPED = 2, 3, 4, 75
 # (`fingerprint`), so that a copy on a node's local disk continues the same run.
 NOT_IDENTITY = {
     "check", "compile", "config", "data", "demo", "detect_anomaly", "deterministic", "device", "eval", "fork",
-    "from_run", "impl", "log_every", "max_steps", "out", "predict", "profile", "resume", "save_every", "tensorboard",
-    "timeout", "workers",
+    "from_run", "impl", "log_every", "max_steps", "out", "predict", "profile", "ranges", "resume", "save_every",
+    "search", "teacher", "tensorboard", "timeout", "trial", "workers",
 }  # fmt: skip
 
-# What --eval and --predict heed.
+# What --eval, --predict and --ensemble heed.
 USE_FLAGS = {
     "bad_images", "compile", "config", "data", "deterministic", "device", "eval", "out", "precision", "predict",
     "resume", "seed", "store_size", "workers",
@@ -77,6 +77,15 @@ def exit_codes():
     except Stopped as stop:
         print(stop, file=sys.stderr)
         raise SystemExit(stop.code) from None
+
+
+@contextlib.contextmanager
+def refusing(flag: str, value):
+    """Turn a ValueError, which says why a flag's value cannot be used, into an `InputError` that names the flag."""
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(f"{flag} {value}: {error}") from None
 
 
 def nearest(word: str, words) -> str:
@@ -216,12 +225,25 @@ def base_parser(script: str, doc: str) -> Parser:
     running.add_argument("--predict", metavar="PATH", help="classify the items of PATH with the run named by --resume")
     items = "try the training recipe on a few batches: all of it, or these items (names, comma-separated); exit code 4"
     running.add_argument("--check", nargs="?", const="all", metavar="ITEMS", help=f"{items} if one fails")
+    average = "average what these runs say of the test split"
+    running.add_argument("--ensemble", nargs="+", metavar="RUN", help=average)
     running.add_argument("--demo", action="store_true", help="a small run on the embedded data, minutes on two cores")
+
+    tuning = parser.add_argument_group("random search and distillation")
+    parser.number(tuning, "--search", int, None, "trials whose settings are drawn at random", low=1)
+    parser.number(tuning, "--trial", int, None, "run this one of them alone, from 0; unset: one after another", low=0)
+    tuning.add_argument("--ranges", metavar="F=LOW:HIGH,..", help="what is drawn, on log scales; unset: see README")
+    tuning.add_argument("--teacher", metavar="RUN", help="run or checkpoint whose answers are learnt beside the labels")
+    parser.number(tuning, "--teacher-weight", float, 0.5, "share of the teacher in the loss", above=0, high=1)
+    parser.number(tuning, "--teacher-temperature", float, 2.0, "that softens both models' answers", above=0)
     return parser
 
 
-def parse(parser: Parser, argv: list[str] | None, demo: dict) -> argparse.Namespace:
-    """Parse flags: built-in defaults, then the demo's (with --demo), then --config, then the command line."""
+def parse(parser: Parser, argv: list[str] | None, demo: dict, ranges: dict | None = None) -> argparse.Namespace:
+    """Parse flags: built-in defaults, then the demo's (with --demo), then --config, then the command line.
+
+    `ranges` are those of the script's flags that a trial of --search draws; see `search.declared`.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     finder = Parser(add_help=False)
     finder.add_argument("--config")
@@ -231,9 +253,28 @@ def parse(parser: Parser, argv: list[str] | None, demo: dict) -> argparse.Namesp
     if first.demo or "--demo" in argv:
         parser.set_defaults(**demo)
     args = parser.parse_args(argv)
+    if args.search is None:
+        refuse_without_effect(parser, args, ["trial", "ranges"], "without --search")
+    elif args.trial is not None:
+        args = parser.parse_args(_trial_flags(parser, args, argv, ranges or {}) + argv)
     if args.detect_anomaly:
         refuse_without_effect(parser, args, ["compile"], "with --detect-anomaly, which looks at each layer")
+    if args.teacher is None:
+        refuse_without_effect(parser, args, ["teacher_weight", "teacher_temperature"], "without --teacher")
     return args
+
+
+def _trial_flags(parser: Parser, args: argparse.Namespace, argv: list[str], ranges: dict) -> list[str]:
+    from common import search  # which needs torch
+
+    if args.trial >= args.search:
+        parser.error(f"--trial {args.trial}: the trials of --search {args.search} are 0 to {args.search - 1}")
+    if args.resume not in ("auto", "none"):
+        parser.error("--resume RUN with --search: a trial continues its own run")
+    try:
+        return search.flags(parser, args, argv, ranges)
+    except InputError as error:
+        parser.error(str(error))
 
 
 def _config_flags(parser: Parser, file: str) -> list[str]:
@@ -288,19 +329,19 @@ def refuse_without_effect(parser: Parser, args: argparse.Namespace, names, reaso
 
 
 def check_use(parser: Parser, args: argparse.Namespace, heeded=()) -> None:
-    """Exit 2 if --eval, --predict or --stream comes with a flag of training, or without the run to use.
+    """Exit 2 if --eval, --predict, --ensemble or --stream comes with a flag of training, or without the run to use.
 
     `heeded` are flags of the script (attribute names) that they heed.
     """
-    modes = [name for name in ("eval", "predict", "stream") if getattr(args, name, None)]
+    modes = [name for name in ("eval", "predict", "stream", "ensemble") if getattr(args, name, None)]
     if not modes:
         return
     mode = f"--{modes[0]}"
     if len(modes) > 1:
         parser.error(f"{mode} and --{modes[1]} exclude each other")
     refuse_without_effect(parser, args, sorted(vars(args).keys() - USE_FLAGS - {*heeded, *modes}), f"with {mode}")
-    if args.eval:
-        refuse_without_effect(parser, args, ["resume"], "with --eval, which names its checkpoint")
+    if args.eval or args.ensemble:
+        refuse_without_effect(parser, args, ["resume"], f"with {mode}, which names its checkpoint")
         return
     if args.resume in ("auto", "none"):
         parser.error(f"{mode} needs the trained run: add --resume RUN")

@@ -64,6 +64,7 @@ class Images:
         splits: (n,) "train", "val", "test", or "" where the data names none.
         native_size: median shorter side of the images in pixels.
         store_size: side of the decoded squares in pixels.
+        sizes: (n,) int64, bytes of the items' files; empty where there are none.
         num_bytes: what the items take where they lie.
         keeps: whether `batches` may keep what it has decoded.
         fingerprint: eight digits that stand for the content: names and sizes of all items.
@@ -78,6 +79,7 @@ class Images:
         self.name, self.ids, self.classes = name, ids, classes
         self.labels, self.splits = np.asarray(labels, np.int64), np.asarray(splits, dtype=object)
         self._read_bytes, self._cache, self.keeps = read, pixels, True
+        self.sizes = np.asarray(sizes, np.int64)
         self.num_bytes = sum(sizes) if pixels is None else pixels.nbytes
         self._cached = None if pixels is None else np.ones(len(ids), bool)
         content = f"{ids}{list(sizes)}".encode()
@@ -126,12 +128,18 @@ class Images:
             )
         self.store_size = size
 
+    def read(self, index: int) -> bytes:
+        """The content of an item's file, where the items are not `in_memory`."""
+        return self._read_bytes(index)
+
     def decode(self, index: int) -> Tensor:
         """One image as uint8 (3, store_size, store_size): shorter side to store_size, then the centre square.
 
         Raises:
             InputError: the file is damaged; the message names it.
         """
+        if self.in_memory:
+            return self._cache[index]
         try:
             with Image.open(io.BytesIO(self._read_bytes(index))) as image:
                 if self._drafts:
@@ -242,7 +250,7 @@ class Images:
         if names:
             kept, read = np.flatnonzero(~bad), self._read_bytes
             self.ids = [self.ids[i] for i in kept]
-            self.labels, self.splits = self.labels[kept], self.splits[kept]
+            self.labels, self.splits, self.sizes = self.labels[kept], self.splits[kept], self.sizes[kept]
             self._read_bytes = lambda index: read(kept[index])
         return names
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import data, losses, metrics, step
+from common.config import InputError
 from common.models.raer import RaerModel
 from common.schedule import Phase, Schedule
 
@@ -45,6 +46,22 @@ def prior(counts: np.ndarray, phase: Phase, which: str) -> Tensor:
     weighted = which == "sampled" and phase.sampler == "weighted"
     shares = counts * data.class_weights(counts, phase.cap) if weighted else counts
     return torch.from_numpy(shares / shares.sum()).float()
+
+
+def check(table: Schedule, counts: np.ndarray, which: str, say) -> None:
+    """Say which caps of a table leave the drawing as it is, for classes of `counts` (K,) items.
+
+    Raises:
+        InputError: the prior `which` is the training items', and no phase adds it to the logits.
+    """
+    weights = data.class_weights(counts, None)
+    for phase in table.phases:
+        if phase.cap is not None and phase.cap >= weights.max():
+            say(f"warning: from epoch {phase.start} the cap {phase.cap:g} binds no class: all are drawn equally often")
+        if phase.cap is not None and phase.cap <= weights.min():
+            say(f"warning: from epoch {phase.start} the cap {phase.cap:g} binds all classes: none is drawn more often")
+    if which == "train" and not any(phase.tau and phase.sampler == "weighted" for phase in table.phases):
+        raise InputError("--la-prior train: no phase of --schedule has tau with the weighted sampler; leave it out")
 
 
 def loss_terms(

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import copy
+import csv
 import json
 import os
 import platform
@@ -21,7 +22,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from common import checkpoint, config, dist, report, step
+from common import checkpoint, config, dist, distil, report, step
 from common.config import Diverged, InputError, Stopped
 from common.log import Log, Pace
 
@@ -44,6 +45,7 @@ class Run:
         results: flat metrics named `stage/split/metric`, of the stages that have ended.
         selected: the last of those stages, whose best.pt the summary names.
         phases: the clock of --profile.
+        teacher: the model of --teacher, when `teach` has made it of `lesson`, its checkpoint.
         current: the stage at work.
         at_end: what is to be undone when the stages have ended.
         reopened: the epoch at which it had ended before it was asked for more; -1: it had not.
@@ -61,6 +63,8 @@ class Run:
     results: dict = field(default_factory=dict)
     selected: checkpoint.Progress | None = None
     phases: step.Phases | None = None
+    teacher: distil.Teacher | None = None
+    lesson: dict | None = None
     current: checkpoint.Progress | None = None
     reopened: int = -1
     at_end: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -79,28 +83,42 @@ class Run:
         name: str,
         identity: dict,
         size: str,
+        same: tuple = ("image_size", "classes"),
     ) -> "Run | None":
         """The run in its directory, said in one line; None where the same run has finished: its summary is printed.
 
         With --check nothing there is claimed or changed: the check only adds its own files.
 
-        `name` and `identity` name the directory (see `directory`), `size` is what the line says of the model.
+        `name` and `identity` name the directory (see `directory`), `size` is what the line says of the model, `same` in
+        what a teacher must agree with it (see `distil.read`).
 
         Raises:
             InputError: see `claim`.
         """
+        lesson, digest = distil.read(args, meta, same)
+        identity = identity | digest
         folder = directory(args, meta["script"], name, identity)
         if args.check:
             # Its batches are too small to split.
             whole = argparse.Namespace(**{**vars(args), "accum": 1})
             run = cls(whole, facts, data, splits, output_folder(folder), Log(None, main=facts.main), None, meta, stages)
+            run.lesson = lesson
             run.log.say(f"check for {folder}; device {facts.device}, {size}")
             return run
         if not claim(folder, args, identity, {stage: vars(values) for stage, values in stages.items()} | meta, facts):
             return None
         log = Log(folder, main=facts.main, tensorboard=args.tensorboard)
         log.say(f"run directory {folder}; device {facts.device}, {facts.world_size} process(es), {size}")
-        return cls(args, facts, data, splits, folder, log, signals, meta, stages)
+        return cls(args, facts, data, splits, folder, log, signals, meta, stages, lesson=lesson)
+
+    def teach(self, build_model: Callable[["Run"], nn.Module], outputs=nn.Module.__call__, evaluate=None) -> None:
+        """Make the teacher, where there is one; see `distil.build`."""
+        if self.lesson:
+            self.teacher = distil.build(self, self.lesson, build_model, outputs, evaluate)
+
+    def taught(self, terms: dict[str, Tensor], student: Tensor, x: Tensor, items: np.ndarray | None = None) -> dict:
+        """The terms of a loss with the teacher's among them, where there is one; see `distil.blend`."""
+        return distil.blend(self.teacher, terms, student, x, items)
 
     def lap(self, phase: str | None) -> None:
         """The end of a phase of a training step, or (None) of what is no part of a step, for --profile."""
@@ -300,7 +318,8 @@ class Run:
         facts = {"status": status, "seconds": round(self.log.seconds, 1)}
         if self.selected:
             best = self.selected.folder / "best.pt"
-            facts |= {"best_epoch": self.selected.best_epoch, "best_model_path": str(best)}
+            facts |= {"best_epoch": self.selected.best_epoch, "best_value": self.selected.best}
+            facts |= {"best_model_path": str(best)}
         try:
             if self.facts.main:
                 write_json(self.folder / "summary.json", self.results | facts)
@@ -315,6 +334,24 @@ class Run:
     def described(self) -> str:
         """The data in one line, for people."""
         return getattr(self.data, "table", self.data).describe()
+
+
+def several(main, argv: list[str] | None, args, ranges, metric: str | None) -> bool:
+    """Do what --search without --trial, or --ensemble, asks a script's `main` for several times; False without them.
+
+    Args:
+        ranges: the script's, as `config.parse` takes them.
+        metric: of `ensemble.scores`, by which an ensemble is compared with its members.
+    """
+    from common import ensemble, search  # which import this module
+
+    if args.search and args.trial is None:
+        search.every(main, argv, args, ranges)
+    elif args.ensemble:
+        ensemble.judge(main, argv, args, metric)
+    else:
+        return False
+    return True
 
 
 def launch(args, use: Callable, begin: Callable) -> int:
@@ -384,12 +421,28 @@ class Used:
     home: Path
     path: str
 
-    def write(self, results: dict, facts: dist.Facts) -> None:
-        """Write eval.json: the test metrics, named `eval/test/...`, and print them."""
+    def write(self, results: dict, facts: dist.Facts, answers: tuple | None = None) -> None:
+        """Write eval.json: the test metrics, named `eval/test/...`, and print them.
+
+        `answers`, of a classifier, for eval.csv: the data set, the positions (n,) of the test items in it, the classes
+        and their probabilities (n, C), or (n,) those of the second of two.
+        """
         results = {f"eval/{name.split('/', 1)[1]}": value for name, value in results.items()}
         if facts.main:
             write_json(self.folder / "eval.json", results)
             print("\n".join(f"{name} {value:.4f}" for name, value in results.items()))
+        if facts.main and answers:
+            items, rows, classes, shares = answers
+            shares = np.asarray(shares, np.float64)
+            shares = np.stack([1 - shares, shares], 1) if shares.ndim == 1 else shares
+            with open(self.folder / "eval.csv", "w", newline="") as file:
+                csv.writer(file).writerows(
+                    [["id", "label", *classes]]
+                    + [
+                        [items.ids[i], items.classes[items.labels[i]], *p]
+                        for i, p in zip(rows, shares.tolist(), strict=True)
+                    ]
+                )
 
 
 def used(args, script: str) -> Used:
@@ -424,9 +477,10 @@ def recall(parser: config.Parser, argv: list[str] | None, args, names: list[str]
 
 
 def directory(args, script: str, name: str, identity: dict) -> Path:
-    """The run directory: --out, or the one that `--resume PATH` goes on with, or runs/SCRIPT/NAME-HASH."""
+    """The run directory: --out (of a trial of --search a folder in it), or the one that `--resume PATH` goes on with,
+    or runs/SCRIPT/NAME-HASH."""
     if args.out:
-        return Path(args.out)
+        return Path(args.out) if args.trial is None else Path(args.out) / f"trial{args.trial}"
     if args.resume not in ("auto", "none"):
         return origin(args.resume)
     return Path("runs") / script / f"{name}-{config.digest(identity)}"

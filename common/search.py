@@ -1,0 +1,94 @@
+"""Random search (Bergstra and Bengio 2012): each trial is an ordinary run, its settings a function of its number.
+
+python train_X.py --search 20                                    20 trials, one after another
+python train_X.py --search 20 --trial $SLURM_ARRAY_TASK_ID       one of them: a task of a Slurm array from 0 to 19
+python -m common.report runs/X --where search=20 --rows trial,lr,wd --value best_value --compact
+
+A flag that is given, or stands in --config, is not drawn. More trials leave the earlier ones as they are.
+"""
+
+import sys
+import zlib
+
+import numpy as np
+
+from common import augment, config
+from common.config import InputError
+
+_STREAM = 2**31 + 4  # beside those of data and clips
+
+
+def parse_ranges(text: str) -> dict[str, tuple[float, float]]:
+    """`lr=1e-4:1e-2,wd=1e-6:1e-2` as {"lr": (1e-4, 1e-2), ...}.
+
+    Raises:
+        InputError: not of that form, or a range that is not positive and rising.
+    """
+    found = {}
+    for part in text.split(","):
+        name, _, bounds = part.partition("=")
+        try:
+            low, high = (float(bound) for bound in bounds.split(":"))
+        except ValueError:
+            low = high = 0.0
+        if not 0 < low < high < float("inf"):
+            raise InputError(f"--ranges {part!r}: allowed is FLAG=LOW:HIGH with 0 < LOW < HIGH, as lr=1e-4:1e-2")
+        found[name.strip().replace("-", "_")] = low, high
+    return found
+
+
+def draw(ranges: dict[str, tuple[float, float]], seed: int, trial: int) -> dict[str, str]:
+    """The values of a trial as text by flag, uniform on a log scale with three digits.
+
+    A value depends on (seed, trial, flag) alone: leaving one flag out leaves the others' values as they are.
+    """
+    values = {}
+    for name, (low, high) in ranges.items():
+        u = augment.uniform(seed, zlib.crc32(name.encode()), np.array([trial]), _STREAM, 1)[0, 0]
+        values[name] = f"{low * (high / low) ** u:.3g}"
+    return values
+
+
+def flags(parser, args, argv: list[str], ranges: dict) -> list[str]:
+    """The flags of the trial that `args` names: those of `ranges`, changed by --ranges, that `argv` does not give.
+
+    Raises:
+        InputError: a range of a flag that is not there or takes no number.
+    """
+    numbers = {a.dest: a.option_strings[0] for a in parser._actions if a.option_strings and a.metavar in ("X", "N")}
+    ranges = declared(ranges, args) | (parse_ranges(args.ranges) if args.ranges else {})
+    unknown = next((name for name in ranges if name not in numbers or name == "seed"), None)
+    if unknown is not None:
+        raise InputError(f"--ranges: no number is called {unknown}{config.nearest(unknown, numbers)}")
+    given = {token.split("=")[0] for token in argv}
+    drawn = draw({n: bounds for n, bounds in ranges.items() if numbers[n] not in given}, args.seed, args.trial)
+    return [text for name, value in drawn.items() for text in (numbers[name], value)]
+
+
+def declared(ranges: dict, args) -> dict[str, tuple[float, float]]:
+    """A script's ranges; those of the first stage where it has them by stage, or by the optimiser of its first one."""
+    for name in (getattr(args, "stage", None), getattr(args, "optimizer", None)):
+        if isinstance(ranges.get(name), dict):
+            return ranges[name]
+    return ranges
+
+
+def every(main, argv: list[str] | None, args, ranges: dict) -> None:
+    """Run all trials through a script's `main`; those that have finished are not repeated, those that diverge are left.
+
+    Raises:
+        SystemExit: a trial ended otherwise: it was stopped, or cannot run at all.
+    """
+    argv, diverged = list(sys.argv[1:] if argv is None else argv), []
+    for trial in range(args.search):
+        print(f"trial {trial} of {args.search}", flush=True)
+        try:
+            main([*argv, "--trial", str(trial)])
+        except SystemExit as ending:
+            if ending.code != config.EXIT_DIVERGED:
+                raise
+            diverged.append(trial)
+    names = ",".join(["trial", *(declared(ranges, args) | (parse_ranges(args.ranges) if args.ranges else {}))])
+    left = f"; diverged: {', '.join(map(str, diverged))}" if diverged else ""
+    where = f"python -m common.report {args.out or 'runs'} --where search={args.search}"
+    print(f"{args.search} trials{left}. The table: {where} --rows {names} --value best_value --compact")
