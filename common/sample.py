@@ -341,12 +341,12 @@ _DISTRACTION = 4
 
 
 def emotion_clips(
-    share: float = 0.25,
-    val=(60, 20, 20, 20, 30),
+    share: float = 0.5,
+    val=(120, 40, 40, 40, 60),
     test=(120, 40, 40, 40, 60),
     num_frames: int = 8,
     size: int = 32,
-    trend: float = 0.5,
+    trend: float = 0.4,
     unrest: float = 0.5,
     seed: int = 0,
 ) -> TwoStreamClips:

@@ -433,7 +433,7 @@ def test_the_embedded_clips_have_raers_classes_and_shares():
     options = dict(store_size=None, bad="error", workers=1, missing_box="error", margin=0.2)
     clips = raer.prepare("sample", say=said.append, **options)
     parts = raer.split(clips)
-    assert np.bincount(clips.labels[parts["train"]]).tolist() == [277, 26, 6, 32, 85]
+    assert np.bincount(clips.labels[parts["train"]]).tolist() == [553, 52, 12, 63, 169]
     assert np.bincount(clips.labels[parts["test"]]).min() >= 40
     ((face, context),) = clips.batches([(parts["test"][:2], clips.eval_frames(parts["test"][:2], 8))], 1)
     assert face.shape == context.shape == (2, 8, 3, 32, 32) and not torch.equal(face, context)
