@@ -14,6 +14,7 @@ import numpy as np
 WIDTH = 360
 SIZE = 11  # of text
 MAX_LINES = 14  # drawn in one chart
+MAX_GROUPS = 40  # named below a scatter plot
 _LIGHT = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d")
 _DARK = ("#56b4e9", "#e69f00", "#2fc79b", "#f0b6da", "#e8743b", "#5b8fe0", "#d8d8d8")
 COLORS = len(_LIGHT)
@@ -201,8 +202,9 @@ def lines(
         most: points that are drawn of a line; of more, the extremes of every stretch.
     """
     levels, marks, bands = levels or {}, marks or {}, bands or {}
-    series = {name: _finite(line) for name, line in list(series.items())[:MAX_LINES]}
-    series = {name: line for name, line in series.items() if line}
+    series = {name: line for name, line in ((n, _finite(line)) for n, line in series.items()) if line}
+    left_out = len(series) - MAX_LINES
+    series = dict(list(series.items())[:MAX_LINES])
     bands = {name: _finite(band) for name, band in bands.items() if name in series}
     if not series:
         return ""
@@ -249,7 +251,8 @@ def lines(
         interval = f" ({bands[name][-1][1]:.4g} to {bands[name][-1][2]:.4g})" if bands.get(name) else ""
         last = f" {line[-1][1]:.4g}{interval}" * values
         named.append((f'<path class="l {color}" d="M0 -4H20"/>', f"{name}{last}"))
-    return _drawing(title, out, axes.below, named + entries, axes.facts())
+    more = [("", f"and {left_out} more")] if left_out > 0 else []
+    return _drawing(title, out, axes.below, named + more + entries, axes.facts())
 
 
 def scatter(
@@ -293,7 +296,8 @@ def scatter(
             axes.out.append(
                 f'<text class="n" x="{x:.1f}" y="{y + 4:.1f}" text-anchor="middle">{escape(names[g])}</text>'
             )
-    return _drawing(title, axes.out, axes.below, entries, axes.facts())
+    more = [("", f"and {len(entries) - MAX_GROUPS} more")] if len(entries) > MAX_GROUPS else []
+    return _drawing(title, axes.out, axes.below, entries[:MAX_GROUPS] + more, axes.facts())
 
 
 def apart(anchors: list[tuple[float, float]], texts: Sequence[str], axes) -> list[tuple[float, float]]:

@@ -6,7 +6,7 @@ python -m common.report RUN RUN [RUN ...]      compare.html: curves together, fl
 python -m common.report DIR --rows backbone,bs --cols proj_dim --value pretrain/train/loss     a table of many runs
 
 The file holds no script and loads nothing. It takes at most LIMIT bytes: where a run has more to show, curves get fewer
-points and pictures fewer pixels.
+points, galleries fewer pictures, and these fewer pixels.
 """
 
 import base64
@@ -254,7 +254,12 @@ def finding(found: dict, detail: float) -> str:
     """What figures/NAME.json holds (`common.findings`), drawn."""
     kind, title = found["kind"], found["title"]
     if kind == "gallery":
-        return gallery(found["rows"], found.get("columns"))
+        rows, columns = found["rows"], found.get("columns")
+        if detail == 0:
+            return "<p>Left out: this page would become too large.</p>"
+        if columns:
+            return gallery(rows[: math.ceil(detail * len(rows))], columns)
+        return gallery([row | {"cards": row["cards"][: math.ceil(detail * len(row["cards"]))]} for row in rows])
     if kind == "matrix":
         return matrix(found["corner"], found["columns"], found["rows"])
     if kind == "table":
@@ -263,7 +268,7 @@ def finding(found: dict, detail: float) -> str:
         return f'<div class="one">{plot.bars(title, found["rows"], label=found["label"], levels=found["levels"])}</div>'
     labels = dict(x_label=found["x_label"], y_label=found["y_label"])
     if kind == "scatter":
-        step = math.ceil(1 / detail)
+        step = math.ceil(1 / max(detail, 0.05))
         points, groups = found["points"][::step], found["groups"][::step]
         drawn = plot.scatter(title, points, groups, found["names"], labels=found.get("labels", False), **labels)
         return f'<div class="one">{drawn}</div>'
@@ -486,7 +491,7 @@ def write(folder: Path, status: str | None = None) -> Path:
     to figures/ too. A directory that holds but check.json gets a report of that.
     """
     run = Record(folder, status)
-    for detail in (1.0, 0.5, 0.25, 0.1, 0.05):
+    for detail in (1.0, 0.4, 0.15, 0.05, 0.0):
         page = page_of(run, detail)
         if len(page) <= LIMIT:
             break
@@ -730,8 +735,9 @@ def findings_part(run: Record, detail: float) -> tuple[str, str]:
 
     for file in sorted(figures.glob("*.json"), key=place) if figures.exists() else ():
         found = json.loads(file.read_text())
-        drawn = finding(found, detail)
-        body.append(f'<h3>{escape(found["title"])}</h3><p class="t">{escape(found["text"])}</p>{drawn}')
+        if "kind" in found:  # else it is another tool's
+            said = f'<h3>{escape(found["title"])}</h3><p class="t">{escape(found["text"])}</p>'
+            body.append(said + finding(found, detail))
     return "What the model sees and says", "".join(body + own_tables(run.folder, "findings"))
 
 

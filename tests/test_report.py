@@ -9,13 +9,14 @@ import xml.etree.ElementTree as ET
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import train_cluster
 import train_raer
 import train_simclr
 import train_tsm
-from common import compare, log, plot, report
+from common import compare, findings, log, plot, report
 from tests.test_train_tsm import ffpp_tree
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -308,14 +309,27 @@ def test_a_long_run_with_large_pictures_stays_below_the_limit(runs, tmp_path):
     folder = shutil.copytree(runs["tsm"], tmp_path / "run")
     rng = np.random.default_rng(0)
     with open(folder / "log.jsonl", "a") as file:
-        for step in range(4_000):
-            values = {f"metric {i}": float(v) for i, v in enumerate(rng.normal(size=20))}
+        for step in range(2_000):
+            values = {f"metric {i}": float(v) for i, v in enumerate(rng.normal(size=12))}
             file.write(json.dumps({"stage": "train", "step": step, "epoch": 1, **values, "time": 1.0}) + "\n")
     for i in range(3):
         Image.fromarray(rng.integers(0, 256, (900, 1600, 3), dtype=np.uint8)).save(folder / "figures" / f"big{i}.png")
+    noisy = torch.from_numpy(rng.integers(0, 256, (3, 96, 288), dtype=np.uint8))
+    card = {"image": findings.picture(noisy), "lines": ["x"]}
+    for columns in (None, 40):
+        rows = [{"title": "a row", "cards": [card] * 40}] * 3
+        findings.put(folder, f"errors_{columns}", "gallery", "Errors", "", rows=rows, columns=columns)
     page = report.write(folder)
-    assert 100_000 < page.stat().st_size <= report.LIMIT
+    assert 30_000 < page.stat().st_size <= report.LIMIT
     parsed(page)
+
+
+def test_charts_say_what_they_leave_out():
+    series = {f"class {i}": [(0, i), (1, i)] for i in range(20)}
+    assert "and 6 more" in plot.lines("recall", series, x_label="step", y_label="recall")
+    points, names = np.random.default_rng(0).normal(size=(90, 2)), [f"class {i}" for i in range(45)]
+    drawn = plot.scatter("features", points, [i % 45 for i in range(90)], names, x_label="a", y_label="b")
+    assert "and 5 more" in drawn and drawn.count("h0") >= 90
 
 
 def test_checks_are_shown_with_their_rows_and_pictures(runs, tmp_path):
