@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import audit, augment, data, metrics, optim, report, step
+from common import audit, augment, data, doctor, metrics, optim, report, step
 from common.config import AuditFailed, InputError, nearest
 from common.run import environment, write_json
 from common.verdict import FAIL, PASS, SKIP, WARN, Result, Task, skip
@@ -60,8 +60,9 @@ def check(run, tasks: dict[str, Task]) -> None:
             if name in OF_DATA and task is not next(iter(tasks.values())):
                 continue
             with _own_randomness(run.args.seed):
-                result = ITEMS[name](task)
-            shown = name if len(tasks) == 1 else f"{stage}/{name}"
+                damaged = name not in OF_DATA and any(i["item"] == "corrupt" and i["verdict"] == FAIL for i in found)
+                result = skip("damaged items cannot be trained on") if damaged else ITEMS[name](task)
+            shown = name if len(tasks) == 1 or name in OF_DATA else f"{stage}/{name}"
             found.append({"item": shown} | dataclasses.asdict(result))
             print(f"{result.verdict:4} {shown:{width}}  {_line(result)}", flush=True)
     seconds = time.monotonic() - start
@@ -666,6 +667,7 @@ def first_layer(task: Task) -> Result:
 
 
 ITEMS = {
+    **doctor.ITEMS,
     "seed": seed,
     "inputs": inputs,
     "evaluation": evaluation,
@@ -681,4 +683,4 @@ ITEMS = {
     "first-layer": first_layer,
 }
 # Items about the data alone, tried once however many stages a run has.
-OF_DATA: set[str] = set()
+OF_DATA = set(doctor.ITEMS)
