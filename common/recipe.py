@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import audit, augment, data, doctor, metrics, optim, report, step
+from common import audit, augment, data, doctor, human, metrics, optim, report, step
 from common.config import AuditFailed, InputError, nearest
 from common.run import environment, write_json
 from common.verdict import FAIL, PASS, SKIP, WARN, Result, Task, skip
@@ -668,6 +668,7 @@ def first_layer(task: Task) -> Result:
 
 ITEMS = {
     **doctor.ITEMS,
+    "human-baseline": human.item,
     "seed": seed,
     "inputs": inputs,
     "evaluation": evaluation,
@@ -683,4 +684,4 @@ ITEMS = {
     "first-layer": first_layer,
 }
 # Items about the data alone, tried once however many stages a run has.
-OF_DATA = set(doctor.ITEMS)
+OF_DATA = {*doctor.ITEMS, "human-baseline"}

@@ -391,8 +391,8 @@ def charts_of(
 
 
 def embedded(path: Path, detail: float) -> str:
-    """A picture's file as a data: address: SVG as it is, others as PNG or JPEG, what is smaller, at most 1000 pixels wide
-    at full detail."""
+    """A picture's file as a data: address: SVG as it is, others as PNG or JPEG, what is smaller, at most 1000 pixels
+    wide at full detail."""
     if path.suffix == ".svg":
         return f"data:image/svg+xml;base64,{base64.b64encode(path.read_bytes()).decode()}"
     with Image.open(path) as image:
