@@ -17,8 +17,13 @@ def names_of(found: list[dict]) -> list[str]:
 
 
 def differing(found: list[dict]) -> list[str]:
-    """The flags and settings that some of the runs do not share, of those that decide the result."""
-    return sorted(tables.differences(found))
+    """The flags and settings that some of the runs do not share, of those that decide the result.
+
+    Lists and tables, as a schedule, follow from a flag as a rule: they are named where nothing else differs.
+    """
+    names = sorted(tables.differences(found))
+    plain = [n for n in names if not any(isinstance(run["identity"].get(n), (list, dict)) for run in found)]
+    return plain if set(plain) - {"seed"} else names
 
 
 def setting(run: dict, name: str) -> str:

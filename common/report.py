@@ -137,7 +137,10 @@ vertical-align:bottom;max-height:12rem}
 .texts div{border:1px solid var(--rule);border-radius:6px;padding:.5rem .7rem;overflow-wrap:anywhere;font-size:.88rem}
 .texts span{color:var(--faint)}
 .verdict{font-weight:700}.PASS{color:var(--s2)}.FAIL{color:var(--s1)}.WARN{color:var(--s3)}.SKIP{color:var(--faint)}
-@media(max-width:600px){.card img{height:60px}.card,.card figcaption{max-width:172px}}
+.found{display:flex;flex-wrap:wrap;column-gap:2.5rem}.found section{flex:1 1 100%;min-width:0}
+.found section.half{flex:0 1 440px}
+@media(max-width:600px){.card img{height:72px}.card,.card figcaption{max-width:172px}
+.cards.named{grid-template-columns:repeat(4,minmax(0,1fr))}}
 details{margin:.6rem 0}summary{cursor:pointer;color:var(--s0)}
 """
 )
@@ -234,7 +237,8 @@ def gallery(rows: list[dict], columns: int | None = None) -> str:
             image = f'<img alt="{alt}" src="{escape(card["image"])}"/>'
             tone = escape(card.get("tone", ""))
             cards.append(f'<figure class="card {tone}">{image}{bar}<figcaption>{said}</figcaption></figure>')
-        form = f' k" style="--k:{columns}' if columns else ""
+        named = " named" * any(len(line) > 6 for card in row["cards"] for line in card["lines"])
+        form = f' k{named}" style="--k:{columns}' if columns else ""
         out.append(f"<h4>{escape(row['title'])}</h4>" if row["title"] else "")
         out.append(f'<div class="cards{form}">{"".join(cards)}</div>')
     return "".join(out)
@@ -732,6 +736,7 @@ def findings_part(run: Record, detail: float) -> tuple[str, str]:
             picture = f'<img alt="{escape(file.stem)}" src="{embedded(file, detail)}"/>'
             body.append(f'<h3>{escape(file.stem.replace("_", " ").capitalize())}</h3><p class="t">{said}</p>{picture}')
     body.append(schedule_section(run))
+    first = len(body)
 
     def place(file: Path):
         return next((i for i, name in enumerate(_ORDER) if file.stem.startswith(name)), len(_ORDER)), file.stem
@@ -740,7 +745,9 @@ def findings_part(run: Record, detail: float) -> tuple[str, str]:
         found = json.loads(file.read_text())
         if "kind" in found:  # else it is another tool's
             said = f'<h3>{escape(found["title"])}</h3><p class="t">{escape(found["text"])}</p>'
-            body.append(said + finding(found, detail))
+            form = ' class="half"' * (found["kind"] in ("matrix", "bars", "lines", "scatter"))
+            body.append(f"<section{form}>{said}{finding(found, detail)}</section>")
+    body = ["".join(body[:first]), f'<div class="found">{"".join(body[first:])}</div>' if body[first:] else ""]
     return "What the model sees and says", "".join(body + own_tables(run.folder, "findings"))
 
 
