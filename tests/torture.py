@@ -10,6 +10,7 @@ must equal those of a run that nothing disturbed, bit by bit. Any failure is an 
 
 import argparse
 import contextlib
+import fcntl
 import json
 import mmap
 import os
@@ -81,8 +82,8 @@ class Victim:
         self.count += 1
         return self.root / f"run{self.count}"
 
-    def start(self, folder: Path, *flags: str, env: dict | None = None, before=None, argv=None) -> int:
-        """Fork a process that runs the script in `folder`; its output is appended to FOLDER.txt."""
+    def start(self, folder: Path, *flags: str, env: dict | None = None, before=None, argv=None, output=None) -> int:
+        """Fork a process that runs the script in `folder`; its output goes to FOLDER.txt, or to a descriptor."""
         self.shared[:] = 0
         sys.stdout.flush()
         pid = os.fork()
@@ -90,7 +91,8 @@ class Victim:
             return pid
         code = 1
         try:
-            target = os.open(f"{folder}{(env or {}).get('RANK', '')}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            flags_of_file = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            target = output or os.open(f"{folder}{(env or {}).get('RANK', '')}.txt", flags_of_file)
             os.dup2(target, 1)
             os.dup2(target, 2)
             os.environ.update(env or {})
@@ -288,9 +290,14 @@ def full_disk(victim: Victim, count: int) -> dict:
         def at_once(limit=limit):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-        code = victim.run(copy, before=from_the_first_save if i % 2 else at_once)
-        said = victim.said(copy).strip().split("\n")[-1]
-        assert code == 2 and said.startswith("error: "), f"{code}: {victim.said(copy)}"
+        end, output = os.pipe()  # what is said must not count
+        fcntl.fcntl(output, fcntl.F_SETPIPE_SZ, 2**20)
+        code = victim.run(copy, before=from_the_first_save if i % 2 else at_once, output=output)
+        os.close(output)
+        with open(end) as pipe:
+            text = pipe.read()
+        said = text.strip().split("\n")[-1]
+        assert code == 2 and said.startswith("error: "), f"{code}: {text}"
         assert "File too large" in said or "No space" in said, said
         refused += bool(re.search(r"takes \d+ bytes, \d+ are missing", said))
         for place, before in kept.items():
