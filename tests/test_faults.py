@@ -4,9 +4,9 @@ The harness is tests/torture.py, whose short form runs here; the long form's com
 """
 
 import errno
+import functools
 import importlib
 import io
-import operator
 import os
 import pickle
 import re
@@ -328,7 +328,7 @@ def hostile(trap: Path) -> dict:
         "importlib": Runs(importlib.import_module, "antigravity"),
         "runpy": Runs(runpy.run_path, __file__),
         "a chain": Runs(list, Runs(map, os.mkdir, [str(trap)])),
-        "a call of a call": Runs(Runs(operator.methodcaller, "touch"), trap),
+        "functools.reduce": Runs(functools.reduce, os.symlink, ["x", str(trap)]),
         "touch": Runs(Path.touch, trap),
         "write_text": Runs(Path.write_text, trap, "x"),
         "shutil.copy": Runs(shutil.copy, __file__, str(trap)),
