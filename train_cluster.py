@@ -371,6 +371,7 @@ def task(run: Run, basis: dict | None) -> Task:
     options = dict(seen=lambda calls, n: torch.stack([call[2] for call in calls], 1), size=size, images=None)
     options |= dict(chance=(middle - 2 / tau, 1.1 * middle), varies=meta["views"] == "all", entry=entry)
     options |= dict(rows=lambda output: output[1], idle=rows.padding if meta["lengths"] == "valid" else None)
+    options |= dict(larger=lambda: build_model(run.like(base_dim=2 * meta["base_dim"]), basis))
     functions = partial(build_model, run, basis), one_step, partial(evaluate, run, raw=True)
     return Task(run, stage, run.splits["train"], run.splits["test"], *functions, **options)
 
@@ -420,16 +421,13 @@ def begin(parser, args, facts: dist.Facts, signals: checkpoint.Signals) -> None:
     identity = config.identity(parser, args, data=table.fingerprint, k=k, modalities=rows.names)
     names = dict(name=f"{args.mode}-k{k}-dim{args.base_dim}", identity=identity)
     run = Run.open(args, facts, signals, rows, splits, meta, stages, **names, size=f"{k} clusters")
-    if run is None:
-        return
     if lsa and facts.main:
         checkpoint.save(run.folder / "text.pt", lsa.state)
     shown = ", ".join(f"{name} {weight:.3f}" for name, weight in weights.items())
     run.log.say(f"modalities by their agreement with {anchor}: {shown}")
     basis = basis if meta["inputs"] == "weighted" else None
     if args.check:
-        recipe.check(run, {"pretrain": task(run, basis)})
-        return
+        return recipe.check(run, {"pretrain": task(run, basis)})
     with run.recorded():
         model = build_model(run, basis)
         train(run, "pretrain", model, "scratch")

@@ -340,10 +340,7 @@ def encode(run: Run, model: RaerModel, progress) -> Tensor:
     """Features (n, 2, T, d) of the centre frames of all clips by the frozen tower, kept in features.npz."""
     args, everything, length = run.args, np.arange(len(run.data)), run.meta["num_frames"]
     digest = checkpoint.weights_digest(model.image.state_dict())
-
-    def compute() -> Tensor:
-        return evaluate(run, model, everything, None, progress, lambda x: model.encode(x).flatten(1))
-
+    compute = partial(evaluate, run, model, everything, None, progress, lambda x: model.encode(x).flatten(1))
     made_with = f"{digest} {length} {args.face_margin} {args.precision} {len(everything)}"
     rows = probe.stored_features(run, made_with, compute)
     return rows.view(len(rows), 2, length, -1)
@@ -377,6 +374,8 @@ def task(run: Run, published, table: Schedule) -> Task:
     answers |= dict(rows=lambda output: output[0], parts=2 * length, chance=(0.7 * guess, 1.5 * guess + 2))
     answers |= dict(audit=lambda model: audit_phases(run, model, table, None))
     answers |= dict(frozen=lambda model: {name for name in dict(model.named_parameters()) if model.is_frozen(name)})
+    layers = 1 + run.meta["temporal_layers"]
+    answers |= dict(larger=lambda: build_model(run.like(temporal_layers=layers), published))
     functions = partial(build_model, run, published), one_step, partial(evaluate, run)
     own = dict(optimizer=partial(build_optimizer, run), batches=partial(epoch_batches, run, phase))
     return Task(run, stage, run.splits["train"], run.splits["val"], *functions, **own, **inputs, **answers)
@@ -429,13 +428,10 @@ def begin(parser, args, facts: dist.Facts, signals: checkpoint.Signals) -> None:
     names |= dict(same=("image_size", "classes", "num_frames", lambda meta: normalization(meta["backbone"])))
     size = f"input {meta['image_size']} px"
     run = Run.open(args, facts, signals, clips, splits, meta, {"train": stage}, **names, size=size)
-    if run is None:
-        return
     run.teach(build_model, lambda model, x: model(x)[0], evaluate)
     run.log.say("\n".join(filter(None, [said, clips.describe_frames(args.num_frames)])))
     if args.check:
-        recipe.check(run, {"train": task(run, published, table)})
-        return
+        return recipe.check(run, {"train": task(run, published, table)})
     with run.recorded():
         train(run, published, table)
 

@@ -22,7 +22,7 @@ from common.config import InputError
 from common.datasets import cytology
 from common.datasets.cytology import CELLS
 from common.log import Log, Pace
-from common.models import BACKBONES, build_backbone, input_size, load_published
+from common.models import BACKBONES, LARGER, build_backbone, input_size, load_published
 from common.models.heads import SimCLR
 from common.run import Run, launch, origin, recall, several, tested, used
 from common.verdict import Task
@@ -363,6 +363,8 @@ def task(run: Run, name: str, weights: dict | None) -> Task:
     inputs |= dict(pixels=lambda own: next(run.data.batches([own], args.workers)))
     answers = dict(labels=labels, classes=classes, head=None if first else lambda model: model.fc)
     answers |= dict(chance=(0.8 * guess, 1.25 * guess), varies=not first or args.augment != "none")
+    larger = LARGER.get(run.meta["backbone"])
+    answers["larger"] = larger and (lambda: build_model(run.like(backbone=larger), name))
     functions = partial(build_model, run, name, weights), one_step, partial(evaluate, run)
     return Task(run, stage, *splits, *functions, **inputs, **answers)
 
@@ -419,8 +421,6 @@ def begin(parser, args, facts: dist.Facts, signals: checkpoint.Signals) -> None:
     identity = config.identity(parser, args, data=images.fingerprint, stage=args.stage, **meta, **start)
     names = dict(name=f"{name}-{args.stage}-bs{next(iter(stages.values())).bs}", identity=identity)
     run = Run.open(args, facts, signals, images, splits, meta, stages, **names, size=f"input {size} px")
-    if run is None:
-        return
     if split and facts.main:
         cytology.save(run.folder, split)
     run.phases = step.Phases(facts.device) if args.profile else None
@@ -428,8 +428,7 @@ def begin(parser, args, facts: dist.Facts, signals: checkpoint.Signals) -> None:
     if started:
         run.log.say(started)
     if args.check:
-        recipe.check(run, {name: task(run, name, weights) for name in stages if name != "linear"})
-        return
+        return recipe.check(run, {name: task(run, name, weights) for name in stages if name != "linear"})
     with run.recorded():
         if "pretrain" in stages:
             pretrain(run, weights)

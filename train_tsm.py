@@ -16,6 +16,7 @@ the channels. It costs no arithmetic, only memory traffic.
 
 import sys
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -357,6 +358,8 @@ def task(run: Run, published: dict | None) -> Task:
     answers |= dict(rows=lambda output: output[0], parts=length, past=past if args.direction == "past" else None)
     answers |= dict(chance=(0.75 * guess, 1.4 * guess), head=lambda model: model.head.classifier)
     answers |= dict(frozen=lambda model: {f"{name}.{kind}" for name in model.frozen_bn for kind in ("weight", "bias")})
+    larger = dict(pairwise(VARIANTS)).get(run.meta["backbone"])
+    answers["larger"] = larger and (lambda: build_model(run.like(backbone=larger)))
     functions = partial(build_model, run, published), one_step, lambda *given: evaluate(run, *given)[0]
     return Task(run, stage, run.splits["train"], run.splits["val"], *functions, **inputs, **answers)
 
@@ -426,13 +429,10 @@ def begin(parser, args, facts: dist.Facts, signals: checkpoint.Signals) -> None:
     names = dict(name=f"{args.backbone}-{args.shift}-bs{stage.bs}", identity=identity)
     names |= dict(same=("image_size", "classes", "n_segment", "clip_seconds", "pixels"))
     run = Run.open(args, facts, signals, videos, splits, meta, {"train": stage}, **names, size=f"input {size} px")
-    if run is None:
-        return
     run.teach(build_model, lambda model, x: model(x)[0].squeeze(1))
     run.log.say(videos.describe_clips(args.n_segment, args.clip_seconds))
     if args.check:
-        recipe.check(run, {"train": task(run, published)})
-        return
+        return recipe.check(run, {"train": task(run, published)})
     with run.recorded():
         train(run, published)
 

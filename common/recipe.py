@@ -22,7 +22,7 @@ from common.verdict import FAIL, PASS, SKIP, WARN, Result, Task, skip
 
 OVERFIT_STEPS, LEARNT = 100, 0.3  # at most; the share of the first loss that counts as learnt
 BASELINE_STEPS, MARGIN = 24, 0.97  # the loss with inputs is to be lower than this share of that without
-DESCENT_STEPS = 16
+DESCENT_STEPS, FASTEST = 16, 0.05  # 0.001 of a weight a step is usual
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish)
 
 
@@ -569,28 +569,37 @@ def baseline(task: Task) -> Result:
     return Result(WARN, value, threshold, fix)
 
 
-def _descent(task: Task, model: nn.Module | None = None) -> tuple[list[float], list[Tensor]]:
-    # Losses and outputs of steps with the stage's own optimiser on one batch whose randomness is fixed.
+def _descent(task: Task, model: nn.Module | None = None) -> tuple[list[float], list[Tensor], float]:
+    # Losses and outputs of steps with the stage's own optimiser on one batch whose randomness is fixed, and by how much
+    # a step at the peak rate changes a weight matrix, in units of its norm: the median of the matrices.
     trial, items = Trial(task, model=model), _varied(task)
-    losses, shown = [], []
+    weights = [p for p in trial.model.parameters() if p.requires_grad and p.ndim > 1 and p.norm() > 0]
+    losses, shown, change = [], [], 0.0
     for k in range(DESCENT_STEPS):
+        before = [p.detach().clone() for p in weights] if k == 4 else None
         with watched(trial.model) as (_, outputs):
             losses.append(trial.go(items, share=min(1.0, (k + 1) / 4), seed=task.run.args.seed)[0])
         shown.append(torch.cat([task.rows(output).detach().float().cpu() for output in outputs]))
+        if before:
+            moved = [((p - q).norm() / q.norm()).item() for p, q in zip(weights, before, strict=True)]
+            change = float(np.median(moved))
         if not math.isfinite(losses[-1]):
             break
-    return losses, shown
+    return losses, shown, change
 
 
 def decreases(task: Task) -> Result:
     """The stage's own optimiser at its peak rate lowers the loss of a batch that stays the same."""
-    losses, shown = _descent(task)
+    losses, shown, change = _descent(task)
     picture, problem = _dynamics(task, shown)
     first, last = losses[0], float(np.mean(losses[-3:]))
     value = f"loss {first:.4f} to {last:.4f} in {len(losses)} steps at lr {task.stage.lr:.3g}"
-    threshold = "lower"
+    value += f", {change:.2g} of a weight a step"
+    threshold = f"lower, at most {FASTEST:g} of a weight a step"
     if not math.isfinite(last):
         return Result(FAIL, value, threshold, "the loss is not finite: lower --lr", [picture])
+    if not change <= FASTEST:
+        return Result(FAIL, value, threshold, "a step replaces weights, it should change them: lower --lr", [picture])
     if last > 1.02 * first or max(losses) > 3 * first:
         return Result(FAIL, value, threshold, "the loss rises: lower --lr, or give more --warmup-epochs", [picture])
     if last > (1 - 1e-4) * first:
@@ -622,7 +631,7 @@ def larger(task: Task) -> Result:
     """A larger network lowers the loss of the same batch further."""
     if not task.larger:
         return skip("no larger network")
-    (small_, _), (large, _) = _descent(task), _descent(task, task.larger())
+    (small_, *_), (large, *_) = _descent(task), _descent(task, task.larger())
     a, b = float(np.mean(small_[-3:])), float(np.mean(large[-3:]))
     value = f"loss {b:.4f} after {len(large)} steps, the run's network {a:.4f}"
     if b < a:

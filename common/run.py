@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import copy
 import csv
+import dataclasses
 import json
 import os
 import platform
@@ -28,6 +29,10 @@ from common.log import Log, Pace
 
 ROOT = Path(__file__).resolve().parent.parent
 AGAIN = "Run the same command again: it goes on from the last checkpoint"
+
+
+class Finished(Exception):
+    """There is nothing left to do."""
 
 
 @dataclass
@@ -84,8 +89,8 @@ class Run:
         identity: dict,
         size: str,
         same: tuple = ("image_size", "classes"),
-    ) -> "Run | None":
-        """The run in its directory, said in one line; None where the same run has finished: its summary is printed.
+    ) -> "Run":
+        """The run in its directory, said in one line.
 
         With --check nothing there is claimed or changed: the check only adds its own files.
 
@@ -94,6 +99,7 @@ class Run:
 
         Raises:
             InputError: see `claim`.
+            Finished: the same run has finished; its summary is printed.
         """
         lesson, digest = distil.read(args, meta, same)
         identity = identity | digest
@@ -106,7 +112,7 @@ class Run:
             run.log.say(f"check for {folder}; device {facts.device}, {size}")
             return run
         if not claim(folder, args, identity, {stage: vars(values) for stage, values in stages.items()} | meta, facts):
-            return None
+            raise Finished
         log = Log(folder, main=facts.main, tensorboard=args.tensorboard)
         log.say(f"run directory {folder}; device {facts.device}, {facts.world_size} process(es), {size}")
         return cls(args, facts, data, splits, folder, log, signals, meta, stages, lesson=lesson)
@@ -119,6 +125,10 @@ class Run:
     def taught(self, terms: dict[str, Tensor], student: Tensor, x: Tensor, items: np.ndarray | None = None) -> dict:
         """The terms of a loss with the teacher's among them, where there is one; see `distil.blend`."""
         return distil.blend(self.teacher, terms, student, x, items)
+
+    def like(self, **changed) -> "Run":
+        """A run whose model differs in these entries of `meta`."""
+        return dataclasses.replace(self, meta=self.meta | changed)
 
     def lap(self, phase: str | None) -> None:
         """The end of a phase of a training step, or (None) of what is no part of a step, for --profile."""
@@ -366,7 +376,8 @@ def launch(args, use: Callable, begin: Callable) -> int:
         if args.eval or args.predict or getattr(args, "stream", None):
             use(args, facts)
         else:
-            begin(args, facts, signals)
+            with contextlib.suppress(Finished):
+                begin(args, facts, signals)
         dist.close()
     return 0
 

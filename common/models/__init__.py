@@ -33,6 +33,8 @@ BACKBONES = {
     "inception_resnet_v2": Backbone(1536, 75),
 }
 
+LARGER = {"resnet18": "resnet34", "resnet34": "resnet50", "resnet50": "resnet101"}
+
 # What torchvision, timm and older collections call the last layer; inception_v3's second one serves training only.
 _HEADS, _UNUSED = ("fc.", "classif.", "classifier.", "last_linear.", "head."), ("AuxLogits.",)
 

@@ -1,0 +1,468 @@
+"""Seeded bugs: each is put into a script or into common, and the item of --check that should catch it is named.
+
+python -m tests.bugs [NAME ...]     tries them, or those whose names hold a word, and prints the table of bugs.md
+"""
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import train_cluster
+import train_raer
+import train_simclr
+import train_tsm
+from common import augment, data, losses, optim, step
+from common.models import heads, raer, tsm, umc
+
+SCRIPTS = {"simclr": train_simclr, "tsm": train_tsm, "raer": train_raer, "cluster": train_cluster}
+IMAGES = ["--data", "{images}", "--backbone", "resnet18", "--stem", "cifar", "--image-size", "8", "--bs", "16"]
+CLIPS = ["--backbone", "conv_small_035", "--image-size", "32", "--bs", "16"]
+FACES = ["--backbone", "vit_tiny", "--num-frames", "4", "--bs", "16"]
+# Ten ways to run the scripts in which nothing is wrong.
+HEALTHY = {
+    "pretrain": ("simclr", IMAGES),
+    "finetune": ("simclr", [*IMAGES, "--stage", "finetune", "--from", "none", "--lr", "1e-3"]),
+    "all": ("simclr", ["--backbone", "resnet18", "--image-size", "32", "--stage", "all", "--optimizer", "adamw"]),
+    "clips": ("tsm", CLIPS),
+    "past": ("tsm", [*CLIPS, "--shift", "expand", "--direction", "past", "--sampler", "balanced", "--loss", "bce"]),
+    "flicker": (
+        "tsm",
+        [*CLIPS, "--data", "sample-flicker", "--shift", "none", "--aggregate", "mean", "--alpha", "0.2"],
+    ),
+    "features": ("raer", [*FACES, "--cache-features"]),
+    "tower": ("raer", [*FACES, "--tune", "full", "--method", "ldam-drw"]),
+    "rows": ("cluster", []),
+    "sequences": ("cluster", ["--data", "{sequences}", "--bs", "32", "--cluster-bs", "32", "--mode", "umc"]),
+}
+
+
+class Bug(NamedTuple):
+    """What is wrong, in which of HEALTHY, the item that should say so, and how it gets in."""
+
+    name: str
+    base: str
+    item: str
+    inject: Callable[[pytest.MonkeyPatch], None]
+    argv: tuple = ()
+    verdict: str = "FAIL"
+
+
+def wrap(owner, name: str, make: Callable):
+    """An injection that replaces `owner.name` by `make(the original)`."""
+    return lambda patch: patch.setattr(owner, name, make(getattr(owner, name)))
+
+
+def in_script(script, module: str, **changed):
+    """An injection that changes a module's functions for one script alone."""
+    own = getattr(script, module)
+    return lambda patch: patch.setattr(script, module, SimpleNamespace(**vars(own) | changed))
+
+
+def nothing(_) -> None:
+    """No injection: the flags alone are wrong."""
+
+
+def _shuffled(original):
+    return lambda *args: np.random.default_rng(0).permutation(original(*args))
+
+
+def _overlap(original):
+    def split(*args):
+        parts = original(*args)
+        return parts | {"finetune_train": np.union1d(parts["finetune_train"], parts["finetune_dev"])}
+
+    return split
+
+
+def _zero_images(original):
+    return lambda self, *args: (torch.zeros_like(pixels) for pixels in original(self, *args))
+
+
+def _cropped(images, size):
+    params = augment.crop_flip_params(0, 0, np.arange(len(images)), 0, images.shape[-1])
+    return augment.make_view(images, params, size)
+
+
+def _with_itself(z_a, z_b, temperature, **_):
+    z = nn.functional.normalize(torch.cat([z_a, z_b]).float(), dim=1)
+    n = len(z_a)
+    return nn.functional.cross_entropy(z @ z.T / temperature, (torch.arange(2 * n) + n) % (2 * n))
+
+
+def _ascending(original):
+    def build(*args, **options):
+        optimizer = original(*args, **options)
+        for group in optimizer.param_groups:
+            group["maximize"] = True
+        return optimizer
+
+    return build
+
+
+def _no_update(original):
+    return lambda optimizer, scaler, loss: (optim.grad_norm(optimizer.param_groups[0]["params"]), ~loss.isfinite())
+
+
+def _built(change: Callable[[nn.Module], None]):
+    def make(original):
+        def build(*args, **options):
+            model = original(*args, **options)
+            with torch.no_grad():
+                change(model)
+            return model
+
+        return build
+
+    return make
+
+
+def _freeze(model):
+    model.requires_grad_(False)
+    model.fc.requires_grad_(True)
+
+
+def _first_frames_of_all(original):
+    def forward(self, clips):
+        features = self.frame_features(clips, *self.shift.hooks(self.shift.n_segment))
+        return self.head(features.view(self.shift.n_segment, -1, features.shape[1]).transpose(0, 1))
+
+    return forward
+
+
+def _over_the_batch(original):
+    def hooks(self, n_segment):
+        kernel = self.kernel
+        return (lambda x: kernel(x, len(x), fold_div=4, direction="both", padding="zero")), None
+
+    return hooks
+
+
+def _both_directions(original):
+    def hooks(self, n_segment):
+        object.__setattr__(self, "direction", "both")
+        return original(self, n_segment)
+
+    return hooks
+
+
+def _last_frame(original):
+    return lambda self, x: original(self, x[:, -1:].expand_as(x))
+
+
+def _face_twice(original):
+    return lambda self, x: original(self, torch.stack([self.encode(x)[:, 0] if x.ndim == 6 else x[:, 0]] * 2, 1))
+
+
+def _half(original):
+    return lambda indices, *args, **options: original(indices[: len(indices) // 2], *args, **options)
+
+
+def _without_last(original):
+    def evaluate(run, model, indices, *args, **options):
+        return original(run, model, indices[: max(len(indices) // 7 * 7, 1)], *args, **options)
+
+    return evaluate
+
+
+def _one_draw(original):
+    return lambda seed, epoch, ids, *args, **options: original(seed, epoch, ids * 0, *args, **options)
+
+
+BUGS = [
+    # What is trained and evaluated on.
+    Bug("labels shuffled", "finetune", "baseline", wrap(data.Images, "labels_in", _shuffled), verdict="WARN"),
+    Bug("validation images in training", "finetune", "evaluation", wrap(data, "split", _overlap)),
+    Bug("half of the training split left out", "pretrain", "evaluation", wrap(data, "epoch_batches", _half)),
+    Bug(
+        "training on items of all splits",
+        "features",
+        "evaluation",
+        wrap(train_raer, "epoch_batches", lambda _: lambda run, phase, epoch: np.split(np.arange(640) % 876, 40)),
+    ),
+    Bug(
+        "the same order in every epoch",
+        "pretrain",
+        "seed",
+        wrap(data, "permutation", lambda f: lambda n, seed, epoch, *a: f(n, seed, 0, *a)),
+    ),
+    # What enters the network.
+    Bug(
+        "pixels from 0 to 255", "pretrain", "inputs", wrap(augment, "normalize", lambda f: lambda x, *a: f(255 * x, *a))
+    ),
+    Bug("normalisation forgotten", "finetune", "inputs", wrap(augment, "normalize", lambda _: lambda x, *a: x)),
+    Bug("normalised twice", "clips", "inputs", wrap(augment, "normalize", lambda f: lambda x, *a: f(f(x, *a), *a))),
+    Bug("red and blue swapped", "finetune", "inputs", wrap(augment, "normalize", lambda f: lambda x: f(x).flip(1))),
+    Bug("images all zero", "pretrain", "inputs", wrap(data.Images, "batches", _zero_images)),
+    Bug("augmentation in evaluation", "finetune", "inputs", in_script(train_simclr, "augment", resize=_cropped)),
+    Bug(
+        "frames of a clip in reverse in evaluation",
+        "clips",
+        "inputs",
+        in_script(
+            train_tsm,
+            "augment",
+            resize=lambda x, size: augment.resize(x, size).unflatten(0, (-1, 8)).flip(1).flatten(0, 1),
+        ),
+    ),
+    # Evaluation.
+    Bug("evaluation in training mode", "finetune", "evaluation", wrap(nn.Module, "eval", lambda _: lambda self: self)),
+    Bug(
+        "dropout in evaluation",
+        "clips",
+        "evaluation",
+        in_script(tsm, "F", dropout=lambda x, p, training: nn.functional.dropout(x, p, True)),
+    ),
+    Bug(
+        "the last batch left out of evaluation", "finetune", "evaluation", wrap(train_simclr, "evaluate", _without_last)
+    ),
+    Bug(
+        "evaluation's rows in another order",
+        "rows",
+        "evaluation",
+        wrap(train_cluster, "evaluate", lambda f: lambda *args, **options: f(*args, **options).flip(0)),
+    ),
+    # Randomness.
+    Bug(
+        "augmentation from numpy's global generator",
+        "pretrain",
+        "seed",
+        wrap(augment, "uniform", lambda _: lambda seed, epoch, ids, view, n: np.random.rand(len(ids), n)),
+    ),
+    Bug(
+        "the same augmentation in every epoch",
+        "pretrain",
+        "seed",
+        wrap(augment, "simclr_params", lambda f: lambda seed, epoch, *a, **o: f(seed, 0, *a, **o)),
+    ),
+    Bug("one draw for a whole batch", "finetune", "seed", wrap(augment, "crop_flip_params", _one_draw)),
+    Bug(
+        "both views are one draw",
+        "pretrain",
+        "seed",
+        wrap(
+            augment, "simclr_params", lambda f: lambda seed, epoch, ids, view, *a, **o: f(seed, epoch, ids, 0, *a, **o)
+        ),
+    ),
+    Bug(
+        "both views lack the same modalities",
+        "rows",
+        "seed",
+        in_script(
+            train_cluster,
+            "augment",
+            uniform=lambda seed, epoch, ids, view, n: augment.uniform(seed, epoch, ids, 0, n),
+        ),
+    ),
+    # Losses.
+    Bug(
+        "softmax before cross-entropy",
+        "finetune",
+        "overfit",
+        wrap(nn.functional, "cross_entropy", lambda f: lambda x, y, *a, **o: f(x.softmax(1), y, *a, **o)),
+    ),
+    Bug(
+        "sum instead of mean",
+        "pretrain",
+        "loss-at-init",
+        wrap(train_simclr, "nt_xent", lambda f: lambda a, b, *x, **o: 2 * len(a) * f(a, b, *x, **o)),
+    ),
+    Bug(
+        "each view among its own candidates",
+        "pretrain",
+        "loss-at-init",
+        wrap(train_simclr, "nt_xent", lambda _: _with_itself),
+    ),
+    Bug(
+        "positives one row off",
+        "pretrain",
+        "overfit",
+        wrap(train_simclr, "nt_xent", lambda f: lambda a, b, *x, **o: f(a, b.roll(1, 0), *x, **o)),
+    ),
+    Bug(
+        "positives one row off, utterances",
+        "rows",
+        "overfit",
+        wrap(train_cluster, "nt_xent", lambda f: lambda a, b, *x, **o: f(a, b.roll(1, 0), *x, **o)),
+    ),
+    Bug(
+        "sigmoid before the loss that has one",
+        "clips",
+        "overfit",
+        wrap(train_tsm, "focal_bce", lambda f: lambda x, y, **o: f(x.sigmoid(), y, **o)),
+    ),
+    Bug(
+        "the loss of wrong labels",
+        "clips",
+        "overfit",
+        wrap(train_tsm, "focal_bce", lambda f: lambda x, y, **o: f(x, 1 - y, **o)),
+    ),
+    Bug(
+        "ReLU behind the last layer",
+        "clips",
+        "overfit",
+        wrap(tsm.ClipModel, "forward", lambda f: lambda self, x: (f(self, x)[0].relu(), f(self, x)[1])),
+    ),
+    Bug(
+        "logits ten times too large",
+        "features",
+        "loss-at-init",
+        wrap(raer, "cosine_logits", lambda f: lambda z, classes, scale: f(z, classes, 10 * scale)),
+    ),
+    Bug(
+        "a loss term that nothing feels",
+        "features",
+        "alive",
+        wrap(losses, "decorrelation", lambda f: lambda x: f(x).detach()),
+    ),
+    # Steps.
+    Bug(
+        "forgotten zero_grad",
+        "finetune",
+        "gradient",
+        wrap(torch.optim.Optimizer, "zero_grad", lambda _: lambda *a, **o: None),
+    ),
+    Bug("learning rate 100 times too high", "finetune", "decreases", nothing, ("--lr", "0.1")),
+    Bug("learning rate 100 times too high, clips", "clips", "decreases", nothing, ("--lr", "0.03")),
+    Bug("learning rate 1000 times too high, utterances", "rows", "decreases", nothing, ("--lr", "0.03")),
+    Bug("gradient ascent", "clips", "decreases", wrap(optim, "build_optimizer", _ascending)),
+    Bug("no update", "clips", "alive", wrap(step, "masked_step", _no_update)),
+    Bug("frozen backbone", "finetune", "alive", wrap(train_simclr, "build_model", _built(_freeze))),
+    Bug(
+        "detached features",
+        "clips",
+        "alive",
+        wrap(tsm.ClipModel, "frame_features", lambda f: lambda *a: f(*a).detach()),
+    ),
+    Bug(
+        "a part that the optimiser does not get",
+        "features",
+        "alive",
+        wrap(raer.RaerModel, "parts", lambda f: lambda self: f(self) | {"temporal": f(self)["temporal"][:1]}),
+    ),
+    # What depends on what.
+    Bug("view instead of transpose", "clips", "dependencies", wrap(tsm.ClipModel, "forward", _first_frames_of_all)),
+    Bug("shift over the batch instead of time", "clips", "dependencies", wrap(tsm.Shift, "hooks", _over_the_batch)),
+    Bug("future frames with --direction past", "past", "dependencies", wrap(tsm.Shift, "hooks", _both_directions)),
+    Bug("only the last frame counts", "features", "dependencies", wrap(raer.Temporal, "forward", _last_frame)),
+    Bug(
+        "the face in place of the context",
+        "features",
+        "dependencies",
+        wrap(raer.RaerModel, "clip_features", _face_twice),
+    ),
+    Bug(
+        "centred over the batch",
+        "rows",
+        "dependencies",
+        wrap(umc.Fusion, "forward", lambda f: lambda *a: (lambda z, h: (z - z.mean(0), h))(*f(*a))),
+    ),
+    Bug(
+        "padding is averaged",
+        "sequences",
+        "dependencies",
+        wrap(umc, "pool", lambda _: lambda x, lengths: x.mean(1)),
+        ("--inputs", "weighted", "--lengths", "valid"),
+    ),
+    # How it starts.
+    Bug(
+        "first layer's filters all equal",
+        "pretrain",
+        "first-layer",
+        wrap(train_simclr, "build_model", _built(lambda m: m.backbone.conv1.weight.fill_(0.01))),
+    ),
+    Bug(
+        "a layer that is dead from the start",
+        "finetune",
+        "first-layer",
+        wrap(train_simclr, "build_model", _built(lambda m: m.bn1.bias.fill_(-9.0))),
+    ),
+    Bug(
+        "last bias far from the classes' shares",
+        "clips",
+        "head-bias",
+        wrap(
+            heads.TemporalHead,
+            "__init__",
+            lambda f: lambda self, *a: (f(self, *a), self.classifier.bias.data.fill_(-9))[0],
+        ),
+    ),
+]
+
+
+def images(root: Path) -> Path:
+    """72 images of 16 px in three classes that differ in colour."""
+    rng = np.random.default_rng(0)
+    for k, name in enumerate(("round", "long", "split")):
+        (root / name).mkdir(parents=True)
+        for i in range(24):
+            pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            pixels[..., k] = pixels[..., k] // 2 + 100
+            Image.fromarray(pixels).save(root / name / f"{i:02d}.png")
+    return root
+
+
+def sequences(path: Path) -> Path:
+    """160 utterances in four classes: one modality of rows and one of sequences, padded with noise."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(160) % 4
+    rows = rng.normal(size=(4, 16))[labels] + 0.3 * rng.normal(size=(160, 16))
+    steps = rng.normal(size=(4, 1, 8))[labels] + 0.3 * rng.normal(size=(160, 6, 8))
+    lengths = rng.integers(2, 6, 160)
+    np.savez(path, text=rows.astype("f4"), audio=steps.astype("f4"), audio_len=lengths, label=labels)
+    return path
+
+
+def verdicts(base: str, folder: Path, items: str, argv=()) -> tuple[int, dict[str, dict]]:
+    """(exit code, items by name) of `--check` on one of HEALTHY, in a new folder."""
+    script, flags = HEALTHY[base]
+    places = {"{images}": lambda: images(folder / "images"), "{sequences}": lambda: sequences(folder / "rows.npz")}
+    flags = [str(places[flag]()) if flag in places else flag for flag in flags]
+    code = 0
+    try:
+        SCRIPTS[script].main([*flags, *argv, "--device", "cpu", "--check", items, "--out", str(folder / "run")])
+    except SystemExit as ending:
+        code = ending.code
+    found = json.loads((folder / "run" / "check.json").read_text())
+    return code, {item["item"]: item for item in found["items"]}
+
+
+def try_bug(bug: Bug, folder: Path) -> dict:
+    """What the item says of a bug."""
+    with pytest.MonkeyPatch.context() as patch:
+        bug.inject(patch)
+        _, found = verdicts(bug.base, folder, bug.item, bug.argv)
+    return next(item for name, item in found.items() if name.endswith(bug.item))
+
+
+def main(words: list[str]) -> None:
+    print("| bug | run | item | verdict | what it says | seconds |\n| --- | --- | --- | --- | --- | --- |")
+    caught, chosen = 0, [bug for bug in BUGS if not words or any(word in bug.name for word in words)]
+    for bug in chosen:
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.process_time()
+            said = sys.stdout
+            sys.stdout = open("/dev/null", "w")  # noqa: SIM115
+            try:
+                item = try_bug(bug, Path(folder))
+            finally:
+                sys.stdout = said
+        caught += item["verdict"] == bug.verdict
+        seconds = time.process_time() - start
+        cells = [bug.name, bug.base, bug.item, item["verdict"], item["value"].replace("|", "/"), f"{seconds:.0f}"]
+        print(f"| {' | '.join(cells)} |", flush=True)
+    print(f"\n{caught} of {len(chosen)} caught")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
