@@ -115,7 +115,7 @@ td{white-space:nowrap}td.w,table.f td{white-space:normal}
 td.w{overflow-wrap:anywhere;min-width:12rem}code{overflow-wrap:anywhere;font-size:.9em}.wide{overflow-x:auto}
 table.f td{overflow-wrap:anywhere}table.f td:first-child{overflow-wrap:normal;color:var(--faint)}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,360px),1fr));gap:1rem}
-.charts figcaption{min-height:2.6em}.one{max-width:440px}
+.charts figcaption{min-height:2.6em}.one{max-width:440px}.one img{width:100%}
 figure{margin:0}figcaption{font-size:.85rem;color:var(--faint);overflow-wrap:anywhere}
 .charts figcaption b,.one figcaption b{color:var(--ink)}svg{width:100%;height:auto;display:block}
 img{max-width:100%;height:auto}
@@ -140,7 +140,10 @@ vertical-align:bottom;max-height:12rem}
 .found{display:flex;flex-wrap:wrap;column-gap:2.5rem}.found section{flex:1 1 100%;min-width:0}
 .found section.half{flex:0 1 440px}
 @media(max-width:600px){.card img{height:72px}.card,.card figcaption{max-width:172px}
-.cards.named{grid-template-columns:repeat(4,minmax(0,1fr))}}
+.cards.named{grid-template-columns:repeat(4,minmax(0,1fr))}
+.stack tr:first-child{display:none}.stack tr{display:block;padding:.3rem 0;border-bottom:1px solid var(--rule)}
+.stack td{display:inline;white-space:normal;padding-right:.5rem}
+.stack td:nth-child(4):not(:empty)::before{content:"passes: ";color:var(--faint)}}
 details{margin:.6rem 0}summary{cursor:pointer;color:var(--s0)}
 """
 )
@@ -678,15 +681,16 @@ def check_part(run: Record, detail: float) -> tuple[str, str]:
         body = [table(item["rows"][1:41], item["rows"][0])] if item.get("rows") else []
         for name in item.get("pictures") or []:
             if (run.folder / name).exists():
-                body.append(f'<figure><img alt="{escape(name)}" src="{embedded(run.folder / name, detail)}"/></figure>')
+                form = ' class="one"' * name.endswith(".svg")
+                image = f'<img alt="{escape(name)}" src="{embedded(run.folder / name, detail)}"/>'
+                body.append(f"<figure{form}>{image}</figure>")
         if body:
             shown.append(f"<h4>{escape(item['item'])}</h4>{''.join(body)}")
     head = "".join(f"<th>{name}</th>" for name in ("", "item", "value", "threshold", "what to do"))
     more = f"<details><summary>What they show</summary>{''.join(shown)}</details>" if shown else ""
     said = f"{', '.join(counts)}, in {log.duration(run.check['seconds'])}. Command: {run.check['command']}"
-    return title, (
-        f'<p class="t">{escape(said)}</p><div class="wide"><table><tr>{head}</tr>{"".join(rows)}</table></div>{more}'
-    )
+    items = f'<div class="wide"><table class="stack"><tr>{head}</tr>{"".join(rows)}</table></div>'
+    return title, f'<p class="t">{escape(said)}</p>{items}{more}'
 
 
 def curves_part(stages: dict[str, dict[str, str]]) -> tuple[str, str]:
