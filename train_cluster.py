@@ -305,7 +305,7 @@ def train(run: Run, name: str, model: umc.Fusion, start: str) -> None:
         batches = passes(run, stage, progress.epoch, targets)
         for batch, labels in batches[progress.batch :]:
             place = progress.epoch * steps + min(progress.batch, steps - 1)
-            lr = step.set_lr(optimizer, stage, place, steps, "cosine") * 0.5 ** halved.count("lr")
+            lr = step.set_lr(optimizer, stage, place, steps, args.lr_schedule) * 0.5 ** halved.count("lr")
             for group in optimizer.param_groups:
                 group["lr"] = lr
             temperature = tau if labels is not None else tau_rest

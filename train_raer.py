@@ -71,6 +71,7 @@ def parse_args(argv: list[str] | None = None):
     parser.choice(group, "--optimizer", ["sgd", "adamw"], STAGE["optimizer"], "of all parts")
     parser.number(group, "--image-lr", float, None, f"unset: {PRETRAINED_IMAGE_LR} with CLIP's weights, or --lr", low=0)
     parser.number(group, "--prompt-lr", float, 1e-3, "of the prompts' context", low=0)
+    parser.number(group, "--patience", int, None, "validations without a better UAR before stopping; unset: all", low=1)
     reading = ["missing_box", "face_margin"]
     args = recall(parser, argv, config.parse(parser, argv, DEMO, SEARCH), [*reading, "store_size"])
 
@@ -289,7 +290,7 @@ def train(run: Run, published, table: Schedule) -> None:
         log.say(f"audit of {len(table.phases)} phases, 3 steps each: what is to train moves, every loss is felt")
 
     pace, trained, trains = Pace(stage.bs, stage.epochs * steps, "clip"), None, None
-    while progress.epoch < stage.epochs:
+    while progress.epoch < stage.epochs and progress.stale < (args.patience or stage.epochs):
         phase = table.at(progress.epoch)
         if phase.trains != trains:
             model.choose_trained(phase.trains == "classes")
@@ -413,7 +414,7 @@ def begin(parser, args, facts: dist.Facts, signals: checkpoint.Signals) -> None:
     written = read_schedule(args.schedule) if args.schedule else longtail.SCHEDULES[args.method]
     given = {"epochs": written.epochs, "optimizer": args.optimizer}
     stage = config.stage(args, "train", STAGE | given, first=True, lr_of=None)
-    table = written.scaled(stage.epochs)
+    table = written.scaled(stage.epochs, constant=args.lr_schedule == "constant")
     clips = build_data(args, args.data, facts)
     splits = raer.split(clips, say=print if facts.main else lambda text: None)
     meta = dict(script="raer", classes=clips.classes, schedule=[written.epochs, *map(asdict, written.phases)])

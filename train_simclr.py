@@ -71,10 +71,9 @@ def parse_args(argv: list[str] | None = None):
     group = parser.add_argument_group("pretraining")
     parser.number(group, "--proj-dim", int, 128, "outputs of the projection head", low=2)
     parser.number(group, "--temperature", float, 0.2, "of NT-Xent", above=0)
-    parser.choice(group, "--augment", ["simclr", "none"], "simclr", "none: both views are the image itself")
+    parser.choice(group, "--augment", ["simclr", "none"], "simclr", "none: every view is the image itself")
     parser.number(group, "--color-strength", float, 1.0, "of the colour distortion", low=0, high=2.5)
     parser.choice(group, "--optimizer", LR_OF, "lars", "optimiser of the pretraining")
-    parser.choice(group, "--lr-schedule", ["cosine", "constant"], "cosine", "after the warm-up, in every stage")
     parser.number(group, "--fraction", float, 1.0, "share of the images, stratified, always the same", above=0, high=1)
     group.add_argument("--profile", action="store_true", help="time a step's phases; with --accum views are in forward")
     args = recall(parser, argv, config.parse(parser, argv, DEMO, SEARCH), ["store_size"])
@@ -89,7 +88,7 @@ def parse_args(argv: list[str] | None = None):
         later = [f"{stage}_{flag}" for stage in ("linear", "finetune") for flag in ("epochs", "bs", "lr", "wd")]
         refuse(later, "without --stage all; use --epochs, --bs, --lr, --wd for a single stage")
     if args.stage in ("linear", "finetune"):
-        pretraining = "proj_dim temperature augment color_strength optimizer fraction accum impl profile cell"
+        pretraining = "proj_dim temperature color_strength optimizer fraction accum impl profile cell"
         refuse(pretraining.split(), f"with --stage {args.stage}")
         if (args.from_run is None) == (args.weights is None):
             parser.error(f"--stage {args.stage} starts from either --from RUN, --weights FILE or --from none (random)")
@@ -98,7 +97,9 @@ def parse_args(argv: list[str] | None = None):
     if args.stage == "pretrain":
         refuse(["patience", "teacher"], "with --stage pretrain, which neither stops early nor classifies")
     if args.stage == "linear":
-        refuse(["eval_every", "log_every"], "with --stage linear, which evaluates and logs every epoch")
+        refuse(
+            ["augment", "eval_every", "log_every"], "with --stage linear: features are stored, every epoch is logged"
+        )
     if args.augment == "none":
         refuse(["color_strength"], "with --augment none")
     if args.protocol == "none":
@@ -290,8 +291,9 @@ def linear(run: Run, weights: dict | None) -> None:
 def finetune_step(run: Run, model, optimizer, scaler, pixels, batch: np.ndarray, labels: np.ndarray, epoch: int):
     """One update on crops of the images `batch`; returns (loss, gradient norm, bad), device scalars."""
     args, device = run.args, run.facts.device
+    x, size = step.to_device(pixels, device), run.meta["image_size"]
     params = augment.crop_flip_params(args.seed, epoch, batch, 0, pixels.shape[-1])
-    x = augment.make_view(step.to_device(pixels, device), params, run.meta["image_size"])
+    x = augment.resize(x, size) if args.augment == "none" else augment.make_view(x, params, size)
     x = augment.normalize(x).contiguous(memory_format=torch.channels_last)
     optimizer.zero_grad(set_to_none=True)
     with step.autocast(args.precision, device):
@@ -362,7 +364,7 @@ def task(run: Run, name: str, weights: dict | None) -> Task:
     inputs = dict(seen=lambda calls, n: calls[0][0].unflatten(0, (-1, n)).transpose(0, 1), size=size)
     inputs |= dict(pixels=lambda own: next(run.data.batches([own], args.workers)))
     answers = dict(labels=labels, classes=classes, head=None if first else lambda model: model.fc)
-    answers |= dict(chance=(0.8 * guess, 1.25 * guess), varies=not first or args.augment != "none")
+    answers |= dict(chance=(0.8 * guess, 1.25 * guess), varies=args.augment != "none")
     larger = LARGER.get(run.meta["backbone"])
     answers["larger"] = larger and (lambda: build_model(run.like(backbone=larger), name))
     functions = partial(build_model, run, name, weights), one_step, partial(evaluate, run)
@@ -420,13 +422,12 @@ def begin(parser, args, facts: dist.Facts, signals: checkpoint.Signals) -> None:
     start = {"weights": checkpoint.weights_digest(weights)} if weights else {}
     identity = config.identity(parser, args, data=images.fingerprint, stage=args.stage, **meta, **start)
     names = dict(name=f"{name}-{args.stage}-bs{next(iter(stages.values())).bs}", identity=identity)
-    run = Run.open(args, facts, signals, images, splits, meta, stages, **names, size=f"input {size} px")
+    said = "\n".join(filter(None, [f"input {size} px", started]))
+    run = Run.open(args, facts, signals, images, splits, meta, stages, **names, size=said)
     if split and facts.main:
         cytology.save(run.folder, split)
     run.phases = step.Phases(facts.device) if args.profile else None
     run.teach(lambda twin: build_model(twin, probe.kind_of(twin.meta["stage"], args.teacher)), evaluate=evaluate)
-    if started:
-        run.log.say(started)
     if args.check:
         return recipe.check(run, {name: task(run, name, weights) for name in stages if name != "linear"})
     with run.recorded():

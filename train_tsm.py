@@ -101,6 +101,8 @@ def parse_args(argv: list[str] | None = None):
         used(["fold_div", "direction", "padding", "impl"], "with --shift none")
     if args.loss == "bce":
         used(["gamma", "alpha"], "with --loss bce")
+    if args.lr_schedule == "constant":
+        used(["min_lr"], "with --lr-schedule constant")
     if args.dropout == 0:
         used(["dropout2d"], "with --dropout 0")
     if args.stop_on_interval:
@@ -289,7 +291,7 @@ def train(run: Run, published: dict | None) -> None:
         batches = epoch_batches(args, videos, items, stage.bs, progress.epoch, progress.batch, facts)
         clips = pace.waiting(videos.batches(map(partial(clips_of, run, epoch=progress.epoch), batches), args.workers))
         for batch, pixels in zip(batches, clips, strict=True):
-            lr = step.set_lr(optimizer, stage, progress.step, steps, "cosine")
+            lr = step.set_lr(optimizer, stage, progress.step, steps, args.lr_schedule)
             pixels, targets = (step.to_device(t, facts.device) for t in (pixels, labels[batch % len(videos)]))
 
             def make_clips(chunk, pixels=pixels, batch=batch):

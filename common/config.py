@@ -188,6 +188,8 @@ def base_parser(script: str, doc: str) -> Parser:
     parser.number(optim, "--accum", int, 1, "chunks that the batch is split into", low=1)
     parser.number(optim, "--lr", float, None, "peak learning rate, used as given", low=0)
     parser.number(optim, "--wd", float, None, "weight decay of all but biases and normalisation", low=0)
+    falls = "after the warm-up: falling (in train_raer.py by its table), or not"
+    parser.choice(optim, "--lr-schedule", ["cosine", "constant"], "cosine", falls)
     parser.number(optim, "--warmup-epochs", float, None, "unset: a tenth of the epochs; in train_raer.py none", low=0)
 
     machine = parser.add_argument_group("machine")

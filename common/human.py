@@ -95,7 +95,7 @@ def score(sheet: Path, source, rows: np.ndarray, run_folder: Path) -> Result:
             if answer not in known or not number.isdecimal() or not 1 <= int(number) <= len(rows):
                 hint = nearest(answer, known)
                 raise InputError(
-                    f"{sheet}, line {line}: {row['answer']!r} for item {number!r}, allowed are the items 1 to {len(rows)}"
+                    f"{sheet}, line {line}: {row['answer']!r} for item {number!r}, allowed are 1 to {len(rows)}"
                     f" and {', '.join(source.classes)}{hint}"
                 )
             label = int(source.labels[rows[int(number) - 1]])

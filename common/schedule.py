@@ -64,13 +64,15 @@ class Schedule:
         risen = 1.0 if phase.ramp < 2 else min(1.0, (epoch - phase.start) / (phase.ramp - 1))
         return replace(phase, mi=phase.mi * risen, dc=phase.dc * risen)
 
-    def scaled(self, epochs: int) -> "Schedule":
-        """The same table over another number of epochs; a phase that no epoch is left for is dropped."""
+    def scaled(self, epochs: int, constant: bool = False) -> "Schedule":
+        """The same table over another number of epochs, or with one rate for all (`constant`); a phase that no epoch is
+        left for is dropped."""
 
         def scale(boundary: int) -> int:
             return round(boundary * epochs / self.epochs)
 
         phases = [replace(p, start=scale(p.start), ramp=scale(p.ramp)) for p in self.phases]
+        phases = [replace(p, lr=1.0) for p in phases] if constant else phases
         ends = [p.start for p in phases[1:]] + [epochs]
         return Schedule(epochs, tuple(p for p, end in zip(phases, ends, strict=True) if p.start < end))
 
