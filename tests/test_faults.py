@@ -82,13 +82,13 @@ def test_an_image_that_is_damaged_at_a_late_step_ends_the_run_by_name_and_step(s
 
     def damage(self, bad):
         end_step(self, bad)
-        if self.step == 12:
+        if self.step == 5:
             image.write_bytes(content[:-80] + bytes(80))  # the size is that of before
 
     monkeypatch.setattr(checkpoint.Progress, "end_step", damage)
-    argv = [*FLAGS, "--data", str(cells), "--epochs", "6", "--out", str(tmp_path / "run")]
+    argv = [*FLAGS, "--data", str(cells), "--epochs", "4", "--out", str(tmp_path / "run")]
     code, said = ends(argv, capsys)
-    assert code == 2 and re.search(r"process 0 of 1, pretrain step 1[2-6]: image long/05.png .* cannot be read", said)
+    assert code == 2 and re.search(r"process 0 of 1, pretrain step [5-9]: image long/05.png .* cannot be read", said)
     assert "--bad-images skip" in said and summary(tmp_path / "run")["status"] == "failed"
     monkeypatch.setattr(checkpoint.Progress, "end_step", end_step)
     # Mended, the same command goes on as if nothing had happened.
@@ -104,13 +104,13 @@ def test_a_data_folder_that_vanishes_ends_the_run(small, tmp_path, monkeypatch, 
 
     def vanish(self, bad):
         end_step(self, bad)
-        if self.step == 10:
+        if self.step == 5:
             cells.rename(tmp_path / "gone")
 
     monkeypatch.setattr(checkpoint.Progress, "end_step", vanish)
-    argv = [*FLAGS, "--data", str(cells), "--epochs", "5", "--out", str(tmp_path / "run")]
+    argv = [*FLAGS, "--data", str(cells), "--epochs", "4", "--out", str(tmp_path / "run")]
     code, said = ends(argv, capsys)
-    assert code == 2 and "process 0 of 1, pretrain step 1" in said and "No such file or directory" in said
+    assert code == 2 and "process 0 of 1, pretrain step " in said and "No such file or directory" in said
     (tmp_path / "gone").rename(cells)
     monkeypatch.setattr(checkpoint.Progress, "end_step", end_step)
     assert train_simclr.main(argv) == 0
@@ -238,7 +238,13 @@ def test_the_same_command_repeats_a_diverged_step_and_names_what_is_not_finite(
     assert told[where] in said and (where != "layer" or "rows 5 of 32; its input is not finite" in said)
 
 
-def test_an_early_stop_is_said_and_more_epochs_do_not_pass_for_training(tmp_path, capsys):
+def test_an_early_stop_is_said_and_more_epochs_do_not_pass_for_training(tmp_path, monkeypatch, capsys):
+    select = checkpoint.Progress.select
+    monkeypatch.setattr(
+        checkpoint.Progress,
+        "select",
+        lambda self, value, *rest, **more: select(self, 0.5, *rest, **more | {"certain": 0.4}),
+    )
     data = ffpp_tree(tmp_path / "ffpp", pairs=(2, 1, 1), count=2)
     argv = ["--backbone", "conv_small_035", "--image-size", "32", "--n-segment", "2", "--device", "cpu", "--bs", "4",
             "--clips", "1", "--data", str(data), "--patience", "1", "--lr", "0", "--min-lr", "0"]  # fmt: skip
