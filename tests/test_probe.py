@@ -24,6 +24,9 @@ class Items:
     def labels_in(self, classes):
         return self.labels
 
+    def batches(self, parts, workers):
+        return (torch.zeros(len(part), 3, 8, 8, dtype=torch.uint8) for part in parts)
+
 
 def setting(folder, count=600, classes=3):
     items = Items(count, classes)
@@ -33,6 +36,7 @@ def setting(folder, count=600, classes=3):
     dev = data.hold_out(items.ids, items.labels, rest, 0.15, "dev")
     splits = {"test": test, "finetune_test": test, "rest": rest, "dev": dev, "train": np.setdiff1d(rest, dev)}
     args = SimpleNamespace(seed=0, lr_schedule="cosine", patience=5, save_every=10, max_steps=None, resume="auto")
+    args.workers, args.detect_anomaly = 1, False
     stage = config.Stage("linear", epochs=30, bs=64, lr=0.2, wd=0.0, optimizer="sgd", warmup_epochs=0.0)
     facts = dist.Facts(0, 1, 0, torch.device("cpu"))
     meta = {"classes": {"linear": items.classes}, "image_size": 8}
