@@ -1,5 +1,6 @@
 """The doctor names what is wrong with the data, and finds nothing in data that is right."""
 
+import json
 import math
 import zipfile
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import train_simclr
 from common import clips, data, discovery, doctor, sample
 from common.datasets import utterances
 
@@ -326,3 +328,18 @@ def test_a_folder_without_images_is_an_empty_class(tmp_path):
     seen.empty = ["train/unseen"]
     found = doctor.judged("imbalance", seen, tmp_path)
     assert found.verdict == "FAIL" and "train/unseen" in found.fix
+
+
+def test_a_check_ends_with_the_damaged_file_and_trains_on_nothing(tmp_path, capsys):
+    copy = write(tmp_path / "cells", count=60)
+    victim = sorted((copy / "train").rglob("*.png"))[3]
+    victim.write_bytes(victim.read_bytes()[:300])
+    argv = ["--data", str(copy), "--backbone", "resnet18", "--stem", "cifar", "--image-size", "8", "--bs", "8"]
+    with pytest.raises(SystemExit) as ending:
+        train_simclr.main(
+            [*argv, "--check", "corrupt,outliers,gradient", "--device", "cpu", "--out", str(tmp_path / "r")]
+        )
+    assert ending.value.code == 4 and "--check: corrupt" in capsys.readouterr().err
+    items = json.loads((tmp_path / "r" / "check.json").read_text())["items"]
+    assert [item["verdict"] for item in items] == ["FAIL", "PASS", "SKIP"]
+    assert victim.name in items[0]["fix"] and victim.name in (tmp_path / "r" / "report.html").read_text()
