@@ -191,18 +191,14 @@ class Run:
 
     def finish(self, progress: checkpoint.Progress, results: dict) -> None:
         """Store a stage's final metrics; the summary names the best model of the last stage."""
-        planned = self.stages[progress.stage.split("_")[0]].epochs
+        planned, idle = self.stages[progress.stage.split("_")[0]].epochs, progress.epoch == self.reopened
         if progress.epoch < planned:
-            more = (
-                ""
-                if progress.epoch > self.reopened
-                else ". More epochs change nothing, a larger --patience with --fork does"
-            )
+            more = ". More epochs change nothing, a larger --patience with --fork does" if idle else ""
             self.log.say(
                 f"{progress.stage}: stopped early after epoch {progress.epoch} of {planned}, the best is epoch"
                 f" {progress.best_epoch}{more}"
             )
-        progress.finish(results, planned)
+        progress.finish(results, progress.planned if idle else planned)
         self._take(progress)
 
     def _take(self, progress: checkpoint.Progress) -> None:

@@ -247,14 +247,14 @@ def test_an_early_stop_is_said_and_more_epochs_do_not_pass_for_training(tmp_path
     )
     data = ffpp_tree(tmp_path / "ffpp", pairs=(2, 1, 1), count=2)
     argv = ["--backbone", "conv_small_035", "--image-size", "32", "--n-segment", "2", "--device", "cpu", "--bs", "4",
-            "--clips", "1", "--data", str(data), "--patience", "1", "--lr", "0", "--min-lr", "0"]  # fmt: skip
-    run = ["--out", str(tmp_path / "run")]
-    assert train_tsm.main([*argv, *run, "--epochs", "5"]) == 0
+            "--clips", "1", "--eval-every", "1", "--data", str(data), "--lr", "0", "--min-lr", "0",
+            "--patience"]  # fmt: skip
+    run = str(tmp_path / "run")
+    assert train_tsm.main([*argv, "1", "--out", run, "--epochs", "5"]) == 0
     assert re.search(r"train: stopped early after epoch 2 of 5, the best is epoch 1\n", capsys.readouterr().out)
-    assert train_tsm.main([*argv, "--resume", str(tmp_path / "run"), "--epochs", "9"]) == 0
+    assert train_tsm.main([*argv, "1", "--resume", run, "--epochs", "9"]) == 0
     assert "More epochs change nothing, a larger --patience with --fork does" in capsys.readouterr().out
-    longer = [*argv[:-6], "--patience", "3", "--lr", "0", "--min-lr", "0", "--fork", "--epochs", "9"]
-    assert train_tsm.main([*longer, "--resume", str(tmp_path / "run")]) == 0
+    assert train_tsm.main([*argv, "3", "--fork", "--resume", run, "--epochs", "9"]) == 0
     assert "stopped early after epoch 4 of 9, the best is epoch 1\n" in capsys.readouterr().out
 
 

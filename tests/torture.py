@@ -37,7 +37,8 @@ import train_cluster
 import train_raer
 import train_simclr
 import train_tsm
-from common import augment, checkpoint, data, discovery
+from common import augment, checkpoint, data, discovery, dist, optim
+from common.log import Log
 from common.models import Backbone, clip, mobilenet_v4
 from tests.runs import equal_runs
 from tests.test_train_cluster import arrays
@@ -503,6 +504,34 @@ def record(folder: Path, attempt: int) -> None:
     data.cut, checkpoint.Progress.end_step = kept, written
 
 
+def cost() -> None:
+    """What safety costs: the time of saves of a ResNet-50 with LARS, and that of the end of a step without a save."""
+    model = train_simclr.SimCLR(train_simclr.build_backbone("resnet50"), 2048, 128)
+    optimizer = optim.build_optimizer("lars", optim.param_groups([model], 1e-4), lr=0.1)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    facts = dist.Facts(0, 1, 0, torch.device("cpu"))
+    with tempfile.TemporaryDirectory(prefix="torture-") as folder, checkpoint.Signals() as asked:
+        parts, log = {"model": model, "optimizer": optimizer}, Log(Path(folder), main=True)
+        options = dict(facts=facts, signals=asked, meta={}, start="", save_every=10.0, max_steps=None)
+        progress, times = checkpoint.Progress(Path(folder), "pretrain", parts=parts, log=log, **options), []
+        for _ in range(5):
+            begun, busy = time.perf_counter(), time.process_time()
+            progress.save()
+            times.append((time.perf_counter() - begun, time.process_time() - busy))
+        fine, begun, count = torch.tensor(False), time.perf_counter(), 2000
+        for _ in range(count):
+            progress.end_step(fine)
+        step = (time.perf_counter() - begun) / count
+        save, busy = (sorted(column)[len(times) // 2] for column in zip(*times, strict=True))
+        size = (Path(folder) / "last.pt").stat().st_size
+    print(
+        f"a save of {size / 1e6:.0f} MB takes {save:.2f} s ({busy:.2f} s of CPU): {save / 600:.2%} at --save-every 10"
+    )
+    print(f"the end of a step takes {step * 1e6:.0f} us: {step / 0.1:.3%} of a step of 100 ms")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--script", choices=[*MODULES, "all"], default="all")
@@ -510,8 +539,12 @@ def main(argv: list[str] | None = None) -> int:
     kinds |= {"stalls": stalls, "hangs": hangs, "equality": equality, "worlds": worlds}
     for name in kinds:
         parser.add_argument(f"--{name}", type=int, default=0, metavar="N", help="over all chosen scripts together")
+    parser.add_argument("--cost", action="store_true", help="measure what safety costs, and end")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
+    if args.cost:
+        cost()
+        return 0
     shrink()
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
         del os.environ[name]
