@@ -57,11 +57,12 @@ def missing() -> list[str]:
 class Cluster:
     """Nodes with 64 make-believe processors and 4 GPUs each; `env` is what Slurm's commands need.
 
-    `folder` and all folders above it must be open to everyone: munge refuses a socket that others could not reach.
+    `folder` is opened to everyone, and those above it must be: munge refuses a socket that others could not reach.
     """
 
     def __init__(self, folder: Path, num_nodes: int = 2, kill_wait: int = 20):
         self.folder, self.daemons = folder, []
+        folder.chmod(0o755)
         self.nodes = [f"127.0.0.{i + 1}" for i in range(num_nodes)]
         ports = _free_ports(1 + num_nodes)
         lines = [
@@ -128,9 +129,12 @@ class Cluster:
 
     def start_again(self, job: str) -> None:
         """Start a requeued job now: Slurm itself waits two minutes."""
-        self.wait(job, "PENDING")
-        time.sleep(2)  # earlier the node still refuses it
-        self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+        until(
+            lambda: self.facts(job)["JobState"] == "PENDING" or self.facts(job)["Restarts"] == "1", f"requeue of {job}"
+        )
+        if self.facts(job)["JobState"] == "PENDING":
+            time.sleep(2)  # earlier the node still refuses it
+            self.run("scontrol", "update", f"JobId={job}", "StartTime=now")
 
     def processes(self, job: str) -> list[int]:
         """The processes of a job's Python, wherever they hang now."""
