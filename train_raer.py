@@ -102,10 +102,9 @@ def parse_args(argv: list[str] | None = None):
 
 def build_data(args, path: str, facts: dist.Facts, labels: bool = True) -> raer.EmotionClips:
     """The clips of `path`, said in one line."""
-    say = print if facts.main else lambda text: None
     reading = dict(store_size=args.store_size, bad=args.bad_images, workers=args.workers)
     boxes = dict(missing_box=args.missing_box, margin=args.face_margin)
-    return raer.prepare(path, **reading, **boxes, labels=labels, say=say)
+    return raer.prepare(path, **reading, **boxes, labels=labels, say=facts.say)
 
 
 def epoch_batches(run: Run, phase: Phase, epoch: int, done: int = 0) -> list[np.ndarray]:
@@ -121,15 +120,14 @@ def epoch_batches(run: Run, phase: Phase, epoch: int, done: int = 0) -> list[np.
 def check(args, facts: dist.Facts, clips, splits: dict, stage: config.Stage, table: Schedule) -> np.ndarray:
     """Refuse what training could not use, before anything is written, and say what evaluation will miss; returns the
     training clips of each class."""
-    say = print if facts.main else lambda text: None
     if stage.bs * args.num_frames == args.accum:
         raise InputError(f"--accum {args.accum}: BatchNorm needs two frames a chunk; lower it, or raise --bs")
     counts = np.bincount(clips.labels[splits["train"]], minlength=len(clips.classes))
     data.check_batch("train", stage.bs, len(splits["train"]), facts.world_size * args.accum)
     for name in ("val", "test"):
         for i in np.setdiff1d(np.arange(len(counts)), clips.labels[splits[name]]):
-            say(f"{name} has no clip of {clips.classes[i]}: its recall counts as 0 in the UAR there")
-    longtail.check(table, counts, args.la_prior, say)
+            facts.say(f"{name} has no clip of {clips.classes[i]}: its recall counts as 0 in the UAR there")
+    longtail.check(table, counts, args.la_prior, facts.say)
     return counts
 
 
@@ -416,7 +414,7 @@ def begin(parser, args, facts: dist.Facts, signals: checkpoint.Signals) -> None:
     stage = config.stage(args, "train", STAGE | given, first=True, lr_of=None)
     table = written.scaled(stage.epochs, constant=args.lr_schedule == "constant")
     clips = build_data(args, args.data, facts)
-    splits = raer.split(clips, say=print if facts.main else lambda text: None)
+    splits = raer.split(clips, say=facts.say)
     meta = dict(script="raer", classes=clips.classes, schedule=[written.epochs, *map(asdict, written.phases)])
     meta |= {name: getattr(args, name) for name in MODEL_FLAGS}
     meta["counts"] = check(args, facts, clips, splits, stage, table).tolist()

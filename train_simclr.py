@@ -23,7 +23,7 @@ from common.datasets import cytology
 from common.datasets.cytology import CELLS
 from common.log import Log, Pace
 from common.models import BACKBONES, LARGER, build_backbone, input_size, load_published
-from common.models.heads import SimCLR
+from common.models.heads import HEAD_BIAS, SimCLR, start_at_prior
 from common.run import Run, launch, origin, recall, several, tested, used
 from common.verdict import Task
 from common.weights import load_backbone
@@ -66,6 +66,7 @@ def parse_args(argv: list[str] | None = None):
     parser.choice(group, "--backbone", BACKBONES, None, f"unset: {DEFAULTS['backbone']}, or the one of --from")
     parser.choice(group, "--stem", STEMS, None, f"cifar: for small images; unset: {STEMS[0]}, or the one of --from")
     group.add_argument("--weights", metavar="FILE", help="published weights to start from: .pt, .pth or .safetensors")
+    parser.choice(group, "--head-bias", HEAD_BIAS, HEAD_BIAS[0], "fine-tuning's start; prior: the classes' shares")
     parser.number(group, "--image-size", int, None, "input side, pixels; unset: the stored one, at most 224", low=1)
     parser.number(group, "--store-size", int, None, "side images are decoded to; unset: their own, at most 256", low=8)
     group = parser.add_argument_group("pretraining")
@@ -95,15 +96,12 @@ def parse_args(argv: list[str] | None = None):
     else:
         refuse(["from_run"], f"with --stage {args.stage}, which trains its backbone")
     if args.stage == "pretrain":
-        refuse(["patience", "teacher"], "with --stage pretrain, which neither stops early nor classifies")
+        refuse(["patience", "teacher", "head_bias"], "with --stage pretrain, which neither stops early nor classifies")
     if args.stage == "linear":
-        refuse(
-            ["augment", "eval_every", "log_every"], "with --stage linear: features are stored, every epoch is logged"
-        )
-    if args.augment == "none":
-        refuse(["color_strength"], "with --augment none")
-    if args.protocol == "none":
-        refuse(["target_labels"], "without --protocol cytology")
+        stored = "with --stage linear: features are stored, every epoch is logged"
+        refuse(["augment", "eval_every", "log_every", "head_bias"], stored)
+    refuse(["color_strength"] if args.augment == "none" else [], "with --augment none")
+    refuse(["target_labels"] if args.protocol == "none" else [], "without --protocol cytology")
     return args, parser
 
 
@@ -118,11 +116,10 @@ def build_data(args, path: str, facts: dist.Facts, targets: list[str] | None, st
     """(images, parts, classes, split): the images of `path`, the indices of each part, the class names of the labelled
     stages, and what split.json holds (None without `targets`, the labels of the cytology protocol).
     """
-    say = print if facts.main else lambda text: None
-    images = data.prepare(path, store_size=args.store_size, bad=args.bad_images, workers=args.workers, say=say)
+    images = data.prepare(path, store_size=args.store_size, bad=args.bad_images, workers=args.workers, say=facts.say)
     if targets is None:
         return images, data.split(images, args.fraction), dict.fromkeys(("linear", "finetune"), images.classes), None
-    return images, *cytology.protocol(images, targets, args.fraction, stored, say)
+    return images, *cytology.protocol(images, targets, args.fraction, stored, facts.say)
 
 
 def check(args, facts: dist.Facts, images: data.Images, splits: dict, stages: dict[str, config.Stage]) -> None:
@@ -156,6 +153,8 @@ def build_model(run: Run, kind: str, weights: dict | None = None) -> nn.Module:
         model = SimCLR(model, width, meta["proj_dim"])
     elif kind in meta["classes"]:
         model.fc = nn.Linear(width, len(meta["classes"][kind]))
+    if run.stages and kind == "finetune" and args.head_bias == "prior":
+        start_at_prior(model.fc, run.data.labels_in(meta["classes"][kind])[run.splits["finetune_train"]])
     model = dist.sync_batchnorm(model, run.facts).to(run.facts.device, memory_format=torch.channels_last)
     if args.compile:
         model.compile()

@@ -27,7 +27,7 @@ from common.config import Diverged, InputError
 from common.datasets import faceforensics
 from common.log import Log, Pace
 from common.losses import focal_bce, focal_guess
-from common.models.heads import AGGREGATES
+from common.models.heads import AGGREGATES, HEAD_BIAS, start_at_prior
 from common.models.mobilenet_v4 import VARIANTS, build_mobilenet_v4, load_published
 from common.models.tsm import PLACEMENTS, ClipModel, Shift, Stream, freeze_bn, start_weights, training_memory
 from common.run import Run, launch, recall, several, tested, used
@@ -66,6 +66,7 @@ def parse_args(argv: list[str] | None = None):
     parser.choice(group, "--direction", ["both", "past"], "both", "past: from the previous frame alone, for --stream")
     parser.choice(group, "--padding", ["zero", "replicate", "circulant"], "zero", "what lies beyond a clip")
     parser.choice(group, "--aggregate", AGGREGATES, "attention", "how a clip's frames become one")
+    parser.choice(group, "--head-bias", HEAD_BIAS, HEAD_BIAS[0], "last layer's, at the start; prior: classes' shares")
     parser.number(group, "--dropout", float, 0.3, "of the frames' features", low=0, high=1)
     group.add_argument("--dropout2d", action="store_true", help="drop whole channels of the last map instead")
     parser.number(
@@ -127,9 +128,8 @@ def pos_weight(text: str):
 
 def build_data(args, path: str, facts: dist.Facts, labels: bool = True) -> faceforensics.FaceVideos:
     """The videos of `path`, said in one line."""
-    say = print if facts.main else lambda text: None
     reading = dict(store_size=args.store_size, bad=args.bad_images, workers=args.workers, fps=args.fps)
-    return faceforensics.prepare(path, compression=args.compression, labels=labels, say=say, **reading)
+    return faceforensics.prepare(path, compression=args.compression, labels=labels, say=facts.say, **reading)
 
 
 def train_items(args, videos, splits: dict) -> np.ndarray:
@@ -175,6 +175,9 @@ def build_model(run: Run, published: dict | None = None) -> ClipModel:
         load_published(backbone, published, args.weights)
     drop = dict(dropout=args.dropout, dropout2d=args.dropout2d)
     model = ClipModel(backbone, shift_of(args, meta), aggregate=meta["aggregate"], num_classes=1, **drop)
+    if run.stages and args.head_bias == "prior":
+        drawn = epoch_batches(args, run.data, train_items(args, run.data, run.splits), run.stages["train"].bs, 0)
+        start_at_prior(model.head.classifier, run.data.labels[np.concatenate(drawn) % len(run.data)])
     model = dist.sync_batchnorm(model, facts).to(facts.device, memory_format=torch.channels_last)
     frozen = freeze_bn(model, args.freeze_bn)
     if args.freeze_bn and not frozen:
@@ -338,7 +341,7 @@ def task(run: Run, published: dict | None) -> Task:
     args, stage, videos, length = run.args, run.stages["train"], run.data, run.meta["n_segment"]
     items, labels = train_items(args, videos, run.splits), torch.from_numpy(videos.labels)
     fake = 0.5 if args.sampler == "balanced" else float(videos.labels[run.splits["train"]].mean())
-    guess = focal_guess(fake, **criterion(run).keywords)
+    guess = focal_guess(fake, fake if args.head_bias == "prior" else 0.5, **criterion(run).keywords)
 
     def one_step(model, optimizer, scaler, batch, epoch):
         (pixels,) = run.data.batches([clips_of(run, batch, epoch)], args.workers)
@@ -358,7 +361,7 @@ def task(run: Run, published: dict | None) -> Task:
     inputs |= dict(seen=lambda calls, n: calls[0][0].unflatten(0, (n, 1, -1)), varies=args.augment != "none")
     answers = dict(labels=videos.labels, classes=videos.classes, prior=np.array([1 - fake, fake]), binary=True)
     answers |= dict(rows=lambda output: output[0], parts=length, past=past if args.direction == "past" else None)
-    answers |= dict(chance=(0.75 * guess, 1.4 * guess), head=lambda model: model.head.classifier)
+    answers |= dict(chance=(0.6 * guess, 1.8 * guess), head=lambda model: model.head.classifier)
     answers |= dict(frozen=lambda model: {f"{name}.{kind}" for name in model.frozen_bn for kind in ("weight", "bias")})
     larger = dict(pairwise(VARIANTS)).get(run.meta["backbone"])
     answers["larger"] = larger and (lambda: build_model(run.like(backbone=larger)))

@@ -38,6 +38,11 @@ class Facts:
     def main(self) -> bool:
         return self.rank == 0
 
+    def say(self, text: str) -> None:
+        """A line for people, from one process."""
+        if self.main:
+            print(text)
+
 
 def init(device: str = "auto", timeout_s: float = 1800) -> Facts:
     """Join the group of processes that the launcher describes: torchrun's variables, a Slurm job step, or neither.

@@ -37,11 +37,14 @@ def focal_bce(
     return loss.mean()
 
 
-def focal_guess(share: float, *, gamma: float, alpha: float | None = None, pos_weight: float | None = None) -> float:
-    """What `focal_bce` costs on average where every logit is 0 and class 1 has this share of the items."""
+def focal_guess(
+    share: float, guess: float, *, gamma: float, alpha: float | None = None, pos_weight: float | None = None
+) -> float:
+    """What `focal_bce` costs on average where class 1 has this share of the items and all get the same `guess`: the
+    probability of class 1, between 0 and 1."""
     weights = (1.0, 1.0) if alpha is None else (alpha, 1 - alpha)
-    weight = share * weights[0] * (1.0 if pos_weight is None else pos_weight) + (1 - share) * weights[1]
-    return weight * math.log(2) * 0.5**gamma
+    positive = share * weights[0] * (1.0 if pos_weight is None else pos_weight) * (1 - guess) ** gamma
+    return -positive * math.log(guess) - (1 - share) * weights[1] * guess**gamma * math.log(1 - guess)
 
 
 def smooth_targets(

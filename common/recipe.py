@@ -251,6 +251,9 @@ def loss_at_init(task: Task) -> Result:
     trial = Trial(task)
     loss = float(np.mean([trial.go(items, share=0.0)[0] for items in small(task, 3)]))
     low, high = task.chance
+    if task.labels is not None and not task.binary:
+        shares = class_shares(task).clip(1e-9)
+        low *= float(-(shares * np.log(shares)).sum() / math.log(len(shares)))  # the classes' shares are a guess too
     value, threshold = f"{loss:.4f}", f"{low:.4f} to {high:.4f}"
     if low <= loss <= high:
         return Result(PASS, value, threshold)

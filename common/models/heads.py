@@ -29,6 +29,20 @@ class SimCLR(nn.Module):
         return self.projector(self.backbone(x))
 
 
+HEAD_BIAS = ("random", "prior")
+
+
+@torch.no_grad()
+def start_at_prior(layer: nn.Linear, labels) -> None:
+    """Set a last layer's bias so that the network starts by predicting the classes' shares among `labels` (n,).
+
+    One output is the logit of class 1. A class without labels counts as half an item.
+    """
+    counts = torch.bincount(torch.as_tensor(labels), minlength=max(layer.out_features, 2)).double().clamp(min=0.5)
+    logs = (counts / counts.sum()).log()
+    layer.bias.copy_(logs if layer.out_features > 1 else logs[1:] - logs[:1])
+
+
 AGGREGATES = ("attention", "mean")
 
 

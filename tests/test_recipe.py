@@ -1,0 +1,123 @@
+"""--check catches seeded bugs, passes what is healthy, and leaves a run directory as it was."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import train_cluster
+import train_simclr
+from common import recipe, verdict
+from common.models.heads import start_at_prior
+from tests import bugs
+
+QUICK = bugs.BUGS[1::6]  # the others take minutes
+SMALL = ["--device", "cpu", "--epochs", "1", "--cluster-epochs", "1", "--k", "12"]
+
+
+def name(bug):
+    return bug.name.replace(" ", "-")
+
+
+@pytest.mark.parametrize("bug", QUICK, ids=name)
+def test_a_seeded_bug_is_caught_by_its_item(bug, tmp_path):
+    item = bugs.try_bug(bug, tmp_path)
+    assert item["verdict"] == bug.verdict, item
+    assert item["fix"] and item["threshold"]
+
+
+@pytest.mark.slow
+def test_at_least_95_percent_of_the_seeded_bugs_are_caught(tmp_path):
+    caught = [bugs.try_bug(bug, tmp_path / str(k))["verdict"] == bug.verdict for k, bug in enumerate(bugs.BUGS)]
+    assert len(caught) >= 30 and sum(caught) >= 0.95 * len(caught)
+
+
+def passes(base, folder, items="all"):
+    code, found = bugs.verdicts(base, folder, items)
+    assert code == 0 and not [item for item in found.values() if item["verdict"] == "FAIL"], found
+    return found
+
+
+def test_the_items_of_the_quick_bugs_pass_without_them(tmp_path):
+    for base in {bug.base for bug in QUICK}:
+        items = {bug.item for bug in QUICK if bug.base == base}
+        found = passes(base, tmp_path / base, ",".join(items))
+        assert {item["verdict"] for item in found.values()} <= {"PASS", "WARN"} and len(found) == len(items)
+
+
+def test_a_healthy_clustering_passes_every_item(tmp_path):
+    found = passes("rows", tmp_path)
+    assert list(found) == list(recipe.ITEMS)
+    assert all(item["fix"] == "" for item in found.values() if item["verdict"] == "PASS")
+    for picture in {picture for item in found.values() for picture in item["pictures"]}:
+        assert (tmp_path / "run" / picture).stat().st_size > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", bugs.HEALTHY)
+def test_nothing_fails_on_a_healthy_run(base, tmp_path):
+    found = passes(base, tmp_path)
+    if base == "finetune":  # where `labels shuffled` is a warning
+        assert found["baseline"]["verdict"] == "PASS"
+
+
+def test_a_check_does_not_stand_in_the_way_of_the_run(tmp_path, capsys):
+    argv = [*SMALL, "--out", str(tmp_path / "run")]
+    assert train_cluster.main([*argv, "--check", "loss-at-init"]) == 0
+    assert not (tmp_path / "run" / "config.json").exists()
+    assert train_cluster.main(argv) == 0
+    kept = [path for path in (tmp_path / "run").rglob("*") if path.suffix in (".pt", ".json", ".jsonl")]
+    files = {path: path.read_bytes() for path in kept}
+    capsys.readouterr()
+    assert train_cluster.main([*argv, "--check", "gradient,loss-at-init"]) == 0  # beside a finished run
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("PASS")] == ["loss-at-init", "gradient"]
+    for path, content in files.items():
+        assert path.name == "check.json" or path.read_bytes() == content, path
+    assert train_cluster.main(argv) == 0 and "has finished" in capsys.readouterr().out
+    found = json.loads((tmp_path / "run" / "check.json").read_text())
+    assert found["script"] == "cluster" and found["command"]
+    assert [item["item"] for item in found["items"]] == ["loss-at-init", "gradient"] and found["seconds"] >= 0
+
+
+def test_bad_use_is_refused_in_one_line(tmp_path, capsys):
+    cases = {
+        "did you mean overfit?": [*SMALL, "--check", "overfti"],
+        "--check has no effect with --eval": ["--eval", str(tmp_path), "--check"],
+    }
+    for said, argv in cases.items():
+        with pytest.raises(SystemExit) as ending:
+            train_cluster.main([*argv, "--out", str(tmp_path / "run")])
+        error = capsys.readouterr().err
+        assert ending.value.code == 2 and said in error and error.count("\n") == 1, error
+    assert not (tmp_path / "run" / "check.json").exists()
+
+
+def test_an_item_alone_finds_what_it_finds_among_the_others(tmp_path):
+    alone = passes("rows", tmp_path / "a", "decreases")["decreases"]
+    among = passes("rows", tmp_path / "b", "seed,evaluation,decreases,overfit")["decreases"]
+    assert alone == among
+
+
+def test_stages_are_checked_one_after_the_other(tmp_path):
+    flags = [*bugs.IMAGES, "--stage", "all", "--linear-bs", "16", "--finetune-bs", "16"]
+    flags[1] = str(bugs.images(tmp_path / "images"))
+    out = ["--device", "cpu", "--check", "loss-at-init,head-bias", "--out", str(tmp_path / "run")]
+    assert train_simclr.main([*flags, *out]) == 0
+    found = {i["item"]: i for i in json.loads((tmp_path / "run" / "check.json").read_text())["items"]}
+    stages = [f"{stage}/{item}" for stage in ("pretrain", "finetune") for item in ("loss-at-init", "head-bias")]
+    assert list(found) == stages
+    assert found["pretrain/head-bias"]["verdict"] == verdict.SKIP
+    low, high = (float(word) for word in found["finetune/loss-at-init"]["threshold"].split(" to "))
+    assert low < torch.tensor(3.0).log() < high  # three classes
+
+
+def test_a_last_layer_that_starts_at_the_prior_predicts_it():
+    torch.manual_seed(0)
+    layer, one = nn.Linear(8, 3), nn.Linear(8, 1)
+    labels = torch.tensor([0] * 6 + [1] * 3 + [2])
+    start_at_prior(layer, labels)
+    torch.testing.assert_close(layer.bias.softmax(0), torch.tensor([0.6, 0.3, 0.1]))
+    start_at_prior(one, labels.clamp(max=1))
+    torch.testing.assert_close(one.bias.sigmoid(), torch.tensor([0.4]))
