@@ -366,7 +366,8 @@ def task(run: Run, name: str, weights: dict | None) -> Task:
     answers |= dict(chance=(0.8 * guess, 1.25 * guess), varies=args.augment != "none")
     larger = LARGER.get(run.meta["backbone"])
     answers["larger"] = larger and (lambda: build_model(run.like(backbone=larger), name))
-    functions = partial(build_model, run, name, weights), one_step, partial(evaluate, run)
+    own_step = None if name == "linear" else one_step
+    functions = partial(build_model, run, name, weights), own_step, partial(evaluate, run)
     return Task(run, stage, *splits, *functions, **inputs, **answers)
 
 
@@ -390,8 +391,7 @@ def use(args, facts: dist.Facts) -> None:
             print(f"{len(images)} predictions in {folder / 'predictions.csv'}")
         return
     if kind == "pretrain":
-        model_of.write(probe.representation(run, partial(evaluate, run, model.backbone), "test", "test"), facts)
-        return
+        return model_of.write(probe.representation(run, partial(evaluate, run, model.backbone), "test", "test"), facts)
     test = splits["finetune_test" if kind == "finetune" else "test"]
     if not len(test):
         raise InputError(f"{images.describe()}: there is no labelled test image to evaluate on")
@@ -428,7 +428,9 @@ def begin(parser, args, facts: dist.Facts, signals: checkpoint.Signals) -> None:
     run.phases = step.Phases(facts.device) if args.profile else None
     run.teach(lambda twin: build_model(twin, probe.kind_of(twin.meta["stage"], args.teacher)), evaluate=evaluate)
     if args.check:
-        return recipe.check(run, {name: task(run, name, weights) for name in stages if name != "linear"})
+        return recipe.check(
+            run, {name: task(run, name, weights) for name in stages if name != "linear" or len(stages) == 1}
+        )
     with run.recorded():
         if "pretrain" in stages:
             pretrain(run, weights)

@@ -353,14 +353,13 @@ def task(run: Run, published: dict | None) -> Task:
         positions = videos.eval_clips(own, length, run.meta["clip_seconds"], args.clips).reshape(-1, length)
         return next(videos.batches([(own.repeat(args.clips), positions)], args.workers)).flatten(0, 1)
 
-    def past(model, x):
-        return model.frame_features(x, *model.shift.hooks(length)).unflatten(0, (-1, length))
-
     inputs = dict(batches=lambda epoch: epoch_batches(args, videos, items, stage.bs, epoch), size=min(8, stage.bs))
     inputs |= dict(several=EVAL_FRAMES // length // args.clips + 2, pixels=pixels, normalization=run.meta["pixels"])
     inputs |= dict(seen=lambda calls, n: calls[0][0].unflatten(0, (n, 1, -1)), varies=args.augment != "none")
     answers = dict(labels=videos.labels, classes=videos.classes, prior=np.array([1 - fake, fake]), binary=True)
-    answers |= dict(rows=lambda output: output[0], parts=length, past=past if args.direction == "past" else None)
+    answers |= dict(
+        rows=lambda output: output[0], parts=length, past=ClipModel.features if args.direction == "past" else None
+    )
     answers |= dict(chance=(0.6 * guess, 1.8 * guess), head=lambda model: model.head.classifier)
     answers |= dict(frozen=lambda model: {f"{name}.{kind}" for name in model.frozen_bn for kind in ("weight", "bias")})
     larger = dict(pairwise(VARIANTS)).get(run.meta["backbone"])

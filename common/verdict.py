@@ -56,6 +56,7 @@ class Task:
         train, held_out: items to train on and others (n,).
         build: the network as training starts from it; the same at every call.
         step: (network, optimiser, loss scaler, items, epoch) -> (loss, gradient norm, ...): one update of the script.
+            None: only the data are tried.
         evaluate: (network, samples) -> outputs (n, ...): the script's evaluation.
         chance: the lowest and the highest loss that an untrained network should have.
         seen: (calls of a step, n) -> (n, views, ...): what depends on the augmentation.
@@ -88,7 +89,7 @@ class Task:
     train: np.ndarray
     held_out: np.ndarray
     build: Callable[[], nn.Module]
-    step: Callable[..., tuple]
+    step: Callable[..., tuple] | None
     evaluate: Callable[[nn.Module, np.ndarray], Tensor]
     chance: tuple[float, float]
     seen: Callable[[list[tuple], int], Tensor]

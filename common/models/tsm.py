@@ -104,6 +104,11 @@ class ClipModel(nn.Module):
             return self.backbone.pool(F.dropout2d(maps, self.dropout, self.training))
         return F.dropout(self.backbone.pool(maps), self.dropout, self.training)
 
+    def features(self, frames: Tensor) -> Tensor:
+        """Features (n, n_segment, 1280) of the frames (n * n_segment, 3, s, s) of clips."""
+        length = self.shift.n_segment
+        return self.frame_features(frames, *self.shift.hooks(length)).unflatten(0, (-1, length))
+
     def forward(self, clips: Tensor) -> tuple[Tensor, Tensor]:
         n_segment = clips.shape[1] if clips.dim() == 5 else self.shift.n_segment
         frames = clips.flatten(0, 1) if clips.dim() == 5 else clips
