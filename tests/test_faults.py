@@ -168,6 +168,25 @@ def test_a_damaged_checkpoint_does_not_push_out_the_valid_one(small, tmp_path, m
     assert "trying the one before it" in capsys.readouterr().out and kept and all(kept)
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_a_state_goes_on_with_and_without_compile(first, small, tmp_path, monkeypatch):
+    compile_, compiled = nn.Module.compile, []
+
+    def eagerly(self, **_):  # tracing without a C++ compiler
+        compiled.append(self)
+        compile_(self, backend="eager")
+
+    monkeypatch.setattr(nn.Module, "compile", eagerly)
+    argv = [*FLAGS, "--data", str(cells_tree(tmp_path / "cells")), "--epochs", "2", "--out"]
+    with pytest.raises(SystemExit):
+        train_simclr.main([*argv, str(tmp_path / "run"), "--max-steps", "4", *["--compile"] * first])
+    assert train_simclr.main([*argv, str(tmp_path / "run"), *["--compile"] * (not first)]) == 0
+    assert train_simclr.main([*argv, str(tmp_path / "whole")]) == 0 and len(compiled) == 1
+    one, two = (checkpoint.load(tmp_path / name / "last.pt")["parts"]["model"] for name in ("run", "whole"))
+    assert one.keys() == two.keys()
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
 def test_a_damaged_best_model_is_found_at_the_start_not_at_the_end(small, tmp_path, capsys):
     cells = cells_tree(tmp_path / "cells")
     argv = [*FLAGS, "--data", str(cells), "--epochs", "3", "--out", str(tmp_path / "run")]
