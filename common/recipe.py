@@ -626,7 +626,7 @@ def _dynamics(task: Task, shown: list[Tensor]) -> tuple[str, str]:
         p = torch.stack([1 - x.sigmoid()[..., 0], x.sigmoid()[..., 0]], 2) if task.binary else x.softmax(2)
         right = p.gather(2, truth.view(1, -1, 1).expand(len(x), -1, 1))[..., 0]
     strip = torch.stack([1 - right, 0.35 + 0.4 * right, right]).transpose(1, 2)
-    picture = _picture(task, "dynamics", strip[None], 1)
+    picture = _picture(task, "dynamics", strip[None].repeat_interleave(8, 2).repeat_interleave(8, 3), 1)
     if x.std(1).max() < 1e-5:
         return picture, "all items get the same answer"
     return picture, "the answers do not change" if torch.equal(x[0], x[-1]) else ""
