@@ -43,6 +43,8 @@ class Videos:
         fingerprint: eight digits that stand for the content: names, labels, splits, rates and sizes of all frames.
     """
 
+    _called = "videos"
+
     def __init__(self, name: str, ids: list[str], labels, classes: list[str], splits, frames, rates, images: Images):
         self.name, self.ids, self.classes = name, list(ids), list(classes)
         self.labels, self.splits = np.asarray(labels, np.int64), np.asarray(splits, dtype=object)
@@ -74,7 +76,8 @@ class Videos:
     def describe(self) -> str:
         """`ffpp_like.zip: 840 videos of 10 frames in 2 classes (fake 560, real 280); splits train 540, ...`"""
         low, high = self.lengths.min(), self.lengths.max()
-        text = f"{self.name}: {len(self)} videos of {low if low == high else f'{low} to {high}'} frames"
+        length = f"{low} frame{'s' if low > 1 else ''}" if low == high else f"{low} to {high} frames"
+        text = f"{self.name}: {len(self)} {self._called} of {length}"
         text += describe_labels(self.labels, self.classes, self.splits)
         return text + f"; {self.native_size} px, stored at {self.store_size} px"
 

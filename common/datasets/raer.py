@@ -91,6 +91,8 @@ class EmotionClips(Videos):
         notes: what opening found, lines for people: the label base, missing boxes, clips that were left out.
     """
 
+    _called = "clips"
+
     def __init__(self, name, ids, labels, classes, splits, frames, images: Images, descriptions=(), notes=()):
         super().__init__(name, ids, labels, classes, splits, frames, 1.0, images)
         self.descriptions, self.notes = list(descriptions), list(notes)
