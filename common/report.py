@@ -778,7 +778,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rows", help=f"print a table of the runs: {axis}")
     parser.add_argument("--cols", default="", help=f"its columns: {axis}")
     parser.add_argument("--value", help="the metrics in its cells, as `linear/test/accuracy,linear/test/macro_f1`")
-    parser.add_argument("--where", default="", help="only runs with these settings, as `stage=linear`")
+    parser.add_argument("--where", default="", help="only runs with these settings, as `stage=linear`, `trial=any`")
     parser.add_argument("--interval", action="store_true", help="95 %% intervals of means instead of deviations")
     parser.add_argument("--compact", action="store_true", help="leave out rows without any run")
     parser.add_argument("--select", action="store_true", help="per backbone the SimCLR run to go on with")

@@ -2,7 +2,7 @@
 
 python train_X.py --search 20                                    20 trials, one after another
 python train_X.py --search 20 --trial $SLURM_ARRAY_TASK_ID       one of them: a task of a Slurm array from 0 to 19
-python -m common.report runs/X --where search=20 --rows trial,lr,wd --value best_value --compact
+python -m common.report runs/X --where trial=any --rows trial,lr,wd --value best_value --compact
 
 A flag that is given, or stands in --config, is not drawn. More trials leave the earlier ones as they are.
 """
@@ -90,5 +90,7 @@ def every(main, argv: list[str] | None, args, ranges: dict) -> None:
             diverged.append(trial)
     names = ",".join(["trial", *(declared(ranges, args) | (parse_ranges(args.ranges) if args.ranges else {}))])
     left = f"; diverged: {', '.join(map(str, diverged))}" if diverged else ""
-    where = f"python -m common.report {args.out or 'runs'} --where search={args.search}"
-    print(f"{args.search} trials{left}. The table: {where} --rows {names} --value best_value --compact")
+    # Not search=N: trials that had finished before the search grew keep its earlier number.
+    runs = args.out or "runs --where trial=any"
+    table = f"python -m common.report {runs} --rows {names} --value best_value --compact"
+    print(f"{args.search} trials{left}. The table: {table}")

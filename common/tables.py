@@ -53,6 +53,8 @@ def parse_axis(text: str) -> dict[str, list[str] | None]:
 def where(found: list[dict], text: str) -> list[dict]:
     """The runs that have the listed values of every setting in `text`, as `stage=linear,fraction=1|0.7`.
 
+    `trial=any` are the runs in which it is set at all.
+
     Raises:
         InputError: a setting without values, a setting that no run has, or no run is left.
     """
@@ -61,7 +63,9 @@ def where(found: list[dict], text: str) -> list[dict]:
         if allowed is None:
             raise InputError(f"--where {name} lists no values: give {name}=VALUE, or several as {name}=A|B")
         _check_names(found, [name])
-    kept = [run for run in found if listed(run, axis)]
+    there = [name for name, allowed in axis.items() if allowed == ["any"]]
+    listing = {name: allowed for name, allowed in axis.items() if name not in there}
+    kept = [run for run in found if listed(run, listing) and all(run.get(name) is not None for name in there)]
     if not kept:
         raise InputError(f"no run has {text}")
     return kept

@@ -84,7 +84,10 @@ def test_all_trials_run_and_a_diverged_one_is_left(capsys):
     args, _ = parse(["--search", "3"])
     assert run.several(main, ["--search", "3"], args, RANGES, None)
     said = capsys.readouterr().out
-    assert done == [0, 1, 2] and "diverged: 1" in said and "--where search=3 --rows trial,lr,wd" in said
+    assert done == [0, 1, 2] and "diverged: 1" in said and "runs --where trial=any --rows trial,lr" in said
+    args, _ = parse(["--search", "3", "--out", "mine"])
+    assert run.several(main, ["--search", "3"], args, RANGES, None)
+    assert "common.report mine --rows trial,lr,wd" in capsys.readouterr().out
 
     def stopped(argv):
         raise SystemExit(config.EXIT_STOPPED)

@@ -124,6 +124,12 @@ def test_numbers_are_listed_in_any_form(grid):
     assert len(table) == 3 and table[2][:2] == ["1", "64"]
 
 
+def test_any_value_is_one_that_is_set():
+    found = [{"trial": trial, "search": n} for trial, n in ((0, 2), (1, 4), (None, None))]
+    assert tables.where(found, "trial=any") == found[:2]
+    assert tables.where(found, "trial=any,search=4") == found[1:2]
+
+
 def test_select_names_the_data_and_the_protocol_and_passes_over_other_scripts(tmp_path):
     settings = {"bs": 64, "proj_dim": 32, "fraction": 0.7, "data": "my cells.zip", "protocol": "cytology"}
     summary = {"status": "finished", "pretrain/train/loss": 1.0}
