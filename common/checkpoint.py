@@ -233,7 +233,8 @@ def rng_state() -> dict:
         "python": random.getstate(),
         "numpy": {"key": torch.from_numpy(numpy_state["key"].astype(np.int64)), "pos": int(numpy_state["pos"])},
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        # Of this process's device: the others' are their own processes' matter, and go the same way.
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
     }
 
 
@@ -242,8 +243,8 @@ def set_rng_state(state: dict) -> None:
     random.setstate((version, tuple(keys), gauss))
     np.random.set_state(("MT19937", state["numpy"]["key"].numpy().astype(np.uint32), state["numpy"]["pos"]))
     torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"][0])
 
 
 class Signals:
@@ -300,9 +301,14 @@ class Signals:
         job = os.environ.get("SLURM_JOB_ID")
         if asked == Signals.REQUEUE and job and shutil.which("scontrol"):
             if dist.rank() == 0:
-                done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
-                if done.returncode:
-                    return Stopped(f"{saved}; scontrol requeue {job}: {done.stderr.strip()}", EXIT_STOPPED)
+                command = ["scontrol", "requeue", job]
+                try:
+                    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+                    problem = done.stderr.strip() if done.returncode else None
+                except subprocess.TimeoutExpired:
+                    problem = "no answer within 20 s"
+                if problem is not None:
+                    return Stopped(f"{saved}; {' '.join(command)}: {problem}", EXIT_STOPPED)
             return Stopped(f"{saved}; job {job} is requeued and will go on from there", 0)
         return Stopped(f"{saved}; run the same command again to go on (with --resume auto, the default)", EXIT_STOPPED)
 
@@ -397,11 +403,17 @@ class Progress:
     def _check_best(self) -> None:
         # Found out now, not after the training that is left.
         file = self.folder / "best.pt"
-        if self.best_epoch and self._best_state is None and not (file.exists() and is_whole(file)):
+        if not self.best_epoch or self._best_state is not None:
+            return
+        if not (file.exists() and is_whole(file)):
             raise InputError(
                 f"checkpoint {file} is damaged or missing, so the best model so far is lost: start anew with"
                 " --resume none, or go on from a copy of the run"
             )
+        stored = load(file)
+        if stored["epoch"] != self.best_epoch and "value" in stored:
+            # Of a later epoch than the state: a run killed between the two. What the file holds is what is the best.
+            self.best, self.best_epoch = stored["value"], stored["epoch"]
 
     def save(self) -> None:
         """Write best.pt and last.pt, keeping the last.pt before it. Every process must call this.
@@ -598,6 +610,7 @@ class Progress:
         self.best, self.best_epoch = value, self.epoch + 1
         copies = {name: tensor.detach().clone() for name, tensor in weights.items()}
         self._best_state = {"model": copies, "meta": self.meta, "epoch": self.epoch + 1, "metrics": metrics}
+        self._best_state["value"] = value
 
     def best_weights(self) -> dict:
         """Weights of the selected model, from memory or from best.pt of a resumed run."""

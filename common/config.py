@@ -218,7 +218,7 @@ def base_parser(script: str, doc: str) -> Parser:
     parser.number(running, "--log-every", int, 10, "steps between two lines", low=1)
     parser.number(running, "--eval-every", int, 1, "epochs between two evaluations", low=1)
     parser.number(running, "--save-every", float, 10.0, "minutes between two checkpoints", low=0)
-    parser.number(running, "--timeout", float, 30.0, "minutes without a step that end the run", above=0, high=30)
+    parser.number(running, "--timeout", float, 30.0, "minutes without a step that end the run", above=0)
     running.add_argument(
         "--detect-anomaly", action="store_true", help="end at the first layer that gives a value not finite; slow"
     )
@@ -316,10 +316,11 @@ def _config_flags(parser: Parser, file: str) -> list[str]:
     return argv
 
 
-def resume_mode(args: argparse.Namespace) -> str:
-    """--resume, but `auto` where Slurm has requeued a job whose command says `none`: its work is not thrown away."""
-    requeued = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
-    return "auto" if args.resume == "none" and requeued else args.resume
+def resume_mode(args: argparse.Namespace, job: str | None) -> str:
+    """--resume, but `auto` where Slurm has requeued a job whose command says `none`, and what is there is the work of
+    this `job` already: it is not thrown away."""
+    own = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0 and job == os.environ.get("SLURM_JOB_ID")
+    return "auto" if args.resume == "none" and own else args.resume
 
 
 def refuse_without_effect(parser: Parser, args: argparse.Namespace, names, reason: str) -> None:

@@ -78,7 +78,7 @@ def init(device: str = "auto", timeout_s: float = 1800) -> Facts:
                 timeout=timedelta(seconds=timeout_s),
                 device_id=place if place.type == "cuda" else None,
             )
-        except td.DistNetworkError as error:
+        except td.DistError as error:
             where, reason = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}", str(error).split("\n")[0]
             raise InputError(
                 f"process {rank} cannot meet the others at {where}: {reason}; set MASTER_ADDR or MASTER_PORT"

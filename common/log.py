@@ -199,7 +199,10 @@ class Log:
     def _rewrite(self, lines: list[dict]) -> None:
         # In one piece: a process killed here must not lose the lines of hours.
         temporary = self.path.with_name(".log.tmp")
-        temporary.write_text(_text(lines))
+        with open(temporary, "w") as file:
+            file.write(_text(lines))
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, self.path)
 
     def sync(self) -> None:

@@ -5,6 +5,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import errno
 import json
 import os
 import platform
@@ -23,11 +24,17 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+try:
+    import fcntl
+except ImportError:  # Windows has no locks of this kind
+    fcntl = None
+
 from common import checkpoint, config, dist, distil, report, step
 from common.config import Diverged, InputError, Stopped
 from common.log import Log, Pace
 
 ROOT = Path(__file__).resolve().parent.parent
+_locks = contextlib.ExitStack()
 AGAIN = "Run the same command again: it goes on from the last checkpoint"
 
 
@@ -274,11 +281,7 @@ class Run:
             if not dist.peer_lost(error):
                 raise
             status = "stopped"
-            said = str(error).split("\n")[0][-120:]
-            raise Stopped(
-                f"{self._where()}another process is gone or stalls ({said}); its own output says why. {AGAIN}",
-                config.EXIT_STOPPED,
-            ) from None
+            raise Stopped(self._where() + _lost(error), config.EXIT_STOPPED) from None
         finally:
             if status != "finished":
                 with contextlib.suppress(OSError):  # what ended the run is worth more than its summary
@@ -366,16 +369,26 @@ def launch(args, use: Callable, begin: Callable) -> int:
 
     Returns 0; the other exit codes leave as SystemExit.
     """
-    with config.exit_codes(), checkpoint.Signals() as signals:
-        facts = dist.init(args.device)
+    with config.exit_codes(), checkpoint.Signals() as signals, _locks:
+        facts = dist.init(args.device, 60 * args.timeout)
         prepare(args)
-        if args.eval or args.predict or getattr(args, "stream", None):
-            use(args, facts)
-        else:
-            with contextlib.suppress(Finished):
-                begin(args, facts, signals)
+        try:
+            if args.eval or args.predict or getattr(args, "stream", None):
+                use(args, facts)
+            else:
+                with contextlib.suppress(Finished):
+                    begin(args, facts, signals)
+        except RuntimeError as error:
+            if not dist.peer_lost(error):
+                raise
+            raise Stopped(_lost(error), config.EXIT_STOPPED) from None
         dist.close()
     return 0
+
+
+def _lost(error: RuntimeError) -> str:
+    said = str(error).split("\n")[0][-120:]
+    return f"another process is gone or stalls ({said}); its own output says why. {AGAIN}"
 
 
 def tested(progress: checkpoint.Progress, model: nn.Module, test: Callable[[nn.Module, dict], tuple[dict, object]]):
@@ -501,7 +514,7 @@ def claim(folder: Path, args, identity: dict, resolved: dict, facts: dist.Facts)
         InputError: the run there, or the one of --resume PATH, has another identity and --fork is not given; or the
             folder cannot be written.
     """
-    mode = config.resume_mode(args)
+    mode = config.resume_mode(args, (read_json(folder / "env.json") or {}).get("slurm_job"))
     before = None if mode == "none" else read_json(folder / "config.json")
     if before is None and mode not in ("auto", "none"):
         before = read_json(origin(mode) / "config.json")
@@ -525,16 +538,33 @@ def claim(folder: Path, args, identity: dict, resolved: dict, facts: dist.Facts)
     if facts.main:
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            _lock(folder)
             checkpoint.remove_orphans(folder)
             if mode == "none" and (folder / "config.json").exists():
                 _forget(folder)
             write_json(folder / "config.json", {**vars(args), "resolved": resolved, "identity": identity})
             write_json(folder / "env.json", environment())
+        except BlockingIOError:
+            problem = f"run directory {folder}: another process works there; wait for it, or give another --out"
         except OSError as error:
             problem = f"run directory {folder}: cannot write there: {error.strerror}"
     if dist.all_reduce(torch.tensor(int(problem is not None), device=facts.device), "max"):
         raise InputError(problem or f"run directory {folder}: process 0 cannot write there")
     return True
+
+
+def _lock(folder: Path) -> None:
+    # Held until the end of the process or of `launch`. A file system without locks is none the worse.
+    if fcntl is None:
+        return
+    file = _locks.enter_context(open(folder / ".lock", "w"))  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
+            raise
 
 
 def _forget(folder: Path) -> None:
@@ -548,7 +578,10 @@ def _forget(folder: Path) -> None:
 def write_json(path: Path, value: dict) -> None:
     """Write a JSON file that is never seen half written."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    with open(temporary, "w") as file:
+        file.write(json.dumps(value, indent=2, default=str) + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # or a power failure could leave it empty
     temporary.replace(path)
 
 

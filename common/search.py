@@ -79,6 +79,8 @@ def every(main, argv: list[str] | None, args, ranges: dict) -> None:
     Raises:
         SystemExit: a trial ended otherwise: it was stopped, or cannot run at all.
     """
+    if args.max_steps:
+        raise InputError("--search: --max-steps would end it with the first trial; give --epochs, or --trial")
     argv, diverged = list(sys.argv[1:] if argv is None else argv), []
     for trial in range(args.search):
         print(f"trial {trial} of {args.search}", flush=True)

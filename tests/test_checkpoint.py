@@ -4,6 +4,7 @@ import os
 import pickle
 import random
 import signal
+import types
 
 import numpy as np
 import pytest
@@ -108,6 +109,29 @@ def test_patience_counts_from_the_last_certain_gain_and_selection_does_not(tmp_p
         best.append(progress.best_epoch)
     assert stale == [0, 1, 2, 0, 0, 1, 2]  # 0.51 - 0.01 is not above 0.50; 0.515 - 0.01 is
     assert best == [1, 2, 3, 4, 5, 5, 5]
+
+
+def test_a_best_model_newer_than_the_state_is_known_as_the_best(tmp_path):
+    """A process killed between best.pt and last.pt: what follows must not take the file for an older epoch's."""
+    facts, model = dist.Facts(0, 1, 0, torch.device("cpu")), torch.nn.Linear(2, 1)
+    said = types.SimpleNamespace(
+        **dict.fromkeys(("sync", "cut", "go_on_from", "say", "resumed"), lambda *_: None),
+        count=lambda _: 0,
+        seconds=0.0,
+    )
+
+    def stage():
+        options = dict(log=said, facts=facts, signals=None, meta={}, start="", save_every=1, max_steps=None)
+        return checkpoint.Progress(tmp_path, "s", parts={"model": model}, **options)
+
+    progress = stage()
+    for epoch, value in enumerate((0.5, 0.6)):
+        progress.epoch = epoch
+        progress.select(value, model.state_dict(), {"m": value}, higher_is_better=True)
+        progress.save()
+    again = stage()
+    again.restore(checkpoint.load(tmp_path / "last.previous.pt"))
+    assert (again.best, again.best_epoch) == (0.6, 2) and again.best_metrics() == {"m": 0.6}
 
 
 def test_random_number_states_return(tmp_path):

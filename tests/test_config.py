@@ -85,9 +85,11 @@ def test_a_runs_own_config_repeats_its_flags(tmp_path):
 def test_a_requeued_job_keeps_its_work(monkeypatch):
     args = parse(["--resume", "none"])
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
-    assert config.resume_mode(args) == "none"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert config.resume_mode(args, "7") == "none"
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert config.resume_mode(args) == "auto" and config.resume_mode(parse(["--resume", "x"])) == "x"
+    assert config.resume_mode(args, "7") == "auto" and config.resume_mode(parse(["--resume", "x"]), "7") == "x"
+    assert config.resume_mode(args, "6") == config.resume_mode(args, None) == "none"  # requeued before it began
 
 
 def test_demo_changes_defaults_and_the_command_line_wins(tmp_path):

@@ -1,5 +1,7 @@
 """Several gloo processes compute what one computes; launcher variables; BatchNorm over processes."""
 
+import socket
+
 import numpy as np
 import pytest
 import torch
@@ -154,3 +156,13 @@ def test_a_device_that_is_not_there_is_refused(device, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(InputError, match=device):
         dist.init(device)
+
+
+def test_processes_that_do_not_come_are_waited_for_and_named(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    for name, value in (where | {"RANK": "0", "WORLD_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=r"process 0 cannot meet the others at 127\.0\.0\.1"):
+        dist.init("cpu", timeout_s=1)

@@ -212,6 +212,29 @@ def test_two_processes_train_the_same_model_as_one(acts, tmp_path):
     torch.testing.assert_close(two["parts"]["model"], one["parts"]["model"], rtol=1e-4, atol=1e-5)
 
 
+def test_a_run_directory_is_one_process_s(acts, tmp_path, capsys):
+    fcntl = pytest.importorskip("fcntl")
+    with open(tmp_path / ".lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit) as ending:
+            train_cluster.main([*SMALL, "--data", str(acts), "--out", str(tmp_path)])
+    assert ending.value.code == 2 and "another process works there" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == [".lock"]
+
+
+def test_a_process_that_leaves_early_ends_the_other_with_75(acts, tmp_path):
+    env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | {"OMP_NUM_THREADS": "1"}
+    env |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(random.randrange(20000, 30000))}
+    both = []
+    for rank, path in enumerate((acts, tmp_path / "none.npz")):
+        command = [sys.executable, train_cluster.__file__, *SMALL, "--data", str(path), "--out", str(tmp_path / "run")]
+        own = env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        both.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=own))
+    errors = [process.communicate(timeout=300)[1] for process in both]
+    assert [process.returncode for process in both] == [75, 2], errors
+    assert "another process is gone" in errors[0]
+
+
 def test_eval_repeats_the_test_and_predict_needs_no_labels(whole, acts, tmp_path, capsys):
     assert train_cluster.main(["--eval", str(whole), "--device", "cpu", "--out", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "eval.json").read_text())

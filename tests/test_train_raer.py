@@ -533,7 +533,7 @@ def test_an_inert_cap_warns(tree, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_two_thousand_steps_stay_finite_without_a_clamp(tree, tmp_path, precision):
     argv = [*NET, "--data", str(tree), "--epochs", "500", "--cache-features", "--precision", precision]
     assert train_raer.main([*argv, "--eval-every", "100", "--out", str(tmp_path / "run")]) == 0
