@@ -23,6 +23,7 @@ from common.verdict import FAIL, PASS, SKIP, WARN, Result, Task, skip
 OVERFIT_STEPS, LEARNT = 100, 0.3  # at most; the share of the first loss that counts as learnt
 BASELINE_STEPS, MARGIN = 24, 0.97  # the loss with inputs is to be lower than this share of that without
 DESCENT_STEPS, FASTEST = 16, 0.05  # 0.001 of a weight a step is usual
+NOTHING_HELD_OUT = "no sample is held out to evaluate on"
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish)
 
 
@@ -267,7 +268,7 @@ def loss_at_init(task: Task) -> Result:
 
 def inputs(task: Task) -> Result:
     """What enters the network, seen just before it: evaluation's input is the stored pixels, training's is like it."""
-    model, trial, own = task.build(), Trial(task), task.held_out[: 2 * task.size]
+    model, trial, own = task.build(), Trial(task), _others(task)[: 2 * task.size]
     items = small(task, 1)[0]
     with watched(trial.model) as (calls, _):
         trial.go(items, share=0.0)
@@ -331,6 +332,8 @@ def _picture(task: Task, name: str, images: Tensor, columns: int) -> str:
 
 def evaluation(task: Task) -> Result:
     """Evaluation gives a row for each sample, whatever the order and the company, and leaves the network as it is."""
+    if not len(task.held_out):
+        return skip(NOTHING_HELD_OUT)
     model, some = task.build(), task.held_out[:8]
     trial = Trial(task, model=model)
     trial.go(small(task, 1)[0])  # fresh running statistics would hide a network that is left in training mode
@@ -363,6 +366,11 @@ def evaluation(task: Task) -> Result:
     return Result(PASS, value, "one row a sample, the same in any order")
 
 
+def _others(task: Task) -> np.ndarray:
+    # What a network is shown where nothing depends on its being new to it: without a test split, training's own.
+    return task.held_out if len(task.held_out) else np.unique(samples_of(task, task.train))
+
+
 def _away(a: Tensor, b: Tensor) -> float:
     return (a - b).abs().max().item() if a.shape == b.shape else math.inf
 
@@ -382,9 +390,7 @@ def _splits(task: Task) -> list[str]:
         problems.append(f"an epoch draws {repeated} samples again")
     elif not repeated and missed > len(train) % task.stage.bs:
         problems.append(f"an epoch leaves out {missed} of {len(train)} samples")
-    if not len(task.held_out):
-        problems.append("there is nothing to evaluate on")
-    if max(np.max(train), np.max(drawn), *task.held_out[:1]) >= n:
+    if max(np.max(train), np.max(drawn), task.held_out[0]) >= n:
         problems.append("indices beyond the data")
     return problems
 
@@ -459,7 +465,7 @@ def alive(task: Task) -> Result:
 
 def dependencies(task: Task) -> Result:
     """By backprop: the output of a sample depends on that sample alone, and on all of its parts."""
-    model, some = task.build(), task.held_out[:3]
+    model, some = task.build(), _others(task)[:3]
     with watched(model) as (calls, _):
         task.evaluate(model, some)
     model.eval()
@@ -546,6 +552,8 @@ def _answers(task: Task, rows: list[Tensor], items: np.ndarray) -> tuple[float, 
 
 def baseline(task: Task) -> Result:
     """Zeroed inputs must do worse than real ones after equally many steps."""
+    if not len(task.held_out):
+        return skip(NOTHING_HELD_OUT)
 
     def zeroed(_, call):
         x = call[0]

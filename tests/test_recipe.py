@@ -121,3 +121,15 @@ def test_a_last_layer_that_starts_at_the_prior_predicts_it():
     torch.testing.assert_close(layer.bias.softmax(0), torch.tensor([0.6, 0.3, 0.1]))
     start_at_prior(one, labels.clamp(max=1))
     torch.testing.assert_close(one.bias.sigmoid(), torch.tensor([0.4]))
+
+
+def test_images_without_labels_are_checked_on_what_there_is(tmp_path):
+    files = sorted(bugs.images(tmp_path / "labelled").rglob("*.png"))
+    (tmp_path / "images").mkdir()
+    for k, file in enumerate(files):
+        file.rename(tmp_path / "images" / f"{k}.png")
+    flags = [*bugs.IMAGES, "--check", "inputs,evaluation,dependencies,baseline", "--device", "cpu"]
+    flags[1] = str(tmp_path / "images")
+    assert train_simclr.main([*flags, "--out", str(tmp_path / "run")]) == 0
+    found = {i["item"]: i["verdict"] for i in json.loads((tmp_path / "run" / "check.json").read_text())["items"]}
+    assert found == {"inputs": "PASS", "evaluation": "SKIP", "dependencies": "PASS", "baseline": "SKIP"}
