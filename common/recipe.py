@@ -325,7 +325,8 @@ def _features_in(task: Task, call: tuple) -> Result:
 
 
 def _picture(task: Task, name: str, images: Tensor, columns: int) -> str:
-    path = f"figures/check_{name}.png"
+    stage = f"{task.stage.name}_" if len(task.run.stages) > 1 else ""
+    path = f"figures/check_{stage}{name}.png"
     report.save_grid(task.run.folder / path, images, columns)
     return path
 

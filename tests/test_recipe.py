@@ -103,11 +103,14 @@ def test_an_item_alone_finds_what_it_finds_among_the_others(tmp_path):
 def test_stages_are_checked_one_after_the_other(tmp_path):
     flags = [*bugs.IMAGES, "--stage", "all", "--linear-bs", "16", "--finetune-bs", "16"]
     flags[1] = str(bugs.images(tmp_path / "images"))
-    out = ["--device", "cpu", "--check", "loss-at-init,head-bias", "--out", str(tmp_path / "run")]
+    out = ["--device", "cpu", "--check", "loss-at-init,head-bias,first-layer", "--out", str(tmp_path / "run")]
     assert train_simclr.main([*flags, *out]) == 0
     found = {i["item"]: i for i in json.loads((tmp_path / "run" / "check.json").read_text())["items"]}
-    stages = [f"{stage}/{item}" for stage in ("pretrain", "finetune") for item in ("loss-at-init", "head-bias")]
-    assert list(found) == stages
+    items = ("loss-at-init", "head-bias", "first-layer")
+    assert list(found) == [f"{stage}/{item}" for stage in ("pretrain", "finetune") for item in items]
+    for stage in ("pretrain", "finetune"):
+        assert found[f"{stage}/first-layer"]["pictures"] == [f"figures/check_{stage}_filters.png"]
+        assert (tmp_path / "run" / "figures" / f"check_{stage}_filters.png").exists()
     assert found["pretrain/head-bias"]["verdict"] == verdict.SKIP
     low, high = (float(word) for word in found["finetune/loss-at-init"]["threshold"].split(" to "))
     assert low < torch.tensor(3.0).log() < high  # three classes
