@@ -7,6 +7,7 @@ python -m common.report runs/X --where trial=any --rows trial,lr,wd --value best
 A flag that is given, or stands in --config, is not drawn. More trials leave the earlier ones as they are.
 """
 
+import math
 import sys
 import zlib
 
@@ -37,15 +38,17 @@ def parse_ranges(text: str) -> dict[str, tuple[float, float]]:
     return found
 
 
-def draw(ranges: dict[str, tuple[float, float]], seed: int, trial: int) -> dict[str, str]:
-    """The values of a trial as text by flag, uniform on a log scale with three digits.
+def draw(ranges: dict[str, tuple[float, float]], seed: int, trial: int, whole=()) -> dict[str, str]:
+    """The values of a trial as text by flag, uniform on a log scale with three digits; those of `whole` as integers.
 
     A value depends on (seed, trial, flag) alone: leaving one flag out leaves the others' values as they are.
     """
     values = {}
     for name, (low, high) in ranges.items():
         u = augment.uniform(seed, zlib.crc32(name.encode()), np.array([trial]), _STREAM, 1)[0, 0]
-        values[name] = f"{low * (high / low) ** u:.3g}"
+        value = low * (high / low) ** u
+        near = min(max(round(value), math.ceil(low)), math.floor(high))
+        values[name] = f"{near}" if name in whole else f"{value:.3g}"
     return values
 
 
@@ -53,15 +56,19 @@ def flags(parser, args, argv: list[str], ranges: dict) -> list[str]:
     """The flags of the trial that `args` names: those of `ranges`, changed by --ranges, that `argv` does not give.
 
     Raises:
-        InputError: a range of a flag that is not there or takes no number.
+        InputError: a range of a flag that is not there or takes no number, or holds no integer that it takes.
     """
     numbers = {a.dest: a.option_strings[0] for a in parser._actions if a.option_strings and a.metavar in ("X", "N")}
+    whole = {a.dest for a in parser._actions if a.metavar == "N"}
     ranges = declared(ranges, args) | (parse_ranges(args.ranges) if args.ranges else {})
     unknown = next((name for name in ranges if name not in numbers or name == "seed"), None)
     if unknown is not None:
         raise InputError(f"--ranges: no number is called {unknown}{config.nearest(unknown, numbers)}")
+    for name, (low, high) in ranges.items():
+        if name in whole and math.ceil(low) > math.floor(high):
+            raise InputError(f"--ranges {name}={low:g}:{high:g} holds no integer, and {numbers[name]} takes those")
     given = {token.split("=")[0] for token in argv}
-    drawn = draw({n: bounds for n, bounds in ranges.items() if numbers[n] not in given}, args.seed, args.trial)
+    drawn = draw({n: bounds for n, bounds in ranges.items() if numbers[n] not in given}, args.seed, args.trial, whole)
     return [text for name, value in drawn.items() for text in (numbers[name], value)]
 
 

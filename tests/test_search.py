@@ -45,6 +45,13 @@ def test_what_is_given_is_not_drawn_and_leaves_the_rest_as_it_is(tmp_path):
     assert 1 <= wider.lr <= 10 and wider.wd == args.wd and 0.1 <= wider.teacher_weight <= 0.9
 
 
+def test_an_integer_flag_draws_integers_of_its_range():
+    argv = ["--search", "200", "--ranges", "bs=1.5:4.4", "--trial"]
+    assert {parse([*argv, str(trial)])[0].bs for trial in range(60)} == {2, 3, 4}
+    large, _ = parse(["--search", "9", "--ranges", "bs=20000:40000", "--trial", "1"])
+    assert 20000 <= large.bs <= 40000
+
+
 def test_a_trial_is_the_run_that_its_values_name():
     args, parser = parse(["--search", "20", "--trial", "7"])
     typed, other = parse(["--lr", str(args.lr), "--wd", str(args.wd)])
@@ -60,6 +67,7 @@ def test_a_trial_is_the_run_that_its_values_name():
         (["--search", "3", "--trial", "1", "--ranges", "epoch=1:2"], "no number is called epoch; did you mean epochs?"),
         (["--search", "3", "--trial", "1", "--ranges", "lr=2:1"], "allowed is FLAG=LOW:HIGH"),
         (["--search", "3", "--trial", "1", "--ranges", "lr=0:1"], "0 < LOW < HIGH"),
+        (["--search", "3", "--trial", "1", "--ranges", "bs=4.1:4.9"], "holds no integer"),
         (["--search", "3", "--trial", "1", "--resume", "runs/x"], "a trial continues its own run"),
         (["--teacher-weight", "0.3"], "--teacher-weight has no effect without --teacher"),
     ],
