@@ -56,7 +56,8 @@ def flags(parser, args, argv: list[str], ranges: dict) -> list[str]:
     """The flags of the trial that `args` names: those of `ranges`, changed by --ranges, that `argv` does not give.
 
     Raises:
-        InputError: a range of a flag that is not there or takes no number, or holds no integer that it takes.
+        InputError: a range of a flag that is not there or takes no number, or holds no integer that it takes; one
+            whose learning rates begin below the last one of the cosine, where a trial could not run.
     """
     numbers = {a.dest: a.option_strings[0] for a in parser._actions if a.option_strings and a.metavar in ("X", "N")}
     whole = {a.dest for a in parser._actions if a.metavar == "N"}
@@ -68,7 +69,11 @@ def flags(parser, args, argv: list[str], ranges: dict) -> list[str]:
         if name in whole and math.ceil(low) > math.floor(high):
             raise InputError(f"--ranges {name}={low:g}:{high:g} holds no integer, and {numbers[name]} takes those")
     given = {token.split("=")[0] for token in argv}
-    drawn = draw({n: bounds for n, bounds in ranges.items() if numbers[n] not in given}, args.seed, args.trial, whole)
+    ranges = {name: bounds for name, bounds in ranges.items() if numbers[name] not in given}
+    least = ranges["min_lr"][1] if "min_lr" in ranges else getattr(args, "min_lr", 0.0)
+    if "lr" in ranges and ranges["lr"][0] < least:
+        raise InputError(f"--ranges lr={ranges['lr'][0]:g}:{ranges['lr'][1]:g} begins below --min-lr {least:g}")
+    drawn = draw(ranges, args.seed, args.trial, whole)
     return [text for name, value in drawn.items() for text in (numbers[name], value)]
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+import train_tsm
 from common import config, run, search
 
 RANGES = {"lr": (1e-4, 1e-1), "wd": (1e-6, 1e-2)}
@@ -77,6 +78,17 @@ def test_what_makes_no_search_is_refused_in_one_line(argv, said, capsys):
         parse(argv)
     error = capsys.readouterr().err
     assert ending.value.code == 2 and said in error and error.count("\n") == 1
+
+
+def test_learning_rates_below_the_last_one_are_refused_before_a_trial_runs(tmp_path, capsys):
+    argv = ["--demo", "--search", "2", "--out", str(tmp_path / "runs")]
+    for extra in (["--ranges", "lr=1e-6:1"], ["--min-lr", "1e-4"], ["--ranges", "min-lr=1e-6:1e-4"]):
+        with pytest.raises(SystemExit) as ending:
+            train_tsm.main([*argv, *extra])
+        error = capsys.readouterr().err
+        assert ending.value.code == 2 and "begins below --min-lr" in error and error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+    train_tsm.parse_args([*argv, "--trial", "1"])  # the script's own ranges
 
 
 def test_all_trials_run_and_a_diverged_one_is_left(capsys):
