@@ -423,7 +423,7 @@ def begin(parser, args, facts: dist.Facts, signals: checkpoint.Signals) -> None:
     names = dict(name=f"{name}-{args.stage}-bs{next(iter(stages.values())).bs}", identity=identity)
     said = "\n".join(filter(None, [f"input {size} px", started]))
     run = Run.open(args, facts, signals, images, splits, meta, stages, **names, size=said)
-    if split and facts.main:
+    if split and facts.main and not args.check:
         cytology.save(run.folder, split)
     run.phases = step.Phases(facts.device) if args.profile else None
     run.teach(lambda twin: build_model(twin, probe.kind_of(twin.meta["stage"], args.teacher)), evaluate=evaluate)

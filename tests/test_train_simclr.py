@@ -489,6 +489,13 @@ def labels49(tmp_path_factory):
     return root
 
 
+def test_a_check_leaves_no_cytology_split(labels49, tmp_path, monkeypatch):
+    monkeypatch.setattr(cytology, "TOO_SMALL", 4)
+    flags = [*NET, "--protocol", "cytology", "--data", str(labels49), "--bs", "16", "--check", "gradient"]
+    assert train_simclr.main([*flags, "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "check.json").exists() and not (tmp_path / "split.json").exists()
+
+
 def test_the_cytology_protocol_runs_through_all_stages(labels49, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cytology, "TOO_SMALL", 4)
     run, again = tmp_path / "run", tmp_path / "again"
