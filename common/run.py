@@ -281,6 +281,8 @@ class Run:
             if not dist.peer_lost(error):
                 raise
             status = "stopped"
+            if self.signals.asked == checkpoint.Signals.REQUEUE:  # the other one obeyed the signal before this one
+                raise checkpoint.Signals.leave(self.signals.asked, f"{self._where()}another process left") from None
             raise Stopped(self._where() + _lost(error), config.EXIT_STOPPED) from None
         finally:
             if status != "finished":
@@ -313,11 +315,13 @@ class Run:
                     print(f"{self._where()}{what}: {why}. {AGAIN}", file=sys.stderr, flush=True)
                     os._exit(config.EXIT_STOPPED)  # a thread that hangs could not be waited for
 
-        threading.Thread(target=watch, daemon=True).start()
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
         try:
             yield
         finally:
             over.set()
+            watcher.join(5)  # a thread that runs when the interpreter ends can abort it
 
     def _where(self) -> str:
         at = f", {self.current.stage} step {self.current.step}" if self.current else ""
