@@ -79,25 +79,36 @@ def score(sheet: Path, source, rows: np.ndarray, run_folder: Path) -> Result:
     """Accuracy of a filled sheet with its 95 % interval, UAR, and the items that were answered wrongly.
 
     Raises:
-        InputError: the sheet is of other data, or an answer is no class.
+        InputError: the sheet is of other data, lacks a column, or answers an item twice or with no class.
     """
     key = read_json(sheet.parent / "key.json")
     if key != {"data": source.fingerprint, "items": len(rows)}:
         raise InputError(f"{sheet} is of other data or splits; move it away, and export again")
     known = {name.lower(): number for number, name in enumerate(source.classes)}
-    truth, answers, wrong = [], [], []
+    truth, answers, wrong, seen = [], [], [], set()
     with open(sheet, newline="", encoding="utf-8-sig") as file:
-        for line, row in enumerate(csv.DictReader(file), 2):
+        first = file.readline()  # a spreadsheet program may have saved it with another delimiter
+        file.seek(0)
+        reader = csv.DictReader(file, delimiter=max(",;\t", key=first.count))
+        lacking = [name for name in ("item", "answer") if name not in (reader.fieldnames or ())]
+        if lacking:
+            raise InputError(
+                f"{sheet} begins with {first.strip()!r}, without the column {' and '.join(lacking)}; name it there"
+            )
+        for line, row in enumerate(reader, 2):
             answer = (row.get("answer") or "").strip().lower()
             if not answer:
                 continue
-            number = row["item"].strip()
+            number = (row["item"] or "").strip()
             if answer not in known or not number.isdecimal() or not 1 <= int(number) <= len(rows):
                 hint = nearest(answer, known)
                 raise InputError(
                     f"{sheet}, line {line}: {row['answer']!r} for item {number!r}, allowed are 1 to {len(rows)}"
                     f" and {', '.join(source.classes)}{hint}"
                 )
+            if int(number) in seen:
+                raise InputError(f"{sheet}, line {line}: item {number} is answered twice; keep one of the answers")
+            seen.add(int(number))
             label = int(source.labels[rows[int(number) - 1]])
             truth.append(label)
             answers.append(known[answer])

@@ -94,6 +94,26 @@ def test_a_sheet_that_is_not_filled_or_wrong_is_said(tmp_path):
         human.item(task_of(source, tmp_path, test=range(100, 160)))
 
 
+def test_a_sheet_as_spreadsheets_save_it_is_read_and_a_spoilt_one_refused(tmp_path):
+    source = images()
+    human.item(task_of(source, tmp_path))
+    sheet, rows = tmp_path / "human" / "sheet.csv", order(source)
+    fill(sheet, lambda i: CLASSES[LABELS[rows[i]]])
+    lines = sheet.read_text().splitlines()
+    for delimiter in ";\t":
+        sheet.write_text("\ufeff" + "\n".join(lines).replace(",", delimiter), encoding="utf-8")
+        assert human.item(task_of(source, tmp_path)).value.startswith("accuracy 1.000")
+    for spoilt, said in (
+        (["number,answer", *lines[1:]], "begins with 'number,answer', without the column item"),
+        (["item,said", *lines[1:]], "without the column answer"),
+        ([], "without the column item and answer"),
+        ([*lines, lines[5].removeprefix("00")], "line 102: item 5 is answered twice"),
+    ):
+        sheet.write_text("\n".join(spoilt))
+        with pytest.raises(InputError, match=said):
+            human.item(task_of(source, tmp_path))
+
+
 def test_clips_are_strips_and_utterances_are_texts(tmp_path):
     pixels = torch.from_numpy(PIXELS)
     frames = data.Images("f", [str(i) for i in range(160)], [-1] * 160, [], [""] * 160, pixels=pixels)
