@@ -55,6 +55,8 @@ def check(run, tasks: dict[str, Task]) -> None:
     if run.facts.world_size > 1:
         raise InputError("--check runs in one process: start it without torchrun or srun")
     names, found, start = chosen(run.args.check), [], time.monotonic()
+    for left in (run.folder / "figures").glob("check_*"):  # the report would show them as the run's own
+        left.unlink()
     width = max(map(len, names)) + (0 if len(tasks) == 1 else max(map(len, tasks)) + 1)
     for stage, task in tasks.items():
         for name in names:
