@@ -36,6 +36,8 @@ def chosen(text: str) -> list[str]:
     if text == "all":
         return list(ITEMS)
     names = [name.strip() for name in text.split(",")]
+    if "" in names:
+        raise InputError(f"--check {text}: an item has no name; separate names by single commas, as overfit,gradient")
     for name in names:
         if name not in ITEMS:
             raise InputError(f"--check {name}: allowed are {', '.join(ITEMS)}{nearest(name, ITEMS)}")

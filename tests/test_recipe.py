@@ -93,6 +93,7 @@ def test_a_new_check_removes_the_pictures_of_the_one_before(tmp_path):
 def test_bad_use_is_refused_in_one_line(tmp_path, capsys):
     cases = {
         "did you mean overfit?": [*SMALL, "--check", "overfti"],
+        "--check overfit,: an item has no name": [*SMALL, "--check", "overfit,"],
         "--check has no effect with --eval": ["--eval", str(tmp_path), "--check"],
     }
     for said, argv in cases.items():
