@@ -799,7 +799,10 @@ def main(argv: list[str] | None = None) -> int:
             config.refuse_without_effect(parser, args, ["where"], "for a single run")
             print(compare.text_of(Record(folders[0])) if args.text else write(folders[0]))
             return 0
-        found = [row for folder in folders for row in tables.runs(folder)]
+        found = {}  # a run that is given twice, in its folder and by name, counts once
+        for row in (row for folder in folders for row in tables.runs(folder)):
+            found.setdefault(Path(row["run"]).resolve(), row)
+        found = list(found.values())
         if not found:
             raise config.InputError(f"{', '.join(args.folders)}: no run there; a run directory holds a config.json")
         found = tables.where(found, args.where)

@@ -124,6 +124,13 @@ def test_numbers_are_listed_in_any_form(grid):
     assert len(table) == 3 and table[2][:2] == ["1", "64"]
 
 
+def test_a_run_that_is_given_twice_counts_once(grid, monkeypatch, capsys):
+    monkeypatch.chdir(grid)
+    flags = ["--rows", "backbone=resnet18", "--cols", "proj_dim=256", "--value", "pretrain/train/loss"]
+    assert report.main([".", "deep/er/seed3", str(grid / "deep"), *flags]) == 0
+    assert rows_of(capsys.readouterr().out)[2][1].endswith("(3)")
+
+
 def test_any_value_is_one_that_is_set():
     found = [{"trial": trial, "search": n} for trial, n in ((0, 2), (1, 4), (None, None))]
     assert tables.where(found, "trial=any") == found[:2]
