@@ -84,8 +84,8 @@ def test_a_check_does_not_stand_in_the_way_of_the_run(tmp_path, capsys):
 def test_a_new_check_removes_the_pictures_of_the_one_before(tmp_path):
     argv = [*SMALL, "--out", str(tmp_path), "--check"]
     figures = tmp_path / "figures"
-    assert train_cluster.main([*argv, "decreases"]) == 0 and (figures / "check_train_dynamics.png").exists()
-    (figures / "views.png").write_bytes((figures / "check_train_dynamics.png").read_bytes())
+    assert train_cluster.main([*argv, "decreases"]) == 0 and (figures / "check_pretrain_dynamics.png").exists()
+    (figures / "views.png").write_bytes((figures / "check_pretrain_dynamics.png").read_bytes())
     assert train_cluster.main([*argv, "gradient"]) == 0
     assert [path.name for path in figures.glob("*.png")] == ["views.png"]
 
