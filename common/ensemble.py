@@ -31,14 +31,18 @@ def judge(main, argv: list[str] | None, args, metric: str) -> None:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     names = args.ensemble
-    folder = Path(args.out or Path("runs") / f"ensemble-{config.digest(names)}")
-    for i, name in enumerate(names):
-        main([*_without(argv, names), "--eval", name, "--out", str(folder / f"member{i}")])
-    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))):  # the group of processes has ended
-        return
     with config.exit_codes():
         if len(names) < 2:
             raise InputError(f"--ensemble {names[0]}: give two runs or more")
+    first = not int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+    folder = Path(args.out or Path("runs") / f"ensemble-{config.digest(names)}")
+    for i, name in enumerate(names):
+        if first:  # what another run left there is no answer of this one
+            (folder / f"member{i}" / FILE).unlink(missing_ok=True)
+        main([*_without(argv, names), "--eval", name, "--out", str(folder / f"member{i}")])
+    if not first:  # the group of processes has ended
+        return
+    with config.exit_codes():
         members = [read(folder / f"member{i}" / FILE, name) for i, name in enumerate(names)]
         ids, labels, classes, _ = members[0]
         for name, other in zip(names, members, strict=True):

@@ -799,12 +799,18 @@ def main(argv: list[str] | None = None) -> int:
             config.refuse_without_effect(parser, args, ["where"], "for a single run")
             print(compare.text_of(Record(folders[0])) if args.text else write(folders[0]))
             return 0
-        found = {}  # a run that is given twice, in its folder and by name, counts once
-        for row in (row for folder in folders for row in tables.runs(folder)):
-            found.setdefault(Path(row["run"]).resolve(), row)
-        found = list(found.values())
+        found, idle = {}, []
+        for folder in folders:
+            own = {Path(row["run"]).resolve(): row for row in tables.runs(folder)}
+            found |= own  # a run that is given twice, in its folder and by name, counts once
+            if not own:
+                checked = (folder / "check.json").exists()
+                idle.append(f"{folder}: {'checked, not trained' if checked else 'no run there'}")
         if not found:
-            raise config.InputError(f"{', '.join(args.folders)}: no run there; a run directory holds a config.json")
+            raise config.InputError(f"{'; '.join(idle)}; a run directory holds a config.json")
+        for line in idle:
+            print(f"{line}; left out", file=sys.stderr)
+        found = list(found.values())
         found = tables.where(found, args.where)
         if args.rows is not None:
             rows, cols = tables.parse_axis(args.rows), tables.parse_axis(args.cols)

@@ -123,6 +123,25 @@ def test_it_says_when_the_ensemble_is_worse(tmp_path, capsys):
     assert "the ensemble's macro_f1 is worse than its mean member's (0.0000, 0.6667" in capsys.readouterr().out
 
 
+def test_what_an_earlier_run_left_is_no_answer_and_one_run_is_not_evaluated(tmp_path, capsys):
+    for i in range(2):
+        (tmp_path / f"member{i}").mkdir()
+        (tmp_path / f"member{i}" / "eval.csv").write_text("id,label,a,b\n0,a,0.9,0.1\n")
+
+    class Args:
+        out, ensemble = str(tmp_path), ["pretrained", "other"]
+
+    evaluated = []
+    for names in (["pretrained", "other"], ["alone"]):  # neither leaves an eval.csv
+        Args.ensemble = names
+        with pytest.raises(SystemExit) as ending:
+            ensemble.judge(evaluated.append, ["--ensemble", *names, "--out", str(tmp_path)], Args, "uar")
+        assert ending.value.code == 2
+    said = capsys.readouterr().err.splitlines()
+    assert "pretrained has no classifier" in said[0] and "give two runs or more" in said[1]
+    assert len(evaluated) == 2 and not list(tmp_path.rglob("eval.csv"))
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [

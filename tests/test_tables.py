@@ -131,6 +131,20 @@ def test_a_run_that_is_given_twice_counts_once(grid, monkeypatch, capsys):
     assert rows_of(capsys.readouterr().out)[2][1].endswith("(3)")
 
 
+def test_what_holds_no_run_is_named(grid, capsys):
+    checked = grid / "checked"
+    checked.mkdir()
+    (checked / "check.json").write_text('{"script": "simclr", "command": "x", "items": []}')
+    given = [str(grid / "resnet18-64-32"), str(grid / "resnet18-64-64"), str(checked), str(grid / "nothing")]
+    assert report.main([*given, "--text"]) == 0
+    said = capsys.readouterr()
+    assert said.err.splitlines() == [
+        f"{checked}: checked, not trained; left out",
+        f"{grid / 'nothing'}: no run there; left out",
+    ]
+    assert "resnet18-64-64" in said.out
+
+
 def test_any_value_is_one_that_is_set():
     found = [{"trial": trial, "search": n} for trial, n in ((0, 2), (1, 4), (None, None))]
     assert tables.where(found, "trial=any") == found[:2]
