@@ -64,11 +64,13 @@ def check(run, tasks: dict[str, Task]) -> None:
         for name in names:
             if name in OF_DATA and task is not next(iter(tasks.values())):
                 continue
-            with _own_randomness(run.args.seed):
+            with _own_randomness(run.args.seed), _untaught(run, name):
                 damaged = any(i["item"] == "corrupt" and i["verdict"] == FAIL for i in found)
                 why = "damaged items cannot be trained on" if damaged else ""
                 why = why or ("" if task.step else "this stage trains one layer on stored features")
                 result = skip(why) if why and name not in OF_DATA else ITEMS[name](task)
+            if run.teacher and name in UNTAUGHT and result.verdict != SKIP:
+                result = dataclasses.replace(result, value=f"{result.value}; without the teacher")
             shown = name if len(tasks) == 1 or name in OF_DATA else f"{stage}/{name}"
             found.append({"item": shown} | dataclasses.asdict(result))
             print(f"{result.verdict:4} {shown:{width}}  {_line(result)}", flush=True)
@@ -100,6 +102,18 @@ def _own_randomness(seed: int) -> Iterator[None]:
         yield
     finally:
         torch.set_rng_state(state)
+
+
+@contextlib.contextmanager
+def _untaught(run, name: str) -> Iterator[None]:
+    # These items know what the labels' loss should do; the teacher's term follows other rules.
+    teacher = run.teacher
+    if name in UNTAUGHT:
+        run.teacher = None
+    try:
+        yield
+    finally:
+        run.teacher = teacher
 
 
 @contextlib.contextmanager
@@ -710,5 +724,7 @@ ITEMS = {
     "larger": larger,
     "first-layer": first_layer,
 }
+# Items tried on the labels' loss alone, though a run may have a teacher.
+UNTAUGHT = {"loss-at-init", "overfit", "decreases"}
 # Items about the data alone, tried once however many stages a run has.
 OF_DATA = {*doctor.ITEMS, "human-baseline"}

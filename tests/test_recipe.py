@@ -8,7 +8,7 @@ from torch import nn
 
 import train_cluster
 import train_simclr
-from common import recipe, verdict
+from common import distil, recipe, verdict
 from common.models.heads import start_at_prior
 from tests import bugs
 
@@ -146,3 +146,16 @@ def test_images_without_labels_are_checked_on_what_there_is(tmp_path):
     assert train_simclr.main([*flags, "--out", str(tmp_path / "run")]) == 0
     found = {i["item"]: i["verdict"] for i in json.loads((tmp_path / "run" / "check.json").read_text())["items"]}
     assert found == {"inputs": "PASS", "evaluation": "SKIP", "dependencies": "PASS", "baseline": "SKIP"}
+
+
+def test_a_teacher_is_not_asked_where_the_labels_are_tried(tmp_path, monkeypatch):
+    flags = [*bugs.HEALTHY["finetune"][1], "--device", "cpu", "--epochs", "1"]
+    flags[1] = str(bugs.images(tmp_path / "images"))
+    assert train_simclr.main([*flags, "--out", str(tmp_path / "teacher")]) == 0
+    asked, logits = [], distil.Teacher.logits
+    monkeypatch.setattr(distil.Teacher, "logits", lambda self, *given: (asked.append(0), -9 * logits(self, *given))[1])
+    student = [*flags, "--teacher", str(tmp_path / "teacher"), "--teacher-weight", "1", "--out", str(tmp_path / "run")]
+    assert train_simclr.main([*student, "--check", "loss-at-init,overfit,decreases"]) == 0 and not asked
+    items = json.loads((tmp_path / "run" / "check.json").read_text())["items"]
+    assert all(item["value"].endswith("without the teacher") for item in items)
+    assert train_simclr.main([*student, "--check", "loss-at-init,gradient"]) == 0 and asked
