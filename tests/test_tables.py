@@ -136,13 +136,16 @@ def test_what_holds_no_run_is_named(grid, capsys):
     checked.mkdir()
     (checked / "check.json").write_text('{"script": "simclr", "command": "x", "items": []}')
     given = [str(grid / "resnet18-64-32"), str(grid / "resnet18-64-64"), str(checked), str(grid / "nothing")]
-    assert report.main([*given, "--text"]) == 0
+    assert report.main([*given, "--rows", "proj_dim", "--value", "pretrain/train/loss"]) == 0
     said = capsys.readouterr()
     assert said.err.splitlines() == [
         f"{checked}: checked, not trained; left out",
         f"{grid / 'nothing'}: no run there; left out",
     ]
-    assert "resnet18-64-64" in said.out
+    assert len(rows_of(said.out)) == 4
+    with pytest.raises(SystemExit):
+        report.main([str(checked), str(checked), "--text"])
+    assert "checked, not trained" in capsys.readouterr().err
 
 
 def test_any_value_is_one_that_is_set():
