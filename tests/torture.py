@@ -455,12 +455,13 @@ def equality(victim: Victim, count: int) -> dict:
 def worlds(victim: Victim, count: int) -> dict:
     """`count` runs that are stopped and go on with one, two and four processes: every sample once an epoch."""
     rng, reference = victim.rng, None
+    whole = ["--accum", "1"] if victim.name == "tsm" else []  # four processes divide its batch, eight chunks do not
     for _ in range(count + 1):
         folder = victim.fresh()
         (trace := folder.with_suffix(".trace")).mkdir()
         sizes = [1, 2, 4, 1] if reference else [1]
         for i, world_size in enumerate(sizes):
-            pids = together(victim, folder, world_size, before=partial(record, trace, i))
+            pids = together(victim, folder, world_size, *whole, before=partial(record, trace, i))
             if i + 1 < len(sizes):
                 victim.wait_until(pids[0], STEPS, world_size * rng.randint(1, 3))
                 for pid in pids:
