@@ -10,6 +10,7 @@ import hashlib
 import io
 import math
 import os
+import re
 import sys
 import threading
 import zipfile
@@ -161,8 +162,8 @@ class Images:
         return (3, self.store_size, self.store_size)
 
     def _damaged(self, item: str, error: Exception) -> InputError:
-        reason = str(error).split("\n")[0] or type(error).__name__
-        return InputError(f"{item} in {self.name} cannot be read: {reason}; mend or remove it, or --bad-images skip")
+        said = reason(error)
+        return InputError(f"{item} in {self.name} cannot be read: {said}; mend or remove it, or --bad-images skip")
 
     def _probe(self) -> int:
         # Headers only: the sizes of up to 64 images spread over the set.
@@ -312,6 +313,11 @@ def central_square(image: Image.Image, side: int) -> Tensor:
 def is_image(name: str) -> bool:
     """Whether a name has an image's suffix and neither it nor a folder above is hidden."""
     return name.lower().endswith(SUFFIXES) and not hidden(name)
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error's message without addresses of objects, which no two runs share; or else its type."""
+    return re.sub(r" <\S+ object at 0x\w+>", "", str(error).split("\n")[0]) or type(error).__name__
 
 
 def hidden(name: str) -> bool:

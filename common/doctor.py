@@ -27,7 +27,7 @@ from torch import Tensor
 from common import augment, metrics, plot, report
 from common.clips import VideoFiles, Videos
 from common.config import InputError
-from common.data import DECODE_ERRORS, UNLABELLED, by_name, hidden
+from common.data import DECODE_ERRORS, UNLABELLED, by_name, hidden, reason
 from common.models.text import tokens
 from common.verdict import FAIL, PASS, SKIP, WARN, Result, Task, skip
 
@@ -147,7 +147,7 @@ def look(items, splits: dict[str, np.ndarray], workers: int) -> Seen:
             decoded = [images.decode(int(index)) for index in frames]
             width, height = _size(images.read(int(frames[0]))) if files else decoded[0].shape[-2:]
         except (InputError, *DECODE_ERRORS) as error:
-            return f"{items.ids[row]} ({str(error).split('cannot be read: ')[-1].split(';')[0]})"
+            return f"{items.ids[row]} ({reason(error).split('cannot be read: ')[-1].split(';')[0]})"
         shown = [decoded[0], decoded[len(decoded) // 2], decoded[-1]] if clips else decoded
         # Of two streams the first, the face, shows what is asked about.
         pixels = torch.stack([frame[0] if frame.ndim == 4 else frame for frame in shown])
@@ -245,7 +245,7 @@ def _file_digest(images, row: int) -> bytes | str:
         content = images.read(int(row))
         _size(content)
     except DECODE_ERRORS as error:
-        return f"{images.ids[row]} ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        return f"{images.ids[row]} ({reason(error)})"
     return hashlib.sha256(content).digest()
 
 

@@ -150,6 +150,14 @@ def test_damaged_images_are_named_decoded_or_not(tmp_path, monkeypatch):
     name = victim.relative_to(copy).as_posix()
     found = examine(copy, tmp_path)["corrupt"]
     assert found.verdict == "FAIL" and found.value == "1 damaged of 80 images" and name in found.fix
+    shapeless = copy / "train" / victim.parent.name / "shapeless.png"
+    shapeless.write_bytes(b"no picture")
+    for looked in (doctor.LOOKED, 1):  # decoded, or its header read alone
+        monkeypatch.setattr(doctor, "LOOKED", looked)
+        shown = str(examine(copy, tmp_path)["corrupt"].rows)
+        assert "shapeless.png (cannot identify image file)" in shown
+    shapeless.unlink()
+    monkeypatch.undo()
 
     archive = tmp_path / "cells.zip"
     with zipfile.ZipFile(archive, "w") as target:
