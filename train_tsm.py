@@ -341,7 +341,7 @@ def task(run: Run, published: dict | None) -> Task:
     args, stage, videos, length = run.args, run.stages["train"], run.data, run.meta["n_segment"]
     items, labels = train_items(args, videos, run.splits), torch.from_numpy(videos.labels)
     fake = 0.5 if args.sampler == "balanced" else float(videos.labels[run.splits["train"]].mean())
-    guess = focal_guess(fake, fake if args.head_bias == "prior" else 0.5, **criterion(run).keywords)
+    guess = partial(focal_guess, guess=fake if args.head_bias == "prior" else 0.5, **criterion(run).keywords)
 
     def one_step(model, optimizer, scaler, batch, epoch):
         (pixels,) = run.data.batches([clips_of(run, batch, epoch)], args.workers)
@@ -357,10 +357,10 @@ def task(run: Run, published: dict | None) -> Task:
     inputs |= dict(several=EVAL_FRAMES // length // args.clips + 2, pixels=pixels, normalization=run.meta["pixels"])
     inputs |= dict(seen=lambda calls, n: calls[0][0].unflatten(0, (n, 1, -1)), varies=args.augment != "none")
     answers = dict(labels=videos.labels, classes=videos.classes, prior=np.array([1 - fake, fake]), binary=True)
-    answers |= dict(
-        rows=lambda output: output[0], parts=length, past=ClipModel.features if args.direction == "past" else None
-    )
-    answers |= dict(chance=(0.6 * guess, 1.8 * guess), head=lambda model: model.head.classifier)
+    past = ClipModel.features if args.direction == "past" else None
+    answers |= dict(rows=lambda output: output[0], parts=length, past=past)
+    answers |= dict(chance=lambda own: (0.6 * guess(own.mean()), 1.8 * guess(own.mean())))
+    answers |= dict(head=lambda model: model.head.classifier)
     answers |= dict(frozen=lambda model: {f"{name}.{kind}" for name in model.frozen_bn for kind in ("weight", "bias")})
     larger = dict(pairwise(VARIANTS)).get(run.meta["backbone"])
     answers["larger"] = larger and (lambda: build_model(run.like(backbone=larger)))

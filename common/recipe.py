@@ -177,6 +177,17 @@ def small(task: Task, count: int, epoch: int = 0) -> list[np.ndarray]:
     return [cut[i % len(cut)] for i in range(count)]
 
 
+def _typical(task: Task, count: int) -> list[np.ndarray]:
+    # Small batches in which the classes have their shares, as near as so few items can.
+    if task.labels is None:
+        return small(task, count)
+    order = np.concatenate(epoch_batches(task, 0))
+    ranked = order[np.argsort(task.labels[samples_of(task, order)], kind="stable")]
+    size = min(task.size, len(ranked))
+    even = ranked[np.linspace(0, len(ranked) - 1, count * size).round().astype(int)]
+    return [even[k::count] for k in range(count)]
+
+
 def samples_of(task: Task, items: np.ndarray) -> np.ndarray:
     """The samples that items are drawn from."""
     return items % len(task.run.data)
@@ -269,12 +280,13 @@ def gradient(task: Task) -> Result:
 
 def loss_at_init(task: Task) -> Result:
     """The untrained network's loss is what a guess costs."""
-    trial = Trial(task)
-    loss = float(np.mean([trial.go(items, share=0.0)[0] for items in small(task, 3)]))
-    low, high = task.chance
-    if task.labels is not None and not task.binary:
-        shares = class_shares(task).clip(1e-9)
-        low *= float(-(shares * np.log(shares)).sum() / math.log(len(shares)))  # the classes' shares are a guess too
+    trial, batches = Trial(task), _typical(task, 3)
+    loss = float(np.mean([trial.go(items, share=0.0)[0] for items in batches]))
+    drawn = None if task.labels is None else task.labels[samples_of(task, np.concatenate(batches))]
+    low, high = task.chance(drawn) if callable(task.chance) else task.chance
+    if drawn is not None and not task.binary:
+        cost = -np.log(class_shares(task).clip(1e-9))[drawn].mean()  # the classes' shares are a guess too
+        low *= min(1.0, float(cost) / math.log(len(task.classes)))
     value, threshold = f"{loss:.4f}", f"{low:.4f} to {high:.4f}"
     if low <= loss <= high:
         return Result(PASS, value, threshold)

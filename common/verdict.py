@@ -58,7 +58,8 @@ class Task:
         step: (network, optimiser, loss scaler, items, epoch) -> (loss, gradient norm, ...): one update of the script.
             None: only the data are tried.
         evaluate: (network, samples) -> outputs (n, ...): the script's evaluation.
-        chance: the lowest and the highest loss that an untrained network should have.
+        chance: the lowest and the highest loss that an untrained network should have, or a function that gives them of
+            the classes (n,) of the items tried.
         seen: (calls of a step, n) -> (n, views, ...): what depends on the augmentation.
         varies: whether there is an augmentation.
         optimizer: the optimiser of a network; unset: that of the stage's settings.
@@ -91,7 +92,7 @@ class Task:
     build: Callable[[], nn.Module]
     step: Callable[..., tuple] | None
     evaluate: Callable[[nn.Module, np.ndarray], Tensor]
-    chance: tuple[float, float]
+    chance: tuple[float, float] | Callable[[np.ndarray], tuple[float, float]]
     seen: Callable[[list[tuple], int], Tensor]
     varies: bool
     optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None

@@ -1,7 +1,10 @@
 """--check catches seeded bugs, passes what is healthy, and leaves a run directory as it was."""
 
 import json
+import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -159,3 +162,25 @@ def test_a_teacher_is_not_asked_where_the_labels_are_tried(tmp_path, monkeypatch
     items = json.loads((tmp_path / "run" / "check.json").read_text())["items"]
     assert all(item["value"].endswith("without the teacher") for item in items)
     assert train_simclr.main([*student, "--check", "loss-at-init,gradient"]) == 0 and asked
+
+
+@pytest.mark.parametrize("rare", [1, 3, 30])
+def test_the_loss_at_the_start_is_that_of_items_with_the_classes_shares(rare):
+    labels = np.random.default_rng(0).permutation(np.r_[np.ones(rare, int), np.zeros(60 - rare, int)])
+    share, seen = rare / 60, []
+
+    def step(model, optimizer, scaler, items, epoch):
+        seen.append(labels[items])
+        return torch.tensor(np.where(labels[items], -math.log(share), -math.log(1 - share)).mean()), torch.ones(())
+
+    def chance(drawn):  # a network that says the shares: exactly what it costs
+        cost = np.where(drawn, -math.log(share), -math.log(1 - share)).mean()
+        return cost - 1e-9, cost + 1e-9
+
+    args = SimpleNamespace(precision="fp32")
+    run = SimpleNamespace(data=labels, args=args, facts=SimpleNamespace(device=torch.device("cpu")))
+    task = SimpleNamespace(run=run, labels=labels, size=8, binary=True, chance=chance, step=step)
+    task.build, task.optimizer = lambda: nn.Linear(1, 1), lambda model: torch.optim.SGD(model.parameters())
+    task.batches = lambda epoch: [np.arange(60)]
+    assert recipe.loss_at_init(task).verdict == "PASS"
+    assert abs(np.concatenate(seen).mean() - share) < 1 / 24 and np.concatenate(seen).mean() > 0
