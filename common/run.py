@@ -374,7 +374,7 @@ def launch(args, use: Callable, begin: Callable) -> int:
     Returns 0; the other exit codes leave as SystemExit.
     """
     with config.exit_codes(), checkpoint.Signals() as signals, _locks:
-        facts = dist.init(args.device, 60 * args.timeout)
+        facts = dist.init(args.device, max(1800, 120 * args.timeout))  # the watcher names more than a collective does
         prepare(args)
         try:
             if args.eval or args.predict or getattr(args, "stream", None):
@@ -382,6 +382,8 @@ def launch(args, use: Callable, begin: Callable) -> int:
             else:
                 with contextlib.suppress(Finished):
                     begin(args, facts, signals)
+        except Stopped:
+            raise
         except RuntimeError as error:
             if not dist.peer_lost(error):
                 raise
