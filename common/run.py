@@ -584,11 +584,14 @@ def _forget(folder: Path) -> None:
 def write_json(path: Path, value: dict) -> None:
     """Write a JSON file that is never seen half written."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        file.write(json.dumps(value, indent=2, default=str) + "\n")
-        file.flush()
-        os.fsync(file.fileno())  # or a power failure could leave it empty
-    temporary.replace(path)
+    try:
+        with open(temporary, "w") as file:
+            file.write(json.dumps(value, indent=2, default=str) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # or a power failure could leave it empty
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict | None:
