@@ -609,8 +609,8 @@ class Progress:
             return
         self.best, self.best_epoch = value, self.epoch + 1
         copies = {name: tensor.detach().clone() for name, tensor in weights.items()}
-        self._best_state = {"model": copies, "meta": self.meta, "epoch": self.epoch + 1, "metrics": metrics}
-        self._best_state["value"] = value
+        place = {"epoch": self.epoch + 1, "value": value}
+        self._best_state = {"model": copies, "meta": self.meta, "metrics": metrics} | place
 
     def best_weights(self) -> dict:
         """Weights of the selected model, from memory or from best.pt of a resumed run."""

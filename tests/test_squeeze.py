@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 import train_cluster
 import train_raer
 import train_simclr
 import train_tsm
 from common import checkpoint, distil, ensemble, log
+from tests import bugs
 from tests.runs import equal_runs, summary
 
 TSM = ["--backbone", "conv_small_035", "--image-size", "32", "--bs", "24", "--accum", "2", "--epochs", "1",
@@ -26,16 +26,7 @@ SIMCLR = ["--backbone", "resnet18", "--stem", "cifar", "--image-size", "8", "--d
 
 @pytest.fixture(scope="module")
 def cells(tmp_path_factory):
-    """72 images of 16 px in three classes that differ in colour."""
-    root = tmp_path_factory.mktemp("data") / "cells"
-    rng = np.random.default_rng(0)
-    for k, name in enumerate(("round", "long", "split")):
-        (root / name).mkdir(parents=True)
-        for i in range(24):
-            pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-            pixels[..., k] = pixels[..., k] // 2 + 100
-            Image.fromarray(pixels).save(root / name / f"{i:02d}.png")
-    return root
+    return bugs.images(tmp_path_factory.mktemp("data") / "cells")
 
 
 @pytest.fixture(scope="module")
