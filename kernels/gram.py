@@ -32,7 +32,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from .impl import INTERPRETED, ceil_div, jit, lacks_tensor_cores, num_sms, target_name
+from .impl import INTERPRETED, ceil_div, jit, lacks_tensor_cores, launch, num_sms, target_name
 
 try:
     import triton.language as tl
@@ -209,7 +209,7 @@ def store_planes(u_ptr, rows, offs_d, x, FP16: tl.constexpr, SPLIT: tl.constexpr
 
 
 @jit
-def _similarities(rows, rows_lo, keys, keys_lo, SPLIT: tl.constexpr):
+def similarities(rows, rows_lo, keys, keys_lo, SPLIT: tl.constexpr):
     """[BLOCK_M, BLOCK_N] fp32; with SPLIT three 16-bit products, and only lo x lo is dropped."""
     keys_t = tl.trans(keys)
     s = tl.dot(rows, keys_t, input_precision="ieee")
@@ -220,7 +220,19 @@ def _similarities(rows, rows_lo, keys, keys_lo, SPLIT: tl.constexpr):
 
 
 @jit
-def _load_planes(ptr, rows, offs_d, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr):
+def add_weighted(acc, weight, keys, keys_lo, SPLIT: tl.constexpr):
+    """acc + weight @ keys; with SPLIT three products again."""
+    hi = weight.to(keys.dtype)
+    acc = tl.dot(hi, keys, acc, input_precision="ieee")
+    if SPLIT:
+        lo = (weight - hi.to(tl.float32)).to(keys.dtype)
+        acc = tl.dot(hi, keys_lo, acc, input_precision="ieee")
+        acc = tl.dot(lo, keys, acc, input_precision="ieee")
+    return acc
+
+
+@jit
+def load_planes(ptr, rows, offs_d, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr):
     ptrs = ptr + rows.to(tl.int64)[:, None] * (BLOCK_D * 2 if SPLIT else BLOCK_D) + offs_d[None, :]
     hi = tl.load(ptrs)
     return hi, tl.load(ptrs + BLOCK_D) if SPLIT else hi
@@ -251,7 +263,7 @@ def half_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     local_n = tl.arange(0, BLOCK_N)
     offs_n = owner * BLOCK_N + local_n
-    cols, cols_lo = _load_planes(u_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
+    cols, cols_lo = load_planes(u_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
     begin = first_offset + split * offsets_per_split
     end = tl.minimum(begin + offsets_per_split, last_offset)
     # With an even number of blocks the farthest offset pairs J with J + T/2 twice: the lower half of the owners does
@@ -267,8 +279,8 @@ def half_kernel(
     # mask in the other loop would cost it 30 registers; likewise masks compare within the block, with constants.
     for part in range(0, tl.where(begin == 0, PARTS, 0)):
         local_m = part * BLOCK_M + tl.arange(0, BLOCK_M)
-        rows, rows_lo = _load_planes(u_ptr, owner * BLOCK_N + local_m, offs_d, SPLIT, BLOCK_D)
-        e = tl.exp2(_similarities(rows, rows_lo, cols, cols_lo, SPLIT) - shift)  # [BLOCK_M, BLOCK_N]
+        rows, rows_lo = load_planes(u_ptr, owner * BLOCK_N + local_m, offs_d, SPLIT, BLOCK_D)
+        e = tl.exp2(similarities(rows, rows_lo, cols, cols_lo, SPLIT) - shift)  # [BLOCK_M, BLOCK_N]
         own = (local_m >> PAIR_SHIFT)[:, None] == (local_n >> PAIR_SHIFT)[None, :]
         e = tl.where(own | (local_m >= num_rows - owner * BLOCK_N)[:, None], 0.0, e)
         col_sums += tl.sum(tl.reshape(e, [BLOCK_M // 16, 2, 8, BLOCK_N]), 1)
@@ -277,8 +289,8 @@ def half_kernel(
         block = (owner + offset) % num_blocks
         local_m = (step % PARTS) * BLOCK_M + tl.arange(0, BLOCK_M)
         offs_m = block * BLOCK_N + local_m
-        rows, rows_lo = _load_planes(u_ptr, offs_m, offs_d, SPLIT, BLOCK_D)
-        e = tl.exp2(_similarities(rows, rows_lo, cols, cols_lo, SPLIT) - shift)
+        rows, rows_lo = load_planes(u_ptr, offs_m, offs_d, SPLIT, BLOCK_D)
+        e = tl.exp2(similarities(rows, rows_lo, cols, cols_lo, SPLIT) - shift)
         if owner == num_blocks - 1:
             e = tl.where(inside_n[None, :], e, 0.0)
         if block == num_blocks - 1:
@@ -309,14 +321,14 @@ def full_kernel(
     split = tl.program_id(1)
     offs_d = tl.arange(0, BLOCK_D)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows, rows_lo = _load_planes(rows_ptr, offs_m, offs_d, SPLIT, BLOCK_D)
+    rows, rows_lo = load_planes(rows_ptr, offs_m, offs_d, SPLIT, BLOCK_D)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     begin = split * keys_per_split
     for start in range(begin, tl.minimum(begin + keys_per_split, num_keys), BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
-        keys, keys_lo = _load_planes(keys_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
-        s = _similarities(rows, rows_lo, keys, keys_lo, SPLIT)  # [BLOCK_M, BLOCK_N]
+        keys, keys_lo = load_planes(keys_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
+        s = similarities(rows, rows_lo, keys, keys_lo, SPLIT)  # [BLOCK_M, BLOCK_N]
         diagonal = (start < (pid_m + 1) * BLOCK_M) & (start + BLOCK_N > pid_m * BLOCK_M)
         if diagonal | (start + BLOCK_N > num_keys):
             own = (offs_m >> PAIR_SHIFT)[:, None] == (offs_n >> PAIR_SHIFT)[None, :]
@@ -355,7 +367,7 @@ def bwd_kernel(
     split = tl.program_id(1)
     offs_d = tl.arange(0, BLOCK_D)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows, rows_lo = _load_planes(rows_ptr, offs_m, offs_d, SPLIT, BLOCK_D)
+    rows, rows_lo = load_planes(rows_ptr, offs_m, offs_d, SPLIT, BLOCK_D)
     lse_rows = tl.load(lse_rows_ptr + offs_m, mask=offs_m < num_rows, other=float("inf"))
     if SHIFTED:
         inverse_rows = tl.exp2(shift - lse_rows)
@@ -364,9 +376,9 @@ def bwd_kernel(
     begin = split * keys_per_split
     for start in range(begin, tl.minimum(begin + keys_per_split, num_keys), BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
-        keys, keys_lo = _load_planes(keys_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
+        keys, keys_lo = load_planes(keys_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
         lse_keys = tl.load(lse_keys_ptr + offs_n, mask=offs_n < num_keys, other=float("inf"))
-        s = _similarities(rows, rows_lo, keys, keys_lo, SPLIT)  # [BLOCK_M, BLOCK_N]
+        s = similarities(rows, rows_lo, keys, keys_lo, SPLIT)  # [BLOCK_M, BLOCK_N]
         if SHIFTED:
             inverse_keys = tl.exp2(shift - lse_keys)
             weight = tl.exp2(s - shift_scaled) * (inverse_rows[:, None] + inverse_keys[None, :])
@@ -376,12 +388,7 @@ def bwd_kernel(
         if diagonal | (start + BLOCK_N > num_keys):
             own = (offs_m >> PAIR_SHIFT)[:, None] == (offs_n >> PAIR_SHIFT)[None, :]
             weight = tl.where(own | (offs_n >= num_keys)[None, :], 0.0, weight)
-        hi = weight.to(keys.dtype)
-        acc = tl.dot(hi, keys, acc, input_precision="ieee")
-        if SPLIT:
-            lo = (weight - hi.to(tl.float32)).to(keys.dtype)
-            acc = tl.dot(hi, keys_lo, acc, input_precision="ieee")
-            acc = tl.dot(lo, keys, acc, input_precision="ieee")
+        acc = add_weighted(acc, weight, keys, keys_lo, SPLIT)
     out = partial_ptr + split.to(tl.int64) * stride_slot + offs_m.to(tl.int64)[:, None] * BLOCK_D + offs_d[None, :]
     tl.store(out, acc * 2.0 ** (-LOG2_SCALE))
 
@@ -454,7 +461,6 @@ def slot_sums(u, keys, num_rows, num_keys, pair_shift, split, shift):
     """
     dim = u.shape[1] // (2 if split else 1)
     device, size = u.device, u.shape[0]
-    options = {"PAIR_SHIFT": pair_shift, "SPLIT": split, "BLOCK_D": dim}
     target = target_name(device)
     if shift is None or keys is not u:
         block_m, block_n, warps, stages = tile("full", 1 + split, dim, target)
@@ -464,10 +470,10 @@ def slot_sums(u, keys, num_rows, num_keys, pair_shift, split, shift):
         splits = ceil_div(steps, per_split)
         tops = torch.empty(splits, size, dtype=torch.float32, device=device)
         sums = torch.empty_like(tops)
-        full_kernel[(size // block_m, splits)](
-            u, keys, tops, sums, num_keys, per_split * block_n, size,
-            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages, **options,
-        )  # fmt: skip
+        constants = {"PAIR_SHIFT": pair_shift, "SPLIT": split}
+        constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": dim}
+        numbers = (num_keys, per_split * block_n, size)
+        launch(full_kernel, (size // block_m, splits), (u, keys, tops, sums), numbers, constants, warps, stages)
         return tops, sums, -1, 0
     block_m, block_n, warps, stages = tile("half", 1 + split, dim, target)
     blocks = ceil_div(num_rows, block_n)  # none is empty: only the last is ragged, and the kernel masks no other
@@ -482,10 +488,10 @@ def slot_sums(u, keys, num_rows, num_keys, pair_shift, split, shift):
         ranges = ceil_div(last - first, per_split)
         first_slot = max(first, 1)  # the diagonal has no row sums
         sums = torch.empty(last - first_slot + ranges, size, dtype=torch.float32, device=device)
-        half_kernel[(blocks, ranges)](
-            u, sums, shift, num_rows, blocks, first, last, first_slot, per_split, size,
-            BLOCK_M=block_m, BLOCK_N=block_n, num_warps=warps, num_stages=stages, **options,
-        )  # fmt: skip
+        constants = {"PAIR_SHIFT": pair_shift, "SPLIT": split}
+        constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": dim}
+        numbers = (shift, num_rows, blocks, first, last, first_slot, per_split, size)
+        launch(half_kernel, (blocks, ranges), (u, sums), numbers, constants, warps, stages)
         if per_pass < offsets:
             if blocks % 2 == 0 and last == offsets:
                 sums[last - first_slot - 1, :half_row].zero_()
@@ -506,10 +512,9 @@ def weighted_sums(u, keys, lse, lse_keys, num_rows, num_keys, pair_shift, split,
     per_split = ceil_div(steps, splits)
     splits = ceil_div(steps, per_split)
     partial = torch.empty(splits, size, dim, dtype=torch.float32, device=device)
-    bwd_kernel[(size // block_m, splits)](
-        u, keys, lse, lse_keys, partial, shift or 0.0, num_rows, num_keys, per_split * block_n, size * dim,
-        SHIFTED=shift is not None, PAIR_SHIFT=pair_shift, SPLIT=split,
-        LOG2_SCALE=LOG2_FP16_SCALE if fp16 else 0.0,
-        BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_D=dim, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
+    constants = {"SHIFTED": shift is not None, "PAIR_SHIFT": pair_shift, "SPLIT": split}
+    constants |= {"LOG2_SCALE": LOG2_FP16_SCALE if fp16 else 0.0}
+    constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": dim}
+    numbers = (shift or 0.0, num_rows, num_keys, per_split * block_n, size * dim)
+    launch(bwd_kernel, (size // block_m, splits), (u, keys, lse, lse_keys, partial), numbers, constants, warps, stages)
     return partial

@@ -69,6 +69,37 @@ def on_device_of_first(function):
     return guarded
 
 
+_compiled: dict[tuple, object] = {}
+
+
+def launch(kernel, grid, tensors, numbers, constants, num_warps=4, num_stages=3):
+    """Launch kernel(*tensors, *numbers, *constants), its arguments in the order in which it declares them.
+
+    Triton's own launch looks at every argument to find the compiled kernel, which takes longer than the launch itself.
+    What it looks at are dtypes, numbers and whether addresses are multiples of 16: a call that repeats them all finds
+    the kernel here.
+
+    Args:
+        kernel: what `jit` returned.
+        grid: one to three numbers of programs.
+        tensors: the pointer arguments.
+        numbers: the other arguments known only at run time, a tuple.
+        constants: name -> value of the tl.constexpr arguments, in the kernel's order.
+    """
+    key = (id(kernel), numbers, *constants.values(), num_warps, num_stages, tensors[0].device.index)
+    key += tuple([x.dtype for x in tensors])
+    found = _compiled.get(key)
+    if found is not None and not any(x.data_ptr() % 16 for x in tensors):
+        found[(*grid, 1, 1)[:3]](*tensors, *numbers, *constants.values())
+        return
+    found = kernel[grid](*tensors, *numbers, **constants, num_warps=num_warps, num_stages=num_stages)
+    if found is not None and not any(x.data_ptr() % 16 for x in tensors):  # the interpreter returns None
+        assert kernel.arg_names[len(tensors) + len(numbers) :] == list(constants), kernel.arg_names
+        if len(_compiled) >= 4096:  # batches of ever other sizes: start again rather than grow
+            _compiled.clear()
+        _compiled[key] = found
+
+
 def lacks_tensor_cores(x: torch.Tensor) -> bool:
     """Whether x is on an NVIDIA GPU older than Ampere."""
     return x.is_cuda and not torch.version.hip and torch.cuda.get_device_capability(x.device) < (8, 0)

@@ -32,26 +32,45 @@ import math
 import torch
 
 from .gram import (
+    LOG2_FP16_SCALE,
     NORM_EPS,
+    add_weighted,
     empty_rows,
     gather_keys,
+    load_planes,
     normalize_rows,
     own_rows_first,
     planes,
     reference_lse,
     reference_weighted_sum,
     shift_of,
+    similarities,
     slot_sums,
     store_planes,
     weighted_sums,
     why_not_fused,
 )
-from .impl import INTERPRETED, ceil_div, choose_impl, first_derivative_only, jit, on_device_of_first
+from .impl import (
+    INTERPRETED,
+    ceil_div,
+    choose_impl,
+    first_derivative_only,
+    jit,
+    launch,
+    on_device_of_first,
+    target_name,
+)
 
 try:
     import triton.language as tl
 except ImportError:
     tl = None
+
+# Up to so many rows, and so wide a row of planes, one program takes some rows through all keys: the arithmetic is
+# nothing there, and every launch counts. Above, the half grid is faster (README.md).
+FEW_ROWS, FEW_ROWS_WIDTH = (32, 64) if INTERPRETED else (1024, 256)
+FEW_ROWS_TILES = {"interpreter": (16, 32, 1, 1), "gfx942": (16, 64, 4, 2)}  # BLOCK_M, BLOCK_N, warps, stages
+FEW_ROWS_TILE = (16, 128, 4, 3)
 
 
 def nt_xent_reference(z_a, z_b, temperature, *, normalize=True, gather=None, decoupled=False):
@@ -132,6 +151,7 @@ def _nt_xent_prepare_kernel(
     temperature_ptr,
     u_ptr,
     pos_ptr,
+    partials_ptr,
     stride_an,
     stride_ad,
     stride_bn,
@@ -148,7 +168,9 @@ def _nt_xent_prepare_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Interleave, normalise, scale by sqrt(log2(e) / tau) (so that a dot product is a power of two's exponent), cast;
-    positives in fp32."""
+    positives in fp32. Clears the count of programs that have added their losses."""
+    if tl.program_id(0) == 0:
+        tl.store(partials_ptr, 0.0)
     pairs = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     offs_d = tl.arange(0, BLOCK_D)
     if TEMPERATURE_IS_TENSOR:
@@ -172,12 +194,52 @@ def _log1p(x):
 
 
 @jit
+def _row_losses(negatives, pos, DECOUPLED: tl.constexpr):
+    """-> log-sum-exp of each row, base 2, and its loss, base e."""
+    if DECOUPLED:
+        # One image in the world has no negatives: only the attraction remains.
+        lse = tl.where(negatives == float("-inf"), 0.0, negatives)
+        loss = (lse - pos) * 0.6931471805599453
+    else:
+        delta = negatives - pos
+        log2_e: tl.constexpr = 1.4426950408889634
+        tail = _log1p(tl.exp2(-tl.abs(delta)))  # softplus(d) = max(d, 0) + log1p(exp(-|d|))
+        loss = tl.maximum(delta, 0.0) * 0.6931471805599453 + tail
+        lse = tl.maximum(negatives, pos) + tail * log2_e
+    return lse, loss
+
+
+@jit
+def _log2_sum(total, top):
+    return tl.where(total > 0.0, top + tl.log2(tl.where(total > 0.0, total, 1.0)), float("-inf"))
+
+
+@jit
+def _add_losses(partials_ptr, loss_ptr, loss, BLOCK: tl.constexpr):
+    """Leave this program's loss; the program that comes last adds them all up, in the order of the programs.
+
+    partials_ptr[0] counts who has come: which program is last differs between runs, its result does not.
+    """
+    programs = tl.num_programs(0)
+    tl.store(partials_ptr + 1 + tl.program_id(0), loss)
+    tl.debug_barrier()
+    if tl.atomic_add(partials_ptr, 1.0, sem="acq_rel") == programs - 1:
+        total = tl.zeros([BLOCK], tl.float32)
+        for first in range(0, programs, BLOCK):
+            offs = first + tl.arange(0, BLOCK)
+            # Past the first-level cache, which knows nothing of what other multiprocessors wrote.
+            total += tl.load(partials_ptr + 1 + offs, mask=offs < programs, other=0.0, cache_modifier=".cg")
+        tl.store(loss_ptr, tl.sum(total, 0))
+
+
+@jit
 def _nt_xent_finish_kernel(
     tops_ptr,
     sums_ptr,
     pos_ptr,
     negatives_ptr,
     lse_ptr,
+    partials_ptr,
     loss_ptr,
     shift,
     num_rows,
@@ -185,52 +247,72 @@ def _nt_xent_finish_kernel(
     half_slot,
     half_row,
     stride_slot,
-    rows_per_program,
     SHIFTED: tl.constexpr,
     DECOUPLED: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
     """Merge the slots of each row into its base-2 log-sum-exps and add up the rows' losses."""
-    begin = tl.program_id(0) * rows_per_program
-    loss = tl.zeros([BLOCK_R], tl.float32)
-    for start in range(begin, tl.minimum(begin + rows_per_program, num_rows), BLOCK_R):
-        offs_r = start + tl.arange(0, BLOCK_R)
-        mask_r = offs_r < num_rows
-        top = tl.full([BLOCK_R], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_R], tl.float32)
-        for first in range(0, num_slots, SLOTS):
-            slots = first + tl.arange(0, SLOTS)
-            offs = slots.to(tl.int64)[:, None] * stride_slot + offs_r[None, :]
-            written = (slots != half_slot)[:, None] | (offs_r >= half_row)[None, :]
-            mask = (slots < num_slots)[:, None] & mask_r[None, :] & written
-            sums = tl.load(sums_ptr + offs, mask=mask, other=0.0)  # [SLOTS, BLOCK_R]
-            if SHIFTED:
-                total += tl.sum(sums, 0)
-            else:
-                tops = tl.load(tops_ptr + offs, mask=mask, other=float("-inf"))
-                new_top = tl.maximum(top, tl.max(tops, 0))
-                base = tl.where(new_top == float("-inf"), 0.0, new_top)
-                total = total * tl.exp2(top - base) + tl.sum(sums * tl.exp2(tops - base[None, :]), 0)
-                top = new_top
+    offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_r = offs_r < num_rows
+    top = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    for first in range(0, num_slots, SLOTS):
+        slots = first + tl.arange(0, SLOTS)
+        offs = slots.to(tl.int64)[:, None] * stride_slot + offs_r[None, :]
+        written = (slots != half_slot)[:, None] | (offs_r >= half_row)[None, :]
+        mask = (slots < num_slots)[:, None] & mask_r[None, :] & written
+        sums = tl.load(sums_ptr + offs, mask=mask, other=0.0)  # [SLOTS, BLOCK_R]
         if SHIFTED:
-            top = tl.full([BLOCK_R], 0.0, tl.float32) + shift
-        negatives = tl.where(total > 0.0, top + tl.log2(tl.where(total > 0.0, total, 1.0)), float("-inf"))
-        pos = tl.load(pos_ptr + (offs_r >> 1), mask=mask_r, other=0.0)
-        if DECOUPLED:
-            # One image in the world has no negatives: only the attraction remains.
-            lse = tl.where(total > 0.0, negatives, 0.0)
-            row_loss = (lse - pos) * 0.6931471805599453
+            total += tl.sum(sums, 0)
         else:
-            delta = negatives - pos
-            log2_e: tl.constexpr = 1.4426950408889634
-            tail = _log1p(tl.exp2(-tl.abs(delta)))  # softplus(d) = max(d, 0) + log1p(exp(-|d|))
-            row_loss = tl.maximum(delta, 0.0) * 0.6931471805599453 + tail
-            lse = tl.maximum(negatives, pos) + tail * log2_e
-        tl.store(negatives_ptr + offs_r, negatives, mask=mask_r)
-        tl.store(lse_ptr + offs_r, lse, mask=mask_r)
-        loss += tl.where(mask_r, row_loss, 0.0)
-    tl.store(loss_ptr + tl.program_id(0), tl.sum(loss, 0) / num_rows)
+            tops = tl.load(tops_ptr + offs, mask=mask, other=float("-inf"))
+            new_top = tl.maximum(top, tl.max(tops, 0))
+            base = tl.where(new_top == float("-inf"), 0.0, new_top)
+            total = total * tl.exp2(top - base) + tl.sum(sums * tl.exp2(tops - base[None, :]), 0)
+            top = new_top
+    if SHIFTED:
+        top = tl.full([BLOCK_R], 0.0, tl.float32) + shift
+    negatives = _log2_sum(total, top)
+    lse, loss = _row_losses(negatives, tl.load(pos_ptr + (offs_r >> 1), mask=mask_r, other=0.0), DECOUPLED)
+    tl.store(negatives_ptr + offs_r, negatives, mask=mask_r)
+    tl.store(lse_ptr + offs_r, lse, mask=mask_r)
+    _add_losses(partials_ptr, loss_ptr, tl.sum(tl.where(mask_r, loss, 0.0), 0) / num_rows, 128)
+
+
+@jit(do_not_specialize=["num_rows"])
+def _nt_xent_few_rows_fwd_kernel(
+    u_ptr,
+    pos_ptr,
+    negatives_ptr,
+    lse_ptr,
+    partials_ptr,
+    loss_ptr,
+    shift,
+    num_rows,
+    DECOUPLED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Tiles and their merging in one: a program takes its rows through all keys."""
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < num_rows
+    rows, rows_lo = load_planes(u_ptr, offs_m, offs_d, SPLIT, BLOCK_D)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for start in range(0, num_rows, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        keys, keys_lo = load_planes(u_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
+        e = tl.exp2(similarities(rows, rows_lo, keys, keys_lo, SPLIT) - shift)  # [BLOCK_M, BLOCK_N]
+        own = (offs_m >> 1)[:, None] == (offs_n >> 1)[None, :]
+        total += tl.sum(tl.where(own | (offs_n >= num_rows)[None, :], 0.0, e), 1)
+    negatives = _log2_sum(total, shift)
+    lse, loss = _row_losses(negatives, tl.load(pos_ptr + (offs_m >> 1), mask=mask_m, other=0.0), DECOUPLED)
+    tl.store(negatives_ptr + offs_m, negatives, mask=mask_m)
+    tl.store(lse_ptr + offs_m, lse, mask=mask_m)
+    _add_losses(partials_ptr, loss_ptr, tl.sum(tl.where(mask_m, loss, 0.0), 0) / num_rows, 128)
 
 
 @jit
@@ -239,6 +321,58 @@ def _gradient_rows(partial_ptr, rows, offs_d, num_slots, stride_slot, BLOCK_P: t
     for slot in range(0, num_slots):
         total += tl.load(partial_ptr + slot * stride_slot + rows[:, None] * BLOCK_D + offs_d[None, :])
     return total
+
+
+@jit
+def _view_gradients(
+    sum_a,
+    sum_b,
+    a,
+    b,
+    inv_a,
+    inv_b,
+    dloss_ptr,
+    pos_ptr,
+    negatives_ptr,
+    pairs,
+    num_pairs,
+    temperature,
+    NORMALIZE: tl.constexpr,
+    DECOUPLED: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """From the tiles' sums of u = z sqrt(log2(e) / tau): subtract the positive in fp32, scale by dloss, go back
+    through the normalisation.
+
+    -> da, db [BLOCK_P, BLOCK_D]; <z, dz> of each pair before the normalisation, [BLOCK_P].
+    """
+    mask_p = pairs < num_pairs
+    if DECOUPLED:
+        sigma = tl.full([BLOCK_P], 2.0, tl.float32)
+    else:
+        pos = tl.load(pos_ptr + pairs, mask=mask_p, other=0.0)
+        negatives_a = tl.load(negatives_ptr + pairs * 2, mask=mask_p, other=0.0)
+        negatives_b = tl.load(negatives_ptr + pairs * 2 + 1, mask=mask_p, other=0.0)
+        # 1 - softmax of the positive, from the negatives' side: no cancellation when it is tiny.
+        sigma = 1.0 / (1.0 + tl.exp2(pos - negatives_a)) + 1.0 / (1.0 + tl.exp2(pos - negatives_b))
+    unscale = tl.sqrt(temperature / 1.4426950408889634)
+    scale = tl.load(dloss_ptr).to(tl.float32) / (2.0 * num_pairs * temperature)
+    da = (sum_a * unscale - sigma[:, None] * b) * scale
+    db = (sum_b * unscale - sigma[:, None] * a) * scale
+    radial_a = tl.sum(a * da, 1)
+    radial_b = tl.sum(b * db, 1)
+    if NORMALIZE:
+        da = (da - a * radial_a[:, None]) * inv_a[:, None]
+        db = (db - b * radial_b[:, None]) * inv_b[:, None]
+    return da, db, radial_a + radial_b
+
+
+@jit
+def _store_views(da_ptr, db_ptr, da, db, pairs, offs_d, num_pairs, dim):
+    mask = (pairs < num_pairs)[:, None] & (offs_d < dim)[None, :]
+    offs = pairs[:, None] * dim + offs_d[None, :]
+    tl.store(da_ptr + offs, da.to(da_ptr.dtype.element_ty), mask=mask)
+    tl.store(db_ptr + offs, db.to(db_ptr.dtype.element_ty), mask=mask)
 
 
 @jit
@@ -269,45 +403,92 @@ def _nt_xent_epilogue_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Sum the ranges, subtract the positive in fp32, go back through the normalisation, scale by dloss, cast, split
-    the views."""
+    """Sum the ranges; then from the sums to the views' gradients."""
     pairs = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     offs_d = tl.arange(0, BLOCK_D)
-    mask_p = pairs < num_pairs
     if TEMPERATURE_IS_TENSOR:
         temperature = tl.load(temperature_ptr).to(tl.float32)
     a = _load_view(a_ptr, pairs, offs_d, stride_an, stride_ad, num_pairs, dim)
     b = _load_view(b_ptr, pairs, offs_d, stride_bn, stride_bd, num_pairs, dim)
     inv_a = _inverse_norm(a, NORMALIZE, EPS)
     inv_b = _inverse_norm(b, NORMALIZE, EPS)
-    a = a * inv_a[:, None]
-    b = b * inv_b[:, None]
-    if DECOUPLED:
-        sigma = tl.full([BLOCK_P], 2.0, tl.float32)
-    else:
-        pos = tl.load(pos_ptr + pairs, mask=mask_p, other=0.0)
-        negatives_a = tl.load(negatives_ptr + pairs * 2, mask=mask_p, other=0.0)
-        negatives_b = tl.load(negatives_ptr + pairs * 2 + 1, mask=mask_p, other=0.0)
-        # 1 - softmax of the positive, from the negatives' side: no cancellation when it is tiny.
-        sigma = 1.0 / (1.0 + tl.exp2(pos - negatives_a)) + 1.0 / (1.0 + tl.exp2(pos - negatives_b))
-    unscale = tl.sqrt(temperature / 1.4426950408889634)  # the tiles summed u = z / unscale
-    da = _gradient_rows(partial_ptr, pairs * 2, offs_d, num_slots, stride_slot, BLOCK_P, BLOCK_D) * unscale
-    db = _gradient_rows(partial_ptr, pairs * 2 + 1, offs_d, num_slots, stride_slot, BLOCK_P, BLOCK_D) * unscale
-    scale = tl.load(dloss_ptr).to(tl.float32) / (2.0 * num_pairs * temperature)
-    da = (da - sigma[:, None] * b) * scale
-    db = (db - sigma[:, None] * a) * scale
-    radial_a = tl.sum(a * da, 1)
-    radial_b = tl.sum(b * db, 1)
+    sum_a = _gradient_rows(partial_ptr, pairs * 2, offs_d, num_slots, stride_slot, BLOCK_P, BLOCK_D)
+    sum_b = _gradient_rows(partial_ptr, pairs * 2 + 1, offs_d, num_slots, stride_slot, BLOCK_P, BLOCK_D)
+    da, db, radial = _view_gradients(
+        sum_a, sum_b, a * inv_a[:, None], b * inv_b[:, None], inv_a, inv_b, dloss_ptr, pos_ptr, negatives_ptr,
+        pairs, num_pairs, temperature, NORMALIZE, DECOUPLED, BLOCK_P,
+    )  # fmt: skip
     if TEMPERATURE_IS_TENSOR:
-        dtemperature = tl.sum(tl.where(mask_p, radial_a + radial_b, 0.0), 0) / (-2.0 * temperature)
+        dtemperature = tl.sum(tl.where(pairs < num_pairs, radial, 0.0), 0) / (-2.0 * temperature)
         tl.store(dtemperature_ptr + tl.program_id(0), dtemperature)
-    if NORMALIZE:
-        da = (da - a * radial_a[:, None]) * inv_a[:, None]
-        db = (db - b * radial_b[:, None]) * inv_b[:, None]
-    mask = mask_p[:, None] & (offs_d < dim)[None, :]
-    offs = pairs[:, None] * dim + offs_d[None, :]
-    tl.store(da_ptr + offs, da.to(da_ptr.dtype.element_ty), mask=mask)
-    tl.store(db_ptr + offs, db.to(db_ptr.dtype.element_ty), mask=mask)
+    _store_views(da_ptr, db_ptr, da, db, pairs, offs_d, num_pairs, dim)
+
+
+@jit
+def _nt_xent_few_rows_bwd_kernel(
+    a_ptr,
+    b_ptr,
+    dloss_ptr,
+    u_ptr,
+    pos_ptr,
+    negatives_ptr,
+    lse_ptr,
+    da_ptr,
+    db_ptr,
+    stride_an,
+    stride_ad,
+    stride_bn,
+    stride_bd,
+    num_pairs,
+    dim,
+    temperature,
+    shift,
+    NORMALIZE: tl.constexpr,
+    EPS: tl.constexpr,
+    DECOUPLED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    LOG2_SCALE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Tiles and epilogue in one: a program takes its rows through all keys and turns the sums into gradients."""
+    BLOCK_P: tl.constexpr = BLOCK_M // 2
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    num_rows = num_pairs * 2
+    rows, rows_lo = load_planes(u_ptr, offs_m, offs_d, SPLIT, BLOCK_D)
+    inverse_rows = tl.exp2(shift - tl.load(lse_ptr + offs_m, mask=offs_m < num_rows, other=float("inf")))
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(0, num_rows, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        keys, keys_lo = load_planes(u_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
+        inverse_keys = tl.exp2(shift - tl.load(lse_ptr + offs_n, mask=offs_n < num_rows, other=float("inf")))
+        s = similarities(rows, rows_lo, keys, keys_lo, SPLIT)  # [BLOCK_M, BLOCK_N]
+        weight = tl.exp2(s - (shift - LOG2_SCALE)) * (inverse_rows[:, None] + inverse_keys[None, :])
+        own = (offs_m >> 1)[:, None] == (offs_n >> 1)[None, :]
+        weight = tl.where(own | (offs_n >= num_rows)[None, :], 0.0, weight)
+        acc = add_weighted(acc, weight, keys, keys_lo, SPLIT)
+    acc *= 2.0 ** (-LOG2_SCALE)
+    sum_a, sum_b = tl.split(tl.permute(tl.reshape(acc, [BLOCK_P, 2, BLOCK_D]), (0, 2, 1)))
+    pairs = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    a = _load_view(a_ptr, pairs, offs_d, stride_an, stride_ad, num_pairs, dim)
+    b = _load_view(b_ptr, pairs, offs_d, stride_bn, stride_bd, num_pairs, dim)
+    inv_a = _inverse_norm(a, NORMALIZE, EPS)
+    inv_b = _inverse_norm(b, NORMALIZE, EPS)
+    da, db, _ = _view_gradients(
+        sum_a, sum_b, a * inv_a[:, None], b * inv_b[:, None], inv_a, inv_b, dloss_ptr, pos_ptr, negatives_ptr,
+        pairs, num_pairs, temperature, NORMALIZE, DECOUPLED, BLOCK_P,
+    )  # fmt: skip
+    _store_views(da_ptr, db_ptr, da, db, pairs, offs_d, num_pairs, dim)
+
+
+def few_rows_tile(target):
+    return FEW_ROWS_TILES.get(target, FEW_ROWS_TILE)
+
+
+def _few_rows(num_rows, num_keys, u, shift):
+    return num_rows == num_keys and shift is not None and num_rows <= FEW_ROWS and u.shape[1] <= FEW_ROWS_WIDTH
 
 
 @on_device_of_first
@@ -321,30 +502,37 @@ def _triton_forward(z_a, z_b, temperature_tensor, temperature, normalize, decoup
     u = empty_rows(num_rows, dim, z_a.dtype, normalize, device)
     z_a, z_b = _interpretable(z_a, z_b)
     pos = torch.empty(num_pairs, dtype=torch.float32, device=device)
+    # One count and one loss a program, of which there are the most where each has 16 rows.
+    partials = torch.empty(1 + ceil_div(num_rows, 16), dtype=torch.float32, device=device)
     block_d = u.shape[1] // (2 if split else 1)
     block_p = _block_p(block_d)
-    _nt_xent_prepare_kernel[(u.shape[0] // (2 * block_p),)](
-        z_a, z_b, pos if temperature_tensor is None else temperature_tensor, u, pos,
-        *z_a.stride(), *z_b.stride(), num_pairs, dim, temperature,
-        TEMPERATURE_IS_TENSOR=temperature_tensor is not None, NORMALIZE=normalize, EPS=NORM_EPS,
-        FP16=plane == torch.float16, SPLIT=split, BLOCK_P=block_p, BLOCK_D=block_d,
+    constants = {"TEMPERATURE_IS_TENSOR": temperature_tensor is not None, "NORMALIZE": normalize, "EPS": NORM_EPS}
+    constants |= {"FP16": plane == torch.float16, "SPLIT": split, "BLOCK_P": block_p, "BLOCK_D": block_d}
+    launch(
+        _nt_xent_prepare_kernel, (u.shape[0] // (2 * block_p),),
+        (z_a, z_b, pos if temperature_tensor is None else temperature_tensor, u, pos, partials),
+        (*z_a.stride(), *z_b.stride(), num_pairs, dim, temperature), constants,
     )  # fmt: skip
     keys, num_keys, index = gather_keys(gather, u, num_rows)
     shift = shift_of(None if temperature_tensor is not None else temperature, normalize)
-    tops, sums, half_slot, half_row = slot_sums(u, keys, num_rows, num_keys, 1, split, shift)
     negatives = torch.empty(num_rows, dtype=torch.float32, device=device)
     lse = torch.empty_like(negatives)
-    block_r = 128
-    # Up to M = 4096 one program adds the rows' losses; above, a fourth launch costs nothing that shows.
-    rows_per_program = ceil_div(num_rows, block_r) * block_r if num_rows <= 4096 else block_r
-    programs = ceil_div(num_rows, rows_per_program)
-    loss = torch.empty(programs, dtype=torch.float32, device=device)
-    _nt_xent_finish_kernel[(programs,)](
-        sums if tops is None else tops, sums, pos, negatives, lse, loss, shift or 0.0,
-        num_rows, sums.shape[0], half_slot, half_row, sums.shape[1], rows_per_program,
-        SHIFTED=tops is None, DECOUPLED=decoupled, SLOTS=16, BLOCK_R=block_r,
-    )  # fmt: skip
-    loss = loss.view(()) if programs == 1 else loss.sum()
+    loss = torch.empty((), dtype=torch.float32, device=device)
+    if _few_rows(num_rows, num_keys, u, shift):
+        block_m, block_n, warps, stages = few_rows_tile(target_name(device))
+        constants = {"DECOUPLED": decoupled, "SPLIT": split, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d}
+        launch(
+            _nt_xent_few_rows_fwd_kernel, (ceil_div(num_rows, block_m),),
+            (u, pos, negatives, lse, partials, loss), (shift, num_rows), constants, warps, stages,
+        )  # fmt: skip
+    else:
+        tops, sums, half_slot, half_row = slot_sums(u, keys, num_rows, num_keys, 1, split, shift)
+        constants = {"SHIFTED": tops is None, "DECOUPLED": decoupled, "SLOTS": 16, "BLOCK_R": 128}
+        launch(
+            _nt_xent_finish_kernel, (ceil_div(num_rows, constants["BLOCK_R"]),),
+            (sums if tops is None else tops, sums, pos, negatives, lse, partials, loss),
+            (shift or 0.0, num_rows, sums.shape[0], half_slot, half_row, sums.shape[1]), constants,
+        )  # fmt: skip
     return loss, u, keys, pos, negatives, lse, lse if gather is None else gather(lse)[index]
 
 
@@ -357,21 +545,37 @@ def _triton_backward(
     num_rows, num_keys = 2 * num_pairs, lse_keys.shape[0]
     device, dtype = z_a.device, z_a.dtype
     plane, split = planes(dtype, normalize)
+    fp16 = plane == torch.float16
     shift = shift_of(None if temperature_tensor is not None else temperature, normalize)
-    partial = weighted_sums(u, keys, lse, lse_keys, num_rows, num_keys, 1, split, shift, fp16=plane == torch.float16)
-    block_d = partial.shape[2]
     z_a, z_b = _interpretable(z_a, z_b)
+    strides = (*z_a.stride(), *z_b.stride())
+    block_d = u.shape[1] // (2 if split else 1)
+    few = _few_rows(num_rows, num_keys, u, shift)
+    if not few:  # first of all, so that the GPU need not wait for the rest
+        partial = weighted_sums(u, keys, lse, lse_keys, num_rows, num_keys, 1, split, shift, fp16)
     dz_a = torch.empty(num_pairs, dim, dtype=z_a.dtype, device=device)
     dz_b = torch.empty_like(dz_a)
+    constants = {"NORMALIZE": normalize, "EPS": NORM_EPS, "DECOUPLED": decoupled}
+    if few:
+        block_m, block_n, warps, stages = few_rows_tile(target_name(device))
+        constants |= {"SPLIT": split, "LOG2_SCALE": LOG2_FP16_SCALE if fp16 else 0.0}
+        constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d}
+        launch(
+            _nt_xent_few_rows_bwd_kernel, (ceil_div(num_rows, block_m),),
+            (z_a, z_b, dloss, u, pos, negatives, lse, dz_a, dz_b), (*strides, num_pairs, dim, temperature, shift),
+            constants, warps, stages,
+        )  # fmt: skip
+        return dz_a.to(dtype), dz_b.to(dtype), None
     block_p = _block_p(block_d)
     programs = ceil_div(num_pairs, block_p)
     dtemperature = torch.empty(0 if temperature_tensor is None else programs, dtype=torch.float32, device=device)
-    _nt_xent_epilogue_kernel[(programs,)](
-        z_a, z_b, pos if temperature_tensor is None else temperature_tensor, dloss, partial, pos, negatives,
-        dz_a, dz_b, dtemperature, *z_a.stride(), *z_b.stride(),
-        num_pairs, dim, partial.shape[0], partial.stride(0), temperature,
-        TEMPERATURE_IS_TENSOR=temperature_tensor is not None, NORMALIZE=normalize, EPS=NORM_EPS,
-        DECOUPLED=decoupled, BLOCK_P=block_p, BLOCK_D=block_d,
+    constants = {"TEMPERATURE_IS_TENSOR": temperature_tensor is not None} | constants
+    constants |= {"BLOCK_P": block_p, "BLOCK_D": block_d}
+    launch(
+        _nt_xent_epilogue_kernel, (programs,),
+        (z_a, z_b, pos if temperature_tensor is None else temperature_tensor, dloss, partial, pos, negatives,
+         dz_a, dz_b, dtemperature),
+        (*strides, num_pairs, dim, partial.shape[0], partial.stride(0), temperature), constants,
     )  # fmt: skip
     if temperature_tensor is None:
         return dz_a.to(dtype), dz_b.to(dtype), None

@@ -97,7 +97,8 @@ def temporal_shift_kernel(
         last_frame = clip + (num_frames - 1) * frame_size.to(tl.int64)  # Triton makes a num_frames of 1 a plain int
         previous = tl.load(x_ptr + last_frame + offs, mask=mask)
     elif PADDING == "replicate" and not TRANSPOSED:
-        previous = first
+        # Not `first` itself: some versions of Triton take two values that enter a loop as one for one value.
+        previous = tl.where(mask, first, previous)
     current = first
     for t in range(0, num_frames):
         base = clip + t * frame_size.to(tl.int64)

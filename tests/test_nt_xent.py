@@ -35,7 +35,7 @@ def eager(z_a, z_b, temperature):
     z = F.normalize(torch.cat((z_a, z_b)).float(), dim=1).to(z_a.dtype)
     logits = ((z @ z.T).float() / temperature).fill_diagonal_(-math.inf)
     n = z_a.shape[0]
-    return F.cross_entropy(logits, torch.arange(2 * n).roll(n))
+    return F.cross_entropy(logits, torch.arange(2 * n, device=z.device).roll(n))
 
 
 def views(n, d, dtype=torch.float32, noise=1.0, seed=0):
@@ -393,17 +393,17 @@ def test_a_learnable_temperature_compiles():
     torch.testing.assert_close(grads[0], grads[1])
 
 
-@pytest.mark.parametrize("n", [32, 60])
-def test_at_most_three_forward_and_two_backward_launches(n, monkeypatch):
+@pytest.mark.parametrize(("n", "forward", "both"), [(16, 2, 3), (32, 3, 5), (60, 3, 5)])
+def test_at_most_three_forward_and_two_backward_launches(n, forward, both, monkeypatch):
     launches = []
     kind = type(kernels.gram.half_kernel)
     launcher = kind.__getitem__
     monkeypatch.setattr(kind, "__getitem__", lambda self, grid: launches.append(self) or launcher(self, grid))
     z_a, z_b = (z.requires_grad_() for z in views(n, 8))
     loss = nt_xent(z_a, z_b, 0.1, impl="triton")
-    assert len(launches) == 3
+    assert len(launches) == forward
     loss.backward()
-    assert len(launches) == 5
+    assert len(launches) == both
 
 
 def gpu_views(n, d, dtype, noise=1.0):
@@ -426,8 +426,12 @@ def test_kernel_on_the_gpu(n, d, temperature, dtype, decoupled):
     eps = torch.finfo(dtype).eps if dtype != torch.float32 else 3e-6 if temperature >= 0.07 else 3e-5
     assert (got[0] - truth[0]).abs() <= 2 * eps * (truth[0].abs() + 0.1 / temperature)
     allowed = 4 * eps * truth[1].norm() + 1e-9
-    if dtype != torch.float32 and not decoupled:
-        allowed = allowed + (run(eager, z_a, z_b, temperature, upstream=-2.5)[1] - truth[1]).norm()
+    if dtype != torch.float32:
+        # Rounding both rows moves a logit by up to eps / temperature, and its exponential by that share. With many rows
+        # that averages out, with four it does not.
+        allowed = allowed + eps / (2 * temperature) * truth[1].norm() / (n / 2) ** 0.5
+        if not decoupled:
+            allowed = allowed + (run(eager, z_a, z_b, temperature, upstream=-2.5)[1] - truth[1]).norm()
     assert (got[1] - truth[1]).norm() <= allowed
 
 
@@ -475,7 +479,8 @@ def test_cuda_graph_and_compile_on_the_gpu():
 
     def step(z_a, z_b):
         loss = nt_xent(z_a, z_b, 0.1, impl="triton")
-        return loss, *torch.autograd.grad(loss, (z_a, z_b))
+        # Detached: a graph kept alive would tie the leaves to the stream of its forward, not the one that is captured.
+        return loss.detach(), *torch.autograd.grad(loss, (z_a, z_b))
 
     expected = step(z_a, z_b)
     side = torch.cuda.Stream()
