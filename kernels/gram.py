@@ -48,6 +48,7 @@ REFERENCE_TILE = 1024  # rows and keys: 4 MB in fp32; even, so that pairs of row
 LOG2_E = math.log2(math.e)
 MAX_SHIFTED = LOG2_E / 0.0128
 SLOT_BYTES = 2**26
+FULL_GRID_ROWS = 0 if INTERPRETED else 4096  # below, halving the tiles gains less than merging their slots costs
 # fp16 ends at 6e-8, and a mean weight at m = 131,072 is 8e-6: scaled by this a weight keeps its digits, and 2 * 2^13
 # fits.
 LOG2_FP16_SCALE = 13.0
@@ -57,13 +58,14 @@ BLOCK = 32 if INTERPRETED else 128  # every row buffer is padded to a multiple o
 # spills; within that the half grid's owner and the backward's key block are as wide as leaves two blocks on a
 # multiprocessor (reports in README.md).
 _A, _B, _C, _D, _E = (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (64, 64, 8, 1), (64, 64, 8, 2)
+_F, _G = (64, 128, 4, 3), (128, 128, 8, 2)
 _NARROW = {(1, d): (_A, _A, _A) for d in (64, 128, 256)} | {(2, 64): (_A, _A, _A), (2, 128): (_A, _A, (64, 32, 4, 2))}
 TILES = {
     "sm_80": _NARROW | {(1, 64): (_C, _C, _C), (1, 128): (_C, _C, _C), (1, 512): (_D, _D, _E)},
     "sm_90": _NARROW
     | {
-        (1, 64): (_C, _B, _C),
-        (1, 128): (_C, _C, _C),
+        (1, 64): (_B, _B, _F),
+        (1, 128): (_F, _G, _C),
         (1, 512): (_D, _D, _E),
         (2, 64): (_B, _B, _B),
         (2, 128): (_A, _A, _A),
@@ -186,6 +188,54 @@ def reference_weighted_sum(rows, keys, lse_rows, lse_keys, pair_shift) -> torch.
         if mirrored:
             out[n].addmm_(weight.T, rows[m])
     return out
+
+
+@jit
+def load_rows(ptr, rows, offs_d, stride_n, stride_d, num_rows, dim):
+    """[rows, BLOCK_D] fp32 of a matrix of any strides, zeros beyond it."""
+    mask = (rows < num_rows)[:, None] & (offs_d < dim)[None, :]
+    return tl.load(ptr + rows[:, None] * stride_n + offs_d[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
+
+
+@jit
+def inverse_norm(x, NORMALIZE: tl.constexpr, EPS: tl.constexpr):
+    if NORMALIZE:
+        norm = tl.sqrt(tl.sum(x * x, 1))
+        return tl.where(norm > EPS, 1.0 / tl.maximum(norm, EPS), 0.0)
+    return tl.sum(x, 1) * 0.0 + 1.0
+
+
+@jit
+def sum_ranges(partial_ptr, rows, offs_d, num_slots, stride_slot, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Add up what `weighted_sums` left for some rows: [BLOCK_R, BLOCK_D]."""
+    total = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    for slot in range(0, num_slots):
+        total += tl.load(partial_ptr + slot * stride_slot + rows[:, None] * BLOCK_D + offs_d[None, :])
+    return total
+
+
+@jit
+def comes_last(count_ptr):
+    """Is this the last program of the launch to come here? What the others stored before is then there to be read.
+
+    Which program is last differs between runs; what it does, adding up in the order of the programs, does not.
+    count_ptr[0] is zero before the launch.
+    """
+    tl.debug_barrier()
+    return tl.atomic_add(count_ptr, 1.0, sem="acq_rel") == tl.num_programs(0) - 1
+
+
+@jit
+def sum_of_programs(ptr):
+    """One number of each program, added up by the one that comes last."""
+    BLOCK: tl.constexpr = 128
+    total = tl.zeros([BLOCK], tl.float32)
+    programs = tl.num_programs(0)
+    for first in range(0, programs, BLOCK):
+        offs = first + tl.arange(0, BLOCK)
+        # Past the first-level cache, which knows nothing of what other multiprocessors wrote.
+        total += tl.load(ptr + offs, mask=offs < programs, other=0.0, cache_modifier=".cg")
+    return tl.sum(total, 0)
 
 
 @jit
@@ -462,7 +512,7 @@ def slot_sums(u, keys, num_rows, num_keys, pair_shift, split, shift):
     dim = u.shape[1] // (2 if split else 1)
     device, size = u.device, u.shape[0]
     target = target_name(device)
-    if shift is None or keys is not u:
+    if shift is None or keys is not u or num_rows <= FULL_GRID_ROWS:
         block_m, block_n, warps, stages = tile("full", 1 + split, dim, target)
         steps = ceil_div(num_keys, block_n)
         splits = _num_splits(size // block_m, steps, SLOT_BYTES // (8 * size) or 1, 2 * num_sms(device))

@@ -35,9 +35,12 @@ from .gram import (
     LOG2_FP16_SCALE,
     NORM_EPS,
     add_weighted,
+    comes_last,
     empty_rows,
     gather_keys,
+    inverse_norm,
     load_planes,
+    load_rows,
     normalize_rows,
     own_rows_first,
     planes,
@@ -47,6 +50,8 @@ from .gram import (
     similarities,
     slot_sums,
     store_planes,
+    sum_of_programs,
+    sum_ranges,
     weighted_sums,
     why_not_fused,
 )
@@ -131,20 +136,6 @@ class _Reference(torch.autograd.Function):
 
 
 @jit
-def _load_view(ptr, pairs, offs_d, stride_n, stride_d, num_pairs, dim):
-    mask = (pairs < num_pairs)[:, None] & (offs_d < dim)[None, :]
-    return tl.load(ptr + pairs[:, None] * stride_n + offs_d[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
-
-
-@jit
-def _inverse_norm(x, NORMALIZE: tl.constexpr, EPS: tl.constexpr):
-    if NORMALIZE:
-        norm = tl.sqrt(tl.sum(x * x, 1))
-        return tl.where(norm > EPS, 1.0 / tl.maximum(norm, EPS), 0.0)
-    return tl.sum(x, 1) * 0.0 + 1.0
-
-
-@jit
 def _nt_xent_prepare_kernel(
     a_ptr,
     b_ptr,
@@ -176,10 +167,10 @@ def _nt_xent_prepare_kernel(
     if TEMPERATURE_IS_TENSOR:
         temperature = tl.load(temperature_ptr).to(tl.float32)
     scale = tl.sqrt(1.4426950408889634 / temperature)
-    a = _load_view(a_ptr, pairs, offs_d, stride_an, stride_ad, num_pairs, dim)
-    b = _load_view(b_ptr, pairs, offs_d, stride_bn, stride_bd, num_pairs, dim)
-    a = a * (_inverse_norm(a, NORMALIZE, EPS) * scale)[:, None]
-    b = b * (_inverse_norm(b, NORMALIZE, EPS) * scale)[:, None]
+    a = load_rows(a_ptr, pairs, offs_d, stride_an, stride_ad, num_pairs, dim)
+    b = load_rows(b_ptr, pairs, offs_d, stride_bn, stride_bd, num_pairs, dim)
+    a = a * (inverse_norm(a, NORMALIZE, EPS) * scale)[:, None]
+    b = b * (inverse_norm(b, NORMALIZE, EPS) * scale)[:, None]
     tl.store(pos_ptr + pairs, tl.sum(a * b, 1), mask=pairs < num_pairs)
     # Rows beyond M are stored as zeros, so that tiles load without a mask.
     store_planes(u_ptr, pairs * 2, offs_d, a, FP16, SPLIT, BLOCK_D)
@@ -215,21 +206,11 @@ def _log2_sum(total, top):
 
 
 @jit
-def _add_losses(partials_ptr, loss_ptr, loss, BLOCK: tl.constexpr):
-    """Leave this program's loss; the program that comes last adds them all up, in the order of the programs.
-
-    partials_ptr[0] counts who has come: which program is last differs between runs, its result does not.
-    """
-    programs = tl.num_programs(0)
+def _add_losses(partials_ptr, loss_ptr, loss):
+    """Leave this program's loss; the program that comes last adds them all up."""
     tl.store(partials_ptr + 1 + tl.program_id(0), loss)
-    tl.debug_barrier()
-    if tl.atomic_add(partials_ptr, 1.0, sem="acq_rel") == programs - 1:
-        total = tl.zeros([BLOCK], tl.float32)
-        for first in range(0, programs, BLOCK):
-            offs = first + tl.arange(0, BLOCK)
-            # Past the first-level cache, which knows nothing of what other multiprocessors wrote.
-            total += tl.load(partials_ptr + 1 + offs, mask=offs < programs, other=0.0, cache_modifier=".cg")
-        tl.store(loss_ptr, tl.sum(total, 0))
+    if comes_last(partials_ptr):
+        tl.store(loss_ptr, sum_of_programs(partials_ptr + 1))
 
 
 @jit
@@ -277,7 +258,7 @@ def _nt_xent_finish_kernel(
     lse, loss = _row_losses(negatives, tl.load(pos_ptr + (offs_r >> 1), mask=mask_r, other=0.0), DECOUPLED)
     tl.store(negatives_ptr + offs_r, negatives, mask=mask_r)
     tl.store(lse_ptr + offs_r, lse, mask=mask_r)
-    _add_losses(partials_ptr, loss_ptr, tl.sum(tl.where(mask_r, loss, 0.0), 0) / num_rows, 128)
+    _add_losses(partials_ptr, loss_ptr, tl.sum(tl.where(mask_r, loss, 0.0), 0) / num_rows)
 
 
 @jit(do_not_specialize=["num_rows"])
@@ -301,26 +282,18 @@ def _nt_xent_few_rows_fwd_kernel(
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m = offs_m < num_rows
     rows, rows_lo = load_planes(u_ptr, offs_m, offs_d, SPLIT, BLOCK_D)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # summed over the warps once, at the end
     for start in range(0, num_rows, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
         keys, keys_lo = load_planes(u_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
-        e = tl.exp2(similarities(rows, rows_lo, keys, keys_lo, SPLIT) - shift)  # [BLOCK_M, BLOCK_N]
+        e = tl.exp2(similarities(rows, rows_lo, keys, keys_lo, SPLIT) - shift)
         own = (offs_m >> 1)[:, None] == (offs_n >> 1)[None, :]
-        total += tl.sum(tl.where(own | (offs_n >= num_rows)[None, :], 0.0, e), 1)
-    negatives = _log2_sum(total, shift)
+        total += tl.where(own | (offs_n >= num_rows)[None, :], 0.0, e)
+    negatives = _log2_sum(tl.sum(total, 1), shift)
     lse, loss = _row_losses(negatives, tl.load(pos_ptr + (offs_m >> 1), mask=mask_m, other=0.0), DECOUPLED)
     tl.store(negatives_ptr + offs_m, negatives, mask=mask_m)
     tl.store(lse_ptr + offs_m, lse, mask=mask_m)
-    _add_losses(partials_ptr, loss_ptr, tl.sum(tl.where(mask_m, loss, 0.0), 0) / num_rows, 128)
-
-
-@jit
-def _gradient_rows(partial_ptr, rows, offs_d, num_slots, stride_slot, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
-    total = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
-    for slot in range(0, num_slots):
-        total += tl.load(partial_ptr + slot * stride_slot + rows[:, None] * BLOCK_D + offs_d[None, :])
-    return total
+    _add_losses(partials_ptr, loss_ptr, tl.sum(tl.where(mask_m, loss, 0.0), 0) / num_rows)
 
 
 @jit
@@ -408,12 +381,12 @@ def _nt_xent_epilogue_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     if TEMPERATURE_IS_TENSOR:
         temperature = tl.load(temperature_ptr).to(tl.float32)
-    a = _load_view(a_ptr, pairs, offs_d, stride_an, stride_ad, num_pairs, dim)
-    b = _load_view(b_ptr, pairs, offs_d, stride_bn, stride_bd, num_pairs, dim)
-    inv_a = _inverse_norm(a, NORMALIZE, EPS)
-    inv_b = _inverse_norm(b, NORMALIZE, EPS)
-    sum_a = _gradient_rows(partial_ptr, pairs * 2, offs_d, num_slots, stride_slot, BLOCK_P, BLOCK_D)
-    sum_b = _gradient_rows(partial_ptr, pairs * 2 + 1, offs_d, num_slots, stride_slot, BLOCK_P, BLOCK_D)
+    a = load_rows(a_ptr, pairs, offs_d, stride_an, stride_ad, num_pairs, dim)
+    b = load_rows(b_ptr, pairs, offs_d, stride_bn, stride_bd, num_pairs, dim)
+    inv_a = inverse_norm(a, NORMALIZE, EPS)
+    inv_b = inverse_norm(b, NORMALIZE, EPS)
+    sum_a = sum_ranges(partial_ptr, pairs * 2, offs_d, num_slots, stride_slot, BLOCK_P, BLOCK_D)
+    sum_b = sum_ranges(partial_ptr, pairs * 2 + 1, offs_d, num_slots, stride_slot, BLOCK_P, BLOCK_D)
     da, db, radial = _view_gradients(
         sum_a, sum_b, a * inv_a[:, None], b * inv_b[:, None], inv_a, inv_b, dloss_ptr, pos_ptr, negatives_ptr,
         pairs, num_pairs, temperature, NORMALIZE, DECOUPLED, BLOCK_P,
@@ -472,10 +445,10 @@ def _nt_xent_few_rows_bwd_kernel(
     acc *= 2.0 ** (-LOG2_SCALE)
     sum_a, sum_b = tl.split(tl.permute(tl.reshape(acc, [BLOCK_P, 2, BLOCK_D]), (0, 2, 1)))
     pairs = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
-    a = _load_view(a_ptr, pairs, offs_d, stride_an, stride_ad, num_pairs, dim)
-    b = _load_view(b_ptr, pairs, offs_d, stride_bn, stride_bd, num_pairs, dim)
-    inv_a = _inverse_norm(a, NORMALIZE, EPS)
-    inv_b = _inverse_norm(b, NORMALIZE, EPS)
+    a = load_rows(a_ptr, pairs, offs_d, stride_an, stride_ad, num_pairs, dim)
+    b = load_rows(b_ptr, pairs, offs_d, stride_bn, stride_bd, num_pairs, dim)
+    inv_a = inverse_norm(a, NORMALIZE, EPS)
+    inv_b = inverse_norm(b, NORMALIZE, EPS)
     da, db, _ = _view_gradients(
         sum_a, sum_b, a * inv_a[:, None], b * inv_b[:, None], inv_a, inv_b, dloss_ptr, pos_ptr, negatives_ptr,
         pairs, num_pairs, temperature, NORMALIZE, DECOUPLED, BLOCK_P,

@@ -31,6 +31,7 @@ from .impl import (
     first_derivative_only,
     jit,
     lacks_tensor_cores,
+    launch,
     num_sms,
     on_device_of_first,
     target_name,
@@ -42,9 +43,17 @@ try:
 except ImportError:
     tl = None
 
-# (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages), chosen by the ahead-of-time reports in README.md.
-GPU_TILE = (128, 128, 32, 8, 3)
-TILE = (32, 32, 16, 1, 1) if INTERPRETED else GPU_TILE
+# Up to so many columns in all products the forward keeps the weight in shared memory while rows pass: what is left is
+# reading and writing. Above, and in the backward, tiles of BLOCK_K columns.
+RESIDENT = {"interpreter": 64, "sm_80": 128, "sm_90": 256, "sm_100": 128, "gfx942": 128}
+# (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) by what is computed; chosen on an H200 and by the reports in README.md.
+TILE = {"fwd": (64, 128, 32, 4, 3), "dx": (128, 64, 64, 4, 3), "dw": (128, 64, 32, 4, 4)}
+TILES = {
+    "interpreter": dict.fromkeys(TILE, (32, 32, 16, 1, 1)),
+    "sm_80": TILE | {"dx": (64, 64, 64, 4, 3)},
+}
+# One compilation serves every layer of a network: what the compiler must know of sizes, the VECTORs tell it.
+_SIZES = ("num_rows", "channels", "outputs", "split", "num_shifted", "area", "num_frames", "rows_per_range")
 
 
 def shift_conv1x1_reference(x, weight, bias, n_segment, *, fold_div=8, direction="both", padding="zero"):
@@ -55,28 +64,70 @@ def shift_conv1x1_reference(x, weight, bias, n_segment, *, fold_div=8, direction
 
 
 @jit
-def _row_times(rows, num_rows, area, num_frames):
-    """Has row r a next, and a previous, frame in its clip?"""
-    t = (rows // area) % num_frames
-    return (t + 1 < num_frames) & (rows < num_rows), (t > 0) & (rows < num_rows)
+def _row_times(start, local, num_rows, area, num_frames, SMALL_AREA: tl.constexpr):
+    """Has row start + local of the frames' rows a next, and a previous, frame in its clip? And is it a row at all?
+
+    One division a tile: a division a row would take longer than the product.
+    """
+    frame = start // area
+    rest = start - frame * area + local
+    t = frame % num_frames
+    if SMALL_AREA:  # several frames in a tile; exact in fp32, as rest and t stay far below 2^20
+        later = ((rest.to(tl.float32) + 0.5) / area).to(tl.int32)
+        t = t + later
+        t = t - ((t.to(tl.float32) + 0.5) / num_frames).to(tl.int32) * num_frames
+    else:
+        t = tl.where(rest >= area, t + 1, t)
+        t = tl.where(t == num_frames, 0, t)
+    inside = local < num_rows - start
+    return (t + 1 < num_frames) & inside, (t > 0) & inside, inside
 
 
 @jit
-def _offsets(rows, cols, num_rows, channels, split, num_shifted, area, num_frames):
-    """Offsets [rows, cols] of the shifted elements and which of them exist; constant delta over aligned runs of
-    columns."""
-    has_next, has_previous = _row_times(rows, num_rows, area, num_frames)
+def _load_shifted(ptr, local, cols, times, channels, split, num_shifted, area):
+    """[rows, cols], each column from the row that the shift reads; ptr is that of the tile's first row."""
+    has_next, has_previous, inside = times
     reads_next = (cols < split)[None, :]
     reads_previous = (cols < num_shifted)[None, :]  # after reads_next
-    delta = tl.where(reads_next, area, tl.where(reads_previous, -area, 0))
-    exists = tl.where(
-        reads_next, has_next[:, None], tl.where(reads_previous, has_previous[:, None], (rows < num_rows)[:, None])
-    )
-    offsets = (rows.to(tl.int64)[:, None] + delta) * channels + cols[None, :]
-    return offsets, exists & (cols < channels)[None, :]
+    delta = tl.where(cols < split, area, tl.where(cols < num_shifted, -area, 0)) * channels + cols
+    exists = tl.where(reads_next, has_next[:, None], tl.where(reads_previous, has_previous[:, None], inside[:, None]))
+    offsets = (local * channels)[:, None] + delta[None, :]
+    return tl.load(ptr + offsets, mask=exists & (cols < channels)[None, :], other=0.0)
 
 
 @jit
+def _load(ptr, local, cols, mask_r, width, end):
+    """Columns below `end` of rows of `width` numbers, [rows, cols]; ptr is that of the tile's first row."""
+    mask = mask_r[:, None] & (cols < end)[None, :]
+    return tl.load(ptr + (local * width)[:, None] + cols[None, :], mask=mask, other=0.0)
+
+
+@jit
+def _store_unshifted(ptr, start, local, cols, dx, num_rows, channels, split, num_shifted, area, num_frames, SMALL_AREA):
+    """Store each column to the row that the shift reads it from.
+
+    A row whose neighbour lies beyond its clip has nowhere to store; it clears the clip's other end, which nobody reads.
+    """
+    has_next, has_previous, inside = _row_times(start, local, num_rows, area, num_frames, SMALL_AREA)
+    reads_next = (cols < split)[None, :]
+    reads_previous = ((cols >= split) & (cols < num_shifted))[None, :]
+    around = (num_frames - 1) * area
+    to_next = tl.where(has_next, area, -around)[:, None]
+    to_previous = tl.where(has_previous, -area, around)[:, None]
+    delta = tl.where(reads_next, to_next, tl.where(reads_previous, to_previous, 0))
+    lost = (reads_next & (has_next == 0)[:, None]) | (reads_previous & (has_previous == 0)[:, None])
+    offsets = (local[:, None] + delta).to(tl.int64) * channels + cols[None, :]
+    mask = inside[:, None] & (cols < channels)[None, :]
+    tl.store(ptr + offsets, tl.where(lost, 0.0, dx).to(ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def _weight(weight_ptr, rows, cols, outputs, channels, begin, end):
+    mask = (rows < outputs)[:, None] & ((cols >= begin) & (cols < end))[None, :]
+    return tl.load(weight_ptr + rows[:, None] * channels + cols[None, :], mask=mask, other=0.0)
+
+
+@jit(do_not_specialize=_SIZES)
 def shift_conv1x1_fwd_kernel(
     x_ptr,
     weight_ptr,
@@ -90,38 +141,122 @@ def shift_conv1x1_fwd_kernel(
     area,
     num_frames,
     HAS_BIAS: tl.constexpr,
-    VECTOR: tl.constexpr,
+    IN_VECTOR: tl.constexpr,
     OUT_VECTOR: tl.constexpr,
+    SMALL_AREA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NEXT_K: tl.constexpr,
+    PREVIOUS_K: tl.constexpr,
+    K_1: tl.constexpr,
+    K_2: tl.constexpr,
+):
+    """The weight stays in shared memory while rows pass.
+
+    One product for the columns of the next frame's rows, one for the previous frame's, two for the frame's own. Loads
+    are as wide as the alignment of the rows allows, whatever the fold; columns that are loaded and belong to another
+    product meet a zero in this one's part of the weight.
+    """
+    channels = (channels // IN_VECTOR) * IN_VECTOR  # changes nothing; tells the compiler that rows are aligned
+    outputs = (outputs // OUT_VECTOR) * OUT_VECTOR
+    # Neighbouring programs share rows, which then come from memory once however many blocks of outputs there are.
+    blocks_n = tl.cdiv(outputs, BLOCK_N)
+    offs_n = (tl.program_id(0) % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    local = tl.arange(0, BLOCK_M)
+    end_next = tl.cdiv(split, IN_VECTOR) * IN_VECTOR
+    end_previous = tl.cdiv(num_shifted, IN_VECTOR) * IN_VECTOR
+    if NEXT_K > 0:
+        cols_next = tl.arange(0, NEXT_K)
+        weight_next = _weight(weight_ptr, offs_n, cols_next, outputs, channels, 0, split)
+    if PREVIOUS_K > 0:
+        cols_previous = (split // IN_VECTOR) * IN_VECTOR + tl.arange(0, PREVIOUS_K)
+        weight_previous = _weight(weight_ptr, offs_n, cols_previous, outputs, channels, split, num_shifted)
+    if K_1 > 0:
+        cols_1 = (num_shifted // IN_VECTOR) * IN_VECTOR + tl.arange(0, K_1)
+        weight_1 = _weight(weight_ptr, offs_n, cols_1, outputs, channels, num_shifted, channels)
+    if K_2 > 0:
+        cols_2 = (num_shifted // IN_VECTOR) * IN_VECTOR + K_1 + tl.arange(0, K_2)
+        weight_2 = _weight(weight_ptr, offs_n, cols_2, outputs, channels, num_shifted, channels)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + offs_n, mask=offs_n < outputs, other=0.0).to(tl.float32)
+    step = tl.num_programs(0) // blocks_n
+    for tile in range(tl.program_id(0) // blocks_n, tl.cdiv(num_rows, BLOCK_M), step):
+        start = tile * BLOCK_M
+        rows_ptr = x_ptr + start.to(tl.int64) * channels
+        inside = local < num_rows - start
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        if NEXT_K + PREVIOUS_K > 0:
+            has_next, has_previous, _ = _row_times(start, local, num_rows, area, num_frames, SMALL_AREA)
+        if NEXT_K > 0:
+            rows_next = _load(rows_ptr + area * channels, local, cols_next, has_next, channels, end_next)
+            acc = tl.dot(rows_next, tl.trans(weight_next), acc, input_precision=PRECISION)
+        if PREVIOUS_K > 0:
+            rows_previous = _load(
+                rows_ptr - area * channels, local, cols_previous, has_previous, channels, end_previous
+            )
+            acc = tl.dot(rows_previous, tl.trans(weight_previous), acc, input_precision=PRECISION)
+        if K_1 > 0:
+            rows_1 = _load(rows_ptr, local, cols_1, inside, channels, channels)
+            acc = tl.dot(rows_1, tl.trans(weight_1), acc, input_precision=PRECISION)
+        if K_2 > 0:
+            rows_2 = _load(rows_ptr, local, cols_2, inside, channels, channels)
+            acc = tl.dot(rows_2, tl.trans(weight_2), acc, input_precision=PRECISION)
+        if HAS_BIAS:
+            acc += bias[None, :]
+        mask = inside[:, None] & (offs_n < outputs)[None, :]
+        tile_ptr = y_ptr + start.to(tl.int64) * outputs
+        tl.store(tile_ptr + (local * outputs)[:, None] + offs_n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@jit(do_not_specialize=_SIZES)
+def shift_conv1x1_fwd_loop_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    y_ptr,
+    num_rows,
+    channels,
+    outputs,
+    split,
+    num_shifted,
+    area,
+    num_frames,
+    HAS_BIAS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    IN_VECTOR: tl.constexpr,
+    OUT_VECTOR: tl.constexpr,
+    SMALL_AREA: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # True by the caller's choice of VECTOR; it tells the compiler that runs of VECTOR channels move together.
-    channels = (channels // VECTOR) * VECTOR
+    """The same for more channels than fit: one tile of y, BLOCK_K channels at a time."""
+    channels = (channels // IN_VECTOR) * IN_VECTOR
     split = (split // VECTOR) * VECTOR
     num_shifted = (num_shifted // VECTOR) * VECTOR
     outputs = (outputs // OUT_VECTOR) * OUT_VECTOR
-    # Neighbouring programs share rows, which then come from memory once however many blocks of outputs there are.
     blocks_n = tl.cdiv(outputs, BLOCK_N)
-    offs_m = (tl.program_id(0) // blocks_n) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = (tl.program_id(0) % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    local = tl.arange(0, BLOCK_M)
+    start = (tl.program_id(0) // blocks_n) * BLOCK_M
+    rows_ptr = x_ptr + start.to(tl.int64) * channels
+    times = _row_times(start, local, num_rows, area, num_frames, SMALL_AREA)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, channels, BLOCK_K):
-        offs_k = k + tl.arange(0, BLOCK_K)
-        offsets, exists = _offsets(offs_m, offs_k, num_rows, channels, split, num_shifted, area, num_frames)
-        rows = tl.load(x_ptr + offsets, mask=exists, other=0.0)  # [BLOCK_M, BLOCK_K]
-        mask_w = (offs_n < outputs)[:, None] & (offs_k < channels)[None, :]
-        weight = tl.load(weight_ptr + offs_n[:, None] * channels + offs_k[None, :], mask=mask_w, other=0.0)
+        cols = k + tl.arange(0, BLOCK_K)
+        rows = _load_shifted(rows_ptr, local, cols, times, channels, split, num_shifted, area)
+        weight = _weight(weight_ptr, offs_n, cols, outputs, channels, 0, channels)
         acc = tl.dot(rows, tl.trans(weight), acc, input_precision=PRECISION)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < outputs, other=0.0).to(tl.float32)[None, :]
-    mask = (offs_m < num_rows)[:, None] & (offs_n < outputs)[None, :]
-    offs_y = offs_m.to(tl.int64)[:, None] * outputs + offs_n[None, :]
-    tl.store(y_ptr + offs_y, acc.to(y_ptr.dtype.element_ty), mask=mask)
+    mask = (local < num_rows - start)[:, None] & (offs_n < outputs)[None, :]
+    tile_ptr = y_ptr + start.to(tl.int64) * outputs
+    tl.store(tile_ptr + (local * outputs)[:, None] + offs_n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@jit
+@jit(do_not_specialize=_SIZES)
 def shift_conv1x1_dx_kernel(
     dy_ptr,
     weight_ptr,
@@ -134,45 +269,37 @@ def shift_conv1x1_dx_kernel(
     area,
     num_frames,
     VECTOR: tl.constexpr,
+    IN_VECTOR: tl.constexpr,
     OUT_VECTOR: tl.constexpr,
+    SMALL_AREA: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Rows of dy times weight, each column stored to the row that it had been read from."""
-    channels = (channels // VECTOR) * VECTOR
+    """Rows of dy times the weight; each column is stored to the row that it had been read from."""
+    channels = (channels // IN_VECTOR) * IN_VECTOR
     split = (split // VECTOR) * VECTOR
     num_shifted = (num_shifted // VECTOR) * VECTOR
     outputs = (outputs // OUT_VECTOR) * OUT_VECTOR
     blocks_n = tl.cdiv(channels, BLOCK_N)
-    offs_m = (tl.program_id(0) // blocks_n) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = (tl.program_id(0) % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)  # channels
+    local = tl.arange(0, BLOCK_M)
+    start = (tl.program_id(0) // blocks_n) * BLOCK_M
+    rows_ptr = dy_ptr + start.to(tl.int64) * outputs
+    inside = local < num_rows - start
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for k in range(0, outputs, BLOCK_K):
-        offs_k = k + tl.arange(0, BLOCK_K)
-        mask_dy = (offs_m < num_rows)[:, None] & (offs_k < outputs)[None, :]
-        offs_dy = offs_m.to(tl.int64)[:, None] * outputs + offs_k[None, :]
-        dy = tl.load(dy_ptr + offs_dy, mask=mask_dy, other=0.0)
-        mask_w = (offs_k < outputs)[:, None] & (offs_n < channels)[None, :]
-        weight = tl.load(weight_ptr + offs_k[:, None] * channels + offs_n[None, :], mask=mask_w, other=0.0)
-        acc = tl.dot(dy, weight, acc, input_precision=PRECISION)
-    dx = acc.to(dx_ptr.dtype.element_ty)
-    offsets, exists = _offsets(offs_m, offs_n, num_rows, channels, split, num_shifted, area, num_frames)
-    tl.store(dx_ptr + offsets, dx, mask=exists)
-    # Nobody read the first frame's channels that come from the next one, nor the last frame's that come from the
-    # previous.
-    has_next, has_previous = _row_times(offs_m, num_rows, area, num_frames)
-    read = tl.where(
-        (offs_n < split)[None, :],
-        has_previous[:, None],
-        tl.where((offs_n < num_shifted)[None, :], has_next[:, None], True),
+        cols = k + tl.arange(0, BLOCK_K)
+        weight = _weight(weight_ptr, cols, offs_n, outputs, channels, 0, channels)
+        acc = tl.dot(_load(rows_ptr, local, cols, inside, outputs, outputs), weight, acc, input_precision=PRECISION)
+    tile_ptr = dx_ptr + start.to(tl.int64) * channels
+    _store_unshifted(
+        tile_ptr, start, local, offs_n, acc, num_rows, channels, split, num_shifted, area, num_frames, SMALL_AREA
     )
-    unread = (read == 0) & (offs_m < num_rows)[:, None] & (offs_n < channels)[None, :]
-    tl.store(dx_ptr + offs_m.to(tl.int64)[:, None] * channels + offs_n[None, :], tl.zeros_like(dx), mask=unread)
 
 
-@jit
+@jit(do_not_specialize=_SIZES)
 def shift_conv1x1_dw_kernel(
     x_ptr,
     dy_ptr,
@@ -186,38 +313,70 @@ def shift_conv1x1_dw_kernel(
     num_frames,
     rows_per_range,
     VECTOR: tl.constexpr,
+    IN_VECTOR: tl.constexpr,
     OUT_VECTOR: tl.constexpr,
+    SMALL_AREA: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """dy^T times the shifted rows over one range of rows, fp32, into partial [range, O, C]."""
-    channels = (channels // VECTOR) * VECTOR
+    channels = (channels // IN_VECTOR) * IN_VECTOR
     split = (split // VECTOR) * VECTOR
     num_shifted = (num_shifted // VECTOR) * VECTOR
     outputs = (outputs // OUT_VECTOR) * OUT_VECTOR
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)  # outputs
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # channels
+    local = tl.arange(0, BLOCK_K)
     begin = tl.program_id(2) * rows_per_range
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k in range(begin, tl.minimum(begin + rows_per_range, num_rows), BLOCK_K):
-        offs_k = k + tl.arange(0, BLOCK_K)
-        mask_dy = (offs_k < num_rows)[:, None] & (offs_m < outputs)[None, :]
-        offs_dy = offs_k.to(tl.int64)[:, None] * outputs + offs_m[None, :]
-        dy = tl.load(dy_ptr + offs_dy, mask=mask_dy, other=0.0)  # [BLOCK_K, BLOCK_M]
-        offsets, exists = _offsets(offs_k, offs_n, num_rows, channels, split, num_shifted, area, num_frames)
-        rows = tl.load(x_ptr + offsets, mask=exists, other=0.0)  # [BLOCK_K, BLOCK_N]
+    for start in range(begin, tl.minimum(begin + rows_per_range, num_rows), BLOCK_K):
+        start_wide = tl.cast(start, tl.int64)  # a plain number in the interpreter
+        times = _row_times(start, local, num_rows, area, num_frames, SMALL_AREA)
+        dy = _load(dy_ptr + start_wide * outputs, local, offs_m, times[2], outputs, outputs)  # [BLOCK_K, BLOCK_M]
+        rows = _load_shifted(
+            x_ptr + start_wide * channels, local, offs_n, times, channels, split, num_shifted, area
+        )  # [BLOCK_K, BLOCK_N]
         acc = tl.dot(tl.trans(dy), rows, acc, input_precision=PRECISION)
     mask = (offs_m < outputs)[:, None] & (offs_n < channels)[None, :]
     offs = tl.program_id(2).to(tl.int64) * outputs * channels + offs_m[:, None] * channels + offs_n[None, :]
     tl.store(partial_ptr + offs, acc, mask=mask)
 
 
-def _hints(x, weight, split, num_shifted):
-    vector = math.gcd(math.gcd(split, num_shifted), math.gcd(x.shape[1], 8))
-    precision = "tf32" if x.dtype == torch.float32 and not INTERPRETED else "ieee"
-    return {"VECTOR": vector, "OUT_VECTOR": math.gcd(weight.shape[0], 8), "PRECISION": precision}
+def _power(width):
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def segments(channels, split, num_shifted):
+    """Columns of the forward's four products: powers of two, at least 16, or 0 where there is nothing to multiply."""
+    vector = math.gcd(channels, 8)
+    first_previous, first_own = split // vector * vector, num_shifted // vector * vector
+    own = channels - first_own
+    k_1 = 0 if num_shifted == channels else max(16, 1 << (own.bit_length() - 1))
+    return {
+        "NEXT_K": _power(split) if split else 0,
+        "PREVIOUS_K": _power(num_shifted - first_previous) if num_shifted > split else 0,
+        "K_1": k_1,
+        "K_2": _power(own - k_1) if 0 < k_1 < own else 0,
+    }
+
+
+def _hints(x, weight, split, num_shifted, rows_in_tile):
+    channels = x.shape[1]
+    return {
+        "VECTOR": math.gcd(math.gcd(split, num_shifted), math.gcd(channels, 8)),
+        "IN_VECTOR": math.gcd(channels, 8),
+        "OUT_VECTOR": math.gcd(weight.shape[0], 8),
+        "SMALL_AREA": x.shape[2] * x.shape[3] < rows_in_tile,
+        "PRECISION": "tf32" if x.dtype == torch.float32 and not INTERPRETED else "ieee",
+    }
+
+
+def _tile(what, device, columns):
+    """(BLOCK_M, BLOCK_N, BLOCK_K, warps, stages), no more columns wide than there are."""
+    block_m, block_n, *rest = TILES.get(target_name(device), TILE)[what]
+    return block_m, max(16, min(block_n, 1 << (columns - 1).bit_length())), *rest
 
 
 @on_device_of_first
@@ -225,13 +384,23 @@ def _forward(x, weight, bias, n_segment, split, num_shifted):
     num, channels, height, width = x.shape
     outputs, num_rows = weight.shape[0], num * height * width
     y = torch.empty((num, outputs, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    block_m, block_n, block_k, warps, stages = TILE
-    shift_conv1x1_fwd_kernel[(ceil_div(num_rows, block_m) * ceil_div(outputs, block_n),)](
-        x, weight, y if bias is None else bias, y,
-        num_rows, channels, outputs, split, num_shifted, height * width, n_segment,
-        HAS_BIAS=bias is not None, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k,
-        num_warps=warps, num_stages=stages, **_hints(x, weight, split, num_shifted),
-    )  # fmt: skip
+    block_m, block_n, block_k, warps, stages = _tile("fwd", x.device, outputs)
+    tensors = (x, weight, y if bias is None else bias, y)
+    numbers = (num_rows, channels, outputs, split, num_shifted, height * width, n_segment)
+    constants = {"HAS_BIAS": bias is not None} | _hints(x, weight, split, num_shifted, block_m)
+    constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n}
+    blocks_n = ceil_div(outputs, block_n)
+    products = segments(channels, split, num_shifted)
+    if x.element_size() == 2 and sum(products.values()) <= RESIDENT.get(target_name(x.device), 128):
+        del constants["VECTOR"]
+        constants |= products
+        # Two programs a multiprocessor walk over the rows, all blocks of columns side by side.
+        walkers = max(1, min(2 * num_sms(x.device) // blocks_n, ceil_div(num_rows, block_m)))
+        launch(shift_conv1x1_fwd_kernel, (walkers * blocks_n,), tensors, numbers, constants, warps, stages)
+    else:
+        constants |= {"BLOCK_K": block_k}
+        grid = (ceil_div(num_rows, block_m) * blocks_n,)
+        launch(shift_conv1x1_fwd_loop_kernel, grid, tensors, numbers, constants, warps, stages)
     return y
 
 
@@ -241,25 +410,26 @@ def _backward(dy, x, weight, n_segment, split, num_shifted, needs):
     dy = dy.contiguous(memory_format=torch.channels_last)
     num, channels, height, width = x.shape
     outputs, num_rows = weight.shape[0], num * height * width
-    block_m, block_n, block_k, warps, stages = TILE
-    sizes = (num_rows, channels, outputs, split, num_shifted, height * width, n_segment)
-    options = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}
-    options |= _hints(x, weight, split, num_shifted)
+    numbers = (num_rows, channels, outputs, split, num_shifted, height * width, n_segment)
     dx = dweight = dbias = None
     if needs[0]:
         dx = torch.empty_like(x, memory_format=torch.channels_last)
-        shift_conv1x1_dx_kernel[(ceil_div(num_rows, block_m) * ceil_div(channels, block_n),)](
-            dy, weight, dx, *sizes, **options
-        )
+        block_m, block_n, block_k, warps, stages = _tile("dx", x.device, channels)
+        constants = _hints(x, weight, split, num_shifted, block_m) | {"BLOCK_M": block_m, "BLOCK_N": block_n}
+        constants |= {"BLOCK_K": block_k}
+        grid = (ceil_div(num_rows, block_m) * ceil_div(channels, block_n),)
+        launch(shift_conv1x1_dx_kernel, grid, (dy, weight, dx), numbers, constants, warps, stages)
     if needs[1]:
+        block_m, block_n, block_k, warps, stages = _tile("dw", x.device, channels)
         tiles = ceil_div(outputs, block_m) * ceil_div(channels, block_n)
         ranges = max(1, min(2 * num_sms(x.device) // tiles, ceil_div(num_rows, 8 * block_k), 256))
         per_range = max(1, ceil_div(ceil_div(num_rows, ranges), block_k)) * block_k
         ranges = max(1, ceil_div(num_rows, per_range))  # of an empty batch one range writes the zeros
         partial = torch.empty(ranges, outputs, channels, dtype=torch.float32, device=x.device)
-        shift_conv1x1_dw_kernel[(ceil_div(outputs, block_m), ceil_div(channels, block_n), ranges)](
-            x, dy, partial, *sizes, per_range, **options
-        )
+        constants = _hints(x, weight, split, num_shifted, block_k)
+        constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
+        grid = (ceil_div(outputs, block_m), ceil_div(channels, block_n), ranges)
+        launch(shift_conv1x1_dw_kernel, grid, (x, dy, partial), (*numbers, per_range), constants, warps, stages)
         dweight = partial.sum(0).to(weight.dtype)
     if needs[2]:
         dbias = dy.sum((0, 2, 3), dtype=torch.float32).to(dy.dtype)

@@ -5,14 +5,15 @@ rows have any:
 
     loss = 1/M' sum_{i: P_i not empty} [ log sum_{j != i} exp(s_ij) - 1/|P_i| sum_{p in P_i} s_ip ]
 
-The tiles never look at labels: they sum over all j != i, and the positives follow from the class sums C_y = sum_{y_j =
-y} z_j. With v_i = 1 where P_i is not empty, and 0 elsewhere,
+With the class sums C_y = sum_{y_j = y} z_j, and v_i = 1 where P_i is not empty, 0 elsewhere,
 
     dz_i = 1/(M' tau) [ sum_{j != i} (v_i exp(s_ij - lse_i) + v_j exp(s_ij - lse_j)) z_j - 2 v_i / |P_i| (C_{y_i} -
     z_i) ]
 
-so v is an infinite log-sum-exp in the tiles' eyes. Class sums are taken over sorted labels: no atomics, no number of
-classes on the host.
+so v is an infinite log-sum-exp in the tiles' eyes, and the backward needs no labels, only the mean positive of each
+row. Up to some thousand rows these come from the tiles themselves, as the product of (y_i = y_j) with the rows: two
+launches forward, two backward. Above, where that product costs more than sorting, and for many processes, class sums
+are taken over sorted labels: no atomics, no number of classes on the host.
 
 M x M similarities and label comparisons are never materialised; kept for the backward are O(M D). The Triton path
 takes what `nt_xent` takes. The second derivative raises.
@@ -27,7 +28,13 @@ import torch.nn.functional as F
 
 from .gram import (
     LOG2_E,
+    NORM_EPS,
     block_d,
+    comes_last,
+    empty_rows,
+    inverse_norm,
+    load_planes,
+    load_rows,
     normalize_rows,
     own_rows_first,
     padded,
@@ -36,11 +43,24 @@ from .gram import (
     reference_tiles,
     reference_weighted_sum,
     shift_of,
+    similarities,
     slot_sums,
+    store_planes,
+    sum_of_programs,
+    sum_ranges,
     weighted_sums,
     why_not_fused,
 )
-from .impl import INTERPRETED, choose_impl, first_derivative_only, jit, on_device_of_first
+from .impl import (
+    INTERPRETED,
+    ceil_div,
+    choose_impl,
+    first_derivative_only,
+    jit,
+    launch,
+    on_device_of_first,
+    target_name,
+)
 
 try:
     import triton.language as tl
@@ -48,6 +68,10 @@ except ImportError:
     tl = None
 
 
+# Up to so many rows, and so wide a row of planes, the tiles compare labels (README.md).
+FEW_ROWS, FEW_ROWS_WIDTH = (40, 64) if INTERPRETED else (8192, 256)
+FEW_ROWS_TILES = {"interpreter": (16, 32, 1, 1), "gfx942": (16, 64, 4, 2)}  # BLOCK_M, BLOCK_N, warps, stages
+FEW_ROWS_TILE = (16, 128, 4, 3)
 _LABEL_TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -196,6 +220,236 @@ class _SupCon(torch.autograd.Function):
         return *first_derivative_only((du,), dloss, ctx.saved_tensors[0]), None, None, None, None, None
 
 
+@jit
+def _sup_con_prepare_kernel(
+    z_ptr,
+    u_ptr,
+    partials_ptr,
+    stride_zn,
+    stride_zd,
+    num_rows,
+    dim,
+    temperature,
+    EPS: tl.constexpr,
+    FP16: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Normalise, scale by sqrt(log2(e) / tau), cast; clear the count of programs that have added their losses."""
+    if tl.program_id(0) == 0:
+        tl.store(partials_ptr, 0.0)
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_d = tl.arange(0, BLOCK_D)
+    z = load_rows(z_ptr, rows, offs_d, stride_zn, stride_zd, num_rows, dim)
+    u = z * (inverse_norm(z, True, EPS) * tl.sqrt(1.4426950408889634 / temperature))[:, None]
+    store_planes(u_ptr, rows, offs_d, u, FP16, SPLIT, BLOCK_D)  # zeros beyond the rows: tiles load without a mask
+
+
+@jit(do_not_specialize=["num_rows"])
+def _sup_con_few_rows_fwd_kernel(
+    u_ptr,
+    labels_ptr,
+    lse_ptr,
+    positives_ptr,
+    partials_ptr,
+    loss_ptr,
+    scale_ptr,
+    shift,
+    num_rows,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """A program takes its rows through all keys: log-sum-exps, mean positives, losses."""
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < num_rows
+    rows, rows_lo = load_planes(u_ptr, offs_m, offs_d, SPLIT, BLOCK_D)
+    labels_m = tl.load(labels_ptr + offs_m, mask=mask_m, other=0)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # summed over the warps once, at the end
+    count = tl.zeros([BLOCK_M, 16], tl.float32)  # the same number 16 times: a product with ones needs fewer registers
+    ones = tl.full([BLOCK_N, 16], 1.0, u_ptr.dtype.element_ty)
+    positives = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(0, num_rows, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        keys, keys_lo = load_planes(u_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
+        labels_n = tl.load(labels_ptr + offs_n, mask=offs_n < num_rows, other=0)
+        e = tl.exp2(similarities(rows, rows_lo, keys, keys_lo, SPLIT) - shift)  # [BLOCK_M, BLOCK_N]
+        other = (offs_m[:, None] != offs_n[None, :]) & (offs_n < num_rows)[None, :]
+        total += tl.where(other, e, 0.0)
+        same = tl.where(other & (labels_m[:, None] == labels_n[None, :]), 1.0, 0.0)
+        same = same.to(keys.dtype)
+        count = tl.dot(same, ones, count, input_precision="ieee")
+        positives = tl.dot(same, keys, positives, input_precision="ieee")
+        if SPLIT:
+            positives = tl.dot(same, keys_lo, positives, input_precision="ieee")
+    count = tl.max(count, 1)
+    valid = (count > 0.0) & mask_m
+    positives = positives / tl.maximum(count, 1.0)[:, None]
+    u = rows.to(tl.float32)
+    if SPLIT:
+        u += rows_lo.to(tl.float32)
+    lse = shift + tl.log2(tl.sum(total, 1))
+    loss = tl.where(valid, (lse - tl.sum(u * positives, 1)) * 0.6931471805599453, 0.0)
+    tl.store(lse_ptr + offs_m, tl.where(valid, lse, float("inf")), mask=mask_m)
+    tl.store(positives_ptr + offs_m[:, None] * BLOCK_D + offs_d[None, :], positives, mask=mask_m[:, None])
+    losses_ptr = partials_ptr + 1
+    valids_ptr = losses_ptr + tl.num_programs(0)
+    tl.store(losses_ptr + tl.program_id(0), tl.sum(loss, 0))
+    tl.store(valids_ptr + tl.program_id(0), tl.sum(valid.to(tl.float32), 0))
+    if comes_last(partials_ptr):
+        scale = 1.0 / tl.maximum(sum_of_programs(valids_ptr), 1.0)
+        tl.store(scale_ptr, scale)
+        tl.store(loss_ptr, sum_of_programs(losses_ptr) * scale)
+
+
+@jit
+def _sup_con_epilogue_kernel(
+    z_ptr,
+    dloss_ptr,
+    scale_ptr,
+    partial_ptr,
+    positives_ptr,
+    dz_ptr,
+    stride_zn,
+    stride_zd,
+    num_rows,
+    dim,
+    num_slots,
+    stride_slot,
+    temperature,
+    EPS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Sum the ranges, subtract the positives, go back through the normalisation, scale by dloss, cast."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_r = rows < num_rows
+    z = load_rows(z_ptr, rows, offs_d, stride_zn, stride_zd, num_rows, dim)
+    inverse = inverse_norm(z, True, EPS)
+    z = z * inverse[:, None]
+    dz = sum_ranges(partial_ptr, rows, offs_d, num_slots, stride_slot, BLOCK_R, BLOCK_D)
+    dz -= 2.0 * tl.load(positives_ptr + rows[:, None] * BLOCK_D + offs_d[None, :], mask=mask_r[:, None], other=0.0)
+    # Sums of u = z sqrt(log2(e) / tau).
+    scale = tl.load(dloss_ptr).to(tl.float32) * tl.load(scale_ptr) / tl.sqrt(temperature * 1.4426950408889634)
+    dz = dz * scale
+    dz = (dz - z * tl.sum(z * dz, 1)[:, None]) * inverse[:, None]
+    mask = mask_r[:, None] & (offs_d < dim)[None, :]
+    tl.store(dz_ptr + rows[:, None] * dim + offs_d[None, :], dz.to(dz_ptr.dtype.element_ty), mask=mask)
+
+
+def few_rows_tile(target):
+    return FEW_ROWS_TILES.get(target, FEW_ROWS_TILE)
+
+
+def _block_r(dim):
+    return max(4, min(32, 4096 // dim))
+
+
+@on_device_of_first
+def _few_forward(z, labels, temperature):
+    """-> loss (), rows u, their lse (M,), mean positives (M, BLOCK_D), 1/M' ()."""
+    num_rows, dim = z.shape
+    plane, split = planes(z.dtype, True)
+    u = empty_rows(num_rows, dim, z.dtype, True, z.device)
+    width = u.shape[1] // (2 if split else 1)
+    block_m, block_n, warps, stages = few_rows_tile(target_name(z.device))
+    programs, block_r = ceil_div(num_rows, block_m), _block_r(width)
+    partials = torch.empty(1 + 2 * programs, dtype=torch.float32, device=z.device)
+    constants = {"EPS": NORM_EPS, "FP16": plane == torch.float16, "SPLIT": split, "BLOCK_R": block_r, "BLOCK_D": width}
+    z = z.float() if INTERPRETED and z.dtype == torch.bfloat16 else z
+    numbers = (*z.stride(), num_rows, dim, temperature)
+    launch(_sup_con_prepare_kernel, (u.shape[0] // block_r,), (z, u, partials), numbers, constants)
+    lse = torch.empty(num_rows, dtype=torch.float32, device=z.device)
+    positives = torch.empty(num_rows, width, dtype=torch.float32, device=z.device)
+    loss = torch.empty((), dtype=torch.float32, device=z.device)
+    scale = torch.empty_like(loss)
+    tensors = (u, labels.contiguous(), lse, positives, partials, loss, scale)
+    constants = {"SPLIT": split, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": width}
+    numbers = (shift_of(temperature, True), num_rows)
+    launch(_sup_con_few_rows_fwd_kernel, (programs,), tensors, numbers, constants, warps, stages)
+    return loss, u, lse, positives, scale
+
+
+@on_device_of_first
+def _few_backward(dloss, z, u, lse, positives, scale, temperature):
+    num_rows, dim = z.shape
+    dtype, (plane, split) = z.dtype, planes(z.dtype, True)
+    shift = shift_of(temperature, True)
+    partial = weighted_sums(u, u, lse, lse, num_rows, num_rows, 0, split, shift, plane == torch.float16)
+    z = z.float() if INTERPRETED and z.dtype == torch.bfloat16 else z
+    dz = torch.empty(num_rows, dim, dtype=z.dtype, device=z.device)
+    block_r = _block_r(partial.shape[2])
+    tensors = (z, dloss, scale, partial, positives, dz)
+    numbers = (*z.stride(), num_rows, dim, partial.shape[0], partial.stride(0), temperature)
+    constants = {"EPS": NORM_EPS, "BLOCK_R": block_r, "BLOCK_D": partial.shape[2]}
+    launch(_sup_con_epilogue_kernel, (ceil_div(num_rows, block_r),), tensors, numbers, constants)
+    return dz.to(dtype)
+
+
+class _FewRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, labels, temperature):
+        loss, *saved = _few_forward(z, labels, temperature)
+        ctx.save_for_backward(z, *saved)
+        ctx.temperature = temperature
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss):
+        dz = _few_backward(dloss, *ctx.saved_tensors, ctx.temperature)
+        return *first_derivative_only((dz,), dloss, ctx.saved_tensors[0]), None, None
+
+
+@torch.library.custom_op("kernels::sup_con_few_rows_forward", mutates_args=())
+def _few_forward_op(
+    z: torch.Tensor, labels: torch.Tensor, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _few_forward(z, labels, temperature)
+
+
+@_few_forward_op.register_fake
+def _(z, labels, temperature):
+    row = z.new_empty(z.shape[0], dtype=torch.float32)
+    u = empty_rows(*z.shape, z.dtype, True, z.device)
+    return row.new_empty(()), u, row, row.new_empty(z.shape[0], block_d(z.shape[1])), row.new_empty(())
+
+
+@torch.library.custom_op("kernels::sup_con_few_rows_backward", mutates_args=())
+def _few_backward_op(
+    dloss: torch.Tensor,
+    z: torch.Tensor,
+    u: torch.Tensor,
+    lse: torch.Tensor,
+    positives: torch.Tensor,
+    scale: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    return _few_backward(dloss, z, u, lse, positives, scale, temperature)
+
+
+@_few_backward_op.register_fake
+def _(dloss, z, u, lse, positives, scale, temperature):
+    return torch.empty_like(z, memory_format=torch.contiguous_format)
+
+
+def _save_few(ctx, inputs, output):
+    z, _, ctx.temperature = inputs
+    ctx.save_for_backward(z, *output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_few(ctx, dloss, *_):
+    return _few_backward_op(dloss, *ctx.saved_tensors, ctx.temperature), None, None
+
+
+_few_forward_op.register_autograd(_differentiate_few, setup_context=_save_few)
+
+
 @torch.library.custom_op("kernels::sup_con_forward", mutates_args=())
 def _forward_op(
     u: torch.Tensor, labels: torch.Tensor, kind: str, normalized: bool, shift: float | None
@@ -287,4 +541,10 @@ def sup_con(z, labels, temperature, *, normalize=True, gather=None, impl="auto")
         raise ValueError(f"sup_con: temperature={temperature} must be a positive number")
     chosen = choose_impl("sup_con", impl, z, why_not_fused(z, normalize))
     kind = "torch" if chosen == "torch" else str(z.dtype).removeprefix("torch.")
+    shifted = not isinstance(temperature, torch.Tensor) and shift_of(temperature, normalize) is not None
+    width = block_d(z.shape[1]) * (1 + planes(z.dtype, normalize)[1])
+    if kind != "torch" and shifted and gather is None and z.shape[0] <= FEW_ROWS and width <= FEW_ROWS_WIDTH:
+        few_rows = _few_forward_op if torch.compiler.is_compiling() else _FewRows.apply
+        loss = few_rows(z, labels, float(temperature))
+        return loss[0] if torch.compiler.is_compiling() else loss
     return _sup_con(z, labels, temperature, normalize, gather, kind)

@@ -23,7 +23,7 @@ import math
 
 import torch
 
-from .impl import INTERPRETED, ceil_div, choose_impl, jit, on_device_of_first
+from .impl import INTERPRETED, ceil_div, choose_impl, jit, launch, on_device_of_first
 
 try:
     import triton.language as tl
@@ -61,7 +61,7 @@ def _memory_format(x):
     return torch.contiguous_format
 
 
-@jit
+@jit(do_not_specialize=["num_frames", "frame_size", "channels", "area", "split", "num_shifted"])
 def temporal_shift_kernel(
     x_ptr,
     y_ptr,
@@ -94,7 +94,7 @@ def temporal_shift_kernel(
     first = tl.load(x_ptr + clip + offs, mask=mask)
     previous = tl.zeros_like(first)
     if PADDING == "circulant":
-        last_frame = clip + (num_frames - 1) * frame_size.to(tl.int64)  # Triton makes a num_frames of 1 a plain int
+        last_frame = clip + (num_frames - 1) * frame_size.to(tl.int64)
         previous = tl.load(x_ptr + last_frame + offs, mask=mask)
     elif PADDING == "replicate" and not TRANSPOSED:
         # Not `first` itself: some versions of Triton take two values that enter a loop as one for one value.
@@ -127,11 +127,11 @@ def _launch(x, n_segment, split, num_shifted, swap, padding, transposed, channel
     num, channels, height, width = x.shape
     frame_size = channels * height * width
     if x.numel():
-        temporal_shift_kernel[(ceil_div(frame_size, BLOCK) * (num // n_segment),)](
-            x, y, n_segment, frame_size, channels, height * width, split, num_shifted,
-            CHANNELS_LAST=channels_last, SWAP=swap, PADDING=padding, TRANSPOSED=transposed,
-            VECTOR=math.gcd(frame_size, 8), BLOCK=BLOCK, num_warps=WARPS,
-        )  # fmt: skip
+        constants = {"CHANNELS_LAST": channels_last, "SWAP": swap, "PADDING": padding, "TRANSPOSED": transposed}
+        constants |= {"VECTOR": math.gcd(frame_size, 8), "BLOCK": BLOCK}
+        numbers = (n_segment, frame_size, channels, height * width, split, num_shifted)
+        grid = (ceil_div(frame_size, BLOCK) * (num // n_segment),)
+        launch(temporal_shift_kernel, grid, (x, y), numbers, constants, WARPS)
     return y
 
 

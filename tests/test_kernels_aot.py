@@ -129,7 +129,7 @@ def loss_cases(target):
 
     losses, supervised = sys.modules["kernels.nt_xent"], sys.modules["kernels.sup_con"]
     fp32 = ("temperature_ptr", "pos_ptr", "tops_ptr", "sums_ptr", "negatives_ptr", "lse_ptr", "loss_ptr", "dloss_ptr")
-    fp32 += ("partial_ptr", "dtemperature_ptr", "keys_ptr", "out_ptr", "partials_ptr")
+    fp32 += ("partial_ptr", "dtemperature_ptr", "keys_ptr", "out_ptr", "partials_ptr", "scale_ptr", "positives_ptr")
     common = {"TEMPERATURE_IS_TENSOR": True, "NORMALIZE": True, "EPS": 1e-12, "DECOUPLED": False, "BLOCK_P": 16}
     common |= {
         "BLOCK_D": 128,
@@ -148,19 +148,25 @@ def loss_cases(target):
         losses._nt_xent_few_rows_fwd_kernel,
         losses._nt_xent_few_rows_bwd_kernel,
         supervised.class_sum_kernel,
+        supervised._sup_con_prepare_kernel,
+        supervised._sup_con_few_rows_fwd_kernel,
+        supervised._sup_con_epilogue_kernel,
     ):
         warps, stages = 4, 3
         types = argument_types(
             kernel,
             "bf16",
             fp32=fp32,
-            int64=("order_ptr", "starts_ptr", "ends_ptr"),
+            int64=("order_ptr", "starts_ptr", "ends_ptr", "labels_ptr"),
             aligned=("stride_slot",),
             scalars=("temperature", "shift"),
         )
         constants = {name: common[name] for name in kernel.arg_names if name in common}
         if kernel is supervised.class_sum_kernel:
             constants["BLOCK_D"] = 32
+        if "sup_con" in kernel.__name__:
+            constants["BLOCK_R"] = supervised._block_r(constants["BLOCK_D"])
+            constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
         if "few_rows" in kernel.__name__:
             block_m, block_n, warps, stages = losses.few_rows_tile(target)
             constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n}
@@ -186,15 +192,22 @@ def shift_cases(target, every):
         ones = {"num_frames": 1, "PADDING": padding}
         left = {name: kind for name, kind in types.items() if name not in ones}
         yield f"shift bf16 one frame, {padding}", temporal_shift_kernel, left, constants_of_shift | ones, 4, 3
-    block_m, block_n, block_k, warps, stages = fused.GPU_TILE
+    # As many channels as the forward keeps; folds that are and are not multiples of a load's width.
+    widest = fused.RESIDENT[target]
     for vector in (2, 4, 8) if every else (2, 8):
-        for name in ("fwd", "dx", "dw"):
+        for name in ("fwd", "fwd_loop", "dx", "dw"):
             kernel = getattr(fused, f"shift_conv1x1_{name}_kernel")
             types = argument_types(kernel, "bf16", fp32=("partial_ptr",))
-            constants = {"VECTOR": vector, "OUT_VECTOR": 8, "PRECISION": "ieee", "HAS_BIAS": True}
-            constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
+            block_m, block_n, block_k, warps, stages = fused.TILES.get(target, fused.TILE)[name.split("_")[0]]
+            constants = {"VECTOR": vector, "IN_VECTOR": 8, "OUT_VECTOR": 8, "PRECISION": "ieee", "HAS_BIAS": True}
+            constants |= {"SMALL_AREA": vector == 2, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
+            channels = widest if vector == 8 else widest * 5 // 8
+            fold = channels // 8 // 8 * 8 + vector % 8
+            products = fused.segments(channels, fold, 2 * fold)
+            assert sum(products.values()) <= widest, products
+            constants |= products
             constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
-            label = f"shift_conv1x1 {name} bf16, runs of {vector}, {block_m}x{block_n}x{block_k}"
+            label = f"shift_conv1x1 {name} bf16, runs of {vector}, {block_m}x{block_n}"
             yield label, kernel, types, constants, warps, stages
 
 
