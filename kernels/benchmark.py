@@ -2,9 +2,10 @@
                   python -m kernels.benchmark --op nt_xent --cpu      (laptop)
 
 Every implementation is compared with the fp64 reference first, and nothing is timed if one of ours is wrong. Then each
-runs alone, forward and forward+backward: median and 20/80 quantiles of the wall time of a call, the peak memory beyond
-the inputs, and the share of the written bound. The last line of the output is one JSON object with everything in the
-table.
+runs alone, forward and forward+backward: median and 20/80 quantiles of the time of a call, the peak memory beyond the
+inputs, and the share of the written bound. On a GPU a call is timed twice: as it is, from an idle GPU, where Python and
+launches count, and ("graph") as a CUDA graph behind other work, where only the GPU's own time does. The last line of
+the output is one JSON object with everything in the table.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ from .impl import triton
 # Dense 16-bit FLOP/s and 2^x per second: H200 at its sustained clock, 132 SMs x 16 ex2 x 1.98 GHz.
 RATES = {"NVIDIA H200": (790e12, 4.18e12)}
 TEMPERATURE = 0.1
+PEERS = ("lightly", "pytorch-metric-learning")
 OPS = ("nt_xent", "sup_con", "temporal_shift", "shift_conv1x1")
 LOSS_BOUND = (
     "max(FLOP / tensor rate, exp / exp rate); forward M^2 D, M^2 / 2 (half grid); backward 4 M^2 D, M^2; M rows"
@@ -77,6 +79,10 @@ def official_shift(x, n_segment, fold_div=8):
     out[:, 1:, fold : 2 * fold] = clips[:, :-1, fold : 2 * fold]
     out[:, :, 2 * fold :] = clips[:, :, 2 * fold :]
     return out.view(x.shape)
+
+
+def shift_conv1x1_without_bias(x, weight, n_segment):
+    return shift_conv1x1_reference(x, weight, None, n_segment)
 
 
 def peers(op):
@@ -122,6 +128,8 @@ def cases(op, device, dtype, quick):
                 yield f"M={2 * n} D=128", (torch.cat((z_a, z_b)),), (labels,), 2 * n, 128
         return
     shapes = [(256, 32, 112), (256, 64, 56), (256, 96, 28), (256, 160, 14)] if on_gpu else [(64, 64, 28)]
+    if on_gpu and op == "temporal_shift":
+        shapes = [(256, 32, 112), (256, 64, 56), (256, 160, 14)]
     for frames, channels, side in [(16, 16, 4)] if quick else shapes:
         for layout in ("contiguous", "channels_last") if op == "temporal_shift" else ("channels_last",):
             x = random(frames, channels, side, side).contiguous(
@@ -132,8 +140,9 @@ def cases(op, device, dtype, quick):
                 yield name, (x,), (8,), 0, 0
             else:
                 outputs = 4 * channels
-                weight, bias = random(outputs, channels), random(outputs)
-                yield f"{name} -> {outputs}", (x, weight, bias), (8,), 0, 0
+                # No bias: BatchNorm follows these convolutions. The weight lies as the other kernels want it, too.
+                weight = random(outputs, channels, 1, 1).contiguous(memory_format=torch.channels_last)
+                yield f"{name} -> {outputs}", (x, weight), (8,), 0, 0
 
 
 def variants(op, case_rows, on_gpu, with_peers):
@@ -156,11 +165,13 @@ def variants(op, case_rows, on_gpu, with_peers):
         reference = temporal_shift_reference
     else:
 
-        def eager(x, weight, bias, n_segment):
-            return F.conv2d(official_shift(x, n_segment), weight[..., None, None], bias)
+        def eager(x, weight, n_segment):
+            return F.conv2d(official_shift(x, n_segment), weight)
 
-        ours = functools.partial(shift_conv1x1, **impl)
-        reference = shift_conv1x1_reference
+        def ours(x, weight, n_segment):
+            return shift_conv1x1(x, weight, None, n_segment, **impl)
+
+        reference = shift_conv1x1_without_bias
     found = {}
     if case_rows <= 32768:
         found["eager"] = eager
@@ -168,10 +179,14 @@ def variants(op, case_rows, on_gpu, with_peers):
             found["torch.compile(eager)"] = torch.compile(eager, dynamic=False)
     if op == "shift_conv1x1":
         # A fold of no channels: the fused kernel without its shift.
-        found["fused kernel, no shift"] = lambda x, weight, bias, frames: shift_conv1x1(
-            x, weight, bias, frames, fold_div=x.shape[1] + 1, **impl
+        found["fused kernel, no shift"] = lambda x, weight, frames: shift_conv1x1(
+            x, weight, None, frames, fold_div=x.shape[1] + 1, **impl
         )
-        found["1x1 convolution alone"] = lambda x, weight, bias, _: F.conv2d(x, weight[..., None, None], bias)
+        found["1x1 convolution alone"] = lambda x, weight, _: F.conv2d(x, weight)
+        if on_gpu:
+            found["our shift, then cuDNN"] = lambda x, weight, frames: F.conv2d(
+                temporal_shift(x, frames, **impl), weight
+            )
     if on_gpu and case_rows <= 32768:
         found["chunked reference" if case_rows else "reference"] = reference
     if with_peers:
@@ -236,19 +251,19 @@ def peak_memory(device, result):
     result["peak_mb"] = (int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) - before) * 1024 / 1e6
 
 
-def measure(call, device, quick):
-    """Milliseconds of one call, sorted."""
-    times, budget = [], 0.05 if quick else 2.0
-    flush = torch.empty(2**28, dtype=torch.int8, device=device) if device.type == "cuda" else None
-    begin = time.perf_counter()
-    while len(times) < 3 or (time.perf_counter() - begin < budget and len(times) < 200):
+def measure(call, device, calls, idle=True):
+    """Milliseconds of one call, sorted. idle: the GPU has nothing to do when the call begins, so launches count."""
+    times, begin = [], time.perf_counter()
+    flush = torch.empty(2**29, dtype=torch.int8, device=device) if device.type == "cuda" else None
+    while len(times) < 3 or (time.perf_counter() - begin < 2.0 and len(times) < calls):
         if flush is None:
             start = time.perf_counter()
             call()
             times.append(1e3 * (time.perf_counter() - start))
         else:
             flush.zero_()  # no input is left in the second-level cache
-            torch.cuda.synchronize()  # else the launches would hide behind it
+            if idle:
+                torch.cuda.synchronize()
             events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             events[0].record()
             call()
@@ -285,7 +300,7 @@ def loss_bound(rows, dim, backward, device):
 
 
 def bench(op, device, dtype, options):
-    rows = []
+    rows, calls = [], 3 if options.quick else options.calls
     on_gpu = device.type == "cuda"
     if op == "nt_xent":
         print(f"\nbound of the losses: {LOSS_BOUND}")
@@ -299,17 +314,17 @@ def bench(op, device, dtype, options):
             "nt_xent": functools.partial(nt_xent_reference, temperature=TEMPERATURE),
             "sup_con": functools.partial(sup_con_reference, temperature=TEMPERATURE),
             "temporal_shift": temporal_shift_reference,
-            "shift_conv1x1": shift_conv1x1_reference,
+            "shift_conv1x1": shift_conv1x1_without_bias,
         }[op]
         error = check(op, candidates[ours], reference, inputs, others, dtype)
         print(f"\n{op} {shape} {str(dtype).removeprefix('torch.')}: relative error of ours against fp64 {error:.1e}")
         copy = None
         if op == "temporal_shift":
             target = torch.empty_like(inputs[0])
-            copy = statistics.median(measure(functools.partial(target.copy_, inputs[0]), device, options.quick))
+            copy = statistics.median(measure(functools.partial(target.copy_, inputs[0]), device, calls, idle=False))
             print(f"bound: a copy of the tensor, {copy:.4f} ms forward, twice that forward+backward")
         print(
-            f"{'implementation':<28}{'pass':<9}{'median ms':>11}{'20 %':>10}{'80 %':>10}{'peak MB':>10}{'of bound':>10}"
+            f"{'implementation':<34}{'pass':<9}{'median ms':>11}{'20 %':>10}{'80 %':>10}{'peak MB':>10}{'of bound':>10}"
         )
         for name, function in candidates.items():
             for backward in (False, True):
@@ -319,16 +334,13 @@ def bench(op, device, dtype, options):
                     if backward
                     else functools.partial(function, *detached, *others)
                 )
-                calls = {name: call}
-                if (
-                    on_gpu
-                    and name in ("eager", "torch.compile(eager)", ours)
-                    and op in ("nt_xent", "sup_con")
-                    and num_rows <= 8192
-                ):
-                    call()
-                    calls[f"{name}, CUDA graph"] = graphed(call)
-                for label, timed in calls.items():
+                forms = {name: call}
+                # Of a whole matrix of 32,768 rows a graph would hold tens of gigabytes; launches cost nothing there.
+                small = num_rows <= 8192 and "reference" not in name and name not in PEERS
+                if on_gpu and (small or name == ours):
+                    with torch.set_grad_enabled(backward):
+                        forms[f"{name}, graph"] = graphed(call)
+                for label, timed in forms.items():
                     row = {"op": op, "shape": shape, "dtype": str(dtype), "implementation": label, "error": error}
                     row["pass"] = "fwd+bwd" if backward else "fwd"
                     with torch.set_grad_enabled(backward):
@@ -336,7 +348,7 @@ def bench(op, device, dtype, options):
                             timed()
                         with peak_memory(device, row):
                             timed()
-                        times = measure(timed, device, options.quick)
+                        times = measure(timed, device, calls, idle=not label.endswith(", graph"))
                     row["ms"] = statistics.median(times)
                     row["ms_20"], row["ms_80"] = times[len(times) // 5], times[-1 - len(times) // 5]
                     bound = loss_bound(num_rows, dim, backward, device) if num_rows else None
@@ -345,7 +357,7 @@ def bench(op, device, dtype, options):
                     share = f"{100 * row['share_of_bound']:.0f} %" if bound else "-"
                     memory = "-" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
                     print(
-                        f"{label:<28}{row['pass']:<9}{row['ms']:>11.4f}{row['ms_20']:>10.4f}{row['ms_80']:>10.4f}"
+                        f"{label:<34}{row['pass']:<9}{row['ms']:>11.4f}{row['ms_20']:>10.4f}{row['ms_80']:>10.4f}"
                         f"{memory:>10}{share:>10}",
                         flush=True,
                     )
@@ -370,6 +382,7 @@ def parse_args(argv):
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the inputs (bfloat16; float32 on a CPU)"
     )
+    parser.add_argument("--calls", type=int, default=50, help="how many calls a median is of, if they fit two seconds")
     parser.add_argument(
         "--quick", action="store_true", help="tiny shapes, to see that it runs; no figures worth keeping"
     )

@@ -93,6 +93,48 @@ def test_kernel_is_as_exact_as_its_precision_allows(m, d, temperature):
         assert relative(grad, true_grad) <= tolerance
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [0.07, 0.5])
+@pytest.mark.parametrize(("m", "d"), [(1, 16), (67, 33), (512, 128), (3000, 100), (9000, 64)])  # few rows, and many
+def test_kernel_on_the_gpu(m, d, temperature, dtype):
+    z, labels = (x.cuda() for x in batch(m, d, 5, dtype))
+    true_loss, true_grad = run(sup_con_reference, z.double(), labels, temperature, upstream=-3.0)
+    loss, grad = run(sup_con, z, labels, temperature, upstream=-3.0, impl="triton")
+    tolerance = {torch.float32: 1e-5, torch.float16: 6e-3, torch.bfloat16: 5e-2}[dtype]
+    assert (loss - true_loss).abs() <= 2 * torch.finfo(dtype).eps * (true_loss.abs() + 1 / temperature)
+    assert relative(grad, true_grad) <= tolerance
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [512, 5000])
+def test_same_bits_graph_and_compile_on_the_gpu(m):
+    z, labels = (x.cuda() for x in batch(m, 128, 20, torch.bfloat16))
+    z.requires_grad_()
+
+    def step():
+        loss = sup_con(z, labels, 0.1, impl="triton")
+        return loss.detach(), *torch.autograd.grad(loss, z)
+
+    expected = step()
+    for got, truth in zip(step(), expected, strict=True):
+        assert torch.equal(got, truth)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    compiled = torch.compile(lambda z: sup_con(z, labels, 0.1, impl="triton"), fullgraph=True)
+    loss = compiled(z)
+    for result in (captured, (loss.detach(), *torch.autograd.grad(loss, z))):
+        for got, truth in zip(result, expected, strict=True):
+            assert relative(got.double(), truth.double()) < 1e-6
+
+
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_extremes(impl):
     z, _ = batch(33, 6, 3)
