@@ -40,7 +40,9 @@ def test_tokens_keep_words_and_runs_of_punctuation():
         "i'm", "not", "sure", "...", "really", "?", "!", "\u00e9t\u00e9", ",", "l\u2019eau", "_", "2",
     ]  # fmt: skip
     assert tokens(" \t") == []
-    assert word_ngrams("Oh, no!") == ["oh", ",", "no", "!", "^ oh", "oh ,", ", no", "no !", "! $"]
+    pairs = ["^ oh", "oh ,", ", no", "no !", "! $"]
+    assert word_ngrams("Oh, no!", 2) == ["oh", ",", "no", "!", *pairs]
+    assert word_ngrams("Oh, no!") == ["oh", ",", "no", "!", *pairs, "^ oh ,", "oh , no", ", no !", "no ! $"]
 
 
 @pytest.mark.parametrize("min_df", [1, 2, 5])

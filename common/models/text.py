@@ -32,7 +32,7 @@ def tokens(text: str) -> list[str]:
     return [match[0] for match in _TOKEN.finditer(text.lower())]
 
 
-def word_ngrams(text: str, longest: int = 2) -> list[str]:
+def word_ngrams(text: str, longest: int = 3) -> list[str]:
     """All runs of 1 to `longest` tokens, joined by blanks; longer runs may begin or end with the utterance's own edge
     (`^`, `$`): how an utterance opens and closes tells more of the act than what stands in between."""
     words = tokens(text)
@@ -149,7 +149,7 @@ def svd(matrix: Sparse, dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray
 class Lsa:
     """Latent semantic analysis fitted to texts; maps n texts to (n, d) float32.
 
-    The terms are runs of one and two tokens, punctuation included, and with a smaller weight the characters of each
+    The terms are runs of one to three tokens, punctuation included, and with a smaller weight the characters of each
     token, for spellings and endings that a corpus shows once. Singular directions keep their singular values: unlike
     whitened ones they weigh what is common more than what is rare.
 
