@@ -24,7 +24,7 @@ from torch import Tensor
 from common import augment, checkpoint, clustering, config, data, discovery, dist, optim, recipe, report, step
 from common.config import Diverged, InputError
 from common.datasets import utterances
-from common.discovery import Rows, Targets, score
+from common.discovery import METRICS, Rows, Targets, score
 from common.log import Log, Pace
 from common.models import umc
 from common.models.text import Lsa
@@ -49,7 +49,7 @@ KNOBS = {
     "inputs": ("weighted", "raw", ["weighted", "raw"], "weighted: principal axes, by agreement with the anchor"),
     "lengths": ("valid", "padded", ["valid", "padded"], "where a sequence ends: at its length or the longest's"),
     "views": ("all", "anchored", ["all", "anchored"], "all: the anchor is masked too; anchored: UMC's three views"),
-    "metric": ("discriminant", "euclidean", ["discriminant", "euclidean"], "discriminant: less of scatter in clusters"),
+    "metric": ("auto", "euclidean", ["auto", *METRICS], "discriminant: less of scatter in clusters; auto: the stabler"),
     "direction": ("smallest", "largest", ["smallest", "largest"], "dense rows to take: close together or spread out"),
     "choose": ("stability", "last", ["stability", "last"], "epoch to keep: of the most stable clusters, or the last"),
     "min_share": (0.1, 0.0, dict(low=0, high=1), "least rows to select of a cluster, as a share of the mean cluster"),
@@ -60,7 +60,7 @@ KNOBS = {
 READING = ["only", "text_model", "text_layer", "max_length"]
 SEARCH = {"lr": (3e-6, 3e-4), "cluster_lr": (3e-6, 3e-4), "temperature": (0.1, 2.0), "sup_temperature": (0.1, 5.0)}
 DEMO = dict(bs=256, cluster_bs=256)
-MASK = 0.2  # chance that a view lacks a modality
+MASK = 0.2  # chance that a view lacks a modality for which another one stands in
 
 
 def parse_args(argv: list[str] | None = None):
@@ -173,16 +173,20 @@ def build_model(run: Run, basis: dict | None) -> umc.Fusion:
 
 
 def masks(run: Run, batch: np.ndarray, epoch: int) -> list[Tensor]:
-    """What each view keeps, (n, modalities) of 0 and 1: two random views, or UMC's with the anchor in all of them."""
-    n, count = len(batch), len(run.data.names)
+    """What each view keeps, (n, modalities) of 0 and 1: two random views, or UMC's with the anchor in all of them.
+
+    A random view may lack a modality as far as another one agrees with the anchor: what is left must tell of the same.
+    """
+    n, count, weights = len(batch), len(run.data.names), run.meta["weights"]
     if run.meta["views"] == "anchored":
         kept = [torch.ones(n, count) for _ in range(max(count, 2))]
         for i in range(1, count):
             kept[i - 1][:, i] = 0
     else:
-        kept = []
+        kept, names = [], run.data.names
+        chance = [MASK * max((weights[other] for other in names if other != name), default=0.0) for name in names]
         for view in (0, 1):
-            keep = torch.from_numpy(augment.uniform(run.args.seed, epoch, batch, view, count)) >= MASK
+            keep = torch.from_numpy(augment.uniform(run.args.seed, epoch, batch, view, count) >= chance)
             keep[~keep.any(1), 0] = True
             kept.append(keep.float())
     return [keep.to(run.facts.device) for keep in kept]
@@ -416,15 +420,17 @@ def begin(parser, args, facts: dist.Facts, signals: checkpoint.Signals) -> None:
     check(args, facts, rows, splits, stages, k)  # again: the number may be an estimate
     meta = dict(script="cluster", k=k, base_dim=args.base_dim, reading=reading, sequences=sorted(rows.lengths))
     meta["widths"] = {name: rows.inputs[name].shape[-1] for name in rows.names}
-    meta |= {name: knob(args, name) for name in KNOBS} | {"weights": weights, "anchor": anchor}
+    meta |= {name: knob(args, name) for name in KNOBS} | {"weights": weights, "anchor": anchor, "stability": None}
     meta["estimate"] = estimate and estimate.table
+    if meta["metric"] == "auto":
+        meta["stability"] = discovery.metric_stability(rows, splits["train"], basis, k, args.seed)
+        meta["metric"] = max(meta["stability"], key=meta["stability"].get)
     identity = config.identity(parser, args, data=table.fingerprint, k=k, modalities=rows.names)
     names = dict(name=f"{args.mode}-k{k}-dim{args.base_dim}", identity=identity)
     run = Run.open(args, facts, signals, rows, splits, meta, stages, **names, size=f"{k} clusters")
     if lsa and facts.main:
         checkpoint.save(run.folder / "text.pt", lsa.state)
-    shown = ", ".join(f"{name} {weight:.3f}" for name, weight in weights.items())
-    run.log.say(f"modalities by their agreement with {anchor}: {shown}")
+    discovery.say_choices(run)
     basis = basis if meta["inputs"] == "weighted" else None
     if args.check:
         return recipe.check(run, {"pretrain": task(run, basis)})

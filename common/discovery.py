@@ -19,10 +19,12 @@ from common.run import Run, write_json
 FIRST_COMPONENTS = 20  # principal axes that the number of clusters is estimated on
 SHRINKAGE = 0.1  # added to the scatter within clusters, in units of its typical variance
 ANCHOR = "text"  # the modality that the others are weighed by, where there is one of that name
+METRICS = ("discriminant", "euclidean")  # that k-means of stage 2 knows
 SCORES = ("nmi", "ami", "ari", "acc", "fmi", "balanced_accuracy", "minority_recall")
 SHOWN = ("nmi", "ari", "acc")  # on the console
 SEEDS, BASELINE_SEEDS = 10, 3  # k-means runs that score a split
 WATCHED_ROWS, WATCHED_RUNS = 2000, 5  # rows and k-means runs whose agreement is the stability
+METRIC_RUNS = 6  # samples of rows, each with a metric of its own, that --metric auto compares
 
 
 class Rows:
@@ -166,7 +168,23 @@ def fused_basis(args, rows: Rows, train: np.ndarray, k: int | None):
         estimate = clustering.estimate_k(((own[first] - mean) / scale @ axes).float(), seed=args.seed)
         k = estimate.k
     components = max(min(k - 1, args.base_dim // len(own)), 1)
-    return *umc.weighted_basis(own, rows.as_is, anchor, k, components, args.seed), k, estimate
+    # TF-IDF features beside an encoder's states are the same text once more, not another channel to be checked by it.
+    peers = rows.as_is if anchor else frozenset()
+    return *umc.weighted_basis(own, rows.as_is, anchor, k, components, args.seed, peers=peers), k, estimate
+
+
+def metric_stability(rows: Rows, train: np.ndarray, basis: dict, k: int, seed: int) -> dict[str, float]:
+    """By metric, how stable the clusters are of the rows `train` in their coordinates on the `basis`: the mean of
+    METRIC_RUNS times `stability`, each in a metric found anew."""
+    some = torch.from_numpy(train)
+    parts = (((rows.pooled(n)[some] - mean) / scale @ axes).cpu() for n, (mean, scale, axes) in basis.items())
+    z = torch.cat([part.float() for part in parts], 1)
+    found = {name: [] for name in METRICS}
+    for own_seed in range(METRIC_RUNS * seed, METRIC_RUNS * (seed + 1)):
+        _, metric = umc.discriminant_kmeans(z, k, SHRINKAGE, own_seed, torch.eye(z.shape[1]), None)
+        for name, rows_in in (("discriminant", z @ metric), ("euclidean", z)):
+            found[name].append(stability(rows_in, k, own_seed))
+    return {name: float(np.mean(values)) for name, values in found.items()}
 
 
 def principal(z: Tensor) -> Tensor:
@@ -228,7 +246,8 @@ def score(prefix: str, z: Tensor, labels: np.ndarray, k: int, seeds: int = SEEDS
 
 
 def baselines(run: Run) -> dict:
-    """The scores of k-means on the test rows of each modality alone and of all of them side by side."""
+    """The scores of k-means on the test rows of each modality alone and of all of them side by side, and the stability
+    that the choice of a metric rests on."""
     train, test, k = run.splits["train"], run.splits["test"], run.meta["k"]
     parts = {}
     for name in run.data.names:
@@ -239,7 +258,7 @@ def baselines(run: Run) -> dict:
     if len(parts) > 1:
         parts["concatenation"] = torch.cat(list(parts.values()), 1)
     labels = run.data.table.labels[test]
-    found = {}
+    found = {f"kmeans_{name}/train/stability": value for name, value in (run.meta["stability"] or {}).items()}
     for name, x in parts.items():
         found |= score(f"kmeans_{name}/test", x, labels, k, seeds=BASELINE_SEEDS)
     return found
@@ -310,6 +329,16 @@ def scatter(run: Run, z: Tensor, clusters: np.ndarray, centroids: Tensor) -> Non
         x_label="axis 1 of the embedding",
         y_label="axis 2 of the embedding",
     )
+
+
+def say_choices(run: Run) -> None:
+    """How the modalities are weighed and, where the data decides it, in which metric k-means works."""
+    meta = run.meta
+    shown = ", ".join(f"{name} {weight:.3f}" for name, weight in meta["weights"].items())
+    run.log.say(f"modalities by their agreement with {meta['anchor']}: {shown}")
+    if meta["stability"]:
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in meta["stability"].items())
+        run.log.say(f"metric: {meta['metric']}, by the stability of clusters before training: {shown}")
 
 
 def say_scores(run: Run, results: dict) -> None:
@@ -411,6 +440,9 @@ def explain(run: Run, z: Tensor, centroids: Tensor, monitor: Monitor, targets: T
     if monitor.nothing_helped():
         rows.append(["advice", "halving did not help: --base-dim 512 is worth a run"])
     found["Monitor"] = {"header": ["figure", "at the last epoch"], "rows": rows}
+    if run.meta["stability"]:
+        rows = [[name, value] for name, value in run.meta["stability"].items()]
+        found[f"Metric: {run.meta['metric']}"] = {"header": ["metric", "stability before training"], "rows": rows}
     weights = [[name, weight] for name, weight in run.meta["weights"].items()]
     found["Weights of the modalities"] = {"header": ["modality", "weight"], "rows": weights}
     if run.meta["estimate"]:

@@ -377,6 +377,57 @@ def test_agreement_weighs_a_modality_and_names_the_anchor():
     assert anchor in ("near", "far") and weights["noise"] < 0.05 and min(weights["near"], weights["far"]) > 0.9
 
 
+def test_a_second_encoding_of_the_text_weighs_as_much_as_the_first():
+    rng = np.random.default_rng(0)
+    rows = {name: torch.from_numpy(rng.normal(size=(90, 4))) for name in ("text", "words", "audio")}
+    _, weights, anchor = umc.weighted_basis(rows, {"words"}, "text", 3, 2, 0, peers={"words"})
+    assert anchor == "text" and weights["text"] == weights["words"] == 1 and weights["audio"] < 0.2
+    alone = umc.weighted_basis(rows, {"words"}, "text", 3, 2, 0)[1]
+    assert alone["words"] < 0.2 and alone["audio"] == weights["audio"]
+
+
+@pytest.mark.parametrize("spread, expected", [(4, "discriminant"), (1, "euclidean")])
+def test_the_metric_is_that_of_the_more_stable_clusters(spread, expected):
+    """Four clusters on two axes: four wide ones hide them from the plain metric, which needs no learning otherwise."""
+    rng, n = np.random.default_rng(0), 600
+    corners = 4 * np.array([[1, 1], [-1, 1], [1, -1], [-1, -1]])[np.arange(n) % 4]
+    z = np.concatenate([corners + rng.normal(size=(n, 2)), spread * rng.normal(size=(n, 4))], 1)
+    rows = SimpleNamespace(pooled=lambda name: torch.from_numpy(z).float())
+    basis = {"text": (torch.zeros(6), torch.ones(6), torch.eye(6))}
+    found = discovery.metric_stability(rows, np.arange(n), basis, 4, 0)
+    assert max(found, key=found.get) == expected and set(found) == set(discovery.METRICS)
+    few = discovery.metric_stability(rows, np.arange(500), basis, 4, 0)
+    z[500:] = 1e3  # the test split
+    assert discovery.metric_stability(rows, np.arange(500), basis, 4, 0) == few
+
+
+@pytest.mark.parametrize("metric", discovery.METRICS)
+def test_auto_is_the_metric_it_names(metric, acts, tmp_path, monkeypatch, capsys):
+    """Bitwise, and said on the console, in the summary, the report and the checkpoint."""
+    scores = {name: 0.875 if name == metric else 0.25 for name in discovery.METRICS}
+    monkeypatch.setattr(discovery, "metric_stability", lambda *_: scores)
+    for name, argv in (("auto", []), ("given", ["--metric", metric])):
+        assert train_cluster.main([*SMALL, *argv, "--data", str(acts), "--out", str(tmp_path / name)]) == 0
+        said = f"metric: {metric}, by the stability of clusters before training: discriminant"
+        assert (said in capsys.readouterr().out) == (name == "auto")
+    auto, given = (checkpoint.load(tmp_path / name / "cluster" / "best.pt") for name in ("auto", "given"))
+    same(auto["model"], given["model"])
+    identity = torch.equal(auto["model"]["metric"], torch.eye(16))
+    assert identity == (metric == "euclidean") and auto["meta"]["metric"] == metric
+    found = {name: value for name, value in summary(tmp_path / "auto").items() if name.endswith("train/stability")}
+    assert {f"kmeans_{name}/train/stability": value for name, value in scores.items()}.items() <= found.items()
+    assert f"Metric: {metric}" in json.loads((tmp_path / "auto" / "tables.json").read_text())
+    assert not any("kmeans" in name and "stability" in name for name in summary(tmp_path / "given"))
+
+
+def test_umc_compares_no_metrics(acts, tmp_path, monkeypatch):
+    monkeypatch.delattr(discovery, "metric_stability")
+    argv = [*SMALL, "--mode", "umc", "--data", str(acts), "--out", str(tmp_path / "run")]
+    assert train_cluster.main(argv) == 0
+    state = checkpoint.load(tmp_path / "run" / "cluster" / "best.pt")
+    assert state["meta"]["metric"] == "euclidean" and torch.equal(state["model"]["metric"], torch.eye(16))
+
+
 def test_the_metric_undoes_the_scatter_within_clusters():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 4, 500)
@@ -390,10 +441,10 @@ def test_the_metric_undoes_the_scatter_within_clusters():
     assert (z @ metric).var(0).sum() == pytest.approx(z.var(0).sum())
 
 
-def fake_run(views="all", names=("text", "audio", "video"), seed=0):
+def fake_run(views="all", names=("text", "audio", "video"), seed=0, weights=(1, 1, 1)):
     facts = SimpleNamespace(device=torch.device("cpu"), world_size=1, main=True)
     return SimpleNamespace(
-        meta={"views": views, "k": 2},
+        meta={"views": views, "k": 2, "weights": dict(zip(names, weights, strict=True))},
         data=SimpleNamespace(names=list(names)),
         args=SimpleNamespace(seed=seed),
         facts=facts,
@@ -409,6 +460,16 @@ def test_views_are_umc_s_or_functions_of_seed_epoch_and_utterance():
     assert torch.equal(train_cluster.masks(fake_run(), ids[::-1].copy(), 3)[0], first.flip(0))
     assert not torch.equal(train_cluster.masks(fake_run(), ids, 4)[0], first)
     assert not torch.equal(train_cluster.masks(fake_run(seed=1), ids, 3)[0], first)
+
+
+def test_a_view_lacks_the_anchor_only_as_far_as_another_modality_agrees_with_it():
+    ids, masked = np.arange(4000), {}
+    for weights in ((1, 0.5, 0.1), (1, 0, 0)):
+        views = train_cluster.masks(fake_run(weights=weights), ids, 0)
+        masked[weights] = [round(1 - torch.cat(views)[:, i].mean().item(), 2) for i in range(3)]
+    assert masked[1, 0.5, 0.1] == pytest.approx([0.1, 0.2, 0.2], abs=0.02)
+    assert masked[1, 0, 0] == pytest.approx([0, 0.2, 0.2], abs=0.02)
+    assert train_cluster.masks(fake_run(names=["text"], weights=[1]), ids, 0)[0].min() == 1
 
 
 def test_tracking_is_spearman_s_correlation(tmp_path):
@@ -459,7 +520,7 @@ def test_monitor_figures_are_numbers():
 
 
 def test_a_mode_is_the_default_of_flags_that_can_be_set_alone():
-    for argv, expected in (([], "discriminant"), (["--mode", "umc"], "euclidean")):
+    for argv, expected in (([], "auto"), (["--mode", "umc"], "euclidean")):
         args, _ = train_cluster.parse_args(argv)
         assert train_cluster.knob(args, "metric") == expected
     args, _ = train_cluster.parse_args(["--mode", "umc", "--metric", "discriminant", "--min-share", "0"])

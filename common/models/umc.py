@@ -91,7 +91,9 @@ def pool(x: Tensor, lengths: Tensor) -> Tensor:
     return (x * mask[..., None]).sum(1) / lengths[:, None]
 
 
-def weighted_basis(rows: dict[str, Tensor], as_is, anchor: str | None, k: int, components: int, seed: int):
+def weighted_basis(
+    rows: dict[str, Tensor], as_is, anchor: str | None, k: int, components: int, seed: int, *, peers=frozenset()
+):
     """Principal axes of each modality, with a weight that no label decides.
 
     Columns are centred and brought to unit variance, but for the modalities `as_is`, whose scales mean something. The
@@ -102,6 +104,7 @@ def weighted_basis(rows: dict[str, Tensor], as_is, anchor: str | None, k: int, c
     Args:
         rows: name -> (n, D).
         anchor: its name; None: the modality whose agreement with the others is largest in all.
+        peers: names of further encodings of what the anchor encodes; their weight is 1, too.
 
     Returns:
         The basis, name -> (mean (D,), scale (D,), axes (D, C)); the weights by name; the anchor's name.
@@ -129,7 +132,7 @@ def weighted_basis(rows: dict[str, Tensor], as_is, anchor: str | None, k: int, c
         for a in found
     }
     anchor = anchor or max(agreement, key=lambda name: sum(agreement[name].values()))
-    weights = {name: 1.0 if name == anchor else agreement[anchor][name] for name in rows}
+    weights = {name: 1.0 if name == anchor or name in peers else agreement[anchor][name] for name in rows}
     return {n: (mean, scale, weights[n] * axes) for n, (mean, scale, axes) in basis.items()}, weights, anchor
 
 
