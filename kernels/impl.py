@@ -86,14 +86,17 @@ def launch(kernel, grid, tensors, numbers, constants, num_warps=4, num_stages=3)
         numbers: the other arguments known only at run time, a tuple.
         constants: name -> value of the tl.constexpr arguments, in the kernel's order.
     """
-    key = (id(kernel), numbers, *constants.values(), num_warps, num_stages, tensors[0].device.index)
-    key += tuple([x.dtype for x in tensors])
-    found = _compiled.get(key)
-    if found is not None and not any(x.data_ptr() % 16 for x in tensors):
+    addresses, dtypes = 0, []
+    for x in tensors:
+        addresses |= x.data_ptr()
+        dtypes.append(x.dtype)
+    key = (id(kernel), numbers, *constants.values(), num_warps, num_stages, tensors[0].device.index, *dtypes)
+    found = _compiled.get(key) if addresses % 16 == 0 else None
+    if found is not None:
         found[(*grid, 1, 1)[:3]](*tensors, *numbers, *constants.values())
         return
     found = kernel[grid](*tensors, *numbers, **constants, num_warps=num_warps, num_stages=num_stages)
-    if found is not None and not any(x.data_ptr() % 16 for x in tensors):  # the interpreter returns None
+    if found is not None and addresses % 16 == 0:  # the interpreter returns None
         assert kernel.arg_names[len(tensors) + len(numbers) :] == list(constants), kernel.arg_names
         if len(_compiled) >= 4096:  # batches of ever other sizes: start again rather than grow
             _compiled.clear()
