@@ -18,7 +18,11 @@ Gradient. The similarity matrix is symmetric, so row i needs nobody else's gradi
     R_i / exp(lse_i)
 
 Only the M row log-sum-exps are kept between forward and backward; the M x M similarities exist one tile at a time. Row
-blocks own their gradient and sums run in a fixed order: no atomics, the same bits in every run.
+blocks own their gradient and sums run in a fixed order, the same bits in every run. (The one atomic counts who has
+come, so that the last program adds up the losses.)
+
+Launches. Up to M = 1,024 rows one program takes some rows through all keys: two launches forward, one backward. Above,
+tiles (gram.py: full grid up to 4,096 rows, half grid beyond) and what prepares and finishes them: three and two.
 
 Limits. The Triton path takes bf16 and fp16 with D <= 512 (D <= 256 on GPUs without a table in gram.py) and fp32 with D
 <= 128; without normalisation D <= 128 in every type, and the rows keep some 16 binary digits (gradients to about 1e-5).
