@@ -85,6 +85,15 @@ TILES = {
 }
 
 
+# (BLOCK_M, BLOCK_N, warps, stages) of the kernels that take a few rows through all keys.
+FEW_ROWS_TILES = dict.fromkeys(("sm_80", "sm_90", "sm_100"), (16, 128, 4, 3)) | {"interpreter": (16, 32, 1, 1)}
+
+
+def few_rows_tile(target: str) -> tuple[int, int, int, int]:
+    """For targets without an entry a tile that fits 64 KB of shared memory."""
+    return FEW_ROWS_TILES.get(target, (16, 64, 4, 2))
+
+
 def tile(kernel: str, planes: int, block_d: int, target: str) -> tuple[int, int, int, int] | None:
     """(BLOCK_M, BLOCK_N, warps, stages) for kernel "half", "full" or "bwd"; None where it would not fit."""
     if target == "interpreter":

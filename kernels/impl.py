@@ -76,8 +76,8 @@ def launch(kernel, grid, tensors, numbers, constants, num_warps=4, num_stages=3)
     """Launch kernel(*tensors, *numbers, *constants), its arguments in the order in which it declares them.
 
     Triton's own launch looks at every argument to find the compiled kernel, which takes longer than the launch itself.
-    What it looks at are dtypes, numbers and whether addresses are multiples of 16: a call that repeats them all finds
-    the kernel here.
+    What it looks at are dtypes, numbers, whether addresses are multiples of 16 and, on AMD, whether a tensor has more
+    than 2^31 bytes, which follows from numbers and grid: a call that repeats them all finds the kernel here.
 
     Args:
         kernel: what `jit` returned.
@@ -90,14 +90,14 @@ def launch(kernel, grid, tensors, numbers, constants, num_warps=4, num_stages=3)
     for x in tensors:
         addresses |= x.data_ptr()
         dtypes.append(x.dtype)
-    key = (id(kernel), numbers, *constants.values(), num_warps, num_stages, tensors[0].device.index, *dtypes)
+    key = (id(kernel), grid, numbers, *constants.values(), num_warps, num_stages, tensors[0].device.index, *dtypes)
     found = _compiled.get(key) if addresses % 16 == 0 else None
     if found is not None:
         found[(*grid, 1, 1)[:3]](*tensors, *numbers, *constants.values())
         return
+    assert kernel.arg_names[len(tensors) + len(numbers) :] == list(constants), kernel.arg_names
     found = kernel[grid](*tensors, *numbers, **constants, num_warps=num_warps, num_stages=num_stages)
     if found is not None and addresses % 16 == 0:  # the interpreter returns None
-        assert kernel.arg_names[len(tensors) + len(numbers) :] == list(constants), kernel.arg_names
         if len(_compiled) >= 4096:  # batches of ever other sizes: start again rather than grow
             _compiled.clear()
         _compiled[key] = found

@@ -41,6 +41,7 @@ from .gram import (
     add_weighted,
     comes_last,
     empty_rows,
+    few_rows_tile,
     gather_keys,
     inverse_norm,
     load_planes,
@@ -76,10 +77,8 @@ except ImportError:
     tl = None
 
 # Up to so many rows, and so wide a row of planes, one program takes some rows through all keys: the arithmetic is
-# nothing there, and every launch counts. Above, the half grid is faster (README.md).
-FEW_ROWS, FEW_ROWS_WIDTH = (32, 64) if INTERPRETED else (1024, 256)
-FEW_ROWS_TILES = {"interpreter": (16, 32, 1, 1), "gfx942": (16, 64, 4, 2)}  # BLOCK_M, BLOCK_N, warps, stages
-FEW_ROWS_TILE = (16, 128, 4, 3)
+# nothing there, and every launch counts. Above, the tiles are faster; wider rows would spill (README.md).
+FEW_ROWS, FEW_ROWS_WIDTH = (32, 64) if INTERPRETED else (1024, 128)
 
 
 def nt_xent_reference(z_a, z_b, temperature, *, normalize=True, gather=None, decoupled=False):
@@ -448,7 +447,7 @@ def _nt_xent_few_rows_bwd_kernel(
         acc = add_weighted(acc, weight, keys, keys_lo, SPLIT)
     acc *= 2.0 ** (-LOG2_SCALE)
     sum_a, sum_b = tl.split(tl.permute(tl.reshape(acc, [BLOCK_P, 2, BLOCK_D]), (0, 2, 1)))
-    pairs = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    pairs = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     a = load_rows(a_ptr, pairs, offs_d, stride_an, stride_ad, num_pairs, dim)
     b = load_rows(b_ptr, pairs, offs_d, stride_bn, stride_bd, num_pairs, dim)
     inv_a = inverse_norm(a, NORMALIZE, EPS)
@@ -458,10 +457,6 @@ def _nt_xent_few_rows_bwd_kernel(
         pairs, num_pairs, temperature, NORMALIZE, DECOUPLED, BLOCK_P,
     )  # fmt: skip
     _store_views(da_ptr, db_ptr, da, db, pairs, offs_d, num_pairs, dim)
-
-
-def few_rows_tile(target):
-    return FEW_ROWS_TILES.get(target, FEW_ROWS_TILE)
 
 
 def _few_rows(num_rows, num_keys, u, shift):

@@ -16,7 +16,8 @@ channels wide: odd folds would move two bytes at a time. There, and for other pa
 and cuDNN or cuBLAS follows.
 
 Limits. Triton path: channels_last (contiguous input is converted), fp16 and bf16, fp32 where cuDNN may use TF32;
-direction both and past, padding zero. The second derivative raises.
+direction both and past, padding zero. Where a fold ends within a load, an infinity or a nan in a channel beside its end
+reaches the frames before and after, too (as inf * 0). The second derivative raises.
 """
 
 from __future__ import annotations
@@ -49,10 +50,11 @@ except ImportError:
 # reading and writing. Above, and in the backward, tiles of BLOCK_K columns.
 RESIDENT = {"interpreter": 64, "sm_80": 128, "sm_90": 256, "sm_100": 128, "gfx942": 128}
 # (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) by what is computed; chosen on an H200 and by the reports in README.md.
-TILE = {"fwd": (64, 128, 32, 4, 3), "dx": (128, 64, 64, 4, 3), "dw": (128, 64, 32, 4, 4)}
+TILE = {"fwd": (64, 128, 32, 4, 3), "dx": (64, 64, 64, 4, 3), "dw": (128, 64, 32, 4, 4)}
 TILES = {
     "interpreter": dict.fromkeys(TILE, (32, 32, 16, 1, 1)),
-    "sm_80": TILE | {"dx": (64, 64, 64, 4, 3)},
+    "sm_90": TILE | {"dx": (128, 64, 64, 4, 3)},
+    "sm_100": TILE | {"dx": (128, 64, 64, 4, 3)},
 }
 # Below, input and output largely pass through the second-level cache, where the shift costs little and cuDNN's product
 # is faster: on an H200 the forward of 80 MB took 54 us fused and 44 apart, that of 193 MB 69 fused and 86 apart.
@@ -515,7 +517,7 @@ def _tf32_allowed():
 def _why_not_fused(x, weight, split, num_shifted, padding, impl):
     size = x.numel() * (x.shape[1] + weight.shape[0]) // max(1, x.shape[1]) * x.element_size()
     if impl == "auto" and x.is_cuda and size < FUSED_BYTES:
-        return f"input and output below {FUSED_BYTES / 1e6:.0f} MB are faster shifted first and multiplied then"
+        return f"input and output below {FUSED_BYTES >> 20} MiB are faster shifted first and multiplied then"
     if padding != "zero":
         return f"padding={padding!r} is not folded into the convolution"
     if (num_shifted - split) % 2 or x.shape[1] % 2:
@@ -529,6 +531,9 @@ def _why_not_fused(x, weight, split, num_shifted, padding, impl):
             return "fp32 convolutions may not use TF32"
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"it does not take {x.dtype}"
+    # Offsets within a frame and a tile, and numbers of rows, have 32 bits.
+    if x[:1].numel() + 128 * max(x.shape[1], weight.shape[0]) >= 2**31 or x[:, :1].numel() >= 2**31 - 128:
+        return "a frame has 2^31 elements or more, or all have as many pixels"
     return None
 
 
@@ -541,7 +546,7 @@ def shift_conv1x1(x, weight, bias, n_segment, *, fold_div=8, direction="both", p
         bias: (O,) or None.
         n_segment: T, frames per clip; divides the first dimension.
         fold_div, direction, padding: as for `temporal_shift`.
-        impl: "auto" (the fused Triton kernels on a GPU; elsewhere, where they do not apply, and below 128 MB of input
+        impl: "auto" (the fused Triton kernels on a GPU; elsewhere, where they do not apply, and below 128 MiB of input
             and output, where they are slower, the shift and then the convolution; said once through
             logging.getLogger("kernels")), "triton" (always fused) or "torch".
 

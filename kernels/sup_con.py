@@ -32,6 +32,7 @@ from .gram import (
     block_d,
     comes_last,
     empty_rows,
+    few_rows_tile,
     inverse_norm,
     load_planes,
     load_rows,
@@ -70,8 +71,6 @@ except ImportError:
 
 # Up to so many rows, and so wide a row of planes, the tiles compare labels (README.md).
 FEW_ROWS, FEW_ROWS_WIDTH = (40, 64) if INTERPRETED else (8192, 256)
-FEW_ROWS_TILES = {"interpreter": (16, 32, 1, 1), "gfx942": (16, 64, 4, 2)}  # BLOCK_M, BLOCK_N, warps, stages
-FEW_ROWS_TILE = (16, 128, 4, 3)
 _LABEL_TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -339,10 +338,6 @@ def _sup_con_epilogue_kernel(
     dz = (dz - z * tl.sum(z * dz, 1)[:, None]) * inverse[:, None]
     mask = mask_r[:, None] & (offs_d < dim)[None, :]
     tl.store(dz_ptr + rows[:, None] * dim + offs_d[None, :], dz.to(dz_ptr.dtype.element_ty), mask=mask)
-
-
-def few_rows_tile(target):
-    return FEW_ROWS_TILES.get(target, FEW_ROWS_TILE)
 
 
 def _block_r(dim):

@@ -219,7 +219,7 @@ def temporal_shift(x, n_segment, *, fold_div=8, direction="both", padding="zero"
     Source: Lin et al. 2019, arXiv:1811.08383.
     """
     split, num_shifted = _folds(x, n_segment, fold_div, direction, padding)
-    unsupported = "a frame has 2^31 elements or more" if x[:1].numel() >= 2**31 else None
+    unsupported = "a frame has 2^31 elements or more" if x[:1].numel() >= 2**31 - BLOCK else None
     if choose_impl("temporal_shift", impl, x, unsupported) == "torch":
         return temporal_shift_reference(x, n_segment, fold_div=fold_div, direction=direction, padding=padding)
     channels_last = _memory_format(x) == torch.channels_last

@@ -1,4 +1,4 @@
-"""Every kernel compiles ahead of time for four GPUs, without one: no spills, tensor cores used, shared memory within
+"""Every kernel compiles ahead of time for five GPUs, without one: no spills, tensor cores used, shared memory within
 limits.
 
 Run as a program (`python tests/test_kernels_aot.py sm_90`) it prints one JSON line per kernel: the tables of
@@ -19,9 +19,14 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Shared memory per block in bytes: CUDA programming guide, compute capabilities; CDNA3 ISA (64 KB of LDS).
-TARGETS = {"sm_80": 166912, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+TARGETS = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 # Tiles of 16 rows are too low for the newer instructions of sm_90 and sm_100.
-TENSOR_CORES = {"sm_80": r"mma\.sync", "sm_90": r"wgmma|mma\.sync", "sm_100": r"tcgen05\.mma|mma\.sync"}
+TENSOR_CORES = {
+    "sm_80": r"mma\.sync",
+    "sm_89": r"mma\.sync",
+    "sm_90": r"wgmma|mma\.sync",
+    "sm_100": r"tcgen05\.mma|mma\.sync",
+}
 TENSOR_CORES["gfx942"] = "v_mfma"
 
 
@@ -125,7 +130,7 @@ def gram_cases(target, every):
 
 def loss_cases(target):
     """The kernels around NT-Xent's and SupCon's tiles, and those that do both at once."""
-    from kernels import nt_xent as _  # noqa: F401
+    from kernels import gram
 
     losses, supervised = sys.modules["kernels.nt_xent"], sys.modules["kernels.sup_con"]
     fp32 = ("temperature_ptr", "pos_ptr", "tops_ptr", "sums_ptr", "negatives_ptr", "lse_ptr", "loss_ptr", "dloss_ptr")
@@ -167,10 +172,19 @@ def loss_cases(target):
         if "sup_con" in kernel.__name__:
             constants["BLOCK_R"] = supervised._block_r(constants["BLOCK_D"])
             constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-        if "few_rows" in kernel.__name__:
-            block_m, block_n, warps, stages = losses.few_rows_tile(target)
-            constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n}
-        yield kernel.__name__, kernel, types, constants, warps, stages
+        if "few_rows" not in kernel.__name__:
+            yield kernel.__name__, kernel, types, constants, warps, stages
+            continue
+        block_m, block_n, warps, stages = gram.few_rows_tile(target)
+        constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n}
+        widths = [("bf16", 128, False), ("fp16", 64, True)]
+        if kernel is supervised._sup_con_few_rows_fwd_kernel:
+            widths += [("bf16", 256, False), ("fp16", 128, True)]
+        for element, block_d, split in widths:
+            typed = {name: f"*{element}" if kind == "*bf16" else kind for name, kind in types.items()}
+            sized = constants | {"BLOCK_D": block_d, "SPLIT": split}
+            label = f"{kernel.__name__} {element}{' hi+lo' if split else ''} D={block_d}, {block_m}x{block_n}"
+            yield label, kernel, typed, sized, warps, stages
 
 
 def shift_cases(target, every):
@@ -193,7 +207,7 @@ def shift_cases(target, every):
         left = {name: kind for name, kind in types.items() if name not in ones}
         yield f"shift bf16 one frame, {padding}", temporal_shift_kernel, left, constants_of_shift | ones, 4, 3
     # As many channels as the forward keeps; folds that are and are not multiples of a load's width.
-    widest = fused.RESIDENT[target]
+    widest = fused.RESIDENT.get(target, 128)
     for vector in (2, 4, 8) if every else (2, 8):
         for name in ("fwd", "fwd_loop", "dx", "dw"):
             kernel = getattr(fused, f"shift_conv1x1_{name}_kernel")

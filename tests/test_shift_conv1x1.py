@@ -129,11 +129,15 @@ def test_bad_input_is_named(weight, bias, message):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(64, 8, 160, 640, 14, 14, 8), (32, 8, 96, 192, 28, 28, 4), (16, 8, 80, 40, 7, 7, 8)])
-def test_kernels_equal_shift_then_convolution_on_the_gpu(shape, dtype):
+@pytest.mark.parametrize("direction", ["both", "past"])
+@pytest.mark.parametrize(
+    "shape",  # the last has too many channels for its weight to stay
+    [(64, 8, 160, 640, 14, 14, 8), (32, 8, 96, 192, 28, 28, 4), (16, 8, 80, 40, 7, 7, 8), (16, 8, 512, 64, 7, 7, 8)],
+)
+def test_kernels_equal_shift_then_convolution_on_the_gpu(shape, direction, dtype):
     frames, n_segment, channels, outputs, height, width, fold_div = shape
     x, weight, bias, dy = (t.cuda() for t in case(frames, channels, outputs, height, width, dtype))
-    options = {"fold_div": fold_div, "dy": dy}
+    options = {"fold_div": fold_div, "direction": direction, "dy": dy}
     expected = run(shift_conv1x1_reference, x.double(), weight.double(), bias.double(), n_segment, **options)
     eager = run(shift_conv1x1_reference, x, weight, bias, n_segment, **options)
     got = run(shift_conv1x1, x, weight, bias, n_segment, **options, impl="triton")

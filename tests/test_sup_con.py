@@ -201,6 +201,16 @@ def test_registered_op_passes_opcheck(kind):
     torch.library.opcheck(torch.ops.kernels.sup_con_forward.default, (u, labels, kind, True, 1.4426950408889634))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_registered_ops_of_few_rows_pass_opcheck(dtype):
+    z, labels = batch(20, 8, 4, dtype)
+    forward, backward = torch.ops.kernels.sup_con_few_rows_forward, torch.ops.kernels.sup_con_few_rows_backward
+    torch.library.opcheck(forward.default, (z.requires_grad_(), labels, 0.2))
+    with torch.no_grad():
+        _, *saved = forward(z, labels, 0.2)
+    torch.library.opcheck(backward.default, (torch.tensor(1.5), z.detach(), *saved, 0.2))
+
+
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_compiles_without_graph_breaks(impl):
     z, labels = batch(24, 8, 4)
