@@ -393,6 +393,19 @@ def test_a_learnable_temperature_compiles():
     torch.testing.assert_close(grads[0], grads[1])
 
 
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("n", [9, 40])
+def test_few_rows_full_grid_and_half_grid_agree(n, decoupled, monkeypatch):
+    z_a, z_b = views(n, 20)
+    truth = run(nt_xent_reference, z_a.double(), z_b.double(), 0.1, decoupled=decoupled, upstream=-2.5)
+    module = sys.modules["kernels.nt_xent"]
+    for few_rows, full_grid_rows in ((1000, 0), (0, 1000), (0, 0)):
+        monkeypatch.setattr(module, "FEW_ROWS", few_rows)
+        monkeypatch.setattr(kernels.gram, "FULL_GRID_ROWS", full_grid_rows)
+        loss, grad = run(nt_xent, z_a, z_b, 0.1, decoupled=decoupled, upstream=-2.5, impl="triton")
+        assert relative(loss, truth[0]) < 1e-6 and relative(grad, truth[1]) < 3e-6
+
+
 @pytest.mark.parametrize(("n", "forward", "both"), [(16, 2, 3), (32, 3, 5), (60, 3, 5)])
 def test_at_most_three_forward_and_two_backward_launches(n, forward, both, monkeypatch):
     launches = []
