@@ -181,7 +181,7 @@ def metric_stability(rows: Rows, train: np.ndarray, basis: dict, k: int, seed: i
     z = torch.cat([part.float() for part in parts], 1)
     found = {name: [] for name in METRICS}
     for own_seed in range(METRIC_RUNS * seed, METRIC_RUNS * (seed + 1)):
-        _, metric = umc.discriminant_kmeans(z, k, SHRINKAGE, own_seed, torch.eye(z.shape[1]), None)
+        _, metric = umc.discriminant_kmeans(z, k, SHRINKAGE, own_seed, torch.eye(z.shape[1], dtype=z.dtype), None)
         for name, rows_in in (("discriminant", z @ metric), ("euclidean", z)):
             found[name].append(stability(rows_in, k, own_seed))
     return {name: float(np.mean(values)) for name, values in found.items()}

@@ -229,6 +229,7 @@ def test_curves_and_tables_hold_the_numbers_of_the_log(runs, script):
                 continue
             if (
                 metric in ("stage", "step", "epoch", "time", "eta_s", "chance", "loss_over_chance", "tau")
+                or parts[0].startswith("kmeans_")  # measured once, before training; in a table
                 or value is None
             ):
                 continue
