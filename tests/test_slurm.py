@@ -46,7 +46,7 @@ def folder(cluster):
 
 @pytest.fixture(scope="module")
 def command(folder):
-    """A run of a few seconds: 240 steps in two stages."""
+    """A run of some seconds: 600 steps in two stages, saved often, so that whatever stops it finds a checkpoint."""
     rng = np.random.default_rng(0)
     label = np.arange(200) % 4
     centres = rng.normal(size=(4, 16))
@@ -56,7 +56,7 @@ def command(folder):
         timing=(centres[label, :8] + 2 * rng.normal(size=(200, 8))).astype("f4"),
         label=label,
     )
-    flags = "--bs 32 --cluster-bs 32 --base-dim 16 --epochs 24 --cluster-epochs 24 --log-every 1 --save-every 0.005"
+    flags = "--bs 32 --cluster-bs 32 --base-dim 16 --epochs 96 --cluster-epochs 24 --log-every 1 --save-every 0.001"
     return ["train_cluster.py", "--data", str(folder / "tiny.npz"), *flags.split()]
 
 
