@@ -83,8 +83,13 @@ class Victim:
         self.count += 1
         return self.root / f"run{self.count}"
 
-    def start(self, folder: Path, *flags: str, env: dict | None = None, before=None, argv=None, output=None) -> int:
-        """Fork a process that runs the script in `folder`; its output goes to FOLDER.txt, or to a descriptor."""
+    def start(
+        self, folder: Path, *flags: str, env: dict | None = None, before=None, argv=None, output=None, at=None
+    ) -> int:
+        """Fork a process that runs the script in `folder`; its output goes to FOLDER.txt, or to a descriptor.
+
+        at: (what it counts, how many, the signal that it then sends itself), where one of its parent's may come late.
+        """
         self.shared[:] = 0
         sys.stdout.flush()
         pid = os.fork()
@@ -97,7 +102,7 @@ class Victim:
             os.dup2(target, 1)
             os.dup2(target, 2)
             os.environ.update(env or {})
-            watch(self.shared)
+            watch(self.shared, at)
             if before:
                 before()
             code = MODULES[self.name].main([*(argv or self.argv), "--out", str(folder), *flags])
@@ -132,16 +137,24 @@ class Victim:
         shutil.rmtree(folder)
 
 
-def watch(shared: np.ndarray) -> None:
-    """Count this process's steps and saves, and say when it is inside a save."""
+def watch(shared: np.ndarray, at: tuple[int, int, int] | None = None) -> None:
+    """Count this process's steps and saves, say when it is inside a save, and send the signal of `at`."""
     end_step, save = checkpoint.Progress.end_step, checkpoint.Progress.save
+    own = {STEPS: 0, SAVES: 0}  # the shared ones are those of all processes
+
+    def reached(what):
+        own[what] += 1
+        if at and (what, own[what]) == at[:2]:
+            os.kill(os.getpid(), at[2])
 
     def counted(self, bad):
+        reached(STEPS)
         end_step(self, bad)
         shared[STEPS] += 1
 
     def flagged(self):
         begun = time.monotonic()
+        reached(SAVES)
         shared[SAVES] += 1
         shared[SAVING] = 1
         try:
@@ -235,10 +248,8 @@ def signals(victim: Victim, count: int) -> dict:
 def stopped(victim: Victim) -> Path:
     """A run that was ended by TERM after some saves, with a last.pt and one before it."""
     folder = victim.fresh()
-    pid = victim.start(folder)
-    victim.wait_until(pid, SAVES, victim.saves // 2)
-    os.kill(pid, signal.SIGTERM)
-    assert ended(pid) == 75, victim.said(folder)
+    code = victim.run(folder, at=(SAVES, victim.saves // 2, signal.SIGTERM))
+    assert code == 75, f"{code}: {victim.said(folder)}"
     return folder
 
 
@@ -326,10 +337,13 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def together(victim: Victim, folder: Path, world_size: int, *flags: str, **more) -> list[int]:
-    """The processes of one run; the counters are those of all of them."""
-    port = free_port()
-    return [victim.start(folder, *flags, env=rank_env(rank, world_size, port), **more) for rank in range(world_size)]
+def together(victim: Victim, folder: Path, world_size: int, *flags: str, at=None, only=None, **more) -> list[int]:
+    """The processes of one run; the counters are those of all of them. `at` is for all, or for the rank `only`."""
+    port, found = free_port(), []
+    for rank in range(world_size):
+        own = at if only in (None, rank) else None
+        found.append(victim.start(folder, *flags, env=rank_env(rank, world_size, port), at=own, **more))
+    return found
 
 
 def rank_deaths(victim: Victim, count: int) -> dict:
@@ -365,10 +379,9 @@ def stalls(victim: Victim, count: int) -> dict:
     rng, slowest, limit = victim.rng, 0.0, 6.0
     for _ in range(count):
         folder = victim.fresh()
-        pids = together(victim, folder, 2, "--timeout", str(limit / 60))
-        victim.wait_until(pids[0], STEPS, rng.randint(1, 6))
-        still = rng.randrange(2)
-        os.kill(pids[still], signal.SIGSTOP)
+        at, still = (STEPS, rng.randint(1, 6), signal.SIGSTOP), rng.randrange(2)
+        pids = together(victim, folder, 2, "--timeout", str(limit / 60), at=at, only=still)
+        os.waitid(os.P_PID, pids[still], os.WSTOPPED | os.WEXITED | os.WNOWAIT)
         begun = time.monotonic()
         code = ended(pids[1 - still])
         slowest = max(slowest, time.monotonic() - begun)
@@ -461,12 +474,8 @@ def worlds(victim: Victim, count: int) -> dict:
         (trace := folder.with_suffix(".trace")).mkdir()
         sizes = [1, 2, 4, 1] if reference else [1]
         for i, world_size in enumerate(sizes):
-            pids = together(victim, folder, world_size, *whole, before=partial(record, trace, i))
-            if i + 1 < len(sizes):
-                victim.wait_until(pids[0], STEPS, world_size * rng.randint(1, 3))
-                for pid in pids:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGTERM)
+            at = (STEPS, rng.randint(1, 3), signal.SIGTERM) if i + 1 < len(sizes) else None
+            pids = together(victim, folder, world_size, *whole, before=partial(record, trace, i), at=at)
             codes = {ended(pid) for pid in pids}
             assert codes == ({75} if i + 1 < len(sizes) else {0}), f"{codes}: {victim.said(folder, '0')}"
         found = {}
