@@ -53,6 +53,7 @@ KNOBS = {
     "direction": ("smallest", "largest", ["smallest", "largest"], "dense rows to take: close together or spread out"),
     "choose": ("stability", "last", ["stability", "last"], "epoch to keep: of the most stable clusters, or the last"),
     "min_share": (0.1, 0.0, dict(low=0, high=1), "least rows to select of a cluster, as a share of the mean cluster"),
+    "smoothing": (0.1, 0.0, dict(low=0, high=1), "nearest rows that k-means sees averaged, as a share of that cluster"),
     "temperature": (0.5, 0.2, dict(above=0), "of the contrastive pretraining"),
     "sup_temperature": (0.5, 20.0, dict(above=0), "of the loss on selected rows"),
     "unsup_temperature": (1.0, 20.0, dict(above=0), "of the loss on the other rows"),
@@ -240,9 +241,10 @@ def watch(run: Run, name: str, model, progress, targets: Targets | None = None) 
     stable = discovery.stability(z, run.meta["k"], run.args.seed)
     values = {"stability": stable}
     if targets:  # what the run leaves behind are the clusters of the epoch's end
-        found = clustering.kmeans(z, run.meta["k"], start=model.centroids.cpu())
-        model.centroids.copy_(found.centroids)
-        values |= discovery.describe(run, z, found.labels, targets)
+        rows = discovery.smooth(z, run.meta["k"], run.meta["smoothing"])
+        model.centroids.copy_(clustering.kmeans(rows, run.meta["k"], start=model.centroids.cpu()).centroids)
+        clusters, _ = clustering.nearest(z, model.centroids.cpu())
+        values |= discovery.describe(run, z, clusters, targets)
     return stable, {f"{name}/train/{key}": value for key, value in values.items()}
 
 
@@ -346,7 +348,8 @@ def conclude(run: Run, model: umc.Fusion, progress, monitor: Monitor, targets: T
 
     def scored(network, _):
         z = evaluate(run, network, np.arange(len(table)), progress)
-        return score("cluster/test", z[test], table.labels[test], k), (z, network.centroids.cpu())
+        found = score("cluster/test", z[test], table.labels[test], k, run.meta["smoothing"])
+        return found, (z, network.centroids.cpu())
 
     results, (z, centroids) = tested(progress, model, scored)
     results = discovery.baselines(run) | results
@@ -403,7 +406,8 @@ def use(args, facts: dist.Facts) -> None:
             print(f"{len(rows.table)} predictions in {run.folder / 'predictions.csv'}")
         return
     test = run.splits["test"]
-    results = score("cluster/test", evaluate(run, model, test), rows.table.labels[test], meta["k"])
+    z, labels = evaluate(run, model, test), rows.table.labels[test]
+    results = score("cluster/test", z, labels, meta["k"], meta["smoothing"])
     if not results:
         raise InputError(f"{rows.table.name}: there is no labelled test utterance to evaluate on")
     model_of.write(results, facts)

@@ -245,6 +245,36 @@ def kmeans(x, k, *, seed=0, restarts=10, start=None, weights=None, spherical=Fal
     return best
 
 
+@torch.no_grad()
+def smooth(x, neighbors):
+    """Average each row with its nearest rows: clusters that touch move apart, and stray rows move into them.
+
+    One step of the blurring mean shift (Cheng 1995) with the nearest rows for a window.
+
+    Args:
+        x: (N, D) finite real tensor.
+        neighbors: how many rows are averaged, the row itself among them; above N, all.
+
+    Returns:
+        (N, D); x itself for one neighbor.
+
+    Raises:
+        ValueError: a shape or setting out of range; `InputError` for rows that are not finite.
+    """
+    x = _checked(x)
+    if neighbors < 1:
+        raise ValueError(f"neighbors must be at least 1, the row itself, got {neighbors}")
+    if neighbors == 1:
+        return x
+    mean = x.mean(0)
+    x = x - mean
+    near = [
+        _scores(rows, x[None])[:, 0].topk(min(neighbors, len(x)), 1, largest=False).indices
+        for rows in _blocks(x, len(x))
+    ]
+    return torch.cat([x[own].mean(1) for own in near]) + mean
+
+
 class Assignment(NamedTuple):
     """Pseudo-labels: a transport `plan` (N, K), its `labels` (N,) and their `weights` (N,) in [0, 1].
 

@@ -194,6 +194,11 @@ def principal(z: Tensor) -> Tensor:
     return z @ axes[:, values > 1e-6 * values[-1]].to(z.dtype)
 
 
+def smooth(z: Tensor, k: int, smoothing: float) -> Tensor:
+    """Rows z (n, d) averaged with their nearest: so many as are the share `smoothing` of a cluster of n / k rows."""
+    return clustering.smooth(z, max(round(smoothing * len(z) / k), 1))
+
+
 def stability(z: Tensor, k: int, seed: int) -> float:
     """How well k-means runs from different seeds agree on a fixed sample of the rows z (n, d), in [-1, 1]."""
     some = augment.uniform(seed, 0, np.arange(len(z)), 0, 1)[:, 0].argsort(kind="stable")[:WATCHED_ROWS]
@@ -227,8 +232,10 @@ def figures(monitor: Monitor) -> dict:
     return found
 
 
-def score(prefix: str, z: Tensor, labels: np.ndarray, k: int, seeds: int = SEEDS) -> dict:
+def score(prefix: str, z: Tensor, labels: np.ndarray, k: int, smoothing: float = 0.0, seeds: int = SEEDS) -> dict:
     """Metrics of k-means on rows z (n, d), mean and deviation over seeds, as `PREFIX/nmi` and `PREFIX/nmi_sd`.
+
+    The centroids are those of `smooth` rows; each row, as it is, belongs to the nearest.
 
     Rows without a label are clustered and left out of the score; without any label there is none.
     """
@@ -236,8 +243,9 @@ def score(prefix: str, z: Tensor, labels: np.ndarray, k: int, seeds: int = SEEDS
     if len(known) < 2:
         return {}
     z = principal(z)
-    runs = [clustering.kmeans(z, k, seed=seed).labels.numpy() for seed in range(seeds)]
-    found = [metrics.clustering(labels[known], clusters[known]) for clusters in runs]
+    rows = smooth(z, k, smoothing)
+    runs = [clustering.kmeans(rows, k, seed=seed).centroids for seed in range(seeds)]
+    found = [metrics.clustering(labels[known], clustering.nearest(z, c)[0].numpy()[known]) for c in runs]
     values = {}
     for name in found[0]:
         own = [one[name] for one in found]

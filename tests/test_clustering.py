@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from common import clustering, config
+from common import clustering, config, metrics
 
 ORACLE = "pip install -r tests/requirements.txt"
 
@@ -147,6 +147,39 @@ def test_nearest_equals_a_loop():
         assert torch.allclose(distance, every.amin(1), atol=2e-3 if offset else 1e-5)
     with pytest.raises(ValueError, match="one width, got 7 and 3"):
         clustering.nearest(x, centroids[:, :3])
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+@pytest.mark.parametrize("count", [1, 2, 7, 60, 99])
+def test_smoothing_equals_scipy(count, offset, monkeypatch):
+    spatial = pytest.importorskip("scipy.spatial", reason=ORACLE)
+    monkeypatch.setattr(clustering, "_TILE", 60 * 13)  # blocks of 13 rows
+    x, _ = mixture(60, 3, 7)
+    _, near = spatial.KDTree(x.numpy()).query(x.numpy(), k=min(count, 60))
+    expected = x.double()[torch.from_numpy(near).view(60, -1)].mean(1)
+    got = clustering.smooth(x + offset, count)
+    assert torch.allclose(got.double() - offset, expected, atol=1e-2 if offset else 1e-5)
+
+
+def test_smoothing_leaves_a_row_among_its_equals():
+    x = mixture(4, 1, 7)[0].repeat(6, 1)
+    assert torch.allclose(clustering.smooth(x, 6), x, atol=1e-6)
+
+
+def test_smoothing_parts_clusters_that_touch():
+    plain, smoothed = [], []
+    for seed in range(3):
+        x, labels = mixture(2000, 4, 5, 0.0, seed=seed, balance=[0.7, 0.15, 0.1, 0.05])
+        x += 3 * torch.eye(4, 5)[torch.from_numpy(labels)]
+        centroids = clustering.kmeans(clustering.smooth(x, 50), 4).centroids
+        smoothed.append(metrics.clustering(labels, clustering.nearest(x, centroids)[0])["ari"])
+        plain.append(metrics.clustering(labels, clustering.kmeans(x, 4).labels)["ari"])
+    assert np.mean(smoothed) > np.mean(plain) + 0.05
+
+
+def test_smoothing_needs_a_row_to_average():
+    with pytest.raises(ValueError, match="neighbors must be at least 1, the row itself, got 0"):
+        clustering.smooth(torch.ones(3, 2), 0)
 
 
 def test_kmeans_refuses_what_it_cannot_do():

@@ -496,7 +496,7 @@ def test_an_epoch_is_described_by_the_clusters_it_ends_with(monkeypatch):
     labels = np.arange(40) // 20
     table = SimpleNamespace(labels=labels)
     run = SimpleNamespace(
-        meta={"k": 2},
+        meta={"k": 2, "smoothing": 0.2},
         splits={"train": np.arange(40)},
         data=SimpleNamespace(table=table),
         args=SimpleNamespace(seed=0),
@@ -509,6 +509,27 @@ def test_an_epoch_is_described_by_the_clusters_it_ends_with(monkeypatch):
     values = train_cluster.watch(run, "cluster", model, None, targets)[1]
     assert values["cluster/train/nmi"] == 1 and values["cluster/train/silhouette"] > 0.5
     assert values["cluster/train/max_share"] == 0.5
+
+
+def test_centres_are_those_of_smooth_rows_and_rows_are_looked_up_as_they_are():
+    cluster, metrics_of = pytest.importorskip("sklearn.cluster"), pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    labels = rng.choice(3, 300, p=[0.7, 0.2, 0.1])
+    z = (4 * np.eye(3, 6)[labels] + rng.normal(size=(300, 6))).astype(np.float32)
+    for smoothing, neighbors in ((0.0, 1), (0.004, 1), (0.2, 20)):
+        near = np.argsort(((z[:, None] - z) ** 2).sum(2), 1, kind="stable")[:, :neighbors]
+        fitted = cluster.KMeans(3, n_init=10, random_state=0).fit(z[near].mean(1))
+        found = discovery.score("x", torch.from_numpy(z), labels, 3, smoothing, seeds=2)
+        assert found["x/nmi"] == pytest.approx(
+            metrics_of.normalized_mutual_info_score(labels, fitted.predict(z)), abs=1e-9
+        )
+
+
+def test_smoothing_reaches_the_centres_that_a_run_leaves(whole, acts, tmp_path):
+    argv = [*SMALL, "--smoothing", "0", "--data", str(acts), "--out", str(tmp_path / "run")]
+    assert train_cluster.main(argv) == 0
+    smooth, plain = (checkpoint.load(f / "cluster" / "last.pt")["parts"]["model"] for f in (whole, tmp_path / "run"))
+    assert (smooth["centroids"] - plain["centroids"]).abs().max() > 1e-3
 
 
 def test_monitor_figures_are_numbers():
@@ -525,6 +546,7 @@ def test_a_mode_is_the_default_of_flags_that_can_be_set_alone():
         assert train_cluster.knob(args, "metric") == expected
     args, _ = train_cluster.parse_args(["--mode", "umc", "--metric", "discriminant", "--min-share", "0"])
     assert train_cluster.knob(args, "metric") == "discriminant" and train_cluster.knob(args, "min_share") == 0
+    assert train_cluster.knob(args, "smoothing") == 0
     stages = train_cluster.settings(args)
     assert (stages["pretrain"].epochs, stages["cluster"].epochs, stages["cluster"].lr) == (100, 18, 2e-4)
 
