@@ -13,7 +13,6 @@ The schedule has three stages: learn from the clips as they come; draw rare clas
 cool down. It is one table, in common/longtail.py, and printed at the start; --schedule FILE replaces it.
 """
 
-import copy
 import math
 import sys
 from dataclasses import asdict
@@ -251,8 +250,11 @@ def audit_phases(run: Run, model: RaerModel, table: Schedule, cached: Tensor | N
     for phase in table.phases:
         batches = [batch[: len(batch) // run.args.accum] for batch in epoch_batches(run, phase, phase.start)[:3]]
         rows = list(zip(batches, inputs(run, cached, batches, phase.start), strict=True))
-        twin = copy.deepcopy(model).train()
-        twin.choose_trained(phase.trains == "classes")
+
+        def make(network, phase=phase):
+            network.train()
+            network.choose_trained(phase.trains == "classes")
+            return build_optimizer(run, network)
 
         def terms_of(network, k, phase=phase, rows=rows):
             items, pixels = rows[k % len(rows)]
@@ -260,8 +262,7 @@ def audit_phases(run: Run, model: RaerModel, table: Schedule, cached: Tensor | N
                 output = network(frames_of(run, pixels, items, phase.start))
             return loss_terms(run, network, phase, output, labels[items % len(run.data)].to(run.facts.device))
 
-        make = partial(build_optimizer, run)
-        problems += audit.check_setting(f"epochs from {phase.start}", twin, make, terms_of)
+        problems += audit.check_setting(f"epochs from {phase.start}", model, make, terms_of)
     return problems
 
 

@@ -43,7 +43,7 @@ def check_setting(
 
     Args:
         name: of the setting, for the lines.
-        build_optimizer: the optimiser of a model.
+        build_optimizer: the optimiser of a model; may set the model up first.
         terms_of: the weighted terms of the loss of step k by name; a term of weight 0 is not there.
         steps: how many.
 
@@ -60,7 +60,8 @@ def check_setting(
     for prefix, module in twin.named_modules():
         if not any(p.requires_grad for p in module.parameters()):
             frozen |= {f"{prefix}.{n}".lstrip("."): b for n, b in module.named_buffers()}
-    before = {n: t.detach().clone() for n, t in (trainable | frozen).items()}
+    # Not on the device: there a copy of a large model may be what a step has no room for.
+    before = {n: t.detach().to("cpu", copy=True) for n, t in (trainable | frozen).items()}
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     felt: dict[str, bool] = {}
     pushed = dict.fromkeys(trainable, False)
@@ -82,9 +83,10 @@ def check_setting(
         torch.cuda.set_rng_state_all(state[1])
     problems += [f"{name}: the loss term {term} moves no gradient" for term, alive in felt.items() if not alive]
     for n, p in trainable.items():
-        if torch.equal(before[n], p.detach()) and not pushed[n]:
+        if torch.equal(before[n], p.detach().cpu()) and not pushed[n]:
             problems.append(f"{name}: {n} is trainable and did not move in {steps} steps")
-    return problems + [f"{name}: {n} is frozen and moved" for n, t in frozen.items() if not torch.equal(before[n], t)]
+    moved = (n for n, t in frozen.items() if not torch.equal(before[n], t.detach().cpu()))
+    return problems + [f"{name}: {n} is frozen and moved" for n in moved]
 
 
 def _below_rounding(p: Tensor, lr: float) -> bool:
