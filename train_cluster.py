@@ -243,8 +243,7 @@ def watch(run: Run, name: str, model, progress, targets: Targets | None = None) 
     if targets:  # what the run leaves behind are the clusters of the epoch's end
         rows = discovery.smooth(z, run.meta["k"], run.meta["smoothing"])
         model.centroids.copy_(clustering.kmeans(rows, run.meta["k"], start=model.centroids.cpu()).centroids)
-        clusters, _ = clustering.nearest(z, model.centroids.cpu())
-        values |= discovery.describe(run, z, clusters, targets)
+        values |= discovery.describe(run, z, clustering.nearest(z, model.centroids.cpu())[0], targets)
     return stable, {f"{name}/train/{key}": value for key, value in values.items()}
 
 
@@ -344,12 +343,11 @@ def train(run: Run, name: str, model: umc.Fusion, start: str) -> None:
 
 def conclude(run: Run, model: umc.Fusion, progress, monitor: Monitor, targets: Targets) -> dict:
     """The test metrics of the chosen model, of the last epoch and of k-means without training; writes the findings."""
-    test, k, table = run.splits["test"], run.meta["k"], run.data.table
+    test, table, k, smoothing = run.splits["test"], run.data.table, run.meta["k"], run.meta["smoothing"]
 
     def scored(network, _):
         z = evaluate(run, network, np.arange(len(table)), progress)
-        found = score("cluster/test", z[test], table.labels[test], k, run.meta["smoothing"])
-        return found, (z, network.centroids.cpu())
+        return score("cluster/test", z[test], table.labels[test], k, smoothing), (z, network.centroids.cpu())
 
     results, (z, centroids) = tested(progress, model, scored)
     results = discovery.baselines(run) | results
@@ -406,8 +404,7 @@ def use(args, facts: dist.Facts) -> None:
             print(f"{len(rows.table)} predictions in {run.folder / 'predictions.csv'}")
         return
     test = run.splits["test"]
-    z, labels = evaluate(run, model, test), rows.table.labels[test]
-    results = score("cluster/test", z, labels, meta["k"], meta["smoothing"])
+    results = score("cluster/test", evaluate(run, model, test), rows.table.labels[test], meta["k"], meta["smoothing"])
     if not results:
         raise InputError(f"{rows.table.name}: there is no labelled test utterance to evaluate on")
     model_of.write(results, facts)
