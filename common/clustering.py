@@ -266,13 +266,10 @@ def smooth(x, neighbors):
         raise ValueError(f"neighbors must be at least 1, the row itself, got {neighbors}")
     if neighbors == 1:
         return x
-    mean = x.mean(0)
+    mean, count = x.mean(0), min(neighbors, len(x))
     x = x - mean
-    near = [
-        _scores(rows, x[None])[:, 0].topk(min(neighbors, len(x)), 1, largest=False).indices
-        for rows in _blocks(x, len(x))
-    ]
-    return torch.cat([x[own].mean(1) for own in near]) + mean
+    near = [_scores(rows, x[None])[:, 0].topk(count, 1, largest=False).indices for rows in _blocks(x, len(x))]
+    return F.embedding_bag(torch.cat(near), x, mode="mean") + mean  # a mean of rows that need not be gathered first
 
 
 class Assignment(NamedTuple):
