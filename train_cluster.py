@@ -53,7 +53,7 @@ KNOBS = {
     "direction": ("smallest", "largest", ["smallest", "largest"], "dense rows to take: close together or spread out"),
     "choose": ("stability", "last", ["stability", "last"], "epoch to keep: of the most stable clusters, or the last"),
     "min_share": (0.1, 0.0, dict(low=0, high=1), "least rows to select of a cluster, as a share of the mean cluster"),
-    "smoothing": (0.1, 0.0, dict(low=0, high=1), "nearest rows that k-means sees averaged, as a share of that cluster"),
+    "smoothing": (0.1, 0.0, dict(low=0, high=1), "nearest rows averaged for k-means, as a share of the mean cluster"),
     "temperature": (0.5, 0.2, dict(above=0), "of the contrastive pretraining"),
     "sup_temperature": (0.5, 20.0, dict(above=0), "of the loss on selected rows"),
     "unsup_temperature": (1.0, 20.0, dict(above=0), "of the loss on the other rows"),
