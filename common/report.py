@@ -326,6 +326,8 @@ def curves_of(lines: list[dict]) -> dict[str, dict[str, dict]]:
             split, metric = (parts[1], parts[2]) if len(parts) == 3 else ("last" if name in _ALONE else "batch", name)
             if split in ("test", "schedule") or metric in ("loss_over_chance", "tau"):
                 continue
+            if len(parts) == 3 and parts[0] != line["stage"]:  # a baseline's, which stands in a table
+                continue
             if split == "monitor":
                 split, metric = ("best so far", "stability") if metric == "best_performance" else ("monitor", metric)
             kind, named = "series", split + f", {variant}" * bool(variant)

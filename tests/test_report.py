@@ -217,6 +217,20 @@ def drawn_lines(tree):
     return found
 
 
+def test_a_baseline_is_no_point_of_a_curve():
+    lines = [
+        {"stage": "cluster", "step": 1, "epoch": 1, "cluster/train/stability": 0.7},
+        {
+            "stage": "cluster",
+            "step": 2,
+            "epoch": 2,
+            "cluster/train/stability": 0.8,
+            "kmeans_plain/train/stability": 0.1,
+        },
+    ]
+    assert report.curves_of(lines)["cluster"]["stability"]["series"] == {"train": [(1, 0.7), (2, 0.8)]}
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_curves_and_tables_hold_the_numbers_of_the_log(runs, script):
     tree = parsed(runs[script] / "report.html")
