@@ -95,7 +95,7 @@ _HEADLINES = {
     "train/test/war": "WAR on the test clips",
     "cluster/test/nmi": "NMI with the test labels",
     "cluster/test/acc": "accuracy of the clusters, matched to labels",
-    "cluster/train/stability": "stability of the clusters",
+    "cluster/train/stability": "stability of the clusters, last epoch",
     "pretrain/train/loss_over_chance": "contrastive loss over its chance level",
 }
 # The order of the findings; others follow.
