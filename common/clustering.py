@@ -1,6 +1,7 @@
 """Clustering of feature rows.
 
-Everything runs on the rows' device, depends on its arguments alone (no global random state), and takes no gradient.
+Everything runs on the rows' device, depends on its arguments alone (no global random state), and
+takes no gradient.
 """
 
 import math
@@ -10,7 +11,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common import augment, config, metrics
+from common import metrics
+from common.errors import InputError
+from common.rng import uniform
 
 _TILE = 1 << 22  # numbers in one block of distances: 16 MB in fp32
 _PLAIN_STEPS = 10  # of Sinkhorn's iteration, before Newton's method takes over
@@ -18,7 +21,9 @@ _GROUP = 1 << 27  # numbers that the restarts computed together may hold
 
 
 class KMeans(NamedTuple):
-    """A clustering: `labels` (N,) int64, `centroids` (K, D), the `inertia` they have, `iterations` of the run kept."""
+    """A clustering: `labels` (N,) int64, `centroids` (K, D), the `inertia` they have, `iterations`
+    of the run kept.
+    """
 
     labels: torch.Tensor
     centroids: torch.Tensor
@@ -34,7 +39,9 @@ def _checked(x, name="x"):
     bad = (~x.isfinite().all(1)).nonzero()[:, 0].tolist()
     if bad:
         rows = ", ".join(map(str, bad[:5])) + (", ..." if len(bad) > 5 else "")
-        raise config.InputError(f"{len(bad)} of {len(x)} rows hold nan or infinity: {rows}; repair or drop them")
+        raise InputError(
+            f"{len(bad)} of {len(x)} rows hold nan or infinity: {rows}; repair or drop them"
+        )
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     return x.cpu() if x.device.type == "mps" else x
 
@@ -44,12 +51,17 @@ def _checked_weights(weights, x):
         return x.new_ones(len(x))
     weights = torch.as_tensor(weights).to(x)
     if weights.shape != x.shape[:1] or not (weights.isfinite() & (weights >= 0)).all():
-        raise ValueError(f"weights must be {len(x)} finite numbers, none negative, got shape {tuple(weights.shape)}")
+        raise ValueError(
+            f"weights must be {len(x)} finite numbers, none negative, got shape"
+            f" {tuple(weights.shape)}"
+        )
     return weights
 
 
 def _scores(rows, centroids):
-    """|c|^2 - 2 x.c of rows (n, D) and every centroid (R, K, D): as (n, R, K), the squared distances less |x|^2."""
+    """|c|^2 - 2 x.c of rows (n, D) and every centroid (R, K, D): as (n, R, K), the squared
+    distances less |x|^2.
+    """
     flat = centroids.flatten(0, 1)
     return torch.addmm(flat.square().sum(1), rows, flat.T, alpha=-2).view(-1, *centroids.shape[:2])
 
@@ -87,7 +99,9 @@ def nearest(x, centroids):
     """
     x, centroids = _checked(x), _checked(centroids, "centroids")
     if x.shape[1] != centroids.shape[1]:
-        raise ValueError(f"x and centroids must have one width, got {x.shape[1]} and {centroids.shape[1]}")
+        raise ValueError(
+            f"x and centroids must have one width, got {x.shape[1]} and {centroids.shape[1]}"
+        )
     mean = x.mean(0)
     x, centroids = x - mean, centroids.to(x) - mean
     labels = _labels(x, centroids[None])[0]
@@ -97,15 +111,17 @@ def nearest(x, centroids):
 def _seeded(x, weights, k, seed, restarts):
     """Greedy k-means++ centroids (R, K, D), all restarts together (Arthur and Vassilvitskii 2007).
 
-    Each step draws 2 + ln K candidates in proportion to the weighted squared distance, and keeps the best.
+    Each step draws 2 + ln K candidates in proportion to the weighted squared distance, and keeps
+    the best.
     """
     trials = 2 + int(math.log(k))
-    draws = augment.uniform(seed, 0, restarts, 0, 1 + (k - 1) * trials)
+    draws = uniform(seed, 0, restarts, 0, 1 + (k - 1) * trials)
     draws = torch.from_numpy(draws).to(x.device)  # [R, 1 + (K - 1) T]
     squares, every = x.square().sum(1), torch.arange(len(restarts), device=x.device)
 
     def sample(mass, u):
-        # In integers: their cumulative sum is the same on every run and device; 2**62 leaves room for N terms.
+        # In integers: their cumulative sum is the same on every run and device; 2**62 leaves room
+        # for N terms.
         scale = 2.0**62 / len(x) / mass.amax(1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
         cumulative = (mass.double() * scale).long().cumsum(1)
         target = (u * cumulative[:, -1:]).long()
@@ -113,13 +129,17 @@ def _seeded(x, weights, k, seed, restarts):
 
     def to_candidates(candidates):  # [R, T] -> [R, T, N]
         flat = candidates.flatten()
-        distance = torch.addmm(squares, x[flat], x.T, alpha=-2).add_(squares[flat, None]).clamp_(min=0)
+        distance = (
+            torch.addmm(squares, x[flat], x.T, alpha=-2).add_(squares[flat, None]).clamp_(min=0)
+        )
         return distance.view(*candidates.shape, -1)
 
     chosen = [sample(weights.expand(len(restarts), -1), draws[:, :1])[:, 0]]
     closest = to_candidates(chosen[0][:, None])[:, 0]
     for step in range(k - 1):
-        candidates = sample(closest * weights, draws[:, 1 + step * trials : 1 + (step + 1) * trials])
+        candidates = sample(
+            closest * weights, draws[:, 1 + step * trials : 1 + (step + 1) * trials]
+        )
         distance = torch.minimum(to_candidates(candidates), closest[:, None])
         best = (distance @ weights).argmin(1)
         closest = distance[every, best]
@@ -134,14 +154,17 @@ def _sums(x, weights, labels, k):
     blocks = (_blocks(t, r * k) for t in (x, weights, labels.T))
     for rows, weight, own in zip(*blocks, strict=True):
         # A product with the memberships adds in a fixed order, unlike atomic additions.
-        member = x.new_zeros(len(rows), r, k).scatter_(2, own[..., None], weight[:, None, None].expand(-1, r, 1))
+        member = x.new_zeros(len(rows), r, k).scatter_(
+            2, own[..., None], weight[:, None, None].expand(-1, r, 1)
+        )
         sums.addmm_(member.flatten(1).T, rows)
         mass += member.flatten(1).sum(0)
     return sums.view(r, k, -1), mass.view(r, k, 1)
 
 
 def _fill(labels, squares, weights, k):
-    """Give each empty cluster the farthest row of a cluster that keeps another one; rows of weight 0 do not count.
+    """Give each empty cluster the farthest row of a cluster that keeps another one; rows of weight
+    0 do not count.
 
     Changes `labels` (N,) in place. Returns the filled clusters and the row each of them took.
     """
@@ -184,12 +207,25 @@ def _lloyd(x, weights, centroids, spherical, max_iterations, tolerance):
 
 
 @torch.no_grad()
-def kmeans(x, k, *, seed=0, restarts=10, start=None, weights=None, spherical=False, max_iterations=300, tolerance=1e-4):
-    """Cluster rows by k-means: the run of least inertia of `restarts` runs from greedy k-means++ seeds.
+def kmeans(
+    x,
+    k,
+    *,
+    seed=0,
+    restarts=10,
+    start=None,
+    weights=None,
+    spherical=False,
+    max_iterations=300,
+    tolerance=1e-4,
+):
+    """Cluster rows by k-means: the run of least inertia of `restarts` runs from greedy k-means++
+    seeds.
 
-    As scikit-learn's `KMeans(n_init=restarts)`, with other random draws. All restarts go through the data together.
-    An empty cluster takes the row farthest from its centroid, so that all K have a row in the end, equal rows or not.
-    The seeds of a restart depend on (seed, restart) alone: more restarts never give a worse result.
+    As scikit-learn's `KMeans(n_init=restarts)`, with other random draws. All restarts go through
+    the data together. An empty cluster takes the row farthest from its centroid, so that all K have
+    a row in the end, equal rows or not. The seeds of a restart depend on (seed, restart) alone:
+    more restarts never give a worse result.
 
     Args:
         x: (N, D) finite real tensor; below fp32 it is widened to it.
@@ -197,15 +233,18 @@ def kmeans(x, k, *, seed=0, restarts=10, start=None, weights=None, spherical=Fal
         seed, restarts: of the seeding; without effect where `start` is given.
         start: (K, D) centroids to start from, one run.
         weights: (N,) weight of each row, none negative; 1 by default.
-        spherical: cluster by direction: rows and centroids are brought to unit length (Dhillon and Modha 2001).
-        max_iterations, tolerance: a run ends at this many, or where the centroids' squared shift is at most
-            `tolerance` times the mean variance of the columns.
+        spherical: cluster by direction: rows and centroids are brought to unit length (Dhillon and
+            Modha 2001).
+        max_iterations, tolerance: a run ends at this many, or where the centroids' squared shift is
+            at most `tolerance` times the mean variance of the columns.
 
     Returns:
-        KMeans; `inertia` is the weighted sum of squared distances, between unit vectors where `spherical`.
+        KMeans; `inertia` is the weighted sum of squared distances, between unit vectors where
+        `spherical`.
 
     Raises:
-        ValueError: a shape or setting out of range; `InputError` for more clusters than rows or rows not finite.
+        ValueError: a shape or setting out of range; `InputError` for more clusters than rows or
+            rows not finite.
     """
     x = _checked(x)
     weights = _checked_weights(weights, x)
@@ -216,8 +255,11 @@ def kmeans(x, k, *, seed=0, restarts=10, start=None, weights=None, spherical=Fal
             f"got {k}, {restarts}, {max_iterations} and {tolerance}"
         )
     if k > usable:
-        raise config.InputError(f"{k} clusters need as many rows, got {usable}: lower the number of clusters")
-    # Far from the origin |c|^2 - 2 x.c loses its digits; lengths, though, are measured from the origin.
+        raise InputError(
+            f"{k} clusters need as many rows, got {usable}: lower the number of clusters"
+        )
+    # Far from the origin |c|^2 - 2 x.c loses its digits; lengths, though, are measured from the
+    # origin.
     mean = torch.zeros_like(x[0]) if spherical else x.mean(0)
     x = F.normalize(x) if spherical else x - mean
     tolerance = tolerance * x.var(0, unbiased=False).mean().item()
@@ -247,7 +289,8 @@ def kmeans(x, k, *, seed=0, restarts=10, start=None, weights=None, spherical=Fal
 
 @torch.no_grad()
 def smooth(x, neighbors):
-    """Average each row with its nearest rows: clusters that touch move apart, and stray rows move into them.
+    """Average each row with its nearest rows: clusters that touch move apart, and stray rows move
+    into them.
 
     One step of the blurring mean shift (Cheng 1995) with the nearest rows for a window.
 
@@ -268,14 +311,21 @@ def smooth(x, neighbors):
         return x
     mean, count = x.mean(0), min(neighbors, len(x))
     x = x - mean
-    near = [_scores(rows, x[None])[:, 0].topk(count, 1, largest=False).indices for rows in _blocks(x, len(x))]
-    return F.embedding_bag(torch.cat(near), x, mode="mean") + mean  # a mean of rows that need not be gathered first
+    near = [
+        _scores(rows, x[None])[:, 0].topk(count, 1, largest=False).indices
+        for rows in _blocks(x, len(x))
+    ]
+    return (
+        F.embedding_bag(torch.cat(near), x, mode="mean") + mean
+    )  # a mean of rows that need not be gathered first
 
 
 class Assignment(NamedTuple):
-    """Pseudo-labels: a transport `plan` (N, K), its `labels` (N,) and their `weights` (N,) in [0, 1].
+    """Pseudo-labels: a transport `plan` (N, K), its `labels` (N,) and their `weights` (N,) in [0,
+    1].
 
-    A row's label is the cluster that gets most of it, its weight N times the mass it sends there: a whole row is 1/N.
+    A row's label is the cluster that gets most of it, its weight N times the mass it sends there: a
+    whole row is 1/N.
     """
 
     plan: torch.Tensor
@@ -284,7 +334,9 @@ class Assignment(NamedTuple):
 
 
 def relative_costs(x, centroids):
-    """Squared distances (N, K) in fp64 over their mean, so that an `epsilon` means the same for all features."""
+    """Squared distances (N, K) in fp64 over their mean, so that an `epsilon` means the same for all
+    features.
+    """
     x, centroids = _checked(x).double(), _checked(centroids, "centroids").double()
     mean = x.mean(0)
     x, centroids = x - mean, centroids.to(x.device) - mean
@@ -304,21 +356,28 @@ def _checked_costs(cost, sizes, epsilon, iterations):
 
 
 def _scaled(kernel, columns, power, iterations, tolerance):
-    """Scale exp(kernel) (N, M) to rows of 1/N and, damped by `power` (M,), to the columns' mass; all in logarithms."""
+    """Scale exp(kernel) (N, M) to rows of 1/N and, damped by `power` (M,), to the columns' mass;
+    all in logarithms.
+    """
     n = len(kernel)
 
     def off(g):  # what one Sinkhorn step would add to g
-        return power * (columns.log() - (kernel + g).log_softmax(1).logsumexp(0) + math.log(n) + g) - g
+        return (
+            power * (columns.log() - (kernel + g).log_softmax(1).logsumexp(0) + math.log(n) + g) - g
+        )
 
     g = torch.zeros_like(columns)
     step = off(g)
     for done in range(iterations):
         if step.abs().max() <= tolerance:
             break
-        # Sinkhorn's steps shrink like powers of power * transition, at a small epsilon hardly at all: sum the series.
+        # Sinkhorn's steps shrink like powers of power * transition, at a small epsilon hardly at
+        # all: sum the series.
         if done >= _PLAIN_STEPS:
             plan = (kernel + g).softmax(1)
-            transition = plan.T @ plan / plan.sum(0).clamp(min=torch.finfo(plan.dtype).tiny)[:, None]
+            transition = (
+                plan.T @ plan / plan.sum(0).clamp(min=torch.finfo(plan.dtype).tiny)[:, None]
+            )
             eye = torch.eye(len(g), dtype=g.dtype, device=g.device)
             newton = g + torch.linalg.pinv(eye - power[:, None] * transition, rtol=1e-12) @ step
             further = off(newton)
@@ -340,15 +399,17 @@ def _hardened(plan):
 def sinkhorn(cost, *, sizes=None, epsilon=0.05, iterations=1000, tolerance=1e-7):
     """Assign rows to clusters of given sizes by entropic optimal transport, as SeLa and SwAV do.
 
-    Minimises <plan, cost> - epsilon * entropy(plan) over plans whose rows sum to 1/N and whose columns sum to the
-    sizes (Cuturi 2013; Asano et al. 2020, arXiv:1911.05371; Caron et al. 2020, arXiv:2006.09882, with cost = -score
-    and 3 iterations). In logarithms, so no epsilon under- or overflows; Newton's method speeds up the last digits.
+    Minimizes <plan, cost> - epsilon * entropy(plan) over plans whose rows sum to 1/N and whose
+    columns sum to the sizes (Cuturi 2013; Asano et al. 2020, arXiv:1911.05371; Caron et al. 2020,
+    arXiv:2006.09882, with cost = -score and 3 iterations). In logarithms, so no epsilon under- or
+    overflows; Newton's method speeds up the last digits.
 
     Args:
         cost: (N, K) finite real tensor; -log p, or `relative_costs`.
         sizes: (K,) positive, the clusters' shares up to a factor; equal by default.
         epsilon: the smaller, the harder the plan and the slower; in the unit of `cost`.
-        iterations, tolerance: stops at this many, or where no column's mass is off by more than this relative part.
+        iterations, tolerance: stops at this many, or where no column's mass is off by more than
+            this relative part.
 
     Returns:
         Assignment, fp64.
@@ -361,16 +422,21 @@ def sinkhorn(cost, *, sizes=None, epsilon=0.05, iterations=1000, tolerance=1e-7)
 
 
 @torch.no_grad()
-def partial_transport(cost, mass, *, sizes=None, relax=1.0, epsilon=0.05, iterations=1000, tolerance=1e-7):
-    """Assign the share `mass` of the rows' mass, cheapest first, to clusters of about the given sizes.
+def partial_transport(
+    cost, mass, *, sizes=None, relax=1.0, epsilon=0.05, iterations=1000, tolerance=1e-7
+):
+    """Assign the share `mass` of the rows' mass, cheapest first, to clusters of about the given
+    sizes.
 
-    The step of progressive partial optimal transport (Zhang et al. 2024, arXiv:2401.09266 and 2404.03446). Minimises
+    The step of progressive partial optimal transport (Zhang et al. 2024, arXiv:2401.09266 and
+    2404.03446). Minimizes
 
         <plan, cost> - epsilon * entropy + relax * KL(columns | mass * sizes)
 
-    over plans whose rows sum to at most 1/N and which transport `mass` in all. What is left goes to an extra column of
-    cost 0; it is fixed at 1 - mass, so its cost does not matter. Growing `mass` over the epochs takes the sure rows
-    first. The KL term, unlike an equality, lets the data make clusters unequal.
+    over plans whose rows sum to at most 1/N and which transport `mass` in all. What is left goes to
+    an extra column of cost 0; it is fixed at 1 - mass, so its cost does not matter. Growing `mass`
+    over the epochs takes the sure rows first. The KL term, unlike an equality, lets the data make
+    clusters unequal.
 
     Args:
         cost, sizes, epsilon, iterations, tolerance: as in `sinkhorn`.
@@ -396,9 +462,11 @@ def partial_transport(cost, mass, *, sizes=None, relax=1.0, epsilon=0.05, iterat
 
 
 class Selection(NamedTuple):
-    """Rows of high quality: per cluster the `indices` (m,) int64, ascending, and the neighbourhood `fractions` taken.
+    """Rows of high quality: per cluster the `indices` (m,) int64, ascending, and the neighborhood
+    `fractions` taken.
 
-    A fraction is None where there was nothing to choose: an empty cluster, or one that is taken whole.
+    A fraction is None where there was nothing to choose: an empty cluster, or one that is taken
+    whole.
     """
 
     indices: list
@@ -412,10 +480,11 @@ FRACTIONS = tuple(percent / 100 for percent in range(10, 32, 2))
 def select(x, labels, k, share, *, floor=1, direction="largest", umc=False):
     """Select the densest rows of each cluster, as UMC does (Zhang et al. 2024, arXiv:2405.12775).
 
-    Of a cluster's n rows m = max(floor(share * n), floor, 1) are taken, at most n. For each q of FRACTIONS a row's
-    density is one over the mean distance to its max(floor(q * n), 1) nearest rows, and the candidates are the m
-    densest. The q is kept whose candidates have the largest or the smallest mean distance to their nearest fellow
-    candidate; the lowest q, and the lowest index, among equals. One distance matrix and one sort serve all q.
+    Of a cluster's n rows m = max(floor(share * n), floor, 1) are taken, at most n. For each q of
+    FRACTIONS a row's density is one over the mean distance to its max(floor(q * n), 1) nearest
+    rows, and the candidates are the m densest. The q is kept whose candidates have the largest or
+    the smallest mean distance to their nearest fellow candidate; the lowest q, and the lowest
+    index, among equals. One distance matrix and one sort serve all q.
 
     Args:
         x: (N, D) finite real tensor.
@@ -434,7 +503,9 @@ def select(x, labels, k, share, *, floor=1, direction="largest", umc=False):
     x = _checked(x)
     labels = torch.as_tensor(labels).to(x.device)
     if labels.shape != x.shape[:1] or labels.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f"labels must be {len(x)} integers, got {labels.dtype} {tuple(labels.shape)}")
+        raise ValueError(
+            f"labels must be {len(x)} integers, got {labels.dtype} {tuple(labels.shape)}"
+        )
     if labels.min() < 0 or labels.max() >= k:
         raise ValueError(f"labels must lie in [0, {k}), got {labels.min()} to {labels.max()}")
     if not 0 < share <= 1 or floor < 0 or direction not in ("largest", "smallest"):
@@ -458,15 +529,19 @@ def select(x, labels, k, share, *, floor=1, direction="largest", umc=False):
 
 
 def _densest(x, m, direction):
-    """Indices of the m densest of rows (n, D), ascending, and the fraction of FRACTIONS that gave them."""
+    """Indices of the m densest of rows (n, D), ascending, and the fraction of FRACTIONS that gave
+    them.
+    """
     n = len(x)
     # In fp64: equal rows, frequent among short utterances, must come out at distance 0.
     x = x.double() - x.double().mean(0)
     squares = x.square().sum(1)
 
     def distances(rows):
-        block = torch.addmm(squares[rows, None] + squares, x[rows], x.T, alpha=-2).clamp_(min=0).sqrt_()
-        return block.scatter_(1, rows[:, None], torch.inf)  # a row is no neighbour of its own
+        block = (
+            torch.addmm(squares[rows, None] + squares, x[rows], x.T, alpha=-2).clamp_(min=0).sqrt_()
+        )
+        return block.scatter_(1, rows[:, None], torch.inf)  # a row is no neighbor of its own
 
     parts = torch.arange(n, device=x.device).split(max(_TILE // n, 1))
     # Beyond what fits, blocks are computed twice instead of kept.
@@ -478,7 +553,9 @@ def _densest(x, m, direction):
         near = block.topk(int(sizes[-1]), largest=False).values
         reach.append(near.cumsum(1)[:, sizes - 1] / sizes)
     order = torch.cat(reach).argsort(dim=0, stable=True)[:m]  # [m, q]
-    chosen = torch.zeros(n, len(FRACTIONS), dtype=torch.bool, device=x.device).scatter_(0, order, True)
+    chosen = torch.zeros(n, len(FRACTIONS), dtype=torch.bool, device=x.device).scatter_(
+        0, order, True
+    )
     scores = x.new_zeros(len(FRACTIONS))
     for i, rows in enumerate(parts):
         block = distances(rows) if kept is None else kept[i]
@@ -491,7 +568,9 @@ def _densest(x, m, direction):
 
 
 class Estimate(NamedTuple):
-    """An estimated number of clusters `k`, and the `table` that it was read from: one dict of figures a candidate."""
+    """An estimated number of clusters `k`, and the `table` that it was read from: one dict of
+    figures a candidate.
+    """
 
     k: int
     table: list
@@ -499,27 +578,32 @@ class Estimate(NamedTuple):
 
 @torch.no_grad()
 def estimate_k(x, candidates=range(2, 31), *, seed=0, references=5, max_rows=4000, max_columns=64):
-    """Estimate the number of clusters without labels, by the gap statistic (Tibshirani, Walther and Hastie 2001).
+    """Estimate the number of clusters without labels, by the gap statistic (Tibshirani, Walther and
+    Hastie 2001).
 
-    The gap is how much smaller the log of inertia over variance is than on references without clusters: here Gaussian
-    rows of the data's own covariance, so that long axes are not taken for clusters. It finds small clusters beside
-    large ones, where the mean silhouette stops at the large ones. The answer is the candidate of the largest gap; of
-    the paper's rule, the smallest one within an error of the next, small clusters would fall victim. It is the first
-    candidate where the largest gap is within three errors of 0, the gap of one cluster.
+    The gap is how much smaller the log of inertia over variance is than on references without
+    clusters: here Gaussian rows of the data's own covariance, so that long axes are not taken for
+    clusters. It finds small clusters beside large ones, where the mean silhouette stops at the
+    large ones. The answer is the candidate of the largest gap; of the paper's rule, the smallest
+    one within an error of the next, small clusters would fall victim. It is the first candidate
+    where the largest gap is within three errors of 0, the gap of one cluster.
 
     Args:
         x: (N, D) finite real tensor.
-        candidates: numbers of clusters, at least 1; those above half the rows looked at are left out.
+        candidates: numbers of clusters, at least 1; those above half the rows looked at are left
+            out.
         seed: of the rows looked at, the references and the seeding.
         references: data sets without clusters, at least 2.
         max_rows, max_columns: looked at are at most so many rows, on so many principal axes.
 
     Returns:
-        Estimate; the table's columns are k, inertia, gap, error (one standard error) and silhouette (None for k = 1).
-        A `k` that is the last candidate says that the rows go on falling apart and that the data gives no number.
+        Estimate; the table's columns are k, inertia, gap, error (one standard error) and silhouette
+        (None for k = 1). A `k` that is the last candidate says that the rows go on falling apart
+        and that the data gives no number.
 
     Raises:
-        ValueError: a setting out of range or no usable candidate; `InputError` for rows that are not finite.
+        ValueError: a setting out of range or no usable candidate; `InputError` for rows that are
+            not finite.
     """
     x = _checked(x)
     if min(references, max_rows) < 2 or max_columns < 1:
@@ -528,16 +612,18 @@ def estimate_k(x, candidates=range(2, 31), *, seed=0, references=5, max_rows=400
             f"got {references}, {max_rows} and {max_columns}"
         )
     if len(x) > max_rows:
-        x = x[augment.uniform(seed, 1, np.arange(len(x)), 0, 1)[:, 0].argsort()[:max_rows]]
+        x = x[uniform(seed, 1, np.arange(len(x)), 0, 1)[:, 0].argsort()[:max_rows]]
     candidates = sorted({int(k) for k in candidates if k <= len(x) // 2})
     if not candidates or candidates[0] < 1:
-        raise ValueError(f"candidates must lie between 1 and half of {len(x)} rows, got {candidates}")
+        raise ValueError(
+            f"candidates must lie between 1 and half of {len(x)} rows, got {candidates}"
+        )
     x = x - x.mean(0)
     axes = torch.linalg.eigh(x.double().T @ x.double()).eigenvectors.flip(1)[:, :max_columns]
     x = x @ axes.to(x.dtype)
     spread, none = x.std(0), []
     for i in range(references):
-        u = torch.from_numpy(augment.uniform(seed, 2, np.arange(len(x)), i, x.shape[1]))
+        u = torch.from_numpy(uniform(seed, 2, np.arange(len(x)), i, x.shape[1]))
         none.append(torch.special.ndtri(u + 2.0**-54).to(x) * spread)
 
     def log_share(rows, k, restarts):
@@ -561,5 +647,6 @@ def estimate_k(x, candidates=range(2, 31), *, seed=0, references=5, max_rows=400
             }
         )
     best = max(table, key=lambda row: row["gap"])
-    # With one cluster the gap is 0: less than three errors above it, a sample of one Gaussian can come by chance.
+    # With one cluster the gap is 0: less than three errors above it, a sample of one Gaussian can
+    # come by chance.
     return Estimate((best if best["gap"] > 3 * best["error"] else table[0])["k"], table)

@@ -8,33 +8,225 @@
     tau-norm           ce on inner products; rows of the classifier divided by |w|^tau (Kang et al., arXiv:1910.09217)
     crt                ce; then the classifier alone, from random weights, classes drawn equally often (the same paper)
 
-The learning rate falls at the same epochs in all of them, but for crt, whose classifier starts anew at the full rate.
+The learning rate falls at the same epochs in all of them, but for crt, whose classifier starts anew
+at the full rate.
 """
 
-from dataclasses import replace
+import json
+import tomllib
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import data, losses, metrics, step
-from common.config import InputError
+from common import amp, losses, metrics
+from common.data import sampling
+from common.errors import InputError, did_you_mean
 from common.models.raer import RaerModel
-from common.schedule import Phase, Schedule
 
-_SECOND = Phase(16, "weighted", cap=2.0, tau=0.4, temperature=0.15, smoothing=0.05, mi=0.1, dc=0.1, ramp=10)
+SAMPLERS = ("random", "weighted")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The settings from epoch `start` (counted from 0) to the next phase's start.
+
+    Attributes:
+        sampler: "random", every item once, or "weighted", drawn with the class weight min(N / (K
+            n_c), cap).
+        cap: of "weighted"; None: no cap, all classes equally often.
+        tau: of the logit adjustment.
+        temperature, smoothing: of the smoothed targets.
+        mi, dc: weights of the two losses on the classes' features.
+        ramp: epochs over which mi and dc rise from 0 in their first to their value in their last;
+            0: at once.
+        lr: factor of the learning rates.
+        weights: "none", or "effective", the class weights of deferred re-weighting.
+        trains: "all", or "classes", the classifier alone, drawn anew after a phase of "all", on
+            frozen features.
+    """
+
+    start: int
+    sampler: str = "random"
+    cap: float | None = None
+    tau: float = 0.0
+    temperature: float = 0.15
+    smoothing: float = 0.0
+    mi: float = 0.0
+    dc: float = 0.0
+    ramp: int = 0
+    lr: float = 1.0
+    weights: str = "none"
+    trains: str = "all"
+
+
+_ALLOWED = {"sampler": SAMPLERS, "weights": ("none", "effective"), "trains": ("all", "classes")}
+_NUMBERS = {"start": int, "ramp": int}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Phases in the order of their starts, the first at 0, over `epochs` epochs."""
+
+    epochs: int
+    phases: tuple[Phase, ...]
+
+    def index(self, epoch: int) -> int:
+        """Which phase an epoch belongs to; one beyond the end to the last."""
+        return max(i for i, phase in enumerate(self.phases) if phase.start <= epoch)
+
+    def at(self, epoch: int) -> Phase:
+        """The settings of an epoch: its phase's, with mi and dc as far as they have risen."""
+        phase = self.phases[self.index(epoch)]
+        risen = 1.0 if phase.ramp < 2 else min(1.0, (epoch - phase.start) / (phase.ramp - 1))
+        return replace(phase, mi=phase.mi * risen, dc=phase.dc * risen)
+
+    def scaled(self, epochs: int, constant: bool = False) -> "Schedule":
+        """The same table over another number of epochs, or with one rate for all (`constant`); a
+        phase that no epoch is left for is dropped.
+        """
+
+        def scale(boundary: int) -> int:
+            return round(boundary * epochs / self.epochs)
+
+        phases = [replace(p, start=scale(p.start), ramp=scale(p.ramp)) for p in self.phases]
+        phases = [replace(p, lr=1.0) for p in phases] if constant else phases
+        ends = [p.start for p in phases[1:]] + [epochs]
+        return Schedule(
+            epochs, tuple(p for p, end in zip(phases, ends, strict=True) if p.start < end)
+        )
+
+    def cells(self) -> list[list[str]]:
+        """The table as text: a header, then a row a phase; constant columns left out."""
+        names = [f.name for f in fields(Phase)][1:]
+        rows = [asdict(phase) for phase in self.phases]
+        # A column that no phase uses says nothing; the sampler always does.
+        default = asdict(Phase(0))
+        names = [n for n in names if n == "sampler" or any(row[n] != default[n] for row in rows)]
+        ends = [phase.start for phase in self.phases[1:]] + [self.epochs]
+        found = [["epochs", *names]]
+        for row, end in zip(rows, ends, strict=True):
+            cells = [
+                f"{row[n]:g}" if isinstance(row[n], (int, float)) else str(row[n] or "none")
+                for n in names
+            ]
+            found.append([f"[{row['start']}, {end})", *cells])
+        return found
+
+    def describe(self) -> str:
+        """`cells` as lines of text."""
+        lines = self.cells()
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        )
+
+
+def read_schedule(path: str) -> Schedule:
+    """A schedule from a TOML or JSON file: `epochs` and `phases`, a list of tables with the
+    attributes of `Phase`.
+
+    Raises:
+        InputError: it cannot be read, or says something that no schedule has.
+    """
+    place = Path(path)
+    if place.suffix not in (".toml", ".json"):
+        raise InputError(f"--schedule {path}: allowed are .toml and .json")
+    try:
+        text = place.read_text()
+        table = tomllib.loads(text) if place.suffix == ".toml" else json.loads(text)
+    except OSError as error:
+        raise InputError(f"--schedule {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"--schedule {path}: {error}") from None
+    if (
+        not isinstance(table, dict)
+        or table.keys() != {"epochs", "phases"}
+        or not isinstance(table["phases"], list)
+    ):
+        raise InputError(
+            f"--schedule {path}: expected epochs, a number, and phases, a list of tables"
+        )
+    if type(table["epochs"]) is not int or table["epochs"] < 1 or not table["phases"]:
+        raise InputError(
+            f"--schedule {path}: epochs must be an integer >= 1, and phases must not be empty"
+        )
+    phases = tuple(
+        _phase(row, f"--schedule {path}, phase {i}") for i, row in enumerate(table["phases"])
+    )
+    starts = [phase.start for phase in phases]
+    if starts[0] != 0 or sorted(set(starts)) != starts or starts[-1] >= table["epochs"]:
+        raise InputError(
+            f"--schedule {path}: starts must rise from 0 and stay below epochs, received {starts}"
+        )
+    return Schedule(table["epochs"], phases)
+
+
+def _phase(row, where: str) -> Phase:
+    known = [f.name for f in fields(Phase)]
+    if not isinstance(row, dict) or "start" not in row:
+        raise InputError(f"{where}: expected a table with start and any of {', '.join(known[1:])}")
+    for name, value in row.items():
+        if name not in known:
+            raise InputError(f"{where}: unknown setting {name!r}{did_you_mean(name, known)}")
+        if name in _ALLOWED:
+            if value not in _ALLOWED[name]:
+                raise InputError(
+                    f"{where}: {name} is {value!r}, allowed {', '.join(_ALLOWED[name])}"
+                )
+            continue
+        if name == "cap" and value is None:
+            continue
+        kind = _NUMBERS.get(name, (int, float))
+        positive = name in ("cap", "temperature")
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, kind)
+            or not 0 <= value < 1e6
+            or (positive and value == 0)
+        ):
+            wanted = "an integer" if kind is int else "a number"
+            raise InputError(
+                f"{where}: {name} is {value!r}, allowed {wanted} {'> 0' if positive else '>= 0'}"
+            )
+    phase = Phase(**row)
+    if phase.smoothing > 1:
+        raise InputError(f"{where}: smoothing is {phase.smoothing}, allowed 0 to 1")
+    if phase.sampler == "random" and phase.cap is not None:
+        raise InputError(f"{where}: cap has no effect with sampler random; give sampler weighted")
+    return phase
+
+
+_SECOND = Phase(
+    16, "weighted", cap=2.0, tau=0.4, temperature=0.15, smoothing=0.05, mi=0.1, dc=0.1, ramp=10
+)
 _THIRD = replace(_SECOND, start=41, cap=1.5, tau=0.2, temperature=0.12, ramp=0, lr=0.1)
 _PLAIN = (Phase(0), Phase(41, lr=0.1), Phase(51, lr=0.01))
 _PHASES = {
-    "three-stage": (Phase(0, temperature=0.15, smoothing=0.05), _SECOND, _THIRD, replace(_THIRD, start=51, lr=0.01)),
+    "three-stage": (
+        Phase(0, temperature=0.15, smoothing=0.05),
+        _SECOND,
+        _THIRD,
+        replace(_THIRD, start=51, lr=0.01),
+    ),
     "ce": _PLAIN,
     "post-hoc": _PLAIN,
     "balanced-softmax": tuple(replace(phase, tau=1.0) for phase in _PLAIN),
     # Re-weighted from 80 % of the epochs on, as in the paper: 160 of 200.
-    "ldam-drw": (*_PLAIN[:2], *(Phase(e, lr=lr, weights="effective") for e, lr in ((48, 0.1), (51, 0.01)))),
+    "ldam-drw": (
+        *_PLAIN[:2],
+        *(Phase(e, lr=lr, weights="effective") for e, lr in ((48, 0.1), (51, 0.01))),
+    ),
     "tau-norm": _PLAIN,
-    "crt": (Phase(0), Phase(41, "weighted", trains="classes"), Phase(51, "weighted", lr=0.1, trains="classes")),
+    "crt": (
+        Phase(0),
+        Phase(41, "weighted", trains="classes"),
+        Phase(51, "weighted", lr=0.1, trains="classes"),
+    ),
 }
 SCHEDULES = {name: Schedule(60, phases) for name, phases in _PHASES.items()}
 _DRW_BETA = 0.9999
@@ -42,9 +234,11 @@ _TAUS = np.linspace(0, 1, 11)  # that tau-norm chooses from
 
 
 def prior(counts: np.ndarray, phase: Phase, which: str) -> Tensor:
-    """The classes' shares (K,) of the training items as they are ("train"), or as a phase draws them ("sampled")."""
+    """The classes' shares (K,) of the training items as they are ("train"), or as a phase draws
+    them ("sampled").
+    """
     weighted = which == "sampled" and phase.sampler == "weighted"
-    shares = counts * data.class_weights(counts, phase.cap) if weighted else counts
+    shares = counts * sampling.class_weights(counts, phase.cap) if weighted else counts
     return torch.from_numpy(shares / shares.sum()).float()
 
 
@@ -54,25 +248,43 @@ def check(table: Schedule, counts: np.ndarray, which: str, say) -> None:
     Raises:
         InputError: the prior `which` is the training items', and no phase adds it to the logits.
     """
-    weights = data.class_weights(counts, None)
+    weights = sampling.class_weights(counts, None)
     for phase in table.phases:
         if phase.cap is not None and phase.cap >= weights.max():
-            say(f"warning: from epoch {phase.start} the cap {phase.cap:g} binds no class: all are drawn equally often")
+            say(
+                f"warning: from epoch {phase.start} the cap {phase.cap:g} binds no class: all are"
+                " drawn equally often"
+            )
         if phase.cap is not None and phase.cap <= weights.min():
-            say(f"warning: from epoch {phase.start} the cap {phase.cap:g} binds all classes: none is drawn more often")
-    if which == "train" and not any(phase.tau and phase.sampler == "weighted" for phase in table.phases):
-        raise InputError("--la-prior train: no phase of --schedule has tau with the weighted sampler; leave it out")
+            say(
+                f"warning: from epoch {phase.start} the cap {phase.cap:g} binds all classes: none"
+                " is drawn more often"
+            )
+    if which == "train" and not any(
+        phase.tau and phase.sampler == "weighted" for phase in table.phases
+    ):
+        raise InputError(
+            "--la-prior train: no phase of --schedule has tau with the weighted sampler;"
+            " leave it out"
+        )
 
 
 def loss_terms(
-    method: str, phase: Phase, counts: np.ndarray, which: str, model: RaerModel, output, targets: Tensor
+    method: str,
+    phase: Phase,
+    counts: np.ndarray,
+    which: str,
+    model: RaerModel,
+    output,
+    targets: Tensor,
 ) -> dict[str, Tensor]:
     """The weighted terms of a method's loss by name, scalars; a term of weight 0 is not there.
 
     Args:
         counts: (K,) training items of each class.
-        which: the prior of the logit adjustment, "sampled" or "train". With a weighted sampler the clips that training
-            sees have the sampled one; with the other rare classes are corrected twice.
+        which: the prior of the logit adjustment, "sampled" or "train". With a weighted sampler the
+            clips that training sees have the sampled one; with the other rare classes are corrected
+            twice.
         output: what `model` gave, (logits (n, K), class features (K, d)).
         targets: (n,) int64.
     """
@@ -80,15 +292,23 @@ def loss_terms(
     logits, weights = logits.float(), None
     if phase.weights == "effective":
         weights = losses.effective_number_weights(torch.from_numpy(counts), _DRW_BETA).float()
-        weights = step.to_device(weights / (weights @ prior(counts, phase, "sampled")), device)  # 1 on average
+        weights = amp.to_device(
+            weights / (weights @ prior(counts, phase, "sampled")), device
+        )  # 1 on average
     if method == "ldam-drw":
         sizes = torch.from_numpy(counts)
-        return {"ce": losses.ldam(logits / model.scale, targets, step.to_device(sizes, device), weights=weights)}
+        return {
+            "ce": losses.ldam(
+                logits / model.scale, targets, amp.to_device(sizes, device), weights=weights
+            )
+        }
     texts = model.prompts.fixed if model.prompts else None
     directions = None if texts is None else F.normalize(texts, dim=1)
     similarity = None if texts is None else directions @ directions.T
-    wanted = losses.smooth_targets(targets, len(counts), phase.smoothing, similarity, phase.temperature)
-    shares = step.to_device(prior(counts, phase, which), device)
+    wanted = losses.smooth_targets(
+        targets, len(counts), phase.smoothing, similarity, phase.temperature
+    )
+    shares = amp.to_device(prior(counts, phase, which), device)
     terms = {"ce": losses.logit_adjusted(logits, wanted, shares, phase.tau, weights)}
     if phase.mi and texts is not None:
         terms["mi"] = phase.mi * losses.info_nce(classes, texts)
@@ -98,7 +318,9 @@ def loss_terms(
 
 
 def decide(method: str, counts: np.ndarray, model: RaerModel, logits: Tensor, tau: float) -> Tensor:
-    """The scores (n, K) whose highest is the answer: the raw logits (n, K) but for post-hoc and tau-norm."""
+    """The scores (n, K) whose highest is the answer: the raw logits (n, K) but for post-hoc and
+    tau-norm.
+    """
     if method == "post-hoc":
         return logits - tau * torch.from_numpy(counts / counts.sum()).log().to(logits)
     if method == "tau-norm":
@@ -106,9 +328,15 @@ def decide(method: str, counts: np.ndarray, model: RaerModel, logits: Tensor, ta
     return logits
 
 
-def best_tau(method: str, counts: np.ndarray, model: RaerModel, logits: Tensor, labels: np.ndarray) -> float:
-    """The strength of what `decide` does: 1 post hoc; for tau-norm that of the best UAR on these validation items."""
+def best_tau(
+    method: str, counts: np.ndarray, model: RaerModel, logits: Tensor, labels: np.ndarray
+) -> float:
+    """The strength of what `decide` does: 1 post hoc; for tau-norm that of the best UAR on these
+    validation items.
+    """
     if method != "tau-norm":
         return 1.0
     found = [decide(method, counts, model, logits, float(tau)).argmax(1) for tau in _TAUS]
-    return float(_TAUS[int(np.argmax([metrics.long_tail(labels, row, len(counts))["uar"] for row in found]))])
+    return float(
+        _TAUS[int(np.argmax([metrics.long_tail(labels, row, len(counts))["uar"] for row in found]))]
+    )

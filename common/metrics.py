@@ -1,7 +1,7 @@
 """Scores of classifications, of binary detectors, of representations and of clusterings.
 
-All functions check their input and return Python floats (`confusion_matrix` an array), so they wait for the device:
-call them in evaluation, not in the training step.
+All functions check their input and return Python floats (`confusion_matrix` an array), so they wait
+for the device: call them in evaluation, not in the training step.
 """
 
 import itertools
@@ -14,18 +14,32 @@ import torch.nn.functional as F
 
 
 def _labels(name, values, num_classes):
-    """Return labels as a flat int64 array in [0, num_classes), whatever array or tensor they came in."""
-    values = values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+    """Return labels as a flat int64 array in [0, num_classes), whatever array or tensor they came
+    in.
+    """
+    values = (
+        values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
+    )
     if values.ndim != 1 or len(values) == 0 or values.dtype.kind not in "iu":
-        raise ValueError(f"{name} must be one-dimensional, not empty, of integers; got {values.dtype} {values.shape}")
+        raise ValueError(
+            f"{name} must be one-dimensional, not empty, of integers; got {values.dtype}"
+            f" {values.shape}"
+        )
     if values.min() < 0 or values.max() >= num_classes:
-        raise ValueError(f"{name} must lie in [0, {num_classes}), got {values.min()} to {values.max()}")
+        raise ValueError(
+            f"{name} must lie in [0, {num_classes}), got {values.min()} to {values.max()}"
+        )
     return values.astype(np.int64)
 
 
 def _matrix(name, values):
     """Return a detached, non-empty (N, D) matrix in fp32 or fp64."""
-    if not isinstance(values, torch.Tensor) or values.ndim != 2 or 0 in values.shape or values.is_complex():
+    if (
+        not isinstance(values, torch.Tensor)
+        or values.ndim != 2
+        or 0 in values.shape
+        or values.is_complex()
+    ):
         got = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
         raise ValueError(f"{name} must be a real tensor (N, D) that is not empty, got {got}")
     return values.detach().to(torch.promote_types(values.dtype, torch.float32))
@@ -44,18 +58,26 @@ def confusion_matrix(target, predicted, num_classes):
     Raises:
         ValueError: empty input, different lengths or a label out of range.
     """
-    target, predicted = _labels("target", target, num_classes), _labels("predicted", predicted, num_classes)
+    target, predicted = (
+        _labels("target", target, num_classes),
+        _labels("predicted", predicted, num_classes),
+    )
     if len(target) != len(predicted):
-        raise ValueError(f"target and predicted must have one length, got {len(target)} and {len(predicted)}")
-    return np.bincount(target * num_classes + predicted, minlength=num_classes**2).reshape(num_classes, num_classes)
+        raise ValueError(
+            f"target and predicted must have one length, got {len(target)} and {len(predicted)}"
+        )
+    return np.bincount(target * num_classes + predicted, minlength=num_classes**2).reshape(
+        num_classes, num_classes
+    )
 
 
 def classification(target, predicted, num_classes):
-    """Score a classification: accuracy, and precision, recall and F1 averaged over the classes with equal weight.
+    """Score a classification: accuracy, and precision, recall and F1 averaged over the classes with
+    equal weight.
 
-    Equal to scikit-learn's `average="macro", zero_division=0` with its default labels: the average runs over the
-    classes that occur in `target` or in `predicted`; a class absent from both does not count as a zero. The F1 is the
-    mean of the classes' F1, not the F1 of the means.
+    Equal to scikit-learn's `average="macro", zero_division=0` with its default labels: the average
+    runs over the classes that occur in `target` or in `predicted`; a class absent from both does
+    not count as a zero. The F1 is the mean of the classes' F1, not the F1 of the means.
 
     Args:
         target, predicted, num_classes: as in `confusion_matrix`.
@@ -84,8 +106,9 @@ def classification(target, predicted, num_classes):
 def long_tail(target, predicted, num_classes):
     """Score a classification of unequal classes: uar, war and each class's recall.
 
-    UAR is the mean recall over all `num_classes`, always: a class that `target` lacks counts as 0, as in scikit-learn's
-    macro recall over given labels, so that the figure never gets better by losing a class. WAR is the accuracy.
+    UAR is the mean recall over all `num_classes`, always: a class that `target` lacks counts as 0,
+    as in scikit-learn's macro recall over given labels, so that the figure never gets better by
+    losing a class. WAR is the accuracy.
 
     Args:
         target, predicted, num_classes: as in `confusion_matrix`.
@@ -106,11 +129,11 @@ def long_tail(target, predicted, num_classes):
 
 
 def recall_intervals(target, predicted, num_classes, seed, rounds=2000, level=0.95):
-    """Return percentile bootstrap intervals of UAR and WAR as {"uar": (low, high), "war": (low, high)}: a function of
-    the arguments alone.
+    """Return percentile bootstrap intervals of UAR and WAR as {"uar": (low, high), "war": (low,
+    high)}: a function of the arguments alone.
 
-    The items of each class are drawn again with replacement, so no class is ever lost; the hits among n items drawn
-    from n with h hits are binomial. Errors as for `confusion_matrix`.
+    The items of each class are drawn again with replacement, so no class is ever lost; the hits
+    among n items drawn from n with h hits are binomial. Errors as for `confusion_matrix`.
     """
     counts = confusion_matrix(target, predicted, num_classes)
     hits, sizes = counts.diagonal(), counts.sum(1)
@@ -118,23 +141,32 @@ def recall_intervals(target, predicted, num_classes, seed, rounds=2000, level=0.
     drawn = rng.binomial(sizes, hits / np.maximum(sizes, 1), (rounds, num_classes))
     scores = {"uar": (drawn / np.maximum(sizes, 1)).mean(1), "war": drawn.sum(1) / sizes.sum()}
     edges = [(1 - level) / 2, (1 + level) / 2]
-    return {name: tuple(float(edge) for edge in np.quantile(values, edges)) for name, values in scores.items()}
+    return {
+        name: tuple(float(edge) for edge in np.quantile(values, edges))
+        for name, values in scores.items()
+    }
 
 
 def _detections(target, scores):
     """Return checked 0/1 labels and fp64 scores as arrays; both classes must be there."""
     target = _labels("target", target, 2)
-    scores = scores.detach().cpu().numpy() if isinstance(scores, torch.Tensor) else np.asarray(scores)
+    scores = (
+        scores.detach().cpu().numpy() if isinstance(scores, torch.Tensor) else np.asarray(scores)
+    )
     scores = scores.astype(np.float64)
     if scores.shape != target.shape or not np.isfinite(scores).all():
-        raise ValueError(f"scores must be finite, one a label, got {scores.shape} for {len(target)} labels")
+        raise ValueError(
+            f"scores must be finite, one a label, got {scores.shape} for {len(target)} labels"
+        )
     if target.min() == target.max():
         raise ValueError(f"target must hold both classes, got {len(target)} times {target[0]}")
     return target, scores
 
 
 def _operating_points(target, scores):
-    """Return the thresholds in falling order and the true and false positives at each; equal scores share a point."""
+    """Return the thresholds in falling order and the true and false positives at each; equal scores
+    share a point.
+    """
     order = np.argsort(-scores, kind="stable")
     ends = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
     hits = np.cumsum(target[order])[ends]
@@ -144,9 +176,10 @@ def _operating_points(target, scores):
 def detection(target, scores):
     """Score a detector: area under the ROC curve, average precision and equal error rate.
 
-    Equal scores share one point of the curves. The AUC is the Mann-Whitney statistic, in which a tie counts half, and
-    the average precision is a sum without interpolation, both equal to scikit-learn's. The equal error rate is where
-    the straight lines between the points of the ROC curve have as many false alarms as misses, as shares.
+    Equal scores share one point of the curves. The AUC is the Mann-Whitney statistic, in which a
+    tie counts half, and the average precision is a sum without interpolation, both equal to
+    scikit-learn's. The equal error rate is where the straight lines between the points of the ROC
+    curve have as many false alarms as misses, as shares.
 
     Args:
         target: (N,) integers 0 and 1, both of them there; 1 is what is to be detected.
@@ -174,8 +207,9 @@ def detection(target, scores):
 def best_threshold(target, scores):
     """Return the threshold of highest accuracy: `scores >= threshold` is then the answer 1.
 
-    It lies halfway between two neighbouring scores, or at the highest representable distance that puts all on one
-    side; of equally good ones it is the highest. Arguments and errors as for `detection`.
+    It lies halfway between two neighboring scores, or at the highest representable distance that
+    puts all on one side; of equally good ones it is the highest. Arguments and errors as for
+    `detection`.
     """
     levels, hits, alarms = _operating_points(*_detections(target, scores))
     right = np.append(0, hits - alarms)  # relative to answering 0 throughout
@@ -189,14 +223,18 @@ def best_threshold(target, scores):
 
 
 def auc_interval(target, scores, seed, rounds=1000, level=0.95):
-    """Return the percentile bootstrap interval of the AUC as (low, high): a function of the arguments alone.
+    """Return the percentile bootstrap interval of the AUC as (low, high): a function of the
+    arguments alone.
 
-    The items of each class are drawn again with replacement, `rounds` times. Items must be independent: videos, not
-    their clips. Memory is O(rounds * N + positives * negatives). Errors as for `detection`.
+    The items of each class are drawn again with replacement, `rounds` times. Items must be
+    independent: videos, not their clips. Memory is O(rounds * N + positives * negatives). Errors as
+    for `detection`.
     """
     target, scores = _detections(target, scores)
     positive, negative = scores[target == 1], scores[target == 0]
-    wins = (positive[:, None] > negative) + 0.5 * (positive[:, None] == negative)  # [positives, negatives]
+    wins = (positive[:, None] > negative) + 0.5 * (
+        positive[:, None] == negative
+    )  # [positives, negatives]
     rng = np.random.Generator(np.random.PCG64(seed))
     drawn, other = (rng.multinomial(n, np.full(n, 1 / n), rounds).astype(float) for n in wins.shape)
     # Sums of halves are exact in any order: the same bits on every machine.
@@ -211,10 +249,12 @@ def video_scores(logits):
 
 
 def videos(labels, methods, logits, seed, threshold=None):
-    """Detection metrics of videos from their clips, by name: `clip_auc`, `video_auc`, `video_ap` and so on.
+    """Detection metrics of videos from their clips, by name: `clip_auc`, `video_auc`, `video_ap`
+    and so on.
 
-    With a threshold also accuracies, and all of it for each method of manipulation beside all real videos; without one,
-    in validation, the threshold of the best accuracy and the interval of the AUC.
+    With a threshold also accuracies, and all of it for each method of manipulation beside all real
+    videos; without one, in validation, the threshold of the best accuracy and the interval of the
+    AUC.
 
     Args:
         labels: (n,) numpy, 1 is fake.
@@ -225,7 +265,10 @@ def videos(labels, methods, logits, seed, threshold=None):
     values = {"clip_auc": detection(np.repeat(labels, logits.shape[1]), logits.flatten())["auc"]}
     groups = {"": np.full(len(labels), True)}
     if threshold is not None and len(set(methods[labels == 1])) > 1:
-        groups |= {f"_{name}": (labels == 0) | (methods == name) for name in sorted(set(methods[labels == 1]))}
+        groups |= {
+            f"_{name}": (labels == 0) | (methods == name)
+            for name in sorted(set(methods[labels == 1]))
+        }
     for name, kept in groups.items():
         found = detection(labels[kept], scores[kept])
         if threshold is not None:
@@ -233,12 +276,17 @@ def videos(labels, methods, logits, seed, threshold=None):
         values |= {f"video_{metric}{name}": value for metric, value in found.items()}
     if threshold is None:
         low, high = auc_interval(labels, scores, seed)
-        values |= {"video_auc_low": low, "video_auc_high": high, "threshold": best_threshold(labels, scores)}
+        values |= {
+            "video_auc_low": low,
+            "video_auc_high": high,
+            "threshold": best_threshold(labels, scores),
+        }
     return values
 
 
 def emotions(labels, predicted, counts, classes, seed):
-    """UAR, WAR and recalls of `predicted` by name, with intervals, and the most frequent training class's beside them.
+    """UAR, WAR and recalls of `predicted` by name, with intervals, and the most frequent training
+    class's beside them.
 
     Args:
         labels, predicted: (n,) class numbers.
@@ -250,7 +298,9 @@ def emotions(labels, predicted, counts, classes, seed):
     values = {"uar": found["uar"], "war": found["war"]}
     for name, (low, high) in recall_intervals(labels, predicted, len(classes), seed).items():
         values |= {f"{name}_low": low, f"{name}_high": high}
-    values |= {f"recall_{name}": recall for name, recall in zip(classes, found["recall"], strict=True)}
+    values |= {
+        f"recall_{name}": recall for name, recall in zip(classes, found["recall"], strict=True)
+    }
     return values | {"majority_uar": constant["uar"], "majority_war": constant["war"]}
 
 
@@ -259,18 +309,22 @@ def roc(target, scores, seed, rounds=500, level=0.95, places=41):
 
     Args:
         target, scores: as in `detection`, with its errors.
-        seed, rounds, level: of the percentile bootstrap, which draws the items of each class again with replacement.
+        seed, rounds, level: of the percentile bootstrap, which draws the items of each class again
+            with replacement.
         places: false alarm rates, evenly spaced over [0, 1], at which the interval is given.
 
     Returns:
-        (points, band): (P, 2) float64 shares of false alarms and of hits, a row for each distinct score, from (0, 0) to
-        (1, 1); and (places, 3), a false alarm rate and the lowest and the highest share of hits there.
+        (points, band): (P, 2) float64 shares of false alarms and of hits, a row for each distinct
+        score, from (0, 0) to (1, 1); and (places, 3), a false alarm rate and the lowest and the
+        highest share of hits there.
     """
     target, scores = _detections(target, scores)
 
     def curve(positives, negatives):
         levels = np.concatenate([positives, negatives])
-        labels = np.concatenate([np.ones(len(positives), np.int64), np.zeros(len(negatives), np.int64)])
+        labels = np.concatenate(
+            [np.ones(len(positives), np.int64), np.zeros(len(negatives), np.int64)]
+        )
         _, hits, alarms = _operating_points(labels, levels)
         return np.append(0, alarms) / len(negatives), np.append(0, hits) / len(positives)
 
@@ -279,7 +333,9 @@ def roc(target, scores, seed, rounds=500, level=0.95, places=41):
     drawn = np.empty((rounds, places))
     for row in drawn:
         alarms, hits = curve(*(rng.choice(part, len(part)) for part in (positive, negative)))
-        row[:] = hits[np.searchsorted(alarms, rates + 1e-12, side="right") - 1]  # the most hits for these alarms
+        row[:] = hits[
+            np.searchsorted(alarms, rates + 1e-12, side="right") - 1
+        ]  # the most hits for these alarms
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return np.stack(curve(positive, negative), 1), np.stack([rates, low, high], 1)
 
@@ -307,11 +363,12 @@ def share_interval(hits, count, level=0.95):
 def contrastive(z_a, z_b, tile=1024):
     """Score two views' embeddings: how well a row finds its positive, and alignment and uniformity.
 
-    Row i of `z_a` and row i of `z_b` are a positive pair. Each of the 2N rows, normalised here, ranks the other 2N -
-    1 by cosine similarity; top1 and top5 are the shares of rows whose positive is among the first 1 and 5. A
-    candidate as near as the positive counts as nearer, so a collapsed representation scores 0; so does nan. With no
-    more than five candidates top5 is 1. Alignment is the mean of |a_i - b_i|^2, uniformity log mean exp(-2 |z_i -
-    z_j|^2) over the pairs i < j of the 2N rows (Wang and Isola 2020, arXiv:2005.10242); lower is better for both.
+    Row i of `z_a` and row i of `z_b` are a positive pair. Each of the 2N rows, normalized here,
+    ranks the other 2N - 1 by cosine similarity; top1 and top5 are the shares of rows whose positive
+    is among the first 1 and 5. A candidate as near as the positive counts as nearer, so a collapsed
+    representation scores 0; so does nan. With no more than five candidates top5 is 1. Alignment is
+    the mean of |a_i - b_i|^2, uniformity log mean exp(-2 |z_i - z_j|^2) over the pairs i < j of the
+    2N rows (Wang and Isola 2020, arXiv:2005.10242); lower is better for both.
 
     Args:
         z_a, z_b: (N, D) real tensors on one device.
@@ -325,7 +382,9 @@ def contrastive(z_a, z_b, tile=1024):
     """
     z_a, z_b = _matrix("z_a", z_a), _matrix("z_b", z_b)
     if z_a.shape != z_b.shape:
-        raise ValueError(f"z_a and z_b must have one shape, got {tuple(z_a.shape)} and {tuple(z_b.shape)}")
+        raise ValueError(
+            f"z_a and z_b must have one shape, got {tuple(z_a.shape)} and {tuple(z_b.shape)}"
+        )
     if tile < 1:
         raise ValueError(f"tile must be at least 1, got {tile}")
     if z_a.device.type == "mps":  # it has no float64 to sum in
@@ -355,10 +414,12 @@ def contrastive(z_a, z_b, tile=1024):
 
 
 def effective_rank(features):
-    """Measure how many directions features use: exp of the entropy of a normalised spectrum (Roy and Vetterli 2007).
+    """Measure how many directions features use: exp of the entropy of a normalized spectrum (Roy
+    and Vetterli 2007).
 
-    The spectrum is that of the centred features' covariance, in fp64: the shares are those of the variance. Taken of
-    the features' own singular values, their square roots, the same features would rank higher.
+    The spectrum is that of the centered features' covariance, in fp64: the shares are those of the
+    variance. Taken of the features' own singular values, their square roots, the same features
+    would rank higher.
 
     Args:
         features: (N, D) real tensor, N >= 2.
@@ -383,8 +444,10 @@ def effective_rank(features):
     return torch.special.entr(share).sum().exp().item()
 
 
-def knn_accuracy(bank, bank_labels, queries, query_labels, num_classes, k=200, temperature=0.07, tile=1024):
-    """Classify by the k nearest neighbours, each weighted by exp(cosine similarity / temperature).
+def knn_accuracy(
+    bank, bank_labels, queries, query_labels, num_classes, k=200, temperature=0.07, tile=1024
+):
+    """Classify by the k nearest neighbors, each weighted by exp(cosine similarity / temperature).
 
     The protocol of Wu et al. 2018 (arXiv:1805.01978).
 
@@ -394,7 +457,7 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, num_classes, k=200, t
         queries: (Q, D) real tensor on the bank's device.
         query_labels: (Q,) integers in [0, num_classes).
         num_classes: C.
-        k: neighbours, at most the bank's size.
+        k: neighbors, at most the bank's size.
         temperature: positive.
         tile: queries compared at once; memory is O(tile * N).
 
@@ -406,32 +469,45 @@ def knn_accuracy(bank, bank_labels, queries, query_labels, num_classes, k=200, t
     """
     bank, queries = _matrix("bank", bank), _matrix("queries", queries)
     if bank.shape[1] != queries.shape[1]:
-        raise ValueError(f"bank and queries must have one width, got {bank.shape[1]} and {queries.shape[1]}")
+        raise ValueError(
+            f"bank and queries must have one width, got {bank.shape[1]} and {queries.shape[1]}"
+        )
     bank_labels = _labels("bank_labels", bank_labels, num_classes)
     query_labels = _labels("query_labels", query_labels, num_classes)
     if len(bank_labels) != len(bank) or len(query_labels) != len(queries):
-        rows = f"{len(bank)} and {len(queries)} rows, {len(bank_labels)} and {len(query_labels)} labels"
+        rows = (
+            f"{len(bank)} and {len(queries)} rows, {len(bank_labels)} and"
+            f" {len(query_labels)} labels"
+        )
         raise ValueError(f"bank and queries must have one label a row, got {rows}")
     if k < 1 or tile < 1 or not temperature > 0:
-        raise ValueError(f"k, tile and temperature must be positive, got {k}, {tile} and {temperature}")
+        raise ValueError(
+            f"k, tile and temperature must be positive, got {k}, {tile} and {temperature}"
+        )
     bank, queries = F.normalize(bank, dim=1), F.normalize(queries.to(bank.dtype), dim=1)
     bank_labels = torch.from_numpy(bank_labels).to(bank.device)
     query_labels = torch.from_numpy(query_labels).to(bank.device)
     right = 0
     for chunk, labels in zip(queries.split(tile), query_labels.split(tile), strict=True):
-        similarity, neighbours = (chunk @ bank.T).topk(min(k, len(bank)), dim=1)  # [tile, k]
+        similarity, neighbors = (chunk @ bank.T).topk(min(k, len(bank)), dim=1)  # [tile, k]
         # Relative to the nearest: the same vote, and no overflow at a low temperature.
         weights = ((similarity - similarity[:, :1]) / temperature).exp_()
-        votes = weights.new_zeros(len(chunk), num_classes).scatter_add_(1, bank_labels[neighbours], weights)
+        votes = weights.new_zeros(len(chunk), num_classes).scatter_add_(
+            1, bank_labels[neighbors], weights
+        )
         right += (votes.argmax(1) == labels).sum().item()
     return right / len(queries)
 
 
 def _contingency(target, clusters):
-    """Return the distinct classes, the distinct clusters and the (C, K) int64 counts of their joint occurrence."""
+    """Return the distinct classes, the distinct clusters and the (C, K) int64 counts of their joint
+    occurrence.
+    """
     target, clusters = _labels("target", target, np.inf), _labels("clusters", clusters, np.inf)
     if len(target) != len(clusters):
-        raise ValueError(f"target and clusters must have one length, got {len(target)} and {len(clusters)}")
+        raise ValueError(
+            f"target and clusters must have one length, got {len(target)} and {len(clusters)}"
+        )
     classes, rows = np.unique(target, return_inverse=True)
     names, columns = np.unique(clusters, return_inverse=True)
     counts = np.bincount(rows * len(names) + columns, minlength=len(classes) * len(names))
@@ -452,7 +528,9 @@ def _entropy(sizes):
 
 
 def _expected_mutual_information(rows, columns):
-    """Mean mutual information of all tables with these margins (Vinh, Epps and Bailey 2010, eq. 24a)."""
+    """Mean mutual information of all tables with these margins (Vinh, Epps and Bailey 2010, eq.
+    24a).
+    """
     n = int(rows.sum())
     log_factorial = np.array([math.lgamma(i + 1.0) for i in range(n + 1)])
     total = 0.0
@@ -474,7 +552,9 @@ def _expected_mutual_information(rows, columns):
 
 
 def _rand(counts):
-    """Adjusted Rand index from pair counts, in Python integers: N**4 overflows 64 bits from N = 60,000 on."""
+    """Adjusted Rand index from pair counts, in Python integers: N**4 overflows 64 bits from N =
+    60,000 on.
+    """
     n = int(counts.sum())
     together = int((counts**2).sum()) - n
     in_class, in_cluster = int((counts.sum(1) ** 2).sum()) - n, int((counts.sum(0) ** 2).sum()) - n
@@ -482,12 +562,15 @@ def _rand(counts):
         return 1.0
     pairs = n * (n - 1)
     return (
-        2 * (together * pairs - in_class * in_cluster) / ((in_class + in_cluster) * pairs - 2 * in_class * in_cluster)
+        2
+        * (together * pairs - in_class * in_cluster)
+        / ((in_class + in_cluster) * pairs - 2 * in_class * in_cluster)
     )
 
 
 def linear_assignment(cost):
-    """Match rows and columns one to one at the least total cost: the Hungarian method by shortest augmenting paths.
+    """Match rows and columns one to one at the least total cost: the Hungarian method by shortest
+    augmenting paths.
 
     Takes O(n^2 m) time for n rows and m >= n columns (Jonker and Volgenant 1987).
 
@@ -495,7 +578,8 @@ def linear_assignment(cost):
         cost: (n, m) finite numbers.
 
     Returns:
-        (rows, columns), min(n, m) indices each, the rows ascending, as scipy's `linear_sum_assignment`.
+        (rows, columns), min(n, m) indices each, the rows ascending, as scipy's
+        `linear_sum_assignment`.
 
     Raises:
         ValueError: not a finite matrix.
@@ -551,18 +635,21 @@ def match_clusters(target, clusters):
 
 
 def clustering(target, clusters):
-    """Score a clustering against true classes; the numbers that name classes and clusters do not matter.
+    """Score a clustering against true classes; the numbers that name classes and clusters do not
+    matter.
 
-    All but the last equal scikit-learn's functions. acc, balanced_accuracy and minority_recall are taken after
-    `match_clusters`: a row of a cluster without a class counts as wrong, a class without a cluster has recall 0.
+    All but the last equal scikit-learn's functions. acc, balanced_accuracy and minority_recall are
+    taken after `match_clusters`: a row of a cluster without a class counts as wrong, a class
+    without a cluster has recall 0.
 
     Args:
         target, clusters: as in `match_clusters`.
 
     Returns:
-        dict of floats: nmi (over the arithmetic mean of the entropies), ami and ari (both adjusted for chance), acc,
-        fmi, balanced_accuracy (mean recall of the classes) and minority_recall (that of the smallest class; the mean
-        of equally small ones).
+        dict of floats: nmi (over the arithmetic mean of the entropies), ami and ari (both adjusted
+            for chance), acc,
+        fmi, balanced_accuracy (mean recall of the classes) and minority_recall (that of the
+        smallest class; the mean of equally small ones).
 
     Raises:
         ValueError: as in `match_clusters`.
@@ -576,7 +663,11 @@ def clustering(target, clusters):
         expected = _expected_mutual_information(rows, columns)
         nmi, ami = mutual / entropy, (mutual - expected) / (entropy - expected)
     same = int((counts**2).sum() - n)
-    fmi = math.sqrt(same / ((rows**2).sum() - n)) * math.sqrt(same / ((columns**2).sum() - n)) if same else 0.0
+    fmi = (
+        math.sqrt(same / ((rows**2).sum() - n)) * math.sqrt(same / ((columns**2).sum() - n))
+        if same
+        else 0.0
+    )
     i, j = linear_assignment(-counts)
     recall = np.zeros(len(rows))
     recall[i] = counts[i, j] / rows[i]
@@ -592,10 +683,12 @@ def clustering(target, clusters):
 
 
 def stability(labelings):
-    """Mean adjusted Rand index over all pairs of labelings of the same rows: 1 where every run found one partition.
+    """Mean adjusted Rand index over all pairs of labelings of the same rows: 1 where every run
+    found one partition.
 
     Args:
-        labelings: sequence of at least two (N,) integer labelings, as of k-means from different seeds.
+        labelings: sequence of at least two (N,) integer labelings, as of k-means from different
+            seeds.
 
     Raises:
         ValueError: fewer than two labelings, or labels as in `match_clusters`.
@@ -607,7 +700,7 @@ def stability(labelings):
 
 
 def _grouped(x, labels):
-    """Return the centred rows and the (N, K) float matrix of their memberships."""
+    """Return the centered rows and the (N, K) float matrix of their memberships."""
     x = _matrix("x", x)
     labels = _labels("labels", labels, np.inf)
     if len(x) != len(labels):
@@ -617,7 +710,8 @@ def _grouped(x, labels):
 
 
 def silhouette(x, labels, tile=1024):
-    """Mean silhouette: (b - a) / max(a, b) for a row's mean distance a to its cluster and b to the nearest other one.
+    """Mean silhouette: (b - a) / max(a, b) for a row's mean distance a to its cluster and b to the
+    nearest other one.
 
     Rousseeuw 1987; needs no true classes. A row alone in its cluster counts 0.
 
@@ -635,19 +729,28 @@ def silhouette(x, labels, tile=1024):
     x, member = _grouped(x, labels)
     sizes = member.sum(0)
     if not 1 < len(sizes) < len(x):
-        raise ValueError(f"silhouette needs between 2 and {len(x) - 1} clusters of {len(x)} rows, got {len(sizes)}")
+        raise ValueError(
+            f"silhouette needs between 2 and {len(x) - 1} clusters of {len(x)} rows, got"
+            f" {len(sizes)}"
+        )
     squares, total = x.square().sum(1), 0.0
     for start in range(0, len(x), tile):
         rows = torch.arange(start, min(start + tile, len(x)), device=x.device)
-        distance = torch.addmm(squares[rows, None] + squares, x[rows], x.T, alpha=-2).clamp_(min=0).sqrt_()
+        distance = (
+            torch.addmm(squares[rows, None] + squares, x[rows], x.T, alpha=-2).clamp_(min=0).sqrt_()
+        )
         distance.scatter_(1, rows[:, None], 0)  # rounding leaves a row some way from itself
         sums, own = distance @ member, member[rows].bool()  # [tile, K]
         size = (own * sizes).sum(1)
         a = (own * sums).sum(1) / (size - 1).clamp(min=1)
         b = (sums / sizes).masked_fill(own, torch.inf).amin(1)
         # Equal rows in two clusters have a = b = 0 and count 0.
-        score = torch.where(size > 1, (b - a) / torch.maximum(a, b).clamp(min=torch.finfo(x.dtype).tiny), 0)
-        total += score.sum(dtype=torch.float64).item() if x.device.type != "mps" else score.sum().item()
+        score = torch.where(
+            size > 1, (b - a) / torch.maximum(a, b).clamp(min=torch.finfo(x.dtype).tiny), 0
+        )
+        total += (
+            score.sum(dtype=torch.float64).item() if x.device.type != "mps" else score.sum().item()
+        )
     return total / len(x)
 
 

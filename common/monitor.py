@@ -1,6 +1,8 @@
-"""Watch a score over the epochs: trend, stability, alarms, early stopping, and what to do on a plateau.
+"""Watch a score over the epochs: trend, stability, alarms, early stopping, and what to do on a
+plateau.
 
-All figures are functions of the scores and actions so far, so a resumed run that restores these goes on exactly.
+All figures are functions of the scores and actions so far, so a resumed run that restores these
+goes on exactly.
 """
 
 import itertools
@@ -16,7 +18,9 @@ _MOST_ACTIONS = 2  # on one plateau
 
 
 def slope(scores: list[float]) -> float:
-    """Median slope over all pairs of epochs (Theil 1950, Sen 1968): up to 29 % of outliers do not move it far."""
+    """Median slope over all pairs of epochs (Theil 1950, Sen 1968): up to 29 % of outliers do not
+    move it far.
+    """
     pairs = itertools.combinations(enumerate(scores), 2)
     return median([(b - a) / (j - i) for (i, a), (j, b) in pairs]) if len(scores) > 1 else 0.0
 
@@ -24,8 +28,9 @@ def slope(scores: list[float]) -> float:
 def trend(scores: list[float]) -> str:
     """`improving`, `stable` or `declining` over the last WINDOW scores.
 
-    Not stable is a slope that the Mann-Kendall test tells from noise: the rising pairs outnumber the falling ones, or
-    the reverse, by more than two standard deviations of what scores in random order give. It needs 5 scores.
+    Not stable is a slope that the Mann-Kendall test tells from noise: the rising pairs outnumber
+    the falling ones, or the reverse, by more than two standard deviations of what scores in random
+    order give. It needs 5 scores.
     """
     recent = scores[-WINDOW:]
     n, pairs = len(recent), itertools.combinations(recent, 2)
@@ -37,23 +42,28 @@ def trend(scores: list[float]) -> str:
 
 
 def stability(scores: list[float]) -> float:
-    """How little the last WINDOW scores jump, in [0, 1]: 1 less ten times their noise relative to their level.
+    """How little the last WINDOW scores jump, in [0, 1]: 1 less ten times their noise relative to
+    their level.
 
-    The noise is the robust deviation of each score from the line through its two neighbours, so neither a rise nor its
-    bend counts as unrest. The level is the median, at least 0.1: a score near 0 has no relative noise.
+    The noise is the robust deviation of each score from the line through its two neighbors, so
+    neither a rise nor its bend counts as unrest. The level is the median, at least 0.1: a score
+    near 0 has no relative noise.
     """
     recent = scores[-WINDOW:]
     if len(recent) < 3:
         return 1.0
     bends = [abs(b - (a + c) / 2) for a, b, c in zip(recent, recent[1:], recent[2:], strict=False)]
-    # 1.4826 makes a median a deviation, 1.5 is the variance of such a bend among independent scores.
+    # 1.4826 makes a median a deviation, 1.5 is the variance of such a bend among independent
+    # scores.
     noise = 1.4826 * median(bends) / math.sqrt(1.5)
     return max(0.0, 1.0 - 10 * noise / max(median(map(abs, recent)), 0.1))
 
 
 @dataclass
 class Monitor:
-    """The scores of a run, higher is better, and the actions taken on plateaus as (epochs done, name)."""
+    """The scores of a run, higher is better, and the actions taken on plateaus as (epochs done,
+    name).
+    """
 
     min_epochs: int = 20
     scores: list[float] = field(default_factory=list)
@@ -81,8 +91,8 @@ class Monitor:
     def report(self) -> dict:
         """The figures of the epoch: numbers, and `performance_trend` as a word.
 
-        `best_epoch` counts from 1. An improvement is a new best after the first epoch; a degradation a score
-        more than 5 % below the best so far.
+        `best_epoch` counts from 1. An improvement is a new best after the first epoch; a
+        degradation a score more than 5 % below the best so far.
         """
         best = list(itertools.accumulate(self.scores, max))
         return {
@@ -92,7 +102,9 @@ class Monitor:
             "slope": slope(self.scores[-WINDOW:]),
             "stability_score": stability(self.scores),
             "total_improvements": sum(b > a for a, b in itertools.pairwise(best)),
-            "total_degradations": sum(s < b - 0.05 * abs(b) for s, b in zip(self.scores, best, strict=True)),
+            "total_degradations": sum(
+                s < b - 0.05 * abs(b) for s, b in zip(self.scores, best, strict=True)
+            ),
             "epochs_without_gain": self.epochs_without_gain,
         }
 
@@ -108,21 +120,28 @@ class Monitor:
         return found
 
     def stalled(self) -> bool:
-        """Whether PATIENCE epochs since the best score and since the last action brought no gain and it is not rising.
+        """Whether PATIENCE epochs since the best score and since the last action brought no gain
+        and it is not rising.
 
         A noisy score can rise and yet have no new best for a while: the trend has the last word.
         """
         since = len(self.scores) - (self.actions[-1][0] if self.actions else 0)
-        return min(self.epochs_without_gain, since) >= PATIENCE and trend(self.scores) != "improving"
+        return (
+            min(self.epochs_without_gain, since) >= PATIENCE and trend(self.scores) != "improving"
+        )
 
     def advice(self, on_plateau: str) -> str | None:
-        """What to do now under `--on-plateau lr|thres|none`: `lr` or `thres` (halve it), or None.
+        """What to do now under `--on-plateau lr|share|none`: `lr` or `share` (halve it), or None.
 
         At most two actions on one plateau: what did not help twice will not help a third time.
         """
-        if on_plateau not in ("lr", "thres", "none"):
-            raise ValueError(f"on_plateau must be lr, thres or none, got {on_plateau!r}")
-        return on_plateau if on_plateau != "none" and self.stalled() and self._tried() < _MOST_ACTIONS else None
+        if on_plateau not in ("lr", "share", "none"):
+            raise ValueError(f"on_plateau must be lr, share or none, got {on_plateau!r}")
+        return (
+            on_plateau
+            if on_plateau != "none" and self.stalled() and self._tried() < _MOST_ACTIONS
+            else None
+        )
 
     def act(self, name: str) -> None:
         """Note that advice was followed after the last epoch added."""
@@ -133,11 +152,19 @@ class Monitor:
         return sum(done > self.best_epoch for done, _ in self.actions)
 
     def should_stop(self, on_plateau: str = "none") -> bool:
-        """Whether to stop: stalled, nothing left to try, and `min_epochs` done. A rising score never stops."""
-        return len(self.scores) >= self.min_epochs and self.stalled() and self.advice(on_plateau) is None
+        """Whether to stop: stalled, nothing left to try, and `min_epochs` done. A rising score
+        never stops.
+        """
+        return (
+            len(self.scores) >= self.min_epochs
+            and self.stalled()
+            and self.advice(on_plateau) is None
+        )
 
     def nothing_helped(self) -> bool:
-        """Whether actions were taken and none was followed by a new best: a larger `--base-dim` is worth a run."""
+        """Whether actions were taken and none was followed by a new best: a larger `--base-dim` is
+        worth a run.
+        """
         return self._tried() > 0 and self._tried() == len(self.actions)
 
     def state_dict(self) -> dict:
@@ -145,4 +172,7 @@ class Monitor:
         return {"scores": list(self.scores), "actions": [list(action) for action in self.actions]}
 
     def load_state_dict(self, state: dict) -> None:
-        self.scores, self.actions = list(state["scores"]), [tuple(action) for action in state["actions"]]
+        self.scores, self.actions = (
+            list(state["scores"]),
+            [tuple(action) for action in state["actions"]],
+        )

@@ -1,9 +1,10 @@
-"""Learning-rate schedule, parameter groups and optimisers.
+"""Learning-rate schedule, parameter groups and optimizers.
 
-Every optimiser made here for CPU or CUDA follows torch's convention for fused optimisers: `step()` honours the optional
-attributes `grad_scale` (a device tensor that divides the gradients) and `found_inf` (a device tensor; where it is not
-0 the step changes nothing, bitwise). `torch.amp.GradScaler` sets both; a script sets `found_inf` itself to mask a
-non-finite loss without asking the device.
+Every optimizer made here for CPU or CUDA follows torch's convention for fused optimizers: `step()`
+honors the optional attributes `grad_scale` (a device tensor that divides the gradients) and
+`found_inf` (a device tensor; where it is not 0 the step changes nothing, bitwise).
+`torch.amp.GradScaler` sets both; a script sets `found_inf` itself to mask a non-finite loss without
+asking the device.
 """
 
 import math
@@ -12,7 +13,8 @@ import warnings
 import torch
 from torch import nn
 
-# torch has fused kernels for more devices, but only these two were checked to honour `found_inf` and `grad_scale`.
+# torch has fused kernels for more devices, but only these two were checked to honor `found_inf`
+# and `grad_scale`.
 FUSED_DEVICES = ("cpu", "cuda")
 OPTIMIZERS = ("lars", "sgd", "adamw")
 SCHEDULES = ("cosine", "constant")
@@ -21,28 +23,31 @@ SCHEDULES = ("cosine", "constant")
 def lr_at(step, *, lr, warmup_steps, total_steps, schedule="cosine", min_lr=0.0):
     """Return the learning rate of one step: a linear warm-up, then half a cosine or a constant.
 
-    Step s of the warm-up has lr * (s + 1) / warmup_steps, so the peak is the warm-up's last step, or step 0 without
-    one. The cosine falls from the peak to `min_lr`, which the last step has; where the last step is the peak itself
-    (a run of one step, or of warm-up alone) it has `lr`.
+    Step s of the warm-up has lr * (s + 1) / warmup_steps, so the peak is the warm-up's last step,
+    or step 0 without one. The cosine falls from the peak to `min_lr`, which the last step has;
+    where the last step is the peak itself (a run of one step, or of warm-up alone) it has `lr`.
 
     Args:
-        step: optimiser step, counted from 0; steps beyond the end have the last step's rate.
+        step: optimizer step, counted from 0; steps beyond the end have the last step's rate.
         lr, min_lr: peak and final rate.
-        warmup_steps, total_steps: in optimiser steps; the warm-up is part of the total.
+        warmup_steps, total_steps: in optimizer steps; the warm-up is part of the total.
         schedule: one of SCHEDULES.
 
     Returns:
         float
 
     Raises:
-        ValueError: an unknown schedule, a negative step, or a warm-up that does not fit into the total.
+        ValueError: an unknown schedule, a negative step, or a warm-up that does not fit into the
+            total.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {SCHEDULES}, got {schedule!r}")
     if step < 0:
         raise ValueError(f"step must not be negative, got {step}")
     if total_steps < 1 or not 0 <= warmup_steps <= total_steps:
-        raise ValueError(f"need 0 <= warmup_steps <= total_steps >= 1, got {warmup_steps} and {total_steps}")
+        raise ValueError(
+            f"need 0 <= warmup_steps <= total_steps >= 1, got {warmup_steps} and {total_steps}"
+        )
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
     peak, last = max(warmup_steps - 1, 0), total_steps - 1
@@ -55,9 +60,9 @@ def lr_at(step, *, lr, warmup_steps, total_steps, schedule="cosine", min_lr=0.0)
 def param_groups(modules, weight_decay):
     """Split the trainable parameters of some modules into those that decay and those that do not.
 
-    Biases and normalisation's scales and shifts (at most one dimension) get neither weight decay nor LARS's
-    adaptation, as in google-research/simclr. A parameter that several modules share counts once, where it is met
-    first.
+    Biases and normalization's scales and shifts (at most one dimension) get neither weight decay
+    nor LARS's adaptation, as in google-research/simclr. A parameter that several modules share
+    counts once, where it is met first.
 
     Args:
         modules: an iterable of nn.Module, each listed once.
@@ -67,14 +72,15 @@ def param_groups(modules, weight_decay):
         One or two groups: dicts of `params`, `weight_decay` and `adapt`, none of them empty.
 
     Raises:
-        ValueError: something else than a module, a module listed twice, nothing to train, or a parameter that a lazy
-            module has not created yet.
+        ValueError: something else than a module, a module listed twice, nothing to train, or a
+            parameter that a lazy module has not created yet.
     """
     modules = list(modules)
     for module in modules:
         if not isinstance(module, nn.Module):
             raise ValueError(
-                f"modules must hold nn.Module, got {type(module).__name__}: its parameters would be missed"
+                f"modules must hold nn.Module, got {type(module).__name__}: its parameters would"
+                " be missed"
             )
     if len({id(module) for module in modules}) < len(modules):
         raise ValueError("modules must be listed once each, got one of them twice")
@@ -86,10 +92,14 @@ def param_groups(modules, weight_decay):
     decayed, plain = [], []
     for name, p in trainable.values():
         if nn.parameter.is_lazy(p):
-            raise ValueError(f"parameter {name} of a lazy module has no shape yet; run the module once before")
+            raise ValueError(
+                f"parameter {name} of a lazy module has no shape yet; run the module once before"
+            )
         (plain if p.ndim <= 1 else decayed).append(p)
     if not trainable:
-        raise ValueError(f"modules must have trainable parameters, got {len(modules)} modules without any")
+        raise ValueError(
+            f"modules must have trainable parameters, got {len(modules)} modules without any"
+        )
     groups = [
         {"params": decayed, "weight_decay": weight_decay, "adapt": True},
         {"params": plain, "weight_decay": 0.0, "adapt": False},
@@ -98,7 +108,8 @@ def param_groups(modules, weight_decay):
 
 
 def _flat_like(params):
-    """Return an uninitialised flat tensor and views of it that are laid out in memory as `params` are.
+    """Return an uninitialized flat tensor and views of it that are laid out in memory as `params`
+    are.
 
     Equal strides keep the foreach kernels on their fast path, for channels-last weights too.
     """
@@ -113,18 +124,18 @@ def _flat_like(params):
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling (You et al. 2017, arXiv:1708.03888) as in google-research/simclr.
+    """Layer-wise adaptive rate scaling (You et al. 2017, arXiv:1708.03888) as in
+    google-research/simclr.
 
     Per parameter p with gradient g:
 
-        g += weight_decay * p
-        trust = trust_coefficient * |p| / |g| if the group adapts and both norms are positive, else 1
-        v = momentum * v + lr * trust * g
-        p -= v
+        g += weight_decay * p trust = trust_coefficient * |p| / |g| if the group adapts and both
+        norms are positive, else 1 v = momentum * v + lr * trust * g p -= v
 
-    The learning rate is inside the momentum buffer v, so a change of the rate does not rescale the past. A step costs a
-    fixed number of foreach launches per group, device and dtype, one flat temporary of the parameters' size, and no
-    host synchronisation. `grad_scale` and `found_inf` are honoured, see the module's docstring.
+    The learning rate is inside the momentum buffer v, so a change of the rate does not rescale the
+    past. A step costs a fixed number of foreach launches per group, device and dtype, one flat
+    temporary of the parameters' size, and no host synchronization. `grad_scale` and `found_inf` are
+    honored, see the module's docstring.
 
     Args:
         params: parameters or groups; a group may set `weight_decay` and `adapt`.
@@ -139,7 +150,9 @@ class LARS(torch.optim.Optimizer):
 
     _step_supports_amp_scaling = True
 
-    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust_coefficient=1e-3, adapt=True):
+    def __init__(
+        self, params, lr, momentum=0.9, weight_decay=0.0, trust_coefficient=1e-3, adapt=True
+    ):
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -153,7 +166,9 @@ class LARS(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Make one step; `closure` as in torch.optim. Parameters without a gradient stay as they are."""
+        """Make one step; `closure` as in torch.optim. Parameters without a gradient stay as they
+        are.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -189,10 +204,15 @@ class LARS(torch.optim.Optimizer):
         if group["adapt"]:
             p_norm = torch.stack(torch._foreach_norm(params))  # [len(params)]
             g_norm = torch.stack(torch._foreach_norm(updates))
-            trust = torch.where((p_norm > 0) & (g_norm > 0), group["trust_coefficient"] * p_norm / g_norm, 1.0)
-            # One factor an element: foreach has no fast product with a list of scalars that live on the device.
+            trust = torch.where(
+                (p_norm > 0) & (g_norm > 0), group["trust_coefficient"] * p_norm / g_norm, 1.0
+            )
+            # One factor an element: foreach has no fast product with a list of scalars that live on
+            # the device.
             rates = (group["lr"] * trust).unbind()
-            flat.mul_(torch.cat([rate.expand(p.numel()) for rate, p in zip(rates, params, strict=True)]))
+            flat.mul_(
+                torch.cat([rate.expand(p.numel()) for rate, p in zip(rates, params, strict=True)])
+            )
         else:
             flat.mul_(group["lr"])
 
@@ -202,8 +222,9 @@ class LARS(torch.optim.Optimizer):
             torch._foreach_add_(buffers, updates)
             torch._foreach_sub_(params, buffers)
             return
-        # Neutral operands instead of a branch, which would wait for the device: v * 1 + (-0.0) and p - 0.0 return
-        # every v and p bitwise, -0.0 included, and `where` drops the nan that a product with 0 would keep.
+        # Neutral operands instead of a branch, which would wait for the device: v * 1 + (-0.0) and
+        # p - 0.0 return every v and p bitwise, -0.0 included, and `where` drops the nan that a
+        # product with 0 would keep.
         keep = found_inf.to(device, non_blocking=True).reshape(()) == 0
         torch._foreach_mul_(buffers, torch.where(keep, flat.new_full((), group["momentum"]), 1.0))
         flat.copy_(torch.where(keep, flat, -0.0))
@@ -214,10 +235,11 @@ class LARS(torch.optim.Optimizer):
 
 
 def build_optimizer(name, groups, *, lr, momentum=0.9):
-    """Make an optimiser that can skip a step on the device's own word (`found_inf`).
+    """Make an optimizer that can skip a step on the device's own word (`found_inf`).
 
-    SGD and AdamW are torch's with `fused=True`. For devices outside FUSED_DEVICES they are the foreach forms and a
-    warning says so: those have no `_step_supports_amp_scaling` and refuse `found_inf`.
+    SGD and AdamW are torch's with `fused=True`. For devices outside FUSED_DEVICES they are the
+    foreach forms and a warning says so: those have no `_step_supports_amp_scaling` and refuse
+    `found_inf`.
 
     Args:
         name: one of OPTIMIZERS.
@@ -238,34 +260,45 @@ def build_optimizer(name, groups, *, lr, momentum=0.9):
     params = [p for group in groups for p in group["params"]]
     others = sorted({p.device.type for p in params}.difference(FUSED_DEVICES))
     if others:
-        warnings.warn(f"{name} on {others}: foreach instead of fused, so found_inf is not supported", stacklevel=2)
+        warnings.warn(
+            f"{name} on {others}: foreach instead of fused, so found_inf is not supported",
+            stacklevel=2,
+        )
     form = {"foreach": True} if others else {"fused": True}
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, **form)
     optimizer = torch.optim.SGD(groups, lr=lr, momentum=momentum, **form)
     if momentum != 0:
-        # torch allocates the buffers uninitialised in the first step and fills them there, but not if found_inf skips
-        # that step: the second would read garbage. From zeros the first step is the same.
+        # torch allocates the buffers uninitialized in the first step and fills them there, but not
+        # if found_inf skips that step: the second would read garbage. From zeros the first step is
+        # the same.
         for p in params:
             optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
 
 
 def of_stage(stage, modules):
-    """The optimiser that a stage's settings (`common.config.Stage`) describe, for a list of modules."""
+    """The optimizer that a stage's settings (`common.config.Stage`) describe, for a list of
+    modules.
+    """
     return build_optimizer(stage.optimizer, param_groups(modules, stage.wd), lr=stage.lr)
 
 
 def set_rates(optimizer, peaks, stage, done, steps, factor):
-    """Set every group's rate for the step that follows `done` steps: its peak by the warm-up and the phase's factor;
-    returns the stage's own. `steps` are those of an epoch."""
+    """Set every group's rate for the step that follows `done` steps: its peak by the warm-up and
+    the phase's factor; returns the stage's own. `steps` are those of an epoch.
+    """
     warmup = round(stage.warmup_epochs * steps)
-    factor *= lr_at(done, lr=1.0, warmup_steps=warmup, total_steps=stage.epochs * steps, schedule="constant")
+    factor *= lr_at(
+        done, lr=1.0, warmup_steps=warmup, total_steps=stage.epochs * steps, schedule="constant"
+    )
     for group, peak in zip(optimizer.param_groups, peaks, strict=True):
         group["lr"] = peak * factor
     return stage.lr * factor
 
 
 def grad_norm(parameters):
-    """Return the L2 norm of all gradients together as a 0-d tensor, without synchronising; 0 where there are none."""
+    """Return the L2 norm of all gradients together as a 0-d tensor, without synchronizing; 0 where
+    there are none.
+    """
     return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

@@ -1,20 +1,21 @@
-"""Random search (Bergstra and Bengio 2012): each trial is an ordinary run, its settings a function of its number.
+"""Random search (Bergstra and Bengio 2012): each trial is an ordinary run, its settings a function
+of its number.
 
 python train_X.py --search 20                                    20 trials, one after another
 python train_X.py --search 20 --trial $SLURM_ARRAY_TASK_ID       one of them: a task of a Slurm array from 0 to 19
 python -m common.report runs/X --where trial=any --rows trial,lr,wd --value best_value --compact
 
-A flag that is given, or stands in --config, is not drawn. More trials leave the earlier ones as they are.
+A flag that is given, or stands in --config, is not drawn. More trials leave the earlier ones as
+they are.
 """
 
 import math
-import sys
 import zlib
 
 import numpy as np
 
-from common import augment, config
-from common.config import InputError
+from common.errors import InputError, did_you_mean
+from common.rng import uniform
 
 _STREAM = 2**31 + 4  # beside those of data and clips
 
@@ -33,19 +34,23 @@ def parse_ranges(text: str) -> dict[str, tuple[float, float]]:
         except ValueError:
             low = high = 0.0
         if not 0 < low < high < float("inf"):
-            raise InputError(f"--ranges {part!r}: allowed is FLAG=LOW:HIGH with 0 < LOW < HIGH, as lr=1e-4:1e-2")
+            raise InputError(
+                f"--ranges {part!r}: allowed is FLAG=LOW:HIGH with 0 < LOW < HIGH, as lr=1e-4:1e-2"
+            )
         found[name.strip().replace("-", "_")] = low, high
     return found
 
 
 def draw(ranges: dict[str, tuple[float, float]], seed: int, trial: int, whole=()) -> dict[str, str]:
-    """The values of a trial as text by flag, uniform on a log scale with three digits; those of `whole` as integers.
+    """The values of a trial as text by flag, uniform on a log scale with three digits; those of
+    `whole` as integers.
 
-    A value depends on (seed, trial, flag) alone: leaving one flag out leaves the others' values as they are.
+    A value depends on (seed, trial, flag) alone: leaving one flag out leaves the others' values as
+    they are.
     """
     values = {}
     for name, (low, high) in ranges.items():
-        u = augment.uniform(seed, zlib.crc32(name.encode()), np.array([trial]), _STREAM, 1)[0, 0]
+        u = uniform(seed, zlib.crc32(name.encode()), np.array([trial]), _STREAM, 1)[0, 0]
         value = low * (high / low) ** u
         near = min(max(round(value), math.ceil(low)), math.floor(high))
         values[name] = f"{near}" if name in whole else f"{value:.3g}"
@@ -53,58 +58,46 @@ def draw(ranges: dict[str, tuple[float, float]], seed: int, trial: int, whole=()
 
 
 def flags(parser, args, argv: list[str], ranges: dict) -> list[str]:
-    """The flags of the trial that `args` names: those of `ranges`, changed by --ranges, that `argv` does not give.
+    """The flags of the trial that `args` names: those of `ranges`, changed by --ranges, that `argv`
+    does not give.
 
     Raises:
-        InputError: a range of a flag that is not there or takes no number, or holds no integer that it takes; one
-            whose learning rates begin below the last one of the cosine, where a trial could not run.
+        InputError: a range of a flag that is not there or takes no number, or holds no integer that
+            it takes; one whose learning rates begin below the last one of the cosine, where a trial
+            could not run.
     """
-    numbers = {a.dest: a.option_strings[0] for a in parser._actions if a.option_strings and a.metavar in ("X", "N")}
+    numbers = {
+        a.dest: a.option_strings[0]
+        for a in parser._actions
+        if a.option_strings and a.metavar in ("X", "N")
+    }
     whole = {a.dest for a in parser._actions if a.metavar == "N"}
     ranges = declared(ranges, args) | (parse_ranges(args.ranges) if args.ranges else {})
     unknown = next((name for name in ranges if name not in numbers or name == "seed"), None)
     if unknown is not None:
-        raise InputError(f"--ranges: no number is called {unknown}{config.nearest(unknown, numbers)}")
+        raise InputError(f"--ranges: no number is called {unknown}{did_you_mean(unknown, numbers)}")
     for name, (low, high) in ranges.items():
         if name in whole and math.ceil(low) > math.floor(high):
-            raise InputError(f"--ranges {name}={low:g}:{high:g} holds no integer, and {numbers[name]} takes those")
+            raise InputError(
+                f"--ranges {name}={low:g}:{high:g} holds no integer, and {numbers[name]}"
+                " takes those"
+            )
     given = {token.split("=")[0] for token in argv}
     ranges = {name: bounds for name, bounds in ranges.items() if numbers[name] not in given}
     least = ranges["min_lr"][1] if "min_lr" in ranges else getattr(args, "min_lr", 0.0)
     if "lr" in ranges and ranges["lr"][0] < least:
-        raise InputError(f"--ranges lr={ranges['lr'][0]:g}:{ranges['lr'][1]:g} begins below --min-lr {least:g}")
+        raise InputError(
+            f"--ranges lr={ranges['lr'][0]:g}:{ranges['lr'][1]:g} begins below --min-lr {least:g}"
+        )
     drawn = draw(ranges, args.seed, args.trial, whole)
     return [text for name, value in drawn.items() for text in (numbers[name], value)]
 
 
 def declared(ranges: dict, args) -> dict[str, tuple[float, float]]:
-    """A script's ranges; those of the first stage where it has them by stage, or by the optimiser of its first one."""
+    """A script's ranges; those of the first stage where it has them by stage, or by the optimizer
+    of its first one.
+    """
     for name in (getattr(args, "stage", None), getattr(args, "optimizer", None)):
         if isinstance(ranges.get(name), dict):
             return ranges[name]
     return ranges
-
-
-def every(main, argv: list[str] | None, args, ranges: dict) -> None:
-    """Run all trials through a script's `main`; those that have finished are not repeated, those that diverge are left.
-
-    Raises:
-        SystemExit: a trial ended otherwise: it was stopped, or cannot run at all.
-    """
-    if args.max_steps:
-        raise InputError("--search: --max-steps would end it with the first trial; give --epochs, or --trial")
-    argv, diverged = list(sys.argv[1:] if argv is None else argv), []
-    for trial in range(args.search):
-        print(f"trial {trial} of {args.search}", flush=True)
-        try:
-            main([*argv, "--trial", str(trial)])
-        except SystemExit as ending:
-            if ending.code != config.EXIT_DIVERGED:
-                raise
-            diverged.append(trial)
-    names = ",".join(["trial", *(declared(ranges, args) | (parse_ranges(args.ranges) if args.ranges else {}))])
-    left = f"; diverged: {', '.join(map(str, diverged))}" if diverged else ""
-    # Not search=N: trials that had finished before the search grew keep its earlier number.
-    runs = args.out or "runs --where trial=any"
-    table = f"python -m common.report {runs} --rows {names} --value best_value --compact"
-    print(f"{args.search} trials{left}. The table: {table}")

@@ -1,9 +1,10 @@
 """Published weights: files read safely, state dicts mapped strictly onto a model.
 
-`.safetensors` is read here (https://huggingface.co/docs/safetensors): eight bytes with the header's length,
-little-endian; a JSON header, name -> dtype, shape and byte range; the tensors' bytes without a gap. Everything is
-checked against the file's size before anything is allocated. TorchScript archives give up their tensors, and none of
-their code runs. Other files go through `torch.load(weights_only=True)`.
+`.safetensors` is read here (https://huggingface.co/docs/safetensors): eight bytes with the header's
+length, little-endian; a JSON header, name -> dtype, shape and byte range; the tensors' bytes
+without a gap. Everything is checked against the file's size before anything is allocated.
+TorchScript archives give up their tensors, and none of their code runs. Other files go through
+`torch.load(weights_only=True)`.
 """
 
 import io
@@ -20,9 +21,9 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
-from common import checkpoint
-from common.config import InputError
-from common.run import read_json
+from common.errors import InputError
+from common.run import checkpoint
+from common.run.files import read_json
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -39,29 +40,41 @@ _STORAGES = {
     "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
 }  # fmt: skip
 _MAX_MODULES = 100_000  # of a TorchScript archive, which may name one module in many places
-# Where training scripts keep the model's state dict: this project's, timm's and Lightning's, the PyTorch tutorials'.
+# Where training scripts keep the model's state dict: this project's, timm's and Lightning's, the
+# PyTorch tutorials'.
 _CONTAINERS = ("parts", "state_dict", "model", "model_state", "model_state_dict", "net")
 
 
 def read(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a file of weights, on the CPU, in the file's order and with the stored dtypes.
+    """The state dict in a file of weights, on the CPU, in the file's order and with the stored
+    dtypes.
 
-    `.safetensors` is read as such, every other name as a file of `torch.save`, this project's checkpoints included, or
-    of `torch.jit.save`. The usual containers (`state_dict`, `model`, ...) are opened; what DistributedDataParallel and
-    `torch.compile` put before names (`module.`, `_orig_mod.`) is taken off.
+    `.safetensors` is read as such, every other name as a file of `torch.save`, this project's
+    checkpoints included, or of `torch.jit.save`. The usual containers (`state_dict`, `model`, ...)
+    are opened; what DistributedDataParallel and `torch.compile` put before names (`module.`,
+    `_orig_mod.`) is taken off.
 
     Raises:
-        InputError: missing, damaged, of another format, or more than tensors; one line names the file and the fault.
+        InputError: missing, damaged, of another format, or more than tensors; one line names the
+            file and the fault.
     """
     path = Path(path)
     if path.is_dir():
         raise InputError(f"weights {path}: a folder; give a file, of a run its best.pt")
     if not path.is_file():
         raise InputError(f"weights {path}: there is no such file")
-    state = read_safetensors(path) if path.suffix == ".safetensors" else unwrap(_read_torch(path), path)
-    names = {name: name.removeprefix("module.").replace("_orig_mod.", "").removeprefix("module.") for name in state}
+    state = (
+        read_safetensors(path) if path.suffix == ".safetensors" else unwrap(_read_torch(path), path)
+    )
+    names = {
+        name: name.removeprefix("module.").replace("_orig_mod.", "").removeprefix("module.")
+        for name in state
+    }
     if len(set(names.values())) < len(names):
-        raise InputError(f"weights {path}: the same name stands with and without the prefix module. or _orig_mod.")
+        raise InputError(
+            f"weights {path}: the same name stands with and without the prefix module. or"
+            " _orig_mod."
+        )
     return {names[name]: tensor for name, tensor in state.items()}
 
 
@@ -80,9 +93,13 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             size = path.stat().st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 10 or not 2 <= length <= min(size - 8, _MAX_HEADER):
-                raise wrong(f"a header of {length} bytes in a file of {size} (allowed: 2 to {_MAX_HEADER})")
+                raise wrong(
+                    f"a header of {length} bytes in a file of {size} (allowed: 2 to {_MAX_HEADER})"
+                )
             try:
-                entries = _entries(json.loads(file.read(length), object_pairs_hook=_object), size - 8 - length)
+                entries = _entries(
+                    json.loads(file.read(length), object_pairs_hook=_object), size - 8 - length
+                )
             except RecursionError:
                 raise wrong("its header is nested too deeply") from None
             except ValueError as error:  # JSONDecodeError and UnicodeDecodeError among them
@@ -104,12 +121,15 @@ def _object(pairs: list[tuple]) -> dict:
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in made if names.count(name) > 1)!r} stands twice in its header")
+        raise ValueError(
+            f"{next(name for name in made if names.count(name) > 1)!r} stands twice in its header"
+        )
     return made
 
 
 def _entries(header, size: int) -> list[tuple[str, torch.dtype, list[int], int]]:
-    """(name, dtype, shape, first byte) of every tensor, in the header's order; they fill `size` bytes exactly.
+    """(name, dtype, shape, first byte) of every tensor, in the header's order; they fill `size`
+    bytes exactly.
 
     Raises:
         ValueError: they do not, or the header is malformed.
@@ -127,7 +147,10 @@ def _entries(header, size: int) -> list[tuple[str, torch.dtype, list[int], int]]
         if not isinstance(kind, str) or kind not in _DTYPES:
             raise ValueError(f"{name!r} has dtype {kind!r}, allowed {', '.join(_DTYPES)}")
         # bool is an int to Python, not to JSON. Torch holds 64 dimensions and 63-bit strides.
-        plain = all(isinstance(part, list) and all(type(n) is int and n >= 0 for n in part) for part in (shape, span))
+        plain = all(
+            isinstance(part, list) and all(type(n) is int and n >= 0 for n in part)
+            for part in (shape, span)
+        )
         if not plain or len(shape) > 64 or len(span) != 2:
             raise ValueError(f"{name!r} has shape {shape} and data_offsets {span}")
         dtype, (begin, end) = _DTYPES[kind], span
@@ -135,14 +158,17 @@ def _entries(header, size: int) -> list[tuple[str, torch.dtype, list[int], int]]
             raise ValueError(f"{name!r} has the absurd shape {shape}")
         wanted = math.prod(shape) * dtype.itemsize
         if not begin <= end <= size or end - begin != wanted:
-            raise ValueError(f"{name!r}, {kind} of shape {shape}, needs {wanted} bytes; it has {span} of {size}")
+            raise ValueError(
+                f"{name!r}, {kind} of shape {shape}, needs {wanted} bytes; it has {span} of {size}"
+            )
         entries.append((name, dtype, shape, begin))
         ranges.append((begin, end, name))
     last = 0
     for begin, end, name in sorted(ranges):
         if begin != last:
             raise ValueError(
-                f"{name!r} {'overlaps another tensor' if begin < last else 'leaves a gap'} at byte {begin}"
+                f"{name!r} {'overlaps another tensor' if begin < last else 'leaves a gap'} at"
+                f" byte {begin}"
             )
         last = end
     if last != size:
@@ -165,12 +191,15 @@ def _read_torch(path: Path):
     # torch.save never compresses: a small file that would unpack to a huge one is not its work.
     if sum(entry.file_size for entry in entries) > path.stat().st_size:
         raise InputError(f"weights {path} is not a file of torch.save: its entries are compressed")
-    with warnings.catch_warnings(action="ignore"):  # about old pickles; what cannot be read is refused
+    with warnings.catch_warnings(
+        action="ignore"
+    ):  # about old pickles; what cannot be read is refused
         return checkpoint.load(path)
 
 
 def read_torchscript(path: Path, root: str) -> dict[str, Tensor]:
-    """The parameters and buffers of the module in an archive of `torch.jit.save`; its code is not even read.
+    """The parameters and buffers of the module in an archive of `torch.jit.save`; its code is not
+    even read.
 
     Args:
         root: folder of the archive inside the file, with its slash.
@@ -192,19 +221,31 @@ def read_torchscript(path: Path, root: str) -> dict[str, Tensor]:
                     elif isinstance(value, Tensor):
                         state[prefix + name] = value
             raise pickle.UnpicklingError(f"more than {_MAX_MODULES} modules")
-    except (*checkpoint.UNREADABLE, RecursionError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        *checkpoint.UNREADABLE,
+        RecursionError,
+        NotImplementedError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         reason = f"{error}".split("\n")[0][:200]
-        raise InputError(f"weights {path} is no TorchScript archive of a plain module: {reason}") from None
+        raise InputError(
+            f"weights {path} is no TorchScript archive of a plain module: {reason}"
+        ) from None
 
 
 class _TorchScriptUnpickler(pickle.Unpickler):
-    """Modules as their attributes alone. Nothing that the archive names is imported: each name stands for an inert
-    value or a method here, and the rest is refused."""
+    """Modules as their attributes alone. Nothing that the archive names is imported: each name
+    stands for an inert value or a method here, and the rest is refused.
+    """
 
     def __init__(self, archive: zipfile.ZipFile, root: str):
         data = self._stored(archive, f"{root}data.pkl")
         # A memo is allocated up to its highest index.
-        if any(op.name.endswith("PUT") and int(arg) > len(data) for op, arg, _ in pickletools.genops(data)):
+        if any(
+            op.name.endswith("PUT") and int(arg) > len(data)
+            for op, arg, _ in pickletools.genops(data)
+        ):
             raise pickle.UnpicklingError("an absurd memo index")
         super().__init__(io.BytesIO(data))
         self._archive, self._root, self._storages = archive, root, {}
@@ -232,12 +273,16 @@ class _TorchScriptUnpickler(pickle.Unpickler):
         _, dtype, key, _, _ = pid
         if (dtype, key) not in self._storages:
             data = bytearray(self._stored(self._archive, f"{self._root}data/{key}"))
-            self._storages[dtype, key] = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+            self._storages[dtype, key] = (
+                torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+            )
         return self._storages[dtype, key]
 
     def _tensor(self, storage: Tensor, offset: int, size: tuple, stride: tuple, *_) -> Tensor:
         if math.prod(size) > storage.numel():
-            raise pickle.UnpicklingError(f"a tensor of shape {size} in a storage of {storage.numel()} elements")
+            raise pickle.UnpicklingError(
+                f"a tensor of shape {size} in a storage of {storage.numel()} elements"
+            )
         return storage.as_strided(size, stride, offset)
 
     def _untyped(self, value, *_):
@@ -251,7 +296,10 @@ def unwrap(state, path: Path) -> dict[str, Tensor]:
         InputError: there is none.
     """
     for _ in range(4):  # a container may be inside another, in a hostile file inside itself
-        inner = next((k for k in _CONTAINERS if isinstance(state, dict) and isinstance(state.get(k), dict)), None)
+        inner = next(
+            (k for k in _CONTAINERS if isinstance(state, dict) and isinstance(state.get(k), dict)),
+            None,
+        )
         state = state if inner is None else state[inner]
     if not isinstance(state, dict) or not state:
         what = f"it is a {type(state).__name__}" if not isinstance(state, dict) else "it is empty"
@@ -259,21 +307,29 @@ def unwrap(state, path: Path) -> dict[str, Tensor]:
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise InputError(
-                f"weights {path} holds no state dict of tensors: {name!r} is {type(tensor).__name__}, not a tensor"
+                f"weights {path} holds no state dict of tensors: {name!r} is"
+                f" {type(tensor).__name__}, not a tensor"
             )
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-            raise InputError(f"weights {path}: {name} is sparse, quantised or without values")
+            raise InputError(f"weights {path}: {name} is sparse, quantized or without values")
     return {name: tensor.detach() for name, tensor in state.items()}
 
 
 def of_backbone(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The backbone's part of a model that has more (`backbone.*`, without the prefix), or the state dict itself."""
-    inner = {n.removeprefix("backbone."): tensor for n, tensor in state.items() if n.startswith("backbone.")}
+    """The backbone's part of a model that has more (`backbone.*`, without the prefix), or the state
+    dict itself.
+    """
+    inner = {
+        n.removeprefix("backbone."): tensor
+        for n, tensor in state.items()
+        if n.startswith("backbone.")
+    }
     return inner or state
 
 
 def load_backbone(source: str) -> tuple[dict[str, Tensor], dict]:
-    """(backbone weights, meta) of a finished run directory, a checkpoint, or a plain state dict (whose meta is empty).
+    """(backbone weights, model_spec) of a finished run directory, a checkpoint, or a plain state
+    dict (whose model_spec is empty).
 
     Prefixes and heads (`backbone.`, `projector.`, `fc.`) are taken off.
 
@@ -285,29 +341,44 @@ def load_backbone(source: str) -> tuple[dict[str, Tensor], dict]:
         folder = next((f for f in (path / "pretrain", path) if (f / "best.pt").exists()), None)
         summary = path / "summary.json"
         if folder is None or (read_json(summary) or {}).get("status") != "finished":
-            raise InputError(f"--from {path} is not a finished run: run it to its end, or name a checkpoint file in it")
+            raise InputError(
+                f"--from {path} is not a finished run: run it to its end, or name a checkpoint"
+                " file in it"
+            )
         path = folder / "best.pt"
     state = checkpoint.load(path)
-    meta = state.get("meta", {}) if isinstance(state, dict) else {}
-    if meta.get("script", "simclr") != "simclr":
-        raise InputError(f"--from {source} is of train_{meta['script']}.py, allowed are runs of train_simclr.py")
+    model_spec = state.get("model_spec", {}) if isinstance(state, dict) else {}
+    if model_spec.get("script", "simclr") != "simclr":
+        raise InputError(
+            f"--from {source} is of train_{model_spec['script']}.py, allowed are runs of"
+            " train_simclr.py"
+        )
     weights = of_backbone(unwrap(state, path))
-    return {name: tensor for name, tensor in weights.items() if not name.startswith("fc.")}, meta
+    return {
+        name: tensor for name, tensor in weights.items() if not name.startswith("fc.")
+    }, model_spec
 
 
 def load(
-    model: nn.Module, state: dict[str, Tensor], source, *, head: tuple[str, ...] = (), ignore: tuple[str, ...] = ()
+    model: nn.Module,
+    state: dict[str, Tensor],
+    source,
+    *,
+    head: tuple[str, ...] = (),
+    ignore: tuple[str, ...] = (),
 ) -> list[str]:
-    """Load `state` strictly, but for its heads; returns what was left out, one line each, to be logged.
+    """Load `state` strictly, but for its heads; returns what was left out, one line each, to be
+    logged.
 
     Args:
         source: what the messages call the weights, usually the file's path.
-        head: prefixes such as "fc.". A head that is missing on one side, or of another shape, is left out: the model's
-            keeps its values. One that fits is loaded.
+        head: prefixes such as "fc.". A head that is missing on one side, or of another shape, is
+            left out: the model's keeps its values. One that fits is loaded.
         ignore: prefixes of weights that the model has no use for.
 
     Raises:
-        InputError: any other key is missing or unknown, or has another shape; see `checkpoint.load_weights`.
+        InputError: any other key is missing or unknown, or has another shape; see
+            `checkpoint.load_weights`.
     """
     own, said = model.state_dict(), []
     for prefix in ignore:
@@ -321,7 +392,9 @@ def load(
         if shapes[0] == shapes[1]:
             continue
         there, here = (max(d.values(), key=len, default="none") for d in shapes)
-        said.append(f"{source}: the head {prefix}* is left out (in the file {there}, in this model {here})")
+        said.append(
+            f"{source}: the head {prefix}* is left out (in the file {there}, in this model {here})"
+        )
         state = {name: tensor for name, tensor in state.items() if name not in theirs} | ours
     checkpoint.load_weights(model, state, source)
     return said

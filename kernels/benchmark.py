@@ -1,11 +1,12 @@
 """Time the kernels: python -m kernels.benchmark --op all --peers      (GPU)
                   python -m kernels.benchmark --op nt_xent --cpu      (laptop)
 
-Every implementation is compared with the fp64 reference first, and nothing is timed if one of ours is wrong. Then each
-runs alone, forward and forward+backward: median and 20/80 quantiles of the time of a call, the peak memory beyond the
-inputs, and the share of the written bound. On a GPU a call is timed twice: as it is, from an idle GPU, where Python and
-launches count, and ("graph") as a CUDA graph behind other work, where only the GPU's own time does. The last line of
-the output is one JSON object with everything in the table.
+Every implementation is compared with the fp64 reference first, and nothing is timed if one of ours
+is wrong. Then each runs alone, forward and forward+backward: median and 20/80 quantiles of the time
+of a call, the peak memory beyond the inputs, and the share of the written bound. On a GPU a call is
+timed twice: as it is, from an idle GPU, where Python and launches count, and ("graph") as a CUDA
+graph behind other work, where only the GPU's own time does. The last line of the output is one JSON
+object with everything in the table.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from . import (
     temporal_shift,
     temporal_shift_reference,
 )
-from .impl import triton
+from .dispatch import triton
 
 # Dense 16-bit FLOP/s and 2^x per second: H200 at its sustained clock, 132 SMs x 16 ex2 x 1.98 GHz.
 RATES = {"NVIDIA H200": (790e12, 4.18e12)}
@@ -49,7 +50,8 @@ TEMPERATURE = 0.1
 PEERS = ("lightly", "pytorch-metric-learning")
 OPS = ("nt_xent", "sup_con", "temporal_shift", "shift_conv1x1")
 LOSS_BOUND = (
-    "max(FLOP / tensor rate, exp / exp rate); forward M^2 D, M^2 / 2 (half grid); backward 4 M^2 D, M^2; M rows"
+    "max(FLOP / tensor rate, exp / exp rate); forward M^2 D, M^2 / 2 (half grid);"
+    " backward 4 M^2 D, M^2; M rows"
 )
 
 
@@ -88,7 +90,10 @@ def shift_conv1x1_without_bias(x, weight, n_segment):
 def peers(op):
     """name -> function of the op's inputs, for what is installed."""
     wanted = {
-        "nt_xent": (("lightly", "lightly.loss"), ("pytorch-metric-learning", "pytorch_metric_learning.losses")),
+        "nt_xent": (
+            ("lightly", "lightly.loss"),
+            ("pytorch-metric-learning", "pytorch_metric_learning.losses"),
+        ),
         "sup_con": (("pytorch-metric-learning", "pytorch_metric_learning.losses"),),
     }
     found = {}
@@ -127,11 +132,15 @@ def cases(op, device, dtype, quick):
                 labels = torch.arange(2 * n, device=device) % min(100, n // 4)
                 yield f"M={2 * n} D=128", (torch.cat((z_a, z_b)),), (labels,), 2 * n, 128
         return
-    shapes = [(256, 32, 112), (256, 64, 56), (256, 96, 28), (256, 160, 14)] if on_gpu else [(64, 64, 28)]
+    shapes = (
+        [(256, 32, 112), (256, 64, 56), (256, 96, 28), (256, 160, 14)] if on_gpu else [(64, 64, 28)]
+    )
     if on_gpu and op == "temporal_shift":
         shapes = [(256, 32, 112), (256, 64, 56), (256, 160, 14)]
     for frames, channels, side in [(16, 16, 4)] if quick else shapes:
-        for layout in ("contiguous", "channels_last") if op == "temporal_shift" else ("channels_last",):
+        for layout in (
+            ("contiguous", "channels_last") if op == "temporal_shift" else ("channels_last",)
+        ):
             x = random(frames, channels, side, side).contiguous(
                 memory_format=getattr(torch, f"{layout}_format", torch.channels_last)
             )
@@ -140,14 +149,18 @@ def cases(op, device, dtype, quick):
                 yield name, (x,), (8,), 0, 0
             else:
                 outputs = 4 * channels
-                # No bias: BatchNorm follows these convolutions. The weight lies as the other kernels want it, too.
-                weight = random(outputs, channels, 1, 1).contiguous(memory_format=torch.channels_last)
+                # No bias: BatchNorm follows these convolutions. The weight lies as the other
+                # kernels want it, too.
+                weight = random(outputs, channels, 1, 1).contiguous(
+                    memory_format=torch.channels_last
+                )
                 yield f"{name} -> {outputs}", (x, weight), (8,), 0, 0
 
 
 def variants(op, case_rows, on_gpu, with_peers):
-    """name -> (function, is it ours). Ours are checked; whole-matrix forms are left out where their matrix would not
-    fit."""
+    """name -> (function, is it ours). Ours are checked; whole-matrix forms are left out where their
+    matrix would not fit.
+    """
     impl = {"impl": "triton" if on_gpu else "torch"}
     name = "ours (Triton)" if on_gpu else "ours (chunked)" if case_rows else "ours (reference)"
     can_compile = triton is not None if on_gpu else shutil.which("g++") or shutil.which("clang++")
@@ -194,7 +207,10 @@ def variants(op, case_rows, on_gpu, with_peers):
             if case_rows <= (32768 if peer == "lightly" else 512 if op == "nt_xent" else 8192):
                 found[peer] = function
             else:
-                print(f"{peer} is left out at {case_rows} rows: its matrices would not fit or take minutes")
+                print(
+                    f"{peer} is left out at {case_rows} rows: its matrices would not fit or"
+                    " take minutes"
+                )
     return found | {name: ours}
 
 
@@ -202,12 +218,15 @@ def gradients(function, inputs, others):
     inputs = [x.detach().requires_grad_() for x in inputs]
     out = function(*inputs, *others)
     # A fixed upstream gradient that costs nothing: ones, expanded.
-    return out.detach(), torch.autograd.grad(out, inputs, torch.ones_like(out) if out.dim() == 0 else out.detach())
+    return out.detach(), torch.autograd.grad(
+        out, inputs, torch.ones_like(out) if out.dim() == 0 else out.detach()
+    )
 
 
 def check(op, function, reference, inputs, others, dtype):
-    """The relative error of forward and gradients against fp64, on at most 2,048 rows; above the tolerance it ends the
-    program."""
+    """The relative error of forward and gradients against fp64, on at most 2,048 rows; above the
+    tolerance it ends the program.
+    """
     if op in ("nt_xent", "sup_con"):
         inputs = [x[:1024] for x in inputs]
         others = [x[:1024] for x in others]
@@ -219,7 +238,9 @@ def check(op, function, reference, inputs, others, dtype):
         worst = max(worst, ((got.double() - truth).norm() / truth.norm().clamp_min(1e-12)).item())
     if not worst <= tolerance:
         print(
-            f"{op}: relative error {worst:.1e} is above {tolerance:.0e}: a wrong kernel is not timed", file=sys.stderr
+            f"{op}: relative error {worst:.1e} is above {tolerance:.0e}: a wrong kernel is"
+            " not timed",
+            file=sys.stderr,
         )
         raise SystemExit(4)
     return worst
@@ -227,7 +248,9 @@ def check(op, function, reference, inputs, others, dtype):
 
 @contextlib.contextmanager
 def peak_memory(device, result):
-    """Peak bytes beyond what was held before, into result["peak_mb"] (None where the system does not tell)."""
+    """Peak bytes beyond what was held before, into result["peak_mb"] (None where the system does
+    not tell).
+    """
     gc.collect()
     result["peak_mb"] = None
     if device.type == "cuda":
@@ -248,15 +271,17 @@ def peak_memory(device, result):
     reset.write_text("5")  # the resident peak starts again from here
     before = int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
     yield
-    result["peak_mb"] = (int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) - before) * 1024 / 1e6
+    result["peak_mb"] = (
+        (int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) - before) * 1024 / 1e6
+    )
 
 
 def measure(call, device, calls, idle=True):
     """Milliseconds of one call, sorted.
 
-    idle: by the wall clock, from an idle GPU until it is idle again, Python and launches included; else by the GPU's
-    clock, behind other work that hides the launches. (The GPU's clock cannot tell the former: drivers may hand over
-    the first event together with what follows.)
+    idle: by the wall clock, from an idle GPU until it is idle again, Python and launches included;
+    else by the GPU's clock, behind other work that hides the launches. (The GPU's clock cannot tell
+    the former: drivers may hand over the first event together with what follows.)
     """
     times, begin = [], time.perf_counter()
     on_gpu = device.type == "cuda"
@@ -297,7 +322,9 @@ def graphed(call):
 
 
 def loss_bound(rows, dim, backward, device):
-    """Milliseconds that arithmetic alone takes, or None where the device's rates are not written down."""
+    """Milliseconds that arithmetic alone takes, or None where the device's rates are not written
+    down.
+    """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     if name not in RATES:
         return None
@@ -326,12 +353,19 @@ def bench(op, device, dtype, options):
             "shift_conv1x1": shift_conv1x1_without_bias,
         }[op]
         error = check(op, candidates[ours], reference, inputs, others, dtype)
-        print(f"\n{op} {shape} {str(dtype).removeprefix('torch.')}: relative error of ours against fp64 {error:.1e}")
+        print(
+            f"\n{op} {shape} {str(dtype).removeprefix('torch.')}: relative error of ours against"
+            f" fp64 {error:.1e}"
+        )
         copy = None
         if op == "temporal_shift":
             target = torch.empty_like(inputs[0])
-            copy = statistics.median(measure(functools.partial(target.copy_, inputs[0]), device, calls, idle=False))
-            print(f"bound: a copy of the tensor, {copy:.4f} ms forward, twice that forward+backward")
+            copy = statistics.median(
+                measure(functools.partial(target.copy_, inputs[0]), device, calls, idle=False)
+            )
+            print(
+                f"bound: a copy of the tensor, {copy:.4f} ms forward, twice that forward+backward"
+            )
         print(
             f"{'implementation':<34}{'pass':<9}{'median ms':>11}{'20 %':>10}{'80 %':>10}{'peak MB':>10}{'of bound':>10}"
         )
@@ -344,13 +378,20 @@ def bench(op, device, dtype, options):
                     else functools.partial(function, *detached, *others)
                 )
                 forms = {name: call}
-                # Of a whole matrix of 32,768 rows a graph would hold tens of gigabytes; launches cost nothing there.
+                # Of a whole matrix of 32,768 rows a graph would hold tens of gigabytes; launches
+                # cost nothing there.
                 small = num_rows <= 8192 and "reference" not in name and name not in PEERS
                 if on_gpu and (small or name == ours):
                     with torch.set_grad_enabled(backward):
                         forms[f"{name}, graph"] = graphed(call)
                 for label, timed in forms.items():
-                    row = {"op": op, "shape": shape, "dtype": str(dtype), "implementation": label, "error": error}
+                    row = {
+                        "op": op,
+                        "shape": shape,
+                        "dtype": str(dtype),
+                        "implementation": label,
+                        "error": error,
+                    }
                     row["pass"] = "fwd+bwd" if backward else "fwd"
                     with torch.set_grad_enabled(backward):
                         if num_rows < 8192 or on_gpu:
@@ -386,14 +427,25 @@ def parse_args(argv):
         prog="python -m kernels.benchmark", formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--op", choices=(*OPS, "all"), default="all", help="what to time")
-    parser.add_argument("--peers", action="store_true", help="time installed libraries that compute the same, too")
+    parser.add_argument(
+        "--peers", action="store_true", help="time installed libraries that compute the same, too"
+    )
     parser.add_argument("--cpu", action="store_true", help="time what runs on a CPU")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the inputs (bfloat16; float32 on a CPU)"
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the inputs (bfloat16; float32 on a CPU)",
     )
-    parser.add_argument("--calls", type=int, default=50, help="how many calls a median is of, if they fit two seconds")
     parser.add_argument(
-        "--quick", action="store_true", help="tiny shapes, to see that it runs; no figures worth keeping"
+        "--calls",
+        type=int,
+        default=50,
+        help="how many calls a median is of, if they fit two seconds",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="tiny shapes, to see that it runs; no figures worth keeping",
     )
     args = parser.parse_args(argv)
     if not args.cpu and not torch.cuda.is_available():

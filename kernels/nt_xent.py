@@ -1,32 +1,34 @@
 """NT-Xent, the contrastive loss of SimCLR (Chen et al. 2020, arXiv:2002.05709), in O(N D) memory.
 
-With N images and two views of each, M = 2N rows z_i of dimension D, s_ij = <z_i, z_j> / tau, and p(i) the other view
-of i's image:
+With N images and two views of each, M = 2N rows z_i of dimension D, s_ij = <z_i, z_j> / tau, and
+p(i) the other view of i's image:
 
     loss = 1/M sum_i [ log sum_{j != i} exp(s_ij) - s_ip(i) ]
 
 The decoupled form (DCL, Yeh et al. 2022, arXiv:2110.06848) leaves j = p(i) out of the sum as well.
 
-Layout. Rows are interleaved, 2k = view a and 2k+1 = view b of image k, so that i and p(i) = i ^ 1 always fall into the
-same diagonal tile and one comparison, (i >> 1) == (j >> 1), masks both. Tiles therefore sum negatives only, R_i =
-sum_{j != i, p} exp(s_ij); the positive is an fp32 dot product of its own, and loss_i = softplus(log R_i - s_ip) keeps
-its digits where the loss is tiny.
+Layout. Rows are interleaved, 2k = view a and 2k+1 = view b of image k, so that i and p(i) = i ^ 1
+always fall into the same diagonal tile and one comparison, (i >> 1) == (j >> 1), masks both. Tiles
+therefore sum negatives only, R_i = sum_{j != i, p} exp(s_ij); the positive is an fp32 dot product
+of its own, and loss_i = softplus(log R_i - s_ip) keeps its digits where the loss is tiny.
 
 Gradient. The similarity matrix is symmetric, so row i needs nobody else's gradient:
 
     dz_i = 1/(M tau) [ sum_{j neg} (exp(s_ij - lse_i) + exp(s_ij - lse_j)) z_j - (sigma_i + sigma_p) z_p ],  sigma_i =
     R_i / exp(lse_i)
 
-Only the M row log-sum-exps are kept between forward and backward; the M x M similarities exist one tile at a time. Row
-blocks own their gradient and sums run in a fixed order, the same bits in every run. (The one atomic counts who has
-come, so that the last program adds up the losses.)
+Only the M row log-sum-exps are kept between forward and backward; the M x M similarities exist one
+tile at a time. Row blocks own their gradient and sums run in a fixed order, the same bits in every
+run. (The one atomic counts who has come, so that the last program adds up the losses.)
 
-Launches. Up to M = 1,024 rows one program takes some rows through all keys: two launches forward, one backward. Above,
-tiles (gram.py: full grid up to 4,096 rows, half grid beyond) and what prepares and finishes them: three and two.
+Launches. Up to M = 1,024 rows one program takes some rows through all keys: two launches forward,
+one backward. Above, tiles (similarity.py: full grid up to 4,096 rows, half grid beyond) and what
+prepares and finishes them: three and two.
 
-Limits. The Triton path takes bf16 and fp16 with D <= 512 (D <= 256 on GPUs without a table in gram.py) and fp32 with D
-<= 128; without normalisation D <= 128 in every type, and the rows keep some 16 binary digits (gradients to about 1e-5).
-Anything else takes the reference, whose tiles are cuBLAS products on a GPU. The second derivative raises.
+Limits. The Triton path takes bf16 and fp16 with D <= 512 (D <= 256 on GPUs without a table in
+similarity.py) and fp32 with D <= 128; without normalization D <= 128 in every type, and the rows
+keep some 16 binary digits (gradients to about 1e-5). Anything else takes the reference, whose tiles
+are cuBLAS products on a GPU. The second derivative raises.
 """
 
 from __future__ import annotations
@@ -35,7 +37,17 @@ import math
 
 import torch
 
-from .gram import (
+from .dispatch import (
+    INTERPRETED,
+    ceil_div,
+    choose_impl,
+    first_derivative_only,
+    jit,
+    launch,
+    on_device_of_first,
+    target_name,
+)
+from .similarity import (
     LOG2_FP16_SCALE,
     NORM_EPS,
     add_weighted,
@@ -60,32 +72,24 @@ from .gram import (
     weighted_sums,
     why_not_fused,
 )
-from .impl import (
-    INTERPRETED,
-    ceil_div,
-    choose_impl,
-    first_derivative_only,
-    jit,
-    launch,
-    on_device_of_first,
-    target_name,
-)
 
 try:
     import triton.language as tl
 except ImportError:
     tl = None
 
-# Up to so many rows, and so wide a row of planes, one program takes some rows through all keys: the arithmetic is
-# nothing there, and every launch counts. Above, the tiles are faster; wider rows would spill (README.md).
+# Up to so many rows, and so wide a row of planes, one program takes some rows through all keys: the
+# arithmetic is nothing there, and every launch counts. Above, the tiles are faster; wider rows
+# would spill (README.md).
 FEW_ROWS, FEW_ROWS_WIDTH = (32, 64) if INTERPRETED else (1024, 128)
 
 
 def nt_xent_reference(z_a, z_b, temperature, *, normalize=True, gather=None, decoupled=False):
     """NT-Xent in plain PyTorch; arguments, result and errors as for `nt_xent`.
 
-    Computes in fp32 (fp64 for fp64 inputs) whatever autocast says, and needs O(M D) memory plus one tile: similarities
-    are made tile by tile, once for the log-sum-exps and once more in the backward.
+    Computes in fp32 (fp64 for fp64 inputs) whatever autocast says, and needs O(M D) memory plus one
+    tile: similarities are made tile by tile, once for the log-sum-exps and once more in the
+    backward.
     """
     _check(z_a, z_b, temperature)
     with torch.autocast(z_a.device.type, enabled=False):
@@ -93,25 +97,34 @@ def nt_xent_reference(z_a, z_b, temperature, *, normalize=True, gather=None, dec
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         if normalize:
             z = normalize_rows(z)
-        u = z / temperature**0.5  # <u_i, u_j> = s_ij: the temperature's gradient is autograd's business
+        u = (
+            z / temperature**0.5
+        )  # <u_i, u_j> = s_ij: the temperature's gradient is autograd's business
         pos = (u[0::2] * u[1::2]).sum(1)
-        if gather is None and torch.compiler.is_compiling():  # one node of the graph, however many tiles
+        if (
+            gather is None and torch.compiler.is_compiling()
+        ):  # one node of the graph, however many tiles
             return _reference_forward_op(u, pos, decoupled)[0]
         return _Reference.apply(u, pos, gather, decoupled)
 
 
 def _reference_forward(u, pos, gather, decoupled):
-    """-> loss (), keys (K, D), lse of the rows (M,), lse of the keys (K,), log of the negatives' sum (M,)."""
+    """-> loss (), keys (K, D), lse of the rows (M,), lse of the keys (K,), log of the negatives'
+    sum (M,).
+    """
     keys, index = (u, None) if gather is None else own_rows_first(gather, u)[:2]
     pos = pos.repeat_interleave(2)
     negatives = reference_lse(u, keys, pair_shift=1)
     if decoupled:
-        # One image in the world has no negatives: nothing to push away from, only the attraction remains.
+        # One image in the world has no negatives: nothing to push away from, only the attraction
+        # remains.
         lse = negatives.masked_fill(negatives == -math.inf, 0.0)
         loss = lse - pos
     else:
         lse = torch.logaddexp(negatives, pos)
-        loss = torch.logaddexp(negatives - pos, torch.zeros_like(pos))  # softplus, at every magnitude
+        loss = torch.logaddexp(
+            negatives - pos, torch.zeros_like(pos)
+        )  # softplus, at every magnitude
     return loss.mean(), keys, lse, lse if gather is None else gather(lse)[index], negatives
 
 
@@ -119,7 +132,11 @@ def _reference_backward(dloss, u, pos, keys, lse, lse_keys, negatives, decoupled
     """-> du (M, D), dpos (N,)."""
     scale = dloss / u.shape[0]
     du = reference_weighted_sum(u, keys, lse, lse_keys, pair_shift=1) * scale
-    sigma = torch.ones_like(negatives) if decoupled else torch.sigmoid(negatives - pos.repeat_interleave(2))
+    sigma = (
+        torch.ones_like(negatives)
+        if decoupled
+        else torch.sigmoid(negatives - pos.repeat_interleave(2))
+    )
     return du, sigma.view(-1, 2).sum(1) * -scale
 
 
@@ -161,8 +178,10 @@ def _nt_xent_prepare_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Interleave, normalise, scale by sqrt(log2(e) / tau) (so that a dot product is a power of two's exponent), cast;
-    positives in fp32. Clears the count of programs that have added their losses."""
+    """Interleave, normalize, scale by sqrt(log2(e) / tau) (so that a dot product is a power of
+    two's exponent), cast; positives in fp32. Clears the count of programs that have added their
+    losses.
+    """
     if tl.program_id(0) == 0:
         tl.store(partials_ptr, 0.0)
     pairs = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -182,7 +201,9 @@ def _nt_xent_prepare_kernel(
 
 @jit
 def _log1p(x):
-    """log(1 + x) for x in [0, 1] with x's own digits (Kahan's correction; log alone keeps none below 6e-8)."""
+    """log(1 + x) for x in [0, 1] with x's own digits (Kahan's correction; log alone keeps none
+    below 6e-8).
+    """
     w = 1.0 + x
     return tl.where(w == 1.0, x, tl.log(w) * (x / tl.where(w == 1.0, 1.0, w - 1.0)))
 
@@ -258,7 +279,9 @@ def _nt_xent_finish_kernel(
     if SHIFTED:
         top = tl.full([BLOCK_R], 0.0, tl.float32) + shift
     negatives = _log2_sum(total, top)
-    lse, loss = _row_losses(negatives, tl.load(pos_ptr + (offs_r >> 1), mask=mask_r, other=0.0), DECOUPLED)
+    lse, loss = _row_losses(
+        negatives, tl.load(pos_ptr + (offs_r >> 1), mask=mask_r, other=0.0), DECOUPLED
+    )
     tl.store(negatives_ptr + offs_r, negatives, mask=mask_r)
     tl.store(lse_ptr + offs_r, lse, mask=mask_r)
     _add_losses(partials_ptr, loss_ptr, tl.sum(tl.where(mask_r, loss, 0.0), 0) / num_rows)
@@ -293,7 +316,9 @@ def _nt_xent_few_rows_fwd_kernel(
         own = (offs_m >> 1)[:, None] == (offs_n >> 1)[None, :]
         total += tl.where(own | (offs_n >= num_rows)[None, :], 0.0, e)
     negatives = _log2_sum(tl.sum(total, 1), shift)
-    lse, loss = _row_losses(negatives, tl.load(pos_ptr + (offs_m >> 1), mask=mask_m, other=0.0), DECOUPLED)
+    lse, loss = _row_losses(
+        negatives, tl.load(pos_ptr + (offs_m >> 1), mask=mask_m, other=0.0), DECOUPLED
+    )
     tl.store(negatives_ptr + offs_m, negatives, mask=mask_m)
     tl.store(lse_ptr + offs_m, lse, mask=mask_m)
     _add_losses(partials_ptr, loss_ptr, tl.sum(tl.where(mask_m, loss, 0.0), 0) / num_rows)
@@ -317,10 +342,10 @@ def _view_gradients(
     DECOUPLED: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """From the tiles' sums of u = z sqrt(log2(e) / tau): subtract the positive in fp32, scale by dloss, go back
-    through the normalisation.
+    """From the tiles' sums of u = z sqrt(log2(e) / tau): subtract the positive in fp32, scale by
+    dloss, go back through the normalization.
 
-    -> da, db [BLOCK_P, BLOCK_D]; <z, dz> of each pair before the normalisation, [BLOCK_P].
+    -> da, db [BLOCK_P, BLOCK_D]; <z, dz> of each pair before the normalization, [BLOCK_P].
     """
     mask_p = pairs < num_pairs
     if DECOUPLED:
@@ -428,18 +453,24 @@ def _nt_xent_few_rows_bwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Tiles and epilogue in one: a program takes its rows through all keys and turns the sums into gradients."""
+    """Tiles and epilogue in one: a program takes its rows through all keys and turns the sums into
+    gradients.
+    """
     BLOCK_P: tl.constexpr = BLOCK_M // 2
     offs_d = tl.arange(0, BLOCK_D)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     num_rows = num_pairs * 2
     rows, rows_lo = load_planes(u_ptr, offs_m, offs_d, SPLIT, BLOCK_D)
-    inverse_rows = tl.exp2(shift - tl.load(lse_ptr + offs_m, mask=offs_m < num_rows, other=float("inf")))
+    inverse_rows = tl.exp2(
+        shift - tl.load(lse_ptr + offs_m, mask=offs_m < num_rows, other=float("inf"))
+    )
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, num_rows, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
         keys, keys_lo = load_planes(u_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
-        inverse_keys = tl.exp2(shift - tl.load(lse_ptr + offs_n, mask=offs_n < num_rows, other=float("inf")))
+        inverse_keys = tl.exp2(
+            shift - tl.load(lse_ptr + offs_n, mask=offs_n < num_rows, other=float("inf"))
+        )
         s = similarities(rows, rows_lo, keys, keys_lo, SPLIT)  # [BLOCK_M, BLOCK_N]
         weight = tl.exp2(s - (shift - LOG2_SCALE)) * (inverse_rows[:, None] + inverse_keys[None, :])
         own = (offs_m >> 1)[:, None] == (offs_n >> 1)[None, :]
@@ -460,13 +491,19 @@ def _nt_xent_few_rows_bwd_kernel(
 
 
 def _few_rows(num_rows, num_keys, u, shift):
-    return num_rows == num_keys and shift is not None and num_rows <= FEW_ROWS and u.shape[1] <= FEW_ROWS_WIDTH
+    return (
+        num_rows == num_keys
+        and shift is not None
+        and num_rows <= FEW_ROWS
+        and u.shape[1] <= FEW_ROWS_WIDTH
+    )
 
 
 @on_device_of_first
 def _triton_forward(z_a, z_b, temperature_tensor, temperature, normalize, decoupled, gather=None):
-    """-> loss (), rows u, keys, positives (N,), log of the negatives' sum (M,), lse of the rows (M,), of the keys
-    (K,)."""
+    """-> loss (), rows u, keys, positives (N,), log of the negatives' sum (M,), lse of the rows
+    (M,), of the keys (K,).
+    """
     num_pairs, dim = z_a.shape
     num_rows = 2 * num_pairs
     device = z_a.device
@@ -478,8 +515,17 @@ def _triton_forward(z_a, z_b, temperature_tensor, temperature, normalize, decoup
     partials = torch.empty(1 + ceil_div(num_rows, 16), dtype=torch.float32, device=device)
     block_d = u.shape[1] // (2 if split else 1)
     block_p = _block_p(block_d)
-    constants = {"TEMPERATURE_IS_TENSOR": temperature_tensor is not None, "NORMALIZE": normalize, "EPS": NORM_EPS}
-    constants |= {"FP16": plane == torch.float16, "SPLIT": split, "BLOCK_P": block_p, "BLOCK_D": block_d}
+    constants = {
+        "TEMPERATURE_IS_TENSOR": temperature_tensor is not None,
+        "NORMALIZE": normalize,
+        "EPS": NORM_EPS,
+    }
+    constants |= {
+        "FP16": plane == torch.float16,
+        "SPLIT": split,
+        "BLOCK_P": block_p,
+        "BLOCK_D": block_d,
+    }
     launch(
         _nt_xent_prepare_kernel, (u.shape[0] // (2 * block_p),),
         (z_a, z_b, pos if temperature_tensor is None else temperature_tensor, u, pos, partials),
@@ -492,7 +538,13 @@ def _triton_forward(z_a, z_b, temperature_tensor, temperature, normalize, decoup
     loss = torch.empty((), dtype=torch.float32, device=device)
     if _few_rows(num_rows, num_keys, u, shift):
         block_m, block_n, warps, stages = few_rows_tile(target_name(device))
-        constants = {"DECOUPLED": decoupled, "SPLIT": split, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d}
+        constants = {
+            "DECOUPLED": decoupled,
+            "SPLIT": split,
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+            "BLOCK_D": block_d,
+        }
         launch(
             _nt_xent_few_rows_fwd_kernel, (ceil_div(num_rows, block_m),),
             (u, pos, negatives, lse, partials, loss), (shift, num_rows), constants, warps, stages,
@@ -510,7 +562,19 @@ def _triton_forward(z_a, z_b, temperature_tensor, temperature, normalize, decoup
 
 @on_device_of_first
 def _triton_backward(
-    dloss, z_a, z_b, temperature_tensor, u, keys, pos, negatives, lse, lse_keys, temperature, normalize, decoupled
+    dloss,
+    z_a,
+    z_b,
+    temperature_tensor,
+    u,
+    keys,
+    pos,
+    negatives,
+    lse,
+    lse_keys,
+    temperature,
+    normalize,
+    decoupled,
 ):
     """-> dz_a, dz_b (N, D), dtemperature, like the tensor, or None."""
     num_pairs, dim = z_a.shape
@@ -540,7 +604,9 @@ def _triton_backward(
         return dz_a.to(dtype), dz_b.to(dtype), None
     block_p = _block_p(block_d)
     programs = ceil_div(num_pairs, block_p)
-    dtemperature = torch.empty(0 if temperature_tensor is None else programs, dtype=torch.float32, device=device)
+    dtemperature = torch.empty(
+        0 if temperature_tensor is None else programs, dtype=torch.float32, device=device
+    )
     constants = {"TEMPERATURE_IS_TENSOR": temperature_tensor is not None} | constants
     constants |= {"BLOCK_P": block_p, "BLOCK_D": block_d}
     launch(
@@ -560,14 +626,18 @@ def _interpretable(*tensors):
 
 
 def _block_p(block_d: int) -> int:
-    """Pairs of rows per program: 2,048 elements of each view, at most 16 pairs (a divisor of the rows' padding)."""
+    """Pairs of rows per program: 2,048 elements of each view, at most 16 pairs (a divisor of the
+    rows' padding).
+    """
     return max(4, min(16, 2048 // block_d))
 
 
 class _NTXent(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z_a, z_b, temperature_tensor, temperature, normalize, decoupled, gather):
-        loss, *saved = _triton_forward(z_a, z_b, temperature_tensor, temperature, normalize, decoupled, gather)
+        loss, *saved = _triton_forward(
+            z_a, z_b, temperature_tensor, temperature, normalize, decoupled, gather
+        )
         ctx.save_for_backward(z_a, z_b, temperature_tensor, *saved)
         ctx.options = (temperature, normalize, decoupled)
         return loss
@@ -616,13 +686,27 @@ def _backward_op(
     decoupled: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dz_a, dz_b, dtau = _triton_backward(
-        dloss, z_a, z_b, temperature_tensor, u, u, pos, negatives, lse, lse, temperature, normalize, decoupled
+        dloss,
+        z_a,
+        z_b,
+        temperature_tensor,
+        u,
+        u,
+        pos,
+        negatives,
+        lse,
+        lse,
+        temperature,
+        normalize,
+        decoupled,
     )
     return dz_a, dz_b, dz_a.new_empty(0) if dtau is None else dtau
 
 
 @_backward_op.register_fake
-def _(dloss, z_a, z_b, temperature_tensor, u, pos, negatives, lse, temperature, normalize, decoupled):
+def _(
+    dloss, z_a, z_b, temperature_tensor, u, pos, negatives, lse, temperature, normalize, decoupled
+):
     dtau = z_a.new_empty(0) if temperature_tensor is None else torch.empty_like(temperature_tensor)
     dz_a = torch.empty_like(z_a, memory_format=torch.contiguous_format)
     return dz_a, torch.empty_like(dz_a), dtau
@@ -691,57 +775,72 @@ _reference_forward_op.register_autograd(_differentiate_reference, setup_context=
 
 def _check(z_a, z_b, temperature):
     if z_a.dim() != 2 or z_a.shape != z_b.shape or not z_a.numel():
-        raise ValueError(f"nt_xent: z_a {tuple(z_a.shape)}, z_b {tuple(z_b.shape)}; both must be (N, D), N and D >= 1")
+        raise ValueError(
+            f"nt_xent: z_a {tuple(z_a.shape)}, z_b {tuple(z_b.shape)}; both must be (N, D), N"
+            " and D >= 1"
+        )
     if z_a.dtype != z_b.dtype or z_a.device != z_b.device or not z_a.is_floating_point():
         raise ValueError(
-            f"nt_xent: z_a is {z_a.dtype} on {z_a.device}, z_b {z_b.dtype} on {z_b.device}; they must agree"
+            f"nt_xent: z_a is {z_a.dtype} on {z_a.device}, z_b {z_b.dtype} on {z_b.device}; they"
+            " must agree"
         )
     if isinstance(temperature, torch.Tensor):
         if temperature.numel() != 1:
-            raise ValueError(f"nt_xent: temperature has {temperature.numel()} elements; one number is needed")
+            raise ValueError(
+                f"nt_xent: temperature has {temperature.numel()} elements; one number is needed"
+            )
     elif not 0 < temperature < math.inf:
         raise ValueError(f"nt_xent: temperature={temperature} must be a positive number")
 
 
 def nt_xent(z_a, z_b, temperature, *, normalize=True, gather=None, decoupled=False, impl="auto"):
-    """NT-Xent loss of two views: the mean over this process's 2N rows of log-sum-exp minus positive.
+    """NT-Xent loss of two views: the mean over this process's 2N rows of log-sum-exp minus
+    positive.
 
-    With several processes each computes the loss of its own rows against everybody's, and the gradient of its own
-    rows. Each gradient is that of the loss over all processes times their number, so averaging parameter gradients
-    over processes, as DistributedDataParallel does, gives exactly what one process would have computed on the whole
-    batch, and averaging the returned values gives its loss. This needs the same upstream gradient (loss weight,
-    scaler) on every process.
+    With several processes each computes the loss of its own rows against everybody's, and the
+    gradient of its own rows. Each gradient is that of the loss over all processes times their
+    number, so averaging parameter gradients over processes, as DistributedDataParallel does, gives
+    exactly what one process would have computed on the whole batch, and averaging the returned
+    values gives its loss. This needs the same upstream gradient (loss weight, scaler) on every
+    process.
 
     Args:
-        z_a: (N, D) embeddings of the first view, fp32, bf16 or fp16 (fp64: reference only), any strides, N >= 1.
-        z_b: (N, D) of the second view, same dtype and device; row k is the other view of z_a's row k.
-        temperature: positive float, or a tensor of one element, which gets its gradient (tau = 0.1 and 0.5 are usual).
-        normalize: divide each row by its length first (in fp32). A row of length below 1e-12 counts as zeros and gets
-            no gradient.
-        gather: None, or a callable that takes this process's (n, ...) rows and returns all processes' rows,
-            concatenated in rank order, the same n from each, without autograd. It is called twice per forward and
-            never in the backward.
-        decoupled: leave the positive out of the denominator (DCL). A single pair in the world has no denominator at
-            all: its loss is then minus its similarity over the temperature.
-        impl: "auto" (Triton on a GPU, else the reference; said once through logging.getLogger("kernels")), "triton" or
-            "torch".
+        z_a: (N, D) embeddings of the first view, fp32, bf16 or fp16 (fp64: reference only), any
+            strides, N >= 1.
+        z_b: (N, D) of the second view, same dtype and device; row k is the other view of z_a's row
+            k.
+        temperature: positive float, or a tensor of one element, which gets its gradient (tau = 0.1
+            and 0.5 are usual).
+        normalize: divide each row by its length first (in fp32). A row of length below 1e-12 counts
+            as zeros and gets no gradient.
+        gather: None, or a callable that takes this process's (n, ...) rows and returns all
+            processes' rows, concatenated in rank order, the same n from each, without autograd. It
+            is called twice per forward and never in the backward.
+        decoupled: leave the positive out of the denominator (DCL). A single pair in the world has
+            no denominator at all: its loss is then minus its similarity over the temperature.
+        impl: "auto" (Triton on a GPU, else the reference; said once through
+            logging.getLogger("kernels")), "triton" or "torch".
 
     Returns:
         Scalar loss, fp32 (fp64 for fp64 inputs).
 
     Raises:
-        ValueError: shapes, dtypes or devices that disagree, a temperature that is not positive, impl="triton" where it
-            cannot run.
+        ValueError: shapes, dtypes or devices that disagree, a temperature that is not positive,
+            impl="triton" where it cannot run.
 
     Source: Chen et al. 2020, arXiv:2002.05709; decoupled: Yeh et al. 2022, arXiv:2110.06848.
     """
     _check(z_a, z_b, temperature)
     if choose_impl("nt_xent", impl, z_a, why_not_fused(z_a, normalize)) == "torch":
-        return nt_xent_reference(z_a, z_b, temperature, normalize=normalize, gather=gather, decoupled=decoupled)
+        return nt_xent_reference(
+            z_a, z_b, temperature, normalize=normalize, gather=gather, decoupled=decoupled
+        )
     temperature_tensor = None
     if isinstance(temperature, torch.Tensor):
         temperature_tensor, temperature = temperature.to(z_a.device), 1.0
     temperature = float(temperature)  # an integer 1 would be compiled in as a constant
-    if gather is None and torch.compiler.is_compiling():  # eager goes without: the dispatcher costs more than a launch
+    if (
+        gather is None and torch.compiler.is_compiling()
+    ):  # eager goes without: the dispatcher costs more than a launch
         return _forward_op(z_a, z_b, temperature_tensor, temperature, normalize, decoupled)[0]
     return _NTXent.apply(z_a, z_b, temperature_tensor, temperature, normalize, decoupled, gather)

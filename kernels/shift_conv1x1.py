@@ -1,9 +1,10 @@
-"""Temporal shift folded into the 1x1 convolution that follows it: no memory traffic, and no memory, for the shift.
+"""Temporal shift folded into the 1x1 convolution that follows it: no memory traffic, and no memory,
+for the shift.
 
     y = conv1x1(temporal_shift(x), weight) + bias
 
-In channels_last a 1x1 convolution is a matrix product of x as rows (B*T*H*W, C) and weight as (O, C). The shift moves
-whole channels by one frame, H*W rows:
+In channels_last a 1x1 convolution is a matrix product of x as rows (B*T*H*W, C) and weight as (O,
+C). The shift moves whole channels by one frame, H*W rows:
 
     y       x[r + HW] W_next + x[r - HW] W_previous + x[r] W_rest: the weight's columns of each source frame, which stay
             in shared memory while rows pass; rows beyond the clip are zeros
@@ -11,13 +12,14 @@ whole channels by one frame, H*W rows:
             dropped becomes the zeros of the clip's other end
     dweight dy^T times the shifted rows; rows are split into ranges, added up in a fixed order
 
-The forward's loads are as wide as rows are aligned. Those of dweight and the stores of dx are VECTOR = gcd(fold, C, 8)
-channels wide: odd folds would move two bytes at a time. There, and for other paddings and dtypes, the shift runs alone
-and cuDNN or cuBLAS follows.
+The forward's loads are as wide as rows are aligned. Those of dweight and the stores of dx are
+VECTOR = gcd(fold, C, 8) channels wide: odd folds would move two bytes at a time. There, and for
+other paddings and dtypes, the shift runs alone and cuDNN or cuBLAS follows.
 
-Limits. Triton path: channels_last (contiguous input is converted), fp16 and bf16, fp32 where cuDNN may use TF32;
-direction both and past, padding zero. Where a fold ends within a load, an infinity or a nan in a channel beside its end
-reaches the frames before and after, too (as inf * 0). The second derivative raises.
+Limits. Triton path: channels_last (contiguous input is converted), fp16 and bf16, fp32 where cuDNN
+may use TF32; direction both and past, padding zero. Where a fold ends within a load, an infinity or
+a nan in a channel beside its end reaches the frames before and after, too (as inf * 0). The second
+derivative raises.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .impl import (
+from .dispatch import (
     INTERPRETED,
     ceil_div,
     choose_impl,
@@ -46,33 +48,52 @@ try:
 except ImportError:
     tl = None
 
-# Up to so many columns in all products the forward keeps the weight in shared memory while rows pass: what is left is
-# reading and writing. Above, and in the backward, tiles of BLOCK_K columns.
+# Up to so many columns in all products the forward keeps the weight in shared memory while rows
+# pass: what is left is reading and writing. Above, and in the backward, tiles of BLOCK_K columns.
 RESIDENT = {"interpreter": 64, "sm_80": 128, "sm_90": 256, "sm_100": 128, "gfx942": 128}
-# (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) by what is computed; chosen on an H200 and by the reports in README.md.
+# (BLOCK_M, BLOCK_N, BLOCK_K, warps, stages) by what is computed; chosen on an H200 and by the
+# reports in README.md.
 TILE = {"fwd": (64, 128, 32, 4, 3), "dx": (64, 64, 64, 4, 3), "dw": (128, 64, 32, 4, 4)}
 TILES = {
     "interpreter": dict.fromkeys(TILE, (32, 32, 16, 1, 1)),
     "sm_90": TILE | {"dx": (128, 64, 64, 4, 3)},
     "sm_100": TILE | {"dx": (128, 64, 64, 4, 3)},
 }
-# Below, input and output largely pass through the second-level cache, where the shift costs little and cuDNN's product
-# is faster: on an H200 the forward of 80 MB took 54 us fused and 44 apart, that of 193 MB 69 fused and 86 apart.
+# Below, input and output largely pass through the second-level cache, where the shift costs little
+# and cuDNN's product is faster: on an H200 the forward of 80 MB took 54 us fused and 44 apart, that
+# of 193 MB 69 fused and 86 apart.
 FUSED_BYTES = 2**27
-# One compilation serves every layer of a network: what the compiler must know of sizes, the VECTORs tell it.
-_SIZES = ("num_rows", "channels", "outputs", "split", "num_shifted", "area", "num_frames", "rows_per_range")
+# One compilation serves every layer of a network: what the compiler must know of sizes, the VECTORs
+# tell it.
+_SIZES = (
+    "num_rows",
+    "channels",
+    "outputs",
+    "split",
+    "num_shifted",
+    "area",
+    "num_frames",
+    "rows_per_range",
+)
 
 
-def shift_conv1x1_reference(x, weight, bias, n_segment, *, fold_div=8, direction="both", padding="zero"):
-    """The shift, then the convolution, in plain PyTorch; arguments, result and errors as for `shift_conv1x1`."""
+def shift_conv1x1_reference(
+    x, weight, bias, n_segment, *, fold_div=8, direction="both", padding="zero"
+):
+    """The shift, then the convolution, in plain PyTorch; arguments, result and errors as for
+    `shift_conv1x1`.
+    """
     _check(x, weight, bias)
-    shifted = temporal_shift_reference(x, n_segment, fold_div=fold_div, direction=direction, padding=padding)
+    shifted = temporal_shift_reference(
+        x, n_segment, fold_div=fold_div, direction=direction, padding=padding
+    )
     return F.conv2d(shifted, weight.reshape(*weight.shape[:2], 1, 1), bias)
 
 
 @jit
 def _row_times(start, local, num_rows, area, num_frames, SMALL_AREA: tl.constexpr):
-    """Has row start + local of the frames' rows a next, and a previous, frame in its clip? And is it a row at all?
+    """Has row start + local of the frames' rows a next, and a previous, frame in its clip? And is
+    it a row at all?
 
     One division a tile: a division a row would take longer than the product.
     """
@@ -92,30 +113,54 @@ def _row_times(start, local, num_rows, area, num_frames, SMALL_AREA: tl.constexp
 
 @jit
 def _load_shifted(ptr, local, cols, times, channels, split, num_shifted, area):
-    """[rows, cols], each column from the row that the shift reads; ptr is that of the tile's first row."""
+    """[rows, cols], each column from the row that the shift reads; ptr is that of the tile's first
+    row.
+    """
     has_next, has_previous, inside = times
     reads_next = (cols < split)[None, :]
     reads_previous = (cols < num_shifted)[None, :]  # after reads_next
     delta = tl.where(cols < split, area, tl.where(cols < num_shifted, -area, 0)) * channels + cols
-    exists = tl.where(reads_next, has_next[:, None], tl.where(reads_previous, has_previous[:, None], inside[:, None]))
+    exists = tl.where(
+        reads_next,
+        has_next[:, None],
+        tl.where(reads_previous, has_previous[:, None], inside[:, None]),
+    )
     offsets = (local * channels)[:, None] + delta[None, :]
     return tl.load(ptr + offsets, mask=exists & (cols < channels)[None, :], other=0.0)
 
 
 @jit
 def _load(ptr, local, cols, mask_r, width, end):
-    """Columns below `end` of rows of `width` numbers, [rows, cols]; ptr is that of the tile's first row."""
+    """Columns below `end` of rows of `width` numbers, [rows, cols]; ptr is that of the tile's first
+    row.
+    """
     mask = mask_r[:, None] & (cols < end)[None, :]
     return tl.load(ptr + (local * width)[:, None] + cols[None, :], mask=mask, other=0.0)
 
 
 @jit
-def _store_unshifted(ptr, start, local, cols, dx, num_rows, channels, split, num_shifted, area, num_frames, SMALL_AREA):
+def _store_unshifted(
+    ptr,
+    start,
+    local,
+    cols,
+    dx,
+    num_rows,
+    channels,
+    split,
+    num_shifted,
+    area,
+    num_frames,
+    SMALL_AREA,
+):
     """Store each column to the row that the shift reads it from.
 
-    A row whose neighbour lies beyond its clip has nowhere to store; it clears the clip's other end, which nobody reads.
+    A row whose neighbor lies beyond its clip has nowhere to store; it clears the clip's other end,
+    which nobody reads.
     """
-    has_next, has_previous, inside = _row_times(start, local, num_rows, area, num_frames, SMALL_AREA)
+    has_next, has_previous, inside = _row_times(
+        start, local, num_rows, area, num_frames, SMALL_AREA
+    )
     reads_next = (cols < split)[None, :]
     reads_previous = ((cols >= split) & (cols < num_shifted))[None, :]
     around = (num_frames - 1) * area
@@ -161,13 +206,16 @@ def shift_conv1x1_fwd_kernel(
 ):
     """The weight stays in shared memory while rows pass.
 
-    One product for the columns of the next frame's rows, one for the previous frame's, two for the frame's own. Loads
-    are as wide as the alignment of the rows allows, whatever the fold; columns that are loaded and belong to another
-    product meet a zero in this one's part of the weight.
+    One product for the columns of the next frame's rows, one for the previous frame's, two for the
+    frame's own. Loads are as wide as the alignment of the rows allows, whatever the fold; columns
+    that are loaded and belong to another product meet a zero in this one's part of the weight.
     """
-    channels = (channels // IN_VECTOR) * IN_VECTOR  # changes nothing; tells the compiler that rows are aligned
+    channels = (
+        channels // IN_VECTOR
+    ) * IN_VECTOR  # changes nothing; tells the compiler that rows are aligned
     outputs = (outputs // OUT_VECTOR) * OUT_VECTOR
-    # Neighbouring programs share rows, which then come from memory once however many blocks of outputs there are.
+    # Neighboring programs share rows, which then come from memory once however many blocks of
+    # outputs there are.
     blocks_n = tl.cdiv(outputs, BLOCK_N)
     offs_n = (tl.program_id(0) % blocks_n) * BLOCK_N + tl.arange(0, BLOCK_N)
     local = tl.arange(0, BLOCK_M)
@@ -178,7 +226,9 @@ def shift_conv1x1_fwd_kernel(
         weight_next = _weight(weight_ptr, offs_n, cols_next, outputs, channels, 0, split)
     if PREVIOUS_K > 0:
         cols_previous = (split // IN_VECTOR) * IN_VECTOR + tl.arange(0, PREVIOUS_K)
-        weight_previous = _weight(weight_ptr, offs_n, cols_previous, outputs, channels, split, num_shifted)
+        weight_previous = _weight(
+            weight_ptr, offs_n, cols_previous, outputs, channels, split, num_shifted
+        )
     if K_1 > 0:
         cols_1 = (num_shifted // IN_VECTOR) * IN_VECTOR + tl.arange(0, K_1)
         weight_1 = _weight(weight_ptr, offs_n, cols_1, outputs, channels, num_shifted, channels)
@@ -194,13 +244,22 @@ def shift_conv1x1_fwd_kernel(
         inside = local < num_rows - start
         acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if NEXT_K + PREVIOUS_K > 0:
-            has_next, has_previous, _ = _row_times(start, local, num_rows, area, num_frames, SMALL_AREA)
+            has_next, has_previous, _ = _row_times(
+                start, local, num_rows, area, num_frames, SMALL_AREA
+            )
         if NEXT_K > 0:
-            rows_next = _load(rows_ptr + area * channels, local, cols_next, has_next, channels, end_next)
+            rows_next = _load(
+                rows_ptr + area * channels, local, cols_next, has_next, channels, end_next
+            )
             acc = tl.dot(rows_next, tl.trans(weight_next), acc, input_precision=PRECISION)
         if PREVIOUS_K > 0:
             rows_previous = _load(
-                rows_ptr - area * channels, local, cols_previous, has_previous, channels, end_previous
+                rows_ptr - area * channels,
+                local,
+                cols_previous,
+                has_previous,
+                channels,
+                end_previous,
             )
             acc = tl.dot(rows_previous, tl.trans(weight_previous), acc, input_precision=PRECISION)
         if K_1 > 0:
@@ -213,7 +272,11 @@ def shift_conv1x1_fwd_kernel(
             acc += bias[None, :]
         mask = inside[:, None] & (offs_n < outputs)[None, :]
         tile_ptr = y_ptr + start.to(tl.int64) * outputs
-        tl.store(tile_ptr + (local * outputs)[:, None] + offs_n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(
+            tile_ptr + (local * outputs)[:, None] + offs_n[None, :],
+            acc.to(y_ptr.dtype.element_ty),
+            mask=mask,
+        )
 
 
 @jit(do_not_specialize=_SIZES)
@@ -260,7 +323,11 @@ def shift_conv1x1_fwd_loop_kernel(
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < outputs, other=0.0).to(tl.float32)[None, :]
     mask = (local < num_rows - start)[:, None] & (offs_n < outputs)[None, :]
     tile_ptr = y_ptr + start.to(tl.int64) * outputs
-    tl.store(tile_ptr + (local * outputs)[:, None] + offs_n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(
+        tile_ptr + (local * outputs)[:, None] + offs_n[None, :],
+        acc.to(y_ptr.dtype.element_ty),
+        mask=mask,
+    )
 
 
 @jit(do_not_specialize=_SIZES)
@@ -299,10 +366,26 @@ def shift_conv1x1_dx_kernel(
     for k in range(0, outputs, BLOCK_K):
         cols = k + tl.arange(0, BLOCK_K)
         weight = _weight(weight_ptr, cols, offs_n, outputs, channels, 0, channels)
-        acc = tl.dot(_load(rows_ptr, local, cols, inside, outputs, outputs), weight, acc, input_precision=PRECISION)
+        acc = tl.dot(
+            _load(rows_ptr, local, cols, inside, outputs, outputs),
+            weight,
+            acc,
+            input_precision=PRECISION,
+        )
     tile_ptr = dx_ptr + start.to(tl.int64) * channels
     _store_unshifted(
-        tile_ptr, start, local, offs_n, acc, num_rows, channels, split, num_shifted, area, num_frames, SMALL_AREA
+        tile_ptr,
+        start,
+        local,
+        offs_n,
+        acc,
+        num_rows,
+        channels,
+        split,
+        num_shifted,
+        area,
+        num_frames,
+        SMALL_AREA,
     )
 
 
@@ -341,13 +424,19 @@ def shift_conv1x1_dw_kernel(
     for start in range(begin, tl.minimum(begin + rows_per_range, num_rows), BLOCK_K):
         start_wide = tl.cast(start, tl.int64)  # a plain number in the interpreter
         times = _row_times(start, local, num_rows, area, num_frames, SMALL_AREA)
-        dy = _load(dy_ptr + start_wide * outputs, local, offs_m, times[2], outputs, outputs)  # [BLOCK_K, BLOCK_M]
+        dy = _load(
+            dy_ptr + start_wide * outputs, local, offs_m, times[2], outputs, outputs
+        )  # [BLOCK_K, BLOCK_M]
         rows = _load_shifted(
             x_ptr + start_wide * channels, local, offs_n, times, channels, split, num_shifted, area
         )  # [BLOCK_K, BLOCK_N]
         acc = tl.dot(tl.trans(dy), rows, acc, input_precision=PRECISION)
     mask = (offs_m < outputs)[:, None] & (offs_n < channels)[None, :]
-    offs = tl.program_id(2).to(tl.int64) * outputs * channels + offs_m[:, None] * channels + offs_n[None, :]
+    offs = (
+        tl.program_id(2).to(tl.int64) * outputs * channels
+        + offs_m[:, None] * channels
+        + offs_n[None, :]
+    )
     tl.store(partial_ptr + offs, acc, mask=mask)
 
 
@@ -356,7 +445,9 @@ def _power(width):
 
 
 def segments(channels, split, num_shifted):
-    """Columns of the forward's four products: powers of two, at least 16, or 0 where there is nothing to multiply."""
+    """Columns of the forward's four products: powers of two, at least 16, or 0 where there is
+    nothing to multiply.
+    """
     vector = math.gcd(channels, 8)
     first_previous, first_own = split // vector * vector, num_shifted // vector * vector
     own = channels - first_own
@@ -390,7 +481,12 @@ def _tile(what, device, columns):
 def _forward(x, weight, bias, n_segment, split, num_shifted):
     num, channels, height, width = x.shape
     outputs, num_rows = weight.shape[0], num * height * width
-    y = torch.empty((num, outputs, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    y = torch.empty(
+        (num, outputs, height, width),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
     block_m, block_n, block_k, warps, stages = _tile("fwd", x.device, outputs)
     tensors = (x, weight, y if bias is None else bias, y)
     numbers = (num_rows, channels, outputs, split, num_shifted, height * width, n_segment)
@@ -403,7 +499,15 @@ def _forward(x, weight, bias, n_segment, split, num_shifted):
         constants |= products
         # Two programs a multiprocessor walk over the rows, all blocks of columns side by side.
         walkers = max(1, min(2 * num_sms(x.device) // blocks_n, ceil_div(num_rows, block_m)))
-        launch(shift_conv1x1_fwd_kernel, (walkers * blocks_n,), tensors, numbers, constants, warps, stages)
+        launch(
+            shift_conv1x1_fwd_kernel,
+            (walkers * blocks_n,),
+            tensors,
+            numbers,
+            constants,
+            warps,
+            stages,
+        )
     else:
         constants |= {"BLOCK_K": block_k}
         grid = (ceil_div(num_rows, block_m) * blocks_n,)
@@ -422,7 +526,10 @@ def _backward(dy, x, weight, n_segment, split, num_shifted, needs):
     if needs[0]:
         dx = torch.empty_like(x, memory_format=torch.channels_last)
         block_m, block_n, block_k, warps, stages = _tile("dx", x.device, channels)
-        constants = _hints(x, weight, split, num_shifted, block_m) | {"BLOCK_M": block_m, "BLOCK_N": block_n}
+        constants = _hints(x, weight, split, num_shifted, block_m) | {
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+        }
         constants |= {"BLOCK_K": block_k}
         grid = (ceil_div(num_rows, block_m) * ceil_div(channels, block_n),)
         launch(shift_conv1x1_dx_kernel, grid, (dy, weight, dx), numbers, constants, warps, stages)
@@ -431,12 +538,22 @@ def _backward(dy, x, weight, n_segment, split, num_shifted, needs):
         tiles = ceil_div(outputs, block_m) * ceil_div(channels, block_n)
         ranges = max(1, min(2 * num_sms(x.device) // tiles, ceil_div(num_rows, 8 * block_k), 256))
         per_range = max(1, ceil_div(ceil_div(num_rows, ranges), block_k)) * block_k
-        ranges = max(1, ceil_div(num_rows, per_range))  # of an empty batch one range writes the zeros
+        ranges = max(
+            1, ceil_div(num_rows, per_range)
+        )  # of an empty batch one range writes the zeros
         partial = torch.empty(ranges, outputs, channels, dtype=torch.float32, device=x.device)
         constants = _hints(x, weight, split, num_shifted, block_k)
         constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
         grid = (ceil_div(outputs, block_m), ceil_div(channels, block_n), ranges)
-        launch(shift_conv1x1_dw_kernel, grid, (x, dy, partial), (*numbers, per_range), constants, warps, stages)
+        launch(
+            shift_conv1x1_dw_kernel,
+            grid,
+            (x, dy, partial),
+            (*numbers, per_range),
+            constants,
+            warps,
+            stages,
+        )
         dweight = partial.sum(0).to(weight.dtype)
     if needs[2]:
         dbias = dy.sum((0, 2, 3), dtype=torch.float32).to(dy.dtype)
@@ -459,7 +576,12 @@ class _ShiftConv(torch.autograd.Function):
 
 @torch.library.custom_op("kernels::shift_conv1x1", mutates_args=())
 def _forward_op(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, n_segment: int, split: int, num_shifted: int
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    n_segment: int,
+    split: int,
+    num_shifted: int,
 ) -> torch.Tensor:
     return _forward(x, weight, bias, n_segment, split, num_shifted)
 
@@ -472,14 +594,23 @@ def _(x, weight, bias, n_segment, split, num_shifted):
 
 @torch.library.custom_op("kernels::shift_conv1x1_backward", mutates_args=())
 def _backward_op(
-    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, n_segment: int, split: int, num_shifted: int
+    dy: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    n_segment: int,
+    split: int,
+    num_shifted: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return _backward(dy, x, weight, n_segment, split, num_shifted, (True, True, True))
 
 
 @_backward_op.register_fake
 def _(dy, x, weight, n_segment, split, num_shifted):
-    return torch.empty_like(x, memory_format=torch.channels_last), torch.empty_like(weight), dy.new_empty(dy.shape[1])
+    return (
+        torch.empty_like(x, memory_format=torch.channels_last),
+        torch.empty_like(weight),
+        dy.new_empty(dy.shape[1]),
+    )
 
 
 def _save_for_backward(ctx, inputs, output):
@@ -503,7 +634,9 @@ def _check(x, weight, bias):
             f"(O, {x.shape[1]}) or (O, {x.shape[1]}, 1, 1)"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"shift_conv1x1: bias is {tuple(bias.shape)}, expected ({weight.shape[0]},)")
+        raise ValueError(
+            f"shift_conv1x1: bias is {tuple(bias.shape)}, expected ({weight.shape[0]},)"
+        )
 
 
 def _tf32_allowed():
@@ -517,11 +650,17 @@ def _tf32_allowed():
 def _why_not_fused(x, weight, split, num_shifted, padding, impl):
     size = x.numel() * (x.shape[1] + weight.shape[0]) // max(1, x.shape[1]) * x.element_size()
     if impl == "auto" and x.is_cuda and size < FUSED_BYTES:
-        return f"input and output below {FUSED_BYTES >> 20} MiB are faster shifted first and multiplied then"
+        return (
+            f"input and output below {FUSED_BYTES >> 20} MiB are faster shifted first and"
+            " multiplied then"
+        )
     if padding != "zero":
         return f"padding={padding!r} is not folded into the convolution"
     if (num_shifted - split) % 2 or x.shape[1] % 2:
-        return f"a fold of {num_shifted - split} among {x.shape[1]} channels would be loaded two bytes at a time"
+        return (
+            f"a fold of {num_shifted - split} among {x.shape[1]} channels would be loaded two"
+            " bytes at a time"
+        )
     if lacks_tensor_cores(x):
         return "Triton has no tensor-core products before compute capability 8.0"
     if x.dtype == torch.float32 and x.is_cuda:
@@ -532,12 +671,17 @@ def _why_not_fused(x, weight, split, num_shifted, padding, impl):
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"it does not take {x.dtype}"
     # Offsets within a frame and a tile, and numbers of rows, have 32 bits.
-    if x[:1].numel() + 128 * max(x.shape[1], weight.shape[0]) >= 2**31 or x[:, :1].numel() >= 2**31 - 128:
+    if (
+        x[:1].numel() + 128 * max(x.shape[1], weight.shape[0]) >= 2**31
+        or x[:, :1].numel() >= 2**31 - 128
+    ):
         return "a frame has 2^31 elements or more, or all have as many pixels"
     return None
 
 
-def shift_conv1x1(x, weight, bias, n_segment, *, fold_div=8, direction="both", padding="zero", impl="auto"):
+def shift_conv1x1(
+    x, weight, bias, n_segment, *, fold_div=8, direction="both", padding="zero", impl="auto"
+):
     """1x1 convolution of the temporally shifted input, without a shifted copy of it.
 
     Args:
@@ -546,15 +690,17 @@ def shift_conv1x1(x, weight, bias, n_segment, *, fold_div=8, direction="both", p
         bias: (O,) or None.
         n_segment: T, frames per clip; divides the first dimension.
         fold_div, direction, padding: as for `temporal_shift`.
-        impl: "auto" (the fused Triton kernels on a GPU; elsewhere, where they do not apply, and below 128 MiB of input
-            and output, where they are slower, the shift and then the convolution; said once through
-            logging.getLogger("kernels")), "triton" (always fused) or "torch".
+        impl: "auto" (the fused Triton kernels on a GPU; elsewhere, where they do not apply, and
+            below 128 MiB of input and output, where they are slower, the shift and then the
+            convolution; said once through logging.getLogger("kernels")), "triton" (always fused) or
+            "torch".
 
     Returns:
         (B*T, O, H, W); channels_last from the fused kernels.
 
     Raises:
-        ValueError: shapes that disagree, an argument outside what is allowed, impl="triton" where it cannot run.
+        ValueError: shapes that disagree, an argument outside what is allowed, impl="triton" where
+            it cannot run.
     """
     split, num_shifted = _folds(x, n_segment, fold_div, direction, padding)
     _check(x, weight, bias)
@@ -564,10 +710,16 @@ def shift_conv1x1(x, weight, bias, n_segment, *, fold_div=8, direction="both", p
         bias = bias if bias is None else bias.to(dtype)
     if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
         raise ValueError(
-            f"shift_conv1x1: x is {x.dtype}, weight {weight.dtype}, bias {bias if bias is None else bias.dtype}"
+            f"shift_conv1x1: x is {x.dtype}, weight {weight.dtype}, bias"
+            f" {bias if bias is None else bias.dtype}"
         )
     options = {"fold_div": fold_div, "direction": direction, "padding": padding}
-    if choose_impl("shift_conv1x1", impl, x, _why_not_fused(x, weight, split, num_shifted, padding, impl)) == "torch":
+    if (
+        choose_impl(
+            "shift_conv1x1", impl, x, _why_not_fused(x, weight, split, num_shifted, padding, impl)
+        )
+        == "torch"
+    ):
         if impl == "torch":
             return shift_conv1x1_reference(x, weight, bias, n_segment, **options)
         shifted = temporal_shift(x, n_segment, **options)

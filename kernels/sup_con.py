@@ -1,22 +1,24 @@
-"""SupCon, the supervised contrastive loss (Khosla et al. 2020, arXiv:2004.11362, equation 2), in O(M D) memory.
+"""SupCon, the supervised contrastive loss (Khosla et al. 2020, arXiv:2004.11362, equation 2), in
+O(M D) memory.
 
-With M rows z_i of dimension D, labels y_i, s_ij = <z_i, z_j> / tau, and P_i the other rows of i's class, of which M'
-rows have any:
+With M rows z_i of dimension D, labels y_i, s_ij = <z_i, z_j> / tau, and P_i the other rows of i's
+class, of which M' rows have any:
 
     loss = 1/M' sum_{i: P_i not empty} [ log sum_{j != i} exp(s_ij) - 1/|P_i| sum_{p in P_i} s_ip ]
 
 With the class sums C_y = sum_{y_j = y} z_j, and v_i = 1 where P_i is not empty, 0 elsewhere,
 
-    dz_i = 1/(M' tau) [ sum_{j != i} (v_i exp(s_ij - lse_i) + v_j exp(s_ij - lse_j)) z_j - 2 v_i / |P_i| (C_{y_i} -
-    z_i) ]
+    dz_i = 1/(M' tau) [ sum_{j != i} (v_i exp(s_ij - lse_i) + v_j exp(s_ij - lse_j)) z_j - 2 v_i /
+    |P_i| (C_{y_i} - z_i) ]
 
-so v is an infinite log-sum-exp in the tiles' eyes, and the backward needs no labels, only the mean positive of each
-row. Up to some thousand rows these come from the tiles themselves, as the product of (y_i = y_j) with the rows: two
-launches forward, two backward. Above, where that product costs more than sorting, and for many processes, class sums
-are taken over sorted labels: no atomics, no number of classes on the host.
+so v is an infinite log-sum-exp in the tiles' eyes, and the backward needs no labels, only the mean
+positive of each row. Up to some thousand rows these come from the tiles themselves, as the product
+of (y_i = y_j) with the rows: two launches forward, two backward. Above, where that product costs
+more than sorting, and for many processes, class sums are taken over sorted labels: no atomics, no
+number of classes on the host.
 
-M x M similarities and label comparisons are never materialised; kept for the backward are O(M D). The Triton path
-takes what `nt_xent` takes. The second derivative raises.
+M x M similarities and label comparisons are never materialized; kept for the backward are O(M D).
+The Triton path takes what `nt_xent` takes. The second derivative raises.
 """
 
 from __future__ import annotations
@@ -26,7 +28,17 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .gram import (
+from .dispatch import (
+    INTERPRETED,
+    ceil_div,
+    choose_impl,
+    first_derivative_only,
+    jit,
+    launch,
+    on_device_of_first,
+    target_name,
+)
+from .similarity import (
     LOG2_E,
     NORM_EPS,
     block_d,
@@ -52,16 +64,6 @@ from .gram import (
     weighted_sums,
     why_not_fused,
 )
-from .impl import (
-    INTERPRETED,
-    ceil_div,
-    choose_impl,
-    first_derivative_only,
-    jit,
-    launch,
-    on_device_of_first,
-    target_name,
-)
 
 try:
     import triton.language as tl
@@ -75,7 +77,9 @@ _LABEL_TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def sup_con_reference(z, labels, temperature, *, normalize=True, gather=None):
-    """SupCon in plain PyTorch, in fp32 (fp64 for fp64 inputs); arguments, result and errors as for `sup_con`."""
+    """SupCon in plain PyTorch, in fp32 (fp64 for fp64 inputs); arguments, result and errors as for
+    `sup_con`.
+    """
     return _sup_con(z, labels, temperature, normalize, gather, "torch")
 
 
@@ -106,10 +110,18 @@ def _reference_positive_sum(rows, keys, labels, labels_keys, starts, ends, order
 
 @jit
 def class_sum_kernel(
-    keys_ptr, order_ptr, starts_ptr, ends_ptr, out_ptr, dim, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr
+    keys_ptr,
+    order_ptr,
+    starts_ptr,
+    ends_ptr,
+    out_ptr,
+    dim,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    """Add the rows order[p : ends[p]] of the class that starts at sorted position p; other positions have nothing to
-    do."""
+    """Add the rows order[p : ends[p]] of the class that starts at sorted position p; other
+    positions have nothing to do.
+    """
     position = tl.program_id(0)
     if tl.load(starts_ptr + position) == position:
         end = tl.load(ends_ptr + position).to(tl.int32)
@@ -120,13 +132,17 @@ def class_sum_kernel(
             inside = positions < end
             rows = tl.load(order_ptr + positions, mask=inside, other=0)
             mask = inside[:, None] & (offs_d < dim)[None, :]
-            total += tl.sum(tl.load(keys_ptr + rows[:, None] * dim + offs_d[None, :], mask=mask, other=0.0), 0)
+            total += tl.sum(
+                tl.load(keys_ptr + rows[:, None] * dim + offs_d[None, :], mask=mask, other=0.0), 0
+            )
         tl.store(out_ptr + position.to(tl.int64) * dim + offs_d, total, mask=offs_d < dim)
 
 
 def _triton_positive_sum(rows, keys, labels, labels_keys, starts, ends, order):
     m, dim = rows.shape
-    sums = torch.empty_like(keys)  # one row per sorted position; only those where a class starts are written
+    sums = torch.empty_like(
+        keys
+    )  # one row per sorted position; only those where a class starts are written
     block = min(32, block_d(dim))
     class_sum_kernel[(keys.shape[0], -(-dim // block))](
         keys, order, starts[order], ends[order], sums, dim, BLOCK_K=64, BLOCK_D=block
@@ -135,7 +151,9 @@ def _triton_positive_sum(rows, keys, labels, labels_keys, starts, ends, order):
 
 
 def _to_planes(keys, num_rows, dtype, normalized):
-    """fp32 keys, base e, as padded 16-bit planes, base 2 -> rows (a view of the first), keys, split."""
+    """fp32 keys, base e, as padded 16-bit planes, base 2 -> rows (a view of the first), keys,
+    split.
+    """
     plane, split = planes(dtype, normalized)
     num_keys, dim = keys.shape
     x = F.pad(keys * LOG2_E**0.5, (0, block_d(dim) - dim, 0, padded(num_keys) - num_keys))
@@ -171,8 +189,9 @@ def _triton_weighted_sum(rows, keys, lse_rows, lse_keys, dtype, normalized, shif
 
 @on_device_of_first
 def _forward(u, labels, gather, kind, normalized, shift):
-    """-> loss (), keys (K, D), lse of the rows (M,), of the keys (K,), mean of the positives (M, D), 1/M' times the
-    world's size ()."""
+    """-> loss (), keys (K, D), lse of the rows (M,), of the keys (K,), mean of the positives (M,
+    D), 1/M' times the world's size ().
+    """
     keys, labels_keys, index = u, labels, None
     if gather is not None:
         keys, index, labels_keys = own_rows_first(gather, u, labels)
@@ -216,7 +235,14 @@ class _SupCon(torch.autograd.Function):
     def backward(ctx, dloss):
         with torch.no_grad(), torch.autocast(dloss.device.type, enabled=False):
             du = _backward(dloss, *ctx.saved_tensors, *ctx.options)
-        return *first_derivative_only((du,), dloss, ctx.saved_tensors[0]), None, None, None, None, None
+        return (
+            *first_derivative_only((du,), dloss, ctx.saved_tensors[0]),
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 @jit
@@ -235,14 +261,18 @@ def _sup_con_prepare_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Normalise, scale by sqrt(log2(e) / tau), cast; clear the count of programs that have added their losses."""
+    """Normalize, scale by sqrt(log2(e) / tau), cast; clear the count of programs that have added
+    their losses.
+    """
     if tl.program_id(0) == 0:
         tl.store(partials_ptr, 0.0)
     rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_d = tl.arange(0, BLOCK_D)
     z = load_rows(z_ptr, rows, offs_d, stride_zn, stride_zd, num_rows, dim)
     u = z * (inverse_norm(z, True, EPS) * tl.sqrt(1.4426950408889634 / temperature))[:, None]
-    store_planes(u_ptr, rows, offs_d, u, FP16, SPLIT, BLOCK_D)  # zeros beyond the rows: tiles load without a mask
+    store_planes(
+        u_ptr, rows, offs_d, u, FP16, SPLIT, BLOCK_D
+    )  # zeros beyond the rows: tiles load without a mask
 
 
 @jit(do_not_specialize=["num_rows"])
@@ -268,7 +298,9 @@ def _sup_con_few_rows_fwd_kernel(
     rows, rows_lo = load_planes(u_ptr, offs_m, offs_d, SPLIT, BLOCK_D)
     labels_m = tl.load(labels_ptr + offs_m, mask=mask_m, other=0)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # summed over the warps once, at the end
-    count = tl.zeros([BLOCK_M, 16], tl.float32)  # the same number 16 times: a product with ones needs fewer registers
+    count = tl.zeros(
+        [BLOCK_M, 16], tl.float32
+    )  # the same number 16 times: a product with ones needs fewer registers
     ones = tl.full([BLOCK_N, 16], 1.0, u_ptr.dtype.element_ty)
     positives = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, num_rows, BLOCK_N):
@@ -293,7 +325,9 @@ def _sup_con_few_rows_fwd_kernel(
     lse = shift + tl.log2(tl.sum(total, 1))
     loss = tl.where(valid, (lse - tl.sum(u * positives, 1)) * 0.6931471805599453, 0.0)
     tl.store(lse_ptr + offs_m, tl.where(valid, lse, float("inf")), mask=mask_m)
-    tl.store(positives_ptr + offs_m[:, None] * BLOCK_D + offs_d[None, :], positives, mask=mask_m[:, None])
+    tl.store(
+        positives_ptr + offs_m[:, None] * BLOCK_D + offs_d[None, :], positives, mask=mask_m[:, None]
+    )
     losses_ptr = partials_ptr + 1
     valids_ptr = losses_ptr + tl.num_programs(0)
     tl.store(losses_ptr + tl.program_id(0), tl.sum(loss, 0))
@@ -323,7 +357,9 @@ def _sup_con_epilogue_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Sum the ranges, subtract the positives, go back through the normalisation, scale by dloss, cast."""
+    """Sum the ranges, subtract the positives, go back through the normalization, scale by dloss,
+    cast.
+    """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_d = tl.arange(0, BLOCK_D)
     mask_r = rows < num_rows
@@ -331,13 +367,21 @@ def _sup_con_epilogue_kernel(
     inverse = inverse_norm(z, True, EPS)
     z = z * inverse[:, None]
     dz = sum_ranges(partial_ptr, rows, offs_d, num_slots, stride_slot, BLOCK_R, BLOCK_D)
-    dz -= 2.0 * tl.load(positives_ptr + rows[:, None] * BLOCK_D + offs_d[None, :], mask=mask_r[:, None], other=0.0)
+    dz -= 2.0 * tl.load(
+        positives_ptr + rows[:, None] * BLOCK_D + offs_d[None, :], mask=mask_r[:, None], other=0.0
+    )
     # Sums of u = z sqrt(log2(e) / tau).
-    scale = tl.load(dloss_ptr).to(tl.float32) * tl.load(scale_ptr) / tl.sqrt(temperature * 1.4426950408889634)
+    scale = (
+        tl.load(dloss_ptr).to(tl.float32)
+        * tl.load(scale_ptr)
+        / tl.sqrt(temperature * 1.4426950408889634)
+    )
     dz = dz * scale
     dz = (dz - z * tl.sum(z * dz, 1)[:, None]) * inverse[:, None]
     mask = mask_r[:, None] & (offs_d < dim)[None, :]
-    tl.store(dz_ptr + rows[:, None] * dim + offs_d[None, :], dz.to(dz_ptr.dtype.element_ty), mask=mask)
+    tl.store(
+        dz_ptr + rows[:, None] * dim + offs_d[None, :], dz.to(dz_ptr.dtype.element_ty), mask=mask
+    )
 
 
 def _block_r(dim):
@@ -354,7 +398,13 @@ def _few_forward(z, labels, temperature):
     block_m, block_n, warps, stages = few_rows_tile(target_name(z.device))
     programs, block_r = ceil_div(num_rows, block_m), _block_r(width)
     partials = torch.empty(1 + 2 * programs, dtype=torch.float32, device=z.device)
-    constants = {"EPS": NORM_EPS, "FP16": plane == torch.float16, "SPLIT": split, "BLOCK_R": block_r, "BLOCK_D": width}
+    constants = {
+        "EPS": NORM_EPS,
+        "FP16": plane == torch.float16,
+        "SPLIT": split,
+        "BLOCK_R": block_r,
+        "BLOCK_D": width,
+    }
     z = z.float() if INTERPRETED and z.dtype == torch.bfloat16 else z
     numbers = (*z.stride(), num_rows, dim, temperature)
     launch(_sup_con_prepare_kernel, (u.shape[0] // block_r,), (z, u, partials), numbers, constants)
@@ -374,7 +424,9 @@ def _few_backward(dloss, z, u, lse, positives, scale, temperature):
     num_rows, dim = z.shape
     dtype, (plane, split) = z.dtype, planes(z.dtype, True)
     shift = shift_of(temperature, True)
-    partial = weighted_sums(u, u, lse, lse, num_rows, num_rows, 0, split, shift, plane == torch.float16)
+    partial = weighted_sums(
+        u, u, lse, lse, num_rows, num_rows, 0, split, shift, plane == torch.float16
+    )
     z = z.float() if INTERPRETED and z.dtype == torch.bfloat16 else z
     dz = torch.empty(num_rows, dim, dtype=z.dtype, device=z.device)
     block_r = _block_r(partial.shape[2])
@@ -410,7 +462,13 @@ def _few_forward_op(
 def _(z, labels, temperature):
     row = z.new_empty(z.shape[0], dtype=torch.float32)
     u = empty_rows(*z.shape, z.dtype, True, z.device)
-    return row.new_empty(()), u, row, row.new_empty(z.shape[0], block_d(z.shape[1])), row.new_empty(())
+    return (
+        row.new_empty(()),
+        u,
+        row,
+        row.new_empty(z.shape[0], block_d(z.shape[1])),
+        row.new_empty(()),
+    )
 
 
 @torch.library.custom_op("kernels::sup_con_few_rows_backward", mutates_args=())
@@ -494,35 +552,38 @@ _forward_op.register_autograd(_differentiate, setup_context=_save_for_backward)
 def sup_con(z, labels, temperature, *, normalize=True, gather=None, impl="auto"):
     """SupCon loss: each row against all others, its positives those of the same label.
 
-    With several processes each computes its own rows' share, scaled so that averaging values and gradients over
-    processes, as DistributedDataParallel does, gives exactly what one process would have computed on all rows. This
-    needs the same upstream gradient on every process.
+    With several processes each computes its own rows' share, scaled so that averaging values and
+    gradients over processes, as DistributedDataParallel does, gives exactly what one process would
+    have computed on all rows. This needs the same upstream gradient on every process.
 
     Args:
-        z: (M, D) embeddings, fp32, bf16 or fp16 (fp64: reference only), any strides, M >= 1. Several views of an image
-            are several rows.
-        labels: (M,) integers of any value, on z's device. Rows alone in their class contribute nothing and are counted
-            out of the mean; where all are, loss and gradient are zero.
+        z: (M, D) embeddings, fp32, bf16 or fp16 (fp64: reference only), any strides, M >= 1.
+            Several views of an image are several rows.
+        labels: (M,) integers of any value, on z's device. Rows alone in their class contribute
+            nothing and are counted out of the mean; where all are, loss and gradient are zero.
         temperature: positive float, or a tensor of one element, which gets its gradient.
-        normalize: divide each row by its length first (in fp32). A row of length below 1e-12 counts as zeros and gets
-            no gradient.
-        gather: None, or a callable that takes this process's (n, ...) rows and returns all processes' rows,
-            concatenated in rank order, the same n from each, without autograd. It is called three times per forward
-            (rows, labels, sums) and never in the backward.
-        impl: "auto" (Triton on a GPU, else the reference; said once through logging.getLogger("kernels")), "triton" or
-            "torch".
+        normalize: divide each row by its length first (in fp32). A row of length below 1e-12 counts
+            as zeros and gets no gradient.
+        gather: None, or a callable that takes this process's (n, ...) rows and returns all
+            processes' rows, concatenated in rank order, the same n from each, without autograd. It
+            is called three times per forward (rows, labels, sums) and never in the backward.
+        impl: "auto" (Triton on a GPU, else the reference; said once through
+            logging.getLogger("kernels")), "triton" or "torch".
 
     Returns:
         Scalar loss, fp32 (fp64 for fp64 inputs).
 
     Raises:
-        ValueError: shapes, dtypes or devices that disagree, a temperature that is not positive, impl="triton" where it
-            cannot run.
+        ValueError: shapes, dtypes or devices that disagree, a temperature that is not positive,
+            impl="triton" where it cannot run.
 
     Source: Khosla et al. 2020, arXiv:2004.11362, L_out of equation 2.
     """
     if z.dim() != 2 or not z.numel() or not z.is_floating_point():
-        raise ValueError(f"sup_con: z is {tuple(z.shape)} {z.dtype}; it must be (M, D) floating point, M and D >= 1")
+        raise ValueError(
+            f"sup_con: z is {tuple(z.shape)} {z.dtype}; it must be (M, D) floating point, M"
+            " and D >= 1"
+        )
     if labels.shape != z.shape[:1] or labels.device != z.device or labels.dtype not in _LABEL_TYPES:
         raise ValueError(
             f"sup_con: labels are {tuple(labels.shape)} {labels.dtype} on {labels.device}; "
@@ -530,15 +591,25 @@ def sup_con(z, labels, temperature, *, normalize=True, gather=None, impl="auto")
         )
     if isinstance(temperature, torch.Tensor):
         if temperature.numel() != 1:
-            raise ValueError(f"sup_con: temperature has {temperature.numel()} elements; one number is needed")
+            raise ValueError(
+                f"sup_con: temperature has {temperature.numel()} elements; one number is needed"
+            )
         temperature = temperature.reshape(())
     elif not 0 < temperature < math.inf:
         raise ValueError(f"sup_con: temperature={temperature} must be a positive number")
     chosen = choose_impl("sup_con", impl, z, why_not_fused(z, normalize))
     kind = "torch" if chosen == "torch" else str(z.dtype).removeprefix("torch.")
-    shifted = not isinstance(temperature, torch.Tensor) and shift_of(temperature, normalize) is not None
+    shifted = (
+        not isinstance(temperature, torch.Tensor) and shift_of(temperature, normalize) is not None
+    )
     width = block_d(z.shape[1]) * (1 + planes(z.dtype, normalize)[1])
-    if kind != "torch" and shifted and gather is None and z.shape[0] <= FEW_ROWS and width <= FEW_ROWS_WIDTH:
+    if (
+        kind != "torch"
+        and shifted
+        and gather is None
+        and z.shape[0] <= FEW_ROWS
+        and width <= FEW_ROWS_WIDTH
+    ):
         few_rows = _few_forward_op if torch.compiler.is_compiling() else _FewRows.apply
         loss = few_rows(z, labels, float(temperature))
         return loss[0] if torch.compiler.is_compiling() else loss

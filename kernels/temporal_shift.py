@@ -1,20 +1,22 @@
-"""Temporal shift (Lin et al. 2019, arXiv:1811.08383): part of the channels of each frame comes from its neighbours in
-time.
+"""Temporal shift (Lin et al. 2019, arXiv:1811.08383): part of the channels of each frame comes from
+its neighbors in time.
 
 x is (B*T, C, H, W), B clips of T = n_segment frames; with fold = C // fold_div:
 
     both   channels [0, fold) read frame t+1, channels [fold, 2 fold) read frame t-1, the rest stay
     past   channels [0, fold) read frame t-1, the rest stay: what a stream can do, see `shift_step`
 
-What lies beyond the clip is zeros ("zero"), the clip's own first or last frame ("replicate"), or its other end
-("circulant").
+What lies beyond the clip is zeros ("zero"), the clip's own first or last frame ("replicate"), or
+its other end ("circulant").
 
-One pass: a program owns some elements of a frame for all T frames of a clip and keeps the previous, the current and
-the next frame in registers, so each element is read once and written once, contiguous or channels_last. The gradient
-is the transposed shift: for zeros and circulant the opposite one; it saves nothing and can itself be differentiated.
+One pass: a program owns some elements of a frame for all T frames of a clip and keeps the previous,
+the current and the next frame in registers, so each element is read once and written once,
+contiguous or channels_last. The gradient is the transposed shift: for zeros and circulant the
+opposite one; it saves nothing and can itself be differentiated.
 
-There is no in-place form. A residual block adds its input to a function of its shifted input: shifting in place
-changes both, no error is raised, and training goes wrong (mit-han-lab/temporal-shift-module#105).
+There is no in-place form. A residual block adds its input to a function of its shifted input:
+shifting in place changes both, no error is raised, and training goes wrong
+(mit-han-lab/temporal-shift-module#105).
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import math
 
 import torch
 
-from .impl import INTERPRETED, ceil_div, choose_impl, jit, launch, on_device_of_first
+from .dispatch import INTERPRETED, ceil_div, choose_impl, jit, launch, on_device_of_first
 
 try:
     import triton.language as tl
@@ -31,7 +33,9 @@ except ImportError:
     tl = None
 
 PADDINGS = ("zero", "replicate", "circulant")
-BLOCK, WARPS = (128, 1) if INTERPRETED else (1024, 4)  # 16-byte accesses for 16-bit types, 32 registers
+BLOCK, WARPS = (
+    (128, 1) if INTERPRETED else (1024, 4)
+)  # 16-byte accesses for 16-bit types, 32 registers
 
 
 def temporal_shift_reference(x, n_segment, *, fold_div=8, direction="both", padding="zero"):
@@ -41,7 +45,13 @@ def temporal_shift_reference(x, n_segment, *, fold_div=8, direction="both", padd
     shifted = torch.cat(
         (
             torch.cat((clips[:, 1:, :num_next], _beyond(clips[:, :, :num_next], -1, padding)), 1),
-            torch.cat((_beyond(clips[:, :, num_next:num_shifted], 0, padding), clips[:, :-1, num_next:num_shifted]), 1),
+            torch.cat(
+                (
+                    _beyond(clips[:, :, num_next:num_shifted], 0, padding),
+                    clips[:, :-1, num_next:num_shifted],
+                ),
+                1,
+            ),
             clips[:, :, num_shifted:],
         ),
         2,
@@ -78,9 +88,11 @@ def temporal_shift_kernel(
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Channels [0, split) read the next frame and [split, num_shifted) the previous one; with SWAP the other way
-    round."""
-    # True by the caller's choice of VECTOR; it tells the compiler that frames start at multiples of an access's width.
+    """Channels [0, split) read the next frame and [split, num_shifted) the previous one; with SWAP
+    the other way round.
+    """
+    # True by the caller's choice of VECTOR; it tells the compiler that frames start at multiples of
+    # an access's width.
     frame_size = (frame_size // VECTOR) * VECTOR
     blocks = tl.cdiv(frame_size, BLOCK)
     clip = (tl.program_id(0) // blocks).to(tl.int64) * num_frames * frame_size
@@ -97,7 +109,8 @@ def temporal_shift_kernel(
         last_frame = clip + (num_frames - 1) * frame_size.to(tl.int64)
         previous = tl.load(x_ptr + last_frame + offs, mask=mask)
     elif PADDING == "replicate" and not TRANSPOSED:
-        # Not `first` itself: some versions of Triton take two values that enter a loop as one for one value.
+        # Not `first` itself: some versions of Triton take two values that enter a loop as one for
+        # one value.
         previous = tl.where(mask, first, previous)
     current = first
     for t in range(0, num_frames):
@@ -111,7 +124,8 @@ def temporal_shift_kernel(
                 following = current
         y = tl.where(reads_next, following, tl.where(reads_previous, previous, current))
         if PADDING == "replicate" and TRANSPOSED:
-            # The first and last frames were read twice, once as themselves and once for the frame beyond them.
+            # The first and last frames were read twice, once as themselves and once for the frame
+            # beyond them.
             twice = (reads_next & (t == 0)) | (reads_previous & (t + 1 == num_frames))
             y = tl.where(twice, y + current, y)
         tl.store(y_ptr + base + offs, y, mask=mask)
@@ -127,7 +141,12 @@ def _launch(x, n_segment, split, num_shifted, swap, padding, transposed, channel
     num, channels, height, width = x.shape
     frame_size = channels * height * width
     if x.numel():
-        constants = {"CHANNELS_LAST": channels_last, "SWAP": swap, "PADDING": padding, "TRANSPOSED": transposed}
+        constants = {
+            "CHANNELS_LAST": channels_last,
+            "SWAP": swap,
+            "PADDING": padding,
+            "TRANSPOSED": transposed,
+        }
         constants |= {"VECTOR": math.gcd(frame_size, 8), "BLOCK": BLOCK}
         numbers = (n_segment, frame_size, channels, height * width, split, num_shifted)
         grid = (ceil_div(frame_size, BLOCK) * (num // n_segment),)
@@ -166,7 +185,9 @@ def _temporal_shift_op(
 
 @_temporal_shift_op.register_fake
 def _(x, n_segment, split, num_shifted, swap, padding, transposed, channels_last):
-    return torch.empty_like(x, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return torch.empty_like(
+        x, memory_format=torch.channels_last if channels_last else torch.contiguous_format
+    )
 
 
 def _save_options(ctx, inputs, output):
@@ -181,18 +202,25 @@ _temporal_shift_op.register_autograd(_differentiate, setup_context=_save_options
 
 
 def _folds(x, n_segment, fold_div, direction, padding):
-    """-> where the channels that read the next frame end, and where those that read the previous one end."""
+    """-> where the channels that read the next frame end, and where those that read the previous
+    one end.
+    """
     if x.dim() != 4:
         raise ValueError(f"temporal_shift: x has {x.dim()} dimensions; it must be (B*T, C, H, W)")
     if n_segment < 1 or x.shape[0] % n_segment:
-        raise ValueError(f"temporal_shift: n_segment={n_segment} must divide the number of frames, {x.shape[0]}")
+        raise ValueError(
+            f"temporal_shift: n_segment={n_segment} must divide the number of frames, {x.shape[0]}"
+        )
     if direction not in ("both", "past"):
         raise ValueError(f"temporal_shift: direction={direction!r}, allowed are 'both' and 'past'")
     if padding not in PADDINGS:
         raise ValueError(f"temporal_shift: padding={padding!r}, allowed are {', '.join(PADDINGS)}")
     least = 2 if direction == "both" else 1
     if fold_div < least:
-        raise ValueError(f"temporal_shift: fold_div={fold_div} with direction={direction!r} must be {least} or more")
+        raise ValueError(
+            f"temporal_shift: fold_div={fold_div} with direction={direction!r} must be"
+            f" {least} or more"
+        )
     fold = x.shape[1] // fold_div
     return (fold, 2 * fold) if direction == "both" else (0, fold)
 
@@ -201,14 +229,14 @@ def temporal_shift(x, n_segment, *, fold_div=8, direction="both", padding="zero"
     """Shift part of the channels by one frame in time.
 
     Args:
-        x: (B*T, C, H, W), any floating dtype; contiguous or channels_last, which the result and the gradient keep
-            (other strides are copied).
+        x: (B*T, C, H, W), any floating dtype; contiguous or channels_last, which the result and the
+            gradient keep (other strides are copied).
         n_segment: T, frames per clip; divides the first dimension.
         fold_div: C // fold_div channels are shifted in each direction (none where C < fold_div).
         direction: "both" or "past".
         padding: "zero", "replicate" or "circulant".
-        impl: "auto" (Triton on a GPU, else the reference; said once through logging.getLogger("kernels")), "triton" or
-            "torch".
+        impl: "auto" (Triton on a GPU, else the reference; said once through
+            logging.getLogger("kernels")), "triton" or "torch".
 
     Returns:
         Tensor like x, never sharing its memory.
@@ -221,7 +249,9 @@ def temporal_shift(x, n_segment, *, fold_div=8, direction="both", padding="zero"
     split, num_shifted = _folds(x, n_segment, fold_div, direction, padding)
     unsupported = "a frame has 2^31 elements or more" if x[:1].numel() >= 2**31 - BLOCK else None
     if choose_impl("temporal_shift", impl, x, unsupported) == "torch":
-        return temporal_shift_reference(x, n_segment, fold_div=fold_div, direction=direction, padding=padding)
+        return temporal_shift_reference(
+            x, n_segment, fold_div=fold_div, direction=direction, padding=padding
+        )
     channels_last = _memory_format(x) == torch.channels_last
     shift = _temporal_shift_op if torch.compiler.is_compiling() else _TemporalShift.apply
     return shift(x, n_segment, split, num_shifted, False, padding, False, channels_last)
@@ -232,7 +262,8 @@ def shift_step(x_t, state, *, fold_div=8):
 
     Args:
         x_t: (B, C, H, W), the current frame of each stream.
-        state: what the previous call returned, (B, C // fold_div, H, W), or None at a stream's first frame.
+        state: what the previous call returned, (B, C // fold_div, H, W), or None at a stream's
+            first frame.
         fold_div: as in training.
 
     Returns:
@@ -246,5 +277,8 @@ def shift_step(x_t, state, *, fold_div=8):
     if state is None:
         state = x_t.new_zeros(expected)
     elif state.shape != expected or state.dtype != x_t.dtype:
-        raise ValueError(f"shift_step: state is {tuple(state.shape)} {state.dtype}, expected {expected} {x_t.dtype}")
+        raise ValueError(
+            f"shift_step: state is {tuple(state.shape)} {state.dtype}, expected {expected}"
+            f" {x_t.dtype}"
+        )
     return torch.cat((state, x_t[:, fold:]), 1), x_t[:, :fold].clone()

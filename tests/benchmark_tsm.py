@@ -1,8 +1,9 @@
-"""What the temporal shift costs in a training step: python -m tests.benchmark_tsm [FLAGS OF train_tsm.py]
+"""What the temporal shift costs in a training step: python -m tests.benchmark_tsm [FLAGS OF
+train_tsm.py]
 
-The same step of train_tsm.py is timed without the shift, with it at both places, and with the authors' eager form in
-its place: by turns, so that a busy machine slows all of them alike. Medians, and the median of each turn's ratio to no
-shift.
+The same step of train_tsm.py is timed without the shift, with it at both places, and with the
+authors' eager form in its place: by turns, so that a busy machine slows all of them alike. Medians,
+and the median of each turn's ratio to no shift.
 """
 
 import json
@@ -15,10 +16,11 @@ from pathlib import Path
 import torch
 
 import train_tsm
-from common import dist, optim
-from common.log import Log
+from common import optim
 from common.losses import focal_bce
-from common.run import Run
+from common.run import dist
+from common.run.log import Log
+from common.run.run import Run
 from kernels.benchmark import official_shift
 
 TURNS = 15
@@ -30,21 +32,25 @@ def official(x, n_segment, *, fold_div, direction, padding, impl):
     return official_shift(x, n_segment, fold_div)
 
 
-def a_step(facts, argv, kernel=None):
+def a_step(world, argv, kernel=None):
     """A function that makes one training step of the model that the flags describe."""
     args, _ = train_tsm.parse_args(argv)
-    stage = train_tsm.config.stage(args, "train", train_tsm.STAGE, first=True, lr_of=None)
-    meta = {name: getattr(args, name) for name in train_tsm.MODEL_FLAGS} | {"image_size": args.image_size}
-    run = Run(args, facts, None, {}, Path(), Log(None, main=False), None, meta, {})
+    stage = train_tsm.config.stage_config(args, "train", train_tsm.STAGE, first=True, lr_of=None)
+    model_spec = {name: getattr(args, name) for name in train_tsm.MODEL_FLAGS} | {
+        "image_size": args.image_size
+    }
+    run = Run(args, world, None, {}, Path(), Log(None, main=False), None, model_spec, {})
     before = train_tsm.KERNELS["residual"]
     train_tsm.KERNELS["residual"] = kernel or before
     model = train_tsm.build_model(run).train()
     train_tsm.KERNELS["residual"] = before
     optimizer = optim.build_optimizer("adamw", optim.param_groups([model], stage.wd), lr=stage.lr)
-    scaler = train_tsm.step.scaler(args.precision, facts.device)
-    frames = torch.randn(stage.bs * args.n_segment, 3, args.image_size, args.image_size, device=facts.device)
+    scaler = train_tsm.amp.scaler(args.precision, world.device)
+    frames = torch.randn(
+        stage.bs * args.n_segment, 3, args.image_size, args.image_size, device=world.device
+    )
     frames = frames.contiguous(memory_format=torch.channels_last)
-    targets = torch.arange(stage.bs, device=facts.device) % 2
+    targets = torch.arange(stage.bs, device=world.device) % 2
 
     def clips(chunk):
         return frames[chunk.start * args.n_segment : chunk.stop * args.n_segment]
@@ -55,19 +61,19 @@ def a_step(facts, argv, kernel=None):
 
 def main(argv):
     """Time the four steps and print them, a JSON line last."""
-    facts = dist.init(train_tsm.parse_args(argv)[0].device)
+    world = dist.init(train_tsm.parse_args(argv)[0].device)
     steps = {
-        "no shift": a_step(facts, [*argv, "--shift", "none"]),
-        "residual": a_step(facts, [*argv, "--shift", "residual"]),
-        "expand": a_step(facts, [*argv, "--shift", "expand"]),
-        "residual, official eager form": a_step(facts, [*argv, "--shift", "residual"], official),
+        "no shift": a_step(world, [*argv, "--shift", "none"]),
+        "residual": a_step(world, [*argv, "--shift", "residual"]),
+        "expand": a_step(world, [*argv, "--shift", "expand"]),
+        "residual, official eager form": a_step(world, [*argv, "--shift", "residual"], official),
     }
     times = {name: [] for name in steps}
     for turn in range(TURNS + 2):
         for name, make in steps.items():
             begin = time.perf_counter()
             make()
-            if facts.device.type == "cuda":
+            if world.device.type == "cuda":
                 torch.cuda.synchronize()
             if turn > 1:  # the first ones allocate
                 times[name].append(time.perf_counter() - begin)
@@ -77,7 +83,7 @@ def main(argv):
         rows[name] = {"ms": 1e3 * statistics.median(seconds), "ratio": statistics.median(ratios)}
         print(f"{name:<32}{rows[name]['ms']:>10.1f} ms{rows[name]['ratio']:>9.3f} x no shift")
     header = {
-        "device": str(facts.device),
+        "device": str(world.device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "flags": argv,

@@ -1,5 +1,6 @@
-"""Without a GPU Triton kernels run in the interpreter, which must be chosen before triton is imported; GPU tests show
-as skipped."""
+"""Without a GPU Triton kernels run in the interpreter, which must be chosen before triton is
+imported; GPU tests show as skipped.
+"""
 
 import os
 

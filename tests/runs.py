@@ -5,7 +5,7 @@ import json
 import numpy as np
 import torch
 
-from common import checkpoint, log
+from common.run import checkpoint, log
 
 
 def summary(folder):
@@ -13,9 +13,12 @@ def summary(folder):
 
 
 def equal_runs(a, b):
-    """Every stored tensor, metric, feature and log line of two runs is the same, times and rates apart."""
+    """Every stored tensor, metric, feature and log line of two runs is the same, times and rates
+    apart.
+    """
     stored = [
-        {p.relative_to(f) for name in ("last.pt", "best.pt", "backbone.pt") for p in f.rglob(name)} for f in (a, b)
+        {p.relative_to(f) for name in ("last.pt", "best.pt", "backbone.pt") for p in f.rglob(name)}
+        for f in (a, b)
     ]
     assert stored[0] == stored[1] and stored[0]
     for file in stored[0]:
@@ -23,7 +26,10 @@ def equal_runs(a, b):
     timing = {"seconds", "best_model_path"}
     ours, theirs = ({k: v for k, v in summary(f).items() if k not in timing} for f in (a, b))
     assert ours == theirs
-    lines = [[{k: v for k, v in line.items() if k not in log.TIMING} for line in log.read(f)] for f in (a, b)]
+    lines = [
+        [{k: v for k, v in line.items() if k not in log.TIMING} for line in log.read(f)]
+        for f in (a, b)
+    ]
     assert lines[0] == lines[1]
     assert (a / "features.npz").exists() == (b / "features.npz").exists()
     if (a / "features.npz").exists():

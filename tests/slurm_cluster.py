@@ -1,7 +1,8 @@
-"""A private Slurm on this machine for the tests: munge, one controller, one daemon a node; started and stopped as root.
+"""A private Slurm on this machine for the tests: munge, one controller, one daemon a node; started
+and stopped as root.
 
-Nodes are called by addresses of the loopback network, so that processes find each other's host without a name service.
-Nothing outside its folder is touched; the ports are free ones.
+Nodes are called by addresses of the loopback network, so that processes find each other's host
+without a name service. Nothing outside its folder is touched; the ports are free ones.
 """
 
 import os
@@ -57,7 +58,8 @@ def missing() -> list[str]:
 class Cluster:
     """Nodes with 64 make-believe processors and 4 GPUs each; `env` is what Slurm's commands need.
 
-    `folder` is opened to everyone, and those above it must be: munge refuses a socket that others could not reach.
+    `folder` is opened to everyone, and those above it must be: munge refuses a socket that others
+    could not reach.
     """
 
     def __init__(self, folder: Path, num_nodes: int = 2, kill_wait: int = 20):
@@ -66,13 +68,18 @@ class Cluster:
         self.nodes = [f"127.0.0.{i + 1}" for i in range(num_nodes)]
         ports = _free_ports(1 + num_nodes)
         lines = [
-            f"NodeName={node} NodeHostname={socket.gethostname()} NodeAddr={node} Port={port} CPUs=64 Gres=gpu:4"
+            f"NodeName={node} NodeHostname={socket.gethostname()} NodeAddr={node} Port={port}"
+            " CPUs=64 Gres=gpu:4"
             for node, port in zip(self.nodes, ports[1:], strict=True)
         ]
         self.conf = folder / "slurm.conf"
         self.conf.write_text(
             _CONF.format(
-                host=socket.gethostname(), folder=folder, ports=ports, kill_wait=kill_wait, nodes="\n".join(lines)
+                host=socket.gethostname(),
+                folder=folder,
+                ports=ports,
+                kill_wait=kill_wait,
+                nodes="\n".join(lines),
             )
         )
         for number in range(4):
@@ -83,11 +90,18 @@ class Cluster:
         (folder / "munge.key").chmod(0o600)
         # No variable of a Slurm job or of torchrun that this process may run in reaches the jobs.
         outside = ("SLURM", "SBATCH", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_")
-        self.env = {k: v for k, v in os.environ.items() if not k.startswith(outside)} | {"SLURM_CONF": str(self.conf)}
+        self.env = {k: v for k, v in os.environ.items() if not k.startswith(outside)} | {
+            "SLURM_CONF": str(self.conf)
+        }
 
     def __enter__(self):
-        files = [f"--{name}={self.folder}/munge.{name}" for name in ("socket", "pid-file", "log-file", "seed-file")]
-        self.daemons.append(self._daemon("munged", "-F", "--force", f"--key-file={self.folder}/munge.key", *files))
+        files = [
+            f"--{name}={self.folder}/munge.{name}"
+            for name in ("socket", "pid-file", "log-file", "seed-file")
+        ]
+        self.daemons.append(
+            self._daemon("munged", "-F", "--force", f"--key-file={self.folder}/munge.key", *files)
+        )
         until(lambda: (self.folder / "munge.socket").exists(), "munged")
         self.daemons.append(self._daemon("slurmctld", "-D"))
         self.daemons += [self._daemon("slurmd", "-D", "-N", node) for node in self.nodes]
@@ -106,7 +120,9 @@ class Cluster:
 
     def run(self, *command: str, cwd: Path | None = None) -> str:
         """What a command of Slurm prints."""
-        done = subprocess.run(command, env=self.env, cwd=cwd, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            command, env=self.env, cwd=cwd, capture_output=True, text=True, timeout=60
+        )
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout.strip()
 
@@ -116,12 +132,14 @@ class Cluster:
 
     def facts(self, job: str) -> dict[str, str]:
         """What Slurm knows of a job: `JobState`, `ExitCode`, `Restarts` and more."""
-        pairs = (word.partition("=") for word in self.run("scontrol", "show", "job", "-o", job).split())
+        pairs = (
+            word.partition("=") for word in self.run("scontrol", "show", "job", "-o", job).split()
+        )
         return {name: value for name, _, value in pairs}
 
     def wait(self, job: str, *states: str) -> dict[str, str]:
         """Wait until a job is in one of the states; returns its facts."""
-        ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
+        ended = {"COMPLETED", "FAILED", "CANCELED", "TIMEOUT", "NODE_FAIL"}
         until(lambda: self.facts(job)["JobState"] in ended | set(states), f"job {job}")
         facts = self.facts(job)
         assert facts["JobState"] in states, facts
@@ -130,7 +148,8 @@ class Cluster:
     def start_again(self, job: str) -> None:
         """Start a requeued job now: Slurm itself waits two minutes."""
         until(
-            lambda: self.facts(job)["JobState"] == "PENDING" or self.facts(job)["Restarts"] == "1", f"requeue of {job}"
+            lambda: self.facts(job)["JobState"] == "PENDING" or self.facts(job)["Restarts"] == "1",
+            f"requeue of {job}",
         )
         if self.facts(job)["JobState"] == "PENDING":
             time.sleep(2)  # earlier the node still refuses it
@@ -142,7 +161,9 @@ class Cluster:
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 words = (folder / "cmdline").read_bytes().split(b"\0")
-                mine = f"SLURM_JOB_ID={job}".encode() in (folder / "environ").read_bytes().split(b"\0")
+                mine = f"SLURM_JOB_ID={job}".encode() in (folder / "environ").read_bytes().split(
+                    b"\0"
+                )
             except OSError:  # it has ended
                 continue
             if mine and b"python" in words[0]:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from common import audit, config
+from common.check import audit
+from common.errors import exit_codes
 
 
 class Net(nn.Module):
@@ -41,19 +42,25 @@ def test_what_lives_passes_and_nothing_changes():
     before = copy.deepcopy(model.state_dict())
     assert audit.check_setting("stage 1", model, sgd, terms_of) == []
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert torch.equal(state, torch.get_rng_state()) and all(p.grad is None for p in model.parameters())
+    assert torch.equal(state, torch.get_rng_state()) and all(
+        p.grad is None for p in model.parameters()
+    )
 
 
 def test_each_fault_is_named():
     model = frozen_net()
-    model.spare.requires_grad_(True)  # trainable, in the optimiser, and not in the loss
+    model.spare.requires_grad_(True)  # trainable, in the optimizer, and not in the loss
     found = audit.check_setting("stage 1", model, sgd, terms_of)
-    assert [f"stage 1: spare.{n} is trainable and did not move in 3 steps" for n in ("weight", "bias")] == found
+    assert [
+        f"stage 1: spare.{n} is trainable and did not move in 3 steps" for n in ("weight", "bias")
+    ] == found
 
     model = frozen_net()
     model.tower.train()  # BatchNorm of a frozen tower follows the batches
     found = audit.check_setting("s", model, sgd, terms_of)
-    assert {f"s: tower.1.{n} is frozen and moved" for n in ("running_mean", "running_var")} <= set(found)
+    assert {f"s: tower.1.{n} is frozen and moved" for n in ("running_mean", "running_var")} <= set(
+        found
+    )
 
     def with_dead_terms(model, k):
         return terms_of(model, k) | {"mi": torch.tensor(0.3), "dc": 0 * model.head.weight.sum()}
@@ -61,9 +68,11 @@ def test_each_fault_is_named():
     found = audit.check_setting("s", frozen_net(), sgd, with_dead_terms)
     assert found == [f"s: the loss term {name} moves no gradient" for name in ("mi", "dc")]
 
-    found = audit.check_setting("s", frozen_net(), lambda m: torch.optim.SGD(m.tower.parameters(), lr=0.1), terms_of)
-    assert "s: head.weight is trainable and in 0 optimiser groups" in found
-    assert "s: tower.0.weight is frozen and in an optimiser group" in found
+    found = audit.check_setting(
+        "s", frozen_net(), lambda m: torch.optim.SGD(m.tower.parameters(), lr=0.1), terms_of
+    )
+    assert "s: head.weight is trainable and in 0 optimizer groups" in found
+    assert "s: tower.0.weight is frozen and in an optimizer group" in found
     found = audit.check_setting("s", frozen_net(), lambda m: sgd(m, lr=0.0), terms_of)
     assert "s: head.weight is trainable and did not move in 3 steps" in found
     assert audit.check_setting("s", Net().requires_grad_(False), lambda m: sgd(Net()), terms_of)
@@ -74,8 +83,8 @@ def test_a_parameter_in_two_groups_and_a_strange_one_are_named():
     optimizer = sgd(model)
     optimizer.param_groups.append({"params": [model.head.bias, nn.Parameter(torch.zeros(1))]})
     found = audit.check_groups(model, optimizer)
-    assert found[0] == "head.bias is trainable and in 2 optimiser groups"
-    assert found[1:] == ["the optimiser holds 1 parameters that the model lacks"]
+    assert found[0] == "head.bias is trainable and in 2 optimizer groups"
+    assert found[1:] == ["the optimizer holds 1 parameters that the model lacks"]
 
 
 def test_a_step_that_rounding_swallows_is_alive():
@@ -87,7 +96,7 @@ def test_a_step_that_rounding_swallows_is_alive():
 
 def test_problems_end_with_their_own_exit_code(capsys):
     audit.refuse([])
-    with pytest.raises(SystemExit) as caught, config.exit_codes():
+    with pytest.raises(SystemExit) as caught, exit_codes():
         audit.refuse([f"a{i} is dead" for i in range(12)])
     assert caught.value.code == 4
     error = capsys.readouterr().err

@@ -10,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from common import augment
+from common.data import augment
+from common.rng import uniform
 
 SAMPLES = np.arange(20_000)
 
@@ -25,14 +26,23 @@ def random_images(n, height, width, seed=0):
 def some_params(n, height, width, size, **changes):
     """Distinct crops for each of n samples, everything else off but what `changes` names."""
     drawn = augment.simclr_params(3, 1, np.arange(n), 0, (height, width), size)
-    return dataclasses.replace(augment.identity_params(n, (height, width)), boxes=drawn.boxes, **changes)
+    return dataclasses.replace(
+        augment.identity_params(n, (height, width)), boxes=drawn.boxes, **changes
+    )
 
 
 def crop_with_torchvision(image, box, size):
     top, left, height, width = map(int, box)
     image = image.to(torch.float32) / 255
     return TF.resized_crop(
-        image, top, left, height, width, [size, size], interpolation=v2.InterpolationMode.BILINEAR, antialias=True
+        image,
+        top,
+        left,
+        height,
+        width,
+        [size, size],
+        interpolation=v2.InterpolationMode.BILINEAR,
+        antialias=True,
     )
 
 
@@ -55,30 +65,35 @@ def view_with_torchvision(image, params, row, size):
 def assert_equals_torchvision(images, params, size, atol=1e-5):
     views = augment.make_view(images, params, size)
     assert views.shape == (len(images), 3, size, size) and views.dtype == torch.float32
-    expected = torch.stack([view_with_torchvision(image, params, i, size) for i, image in enumerate(images)])
+    expected = torch.stack(
+        [view_with_torchvision(image, params, i, size) for i, image in enumerate(images)]
+    )
     torch.testing.assert_close(views, expected, atol=atol, rtol=0)
 
 
 def test_uniform_fills_the_unit_interval():
-    u = augment.uniform(0, 0, SAMPLES, 0, 4)
+    u = uniform(0, 0, SAMPLES, 0, 4)
     assert u.dtype == np.float64 and u.min() >= 0 and u.max() < 1
     for column in u.T:
-        # Kolmogorov-Smirnov: 1.95 / sqrt(n) is exceeded once in a thousand draws, and these are fixed.
+        # Kolmogorov-Smirnov: 1.95 / sqrt(n) is exceeded once in a thousand draws, and these are
+        # fixed.
         distance = np.abs(np.sort(column) - (np.arange(len(column)) + 0.5) / len(column)).max()
         assert distance < 1.95 / math.sqrt(len(column))
 
 
 def test_uniform_is_independent_across_every_key():
-    base = augment.uniform(5, 6, SAMPLES, 7, 2)
+    base = uniform(5, 6, SAMPLES, 7, 2)
     others = [
-        augment.uniform(6, 6, SAMPLES, 7, 2),
-        augment.uniform(5, 7, SAMPLES, 7, 2),
-        augment.uniform(5, 6, SAMPLES, 8, 2),
-        augment.uniform(5, 6, SAMPLES + 1, 7, 2),
-        augment.uniform(5 + 2**32, 6, SAMPLES, 7, 2),
+        uniform(6, 6, SAMPLES, 7, 2),
+        uniform(5, 7, SAMPLES, 7, 2),
+        uniform(5, 6, SAMPLES, 8, 2),
+        uniform(5, 6, SAMPLES + 1, 7, 2),
+        uniform(5 + 2**32, 6, SAMPLES, 7, 2),
         base[:, ::-1],
     ]
-    bound = 4 / math.sqrt(len(SAMPLES))  # four standard deviations of a correlation of independent draws
+    bound = 4 / math.sqrt(
+        len(SAMPLES)
+    )  # four standard deviations of a correlation of independent draws
     for other in others:
         assert abs(np.corrcoef(base[:, 0], other[:, 0])[0, 1]) < bound
     for row, nexts in ((base[:-1, 0], base[1:, 0]), (base[:-1, 1], base[1:, 0])):
@@ -88,7 +103,7 @@ def test_uniform_is_independent_across_every_key():
 def test_uniform_does_not_collide_when_keys_are_swapped():
     keys = range(12)
     draws = {
-        (seed, epoch, view): augment.uniform(seed, epoch, np.arange(12), view, 3)
+        (seed, epoch, view): uniform(seed, epoch, np.arange(12), view, 3)
         for seed in keys
         for epoch in keys
         for view in keys
@@ -98,17 +113,17 @@ def test_uniform_does_not_collide_when_keys_are_swapped():
 
 
 def test_uniform_depends_on_the_sample_alone():
-    whole = augment.uniform(1, 2, np.arange(100), 3, 5)
+    whole = uniform(1, 2, np.arange(100), 3, 5)
     chosen = np.array([42, 7, 7, 99])
-    np.testing.assert_array_equal(augment.uniform(1, 2, chosen, 3, 5), whole[chosen])
-    np.testing.assert_array_equal(augment.uniform(1, 2, chosen, 3, 2), whole[chosen, :2])
-    assert augment.uniform(1, 2, [], 3, 5).shape == (0, 5)
+    np.testing.assert_array_equal(uniform(1, 2, chosen, 3, 5), whole[chosen])
+    np.testing.assert_array_equal(uniform(1, 2, chosen, 3, 2), whole[chosen, :2])
+    assert uniform(1, 2, [], 3, 5).shape == (0, 5)
 
 
 @pytest.mark.parametrize("samples", [np.zeros((2, 2), int), np.array([0.5]), 3])
 def test_uniform_refuses_other_samples(samples):
     with pytest.raises(ValueError, match="samples"):
-        augment.uniform(0, 0, samples, 0, 1)
+        uniform(0, 0, samples, 0, 1)
 
 
 def test_simclr_probabilities_and_ranges():
@@ -129,14 +144,17 @@ def test_simclr_probabilities_and_ranges():
     codes, counts = np.unique(params.order @ [1000, 100, 10, 1], return_counts=True)
     assert len(codes) == 24 and (np.sort(params.order, axis=1) == np.arange(4)).all()
     expected = len(SAMPLES) / 24
-    assert ((counts - expected) ** 2 / expected).sum() < 49.7  # chi-square, 23 degrees of freedom, p = 0.001
+    assert (
+        (counts - expected) ** 2 / expected
+    ).sum() < 49.7  # chi-square, 23 degrees of freedom, p = 0.001
     # What decides one operation must not decide another.
     switches = np.stack([params.flip, params.jittered, params.grayscale, params.sigma > 0])
     assert np.abs(np.corrcoef(switches) - np.eye(4)).max() < 4 / math.sqrt(len(SAMPLES))
 
 
 def assert_same_distribution(ours, theirs):
-    # Kolmogorov-Smirnov for two samples at one in ten million (4 to 5 sigma); both are drawn from fixed seeds.
+    # Kolmogorov-Smirnov for two samples at one in ten million (4 to 5 sigma); both are drawn from
+    # fixed seeds.
     grid = np.unique(np.concatenate([ours, theirs]))
     gap = np.searchsorted(np.sort(ours), grid, "right") / len(ours)
     gap -= np.searchsorted(np.sort(theirs), grid, "right") / len(theirs)
@@ -176,7 +194,9 @@ def test_boxes_follow_torchvisions_distribution(height, width):
     drawn = [crop.make_params([image]) for _ in range(4000)]
     reference = np.array([[p["top"], p["left"], p["height"], p["width"]] for p in drawn], float)
     assert (boxes == np.rint(boxes)).all() and (boxes[:, :2] >= 0).all()
-    assert (boxes[:, 0] + boxes[:, 2] <= height).all() and (boxes[:, 1] + boxes[:, 3] <= width).all()
+    assert (boxes[:, 0] + boxes[:, 2] <= height).all() and (
+        boxes[:, 1] + boxes[:, 3] <= width
+    ).all()
 
     def features(b):
         return {
@@ -184,7 +204,7 @@ def test_boxes_follow_torchvisions_distribution(height, width):
             "log ratio": np.log(b[:, 3] / b[:, 2]),
             "top": b[:, 0],
             "left": b[:, 1],
-            "centre": b[:, 0] + b[:, 2] / 2,
+            "center": b[:, 0] + b[:, 2] / 2,
         }
 
     ours, theirs = features(boxes), features(reference)
@@ -197,8 +217,12 @@ def test_boxes_follow_torchvisions_distribution(height, width):
 
 @pytest.mark.parametrize("height, width", [(10, 400), (400, 10)])
 def test_boxes_fall_back_to_torchvisions_central_crop(height, width):
-    boxes = augment.crop_flip_params(0, 0, np.arange(50), 0, (height, width), scale=(0.99, 1.0)).boxes
-    central = v2.RandomResizedCrop(8, scale=(0.99, 1.0)).make_params([torch.empty(3, height, width)])
+    boxes = augment.crop_flip_params(
+        0, 0, np.arange(50), 0, (height, width), scale=(0.99, 1.0)
+    ).boxes
+    central = v2.RandomResizedCrop(8, scale=(0.99, 1.0)).make_params(
+        [torch.empty(3, height, width)]
+    )
     expected = [central[key] for key in ("top", "left", "height", "width")]
     np.testing.assert_array_equal(boxes, np.tile(expected, (50, 1)))
 
@@ -206,14 +230,17 @@ def test_boxes_fall_back_to_torchvisions_central_crop(height, width):
 def test_crop_flip_changes_crop_and_flip_only():
     params = augment.crop_flip_params(0, 0, SAMPLES, 0, 128)
     area = params.boxes[:, 2] * params.boxes[:, 3] / 128**2
-    assert 0.48 < area.min() < 0.52 and 0.95 < area.max() <= 1 and abs(params.flip.mean() - 0.5) < 0.02
+    assert (
+        0.48 < area.min() < 0.52 and 0.95 < area.max() <= 1 and abs(params.flip.mean() - 0.5) < 0.02
+    )
     plain = augment.identity_params(len(SAMPLES), 128)
     for name in ("jittered", "factors", "order", "grayscale", "sigma"):
         np.testing.assert_array_equal(getattr(params, name), getattr(plain, name))
 
 
 @pytest.mark.parametrize(
-    "height, width, size", [(32, 32, 16), (37, 29, 23), (24, 40, 64), (50, 50, 7), (5, 3, 4), (40, 40, 1)]
+    "height, width, size",
+    [(32, 32, 16), (37, 29, 23), (24, 40, 64), (50, 50, 7), (5, 3, 4), (40, 40, 1)],
 )
 def test_crop_resize_and_flip_equal_torchvision(height, width, size):
     images = random_images(6, height, width)
@@ -226,7 +253,9 @@ def test_identity_keeps_the_pixels():
     views = augment.make_view(images, augment.identity_params(3, 21), 21)
     torch.testing.assert_close(views, images / 255, atol=1e-6, rtol=0)
     flipped = dataclasses.replace(augment.identity_params(3, 21), flip=np.ones(3, bool))
-    torch.testing.assert_close(augment.make_view(images, flipped, 21), (images / 255).flip(3), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        augment.make_view(images, flipped, 21), (images / 255).flip(3), atol=1e-6, rtol=0
+    )
 
 
 @pytest.mark.parametrize("op", [0, 1, 2, 3])
@@ -238,7 +267,11 @@ def test_each_jitter_operation_equals_torchvision(op):
     images = random_images(n, 33, 31)
     assert_equals_torchvision(images, params, 19)
     off = dataclasses.replace(params, jittered=np.zeros(n, bool))
-    changed = (augment.make_view(images, params, 19) - augment.make_view(images, off, 19)).abs().amax(dim=(1, 2, 3))
+    changed = (
+        (augment.make_view(images, params, 19) - augment.make_view(images, off, 19))
+        .abs()
+        .amax(dim=(1, 2, 3))
+    )
     assert changed[2] == 0 and (changed[[0, 1, 6]] > 0.05).all()
 
 
@@ -250,7 +283,9 @@ def test_grayscale_equals_torchvision():
 @pytest.mark.parametrize("size", [20, 41, 64, 75])
 def test_blur_equals_torchvision(size):
     sigma = np.array([0.0, 0.1, 0.7, 1.3, 2.0])
-    assert_equals_torchvision(random_images(5, 50, 50), some_params(5, 50, 50, size, sigma=sigma), size)
+    assert_equals_torchvision(
+        random_images(5, 50, 50), some_params(5, 50, 50, size, sigma=sigma), size
+    )
 
 
 def test_blur_kernel_is_odd_and_a_tenth_of_the_side():
@@ -274,13 +309,21 @@ def test_a_view_does_not_depend_on_its_batch():
     for chosen in ([5], [23, 5, 11], list(range(23, -1, -1))):
         alone = augment.simclr_params(0, 4, samples[chosen], 0, 40, 32)
         for field in dataclasses.fields(alone):
-            np.testing.assert_array_equal(getattr(alone, field.name), getattr(params, field.name)[chosen])
-        torch.testing.assert_close(augment.make_view(images[chosen], alone, 32), views[chosen], atol=1e-6, rtol=0)
+            np.testing.assert_array_equal(
+                getattr(alone, field.name), getattr(params, field.name)[chosen]
+            )
+        torch.testing.assert_close(
+            augment.make_view(images[chosen], alone, 32), views[chosen], atol=1e-6, rtol=0
+        )
     torch.testing.assert_close(augment.make_view(images, params, 32), views, atol=0, rtol=0)
 
 
 def test_epochs_and_views_differ():
-    draws = [augment.simclr_params(0, epoch, np.arange(9), view, 64, 48) for epoch in (0, 1) for view in (0, 1)]
+    draws = [
+        augment.simclr_params(0, epoch, np.arange(9), view, 64, 48)
+        for epoch in (0, 1)
+        for view in (0, 1)
+    ]
     assert len({draw.factors.tobytes() for draw in draws}) == 4
 
 
@@ -301,7 +344,9 @@ def test_source_images_are_left_alone():
     assert torch.equal(images, before)
     noncontiguous = images.transpose(2, 3)
     params = augment.identity_params(4, 16)
-    torch.testing.assert_close(augment.make_view(noncontiguous, params, 16), noncontiguous / 255, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        augment.make_view(noncontiguous, params, 16), noncontiguous / 255, atol=1e-6, rtol=0
+    )
 
 
 @pytest.mark.parametrize("height, width, size", [(40, 40, 24), (31, 45, 24), (12, 12, 30)])
@@ -380,7 +425,9 @@ def test_views_do_not_depend_on_how_many_a_cpu_makes_at_once(monkeypatch, at_onc
 
 
 def test_an_empty_batch_has_no_views():
-    views = augment.make_view(torch.empty((0, 3, 8, 8), dtype=torch.uint8), augment.identity_params(0, 8), 5)
+    views = augment.make_view(
+        torch.empty((0, 3, 8, 8), dtype=torch.uint8), augment.identity_params(0, 8), 5
+    )
     assert views.shape == (0, 3, 5, 5)
 
 
@@ -388,11 +435,13 @@ def test_take_keeps_the_rows_that_are_named():
     params = augment.simclr_params(0, 0, np.arange(9), 0, 32, 24)
     for field in dataclasses.fields(params):
         expected = getattr(params, field.name)[[7, 2, 2]]
-        np.testing.assert_array_equal(getattr(params.take(np.array([7, 2, 2])), field.name), expected)
+        np.testing.assert_array_equal(
+            getattr(params.take(np.array([7, 2, 2])), field.name), expected
+        )
 
 
 @pytest.mark.gpu
-def test_a_gpu_makes_the_same_views_without_synchronising():
+def test_a_gpu_makes_the_same_views_without_synchronizing():
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA or ROCm device")
     images = random_images(16, 45, 61)
@@ -413,7 +462,9 @@ def test_autocast_does_not_touch_the_pixels():
     params = augment.simclr_params(0, 0, np.arange(4), 0, 20, 16)
     with torch.autocast("cpu", torch.bfloat16):
         inside = augment.make_view(images, params, 16)
-    assert torch.equal(inside, augment.make_view(images, params, 16)) and inside.dtype == torch.float32
+    assert (
+        torch.equal(inside, augment.make_view(images, params, 16)) and inside.dtype == torch.float32
+    )
 
 
 def clip_with_torchvision(frames, params, row, size):
@@ -421,7 +472,9 @@ def clip_with_torchvision(frames, params, row, size):
     top, left, height, width = map(int, params.boxes[row])
     bilinear = v2.InterpolationMode.BILINEAR
     x = frames.float() / 255
-    x = TF.resized_crop(x, top, left, height, width, [size, size], interpolation=bilinear, antialias=True)
+    x = TF.resized_crop(
+        x, top, left, height, width, [size, size], interpolation=bilinear, antialias=True
+    )
     if params.flip[row]:
         x = TF.horizontal_flip(x)
     x = TF.rotate(x, float(params.angle[row]), interpolation=bilinear)
@@ -434,13 +487,16 @@ def clip_with_torchvision(frames, params, row, size):
 @pytest.mark.parametrize("size", [20, 33])
 def test_two_streams_of_a_clip_share_one_draw_and_equal_torchvision(size):
     streams = [random_images(24, 24, 24, seed).unflatten(0, (6, 4)) for seed in (0, 1)]
-    params = augment.clip_params(3, 1, np.arange(6), 0, 24, spread=(0.3, 0.3, 0.3, 0.1), scale=(0.4, 1.0), degrees=15)
+    params = augment.clip_params(
+        3, 1, np.arange(6), 0, 24, spread=(0.3, 0.3, 0.3, 0.1), scale=(0.4, 1.0), degrees=15
+    )
     assert 0 < params.flip.sum() < 6
     for frames in streams:
         views = augment.make_view(frames.flatten(0, 1), params.repeat(4), size).unflatten(0, (6, 4))
         for row in range(6):
             expected = clip_with_torchvision(frames[row], params, row, size)
-            # The contrast and the hue of nearly grey pixels magnify rounding at a rotation's border.
+            # The contrast and the hue of nearly gray pixels magnify rounding at a rotation's
+            # border.
             torch.testing.assert_close(views[row], expected, atol=1e-4, rtol=0)
 
 
@@ -462,7 +518,9 @@ def test_clips_are_cropped_and_rotated_in_the_given_ranges():
     crops = augment.crop_flip_params(0, 0, SAMPLES, 0, 64, scale=(0.5, 1.0))
     np.testing.assert_array_equal(params.boxes, crops.boxes)
     np.testing.assert_array_equal(params.flip, crops.flip)
-    assert np.abs(params.angle).max() <= 15 and abs(params.angle.mean()) < 4 * 15 / np.sqrt(3 * len(SAMPLES))
+    assert np.abs(params.angle).max() <= 15 and abs(params.angle.mean()) < 4 * 15 / np.sqrt(
+        3 * len(SAMPLES)
+    )
     np.testing.assert_allclose(params.angle.std(), 15 / np.sqrt(3), rtol=0.02)
     bound = 4 / math.sqrt(len(SAMPLES))
     for other in (params.flip, *params.factors.T, *params.boxes.T):

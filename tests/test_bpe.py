@@ -1,4 +1,6 @@
-"""The tokenizer against open_clip's, ftfy's repairs included; the vocabulary's file, its download and its faults."""
+"""The tokenizer against open_clip's, ftfy's repairs included; the vocabulary's file, its download
+and its faults.
+"""
 
 import gzip
 import hashlib
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from common.config import InputError
+from common.errors import InputError
 from common.models import bpe
 from common.models.bpe import Tokenizer, clean, official_vocab, split
 
@@ -39,21 +41,31 @@ def test_the_vocabulary_is_clips(ours, theirs, vocab):
     assert hashlib.sha256(vocab.read_bytes()).hexdigest() == bpe.VOCAB_SHA256
     assert (ours.vocab_size, ours.start, ours.end) == (49_408, 49_406, 49_407)
     assert ours.encode("a photo of a cat") == [320, 1125, 539, 320, 2368]
-    assert ours.decode([49_406, *ours.encode("It's  a CAF\u00c9!?"), 49_407]) == "it 's a caf\u00e9 !? "
+    assert (
+        ours.decode([49_406, *ours.encode("It's  a CAF\u00c9!?"), 49_407])
+        == "it 's a caf\u00e9 !? "
+    )
 
 
 def test_ascii_prompts_have_open_clips_ids(ours, theirs):
     rng = random.Random(0)
-    words = [word.removesuffix("</w>") for word in theirs.encoder if word.endswith("</w>") and word.isascii()]
+    words = [
+        word.removesuffix("</w>")
+        for word in theirs.encoder
+        if word.endswith("</w>") and word.isascii()
+    ]
     different = []
     for i in range(10_000):
         if i % 2:
             joint = rng.choice([" ", ", ", "-", "'s ", "'LL ", " 'd", "\n", " 3"])
             prompt = joint.join(
-                rng.choice([str.upper, str.title, str])(w) for w in rng.choices(words, k=rng.randint(1, 20))
+                rng.choice([str.upper, str.title, str])(w)
+                for w in rng.choices(words, k=rng.randint(1, 20))
             )
         else:  # any signs, control characters among them in a fourth of the prompts
-            prompt = "".join(rng.choices(string.printable[: 100 if i % 4 else 95], k=rng.randint(0, 60)))
+            prompt = "".join(
+                rng.choices(string.printable[: 100 if i % 4 else 95], k=rng.randint(0, 60))
+            )
         if ours.encode(prompt) != theirs.encode(prompt):
             different.append(prompt)
     assert different == []
@@ -82,7 +94,9 @@ def test_unicode_prompts_have_open_clips_ids(ours, theirs):
 
     different = 0
     for _ in range(10_000):
-        joint = rng.choice([" ", "", ", ", "\u00a0", "\u2019s ", " \u201c", "\u2026", "\u3000", "&amp;"])
+        joint = rng.choice(
+            [" ", "", ", ", "\u00a0", "\u2019s ", " \u201c", "\u2026", "\u3000", "&amp;"]
+        )
         prompt = joint.join(word() for _ in range(rng.randint(1, 10)))
         different += ours.encode(prompt) != theirs.encode(prompt)
     assert different <= 10
@@ -95,7 +109,9 @@ def test_every_sign_of_the_first_plane_is_open_clips(ours, theirs):
         if ours.encode(f"a{chr(code)}b") != theirs.encode(f"a{chr(code)}b")
     }
     # Letters of a newer Unicode than this Python's.
-    assert all(unicodedata.category(chr(code)) == "Cn" for code in different) and len(different) < 100
+    assert (
+        all(unicodedata.category(chr(code)) == "Cn" for code in different) and len(different) < 100
+    )
 
 
 def test_cleaning():
@@ -122,7 +138,9 @@ def test_rows_are_open_clips_also_when_they_are_cut(ours, theirs):
     texts = ["", "a cat", "very long " * 60, "one " * 75, "one " * 76, "\U0001f600" * 50]
     for context in (77, 20, 3):
         rows = ours(texts, context)
-        assert rows.tolist() == theirs(texts, context).tolist() and rows.dtype == theirs(texts).dtype
+        assert (
+            rows.tolist() == theirs(texts, context).tolist() and rows.dtype == theirs(texts).dtype
+        )
     assert rows[2, -1] == ours.end
 
 
@@ -142,11 +160,15 @@ def test_without_merges_every_byte_has_an_id(theirs):
 def test_an_unpacked_vocabulary_and_a_smaller_one(tmp_path, vocab, ours):
     lines = gzip.decompress(vocab.read_bytes()).decode()
     (tmp_path / "vocab.txt").write_text(lines, encoding="utf-8")
-    assert Tokenizer.read(tmp_path / "vocab.txt").encode("an unusual prompt") == ours.encode("an unusual prompt")
+    assert Tokenizer.read(tmp_path / "vocab.txt").encode("an unusual prompt") == ours.encode(
+        "an unusual prompt"
+    )
     (tmp_path / "vocab.txt").write_text("#version: 0.2\ni n\nt h\nin g</w>\n")
     small = Tokenizer.read(tmp_path / "vocab.txt")
     assert (
-        small.vocab_size == 517 and small.encode("thing")[0] == 513 and small.decode(small.encode("thing")) == "thing "
+        small.vocab_size == 517
+        and small.encode("thing")[0] == 513
+        and small.decode(small.encode("thing")) == "thing "
     )
 
 
@@ -173,7 +195,9 @@ def test_what_is_no_vocabulary_is_refused(tmp_path, name, content, match):
 def test_the_official_vocabulary_is_fetched_once_and_checked(tmp_path, vocab, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     kept = official_vocab(vocab.as_uri())
-    assert kept == tmp_path / "cache" / "clip" / vocab.name and kept.read_bytes() == vocab.read_bytes()
+    assert (
+        kept == tmp_path / "cache" / "clip" / vocab.name and kept.read_bytes() == vocab.read_bytes()
+    )
     assert [file.name for file in kept.parent.iterdir()] == [vocab.name]
     gone = (tmp_path / "gone.gz").as_uri()
     assert official_vocab(gone) == kept

@@ -1,4 +1,6 @@
-"""Checkpoints are atomic, verified and harmless; random-number states return; signals only set a flag."""
+"""Checkpoints are atomic, verified and harmless; random-number states return; signals only set a
+flag.
+"""
 
 import os
 import pickle
@@ -10,17 +12,26 @@ import numpy as np
 import pytest
 import torch
 
-from common import checkpoint, dist
-from common.config import InputError
+from common.errors import InputError
+from common.run import checkpoint, dist
+from common.run.progress import Progress
+from common.run.signals import Signals
 
 
 def state():
-    return {"weights": torch.arange(1000.0), "place": {"step": 3, "best": None, "done": False}, "names": ["a", "b"]}
+    return {
+        "weights": torch.arange(1000.0),
+        "place": {"step": 3, "best": None, "done": False},
+        "names": ["a", "b"],
+    }
 
 
 def test_round_trip_and_plain_torch_load(tmp_path):
     checkpoint.save(tmp_path / "last.pt", state())
-    for loaded in (checkpoint.load(tmp_path / "last.pt"), torch.load(tmp_path / "last.pt", weights_only=True)):
+    for loaded in (
+        checkpoint.load(tmp_path / "last.pt"),
+        torch.load(tmp_path / "last.pt", weights_only=True),
+    ):
         assert torch.equal(loaded["weights"], state()["weights"])
         assert loaded["place"] == state()["place"] and loaded["names"] == ["a", "b"]
     assert os.listdir(tmp_path) == ["last.pt"]
@@ -80,7 +91,10 @@ class Hostile:
 
 def test_a_hostile_pickle_executes_nothing(tmp_path):
     trap = tmp_path / "executed"
-    for name, write in (("zip.pt", torch.save), ("raw.pt", lambda o, f: f.write_bytes(pickle.dumps(o)))):
+    for name, write in (
+        ("zip.pt", torch.save),
+        ("raw.pt", lambda o, f: f.write_bytes(pickle.dumps(o))),
+    ):
         write({"weights": Hostile(trap)}, tmp_path / name)
         with pytest.raises(InputError, match="not a file of tensors"):
             checkpoint.load(tmp_path / name)
@@ -90,30 +104,47 @@ def test_a_hostile_pickle_executes_nothing(tmp_path):
 def test_weights_that_do_not_fit_are_named():
     model = torch.nn.Sequential(torch.nn.Linear(3, 4))
     with pytest.raises(InputError) as error:
-        checkpoint.load_weights(model, {"0.weight": torch.zeros(4, 5), "1.bias": torch.zeros(4)}, "x.pt")
+        checkpoint.load_weights(
+            model, {"0.weight": torch.zeros(4, 5), "1.bias": torch.zeros(4)}, "x.pt"
+        )
     text = str(error.value)
-    assert "x.pt" in text and "1 keys missing (first: 0.bias)" in text and "1 unknown keys (first: 1.bias)" in text
+    assert (
+        "x.pt" in text
+        and "1 keys missing (first: 0.bias)" in text
+        and "1 unknown keys (first: 1.bias)" in text
+    )
     assert "0.weight is (4, 5), the model's is (4, 3)" in text
 
 
 def test_patience_counts_from_the_last_certain_gain_and_selection_does_not(tmp_path):
-    facts = dist.Facts(0, 1, 0, torch.device("cpu"))
-    progress = checkpoint.Progress(
-        tmp_path, "s", parts={}, log=None, facts=facts, signals=None, meta={}, start="", save_every=1, max_steps=None
+    world = dist.Dist(0, 1, 0, torch.device("cpu"))
+    progress = Progress(
+        tmp_path,
+        "s",
+        parts={},
+        log=None,
+        world=world,
+        signals=None,
+        model_spec={},
+        start="",
+        save_every=1,
+        max_steps=None,
     )
     stale, best = [], []
     for epoch, value in enumerate([0.50, 0.505, 0.51, 0.515, 0.53, 0.52, float("nan")]):
         progress.epoch = epoch
         progress.select(value, {}, {}, higher_is_better=True, certain=value - 0.01)
-        stale.append(progress.stale)
+        stale.append(progress.evals_without_gain)
         best.append(progress.best_epoch)
     assert stale == [0, 1, 2, 0, 0, 1, 2]  # 0.51 - 0.01 is not above 0.50; 0.515 - 0.01 is
     assert best == [1, 2, 3, 4, 5, 5, 5]
 
 
 def test_a_best_model_newer_than_the_state_is_known_as_the_best(tmp_path):
-    """A process killed between best.pt and last.pt: what follows must not take the file for an older epoch's."""
-    facts, model = dist.Facts(0, 1, 0, torch.device("cpu")), torch.nn.Linear(2, 1)
+    """A process killed between best.pt and last.pt: what follows must not take the file for an
+    older epoch's.
+    """
+    world, model = dist.Dist(0, 1, 0, torch.device("cpu")), torch.nn.Linear(2, 1)
     said = types.SimpleNamespace(
         **dict.fromkeys(("sync", "cut", "go_on_from", "say", "resumed"), lambda *_: None),
         count=lambda _: 0,
@@ -121,8 +152,16 @@ def test_a_best_model_newer_than_the_state_is_known_as_the_best(tmp_path):
     )
 
     def stage():
-        options = dict(log=said, facts=facts, signals=None, meta={}, start="", save_every=1, max_steps=None)
-        return checkpoint.Progress(tmp_path, "s", parts={"model": model}, **options)
+        options = dict(
+            log=said,
+            world=world,
+            signals=None,
+            model_spec={},
+            start="",
+            save_every=1,
+            max_steps=None,
+        )
+        return Progress(tmp_path, "s", parts={"model": model}, **options)
 
     progress = stage()
     for epoch, value in enumerate((0.5, 0.6)):
@@ -152,11 +191,12 @@ def test_digest_tells_values_names_and_dtypes_apart():
 
 
 @pytest.mark.parametrize(
-    ("number", "asked"), [(signal.SIGUSR1, 1), (signal.SIGUSR2, 1), (signal.SIGTERM, 2), (signal.SIGINT, 2)]
+    ("number", "asked"),
+    [(signal.SIGUSR1, 1), (signal.SIGUSR2, 1), (signal.SIGTERM, 2), (signal.SIGINT, 2)],
 )
 def test_signals_set_a_flag_and_are_given_back(number, asked):
     before = signal.getsignal(number)
-    with checkpoint.Signals() as signals:
+    with Signals() as signals:
         signals.defer()
         os.kill(os.getpid(), number)
         assert signals.asked == asked
@@ -169,7 +209,7 @@ def test_signals_set_a_flag_and_are_given_back(number, asked):
 def test_a_signal_before_there_is_anything_to_save_ends_the_process_at_once(monkeypatch, capsys):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     before = signal.getsignal(signal.SIGTERM)
-    with checkpoint.Signals():
+    with Signals():
         assert signal.getsignal(signal.SIGTERM) is before  # which ends it
         with pytest.raises(SystemExit) as end:
             os.kill(os.getpid(), signal.SIGUSR1)
@@ -178,7 +218,7 @@ def test_a_signal_before_there_is_anything_to_save_ends_the_process_at_once(monk
 
 def test_an_end_without_requeue_tells_what_to_do(monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    stop = checkpoint.Signals.leave(checkpoint.Signals.REQUEUE, "step 5")
+    stop = Signals.leave(Signals.REQUEUE, "step 5")
     assert stop.code == 75 and "step 5" in str(stop) and "run the same command again" in str(stop)
 
 
@@ -188,10 +228,10 @@ def test_usr1_requeues_the_slurm_job(tmp_path, monkeypatch):
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "42")
-    assert checkpoint.Signals.leave(checkpoint.Signals.END, "step 5").code == 75
+    assert Signals.leave(Signals.END, "step 5").code == 75
     assert not (tmp_path / "called").exists()
-    assert checkpoint.Signals.leave(checkpoint.Signals.REQUEUE, "step 5").code == 0
+    assert Signals.leave(Signals.REQUEUE, "step 5").code == 0
     assert (tmp_path / "called").read_text() == "requeue 42\n"
     tool.write_text("#!/bin/sh\necho no such job >&2; exit 1\n")
-    stop = checkpoint.Signals.leave(checkpoint.Signals.REQUEUE, "step 5")
+    stop = Signals.leave(Signals.REQUEUE, "step 5")
     assert stop.code == 75 and "no such job" in str(stop)

@@ -1,5 +1,6 @@
-"""CLIP against open_clip and transformers: values, parameter counts, published layouts, activations; checkpointing,
-autocast, learned context."""
+"""CLIP against open_clip and transformers: values, parameter counts, published layouts,
+activations; checkpointing, autocast, learned context.
+"""
 
 import json
 import math
@@ -9,9 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from common import checkpoint
-from common.checkpoint import load_weights
-from common.config import InputError
+from common.errors import InputError
 from common.models.clip import (
     VARIANTS,
     TextTower,
@@ -22,6 +21,8 @@ from common.models.clip import (
     from_published,
     read_clip,
 )
+from common.run import checkpoint
+from common.run.checkpoint import load_weights
 
 SMALL = Variant(48, 2, 3, 8, 24, text_width=32, text_layers=2, text_heads=2)
 NUM_IDS = 49_408
@@ -31,8 +32,8 @@ def open_clip():
     return pytest.importorskip("open_clip", reason="pip install -r tests/requirements.txt")
 
 
-def randomise(model, seed=0):
-    """Biases and normalisations are all but zero and one."""
+def randomize(model, seed=0):
+    """Biases and normalizations are all but zero and one."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -67,16 +68,21 @@ def assert_open_clips(model, theirs, images, ids):
 
 
 @pytest.mark.parametrize(
-    ("name", "theirs", "count"), [("vit_b_32", "ViT-B-32", 151_277_313), ("vit_b_16", "ViT-B-16", 149_620_737)]
+    ("name", "theirs", "count"),
+    [("vit_b_32", "ViT-B-32", 151_277_313), ("vit_b_16", "ViT-B-16", 149_620_737)],
 )
 def test_both_towers_are_open_clips(name, theirs, count):
     torch.manual_seed(0)
-    oracle = randomise(open_clip().create_model(f"{theirs}-quickgelu", pretrained=None))
+    oracle = randomize(open_clip().create_model(f"{theirs}-quickgelu", pretrained=None))
     state = from_published(oracle.state_dict())
     for activation in ("quick_gelu", "gelu"):
         with torch.device("meta"):
             model = build_clip(name, activation=activation).eval()
-        assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in oracle.parameters()) == count
+        assert (
+            sum(p.numel() for p in model.parameters())
+            == sum(p.numel() for p in oracle.parameters())
+            == count
+        )
         load_weights(model.to_empty(device="cpu"), state, "open_clip")
         assert_open_clips(model, oracle, torch.randn(1, 3, 224, 224), texts(2))
         for block in (*oracle.visual.transformer.resblocks, *oracle.transformer.resblocks):
@@ -95,11 +101,13 @@ def small(monkeypatch):
         package = open_clip()
         model = (package.CustomTextCLIP if custom else package.CLIP)(
             v.embed_dim,
-            package.CLIPVisionCfg(layers=v.layers, width=v.width, head_width=16, patch_size=8, image_size=image_size),
+            package.CLIPVisionCfg(
+                layers=v.layers, width=v.width, head_width=16, patch_size=8, image_size=image_size
+            ),
             package.CLIPTextCfg(width=v.text_width, heads=v.text_heads, layers=v.text_layers),
             quick_gelu=quick_gelu,
         )
-        return randomise(model)
+        return randomize(model)
 
     return make
 
@@ -122,12 +130,18 @@ def test_open_clips_layouts(tmp_path, small, layout):
         state["logit_scale"] = state["logit_scale"].reshape(1)
     if layout == "safetensors":
         file = file.with_suffix(".safetensors")
-        package = pytest.importorskip("safetensors.torch", reason="pip install -r tests/requirements.txt")
+        package = pytest.importorskip(
+            "safetensors.torch", reason="pip install -r tests/requirements.txt"
+        )
         package.save_file(state, file)
     else:
         torch.save(state, file)
     model, said = read_clip(file, "small", 32)
-    assert said.startswith(f"started from {file} (") and "quick_gelu by its name" in said and "\n" not in said
+    assert (
+        said.startswith(f"started from {file} (")
+        and "quick_gelu by its name" in said
+        and "\n" not in said
+    )
     assert_open_clips(model.eval(), oracle, IMAGES, texts())
 
 
@@ -140,7 +154,11 @@ class Published(nn.Module):
             setattr(self, name, module)
         for name, parameter in inner.named_parameters(recurse=False):
             setattr(self, name, parameter)
-        for name, value in (("input_resolution", 32), ("context_length", 77), ("vocab_size", NUM_IDS)):
+        for name, value in (
+            ("input_resolution", 32),
+            ("context_length", 77),
+            ("vocab_size", NUM_IDS),
+        ):
             self.register_buffer(name, torch.tensor(value))
 
     def forward(self, x):
@@ -161,12 +179,16 @@ def test_openais_archive_is_read_in_fp32_without_running_it(tmp_path, small):
     # What is left of it in a plain file still tells that it is OpenAI's.
     torch.save(Published(half).state_dict(), tmp_path / "plain.pt")
     assert "OpenAI" in read_clip(tmp_path / "plain.pt", "small", 32)[1]
-    with pytest.raises(InputError, match="--activation gelu: .*trained with quick_gelu .*leave the flag out"):
+    with pytest.raises(
+        InputError, match="--activation gelu: .*trained with quick_gelu .*leave the flag out"
+    ):
         read_clip(file, "small", 32, "gelu")
 
 
 def hugging_face(folder, activation, **text):
-    transformers = pytest.importorskip("transformers", reason="pip install -r tests/requirements.txt")
+    transformers = pytest.importorskip(
+        "transformers", reason="pip install -r tests/requirements.txt"
+    )
     v = SMALL
     config = transformers.CLIPConfig(
         text_config=dict(
@@ -180,7 +202,7 @@ def hugging_face(folder, activation, **text):
         projection_dim=v.embed_dim,
     )  # fmt: skip
     torch.manual_seed(4)
-    model = randomise(transformers.CLIPModel(config))
+    model = randomize(transformers.CLIPModel(config))
     model.save_pretrained(folder)
     return model
 
@@ -201,15 +223,26 @@ def test_hugging_faces_layout_is_transformers(tmp_path, small, activation):
     ):
         assert wanted.std() > 0.05
         torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-5)
-    old = {f"{part}.embeddings.position_ids": torch.arange(77)[None] for part in ("text_model", "vision_model")}
+    old = {
+        f"{part}.embeddings.position_ids": torch.arange(77)[None]
+        for part in ("text_model", "vision_model")
+    }
     torch.save(oracle.state_dict() | old, tmp_path / "pytorch_model.bin")
-    assert torch.equal(read_clip(tmp_path / "pytorch_model.bin", "small", 32)[0].visual.proj, model.visual.proj)
+    assert torch.equal(
+        read_clip(tmp_path / "pytorch_model.bin", "small", 32)[0].visual.proj, model.visual.proj
+    )
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").rename(tmp_path / "elsewhere.json")
-    with pytest.raises(InputError, match="GELU or QuickGELU.*config.json is not beside .*give --activation quick_gelu"):
+    with pytest.raises(
+        InputError,
+        match="GELU or QuickGELU.*config.json is not beside .*give --activation quick_gelu",
+    ):
         read_clip(tmp_path / "model.safetensors", "small", 32)
     for change, match in (
-        ({"text_config": {"hidden_act": "relu"}}, "hidden_act is .*relu; allowed is one of quick_gelu, gelu"),
+        (
+            {"text_config": {"hidden_act": "relu"}},
+            "hidden_act is .*relu; allowed is one of quick_gelu, gelu",
+        ),
         ({"text_config": 3}, "is not a model's configuration"),
         (
             {"vision_config": {"hidden_act": "gelu"}, "text_config": {}},
@@ -221,7 +254,9 @@ def test_hugging_faces_layout_is_transformers(tmp_path, small, activation):
             read_clip(tmp_path / "model.safetensors", "small", 32)
 
 
-def test_open_clips_activation_comes_from_its_configuration_or_its_name_or_the_caller(tmp_path, small):
+def test_open_clips_activation_comes_from_its_configuration_or_its_name_or_the_caller(
+    tmp_path, small
+):
     state = small().state_dict()
 
     def found(path, request=None):
@@ -234,9 +269,14 @@ def test_open_clips_activation_comes_from_its_configuration_or_its_name_or_the_c
     assert found(tmp_path / "a" / "w.pt", "gelu") == "gelu"
     assert found(tmp_path / "a" / "w.pt", "quick_gelu") == "quick_gelu"
     assert found(tmp_path / "ViT-B-32-QuickGELU" / "w.pt") == "quick_gelu"
-    for config, expected in (({"model_cfg": {"quick_gelu": True}}, "quick_gelu"), ({"model_cfg": {}}, "gelu")):
+    for config, expected in (
+        ({"model_cfg": {"quick_gelu": True}}, "quick_gelu"),
+        ({"model_cfg": {}}, "gelu"),
+    ):
         (tmp_path / "a" / "open_clip_config.json").write_text(json.dumps(config))
-        assert found(tmp_path / "a" / "w.pt") == found(tmp_path / "a" / "w.pt", expected) == expected
+        assert (
+            found(tmp_path / "a" / "w.pt") == found(tmp_path / "a" / "w.pt", expected) == expected
+        )
     with pytest.raises(InputError, match="was trained with gelu .open_clip_config.json."):
         found(tmp_path / "a" / "w.pt", "quick_gelu")
     (tmp_path / "a" / "open_clip_config.json").write_text("{")
@@ -255,11 +295,19 @@ def test_weights_of_another_architecture_are_refused(tmp_path, small, monkeypatc
 
     monkeypatch.setitem(VARIANTS, "other", SMALL._replace(patch=16))
     refused({}, "holds no other: its patches are .48, 3, 8, 8.; give --backbone small", "other")
-    refused({"visual.conv1.weight": torch.zeros(9, 3, 8, 8)}, "patches are .9, 3, 8, 8.; allowed are vit_b_32, ")
+    refused(
+        {"visual.conv1.weight": torch.zeros(9, 3, 8, 8)},
+        "patches are .9, 3, 8, 8.; allowed are vit_b_32, ",
+    )
     refused({"visual.proj": None}, "1 keys missing .first: visual.proj")
     refused({"visual.extra": torch.zeros(1)}, "1 unknown keys .first: visual.extra")
-    refused({"token_embedding.weight": torch.zeros(99, 32)}, "text.token_embedding.weight is .99, 32.")
-    refused({"visual.positional_embedding": torch.zeros(16, 48)}, "visual.positional_embedding is .16, 48.")
+    refused(
+        {"token_embedding.weight": torch.zeros(99, 32)}, "text.token_embedding.weight is .99, 32."
+    )
+    refused(
+        {"visual.positional_embedding": torch.zeros(16, 48)},
+        "visual.positional_embedding is .16, 48.",
+    )
     refused({"logit_scale": torch.tensor(3)}, "logit_scale is torch.int64")
     refused({}, "vit_tiny has no text tower; allowed are vit_b_32, vit_b_16", "vit_tiny")
     refused({}, "--backbone vit_l_14: allowed are vit_b_32, vit_b_16, vit_tiny", "vit_l_14")
@@ -285,9 +333,17 @@ def test_another_image_size_resizes_the_positions_as_open_clip_does(tmp_path, sm
 def text_tower(**options):
     torch.manual_seed(0)
     tower = TextTower(
-        **{"width": 32, "layers": 2, "heads": 2, "embed_dim": 24, "activation": "gelu", "vocab": NUM_IDS} | options
+        **{
+            "width": 32,
+            "layers": 2,
+            "heads": 2,
+            "embed_dim": 24,
+            "activation": "gelu",
+            "vocab": NUM_IDS,
+        }
+        | options
     )
-    return randomise(tower)
+    return randomize(tower)
 
 
 def test_learned_vectors_that_are_words_give_the_words_features():
@@ -299,7 +355,9 @@ def test_learned_vectors_that_are_words_give_the_words_features():
         expected = tower(full)
         assert not torch.allclose(tower(ids), expected, atol=1e-2)
         torch.testing.assert_close(tower(ids[:, :-4], learned), expected, rtol=0, atol=1e-6)
-        torch.testing.assert_close(tower(ids[:, :20], learned.expand(3, 4, 32)), expected, rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            tower(ids[:, :20], learned.expand(3, 4, 32)), expected, rtol=0, atol=1e-6
+        )
     learned.requires_grad_()
     tower(ids[:, :20], learned).square().sum().backward()
     assert (learned.grad.abs().sum(1) > 0).all()
@@ -309,12 +367,18 @@ def test_what_follows_the_end_does_not_matter():
     tower, ids = text_tower(), texts()
     with torch.no_grad():
         expected = tower(ids)
-        noisy = torch.where(ids.cumsum(1) >= ids.sum(1, keepdim=True), torch.randint(1, 9_999, ids.shape), ids)
+        noisy = torch.where(
+            ids.cumsum(1) >= ids.sum(1, keepdim=True), torch.randint(1, 9_999, ids.shape), ids
+        )
         noisy = noisy.scatter(1, ids.argmax(1, keepdim=True), 49_407)
         assert not torch.equal(noisy, ids)
         torch.testing.assert_close(tower(noisy), expected, rtol=0, atol=1e-6)
-        torch.testing.assert_close(tower(ids[:, : ids.argmax(1).max() + 1]), expected, rtol=0, atol=1e-6)
-        assert not torch.allclose(tower(torch.where(ids == ids[0, 1], ids + 1, ids))[0], expected[0], atol=1e-3)
+        torch.testing.assert_close(
+            tower(ids[:, : ids.argmax(1).max() + 1]), expected, rtol=0, atol=1e-6
+        )
+        assert not torch.allclose(
+            tower(torch.where(ids == ids[0, 1], ids + 1, ids))[0], expected[0], atol=1e-3
+        )
 
 
 def test_a_text_tower_has_the_tokenizers_vocabulary():
@@ -360,9 +424,9 @@ def test_checkpointing_gives_the_same_gradients_with_less_memory(precision):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_keeps_the_residual_stream_and_normalisation_in_fp32(small, dtype):
+def test_half_precision_keeps_the_residual_stream_and_normalization_in_fp32(small, dtype):
     torch.manual_seed(0)
-    model = randomise(build_clip("small", 32))
+    model = randomize(build_clip("small", 32))
     exact, seen = outputs(model, IMAGES, texts()), []
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
@@ -408,7 +472,7 @@ def test_the_first_temperature_and_the_tiny_tower(small):
 
 def test_a_saved_model_is_read_again(tmp_path, small):
     torch.manual_seed(0)
-    model = randomise(build_clip("small", 32, "gelu"))
+    model = randomize(build_clip("small", 32, "gelu"))
     checkpoint.save(tmp_path / "w.pt", model.state_dict())
     again, _ = read_clip(tmp_path / "w.pt", "small", 32, "gelu")
     for a, b in zip(outputs(again, IMAGES, texts()), outputs(model, IMAGES, texts()), strict=True):
@@ -435,7 +499,7 @@ def test_full_tuning_of_vit_b_16_with_checkpointing_fits_12_gib():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_gpu_gives_the_cpus_features(dtype):
     torch.manual_seed(0)
-    model = randomise(build_clip("vit_b_32"))
+    model = randomize(build_clip("vit_b_32"))
     x, ids = torch.randn(2, 3, 224, 224), texts()
     exact = outputs(model, x, ids)
     model.cuda()

@@ -12,13 +12,19 @@ ORACLE = "pip install -r tests/requirements.txt"
 
 
 def labelings(count):
-    """Pairs of labelings: random, related, single cluster, one row, all distinct, gaps in the numbers, C != K."""
+    """Pairs of labelings: random, related, single cluster, one row, all distinct, gaps in the
+    numbers, C != K.
+    """
     rng = np.random.default_rng(0)
     yield np.array([3]), np.array([0])
     for n in (2, 7, 60):
         distinct, one = rng.permutation(n), np.zeros(n, int)
         yield from ((distinct, distinct[::-1]), (one, one + 4), (one, distinct), (distinct, one))
-        yield from ((rng.integers(0, 3, n), distinct), (distinct, rng.integers(0, 3, n)), (rng.integers(0, 3, n), one))
+        yield from (
+            (rng.integers(0, 3, n), distinct),
+            (distinct, rng.integers(0, 3, n)),
+            (rng.integers(0, 3, n), one),
+        )
     for _ in range(count):
         n, classes, clusters = rng.integers(2, 300), rng.integers(1, 15), rng.integers(1, 15)
         target = rng.choice(classes, n, p=rng.dirichlet(np.full(classes, 0.5)))
@@ -26,7 +32,9 @@ def labelings(count):
         yield target, np.where(rng.random(n) < rng.random(), target * 7 % 11 * 5, noise)
 
 
-@pytest.mark.filterwarnings("ignore:y_pred contains classes", "ignore:A single label", "ignore:The number of unique")
+@pytest.mark.filterwarnings(
+    "ignore:y_pred contains classes", "ignore:A single label", "ignore:The number of unique"
+)
 def test_scores_equal_scikit_learn():
     oracle = pytest.importorskip("sklearn.metrics", reason=ORACLE)
     optimize = pytest.importorskip("scipy.optimize", reason=ORACLE)
@@ -52,7 +60,9 @@ def test_scores_equal_scikit_learn():
         expected["balanced_accuracy"] = oracle.balanced_accuracy_score(target, predicted)
         sizes = np.bincount(target)
         smallest = np.flatnonzero(sizes == sizes[sizes > 0].min())
-        expected["minority_recall"] = oracle.recall_score(target, predicted, labels=smallest, average="macro")
+        expected["minority_recall"] = oracle.recall_score(
+            target, predicted, labels=smallest, average="macro"
+        )
         for name, value in expected.items():
             assert scores[name] == pytest.approx(value, abs=1e-12), (name, target, clusters)
 
@@ -65,7 +75,9 @@ def test_scores_of_many_rows():
     clusters = np.where(rng.random(200_000) < 0.6, target, rng.integers(0, 5, 200_000))
     scores = metrics.clustering(target, clusters)
     assert scores["ari"] == pytest.approx(oracle.adjusted_rand_score(target, clusters), abs=1e-12)
-    assert scores["ami"] == pytest.approx(oracle.adjusted_mutual_info_score(target, clusters), abs=1e-9)
+    assert scores["ami"] == pytest.approx(
+        oracle.adjusted_mutual_info_score(target, clusters), abs=1e-9
+    )
 
 
 def test_linear_assignment_equals_scipy():
@@ -73,17 +85,25 @@ def test_linear_assignment_equals_scipy():
     rng = np.random.default_rng(0)
     for case in range(300):
         shape = rng.integers(1, 20, 2)
-        cost = rng.normal(size=shape) if case % 2 else rng.integers(-4, 4, shape)  # integers: many ties
+        cost = (
+            rng.normal(size=shape) if case % 2 else rng.integers(-4, 4, shape)
+        )  # integers: many ties
         rows, columns = metrics.linear_assignment(cost)
         assert len(rows) == min(shape) == len(set(columns)) and (np.diff(rows) > 0).all()
-        assert cost[rows, columns].sum() == pytest.approx(cost[optimize.linear_sum_assignment(cost)].sum(), abs=1e-12)
+        assert cost[rows, columns].sum() == pytest.approx(
+            cost[optimize.linear_sum_assignment(cost)].sum(), abs=1e-12
+        )
     with pytest.raises(ValueError, match="finite matrix"):
         metrics.linear_assignment([[1.0, math.nan]])
 
 
 @pytest.mark.parametrize(
     "target, clusters, message",
-    [([], [], "not empty"), ([0, 1], [0], "one length, got 2 and 1"), ([0, -1], [0, 1], "got -1 to 0")],
+    [
+        ([], [], "not empty"),
+        ([0, 1], [0], "one length, got 2 and 1"),
+        ([0, -1], [0, 1], "got -1 to 0"),
+    ],
 )
 def test_bad_labels_are_refused(target, clusters, message):
     for score in (metrics.clustering, metrics.match_clusters):
@@ -91,7 +111,9 @@ def test_bad_labels_are_refused(target, clusters, message):
             score(target, clusters)
 
 
-@pytest.mark.parametrize("n, dim, clusters, tile", [(60, 3, 4, 7), (200, 40, 12, 1024), (30, 1, 29, 30), (5, 2, 2, 1)])
+@pytest.mark.parametrize(
+    "n, dim, clusters, tile", [(60, 3, 4, 7), (200, 40, 12, 1024), (30, 1, 29, 30), (5, 2, 2, 1)]
+)
 @pytest.mark.parametrize("offset", [0, 1e4])
 def test_silhouette_equals_scikit_learn(n, dim, clusters, tile, offset):
     oracle = pytest.importorskip("sklearn.metrics", reason=ORACLE)
@@ -99,10 +121,14 @@ def test_silhouette_equals_scikit_learn(n, dim, clusters, tile, offset):
     labels = np.concatenate([np.arange(clusters), rng.integers(0, clusters, n - clusters)])
     x = rng.normal(size=(n, dim)) + rng.normal(size=(clusters, dim))[labels] + offset
     expected = oracle.silhouette_score(x, labels)
-    assert metrics.silhouette(torch.from_numpy(x), labels * 3, tile=tile) == pytest.approx(expected, abs=1e-7)
+    assert metrics.silhouette(torch.from_numpy(x), labels * 3, tile=tile) == pytest.approx(
+        expected, abs=1e-7
+    )
     single = torch.from_numpy(x).float()
     expected = oracle.silhouette_score(single.double().numpy(), labels)
-    assert metrics.silhouette(single, torch.from_numpy(labels), tile=tile) == pytest.approx(expected, abs=1e-4)
+    assert metrics.silhouette(single, torch.from_numpy(labels), tile=tile) == pytest.approx(
+        expected, abs=1e-4
+    )
 
 
 def test_silhouette_of_equal_rows_is_no_nan():

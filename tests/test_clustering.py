@@ -1,4 +1,6 @@
-"""k-means, assignment rules, selection and the number of clusters against scikit-learn, scipy and plain loops."""
+"""k-means, assignment rules, selection and the number of clusters against scikit-learn, scipy and
+plain loops.
+"""
 
 import math
 
@@ -6,17 +8,22 @@ import numpy as np
 import pytest
 import torch
 
-from common import clustering, config, metrics
+from common import clustering, metrics
+from common.errors import InputError
 
 ORACLE = "pip install -r tests/requirements.txt"
 
 
 def mixture(n, k, dim, spread=1.0, seed=0, balance=None):
-    """Rows (n, dim) fp32 around k centres whose distance is about `spread` times that of a row, and their labels."""
+    """Rows (n, dim) fp32 around k centers whose distance is about `spread` times that of a row, and
+    their labels.
+    """
     rng = np.random.default_rng(seed)
     labels = rng.choice(k, n, p=balance)
-    centres = rng.normal(size=(k, dim)) * spread
-    return torch.from_numpy((centres[labels] + rng.normal(size=(n, dim))).astype(np.float32)), labels
+    centers = rng.normal(size=(k, dim)) * spread
+    return torch.from_numpy(
+        (centers[labels] + rng.normal(size=(n, dim))).astype(np.float32)
+    ), labels
 
 
 SHAPES = {
@@ -26,7 +33,10 @@ SHAPES = {
     "one column": lambda: (mixture(400, 5, 1, 4.0)[0], 5),
     "wide": lambda: (mixture(300, 6, 768, 0.5)[0], 6),
     "unbalanced": lambda: (mixture(1000, 4, 16, 1.0, balance=[0.9, 0.06, 0.03, 0.01])[0], 4),
-    "few values": lambda: (torch.from_numpy(np.random.default_rng(0).integers(0, 3, (300, 3))).float(), 9),
+    "few values": lambda: (
+        torch.from_numpy(np.random.default_rng(0).integers(0, 3, (300, 3))).float(),
+        9,
+    ),
     "far off": lambda: (mixture(600, 8, 3, 6.0)[0] + 1e4, 8),
 }
 
@@ -41,9 +51,13 @@ def test_inertia_is_within_a_percent_of_scikit_learn(shape):
     # What is returned fits together, to the rounding of the rows' dtype.
     assert found.labels.dtype == torch.int64 and found.labels.bincount(minlength=k).min() > 0
     own = (x.double() - found.centroids.double()[found.labels]).square().sum(1)
-    assert found.inertia == pytest.approx(own.sum().item(), rel=1e-3 if shape == "far off" else 1e-5)
+    assert found.inertia == pytest.approx(
+        own.sum().item(), rel=1e-3 if shape == "far off" else 1e-5
+    )
     least = torch.cdist(x.double(), found.centroids.double()).amin(1).square()
-    assert own.sum().item() == pytest.approx(least.sum().item(), rel=1e-3 if shape == "far off" else 1e-6)
+    assert own.sum().item() == pytest.approx(
+        least.sum().item(), rel=1e-3 if shape == "far off" else 1e-6
+    )
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -77,13 +91,19 @@ def test_result_depends_on_the_arguments_alone():
     torch.manual_seed(1)
     np.random.seed(1)
     again = clustering.kmeans(x, 5, seed=3)
-    assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(first, again, strict=True))
+    assert all(
+        torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+        for a, b in zip(first, again, strict=True)
+    )
     torch.manual_seed(0)
     assert torch.equal(torch.get_rng_state(), state)
     others = [clustering.kmeans(x, 5, seed=seed, restarts=1) for seed in range(8)]
     assert len({run.inertia for run in others}) > 1
     inertia = [clustering.kmeans(x, 5, restarts=restarts).inertia for restarts in range(1, 9)]
-    assert all(b <= a * (1 + 1e-6) for a, b in zip(inertia, inertia[1:], strict=False)) and inertia[-1] < inertia[0]
+    assert (
+        all(b <= a * (1 + 1e-6) for a, b in zip(inertia, inertia[1:], strict=False))
+        and inertia[-1] < inertia[0]
+    )
 
 
 def test_blocks_and_groups_do_not_change_the_result(monkeypatch):
@@ -184,13 +204,13 @@ def test_smoothing_needs_a_row_to_average():
 
 def test_kmeans_refuses_what_it_cannot_do():
     x = torch.randn(10, 3)
-    with pytest.raises(config.InputError, match="11 clusters need as many rows, got 10"):
+    with pytest.raises(InputError, match="11 clusters need as many rows, got 10"):
         clustering.kmeans(x, 11)
-    with pytest.raises(config.InputError, match="5 clusters need as many rows, got 4"):
+    with pytest.raises(InputError, match="5 clusters need as many rows, got 4"):
         clustering.kmeans(x, 5, weights=[1.0] * 4 + [0.0] * 6)
     bad = x.clone()
     bad[[2, 7], 1] = torch.tensor([math.nan, math.inf])
-    with pytest.raises(config.InputError, match="2 of 10 rows hold nan or infinity: 2, 7"):
+    with pytest.raises(InputError, match="2 of 10 rows hold nan or infinity: 2, 7"):
         clustering.kmeans(bad, 2)
     for weights in ([1.0] * 9, [-1.0] * 10, [math.nan] * 10):
         with pytest.raises(ValueError, match="weights must be 10 finite numbers"):
@@ -217,30 +237,41 @@ def test_kmeans_on_a_gpu():
         torch.use_deterministic_algorithms(False)
     assert torch.equal(again.labels, gpu.labels) and torch.equal(again.centroids, gpu.centroids)
     clear, k = SHAPES["clear"]()
-    assert torch.equal(clustering.kmeans(clear.cuda(), k).labels.cpu(), clustering.kmeans(clear, k).labels)
+    assert torch.equal(
+        clustering.kmeans(clear.cuda(), k).labels.cpu(), clustering.kmeans(clear, k).labels
+    )
 
 
 def brute_force_selection(x, share, floor, direction):
-    """Rows of one cluster: neighbour lists, densities and scores by loops."""
+    """Rows of one cluster: neighbor lists, densities and scores by loops."""
     x = x.double().numpy()
     n = len(x)
     m = min(max(math.floor(share * n + 1e-9), floor, 1), n)
     best = None
     for percent in range(10, 32, 2):
-        neighbours = max(percent * n // 100, 1)
+        neighbors = max(percent * n // 100, 1)
         reach = []
         for i in range(n):
             distances = sorted(np.linalg.norm(x[i] - x[j]) for j in range(n) if j != i)
-            reach.append(np.mean(distances[:neighbours]))
+            reach.append(np.mean(distances[:neighbors]))
         densest = sorted(range(n), key=lambda i: (reach[i], i))[:m]
-        score = np.mean([min([np.linalg.norm(x[i] - x[j]) for j in densest if j != i], default=0) for i in densest])
-        if best is None or (score > best[0] + 1e-12 if direction == "largest" else score < best[0] - 1e-12):
+        score = np.mean(
+            [
+                min([np.linalg.norm(x[i] - x[j]) for j in densest if j != i], default=0)
+                for i in densest
+            ]
+        )
+        if best is None or (
+            score > best[0] + 1e-12 if direction == "largest" else score < best[0] - 1e-12
+        ):
             best = score, sorted(densest), percent / 100
     return best[1:]
 
 
 @pytest.mark.parametrize("direction", ["largest", "smallest"])
-@pytest.mark.parametrize("share, floor", [(0.1, 1), (0.29, 1), (0.02, 9), (0.5, 30), (0.9, 1), (0.02, 1)])
+@pytest.mark.parametrize(
+    "share, floor", [(0.1, 1), (0.29, 1), (0.02, 9), (0.5, 30), (0.9, 1), (0.02, 1)]
+)
 def test_selection_equals_brute_force(direction, share, floor, monkeypatch):
     x, labels = mixture(170, 4, 4, 2.0, balance=[0.6, 0.25, 0.13, 0.02])
     x[::9] *= 3  # outliers
@@ -296,13 +327,17 @@ def costs(n, k, seed=0):
 
 
 def transport_program(cost, columns, mass):
-    """The optimum of the linear program: columns sum to `columns`, rows to at most 1/N, exactly where mass is 1."""
+    """The optimum of the linear program: columns sum to `columns`, rows to at most 1/N, exactly
+    where mass is 1.
+    """
     optimize = pytest.importorskip("scipy.optimize", reason=ORACLE)
     n, k = cost.shape
     by_row, by_column = np.kron(np.eye(n), np.ones(k)), np.kron(np.ones(n), np.eye(k))
     limits = dict(A_eq=by_column, b_eq=columns, A_ub=by_row, b_ub=np.full(n, 1 / n))
     if mass == 1:
-        limits = dict(A_eq=np.vstack([by_column, by_row]), b_eq=np.concatenate([columns, np.full(n, 1 / n)]))
+        limits = dict(
+            A_eq=np.vstack([by_column, by_row]), b_eq=np.concatenate([columns, np.full(n, 1 / n)])
+        )
     solved = optimize.linprog(cost.numpy().ravel(), bounds=(0, None), **limits)
     assert solved.status == 0
     return solved.fun, solved.x.reshape(n, k)
@@ -336,9 +371,14 @@ def test_sinkhorn_meets_its_margins(epsilon, scale):
     cost = costs(300, 7) * scale
     run = clustering.sinkhorn(cost, epsilon=epsilon * scale, iterations=20_000)
     assert run.plan.isfinite().all()
-    torch.testing.assert_close(run.plan.sum(1), torch.full((300,), 1 / 300, dtype=torch.float64), atol=1e-12, rtol=0)
-    torch.testing.assert_close(run.plan.sum(0), torch.full((7,), 1 / 7, dtype=torch.float64), atol=1e-6, rtol=0)
-    # The plan is exp(-cost / epsilon) with its rows and columns scaled: the rest is additive in logarithms.
+    torch.testing.assert_close(
+        run.plan.sum(1), torch.full((300,), 1 / 300, dtype=torch.float64), atol=1e-12, rtol=0
+    )
+    torch.testing.assert_close(
+        run.plan.sum(0), torch.full((7,), 1 / 7, dtype=torch.float64), atol=1e-6, rtol=0
+    )
+    # The plan is exp(-cost / epsilon) with its rows and columns scaled: the rest is additive in
+    # logarithms.
     rest = run.plan.log() + cost / (epsilon * scale)
     if run.plan.min() > 1e-290:  # smaller ones have lost digits
         rest = rest - rest[:, :1]
@@ -381,7 +421,12 @@ def test_partial_transport_is_optimal(mass, relax):
     limits.append({"type": "ineq", "fun": lambda flat: 1 / n - flat.reshape(n, k).sum(1)})
     start = np.outer(np.full(n, mass / n), sizes).ravel()
     solved = optimize.minimize(
-        objective, start, method="SLSQP", constraints=limits, bounds=[(0, 1)] * (n * k), options=dict(ftol=1e-14)
+        objective,
+        start,
+        method="SLSQP",
+        constraints=limits,
+        bounds=[(0, 1)] * (n * k),
+        options=dict(ftol=1e-14),
     )
     assert objective(run.plan.numpy().ravel()) <= solved.fun + 1e-8
     np.testing.assert_allclose(run.plan.numpy().ravel(), solved.x, atol=1e-4)
@@ -393,18 +438,24 @@ def test_partial_transport_takes_the_sure_rows_first():
     cost = clustering.relative_costs(x, found.centroids)
     exact = torch.cdist(x.double(), found.centroids.double()).square()
     torch.testing.assert_close(cost, exact / exact.mean(), atol=1e-9, rtol=1e-9)
-    weights = [clustering.partial_transport(cost, mass, relax=0.01).weights for mass in (0.2, 0.6, 1.0)]
+    weights = [
+        clustering.partial_transport(cost, mass, relax=0.01).weights for mass in (0.2, 0.6, 1.0)
+    ]
     assert weights[0].sum() < weights[1].sum() < weights[2].sum() <= 300 + 1e-6
     near = cost.amin(1).argsort()
     assert weights[0][near[:30]].mean() > 3 * weights[0][near[-30:]].mean()
     # Equality of sizes tears the large cluster apart, the relaxed form does not.
-    free, equal = (clustering.partial_transport(cost, 1.0, relax=relax).labels for relax in (0.01, math.inf))
-    assert (free == found.labels).float().mean() > 0.98 > 0.7 > (equal == found.labels).float().mean()
+    free, equal = (
+        clustering.partial_transport(cost, 1.0, relax=relax).labels for relax in (0.01, math.inf)
+    )
+    assert (
+        (free == found.labels).float().mean() > 0.98 > 0.7 > (equal == found.labels).float().mean()
+    )
 
 
 def test_assignment_refuses_bad_settings():
     cost = costs(4, 2)
-    with pytest.raises(config.InputError, match="1 of 4 rows hold nan"):
+    with pytest.raises(InputError, match="1 of 4 rows hold nan"):
         clustering.sinkhorn(torch.tensor([[0.0], [1.0], [2.0], [math.nan]]))
     for sizes in ([1.0], [1.0, 0.0]):
         with pytest.raises(ValueError, match="sizes must be 2 positive"):
@@ -419,14 +470,18 @@ def test_assignment_refuses_bad_settings():
 
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(
-    "k, balance", [(3, None), (8, None), (6, [0.5, 0.25, 0.12, 0.06, 0.04, 0.03])], ids=["3", "8", "6 unequal"]
+    "k, balance",
+    [(3, None), (8, None), (6, [0.5, 0.25, 0.12, 0.06, 0.04, 0.03])],
+    ids=["3", "8", "6 unequal"],
 )
 def test_the_number_of_clusters_of_a_mixture_is_found(k, balance, seed):
     x, _ = mixture(600, k, 8, 3.0, seed=seed, balance=balance)
     found = clustering.estimate_k(x * 40 + 1000, range(1, 13), references=3)
     assert found.k == k
     assert [row["k"] for row in found.table] == list(range(1, 13))
-    assert found.table[0]["gap"] == pytest.approx(0, abs=1e-5) and found.table[0]["silhouette"] is None
+    assert (
+        found.table[0]["gap"] == pytest.approx(0, abs=1e-5) and found.table[0]["silhouette"] is None
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -439,7 +494,9 @@ def test_estimate_is_deterministic_and_bounded():
     x, _ = mixture(300, 3, 90, 1.0)
     first = clustering.estimate_k(x, [2, 3, 4, 500], max_rows=100, max_columns=10)
     torch.manual_seed(5)
-    assert clustering.estimate_k(x, [4, 3, 2], max_rows=100, max_columns=10) == first and first.k == 3
+    assert (
+        clustering.estimate_k(x, [4, 3, 2], max_rows=100, max_columns=10) == first and first.k == 3
+    )
     with pytest.raises(ValueError, match="candidates must lie between 1 and half of 300 rows"):
         clustering.estimate_k(x, [200])
     with pytest.raises(ValueError, match="references"):

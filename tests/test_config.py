@@ -5,11 +5,12 @@ import json
 import pytest
 
 from common import config
+from common.errors import InputError
 
 
 def parser():
     p = config.base_parser("demo", "A script.")
-    p.choice(p, "--color", ["red", "green"], "red", "a colour")
+    p.choice(p, "--color", ["red", "green"], "red", "a color")
     p.number(p, "--ratio", float, 0.5, "a share", above=0, high=1)
     return p
 
@@ -22,7 +23,7 @@ def parse(argv, demo=None):
     ("argv", "said"),
     [
         (["--epoch", "3"], "unknown flag --epoch; did you mean --epochs?"),
-        (["--colour", "red"], "did you mean --color?"),
+        (["--colr", "red"], "did you mean --color?"),
         (["--color", "gren"], "received 'gren', allowed red, green; did you mean green?"),
         (["--ratio", "0"], "received 0, allowed > 0 <= 1"),
         (["--ratio", "nan"], "received nan"),
@@ -45,13 +46,27 @@ def test_a_wrong_flag_is_one_line_and_exit_code_2(argv, said, capsys):
 @pytest.mark.parametrize("suffix", ["toml", "json"])
 def test_config_file_stands_between_the_defaults_and_the_command_line(tmp_path, suffix):
     file = tmp_path / f"flags.{suffix}"
-    values = {"epochs": 7, "log_every": 3, "deterministic": True, "tensorboard": False, "color": "green"}
+    values = {
+        "epochs": 7,
+        "log_every": 3,
+        "deterministic": True,
+        "tensorboard": False,
+        "color": "green",
+    }
     if suffix == "json":
         file.write_text(json.dumps(values))
     else:
-        file.write_text('epochs = 7\nlog-every = 3\ndeterministic = true\ntensorboard = false\ncolor = "green"\n')
+        file.write_text(
+            "epochs = 7\nlog-every = 3\ndeterministic = true\ntensorboard = false\ncolor ="
+            ' "green"\n'
+        )
     args = parse(["--config", str(file), "--epochs", "9"], demo={"ratio": 0.25})
-    assert (args.epochs, args.log_every, args.deterministic, args.tensorboard) == (9, 3, True, False)
+    assert (args.epochs, args.log_every, args.deterministic, args.tensorboard) == (
+        9,
+        3,
+        True,
+        False,
+    )
     assert (args.color, args.ratio) == ("green", 0.5)
 
 
@@ -88,14 +103,22 @@ def test_a_requeued_job_keeps_its_work(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     assert config.resume_mode(args, "7") == "none"
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    assert config.resume_mode(args, "7") == "auto" and config.resume_mode(parse(["--resume", "x"]), "7") == "x"
-    assert config.resume_mode(args, "6") == config.resume_mode(args, None) == "none"  # requeued before it began
+    assert (
+        config.resume_mode(args, "7") == "auto"
+        and config.resume_mode(parse(["--resume", "x"]), "7") == "x"
+    )
+    assert (
+        config.resume_mode(args, "6") == config.resume_mode(args, None) == "none"
+    )  # requeued before it began
 
 
 def test_demo_changes_defaults_and_the_command_line_wins(tmp_path):
     demo = {"epochs": 2, "ratio": 0.25}
     assert parse([], demo).epochs is None
-    assert (parse(["--demo"], demo).epochs, parse(["--demo", "--epochs", "5"], demo).epochs) == (2, 5)
+    assert (parse(["--demo"], demo).epochs, parse(["--demo", "--epochs", "5"], demo).epochs) == (
+        2,
+        5,
+    )
     file = tmp_path / "flags.toml"
     file.write_text("demo = true\nratio = 0.75\n")
     args = parse(["--config", str(file)], demo)
@@ -113,15 +136,15 @@ def test_help_shows_every_default_once(capsys):
 def test_a_flag_without_effect_is_refused(capsys):
     p = parser()
     args = config.parse(p, ["--color", "green"], {})
-    config.refuse_without_effect(p, args, ["ratio"], "here")
+    config.reject_unused_flags(p, args, ["ratio"], "here")
     with pytest.raises(SystemExit):
-        config.refuse_without_effect(p, args, ["ratio", "color"], "in black and white")
+        config.reject_unused_flags(p, args, ["ratio", "color"], "in black and white")
     assert "--color has no effect in black and white" in capsys.readouterr().err
 
 
 def test_identity_leaves_out_what_does_not_change_the_result():
     p = parser()
-    plain = config.identity(p, config.parse(p, [], {}), data="abc")
+    plain = config.run_id(p, config.parse(p, [], {}), data="abc")
     same = [
         "--workers",
         "3",
@@ -135,10 +158,16 @@ def test_identity_leaves_out_what_does_not_change_the_result():
         "elsewhere",
         "--compile",
     ]
-    assert config.identity(p, config.parse(p, same, {}), data="abc") == plain
-    for other in (["--epochs", "3"], ["--lr", "0.1"], ["--seed", "1"], ["--color", "green"], ["--precision", "bf16"]):
-        assert config.identity(p, config.parse(p, other, {}), data="abc") != plain
-    assert config.identity(p, config.parse(p, [], {}), data="xyz") != plain
+    assert config.run_id(p, config.parse(p, same, {}), data="abc") == plain
+    for other in (
+        ["--epochs", "3"],
+        ["--lr", "0.1"],
+        ["--seed", "1"],
+        ["--color", "green"],
+        ["--precision", "bf16"],
+    ):
+        assert config.run_id(p, config.parse(p, other, {}), data="abc") != plain
+    assert config.run_id(p, config.parse(p, [], {}), data="xyz") != plain
     assert config.digest(plain) == config.digest(dict(reversed(plain.items())))
 
 
@@ -147,14 +176,19 @@ def test_stage_settings_come_from_the_flags_of_their_stage():
     p.stage(p, "late", {"epochs": 50, "bs": 64, "lr": 0.2, "wd": 0.0})
     args = config.parse(p, ["--epochs", "20", "--late-lr", "0.3"], {})
     defaults = {"epochs": 100, "bs": 256, "lr": None, "wd": 1e-4, "optimizer": "sgd"}
-    first = config.stage(args, "first", defaults, first=True, lr_of=lambda bs: bs / 100)
+    first = config.stage_config(args, "first", defaults, first=True, lr_of=lambda bs: bs / 100)
     assert (first.epochs, first.bs, first.lr, first.warmup_epochs) == (20, 256, 2.56, 2.0)
-    late = config.stage(args, "late", defaults | {"lr": 0.2}, first=False, lr_of=None)
+    late = config.stage_config(args, "late", defaults | {"lr": 0.2}, first=False, lr_of=None)
     assert (late.epochs, late.bs, late.lr) == (50, 64, 0.3)
     args = config.parse(p, ["--epochs", "2", "--warmup-epochs", "3"], {})
-    with pytest.raises(config.InputError, match="more than the 2 epochs"):
-        config.stage(args, "first", defaults, first=True, lr_of=lambda bs: 1.0)
+    with pytest.raises(InputError, match="more than the 2 epochs"):
+        config.stage_config(args, "first", defaults, first=True, lr_of=lambda bs: 1.0)
     args = config.parse(p, ["--lr", "1e-3"], {})
-    assert config.stage(args, "first", defaults | {"min_lr": 1e-4}, first=True, lr_of=None).min_lr == 1e-4
-    with pytest.raises(config.InputError, match="--min-lr 0.01 is more than the learning rate 0.001"):
-        config.stage(args, "first", defaults | {"min_lr": 1e-2}, first=True, lr_of=None)
+    assert (
+        config.stage_config(
+            args, "first", defaults | {"min_lr": 1e-4}, first=True, lr_of=None
+        ).min_lr
+        == 1e-4
+    )
+    with pytest.raises(InputError, match="--min-lr 0.01 is more than the learning rate 0.001"):
+        config.stage_config(args, "first", defaults | {"min_lr": 1e-2}, first=True, lr_of=None)

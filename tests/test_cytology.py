@@ -6,19 +6,21 @@ import numpy as np
 import pytest
 import torch
 
-from common import data
-from common.config import InputError
-from common.datasets import cytology
+from common.data import cytology
+from common.data.images import Images
+from common.errors import InputError
 
 TARGETS = cytology.TARGETS.split(",")
 
 
-def tree(counts: dict[str, int]) -> data.Images:
+def tree(counts: dict[str, int]) -> Images:
     """Images with labels of these sizes; their pixels do not matter here."""
     ids = [f"{name}/{i:05d}.png" for name, count in counts.items() for i in range(count)]
     classes = sorted(counts)
     labels = [classes.index(name.split("/")[0]) for name in ids]
-    return data.Images("tree", ids, labels, classes, [""] * len(ids), pixels=torch.zeros(len(ids), 3, 1, 1).byte())
+    return Images(
+        "tree", ids, labels, classes, [""] * len(ids), pixels=torch.zeros(len(ids), 3, 1, 1).byte()
+    )
 
 
 def sizes(images, rows):
@@ -35,12 +37,21 @@ def full():
 
 def test_the_sets_have_the_protocols_sizes_and_labels(full):
     sets, notes = cytology.draw(full, TARGETS)
-    assert {part: len(rows) for part, rows in sets.items()} == {"A1": 30_000, "A2": 3_000, "B1": 15_000, "B2": 7_000}
+    assert {part: len(rows) for part, rows in sets.items()} == {
+        "A1": 30_000,
+        "A2": 3_000,
+        "B1": 15_000,
+        "B2": 7_000,
+    }
     assert notes == []
     largest = [f"label{k:02d}" for k in range(44)]
     a1, a2, b1, b2 = (sizes(full, sets[part]) for part in ("A1", "A2", "B1", "B2"))
-    assert {n for n, c in a1.items() if c} == set(largest[:20]) and {a1[n] for n in largest[:20]} == {1500}
-    assert {n for n, c in a2.items() if c} == set(largest[:30]) and {a2[n] for n in largest[:30]} == {100}
+    assert {n for n, c in a1.items() if c} == set(largest[:20]) and {
+        a1[n] for n in largest[:20]
+    } == {1500}
+    assert {n for n, c in a2.items() if c} == set(largest[:30]) and {
+        a2[n] for n in largest[:30]
+    } == {100}
     total = {name: 3000 + 1000 * k for k, name in enumerate(TARGETS)}
     for part, size in ((b1, 15_000), (b2, 7_000)):
         assert {n for n, c in part.items() if c} == set(TARGETS)
@@ -61,7 +72,10 @@ def test_no_image_is_in_two_sets_or_in_two_parts(full):
 
 
 def test_shares_of_a1_are_nested_and_stratified(full):
-    shares = [cytology.protocol(full, TARGETS, f, [], lambda text: None)[0]["pretrain"] for f in (0.4, 0.7, 1.0)]
+    shares = [
+        cytology.protocol(full, TARGETS, f, [], lambda text: None)[0]["pretrain"]
+        for f in (0.4, 0.7, 1.0)
+    ]
     assert [len(rows) for rows in shares] == [12_000, 21_000, 30_000]
     assert set(shares[0]) < set(shares[1]) < set(shares[2])
     assert set(sizes(full, shares[0]).values()) == {0, 600}
@@ -71,7 +85,7 @@ def test_the_draw_depends_on_names_alone():
     counts = dict.fromkeys(TARGETS, 40) | {f"label{k:02d}": 60 + k for k in range(44)}
     images = tree(counts)
     order = np.random.default_rng(0).permutation(len(images))
-    shuffled = data.Images("other", [images.ids[i] for i in order], images.labels[order], images.classes,
+    shuffled = Images("other", [images.ids[i] for i in order], images.labels[order], images.classes,
                            [""] * len(order), pixels=torch.zeros(len(order), 3, 1, 1).byte())  # fmt: skip
     ours, theirs = (cytology.draw(x, TARGETS)[0] for x in (images, shuffled))
     for part in ours:
@@ -79,17 +93,24 @@ def test_the_draw_depends_on_names_alone():
 
 
 def test_sets_shrink_and_say_so():
-    counts = dict.fromkeys(TARGETS, 44) | {f"label{k:02d}": 30 + 5 * k for k in range(12)} | {"rare": 19}
+    counts = (
+        dict.fromkeys(TARGETS, 44) | {f"label{k:02d}": 30 + 5 * k for k in range(12)} | {"rare": 19}
+    )
     images = tree(counts)
     sets, notes = cytology.draw(images, TARGETS)
     a1, a2 = (sizes(images, sets[part]) for part in ("A1", "A2"))
     assert a2["label00"] == 15 and a1["label00"] == 15  # half of 30 each
     assert a2["rare"] == a1["rare"] == 0  # too small
-    assert all(a1[f"label{k:02d}"] + a2[f"label{k:02d}"] == 30 + 5 * k for k in range(12))  # all are used
+    assert all(
+        a1[f"label{k:02d}"] + a2[f"label{k:02d}"] == 30 + 5 * k for k in range(12)
+    )  # all are used
     assert len(sets["B1"]) == 150 and len(sets["B2"]) == 70
     text = " ".join(notes)
     assert "A1 has 12 labels instead of 20" in text and "A2 has 12 labels instead of 30" in text
-    assert "A1 has 348 images instead of 30,000" in text and "B2 has 70 images instead of 7,000" in text
+    assert (
+        "A1 has 348 images instead of 30,000" in text
+        and "B2 has 70 images instead of 7,000" in text
+    )
     assert "half of what each holds: label" in text
 
 
@@ -107,10 +128,17 @@ def test_a_stored_split_is_reused_and_checked(tmp_path):
     parts, _, record = cytology.protocol(images, TARGETS, 1.0, [tmp_path], lines.append)
     assert "drawn by their names" in lines[-1]
     cytology.save(tmp_path, record)
-    assert set(json.loads((tmp_path / "split.json").read_text())["sets"]) == {"A1", "A2", "B1", "B2"}
+    assert set(json.loads((tmp_path / "split.json").read_text())["sets"]) == {
+        "A1",
+        "A2",
+        "B1",
+        "B2",
+    }
     # More images would make another draw; the stored one stands.
     grown = tree({name: count + 30 for name, count in counts.items()})
-    again, _, _ = cytology.protocol(grown, TARGETS, 1.0, [tmp_path / "absent", tmp_path], lines.append)
+    again, _, _ = cytology.protocol(
+        grown, TARGETS, 1.0, [tmp_path / "absent", tmp_path], lines.append
+    )
     for name in parts:
         assert {images.ids[i] for i in parts[name]} == {grown.ids[i] for i in again[name]}
     assert str(tmp_path / "split.json") in lines[-1]

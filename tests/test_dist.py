@@ -9,23 +9,26 @@ import torch.distributed as td
 import torch.multiprocessing as mp
 from torch import nn
 
-from common import dist, metrics
-from common.config import InputError
+from common import metrics
+from common.errors import InputError
+from common.run import dist
 from kernels import nt_xent
 
 
 def ranks(tmp_path, world_size, work, *args):
-    """Run `work(facts, *args)` in so many forked gloo processes; returns what each returned."""
+    """Run `work(world, *args)` in so many forked gloo processes; returns what each returned."""
     rendezvous = f"file://{tmp_path}/rendezvous{world_size}"
-    mp.start_processes(_rank, (world_size, rendezvous, tmp_path, work, args), world_size, start_method="fork")
+    mp.start_processes(
+        _rank, (world_size, rendezvous, tmp_path, work, args), world_size, start_method="fork"
+    )
     return [torch.load(tmp_path / f"out{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 
 def _rank(rank, world_size, rendezvous, folder, work, args):
     torch.set_num_threads(1)
     td.init_process_group("gloo", rendezvous, rank=rank, world_size=world_size)
-    facts = dist.Facts(rank, world_size, rank, torch.device("cpu"))
-    torch.save(work(facts, *args), folder / f"out{rank}.pt")
+    world = dist.Dist(rank, world_size, rank, torch.device("cpu"))
+    torch.save(work(world, *args), folder / f"out{rank}.pt")
     td.destroy_process_group()
 
 
@@ -39,39 +42,50 @@ class Net(nn.Module):
         return self.bn1(self.fc(torch.relu(self.bn(self.conv(x))).mean((2, 3))))
 
 
-def contrastive_gradients(facts, views, dtype):
-    """Gradients, BatchNorm buffers and mean loss of a SimCLR step on this process's share of the views (2, n, ...)."""
+def contrastive_gradients(world, views, dtype):
+    """Gradients, BatchNorm buffers and mean loss of a SimCLR step on this process's share of the
+    views (2, n, ...).
+    """
     torch.manual_seed(0)
-    model = dist.sync_batchnorm(Net().to(dtype), facts)
-    share = views.shape[1] // facts.world_size
-    mine = views[:, facts.rank * share : (facts.rank + 1) * share].to(dtype)
-    trained = dist.wrap(model, facts)  # must live until the backward pass, which it averages
+    model = dist.sync_batchnorm(Net().to(dtype), world)
+    share = views.shape[1] // world.world_size
+    mine = views[:, world.rank * share : (world.rank + 1) * share].to(dtype)
+    trained = dist.wrap(model, world)  # must live until the backward pass, which it averages
     z_a, z_b = trained(mine.flatten(0, 1)).chunk(2)
-    gather = dist.all_gather_rows if facts.world_size > 1 else None
+    gather = dist.all_gather_rows if world.world_size > 1 else None
     loss = nt_xent(z_a, z_b, 0.2, gather=gather)
     loss.backward()
     out = {name: p.grad for name, p in model.named_parameters()} | dict(model.named_buffers())
-    return out | {"loss": dist.all_reduce(loss.detach().clone()) / facts.world_size}
+    return out | {"loss": dist.all_reduce(loss.detach().clone()) / world.world_size}
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_processes_give_the_gradients_of_one(tmp_path, world_size, dtype, tolerance):
-    views = torch.randn(2, 8, 3, 9, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    alone = contrastive_gradients(dist.Facts(0, 1, 0, torch.device("cpu")), views, dtype)
+    views = torch.randn(
+        2, 8, 3, 9, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
+    alone = contrastive_gradients(dist.Dist(0, 1, 0, torch.device("cpu")), views, dtype)
     for result in ranks(tmp_path, world_size, contrastive_gradients, views, dtype):
         assert result.keys() == alone.keys()
         for name, value in alone.items():
-            assert float((result[name] - value).abs().max()) <= tolerance * float(value.abs().max()), name
+            assert float((result[name] - value).abs().max()) <= tolerance * float(
+                value.abs().max()
+            ), name
 
 
-def gathers(facts, _):
-    rows = torch.arange(3, dtype=torch.float32)[:, None] + 10 * facts.rank
+def gathers(world, _):
+    rows = torch.arange(3, dtype=torch.float32)[:, None] + 10 * world.rank
     indices = np.arange(100, 107)
-    own = dist.shard(indices, facts)
+    own = dist.shard(indices, world)
     back = dist.unshard(torch.from_numpy(own).float(), len(indices))
-    most = dist.all_reduce(torch.tensor(facts.rank), "max")
-    return {"rows": dist.all_gather_rows(rows), "back": back, "most": most, "own": torch.tensor(len(own))}
+    most = dist.all_reduce(torch.tensor(world.rank), "max")
+    return {
+        "rows": dist.all_gather_rows(rows),
+        "back": back,
+        "most": most,
+        "own": torch.tensor(len(own)),
+    }
 
 
 def test_gathers_keep_the_order_and_uneven_shares_are_padded(tmp_path):
@@ -81,14 +95,17 @@ def test_gathers_keep_the_order_and_uneven_shares_are_padded(tmp_path):
         assert (result["most"].item(), result["own"].item()) == (2, 3)
 
 
-def video_metrics(facts, target, scores):
+def video_metrics(world, target, scores):
     clips = scores.reshape(-1)
-    own = dist.shard(np.arange(len(clips)), facts)
+    own = dist.shard(np.arange(len(clips)), world)
     gathered = dist.unshard(torch.from_numpy(clips[own]), len(clips)).numpy().reshape(scores.shape)
     means = gathered.mean(1)
     low, high = metrics.auc_interval(target, means, seed=0)
     values = metrics.detection(target, means) | {"low": low, "high": high}
-    values |= {f"clip_{name}": value for name, value in metrics.detection(target.repeat(5), gathered.ravel()).items()}
+    values |= {
+        f"clip_{name}": value
+        for name, value in metrics.detection(target.repeat(5), gathered.ravel()).items()
+    }
     values |= {"threshold": metrics.best_threshold(target, means)}
     return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
 
@@ -96,16 +113,16 @@ def video_metrics(facts, target, scores):
 def test_metrics_of_uneven_data_are_bitwise_those_of_one_process(tmp_path):
     target = np.arange(7) % 2
     scores = np.round(np.random.default_rng(0).random((7, 5)), 1)  # 35 clips, with ties
-    alone = video_metrics(dist.Facts(0, 1, 0, torch.device("cpu")), target, scores)
+    alone = video_metrics(dist.Dist(0, 1, 0, torch.device("cpu")), target, scores)
     for world_size in (2, 3):
         for result in ranks(tmp_path, world_size, video_metrics, target, scores):
             assert result == alone
 
 
 def test_rank_batchnorm_keeps_the_keys_and_evaluates_as_torch_does():
-    facts = dist.Facts(0, 2, 0, torch.device("cpu"))
+    world = dist.Dist(0, 2, 0, torch.device("cpu"))
     plain = Net()
-    synced = dist.sync_batchnorm(Net(), facts)
+    synced = dist.sync_batchnorm(Net(), world)
     assert list(synced.state_dict()) == list(plain.state_dict())
     assert isinstance(synced.bn, dist.RankBatchNorm) and isinstance(synced.bn1, dist.RankBatchNorm)
     synced.load_state_dict(plain.state_dict())
@@ -114,21 +131,28 @@ def test_rank_batchnorm_keeps_the_keys_and_evaluates_as_torch_does():
 
 
 def test_one_process_needs_no_group():
-    facts = dist.Facts(0, 1, 0, torch.device("cpu"))
+    world = dist.Dist(0, 1, 0, torch.device("cpu"))
     x = torch.randn(3, 2)
     model = Net()
     assert (
-        dist.all_gather_rows(x) is x and dist.wrap(model, facts) is model and dist.sync_batchnorm(model, facts) is model
+        dist.all_gather_rows(x) is x
+        and dist.wrap(model, world) is model
+        and dist.sync_batchnorm(model, world) is model
     )
-    assert dist.shard(np.arange(5), facts).tolist() == [0, 1, 2, 3, 4]
+    assert dist.shard(np.arange(5), world).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_the_shell_of_an_sbatch_script_is_one_process(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "SLURM_STEP_ID"):
         monkeypatch.delenv(name, raising=False)
-    for name, value in (("SLURM_JOB_ID", "7"), ("SLURM_NTASKS", "4"), ("SLURM_PROCID", "0"), ("SLURM_LOCALID", "0")):
+    for name, value in (
+        ("SLURM_JOB_ID", "7"),
+        ("SLURM_NTASKS", "4"),
+        ("SLURM_PROCID", "0"),
+        ("SLURM_LOCALID", "0"),
+    ):
         monkeypatch.setenv(name, value)
-    assert dist.init("cpu") == dist.Facts(0, 1, 0, torch.device("cpu"))
+    assert dist.init("cpu") == dist.Dist(0, 1, 0, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

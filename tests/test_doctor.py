@@ -10,10 +10,13 @@ import torch
 from PIL import Image
 
 import train_simclr
-from common import clips, data, discovery, doctor, sample
-from common.datasets import utterances
+from common import deep_cluster
+from common.check import data as check_data
+from common.data import clips, sampling, synthetic, utterances
+from common.data.images import UNLABELED, Images
+from common.data.open import open_images
 
-PIXELS, LABELS, CLASSES = sample.cytology(num_images=400, size=32)
+PIXELS, LABELS, CLASSES = synthetic.cytology(num_images=400, size=32)
 
 
 def picture(index):
@@ -35,8 +38,8 @@ def folder(tmp_path_factory):
 
 
 def examine(path, out, splits=None, supervised=True):
-    items = data.open_images(str(path)) if not hasattr(path, "ids") else path
-    return doctor.examine(items, splits or data.split(items), out, 2, supervised)
+    items = open_images(str(path)) if not hasattr(path, "ids") else path
+    return check_data.examine(items, splits or sampling.split(items), out, 2, supervised)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +50,9 @@ def healthy(folder, tmp_path_factory):
 
 def test_healthy_images_pass(healthy):
     found, out = healthy
-    assert {name: item.verdict for name, item in found.items()} == dict.fromkeys(doctor.CHECKS, "PASS")
+    assert {name: item.status for name, item in found.items()} == dict.fromkeys(
+        check_data.CHECKS, "PASS"
+    )
     for item in found.values():
         assert item.value and item.threshold and not item.fix
         assert all((out / picture).stat().st_size for picture in item.pictures)
@@ -59,8 +64,11 @@ def test_the_same_file_in_train_and_test_fails_by_name(folder, tmp_path):
     train = next((copy / "train" / CLASSES[0]).iterdir())
     (copy / "test" / CLASSES[0] / "again.png").write_bytes(train.read_bytes())
     found = examine(copy, tmp_path)["duplicates"]
-    assert found.verdict == "FAIL" and "1 exact" in found.value
-    assert f"test/{CLASSES[0]}/again.png (test)" in found.fix and f"{CLASSES[0]}/{train.name} (" in found.fix
+    assert found.status == "FAIL" and "1 exact" in found.value
+    assert (
+        f"test/{CLASSES[0]}/again.png (test)" in found.fix
+        and f"{CLASSES[0]}/{train.name} (" in found.fix
+    )
     assert found.rows[1][0] == "exact"
 
 
@@ -68,11 +76,13 @@ def test_a_copy_beyond_the_items_that_are_decoded_is_found_too(folder, tmp_path,
     copy = write(tmp_path / "cells")
     train = next((copy / "train" / CLASSES[1]).iterdir())
     (copy / "test" / CLASSES[1] / "again.png").write_bytes(train.read_bytes())
-    monkeypatch.setattr(doctor, "LOOKED", 8)
-    monkeypatch.setattr(doctor, "HASHED", 200)
-    seen = doctor.look(images := data.open_images(str(copy)), data.split(images), 2)
+    monkeypatch.setattr(check_data, "LOOKED", 8)
+    monkeypatch.setattr(check_data, "HASHED", 200)
+    seen = check_data.inspect(images := open_images(str(copy)), sampling.split(images), 2)
     assert seen.of == "8 of 401 images" and seen.compared <= 200
-    assert any({twin.name for twin in group} >= {f"test/{CLASSES[1]}/again.png"} for group in seen.twins)
+    assert any(
+        {twin.name for twin in group} >= {f"test/{CLASSES[1]}/again.png"} for group in seen.twins
+    )
 
 
 @pytest.mark.parametrize("change", ["jpeg", "larger", "brighter"])
@@ -87,7 +97,7 @@ def test_a_changed_copy_in_the_test_is_near(change, tmp_path):
         target = copy / "test" / path.parent.name / f"near_{path.stem}.jpg"
         image.save(target, quality=85 if change == "jpeg" else 95)
     found = examine(copy, tmp_path)["duplicates"]
-    assert found.verdict == "FAIL" and found.value.startswith("0 exact and 4 near across splits")
+    assert found.status == "FAIL" and found.value.startswith("0 exact and 4 near across splits")
     assert all(sum("near_" in cell for cell in row) == 1 for row in found.rows[1:])
     assert found.pictures == ["figures/check_duplicates.png"]
 
@@ -97,7 +107,9 @@ def test_one_near_pair_in_a_large_test_warns(folder, tmp_path):
     path = next((copy / "train").rglob("*.png"))
     Image.open(path).save(copy / "test" / path.parent.name / "near.jpg", quality=80)
     found = examine(copy, tmp_path)["duplicates"]
-    assert found.verdict == "WARN" and "1 near across splits" in found.value and "near.jpg" in found.fix
+    assert (
+        found.status == "WARN" and "1 near across splits" in found.value and "near.jpg" in found.fix
+    )
 
 
 def test_perceptual_hash_is_the_sign_of_low_frequencies():
@@ -105,18 +117,18 @@ def test_perceptual_hash_is_the_sign_of_low_frequencies():
     frames = torch.from_numpy(PIXELS[:20])
     low = fft.dctn(frames.double().mean(1).numpy(), axes=(1, 2))[:, :8, :8].reshape(20, -1)[:, 1:]
     expected = low > np.median(low, axis=1, keepdims=True)
-    assert (doctor.perceptual_hash(frames).numpy() == expected).mean() > 0.999
+    assert (check_data.perceptual_hash(frames).numpy() == expected).mean() > 0.999
 
 
 def test_shuffled_labels_fail_where_a_run_trains_on_them(tmp_path):
     rng = np.random.default_rng(0)
     copy = write(tmp_path / "cells", rng.permutation(LABELS))
-    found = examine(copy, tmp_path)["labels"]
-    assert found.verdict == "FAIL" and "shuffled" in found.fix
-    assert examine(copy, tmp_path, supervised=False)["labels"].verdict == "WARN"
+    found = examine(copy, tmp_path)["label-noise"]
+    assert found.status == "FAIL" and "shuffled" in found.fix
+    assert examine(copy, tmp_path, supervised=False)["label-noise"].status == "WARN"
 
 
-def test_a_wrong_label_among_sure_neighbours_is_shown(tmp_path):
+def test_a_wrong_label_among_sure_neighbors_is_shown(tmp_path):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 60, (300, 3, 16, 16)).astype(np.uint8)
     labels = np.arange(300) % 3
@@ -125,22 +137,26 @@ def test_a_wrong_label_among_sure_neighbours_is_shown(tmp_path):
     pixels += patterns[labels].astype(np.uint8)
     labels[7] = (labels[7] + 1) % 3
     ids = [f"{i:03d}" for i in range(300)]
-    images = data.Images("x", ids, labels, list("abc"), [""] * 300, pixels=torch.from_numpy(pixels))
+    images = Images("x", ids, labels, list("abc"), [""] * 300, pixels=torch.from_numpy(pixels))
     splits = {"train": np.arange(250), "test": np.arange(250, 300)}
-    found = examine(images, tmp_path, splits)["labels"]
-    assert found.verdict == "PASS" and [row[0] for row in found.rows[1:]] == ["007"]
-    assert found.rows[1][1:] == ["c", "b", "100%"] and found.pictures == ["figures/check_labels.png"]
+    found = examine(images, tmp_path, splits)["label-noise"]
+    assert found.status == "PASS" and [row[0] for row in found.rows[1:]] == ["007"]
+    assert found.rows[1][1:] == ["c", "b", "100%"] and found.pictures == [
+        "figures/check_labels.png"
+    ]
 
 
-def test_agreement_is_that_of_scikit_learns_neighbours():
+def test_agreement_is_that_of_scikit_learns_neighbors():
     neighbors = pytest.importorskip("sklearn.neighbors", reason="pip install scikit-learn")
     rng = np.random.default_rng(1)
     x, truth = rng.normal(size=(300, 5)), rng.integers(0, 3, 300)
     x[:, 0] += truth
-    near = neighbors.NearestNeighbors(n_neighbors=11).fit(x).kneighbors(return_distance=True)[1][:, 1:]
-    share, z = doctor.agreement_of(truth, near)
+    near = (
+        neighbors.NearestNeighbors(n_neighbors=11).fit(x).kneighbors(return_distance=True)[1][:, 1:]
+    )
+    share, z = check_data.label_agreement(truth, near)
     assert share == pytest.approx(np.mean([truth[row] == truth[i] for i, row in enumerate(near)]))
-    assert z > 5 and abs(doctor.agreement_of(rng.permutation(truth), near)[1]) < 4
+    assert z > 5 and abs(check_data.label_agreement(rng.permutation(truth), near)[1]) < 4
 
 
 def test_damaged_images_are_named_decoded_or_not(tmp_path, monkeypatch):
@@ -149,11 +165,11 @@ def test_damaged_images_are_named_decoded_or_not(tmp_path, monkeypatch):
     victim.write_bytes(victim.read_bytes()[:300])
     name = victim.relative_to(copy).as_posix()
     found = examine(copy, tmp_path)["corrupt"]
-    assert found.verdict == "FAIL" and found.value == "1 damaged of 80 images" and name in found.fix
+    assert found.status == "FAIL" and found.value == "1 damaged of 80 images" and name in found.fix
     shapeless = copy / "train" / victim.parent.name / "shapeless.png"
     shapeless.write_bytes(b"no picture")
-    for looked in (doctor.LOOKED, 1):  # decoded, or its header read alone
-        monkeypatch.setattr(doctor, "LOOKED", looked)
+    for looked in (check_data.LOOKED, 1):  # decoded, or its header read alone
+        monkeypatch.setattr(check_data, "LOOKED", looked)
         shown = str(examine(copy, tmp_path)["corrupt"].rows)
         assert "shapeless.png (cannot identify image file)" in shown
     shapeless.unlink()
@@ -169,29 +185,33 @@ def test_damaged_images_are_named_decoded_or_not(tmp_path, monkeypatch):
         entry = source.infolist()[40]
     content[entry.header_offset + 30 + len(entry.filename) + entry.file_size // 2] ^= 1  # one bit
     archive.write_bytes(content)
-    monkeypatch.setattr(doctor, "LOOKED", 1)
+    monkeypatch.setattr(check_data, "LOOKED", 1)
     found = examine(archive, tmp_path)["corrupt"]
-    assert found.verdict == "FAIL" and entry.filename in found.fix
+    assert found.status == "FAIL" and entry.filename in found.fix
 
 
 def test_classes_have_their_prior_and_an_empty_one_fails(tmp_path):
     labels = np.repeat([0, 1, 2], [80, 10, 5])
     pixels = torch.from_numpy(PIXELS[: len(labels)])
     ids = [f"{i:03d}" for i in range(len(labels))]
-    images = data.Images("x", ids, labels, ["a", "b", "c"], [""] * len(labels), pixels=pixels)
+    images = Images("x", ids, labels, ["a", "b", "c"], [""] * len(labels), pixels=pixels)
     splits = {"train": np.arange(90), "test": np.arange(90, 95)}
     found = examine(images, tmp_path, splits)["imbalance"]
-    assert found.verdict == "FAIL" and "no training images of c" in found.value
+    assert found.status == "FAIL" and "no training images of c" in found.value
     assert found.rows[0] == ["class", "train", "val", "test", "prior", "bias"]
     assert found.rows[2][:5] == ["b", "10", "0", "0", f"{10 / 90:.4f}"]
     assert float(found.rows[2][5]) == pytest.approx(math.log(10 / 90), abs=1e-3)
-    assert examine(images, tmp_path, splits, supervised=False)["imbalance"].verdict == "WARN"
+    assert examine(images, tmp_path, splits, supervised=False)["imbalance"].status == "WARN"
     unused = {"train": np.arange(85), "test": np.arange(85, 90)}  # c serves no part
     assert "no training" not in examine(images, tmp_path, unused)["imbalance"].value
 
-    binary = data.Images("x", ids, np.minimum(labels, 1), ["real", "fake"], [""] * len(labels), pixels=pixels)
-    found = examine(binary, tmp_path, {"train": np.arange(84), "test": np.arange(84, 95)})["imbalance"]
-    assert found.verdict == "WARN" and found.value.startswith("20.0, real over fake")
+    binary = Images(
+        "x", ids, np.minimum(labels, 1), ["real", "fake"], [""] * len(labels), pixels=pixels
+    )
+    found = examine(binary, tmp_path, {"train": np.arange(84), "test": np.arange(84, 95)})[
+        "imbalance"
+    ]
+    assert found.status == "WARN" and found.value.startswith("20.0, real over fake")
     assert float(found.rows[2][5]) == pytest.approx(math.log(4 / 80), abs=1e-3)  # of one logit
 
 
@@ -200,40 +220,47 @@ def test_what_differs_from_all_others_is_an_outlier(tmp_path):
     Image.new("RGB", (32, 32)).save(copy / "train" / CLASSES[0] / "black.png")
     picture(0).resize((200, 32)).save(copy / "train" / CLASSES[0] / "wide.png")
     found = examine(copy, tmp_path)["outliers"]
-    assert found.verdict == "WARN" and found.value.startswith("2 of 122 images")
+    assert found.status == "WARN" and found.value.startswith("2 of 122 images")
     named = {row[0].split("/")[-1]: row[1] for row in found.rows[1:]}
     assert named == {"black.png": "entropy, bits", "wide.png": "width / height"}
-    assert "figures/check_outliers.png" in found.pictures and "figures/check_brightness.svg" in found.pictures
+    assert (
+        "figures/check_outliers.png" in found.pictures
+        and "figures/check_brightness.svg" in found.pictures
+    )
 
 
 def test_robust_z_is_scipys_median_deviation():
     stats = pytest.importorskip("scipy.stats", reason="pip install scipy")
     values = np.random.default_rng(0).normal(120, 30, 500)
     expected = (values - np.median(values)) / stats.median_abs_deviation(values, scale="normal")
-    np.testing.assert_allclose(doctor.robust_z("brightness", values), expected, rtol=1e-3)
+    np.testing.assert_allclose(check_data.robust_z("brightness", values), expected, rtol=1e-3)
 
 
 def test_the_choice_is_a_function_of_names_with_a_quarter_of_the_test():
     ids = [f"item{i}" for i in range(5000)]
     parts = np.full(5000, "train", dtype=object)
     parts[:500], parts[500:600] = "test", ""
-    kept = doctor.chosen(ids, parts, 1000)
+    kept = check_data.sampled_items(ids, parts, 1000)
     assert len(kept) == 1000 and (parts[kept] == "test").sum() == 250 and (parts[kept] != "").all()
     order = np.random.default_rng(0).permutation(5000)
-    again = doctor.chosen([ids[i] for i in order], parts[order], 1000)
+    again = check_data.sampled_items([ids[i] for i in order], parts[order], 1000)
     assert {ids[order[i]] for i in again} == {ids[i] for i in kept}
-    assert len(doctor.chosen(ids, parts, 10_000)) == 4900
+    assert len(check_data.sampled_items(ids, parts, 10_000)) == 4900
 
 
 def test_parts_are_those_of_the_strictest_use():
-    splits = {"pretrain": np.arange(8), "finetune_dev": np.array([6]), "finetune_test": np.array([7])}
-    assert doctor.parts_of(splits, 9).tolist() == ["train"] * 6 + ["val", "test", ""]
+    splits = {
+        "pretrain": np.arange(8),
+        "finetune_dev": np.array([6]),
+        "finetune_test": np.array([7]),
+    }
+    assert check_data.parts_of(splits, 9).tolist() == ["train"] * 6 + ["val", "test", ""]
 
 
 def videos(sequences, splits, labels=None):
     pixels = torch.from_numpy(np.concatenate([PIXELS[own] for own in sequences]))
     ids = [f"{i:03d}" for i in range(len(pixels))]
-    images = data.Images("clips", ids, [data.UNLABELLED] * len(ids), [], [""] * len(ids), pixels=pixels)
+    images = Images("clips", ids, [UNLABELED] * len(ids), [], [""] * len(ids), pixels=pixels)
     ends = np.cumsum([len(own) for own in sequences])
     frames = np.split(np.arange(ends[-1]), ends[:-1])
     names = [f"v{i}" for i in range(len(sequences))]
@@ -247,12 +274,12 @@ def test_clips_are_alike_where_all_their_frames_are(tmp_path):
     own = videos(sequences, ["train"] * 8 + ["test"] * 4)
     splits = {"train": np.arange(8), "test": np.arange(8, 12)}
     found = examine(own, tmp_path, splits)
-    assert found["duplicates"].verdict == "PASS" and found["labels"].verdict == "SKIP"
-    assert "0.0" not in found["outliers"].value and found["outliers"].verdict == "PASS"
+    assert found["duplicates"].status == "PASS" and found["label-noise"].status == "SKIP"
+    assert "0.0" not in found["outliers"].value and found["outliers"].status == "PASS"
 
     sequences[9] = sequences[1]
     found = examine(videos(sequences, own.splits), tmp_path, splits)["duplicates"]
-    assert found.verdict == "FAIL" and "v1 (train)" in found.fix and "v9 (test)" in found.fix
+    assert found.status == "FAIL" and "v1 (train)" in found.fix and "v9 (test)" in found.fix
 
 
 def test_a_damaged_frame_names_its_clip(tmp_path):
@@ -264,22 +291,35 @@ def test_a_damaged_frame_names_its_clip(tmp_path):
             (folder / f"c{clip}").mkdir(parents=True, exist_ok=True)
             picture(6 * clip + k).save(folder / files[-1])
     (folder / "c1/4.png").write_bytes(b"no picture")
-    images = clips.frame_images("frames", files, [1] * 18, lambda i: (folder / files[i]).read_bytes())
+    images = clips.frame_images(
+        "frames", files, [1] * 18, lambda i: (folder / files[i]).read_bytes()
+    )
     own = clips.Videos(
-        "frames", ["c0", "c1", "c2"], [0, 1, 0], ["a", "b"], [""] * 3, np.arange(18).reshape(3, 6), 1, images
+        "frames",
+        ["c0", "c1", "c2"],
+        [0, 1, 0],
+        ["a", "b"],
+        [""] * 3,
+        np.arange(18).reshape(3, 6),
+        1,
+        images,
     )
     found = examine(own, tmp_path, {"train": np.arange(3)})["corrupt"]
-    assert found.verdict == "FAIL" and found.value == "1 damaged of 3 clips" and "c1 (" in found.fix
+    assert found.status == "FAIL" and found.value == "1 damaged of 3 clips" and "c1 (" in found.fix
 
 
 def rows_of(texts=None, modalities=None, labels=None):
     count = len(texts) if texts else len(next(iter(modalities.values())))
     labels = np.arange(count) % 3 if labels is None else labels
     ids = [f"u{i}" for i in range(count)]
-    table = utterances.Utterances("x", ids, labels, list("abc"), [""] * count, texts=texts, modalities=modalities)
-    given = dict(modalities or {"text": np.random.default_rng(0).normal(size=(count, 8)).astype(np.float32)})
+    table = utterances.Utterances(
+        "x", ids, labels, list("abc"), [""] * count, texts=texts, modalities=modalities
+    )
+    given = dict(
+        modalities or {"text": np.random.default_rng(0).normal(size=(count, 8)).astype(np.float32)}
+    )
 
-    class Rows(discovery.Rows):
+    class Rows(deep_cluster.Rows):
         def __init__(self):
             self.table, self.names, self.lengths = table, list(given), {}
             self.as_is = set() if modalities else {"text"}
@@ -295,12 +335,12 @@ def test_short_texts_recur_and_long_ones_do_not(tmp_path):
     words = ["you", "are", "the", "one", "who", "ended", "it", "last", "year"]
     texts = [f"number {i} says that {' '.join(words[i % 4 :])} and {i * i}" for i in range(300)]
     texts[3] = texts[210] = "No way!"
-    found = doctor.examine(rows_of(texts), SPLITS, tmp_path, 1, False)
-    assert found["duplicates"].verdict == "PASS"
+    found = check_data.examine(rows_of(texts), SPLITS, tmp_path, 1, False)
+    assert found["duplicates"].status == "PASS"
     for i in range(5):
         texts[205 + i] = texts[5 + i].upper() + "!"  # said again, written otherwise
-    found = doctor.examine(rows_of(texts), SPLITS, tmp_path, 1, False)
-    assert found["duplicates"].verdict == "FAIL" and "5 exact" in found["duplicates"].value
+    found = check_data.examine(rows_of(texts), SPLITS, tmp_path, 1, False)
+    assert found["duplicates"].status == "FAIL" and "5 exact" in found["duplicates"].value
     assert "u5 (train)" in found["duplicates"].fix
 
 
@@ -308,46 +348,71 @@ def test_rows_of_features_have_their_own_findings(tmp_path):
     rng = np.random.default_rng(0)
     labels = np.arange(300) % 3
     x = rng.normal(size=(300, 16)).astype(np.float32) + 3 * np.eye(3, 16, dtype=np.float32)[labels]
-    found = doctor.examine(rows_of(modalities={"text": x}), SPLITS, tmp_path, 1, False)
-    assert [item.verdict for item in found.values()] == ["PASS"] * 5
+    found = check_data.examine(rows_of(modalities={"text": x}), SPLITS, tmp_path, 1, False)
+    assert [item.status for item in found.values()] == ["PASS"] * 5
     x[250:254] = x[10:14]
     x[260:262] = x[20:22] * 1.0001
     x[100] = 0
     x[50] *= 1000
-    found = doctor.examine(rows_of(modalities={"text": x}), SPLITS, tmp_path, 1, False)
-    assert found["duplicates"].verdict == "FAIL"
+    found = check_data.examine(rows_of(modalities={"text": x}), SPLITS, tmp_path, 1, False)
+    assert found["duplicates"].status == "FAIL"
     assert found["duplicates"].value.startswith("4 exact and 2 near across splits")
-    assert found["corrupt"].verdict == "WARN" and "u100" in found["corrupt"].fix
-    assert found["outliers"].verdict == "WARN" and found["outliers"].rows[1][:2] == ["u50", "norm of text"]
-    assert found["labels"].verdict == "PASS"
+    assert found["corrupt"].status == "WARN" and "u100" in found["corrupt"].fix
+    assert found["outliers"].status == "WARN" and found["outliers"].rows[1][:2] == [
+        "u50",
+        "norm of text",
+    ]
+    assert found["label-noise"].status == "PASS"
     shuffled = rows_of(modalities={"text": x}, labels=rng.permutation(labels))
-    found = doctor.examine(shuffled, SPLITS, tmp_path, 1, False)
-    assert found["labels"].verdict == "WARN"  # clustering never reads a label
+    found = check_data.examine(shuffled, SPLITS, tmp_path, 1, False)
+    assert found["label-noise"].status == "WARN"  # clustering never reads a label
 
 
 def test_a_folder_without_images_is_an_empty_class(tmp_path):
     copy = write(tmp_path / "cells", count=40)
-    images = data.open_images(str(copy))
-    assert doctor.empty_folders(copy) == []
+    images = open_images(str(copy))
+    assert check_data.empty_folders(copy) == []
     (copy / "train" / "unseen").mkdir()
     (copy / "train" / ".cache").mkdir()
-    assert doctor.empty_folders(copy) == ["train/unseen"]
-    seen = doctor.look(images, data.split(images), 2)
+    assert check_data.empty_folders(copy) == ["train/unseen"]
+    seen = check_data.inspect(images, sampling.split(images), 2)
     seen.empty = ["train/unseen"]
-    found = doctor.judged("imbalance", seen, tmp_path)
-    assert found.verdict == "FAIL" and "train/unseen" in found.fix
+    found = check_data.result_of("imbalance", seen, tmp_path)
+    assert found.status == "FAIL" and "train/unseen" in found.fix
 
 
 def test_a_check_ends_with_the_damaged_file_and_trains_on_nothing(tmp_path, capsys):
     copy = write(tmp_path / "cells", count=60)
     victim = sorted((copy / "train").rglob("*.png"))[3]
     victim.write_bytes(victim.read_bytes()[:300])
-    argv = ["--data", str(copy), "--backbone", "resnet18", "--stem", "cifar", "--image-size", "8", "--bs", "8"]
+    argv = [
+        "--data",
+        str(copy),
+        "--backbone",
+        "resnet18",
+        "--stem",
+        "cifar",
+        "--image-size",
+        "8",
+        "--bs",
+        "8",
+    ]
     with pytest.raises(SystemExit) as ending:
         train_simclr.main(
-            [*argv, "--check", "corrupt,outliers,gradient", "--device", "cpu", "--out", str(tmp_path / "r")]
+            [
+                *argv,
+                "--check",
+                "corrupt,outliers,gradient",
+                "--device",
+                "cpu",
+                "--out",
+                str(tmp_path / "r"),
+            ]
         )
     assert ending.value.code == 4 and "--check: corrupt" in capsys.readouterr().err
     items = json.loads((tmp_path / "r" / "check.json").read_text())["items"]
-    assert [item["verdict"] for item in items] == ["FAIL", "PASS", "SKIP"]
-    assert victim.name in items[0]["fix"] and victim.name in (tmp_path / "r" / "report.html").read_text()
+    assert [item["status"] for item in items] == ["FAIL", "PASS", "SKIP"]
+    assert (
+        victim.name in items[0]["fix"]
+        and victim.name in (tmp_path / "r" / "report.html").read_text()
+    )

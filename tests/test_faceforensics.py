@@ -10,10 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from common.config import InputError
-from common.datasets import faceforensics
+from common.data import faceforensics
+from common.errors import InputError
 
-PAIRS = {"train": [["000", "001"], ["002", "003"]], "val": [["004", "005"]], "test": [["006", "007"]]}
+PAIRS = {
+    "train": [["000", "001"], ["002", "003"]],
+    "val": [["004", "005"]],
+    "test": [["006", "007"]],
+}
 METHODS = ("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures")
 
 
@@ -33,11 +37,17 @@ def official(root, pairs=PAIRS, methods=METHODS, compressions=("c23",), splits=T
         for a, b in listed:
             for compression in compressions:
                 for video in (a, b):
-                    frames(root / "original_sequences" / "youtube" / compression / "frames" / video, 11, number)
+                    frames(
+                        root / "original_sequences" / "youtube" / compression / "frames" / video,
+                        11,
+                        number,
+                    )
                     number += 1
                 for method in methods:
                     for video in (f"{a}_{b}", f"{b}_{a}"):
-                        folder = root / "manipulated_sequences" / method / compression / "frames" / video
+                        folder = (
+                            root / "manipulated_sequences" / method / compression / "frames" / video
+                        )
                         frames(folder, 11, number)
                         number += 1
     return root
@@ -74,7 +84,11 @@ def test_the_official_layout_reads_alike_from_a_folder_and_a_zip(tree, prefix):
     assert len(plain) == 8 + 4 * 8 and plain.labels.sum() == 32
     parts = faceforensics.split(plain)
     # Each pair gives two real videos and both orders of every manipulation.
-    assert {name: len(indices) for name, indices in parts.items()} == {"train": 20, "val": 10, "test": 10}
+    assert {name: len(indices) for name, indices in parts.items()} == {
+        "train": 20,
+        "val": 10,
+        "test": 10,
+    }
     for videos in (plain, packed):
         index = videos.ids.index("FaceForensics++/FaceSwap/c23/002_003")
         assert videos.keys[index] == ("FaceForensics++", "FaceSwap", "c23", "002_003")
@@ -84,7 +98,9 @@ def test_the_official_layout_reads_alike_from_a_folder_and_a_zip(tree, prefix):
 
 
 def test_the_manipulations_of_one_pair_stay_videos_of_their_own(tree):
-    """Grouping by the folder's name alone merges the four fakes of `000_001` into one video with one score."""
+    """Grouping by the folder's name alone merges the four fakes of `000_001` into one video with
+    one score.
+    """
     videos = opened(tree)
     same = [i for i, key in enumerate(videos.keys) if key[3] == "000_001"]
     assert len(same) == len({videos.ids[i] for i in same}) == len(METHODS)
@@ -110,8 +126,13 @@ def test_masks_and_other_sources_do_not_disturb(tmp_path):
     assert len(videos) == 16
     assert videos.unlisted == ["FaceForensics++/actors/c23/01__hugging_happy"]
     said = []
-    faceforensics.prepare(str(root), store_size=None, bad="error", workers=1, fps=25.0, say=said.append)
-    assert said[0] == "left out 1 videos that are in no split: FaceForensics++/actors/c23/01__hugging_happy"
+    faceforensics.prepare(
+        str(root), store_size=None, bad="error", workers=1, fps=25.0, say=said.append
+    )
+    assert (
+        said[0]
+        == "left out 1 videos that are in no split: FaceForensics++/actors/c23/01__hugging_happy"
+    )
 
 
 def test_a_missing_video_is_named_and_left_out_only_on_demand(tmp_path):
@@ -119,12 +140,21 @@ def test_a_missing_video_is_named_and_left_out_only_on_demand(tmp_path):
     gone = root / "manipulated_sequences" / "Deepfakes" / "c23" / "frames" / "001_000"
     for file in gone.iterdir():
         file.unlink()
-    with pytest.raises(InputError, match=r"1 of 16 listed videos cannot be used: .*Deepfakes/c23/001_000 \(no frames"):
+    with pytest.raises(
+        InputError,
+        match=r"1 of 16 listed videos cannot be used: .*Deepfakes/c23/001_000 \(no frames",
+    ):
         opened(root)
     said = []
-    videos = faceforensics.prepare(str(root), store_size=None, bad="skip", workers=1, fps=25.0, say=said.append)
-    assert len(videos) == 15 and videos.missing == ["FaceForensics++/Deepfakes/c23/001_000 (no frames)"]
-    assert said[0].startswith("left out 1 missing or damaged videos: FaceForensics++/Deepfakes/c23/001_000")
+    videos = faceforensics.prepare(
+        str(root), store_size=None, bad="skip", workers=1, fps=25.0, say=said.append
+    )
+    assert len(videos) == 15 and videos.missing == [
+        "FaceForensics++/Deepfakes/c23/001_000 (no frames)"
+    ]
+    assert said[0].startswith(
+        "left out 1 missing or damaged videos: FaceForensics++/Deepfakes/c23/001_000"
+    )
 
 
 def test_a_damaged_frame_is_named_and_takes_its_video_along(tmp_path):
@@ -135,9 +165,16 @@ def test_a_damaged_frame_is_named_and_takes_its_video_along(tmp_path):
     with pytest.raises(InputError, match=r"youtube/c23/frames/004/2\.png in bad cannot be read"):
         pixels(videos, videos.ids.index("FaceForensics++/youtube/c23/004"))
     said = []
-    videos = faceforensics.prepare(str(root), store_size=None, bad="skip", workers=2, fps=25.0, say=said.append)
-    assert len(videos) == 119 == len(videos.keys) and "FaceForensics++/youtube/c23/004" not in videos.ids
-    assert "left out 1 missing or damaged videos: FaceForensics++/youtube/c23/004 (damaged)" in said[0]
+    videos = faceforensics.prepare(
+        str(root), store_size=None, bad="skip", workers=2, fps=25.0, say=said.append
+    )
+    assert (
+        len(videos) == 119 == len(videos.keys)
+        and "FaceForensics++/youtube/c23/004" not in videos.ids
+    )
+    assert (
+        "left out 1 missing or damaged videos: FaceForensics++/youtube/c23/004 (damaged)" in said[0]
+    )
 
 
 def test_splits_that_share_a_person_are_refused_by_name(tmp_path):
@@ -156,11 +193,16 @@ def bench(root, change=None):
     ):
         by_split = sets["FaceForensics++"].setdefault(label, {})
         for video in videos:
-            part = {"0": "train", "2": "val", "4": "test", "1": "train", "3": "val", "5": "test"}[video[2]]
+            part = {"0": "train", "2": "val", "4": "test", "1": "train", "3": "val", "5": "test"}[
+                video[2]
+            ]
             path = f"FaceForensics++/{folder}/c23/frames/{video}"
             frames(root / path, 12)
             names = [f"{path}/{k}.png".replace("/", "\\") for k in sorted(range(12), key=str)]
-            by_split.setdefault(part, {}).setdefault("c23", {})[video] = {"label": label, "frames": names}
+            by_split.setdefault(part, {}).setdefault("c23", {})[video] = {
+                "label": label,
+                "frames": names,
+            }
     if change:
         change(sets)
     (root / "FaceForensics++.json").write_text(json.dumps(sets))
@@ -173,7 +215,11 @@ def test_deepfakebench_lists_give_labels_splits_and_the_order_of_frames(tmp_path
     for source in (root, zipped(root, prefix)):
         videos = opened(source)
         parts = faceforensics.split(videos)
-        assert {name: len(indices) for name, indices in parts.items()} == {"train": 4, "val": 4, "test": 4}
+        assert {name: len(indices) for name, indices in parts.items()} == {
+            "train": 4,
+            "val": 4,
+            "test": 4,
+        }
         assert videos.labels.sum() == 6 and set(videos.methods) == {"FF-real", "FF-DF", "FF-FS"}
         assert [k for _, k in pixels(videos, 7)] == list(range(12))
 
@@ -199,7 +245,9 @@ def test_a_bench_list_that_shares_a_person_is_refused_where_both_parts_are_used(
         del by_split["val"]
 
     videos = opened(bench(tmp_path / "leak", leak))
-    with pytest.raises(InputError, match=r"2 persons are in two splits: 002 \(.*FF-DF/c23/002_003 in train.*003"):
+    with pytest.raises(
+        InputError, match=r"2 persons are in two splits: 002 \(.*FF-DF/c23/002_003 in train.*003"
+    ):
         faceforensics.split(videos)
     assert len(faceforensics.split(videos, ("test",))["test"]) == 4
 
@@ -242,45 +290,69 @@ def test_without_splits_persons_are_held_out_whole_and_always_the_same(people):
     assert [len(parts[name]) for name in ("train", "val", "test")] == [56, 12, 12]
     assert sorted(np.concatenate(list(parts.values()))) == list(range(80))
     names = {part: {videos.keys[i][3] for i in indices} for part, indices in parts.items()}
-    assert not names["train"] & names["val"] and not names["train"] & names["test"] and not names["val"] & names["test"]
+    assert (
+        not names["train"] & names["val"]
+        and not names["train"] & names["test"]
+        and not names["val"] & names["test"]
+    )
     assert all(videos.labels[indices].mean() == 0.5 for indices in parts.values())
     rows = (people / "list.csv").read_text().splitlines()
     table(people, rows[:0:-1], rows[0])  # the other way round
     again = opened(people)
-    assert {again.ids[i] for i in faceforensics.split(again)["test"]} == {videos.ids[i] for i in parts["test"]}
+    assert {again.ids[i] for i in faceforensics.split(again)["test"]} == {
+        videos.ids[i] for i in parts["test"]
+    }
 
 
 def test_a_split_of_its_own_lacks_only_validation(people):
     rows = [
-        row + (",test" if i < 20 else ",train") for i, row in enumerate((people / "list.csv").read_text().split()[1:])
+        row + (",test" if i < 20 else ",train")
+        for i, row in enumerate((people / "list.csv").read_text().split()[1:])
     ]
     videos = opened(table(people, rows, "video_id,label,path,method,split"))
     parts = faceforensics.split(videos)
-    assert set(parts["test"]) == set(range(20)) and len(parts["val"]) == 10 and len(parts["train"]) == 50
+    assert (
+        set(parts["test"]) == set(range(20))
+        and len(parts["val"]) == 10
+        and len(parts["train"]) == 50
+    )
 
 
 def test_a_part_alone_is_the_one_beside_the_others(people):
-    """A test part that is held out must not hold what a model was trained on, when it is used alone."""
+    """A test part that is held out must not hold what a model was trained on, when it is used
+    alone.
+    """
     rows = (people / "list.csv").read_text().split()[1:]
     for parts in (["train"], ["train", "val"], ["val", "train", "train"], [""]):
         named = [f"{row},{parts[i // 2 % len(parts)]}" for i, row in enumerate(rows)]
         videos = opened(table(people, named, "video_id,label,path,method,split"))
-        assert np.array_equal(faceforensics.split(videos, ["test"])["test"], faceforensics.split(videos)["test"])
+        assert np.array_equal(
+            faceforensics.split(videos, ["test"])["test"], faceforensics.split(videos)["test"]
+        )
 
 
 def test_videos_in_no_split_are_left_out_by_name_where_others_are_in_one(people):
-    rows = [f"{row},{'' if i < 6 else 'train'}" for i, row in enumerate((people / "list.csv").read_text().split()[1:])]
+    rows = [
+        f"{row},{'' if i < 6 else 'train'}"
+        for i, row in enumerate((people / "list.csv").read_text().split()[1:])
+    ]
     table(people, rows, "video_id,label,path,method,split")
     said = []
-    videos = faceforensics.prepare(str(people), store_size=None, bad="error", workers=1, fps=25.0, say=said.append)
-    assert len(videos) == 74 and said[0].startswith("left out 6 videos that are in no split: list/web/p0, list/swap/p0")
+    videos = faceforensics.prepare(
+        str(people), store_size=None, bad="error", workers=1, fps=25.0, say=said.append
+    )
+    assert len(videos) == 74 and said[0].startswith(
+        "left out 6 videos that are in no split: list/web/p0, list/swap/p0"
+    )
     assert len(opened(people, labels=False)) == 80
 
 
 def test_pairs_are_held_out_in_their_closure(tmp_path):
     """001 is a target in one fake and a source in another: all three persons stay together."""
     root = official(
-        tmp_path / "chain", {"train": [[f"{i:03d}", f"{i + 1:03d}"] for i in range(0, 40, 2)]}, ("Deepfakes",)
+        tmp_path / "chain",
+        {"train": [[f"{i:03d}", f"{i + 1:03d}"] for i in range(0, 40, 2)]},
+        ("Deepfakes",),
     )
     (root / "splits" / "train.json").unlink()
     frames(root / "manipulated_sequences/Deepfakes/c23/frames/001_002", 2)
@@ -314,12 +386,24 @@ def test_names_tell_the_persons(video, persons):
 @pytest.mark.parametrize(
     ("rows", "header", "said"),
     [
-        (["a,real,a", "b,2,b"], "video_id,label,path", r"line 3: label '2', allowed are 0, real, 1, fake"),
-        (["a,real,a,tain"], "video_id,label,path,split", r"line 2: split 'tain', allowed .*; did you mean train\?"),
+        (
+            ["a,real,a", "b,2,b"],
+            "video_id,label,path",
+            r"line 3: label '2', allowed are 0, real, 1, fake",
+        ),
+        (
+            ["a,real,a,tain"],
+            "video_id,label,path,split",
+            r"line 2: split 'tain', allowed .*; did you mean train\?",
+        ),
         (["a,real"], "video_id,label", r"has no path; needed are video_id,label,path"),
         ([], "video_id,label,path", r"has no rows"),
         (["a,real,a", "a,real,b"], "video_id,label,path", r"1 videos are listed twice: list/a"),
-        (["a,real,a", "c,fake,absent"], "video_id,label,path", r"1 of 2 listed .*: list/c \(nothing at absent\)"),
+        (
+            ["a,real,a", "c,fake,absent"],
+            "video_id,label,path",
+            r"1 of 2 listed .*: list/c \(nothing at absent\)",
+        ),
     ],
 )
 def test_a_csv_that_cannot_be_used_is_refused(tmp_path, rows, header, said):
@@ -363,12 +447,16 @@ class Decoder:
         return self.count
 
     def get_frames_at(self, indices):
-        return types.SimpleNamespace(data=torch.full((len(indices), 3, 12, 12), self.count, dtype=torch.uint8))
+        return types.SimpleNamespace(
+            data=torch.full((len(indices), 3, 12, 12), self.count, dtype=torch.uint8)
+        )
 
 
 def test_video_files_have_their_own_rate_and_bad_ones_are_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchcodec", types.SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "torchcodec.decoders", types.SimpleNamespace(VideoDecoder=Decoder))
+    monkeypatch.setitem(
+        sys.modules, "torchcodec.decoders", types.SimpleNamespace(VideoDecoder=Decoder)
+    )
     root = tmp_path / "files"
     for number, video in enumerate(
         (
@@ -387,7 +475,9 @@ def test_video_files_have_their_own_rate_and_bad_ones_are_named(tmp_path, monkey
     for index, length in enumerate(videos.lengths):
         assert pixels(videos, index) == [[length, length]] * length
     (root / "original_sequences/youtube/c23/videos/001.mp4").write_text("no video")
-    with pytest.raises(InputError, match=r"1 of 4 .*: FaceForensics\+\+/youtube/c23/001 \(invalid literal"):
+    with pytest.raises(
+        InputError, match=r"1 of 4 .*: FaceForensics\+\+/youtube/c23/001 \(invalid literal"
+    ):
         opened(root)
     kept = opened(root, bad="skip")
     assert len(kept) == 3 and sorted(kept.lengths) == [20, 22, 23]
@@ -420,7 +510,9 @@ def test_the_embedded_videos_are_official_in_shape_and_disjoint():
     for indices in parts.values():
         assert videos.labels[indices].mean() == pytest.approx(5 / 6)
     assert set(videos.methods) == {"generated", "order"}
-    (clip,) = videos.batches([(np.array([1]), videos.eval_clips(np.array([1]), 8, 2.0, 1)[:, 0])], 1)
+    (clip,) = videos.batches(
+        [(np.array([1]), videos.eval_clips(np.array([1]), 8, 2.0, 1)[:, 0])], 1
+    )
     assert clip.shape == (1, 8, 3, 40, 40) and clip.dtype == torch.uint8
     with pytest.raises(InputError, match="stored at 40 px"):
         videos.resize_store(32)

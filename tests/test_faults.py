@@ -1,6 +1,8 @@
-"""Runs that something befalls end in time, in one line with the process, the step and the remedy, and go on.
+"""Runs that something befalls end in time, in one line with the process, the step and the remedy,
+and go on.
 
-The harness is tests/torture.py, whose short form runs here; the long form's command stands in its docstring.
+The harness is tests/torture.py, whose short form runs here; the long form's command stands in its
+docstring.
 """
 
 import errno
@@ -26,17 +28,23 @@ from torch import nn
 
 import train_simclr
 import train_tsm
-from common import checkpoint, probe, weights
-from common.config import InputError
-from common.datasets import utterances
-from common.log import Log
+from common import linear_eval, weights
+from common.data import utterances
+from common.errors import InputError
+from common.features import _read_features, stored_features
 from common.models import Backbone
+from common.run import checkpoint
+from common.run.log import Log
+from common.run.progress import Progress
 from tests.runs import equal_runs, summary
 from tests.test_train_simclr import cells_tree
 from tests.test_train_tsm import ffpp_tree
 
 ROOT = Path(__file__).parent.parent
-SHORT = "--kills 6 --signals 3 --flips 40 --full-disk 3 --rank-deaths 1 --stalls 1 --hangs 1 --equality 1 --worlds 1"
+SHORT = (
+    "--kills 6 --signals 3 --flips 40 --full-disk 3 --rank-deaths 1 --stalls 1 --hangs 1"
+    " --equality 1 --worlds 1"
+)
 FLAGS = ["--backbone", "resnet18", "--stem", "cifar", "--image-size", "8", "--device", "cpu", "--bs", "16",
          "--save-every", "0", "--workers", "1"]  # fmt: skip
 
@@ -45,7 +53,9 @@ FLAGS = ["--backbone", "resnet18", "--stem", "cifar", "--image-size", "8", "--de
 def test_whatever_befalls_a_run_the_same_command_ends_it_as_if_nothing_had(script):
     env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
     command = [sys.executable, "-m", "tests.torture", "--script", script, *SHORT.split()]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=env | {"OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0 and "nothing was lost" in done.stdout, done.stdout + done.stderr
 
 
@@ -75,22 +85,28 @@ def ends(argv, capsys) -> tuple[int, str]:
     return ending.value.code, error
 
 
-def test_an_image_that_is_damaged_at_a_late_step_ends_the_run_by_name_and_step(small, tmp_path, monkeypatch, capsys):
-    cells, end_step = cells_tree(tmp_path / "cells"), checkpoint.Progress.end_step
+def test_an_image_that_is_damaged_at_a_late_step_ends_the_run_by_name_and_step(
+    small, tmp_path, monkeypatch, capsys
+):
+    cells, end_step = cells_tree(tmp_path / "cells"), Progress.end_step
     image, content = cells / "long" / "05.png", (cells / "long" / "05.png").read_bytes()
-    monkeypatch.setattr(train_simclr.data, "_CACHE_BYTES", 0)  # a large set is read again in every epoch
+    monkeypatch.setattr(
+        "common.data.images._CACHE_BYTES", 0
+    )  # a large set is read again in every epoch
 
     def damage(self, bad):
         end_step(self, bad)
         if self.step == 5:
             image.write_bytes(content[:-80] + bytes(80))  # the size is that of before
 
-    monkeypatch.setattr(checkpoint.Progress, "end_step", damage)
+    monkeypatch.setattr(Progress, "end_step", damage)
     argv = [*FLAGS, "--data", str(cells), "--epochs", "4", "--out", str(tmp_path / "run")]
     code, said = ends(argv, capsys)
-    assert code == 2 and re.search(r"process 0 of 1, pretrain step [5-9]: image long/05.png .* cannot be read", said)
-    assert "--bad-images skip" in said and summary(tmp_path / "run")["status"] == "failed"
-    monkeypatch.setattr(checkpoint.Progress, "end_step", end_step)
+    assert code == 2 and re.search(
+        r"process 0 of 1, pretrain step [5-9]: image long/05.png .* cannot be read", said
+    )
+    assert "--on-bad-item skip" in said and summary(tmp_path / "run")["status"] == "failed"
+    monkeypatch.setattr(Progress, "end_step", end_step)
     # Mended, the same command goes on as if nothing had happened.
     image.write_bytes(content)
     assert train_simclr.main(argv) == 0
@@ -99,20 +115,24 @@ def test_an_image_that_is_damaged_at_a_late_step_ends_the_run_by_name_and_step(s
 
 
 def test_a_data_folder_that_vanishes_ends_the_run(small, tmp_path, monkeypatch, capsys):
-    cells, end_step = cells_tree(tmp_path / "cells"), checkpoint.Progress.end_step
-    monkeypatch.setattr(train_simclr.data, "_CACHE_BYTES", 0)
+    cells, end_step = cells_tree(tmp_path / "cells"), Progress.end_step
+    monkeypatch.setattr("common.data.images._CACHE_BYTES", 0)
 
     def vanish(self, bad):
         end_step(self, bad)
         if self.step == 5:
             cells.rename(tmp_path / "gone")
 
-    monkeypatch.setattr(checkpoint.Progress, "end_step", vanish)
+    monkeypatch.setattr(Progress, "end_step", vanish)
     argv = [*FLAGS, "--data", str(cells), "--epochs", "4", "--out", str(tmp_path / "run")]
     code, said = ends(argv, capsys)
-    assert code == 2 and "process 0 of 1, pretrain step " in said and "No such file or directory" in said
+    assert (
+        code == 2
+        and "process 0 of 1, pretrain step " in said
+        and "No such file or directory" in said
+    )
     (tmp_path / "gone").rename(cells)
-    monkeypatch.setattr(checkpoint.Progress, "end_step", end_step)
+    monkeypatch.setattr(Progress, "end_step", end_step)
     assert train_simclr.main(argv) == 0
 
 
@@ -137,7 +157,7 @@ def test_what_the_disk_refuses_ends_the_run_and_leaves_the_last_checkpoint(
     step = checkpoint.load_newest(tmp_path / "run")["place"]["step"]
     assert step >= 1 and not list((tmp_path / "run").glob(".*.tmp*"))
     assert train_simclr.main(argv) == 0
-    assert f"going on from step {step}," in capsys.readouterr().out
+    assert f"resuming from step {step}," in capsys.readouterr().out
 
 
 def test_a_disk_that_is_too_small_is_found_before_writing(tmp_path, monkeypatch):
@@ -179,10 +199,14 @@ def test_a_state_goes_on_with_and_without_compile(first, small, tmp_path, monkey
     monkeypatch.setattr(nn.Module, "compile", eagerly)
     argv = [*FLAGS, "--data", str(cells_tree(tmp_path / "cells")), "--epochs", "2", "--out"]
     with pytest.raises(SystemExit):
-        train_simclr.main([*argv, str(tmp_path / "run"), "--max-steps", "4", *["--compile"] * first])
+        train_simclr.main(
+            [*argv, str(tmp_path / "run"), "--max-steps", "4", *["--compile"] * first]
+        )
     assert train_simclr.main([*argv, str(tmp_path / "run"), *["--compile"] * (not first)]) == 0
     assert train_simclr.main([*argv, str(tmp_path / "whole")]) == 0 and len(compiled) == 1
-    one, two = (checkpoint.load(tmp_path / name / "last.pt")["parts"]["model"] for name in ("run", "whole"))
+    one, two = (
+        checkpoint.load(tmp_path / name / "last.pt")["parts"]["model"] for name in ("run", "whole")
+    )
     assert one.keys() == two.keys()
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
@@ -199,9 +223,9 @@ def test_a_damaged_best_model_is_found_at_the_start_not_at_the_end(small, tmp_pa
 
 
 def test_weights_that_are_not_finite_are_never_stored(tmp_path):
-    facts = train_simclr.dist.Facts(0, 1, 0, torch.device("cpu"))
+    world = train_simclr.dist.Dist(0, 1, 0, torch.device("cpu"))
     model, log = nn.Linear(2, 2), Log(tmp_path, main=True)
-    progress = checkpoint.Progress(tmp_path, "s", parts={"model": model}, log=log, facts=facts, signals=None, meta={},
+    progress = Progress(tmp_path, "s", parts={"model": model}, log=log, world=world, signals=None, model_spec={},
                                    start="", save_every=1, max_steps=None)  # fmt: skip
     for step in (1, 2):
         progress.step = step
@@ -210,7 +234,10 @@ def test_weights_that_are_not_finite_are_never_stored(tmp_path):
         model.weight[0, 0] = float("inf")
     with pytest.raises(checkpoint.Diverged, match="last good checkpoint"):
         progress.save()
-    steps = [checkpoint.load(tmp_path / name)["place"]["step"] for name in ("last.previous.pt", "last.pt")]
+    steps = [
+        checkpoint.load(tmp_path / name)["place"]["step"]
+        for name in ("last.previous.pt", "last.pt")
+    ]
     assert steps == [1, 2]
 
 
@@ -240,7 +267,7 @@ def test_the_same_command_repeats_a_diverged_step_and_names_what_is_not_finite(
             "nt_xent",
             lambda *a, **k: nt_xent(*a, **k) + (float("inf") if len(calls) == poisoned.at else 0),
         )
-    monkeypatch.setattr(train_simclr.probe, "representation", lambda *_: {})
+    monkeypatch.setattr(train_simclr, "representation", lambda *_: {})
     code, said = ends(argv, capsys)
     assert code == 3 and "--detect-anomaly added to the same command" in said
     step = checkpoint.load(tmp_path / "run" / "last.pt")["place"]["step"]
@@ -254,13 +281,17 @@ def test_the_same_command_repeats_a_diverged_step_and_names_what_is_not_finite(
         "gradient": "the gradients of 1 tensors are not, the last is backbone.conv.weight",
         "loss": "every layer's output is finite; the loss is not",
     }
-    assert told[where] in said and (where != "layer" or "rows 5 of 32; its input is not finite" in said)
+    assert told[where] in said and (
+        where != "layer" or "rows 5 of 32; its input is not finite" in said
+    )
 
 
-def test_an_early_stop_is_said_and_more_epochs_do_not_pass_for_training(tmp_path, monkeypatch, capsys):
-    select = checkpoint.Progress.select
+def test_an_early_stop_is_said_and_more_epochs_do_not_pass_for_training(
+    tmp_path, monkeypatch, capsys
+):
+    select = Progress.select
     monkeypatch.setattr(
-        checkpoint.Progress,
+        Progress,
         "select",
         lambda self, value, *rest, **more: select(self, 0.5, *rest, **more | {"certain": 0.4}),
     )
@@ -270,10 +301,15 @@ def test_an_early_stop_is_said_and_more_epochs_do_not_pass_for_training(tmp_path
             "--patience"]  # fmt: skip
     run = str(tmp_path / "run")
     assert train_tsm.main([*argv, "1", "--out", run, "--epochs", "5"]) == 0
-    assert re.search(r"train: stopped early after epoch 2 of 5, the best is epoch 1\n", capsys.readouterr().out)
+    assert re.search(
+        r"train: stopped early after epoch 2 of 5, the best is epoch 1\n", capsys.readouterr().out
+    )
     assert train_tsm.main([*argv, "1", "--resume", run, "--epochs", "9"]) == 0
-    assert "More epochs change nothing, a larger --patience with --fork does" in capsys.readouterr().out
-    assert train_tsm.main([*argv, "3", "--fork", "--resume", run, "--epochs", "9"]) == 0
+    assert (
+        "More epochs change nothing, a larger --patience with --force-resume does"
+        in capsys.readouterr().out
+    )
+    assert train_tsm.main([*argv, "3", "--force-resume", "--resume", run, "--epochs", "9"]) == 0
     assert "stopped early after epoch 4 of 9, the best is epoch 1\n" in capsys.readouterr().out
 
 
@@ -284,7 +320,11 @@ def test_damaged_features_are_computed_again(how, small, tmp_path, capsys):
             "1", "--finetune-bs", "16", "--finetune-epochs", "1", "--out", str(run)]  # fmt: skip
     assert train_simclr.main(argv) == 0
     file, good = run / "features.npz", (run / "features.npz").read_bytes()
-    changed = {"cut": good[:-200], "flip": good[:200] + bytes([good[200] ^ 1]) + good[201:], "empty": b""}
+    changed = {
+        "cut": good[:-200],
+        "flip": good[:200] + bytes([good[200] ^ 1]) + good[201:],
+        "empty": b"",
+    }
     if how == "foreign":
         np.savez(file, other=np.zeros(3))
     else:
@@ -301,13 +341,30 @@ def test_damaged_features_are_computed_again(how, small, tmp_path, capsys):
 
 def test_features_that_one_process_cannot_read_are_computed_by_all(small, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(probe.dist, "all_reduce", lambda x, op: asked.append(int(x)) or x.fill_(1))
+    monkeypatch.setattr(
+        linear_eval.dist, "all_reduce", lambda x, op: asked.append(int(x)) or x.fill_(1)
+    )
     items = type(
-        "Items", (), {"fingerprint": "f", "store_size": 8, "ids": ["a"], "labels": np.zeros(1), "classes": ["c"]}
+        "Items",
+        (),
+        {
+            "fingerprint": "f",
+            "store_size": 8,
+            "ids": ["a"],
+            "labels": np.zeros(1),
+            "classes": ["c"],
+        },
     )
     items.__len__ = lambda self: 1
-    run = type("R", (), {"folder": tmp_path, "data": items(), "meta": {"image_size": 8}, "splits": {}})()
-    run.facts, run.log = train_simclr.dist.Facts(0, 2, 0, torch.device("cpu")), type("L", (), {"say": print})()
+    run = type(
+        "R",
+        (),
+        {"folder": tmp_path, "data": items(), "model_spec": {"image_size": 8}, "splits": {}},
+    )()
+    run.world, run.log = (
+        train_simclr.dist.Dist(0, 2, 0, torch.device("cpu")),
+        type("L", (), {"say": print})(),
+    )
     computed = []
 
     def compute():
@@ -315,7 +372,7 @@ def test_features_that_one_process_cannot_read_are_computed_by_all(small, tmp_pa
         return torch.zeros(1, 2)
 
     for _ in range(2):
-        probe.stored_features(run, "w", compute)
+        stored_features(run, "w", compute)
     assert asked == [1, 0] and len(computed) == 2
 
 
@@ -359,7 +416,9 @@ def hostile(trap: Path) -> dict:
         "shutil.copy": Runs(shutil.copy, __file__, str(trap)),
         "torch.save": Runs(torch.save, {"x": 1}, str(trap)),
         "numpy.save": Runs(np.save, str(trap), [1]),
-        "numpy.load": Runs(np.load, io.BytesIO(pickle.dumps(Runs(os.mkdir, str(trap)))), None, True),
+        "numpy.load": Runs(
+            np.load, io.BytesIO(pickle.dumps(Runs(os.mkdir, str(trap)))), None, True
+        ),
         "pickle.loads": Runs(pickle.loads, pickle.dumps(Runs(os.mkdir, str(trap)))),
         "a module": nn.Linear(2, 2),
         "a namespace": types.SimpleNamespace(x=1),
@@ -378,7 +437,9 @@ FILES = {
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("form", [*FILES, "tar", "npz", "marked"])
 def test_twenty_five_hostile_pickles_execute_nothing(form, tmp_path):
-    """In every place that reads what somebody else wrote: checkpoints, published weights, features, utterances."""
+    """In every place that reads what somebody else wrote: checkpoints, published weights, features,
+    utterances.
+    """
     trap = tmp_path / "executed"
     things = hostile(trap)
     assert len(things) >= 25
@@ -386,7 +447,9 @@ def test_twenty_five_hostile_pickles_execute_nothing(form, tmp_path):
         file = tmp_path / ("x.npz" if form == "npz" else "x.pt")
         if form in FILES:
             FILES[form]({"model": {"weight": torch.zeros(2)}, "more": thing}, file)
-        elif form == "marked":  # with our own mark: it says that nothing was damaged, not that it is harmless
+        elif (
+            form == "marked"
+        ):  # with our own mark: it says that nothing was damaged, not that it is harmless
             checkpoint.save(file, {"weights": torch.zeros(2), "more": thing})
         elif form == "tar":
             with tarfile.open(file, "w") as archive:
@@ -397,13 +460,15 @@ def test_twenty_five_hostile_pickles_execute_nothing(form, tmp_path):
                     archive.addfile(info, io.BytesIO(data))
         else:
             array = io.BytesIO()
-            np.lib.format.write_array(array, np.array([thing, None], dtype=object), allow_pickle=True)
+            np.lib.format.write_array(
+                array, np.array([thing, None], dtype=object), allow_pickle=True
+            )
             with zipfile.ZipFile(file, "w") as archive:
                 for member in ("text", "label", "features", "key"):
                     archive.writestr(f"{member}.npy", array.getvalue())
         if form == "npz":
             said = []
-            assert probe._read_features(file, "key", said.append) is None and "damaged" in said[0], name
+            assert _read_features(file, "key", said.append) is None and "damaged" in said[0], name
             with pytest.raises(InputError):
                 utterances.open_utterances(str(file))
         else:
@@ -414,12 +479,20 @@ def test_twenty_five_hostile_pickles_execute_nothing(form, tmp_path):
 
 
 def test_no_code_reads_a_file_with_code():
-    """torch.load always says weights_only=True, NumPy never allows pickles, and there is no list of allowed classes."""
+    """torch.load always says weights_only=True, NumPy never allows pickles, and there is no list of
+    allowed classes.
+    """
     files = [*ROOT.glob("train_*.py"), *ROOT.glob("common/**/*.py"), *ROOT.glob("kernels/*.py")]
     assert len(files) > 40
     for file in files:
         text = file.read_text()
         for call in re.findall(r"torch\.load\((?:[^()]|\([^()]*\))*\)", text):
             assert "weights_only=True" in call, f"{file.name}: {call}"
-        for word in ("add_safe_globals", "safe_globals(", "allow_pickle=True", "weights_only=False", "pickle.loads("):
+        for word in (
+            "add_safe_globals",
+            "safe_globals(",
+            "allow_pickle=True",
+            "weights_only=False",
+            "pickle.loads(",
+        ):
             assert word not in text, f"{file.name}: {word}"

@@ -1,9 +1,9 @@
-"""Every kernel compiles ahead of time for five GPUs, without one: no spills, tensor cores used, shared memory within
-limits.
+"""Every kernel compiles ahead of time for five GPUs, without one: no spills, tensor cores used,
+shared memory within limits.
 
-Run as a program (`python tests/test_kernels_aot.py sm_90`) it prints one JSON line per kernel: the tables of
-kernels/README.md. The compiler refuses to work in a process that has TRITON_INTERPRET set, so the tests run it that
-way too.
+Run as a program (`python tests/test_kernels_aot.py sm_90`) it prints one JSON line per kernel: the
+tables of kernels/README.md. The compiler refuses to work in a process that has TRITON_INTERPRET
+set, so the tests run it that way too.
 """
 
 import concurrent.futures
@@ -17,8 +17,12 @@ import tempfile
 
 import pytest
 
+from kernels import similarity
+from kernels.temporal_shift import temporal_shift_kernel
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-# Shared memory per block in bytes: CUDA programming guide, compute capabilities; CDNA3 ISA (64 KB of LDS).
+# Shared memory per block in bytes: CUDA programming guide, compute capabilities; CDNA3 ISA (64 KB
+# of LDS).
 TARGETS = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
 # Tiles of 16 rows are too low for the newer instructions of sm_90 and sm_100.
 TENSOR_CORES = {
@@ -31,7 +35,9 @@ TENSOR_CORES["gfx942"] = "v_mfma"
 
 
 def compile_kernel(kernel, types, constants, target, warps, stages):
-    """-> a dict of the compiler's report. types: argument name -> Triton type, for all that is no constant."""
+    """-> a dict of the compiler's report. types: argument name -> Triton type, for all that is no
+    constant.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -41,24 +47,32 @@ def compile_kernel(kernel, types, constants, target, warps, stages):
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
     missing = [name for name in kernel.arg_names if name not in types and name not in constants]
     assert not missing, f"{kernel.__name__}: no type for {missing}"
-    # What the launcher knows too: buffers start at multiples of 16 bytes, and padded sizes are multiples of 16.
+    # What the launcher knows too: buffers start at multiples of 16 bytes, and padded sizes are
+    # multiples of 16.
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
         if name in types and (types[name][0] == "*" or name in types["aligned"])
     }
     source = ASTSource(kernel, signature, constants, aligned)
-    compiled = triton.compile(source, target=gpu, options={"num_warps": warps, "num_stages": stages})
+    compiled = triton.compile(
+        source, target=gpu, options={"num_warps": warps, "num_stages": stages}
+    )
     report = {"kernel": kernel.__name__, "target": target, "warps": warps, "stages": stages}
     report["shared"] = compiled.metadata.shared
     assembly = compiled.asm["amdgcn" if amd else "ptx"]
     report["wide_accesses"] = len(
         re.findall(
-            r"_(?:load|store)_dwordx4" if amd else r"\b(?:ld|st)\.global\S*\.v4|cp\.async\S* .*, 0x10,", assembly
+            r"_(?:load|store)_dwordx4"
+            if amd
+            else r"\b(?:ld|st)\.global\S*\.v4|cp\.async\S* .*, 0x10,",
+            assembly,
         )
     )
     report["tensor_cores"] = len(re.findall(TENSOR_CORES[target], assembly))
-    report["carried"] = [loop.count(" = ") for loop in re.findall(r"iter_args\((.*?)\) ->", compiled.asm["ttgir"])]
+    report["carried"] = [
+        loop.count(" = ") for loop in re.findall(r"iter_args\((.*?)\) ->", compiled.asm["ttgir"])
+    ]
     if amd:
         report["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1])
         report["spills"] = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", assembly)[1])
@@ -67,17 +81,25 @@ def compile_kernel(kernel, types, constants, target, warps, stages):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        usage = subprocess.run([tools / "cuobjdump", "-res-usage", cubin.name], capture_output=True, text=True).stdout
-        sass = subprocess.run([tools / "nvdisasm", "-c", cubin.name], capture_output=True, text=True).stdout
+        usage = subprocess.run(
+            [tools / "cuobjdump", "-res-usage", cubin.name], capture_output=True, text=True
+        ).stdout
+        sass = subprocess.run(
+            [tools / "nvdisasm", "-c", cubin.name], capture_output=True, text=True
+        ).stdout
     report["registers"] = int(re.search(r"REG:(\d+)", usage)[1])
-    report["spills"] = int(re.search(r"STACK:(\d+)", usage)[1]) + len(re.findall(r"\b(?:LDL|STL)\b", sass))
+    report["spills"] = int(re.search(r"STACK:(\d+)", usage)[1]) + len(
+        re.findall(r"\b(?:LDL|STL)\b", sass)
+    )
     for name in ("SHFL", "MUFU.EX2"):
         report[name.lower()] = len(re.findall(rf"\b{re.escape(name)}\b", sass))
     return report
 
 
 def argument_types(kernel, element, *, fp32=(), int64=(), aligned=(), scalars=()):
-    """Pointers to element but for those named; integers but for the scalars; lower-case names are no constants."""
+    """Pointers to element but for those named; integers but for the scalars; lower-case names are
+    no constants.
+    """
     types = {"aligned": aligned}
     for name in kernel.arg_names:
         if name.endswith("_ptr"):
@@ -89,27 +111,48 @@ def argument_types(kernel, element, *, fp32=(), int64=(), aligned=(), scalars=()
 
 def gram_cases(target, every):
     """(label, kernel, types, constants, warps, stages) of the tiles."""
-    from kernels import gram
 
     chosen = [(1, "bf16", 128), (1, "bf16", 256), (1, "bf16", 512), (2, "fp16", 128)]
     if every:
         chosen = [
-            (p, e, d) for p, e in ((1, "bf16"), (1, "fp16"), (2, "fp16"), (2, "bf16")) for d in (16, 64, 128, 256, 512)
+            (p, e, d)
+            for p, e in ((1, "bf16"), (1, "fp16"), (2, "fp16"), (2, "bf16"))
+            for d in (16, 64, 128, 256, 512)
         ]
     for planes, element, block_d in chosen:
         for name in ("half", "full", "bwd"):
-            tile = gram.tile(name, planes, block_d, target)
+            tile = similarity.tile(name, planes, block_d, target)
             if tile is None or (
                 name == "half" and (planes, element) == (2, "bf16")
             ):  # rows of unknown length: full grid
                 continue
-            kernel = {"half": gram.half_kernel, "full": gram.full_kernel, "bwd": gram.bwd_kernel}[name]
+            kernel = {
+                "half": similarity.half_kernel,
+                "full": similarity.full_kernel,
+                "bwd": similarity.bwd_kernel,
+            }[name]
             block_m, block_n, warps, stages = tile
-            sums = ("slots_ptr", "tops_ptr", "sums_ptr", "lse_rows_ptr", "lse_keys_ptr", "partial_ptr")
-            types = argument_types(
-                kernel, element, fp32=sums, aligned=("stride_slot", "keys_per_split"), scalars=("shift",)
+            sums = (
+                "slots_ptr",
+                "tops_ptr",
+                "sums_ptr",
+                "lse_rows_ptr",
+                "lse_keys_ptr",
+                "partial_ptr",
             )
-            constants = {"PAIR_SHIFT": 1, "SPLIT": planes == 2, "BLOCK_M": block_m, "BLOCK_N": block_n}
+            types = argument_types(
+                kernel,
+                element,
+                fp32=sums,
+                aligned=("stride_slot", "keys_per_split"),
+                scalars=("shift",),
+            )
+            constants = {
+                "PAIR_SHIFT": 1,
+                "SPLIT": planes == 2,
+                "BLOCK_M": block_m,
+                "BLOCK_N": block_n,
+            }
             constants["BLOCK_D"] = block_d
             label = f"{element}{' hi+lo' if planes == 2 else ''} D={block_d}, {block_m}x{block_n}"
             if name != "bwd":
@@ -130,12 +173,34 @@ def gram_cases(target, every):
 
 def loss_cases(target):
     """The kernels around NT-Xent's and SupCon's tiles, and those that do both at once."""
-    from kernels import gram
 
     losses, supervised = sys.modules["kernels.nt_xent"], sys.modules["kernels.sup_con"]
-    fp32 = ("temperature_ptr", "pos_ptr", "tops_ptr", "sums_ptr", "negatives_ptr", "lse_ptr", "loss_ptr", "dloss_ptr")
-    fp32 += ("partial_ptr", "dtemperature_ptr", "keys_ptr", "out_ptr", "partials_ptr", "scale_ptr", "positives_ptr")
-    common = {"TEMPERATURE_IS_TENSOR": True, "NORMALIZE": True, "EPS": 1e-12, "DECOUPLED": False, "BLOCK_P": 16}
+    fp32 = (
+        "temperature_ptr",
+        "pos_ptr",
+        "tops_ptr",
+        "sums_ptr",
+        "negatives_ptr",
+        "lse_ptr",
+        "loss_ptr",
+        "dloss_ptr",
+    )
+    fp32 += (
+        "partial_ptr",
+        "dtemperature_ptr",
+        "keys_ptr",
+        "out_ptr",
+        "partials_ptr",
+        "scale_ptr",
+        "positives_ptr",
+    )
+    common = {
+        "TEMPERATURE_IS_TENSOR": True,
+        "NORMALIZE": True,
+        "EPS": 1e-12,
+        "DECOUPLED": False,
+        "BLOCK_P": 16,
+    }
     common |= {
         "BLOCK_D": 128,
         "FP16": False,
@@ -171,50 +236,87 @@ def loss_cases(target):
             constants["BLOCK_D"] = 32
         if "sup_con" in kernel.__name__:
             constants["BLOCK_R"] = supervised._block_r(constants["BLOCK_D"])
-            constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+            constants = {
+                name: value for name, value in constants.items() if name in kernel.arg_names
+            }
         if "few_rows" not in kernel.__name__:
             yield kernel.__name__, kernel, types, constants, warps, stages
             continue
-        block_m, block_n, warps, stages = gram.few_rows_tile(target)
+        block_m, block_n, warps, stages = similarity.few_rows_tile(target)
         constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n}
         widths = [("bf16", 128, False), ("fp16", 64, True)]
         if kernel is supervised._sup_con_few_rows_fwd_kernel:
             widths += [("bf16", 256, False), ("fp16", 128, True)]
         for element, block_d, split in widths:
-            typed = {name: f"*{element}" if kind == "*bf16" else kind for name, kind in types.items()}
+            typed = {
+                name: f"*{element}" if kind == "*bf16" else kind for name, kind in types.items()
+            }
             sized = constants | {"BLOCK_D": block_d, "SPLIT": split}
-            label = f"{kernel.__name__} {element}{' hi+lo' if split else ''} D={block_d}, {block_m}x{block_n}"
+            label = (
+                f"{kernel.__name__} {element}{' hi+lo' if split else ''} D={block_d},"
+                f" {block_m}x{block_n}"
+            )
             yield label, kernel, typed, sized, warps, stages
 
 
 def shift_cases(target, every):
-    from kernels import shift_conv1x1 as _  # noqa: F401
-    from kernels.temporal_shift import temporal_shift_kernel
 
     fused = sys.modules["kernels.shift_conv1x1"]
     for channels_last in (False, True):
         types = argument_types(temporal_shift_kernel, "bf16")
-        constants = {"CHANNELS_LAST": channels_last, "SWAP": False, "PADDING": "zero", "TRANSPOSED": False}
+        constants = {
+            "CHANNELS_LAST": channels_last,
+            "SWAP": False,
+            "PADDING": "zero",
+            "TRANSPOSED": False,
+        }
         constants |= {"VECTOR": 8, "BLOCK": 1024}
         constants_of_shift = constants
         label = f"shift bf16 {'channels_last' if channels_last else 'contiguous'}"
         yield label, temporal_shift_kernel, types, constants, 4, 3
     types = argument_types(temporal_shift_kernel, "bf16")
-    yield "shift bf16 replicate", temporal_shift_kernel, types, constants | {"PADDING": "replicate"}, 4, 3
+    yield (
+        "shift bf16 replicate",
+        temporal_shift_kernel,
+        types,
+        constants | {"PADDING": "replicate"},
+        4,
+        3,
+    )
     # Triton turns an argument of 1 into a constant, which has other methods.
     for padding in ("circulant", "replicate"):
         ones = {"num_frames": 1, "PADDING": padding}
         left = {name: kind for name, kind in types.items() if name not in ones}
-        yield f"shift bf16 one frame, {padding}", temporal_shift_kernel, left, constants_of_shift | ones, 4, 3
+        yield (
+            f"shift bf16 one frame, {padding}",
+            temporal_shift_kernel,
+            left,
+            constants_of_shift | ones,
+            4,
+            3,
+        )
     # As many channels as the forward keeps; folds that are and are not multiples of a load's width.
     widest = fused.RESIDENT.get(target, 128)
     for vector in (2, 4, 8) if every else (2, 8):
         for name in ("fwd", "fwd_loop", "dx", "dw"):
             kernel = getattr(fused, f"shift_conv1x1_{name}_kernel")
             types = argument_types(kernel, "bf16", fp32=("partial_ptr",))
-            block_m, block_n, block_k, warps, stages = fused.TILES.get(target, fused.TILE)[name.split("_")[0]]
-            constants = {"VECTOR": vector, "IN_VECTOR": 8, "OUT_VECTOR": 8, "PRECISION": "ieee", "HAS_BIAS": True}
-            constants |= {"SMALL_AREA": vector == 2, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
+            block_m, block_n, block_k, warps, stages = fused.TILES.get(target, fused.TILE)[
+                name.split("_")[0]
+            ]
+            constants = {
+                "VECTOR": vector,
+                "IN_VECTOR": 8,
+                "OUT_VECTOR": 8,
+                "PRECISION": "ieee",
+                "HAS_BIAS": True,
+            }
+            constants |= {
+                "SMALL_AREA": vector == 2,
+                "BLOCK_M": block_m,
+                "BLOCK_N": block_n,
+                "BLOCK_K": block_k,
+            }
             channels = widest if vector == 8 else widest * 5 // 8
             fold = channels // 8 // 8 * 8 + vector % 8
             products = fused.segments(channels, fold, 2 * fold)
@@ -237,7 +339,10 @@ def reports(target, *options):
     """What a process of its own says about every kernel."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__, target, *options], env=environment, capture_output=True, text=True
+        [sys.executable, "-W", "ignore", __file__, target, *options],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -256,11 +361,16 @@ def check(target, found):
     for report in found:
         assert report["spills"] == 0, report
         assert report["shared"] <= TARGETS[target], report
-        products = any(name in report["kernel"] for name in ("half_", "full_", "bwd_kernel", "few_rows", "conv1x1"))
+        products = any(
+            name in report["kernel"]
+            for name in ("half_", "full_", "bwd_kernel", "few_rows", "conv1x1")
+        )
         assert (report["tensor_cores"] > 0) == products, report
         if report["kernel"] == "temporal_shift_kernel" or "runs of 8" in report["label"]:
             assert report["wide_accesses"] > 0, report
-        if report["label"] == "shift bf16 replicate":  # the frame before and the frame itself, which start out equal
+        if (
+            report["label"] == "shift bf16 replicate"
+        ):  # the frame before and the frame itself, which start out equal
             assert report["carried"] == [2], report
 
 

@@ -1,4 +1,6 @@
-"""The benchmark runs without a GPU, reports what it says it reports, and refuses to time a wrong kernel."""
+"""The benchmark runs without a GPU, reports what it says it reports, and refuses to time a wrong
+kernel.
+"""
 
 import json
 
@@ -48,7 +50,9 @@ def test_a_missing_peer_is_said(monkeypatch, capsys):
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch, capsys):
     right = kernels.benchmark.nt_xent
-    monkeypatch.setattr(kernels.benchmark, "nt_xent", lambda *args, **kwargs: 1.001 * right(*args, **kwargs))
+    monkeypatch.setattr(
+        kernels.benchmark, "nt_xent", lambda *args, **kwargs: 1.001 * right(*args, **kwargs)
+    )
     with pytest.raises(SystemExit) as stop:
         kernels.benchmark.main(["--op", "nt_xent", "--cpu", "--quick"])
     assert stop.value.code == 4

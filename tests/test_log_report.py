@@ -10,8 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from common import log, plot, report
-from common.config import InputError
+from common.errors import InputError
+from common.report import __main__, charts, figures, page
+from common.report.curves import charts_of
+from common.run import log
+from common.run.inference import write_predictions
 
 
 def test_log_lines_hold_the_same_fields_as_the_console(tmp_path, capsys):
@@ -23,12 +26,22 @@ def test_log_lines_hold_the_same_fields_as_the_console(tmp_path, capsys):
     book.metrics("train", 7, 1, {"train/val/accuracy": 0.5, "train/val/loss": float("nan")})
     book.close()
     console = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"train step 007/100 \| loss 4\.8123 \| lr 2\.4e-01 \| \d+ img/s \| eta \S+", console[0])
+    assert re.fullmatch(
+        r"train step 007/100 \| loss 4\.8123 \| lr 2\.4e-01 \| \d+ img/s \| eta \S+", console[0]
+    )
     assert console[1] == "train epoch 1 | val/accuracy 0.5000 | val/loss nan"
     first, second = log.read(tmp_path)
-    assert (first["stage"], first["step"], first["epoch"], first["loss"], first["lr"]) == ("train", 7, 1, 4.8123, 0.24)
+    assert (first["stage"], first["step"], first["epoch"], first["loss"], first["lr"]) == (
+        "train",
+        7,
+        1,
+        4.8123,
+        0.24,
+    )
     assert set(log.TIMING) <= first.keys()
-    assert second["train/val/accuracy"] == 0.5 and second["train/val/loss"] is None  # strict JSON has no NaN
+    assert (
+        second["train/val/accuracy"] == 0.5 and second["train/val/loss"] is None
+    )  # strict JSON has no NaN
 
 
 def test_other_ranks_are_silent(tmp_path, capsys):
@@ -62,7 +75,15 @@ def test_lines_after_a_checkpoint_are_cut_and_a_torn_line_is_dropped(tmp_path):
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0, "0s"), (41.4, "41s"), (59.6, "1m"), (720, "12m"), (3599, "1h00m"), (11100, "3h05m"), (187200, "2d04h")],
+    [
+        (0, "0s"),
+        (41.4, "41s"),
+        (59.6, "1m"),
+        (720, "12m"),
+        (3599, "1h00m"),
+        (11100, "3h05m"),
+        (187200, "2d04h"),
+    ],
 )
 def test_durations(seconds, text):
     assert log.duration(seconds) == text
@@ -99,7 +120,8 @@ def test_a_missing_tensorboard_is_an_error_with_the_install_line(tmp_path, monke
 
 def test_tensorboard_gets_the_same_values(tmp_path):
     events = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator", reason="pip install -r tests/requirements.txt"
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="pip install -r tests/requirements.txt",
     )
     book = log.Log(tmp_path, main=True, tensorboard=True)
     book.metrics("train", 5, 1, {"train/val/accuracy": 0.25})
@@ -107,31 +129,41 @@ def test_tensorboard_gets_the_same_values(tmp_path):
     book.close()
     board = events.EventAccumulator(str(tmp_path))
     board.Reload()
-    assert [(e.step, e.value) for e in board.Scalars("train/val/accuracy")] == [(5, 0.25), (9, 0.75)]
+    assert [(e.step, e.value) for e in board.Scalars("train/val/accuracy")] == [
+        (5, 0.25),
+        (9, 0.75),
+    ]
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "expected"), [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]), (3.1, 5.6, [3.5, 4, 4.5, 5, 5.5]), (2, 2, [2])]
+    ("low", "high", "expected"),
+    [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]), (3.1, 5.6, [3.5, 4, 4.5, 5, 5.5]), (2, 2, [2])],
 )
 def test_ticks_are_round_numbers_inside_the_range(low, high, expected):
-    assert plot.ticks(low, high) == pytest.approx(expected)
+    assert charts.ticks(low, high) == pytest.approx(expected)
 
 
 def test_a_chart_draws_its_points_where_they_belong():
     labels = dict(x_label="step", y_label="loss")
-    svg = ET.fromstring(plot.lines("loss", {"train": [(0, 0.0), (10, 1.0)]}, **labels, levels={"chance": 2.0}))
+    svg = ET.fromstring(
+        charts.lines("loss", {"train": [(0, 0.0), (10, 1.0)]}, **labels, levels={"chance": 2.0})
+    )
     line = next(e for e in svg.iter() if e.tag.endswith("polyline")).attrib["points"]
     (x0, y0), (x1, y1) = [tuple(map(float, p.split(","))) for p in line.split()]
     assert x0 < x1 and y0 > y1  # SVG's y grows downwards
     level = next(e for e in svg.iter() if e.attrib.get("class") == "v").attrib["d"]
     assert float(re.match(r"M[\d.]+ ([\d.]+)H", level)[1]) < y1
-    one = plot.lines("<loss>", {"a": [(3, 1.0)]}, **labels)
+    one = charts.lines("<loss>", {"a": [(3, 1.0)]}, **labels)
     assert "&lt;loss&gt;" in one and "circle" in one
 
 
 def run_directory(folder):
-    (folder / "config.json").write_text(json.dumps({"bs": 8, "resolved": {"pretrain": {"bs": 8}}, "identity": {}}))
-    (folder / "env.json").write_text(json.dumps({"command": "train_x.py --data <cells>", "torch": "2"}))
+    (folder / "config.json").write_text(
+        json.dumps({"bs": 8, "resolved": {"pretrain": {"bs": 8}}, "identity": {}})
+    )
+    (folder / "env.json").write_text(
+        json.dumps({"command": "train_x.py --data <cells>", "torch": "2"})
+    )
     summary = {"pretrain/train/loss": 1.5, "pretrain/train/loss_at_chance": 2.5, "linear/test/accuracy": 0.75,
                "linear/test/macro_f1": 0.7, "status": "finished", "seconds": 61}  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(summary))
@@ -139,45 +171,65 @@ def run_directory(folder):
     pace = log.Pace(8, 20, "img")
     for step in (1, 2, 3):
         pace.tick()
-        book.interval("pretrain", step, 1, {"loss": 3.0 - step / 2, "loss/chance": 1.2 - step / 5}, pace)
-        book.metrics("pretrain", step, step, {"pretrain/train/loss": 2.0, "pretrain/val/knn_accuracy": 0.1 * step})
+        book.interval(
+            "pretrain", step, 1, {"loss": 3.0 - step / 2, "loss_over_chance": 1.2 - step / 5}, pace
+        )
+        book.metrics(
+            "pretrain",
+            step,
+            step,
+            {"pretrain/train/loss": 2.0, "pretrain/val/knn_accuracy": 0.1 * step},
+        )
     book.close()
 
 
 def test_report_is_self_contained_and_names_both_conventions(tmp_path, capsys):
     run_directory(tmp_path)
-    report.save_grid(tmp_path / "figures" / "views.png", torch.rand(4, 3, 10, 10), 2)
-    assert report.main([str(tmp_path)]) == 0
+    figures.save_grid(tmp_path / "figures" / "views.png", torch.rand(4, 3, 10, 10), 2)
+    assert __main__.main([str(tmp_path)]) == 0
     page = (tmp_path / "report.html").read_text()
-    assert "://" not in page.replace("http://www.w3.org/2000/svg", "")  # nothing is loaded from elsewhere
-    for text in ("1.5000", "3.0000", "2.5000", "0.6000", "averaged over the 2N rows", "summed", "0.7500"):
+    assert "://" not in page.replace(
+        "http://www.w3.org/2000/svg", ""
+    )  # nothing is loaded from elsewhere
+    for text in (
+        "1.5000",
+        "3.0000",
+        "2.5000",
+        "0.6000",
+        "averaged over the 2N rows",
+        "summed",
+        "0.7500",
+    ):
         assert text in page
     assert "&lt;cells&gt;" in page and "data:image/png;base64," in page
     drawn = {path.stem for path in (tmp_path / "figures").glob("*.svg")}
     assert {"pretrain_loss", "pretrain_knn_accuracy"} <= drawn
     with pytest.raises(SystemExit) as stop:
-        report.main([str(tmp_path / "absent")])
+        __main__.main([str(tmp_path / "absent")])
     assert stop.value.code == 2
 
 
 def test_small_numbers_do_not_become_zero_in_a_table():
-    shown = report.table([(0.5, 3e-5, 0.0, -1e-4, 0.001)])
+    shown = page.table([(0.5, 3e-5, 0.0, -1e-4, 0.001)])
     assert re.findall(r">([-.\de]+)<", shown) == ["0.5000", "3e-05", "0.0000", "-0.0001", "0.0010"]
 
 
 def test_a_grid_enlarges_small_images_in_whole_pixels(tmp_path):
     images = torch.zeros(2, 3, 8, 8)
     images[1] = 1
-    report.save_grid(tmp_path / "grid.png", images, 2)
+    figures.save_grid(tmp_path / "grid.png", images, 2)
     pixels = np.array(Image.open(tmp_path / "grid.png"))
     scale = 96 // 8
     assert pixels.shape == ((8 + 4) * scale, (2 * 8 + 6) * scale, 3)
-    assert pixels[4 * scale, 6 * scale].tolist() == [0, 0, 0] and pixels[4 * scale, 16 * scale].tolist() == [255] * 3
+    assert (
+        pixels[4 * scale, 6 * scale].tolist() == [0, 0, 0]
+        and pixels[4 * scale, 16 * scale].tolist() == [255] * 3
+    )
 
 
 def test_predictions_hold_id_class_and_scores(tmp_path):
     scores = torch.tensor([[0.2, 0.8], [0.6, 0.4]])
-    report.write_predictions(tmp_path / "p.csv", ["x,1", "y"], ["cat", "dog"], scores)
+    write_predictions(tmp_path / "p.csv", ["x,1", "y"], ["cat", "dog"], scores)
     rows = list(csv.reader((tmp_path / "p.csv").read_text().splitlines()))
     assert rows == [["id", "class", "score_cat", "score_dog"], ["x,1", "dog", "0.200000", "0.800000"],
                     ["y", "cat", "0.600000", "0.400000"]]  # fmt: skip
@@ -186,5 +238,5 @@ def test_predictions_hold_id_class_and_scores(tmp_path):
 def test_an_interval_is_drawn_in_the_chart_of_its_metric():
     line = {"stage": "train", "step": 3, "epoch": 1, "train/val/video_auc": 0.7}
     line |= {"train/val/video_auc_low": 0.6, "train/val/video_auc_high": 0.8}
-    charts = report.charts_of([line], {"resolved": {}})["train"]
+    charts = charts_of([line], {"resolved": {}})["train"]
     assert list(charts) == ["video_auc"] and ">val 0.7 (0.6 to 0.8)<" in charts["video_auc"]

@@ -27,7 +27,9 @@ def test_classification_equals_scikit_learn(num_classes, used, kind):
     }[kind]
     matrix = metrics.confusion_matrix(target, predicted, num_classes)
     assert matrix.dtype == np.int64
-    np.testing.assert_array_equal(matrix, oracle.confusion_matrix(target, predicted, labels=range(num_classes)))
+    np.testing.assert_array_equal(
+        matrix, oracle.confusion_matrix(target, predicted, labels=range(num_classes))
+    )
     scores = metrics.classification(torch.from_numpy(target), predicted.tolist(), num_classes)
     expected = {"accuracy": oracle.accuracy_score(target, predicted)}
     for name, score in (
@@ -36,7 +38,9 @@ def test_classification_equals_scikit_learn(num_classes, used, kind):
         ("macro_f1", oracle.f1_score),
     ):
         expected[name] = score(target, predicted, average="macro", zero_division=0)
-    assert scores.keys() == expected.keys() and all(type(value) is float for value in scores.values())
+    assert scores.keys() == expected.keys() and all(
+        type(value) is float for value in scores.values()
+    )
     assert scores == pytest.approx(expected, abs=1e-12)
 
 
@@ -81,7 +85,9 @@ def test_recall_intervals_are_those_of_drawing_the_items_of_each_class_again():
     assert found == metrics.recall_intervals(target, predicted, 3, seed=0)
     draws = []
     for _ in range(4000):
-        rows = np.concatenate([rng.choice(np.flatnonzero(target == c), (target == c).sum()) for c in range(3)])
+        rows = np.concatenate(
+            [rng.choice(np.flatnonzero(target == c), (target == c).sum()) for c in range(3)]
+        )
         scores = metrics.long_tail(target[rows], predicted[rows], 3)
         draws.append((scores["uar"], scores["war"]))
     for name, values in zip(("uar", "war"), np.array(draws).T, strict=True):
@@ -91,7 +97,9 @@ def test_recall_intervals_are_those_of_drawing_the_items_of_each_class_again():
 
 
 def detections(n, levels, seed, share=0.7):
-    """Labels with both classes and scores of so many levels (None: no ties) that tell something about them."""
+    """Labels with both classes and scores of so many levels (None: no ties) that tell something
+    about them.
+    """
     rng = np.random.default_rng(seed)
     target = np.arange(n) < max(1, min(n - 1, round(share * n)))
     scores = rng.normal(size=n) + target
@@ -101,7 +109,9 @@ def detections(n, levels, seed, share=0.7):
     return target[order].astype(int), scores[order]
 
 
-@pytest.mark.parametrize("n, levels", [(2, None), (3, 1), (7, 2), (50, None), (200, 5), (701, 30), (5000, 100)])
+@pytest.mark.parametrize(
+    "n, levels", [(2, None), (3, 1), (7, 2), (50, None), (200, 5), (701, 30), (5000, 100)]
+)
 @pytest.mark.parametrize("sign", [1, -1])
 def test_detection_equals_scikit_learn_with_ties(n, levels, sign):
     oracle = pytest.importorskip("sklearn.metrics", reason=ORACLE)
@@ -116,14 +126,18 @@ def test_detection_equals_scikit_learn_with_ties(n, levels, sign):
         # Along the curve, where fpr may stand still while tpr jumps.
         "eer": eer_along_the_curve(fpr, tpr, optimize),
     }
-    assert found == pytest.approx(expected, abs=1e-12) and all(type(value) is float for value in found.values())
+    assert found == pytest.approx(expected, abs=1e-12) and all(
+        type(value) is float for value in found.values()
+    )
     shuffled = np.random.default_rng(1).permutation(n)
     assert metrics.detection(target[shuffled], scores[shuffled]) == found
 
 
 def eer_along_the_curve(fpr, tpr, optimize):
     at = np.arange(len(fpr))
-    root = optimize.brentq(lambda t: np.interp(t, at, fpr) - 1 + np.interp(t, at, tpr), 0, len(fpr) - 1, xtol=1e-14)
+    root = optimize.brentq(
+        lambda t: np.interp(t, at, fpr) - 1 + np.interp(t, at, tpr), 0, len(fpr) - 1, xtol=1e-14
+    )
     return float(np.interp(root, at, fpr))
 
 
@@ -143,16 +157,20 @@ def test_the_best_threshold_is_the_best_of_all():
         tried = [((scores >= t) == target).mean() for t in [*scores, scores.max() + 1]]
         assert accuracy == max(tried)
     assert metrics.best_threshold([0, 0, 1, 1], [1.0, 2, 4, 5]) == 3
-    near = np.array([1.0, np.nextafter(1.0, 2)])  # nothing lies between neighbours
+    near = np.array([1.0, np.nextafter(1.0, 2)])  # nothing lies between neighbors
     assert ((near >= metrics.best_threshold([0, 1], near)) == [False, True]).all()
 
 
 def test_the_interval_has_the_width_of_delongs():
-    """DeLong et al. 1988: the variance of the AUC from the placements of each item among the other class."""
+    """DeLong et al. 1988: the variance of the AUC from the placements of each item among the other
+    class.
+    """
     target, scores = detections(700, 40, 3, share=0.8)
     positive, negative = scores[target == 1], scores[target == 0]
     wins = (positive[:, None] > negative) + 0.5 * (positive[:, None] == negative)
-    error = math.sqrt(wins.mean(1).var(ddof=1) / len(positive) + wins.mean(0).var(ddof=1) / len(negative))
+    error = math.sqrt(
+        wins.mean(1).var(ddof=1) / len(positive) + wins.mean(0).var(ddof=1) / len(negative)
+    )
     low, high = metrics.auc_interval(target, scores, seed=0, rounds=4000)
     assert low < wins.mean() < high
     assert (high - low) / (2 * 1.96 * error) == pytest.approx(1, abs=0.05)
@@ -209,7 +227,9 @@ def test_the_roc_curve_is_scikit_learns_and_its_band_holds_what_new_draws_give(t
 def test_the_interval_of_a_share_is_wilsons(hits, count):
     stats = pytest.importorskip("scipy.stats", reason=ORACLE)
     expected = stats.binomtest(hits, count).proportion_ci(method="wilson")
-    assert metrics.share_interval(hits, count) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert metrics.share_interval(hits, count) == pytest.approx(
+        (expected.low, expected.high), abs=1e-12
+    )
 
 
 def test_the_interval_of_no_item_is_everything():
@@ -224,7 +244,9 @@ def contrastive_loops(z_a, z_b):
     hits = {1: 0, 5: 0}
     for i in range(m):
         positive = (i + n) % m
-        nearer = sum(int(z[i] @ z[j] >= z[i] @ z[positive]) for j in range(m) if j not in (i, positive))
+        nearer = sum(
+            int(z[i] @ z[j] >= z[i] @ z[positive]) for j in range(m) if j not in (i, positive)
+        )
         for k in hits:
             hits[k] += nearer < k
     pairs = [(-2 * (z[i] - z[j]).square().sum()).exp().item() for i in range(m) for j in range(i)]
@@ -252,11 +274,21 @@ def test_contrastive_equals_the_formulas(n, tile, dtype, tolerance):
 def test_contrastive_counts_ties_and_nan_against_the_positive():
     basis = torch.eye(8)
     assert metrics.contrastive(basis, basis) == pytest.approx(
-        {"top1": 1, "top5": 1, "alignment": 0, "uniformity": math.log((8 + 112 * math.exp(-4)) / 120)}
+        {
+            "top1": 1,
+            "top5": 1,
+            "alignment": 0,
+            "uniformity": math.log((8 + 112 * math.exp(-4)) / 120),
+        }
     )
     collapsed = torch.zeros(8, 4)
     collapsed[:, 0] = 1
-    assert metrics.contrastive(collapsed, collapsed) == {"top1": 0, "top5": 0, "alignment": 0, "uniformity": 0}
+    assert metrics.contrastive(collapsed, collapsed) == {
+        "top1": 0,
+        "top5": 0,
+        "alignment": 0,
+        "uniformity": 0,
+    }
     broken = torch.full((8, 4), math.nan)
     scores = metrics.contrastive(broken, broken)
     assert scores["top1"] == scores["top5"] == 0 and math.isnan(scores["alignment"])
@@ -267,15 +299,17 @@ def test_contrastive_does_not_depend_on_the_length_of_the_rows():
     scaled = metrics.contrastive(z_a * torch.linspace(1, 9, 20)[:, None], z_b / 3)
     assert scaled == pytest.approx(metrics.contrastive(z_a, z_b), abs=1e-12)
     half = metrics.contrastive(z_a.bfloat16(), z_b.bfloat16())
-    assert half == pytest.approx(metrics.contrastive(z_a.bfloat16().float(), z_b.bfloat16().float()), abs=1e-12)
+    assert half == pytest.approx(
+        metrics.contrastive(z_a.bfloat16().float(), z_b.bfloat16().float()), abs=1e-12
+    )
 
 
 def test_effective_rank_is_the_papers_formula():
     generator = torch.Generator().manual_seed(0)
     for shape in ((50, 8), (8, 50), (2, 3), (9, 9)):
         x = torch.randn(shape, generator=generator) * torch.logspace(0, -1, shape[1]) + 5
-        centred = x.double().numpy() - x.double().numpy().mean(0)
-        variance = np.linalg.svd(np.cov(centred.T), compute_uv=False)
+        centered = x.double().numpy() - x.double().numpy().mean(0)
+        variance = np.linalg.svd(np.cov(centered.T), compute_uv=False)
         share = variance[variance > 1e-12 * variance.max()] / variance.sum()
         expected = math.exp(-(share * np.log(share)).sum())
         assert metrics.effective_rank(x) == pytest.approx(expected, rel=1e-6)
@@ -286,16 +320,24 @@ def test_effective_rank_of_known_spectra():
     signs = torch.tensor([[a, b, c] for a in (-1.0, 1) for b in (-1.0, 1) for c in (-1.0, 1)])
     assert metrics.effective_rank(signs) == pytest.approx(3)
     assert metrics.effective_rank(signs * torch.tensor([1.0, 1, 0])) == pytest.approx(2)
-    assert metrics.effective_rank(torch.arange(6.0)[:, None] * torch.tensor([[1.0, 2, 3]])) == pytest.approx(1)
+    assert metrics.effective_rank(
+        torch.arange(6.0)[:, None] * torch.tensor([[1.0, 2, 3]])
+    ) == pytest.approx(1)
     assert metrics.effective_rank(torch.full((4, 3), 0.1)) == 0
 
 
 def knn_setup(num_bank=60, num_queries=30, num_classes=4, dim=5):
     generator = torch.Generator().manual_seed(1)
-    centres = torch.randn(num_classes, dim, generator=generator)
+    centers = torch.randn(num_classes, dim, generator=generator)
     labels = torch.randint(0, num_classes, (num_bank + num_queries,), generator=generator)
-    x = centres[labels] + 0.9 * torch.randn(len(labels), dim, generator=generator)
-    return x[:num_bank].double(), labels[:num_bank], x[num_bank:].double(), labels[num_bank:], num_classes
+    x = centers[labels] + 0.9 * torch.randn(len(labels), dim, generator=generator)
+    return (
+        x[:num_bank].double(),
+        labels[:num_bank],
+        x[num_bank:].double(),
+        labels[num_bank:],
+        num_classes,
+    )
 
 
 @pytest.mark.parametrize("k", [1, 7, 60, 200])
@@ -304,14 +346,23 @@ def test_knn_equals_a_double_loop(k, temperature):
     bank, bank_labels, queries, query_labels, num_classes = knn_setup()
     right = 0
     for query, label in zip(queries, query_labels.tolist(), strict=True):
-        similarity = [(F.cosine_similarity(query, row, dim=0).item(), i) for i, row in enumerate(bank)]
+        similarity = [
+            (F.cosine_similarity(query, row, dim=0).item(), i) for i, row in enumerate(bank)
+        ]
         votes = [0.0] * num_classes
         for s, i in sorted(similarity, reverse=True)[:k]:
             votes[bank_labels[i]] += math.exp(s / temperature)
         right += max(range(num_classes), key=votes.__getitem__) == label
     for tile in (4, 1024):
         accuracy = metrics.knn_accuracy(
-            bank, bank_labels, queries, query_labels, num_classes, k=k, temperature=temperature, tile=tile
+            bank,
+            bank_labels,
+            queries,
+            query_labels,
+            num_classes,
+            k=k,
+            temperature=temperature,
+            tile=tile,
         )
         assert accuracy == right / len(queries)
     assert 0.3 < right / len(queries) < 1
@@ -321,10 +372,18 @@ def test_knn_equals_scikit_learn():
     neighbors = pytest.importorskip("sklearn.neighbors", reason=ORACLE)
     bank, bank_labels, queries, query_labels, num_classes = knn_setup(300, 100)
     oracle = neighbors.KNeighborsClassifier(
-        15, metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
+        15,
+        metric="cosine",
+        algorithm="brute",
+        weights=lambda distance: np.exp((1 - distance) / 0.07),
     )
-    expected = oracle.fit(bank.numpy(), bank_labels.numpy()).score(queries.numpy(), query_labels.numpy())
-    assert metrics.knn_accuracy(bank, bank_labels, queries, query_labels, num_classes, k=15) == expected
+    expected = oracle.fit(bank.numpy(), bank_labels.numpy()).score(
+        queries.numpy(), query_labels.numpy()
+    )
+    assert (
+        metrics.knn_accuracy(bank, bank_labels, queries, query_labels, num_classes, k=15)
+        == expected
+    )
 
 
 def test_knn_survives_a_low_temperature():
@@ -332,7 +391,9 @@ def test_knn_survives_a_low_temperature():
     accuracy = metrics.knn_accuracy(
         bank.float(), bank_labels, queries.float(), query_labels, num_classes, temperature=1e-3
     )
-    nearest = metrics.knn_accuracy(bank.float(), bank_labels, queries.float(), query_labels, num_classes, k=1)
+    nearest = metrics.knn_accuracy(
+        bank.float(), bank_labels, queries.float(), query_labels, num_classes, k=1
+    )
     assert abs(accuracy - nearest) < 0.1
 
 

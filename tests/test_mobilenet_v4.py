@@ -1,12 +1,20 @@
-"""MobileNetV4: timm's keys, order, parameters and logits; the pixels of its checkpoints; the order of its layers."""
+"""MobileNetV4: timm's keys, order, parameters and logits; the pixels of its checkpoints; the order
+of its layers.
+"""
 
 import pytest
 import torch
 from torch import nn
 
-from common.augment import IMAGENET_MEAN, IMAGENET_STD
-from common.config import InputError
-from common.models.mobilenet_v4 import VARIANTS, build_mobilenet_v4, load_published, normalization, shift_sites
+from common.data.augment import IMAGENET_MEAN, IMAGENET_STD
+from common.errors import InputError
+from common.models.mobilenet_v4 import (
+    VARIANTS,
+    build_mobilenet_v4,
+    load_published,
+    normalization,
+    shift_sites,
+)
 
 ORACLE = "pip install -r tests/requirements.txt"
 HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -24,7 +32,9 @@ FACTS = {
 
 
 def oracle(name):
-    """timm's model, in evaluation mode, whose statistics and layer scales are not those of a new one."""
+    """timm's model, in evaluation mode, whose statistics and layer scales are not those of a new
+    one.
+    """
     timm = pytest.importorskip("timm", reason=ORACLE)
     torch.manual_seed(0)
     model = timm.create_model(f"mobilenetv4_{name}").eval()
@@ -57,7 +67,11 @@ def test_keys_and_logits_are_timms(name):
 
 @pytest.mark.parametrize(
     ("name", "places"),
-    [("conv_small", ["1.0"]), ("conv_medium", ["0.0"]), ("hybrid_medium", ["2.0", "2.1", "2.2", "2.4", "3.8"])],
+    [
+        ("conv_small", ["1.0"]),
+        ("conv_medium", ["0.0"]),
+        ("hybrid_medium", ["2.0", "2.1", "2.2", "2.4", "3.8"]),
+    ],
 )
 def test_statistics_and_gradients_of_every_kind_of_block_are_timms(name, places):
     models = oracle(name), build_mobilenet_v4(name)
@@ -95,7 +109,9 @@ def test_layers_are_registered_in_the_order_in_which_they_run(name):
     with torch.device("meta"):
         model = build_mobilenet_v4(name)
         ran = []
-        layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.BatchNorm2d, nn.Conv2d))}
+        layers = {
+            n: m for n, m in model.named_modules() if isinstance(m, (nn.BatchNorm2d, nn.Conv2d))
+        }
         for key, layer in layers.items():
             layer.register_forward_hook(lambda *_, key=key: ran.append(key))
         model(torch.empty(2, 3, 64, 64))
@@ -105,7 +121,10 @@ def test_layers_are_registered_in_the_order_in_which_they_run(name):
 def test_new_weights_are_spread_like_timms():
     timm = pytest.importorskip("timm", reason=ORACLE)
     torch.manual_seed(0)
-    theirs, ours = timm.create_model("mobilenetv4_hybrid_medium"), build_mobilenet_v4("hybrid_medium", 1000)
+    theirs, ours = (
+        timm.create_model("mobilenetv4_hybrid_medium"),
+        build_mobilenet_v4("hybrid_medium", 1000),
+    )
     for (key, expected), p in zip(theirs.named_parameters(), ours.parameters(), strict=True):
         if p.numel() > 2000:
             assert p.std().item() == pytest.approx(expected.std().item(), rel=0.1), key
@@ -119,27 +138,41 @@ def test_published_weights_lose_their_classifier_and_nothing_else():
     load_published(model, state, "published")
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     del state["blocks.2.0.pw_exp.bn.weight"]
-    with pytest.raises(InputError, match=r"w\.pt does not fit .*1 keys missing \(first: blocks\.2\.0\.pw_exp"):
+    with pytest.raises(
+        InputError, match=r"w\.pt does not fit .*1 keys missing \(first: blocks\.2\.0\.pw_exp"
+    ):
         load_published(model, state, "w.pt")
     with pytest.raises(InputError, match="classifier.weight is"):
         load_published(
-            build_mobilenet_v4("conv_small_035", 10), build_mobilenet_v4("conv_small_035", 7).state_dict(), "w"
+            build_mobilenet_v4("conv_small_035", 10),
+            build_mobilenet_v4("conv_small_035", 7).state_dict(),
+            "w",
         )
 
 
-def test_pixels_are_normalised_as_each_published_checkpoint_expects():
+def test_pixels_are_normalized_as_each_published_checkpoint_expects():
     timm = pytest.importorskip("timm", reason=ORACLE)
-    names = [n for n in timm.list_models("mobilenetv4_*", pretrained=True) if "_aa_" not in n and "_blur_" not in n]
+    names = [
+        n
+        for n in timm.list_models("mobilenetv4_*", pretrained=True)
+        if "_aa_" not in n and "_blur_" not in n
+    ]
     assert len(names) > 10
     for full in names:
         name = full.split(".")[0].removeprefix("mobilenetv4_")
         config = timm.get_pretrained_cfg(full)
-        for path in (f"/w/{full}.safetensors", f"/hub/models--timm--{full}/snapshots/0f/model.safetensors"):
+        for path in (
+            f"/w/{full}.safetensors",
+            f"/hub/models--timm--{full}/snapshots/0f/model.safetensors",
+        ):
             assert normalization(name, path) == (config.mean, config.std), full
 
 
 def test_pixels_of_weights_that_do_not_say_what_they_are():
-    assert normalization("conv_small_050", "w.pt") == HALF and normalization("conv_medium", "w.pt") == IMAGENET
+    assert (
+        normalization("conv_small_050", "w.pt") == HALF
+        and normalization("conv_medium", "w.pt") == IMAGENET
+    )
     assert normalization("conv_small") == IMAGENET
     with pytest.raises(InputError, match=r"model\.safetensors: conv_small.*e2400_r224.*e3600_r256"):
         normalization("conv_small", "model.safetensors")

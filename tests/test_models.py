@@ -1,17 +1,18 @@
-"""Backbones: torchvision's and timm's keys and values, published weights, exact widths, legal sizes; the projection
-head and SimCLR's wiring."""
+"""Backbones: torchvision's and timm's keys and values, published weights, exact widths, legal
+sizes; the projection head and SimCLR's wiring.
+"""
 
 import pytest
 import torch
 import torchvision
 from torch import nn
 
-from common import checkpoint
-from common.augment import normalize
-from common.config import InputError
+from common.data.augment import normalize
+from common.errors import InputError
 from common.models import BACKBONES, build_backbone, input_size, load_published, min_image_size
 from common.models.heads import SimCLR, projector
 from common.models.inception_resnet_v2 import InceptionResNetV2
+from common.run import checkpoint
 
 
 @pytest.mark.parametrize("name", [name for name in BACKBONES if name != "inception_resnet_v2"])
@@ -33,11 +34,15 @@ def timm():
     return pytest.importorskip("timm", reason="pip install -r tests/requirements.txt")
 
 
-def randomise(model):
+def randomize(model):
     """BatchNorm's statistics and scales and the head's weights are all but zero and one."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            for tensor, low in ((module.running_mean, -0.5), (module.running_var, 0.5), (module.weight, 0.5)):
+            for tensor, low in (
+                (module.running_mean, -0.5),
+                (module.running_var, 0.5),
+                (module.weight, 0.5),
+            ):
                 nn.init.uniform_(tensor, low, low + 1)
             nn.init.normal_(module.bias, std=0.1)
         if isinstance(module, nn.Linear):
@@ -47,7 +52,10 @@ def randomise(model):
 
 def test_inception_resnet_v2_is_timms():
     torch.manual_seed(0)
-    theirs, ours = randomise(timm().create_model("inception_resnet_v2")).eval(), InceptionResNetV2().eval()
+    theirs, ours = (
+        randomize(timm().create_model("inception_resnet_v2")).eval(),
+        InceptionResNetV2().eval(),
+    )
     assert sum(p.numel() for p in ours.parameters()) == 55_843_464
     ours.load_state_dict(theirs.state_dict(), strict=True)
     for size in (299, 96):
@@ -56,9 +64,13 @@ def test_inception_resnet_v2_is_timms():
             expected = theirs(x)
             assert expected.std() > 0.5
             torch.testing.assert_close(ours(x), expected, rtol=0, atol=1e-5)
-            torch.testing.assert_close(ours(x.to(memory_format=torch.channels_last)), expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(
+                ours(x.to(memory_format=torch.channels_last)), expected, rtol=0, atol=1e-5
+            )
     with torch.no_grad():
-        assert ours.maps(x.to(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
+        assert ours.maps(x.to(memory_format=torch.channels_last)).is_contiguous(
+            memory_format=torch.channels_last
+        )
 
 
 def test_inception_resnet_v2_learns_as_timms():
@@ -70,7 +82,9 @@ def test_inception_resnet_v2_learns_as_timms():
         nn.functional.cross_entropy(model(x), labels).backward()
     for (name, ours_p), theirs_p in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         # A bias before BatchNorm has no gradient but rounding.
-        torch.testing.assert_close(ours_p.grad, theirs_p.grad, rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            ours_p.grad, theirs_p.grad, rtol=1e-6, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
+        )
     for name, buffer in theirs.named_buffers():
         torch.testing.assert_close(ours.get_buffer(name), buffer)
 
@@ -107,19 +121,27 @@ def test_a_backbone_starts_from_published_weights(tmp_path, name, library):
     with torch.no_grad():
         theirs(2 * pixels - 1 if "inception" in name else normalize(pixels))
         features = backbone(normalize(pixels))
-    torch.testing.assert_close(features, kept["features"], rtol=1e-4, atol=1e-4 * kept["features"].abs().max().item())
+    torch.testing.assert_close(
+        features, kept["features"], rtol=1e-4, atol=1e-4 * kept["features"].abs().max().item()
+    )
 
 
 def test_own_backbones_start_unchanged(tmp_path):
     sources = {name: build_backbone(name) for name in ("resnet18", "inception_resnet_v2")}
     torch.save(sources["inception_resnet_v2"].state_dict(), tmp_path / "inception_resnet_v2.pt")
-    state = {"model": SimCLR(sources["resnet18"], 512, 8).state_dict(), "meta": {}, "epoch": 1}
+    state = {
+        "model": SimCLR(sources["resnet18"], 512, 8).state_dict(),
+        "model_spec": {},
+        "epoch": 1,
+    }
     checkpoint.save(tmp_path / "resnet18.pt", state)
     for name, source in sources.items():
         backbone = build_backbone(name)
         assert "\n" not in load_published(backbone, tmp_path / f"{name}.pt")
         expected = source.state_dict()
-        assert all(torch.equal(tensor, expected[key]) for key, tensor in backbone.state_dict().items())
+        assert all(
+            torch.equal(tensor, expected[key]) for key, tensor in backbone.state_dict().items()
+        )
 
 
 def test_weights_of_another_backbone_are_named(tmp_path):
@@ -128,13 +150,17 @@ def test_weights_of_another_backbone_are_named(tmp_path):
     with pytest.raises(InputError, match="holds weights of resnet34; give --backbone resnet34"):
         load_published(build_backbone("resnet50"), file)
     torch.save(torchvision.models.resnet18(weights=None).state_dict(), file)
-    with pytest.raises(InputError, match="first convolution is 7x7, this stem's is 3x3; it needs --stem imagenet"):
+    with pytest.raises(
+        InputError, match="first convolution is 7x7, this stem's is 3x3; it needs --stem imagenet"
+    ):
         load_published(build_backbone("resnet18", "cifar"), file)
     torch.save(build_backbone("resnet18", "cifar").state_dict(), file)
     with pytest.raises(InputError, match="it needs --stem cifar"):
         load_published(build_backbone("resnet18"), file)
     torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), file)
-    with pytest.raises(InputError, match="does not fit this model: .* keys missing .* unknown keys"):
+    with pytest.raises(
+        InputError, match="does not fit this model: .* keys missing .* unknown keys"
+    ):
         load_published(build_backbone("resnet18"), file)
 
 
@@ -166,7 +192,9 @@ def test_input_sizes_are_chosen_and_refused():
     assert input_size("resnet50", "imagenet", None, 512) == 224
     assert input_size("inception_v3", "imagenet", None, 64) == 75
     assert input_size("resnet18", "cifar", None, 32) == 32
-    with pytest.raises(InputError, match="--image-size 64: the smallest that inception_v3 takes .* is 75"):
+    with pytest.raises(
+        InputError, match="--image-size 64: the smallest that inception_v3 takes .* is 75"
+    ):
         input_size("inception_v3", "imagenet", 64, 64)
     with pytest.raises(InputError, match="--stem cifar is for resnet18"):
         input_size("inception_v3", "cifar", None, 64)
@@ -176,6 +204,12 @@ def test_simclr_head_is_two_layers_with_batchnorm_and_no_spare_bias():
     head = projector(512, 256, 64)
     count = sum(p.numel() for p in head.parameters())
     assert count == 512 * 256 + 256 * 64 + 2 * (256 + 64)
-    assert [type(m).__name__ for m in head] == ["Linear", "BatchNorm1d", "ReLU", "Linear", "BatchNorm1d"]
+    assert [type(m).__name__ for m in head] == [
+        "Linear",
+        "BatchNorm1d",
+        "ReLU",
+        "Linear",
+        "BatchNorm1d",
+    ]
     model = SimCLR(build_backbone("resnet18"), 512, 64)
     assert model(torch.randn(3, 3, 32, 32)).shape == (3, 64)

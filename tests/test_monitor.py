@@ -38,8 +38,15 @@ RISING = {
 @pytest.mark.parametrize("name", RISING)
 def test_a_rising_curve_never_stops(name):
     monitor, stopped = replay([RISING[name](t) for t in range(150)])
-    assert stopped is None and monitor.report()["performance_trend"] == "improving" and monitor.alarms() == []
-    assert monitor.report()["total_improvements"] == 149 and monitor.report()["total_degradations"] == 0
+    assert (
+        stopped is None
+        and monitor.report()["performance_trend"] == "improving"
+        and monitor.alarms() == []
+    )
+    assert (
+        monitor.report()["total_improvements"] == 149
+        and monitor.report()["total_degradations"] == 0
+    )
 
 
 @pytest.mark.parametrize("rise, noise", [(0.004, 0.004), (0.004, 0.01), (0.002, 0.008)])
@@ -52,7 +59,11 @@ def test_the_ancestors_rule_stopped_at_epoch_index_9_whatever_the_curve():
     def ancestor(scores):  # "the last 5 values are no better than the best", which includes them
         return len(scores) >= 10 and all(score <= max(scores) for score in scores[-5:])
 
-    for curve in ([RISING["line"](t) for t in range(60)], [0.3] * 60, noisy(lambda t: 0.3, 0.02, 0)):
+    for curve in (
+        [RISING["line"](t) for t in range(60)],
+        [0.3] * 60,
+        noisy(lambda t: 0.3, 0.02, 0),
+    ):
         assert next(epoch for epoch in range(60) if ancestor(curve[: epoch + 1])) == 9
         _, stopped = replay(curve)
         assert stopped is None or stopped >= 19
@@ -62,7 +73,10 @@ def test_the_ancestors_rule_stopped_at_epoch_index_9_whatever_the_curve():
 def test_a_flat_curve_stops_when_the_minimum_is_done(min_epochs, expected):
     monitor, stopped = replay([0.3] * 100, min_epochs=min_epochs)
     assert stopped == expected
-    assert monitor.alarms() == [f"no gain for {stopped} epochs"] and monitor.report()["performance_trend"] == "stable"
+    assert (
+        monitor.alarms() == [f"no gain for {stopped} epochs"]
+        and monitor.report()["performance_trend"] == "stable"
+    )
 
 
 def test_a_noisy_flat_curve_stops_early():
@@ -99,7 +113,9 @@ def test_trend_agrees_with_kendalls_test():
     called = 0
     for seed in range(200):
         rise = 0.05 * (seed % 5 - 2)
-        curve = [score + rise * t for t, score in enumerate(noisy(lambda t: 0.0, 0.5, seed, epochs=20))]
+        curve = [
+            score + rise * t for t, score in enumerate(noisy(lambda t: 0.0, 0.5, seed, epochs=20))
+        ]
         tau = stats.kendalltau(range(20), curve)
         if tau.pvalue < 0.03:
             assert trend(curve) == ("improving" if tau.statistic > 0 else "declining")
@@ -115,12 +131,18 @@ def test_trend_agrees_with_kendalls_test():
 
 def test_stability_measures_noise_and_not_the_rise():
     assert stability([0.1 + 0.01 * t for t in range(20)]) == pytest.approx(1)
-    assert stability([0.4 - 0.3 * math.exp(-t / 5) for t in range(20)]) > 0.9  # the ancestor gave a rise 0.07
+    assert (
+        stability([0.4 - 0.3 * math.exp(-t / 5) for t in range(20)]) > 0.9
+    )  # the ancestor gave a rise 0.07
     scores = [
-        sum(stability(noisy(lambda t: 0.3, noise, seed, 20)) for seed in range(50)) / 50 for noise in (0.003, 0.01)
+        sum(stability(noisy(lambda t: 0.3, noise, seed, 20)) for seed in range(50)) / 50
+        for noise in (0.003, 0.01)
     ]
     assert scores == pytest.approx([1 - 10 * 0.003 / 0.3, 1 - 10 * 0.01 / 0.3], abs=0.03)
-    assert stability([0.1, 0.5] * 10) == 0 and stability([0.0] * 20) == stability([0.3]) == stability([]) == 1
+    assert (
+        stability([0.1, 0.5] * 10) == 0
+        and stability([0.0] * 20) == stability([0.3]) == stability([]) == 1
+    )
     monitor = Monitor(scores=[0.1, 0.5] * 4)
     assert monitor.alarms() == ["stability 0.00 is below 0.3"]
 
@@ -129,7 +151,11 @@ def test_a_score_must_be_finite():
     with pytest.raises(ValueError, match="epoch 0 must be finite, got nan"):
         Monitor().add(math.nan)
     empty = Monitor().report()
-    assert math.isnan(empty.pop("best_performance")) and empty["best_epoch"] == 0 and Monitor().alarms() == []
+    assert (
+        math.isnan(empty.pop("best_performance"))
+        and empty["best_epoch"] == 0
+        and Monitor().alarms() == []
+    )
 
 
 def test_state_survives_a_checkpoint_exactly():
@@ -149,7 +175,7 @@ def test_state_survives_a_checkpoint_exactly():
     assert whole.actions
 
 
-@pytest.mark.parametrize("on_plateau", ["lr", "thres"])
+@pytest.mark.parametrize("on_plateau", ["lr", "share"])
 def test_a_plateau_is_answered_twice_and_then_ends(on_plateau):
     monitor = Monitor()
     monitor.add(0.3)
@@ -177,5 +203,5 @@ def test_an_action_that_helps_starts_anew():
     for _ in range(30):
         monitor.add(0.35)
     assert monitor.advice("lr") == "lr"
-    with pytest.raises(ValueError, match="lr, thres or none, got 'wd'"):
+    with pytest.raises(ValueError, match="lr, share or none, got 'wd'"):
         monitor.advice("wd")

@@ -1,4 +1,6 @@
-"""NT-Xent against the paper's double loop, finite differences, other implementations, other numbers of processes."""
+"""NT-Xent against the paper's double loop, finite differences, other implementations, other numbers
+of processes.
+"""
 
 import functools
 import logging
@@ -13,8 +15,8 @@ import torch
 import torch.distributed
 import torch.nn.functional as F
 
-import kernels.gram
-import kernels.impl
+import kernels.dispatch
+import kernels.similarity
 from kernels import nt_xent, nt_xent_reference
 
 
@@ -81,7 +83,7 @@ def test_reference_is_the_same_for_every_tile_size(monkeypatch):
     z_a, z_b = views(37, 8, torch.float64)
     expected = run(nt_xent_reference, z_a, z_b, 0.2)
     for tile in (2, 8, 30, 64, 256):
-        monkeypatch.setattr(kernels.gram, "REFERENCE_TILE", tile)
+        monkeypatch.setattr(kernels.similarity, "REFERENCE_TILE", tile)
         for got, truth in zip(run(nt_xent_reference, z_a, z_b, 0.2), expected, strict=True):
             torch.testing.assert_close(got, truth, rtol=1e-12, atol=1e-14)
 
@@ -89,14 +91,18 @@ def test_reference_is_the_same_for_every_tile_size(monkeypatch):
 def test_reference_equals_lightly():
     loss = pytest.importorskip("lightly.loss", reason="pip install lightly")
     z_a, z_b = views(12, 16, torch.float64)
-    for decoupled, oracle in ((False, loss.NTXentLoss(temperature=0.2)), (True, loss.DCLLoss(temperature=0.2))):
+    for decoupled, oracle in (
+        (False, loss.NTXentLoss(temperature=0.2)),
+        (True, loss.DCLLoss(temperature=0.2)),
+    ):
         got = run(nt_xent_reference, z_a, z_b, 0.2, decoupled=decoupled)
         for ours, theirs in zip(got, run(oracle, z_a, z_b), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
 
 
-# Blocks are 32 rows in the interpreter: less than one, exactly one, then 2, 4 and 5 of them, ragged (the half grid
-# treats an even and an odd number differently); D below, at and above a power of two.
+# Blocks are 32 rows in the interpreter: less than one, exactly one, then 2, 4 and 5 of them, ragged
+# (the half grid treats an even and an odd number differently); D below, at and above a power of
+# two.
 SHAPES = [(1, 3), (2, 16), (16, 5), (24, 33), (60, 16), (65, 20)]
 
 
@@ -106,12 +112,22 @@ def test_kernel_fp32_is_as_exact_as_fp32_allows(n, d, temperature):
     z_a, z_b = views(n, d)
     for decoupled in (False, True):
         true_loss, true_grad = run(
-            nt_xent_reference, z_a.double(), z_b.double(), temperature, decoupled=decoupled, upstream=-2.5
+            nt_xent_reference,
+            z_a.double(),
+            z_b.double(),
+            temperature,
+            decoupled=decoupled,
+            upstream=-2.5,
         )
-        loss, grad = run(nt_xent, z_a, z_b, temperature, decoupled=decoupled, upstream=-2.5, impl="triton")
-        same_precision = run(nt_xent_reference, z_a, z_b, temperature, decoupled=decoupled, upstream=-2.5)
+        loss, grad = run(
+            nt_xent, z_a, z_b, temperature, decoupled=decoupled, upstream=-2.5, impl="triton"
+        )
+        same_precision = run(
+            nt_xent_reference, z_a, z_b, temperature, decoupled=decoupled, upstream=-2.5
+        )
         tolerance = 1e-6 if temperature >= 0.07 else 1e-5
-        # A loss near zero is a difference of logits of size 1 / temperature, which fp32 holds to about 1e-6.
+        # A loss near zero is a difference of logits of size 1 / temperature, which fp32 holds to
+        # about 1e-6.
         scale = true_loss.abs().clamp_min(0.1)
         assert (loss - true_loss).abs() <= (same_precision[0] - true_loss).abs() + tolerance * scale
         assert (grad - true_grad).norm() <= (
@@ -125,7 +141,9 @@ def test_kernel_fp32_is_as_exact_as_fp32_allows(n, d, temperature):
 def test_kernel_16_bit_is_no_worse_than_eager(n, d, temperature, dtype):
     # bf16 rows are rounded as on a GPU and multiplied in fp32: the interpreter has no bf16 product.
     z_a, z_b = views(n, d, dtype)
-    true_loss, true_grad = run(nt_xent_reference, z_a.double(), z_b.double(), temperature, upstream=3.0)
+    true_loss, true_grad = run(
+        nt_xent_reference, z_a.double(), z_b.double(), temperature, upstream=3.0
+    )
     loss, grad = run(nt_xent, z_a, z_b, temperature, upstream=3.0, impl="triton")
     eager_loss, eager_grad = run(eager, z_a, z_b, temperature, upstream=3.0)
     eps = torch.finfo(dtype).eps
@@ -138,16 +156,18 @@ def test_passes_over_the_half_grid_change_nothing(monkeypatch):
         z_a, z_b = views(n, 8)
         expected = run(nt_xent, z_a, z_b, 0.2, impl="triton")
         with monkeypatch.context() as patch:
-            patch.setattr(kernels.gram, "SLOT_BYTES", 4 * 192)
+            patch.setattr(kernels.similarity, "SLOT_BYTES", 4 * 192)
             got = run(nt_xent, z_a, z_b, 0.2, impl="triton")
         assert relative(got[0], expected[0]) < 1e-6 and relative(got[1], expected[1]) < 1e-6
 
 
 @pytest.mark.parametrize("n", [33, 40, 64, 65, 70])
 def test_blocks_narrower_than_the_padding_leave_no_padded_row_in_the_sums(monkeypatch, n):
-    """A GPU pads to 128 rows and often works on 64 at a time: then the ragged block is not the last of the buffer."""
-    monkeypatch.setattr(kernels.gram, "BLOCK", 64)
-    monkeypatch.setattr(kernels.gram, "tile", lambda *_: (16, 32, 1, 1))
+    """A GPU pads to 128 rows and often works on 64 at a time: then the ragged block is not the last
+    of the buffer.
+    """
+    monkeypatch.setattr(kernels.similarity, "BLOCK", 64)
+    monkeypatch.setattr(kernels.similarity, "tile", lambda *_: (16, 32, 1, 1))
     z_a, z_b = views(n, 20)
     loss, grad = run(nt_xent, z_a, z_b, 0.5, impl="triton")
     true_loss, true_grad = run(nt_xent_reference, z_a.double(), z_b.double(), 0.5)
@@ -163,7 +183,7 @@ def test_a_diverged_embedding_does_not_look_healthy(impl, value):
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_without_normalisation_and_with_large_logits(impl):
+def test_without_normalization_and_with_large_logits(impl):
     z_a, z_b = views(40, 12, noise=0.5)
     truth = run(nt_xent_reference, z_a.double(), z_b.double(), 0.5, normalize=False)
     loss, grad = run(nt_xent, z_a, z_b, 0.5, normalize=False, impl=impl)
@@ -178,12 +198,16 @@ def test_strides_do_not_matter(impl):
     expected = run(nt_xent, z_a, z_b, 0.2, impl=impl)
     strided_a = z_a.T.contiguous().T
     strided_b = torch.zeros(40, 50)[::2, 1:49:2].copy_(z_b)
-    for got, truth in zip(run(nt_xent, strided_a, strided_b, 0.2, impl=impl), expected, strict=True):
+    for got, truth in zip(
+        run(nt_xent, strided_a, strided_b, 0.2, impl=impl), expected, strict=True
+    ):
         assert torch.equal(got, truth) if impl == "triton" else relative(got, truth) < 1e-6
     # One tensor expanded over rows: strides of zero.
     row = z_a[:1].expand(20, 24)
     for got, truth in zip(
-        run(nt_xent, row, z_b, 0.2, impl=impl), run(nt_xent, row.clone(), z_b, 0.2, impl=impl), strict=True
+        run(nt_xent, row, z_b, 0.2, impl=impl),
+        run(nt_xent, row.clone(), z_b, 0.2, impl=impl),
+        strict=True,
     ):
         assert relative(got, truth) < 1e-6
 
@@ -233,7 +257,9 @@ def test_a_tensor_temperature_gets_its_gradient(impl, decoupled):
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 def test_second_derivative_raises(impl):
     z_a, z_b = (z.requires_grad_() for z in views(4, 4))
-    (dz_a,) = torch.autograd.grad(nt_xent(z_a, z_b, 0.5, normalize=False, impl=impl), z_a, create_graph=True)
+    (dz_a,) = torch.autograd.grad(
+        nt_xent(z_a, z_b, 0.5, normalize=False, impl=impl), z_a, create_graph=True
+    )
     with pytest.raises(RuntimeError, match="no second derivative"):
         dz_a.sum().backward()
 
@@ -278,7 +304,7 @@ def test_impl_is_resolved_said_and_refused(monkeypatch, caplog):
         nt_xent(z_a, z_b, 0.1, impl="cuda")
     with pytest.raises(ValueError, match="float64.*impl='auto'"):
         nt_xent(z_a.double(), z_b.double(), 0.1, impl="triton")
-    monkeypatch.setattr(kernels.impl, "INTERPRETED", False)
+    monkeypatch.setattr(kernels.dispatch, "INTERPRETED", False)
     with pytest.raises(ValueError, match="on cpu.*TRITON_INTERPRET=1"):
         nt_xent(z_a, z_b, 0.1, impl="triton")
 
@@ -291,7 +317,9 @@ def _gather(x):
 
 def _rank(rank, world_size, folder, weight, images, options):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/init", rank=rank, world_size=world_size)
+    torch.distributed.init_process_group(
+        "gloo", f"file://{folder}/init", rank=rank, world_size=world_size
+    )
     calls = []
 
     def gather(x):
@@ -300,7 +328,9 @@ def _rank(rank, world_size, folder, weight, images, options):
 
     weight = weight.clone().requires_grad_()
     x_a, x_b = (x.chunk(world_size)[rank] for x in images)
-    loss = nt_xent(x_a @ weight, x_b @ weight, options["temperature"], gather=gather, **options["kwargs"])
+    loss = nt_xent(
+        x_a @ weight, x_b @ weight, options["temperature"], gather=gather, **options["kwargs"]
+    )
     (loss * 1.7).backward()
     assert len(calls) == 2 and calls[1] == (2 * len(x_a),)
     grad, loss = weight.grad, loss.detach()
@@ -311,10 +341,15 @@ def _rank(rank, world_size, folder, weight, images, options):
 
 
 def over_processes(world_size, folder, *args):
-    """Loss and gradient, averaged over processes as DistributedDataParallel averages them, as each process has them."""
+    """Loss and gradient, averaged over processes as DistributedDataParallel averages them, as each
+    process has them.
+    """
     folder.mkdir()
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_rank, args=(rank, world_size, folder, *args)) for rank in range(world_size)]
+    processes = [
+        context.Process(target=_rank, args=(rank, world_size, folder, *args))
+        for rank in range(world_size)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -325,7 +360,8 @@ def over_processes(world_size, folder, *args):
 
 @pytest.mark.parametrize("decoupled", [False, True])
 @pytest.mark.parametrize(
-    ("impl", "dtype", "tolerance"), [("torch", torch.float64, 1e-12), ("triton", torch.float32, 2e-6)]
+    ("impl", "dtype", "tolerance"),
+    [("torch", torch.float64, 1e-12), ("triton", torch.float32, 2e-6)],
 )
 def test_processes_together_give_the_gradient_of_one(tmp_path, impl, dtype, tolerance, decoupled):
     generator = torch.Generator().manual_seed(1)
@@ -335,7 +371,9 @@ def test_processes_together_give_the_gradient_of_one(tmp_path, impl, dtype, tole
     loss = nt_xent_reference(x_a.double() @ exact, x_b.double() @ exact, 0.3, decoupled=decoupled)
     (loss * 1.7).backward()
     for world_size in (1, 2, 4) if impl == "torch" else (4,):
-        for got_loss, got_grad in over_processes(world_size, tmp_path / str(world_size), weight, (x_a, x_b), options):
+        for got_loss, got_grad in over_processes(
+            world_size, tmp_path / str(world_size), weight, (x_a, x_b), options
+        ):
             assert relative(got_loss.double(), loss.detach()) < tolerance
             assert relative(got_grad.double(), exact.grad) < tolerance
 
@@ -397,11 +435,13 @@ def test_a_learnable_temperature_compiles():
 @pytest.mark.parametrize("n", [9, 40])
 def test_few_rows_full_grid_and_half_grid_agree(n, decoupled, monkeypatch):
     z_a, z_b = views(n, 20)
-    truth = run(nt_xent_reference, z_a.double(), z_b.double(), 0.1, decoupled=decoupled, upstream=-2.5)
+    truth = run(
+        nt_xent_reference, z_a.double(), z_b.double(), 0.1, decoupled=decoupled, upstream=-2.5
+    )
     module = sys.modules["kernels.nt_xent"]
     for few_rows, full_grid_rows in ((1000, 0), (0, 1000), (0, 0)):
         monkeypatch.setattr(module, "FEW_ROWS", few_rows)
-        monkeypatch.setattr(kernels.gram, "FULL_GRID_ROWS", full_grid_rows)
+        monkeypatch.setattr(kernels.similarity, "FULL_GRID_ROWS", full_grid_rows)
         loss, grad = run(nt_xent, z_a, z_b, 0.1, decoupled=decoupled, upstream=-2.5, impl="triton")
         assert relative(loss, truth[0]) < 1e-6 and relative(grad, truth[1]) < 3e-6
 
@@ -409,9 +449,11 @@ def test_few_rows_full_grid_and_half_grid_agree(n, decoupled, monkeypatch):
 @pytest.mark.parametrize(("n", "forward", "both"), [(16, 2, 3), (32, 3, 5), (60, 3, 5)])
 def test_at_most_three_forward_and_two_backward_launches(n, forward, both, monkeypatch):
     launches = []
-    kind = type(kernels.gram.half_kernel)
+    kind = type(kernels.similarity.half_kernel)
     launcher = kind.__getitem__
-    monkeypatch.setattr(kind, "__getitem__", lambda self, grid: launches.append(self) or launcher(self, grid))
+    monkeypatch.setattr(
+        kind, "__getitem__", lambda self, grid: launches.append(self) or launcher(self, grid)
+    )
     z_a, z_b = (z.requires_grad_() for z in views(n, 8))
     loss = nt_xent(z_a, z_b, 0.1, impl="triton")
     assert len(launches) == forward
@@ -428,23 +470,45 @@ def gpu_views(n, d, dtype, noise=1.0):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [0.01, 0.02, 0.07, 0.5, 1.0])
 @pytest.mark.parametrize(
-    ("n", "d"), [(1, 16), (2, 3), (63, 64), (64, 128), (65, 128), (80, 256), (500, 128), (1024, 200), (300, 512)]
+    ("n", "d"),
+    [
+        (1, 16),
+        (2, 3),
+        (63, 64),
+        (64, 128),
+        (65, 128),
+        (80, 256),
+        (500, 128),
+        (1024, 200),
+        (300, 512),
+    ],
 )
 def test_kernel_on_the_gpu(n, d, temperature, dtype, decoupled):
     if dtype == torch.float32 and d > 128:
         pytest.skip("fp32 is fused up to D=128")
     z_a, z_b = gpu_views(n, d, dtype)
-    truth = run(nt_xent_reference, z_a.double(), z_b.double(), temperature, decoupled=decoupled, upstream=-2.5)
+    truth = run(
+        nt_xent_reference,
+        z_a.double(),
+        z_b.double(),
+        temperature,
+        decoupled=decoupled,
+        upstream=-2.5,
+    )
     got = run(nt_xent, z_a, z_b, temperature, decoupled=decoupled, upstream=-2.5, impl="triton")
-    eps = torch.finfo(dtype).eps if dtype != torch.float32 else 3e-6 if temperature >= 0.07 else 3e-5
+    eps = (
+        torch.finfo(dtype).eps if dtype != torch.float32 else 3e-6 if temperature >= 0.07 else 3e-5
+    )
     assert (got[0] - truth[0]).abs() <= 2 * eps * (truth[0].abs() + 0.1 / temperature)
     allowed = 4 * eps * truth[1].norm() + 1e-9
     if dtype != torch.float32:
-        # Rounding both rows moves a logit by up to eps / temperature, and its exponential by that share. With many rows
-        # that averages out, with four it does not.
+        # Rounding both rows moves a logit by up to eps / temperature, and its exponential by that
+        # share. With many rows that averages out, with four it does not.
         allowed = allowed + eps / (2 * temperature) * truth[1].norm() / (n / 2) ** 0.5
         if not decoupled:
-            allowed = allowed + (run(eager, z_a, z_b, temperature, upstream=-2.5)[1] - truth[1]).norm()
+            allowed = (
+                allowed + (run(eager, z_a, z_b, temperature, upstream=-2.5)[1] - truth[1]).norm()
+            )
     assert (got[1] - truth[1]).norm() <= allowed
 
 
@@ -483,7 +547,9 @@ def test_65536_pairs_need_at_most_200_megabytes():
     loss = nt_xent(z_a, z_b, 0.1, impl="triton")
     loss.backward()
     assert torch.cuda.max_memory_allocated() - before <= 200e6
-    assert loss.item() == pytest.approx(nt_xent_reference(z_a.detach(), z_b.detach(), 0.1).item(), rel=1e-3)
+    assert loss.item() == pytest.approx(
+        nt_xent_reference(z_a.detach(), z_b.detach(), 0.1).item(), rel=1e-3
+    )
 
 
 @pytest.mark.gpu
@@ -492,7 +558,8 @@ def test_cuda_graph_and_compile_on_the_gpu():
 
     def step(z_a, z_b):
         loss = nt_xent(z_a, z_b, 0.1, impl="triton")
-        # Detached: a graph kept alive would tie the leaves to the stream of its forward, not the one that is captured.
+        # Detached: a graph kept alive would tie the leaves to the stream of its forward, not the
+        # one that is captured.
         return loss.detach(), *torch.autograd.grad(loss, (z_a, z_b))
 
     expected = step(z_a, z_b)

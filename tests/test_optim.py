@@ -1,4 +1,6 @@
-"""Schedule, parameter groups, LARS against a NumPy oracle, and steps that are skipped on the device's word."""
+"""Schedule, parameter groups, LARS against a NumPy oracle, and steps that are skipped on the
+device's word.
+"""
 
 import copy
 import io
@@ -22,7 +24,10 @@ def bits(tensor):
 
 def snapshot(optimizer):
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    state = [{k: bits(v) if isinstance(v, torch.Tensor) else v for k, v in optimizer.state[p].items()} for p in params]
+    state = [
+        {k: bits(v) if isinstance(v, torch.Tensor) else v for k, v in optimizer.state[p].items()}
+        for p in params
+    ]
     return [bits(p) for p in params], state
 
 
@@ -32,7 +37,11 @@ def assert_same_bits(before, after):
     for old, new in zip(before[1], after[1], strict=True):
         assert old.keys() == new.keys()
         for key, value in old.items():
-            assert torch.equal(value, new[key]) if isinstance(value, torch.Tensor) else value == new[key]
+            assert (
+                torch.equal(value, new[key])
+                if isinstance(value, torch.Tensor)
+                else value == new[key]
+            )
 
 
 def make_params(dtype, seed=0):
@@ -62,7 +71,9 @@ def lars_oracle(p, g, v, *, lr, momentum, weight_decay, trust_coefficient, adapt
 
 def test_cosine_schedule_corners():
     def at(step, **changes):
-        return optim.lr_at(step, **{"lr": 2.0, "warmup_steps": 10, "total_steps": 100, "min_lr": 0.5, **changes})
+        return optim.lr_at(
+            step, **{"lr": 2.0, "warmup_steps": 10, "total_steps": 100, "min_lr": 0.5, **changes}
+        )
 
     assert at(0) == pytest.approx(0.2)
     assert at(9) == 2.0
@@ -90,7 +101,10 @@ def test_cosine_equals_torchs_annealing():
 
 
 def test_constant_schedule_keeps_the_warmup():
-    rates = [optim.lr_at(s, lr=1.0, warmup_steps=4, total_steps=8, schedule="constant") for s in range(10)]
+    rates = [
+        optim.lr_at(s, lr=1.0, warmup_steps=4, total_steps=8, schedule="constant")
+        for s in range(10)
+    ]
     assert rates == [0.25, 0.5, 0.75, 1.0] + [1.0] * 6
 
 
@@ -117,8 +131,15 @@ def test_param_groups_hold_every_trainable_parameter_once():
     tied.weight = head.weight
     backbone[2].bias.requires_grad_(False)
     decayed, plain = optim.param_groups([backbone, head, tied], 0.1)
-    assert (decayed["weight_decay"], decayed["adapt"], plain["weight_decay"], plain["adapt"]) == (0.1, True, 0.0, False)
-    assert [id(p) for p in decayed["params"]] == [id(p) for p in (backbone[0].weight, backbone[2].weight, head.weight)]
+    assert (decayed["weight_decay"], decayed["adapt"], plain["weight_decay"], plain["adapt"]) == (
+        0.1,
+        True,
+        0.0,
+        False,
+    )
+    assert [id(p) for p in decayed["params"]] == [
+        id(p) for p in (backbone[0].weight, backbone[2].weight, head.weight)
+    ]
     expected = (backbone[0].bias, backbone[1].weight, backbone[1].bias, tied.bias)
     assert [id(p) for p in plain["params"]] == [id(p) for p in expected]
     assert len(optim.param_groups([head], 0.1)) == 1
@@ -162,7 +183,13 @@ def test_lars_equals_the_oracle_for_200_steps(dtype, tolerance, masked):
             decay = 0.01 if adapt else 0.0
             gradient = p.grad.double().numpy()
             values[i], velocities[i] = lars_oracle(
-                values[i], gradient, velocities[i], lr=lr, weight_decay=decay, adapt=adapt, **settings
+                values[i],
+                gradient,
+                velocities[i],
+                lr=lr,
+                weight_decay=decay,
+                adapt=adapt,
+                **settings,
             )
         if masked:
             for p in params:
@@ -196,7 +223,10 @@ def test_lars_skips_parameters_without_gradient_and_takes_a_tensor_rate():
         q.grad = p.grad.clone()
     params[3].grad = others[3].grad = None
     before = params[3].detach().clone()
-    a, b = optim.LARS(make_groups(params), lr=0.3), optim.LARS(make_groups(others), lr=torch.tensor(0.3))
+    a, b = (
+        optim.LARS(make_groups(params), lr=0.3),
+        optim.LARS(make_groups(others), lr=torch.tensor(0.3)),
+    )
     a.step()
     b.step()
     assert torch.equal(params[3], before) and not a.state[params[3]]
@@ -224,7 +254,10 @@ def test_lars_keeps_the_memory_layout():
 
 
 def test_lars_takes_several_dtypes_in_one_group():
-    params = [nn.Parameter(torch.randn(3, 3, dtype=dtype)) for dtype in (torch.float32, torch.float64, torch.bfloat16)]
+    params = [
+        nn.Parameter(torch.randn(3, 3, dtype=dtype))
+        for dtype in (torch.float32, torch.float64, torch.bfloat16)
+    ]
     before = [p.detach().clone() for p in params]
     optimizer = optim.LARS(params, lr=1.0, trust_coefficient=0.1)
     optimizer.found_inf = torch.zeros(())
@@ -232,7 +265,9 @@ def test_lars_takes_several_dtypes_in_one_group():
     optimizer.step()
     for p, old in zip(params, before, strict=True):
         rate = 0.1 * old.double().norm() / p.grad.double().norm()
-        torch.testing.assert_close(p.double(), old.double() - rate * p.grad.double(), rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(
+            p.double(), old.double() - rate * p.grad.double(), rtol=2e-2, atol=2e-2
+        )
         assert optimizer.state[p]["momentum_buffer"].dtype == p.dtype
 
 
@@ -310,10 +345,14 @@ def test_found_inf_leaves_everything_bitwise_unchanged(name, first):
     if not first:
         step_both()
         for p in params[:2]:
-            optimizer.state[p][next(k for k in optimizer.state[p] if k != "step")].view(-1)[0] = -0.0
+            optimizer.state[p][next(k for k in optimizer.state[p] if k != "step")].view(-1)[
+                0
+            ] = -0.0
             p.data.view(-1)[0] = -0.0
         for q in others[:2]:
-            undisturbed.state[q][next(k for k in undisturbed.state[q] if k != "step")].view(-1)[0] = -0.0
+            undisturbed.state[q][next(k for k in undisturbed.state[q] if k != "step")].view(-1)[
+                0
+            ] = -0.0
             q.data.view(-1)[0] = -0.0
     before = snapshot(optimizer)
     set_grads(params, rng)
@@ -405,14 +444,17 @@ def test_grad_norm_is_the_norm_of_all_gradients():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", optim.OPTIMIZERS)
-def test_a_gpu_steps_without_synchronising(name):
+def test_a_gpu_steps_without_synchronizing(name):
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA or ROCm device")
     params = [nn.Parameter(p.detach().cuda()) for p in make_params(torch.float32)]
     optimizer = optim.build_optimizer(name, make_groups(params), lr=0.1)
     for p in params:
         p.grad = torch.randn_like(p)
-    optimizer.found_inf, optimizer.grad_scale = torch.zeros((), device="cuda"), torch.ones((), device="cuda")
+    optimizer.found_inf, optimizer.grad_scale = (
+        torch.zeros((), device="cuda"),
+        torch.ones((), device="cuda"),
+    )
     optimizer.step()
     before = snapshot(optimizer)
     for p in params:

@@ -1,4 +1,6 @@
-"""Packed files: the set they were made of, in one file; small memory; whatever is not one is refused."""
+"""Packed files: the set they were made of, in one file; small memory; whatever is not one is
+refused.
+"""
 
 import os
 import subprocess
@@ -10,23 +12,32 @@ import pytest
 import torch
 from PIL import Image
 
-from common import data, pack
-from common.config import InputError
+from common.data import __main__, pack, sampling
+from common.data.open import open_images
+from common.errors import InputError
 from tests.test_data import folder, picture, read, zipped
 
-NAMES = [f"{split}/{name}/{i}.png" for split in ("train", "test") for name in ("b", "a") for i in range(5)]
+NAMES = [
+    f"{split}/{name}/{i}.png"
+    for split in ("train", "test")
+    for name in ("b", "a")
+    for i in range(5)
+]
 
 
 def packed(source, *flags, name="set.packed"):
     target = source.parent / name
-    assert pack.main(["pack", str(source), str(target), *flags]) == 0
+    assert __main__.main(["pack", str(source), str(target), *flags]) == 0
     return target
 
 
 def same(a, b):
     assert a.ids == b.ids and a.classes == b.classes and len(a) == len(b)
     assert np.array_equal(a.labels, b.labels) and np.array_equal(a.splits, b.splits)
-    assert all(np.array_equal(x, y) for x, y in zip(data.split(a).values(), data.split(b).values(), strict=True))
+    assert all(
+        np.array_equal(x, y)
+        for x, y in zip(sampling.split(a).values(), sampling.split(b).values(), strict=True)
+    )
     order = [np.array([3, 1, 1]), np.array([7, 19, 0]), np.arange(20)]
     for x, y in zip(a.batches(order, 2), b.batches(order, 3), strict=True):
         assert torch.equal(x, y)
@@ -37,9 +48,12 @@ def test_a_packed_set_is_its_source(tmp_path, archive, capsys):
     root = folder(tmp_path / "set", NAMES, width=30, height=24)
     source = zipped(root, "top/") if archive else root
     target = packed(source)
-    plain, one = data.open_images(str(source)), data.open_images(str(target))
+    plain, one = open_images(str(source)), open_images(str(target))
     same(plain, one)
-    assert one.fingerprint == plain.fingerprint and one.store_size == plain.store_size == one.native_size == 24
+    assert (
+        one.fingerprint == plain.fingerprint
+        and one.store_size == plain.store_size == one.native_size == 24
+    )
     assert "20 images in 2 classes" in one.describe() and one.name == "set.packed"
     said = capsys.readouterr().out
     assert f"read {plain.num_bytes / 1e6:.1f} MB" in said and "images/s" in said
@@ -47,53 +61,63 @@ def test_a_packed_set_is_its_source(tmp_path, archive, capsys):
 
 def test_the_embedded_set_can_be_packed(tmp_path):
     target = tmp_path / "sample.packed"
-    assert pack.main(["pack", "sample", str(target), "--workers", "1"]) == 0
-    plain, one = data.open_images("sample"), data.open_images(str(target))
+    assert __main__.main(["pack", "sample", str(target), "--workers", "1"]) == 0
+    plain, one = open_images("sample"), open_images(str(target))
     same(plain, one)
     assert one.fingerprint == plain.fingerprint
 
 
-def test_the_fingerprint_is_the_sources_exactly_where_the_same_command_reads_the_same_pixels(tmp_path):
+def test_the_fingerprint_is_the_sources_exactly_where_the_same_command_reads_the_same_pixels(
+    tmp_path,
+):
     root = folder(tmp_path / "set", NAMES, width=40, height=40)
     target = packed(root, "--store-size", "16")
 
     def opened(path, size):
-        images = data.open_images(str(path))
+        images = open_images(str(path))
         if size:
             images.resize_store(size)
         return images
 
     same(opened(root, 16), opened(target, 16))
     assert opened(root, 16).fingerprint == opened(target, 16).fingerprint
-    # Without the flag the source is decoded to 40 pixels, and 8 pixels come from 16 there and from 40 here.
+    # Without the flag the source is decoded to 40 pixels, and 8 pixels come from 16 there and from
+    # 40 here.
     assert opened(target, None).store_size == 16
-    prints = {opened(target, size).fingerprint for size in (None, 8)} | {opened(root, None).fingerprint}
+    prints = {opened(target, size).fingerprint for size in (None, 8)} | {
+        opened(root, None).fingerprint
+    }
     assert len(prints) == 2 and opened(target, 8).fingerprint != opened(root, 8).fingerprint
 
 
 def test_a_smaller_side_is_resized_and_a_larger_one_refused(tmp_path):
     root = folder(tmp_path / "set", NAMES, width=32, height=32)
-    images = data.open_images(str(packed(root)))
+    images = open_images(str(packed(root)))
     images.resize_store(16)
     expected = picture(0, 32, 32).resize((16, 16), Image.Resampling.BILINEAR)
     first = images.ids.index("train/b/0.png")
-    assert torch.equal(read(images, [first])[0], torch.from_numpy(np.array(expected)).permute(2, 0, 1))
-    with pytest.raises(InputError, match="--store-size 64: set.packed is packed at 32 px; give at most that, or pack"):
+    assert torch.equal(
+        read(images, [first])[0], torch.from_numpy(np.array(expected)).permute(2, 0, 1)
+    )
+    with pytest.raises(
+        InputError,
+        match="--store-size 64: set.packed is packed at 32 px; give at most that, or pack",
+    ):
         images.resize_store(64)
 
 
 def test_a_damaged_image_ends_the_packing_or_is_left_out(tmp_path, capsys):
     root = folder(tmp_path / "set", [f"{c}/{i:03d}.png" for c in "xy" for i in range(60)])
-    before = data.open_images(str(root)).fingerprint
+    before = open_images(str(root)).fingerprint
     (root / "x" / "003.png").write_bytes((root / "x" / "003.png").read_bytes()[:-60])
-    plain = data.open_images(str(root))
+    plain = open_images(str(root))
     target = tmp_path / "set.packed"
     with pytest.raises(SystemExit) as error:
-        pack.main(["pack", str(root), str(target)])
+        __main__.main(["pack", str(root), str(target)])
     assert error.value.code == 2 and "x/003.png" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
-    packed(root, "--bad-images", "skip")
-    images = data.open_images(str(target))
+    packed(root, "--on-bad-item", "skip")
+    images = open_images(str(target))
     assert len(images) == 119 and "x/003.png" not in images.ids
     assert images.fingerprint not in (before, plain.fingerprint)
     assert "left out 1 damaged images, the first is x/003.png" in capsys.readouterr().out
@@ -105,15 +129,15 @@ def test_every_cut_and_every_flipped_byte_is_found(tmp_path):
     for size in [*range(0, 100, 7), len(whole) // 2, len(whole) - 1]:
         target.write_bytes(whole[:size])
         with pytest.raises(InputError, match="pack it again|not a packed data set"):
-            data.open_images(str(target))
+            open_images(str(target))
     for place in range(0, len(whole), 97):
         target.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
         with pytest.raises(InputError, match="pack it again|not a packed data set"):
-            read(data.open_images(str(target)), range(20))
+            read(open_images(str(target)), range(20))
     target.write_bytes(whole)
     target.write_bytes(whole + b"more")
     with pytest.raises(InputError, match="pack it again"):
-        data.open_images(str(target))
+        open_images(str(target))
 
 
 def test_an_image_that_is_damaged_is_named(tmp_path):
@@ -121,19 +145,22 @@ def test_an_image_that_is_damaged_is_named(tmp_path):
     content = bytearray(target.read_bytes())
     content[len(pack._MAGIC) + 7 * 3 * 64 + 5] ^= 1
     target.write_bytes(content)
-    images = data.open_images(str(target))
+    images = open_images(str(target))
     assert read(images, range(7)).shape == (7, 3, 8, 8)
-    with pytest.raises(InputError, match=f"set.packed is damaged at image {images.ids[7]}; pack it again"):
+    with pytest.raises(
+        InputError, match=f"set.packed is damaged at image {images.ids[7]}; pack it again"
+    ):
         read(images, [7])
 
 
 @pytest.mark.parametrize(
-    ("target", "said"), [("set.zip", "must end in .packed"), ("no/set.packed", "No such file or directory")]
+    ("target", "said"),
+    [("set.zip", "must end in .packed"), ("no/set.packed", "No such file or directory")],
 )
 def test_a_target_that_cannot_be_written_is_one_line(tmp_path, target, said, capsys):
     root = folder(tmp_path / "set", NAMES[:4])
     with pytest.raises(SystemExit) as error:
-        pack.main(["pack", str(root), str(tmp_path / target)])
+        __main__.main(["pack", str(root), str(tmp_path / target)])
     text = capsys.readouterr().err
     assert error.value.code == 2 and said in text and text.count("\n") == 1
 
@@ -144,7 +171,7 @@ def test_an_old_file_stays_when_packing_fails(tmp_path):
     before = target.read_bytes()
     (root / NAMES[3]).write_bytes(b"no image")
     with pytest.raises(SystemExit):
-        pack.main(["pack", str(root), str(target)])
+        __main__.main(["pack", str(root), str(target)])
     assert target.read_bytes() == before and sorted(os.listdir(tmp_path)) == ["set", "set.packed"]
 
 
@@ -152,11 +179,15 @@ def test_packing_and_reading_take_little_memory(tmp_path, monkeypatch):
     root = folder(tmp_path / "set", [f"{i}.png" for i in range(64)], width=64, height=64)
     monkeypatch.setattr(pack, "_BATCH_BYTES", 4 * 3 * 64 * 64)
     made = []
-    monkeypatch.setattr(torch, "stack", lambda tensors, stack=torch.stack: made.append(len(tensors)) or stack(tensors))
+    monkeypatch.setattr(
+        torch,
+        "stack",
+        lambda tensors, stack=torch.stack: made.append(len(tensors)) or stack(tensors),
+    )
     target = packed(root, "--workers", "1")
     assert made and max(made) <= 4
     tracemalloc.start()
-    images = data.open_images(str(target))
+    images = open_images(str(target))
     for batch in images.batches(np.array_split(np.arange(64), 16), 1):
         assert batch.shape == (4, 3, 64, 64)
     peak = tracemalloc.get_traced_memory()[1]
@@ -168,4 +199,4 @@ def test_the_module_is_a_command(tmp_path):
     root = folder(tmp_path / "set", NAMES)
     command = [sys.executable, "-m", "common.data", "pack", str(root), str(tmp_path / "set.packed")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "wrote" in done.stdout and len(data.open_images(str(tmp_path / "set.packed"))) == 20
+    assert "wrote" in done.stdout and len(open_images(str(tmp_path / "set.packed"))) == 20

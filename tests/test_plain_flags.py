@@ -8,7 +8,7 @@ import train_cluster
 import train_raer
 import train_simclr
 import train_tsm
-from common import log
+from common.run import log
 
 TSM = ["--backbone", "conv_small_035", "--image-size", "32", "--bs", "24", "--accum", "1", "--epochs", "2",
        "--clips", "1", "--n-segment", "2", "--data", "sample-flicker", "--device", "cpu"]  # fmt: skip
@@ -25,9 +25,22 @@ CLUSTER = ["--bs", "512", "--epochs", "2", "--cluster-epochs", "2", "--device", 
 def test_a_constant_learning_rate_is_one(script, flags, tmp_path):
     rates = {}
     for name, extra in (("falls", []), ("constant", ["--lr-schedule", "constant"])):
-        argv = [*flags, "--warmup-epochs", "0", "--log-every", "1", *extra, "--out", str(tmp_path / name)]
+        argv = [
+            *flags,
+            "--warmup-epochs",
+            "0",
+            "--log-every",
+            "1",
+            *extra,
+            "--out",
+            str(tmp_path / name),
+        ]
         assert script.main(argv) == 0
-        rates[name] = [line["lr"] for line in log.read(tmp_path / name) if line["stage"] != "pretrain" and "lr" in line]
+        rates[name] = [
+            line["lr"]
+            for line in log.read(tmp_path / name)
+            if line["stage"] != "pretrain" and "lr" in line
+        ]
     # On a plateau clustering halves the rate.
     assert len({rate for rate in rates["constant"] if rate > 0.6 * rates["constant"][-1]}) <= 2
     assert rates["constant"][-1] > rates["falls"][-1] and rates["falls"][0] > rates["falls"][-1]
@@ -41,13 +54,37 @@ def test_fine_tuning_without_augmentation_sees_the_images_themselves(tmp_path):
             pixels = rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)
             pixels[..., k] //= 3
             Image.fromarray(pixels).save(tmp_path / "data" / name / f"{i:02d}.png")
-    argv = ["--backbone", "resnet18", "--stem", "cifar", "--image-size", "8", "--stage", "finetune", "--from", "none"]
-    argv += ["--data", str(tmp_path / "data"), "--bs", "28", "--epochs", "3", "--lr", "0", "--device", "cpu"]
+    argv = [
+        "--backbone",
+        "resnet18",
+        "--stem",
+        "cifar",
+        "--image-size",
+        "8",
+        "--stage",
+        "finetune",
+        "--from",
+        "none",
+    ]
+    argv += [
+        "--data",
+        str(tmp_path / "data"),
+        "--bs",
+        "28",
+        "--epochs",
+        "3",
+        "--lr",
+        "0",
+        "--device",
+        "cpu",
+    ]
     losses = {}
     for kind in ("simclr", "none"):
         out = tmp_path / kind
         assert train_simclr.main([*argv, "--augment", kind, "--out", str(out)]) == 0
-        losses[kind] = [x["finetune/train/loss"] for x in log.read(out) if "finetune/train/loss" in x]
+        losses[kind] = [
+            x["finetune/train/loss"] for x in log.read(out) if "finetune/train/loss" in x
+        ]
     # One batch holds all training images: only the augmentation can tell epochs apart.
     assert np.ptp(losses["none"]) < 1e-5 < 1e-3 < np.ptp(losses["simclr"])
 
@@ -55,10 +92,15 @@ def test_fine_tuning_without_augmentation_sees_the_images_themselves(tmp_path):
 def test_patience_ends_what_no_longer_improves(tmp_path):
     argv = [*RAER, "--epochs", "8", "--lr", "1e-7"]
     assert train_raer.main([*argv, "--patience", "2", "--out", str(tmp_path)]) == 0
-    assert max(line["epoch"] for line in log.read(tmp_path)) == 3  # one that sets the mark, two that do not pass it
+    assert (
+        max(line["epoch"] for line in log.read(tmp_path)) == 3
+    )  # one that sets the mark, two that do not pass it
 
 
 def test_a_last_rate_needs_a_schedule_that_falls(capsys):
     with pytest.raises(SystemExit) as ending:
         train_tsm.main([*TSM, "--lr-schedule", "constant", "--min-lr", "1e-6"])
-    assert ending.value.code == 2 and "--min-lr has no effect with --lr-schedule constant" in capsys.readouterr().err
+    assert (
+        ending.value.code == 2
+        and "--min-lr has no effect with --lr-schedule constant" in capsys.readouterr().err
+    )

@@ -7,8 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from common import config, data, dist, log, metrics, optim, probe
-from common.run import Run
+from common import config, linear_eval, metrics, optim
+from common.data import sampling
+from common.features import representation, stored_features
+from common.run import dist, log
+from common.run.run import Run
 
 
 class Items:
@@ -31,17 +34,37 @@ class Items:
 def setting(folder, count=600, classes=3):
     items = Items(count, classes)
     everything = np.arange(count)
-    test = data.hold_out(items.ids, items.labels, everything, 0.15, "test")
+    test = sampling.hold_out(items.ids, items.labels, everything, 0.15, "test")
     rest = np.setdiff1d(everything, test)
-    dev = data.hold_out(items.ids, items.labels, rest, 0.15, "dev")
-    splits = {"test": test, "finetune_test": test, "rest": rest, "dev": dev, "train": np.setdiff1d(rest, dev)}
-    args = SimpleNamespace(seed=0, lr_schedule="cosine", patience=5, save_every=10, max_steps=None, resume="auto")
+    dev = sampling.hold_out(items.ids, items.labels, rest, 0.15, "dev")
+    splits = {
+        "test": test,
+        "finetune_test": test,
+        "rest": rest,
+        "dev": dev,
+        "train": np.setdiff1d(rest, dev),
+    }
+    args = SimpleNamespace(
+        seed=0, lr_schedule="cosine", patience=5, save_every=10, max_steps=None, resume="auto"
+    )
     args.workers, args.detect_anomaly = 1, False
-    stage = config.Stage("linear", epochs=30, bs=64, lr=0.2, wd=0.0, optimizer="sgd", warmup_epochs=0.0)
-    facts = dist.Facts(0, 1, 0, torch.device("cpu"))
-    meta = {"classes": {"linear": items.classes}, "image_size": 8}
+    stage = config.StageConfig(
+        "linear", epochs=30, bs=64, lr=0.2, wd=0.0, optimizer="sgd", warmup_epochs=0.0
+    )
+    world = dist.Dist(0, 1, 0, torch.device("cpu"))
+    model_spec = {"classes": {"linear": items.classes}, "image_size": 8}
     signals = SimpleNamespace(asked=0)
-    return Run(args, facts, items, splits, folder, log.Log(folder, main=True), signals, meta, {"linear": stage})
+    return Run(
+        args,
+        world,
+        items,
+        splits,
+        folder,
+        log.Log(folder, main=True),
+        signals,
+        model_spec,
+        {"linear": stage},
+    )
 
 
 def protocol(run, rows):
@@ -49,25 +72,31 @@ def protocol(run, rows):
     head = nn.Linear(rows.shape[1], len(run.data.classes))
     optimizer = optim.build_optimizer("sgd", optim.param_groups([head], 0.0), lr=0.2)
     progress = run.stage("linear", {"head": head, "optimizer": optimizer}, start="x")
-    return probe.linear_protocol(run, progress, head, optimizer, run.stages["linear"], rows, {}), progress
+    return linear_eval.linear_protocol(
+        run, progress, head, optimizer, run.stages["linear"], rows, {}
+    ), progress
 
 
 def blobs(labels, noise, seed=0):
-    centres = torch.randn(3, 20, generator=torch.Generator().manual_seed(1))
-    rows = centres[torch.from_numpy(labels)] + noise * torch.randn(
+    centers = torch.randn(3, 20, generator=torch.Generator().manual_seed(1))
+    rows = centers[torch.from_numpy(labels)] + noise * torch.randn(
         len(labels), 20, generator=torch.Generator().manual_seed(seed)
     )
     return rows * torch.logspace(-3, 3, 20) + 5  # features of very different scale, off the origin
 
 
 def test_protocol_reaches_what_scikit_learn_reaches(tmp_path):
-    linear_model = pytest.importorskip("sklearn.linear_model", reason="pip install -r tests/requirements.txt")
+    linear_model = pytest.importorskip(
+        "sklearn.linear_model", reason="pip install -r tests/requirements.txt"
+    )
     run = setting(tmp_path)
     labels, train, test = run.data.labels, run.splits["train"], run.splits["test"]
     rows = blobs(labels, noise=1.8)
     results, progress = protocol(run, rows)
     scale = rows[train].std(0)
-    oracle = linear_model.LogisticRegression(C=np.inf, max_iter=2000).fit((rows[train] / scale).numpy(), labels[train])
+    oracle = linear_model.LogisticRegression(C=np.inf, max_iter=2000).fit(
+        (rows[train] / scale).numpy(), labels[train]
+    )
     reached = oracle.score((rows[test] / scale).numpy(), labels[test])
     assert 0.6 < reached < 1
     assert results["linear/test/accuracy"] == pytest.approx(reached, abs=0.06)
@@ -75,7 +104,8 @@ def test_protocol_reaches_what_scikit_learn_reaches(tmp_path):
     layer = progress.best_weights()
     logits = rows[test] @ layer["fc.weight"].T + layer["fc.bias"]
     assert (
-        metrics.classification(labels[test], logits.argmax(1).numpy(), 3)["accuracy"] == results["linear/test/accuracy"]
+        metrics.classification(labels[test], logits.argmax(1).numpy(), 3)["accuracy"]
+        == results["linear/test/accuracy"]
     )
 
 
@@ -101,28 +131,28 @@ def test_features_are_stored_once_and_not_taken_for_others(tmp_path):
         calls.append(1)
         return torch.full((600, 4), float(len(calls)))
 
-    first = probe.stored_features(run, "weights-a", compute)
-    assert torch.equal(probe.stored_features(run, "weights-a", compute), first) and len(calls) == 1
+    first = stored_features(run, "weights-a", compute)
+    assert torch.equal(stored_features(run, "weights-a", compute), first) and len(calls) == 1
     with np.load(tmp_path / "features.npz") as stored:
         assert stored["features"].shape == (600, 4)
         assert [int((stored["split"] == s).sum()) for s in ("train", "val", "test")] == [
             len(run.splits[s]) for s in ("train", "dev", "test")
         ]
-    assert torch.equal(probe.stored_features(run, "weights-b", compute), torch.full((600, 4), 2.0))
+    assert torch.equal(stored_features(run, "weights-b", compute), torch.full((600, 4), 2.0))
     run.data.fingerprint = "other images"
-    assert torch.equal(probe.stored_features(run, "weights-b", compute), torch.full((600, 4), 3.0))
+    assert torch.equal(stored_features(run, "weights-b", compute), torch.full((600, 4), 3.0))
 
 
 def test_representation_tells_good_features_from_noise(tmp_path):
     run = setting(tmp_path)
     rows = blobs(run.data.labels, noise=0.1)
     rows = (rows - rows.mean(0)) / rows.std(0)
-    good = probe.representation(run, lambda indices: rows[indices], "dev", "val")
-    noise = probe.representation(run, lambda indices: torch.randn(len(indices), 20), "dev", "val")
+    good = representation(run, lambda indices: rows[indices], "dev", "val")
+    noise = representation(run, lambda indices: torch.randn(len(indices), 20), "dev", "val")
     assert good["pretrain/val/knn_accuracy"] == 1.0 and noise["pretrain/val/knn_accuracy"] < 0.6
     assert good["pretrain/val/effective_rank"] < 5 < noise["pretrain/val/effective_rank"] <= 20
     run.splits["dev"] = np.array([], np.int64)
-    assert list(probe.representation(run, lambda indices: rows[indices], "dev", "val")) == [
+    assert list(representation(run, lambda indices: rows[indices], "dev", "val")) == [
         "pretrain/val/effective_rank"
     ]
 
@@ -132,6 +162,6 @@ def test_stored_features_name_the_part_of_every_item(tmp_path):
     run = setting(tmp_path, 24)
     names = ("rest", "train", "finetune_train", "dev", "finetune_dev", "test", "finetune_test")
     run.splits = {part: np.arange(3 * k, 3 * k + 3) for k, part in enumerate(names)}
-    probe.stored_features(run, "x", lambda: torch.zeros(24, 1))
+    stored_features(run, "x", lambda: torch.zeros(24, 1))
     with np.load(tmp_path / "features.npz") as stored:
         assert stored["split"].tolist() == ["train"] * 9 + ["val"] * 6 + ["test"] * 6 + [""] * 3

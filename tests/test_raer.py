@@ -1,4 +1,6 @@
-"""RAER's layout: lists, labels, frames, boxes, segments, both streams, and a validation part held out by folder."""
+"""RAER's layout: lists, labels, frames, boxes, segments, both streams, and a validation part held
+out by folder.
+"""
 
 import json
 import zipfile
@@ -8,16 +10,18 @@ import pytest
 import torch
 from PIL import Image
 
-from common import data
-from common.config import InputError
-from common.datasets import raer
+from common.data import raer
+from common.data.images import UNLABELED
+from common.errors import InputError
 
 SIZE = (40, 24)  # of a frame, width and height
 FACE, BODY = [10, 4, 20, 14], [4, 0, 34, 24]
 
 
 def frame(path, value=0, k=0, size=SIZE):
-    """A frame whose red is the clip's number, whose green is the frame's, and whose blue tells the place."""
+    """A frame whose red is the clip's number, whose green is the frame's, and whose blue tells the
+    place.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.zeros((size[1], size[0], 3), np.uint8)
     pixels[:] = (value, k, 0)
@@ -26,26 +30,41 @@ def frame(path, value=0, k=0, size=SIZE):
 
 
 def tree(root, lists, *, faces=None, bodies=None, classes=None, length=3):
-    """A miniature RAER: `lists` gives (clip, label) by file, each clip has `length` frames and both boxes."""
+    """A miniature RAER: `lists` gives (clip, label) by file, each clip has `length` frames and both
+    boxes.
+    """
     root.mkdir(parents=True, exist_ok=True)
     face_boxes, body_boxes = {}, {}
-    for number, (clip, _) in enumerate(dict.fromkeys(line for lines in lists.values() for line in lines)):
+    for number, (clip, _) in enumerate(
+        dict.fromkeys(line for lines in lists.values() for line in lines)
+    ):
         names = [f"{k}.png" for k in range(8, 8 + length)]  # 10.png comes after 9.png
         for k, name in enumerate(names):
             frame(root / clip / name, number, k)
         face_boxes[clip] = dict.fromkeys(names, FACE)
         body_boxes[clip] = BODY
     for part, lines in lists.items():
-        (root / f"{part}.txt").write_text("".join(f"{clip} {length} {label}\n" for clip, label in lines))
+        (root / f"{part}.txt").write_text(
+            "".join(f"{clip} {length} {label}\n" for clip, label in lines)
+        )
     (root / "face.json").write_text(json.dumps(face_boxes if faces is None else faces(face_boxes)))
-    (root / "body.json").write_text(json.dumps(body_boxes if bodies is None else bodies(body_boxes)))
+    (root / "body.json").write_text(
+        json.dumps(body_boxes if bodies is None else bodies(body_boxes))
+    )
     if classes:
         (root / "classes.txt").write_text(classes)
     return root
 
 
 LISTS = {
-    "train": [("a b/c  1", 1), ("a b/c 2", 2), ("d/c 3", 3), ("d/c 4", 4), ("e/c 5", 5), ("e/c 6", 1)],
+    "train": [
+        ("a b/c  1", 1),
+        ("a b/c 2", 2),
+        ("d/c 3", 3),
+        ("d/c 4", 4),
+        ("e/c 5", 5),
+        ("e/c 6", 1),
+    ],
     "val": [("v/1", 2)],
     "test": [("t/1", 3)],
 }
@@ -98,10 +117,15 @@ def test_absolute_and_foreign_folders_in_the_lists_are_found(tmp_path):
         (root / name).write_text("".join(f"/home/some body/RAER/{line}\n" for line in lines))
     for name in ("face.json", "body.json"):
         content = json.loads((root / name).read_text())
-        (root / name).write_text(json.dumps({f"D:\\RAER\\{clip}".replace("/", "\\"): b for clip, b in content.items()}))
+        (root / name).write_text(
+            json.dumps({f"D:\\RAER\\{clip}".replace("/", "\\"): b for clip, b in content.items()})
+        )
     clips = opened(root)
     assert clips.ids == [clip for part in LISTS.values() for clip, _ in part]
-    assert np.array_equal(clips.images.faces, np.tile(FACE, (24, 1))) and not np.isnan(clips.images.bodies).any()
+    assert (
+        np.array_equal(clips.images.faces, np.tile(FACE, (24, 1)))
+        and not np.isnan(clips.images.bodies).any()
+    )
 
 
 def test_labels_from_zero_are_told_by_a_zero_in_any_list(tmp_path):
@@ -120,14 +144,21 @@ def test_classes_and_descriptions_come_from_the_file(tmp_path):
     lists = {"train": [("a/1", 1), ("a/2", 2)], "test": [("t/1", 3)]}
     clips = opened(tree(tmp_path / "raer", lists, classes=classes))
     assert clips.classes == ["calm", "enjoyment", "bored"]
-    assert clips.descriptions == ["somebody calm", raer.CLASSES["enjoyment"], "an expression of bored"]
+    assert clips.descriptions == [
+        "somebody calm",
+        raer.CLASSES["enjoyment"],
+        "an expression of bored",
+    ]
     with pytest.raises(InputError, match=r"classes\.txt names \['calm', 'calm'\]"):
         opened(tree(tmp_path / "twice", lists, classes="calm\ncalm\n"))
 
 
 def test_labels_beyond_the_classes_are_refused_by_line(tmp_path):
     lists = LISTS | {"test": [("t/1", 6)]}
-    with pytest.raises(InputError, match=r"test\.txt line 1: label 6, allowed are 1 to 5 \(neutrality, .*classes\.txt"):
+    with pytest.raises(
+        InputError,
+        match=r"test\.txt line 1: label 6, allowed are 1 to 5 \(neutrality, .*classes\.txt",
+    ):
         opened(tree(tmp_path / "raer", lists))
     lists = LISTS | {"test": [("t/1", 0)]}
     with pytest.raises(InputError, match=r"train\.txt line 5: label 5, allowed are 0 to 4"):
@@ -138,15 +169,22 @@ def test_labels_beyond_the_classes_are_refused_by_line(tmp_path):
 def test_lines_of_another_form_are_refused_by_number(tmp_path, line):
     root = tree(tmp_path / "raer", LISTS)
     (root / "val.txt").write_text(f"\nv/1 3 2\n{line}\n")
-    with pytest.raises(InputError, match=r"val\.txt line 3: .*expected `clip_folder num_frames label`"):
+    with pytest.raises(
+        InputError, match=r"val\.txt line 3: .*expected `clip_folder num_frames label`"
+    ):
         opened(root)
 
 
 def test_clips_in_two_splits_or_listed_twice_are_refused(tmp_path):
     leak = LISTS | {"test": [("t/1", 3), ("d/c 3", 3)]}
-    with pytest.raises(InputError, match=r"1 clips are in two splits: d/c 3 \(train\.txt line 3, test\.txt line 2\)"):
+    with pytest.raises(
+        InputError,
+        match=r"1 clips are in two splits: d/c 3 \(train\.txt line 3, test\.txt line 2\)",
+    ):
         opened(tree(tmp_path / "leak", leak))
-    with pytest.raises(InputError, match=r"1 clips are listed twice: v/1 \(val\.txt line 1, val\.txt line 2\)"):
+    with pytest.raises(
+        InputError, match=r"1 clips are listed twice: v/1 \(val\.txt line 1, val\.txt line 2\)"
+    ):
         opened(tree(tmp_path / "twice", LISTS | {"val": [("v/1", 2), ("v/1", 2)]}))
 
 
@@ -154,7 +192,8 @@ def test_wrong_frame_counts_are_named_and_taken_as_they_are_on_demand(tmp_path):
     root = tree(tmp_path / "raer", LISTS)
     frame(root / "t/1/11.png", 7, 3)
     with pytest.raises(
-        InputError, match=r"1 of 8 clips have another number .*t/1 has 4 frames, test\.txt line 1 says 3"
+        InputError,
+        match=r"1 of 8 clips have another number .*t/1 has 4 frames, test\.txt line 1 says 3",
     ):
         opened(root)
     clips = opened(root, bad="skip", missing_box="full")
@@ -166,7 +205,8 @@ def test_clips_without_frames_are_named_and_left_out_on_demand(tmp_path):
     with (root / "train.txt").open("a") as file:
         file.write("e/gone 3 2\n")
     with pytest.raises(
-        InputError, match="1 of 9 clips have no frames: e/gone; complete the data, or --bad-images skip"
+        InputError,
+        match="1 of 9 clips have no frames: e/gone; complete the data, or --on-bad-item skip",
     ):
         opened(root)
     clips = opened(root, bad="skip")
@@ -198,7 +238,10 @@ def lacking(root, **changes):
 
 
 def test_missing_boxes_are_counted_and_refused(tmp_path):
-    said = r"1 of 24 frames have no face box, 1 of 8 clips no body box \(first: t/1\); .*--missing-box full or skip"
+    said = (
+        r"1 of 24 frames have no face box, 1 of 8 clips no body box \(first: t/1\);"
+        r" .*--missing-box full or skip"
+    )
     with pytest.raises(InputError, match=said):
         opened(lacking(tmp_path / "raer"))
 
@@ -227,25 +270,36 @@ def test_frames_and_clips_without_boxes_are_left_out(tmp_path):
 def test_without_any_file_of_boxes_they_are_all_missing(tmp_path):
     root = tree(tmp_path / "raer", LISTS)
     (root / "face.json").unlink()
-    with pytest.raises(InputError, match="24 of 24 frames have no face box, 0 of 8 clips no body box"):
+    with pytest.raises(
+        InputError, match="24 of 24 frames have no face box, 0 of 8 clips no body box"
+    ):
         opened(root)
 
 
-@pytest.mark.parametrize("box", [[10, 4, 10, 14], [10, 14, 20, 4], [40, 4, 60, 14], [-9, 4, 0, 14], [10, 24, 20, 30]])
+@pytest.mark.parametrize(
+    "box", [[10, 4, 10, 14], [10, 14, 20, 4], [40, 4, 60, 14], [-9, 4, 0, 14], [10, 24, 20, 30]]
+)
 def test_degenerate_boxes_are_named(tmp_path, box):
     def faces(boxes):
         boxes["t/1"]["9.png"] = box
         return boxes
 
-    with pytest.raises(InputError, match=r"face\.json: 1 frames have a degenerate box \(first: t/1/9\.png: .*40 x 24"):
+    with pytest.raises(
+        InputError,
+        match=r"face\.json: 1 frames have a degenerate box \(first: t/1/9\.png: .*40 x 24",
+    ):
         opened(tree(tmp_path / "face", LISTS, faces=faces), missing_box="skip")
     with pytest.raises(InputError, match=r"body\.json: 3 frames have a degenerate box"):
         opened(tree(tmp_path / "body", LISTS, bodies=lambda boxes: boxes | {"t/1": box}))
 
 
-@pytest.mark.parametrize("box", [[1, 2, 3], "1 2 3 4", [1, 2, 3, "4"], [1, 2, 3, float("nan")], {"l": 1}, 7])
+@pytest.mark.parametrize(
+    "box", [[1, 2, 3], "1 2 3 4", [1, 2, 3, "4"], [1, 2, 3, float("nan")], {"l": 1}, 7]
+)
 def test_what_is_no_box_is_refused(tmp_path, box):
-    with pytest.raises(InputError, match=r"body\.json: t/1: .*expected \[left, top, right, bottom\] or null"):
+    with pytest.raises(
+        InputError, match=r"body\.json: t/1: .*expected \[left, top, right, bottom\] or null"
+    ):
         opened(tree(tmp_path / "raer", LISTS, bodies=lambda boxes: boxes | {"t/1": box}))
 
 
@@ -266,7 +320,13 @@ def test_the_face_is_stretched_with_its_margin_as_far_as_the_frame_goes():
     cut = raer.crop_square(image, np.array([10.0, 4, 20, 14]), 10)
     assert np.array_equal(cut.permute(1, 2, 0), pixels[4:14, 10:20])
     images = raer.TwoStreams(
-        "made", ["1"], [1], lambda i: _png(image), np.array([[10.0, 0, 20, 10]]), np.full((1, 4), np.nan), 0.2
+        "made",
+        ["1"],
+        [1],
+        lambda i: _png(image),
+        np.array([[10.0, 0, 20, 10]]),
+        np.full((1, 4), np.nan),
+        0.2,
     )
     images.resize_store(7)
     left, top, right, bottom = 8, 0, 22, 12  # two pixels on each side, but none above the frame
@@ -282,7 +342,9 @@ def _png(image):
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("size, rows, columns", [((40, 24), (6, 30), (0, 36)), ((24, 40), (0, 36), (7, 29))])
+@pytest.mark.parametrize(
+    "size, rows, columns", [((40, 24), (6, 30), (0, 36)), ((24, 40), (0, 36), (7, 29))]
+)
 def test_the_context_keeps_its_shape_between_black_bars(size, rows, columns):
     pixels = np.random.default_rng(0).integers(100, 256, (size[1], size[0], 3), np.uint8)
     image = Image.fromarray(pixels)
@@ -297,9 +359,14 @@ def test_the_context_keeps_its_shape_between_black_bars(size, rows, columns):
 
 @pytest.mark.parametrize(
     ("length", "count", "expected"),
-    [(32, 4, [4, 12, 20, 28]), (8, 8, [0, 1, 2, 3, 4, 5, 6, 7]), (5, 8, [0, 1, 2, 3, 4, 4, 4, 4]), (1, 3, [0, 0, 0])],
+    [
+        (32, 4, [4, 12, 20, 28]),
+        (8, 8, [0, 1, 2, 3, 4, 5, 6, 7]),
+        (5, 8, [0, 1, 2, 3, 4, 4, 4, 4]),
+        (1, 3, [0, 0, 0]),
+    ],
 )
-def test_evaluation_takes_the_centre_of_each_segment(length, count, expected):
+def test_evaluation_takes_the_center_of_each_segment(length, count, expected):
     assert raer.segment_frames([length], count).tolist() == [expected]
 
 
@@ -331,9 +398,9 @@ def test_draws_follow_seed_epoch_and_item(tmp_path):
 
 def test_a_clip_that_is_drawn_again_becomes_another_item():
     drawn = np.array([3, 1, 3, 0, 3, 1])
-    items = raer.redraw(drawn, 10)
+    items = raer.number_repeats(drawn, 10)
     assert items.tolist() == [3, 1, 13, 0, 23, 11]
-    assert raer.redraw(np.array([], np.int64), 10).tolist() == []
+    assert raer.number_repeats(np.array([], np.int64), 10).tolist() == []
 
 
 def test_frames_are_decoded_once_for_both_streams_and_kept(tmp_path, monkeypatch):
@@ -346,7 +413,7 @@ def test_frames_are_decoded_once_for_both_streams_and_kept(tmp_path, monkeypatch
     ((again, _),) = clips.batches(everything, 2)
     assert len(reads) == 24 and torch.equal(face, again)
     # Beyond the cap nothing is kept.
-    monkeypatch.setattr(data, "_CACHE_BYTES", 24 * 2 * 3 * 24 * 24 - 1)
+    monkeypatch.setattr("common.data.images._CACHE_BYTES", 24 * 2 * 3 * 24 * 24 - 1)
     fresh = opened(tree(tmp_path / "again", LISTS))
     ((face, other),) = fresh.batches(everything, 1)
     assert fresh.images._cache is None and torch.equal(face, again) and torch.equal(other, context)
@@ -355,7 +422,11 @@ def test_frames_are_decoded_once_for_both_streams_and_kept(tmp_path, monkeypatch
 def lectures(root, per_folder=6, folders=20):
     """Clips of `folders` people, all five classes with RAER's kind of imbalance in most of them."""
     labels = [1, 1, 1, 5, 2, 4] * per_folder
-    lines = [(f"p{p:02d}/c{i}", 3 if p % 4 == 0 and i == 0 else labels[i]) for p in range(folders) for i in range(6)]
+    lines = [
+        (f"p{p:02d}/c{i}", 3 if p % 4 == 0 and i == 0 else labels[i])
+        for p in range(folders)
+        for i in range(6)
+    ]
     return tree(root, {"train": lines, "test": [("t/1", 3)]}, length=1)
 
 
@@ -366,8 +437,12 @@ def test_validation_is_held_out_by_folder_and_stratified(tmp_path):
     people = [{clips.ids[i].split("/")[0] for i in parts[name]} for name in ("train", "val")]
     assert not people[0] & people[1] and len(people[1]) == 4
     counts = [np.bincount(clips.labels[parts[name]], minlength=5) for name in ("train", "val")]
-    assert (counts[1] > 0).all() and np.allclose(counts[1] / (counts[0] + counts[1]), 0.2, atol=0.06)
-    assert said == ["no val.txt: 24 training clips are held out for validation, whole parent folders each"]
+    assert (counts[1] > 0).all() and np.allclose(
+        counts[1] / (counts[0] + counts[1]), 0.2, atol=0.06
+    )
+    assert said == [
+        "no val.txt: 24 training clips are held out for validation, whole parent folders each"
+    ]
     assert np.array_equal(parts["train"], np.setdiff1d(np.arange(120), parts["val"]))
     alone = raer.split(clips, ["val"], say=said.append)
     assert list(alone) == ["val"] and np.array_equal(alone["val"], parts["val"])
@@ -410,7 +485,7 @@ def test_folders_without_lists_are_clips_without_labels(tmp_path):
         opened(root)
     clips = opened(root, labels=False)
     assert sorted(clips.ids) == sorted(clip for lines in LISTS.values() for clip, _ in lines)
-    assert (clips.labels == data.UNLABELLED).all() and not clips.splits.any()
+    assert (clips.labels == UNLABELED).all() and not clips.splits.any()
     one = opened(root / "d" / "c 3", labels=False, missing_box="full")
     assert one.ids == ["c 3"] and one.lengths.tolist() == [3]
 
@@ -422,7 +497,9 @@ def test_nothing_there_is_refused(tmp_path):
 
 
 def test_the_fingerprint_follows_boxes_and_labels(tmp_path):
-    moved = opened(tree(tmp_path / "moved", LISTS, bodies=lambda boxes: boxes | {"t/1": [0, 0, 9, 9]}))
+    moved = opened(
+        tree(tmp_path / "moved", LISTS, bodies=lambda boxes: boxes | {"t/1": [0, 0, 9, 9]})
+    )
     other = opened(tree(tmp_path / "other", LISTS | {"test": [("t/1", 4)]}))
     prints = {clips.fingerprint for clips in (opened(tree(tmp_path / "raer", LISTS)), moved, other)}
     assert len(prints) == 3
@@ -435,5 +512,7 @@ def test_the_embedded_clips_have_raers_classes_and_shares():
     parts = raer.split(clips)
     assert np.bincount(clips.labels[parts["train"]]).tolist() == [553, 52, 12, 63, 169]
     assert np.bincount(clips.labels[parts["test"]]).min() >= 40
-    ((face, context),) = clips.batches([(parts["test"][:2], clips.eval_frames(parts["test"][:2], 8))], 1)
+    ((face, context),) = clips.batches(
+        [(parts["test"][:2], clips.eval_frames(parts["test"][:2], 8))], 1
+    )
     assert face.shape == context.shape == (2, 8, 3, 32, 32) and not torch.equal(face, context)

@@ -11,8 +11,11 @@ from torch import nn
 
 import train_cluster
 import train_simclr
-from common import distil, recipe, verdict
-from common.models.heads import start_at_prior
+from common import distill
+from common.check import model as check_model
+from common.check.result import SKIP
+from common.check.runner import ITEMS
+from common.models.heads import init_bias_to_prior
 from tests import bugs
 
 QUICK = bugs.BUGS[1::6]  # the others take minutes
@@ -26,19 +29,22 @@ def name(bug):
 @pytest.mark.parametrize("bug", QUICK, ids=name)
 def test_a_seeded_bug_is_caught_by_its_item(bug, tmp_path):
     item = bugs.try_bug(bug, tmp_path)
-    assert item["verdict"] == bug.verdict, item
+    assert item["status"] == bug.status, item
     assert item["fix"] and item["threshold"]
 
 
 @pytest.mark.slow
 def test_at_least_95_percent_of_the_seeded_bugs_are_caught(tmp_path):
-    caught = [bugs.try_bug(bug, tmp_path / str(k))["verdict"] == bug.verdict for k, bug in enumerate(bugs.BUGS)]
+    caught = [
+        bugs.try_bug(bug, tmp_path / str(k))["status"] == bug.status
+        for k, bug in enumerate(bugs.BUGS)
+    ]
     assert len(caught) >= 30 and sum(caught) >= 0.95 * len(caught)
 
 
 def passes(base, folder, items="all"):
-    code, found = bugs.verdicts(base, folder, items)
-    assert code == 0 and not [item for item in found.values() if item["verdict"] == "FAIL"], found
+    code, found = bugs.statuses(base, folder, items)
+    assert code == 0 and not [item for item in found.values() if item["status"] == "FAIL"], found
     return found
 
 
@@ -46,13 +52,15 @@ def test_the_items_of_the_quick_bugs_pass_without_them(tmp_path):
     for base in {bug.base for bug in QUICK}:
         items = {bug.item for bug in QUICK if bug.base == base}
         found = passes(base, tmp_path / base, ",".join(items))
-        assert {item["verdict"] for item in found.values()} <= {"PASS", "WARN"} and len(found) == len(items)
+        assert {item["status"] for item in found.values()} <= {"PASS", "WARN"} and len(
+            found
+        ) == len(items)
 
 
 def test_a_healthy_clustering_passes_every_item(tmp_path):
     found = passes("rows", tmp_path)
-    assert list(found) == list(recipe.ITEMS)
-    assert all(item["fix"] == "" for item in found.values() if item["verdict"] == "PASS")
+    assert list(found) == list(ITEMS)
+    assert all(item["fix"] == "" for item in found.values() if item["status"] == "PASS")
     for picture in {picture for item in found.values() for picture in item["pictures"]}:
         assert (tmp_path / "run" / picture).stat().st_size > 0
 
@@ -62,7 +70,7 @@ def test_a_healthy_clustering_passes_every_item(tmp_path):
 def test_nothing_fails_on_a_healthy_run(base, tmp_path):
     found = passes(base, tmp_path)
     if base == "finetune":  # where `labels shuffled` is a warning
-        assert found["baseline"]["verdict"] == "PASS"
+        assert found["zero-input"]["status"] == "PASS"
 
 
 def test_a_check_does_not_stand_in_the_way_of_the_run(tmp_path, capsys):
@@ -70,24 +78,36 @@ def test_a_check_does_not_stand_in_the_way_of_the_run(tmp_path, capsys):
     assert train_cluster.main([*argv, "--check", "loss-at-init"]) == 0
     assert not (tmp_path / "run" / "config.json").exists()
     assert train_cluster.main(argv) == 0
-    kept = [path for path in (tmp_path / "run").rglob("*") if path.suffix in (".pt", ".json", ".jsonl")]
+    kept = [
+        path for path in (tmp_path / "run").rglob("*") if path.suffix in (".pt", ".json", ".jsonl")
+    ]
     files = {path: path.read_bytes() for path in kept}
     capsys.readouterr()
-    assert train_cluster.main([*argv, "--check", "gradient,loss-at-init"]) == 0  # beside a finished run
+    assert (
+        train_cluster.main([*argv, "--check", "gradient,loss-at-init"]) == 0
+    )  # beside a finished run
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in lines if line.startswith("PASS")] == ["loss-at-init", "gradient"]
+    assert [line.split()[1] for line in lines if line.startswith("PASS")] == [
+        "loss-at-init",
+        "gradient",
+    ]
     for path, content in files.items():
         assert path.name == "check.json" or path.read_bytes() == content, path
     assert train_cluster.main(argv) == 0 and "has finished" in capsys.readouterr().out
     found = json.loads((tmp_path / "run" / "check.json").read_text())
     assert found["script"] == "cluster" and found["command"]
-    assert [item["item"] for item in found["items"]] == ["loss-at-init", "gradient"] and found["seconds"] >= 0
+    assert [item["item"] for item in found["items"]] == ["loss-at-init", "gradient"] and found[
+        "seconds"
+    ] >= 0
 
 
 def test_a_new_check_removes_the_pictures_of_the_one_before(tmp_path):
     argv = [*SMALL, "--out", str(tmp_path), "--check"]
     figures = tmp_path / "figures"
-    assert train_cluster.main([*argv, "decreases"]) == 0 and (figures / "check_pretrain_dynamics.png").exists()
+    assert (
+        train_cluster.main([*argv, "loss-decreases"]) == 0
+        and (figures / "check_pretrain_dynamics.png").exists()
+    )
     (figures / "views.png").write_bytes((figures / "check_pretrain_dynamics.png").read_bytes())
     assert train_cluster.main([*argv, "gradient"]) == 0
     assert [path.name for path in figures.glob("*.png")] == ["views.png"]
@@ -108,23 +128,36 @@ def test_bad_use_is_refused_in_one_line(tmp_path, capsys):
 
 
 def test_an_item_alone_finds_what_it_finds_among_the_others(tmp_path):
-    alone = passes("rows", tmp_path / "a", "decreases")["decreases"]
-    among = passes("rows", tmp_path / "b", "seed,evaluation,decreases,overfit")["decreases"]
+    alone = passes("rows", tmp_path / "a", "loss-decreases")["loss-decreases"]
+    among = passes("rows", tmp_path / "b", "seed,eval-invariance,loss-decreases,overfit")[
+        "loss-decreases"
+    ]
     assert alone == among
 
 
 def test_stages_are_checked_one_after_the_other(tmp_path):
     flags = [*bugs.IMAGES, "--stage", "all", "--linear-bs", "16", "--finetune-bs", "16"]
     flags[1] = str(bugs.images(tmp_path / "images"))
-    out = ["--device", "cpu", "--check", "loss-at-init,head-bias,first-layer", "--out", str(tmp_path / "run")]
+    out = [
+        "--device",
+        "cpu",
+        "--check",
+        "loss-at-init,head-bias,first-layer",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     assert train_simclr.main([*flags, *out]) == 0
-    found = {i["item"]: i for i in json.loads((tmp_path / "run" / "check.json").read_text())["items"]}
+    found = {
+        i["item"]: i for i in json.loads((tmp_path / "run" / "check.json").read_text())["items"]
+    }
     items = ("loss-at-init", "head-bias", "first-layer")
-    assert list(found) == [f"{stage}/{item}" for stage in ("pretrain", "finetune") for item in items]
+    assert list(found) == [
+        f"{stage}/{item}" for stage in ("pretrain", "finetune") for item in items
+    ]
     for stage in ("pretrain", "finetune"):
         assert found[f"{stage}/first-layer"]["pictures"] == [f"figures/check_{stage}_filters.png"]
         assert (tmp_path / "run" / "figures" / f"check_{stage}_filters.png").exists()
-    assert found["pretrain/head-bias"]["verdict"] == verdict.SKIP
+    assert found["pretrain/head-bias"]["status"] == SKIP
     low, high = (float(word) for word in found["finetune/loss-at-init"]["threshold"].split(" to "))
     assert low < torch.tensor(3.0).log() < high  # three classes
 
@@ -133,32 +166,61 @@ def test_a_last_layer_that_starts_at_the_prior_predicts_it():
     torch.manual_seed(0)
     layer, one = nn.Linear(8, 3), nn.Linear(8, 1)
     labels = torch.tensor([0] * 6 + [1] * 3 + [2])
-    start_at_prior(layer, labels)
+    init_bias_to_prior(layer, labels)
     torch.testing.assert_close(layer.bias.softmax(0), torch.tensor([0.6, 0.3, 0.1]))
-    start_at_prior(one, labels.clamp(max=1))
+    init_bias_to_prior(one, labels.clamp(max=1))
     torch.testing.assert_close(one.bias.sigmoid(), torch.tensor([0.4]))
 
 
 def test_images_without_labels_are_checked_on_what_there_is(tmp_path):
-    files = sorted(bugs.images(tmp_path / "labelled").rglob("*.png"))
+    files = sorted(bugs.images(tmp_path / "labeled").rglob("*.png"))
     (tmp_path / "images").mkdir()
     for k, file in enumerate(files):
         file.rename(tmp_path / "images" / f"{k}.png")
-    flags = [*bugs.IMAGES, "--check", "inputs,evaluation,dependencies,baseline", "--device", "cpu"]
+    flags = [
+        *bugs.IMAGES,
+        "--check",
+        "inputs,eval-invariance,leakage,zero-input",
+        "--device",
+        "cpu",
+    ]
     flags[1] = str(tmp_path / "images")
     assert train_simclr.main([*flags, "--out", str(tmp_path / "run")]) == 0
-    found = {i["item"]: i["verdict"] for i in json.loads((tmp_path / "run" / "check.json").read_text())["items"]}
-    assert found == {"inputs": "PASS", "evaluation": "SKIP", "dependencies": "PASS", "baseline": "SKIP"}
+    found = {
+        i["item"]: i["status"]
+        for i in json.loads((tmp_path / "run" / "check.json").read_text())["items"]
+    }
+    assert found == {
+        "inputs": "PASS",
+        "eval-invariance": "SKIP",
+        "leakage": "PASS",
+        "zero-input": "SKIP",
+    }
 
 
 def test_a_teacher_is_not_asked_where_the_labels_are_tried(tmp_path, monkeypatch):
     flags = [*bugs.HEALTHY["finetune"][1], "--device", "cpu", "--epochs", "1"]
     flags[1] = str(bugs.images(tmp_path / "images"))
     assert train_simclr.main([*flags, "--out", str(tmp_path / "teacher")]) == 0
-    asked, logits = [], distil.Teacher.logits
-    monkeypatch.setattr(distil.Teacher, "logits", lambda self, *given: (asked.append(0), -9 * logits(self, *given))[1])
-    student = [*flags, "--teacher", str(tmp_path / "teacher"), "--teacher-weight", "1", "--out", str(tmp_path / "run")]
-    assert train_simclr.main([*student, "--check", "loss-at-init,overfit,decreases"]) == 0 and not asked
+    asked, logits = [], distill.Teacher.logits
+    monkeypatch.setattr(
+        distill.Teacher,
+        "logits",
+        lambda self, *given: (asked.append(0), -9 * logits(self, *given))[1],
+    )
+    student = [
+        *flags,
+        "--teacher",
+        str(tmp_path / "teacher"),
+        "--teacher-weight",
+        "1",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert (
+        train_simclr.main([*student, "--check", "loss-at-init,overfit,loss-decreases"]) == 0
+        and not asked
+    )
     items = json.loads((tmp_path / "run" / "check.json").read_text())["items"]
     assert all(item["value"].endswith("without the teacher") for item in items)
     assert train_simclr.main([*student, "--check", "loss-at-init,gradient"]) == 0 and asked
@@ -166,21 +228,28 @@ def test_a_teacher_is_not_asked_where_the_labels_are_tried(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("rare", [1, 3, 30])
 def test_the_loss_at_the_start_is_that_of_items_with_the_classes_shares(rare):
-    labels = np.random.default_rng(0).permutation(np.r_[np.ones(rare, int), np.zeros(60 - rare, int)])
+    labels = np.random.default_rng(0).permutation(
+        np.r_[np.ones(rare, int), np.zeros(60 - rare, int)]
+    )
     share, seen = rare / 60, []
 
     def step(model, optimizer, scaler, items, epoch):
         seen.append(labels[items])
-        return torch.tensor(np.where(labels[items], -math.log(share), -math.log(1 - share)).mean()), torch.ones(())
+        return torch.tensor(
+            np.where(labels[items], -math.log(share), -math.log(1 - share)).mean()
+        ), torch.ones(())
 
     def chance(drawn):  # a network that says the shares: exactly what it costs
         cost = np.where(drawn, -math.log(share), -math.log(1 - share)).mean()
         return cost - 1e-9, cost + 1e-9
 
     args = SimpleNamespace(precision="fp32")
-    run = SimpleNamespace(data=labels, args=args, facts=SimpleNamespace(device=torch.device("cpu")))
+    run = SimpleNamespace(data=labels, args=args, world=SimpleNamespace(device=torch.device("cpu")))
     task = SimpleNamespace(run=run, labels=labels, size=8, binary=True, chance=chance, step=step)
-    task.build, task.optimizer = lambda: nn.Linear(1, 1), lambda model: torch.optim.SGD(model.parameters())
+    task.build, task.optimizer = (
+        lambda: nn.Linear(1, 1),
+        lambda model: torch.optim.SGD(model.parameters()),
+    )
     task.batches = lambda epoch: [np.arange(60)]
-    assert recipe.loss_at_init(task).verdict == "PASS"
+    assert check_model.loss_at_init(task).status == "PASS"
     assert abs(np.concatenate(seen).mean() - share) < 1 / 24 and np.concatenate(seen).mean() > 0

@@ -1,4 +1,6 @@
-"""report.html of small real runs of all four scripts: what a browser makes of it, and whether its numbers are right."""
+"""report.html of small real runs of all four scripts: what a browser makes of it, and whether its
+numbers are right.
+"""
 
 import html
 import json
@@ -16,10 +18,15 @@ import train_cluster
 import train_raer
 import train_simclr
 import train_tsm
-from common import compare, findings, log, plot, report
+from common.report import __main__, charts, compare, figures, page
+from common.report.curves import curves_of
+from common.report.record import LIMIT
+from common.run import log
 from tests.test_train_tsm import ffpp_tree
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 EVIL = '<script>alert("x")<b>'  # a class's name
 SVG = "{http://www.w3.org/2000/svg}"
 SCRIPTS = ("simclr", "tsm", "raer", "cluster")
@@ -57,14 +64,22 @@ def emotions(root):
         (root / f"{part}.txt").write_text("".join(lines))
     (root / "face.json").write_text(json.dumps(boxes))
     (root / "body.json").write_text(json.dumps(bodies))
-    (root / "classes.txt").write_text(f"calm\ta calm face\n{EVIL}\ta face\npuzzled\ta puzzled face\n")
+    (root / "classes.txt").write_text(
+        f"calm\ta calm face\n{EVIL}\ta face\npuzzled\ta puzzled face\n"
+    )
     return root
 
 
 def acts(path):
-    words = {"ask": "what are you doing", "tell": "i was there last week", EVIL: "<img src=x onerror=alert(1)> hello"}
+    words = {
+        "ask": "what are you doing",
+        "tell": "i was there last week",
+        EVIL: "<img src=x onerror=alert(1)> hello",
+    }
     rows = ["id\ttext\tlabel"]
-    rows += [f"u{i}\t{words[label]} name{i % 7}\t{label}" for i, label in enumerate(list(words) * 40)]
+    rows += [
+        f"u{i}\t{words[label]} name{i % 7}\t{label}" for i, label in enumerate(list(words) * 40)
+    ]
     path.write_text("\n".join(rows) + "\n")
     return path
 
@@ -73,19 +88,75 @@ def acts(path):
 def runs(tmp_path_factory):
     """A finished run of each script by its name, that of SimCLR interrupted and resumed."""
     root = tmp_path_factory.mktemp("runs")
-    simclr = ["--backbone", "resnet18", "--stem", "cifar", "--image-size", "8", "--stage", "all", "--bs", "16"]
+    simclr = [
+        "--backbone",
+        "resnet18",
+        "--stem",
+        "cifar",
+        "--image-size",
+        "8",
+        "--stage",
+        "all",
+        "--bs",
+        "16",
+    ]
     simclr += ["--epochs", "3", "--linear-bs", "16", "--linear-epochs", "4", "--finetune-bs", "16"]
-    simclr += ["--finetune-epochs", "2", "--log-every", "1", "--data", str(cells(root / "cells")), *CPU]
+    simclr += [
+        "--finetune-epochs",
+        "2",
+        "--log-every",
+        "1",
+        "--data",
+        str(cells(root / "cells")),
+        *CPU,
+    ]
     simclr += ["--out", str(root / "simclr")]
     with pytest.raises(SystemExit):
         train_simclr.main([*simclr, "--max-steps", "4"])
     assert train_simclr.main(simclr) == 0
-    tsm = ["--backbone", "conv_small_035", "--image-size", "32", "--n-segment", "4", "--bs", "8", "--epochs", "3"]
+    tsm = [
+        "--backbone",
+        "conv_small_035",
+        "--image-size",
+        "32",
+        "--n-segment",
+        "4",
+        "--bs",
+        "8",
+        "--epochs",
+        "3",
+    ]
     tsm += ["--eval-every", "1", "--clips", "2", "--data", str(ffpp_tree(root / "ffpp")), *CPU]
     assert train_tsm.main([*tsm, "--out", str(root / "tsm")]) == 0
-    raer = ["--backbone", "vit_tiny", "--num-frames", "2", "--bs", "8", "--epochs", "4", "--cache-features"]
-    assert train_raer.main([*raer, "--data", str(emotions(root / "emotions")), *CPU, "--out", str(root / "raer")]) == 0
-    cluster = ["--base-dim", "16", "--bs", "32", "--epochs", "2", "--cluster-bs", "32", "--cluster-epochs", "3"]
+    raer = [
+        "--backbone",
+        "vit_tiny",
+        "--num-frames",
+        "2",
+        "--bs",
+        "8",
+        "--epochs",
+        "4",
+        "--cache-features",
+    ]
+    assert (
+        train_raer.main(
+            [*raer, "--data", str(emotions(root / "emotions")), *CPU, "--out", str(root / "raer")]
+        )
+        == 0
+    )
+    cluster = [
+        "--base-dim",
+        "16",
+        "--bs",
+        "32",
+        "--epochs",
+        "2",
+        "--cluster-bs",
+        "32",
+        "--cluster-epochs",
+        "3",
+    ]
     cluster += ["--data", str(acts(root / "acts.tsv")), *CPU]
     assert train_cluster.main([*cluster, "--out", str(root / "cluster")]) == 0
     return {name: root / name for name in SCRIPTS}
@@ -133,18 +204,34 @@ def measured(page, folder):
     if CHROMIUM is None:
         pytest.skip("no Chromium: apt-get install chromium")
     frames = (
-        f'<iframe width="{w}" height="900" srcdoc="{html.escape(page.read_text())}"></iframe>' for w in (400, 1400)
+        f'<iframe width="{w}" height="900" srcdoc="{html.escape(page.read_text())}"></iframe>'
+        for w in (400, 1400)
     )
     harness = folder / "harness.html"
     harness.write_text(
-        f'<!DOCTYPE html><meta charset="utf-8"><style>iframe{{border:0}}</style>{"".join(frames)}<pre id="found"></pre>'
+        "<!DOCTYPE html><model_spec"
+        f' charset="utf-8"><style>iframe{{border:0}}</style>{"".join(frames)}<pre id="found"></pre>'
         f"<script>addEventListener('load', () => {{{MEASURE}}})</script>"
     )
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--window-size=1900,2000"]
-    command = [CHROMIUM, *flags, f"--user-data-dir={folder / 'profile'}", "--dump-dom", harness.as_uri()]
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        "--window-size=1900,2000",
+    ]
+    command = [
+        CHROMIUM,
+        *flags,
+        f"--user-data-dir={folder / 'profile'}",
+        "--dump-dom",
+        harness.as_uri(),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    return json.loads(html.unescape(re.search(r'<pre id="found">(.*?)</pre>', done.stdout)[1])), console
+    return json.loads(
+        html.unescape(re.search(r'<pre id="found">(.*?)</pre>', done.stdout)[1])
+    ), console
 
 
 def is_sound(page, folder):
@@ -168,7 +255,7 @@ def test_a_browser_shows_it_on_a_phone_and_on_a_screen(runs, script, tmp_path):
 def test_it_is_well_formed_small_and_escapes_what_the_data_say(runs, script):
     page = runs[script] / "report.html"
     tree = parsed(page)
-    assert page.stat().st_size < 400_000 < report.LIMIT
+    assert page.stat().st_size < 400_000 < LIMIT
     assert not {e.tag for e in tree.iter()} & {"script", "b2", "link", "iframe", "object"}
     assert all(e.attrib["src"].startswith("data:image/") for e in tree.iter("img"))
     assert not [
@@ -184,12 +271,12 @@ def test_it_is_well_formed_small_and_escapes_what_the_data_say(runs, script):
     assert {"Results", "Curves", "System", "Everything else"} <= sections
     titles = {e.text for e in tree.iter("h3")}
     own = {
-        "simclr": {"Views", "Nearest neighbours", "Features on their first two principal axes",
-                   "Errors on the test split, stage finetune", "Confusion matrix of the test split, stage linear"},
-        "tsm": {"Which frames count", "ROC curve, test videos", "Test videos by method of manipulation"},
+        "simclr": {"Views", "Nearest neighbors", "Features on their first two principal axes",
+                   "Errors on" " the test" " split, stage" " finetune", "Confusion matrix of the test" " split, stage linear"},
+        "tsm": {"Which frames count", "ROC curve," " test videos", "Test videos by" " method of" " manipulation"},
         "raer": {"Schedule", "Confusion matrix of the test split, stage train",
                  "Recall of each class of the test split, stage train"},
-        "cluster": {"Utterances and their clusters", "Clusters", "Clusters and labels, test", "Monitor"},
+        "cluster": {"Utterances" " and their" " clusters", "Clusters", "Clusters and" " labels, test", "Monitor"},
     }  # fmt: skip
     assert own[script] <= titles
     env = json.loads((runs[script] / "env.json").read_text())
@@ -197,7 +284,9 @@ def test_it_is_well_formed_small_and_escapes_what_the_data_say(runs, script):
 
 
 def drawn_lines(tree):
-    """Title of each chart -> its lines as (x, y) in the data's units, and how far a point may be off by rounding."""
+    """Title of each chart -> its lines as (x, y) in the data's units, and how far a point may be
+    off by rounding.
+    """
     found = {}
     for svg in tree.iter(f"{SVG}svg"):
         if "data-axes" not in svg.attrib:
@@ -205,7 +294,8 @@ def drawn_lines(tree):
         x0, x1, left, right, y0, y1, bottom, top = map(float, svg.attrib["data-axes"].split())
         fx, fy = (x1 - x0) / (right - left), (y1 - y0) / (bottom - top)
         lines = [
-            [tuple(map(float, p.split(","))) for p in e.attrib["points"].split()] for e in svg.iter(f"{SVG}polyline")
+            [tuple(map(float, p.split(","))) for p in e.attrib["points"].split()]
+            for e in svg.iter(f"{SVG}polyline")
         ]
         single = [
             [(float(c.attrib["cx"]), float(c.attrib["cy"])) for c in g.iter(f"{SVG}circle")]
@@ -228,7 +318,7 @@ def test_a_baseline_is_no_point_of_a_curve():
             "kmeans_plain/train/stability": 0.1,
         },
     ]
-    assert report.curves_of(lines)["cluster"]["stability"]["series"] == {"train": [(1, 0.7), (2, 0.8)]}
+    assert curves_of(lines)["cluster"]["stability"]["series"] == {"train": [(1, 0.7), (2, 0.8)]}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -239,21 +329,34 @@ def test_curves_and_tables_hold_the_numbers_of_the_log(runs, script):
         for name, value in line.items():
             parts = name.split("/")
             stage, metric = line["stage"].split("_")[0], parts[-1]
-            if len(parts) == 3 and (parts[1] not in ("train", "val") or metric.startswith(("recall_", "majority_"))):
+            if len(parts) == 3 and (
+                parts[1] not in ("train", "val") or metric.startswith(("recall_", "majority_"))
+            ):
                 continue
             if (
-                metric in ("stage", "step", "epoch", "time", "eta_s", "chance", "loss_over_chance", "tau")
+                metric
+                in ("stage", "step", "epoch", "time", "eta_s", "chance", "loss_over_chance", "tau")
                 or parts[0].startswith("kmeans_")  # measured once, before training; in a table
                 or value is None
             ):
                 continue
             if not metric.endswith(("_low", "_high")):
-                expected.setdefault((f"{stage}: {metric}", line["stage"], name), []).append((line["step"], value))
+                expected.setdefault((f"{stage}: {metric}", line["stage"], name), []).append(
+                    (line["step"], value)
+                )
     assert len(expected) > 8
     for (title, _, name), points in expected.items():
-        candidates = [(line, dx, dy) for lines, dx, dy in charts[title] for line in lines if len(line) == len(points)]
+        candidates = [
+            (line, dx, dy)
+            for lines, dx, dy in charts[title]
+            for line in lines
+            if len(line) == len(points)
+        ]
         assert any(
-            all(abs(a[0] - b[0]) <= dx and abs(a[1] - b[1]) <= dy for a, b in zip(line, points, strict=True))
+            all(
+                abs(a[0] - b[0]) <= dx and abs(a[1] - b[1]) <= dy
+                for a, b in zip(line, points, strict=True)
+            )
             for line, dx, dy in candidates
         ), f"{title} does not hold {name}: {points}"
     cells = {tuple("".join(td.itertext()) for td in row) for row in tree.iter("tr")}
@@ -268,12 +371,20 @@ def test_stages_resumes_and_guesses_are_marked(runs):
     x0, x1, left, right, y0, y1, bottom, top = map(float, svg.attrib["data-axes"].split())
     mark = next(e for e in svg.iter(f"{SVG}path") if e.attrib["class"] == "m").attrib["d"]
     at = float(re.match(r"M([\d.]+) ", mark)[1])
-    assert x0 + (at - left) * (x1 - x0) / (right - left) == pytest.approx(4, abs=0.05)  # where --max-steps stopped it
+    assert x0 + (at - left) * (x1 - x0) / (right - left) == pytest.approx(
+        4, abs=0.05
+    )  # where --max-steps stopped it
     level = next(e for e in svg.iter(f"{SVG}path") if e.attrib["class"] == "v").attrib["d"]
     height = float(re.match(r"M[\d.]+ ([\d.]+)H", level)[1])
-    assert y0 + (bottom - height) * (y1 - y0) / (bottom - top) == pytest.approx(np.log(31), abs=0.01)  # 2 x 16 - 1
+    assert y0 + (bottom - height) * (y1 - y0) / (bottom - top) == pytest.approx(
+        np.log(31), abs=0.01
+    )  # 2 x 16 - 1
     assert "resumed" in "".join(svg.itertext())
-    assert [e.text for e in tree.iter("h3")][1:4] == ["Stage pretrain", "Stage linear", "Stage finetune"]
+    assert [e.text for e in tree.iter("h3")][1:4] == [
+        "Stage pretrain",
+        "Stage linear",
+        "Stage finetune",
+    ]
     assert (runs["simclr"] / "finetune" / "confusion.csv").exists()
 
 
@@ -283,37 +394,45 @@ def test_a_run_that_goes_on_says_where_it_is(runs, tmp_path):
     lines = log.read(folder)
     last = next(i for i, line in enumerate(lines) if "eta_s" in line)
     lines[last] |= {"eta_s": 7260.0, "step": 5, "epoch": 2, "time": 61.0}
-    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[: last + 1]))
-    words = "".join(parsed(report.write(folder, "running")).itertext())
-    assert "running in train, step 5, epoch 2 of 3, after 1m; this stage takes about 2h01m more" in words
-    words = "".join(parsed(report.write(folder)).itertext())
+    (folder / "log.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines[: last + 1])
+    )
+    words = "".join(parsed(page.write(folder, "running")).itertext())
+    assert (
+        "running in train, step 5, epoch 2 of 3, after 1m; this stage takes about 2h01m more"
+        in words
+    )
+    words = "".join(parsed(page.write(folder)).itertext())
     assert "running or killed in train, step 5" in words
     (folder / "log.jsonl").unlink()  # before the first line
-    parsed(report.write(folder, "running"))
+    parsed(page.write(folder, "running"))
 
 
 def test_it_is_written_while_the_run_goes_on_but_seldom(tmp_path, monkeypatch):
     now, written = [0.0], []
-    monkeypatch.setattr(report.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(page.time, "monotonic", lambda: now[0])
 
     def write(folder, status):
         written.append((now[0], status))
         now[0] += 2
 
-    monkeypatch.setattr(report, "write", write)
-    live = report.Live(tmp_path, print)
+    monkeypatch.setattr(page, "write", write)
+    live = page.Live(tmp_path, print)
     for _ in range(300):
         live()
         now[0] += 1
     assert written[0] == (0.0, "running")
-    assert all(b[0] - a[0] >= 100 for a, b in zip(written, written[1:], strict=False)) and len(written) == 3
+    assert (
+        all(b[0] - a[0] >= 100 for a, b in zip(written, written[1:], strict=False))
+        and len(written) == 3
+    )
 
     def full(folder, status):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report, "write", full)
+    monkeypatch.setattr(page, "write", full)
     said = []
-    live = report.Live(tmp_path, said.append)
+    live = page.Live(tmp_path, said.append)
     live()
     now[0] += 1000
     live()
@@ -326,48 +445,70 @@ def test_a_long_run_with_large_pictures_stays_below_the_limit(runs, tmp_path):
     with open(folder / "log.jsonl", "a") as file:
         for step in range(2_000):
             values = {f"metric {i}": float(v) for i, v in enumerate(rng.normal(size=12))}
-            file.write(json.dumps({"stage": "train", "step": step, "epoch": 1, **values, "time": 1.0}) + "\n")
+            file.write(
+                json.dumps({"stage": "train", "step": step, "epoch": 1, **values, "time": 1.0})
+                + "\n"
+            )
     for i in range(3):
-        Image.fromarray(rng.integers(0, 256, (900, 1600, 3), dtype=np.uint8)).save(folder / "figures" / f"big{i}.png")
+        Image.fromarray(rng.integers(0, 256, (900, 1600, 3), dtype=np.uint8)).save(
+            folder / "figures" / f"big{i}.png"
+        )
     noisy = torch.from_numpy(rng.integers(0, 256, (3, 96, 288), dtype=np.uint8))
-    card = {"image": findings.picture(noisy), "lines": ["x"]}
+    card = {"image": figures.picture(noisy), "lines": ["x"]}
     for columns in (None, 40):
         rows = [{"title": "a row", "cards": [card] * 40}] * 3
-        findings.put(folder, f"errors_{columns}", "gallery", "Errors", "", rows=rows, columns=columns)
-    page = report.write(folder)
-    assert 30_000 < page.stat().st_size <= report.LIMIT
-    parsed(page)
+        figures.put(
+            folder, f"errors_{columns}", "gallery", "Errors", "", rows=rows, columns=columns
+        )
+    file = page.write(folder)
+    assert 30_000 < file.stat().st_size <= LIMIT
+    parsed(file)
 
 
 def test_charts_say_what_they_leave_out():
     series = {f"class {i}": [(0, i), (1, i)] for i in range(20)}
-    assert "and 6 more" in plot.lines("recall", series, x_label="step", y_label="recall")
+    assert "and 6 more" in charts.lines("recall", series, x_label="step", y_label="recall")
     points, names = np.random.default_rng(0).normal(size=(90, 2)), [f"class {i}" for i in range(45)]
-    drawn = plot.scatter("features", points, [i % 45 for i in range(90)], names, x_label="a", y_label="b")
+    drawn = charts.scatter(
+        "features", points, [i % 45 for i in range(90)], names, x_label="a", y_label="b"
+    )
     assert "and 5 more" in drawn and drawn.count("h0") >= 90
 
 
 def test_checks_are_shown_with_their_rows_and_pictures(runs, tmp_path):
     folder = shutil.copytree(runs["raer"], tmp_path / "run")
     Image.new("RGB", (30, 20), "red").save(folder / "figures" / "check_inputs.png")
-    item = {"item": "loss-at-init", "verdict": "FAIL", "value": "1.0986", "threshold": "0.6 to 0.7"}
-    item |= {"fix": f"mend {EVIL}", "pictures": ["figures/check_inputs.png"], "rows": [["truth", "said"], ["x", EVIL]]}
-    good = {"item": "seed", "verdict": "PASS", "value": "equal", "threshold": "equal", "fix": ""}
-    check = {"command": "train_raer.py --check", "script": "raer", "seconds": 12.0, "items": [item, good]}
+    item = {"item": "loss-at-init", "status": "FAIL", "value": "1.0986", "threshold": "0.6 to 0.7"}
+    item |= {
+        "fix": f"fix {EVIL}",
+        "pictures": ["figures/check_inputs.png"],
+        "rows": [["truth", "said"], ["x", EVIL]],
+    }
+    good = {"item": "seed", "status": "PASS", "value": "equal", "threshold": "equal", "fix": ""}
+    check = {
+        "command": "train_raer.py --check",
+        "script": "raer",
+        "seconds": 12.0,
+        "items": [item, good],
+    }
     (folder / "check.json").write_text(json.dumps(check))
-    page = report.write(folder)
-    tree = parsed(page)
+    file = page.write(folder)
+    tree = parsed(file)
     words = "".join(tree.itertext())
-    assert "1 FAIL, 0 WARN, 1 PASS, 0 SKIP" in words and f"mend {EVIL}" in words and "loss-at-init" in words
+    assert (
+        "1 FAIL, 0 WARN, 1 PASS, 0 SKIP" in words
+        and f"fix {EVIL}" in words
+        and "loss-at-init" in words
+    )
     assert [e.attrib["alt"] for e in tree.iter("img")].count("figures/check_inputs.png") == 1
     assert "Check inputs" not in words  # not a second time among the run's own pictures
     if CHROMIUM:
-        is_sound(page, tmp_path)
+        is_sound(file, tmp_path)
     alone = tmp_path / "alone"  # checked before any run
     alone.mkdir()
     (alone / "check.json").write_text(json.dumps(check))
-    words = "".join(parsed(report.write(alone)).itertext())
-    assert "checked, not trained" in words and f"mend {EVIL}" in words
+    words = "".join(parsed(page.write(alone)).itertext())
+    assert "checked, not trained" in words and f"fix {EVIL}" in words
 
 
 def test_runs_are_compared_on_a_page_and_on_a_terminal(runs, tmp_path, capsys):
@@ -379,9 +520,13 @@ def test_runs_are_compared_on_a_page_and_on_a_terminal(runs, tmp_path, capsys):
     summary |= {"train/test/uar": 0.8125, "train/test/uar_low": 0.75, "train/test/uar_high": 0.875}
     (folders[1] / "summary.json").write_text(json.dumps(summary))
     pair = list(map(str, folders[:2]))
-    assert report.main([*pair, "--out", str(tmp_path / "both.html")]) == 0
+    assert __main__.main([*pair, "--out", str(tmp_path / "both.html")]) == 0
     tree = parsed(tmp_path / "both.html")
-    rows = {cells[0]: cells[1:] for row in tree.iter("tr") if (cells := ["".join(td.itertext()) for td in row])}
+    rows = {
+        cells[0]: cells[1:]
+        for row in tree.iter("tr")
+        if (cells := ["".join(td.itertext()) for td in row])
+    }
     assert rows["dropout"] == ["0.1", "0.625"] and "seed" not in rows
     assert rows["train/test/uar"][1] == "0.8125 (0.7500 to 0.8750)"
     charts = drawn_lines(tree)
@@ -389,12 +534,14 @@ def test_runs_are_compared_on_a_page_and_on_a_terminal(runs, tmp_path, capsys):
     if CHROMIUM:
         is_sound(tmp_path / "both.html", tmp_path)
     capsys.readouterr()
-    assert report.main([*pair, "--text"]) == 0
+    assert __main__.main([*pair, "--text"]) == 0
     said = capsys.readouterr().out
     assert re.search(r"^dropout +0\.1 +0\.625$", said, re.M) and "0.8125 (0.7500 to 0.8750)" in said
-    assert report.main([str(folders[2]), "--text"]) == 0
+    assert __main__.main([str(folders[2]), "--text"]) == 0
     assert re.search(r"^train/test/video_auc +0\.\d+ +0\.\d+$", capsys.readouterr().out, re.M)
-    assert report.main([*map(str, folders), "--out", str(tmp_path / "three.html")]) == 0  # other scripts side by side
+    assert (
+        __main__.main([*map(str, folders), "--out", str(tmp_path / "three.html")]) == 0
+    )  # other scripts side by side
     parsed(tmp_path / "three.html")
 
 
@@ -408,7 +555,7 @@ def test_runs_that_differ_in_a_setting_get_a_pivot_table(tmp_path, capsys):
             (folder / "config.json").write_text(json.dumps(config))
             summary = {"status": "finished", "seconds": 1, "train/test/uar": rate + seed / 10}
             (folder / "summary.json").write_text(json.dumps(summary))
-    assert report.main([str(tmp_path), "--text"]) == 0
+    assert __main__.main([str(tmp_path), "--text"]) == 0
     said = capsys.readouterr().out
     assert "| 0.1 | 0.2000 ± 0.2484 (3) |" in said  # Student: 4.303 x 0.1 / sqrt(3)
     assert compare.names_of([{"run": "a/x"}, {"run": "b/x"}]) == ["a/x", "b/x"]
@@ -417,9 +564,11 @@ def test_runs_that_differ_in_a_setting_get_a_pivot_table(tmp_path, capsys):
 def test_decimation_keeps_the_extremes_and_both_ends():
     rng = np.random.default_rng(0)
     line = [(i, float(v)) for i, v in enumerate(rng.normal(size=5000))]
-    kept = plot.thin(line, 200)
+    kept = charts.thin(line, 200)
     assert len(kept) <= 201 and kept[0] == line[0] and kept[-1] == line[-1]
-    assert max(p[1] for p in kept) == max(p[1] for p in line) and min(p[1] for p in kept) == min(p[1] for p in line)
+    assert max(p[1] for p in kept) == max(p[1] for p in line) and min(p[1] for p in kept) == min(
+        p[1] for p in line
+    )
 
 
 @pytest.mark.parametrize(
@@ -433,28 +582,34 @@ def test_decimation_keeps_the_extremes_and_both_ends():
     ],
 )
 def test_tick_labels_are_short_and_alike(values, expected):
-    assert plot.tick_texts(values) == expected
+    assert charts.tick_texts(values) == expected
 
 
 def seen(color, matrix):
-    """A colour as CIE Lab, as who lacks a kind of cone sees it (Vienot, Brettel and Mollon 1999)."""
+    """A color as CIE Lab, as who lacks a kind of cone sees it (Vienot, Brettel and Mollon 1999)."""
     rgb = np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
     linear = np.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
-    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ (matrix @ linear)
+    xyz = np.array(
+        [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    ) @ (matrix @ linear)
     f = np.cbrt(np.maximum(xyz / [0.9505, 1, 1.089], 1e-9))
     return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
 
 
 VISION = {
     "all cones": np.eye(3),
-    "no red cones": np.array([[0.11238, 0.88762, 0], [0.11238, 0.88762, 0], [0.00401, -0.00401, 1]]),
-    "no green cones": np.array([[0.29275, 0.70725, 0], [0.29275, 0.70725, 0], [-0.02234, 0.02234, 1]]),
+    "no red cones": np.array(
+        [[0.11238, 0.88762, 0], [0.11238, 0.88762, 0], [0.00401, -0.00401, 1]]
+    ),
+    "no green cones": np.array(
+        [[0.29275, 0.70725, 0], [0.29275, 0.70725, 0], [-0.02234, 0.02234, 1]]
+    ),
 }
 
 
-@pytest.mark.parametrize("palette", [plot._LIGHT, plot._DARK])
+@pytest.mark.parametrize("palette", [charts._LIGHT, charts._DARK])
 @pytest.mark.parametrize("kind", VISION)
-def test_colours_differ_for_every_colour_vision(palette, kind):
+def test_colors_differ_for_every_color_vision(palette, kind):
     lab = [seen(color, VISION[kind]) for color in palette]
     distances = [np.linalg.norm(a - b) for i, a in enumerate(lab) for b in lab[i + 1 :]]
     assert min(distances) > 9  # 2 is a just noticeable difference

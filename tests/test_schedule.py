@@ -4,16 +4,20 @@ import json
 
 import pytest
 
-from common.config import InputError
-from common.schedule import Phase, Schedule, read_schedule
+from common.errors import InputError
+from common.longtail import Phase, Schedule, read_schedule
 
-TABLE = Schedule(10, (Phase(0), Phase(4, "weighted", cap=2.0, mi=0.3, dc=0.1, ramp=4), Phase(8, lr=0.1)))
+TABLE = Schedule(
+    10, (Phase(0), Phase(4, "weighted", cap=2.0, mi=0.3, dc=0.1, ramp=4), Phase(8, lr=0.1))
+)
 
 
 def test_a_phase_holds_from_its_start_to_the_next_one_and_its_weights_rise():
     found = [TABLE.index(epoch) for epoch in range(12)]
     assert found == [0] * 4 + [1] * 4 + [2] * 4
-    assert [TABLE.at(epoch).mi for epoch in range(10)] == pytest.approx([0] * 4 + [0, 0.1, 0.2, 0.3] + [0] * 2)
+    assert [TABLE.at(epoch).mi for epoch in range(10)] == pytest.approx(
+        [0] * 4 + [0, 0.1, 0.2, 0.3] + [0] * 2
+    )
     assert [TABLE.at(epoch).lr for epoch in (0, 7, 8, 9)] == [1.0, 1.0, 0.1, 0.1]
     at_once = Schedule(4, (Phase(0, mi=0.3, ramp=1),))
     assert at_once.at(0).mi == 0.3
@@ -30,13 +34,22 @@ def test_a_scaled_table_keeps_its_proportions_and_drops_what_no_epoch_is_left_fo
 
 
 def test_a_table_is_read_as_it_stands(tmp_path):
-    rows = [{"start": 0, "smoothing": 0.05}, {"start": 3, "sampler": "weighted", "cap": 1.5, "mi": 0.1, "ramp": 2}]
+    rows = [
+        {"start": 0, "smoothing": 0.05},
+        {"start": 3, "sampler": "weighted", "cap": 1.5, "mi": 0.1, "ramp": 2},
+    ]
     (tmp_path / "a.json").write_text(json.dumps({"epochs": 6, "phases": rows}))
     lines = ["epochs = 6", "[[phases]]", "start = 0", "smoothing = 0.05", "[[phases]]", "start = 3"]
     lines += ['sampler = "weighted"', "cap = 1.5", "mi = 0.1", "ramp = 2"]
     (tmp_path / "a.toml").write_text("\n".join(lines))
-    expected = Schedule(6, (Phase(0, smoothing=0.05), Phase(3, "weighted", cap=1.5, mi=0.1, ramp=2)))
-    assert read_schedule(str(tmp_path / "a.json")) == read_schedule(str(tmp_path / "a.toml")) == expected
+    expected = Schedule(
+        6, (Phase(0, smoothing=0.05), Phase(3, "weighted", cap=1.5, mi=0.1, ramp=2))
+    )
+    assert (
+        read_schedule(str(tmp_path / "a.json"))
+        == read_schedule(str(tmp_path / "a.toml"))
+        == expected
+    )
     text = expected.describe().splitlines()
     assert text[0].split() == ["epochs", "sampler", "cap", "smoothing", "mi", "ramp"]
     assert text[1].split() == ["[0,", "3)", "random", "none", "0.05", "0", "0"]
@@ -62,7 +75,10 @@ def test_a_table_is_read_as_it_stands(tmp_path):
         ({"epochs": 6, "phases": [{"start": 0.5}]}, "an integer"),
         ({"epochs": 6, "phases": [{"start": 0, "temperature": 0}]}, "> 0"),
         ({"epochs": 6, "phases": [{"start": 0, "smoothing": 2}]}, "0 to 1"),
-        ({"epochs": 6, "phases": [{"start": 0, "sampler": "balanced"}]}, "allowed random, weighted"),
+        (
+            {"epochs": 6, "phases": [{"start": 0, "sampler": "balanced"}]},
+            "allowed random, weighted",
+        ),
         ({"epochs": 6, "phases": [{"start": 0, "cap": 2.0}]}, "no effect"),
     ],
 )

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 import train_tsm
-from common import config, run, search
+from common import config, search
+from common.errors import EXIT_DIVERGED, EXIT_STOPPED
+from common.run.launch import every, run_sweep
 
 RANGES = {"lr": (1e-4, 1e-1), "wd": (1e-6, 1e-2)}
 
@@ -20,7 +22,9 @@ def test_values_are_uniform_on_a_log_scale_within_their_range():
         shares = np.log([float(one[name]) / low for one in drawn]) / np.log(high / low)
         assert shares.min() >= 0 and shares.max() <= 1
         counts = np.histogram(shares, 10, (0, 1))[0]
-        assert ((counts - 200) ** 2 / 200).sum() < 27.9  # chi-squared with 9 degrees of freedom, p = 0.001
+        assert (
+            (counts - 200) ** 2 / 200
+        ).sum() < 27.9  # chi-squared with 9 degrees of freedom, p = 0.001
     rates, decays = (np.log([float(one[name]) for one in drawn]) for name in RANGES)
     assert abs(np.corrcoef(rates, decays)[0, 1]) < 0.08
 
@@ -29,7 +33,10 @@ def test_a_trial_is_a_function_of_its_number_and_the_seed():
     args, _ = parse(["--search", "20", "--trial", "7"])
     again, _ = parse(["--search", "500", "--trial", "7"])
     assert (args.lr, args.wd) == (again.lr, again.wd)
-    others = [parse(["--search", "20", "--trial", "8"]), parse(["--search", "20", "--trial", "7", "--seed", "1"])]
+    others = [
+        parse(["--search", "20", "--trial", "8"]),
+        parse(["--search", "20", "--trial", "7", "--seed", "1"]),
+    ]
     assert all(args.lr != other.lr and args.wd != other.wd for other, _ in others)
     assert args.lr == float(f"{args.lr:.3g}")  # as it would be typed
 
@@ -42,7 +49,18 @@ def test_what_is_given_is_not_drawn_and_leaves_the_rest_as_it_is(tmp_path):
     file = tmp_path / "flags.toml"
     file.write_text("lr = 0.5\n")
     assert parse(["--config", str(file), "--search", "9", "--trial", "3"])[0].lr == 0.5
-    wider, _ = parse(["--search", "9", "--trial", "3", "--ranges", "lr=1:10,teacher-weight=0.1:0.9", "--teacher", "x"])
+    wider, _ = parse(
+        [
+            "--search",
+            "9",
+            "--trial",
+            "3",
+            "--ranges",
+            "lr=1:10,teacher-weight=0.1:0.9",
+            "--teacher",
+            "x",
+        ]
+    )
     assert 1 <= wider.lr <= 10 and wider.wd == args.wd and 0.1 <= wider.teacher_weight <= 0.9
 
 
@@ -56,7 +74,7 @@ def test_an_integer_flag_draws_integers_of_its_range():
 def test_a_trial_is_the_run_that_its_values_name():
     args, parser = parse(["--search", "20", "--trial", "7"])
     typed, other = parse(["--lr", str(args.lr), "--wd", str(args.wd)])
-    assert config.identity(parser, args) == config.identity(other, typed)
+    assert config.run_id(parser, args) == config.run_id(other, typed)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +83,10 @@ def test_a_trial_is_the_run_that_its_values_name():
         (["--trial", "3"], "--trial has no effect without --search"),
         (["--ranges", "lr=1:2"], "--ranges has no effect without --search"),
         (["--search", "3", "--trial", "3"], "the trials of --search 3 are 0 to 2"),
-        (["--search", "3", "--trial", "1", "--ranges", "epoch=1:2"], "no number is called epoch; did you mean epochs?"),
+        (
+            ["--search", "3", "--trial", "1", "--ranges", "epoch=1:2"],
+            "no number is called epoch; did you mean epochs?",
+        ),
         (["--search", "3", "--trial", "1", "--ranges", "lr=2:1"], "allowed is FLAG=LOW:HIGH"),
         (["--search", "3", "--trial", "1", "--ranges", "lr=0:1"], "0 < LOW < HIGH"),
         (["--search", "3", "--trial", "1", "--ranges", "bs=4.1:4.9"], "holds no integer"),
@@ -82,11 +103,17 @@ def test_what_makes_no_search_is_refused_in_one_line(argv, said, capsys):
 
 def test_learning_rates_below_the_last_one_are_refused_before_a_trial_runs(tmp_path, capsys):
     argv = ["--demo", "--search", "2", "--out", str(tmp_path / "runs")]
-    for extra in (["--ranges", "lr=1e-6:1"], ["--min-lr", "1e-4"], ["--ranges", "min-lr=1e-6:1e-4"]):
+    for extra in (
+        ["--ranges", "lr=1e-6:1"],
+        ["--min-lr", "1e-4"],
+        ["--ranges", "min-lr=1e-6:1e-4"],
+    ):
         with pytest.raises(SystemExit) as ending:
             train_tsm.main([*argv, *extra])
         error = capsys.readouterr().err
-        assert ending.value.code == 2 and "begins below --min-lr" in error and error.count("\n") == 1
+        assert (
+            ending.value.code == 2 and "begins below --min-lr" in error and error.count("\n") == 1
+        )
     assert not (tmp_path / "runs").exists()
     train_tsm.parse_args([*argv, "--trial", "1"])  # the script's own ranges
 
@@ -98,21 +125,25 @@ def test_all_trials_run_and_a_diverged_one_is_left(capsys):
         args, _ = parse(argv)
         done.append(args.trial)
         if args.trial == 1:
-            raise SystemExit(config.EXIT_DIVERGED)
+            raise SystemExit(EXIT_DIVERGED)
         return 0
 
     args, _ = parse(["--search", "3"])
-    assert run.several(main, ["--search", "3"], args, RANGES, None)
+    assert run_sweep(main, ["--search", "3"], args, RANGES, None)
     said = capsys.readouterr().out
-    assert done == [0, 1, 2] and "diverged: 1" in said and "runs --where trial=any --rows trial,lr" in said
+    assert (
+        done == [0, 1, 2]
+        and "diverged: 1" in said
+        and "runs --where trial=any --rows trial,lr" in said
+    )
     args, _ = parse(["--search", "3", "--out", "mine"])
-    assert run.several(main, ["--search", "3"], args, RANGES, None)
+    assert run_sweep(main, ["--search", "3"], args, RANGES, None)
     assert "common.report mine --rows trial,lr,wd" in capsys.readouterr().out
 
     def stopped(argv):
-        raise SystemExit(config.EXIT_STOPPED)
+        raise SystemExit(EXIT_STOPPED)
 
-    assert not run.several(main, [], parse([])[0], RANGES, None)
+    assert not run_sweep(main, [], parse([])[0], RANGES, None)
     with pytest.raises(SystemExit) as ending:
-        search.every(stopped, ["--search", "3"], args, RANGES)
-    assert ending.value.code == config.EXIT_STOPPED
+        every(stopped, ["--search", "3"], args, RANGES)
+    assert ending.value.code == EXIT_STOPPED

@@ -12,18 +12,26 @@ from kernels import shift_conv1x1, shift_conv1x1_reference, temporal_shift_refer
 def run(fn, x, weight, bias, *args, dy, **kwargs):
     inputs = [t.detach().clone().requires_grad_() for t in (x, weight, bias) if t is not None]
     y = fn(inputs[0], inputs[1], inputs[2] if bias is not None else None, *args, **kwargs)
-    return [y.detach().double(), *(g.double() for g in torch.autograd.grad(y, inputs, dy.to(y.dtype)))]
+    return [
+        y.detach().double(),
+        *(g.double() for g in torch.autograd.grad(y, inputs, dy.to(y.dtype))),
+    ]
 
 
 def case(frames, channels, outputs, height, width, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    shapes = ((frames, channels, height, width), (outputs, channels), (outputs,), (frames, outputs, height, width))
+    shapes = (
+        (frames, channels, height, width),
+        (outputs, channels),
+        (outputs,),
+        (frames, outputs, height, width),
+    )
     x, weight, bias, dy = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
     return x.contiguous(memory_format=torch.channels_last), weight / channels**0.5, bias, dy
 
 
-# (frames, T, C, O, H, W, fold_div): tiles are 32 x 32 x 16 in the interpreter; folds of 10, 2, 8, 16, 0, 6 and 20
-# channels.
+# (frames, T, C, O, H, W, fold_div): tiles are 32 x 32 x 16 in the interpreter; folds of 10, 2, 8,
+# 16, 0, 6 and 20 channels.
 CASES = [
     (4, 2, 80, 40, 2, 3, 8),
     (6, 3, 10, 7, 3, 3, 4),
@@ -47,7 +55,9 @@ def test_kernels_equal_shift_then_convolution(shape, direction):
             doubles = [t if t is None else t.double() for t in (x, weight, bias)]
             expected = run(shift_conv1x1_reference, *doubles, n_segment, **options)
             got = run(shift_conv1x1, x, weight, bias, n_segment, **options, impl="triton")
-            for name, ours, theirs in zip(("y", "dx", "dweight", "dbias"), got, expected, strict=False):
+            for name, ours, theirs in zip(
+                ("y", "dx", "dweight", "dbias"), got, expected, strict=False
+            ):
                 assert (ours - theirs).norm() <= tolerance * theirs.norm(), (name, dtype)
 
 
@@ -56,7 +66,15 @@ def test_layouts_and_weights_of_both_forms():
     expected = run(shift_conv1x1, x, weight, bias, 2, dy=dy, impl="triton")
     convolution_weight = weight.view(8, 16, 1, 1)
     for got, truth in zip(
-        run(shift_conv1x1, x.contiguous(), convolution_weight, bias, 2, dy=dy.contiguous(), impl="triton"),
+        run(
+            shift_conv1x1,
+            x.contiguous(),
+            convolution_weight,
+            bias,
+            2,
+            dy=dy.contiguous(),
+            impl="triton",
+        ),
         expected,
         strict=True,
     ):
@@ -91,7 +109,9 @@ def test_autocast_is_followed():
 def test_second_derivative_raises():
     x, weight, bias, dy = case(4, 16, 8, 2, 2)
     x.requires_grad_()
-    (dx,) = torch.autograd.grad(shift_conv1x1(x, weight, bias, 2, impl="triton"), x, dy, create_graph=True)
+    (dx,) = torch.autograd.grad(
+        shift_conv1x1(x, weight, bias, 2, impl="triton"), x, dy, create_graph=True
+    )
     with pytest.raises(RuntimeError, match="no second derivative"):
         dx.sum().backward()
 
@@ -109,7 +129,9 @@ def test_compiles_without_graph_breaks(impl):
 
     x, weight, bias, dy = case(4, 16, 8, 2, 2)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for got, truth in zip(run(compiled, x, weight, bias, 2, dy=dy), run(step, x, weight, bias, 2, dy=dy), strict=True):
+    for got, truth in zip(
+        run(compiled, x, weight, bias, 2, dy=dy), run(step, x, weight, bias, 2, dy=dy), strict=True
+    ):
         torch.testing.assert_close(got, truth)
 
 
@@ -132,14 +154,23 @@ def test_bad_input_is_named(weight, bias, message):
 @pytest.mark.parametrize("direction", ["both", "past"])
 @pytest.mark.parametrize(
     "shape",  # the last has too many channels for its weight to stay
-    [(64, 8, 160, 640, 14, 14, 8), (32, 8, 96, 192, 28, 28, 4), (16, 8, 80, 40, 7, 7, 8), (16, 8, 512, 64, 7, 7, 8)],
+    [
+        (64, 8, 160, 640, 14, 14, 8),
+        (32, 8, 96, 192, 28, 28, 4),
+        (16, 8, 80, 40, 7, 7, 8),
+        (16, 8, 512, 64, 7, 7, 8),
+    ],
 )
 def test_kernels_equal_shift_then_convolution_on_the_gpu(shape, direction, dtype):
     frames, n_segment, channels, outputs, height, width, fold_div = shape
     x, weight, bias, dy = (t.cuda() for t in case(frames, channels, outputs, height, width, dtype))
     options = {"fold_div": fold_div, "direction": direction, "dy": dy}
-    expected = run(shift_conv1x1_reference, x.double(), weight.double(), bias.double(), n_segment, **options)
+    expected = run(
+        shift_conv1x1_reference, x.double(), weight.double(), bias.double(), n_segment, **options
+    )
     eager = run(shift_conv1x1_reference, x, weight, bias, n_segment, **options)
     got = run(shift_conv1x1, x, weight, bias, n_segment, **options, impl="triton")
     for ours, eagers, truth in zip(got, eager, expected, strict=True):
-        assert (ours - truth).norm() <= (eagers - truth).norm() + torch.finfo(dtype).eps * truth.norm()
+        assert (ours - truth).norm() <= (eagers - truth).norm() + torch.finfo(
+            dtype
+        ).eps * truth.norm()

@@ -1,4 +1,6 @@
-"""Jobs of a real Slurm that run out of time, are requeued, killed or cancelled end as one that nothing interrupted."""
+"""Jobs of a real Slurm that run out of time, are requeued, killed or canceled end as one that
+nothing interrupted.
+"""
 
 import json
 import os
@@ -17,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common import dist
+from common.run import dist
 from tests import slurm_cluster
 from tests.runs import equal_runs
 from tests.slurm_cluster import until
@@ -31,7 +33,10 @@ README = (ROOT / "README.md").read_text().split("## In Slurm")[1].split("\n## ")
 
 @pytest.fixture(scope="module")
 def cluster():
-    with tempfile.TemporaryDirectory(prefix="slurm-") as folder, slurm_cluster.Cluster(Path(folder)) as cluster:
+    with (
+        tempfile.TemporaryDirectory(prefix="slurm-") as folder,
+        slurm_cluster.Cluster(Path(folder)) as cluster,
+    ):
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         cluster.env |= {"OMP_NUM_THREADS": "1", "PATH": path, "PYTHONPATH": str(ROOT)}
         yield cluster
@@ -46,23 +51,34 @@ def folder(cluster):
 
 @pytest.fixture(scope="module")
 def command(folder):
-    """A run of some seconds: 600 steps in two stages, saved often, so that whatever stops it finds a checkpoint."""
+    """A run of some seconds: 600 steps in two stages, saved often, so that whatever stops it finds
+    a checkpoint.
+    """
     rng = np.random.default_rng(0)
     label = np.arange(200) % 4
-    centres = rng.normal(size=(4, 16))
+    centers = rng.normal(size=(4, 16))
     np.savez(
         folder / "tiny.npz",
-        text=(centres[label] + rng.normal(size=(200, 16))).astype("f4"),
-        timing=(centres[label, :8] + 2 * rng.normal(size=(200, 8))).astype("f4"),
+        text=(centers[label] + rng.normal(size=(200, 16))).astype("f4"),
+        timing=(centers[label, :8] + 2 * rng.normal(size=(200, 8))).astype("f4"),
         label=label,
     )
-    flags = "--bs 32 --cluster-bs 32 --base-dim 16 --epochs 96 --cluster-epochs 24 --log-every 1 --save-every 0.001"
+    flags = (
+        "--bs 32 --cluster-bs 32 --base-dim 16 --epochs 96 --cluster-epochs 24 --log-every 1"
+        " --save-every 0.001"
+    )
     return ["train_cluster.py", "--data", str(folder / "tiny.npz"), *flags.split()]
 
 
 def alone(cluster, out, *command):
     """The run that nothing interrupts, outside of Slurm."""
-    subprocess.run([sys.executable, *command, "--out", out], cwd=ROOT, env=cluster.env, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, *command, "--out", out],
+        cwd=ROOT,
+        env=cluster.env,
+        check=True,
+        capture_output=True,
+    )
     return out
 
 
@@ -72,7 +88,9 @@ def one_process(cluster, folder, command):
 
 
 def submit(cluster, out, *words, cwd=ROOT):
-    """Give sbatch the words: its options, the script, the script's arguments; returns the job's number."""
+    """Give sbatch the words: its options, the script, the script's arguments; returns the job's
+    number.
+    """
     return cluster.run("sbatch", "--parsable", f"--output={out}.txt", *map(str, words), cwd=cwd)
 
 
@@ -98,7 +116,10 @@ def frozen(cluster, job, out, count=20):
     processes = cluster.processes(job)
     for process in processes:
         os.kill(process, SIGSTOP)
-    until(lambda: all(status(process, "State").startswith("T") for process in processes), f"a stop of job {job}")
+    until(
+        lambda: all(status(process, "State").startswith("T") for process in processes),
+        f"a stop of job {job}",
+    )
     assert processes, (cluster.facts(job), said(out))
     try:
         yield processes
@@ -110,15 +131,23 @@ def frozen(cluster, job, out, count=20):
 
 @pytest.fixture(scope="module")
 def background(cluster, folder, command):
-    """What takes long goes on while the other tests run: two jobs until their time is over, and the array."""
-    by_shell = script(folder, "limit", "#SBATCH --signal=USR1@120 --open-mode=append", 'python "$@"')
+    """What takes long goes on while the other tests run: two jobs until their time is over, and the
+    array.
+    """
+    by_shell = script(
+        folder, "limit", "#SBATCH --signal=USR1@120 --open-mode=append", 'python "$@"'
+    )
 
     def out_of_time(name, minutes, *words):
         out = folder / name
         job = submit(cluster, out, *words, *command, "--out", out)
         with frozen(cluster, job, out):
-            passed = cluster.run("squeue", "-h", "-o", "%M", "-j", job).split(":")  # [hours,] minutes, seconds
-            cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={int(passed[-2]) + minutes}")
+            passed = cluster.run("squeue", "-h", "-o", "%M", "-j", job).split(
+                ":"
+            )  # [hours,] minutes, seconds
+            cluster.run(
+                "scontrol", "update", f"JobId={job}", f"TimeLimit={int(passed[-2]) + minutes}"
+            )
             # Slurm lets stopped processes go on when it signals them.
             until(lambda: not cluster.processes(job), f"the end of {name}")
         return job, out
@@ -132,18 +161,24 @@ def background(cluster, folder, command):
 
 
 def array(cluster, folder):
-    """The README's array of cells on tiny images, the first one requeued on its way: [(run, the same cell alone)]."""
+    """The README's array of cells on tiny images, the first one requeued on its way: [(run, the
+    same cell alone)].
+    """
     rng, data = np.random.default_rng(0), folder / "images"
     for number in range(120):
         file = data / "ab"[number % 2] / f"{number}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(file)
     flags = f"--data {data} --epochs 1 --workers 1"
-    here = folder / "here"  # run directories follow from the flags and lie below the folder that the job starts in
+    here = (
+        folder / "here"
+    )  # run directories follow from the flags and lie below the folder that the job starts in
     here.mkdir()
     for name in ("train_simclr.py", "slurm"):
         (here / name).symlink_to(ROOT / name)
-    line = next(line for line in README.splitlines() if line.startswith("sbatch --array")).partition(" #")[0]
+    line = next(
+        line for line in README.splitlines() if line.startswith("sbatch --array")
+    ).partition(" #")[0]
     words = line.removeprefix("sbatch ").replace("--data cells.zip", flags).split()
     job = submit(cluster, folder / "cells-%a", *words, cwd=here)
 
@@ -155,9 +190,14 @@ def array(cluster, folder):
     first = cluster.facts(f"{job}_0")["JobId"]
     with frozen(cluster, first, runs()[0], count=1):
         cluster.run("scancel", "--batch", "--signal=USR1", first)
-    cells = "for cell in '0123': train_simclr.main([*sys.argv[1:], '--cell', cell, '--out', f'alone/{cell}'])"
+    cells = (
+        "for cell in '0123': train_simclr.main([*sys.argv[1:], '--cell', cell, '--out',"
+        " f'alone/{cell}'])"
+    )
     program = f"import sys, train_simclr\n{cells}"
-    subprocess.run([sys.executable, "-c", program, *flags.split()], cwd=here, env=cluster.env, check=True)
+    subprocess.run(
+        [sys.executable, "-c", program, *flags.split()], cwd=here, env=cluster.env, check=True
+    )
     cluster.start_again(first)
     for cell in range(4):
         assert cluster.wait(f"{job}_{cell}", "COMPLETED")["Restarts"] == str(int(cell == 0))
@@ -166,7 +206,9 @@ def array(cluster, folder):
 
 def status(process, name):
     """A field of what Linux knows of a process."""
-    return re.search(rf"^{name}:\s*(.*)", Path(f"/proc/{process}/status").read_text(), re.MULTILINE)[1]
+    return re.search(
+        rf"^{name}:\s*(.*)", Path(f"/proc/{process}/status").read_text(), re.MULTILINE
+    )[1]
 
 
 def test_hosts_of_node_lists_are_those_that_scontrol_shows(cluster, background):
@@ -188,24 +230,36 @@ def test_hosts_of_node_lists_are_those_that_scontrol_shows(cluster, background):
     for start in range(0, len(lists), 50):
         some = lists[start : start + 50]
         shown = cluster.run("scontrol", "show", "hostnames", ",separator,".join(some))
-        assert [dist.hosts(each) for each in some] == [part.split() for part in shown.split("separator")]
+        assert [dist.hosts(each) for each in some] == [
+            part.split() for part in shown.split("separator")
+        ]
 
 
 def test_a_requeued_job_goes_on(cluster, folder, command, one_process):
-    """One process, and two on one node; at the same time two on two nodes, without a break, share that node."""
-    options = {"train": [], "node": ["--ntasks-per-node=2", "--gres=gpu:2"], "nodes": ["--ntasks-per-node=1"]}
+    """One process, and two on one node; at the same time two on two nodes, without a break, share
+    that node.
+    """
+    options = {
+        "train": [],
+        "node": ["--ntasks-per-node=2", "--gres=gpu:2"],
+        "nodes": ["--ntasks-per-node=1"],
+    }
     jobs = {}
     for form, words in options.items():
         out = folder / form
         jobs[form] = submit(cluster, out, *words, f"slurm/{form}.sbatch", *command, "--out", out)
     for form in ("train", "node"):
         with frozen(cluster, jobs[form], folder / form):
-            cluster.run("scancel", *(["--batch"] if form == "train" else []), "--signal=USR1", jobs[form])
+            cluster.run(
+                "scancel", *(["--batch"] if form == "train" else []), "--signal=USR1", jobs[form]
+            )
     for form in ("train", "node"):
         cluster.start_again(jobs[form])
     for form, job in jobs.items():
         assert cluster.wait(job, "COMPLETED")["Restarts"] == str(int(form != "nodes"))
-        requeued = f"job {job} is requeued" in said(folder / form) and "going on from step" in said(folder / form)
+        requeued = f"job {job} is requeued" in said(folder / form) and "resuming from step" in said(
+            folder / form
+        )
         assert requeued == (form != "nodes")
     equal_runs(folder / "train", one_process)
     equal_runs(folder / "node", folder / "nodes")
@@ -213,7 +267,9 @@ def test_a_requeued_job_goes_on(cluster, folder, command, one_process):
 
 
 def test_slurm_takes_the_commands_of_the_readme(cluster):
-    commands = [line.partition(" #")[0] for line in README.splitlines() if line.startswith("sbatch ")]
+    commands = [
+        line.partition(" #")[0] for line in README.splitlines() if line.startswith("sbatch ")
+    ]
     assert {file.name for file in (ROOT / "slurm").iterdir()} == {
         Path(re.search(r"\S+\.sbatch", c)[0]).name for c in commands
     }
@@ -222,26 +278,39 @@ def test_slurm_takes_the_commands_of_the_readme(cluster):
 
 
 def test_a_job_that_is_ended_goes_on(cluster, folder, command, one_process):
-    """scancel saves and does not come back by itself; KILL leaves the last checkpoint; Slurm itself requeues."""
-    ends = {"cancel": "scancel", "kill": "scancel --batch --signal=KILL", "requeue": "scontrol requeue"}
+    """scancel saves and does not come back by itself; KILL leaves the last checkpoint; Slurm itself
+    requeues.
+    """
+    ends = {
+        "cancel": "scancel",
+        "kill": "scancel --batch --signal=KILL",
+        "requeue": "scontrol requeue",
+    }
     outs = {name: folder / name for name in ends}
-    jobs = {name: submit(cluster, out, "slurm/train.sbatch", *command, "--out", out) for name, out in outs.items()}
+    jobs = {
+        name: submit(cluster, out, "slurm/train.sbatch", *command, "--out", out)
+        for name, out in outs.items()
+    }
     for name, job in jobs.items():
         with frozen(cluster, job, outs[name], 40):
             cluster.run(*ends[name].split(), job)
     cluster.start_again(jobs["requeue"])
     for name in ("cancel", "kill"):
-        assert cluster.wait(jobs[name], "CANCELLED", "FAILED")["Restarts"] == "0"
+        assert cluster.wait(jobs[name], "CANCELED", "FAILED")["Restarts"] == "0"
         assert not cluster.processes(jobs[name])
-        jobs[name] = submit(cluster, outs[name], "slurm/train.sbatch", *command, "--out", outs[name])
+        jobs[name] = submit(
+            cluster, outs[name], "slurm/train.sbatch", *command, "--out", outs[name]
+        )
     for name, out in outs.items():
         cluster.wait(jobs[name], "COMPLETED")
-        assert ("saved at" in said(out)) == (name != "kill") and "going on from step" in said(out)
+        assert ("saved at" in said(out)) == (name != "kill") and "resuming from step" in said(out)
         equal_runs(out, one_process)
 
 
 def test_without_scontrol_a_chain_of_jobs_goes_on(cluster, folder, command, one_process):
-    """As in a container, where the signal ends in exit code 75; the README's line, word for word but for the run."""
+    """As in a container, where the signal ends in exit code 75; the README's line, word for word
+    but for the run.
+    """
     out, tools = folder / "chain", folder / "tools"
     tools.mkdir()
     (tools / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
@@ -249,7 +318,10 @@ def test_without_scontrol_a_chain_of_jobs_goes_on(cluster, folder, command, one_
     chain = next(line for line in README.splitlines() if line.startswith("after="))
     run = "train_simclr.py --backbone resnet50 --bs 256"
     assert chain.count(run) == 1
-    environment = cluster.env | {"SBATCH_EXPORT": f"ALL,PATH={tools}", "SBATCH_OUTPUT": f"{out}.txt"}
+    environment = cluster.env | {
+        "SBATCH_EXPORT": f"ALL,PATH={tools}",
+        "SBATCH_OUTPUT": f"{out}.txt",
+    }
     before = cluster.jobs()
     words = chain.replace(run, shlex.join([*command, "--out", str(out)]))
     subprocess.run(["bash", "-euc", words], cwd=ROOT, env=environment, check=True)
@@ -258,17 +330,24 @@ def test_without_scontrol_a_chain_of_jobs_goes_on(cluster, folder, command, one_
         cluster.run("scancel", "--batch", "--signal=USR1", first)
     assert cluster.wait(first, "FAILED")["ExitCode"] == "75:0"
     cluster.wait(second, "COMPLETED")
-    cluster.wait(third, "CANCELLED", "COMPLETED")
+    cluster.wait(third, "CANCELED", "COMPLETED")
     assert "run the same command again" in said(out)
     equal_runs(out, one_process)
 
 
 def test_a_signal_that_would_not_reach_python_is_refused(cluster, folder):
-    """Shells and torchrun that would die of it; a shell that handles it may start Python as it likes."""
+    """Shells and torchrun that would die of it; a shell that handles it may start Python as it
+    likes.
+    """
     program = folder / "start.py"
-    program.write_text("from common import config, dist\nwith config.exit_codes():\n    dist.init('cpu')\n")
+    program.write_text(
+        "from common import config, dist\nwith config.exit_codes():\n    dist.init('cpu')\n"
+    )
     start = f"python {program}"
-    torchrun = "python -m torch.distributed.run --nproc-per-node=1 --master-addr=127.0.0.1 --master-port=19998"
+    torchrun = (
+        "python -m torch.distributed.run --nproc-per-node=1 --master-addr=127.0.0.1"
+        " --master-port=19998"
+    )
     scripts = {
         "shell": ["#SBATCH --signal=B:USR1@120", start],
         "step": ["#SBATCH --signal=USR1@120", f"srun --ntasks=1 bash -c '{start}; exit'"],
@@ -277,7 +356,10 @@ def test_a_signal_that_would_not_reach_python_is_refused(cluster, folder):
         "late": ["#SBATCH --signal=USR1@120", start],
         "none": [start],
     }
-    jobs = {name: submit(cluster, folder / name, script(folder, name, *lines)) for name, lines in scripts.items()}
+    jobs = {
+        name: submit(cluster, folder / name, script(folder, name, *lines))
+        for name, lines in scripts.items()
+    }
     for name, job in jobs.items():
         refused = name in ("shell", "step", "torchrun")
         cluster.wait(job, "FAILED" if refused else "COMPLETED")
@@ -286,13 +368,15 @@ def test_a_signal_that_would_not_reach_python_is_refused(cluster, folder):
 
 def test_python_does_not_outlive_its_shell(cluster, folder, command, one_process):
     out = folder / "orphan"
-    job = submit(cluster, out, script(folder, "orphan", 'python "$@"; true'), *command, "--out", out)
+    job = submit(
+        cluster, out, script(folder, "orphan", 'python "$@"; true'), *command, "--out", out
+    )
     with frozen(cluster, job, out, 40) as (process, *_):
         os.kill(int(status(process, "PPid")), SIGKILL)
     until(lambda: not cluster.processes(job), "the end of Python")
     job = submit(cluster, out, "slurm/train.sbatch", *command, "--out", out)
     cluster.wait(job, "COMPLETED")
-    assert "going on from step" in said(out)
+    assert "resuming from step" in said(out)
     equal_runs(out, one_process)
 
 
@@ -302,7 +386,9 @@ def test_an_array_of_cells_gives_what_the_cells_give_alone(background):
 
 
 def test_a_job_out_of_time_goes_on(cluster, command, background, one_process):
-    """The signal before the time limit requeues; where a shell is in its way, TERM at the limit saves."""
+    """The signal before the time limit requeues; where a shell is in its way, TERM at the limit
+    saves.
+    """
     job, out = background["signal"].result()
     cluster.start_again(job)
     assert cluster.wait(job, "COMPLETED")["Restarts"] == "1"

@@ -12,7 +12,8 @@ import train_cluster
 import train_raer
 import train_simclr
 import train_tsm
-from common import checkpoint, distil, ensemble, log
+from common import distill
+from common.run import checkpoint, ensemble, log
 from tests import bugs
 from tests.runs import equal_runs, summary
 
@@ -34,7 +35,15 @@ def images(cells, tmp_path_factory):
     """Two runs of fine-tuning."""
     folder = tmp_path_factory.mktemp("simclr")
     for seed in (0, 1):
-        argv = [*SIMCLR, "--data", str(cells), "--seed", str(seed), "--out", str(folder / f"run{seed}")]
+        argv = [
+            *SIMCLR,
+            "--data",
+            str(cells),
+            "--seed",
+            str(seed),
+            "--out",
+            str(folder / f"run{seed}"),
+        ]
         assert train_simclr.main(argv) == 0
     return folder
 
@@ -47,18 +56,21 @@ def test_distillation_is_hintons_loss():
         p, q = (x / x.sum(1, keepdims=True) for x in (p, q))
         expected = temperature**2 * (p * np.log(p / q)).sum(1).mean()
         given = (torch.from_numpy(x) for x in (student, teacher))
-        assert distil.distillation(*given, temperature).item() == pytest.approx(expected, rel=1e-5)
-    binary = distil.distillation(torch.tensor([0.3, -2.0]), torch.tensor([1.0, 0.5]), 1.0)
+        assert distill.distillation(*given, temperature).item() == pytest.approx(expected, rel=1e-5)
+    binary = distill.distillation(torch.tensor([0.3, -2.0]), torch.tensor([1.0, 0.5]), 1.0)
     p, q = torch.tensor([1.0, 0.5]).sigmoid(), torch.tensor([0.3, -2.0])
     expected = F.binary_cross_entropy_with_logits(q, p) - F.binary_cross_entropy(p, p)
     assert binary.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_an_infinite_temperature_matches_logits():
-    # Hinton et al., section 2.1: the gradient becomes that of half the squared distance of centred logits, over C.
-    student, teacher = torch.randn(2, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    # Hinton et al., section 2.1: the gradient becomes that of half the squared distance of centered
+    # logits, over C.
+    student, teacher = torch.randn(
+        2, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     student.requires_grad_()
-    (grad,) = torch.autograd.grad(distil.distillation(student, teacher, 300.0), student)
+    (grad,) = torch.autograd.grad(distill.distillation(student, teacher, 300.0), student)
     difference = student - student.mean(1, keepdim=True) - teacher + teacher.mean(1, keepdim=True)
     torch.testing.assert_close(grad, (difference / 6 / 4).detach(), rtol=0.02, atol=1e-4)
 
@@ -86,11 +98,15 @@ def test_an_ensemble_averages_probabilities(images, tmp_path, capsys):
     mean = (members[0][3] + members[1][3]) / 2
     np.testing.assert_allclose([[float(x) for x in row[2:]] for row in rows], mean, atol=1e-6)
     stored = json.loads((tmp_path / "ensemble.json").read_text())
-    truth = np.array([sorted(["long", "round", "split"]).index(name.split("/")[0]) for name in members[0][0]])
+    truth = np.array(
+        [sorted(["long", "round", "split"]).index(name.split("/")[0]) for name in members[0][0]]
+    )
     assert stored["ensemble/test/accuracy"] == pytest.approx((mean.argmax(1) == truth).mean())
     each = [(member[3].argmax(1) == truth).mean() for member in members]
     assert stored["ensemble/test/member_accuracy"] == pytest.approx(np.mean(each))
-    assert summary(images / "run0")["finetune/test/accuracy"] == pytest.approx(each[0])  # --eval's own predictions
+    assert summary(images / "run0")["finetune/test/accuracy"] == pytest.approx(
+        each[0]
+    )  # --eval's own predictions
     assert "its mean member's" in said
 
 
@@ -111,7 +127,10 @@ def test_it_says_when_the_ensemble_is_worse(tmp_path, capsys):
         out, ensemble = str(tmp_path), ["fair", "good", "wrong"]
 
     ensemble.judge(main, ["--ensemble", *Args.ensemble, "--out", str(tmp_path)], Args, "macro_f1")
-    assert "the ensemble's macro_f1 is worse than its mean member's (0.0000, 0.6667" in capsys.readouterr().out
+    assert (
+        "the ensemble's macro_f1 is worse than its mean member's (0.0000, 0.6667"
+        in capsys.readouterr().out
+    )
 
 
 def test_what_an_earlier_run_left_is_no_answer_and_one_run_is_not_evaluated(tmp_path, capsys):
@@ -126,7 +145,9 @@ def test_what_an_earlier_run_left_is_no_answer_and_one_run_is_not_evaluated(tmp_
     for names in (["pretrained", "other"], ["alone"]):  # neither leaves an eval.csv
         Args.ensemble = names
         with pytest.raises(SystemExit) as ending:
-            ensemble.judge(evaluated.append, ["--ensemble", *names, "--out", str(tmp_path)], Args, "uar")
+            ensemble.judge(
+                evaluated.append, ["--ensemble", *names, "--out", str(tmp_path)], Args, "uar"
+            )
         assert ending.value.code == 2
     said = capsys.readouterr().err.splitlines()
     assert "pretrained has no classifier" in said[0] and "give two runs or more" in said[1]
@@ -170,7 +191,16 @@ def test_a_student_of_full_weight_learns_the_teacher_not_the_labels(cells, image
     again = [*argv[:-1], str(copied), "--teacher-weight", "1", "--out", str(tmp_path / "a")]
     assert train_simclr.main(again) == 0  # the same run: the teacher's content counts
     with pytest.raises(SystemExit) as ending:
-        train_simclr.main([*argv[:-1], str(images / "run0"), "--teacher-weight", "1", "--out", str(tmp_path / "a")])
+        train_simclr.main(
+            [
+                *argv[:-1],
+                str(images / "run0"),
+                "--teacher-weight",
+                "1",
+                "--out",
+                str(tmp_path / "a"),
+            ]
+        )
     assert ending.value.code == 2  # another teacher is another run
 
 
@@ -183,8 +213,20 @@ def test_an_interrupted_student_equals_a_whole_one(cells, images, tmp_path):
     equal_runs(tmp_path / "whole", tmp_path / "cut")
 
 
-def test_the_linear_protocol_learns_from_a_teacher_but_its_baselines_do_not(cells, images, tmp_path):
-    common = [*SIMCLR[:8], "--stage", "linear", "--from", str(images / "run0"), "--bs", "16", "--epochs", "2"]
+def test_the_linear_protocol_learns_from_a_teacher_but_its_baselines_do_not(
+    cells, images, tmp_path
+):
+    common = [
+        *SIMCLR[:8],
+        "--stage",
+        "linear",
+        "--from",
+        str(images / "run0"),
+        "--bs",
+        "16",
+        "--epochs",
+        "2",
+    ]
     losses = []
     for extra in ([], ["--teacher", str(images / "run1")]):
         out = tmp_path / f"run{len(extra)}"
@@ -196,7 +238,9 @@ def test_the_linear_protocol_learns_from_a_teacher_but_its_baselines_do_not(cell
     assert all(losses[0][name] == losses[1][name] for name in ("linear_random", "linear_pixels"))
 
 
-@pytest.mark.parametrize(("script", "flags"), [(train_tsm, TSM), (train_raer, RAER)], ids=["tsm", "raer"])
+@pytest.mark.parametrize(
+    ("script", "flags"), [(train_tsm, TSM), (train_raer, RAER)], ids=["tsm", "raer"]
+)
 def test_the_video_scripts_have_both(script, flags, tmp_path, capsys):
     runs = [str(tmp_path / name) for name in "ab"]
     for seed, run in enumerate(runs):
@@ -206,13 +250,22 @@ def test_the_video_scripts_have_both(script, flags, tmp_path, capsys):
     line = log.read(tmp_path / "s")[0]
     assert line["loss"] > 0
     if script is train_raer:
-        assert line["loss"] == pytest.approx(line["teacher"], rel=1e-5)  # the other terms have no weight
+        assert line["loss"] == pytest.approx(
+            line["teacher"], rel=1e-5
+        )  # the other terms have no weight
     capsys.readouterr()
     assert script.main(["--ensemble", *runs, "--out", str(tmp_path / "e"), "--device", "cpu"]) == 0
     stored = json.loads((tmp_path / "e" / "ensemble.json").read_text())
-    assert stored["members"] == runs and f"ensemble/test/{'auc' if script is train_tsm else 'uar'}" in stored
+    assert (
+        stored["members"] == runs
+        and f"ensemble/test/{'auc' if script is train_tsm else 'uar'}" in stored
+    )
     with pytest.raises(SystemExit) as ending:
         other = ["--n-segment", "4"] if script is train_tsm else ["--num-frames", "3"]
         script.main([*student[:-4], *other, "--out", str(tmp_path / "x"), "--teacher", runs[0]])
     said = capsys.readouterr().err
-    assert ending.value.code == 2 and "both must see and name the same" in said and not (tmp_path / "x").exists()
+    assert (
+        ending.value.code == 2
+        and "both must see and name the same" in said
+        and not (tmp_path / "x").exists()
+    )

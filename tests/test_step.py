@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from common import config, optim, step
+from common import amp, config, optim
 
 CPU = torch.device("cpu")
 
@@ -31,7 +31,7 @@ def test_a_non_finite_step_changes_nothing_and_is_reported(name, poison):
         optimizer.zero_grad()
         loss = model(x).square().mean()
         loss.backward()
-        _, bad = step.masked_step(optimizer, step.scaler("fp32", CPU), loss)
+        _, bad = amp.guarded_step(optimizer, amp.scaler("fp32", CPU), loss)
         assert not bad
     before = snapshot(model, optimizer)
     optimizer.zero_grad()
@@ -41,7 +41,7 @@ def test_a_non_finite_step_changes_nothing_and_is_reported(name, poison):
     loss.backward()
     if poison == "gradient":
         next(model.parameters()).grad[0, 0] = float("inf")
-    _, bad = step.masked_step(optimizer, step.scaler("fp32", CPU), loss)
+    _, bad = amp.guarded_step(optimizer, amp.scaler("fp32", CPU), loss)
     assert bad
     assert all(torch.equal(a, b) for a, b in zip(before, snapshot(model, optimizer), strict=True))
 
@@ -55,14 +55,14 @@ def test_an_fp16_overflow_is_skipped_but_is_no_divergence(name):
     loss = model(x).square().mean()
     scaler.scale(loss).backward()
     next(model.parameters()).grad[0, 0] = float("inf")
-    _, bad = step.masked_step(optimizer, scaler, loss)
+    _, bad = amp.guarded_step(optimizer, scaler, loss)
     assert not bad and scaler.get_scale() == 2.0**9
     assert all(torch.equal(a, b.detach()) for a, b in zip(before, model.parameters(), strict=True))
     optimizer.zero_grad()
     loss = model(x).square().mean()
     scaler.scale(loss).backward()
     true = optim.grad_norm(list(model.parameters())) / scaler.get_scale()
-    norm, bad = step.masked_step(optimizer, scaler, loss)
+    norm, bad = amp.guarded_step(optimizer, scaler, loss)
     torch.testing.assert_close(norm, true)
     assert not bad and not torch.equal(before[0], next(model.parameters()))
 
@@ -74,38 +74,54 @@ def test_a_repeated_forward_pass_leaves_the_running_statistics():
     x = torch.randn(8, 4)
     plain = model(x)
     model.load_state_dict({**model.state_dict(), **before})
-    with step.frozen_running_stats(model):
+    with amp.frozen_running_stats(model):
         torch.testing.assert_close(model(x), plain)  # statistics of the batch all the same
     assert all(torch.equal(value, before[name]) for name, value in model.named_buffers())
     model(x)
     assert not torch.equal(model[1].running_mean, before["1.running_mean"])
 
 
-@pytest.mark.parametrize(("precision", "dtype"), [("auto", None), ("fp32", None), ("bf16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("auto", None), ("fp32", None), ("bf16", torch.bfloat16)]
+)
 def test_autocast_follows_the_flag(precision, dtype):
-    with step.autocast(precision, CPU):
+    with amp.autocast(precision, CPU):
         out = nn.Linear(4, 4)(torch.randn(2, 4))
     assert out.dtype == (dtype or torch.float32)
-    assert not step.scaler(precision, CPU).is_enabled() and step.scaler("fp16", CPU).is_enabled()
+    assert not amp.scaler(precision, CPU).is_enabled() and amp.scaler("fp16", CPU).is_enabled()
 
 
 def test_the_learning_rate_is_a_function_of_the_position():
     _, optimizer = setting("sgd")
-    stage = config.Stage("s", epochs=10, bs=8, lr=0.4, wd=0.0, optimizer="sgd", warmup_epochs=2.0)
-    rates = [step.set_lr(optimizer, stage, done, 5, "cosine") for done in range(50)]
-    assert rates[0] == pytest.approx(0.04) and rates[9] == pytest.approx(0.4) and max(rates) == rates[9]
-    assert rates[-1] == pytest.approx(0.0, abs=1e-3) and rates[10:] == sorted(rates[10:], reverse=True)
+    stage = config.StageConfig(
+        "s", epochs=10, bs=8, lr=0.4, wd=0.0, optimizer="sgd", warmup_epochs=2.0
+    )
+    rates = [amp.set_lr(optimizer, stage, done, 5, "cosine") for done in range(50)]
+    assert (
+        rates[0] == pytest.approx(0.04)
+        and rates[9] == pytest.approx(0.4)
+        and max(rates) == rates[9]
+    )
+    assert rates[-1] == pytest.approx(0.0, abs=1e-3) and rates[10:] == sorted(
+        rates[10:], reverse=True
+    )
     assert {group["lr"] for group in optimizer.param_groups} == {rates[-1]}
-    assert step.set_lr(optimizer, stage, 30, 5, "constant") == 0.4
+    assert amp.set_lr(optimizer, stage, 30, 5, "constant") == 0.4
     floored = dataclasses.replace(stage, min_lr=0.04)
-    assert step.set_lr(optimizer, floored, 49, 5, "cosine") == pytest.approx(0.04)
-    assert step.set_lr(optimizer, floored, 9, 5, "cosine") == pytest.approx(0.4)
+    assert amp.set_lr(optimizer, floored, 49, 5, "cosine") == pytest.approx(0.04)
+    assert amp.set_lr(optimizer, floored, 9, 5, "cosine") == pytest.approx(0.4)
 
 
 def test_phases_share_the_time_of_steps_alone(monkeypatch):
     seconds = iter([0, 7, 9, 50, 53, 54])
-    monkeypatch.setattr(step.time, "perf_counter", lambda: next(seconds))
-    phases = step.Phases(CPU, skip=1)
-    for name in ("input", "rest", None, "input", "rest"):  # a step that does not count, an evaluation, a step
+    monkeypatch.setattr(amp.time, "perf_counter", lambda: next(seconds))
+    phases = amp.Phases(CPU, skip=1)
+    for name in (
+        "input",
+        "rest",
+        None,
+        "input",
+        "rest",
+    ):  # a step that does not count, an evaluation, a step
         phases.lap(name)
     assert phases.describe() == "4000.0 ms a step: input 75.0%, rest 25.0%"

@@ -1,4 +1,6 @@
-"""SupCon against its formula, finite differences, another implementation, NT-Xent, other numbers of processes."""
+"""SupCon against its formula, finite differences, another implementation, NT-Xent, other numbers of
+processes.
+"""
 
 import multiprocessing
 
@@ -19,15 +21,23 @@ def double_loop(z, labels, temperature):
         if positives:
             counted += 1
             denominator = sum(torch.exp(z[i] @ z[j] / temperature) for j in others)
-            total = total + denominator.log() - sum(z[i] @ z[p] for p in positives) / temperature / len(positives)
+            total = (
+                total
+                + denominator.log()
+                - sum(z[i] @ z[p] for p in positives) / temperature / len(positives)
+            )
     return total / counted
 
 
 def batch(m, d, classes, dtype=torch.float32, seed=0):
-    """Rows around class centres; the first row is alone in its class; labels are neither small nor consecutive."""
+    """Rows around class centers; the first row is alone in its class; labels are neither small nor
+    consecutive.
+    """
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(classes, (m,), generator=generator)
-    z = torch.randn(classes, d, generator=generator)[labels] + torch.randn(m, d, generator=generator)
+    z = torch.randn(classes, d, generator=generator)[labels] + torch.randn(
+        m, d, generator=generator
+    )
     labels = labels * 1_000_003 - 5
     labels[0] = 17
     return z.to(dtype), labels
@@ -49,7 +59,9 @@ def relative(x, truth):
 def test_reference_is_the_papers_formula(m, d, temperature):
     z, labels = batch(m, d, 3, torch.float64)
     for got, truth in zip(
-        run(sup_con_reference, z, labels, temperature), run(double_loop, z, labels, temperature), strict=True
+        run(sup_con_reference, z, labels, temperature),
+        run(double_loop, z, labels, temperature),
+        strict=True,
     ):
         torch.testing.assert_close(got, truth, rtol=1e-11, atol=1e-12)
 
@@ -59,15 +71,20 @@ def test_reference_gradients_are_those_of_finite_differences(normalize):
     z, labels = batch(8, 3, 3, torch.float64)
     temperature = torch.tensor(0.4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(
-        lambda z, t: sup_con_reference(z, labels, t, normalize=normalize), (z.requires_grad_(), temperature)
+        lambda z, t: sup_con_reference(z, labels, t, normalize=normalize),
+        (z.requires_grad_(), temperature),
     )
 
 
 def test_reference_equals_pytorch_metric_learning():
-    losses = pytest.importorskip("pytorch_metric_learning.losses", reason="pip install pytorch-metric-learning")
+    losses = pytest.importorskip(
+        "pytorch_metric_learning.losses", reason="pip install pytorch-metric-learning"
+    )
     z, labels = batch(20, 8, 4, torch.float64)
     for got, truth in zip(
-        run(sup_con_reference, z, labels, 0.2), run(losses.SupConLoss(temperature=0.2), z, labels), strict=True
+        run(sup_con_reference, z, labels, 0.2),
+        run(losses.SupConLoss(temperature=0.2), z, labels),
+        strict=True,
     ):
         torch.testing.assert_close(got, truth, rtol=1e-6, atol=1e-7)
 
@@ -86,25 +103,35 @@ def test_two_views_with_labels_of_their_own_are_nt_xent(impl):
 def test_kernel_is_as_exact_as_its_precision_allows(m, d, temperature):
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 6e-3), (torch.bfloat16, 5e-2)):
         z, labels = batch(m, d, 5, dtype)
-        true_loss, true_grad = run(sup_con_reference, z.double(), labels, temperature, upstream=-3.0)
+        true_loss, true_grad = run(
+            sup_con_reference, z.double(), labels, temperature, upstream=-3.0
+        )
         loss, grad = run(sup_con, z, labels, temperature, upstream=-3.0, impl="triton")
         # Logits of size 1 / temperature, rounded to the dtype's precision.
-        assert (loss - true_loss).abs() <= 2 * torch.finfo(dtype).eps * (true_loss.abs() + 1 / temperature)
+        assert (loss - true_loss).abs() <= 2 * torch.finfo(dtype).eps * (
+            true_loss.abs() + 1 / temperature
+        )
         assert relative(grad, true_grad) <= tolerance
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [0.07, 0.5])
-@pytest.mark.parametrize(("m", "d"), [(1, 16), (67, 33), (512, 128), (3000, 100), (9000, 64)])  # few rows, and many
+@pytest.mark.parametrize(
+    ("m", "d"), [(1, 16), (67, 33), (512, 128), (3000, 100), (9000, 64)]
+)  # few rows, and many
 def test_kernel_on_the_gpu(m, d, temperature, dtype):
     z, labels = (x.cuda() for x in batch(m, d, 5, dtype))
     true_loss, true_grad = run(sup_con_reference, z.double(), labels, temperature, upstream=-3.0)
     loss, grad = run(sup_con, z, labels, temperature, upstream=-3.0, impl="triton")
-    # Tensor cores cut fp32 sums off instead of rounding them (Fasi et al. 2021): a bias of some 1e-6 of a logit.
+    # Tensor cores cut fp32 sums off instead of rounding them (Fasi et al. 2021): a bias of some
+    # 1e-6 of a logit.
     eps = 3e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
     assert (loss - true_loss).abs() <= 2 * eps * (true_loss.abs() + 0.1 / temperature)
-    assert relative(grad, true_grad) <= {torch.float32: 4e-5, torch.float16: 6e-3, torch.bfloat16: 5e-2}[dtype]
+    assert (
+        relative(grad, true_grad)
+        <= {torch.float32: 4e-5, torch.float16: 6e-3, torch.bfloat16: 5e-2}[dtype]
+    )
 
 
 @pytest.mark.gpu
@@ -161,9 +188,14 @@ def test_processes_with_equal_rows_and_other_labels(impl):
     truth, _ = run(sup_con_reference, z.double(), labels, 0.3)
 
     def gather(x):
-        return labels if x.dtype == torch.int64 else torch.cat((x, x))  # rows are equal; statistics serve the gradient
+        return (
+            labels if x.dtype == torch.int64 else torch.cat((x, x))
+        )  # rows are equal; statistics serve the gradient
 
-    losses = [sup_con(z[own], labels[own], 0.3, gather=gather, impl=impl) for own in (slice(0, 6), slice(6, 12))]
+    losses = [
+        sup_con(z[own], labels[own], 0.3, gather=gather, impl=impl)
+        for own in (slice(0, 6), slice(6, 12))
+    ]
     assert relative(torch.stack(losses).mean().double(), truth) < 1e-5
 
 
@@ -184,7 +216,9 @@ def test_a_diverged_row_does_not_look_healthy(impl):
 def test_strides_bits_and_second_derivative(impl):
     z, labels = batch(40, 12, 4)
     expected = run(sup_con, z, labels, 0.2, impl=impl)
-    for got, truth in zip(run(sup_con, z.T.contiguous().T, labels, 0.2, impl=impl), expected, strict=True):
+    for got, truth in zip(
+        run(sup_con, z.T.contiguous().T, labels, 0.2, impl=impl), expected, strict=True
+    ):
         assert relative(got, truth) < 1e-6
     for got, truth in zip(run(sup_con, z, labels, 0.2, impl=impl), expected, strict=True):
         assert torch.equal(got, truth)
@@ -198,13 +232,18 @@ def test_strides_bits_and_second_derivative(impl):
 def test_registered_op_passes_opcheck(kind):
     z, labels = batch(20, 8, 4)
     u = torch.nn.functional.normalize(z).requires_grad_()
-    torch.library.opcheck(torch.ops.kernels.sup_con_forward.default, (u, labels, kind, True, 1.4426950408889634))
+    torch.library.opcheck(
+        torch.ops.kernels.sup_con_forward.default, (u, labels, kind, True, 1.4426950408889634)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_registered_ops_of_few_rows_pass_opcheck(dtype):
     z, labels = batch(20, 8, 4, dtype)
-    forward, backward = torch.ops.kernels.sup_con_few_rows_forward, torch.ops.kernels.sup_con_few_rows_backward
+    forward, backward = (
+        torch.ops.kernels.sup_con_few_rows_forward,
+        torch.ops.kernels.sup_con_few_rows_backward,
+    )
     torch.library.opcheck(forward.default, (z.requires_grad_(), labels, 0.2))
     with torch.no_grad():
         _, *saved = forward(z, labels, 0.2)
@@ -246,7 +285,9 @@ def _gather(x):
 
 def _rank(rank, world_size, folder, weight, x, labels, impl):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/init", rank=rank, world_size=world_size)
+    torch.distributed.init_process_group(
+        "gloo", f"file://{folder}/init", rank=rank, world_size=world_size
+    )
     weight = weight.clone().requires_grad_()
     rows, labels = x.chunk(world_size)[rank] @ weight, labels.chunk(world_size)[rank]
     loss = sup_con(rows, labels, 0.3, gather=_gather, impl=impl)
@@ -259,7 +300,8 @@ def _rank(rank, world_size, folder, weight, x, labels, impl):
 
 
 @pytest.mark.parametrize(
-    ("impl", "dtype", "tolerance"), [("torch", torch.float64, 1e-12), ("triton", torch.float32, 5e-6)]
+    ("impl", "dtype", "tolerance"),
+    [("torch", torch.float64, 1e-12), ("triton", torch.float32, 5e-6)],
 )
 def test_processes_together_give_the_gradient_of_one(tmp_path, impl, dtype, tolerance):
     x, labels = batch(24, 6, 4, dtype)
@@ -273,7 +315,9 @@ def test_processes_together_give_the_gradient_of_one(tmp_path, impl, dtype, tole
         folder = tmp_path / str(world_size)
         folder.mkdir()
         arguments = (world_size, folder, weight, x, labels, impl)
-        processes = [context.Process(target=_rank, args=(rank, *arguments)) for rank in range(world_size)]
+        processes = [
+            context.Process(target=_rank, args=(rank, *arguments)) for rank in range(world_size)
+        ]
         for process in processes:
             process.start()
         for rank, process in enumerate(processes):

@@ -24,16 +24,27 @@ def loops(x, n_segment, fold_div, direction, padding):
             elif padding == "zero":
                 y[frame, channel] = 0
             else:
-                y[frame, channel] = x[clip * n_segment + min(max(source, 0), n_segment - 1), channel]
+                y[frame, channel] = x[
+                    clip * n_segment + min(max(source, 0), n_segment - 1), channel
+                ]
     return y
 
 
 def random_case(draw, dtypes):
     n_segment = draw.randint(1, 5) if draw.random() < 0.97 else draw.randint(6, 64)
-    shape = (n_segment * draw.choice((1, 1, 1, 2)), draw.randint(1, 19), draw.randint(1, 3), draw.randint(1, 3))
+    shape = (
+        n_segment * draw.choice((1, 1, 1, 2)),
+        draw.randint(1, 19),
+        draw.randint(1, 3),
+        draw.randint(1, 3),
+    )
     direction = draw.choice(("both", "past"))
     fold_div = draw.choice((2, 3, 4, 8)) if direction == "both" else draw.choice((1, 2, 4, 8))
-    options = {"fold_div": fold_div, "direction": direction, "padding": draw.choice(("zero", "replicate", "circulant"))}
+    options = {
+        "fold_div": fold_div,
+        "direction": direction,
+        "padding": draw.choice(("zero", "replicate", "circulant")),
+    }
     generator = torch.Generator().manual_seed(draw.getrandbits(32))
     x = torch.randn(shape, generator=generator).to(draw.choice(dtypes))
     layout = draw.choice(("contiguous", "channels_last", "strided"))
@@ -68,7 +79,9 @@ def test_reference_is_the_definition():
     draw = random.Random(0)
     for _ in range(60):
         x, n_segment, options, _ = random_case(draw, (torch.float32, torch.int32))
-        assert torch.equal(temporal_shift_reference(x, n_segment, **options), loops(x, n_segment, **options))
+        assert torch.equal(
+            temporal_shift_reference(x, n_segment, **options), loops(x, n_segment, **options)
+        )
 
 
 def check_cases(draw, number, dtypes, device="cpu"):
@@ -96,7 +109,9 @@ def test_kernel_equals_the_reference_on_the_gpu(dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_more_than_two_to_the_31_elements(layout):
-    x = torch.empty(16, 128, 1040, 1040, dtype=torch.float16, device="cuda", memory_format=layout).random_(-9, 9)
+    x = torch.empty(
+        16, 128, 1040, 1040, dtype=torch.float16, device="cuda", memory_format=layout
+    ).random_(-9, 9)
     assert x.numel() > 2**31
     y = temporal_shift(x, 8, impl="triton")
     assert torch.equal(y[8:15, :16], x[9:16, :16]) and torch.equal(y[9:16, 16:32], x[8:15, 16:32])
@@ -136,7 +151,9 @@ def test_compiles_without_graph_breaks(impl):
 
     x, dy = torch.randn(2, 6, 8, 2, 2)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for got, truth in zip(forward_and_gradient(compiled, x, 3, dy), forward_and_gradient(step, x, 3, dy), strict=True):
+    for got, truth in zip(
+        forward_and_gradient(compiled, x, 3, dy), forward_and_gradient(step, x, 3, dy), strict=True
+    ):
         assert torch.equal(got, truth)
 
 
@@ -153,7 +170,9 @@ def test_streaming_equals_offline_over_10000_frames():
 
 
 def test_shifting_in_place_corrupts_a_residual_block_in_silence():
-    """Why there is no in-place form: the shortcut sees the shifted values, and autograd does not notice."""
+    """Why there is no in-place form: the shortcut sees the shifted values, and autograd does not
+    notice.
+    """
 
     def shift_in_place(x, n_segment):
         x.data.copy_(temporal_shift_reference(x.data, n_segment))

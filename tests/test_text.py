@@ -1,4 +1,6 @@
-"""TF-IDF and its singular vectors against scikit-learn and NumPy; WordPiece and the encoder against transformers."""
+"""TF-IDF and its singular vectors against scikit-learn and NumPy; WordPiece and the encoder against
+transformers.
+"""
 
 import importlib.util
 import json
@@ -9,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from common.config import InputError
+from common.data.utterances import tokens
+from common.errors import InputError
 from common.models import text
 from common.models.text import (
     Lsa,
@@ -21,13 +24,16 @@ from common.models.text import (
     read_bert,
     svd,
     tfidf,
-    tokens,
     word_ngrams,
 )
 
-WORDS = tokens("the a you we they go stay know want never always cat dog tree house why how who yes no okay really")
+WORDS = tokens(
+    "the a you we they go stay know want never always cat dog tree house why how who yes no"
+    " okay really"
+)
 LINES = [
-    " ".join(np.random.default_rng(i).choice(WORDS, 1 + i % 9)) + ["?", ".", "!", "...", ""][i % 5] for i in range(120)
+    " ".join(np.random.default_rng(i).choice(WORDS, 1 + i % 9)) + ["?", ".", "!", "...", ""][i % 5]
+    for i in range(120)
 ]
 
 
@@ -42,13 +48,25 @@ def test_tokens_keep_words_and_runs_of_punctuation():
     assert tokens(" \t") == []
     pairs = ["^ oh", "oh ,", ", no", "no !", "! $"]
     assert word_ngrams("Oh, no!", 2) == ["oh", ",", "no", "!", *pairs]
-    assert word_ngrams("Oh, no!") == ["oh", ",", "no", "!", *pairs, "^ oh ,", "oh , no", ", no !", "no ! $"]
+    assert word_ngrams("Oh, no!") == [
+        "oh",
+        ",",
+        "no",
+        "!",
+        *pairs,
+        "^ oh ,",
+        "oh , no",
+        ", no !",
+        "no ! $",
+    ]
 
 
 @pytest.mark.parametrize("min_df", [1, 2, 5])
 @pytest.mark.parametrize("ngrams", [tokens, word_ngrams, char_ngrams])
 def test_tfidf_is_scikit_learns(ngrams, min_df):
-    sklearn = pytest.importorskip("sklearn.feature_extraction.text", reason="pip install scikit-learn")
+    sklearn = pytest.importorskip(
+        "sklearn.feature_extraction.text", reason="pip install scikit-learn"
+    )
     oracle = sklearn.TfidfVectorizer(analyzer=ngrams, sublinear_tf=True, min_df=min_df)
     lines = [*LINES, "", "zzz zzz zzz zzz"]
     expected = oracle.fit_transform(lines).toarray()
@@ -63,11 +81,13 @@ def test_tfidf_is_scikit_learns(ngrams, min_df):
 
 
 def test_char_ngrams_are_scikit_learns_within_words():
-    sklearn = pytest.importorskip("sklearn.feature_extraction.text", reason="pip install scikit-learn")
-    analyse = sklearn.CountVectorizer(analyzer="char_wb", ngram_range=(2, 4)).build_analyzer()
+    sklearn = pytest.importorskip(
+        "sklearn.feature_extraction.text", reason="pip install scikit-learn"
+    )
+    analyze = sklearn.CountVectorizer(analyzer="char_wb", ngram_range=(2, 4)).build_analyzer()
     for line in LINES:
         line = " ".join(word for word in line.strip(".?!").split() if len(word) > 1)
-        assert sorted(char_ngrams(line)) == sorted(analyse(line))
+        assert sorted(char_ngrams(line)) == sorted(analyze(line))
 
 
 def random_sparse(n, width, share=0.1, seed=0):
@@ -81,10 +101,14 @@ def random_sparse(n, width, share=0.1, seed=0):
 def test_a_transposed_matrix_and_blocks_side_by_side():
     (a, full_a), (b, full_b) = random_sparse(30, 50), random_sparse(30, 7, seed=1)
     np.testing.assert_array_equal(dense(a.transposed()), full_a.T)
-    np.testing.assert_array_equal(dense(text.side_by_side([(1.0, a), (0.5, b)])), np.hstack([full_a, 0.5 * full_b]))
+    np.testing.assert_array_equal(
+        dense(text.side_by_side([(1.0, a), (0.5, b)])), np.hstack([full_a, 0.5 * full_b])
+    )
 
 
-@pytest.mark.parametrize(("n", "width", "dim"), [(200, 90, 20), (60, 300, 30), (12, 5, 20), (5, 40, 5)])
+@pytest.mark.parametrize(
+    ("n", "width", "dim"), [(200, 90, 20), (60, 300, 30), (12, 5, 20), (5, 40, 5)]
+)
 def test_singular_values_and_vectors_are_numpys(n, width, dim):
     matrix, full = random_sparse(n, width)
     u, s = svd(matrix, dim)
@@ -134,7 +158,24 @@ def test_the_state_is_plain(tmp_path):
 PIECES = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map(chr, range(33, 127))]
 PIECES += [f"##{chr(c)}" for c in [*range(48, 58), *range(97, 123), 0xDF, 0x3C3, 0x431]]
 PIECES += ["the", "un", "##able", "##aff", "##ing", "go", "caf\u00e9", "cafe", "The"]
-PIECES += map(chr, [0x4E2D, 0x6587, 0xDF, 0x3C3, 0x430, 0x2026, 0x2019, 0x20AC, 0x915, 0xAC00, 0x1100, 0x1161, 0xC9])
+PIECES += map(
+    chr,
+    [
+        0x4E2D,
+        0x6587,
+        0xDF,
+        0x3C3,
+        0x430,
+        0x2026,
+        0x2019,
+        0x20AC,
+        0x915,
+        0xAC00,
+        0x1100,
+        0x1161,
+        0xC9,
+    ],
+)
 
 UNICODE = [
     "Hello, world!",
@@ -180,10 +221,20 @@ def save_vocab(folder: Path, pieces, **settings):
 
 def random_lines(count):
     rng = np.random.default_rng(1)
-    ranges = [(32, 127), (160, 592), (768, 880), (880, 1280), (0x2000, 0x2070), (0x3000, 0x3100), (0x4E00, 0x4E20)]
+    ranges = [
+        (32, 127),
+        (160, 592),
+        (768, 880),
+        (880, 1280),
+        (0x2000, 0x2070),
+        (0x3000, 0x3100),
+        (0x4E00, 0x4E20),
+    ]
     for _ in range(count):
         spans = rng.integers(0, len(ranges), rng.integers(1, 12))
-        yield "".join(chr(rng.integers(*ranges[i])) for i in spans for _ in range(rng.integers(1, 5)))
+        yield "".join(
+            chr(rng.integers(*ranges[i])) for i in spans for _ in range(rng.integers(1, 5))
+        )
 
 
 @pytest.mark.parametrize(
@@ -202,7 +253,9 @@ def test_wordpiece_is_transformers(tmp_path, settings):
     ours = WordPiece.read(folder)
     for line in [*UNICODE, *random_lines(500)]:
         assert ours(line, 10**6) == oracle(line)["input_ids"], ascii(line)
-        assert ours(line, 9) == oracle(line, truncation=True, max_length=9)["input_ids"], ascii(line)
+        assert ours(line, 9) == oracle(line, truncation=True, max_length=9)["input_ids"], ascii(
+            line
+        )
 
 
 def test_a_vocabulary_without_its_special_pieces_is_refused(tmp_path):
@@ -223,7 +276,8 @@ def random_state(seed=0):
     generator = torch.Generator().manual_seed(seed)
     own = text.Bert(SMALL).state_dict()
     return {
-        k: torch.randn(v.shape, generator=generator) * 0.2 + (k.endswith("LayerNorm.weight")) for k, v in own.items()
+        k: torch.randn(v.shape, generator=generator) * 0.2 + (k.endswith("LayerNorm.weight"))
+        for k, v in own.items()
     }
 
 
@@ -234,7 +288,9 @@ def save_model(folder: Path, state=None, name="pytorch_model.bin", **config):
     if name.endswith(".bin"):
         torch.save(state, folder / name)
     else:
-        pytest.importorskip("safetensors.torch", reason="pip install safetensors").save_file(state, folder / name)
+        pytest.importorskip("safetensors.torch", reason="pip install safetensors").save_file(
+            state, folder / name
+        )
     return folder
 
 
@@ -246,7 +302,9 @@ def batch_of(tokenizer, lines):
 
 def assert_same_states(ours, theirs, ids, mask, tolerance=1e-5):
     with torch.no_grad():
-        expected = theirs(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True).hidden_states
+        expected = theirs(
+            input_ids=ids, attention_mask=mask.long(), output_hidden_states=True
+        ).hidden_states
         assert len(expected) == ours.num_layers + 1
         for layer, states in enumerate(expected):
             difference = (ours(ids, mask, layer) - states)[mask].abs().max()
@@ -256,7 +314,9 @@ def assert_same_states(ours, theirs, ids, mask, tolerance=1e-5):
 def test_every_layer_is_transformers(tmp_path):
     transformers = pytest.importorskip("transformers", reason="pip install transformers")
     torch.manual_seed(0)
-    theirs = transformers.BertModel(transformers.BertConfig(**{k: v for k, v in SMALL.items() if k != "model_type"}))
+    theirs = transformers.BertModel(
+        transformers.BertConfig(**{k: v for k, v in SMALL.items() if k != "model_type"})
+    )
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -269,12 +329,16 @@ def test_keys_may_have_a_prefix_heads_and_old_names(tmp_path):
     state = random_state()
     expected = read_bert(save_model(tmp_path / "plain", state)).state_dict()
     old = {
-        k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): v
+        k.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): v
         for k, v in state.items()
     }
     variants = {
-        "heads": state | {"pooler.dense.weight": torch.ones(2), "embeddings.position_ids": torch.arange(40)},
-        "prefix": {f"bert.{k}": v for k, v in state.items()} | {"cls.predictions.bias": torch.ones(3)},
+        "heads": state
+        | {"pooler.dense.weight": torch.ones(2), "embeddings.position_ids": torch.arange(40)},
+        "prefix": {f"bert.{k}": v for k, v in state.items()}
+        | {"cls.predictions.bias": torch.ones(3)},
         "old": {f"bert.{k}": v for k, v in old.items()},
     }
     for name, variant in variants.items():
@@ -331,7 +395,9 @@ def test_encoding_pools_each_text_on_its_own(tmp_path, layer, pooling):
     with torch.no_grad():
         for line, row in zip(lines, features, strict=True):
             ids = torch.tensor([tokenizer(line, 40)])
-            states = model(ids, torch.ones_like(ids, dtype=torch.bool), 3 if layer is None else layer)[0]
+            states = model(
+                ids, torch.ones_like(ids, dtype=torch.bool), 3 if layer is None else layer
+            )[0]
             expected = states.mean(0) if pooling == "mean" else states[0]
             np.testing.assert_allclose(row, expected, atol=1e-5)
     order = np.random.default_rng(0).permutation(22)

@@ -1,4 +1,6 @@
-"""train_cluster.py as its users run it, and the pieces of common.discovery and common.models.umc that it is made of."""
+"""train_cluster.py as its users run it, and the pieces of common.discovery and common.models.umc
+that it is made of.
+"""
 
 import csv
 import json
@@ -15,9 +17,12 @@ import pytest
 import torch
 
 import train_cluster
-from common import checkpoint, clustering, discovery, log, sample
+from common import clustering, deep_cluster
+from common.data import synthetic
 from common.models import umc
 from common.monitor import Monitor
+from common.run import checkpoint, log
+from common.run.progress import Progress
 from tests.runs import equal_runs, same, summary
 
 SMALL = ["--device", "cpu", "--base-dim", "16", "--bs", "32", "--epochs", "2", "--cluster-bs", "32",
@@ -36,8 +41,14 @@ def arrays(seed=0, count=160):
     labels = rng.integers(0, 4, count)
     lengths = rng.integers(1, 6, count)
     audio = rng.normal(size=(count, 5, 6)).astype(np.float32) + 3 * np.eye(4, 6)[labels][:, None]
-    found = {"text": rng.normal(size=(count, 8)) + 4 * np.eye(4, 8)[labels], "room": rng.normal(size=(count, 3))}
-    found = {name: x.astype(np.float32) for name, x in found.items()} | {"audio": audio, "audio_len": lengths}
+    found = {
+        "text": rng.normal(size=(count, 8)) + 4 * np.eye(4, 8)[labels],
+        "room": rng.normal(size=(count, 3)),
+    }
+    found = {name: x.astype(np.float32) for name, x in found.items()} | {
+        "audio": audio,
+        "audio_len": lengths,
+    }
     return found | {"label": labels, "classes": np.array(["a", "b", "c", "d"])}
 
 
@@ -80,48 +91,79 @@ def refused(argv, capsys):
 def test_a_run_leaves_what_the_readme_promises(whole, acts, capsys):
     result = summary(whole)
     for metric in ("nmi", "ami", "ari", "acc", "fmi", "balanced_accuracy", "minority_recall"):
-        assert -1 <= result[f"cluster/test/{metric}"] <= 1 and result[f"cluster/test/{metric}_sd"] >= 0
-        assert f"kmeans_text/test/{metric}" in result and f"kmeans_concatenation/test/{metric}" in result
+        assert (
+            -1 <= result[f"cluster/test/{metric}"] <= 1 and result[f"cluster/test/{metric}_sd"] >= 0
+        )
+        assert (
+            f"kmeans_text/test/{metric}" in result
+            and f"kmeans_concatenation/test/{metric}" in result
+        )
     assert result["status"] == "finished" and result["cluster/test/nmi"] > 0.8
     epochs = [line for line in log.read(whole) if "cluster/train/stability" in line]
     assert [line["cluster/train/threshold"] for line in epochs] == pytest.approx([0.1, 0.15, 0.2])
-    assert {line["cluster/train/floor"] for line in epochs} == {round(0.1 * 136 / 4)}  # 24 of 160 are held out
-    keys = ("best_performance", "performance_trend", "stability_score", "total_improvements", "total_degradations")
+    assert {line["cluster/train/floor"] for line in epochs} == {
+        round(0.1 * 136 / 4)
+    }  # 24 of 160 are held out
+    keys = (
+        "best_performance",
+        "performance_trend",
+        "stability_score",
+        "total_improvements",
+        "total_degradations",
+    )
     assert all(f"cluster/monitor/{key}" in epochs[0] for key in keys)
     rows = list(csv.DictReader((whole / "clusters.csv").open()))
     assert len(rows) == 160 and {row["cluster"] for row in rows} == {"0", "1", "2", "3"}
     assert sum(row["split"] == "test" for row in rows) == 24
     assert all(0 <= float(row["confidence"]) <= 1 and float(row["distance"]) >= 0 for row in rows)
     tables = json.loads((whole / "tables.json").read_text())
-    assert {"Clusters", "Monitor", "Weights of the modalities", "Seconds of each stage"} <= tables.keys()
+    assert {
+        "Clusters",
+        "Monitor",
+        "Weights of the modalities",
+        "Seconds of each stage",
+    } <= tables.keys()
     scores = tables["Test scores, mean and deviation of k-means seeds"]["rows"]
     assert [row[0] for row in scores] == [
         "this run",
         *(f"plain k-means, {name}" for name in ("text", "room", "audio", "concatenation")),
         "this run, last epoch",
     ]
-    pair = (f"{result[f'cluster/test/{name}']:.3f}" for name in ("minority_recall", "minority_recall_sd"))
+    pair = (
+        f"{result[f'cluster/test/{name}']:.3f}"
+        for name in ("minority_recall", "minority_recall_sd")
+    )
     assert scores[0][-1] == " ± ".join(pair)
     counts = np.array([row[2:] for row in tables["Clusters and labels, test"]["rows"]])
     assert counts.shape == (4, 4) and counts.sum() == 24
     page = (whole / "report.html").read_text()
-    assert "nearest to the centre" in page and page.count("h0") > 100  # the scatter is in it
+    assert "nearest to the center" in page and page.count("h0") > 100  # the scatter is in it
     capsys.readouterr()
     assert train_cluster.main([*SMALL, "--data", str(acts), "--out", str(whole)]) == 0
     assert "has finished" in capsys.readouterr().out
 
 
 def test_labels_enter_neither_weights_nor_clusters(whole, acts, tmp_path):
-    """With permuted labels, and with none, every stored weight and every cluster is bitwise the same."""
+    """With permuted labels, and with none, every stored weight and every cluster is bitwise the
+    same.
+    """
     found = arrays()
     found["label"] = np.random.default_rng(1).permutation(found["label"])
     np.savez(tmp_path / "permuted.npz", **found)
-    np.savez(tmp_path / "bare.npz", **{name: x for name, x in found.items() if name not in ("label", "classes")})
+    np.savez(
+        tmp_path / "bare.npz",
+        **{name: x for name, x in found.items() if name not in ("label", "classes")},
+    )
     for name, more in (("permuted", []), ("bare", ["--k", "4"])):
         folder = tmp_path / name
-        assert train_cluster.main([*SMALL, *more, "--data", f"{folder}.npz", "--out", str(folder)]) == 0
+        assert (
+            train_cluster.main([*SMALL, *more, "--data", f"{folder}.npz", "--out", str(folder)])
+            == 0
+        )
         for stage in ("pretrain", "cluster"):
-            ours, theirs = (checkpoint.load(f / stage / "best.pt")["model"] for f in (whole, folder))
+            ours, theirs = (
+                checkpoint.load(f / stage / "best.pt")["model"] for f in (whole, folder)
+            )
             same(ours, theirs)
         assert (folder / "clusters.csv").read_bytes() == (whole / "clusters.csv").read_bytes()
     assert not any("/nmi" in name for name in summary(tmp_path / "bare"))
@@ -129,14 +171,16 @@ def test_labels_enter_neither_weights_nor_clusters(whole, acts, tmp_path):
 
 @pytest.mark.parametrize("mode", ["default", "umc"])
 def test_an_interrupted_run_equals_a_whole_one(mode, whole, acts, tmp_path, monkeypatch, capsys):
-    """Steps and evaluations are cut short at random places by a real signal, and the same command goes on."""
+    """Steps and evaluations are cut short at random places by a real signal, and the same command
+    goes on.
+    """
     argv = [*SMALL, "--mode", mode, "--data", str(acts)]
     if mode == "umc":
         whole = tmp_path / "whole"
         assert train_cluster.main([*argv, "--out", str(whole)]) == 0
     rng, calls = random.Random(5), 0
     cuts = sorted(rng.sample(range(2, 34), 6))
-    end_step, check_stop = checkpoint.Progress.end_step, checkpoint.Progress.check_stop
+    end_step, check_stop = Progress.end_step, Progress.check_stop
 
     def counted(original):
         def call(self, *args):
@@ -149,8 +193,8 @@ def test_an_interrupted_run_equals_a_whole_one(mode, whole, acts, tmp_path, monk
 
         return call
 
-    monkeypatch.setattr(checkpoint.Progress, "end_step", counted(end_step))
-    monkeypatch.setattr(checkpoint.Progress, "check_stop", counted(check_stop))
+    monkeypatch.setattr(Progress, "end_step", counted(end_step))
+    monkeypatch.setattr(Progress, "check_stop", counted(check_stop))
     folder, stopped = tmp_path / "run", 0
     while True:
         try:
@@ -165,13 +209,17 @@ def test_an_interrupted_run_equals_a_whole_one(mode, whole, acts, tmp_path, monk
 
 
 def test_a_stop_among_the_findings_leaves_the_last_epoch_s_weights(acts, tmp_path, monkeypatch):
-    """The chosen epoch is not the last one here, so that whoever stores the chosen weights as the last is found out."""
-    argv, select = [*SMALL, "--data", str(acts)], checkpoint.Progress.select
+    """The chosen epoch is not the last one here, so that whoever stores the chosen weights as the
+    last is found out.
+    """
+    argv, select = [*SMALL, "--data", str(acts)], Progress.select
     monkeypatch.setattr(
-        checkpoint.Progress, "select", lambda self, value, *rest, **more: select(self, -self.epoch, *rest, **more)
+        Progress,
+        "select",
+        lambda self, value, *rest, **more: select(self, -self.epoch, *rest, **more),
     )
     assert train_cluster.main([*argv, "--out", str(tmp_path / "whole")]) == 0
-    check_stop, calls = checkpoint.Progress.check_stop, []
+    check_stop, calls = Progress.check_stop, []
 
     def stop_at_the_second(self):
         if self.stage == "cluster" and self.epoch == 3:
@@ -180,7 +228,7 @@ def test_a_stop_among_the_findings_leaves_the_last_epoch_s_weights(acts, tmp_pat
                 os.kill(os.getpid(), signal.SIGTERM)
         return check_stop(self)
 
-    monkeypatch.setattr(checkpoint.Progress, "check_stop", stop_at_the_second)
+    monkeypatch.setattr(Progress, "check_stop", stop_at_the_second)
     with pytest.raises(SystemExit):
         train_cluster.main([*argv, "--out", str(tmp_path / "run")])
     assert train_cluster.main([*argv, "--out", str(tmp_path / "run")]) == 0
@@ -194,12 +242,20 @@ def test_a_stop_among_the_findings_leaves_the_last_epoch_s_weights(acts, tmp_pat
 
 def test_two_processes_train_the_same_model_as_one(acts, tmp_path):
     argv = [*SMALL, "--data", str(acts), "--dropout", "0", "--epochs", "1", "--max-steps", "2"]
-    env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | {"OMP_NUM_THREADS": "1"}
-    env |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(random.randrange(20000, 50000))}
+    env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | {
+        "OMP_NUM_THREADS": "1"
+    }
+    env |= {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(random.randrange(20000, 50000)),
+    }
     command = [sys.executable, train_cluster.__file__, *argv, "--out", str(tmp_path / "two")]
     ranks = [env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
     both = [
-        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=own)
+        subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=own
+        )
         for own in ranks
     ]
     for process in both:
@@ -207,7 +263,9 @@ def test_two_processes_train_the_same_model_as_one(acts, tmp_path):
         assert process.returncode == 0, err
     with pytest.raises(SystemExit):
         train_cluster.main([*argv, "--out", str(tmp_path / "one")])
-    two, one = (checkpoint.load(tmp_path / name / "pretrain" / "last.pt") for name in ("two", "one"))
+    two, one = (
+        checkpoint.load(tmp_path / name / "pretrain" / "last.pt") for name in ("two", "one")
+    )
     assert one["place"]["step"] == two["place"]["step"] == 2
     torch.testing.assert_close(two["parts"]["model"], one["parts"]["model"], rtol=1e-4, atol=1e-5)
 
@@ -223,31 +281,65 @@ def test_a_run_directory_is_one_process_s(acts, tmp_path, capsys):
 
 
 def test_a_process_that_leaves_early_ends_the_other_with_75(acts, tmp_path):
-    env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | {"OMP_NUM_THREADS": "1"}
-    env |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(random.randrange(20000, 30000))}
+    env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")} | {
+        "OMP_NUM_THREADS": "1"
+    }
+    env |= {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(random.randrange(20000, 30000)),
+    }
     both = []
     for rank, path in enumerate((acts, tmp_path / "none.npz")):
-        command = [sys.executable, train_cluster.__file__, *SMALL, "--data", str(path), "--out", str(tmp_path / "run")]
+        command = [
+            sys.executable,
+            train_cluster.__file__,
+            *SMALL,
+            "--data",
+            str(path),
+            "--out",
+            str(tmp_path / "run"),
+        ]
         own = env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        both.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=own))
+        both.append(
+            subprocess.Popen(
+                command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=own
+            )
+        )
     errors = [process.communicate(timeout=300)[1] for process in both]
     assert [process.returncode for process in both] == [75, 2], errors
     assert "another process is gone" in errors[0]
 
 
 def test_eval_repeats_the_test_and_predict_needs_no_labels(whole, acts, tmp_path, capsys):
-    assert train_cluster.main(["--eval", str(whole), "--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert (
+        train_cluster.main(["--eval", str(whole), "--device", "cpu", "--out", str(tmp_path)]) == 0
+    )
     result = json.loads((tmp_path / "eval.json").read_text())
     for metric in ("nmi", "ari", "acc"):
-        assert result[f"eval/test/{metric}"] == pytest.approx(summary(whole)[f"cluster/test/{metric}"], abs=1e-9)
+        assert result[f"eval/test/{metric}"] == pytest.approx(
+            summary(whole)[f"cluster/test/{metric}"], abs=1e-9
+        )
     bare = {name: x[:9] for name, x in arrays().items() if name not in ("label", "classes")}
     np.savez(tmp_path / "bare.npz", **bare)
-    argv = ["--predict", str(tmp_path / "bare.npz"), "--resume", str(whole), "--device", "cpu", "--out", str(tmp_path)]
+    argv = [
+        "--predict",
+        str(tmp_path / "bare.npz"),
+        "--resume",
+        str(whole),
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+    ]
     assert train_cluster.main(argv) == 0
     rows = list(csv.DictReader((tmp_path / "predictions.csv").open()))
     known = {row["id"]: row["cluster"] for row in csv.DictReader((whole / "clusters.csv").open())}
     assert [row["class"] for row in rows] == [known[str(i)] for i in range(9)]
-    assert all(sum(float(row[f"score_{c}"]) for c in range(4)) == pytest.approx(1, abs=1e-5) for row in rows)
+    assert all(
+        sum(float(row[f"score_{c}"]) for c in range(4)) == pytest.approx(1, abs=1e-5)
+        for row in rows
+    )
     texts = {name: x for name, x in bare.items() if name != "text"} | {"text": np.array(["hi"] * 9)}
     np.savez(tmp_path / "other.npz", **texts)  # a text instead of the array that was called so
     argv = ["--predict", str(tmp_path / "other.npz"), "--resume", str(whole), "--device", "cpu"]
@@ -255,12 +347,26 @@ def test_eval_repeats_the_test_and_predict_needs_no_labels(whole, acts, tmp_path
     np.savez(tmp_path / "other.npz", text=bare["text"][:, :5])
     argv = ["--predict", str(tmp_path / "other.npz"), "--resume", str(whole), "--device", "cpu"]
     assert "the model reads" in refused(argv, capsys)
-    argv = ["--config", str(whole / "config.json"), "--only", "text,room", "--out", str(tmp_path / "run")]
+    argv = [
+        "--config",
+        str(whole / "config.json"),
+        "--modalities",
+        "text,room",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     assert train_cluster.main(argv) == 0
     capsys.readouterr()
     assert train_cluster.main(["--config", str(tmp_path / "run" / "config.json")]) == 0
     assert "has finished" in capsys.readouterr().out
-    argv = ["--predict", str(acts), "--resume", str(whole / "pretrain" / "best.pt"), "--device", "cpu"]
+    argv = [
+        "--predict",
+        str(acts),
+        "--resume",
+        str(whole / "pretrain" / "best.pt"),
+        "--device",
+        "cpu",
+    ]
     assert "has no clusters yet" in refused(argv, capsys)
 
 
@@ -274,17 +380,31 @@ def test_text_is_read_clustered_and_explained(lines, tmp_path):
     assert all("(u" in nearest for *_, nearest in rows)
     bare = tmp_path / "bare.tsv"
     bare.write_text("text\n" + "\n".join(WORDS.values()) + "\n")
-    argv = ["--predict", str(bare), "--resume", str(folder), "--device", "cpu", "--out", str(tmp_path)]
+    argv = [
+        "--predict",
+        str(bare),
+        "--resume",
+        str(folder),
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+    ]
     assert train_cluster.main(argv) == 0
     assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 5
 
 
 def test_the_number_of_clusters_is_estimated_without_labels(tmp_path):
     rng = np.random.default_rng(0)
-    centres = 9 * rng.normal(size=(5, 12))
-    text = centres[rng.integers(0, 5, 300)] + rng.normal(size=(300, 12))
+    centers = 9 * rng.normal(size=(5, 12))
+    text = centers[rng.integers(0, 5, 300)] + rng.normal(size=(300, 12))
     np.savez(tmp_path / "bare.npz", text=text.astype(np.float32))
-    assert train_cluster.main([*SMALL, "--data", str(tmp_path / "bare.npz"), "--out", str(tmp_path / "run")]) == 0
+    assert (
+        train_cluster.main(
+            [*SMALL, "--data", str(tmp_path / "bare.npz"), "--out", str(tmp_path / "run")]
+        )
+        == 0
+    )
     titles = json.loads((tmp_path / "run" / "tables.json").read_text())
     assert "Number of clusters: 5, where the gap is largest" in titles
     assert not any(title.startswith("Test scores") for title in titles)  # there are no labels
@@ -292,37 +412,67 @@ def test_the_number_of_clusters_is_estimated_without_labels(tmp_path):
 
 @pytest.mark.parametrize("assign", ["sinkhorn", "partial-ot"])
 def test_every_assignment_finds_the_classes(assign, acts, tmp_path):
-    argv = [*SMALL, "--assign", assign, "--thres", "0.5", "--data", str(acts), "--out", str(tmp_path / "run")]
+    argv = [
+        *SMALL,
+        "--assign",
+        assign,
+        "--select-share",
+        "0.5",
+        "--data",
+        str(acts),
+        "--out",
+        str(tmp_path / "run"),
+    ]
     assert train_cluster.main(argv) == 0
     assert summary(tmp_path / "run")["cluster/test/nmi"] > 0.8
 
 
 def test_the_method_beats_every_modality_and_their_concatenation_on_the_embedded_data(tmp_path):
-    argv = ["--demo", "--device", "cpu", "--epochs", "1", "--cluster-epochs", "5", "--out", str(tmp_path / "run")]
+    argv = [
+        "--demo",
+        "--device",
+        "cpu",
+        "--epochs",
+        "1",
+        "--cluster-epochs",
+        "5",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     assert train_cluster.main(argv) == 0
     result = summary(tmp_path / "run")
-    plain = max(result[f"kmeans_{name}/test/nmi"] for name in ("text", "audio", "video", "concatenation"))
+    plain = max(
+        result[f"kmeans_{name}/test/nmi"] for name in ("text", "audio", "video", "concatenation")
+    )
     assert result["cluster/test/nmi"] > plain + 0.1
 
 
 def test_the_embedded_data_is_as_imbalanced_as_promised_and_pure():
-    modalities, labels, classes = sample.utterances()
+    modalities, labels, classes = synthetic.utterances()
     counts = np.bincount(labels)
-    assert len(classes) == len(counts) == 12 and counts.max() / counts.min() == pytest.approx(38.8, abs=1)
-    again = sample.utterances()
-    assert np.array_equal(labels, again[1]) and all(np.array_equal(x, again[0][n]) for n, x in modalities.items())
+    assert len(classes) == len(counts) == 12 and counts.max() / counts.min() == pytest.approx(
+        38.8, abs=1
+    )
+    again = synthetic.utterances()
+    assert np.array_equal(labels, again[1]) and all(
+        np.array_equal(x, again[0][n]) for n, x in modalities.items()
+    )
     with pytest.raises(ValueError, match="num_utterances=100"):
-        sample.utterances(100)
+        synthetic.utterances(100)
 
 
 def fusion(padded_last, basis=None, seed=0):
     torch.manual_seed(seed)
-    model = umc.Fusion({"text": 4, "audio": 3}, ["audio"], 8, 2, dropout=0.5, padded_last=padded_last, basis=basis)
+    model = umc.Fusion(
+        {"text": 4, "audio": 3}, ["audio"], 8, 2, dropout=0.5, padded_last=padded_last, basis=basis
+    )
     return model.eval()
 
 
 def test_lengths_hide_the_padding_and_umc_reads_it():
-    """At a sequence's own last step the state depends neither on the padding nor on its amount; UMC's state does."""
+    """At a sequence's own last step the state depends neither on the padding nor on its amount;
+    UMC's state does.
+    """
     x, audio = torch.randn(2, 4), torch.randn(2, 6, 3)
     lengths = {"audio": torch.tensor([2, 6])}
     noisy = audio.clone()
@@ -350,7 +500,9 @@ def test_fusion_is_the_published_formula():
 
 
 def test_training_starts_from_the_basis():
-    """With a basis z is its coordinates: those of scikit-learn's PCA of the standardised columns, up to their signs."""
+    """With a basis z is its coordinates: those of scikit-learn's PCA of the standardized columns,
+    up to their signs.
+    """
     decomposition = pytest.importorskip("sklearn.decomposition", reason="pip install scikit-learn")
     rng = np.random.default_rng(0)
     x = rng.normal(size=(200, 4)) * [1, 5, 0.1, 2] + rng.normal(size=(200, 1))
@@ -358,13 +510,17 @@ def test_training_starts_from_the_basis():
     rows = {"text": torch.from_numpy(x).float(), "audio": torch.from_numpy(audio).float()}
     basis, weights, anchor = umc.weighted_basis(rows, set(), "text", 3, 2, 0)
     assert anchor == "text" and weights["text"] == 1 and 0 <= weights["audio"] < 0.1
-    model = umc.Fusion({"text": 4, "audio": 3}, [], 8, 3, dropout=0.0, padded_last=False, basis=basis).eval()
+    model = umc.Fusion(
+        {"text": 4, "audio": 3}, [], 8, 3, dropout=0.0, padded_last=False, basis=basis
+    ).eval()
     z, h = model(rows, {})
     pca = decomposition.PCA(2).fit_transform((x - x.mean(0)) / x.std(0))
     pca /= np.sqrt(pca.var(0).sum())
     np.testing.assert_allclose(z[:, :2].abs().detach().numpy(), np.abs(pca), atol=1e-4)
     assert z[:, 4:].abs().max() == 0 and torch.allclose(h.norm(dim=1), torch.ones(200))
-    assert z[:, 2:4].var(0, unbiased=False).sum().item() == pytest.approx(weights["audio"] ** 2, abs=1e-4)
+    assert z[:, 2:4].var(0, unbiased=False).sum().item() == pytest.approx(
+        weights["audio"] ** 2, abs=1e-4
+    )
 
 
 def test_agreement_weighs_a_modality_and_names_the_anchor():
@@ -374,7 +530,11 @@ def test_agreement_weighs_a_modality_and_names_the_anchor():
     rows = {"noise": rng.normal(size=(300, 6)), "near": near, "far": far}
     rows = {name: torch.from_numpy(x).float() for name, x in rows.items()}
     _, weights, anchor = umc.weighted_basis(rows, set(), None, 3, 6, 0)
-    assert anchor in ("near", "far") and weights["noise"] < 0.05 and min(weights["near"], weights["far"]) > 0.9
+    assert (
+        anchor in ("near", "far")
+        and weights["noise"] < 0.05
+        and min(weights["near"], weights["far"]) > 0.9
+    )
 
 
 def test_a_second_encoding_of_the_text_weighs_as_much_as_the_first():
@@ -388,44 +548,59 @@ def test_a_second_encoding_of_the_text_weighs_as_much_as_the_first():
 
 @pytest.mark.parametrize("spread, expected", [(4, "discriminant"), (1, "euclidean")])
 def test_the_metric_is_that_of_the_more_stable_clusters(spread, expected):
-    """Four clusters on two axes: four wide ones hide them from the plain metric, which needs no learning otherwise."""
+    """Four clusters on two axes: four wide ones hide them from the plain metric, which needs no
+    learning otherwise.
+    """
     rng, n = np.random.default_rng(0), 600
     corners = 4 * np.array([[1, 1], [-1, 1], [1, -1], [-1, -1]])[np.arange(n) % 4]
     z = np.concatenate([corners + rng.normal(size=(n, 2)), spread * rng.normal(size=(n, 4))], 1)
     rows = SimpleNamespace(pooled=lambda name: torch.from_numpy(z).float())
     basis = {"text": (torch.zeros(6), torch.ones(6), torch.eye(6))}
-    found = discovery.metric_stability(rows, np.arange(n), basis, 4, 0)
-    assert max(found, key=found.get) == expected and set(found) == set(discovery.METRICS)
-    few = discovery.metric_stability(rows, np.arange(500), basis, 4, 0)
+    found = deep_cluster.metric_stability(rows, np.arange(n), basis, 4, 0)
+    assert max(found, key=found.get) == expected and set(found) == set(deep_cluster.DISTANCES)
+    few = deep_cluster.metric_stability(rows, np.arange(500), basis, 4, 0)
     z[500:] = 1e3  # the test split
-    assert discovery.metric_stability(rows, np.arange(500), basis, 4, 0) == few
+    assert deep_cluster.metric_stability(rows, np.arange(500), basis, 4, 0) == few
 
 
-@pytest.mark.parametrize("metric", discovery.METRICS)
+@pytest.mark.parametrize("metric", deep_cluster.DISTANCES)
 def test_auto_is_the_metric_it_names(metric, acts, tmp_path, monkeypatch, capsys):
     """Bitwise, and said on the console, in the summary, the report and the checkpoint."""
-    scores = {name: 0.875 if name == metric else 0.25 for name in discovery.METRICS}
-    monkeypatch.setattr(discovery, "metric_stability", lambda *_: scores)
-    for name, argv in (("auto", []), ("given", ["--metric", metric])):
-        assert train_cluster.main([*SMALL, *argv, "--data", str(acts), "--out", str(tmp_path / name)]) == 0
+    scores = {name: 0.875 if name == metric else 0.25 for name in deep_cluster.DISTANCES}
+    monkeypatch.setattr(deep_cluster, "metric_stability", lambda *_: scores)
+    for name, argv in (("auto", []), ("given", ["--distance", metric])):
+        assert (
+            train_cluster.main([*SMALL, *argv, "--data", str(acts), "--out", str(tmp_path / name)])
+            == 0
+        )
         said = f"metric: {metric}, by the stability of clusters before training: discriminant"
         assert (said in capsys.readouterr().out) == (name == "auto")
-    auto, given = (checkpoint.load(tmp_path / name / "cluster" / "best.pt") for name in ("auto", "given"))
+    auto, given = (
+        checkpoint.load(tmp_path / name / "cluster" / "best.pt") for name in ("auto", "given")
+    )
     same(auto["model"], given["model"])
     identity = torch.equal(auto["model"]["metric"], torch.eye(16))
-    assert identity == (metric == "euclidean") and auto["meta"]["metric"] == metric
-    found = {name: value for name, value in summary(tmp_path / "auto").items() if name.endswith("train/stability")}
-    assert {f"kmeans_{name}/train/stability": value for name, value in scores.items()}.items() <= found.items()
+    assert identity == (metric == "euclidean") and auto["model_spec"]["distance"] == metric
+    found = {
+        name: value
+        for name, value in summary(tmp_path / "auto").items()
+        if name.endswith("train/stability")
+    }
+    assert {
+        f"kmeans_{name}/train/stability": value for name, value in scores.items()
+    }.items() <= found.items()
     assert f"Metric: {metric}" in json.loads((tmp_path / "auto" / "tables.json").read_text())
     assert not any("kmeans" in name and "stability" in name for name in summary(tmp_path / "given"))
 
 
 def test_umc_compares_no_metrics(acts, tmp_path, monkeypatch):
-    monkeypatch.delattr(discovery, "metric_stability")
+    monkeypatch.delattr(deep_cluster, "metric_stability")
     argv = [*SMALL, "--mode", "umc", "--data", str(acts), "--out", str(tmp_path / "run")]
     assert train_cluster.main(argv) == 0
     state = checkpoint.load(tmp_path / "run" / "cluster" / "best.pt")
-    assert state["meta"]["metric"] == "euclidean" and torch.equal(state["model"]["metric"], torch.eye(16))
+    assert state["model_spec"]["distance"] == "euclidean" and torch.equal(
+        state["model"]["metric"], torch.eye(16)
+    )
 
 
 def test_the_metric_undoes_the_scatter_within_clusters():
@@ -442,12 +617,12 @@ def test_the_metric_undoes_the_scatter_within_clusters():
 
 
 def fake_run(views="all", names=("text", "audio", "video"), seed=0, weights=(1, 1, 1)):
-    facts = SimpleNamespace(device=torch.device("cpu"), world_size=1, main=True)
+    world = SimpleNamespace(device=torch.device("cpu"), world_size=1, is_main=True)
     return SimpleNamespace(
-        meta={"views": views, "k": 2, "weights": dict(zip(names, weights, strict=True))},
+        model_spec={"views": views, "k": 2, "weights": dict(zip(names, weights, strict=True))},
         data=SimpleNamespace(names=list(names)),
         args=SimpleNamespace(seed=seed),
-        facts=facts,
+        world=world,
     )
 
 
@@ -456,7 +631,11 @@ def test_views_are_umc_s_or_functions_of_seed_epoch_and_utterance():
     assert [view[0].tolist() for view in fixed] == [[1, 0, 1], [1, 1, 0], [1, 1, 1]]
     ids = np.arange(500)
     first, second = train_cluster.masks(fake_run(), ids, 3)
-    assert (first.sum(1) > 0).all() and 0.15 < 1 - first.mean() < 0.25 and not torch.equal(first, second)
+    assert (
+        (first.sum(1) > 0).all()
+        and 0.15 < 1 - first.mean() < 0.25
+        and not torch.equal(first, second)
+    )
     assert torch.equal(train_cluster.masks(fake_run(), ids[::-1].copy(), 3)[0], first.flip(0))
     assert not torch.equal(train_cluster.masks(fake_run(), ids, 4)[0], first)
     assert not torch.equal(train_cluster.masks(fake_run(seed=1), ids, 3)[0], first)
@@ -486,50 +665,62 @@ def test_tracking_is_spearman_s_correlation(tmp_path):
                 "cluster/train/nmi": nmi,
             }
             file.write(json.dumps(line) + "\n")
-    run = SimpleNamespace(folder=tmp_path, facts=SimpleNamespace(main=True))
-    assert discovery.tracking(run) == pytest.approx(stats.spearmanr(*pairs.T).statistic)
+    run = SimpleNamespace(folder=tmp_path, world=SimpleNamespace(is_main=True))
+    assert deep_cluster.tracking(run) == pytest.approx(stats.spearmanr(*pairs.T).statistic)
 
 
 def test_an_epoch_is_described_by_the_clusters_it_ends_with(monkeypatch):
-    """The stability that chooses an epoch is of its last weights; the NMI beside it must not be of those before."""
-    z = torch.cat([torch.randn(20, 8, generator=torch.Generator().manual_seed(0)) + 9 * c for c in (0, 1)])
+    """The stability that chooses an epoch is of its last weights; the NMI beside it must not be of
+    those before.
+    """
+    z = torch.cat(
+        [torch.randn(20, 8, generator=torch.Generator().manual_seed(0)) + 9 * c for c in (0, 1)]
+    )
     labels = np.arange(40) // 20
     table = SimpleNamespace(labels=labels)
     run = SimpleNamespace(
-        meta={"k": 2, "smoothing": 0.2},
+        model_spec={"k": 2, "smoothing": 0.2},
         splits={"train": np.arange(40)},
         data=SimpleNamespace(table=table),
         args=SimpleNamespace(seed=0),
     )
     monkeypatch.setattr(train_cluster, "evaluate", lambda *_: z)
-    targets = discovery.Targets(40)
+    targets = deep_cluster.Targets(40)
     targets.labels[::2] = 1  # what it trained on
     model = SimpleNamespace(centroids=torch.zeros(2, 8))
     model.centroids[1] = 9
-    values = train_cluster.watch(run, "cluster", model, None, targets)[1]
+    values = train_cluster.eval_stability(run, "cluster", model, None, targets)[1]
     assert values["cluster/train/nmi"] == 1 and values["cluster/train/silhouette"] > 0.5
     assert values["cluster/train/max_share"] == 0.5
 
 
-def test_centres_are_those_of_smooth_rows_and_rows_are_looked_up_as_they_are():
+def test_centers_are_those_of_smooth_rows_and_rows_are_looked_up_as_they_are():
     metrics_of = pytest.importorskip("sklearn.metrics")
     rng, values = np.random.default_rng(0), []
     labels = rng.choice(3, 300, p=[0.7, 0.2, 0.1])
     z = (2 * np.eye(3, 6)[labels] + rng.normal(size=(300, 6))).astype(np.float32)
     for smoothing, neighbors in ((0.0, 1), (0.004, 1), (0.2, 20)):
         near = np.argsort(((z[:, None] - z) ** 2).sum(2), 1, kind="stable")[:, :neighbors]
-        runs = [clustering.kmeans(torch.from_numpy(z[near].mean(1)), 3, seed=seed).centroids.numpy() for seed in (0, 1)]
+        runs = [
+            clustering.kmeans(torch.from_numpy(z[near].mean(1)), 3, seed=seed).centroids.numpy()
+            for seed in (0, 1)
+        ]
         clusters = [((z[:, None] - centroids) ** 2).sum(2).argmin(1) for centroids in runs]
         expected = np.mean([metrics_of.normalized_mutual_info_score(labels, c) for c in clusters])
-        values.append(discovery.score("x", torch.from_numpy(z), labels, 3, smoothing, seeds=2)["x/nmi"])
+        values.append(
+            deep_cluster.score("x", torch.from_numpy(z), labels, 3, smoothing, seeds=2)["x/nmi"]
+        )
         assert values[-1] == pytest.approx(expected, abs=1e-6)
     assert values[0] == values[1] and abs(values[2] - values[0]) > 1e-3
 
 
-def test_smoothing_reaches_the_centres_that_a_run_leaves(whole, acts, tmp_path):
+def test_smoothing_reaches_the_centers_that_a_run_leaves(whole, acts, tmp_path):
     argv = [*SMALL, "--smoothing", "0", "--data", str(acts), "--out", str(tmp_path / "run")]
     assert train_cluster.main(argv) == 0
-    smooth, plain = (checkpoint.load(f / "cluster" / "last.pt")["parts"]["model"] for f in (whole, tmp_path / "run"))
+    smooth, plain = (
+        checkpoint.load(f / "cluster" / "last.pt")["parts"]["model"]
+        for f in (whole, tmp_path / "run")
+    )
     assert (smooth["centroids"] - plain["centroids"]).abs().max() > 1e-3
 
 
@@ -537,33 +728,42 @@ def test_monitor_figures_are_numbers():
     monitor = Monitor()
     for value in range(8):
         monitor.add(float(value))
-    assert discovery.figures(monitor)["performance_trend"] == 1
-    assert all(isinstance(value, (int, float)) for value in discovery.figures(monitor).values())
+    assert deep_cluster.figures(monitor)["performance_trend"] == 1
+    assert all(isinstance(value, (int, float)) for value in deep_cluster.figures(monitor).values())
 
 
 def test_a_mode_is_the_default_of_flags_that_can_be_set_alone():
     for argv, expected in (([], "auto"), (["--mode", "umc"], "euclidean")):
         args, _ = train_cluster.parse_args(argv)
-        assert train_cluster.knob(args, "metric") == expected
-    args, _ = train_cluster.parse_args(["--mode", "umc", "--metric", "discriminant", "--min-share", "0"])
-    assert train_cluster.knob(args, "metric") == "discriminant" and train_cluster.knob(args, "min_share") == 0
-    assert train_cluster.knob(args, "smoothing") == 0
+        assert train_cluster.mode_default(args, "distance") == expected
+    args, _ = train_cluster.parse_args(
+        ["--mode", "umc", "--distance", "discriminant", "--min-select-share", "0"]
+    )
+    assert (
+        train_cluster.mode_default(args, "distance") == "discriminant"
+        and train_cluster.mode_default(args, "min_share") == 0
+    )
+    assert train_cluster.mode_default(args, "smoothing") == 0
     stages = train_cluster.settings(args)
-    assert (stages["pretrain"].epochs, stages["cluster"].epochs, stages["cluster"].lr) == (100, 18, 2e-4)
+    assert (stages["pretrain"].epochs, stages["cluster"].epochs, stages["cluster"].lr) == (
+        100,
+        18,
+        2e-4,
+    )
 
 
 BAD = {
     "missing file": (["--data", "{tmp}/absent.npz"], "no such file or folder"),
     "more clusters than rows": (["--k", "30"], "--k 30: there are 24 test utterances"),
-    "unknown modality": (["--only", "text,vidio"], "has the modalities text, room, audio"),
+    "unknown modality": (["--modalities", "text,vidio"], "has the modalities text, room, audio"),
     "text model without text": (["--text-model", "{tmp}"], "has no text to encode"),
-    "layer without a model": (["--text-layer", "3"], "--text-layer has no effect without --text-model"),
+    "layer without a model": (["--text-layer", "3"], "--text-layer has no" " effect without" " --text-model"),
     "width not divisible": (["--base-dim", "12"], "not a multiple of 8"),
     "batch larger than the data": (["--bs", "200"], "larger than the 136 training items"),
-    "plateau without a score": (["--choose", "last", "--on-plateau", "thres"], "no effect with --choose last"),
-    "direction of a transport": (["--assign", "partial-ot", "--direction", "largest"], "no effect with --assign"),
+    "plateau without a score": (["--select-epoch", "last", "--on-plateau", "share"], "no effect with" " --select-epoch last"),
+    "direction of a" " transport": (["--assign", "partial-ot", "--density", "largest"], "no effect with" " --assign"),
     "unknown mode": (["--mode", "ums"], "did you mean umc?"),
-    "no growth": (["--mode", "umc", "--delta", "0"], "--delta 0"),
+    "no growth": (["--mode", "umc", "--select-growth", "0"], "--select-growth 0"),
     "accumulation": (["--accum", "2"], "--accum has no effect"),
 }  # fmt: skip
 
@@ -571,26 +771,54 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_and_exit_code_2(case, acts, tmp_path, capsys):
     argv, said = BAD[case]
-    argv = [*(SMALL if case != "no growth" else SMALL[:8]), "--data", str(acts), "--out", str(tmp_path / "out"), *argv]
+    argv = [
+        *(SMALL if case != "no growth" else SMALL[:8]),
+        "--data",
+        str(acts),
+        "--out",
+        str(tmp_path / "out"),
+        *argv,
+    ]
     assert said in refused([a.format(tmp=tmp_path) for a in argv], capsys)
     assert not (tmp_path / "out").exists()
 
 
 def test_one_class_is_no_number_of_clusters(tmp_path):
-    np.savez(tmp_path / "one.npz", **arrays() | {"label": np.zeros(160, int), "classes": np.array(["a"])})
-    assert train_cluster.main([*SMALL, "--data", str(tmp_path / "one.npz"), "--out", str(tmp_path / "run")]) == 0
+    np.savez(
+        tmp_path / "one.npz", **arrays() | {"label": np.zeros(160, int), "classes": np.array(["a"])}
+    )
+    assert (
+        train_cluster.main(
+            [*SMALL, "--data", str(tmp_path / "one.npz"), "--out", str(tmp_path / "run")]
+        )
+        == 0
+    )
     assert len(json.loads((tmp_path / "run" / "tables.json").read_text())["Clusters"]["rows"]) > 1
 
 
 def test_test_utterances_limit_the_clusters_only_where_they_are_scored(tmp_path, capsys):
-    """Also where the number of clusters is an estimate; the refusal comes before anything is written."""
+    """Also where the number of clusters is an estimate; the refusal comes before anything is
+    written.
+    """
     found = arrays() | {"split": np.array(["train"] * 157 + ["test"] * 3)}
     np.savez(tmp_path / "few.npz", **found)
-    argv = [*SMALL, "--only", "text", "--data", str(tmp_path / "few.npz"), "--out", str(tmp_path / "run"), "--k"]
+    argv = [
+        *SMALL,
+        "--modalities",
+        "text",
+        "--data",
+        str(tmp_path / "few.npz"),
+        "--out",
+        str(tmp_path / "run"),
+        "--k",
+    ]
     for k in ("4", "auto"):
         assert ": there are 3 test utterances" in refused([*argv, k], capsys)
         assert not (tmp_path / "run").exists()
-    np.savez(tmp_path / "few.npz", **{name: x for name, x in found.items() if name not in ("label", "classes")})
+    np.savez(
+        tmp_path / "few.npz",
+        **{name: x for name, x in found.items() if name not in ("label", "classes")},
+    )
     assert train_cluster.main([*argv, "4"]) == 0
 
 
@@ -601,21 +829,33 @@ def test_a_modality_that_says_nothing_is_refused(tmp_path, capsys):
     assert "modality room is the same for all training utterances" in refused(argv, capsys)
     (tmp_path / "flat.tsv").write_text("text\n" + "thanks so much\n" * 80)
     for k in ("2", "auto"):
-        argv = [*SMALL, "--data", str(tmp_path / "flat.tsv"), "--k", k, "--out", str(tmp_path / "run")]
+        argv = [
+            *SMALL,
+            "--data",
+            str(tmp_path / "flat.tsv"),
+            "--k",
+            k,
+            "--out",
+            str(tmp_path / "run"),
+        ]
         assert "modality text is the same" in refused(argv, capsys)
 
 
 def test_columns_of_any_scale_count_and_constant_ones_do_not():
     rng = np.random.default_rng(0)
-    x = np.concatenate([1e8 * rng.normal(size=(90, 1)), rng.normal(size=(90, 2)), np.full((90, 1), 1e6)], 1)
+    x = np.concatenate(
+        [1e8 * rng.normal(size=(90, 1)), rng.normal(size=(90, 2)), np.full((90, 1), 1e6)], 1
+    )
     basis, *_ = umc.weighted_basis({"text": torch.from_numpy(x)}, set(), "text", 2, 4, 0)
     assert basis["text"][1].isinf().tolist() == [False, False, False, True]
 
 
-def test_runs_of_neighbouring_seeds_share_no_start(monkeypatch):
+def test_runs_of_neighboring_seeds_share_no_start(monkeypatch):
     seeds, kmeans = [], umc.clustering.kmeans
     monkeypatch.setattr(
-        umc.clustering, "kmeans", lambda *args, **more: (seeds.append(more.get("seed")), kmeans(*args, **more))[1]
+        umc.clustering,
+        "kmeans",
+        lambda *args, **more: (seeds.append(more.get("seed")), kmeans(*args, **more))[1],
     )
     z = torch.from_numpy(np.random.default_rng(0).normal(size=(60, 4)))
     for seed in range(3):
@@ -628,4 +868,6 @@ def test_values_that_are_not_finite_are_refused_by_row(tmp_path, capsys):
     found = arrays()
     found["text"][7, 2] = np.nan
     np.savez(tmp_path / "bad.npz", **found)
-    assert "7" in refused([*SMALL, "--data", str(tmp_path / "bad.npz"), "--out", str(tmp_path / "out")], capsys)
+    assert "7" in refused(
+        [*SMALL, "--data", str(tmp_path / "bad.npz"), "--out", str(tmp_path / "out")], capsys
+    )

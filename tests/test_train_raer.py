@@ -1,4 +1,6 @@
-"""train_raer.py as its users run it: whole runs, interrupted runs that equal them, every method, use, bad input."""
+"""train_raer.py as its users run it: whole runs, interrupted runs that equal them, every method,
+use, bad input.
+"""
 
 import csv
 import json
@@ -12,20 +14,38 @@ import torch
 from PIL import Image
 
 import train_raer
-from common import checkpoint, data, dist, log, longtail, metrics
+from common import longtail, metrics, optim
+from common.check import audit
+from common.data import sampling
+from common.longtail import Phase
 from common.models import clip
 from common.models import raer as models
 from common.models.clip import TextTower
-from common.schedule import Phase
+from common.run import checkpoint, dist, log
+from common.run.progress import Progress
 from tests.runs import equal_runs, summary
 
 CLASSES = ["calm", "glad", "puzzled"]
 NET = ["--backbone", "vit_tiny", "--device", "cpu", "--num-frames", "3", "--bs", "8"]
-SMALL = [*NET, "--epochs", "4", "--seed", "3", "--eval-every", "2", "--tune", "full", "--dropout", "0.2"]
+SMALL = [
+    *NET,
+    "--epochs",
+    "4",
+    "--seed",
+    "3",
+    "--eval-every",
+    "2",
+    "--tune",
+    "full",
+    "--dropout",
+    "0.2",
+]
 
 
 def raer_tree(root):
-    """A miniature RAER of 24 px: 34 training, 9 validation and 9 test clips of three classes that differ in colour."""
+    """A miniature RAER of 24 px: 34 training, 9 validation and 9 test clips of three classes that
+    differ in color.
+    """
     rng = np.random.default_rng(0)
     faces, bodies = {}, {}
     for part, counts in (("train", (22, 8, 4)), ("val", (3, 3, 3)), ("test", (3, 3, 3))):
@@ -68,7 +88,11 @@ def test_the_three_stages_are_the_recipes_in_every_one_of_60_epochs():
         phase = table.at(epoch)
         stage = 1 if epoch < 16 else 2 if epoch < 41 else 3
         sampler = {1: ("random", None), 2: ("weighted", 2.0), 3: ("weighted", 1.5)}[stage]
-        assert (phase.sampler, phase.cap) == sampler and phase.weights == "none" and phase.trains == "all"
+        assert (
+            (phase.sampler, phase.cap) == sampler
+            and phase.weights == "none"
+            and phase.trains == "all"
+        )
         assert phase.tau == {1: 0.0, 2: 0.4, 3: 0.2}[stage]
         assert phase.temperature == {1: 0.15, 2: 0.15, 3: 0.12}[stage] and phase.smoothing == 0.05
         rise = 0.0 if epoch < 16 else min(1.0, (epoch - 16) / 9)
@@ -85,7 +109,11 @@ def test_a_run_leaves_what_the_readme_promises(whole, tree, capsys):
     for name in ("uar", "war", "recall_calm", "recall_puzzled", "uar_low", "uar_high"):
         assert 0 <= result[f"train/test/{name}"] <= 1 and f"train/test/{name}_last_epoch" in result
     assert result["train/test/uar_low"] <= result["train/test/uar"] <= result["train/test/uar_high"]
-    assert result["train/test/majority_uar"] == pytest.approx(1 / 3) == result["train/test/majority_war"]
+    assert (
+        result["train/test/majority_uar"]
+        == pytest.approx(1 / 3)
+        == result["train/test/majority_war"]
+    )
     assert result["status"] == "finished" and result["best_model_path"] == str(whole / "best.pt")
     for name in ("config.json", "env.json", "report.html"):
         assert (whole / name).stat().st_size > 0
@@ -96,26 +124,49 @@ def test_a_run_leaves_what_the_readme_promises(whole, tree, capsys):
     assert (counts.diagonal() / 3).mean() == pytest.approx(result["train/test/uar"])
     epochs = [line for line in log.read(whole) if "train/train/loss" in line]
     table = longtail.SCHEDULES["three-stage"].scaled(4)
-    assert [line["train/schedule/tau"] for line in epochs] == [table.at(epoch).tau for epoch in range(4)]
-    assert [line.get("train/schedule/cap") for line in epochs] == [table.at(epoch).cap for epoch in range(4)]
+    assert [line["train/schedule/tau"] for line in epochs] == [
+        table.at(epoch).tau for epoch in range(4)
+    ]
+    assert [line.get("train/schedule/cap") for line in epochs] == [
+        table.at(epoch).cap for epoch in range(4)
+    ]
     assert ["train/val/uar" in line for line in epochs] == [False, True, False, True]
     before = (whole / "log.jsonl").read_bytes()
     capsys.readouterr()
-    assert train_raer.main([*SMALL, "--data", str(tree), "--out", str(whole)]) == 0  # finished: nothing is repeated
-    assert "has finished" in capsys.readouterr().out and (whole / "log.jsonl").read_bytes() == before
+    assert (
+        train_raer.main([*SMALL, "--data", str(tree), "--out", str(whole)]) == 0
+    )  # finished: nothing is repeated
+    assert (
+        "has finished" in capsys.readouterr().out and (whole / "log.jsonl").read_bytes() == before
+    )
 
 
 @pytest.mark.parametrize("cache", [False, True])
-def test_a_run_interrupted_anywhere_equals_a_whole_one(whole, tree, tmp_path, monkeypatch, capsys, cache):
-    """A real signal at random steps and evaluations; the same command goes on, with another number of workers."""
+def test_a_run_interrupted_anywhere_equals_a_whole_one(
+    whole, tree, tmp_path, monkeypatch, capsys, cache
+):
+    """A real signal at random steps and evaluations; the same command goes on, with another number
+    of workers.
+    """
     argv = [*SMALL, "--data", str(tree)]
     if cache:
-        argv = [*NET, "--data", str(tree), "--epochs", "4", "--cache-features", "--method", "crt", "--eval-every", "2"]
+        argv = [
+            *NET,
+            "--data",
+            str(tree),
+            "--epochs",
+            "4",
+            "--cache-features",
+            "--method",
+            "crt",
+            "--eval-every",
+            "2",
+        ]
         whole = tmp_path / "cached"
         assert train_raer.main([*argv, "--out", str(whole)]) == 0
     rng, calls = random.Random(5), 0
     cuts = sorted(rng.sample(range(1, 24), 5))
-    end_step, check_stop = checkpoint.Progress.end_step, checkpoint.Progress.check_stop
+    end_step, check_stop = Progress.end_step, Progress.check_stop
 
     def counted(original):
         def call(self, *args):
@@ -129,12 +180,14 @@ def test_a_run_interrupted_anywhere_equals_a_whole_one(whole, tree, tmp_path, mo
         return call
 
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    monkeypatch.setattr(checkpoint.Progress, "end_step", counted(end_step))
-    monkeypatch.setattr(checkpoint.Progress, "check_stop", counted(check_stop))
+    monkeypatch.setattr(Progress, "end_step", counted(end_step))
+    monkeypatch.setattr(Progress, "check_stop", counted(check_stop))
     folder, stopped = tmp_path / "run", 0
     while True:
         try:
-            assert train_raer.main([*argv, "--out", str(folder), "--workers", str(stopped + 1)]) == 0
+            assert (
+                train_raer.main([*argv, "--out", str(folder), "--workers", str(stopped + 1)]) == 0
+            )
             break
         except SystemExit as ending:
             assert ending.code == 75
@@ -158,7 +211,9 @@ def test_a_run_goes_on_for_longer_and_at_another_rate(tree, tmp_path):
     assert [line["epoch"] for line in log.read(folder) if "train/train/loss" in line] == [1, 2]
     stopped_after([*argv, "--epochs", "2", "--out", str(tmp_path / "other")], 2)
     before = checkpoint.load(tmp_path / "other" / "last.pt")["parts"]["model"]
-    stopped_after([*argv, "--epochs", "2", "--out", str(tmp_path / "other"), "--lr", "0", "--fork"], 5)
+    stopped_after(
+        [*argv, "--epochs", "2", "--out", str(tmp_path / "other"), "--lr", "0", "--force-resume"], 5
+    )
     after = checkpoint.load(tmp_path / "other" / "last.pt")["parts"]["model"]
     moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     assert moved and all("norm_in" in name for name in moved)  # the running statistics alone
@@ -167,7 +222,16 @@ def test_a_run_goes_on_for_longer_and_at_another_rate(tree, tmp_path):
 def test_features_of_other_crops_are_encoded_again(tree, tmp_path):
     features = []
     for margin in ("0", "0.5"):
-        argv = [*NET, "--data", str(tree), "--epochs", "1", "--cache-features", "--out", str(tmp_path / "run")]
+        argv = [
+            *NET,
+            "--data",
+            str(tree),
+            "--epochs",
+            "1",
+            "--cache-features",
+            "--out",
+            str(tmp_path / "run"),
+        ]
         stopped_after([*argv, "--face-margin", margin, "--resume", "none"], 1)
         with np.load(tmp_path / "run" / "features.npz") as stored:
             features.append(stored["features"].reshape(52, 2, -1))
@@ -182,7 +246,9 @@ def test_crt_draws_its_classifier_anew_once(tree, tmp_path, monkeypatch):
         before = self.classes.weight.detach().clone()
         reset(self, optimizer)
         momentum = {p: state["momentum_buffer"] for p, state in optimizer.state.items()}
-        assert not momentum.pop(self.classes.weight).any() and all(buffer.any() for buffer in momentum.values())
+        assert not momentum.pop(self.classes.weight).any() and all(
+            buffer.any() for buffer in momentum.values()
+        )
         drawn.append(not torch.equal(before, self.classes.weight))
 
     monkeypatch.setattr(models.RaerModel, "reset_classes", recorded)
@@ -195,17 +261,33 @@ def test_crt_draws_its_classifier_anew_once(tree, tmp_path, monkeypatch):
 @pytest.mark.parametrize("method", list(longtail.SCHEDULES))
 def test_every_method_trains_on_cached_features(tree, tmp_path, method):
     folder = tmp_path / method
-    argv = [*NET, "--data", str(tree), "--epochs", "6", "--cache-features", "--method", method, "--out", str(folder)]
-    # Cosines at CLIP's scale want smaller steps than the default on so few clips, inner products (tau-norm) do not.
+    argv = [
+        *NET,
+        "--data",
+        str(tree),
+        "--epochs",
+        "6",
+        "--cache-features",
+        "--method",
+        method,
+        "--out",
+        str(folder),
+    ]
+    # Cosines at CLIP's scale want smaller steps than the default on so few clips, inner products
+    # (tau-norm) do not.
     rate = [] if method == "tau-norm" else ["--lr", "5e-3"]
     assert train_raer.main([*argv, *rate, "--dropout", "0"]) == 0
     result = summary(folder)
-    assert result["train/test/uar"] > 0.5  # the classes differ in colour
+    assert result["train/test/uar"] > 0.5  # the classes differ in color
     tau = result["train/val/tau"]
     assert tau in {round(0.1 * i, 1) for i in range(11)} if method == "tau-norm" else tau == 1.0
     state = checkpoint.load(folder / "best.pt")
-    assert state["meta"]["counts"] == [22, 8, 4] and (state["meta"]["scale"] is None) == (method == "tau-norm")
-    capped = [line.get("train/schedule/cap") for line in log.read(folder) if "train/schedule/lr" in line]
+    assert state["model_spec"]["counts"] == [22, 8, 4] and (
+        state["model_spec"]["scale"] is None
+    ) == (method == "tau-norm")
+    capped = [
+        line.get("train/schedule/cap") for line in log.read(folder) if "train/schedule/lr" in line
+    ]
     assert (capped == [None] * 6) == (method != "three-stage")
 
 
@@ -215,14 +297,15 @@ def clip_like(num_classes=4, dim=16, tune="none", prompts=True):
     tower = TextTower(50, 12, width=16, layers=2, heads=2, embed_dim=dim, activation="quick_gelu")
     ids = torch.tensor([[48, 3 + i, 9, 20 - i, 49] for i in range(num_classes)])
     text = models.Prompts(tower, ids, 3) if prompts else None
-    return models.RaerModel(torch.nn.Identity(), dim, num_classes, num_frames=5, tune=tune, prompts=text, scale=20.0)
+    return models.RaerModel(
+        torch.nn.Identity(), dim, num_classes, num_frames=5, tune=tune, prompts=text, scale=20.0
+    )
 
 
 @pytest.mark.parametrize("method", list(longtail.SCHEDULES))
 @pytest.mark.parametrize("tune", ["none", "adapter"])
 @pytest.mark.parametrize("prompts", [True, False])
 def test_all_that_is_to_train_is_alive_in_every_phase(method, tune, prompts):
-    from common import audit, optim
 
     labels, counts = torch.arange(8) % 4, np.array([40, 9, 3, 2])
     features = torch.randn(3, 8, 2, 5, 16, generator=torch.Generator().manual_seed(1))
@@ -244,7 +327,9 @@ def test_all_that_is_to_train_is_alive_in_every_phase(method, tune, prompts):
 
 
 def long_tailed(counts, seed):
-    """Features (n, 2, 4, 16) of clips whose rare classes need both streams and the order of the frames."""
+    """Features (n, 2, 4, 16) of clips whose rare classes need both streams and the order of the
+    frames.
+    """
     generator = torch.Generator().manual_seed(seed)
     labels = torch.repeat_interleave(torch.arange(5), torch.tensor(counts))
     rises = torch.tensor([[-1.0, -1.0], [1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [0.0, 0.0]])[labels]
@@ -263,14 +348,16 @@ def fitted(method, seed, epochs=12):
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=1e-4)
     table = longtail.SCHEDULES[method].scaled(epochs)
     for epoch in range(epochs):
-        phase, order = table.at(epoch), data.permutation(len(x), seed, epoch)
+        phase, order = table.at(epoch), sampling.permutation(len(x), seed, epoch)
         if phase.sampler == "weighted":
-            weights = data.class_weights(counts, phase.cap)[y.numpy()]
-            order = data.weighted_order(np.arange(len(x)), weights, seed, epoch)
+            weights = sampling.class_weights(counts, phase.cap)[y.numpy()]
+            order = sampling.weighted_order(np.arange(len(x)), weights, seed, epoch)
         optimizer.param_groups[0]["lr"] = lr * phase.lr
-        for batch in data.cut(order, 16):
+        for batch in sampling.batch_slices(order, 16):
             optimizer.zero_grad()
-            terms = longtail.loss_terms(method, phase, counts, "sampled", model, model(x[batch]), y[batch])
+            terms = longtail.loss_terms(
+                method, phase, counts, "sampled", model, model(x[batch]), y[batch]
+            )
             sum(terms.values()).backward()
             optimizer.step()
     x, y = long_tailed([200, 100, 100, 100, 100], 100 + seed)
@@ -281,15 +368,23 @@ def fitted(method, seed, epochs=12):
 
 def test_the_three_stages_beat_plain_cross_entropy_on_unequal_classes():
     """Three seeds: at least 10 points of UAR more, at most 5 of WAR less."""
-    ours, plain = (np.mean([fitted(method, seed) for seed in range(3)], 0) for method in ("three-stage", "ce"))
+    ours, plain = (
+        np.mean([fitted(method, seed) for seed in range(3)], 0) for method in ("three-stage", "ce")
+    )
     assert ours[0] - plain[0] > 0.10 and ours[1] - plain[1] > -0.05, (ours, plain)
 
 
 def test_a_model_with_a_dead_part_ends_with_4_and_its_name(tree, tmp_path, monkeypatch, capsys):
     parts = models.RaerModel.parts
-    monkeypatch.setattr(models.RaerModel, "parts", lambda self: parts(self) | {"temporal": parts(self)["temporal"][:1]})
+    monkeypatch.setattr(
+        models.RaerModel,
+        "parts",
+        lambda self: parts(self) | {"temporal": parts(self)["temporal"][:1]},
+    )
     with pytest.raises(SystemExit) as ending:
-        train_raer.main([*NET, "--data", str(tree), "--epochs", "1", "--out", str(tmp_path / "run")])
+        train_raer.main(
+            [*NET, "--data", str(tree), "--epochs", "1", "--out", str(tmp_path / "run")]
+        )
     error = capsys.readouterr().err
     assert ending.value.code == 4 and error.startswith(
         "audit failed: epochs from 0: fusion.0.weight is trainable and in 0"
@@ -301,7 +396,9 @@ def test_prompts_are_the_text_towers_features_of_context_and_words():
     model = clip_like()
     tower, ids, context = model.prompts.tower, model.prompts.ids, model.prompts.context
     embedded = tower.token_embedding(ids)
-    with_context = torch.cat([embedded[:, :1], context, embedded[:, 1:]], 1) + tower.positional_embedding[:8]
+    with_context = (
+        torch.cat([embedded[:, :1], context, embedded[:, 1:]], 1) + tower.positional_embedding[:8]
+    )
     hidden = tower.ln_final(tower.transformer(with_context, True, False))
     torch.testing.assert_close(model.class_features(), hidden[:, 7] @ tower.text_projection)
     torch.testing.assert_close(model.prompts.fixed, tower(ids))
@@ -311,7 +408,9 @@ def test_prompts_are_the_text_towers_features_of_context_and_words():
     torch.testing.assert_close(logits, 20 * z @ torch.nn.functional.normalize(classes, dim=1).T)
     assert {n for n, p in model.named_parameters() if p.requires_grad} & {"prompts.context"}
     assert not any(p.requires_grad for p in tower.parameters())
-    with pytest.raises(models.InputError, match="longest descriptor has 5 tokens, together at most 12"):
+    with pytest.raises(
+        models.InputError, match="longest descriptor has 5 tokens, together at most 12"
+    ):
         models.Prompts(tower, ids, 8)
 
 
@@ -319,11 +418,17 @@ def test_the_sampled_prior_is_what_the_sampler_draws_and_does_not_correct_twice(
     counts, phase = np.array([1106, 103, 24, 126, 338]), Phase(0, "weighted", cap=2.0)
     labels = np.repeat(np.arange(5), counts)
     sampled = longtail.prior(counts, phase, "sampled").numpy()
-    drawn = data.weighted_order(np.arange(1697), data.class_weights(counts, 2.0)[labels], 0, 0)
+    drawn = sampling.weighted_order(
+        np.arange(1697), sampling.class_weights(counts, 2.0)[labels], 0, 0
+    )
     shares = np.bincount(labels[drawn], minlength=5) / 1697
     assert np.abs(shares - sampled).max() < 0.03
-    np.testing.assert_allclose(longtail.prior(counts, phase, "train").numpy(), counts / 1697, rtol=1e-6)
-    np.testing.assert_allclose(longtail.prior(counts, Phase(0), "sampled").numpy(), counts / 1697, rtol=1e-6)
+    np.testing.assert_allclose(
+        longtail.prior(counts, phase, "train").numpy(), counts / 1697, rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        longtail.prior(counts, Phase(0), "sampled").numpy(), counts / 1697, rtol=1e-6
+    )
     uniform = longtail.prior(counts, Phase(0, "weighted"), "sampled")
     np.testing.assert_allclose(uniform.numpy(), [0.2] * 5, rtol=1e-6)
     # All classes drawn equally often leave nothing to adjust: the loss is plain cross-entropy.
@@ -344,7 +449,10 @@ def test_class_weights_are_felt_and_are_1_on_average(method):
     logits, targets, model = torch.randn(6, 5), torch.arange(6) % 5, clip_like(5, prompts=False)
     raw = torch.tensor([(1 - 0.9999) / (1 - 0.9999 ** int(n)) for n in counts])
     plain, weighted = (
-        [longtail.loss_terms(method, p, counts, "sampled", model, (z[None], None), y[None])["ce"] for z, y in rows]
+        [
+            longtail.loss_terms(method, p, counts, "sampled", model, (z[None], None), y[None])["ce"]
+            for z, y in rows
+        ]
         for p in (Phase(0), phase)
         for rows in [list(zip(logits, targets, strict=True))]
     )
@@ -360,7 +468,9 @@ def test_answers_after_training_are_what_the_papers_say():
     expected = logits - torch.log(torch.from_numpy(counts / counts.sum())).float()
     torch.testing.assert_close(longtail.decide("post-hoc", counts, model, logits, 1.0), expected)
     norms = model.classes.weight.detach().norm(dim=1)
-    torch.testing.assert_close(longtail.decide("tau-norm", counts, model, logits, 0.5), logits / norms.sqrt())
+    torch.testing.assert_close(
+        longtail.decide("tau-norm", counts, model, logits, 0.5), logits / norms.sqrt()
+    )
     assert longtail.decide("three-stage", counts, model, logits, 1.0) is logits
     labels = longtail.decide("tau-norm", counts, model, logits, 0.7).argmax(1).numpy()
     tau = longtail.best_tau("tau-norm", counts, model, logits, labels)
@@ -371,8 +481,8 @@ def test_answers_after_training_are_what_the_papers_say():
 def test_one_draw_a_clip_serves_all_frames_of_both_streams():
     class Fake:
         args = type("Args", (), {"augment": None, "seed": 0})
-        meta = {"image_size": 16, "backbone": "vit_tiny"}
-        facts = dist.Facts(0, 1, 0, torch.device("cpu"))
+        model_spec = {"image_size": 16, "backbone": "vit_tiny"}
+        world = dist.Dist(0, 1, 0, torch.device("cpu"))
 
     frame = torch.randint(0, 256, (3, 1, 3, 20, 20), dtype=torch.uint8).expand(3, 4, 3, 20, 20)
     x = train_raer.frames_of(Fake, [frame, frame], np.array([5, 9, 14]), epoch=2)
@@ -382,46 +492,76 @@ def test_one_draw_a_clip_serves_all_frames_of_both_streams():
         train_raer.frames_of(Fake, [frame, frame]),
         train_raer.frames_of(Fake, [frame, frame], np.array([5, 9, 15]), 2),
     )
-    assert not torch.equal(x[0], plain[0]) and torch.equal(x[:2], other[:2]) and not torch.equal(x[2], other[2])
+    assert (
+        not torch.equal(x[0], plain[0])
+        and torch.equal(x[:2], other[:2])
+        and not torch.equal(x[2], other[2])
+    )
 
 
 def test_a_constant_answer_raises_the_alarm_beside_the_majority_class(capsys):
     class Fake:
         args = type("Args", (), {"seed": 0})
-        meta = {"classes": ["neutrality", "enjoyment", "confusion", "fatigue", "distraction"]}
-        data = type("Clips", (), {"labels": np.repeat(np.arange(5), [277, 26, 6, 31, 84])})
+        model_spec = {"classes": ["neutrality", "enjoyment", "confusion", "fatigue", "distraction"]}
+        images = type("Clips", (), {"labels": np.repeat(np.arange(5), [277, 26, 6, 31, 84])})
 
-    Fake.meta["counts"] = [1106, 103, 24, 126, 338]
+    Fake.model_spec["counts"] = [1106, 103, 24, 126, 338]
     said = []
     scores = torch.zeros(424, 5)
     scores[:, 0] = 1
     values = train_raer.score(Fake, "train/val", np.arange(424), scores, said.append)
     assert values["train/val/uar"] == values["train/val/majority_uar"] == pytest.approx(0.2)
     assert round(values["train/val/majority_war"], 4) == 0.6533
-    assert len(said) == 1 and "constant classifier, UAR 20.0%, WAR 65.3%" in said[0]
+    assert len(said) == 1 and "the model predicts one class, UAR 20.0%, WAR 65.3%" in said[0]
     scores[3, 2] = 2
-    assert train_raer.score(Fake, "train/val", np.arange(424), scores, said.append) and len(said) == 1
+    assert (
+        train_raer.score(Fake, "train/val", np.arange(424), scores, said.append) and len(said) == 1
+    )
 
 
 def test_eval_and_predict_repeat_what_the_run_found(whole, tree, tmp_path, capsys):
-    assert train_raer.main(["--data", str(tree), "--eval", str(whole), "--out", str(tmp_path), "--device", "cpu"]) == 0
+    assert (
+        train_raer.main(
+            ["--data", str(tree), "--eval", str(whole), "--out", str(tmp_path), "--device", "cpu"]
+        )
+        == 0
+    )
     found = json.loads((tmp_path / "eval.json").read_text())
     result = summary(whole)
     assert (
         found["eval/test/uar"] == result["train/test/uar"]
         and found["eval/test/war_low"] == result["train/test/war_low"]
     )
-    argv = ["--predict", str(tree / "test"), "--resume", str(whole), "--out", str(tmp_path), "--missing-box", "full"]
+    argv = [
+        "--predict",
+        str(tree / "test"),
+        "--resume",
+        str(whole),
+        "--out",
+        str(tmp_path),
+        "--missing-box",
+        "full",
+    ]
     assert train_raer.main([*argv, "--device", "cpu"]) == 0
     with open(tmp_path / "predictions.csv") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 9 and set(rows[0]) == {"id", "class", *(f"score_{name}" for name in CLASSES)}
-    assert all(sum(float(row[f"score_{n}"]) for n in CLASSES) == pytest.approx(1, abs=1e-5) for row in rows)
+    assert len(rows) == 9 and set(rows[0]) == {
+        "id",
+        "class",
+        *(f"score_{name}" for name in CLASSES),
+    }
+    assert all(
+        sum(float(row[f"score_{n}"]) for n in CLASSES) == pytest.approx(1, abs=1e-5) for row in rows
+    )
 
 
 @pytest.mark.parametrize("tune", ["none", "full"])
-def test_a_run_from_clips_weights_learns_prompts_and_is_used_without_them(tree, tmp_path, monkeypatch, capsys, tune):
-    """A CLIP of the published layout, small and random: both towers, MI loss, smoothing by texts, --eval, --predict."""
+def test_a_run_from_clips_weights_learns_prompts_and_is_used_without_them(
+    tree, tmp_path, monkeypatch, capsys, tune
+):
+    """A CLIP of the published layout, small and random: both towers, MI loss, smoothing by texts,
+    --eval, --predict.
+    """
     small = clip.Variant(16, 2, 2, 8, 24, text_width=16, text_layers=2, text_heads=2)
     monkeypatch.setitem(clip.VARIANTS, "vit_b_32", small)
     torch.manual_seed(0)
@@ -429,19 +569,44 @@ def test_a_run_from_clips_weights_learns_prompts_and_is_used_without_them(tree, 
     weights, vocab, folder = tmp_path / "clip.pt", tmp_path / "merges.txt", tmp_path / "run"
     torch.save({name.removeprefix("text."): tensor for name, tensor in state.items()}, weights)
     vocab.write_text("#version\na c\nf a\nc e</w>\n")
-    argv = ["--backbone", "vit_b_32", "--weights", str(weights), "--clip-vocab", str(vocab), "--image-size", "16"]
-    argv += ["--activation", "quick_gelu", "--device", "cpu", "--num-frames", "3", "--bs", "8", "--epochs", "6"]
+    argv = [
+        "--backbone",
+        "vit_b_32",
+        "--weights",
+        str(weights),
+        "--clip-vocab",
+        str(vocab),
+        "--image-size",
+        "16",
+    ]
+    argv += [
+        "--activation",
+        "quick_gelu",
+        "--device",
+        "cpu",
+        "--num-frames",
+        "3",
+        "--bs",
+        "8",
+        "--epochs",
+        "6",
+    ]
     argv += ["--data", str(tree), "--out", str(folder), "--tune", tune]
     if tune == "full":
         argv += ["--checkpoint-blocks", "--accum", "2", "--precision", "bf16"]
     assert train_raer.main(argv) == 0
     out = capsys.readouterr().out
-    assert "texts with 8 learnable tokens; cosines times 14.29" in out and "no pretrained text" not in out
+    assert (
+        "texts with 8 learnable tokens; cosines times 14.29" in out
+        and "no pretrained text" not in out
+    )
     lines = [line for line in log.read(folder) if "train/train/ce" in line]
     assert [line.get("train/train/mi", 0.0) > 0 for line in lines] == [False] * 2 + [True] * 4
     best = checkpoint.load(folder / "best.pt")
     moved = {name for name, tensor in best["model"].items() if name.startswith("image.")}
-    moved = {name for name in moved if not torch.equal(best["model"][name], state["visual" + name[5:]])}
+    moved = {
+        name for name in moved if not torch.equal(best["model"][name], state["visual" + name[5:]])
+    }
     assert bool(moved) == (tune == "full")
     weights.unlink(), vocab.unlink()
     capsys.readouterr()
@@ -478,7 +643,18 @@ def test_a_run_from_clips_weights_learns_prompts_and_is_used_without_them(tree, 
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(tree, tmp_path, capsys, argv, message):
-    base = ["--backbone", "vit_tiny", "--data", str(tree), "--out", str(tmp_path / "run"), "--epochs", "2", "--bs", "8"]
+    base = [
+        "--backbone",
+        "vit_tiny",
+        "--data",
+        str(tree),
+        "--out",
+        str(tmp_path / "run"),
+        "--epochs",
+        "2",
+        "--bs",
+        "8",
+    ]
     with pytest.raises(SystemExit) as ending:
         train_raer.main([*base, *argv])
     error = capsys.readouterr().err
@@ -504,22 +680,38 @@ def test_damaged_trees_and_other_models_are_refused_in_one_line(tree, whole, tmp
 
     refused(changed("train.txt", lambda text: text.replace(" 1\n", " 7\n", 1)), "label 7")
     refused(changed("test.txt", lambda text: text + "train/clip 0-0 2 1\n"), "train/clip 0-0")
-    refused(changed("train.txt", lambda text: text.replace("clip 0-0 2 ", "clip 0-0 9 ")), "clip 0-0")
-    refused(changed("body.json", lambda text: text.replace("[2, 0, 30, 24]", "[9, 0, 9, 24]", 1)), "[9")
+    refused(
+        changed("train.txt", lambda text: text.replace("clip 0-0 2 ", "clip 0-0 9 ")), "clip 0-0"
+    )
+    refused(
+        changed("body.json", lambda text: text.replace("[2, 0, 30, 24]", "[9, 0, 9, 24]", 1)), "[9"
+    )
     refused(["--eval", str(whole), "--data", str(tree), "--epochs", "3"], "no effect")
     refused(["--eval", str(tmp_path)], "best.pt")
     other = [*SMALL, "--data", str(tree), "--out", str(whole), "--temporal-layers", "2"]
     refused(other, "temporal_layers is 1 there and 2 here")
-    refused([*other, "--fork"], "does not fit this model")
+    refused([*other, "--force-resume"], "does not fit this model")
 
 
 def test_an_inert_cap_warns(tree, tmp_path, capsys):
-    table = {"epochs": 2, "phases": [{"start": 0}, {"start": 1, "sampler": "weighted", "cap": 50.0, "tau": 0.1}]}
+    table = {
+        "epochs": 2,
+        "phases": [{"start": 0}, {"start": 1, "sampler": "weighted", "cap": 50.0, "tau": 0.1}],
+    }
     (tmp_path / "table.json").write_text(json.dumps(table))
-    argv = [*NET, "--data", str(tree), "--cache-features", "--schedule", str(tmp_path / "table.json")]
+    argv = [
+        *NET,
+        "--data",
+        str(tree),
+        "--cache-features",
+        "--schedule",
+        str(tmp_path / "table.json"),
+    ]
     assert train_raer.main([*argv, "--out", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
-    assert "warning: from epoch 1 the cap 50 binds no class" in out and "[1, 2)  weighted  50" in out
+    assert (
+        "warning: from epoch 1 the cap 50 binds no class" in out and "[1, 2)  weighted  50" in out
+    )
     assert "2 epochs at most" in out  # the file's, as no --epochs is given
     table["phases"][1] |= {"cap": 0.01, "tau": 0}
     (tmp_path / "table.json").write_text(json.dumps(table))
@@ -529,13 +721,25 @@ def test_an_inert_cap_warns(tree, tmp_path, capsys):
     assert "the cap 0.01 binds all classes" in capsys.readouterr().out
     with pytest.raises(SystemExit) as ending:
         train_raer.main([*argv, "--la-prior", "train"])
-    assert ending.value.code == 2 and "no phase of --schedule has tau with the weighted" in capsys.readouterr().err
+    assert (
+        ending.value.code == 2
+        and "no phase of --schedule has tau with the weighted" in capsys.readouterr().err
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_two_thousand_steps_stay_finite_without_a_clamp(tree, tmp_path, precision):
-    argv = [*NET, "--data", str(tree), "--epochs", "500", "--cache-features", "--precision", precision]
+    argv = [
+        *NET,
+        "--data",
+        str(tree),
+        "--epochs",
+        "500",
+        "--cache-features",
+        "--precision",
+        precision,
+    ]
     assert train_raer.main([*argv, "--eval-every", "100", "--out", str(tmp_path / "run")]) == 0
     lines = [line for line in log.read(tmp_path / "run") if "train/train/loss" in line]
     assert len(lines) == 500 and all(np.isfinite(line["train/train/loss"]) for line in lines)

@@ -1,4 +1,6 @@
-"""train_simclr.py as its users run it: whole runs, interrupted runs that equal them, use of a model, bad input."""
+"""train_simclr.py as its users run it: whole runs, interrupted runs that equal them, use of a
+model, bad input.
+"""
 
 import csv
 import json
@@ -18,8 +20,9 @@ import torchvision
 from PIL import Image
 
 import train_simclr
-from common import checkpoint, dist, log
-from common.datasets import cytology
+from common.data import cytology
+from common.run import checkpoint, dist, log
+from common.run.progress import Progress
 from tests.runs import equal_runs, same, summary
 
 ROOT = Path(__file__).parent.parent
@@ -29,7 +32,7 @@ SMALL = [*NET, "--stage", "all", "--bs", "16", "--epochs", "3", "--linear-bs", "
 
 
 def cells_tree(root, per_class=24):
-    """Images of 16 px in three classes that differ in colour."""
+    """Images of 16 px in three classes that differ in color."""
     rng = np.random.default_rng(0)
     for k, name in enumerate(("round", "long", "split")):
         (root / name).mkdir(parents=True)
@@ -59,11 +62,13 @@ def test_a_run_leaves_what_the_readme_promises(whole, cells, capsys):
         for metric in ("accuracy", "macro_precision", "macro_recall", "macro_f1"):
             assert 0 <= result[f"{stage}/test/{metric}"] <= 1
     assert result["majority/test/accuracy"] == pytest.approx(1 / 3)
-    assert result["linear_pixels/test/accuracy"] > 0.9  # the classes differ in colour
+    assert result["linear_pixels/test/accuracy"] > 0.9  # the classes differ in color
     assert result["pretrain/train/loss_at_chance"] == pytest.approx(math.log(31))
     ratio = result["pretrain/train/loss"] / math.log(31)
     assert result["pretrain/train/loss_over_chance"] == pytest.approx(ratio)
-    assert result["status"] == "finished" and result["best_model_path"] == str(whole / "finetune" / "best.pt")
+    assert result["status"] == "finished" and result["best_model_path"] == str(
+        whole / "finetune" / "best.pt"
+    )
     for name in (
         "config.json",
         "env.json",
@@ -75,22 +80,45 @@ def test_a_run_leaves_what_the_readme_promises(whole, cells, capsys):
         assert (whole / name).stat().st_size > 0
     steps = [line for line in log.read(whole) if line["stage"] == "pretrain" and "top1" in line]
     assert [line["step"] for line in steps] == [1, 2, 3]
-    assert {"loss", "loss/chance", "top1", "top5", "alignment", "uniformity", "lr", "grad_norm"} <= steps[0].keys()
+    assert {
+        "loss",
+        "loss_over_chance",
+        "top1",
+        "top5",
+        "alignment",
+        "uniformity",
+        "lr",
+        "grad_norm",
+    } <= steps[0].keys()
     epochs = [line for line in log.read(whole) if "pretrain/train/loss" in line]
-    assert len(epochs) == 3 and {"pretrain/val/knn_accuracy", "pretrain/val/effective_rank"} <= epochs[0].keys()
+    assert (
+        len(epochs) == 3
+        and {"pretrain/val/knn_accuracy", "pretrain/val/effective_rank"} <= epochs[0].keys()
+    )
     before = (whole / "log.jsonl").read_bytes()
     capsys.readouterr()
-    assert train_simclr.main([*SMALL, "--data", str(cells), "--out", str(whole)]) == 0  # finished: nothing is repeated
-    assert "has finished" in capsys.readouterr().out and (whole / "log.jsonl").read_bytes() == before
+    assert (
+        train_simclr.main([*SMALL, "--data", str(cells), "--out", str(whole)]) == 0
+    )  # finished: nothing is repeated
+    assert (
+        "has finished" in capsys.readouterr().out and (whole / "log.jsonl").read_bytes() == before
+    )
 
 
 def test_backbone_loads_into_plain_torchvision_and_gives_the_stored_features(whole, cells):
     plain = torchvision.models.resnet18(weights=None)
-    plain.conv1, plain.maxpool = torch.nn.Conv2d(3, 64, 3, padding=1, bias=False), torch.nn.Identity()
+    plain.conv1, plain.maxpool = (
+        torch.nn.Conv2d(3, 64, 3, padding=1, bias=False),
+        torch.nn.Identity(),
+    )
     plain.fc = torch.nn.Identity()
     plain.load_state_dict(torch.load(whole / "backbone.pt", weights_only=True), strict=True)
     with np.load(whole / "features.npz") as stored:
-        assert stored["features"].shape == (72, 512) and set(stored["split"]) == {"train", "val", "test"}
+        assert stored["features"].shape == (72, 512) and set(stored["split"]) == {
+            "train",
+            "val",
+            "test",
+        }
         assert stored["classes"][stored["label"][0]] == str(stored["id"][0]).split("/")[0]
         pixels = np.array(Image.open(cells / str(stored["id"][0])))
         image = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
@@ -101,11 +129,17 @@ def test_backbone_loads_into_plain_torchvision_and_gives_the_stored_features(who
         np.testing.assert_allclose(features.numpy(), stored["features"][0], rtol=1e-4, atol=1e-4)
 
 
-def test_a_run_interrupted_in_every_stage_equals_a_whole_one(whole, cells, tmp_path, monkeypatch, capsys):
-    """Steps and evaluations are cut short at random places by a real signal, and the same command goes on."""
+def test_a_run_interrupted_in_every_stage_equals_a_whole_one(
+    whole, cells, tmp_path, monkeypatch, capsys
+):
+    """Steps and evaluations are cut short at random places by a real signal, and the same command
+    goes on.
+    """
     rng, calls = random.Random(7), 0
-    cuts = sorted(rng.sample(range(1, 9), 2) + rng.sample(range(10, 20), 2) + rng.sample(range(20, 60), 3))
-    end_step, check_stop = checkpoint.Progress.end_step, checkpoint.Progress.check_stop
+    cuts = sorted(
+        rng.sample(range(1, 9), 2) + rng.sample(range(10, 20), 2) + rng.sample(range(20, 60), 3)
+    )
+    end_step, check_stop = Progress.end_step, Progress.check_stop
 
     def counted(original):
         def call(self, *args):
@@ -119,13 +153,23 @@ def test_a_run_interrupted_in_every_stage_equals_a_whole_one(whole, cells, tmp_p
         return call
 
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    monkeypatch.setattr(checkpoint.Progress, "end_step", counted(end_step))
-    monkeypatch.setattr(checkpoint.Progress, "check_stop", counted(check_stop))
+    monkeypatch.setattr(Progress, "end_step", counted(end_step))
+    monkeypatch.setattr(Progress, "check_stop", counted(check_stop))
     folder, stopped, stages = tmp_path / "run", 0, set()
     while True:
         try:
             assert (
-                train_simclr.main([*SMALL, "--data", str(cells), "--out", str(folder), "--workers", str(stopped + 1)])
+                train_simclr.main(
+                    [
+                        *SMALL,
+                        "--data",
+                        str(cells),
+                        "--out",
+                        str(folder),
+                        "--workers",
+                        str(stopped + 1),
+                    ]
+                )
                 == 0
             )
             break
@@ -134,7 +178,11 @@ def test_a_run_interrupted_in_every_stage_equals_a_whole_one(whole, cells, tmp_p
             stopped += 1
             assert summary(folder)["status"] == "stopped"
             stages.add(capsys.readouterr().err.split()[2])
-    assert stopped == 7 and {"pretrain", "finetune"} <= stages and any(s.startswith("linear") for s in stages)
+    assert (
+        stopped == 7
+        and {"pretrain", "finetune"} <= stages
+        and any(s.startswith("linear") for s in stages)
+    )
     equal_runs(whole, folder)
 
 
@@ -142,7 +190,9 @@ def launch(argv, env=None):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
     environment |= {"OMP_NUM_THREADS": "1"} | (env or {})
     command = [sys.executable, str(ROOT / "train_simclr.py"), *argv]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
 
 
 def test_a_killed_process_goes_on_from_its_last_checkpoint(cells, tmp_path):
@@ -158,7 +208,7 @@ def test_a_killed_process_goes_on_from_its_last_checkpoint(cells, tmp_path):
     second = launch([*argv, "--out", str(tmp_path / "killed")])
     out, err = second.communicate(timeout=300)
     assert second.returncode == 0, err
-    assert "pretrain: going on from step" in out
+    assert "pretrain: resuming from step" in out
     third = launch([*argv, "--out", str(tmp_path / "whole")])
     _, err = third.communicate(timeout=300)
     assert third.returncode == 0, err
@@ -166,11 +216,26 @@ def test_a_killed_process_goes_on_from_its_last_checkpoint(cells, tmp_path):
 
 
 def test_two_processes_train_the_same_model_as_one(cells, tmp_path):
-    argv = [*NET, "--data", str(cells), "--bs", "16", "--epochs", "1", "--max-steps", "1", "--optimizer", "sgd"]
+    argv = [
+        *NET,
+        "--data",
+        str(cells),
+        "--bs",
+        "16",
+        "--epochs",
+        "1",
+        "--max-steps",
+        "1",
+        "--optimizer",
+        "sgd",
+    ]
     port = str(random.randrange(20000, 50000))
     env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     both = [
-        launch([*argv, "--out", str(tmp_path / "two")], env | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in (0, 1)
+        launch(
+            [*argv, "--out", str(tmp_path / "two")], env | {"RANK": str(r), "LOCAL_RANK": str(r)}
+        )
+        for r in (0, 1)
     ]
     for process in both:
         _, err = process.communicate(timeout=300)
@@ -182,18 +247,35 @@ def test_two_processes_train_the_same_model_as_one(cells, tmp_path):
     assert one["place"]["step"] == two["place"]["step"] == 1
     torch.testing.assert_close(two["parts"]["model"], one["parts"]["model"], rtol=1e-4, atol=1e-6)
     lines = [[line["loss"] for line in log.read(tmp_path / name)] for name in ("two", "one")]
-    assert lines[0][0] == pytest.approx(lines[1][0], rel=0.2)  # rank 0 logs its own half of the batch
+    assert lines[0][0] == pytest.approx(
+        lines[1][0], rel=0.2
+    )  # rank 0 logs its own half of the batch
 
 
 def test_training_goes_on_for_more_epochs(whole, cells, tmp_path):
-    argv = [*NET, "--data", str(cells), "--bs", "16", "--lr-schedule", "constant", "--warmup-epochs", "0"]
+    argv = [
+        *NET,
+        "--data",
+        str(cells),
+        "--bs",
+        "16",
+        "--lr-schedule",
+        "constant",
+        "--warmup-epochs",
+        "0",
+    ]
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
     assert train_simclr.main([*argv, "--epochs", "2", "--out", str(first)]) == 0
-    assert train_simclr.main([*argv, "--epochs", "3", "--resume", str(first), "--out", str(second)]) == 0
+    assert (
+        train_simclr.main([*argv, "--epochs", "3", "--resume", str(first), "--out", str(second)])
+        == 0
+    )
     assert train_simclr.main([*argv, "--epochs", "3", "--out", str(third)]) == 0
     a, b = (checkpoint.load(f / "last.pt") for f in (second, third))
     same(a["parts"], b["parts"], "parts")
-    assert train_simclr.main([*argv, "--epochs", "3", "--resume", str(first)]) == 0  # in its own directory
+    assert (
+        train_simclr.main([*argv, "--epochs", "3", "--resume", str(first)]) == 0
+    )  # in its own directory
     same(checkpoint.load(first / "last.pt")["parts"], b["parts"], "parts")
 
 
@@ -206,12 +288,19 @@ def test_a_longer_run_of_all_stages_keeps_every_line_of_its_log(cells, tmp_path)
     lines = log.read(tmp_path / "run")
     epochs = [line["epoch"] for line in lines if "pretrain/train/loss" in line]
     assert epochs == [1, 2, 3, 4]
-    for stage in ("linear", "linear_random", "linear_pixels", "finetune"):  # the later stages start from new weights
+    for stage in (
+        "linear",
+        "linear_random",
+        "linear_pixels",
+        "finetune",
+    ):  # the later stages start from new weights
         steps = [line["step"] for line in lines if f"{stage}/train/loss" in line]
         assert steps and steps == sorted(set(steps))
     assert summary(tmp_path / "run")["pretrain/train/loss"] != before["pretrain/train/loss"]
     with pytest.raises(SystemExit) as ending:
-        train_simclr.main([*base, "--epochs", "4", "--resume", run, "--out", str(tmp_path / "elsewhere")])
+        train_simclr.main(
+            [*base, "--epochs", "4", "--resume", run, "--out", str(tmp_path / "elsewhere")]
+        )
     assert ending.value.code == 2
 
 
@@ -223,26 +312,40 @@ def test_starting_anew_forgets_this_run_alone(cells, tmp_path, capsys):
     capsys.readouterr()
     with pytest.raises(SystemExit) as ending:  # --max-steps are done: nothing is trained
         train_simclr.main([*argv, "--out", str(tmp_path / "a")])
-    assert ending.value.code == 0 and checkpoint.load(tmp_path / "a" / "last.pt")["place"]["step"] == 2
-    assert "going on from step 2" in capsys.readouterr().out
+    assert (
+        ending.value.code == 0 and checkpoint.load(tmp_path / "a" / "last.pt")["place"]["step"] == 2
+    )
+    assert "resuming from step 2" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         train_simclr.main([*argv, "--resume", "none", "--out", str(tmp_path / "a")])
     assert "going on" not in capsys.readouterr().out
     assert (tmp_path / "a" / "inner" / "last.pt").exists() and len(log.read(tmp_path / "a")) == 2
     with pytest.raises(SystemExit):
-        train_simclr.main([*argv, "--resume", "none", "--out", str(tmp_path)])  # a folder of runs, itself no run
+        train_simclr.main(
+            [*argv, "--resume", "none", "--out", str(tmp_path)]
+        )  # a folder of runs, itself no run
     assert (tmp_path / "b" / "last.pt").exists() and (tmp_path / "a" / "last.pt").exists()
 
 
 def test_a_state_of_other_settings_is_not_continued(whole, cells, tmp_path, capsys):
-    argv = [*NET, "--data", str(cells), "--epochs", "1", "--max-steps", "1", "--out", str(tmp_path / "run")]
+    argv = [
+        *NET,
+        "--data",
+        str(cells),
+        "--epochs",
+        "1",
+        "--max-steps",
+        "1",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     with pytest.raises(SystemExit):
         train_simclr.main([*argv, "--bs", "16"])
     cases = {
-        "bs is 16 there and 8 here": [*argv[:-1], str(tmp_path / "x"), "--bs", "8", "--resume", str(tmp_path / "run")],
-        "its optimizer is LARS": [*argv, "--bs", "16", "--optimizer", "adamw", "--fork"],
+        "bs is 16 there" " and 8 here": [*argv[:-1], str(tmp_path / "x"), "--bs", "8", "--resume", str(tmp_path / "run")],
+        "its optimizer is LARS": [*argv, "--bs", "16", "--optimizer", "adamw", "--force-resume"],
         "of another start": [*argv[:-1], str(tmp_path / "y"), "--bs", "16", "--stage", "finetune", "--from", "none",
-                             "--fork", "--resume", str(tmp_path / "run")],
+                             "--force-resume", "--resume", str(tmp_path / "run")],
     }  # fmt: skip
     for said, command in cases.items():
         capsys.readouterr()
@@ -254,8 +357,20 @@ def test_a_state_of_other_settings_is_not_continued(whole, cells, tmp_path, caps
 
 def test_stages_start_from_a_run_and_refuse_another_identity(whole, cells, tmp_path, capsys):
     base = ["--data", str(cells), "--device", "cpu", "--bs", "16"]
-    with pytest.raises(SystemExit) as ending:  # whole's backbone.pt has no meta: its stem must be said
-        train_simclr.main([*base, "--stage", "linear", "--from", str(whole / "backbone.pt"), "--backbone", "resnet18"])
+    with pytest.raises(
+        SystemExit
+    ) as ending:  # whole's backbone.pt has no model_spec: its stem must be said
+        train_simclr.main(
+            [
+                *base,
+                "--stage",
+                "linear",
+                "--from",
+                str(whole / "backbone.pt"),
+                "--backbone",
+                "resnet18",
+            ]
+        )
     assert ending.value.code == 2 and "does not fit this model" in capsys.readouterr().err
     argv = [
         *base,
@@ -271,21 +386,37 @@ def test_stages_start_from_a_run_and_refuse_another_identity(whole, cells, tmp_p
         "8",
     ]
     assert train_simclr.main([*argv, "--seed", "3"]) == 0
-    assert summary(tmp_path / "run")["linear/test/accuracy"] == summary(whole)["linear/test/accuracy"]
+    assert (
+        summary(tmp_path / "run")["linear/test/accuracy"] == summary(whole)["linear/test/accuracy"]
+    )
     with pytest.raises(SystemExit) as ending:
         train_simclr.main([*argv, "--seed", "4"])
-    assert ending.value.code == 2 and "seed is 3 there and 4 here" in capsys.readouterr().err.replace("None", "0")
-    assert train_simclr.main([*argv, "--seed", "4", "--fork"]) == 0
+    assert (
+        ending.value.code == 2
+        and "seed is 3 there and 4 here" in capsys.readouterr().err.replace("None", "0")
+    )
+    assert train_simclr.main([*argv, "--seed", "4", "--force-resume"]) == 0
 
 
 def test_eval_repeats_the_test_and_predict_needs_no_labels(whole, cells, tmp_path, capsys):
     argv = ["--data", str(cells), "--device", "cpu"]
-    for source, stage in ((whole, "finetune"), (whole / "linear", "linear"), (whole / "linear" / "best.pt", "linear")):
+    for source, stage in (
+        (whole, "finetune"),
+        (whole / "linear", "linear"),
+        (whole / "linear" / "best.pt", "linear"),
+    ):
         assert train_simclr.main([*argv, "--eval", str(source), "--out", str(tmp_path)]) == 0
         result = json.loads((tmp_path / "eval.json").read_text())
         for metric in ("accuracy", "macro_f1"):
-            assert result[f"eval/test/{metric}"] == pytest.approx(summary(whole)[f"{stage}/test/{metric}"], abs=1e-9)
-    assert train_simclr.main([*argv, "--eval", str(whole / "pretrain" / "best.pt"), "--out", str(tmp_path)]) == 0
+            assert result[f"eval/test/{metric}"] == pytest.approx(
+                summary(whole)[f"{stage}/test/{metric}"], abs=1e-9
+            )
+    assert (
+        train_simclr.main(
+            [*argv, "--eval", str(whole / "pretrain" / "best.pt"), "--out", str(tmp_path)]
+        )
+        == 0
+    )
     result = json.loads((tmp_path / "eval.json").read_text())
     assert result["eval/test/knn_accuracy"] == summary(whole)["pretrain/test/knn_accuracy"]
 
@@ -293,28 +424,49 @@ def test_eval_repeats_the_test_and_predict_needs_no_labels(whole, cells, tmp_pat
     loose.mkdir()
     for i, path in enumerate(sorted(cells.rglob("*.png"))[:5]):
         (loose / f"{i}.png").write_bytes(path.read_bytes())
-    linear = ["--predict", str(loose), "--resume", str(whole / "linear"), "--device", "cpu", "--out", str(tmp_path)]
+    linear = [
+        "--predict",
+        str(loose),
+        "--resume",
+        str(whole / "linear"),
+        "--device",
+        "cpu",
+        "--out",
+        str(tmp_path),
+    ]
     assert train_simclr.main(linear) == 0
     rows = list(csv.DictReader((tmp_path / "predictions.csv").read_text().splitlines()))
     assert [row["id"] for row in rows] == [f"{i}.png" for i in range(5)]
     for row in rows:
         scores = {name: float(row[f"score_{name}"]) for name in ("long", "round", "split")}
-        assert row["class"] == max(scores, key=scores.get) and sum(scores.values()) == pytest.approx(1, abs=1e-5)
+        assert row["class"] == max(scores, key=scores.get) and sum(
+            scores.values()
+        ) == pytest.approx(1, abs=1e-5)
     capsys.readouterr()
     with pytest.raises(SystemExit) as ending:
-        train_simclr.main(["--predict", str(loose), "--resume", str(whole / "pretrain"), "--device", "cpu"])
+        train_simclr.main(
+            ["--predict", str(loose), "--resume", str(whole / "pretrain"), "--device", "cpu"]
+        )
     assert ending.value.code == 2 and "has no classifier" in capsys.readouterr().err
 
 
 def test_accumulation_keeps_the_negatives_and_the_gradient():
-    """With BatchNorm in evaluation mode a batch in four chunks gives the gradient of the batch in one (GradCache)."""
+    """With BatchNorm in evaluation mode a batch in four chunks gives the gradient of the batch in
+    one (GradCache).
+    """
     pixels = torch.randn(2, 8, 3, 8, 8)
     gradients = []
     for accum in (1, 4):
         args, _ = train_simclr.parse_args([*NET, "--accum", str(accum)])
-        facts = dist.Facts(0, 1, 0, torch.device("cpu"))
-        meta = {"backbone": "resnet18", "stem": "cifar", "image_size": 8, "proj_dim": 16, "classes": []}
-        run = train_simclr.Run(args, facts, None, {}, Path(), None, None, meta, {})
+        world = dist.Dist(0, 1, 0, torch.device("cpu"))
+        model_spec = {
+            "backbone": "resnet18",
+            "stem": "cifar",
+            "image_size": 8,
+            "proj_dim": 16,
+            "classes": [],
+        }
+        run = train_simclr.Run(args, world, None, {}, Path(), None, None, model_spec, {})
         model = train_simclr.build_model(run, "pretrain").eval()
 
         class Optimizer(torch.optim.SGD):
@@ -323,7 +475,7 @@ def test_accumulation_keeps_the_negatives_and_the_gradient():
 
         optimizer = Optimizer(model.parameters(), lr=0.1)
         views = lambda chunk: pixels[:, chunk].flatten(0, 1)  # noqa: E731
-        scaler = train_simclr.step.scaler("fp32", facts.device)
+        scaler = train_simclr.amp.scaler("fp32", world.device)
         loss, z, _, bad = train_simclr.train_step(run, model, optimizer, scaler, views, 8)
         assert z.shape == (16, 16) and not bad
         gradients.append({"loss": loss} | {name: p.grad for name, p in model.named_parameters()})
@@ -344,12 +496,17 @@ def test_views_are_functions_of_seed_epoch_and_image(cells):
     assert not torch.allclose(views, train_simclr.two_views(run, pixels, ids, 3))
     args, _ = train_simclr.parse_args([*NET, "--augment", "none"])
     plain = train_simclr.two_views(
-        train_simclr.Run(args, None, None, {}, Path(), None, None, {"image_size": 8}, {}), pixels, ids, 2
+        train_simclr.Run(args, None, None, {}, Path(), None, None, {"image_size": 8}, {}),
+        pixels,
+        ids,
+        2,
     )
     assert torch.equal(plain[:4], plain[4:])
 
 
-def test_divergence_ends_with_exit_code_3_and_a_finite_checkpoint(cells, tmp_path, monkeypatch, capsys):
+def test_divergence_ends_with_exit_code_3_and_a_finite_checkpoint(
+    cells, tmp_path, monkeypatch, capsys
+):
     original = train_simclr.train_step
 
     def poisoned(run, model, optimizer, *rest):
@@ -361,7 +518,19 @@ def test_divergence_ends_with_exit_code_3_and_a_finite_checkpoint(cells, tmp_pat
 
     poisoned.calls = 0
     monkeypatch.setattr(train_simclr, "train_step", poisoned)
-    argv = [*NET, "--data", str(cells), "--bs", "16", "--epochs", "4", "--save-every", "0", "--out", str(tmp_path)]
+    argv = [
+        *NET,
+        "--data",
+        str(cells),
+        "--bs",
+        "16",
+        "--epochs",
+        "4",
+        "--save-every",
+        "0",
+        "--out",
+        str(tmp_path),
+    ]
     with pytest.raises(SystemExit) as ending:
         train_simclr.main(argv)
     error = capsys.readouterr().err
@@ -374,16 +543,40 @@ def test_divergence_ends_with_exit_code_3_and_a_finite_checkpoint(cells, tmp_pat
 
 
 def test_divergence_in_the_last_step_of_an_epoch_is_divergence(cells, tmp_path, capsys):
-    argv = [*NET, "--data", str(cells), "--bs", "60", "--optimizer", "sgd", "--lr", "1e30", "--warmup-epochs", "0"]
+    argv = [
+        *NET,
+        "--data",
+        str(cells),
+        "--bs",
+        "60",
+        "--optimizer",
+        "sgd",
+        "--lr",
+        "1e30",
+        "--warmup-epochs",
+        "0",
+    ]
     with pytest.raises(SystemExit) as ending:
         train_simclr.main([*argv, "--epochs", "3", "--out", str(tmp_path / "run")])
     assert ending.value.code == 3 and "not finite" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, {"state_dict": {}}, {"head": {"weight": torch.zeros(2)}}])
+@pytest.mark.parametrize(
+    "content", [[1, 2], {"epoch": 3}, {"state_dict": {}}, {"head": {"weight": torch.zeros(2)}}]
+)
 def test_a_foreign_checkpoint_is_refused(cells, tmp_path, content, capsys):
     torch.save(content, tmp_path / "foreign.pt")
-    argv = [*NET, "--data", str(cells), "--bs", "16", "--stage", "finetune", "--from", str(tmp_path / "foreign.pt")]
+    argv = [
+        *NET,
+        "--data",
+        str(cells),
+        "--bs",
+        "16",
+        "--stage",
+        "finetune",
+        "--from",
+        str(tmp_path / "foreign.pt"),
+    ]
     with pytest.raises(SystemExit) as ending:
         train_simclr.main(argv)
     assert ending.value.code == 2 and "holds no state dict of tensors" in capsys.readouterr().err
@@ -396,25 +589,25 @@ BAD = {
     "batch not divisible by chunks": (["--bs", "10", "--accum", "4"], "not divisible by 4"),
     "unknown backbone": (["--backbone", "resnet5O"], "did you mean resnet50?"),
     "unknown flag": (["--bachsize", "3"], "unknown flag --bachsize"),
-    "too small an image": (["--image-size", "7"], "the smallest that resnet18 takes with --stem cifar is 8"),
+    "too small" " an image": (["--image-size", "7"], "the smallest that" " resnet18 takes" " with --stem" " cifar is 8"),
     "a stem that the backbone has not": (["--backbone", "inception_v3"], "--stem cifar is for"),
     "missing resume": (["--resume", "{tmp}/nothing"], "no such file or directory"),
     "a stage without its start": (["--stage", "linear"], "--from RUN"),
     "a start that is no run": (["--stage", "linear", "--from", "{empty}"], "not a finished run"),
-    "a start of a damaged run": (["--stage", "linear", "--from", "{damaged}"], "summary.json cannot be read"),
-    "a start of another script": (["--stage", "linear", "--from", "{damaged}/tsm.pt"], "is of train_tsm.py"),
+    "a start of a" " damaged run": (["--stage", "linear", "--from", "{damaged}"], "summary.json" " cannot be read"),
+    "a start of" " another script": (["--stage", "linear", "--from", "{damaged}/tsm.pt"], "is of train_tsm.py"),
     "a start without effect": (["--from", "none"], "--from has no effect with --stage pretrain"),
     "a folder as weights": (["--weights", "{empty}"], "a folder; give a file"),
     "missing checkpoint": (["--stage", "linear", "--from", "{tmp}/x.pt"], "No such file"),
     "a flag of another stage": (["--linear-lr", "1"], "--linear-lr has no effect"),
     "patience without early stopping": (["--patience", "3"], "--patience has no effect"),
-    "colours without augmentation": (["--augment", "none", "--color-strength", "2"], "no effect with --augment none"),
-    "warm-up longer than training": (["--epochs", "2", "--warmup-epochs", "5"], "more than the 2 epochs"),
+    "colors without" " augmentation": (["--augment", "none", "--color-strength", "2"], "no effect with" " --augment none"),
+    "warm-up longer than" " training": (["--epochs", "2", "--warmup-epochs", "5"], "more than the" " 2 epochs"),
     "predict without a run": (["--predict", "{cells}"], "unknown"),
     "a device that is not there": (["--device", "cuda:77"], "cuda:77"),
     "a batch without negatives": (["--bs", "1"], "has no negatives"),
     "too few images": (["--data", "{few}", "--stage", "linear", "--from", "none", "--bs", "2"], "two classes"),
-    "labels of one class": (["--data", "{one}", "--stage", "all", "--bs", "8"], "labelled images of two classes"),
+    "labels of" " one class": (["--data", "{one}", "--stage", "all", "--bs", "8"], "labeled images of" " two classes"),
 }  # fmt: skip
 
 
@@ -433,7 +626,10 @@ def test_bad_input_is_one_line_and_exit_code_2(case, cells, tmp_path, capsys, mo
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     checkpoint.save(damaged / "best.pt", {"model": {}})
-    checkpoint.save(damaged / "tsm.pt", {"model": {"x": torch.zeros(1)}, "meta": {"script": "tsm", "backbone": "x"}})
+    checkpoint.save(
+        damaged / "tsm.pt",
+        {"model": {"x": torch.zeros(1)}, "model_spec": {"script": "tsm", "backbone": "x"}},
+    )
     (damaged / "summary.json").write_text('{"status": "finis')
     argv, said = BAD[case]
     places = {"cells": cells, "one": one, "few": few, "empty": empty, "damaged": damaged}
@@ -451,10 +647,24 @@ def test_bad_input_is_one_line_and_exit_code_2(case, cells, tmp_path, capsys, mo
 
 
 def test_triton_without_a_gpu_is_refused_before_training(cells, tmp_path):
-    argv = [*NET, "--data", str(cells), "--bs", "16", "--impl", "triton", "--out", str(tmp_path / "out")]
+    argv = [
+        *NET,
+        "--data",
+        str(cells),
+        "--bs",
+        "16",
+        "--impl",
+        "triton",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     process = launch(argv, {"TRITON_INTERPRET": "0"})
     _, err = process.communicate(timeout=120)
-    assert process.returncode == 2 and err.count("\n") == 1 and err.startswith("error: --impl triton: ")
+    assert (
+        process.returncode == 2
+        and err.count("\n") == 1
+        and err.startswith("error: --impl triton: ")
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -465,19 +675,33 @@ def test_a_damaged_image_ends_the_run_by_name(cells, tmp_path, capsys):
         (root / path.parent.name / path.name).write_bytes(path.read_bytes())
     (root / "long" / "05.png").write_bytes((root / "long" / "05.png").read_bytes()[:-80])
     with pytest.raises(SystemExit) as ending:
-        train_simclr.main([*NET, "--data", str(root), "--bs", "16", "--epochs", "1", "--out", str(tmp_path / "out")])
+        train_simclr.main(
+            [
+                *NET,
+                "--data",
+                str(root),
+                "--bs",
+                "16",
+                "--epochs",
+                "1",
+                "--out",
+                str(tmp_path / "out"),
+            ]
+        )
     assert ending.value.code == 2 and "long/05.png" in capsys.readouterr().err
 
 
 def test_importing_the_script_does_no_work():
     code = "import sys; import train_simclr; import torch; assert not torch.cuda.is_initialized()"
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.fixture(scope="module")
 def labels49(tmp_path_factory):
-    """The five target labels and 44 others, four to 24 images of 8 px each, coloured by label."""
+    """The five target labels and 44 others, four to 24 images of 8 px each, colored by label."""
     root, rng = tmp_path_factory.mktemp("data") / "labels49", np.random.default_rng(0)
     names = [*cytology.TARGETS.split(","), *(f"label{k:02d}" for k in range(44))]
     for k, name in enumerate(names):
@@ -491,7 +715,17 @@ def labels49(tmp_path_factory):
 
 def test_a_check_leaves_no_cytology_split(labels49, tmp_path, monkeypatch):
     monkeypatch.setattr(cytology, "TOO_SMALL", 4)
-    flags = [*NET, "--protocol", "cytology", "--data", str(labels49), "--bs", "16", "--check", "gradient"]
+    flags = [
+        *NET,
+        "--protocol",
+        "cytology",
+        "--data",
+        str(labels49),
+        "--bs",
+        "16",
+        "--check",
+        "gradient",
+    ]
     assert train_simclr.main([*flags, "--out", str(tmp_path)]) == 0
     assert (tmp_path / "check.json").exists() and not (tmp_path / "split.json").exists()
 
@@ -506,14 +740,37 @@ def test_the_cytology_protocol_runs_through_all_stages(labels49, tmp_path, monke
     assert "A1 has" in capsys.readouterr().out
     sets = json.loads((run / "split.json").read_text())["sets"]
     targets = set(cytology.TARGETS.split(","))
-    assert {name.split("/")[0] for name in sets["B1"]} == targets == {name.split("/")[0] for name in sets["B2"]}
+    assert (
+        {name.split("/")[0] for name in sets["B1"]}
+        == targets
+        == {name.split("/")[0] for name in sets["B2"]}
+    )
     for stage, num_classes in (("linear", 30), ("finetune", 5)):
         best = checkpoint.load(run / stage / "best.pt")
-        assert len(best["meta"]["classes"][stage]) == num_classes == len(best["model"]["fc.weight"])
-    assert summary(run)["linear_pixels/test/accuracy"] > 0.5 > summary(run)["majority/test/accuracy"]
-    # A later stage of another run takes the sets of the run it starts from, although the data has grown.
+        assert (
+            len(best["model_spec"]["classes"][stage])
+            == num_classes
+            == len(best["model"]["fc.weight"])
+        )
+    assert (
+        summary(run)["linear_pixels/test/accuracy"] > 0.5 > summary(run)["majority/test/accuracy"]
+    )
+    # A later stage of another run takes the sets of the run it starts from, although the data has
+    # grown.
     Image.new("RGB", (8, 8)).save(labels49 / "HSIL" / "new.png")
-    alone = [*flags, "--stage", "finetune", "--from", str(run), "--bs", "16", "--epochs", "1", "--out", str(again)]
+    alone = [
+        *flags,
+        "--stage",
+        "finetune",
+        "--from",
+        str(run),
+        "--bs",
+        "16",
+        "--epochs",
+        "1",
+        "--out",
+        str(again),
+    ]
     assert train_simclr.main(alone) == 0
     (labels49 / "HSIL" / "new.png").unlink()
     assert json.loads((again / "split.json").read_text())["sets"] == sets
@@ -526,31 +783,63 @@ def test_the_cytology_protocol_runs_through_all_stages(labels49, tmp_path, monke
     assert train_simclr.main(["--eval", str(run), "--device", "cpu"]) == 0
     evaluated = json.loads((run / "eval.json").read_text())
     assert evaluated["eval/test/accuracy"] == summary(run)["finetune/test/accuracy"]
-    assert train_simclr.main(["--predict", str(labels49), "--resume", str(run), "--device", "cpu"]) == 0
+    assert (
+        train_simclr.main(["--predict", str(labels49), "--resume", str(run), "--device", "cpu"])
+        == 0
+    )
     with open(run / "predictions.csv") as file:
         assert {row["class"] for row in csv.DictReader(file)} <= targets
 
 
 def test_a_cell_is_a_function_of_its_number(cells, tmp_path, monkeypatch, capsys):
-    parsed = [train_simclr.parse_args(["--cell", str(k)])[0] for k in range(108)]
+    parsed = [train_simclr.parse_args(["--grid-index", str(k)])[0] for k in range(108)]
     settings = [(a.backbone, a.bs, a.fraction, a.proj_dim) for a in parsed]
     assert len(set(settings)) == 108
-    assert {s[0] for s in settings} == {"resnet50", "resnet101", "inception_v3", "inception_resnet_v2"}
-    assert settings[0] == ("resnet50", 64, 1.0, 32) and settings[-1] == ("inception_resnet_v2", 256, 0.4, 128)
+    assert {s[0] for s in settings} == {
+        "resnet50",
+        "resnet101",
+        "inception_v3",
+        "inception_resnet_v2",
+    }
+    assert settings[0] == ("resnet50", 64, 1.0, 32) and settings[-1] == (
+        "inception_resnet_v2",
+        256,
+        0.4,
+        128,
+    )
     with pytest.raises(SystemExit) as stop:
-        train_simclr.parse_args(["--cell", "3", "--bs", "32"])
+        train_simclr.parse_args(["--grid-index", "3", "--bs", "32"])
     assert stop.value.code == 2 and "--bs has no effect with --cell" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
-        train_simclr.parse_args(["--cell", "3", "--stage", "linear", "--from", "run"])
-    assert stop.value.code == 2 and "--cell has no effect with --stage linear" in capsys.readouterr().err
+        train_simclr.parse_args(["--grid-index", "3", "--stage", "linear", "--from", "run"])
+    assert (
+        stop.value.code == 2
+        and "--grid-index has no effect with --stage linear" in capsys.readouterr().err
+    )
     # Run twice, a cell finds its own directory; other flags or another cell have another one.
     monkeypatch.setitem(train_simclr.CELLS[0], "backbone", "resnet18")
     monkeypatch.setitem(train_simclr.CELLS[0], "bs", 16)
     monkeypatch.setitem(train_simclr.CELLS[1], "backbone", "resnet18")
     monkeypatch.setitem(train_simclr.CELLS[1], "bs", 16)
     monkeypatch.chdir(tmp_path)
-    small = ["--image-size", "8", "--stem", "cifar", "--device", "cpu", "--data", str(cells), "--epochs", "1"]
-    for extra in (["--cell", "0"], ["--cell", "0"], ["--cell", "1"], ["--cell", "0", "--seed", "1"]):
+    small = [
+        "--image-size",
+        "8",
+        "--stem",
+        "cifar",
+        "--device",
+        "cpu",
+        "--data",
+        str(cells),
+        "--epochs",
+        "1",
+    ]
+    for extra in (
+        ["--grid-index", "0"],
+        ["--grid-index", "0"],
+        ["--grid-index", "1"],
+        ["--grid-index", "0", "--seed", "1"],
+    ):
         assert train_simclr.main([*small, *extra]) == 0
     assert len(list((tmp_path / "runs" / "simclr").iterdir())) == 3
     assert capsys.readouterr().out.count("has finished; its summary") == 1
@@ -571,13 +860,18 @@ def test_published_weights_start_every_stage(cells, tmp_path, capsys):
         stored = checkpoint.load(out / "best.pt")["model"]
         for name, tensor in model.named_parameters():  # nothing moves at a learning rate of 0
             if not name.startswith("fc."):
-                assert torch.equal(stored[f"backbone.{name}" if stage == "pretrain" else name], tensor), name
+                assert torch.equal(
+                    stored[f"backbone.{name}" if stage == "pretrain" else name], tensor
+                ), name
     with pytest.raises(SystemExit) as stop:
         train_simclr.main([*flags, "--backbone", "resnet50", "--out", str(tmp_path / "other")])
     assert stop.value.code == 2 and "holds weights of resnet18" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         train_simclr.main([*flags, "--stage", "linear", "--from", str(tmp_path / "pretrain")])
-    assert stop.value.code == 2 and "either --from RUN, --weights FILE or --from none" in capsys.readouterr().err
+    assert (
+        stop.value.code == 2
+        and "either --from RUN, --weights FILE or --from none" in capsys.readouterr().err
+    )
     copy = tmp_path / "copy.pth"
     copy.write_bytes(file.read_bytes())
     flags[flags.index(str(file))] = str(copy)  # the same weights elsewhere mean the same run
@@ -587,7 +881,19 @@ def test_published_weights_start_every_stage(cells, tmp_path, capsys):
 
 def test_a_baseline_of_the_linear_protocol_can_be_evaluated(cells, tmp_path, capsys):
     run = tmp_path / "random"
-    flags = [*NET, "--data", str(cells), "--stage", "linear", "--from", "none", "--bs", "16", "--epochs", "3"]
+    flags = [
+        *NET,
+        "--data",
+        str(cells),
+        "--stage",
+        "linear",
+        "--from",
+        "none",
+        "--bs",
+        "16",
+        "--epochs",
+        "3",
+    ]
     assert train_simclr.main([*flags, "--out", str(run)]) == 0
     assert train_simclr.main(["--eval", str(run), "--device", "cpu"]) == 0
     evaluated = json.loads((run / "eval.json").read_text())

@@ -1,4 +1,6 @@
-"""The clip model: what moves and how far it reaches, the head, frozen layers, checkpointing, memory, streams."""
+"""The clip model: what moves and how far it reaches, the head, frozen layers, checkpointing,
+memory, streams.
+"""
 
 import copy
 from functools import partial
@@ -7,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.config import InputError
+from common.errors import InputError
 from common.models.heads import TemporalHead
 from common.models.mobilenet_v4 import VARIANTS, build_mobilenet_v4, shift_sites
 from common.models.tsm import ClipModel, Shift, Stream, freeze_bn, training_memory
@@ -17,7 +19,14 @@ KERNELS = {"residual": temporal_shift, "expand": shift_conv1x1, "none": None}
 
 
 def make(
-    placement="residual", name="conv_small_035", *, n_segment=4, fold_div=4, direction="both", padding="zero", **head
+    placement="residual",
+    name="conv_small_035",
+    *,
+    n_segment=4,
+    fold_div=4,
+    direction="both",
+    padding="zero",
+    **head,
 ):
     """A clip model whose attention, statistics and layer scales are not those of a new one."""
     torch.manual_seed(0)
@@ -51,13 +60,21 @@ def slices(x, n_segment, fold_div, direction):
 
 
 def eager(model, frames, n_segment):
-    """Logits by hooks on an untouched backbone: every site's branch is computed again from the shifted map."""
+    """Logits by hooks on an untouched backbone: every site's branch is computed again from the
+    shifted map.
+    """
     s = model.shift
     move = partial(slices, n_segment=n_segment, fold_div=s.fold_div, direction=s.direction)
     handles = []
     for site in shift_sites(model.backbone).values():
-        first = site.dw_start if s.placement == "residual" and site.dw_start is not None else site.pw_exp
-        handles.append(first.conv.register_forward_pre_hook(lambda module, inputs: (move(inputs[0]),)))
+        first = (
+            site.dw_start
+            if s.placement == "residual" and site.dw_start is not None
+            else site.pw_exp
+        )
+        handles.append(
+            first.conv.register_forward_pre_hook(lambda module, inputs: (move(inputs[0]),))
+        )
     features = model.backbone(frames).unflatten(0, (-1, n_segment))
     for handle in handles:
         handle.remove()
@@ -84,7 +101,10 @@ def test_the_model_is_the_paper_s_with_an_unshifted_shortcut(placement, directio
 
 @pytest.mark.parametrize("placement", ["residual", "expand"])
 def test_gradients_are_those_of_the_paper_s_slices(placement):
-    model, clips = make(placement).train().double(), torch.randn(2, 4, 3, 64, 64, dtype=torch.float64)
+    model, clips = (
+        make(placement).train().double(),
+        torch.randn(2, 4, 3, 64, 64, dtype=torch.float64),
+    )
     gradients = []
     for logits, _ in (model(clips), eager(model, clips.flatten(0, 1), 4)):
         gradients.append(torch.autograd.grad(logits.sum(), list(model.parameters())))
@@ -105,7 +125,9 @@ def test_frames_without_the_clip_s_dimension_are_clips_of_n_segment():
 
 @pytest.mark.parametrize("placement", ["residual", "expand"])
 def test_the_shortcut_of_a_site_keeps_its_own_frame(placement):
-    """Shifting the shortcut's memory too raises nothing and trains badly (mit-han-lab/temporal-shift-module#105)."""
+    """Shifting the shortcut's memory too raises nothing and trains badly
+    (mit-han-lab/temporal-shift-module#105).
+    """
     model = make(placement).eval()
     site = next(iter(shift_sites(model.backbone).values()))
     nn.init.zeros_(site.pw_proj.bn.weight)
@@ -122,7 +144,9 @@ def test_one_site_reads_one_frame_further_and_all_of_them_only_so_far(placement,
     model = make(placement, direction=direction, aggregate="mean").eval().double()
     hooks, frames = model.shift.hooks(7), 7
     for site in list(shift_sites(model.backbone).values())[::4]:
-        x = torch.randn(frames, site.pw_proj.conv.out_channels, 4, 4, dtype=torch.float64, requires_grad=True)
+        x = torch.randn(
+            frames, site.pw_proj.conv.out_channels, 4, 4, dtype=torch.float64, requires_grad=True
+        )
         (dx,) = torch.autograd.grad(site(x, *hooks)[3].sum(), x)
         assert {t - 3 for t in range(frames) if dx[t].any()} == reach
     x = torch.randn(frames, 3, 32, 32, dtype=torch.float64, requires_grad=True)
@@ -147,12 +171,18 @@ def test_the_shift_changes_no_key_and_says_where_it_sits():
     assert list(model.backbone.state_dict()) == list(build_mobilenet_v4("conv_medium").state_dict())
     text = model.describe()
     assert text == (
-        "shift expand at 18 blocks, 8 frames, fold_div 8, direction both, padding zero: 25% of their channels move"
+        "shift expand at 18 blocks, 8 frames, fold_div 8, direction both, padding zero: 25% of"
+        " their channels move"
     )
-    assert "50%" in make(fold_div=4).describe() and "25%" in make(fold_div=4, direction="past").describe()
+    assert (
+        "50%" in make(fold_div=4).describe()
+        and "25%" in make(fold_div=4, direction="past").describe()
+    )
     assert make("none").describe() == "shift none"
     sites = shift_sites(make(name="hybrid_medium").backbone)
-    assert len(sites) == 19 and not any("attn" in dict(site.named_children()) for site in sites.values())
+    assert len(sites) == 19 and not any(
+        "attn" in dict(site.named_children()) for site in sites.values()
+    )
     with pytest.raises(ValueError, match="'inplace', allowed are residual, expand, none"):
         ClipModel(
             model.backbone,
@@ -174,7 +204,10 @@ def test_the_largest_fold_div_moves_a_channel_of_every_site(name):
 def test_padding_reaches_the_kernel():
     clips = torch.randn(1, 4, 3, 32, 32)
     with torch.no_grad():
-        logits = [make(padding=padding).eval()(clips)[0].item() for padding in ("zero", "replicate", "circulant")]
+        logits = [
+            make(padding=padding).eval()(clips)[0].item()
+            for padding in ("zero", "replicate", "circulant")
+        ]
     assert len(set(logits)) == 3
 
 
@@ -201,7 +234,9 @@ def test_dropout_takes_features_or_whole_channels_of_the_last_map(spatial):
     model.backbone.eval()
     frames = torch.randn(2, 3, 64, 64)
     seen = []
-    model.backbone.conv_head.register_forward_pre_hook(lambda m, inputs: seen.append(inputs[0].flatten(1)))
+    model.backbone.conv_head.register_forward_pre_hook(
+        lambda m, inputs: seen.append(inputs[0].flatten(1))
+    )
     with torch.no_grad():
         dropped, (pooled,) = model.frame_features(frames), seen
         model.eval()
@@ -218,16 +253,21 @@ def test_dropout_takes_features_or_whole_channels_of_the_last_map(spatial):
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("conv_small", 15), ("conv_medium", 25), ("conv_large", 34), ("hybrid_medium", 32)]
+    ("name", "count"),
+    [("conv_small", 15), ("conv_medium", 25), ("conv_large", 34), ("hybrid_medium", 32)],
 )
-def test_a_third_of_the_normalisation_is_frozen(name, count):
+def test_a_third_of_the_normalization_is_frozen(name, count):
     with torch.device("meta"):
         model = ClipModel(
             build_mobilenet_v4(name), Shift("none", None, 8, 4, "both", "zero"),
             aggregate="mean", dropout=0.3, dropout2d=False, num_classes=1,
         )  # fmt: skip
     names = freeze_bn(model, 0.33)
-    assert len(names) == count and names[0] == "backbone.bn1" and names[1].startswith("backbone.blocks.0.0.")
+    assert (
+        len(names) == count
+        and names[0] == "backbone.bn1"
+        and names[1].startswith("backbone.blocks.0.0.")
+    )
 
 
 def test_frozen_layers_stay_as_they_are_whatever_the_mode():
@@ -241,14 +281,18 @@ def test_frozen_layers_stay_as_they_are_whatever_the_mode():
         model(torch.randn(2, 4, 3, 32, 32))[0].sum().backward()
         optimizer.step()
     changed = {
-        key.rpartition(".")[0] for key, value in model.state_dict().items() if not torch.equal(value, before[key])
+        key.rpartition(".")[0]
+        for key, value in model.state_dict().items()
+        if not torch.equal(value, before[key])
     }
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
     assert names == layers[:23] and not changed & set(names) and changed >= set(layers[23:])
     assert freeze_bn(make("none"), 0.0) == []
 
 
-@pytest.mark.parametrize(("placement", "name"), [("residual", "conv_small_035"), ("expand", "hybrid_medium")])
+@pytest.mark.parametrize(
+    ("placement", "name"), [("residual", "conv_small_035"), ("expand", "hybrid_medium")]
+)
 def test_checkpointed_blocks_give_the_same_gradients_and_statistics_bit_for_bit(placement, name):
     plain = make(placement, name, dropout=0.3)
     freeze_bn(plain, 0.1)
@@ -269,7 +313,9 @@ def test_checkpointed_blocks_give_the_same_gradients_and_statistics_bit_for_bit(
 
 
 def saved_bytes(module, dtype, *inputs):
-    """Bytes that autograd keeps of a forward pass, parameters and buffers excepted; and the pass's result."""
+    """Bytes that autograd keeps of a forward pass, parameters and buffers excepted; and the pass's
+    result.
+    """
     kept = {}
 
     def keep(tensor):
@@ -285,7 +331,9 @@ def saved_bytes(module, dtype, *inputs):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("placement", "name"), [("residual", "conv_medium"), ("expand", "hybrid_medium")])
+@pytest.mark.parametrize(
+    ("placement", "name"), [("residual", "conv_medium"), ("expand", "hybrid_medium")]
+)
 def test_predicted_memory_is_what_autograd_keeps(placement, name, dtype):
     model = make(placement, name).train()
     clips = torch.randn(1, 4, 3, 128, 128)
@@ -307,12 +355,15 @@ def test_predicted_memory_of_checkpointed_blocks():
     whole = training_memory(model, 4, 128, torch.float32).activations
     blocks = [block for stage in model.backbone.blocks for block in stage]
     inputs = []
-    handles = [b.register_forward_pre_hook(lambda m, args: inputs.append(args[0].detach())) for b in blocks]
+    handles = [
+        b.register_forward_pre_hook(lambda m, args: inputs.append(args[0].detach())) for b in blocks
+    ]
     model(clips)
     for handle in handles:
         handle.remove()
     largest = max(
-        saved_bytes(b, torch.float32, x.requires_grad_())[0] - x.nbytes for b, x in zip(blocks, inputs, strict=True)
+        saved_bytes(b, torch.float32, x.requires_grad_())[0] - x.nbytes
+        for b, x in zip(blocks, inputs, strict=True)
     )
     model.backbone.checkpoint_blocks = True
     outside, _ = saved_bytes(model, torch.float32, clips)  # the blocks' inputs included
@@ -347,7 +398,9 @@ def test_a_stream_gives_the_scores_of_the_whole_sequence(placement, aggregate):
     torch.testing.assert_close(torch.stack(scores, 1).softmax(1), weights, rtol=0, atol=1e-5)
     if placement != "none":
         windows = model(sequence.unflatten(1, (10, 4)).flatten(0, 1))[0]
-        assert (windows.unflatten(0, (2, 10)).mean(1) - expected).abs().max() > 1e-4  # another question, another score
+        assert (
+            windows.unflatten(0, (2, 10)).mean(1) - expected
+        ).abs().max() > 1e-4  # another question, another score
 
 
 def test_a_stream_keeps_one_fold_of_each_site():
@@ -370,13 +423,17 @@ def test_a_running_softmax_survives_scores_that_overflow():
     torch.testing.assert_close(scores[-1][0], expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"direction": "both"}, {"direction": "past", "padding": "replicate"}])
+@pytest.mark.parametrize(
+    "options", [{"direction": "both"}, {"direction": "past", "padding": "replicate"}]
+)
 def test_only_a_model_of_the_past_can_stream(options):
     with pytest.raises(InputError, match="--direction past --padding zero: this one has"):
         Stream(make(**options).eval(), shift_step)
 
 
-@pytest.mark.parametrize(("placement", "checkpoint_blocks"), [("residual", False), ("expand", True)])
+@pytest.mark.parametrize(
+    ("placement", "checkpoint_blocks"), [("residual", False), ("expand", True)]
+)
 def test_the_compiler_takes_the_model_whole(placement, checkpoint_blocks):
     plain = make(placement).train()
     compiled = copy.deepcopy(plain)

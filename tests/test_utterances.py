@@ -1,4 +1,6 @@
-"""Utterances from .npz, .tsv and UMC's layouts; refused inputs; hostile pickles; splits; what the doctor finds."""
+"""Utterances from .npz, .tsv and UMC's layouts; refused inputs; hostile pickles; splits; what the
+doctor finds.
+"""
 
 import collections
 import io
@@ -10,9 +12,15 @@ import zipfile
 import numpy as np
 import pytest
 
-from common.config import InputError
-from common.datasets import utterances
-from common.datasets.utterances import Utterances, doctor, open_utterances, split, unpickle_arrays
+from common.data import utterances
+from common.data.utterances import (
+    Utterances,
+    data_problems,
+    open_utterances,
+    split,
+    unpickle_arrays,
+)
+from common.errors import InputError
 
 RNG = np.random.default_rng(0)
 
@@ -53,11 +61,16 @@ def test_npz_gives_every_float_array_as_a_modality(tmp_path):
     assert data.lengths["audio"].tolist() == [3, 1, 2, 3]
     assert not data.modalities["audio"][1, 1:].any() and not data.modalities["audio"][2, 2:].any()
     np.testing.assert_array_equal(data.modalities["audio"][0], audio[0].astype(np.float32))
-    assert data.labels.tolist() == [1, 0, -1, 1] and data.classes == ["yes", "no"] and data.ids == list("abcd")
+    assert (
+        data.labels.tolist() == [1, 0, -1, 1]
+        and data.classes == ["yes", "no"]
+        and data.ids == list("abcd")
+    )
     assert data.splits.tolist() == ["train", "val", "test", "train"]
     assert data.texts == ["Hi.", "Hm?", "", "No!"] and data.speakers == ["x", "y", "x", "y"]
     assert data.describe() == (
-        "data.npz: 4 utterances in 2 classes (no 2, yes 1); splits train 2, val 1, test 1; raw text, words 5, pause 1,"
+        "data.npz: 4 utterances in 2 classes (no 2, yes 1); splits train 2, val 1, test 1; raw"
+        " text, words 5, pause 1,"
         " audio 3 x 2"
     )
 
@@ -69,7 +82,7 @@ def test_npz_labels_may_be_names_or_numbers_or_missing(tmp_path):
     numbered = open_utterances(npz(tmp_path, x=x, label=[12, -1, 5]))
     assert numbered.labels.tolist() == [1, -1, 0] and numbered.classes == ["5", "12"]
     bare = open_utterances(npz(tmp_path, x=x))
-    assert not bare.labelled and bare.ids == ["0", "1", "2"] and bare.splits.tolist() == [""] * 3
+    assert not bare.labeled and bare.ids == ["0", "1", "2"] and bare.splits.tolist() == [""] * 3
 
 
 def test_long_sequences_are_cut_and_padding_is_not(tmp_path):
@@ -91,7 +104,10 @@ def test_the_padding_may_hold_anything(tmp_path):
     [
         ({"a": np.ones((3, 2)), "b": np.ones((4, 2))}, "the lengths are: a 3, b 4"),
         ({"a": np.ones((3, 2)), "label": [0, 1]}, "the lengths are: a 3, label 2"),
-        ({"a": [[1, np.nan], [1, 1], [np.inf, 0], [0, 0]]}, r"a is NaN or infinite in 2 of 4 rows: 0, 2 \(counted"),
+        (
+            {"a": [[1, np.nan], [1, 1], [np.inf, 0], [0, 0]]},
+            r"a is NaN or infinite in 2 of 4 rows: 0, 2 \(counted",
+        ),
         ({"a": np.full((2, 2), 1e300)}, "a is NaN or infinite in 2 of 2 rows"),
         ({"a": np.array([{}, {}], object)}, "object arrays are refused"),
         ({"a": np.ones((3, 2), int)}, "a is int64 of shape"),
@@ -101,9 +117,15 @@ def test_the_padding_may_hold_anything(tmp_path):
         ({"a": np.ones((3, 4, 2)), "a_len": [1, 0, 5]}, r"in \[1, 4\]; rows 1, 2 are not"),
         ({"a": np.ones((3, 0))}, "has the shape"),
         ({"a": np.ones((2, 1, 1, 1))}, "has the shape"),
-        ({"a": np.ones((3, 2)), "label": [0, 1, 2], "classes": ["x", "y"]}, r"\[0, 1\].* rows 2 do not"),
+        (
+            {"a": np.ones((3, 2)), "label": [0, 1, 2], "classes": ["x", "y"]},
+            r"\[0, 1\].* rows 2 do not",
+        ),
         ({"a": np.ones((3, 2)), "label": [0.0, 1.0, 2.0]}, "label is float64"),
-        ({"a": np.ones((3, 2)), "id": ["x", "y", "x"]}, r"the id 'x' stands twice \(utterances 0 and 2"),
+        (
+            {"a": np.ones((3, 2)), "id": ["x", "y", "x"]},
+            r"the id 'x' stands twice \(utterances 0 and 2",
+        ),
         ({"a": np.ones((3, 2)), "split": ["train", "tset", "test"]}, "utterance 1 .* split 'tset'"),
         ({"a": np.ones((3, 2)), "split": ["one", "two", "one"]}, "unknown split 'one'"),
         ({"a": np.ones((3, 2)), "text": ["", " ", "\t"]}, "the text of all 3 utterances is empty"),
@@ -148,7 +170,7 @@ def test_tsv_columns_go_by_name(tmp_path):
 
 def test_a_tsv_of_text_alone_is_enough(tmp_path):
     data = open_utterances(tsv(tmp_path, "text\nHello.\n\nYes?\n"))
-    assert data.texts == ["Hello.", "", "Yes?"] and data.ids == ["0", "1", "2"] and not data.labelled
+    assert data.texts == ["Hello.", "", "Yes?"] and data.ids == ["0", "1", "2"] and not data.labeled
 
 
 @pytest.mark.parametrize(
@@ -204,7 +226,9 @@ def umc(root, layout, features=True, protocol=4):
     for name, part in (("train", rows[:5]), ("dev", rows[5:7]), ("test", rows[7:])):
         tsv(root, "\n".join([header, *("\t".join(row) for row in part)]) + "\n", f"{name}.tsv")
     frames = {
-        "video_data/swin_feats.pkl": {name: RNG.random((i + 1, 1, 6)).astype(np.float32) for i, name in enumerate(ids)},
+        "video_data/swin_feats.pkl": {
+            name: RNG.random((i + 1, 1, 6)).astype(np.float32) for i, name in enumerate(ids)
+        },
         "audio_data/wavlm_feats.pkl": {name: RNG.random((9 - i, 4)) for i, name in enumerate(ids)},
     }
     if features:
@@ -226,12 +250,19 @@ def test_the_layouts_of_umc(tmp_path, layout):
     assert folder.ids == LAYOUTS[layout][2] and folder.texts == [f"text {i}" for i in range(9)]
     assert folder.classes == ["joke", "thank"] and folder.labels.tolist() == [1, 0] * 4 + [1]
     assert folder.splits.tolist() == ["train"] * 5 + ["val"] * 2 + ["test"] * 2
-    assert folder.lengths["video"].tolist() == list(range(1, 10)) and folder.lengths["audio"][0] == 9
+    assert (
+        folder.lengths["video"].tolist() == list(range(1, 10)) and folder.lengths["audio"][0] == 9
+    )
     for i, name in enumerate(folder.ids):
         np.testing.assert_array_equal(folder.modalities["video"][i, : i + 1], video[name][:, 0])
-        np.testing.assert_array_equal(folder.modalities["audio"][i, : 9 - i], audio[name].astype(np.float32))
+        np.testing.assert_array_equal(
+            folder.modalities["audio"][i, : 9 - i], audio[name].astype(np.float32)
+        )
         assert not folder.modalities["video"][i, i + 1 :].any()
-    assert {k: v.tolist() for k, v in split(folder).items()} == {"train": list(range(7)), "test": [7, 8]}
+    assert {k: v.tolist() for k, v in split(folder).items()} == {
+        "train": list(range(7)),
+        "test": [7, 8],
+    }
 
 
 def test_a_layout_without_features_is_its_text(tmp_path):
@@ -264,7 +295,10 @@ def test_a_layout_whose_first_line_is_data_is_refused(tmp_path):
     ("change", "message"),
     [
         (lambda t: t.pop("3_2"), r"no features of 1 of 9 utterances \(3_2\)"),
-        (lambda t: t.update({"3_2": np.ones((2, 9))}), r"3_2 has the shape \(2, 9\); allowed is \(frames, 4\)"),
+        (
+            lambda t: t.update({"3_2": np.ones((2, 9))}),
+            r"3_2 has the shape \(2, 9\); allowed is \(frames, 4\)",
+        ),
         (lambda t: t.update({"3_2": np.ones((0, 4))}), "at least one"),
         (lambda t: t.update({"3_2": np.ones((2, 4), int)}), "3_2 is no float array"),
         (lambda t: t.update({"3_2": "none"}), "3_2 is no float array"),
@@ -318,7 +352,8 @@ ARRAYS = {
 @pytest.mark.parametrize("modules", ["numpy._core", "numpy.core"])
 def test_arrays_are_unpickled_as_pickle_does(protocol, modules):
     data = pickle.dumps(ARRAYS, protocol)
-    # NumPy 1 and 2 call the same functions by two names; a name's length stands before it from protocol 4 on.
+    # NumPy 1 and 2 call the same functions by two names; a name's length stands before it from
+    # protocol 4 on.
     own = "numpy._core" if b"numpy._core" in data else "numpy.core"
     for module in ("multiarray", "numeric"):
         old, new = (f"{package}.{module}".encode() for package in (own, modules))
@@ -330,7 +365,9 @@ def test_arrays_are_unpickled_as_pickle_does(protocol, modules):
     assert read.keys() == ARRAYS.keys() and read["nested"].keys() == ARRAYS["nested"].keys()
     for name in ARRAYS:
         if name != "nested":
-            np.testing.assert_array_equal(read[name], ARRAYS[name], strict=name not in ("scalar", "no axes"))
+            np.testing.assert_array_equal(
+                read[name], ARRAYS[name], strict=name not in ("scalar", "no axes")
+            )
     assert read["nested"][4] == 5.5 and read["nested"]["x"].tolist() == [0, 1, 2]
 
 
@@ -376,7 +413,9 @@ def hostile(flag):
     yield b"\x80\x02\x82\x01."  # the extension registry
     yield b"\x80\x02Pmine\n."  # a persistent object
     yield b"\x80\x05\x97."  # an out-of-band buffer
-    yield b"\x80\x02cnumpy\ndtype\n" + b"N}X\x04\x00\x00\x00argsNs\x86b."  # attributes of a stand-in's class
+    yield (
+        b"\x80\x02cnumpy\ndtype\n" + b"N}X\x04\x00\x00\x00argsNs\x86b."
+    )  # attributes of a stand-in's class
     yield array.replace(b"K\x04\x85", b"K\x08\x85")  # an array beyond its buffer
     yield array.replace(b"K\x04\x85", b"J\xff\xff\xff\xff\x85")
     yield array.replace(b"f8", b"O8")
@@ -398,7 +437,9 @@ def test_hostile_pickles_run_nothing(tmp_path, monkeypatch):
             unpickle_arrays("file", data)
         assert "\n" not in str(error.value), number
     assert not flag.exists() and not calls
-    np.testing.assert_array_equal(unpickle_arrays("file", pickle.dumps({"a": np.arange(3)}))["a"], [0, 1, 2])
+    np.testing.assert_array_equal(
+        unpickle_arrays("file", pickle.dumps({"a": np.arange(3)}))["a"], [0, 1, 2]
+    )
 
 
 def test_a_pickle_of_one_array_is_not_a_table():
@@ -412,15 +453,25 @@ def test_the_held_out_part_depends_on_the_ids_alone(tmp_path):
     first = open_utterances(npz(tmp_path, x=features, id=ids, label=RNG.integers(0, 5, 200)))
     other = open_utterances(npz(tmp_path, x=features, id=ids, label=RNG.integers(0, 5, 200)))
     parts = split(first)
-    assert len(parts["test"]) == 30 and sorted([*parts["train"], *parts["test"]]) == list(range(200))
-    assert np.array_equal(parts["test"], split(other)["test"]) and first.fingerprint != other.fingerprint
+    assert len(parts["test"]) == 30 and sorted([*parts["train"], *parts["test"]]) == list(
+        range(200)
+    )
+    assert (
+        np.array_equal(parts["test"], split(other)["test"])
+        and first.fingerprint != other.fingerprint
+    )
     order = RNG.permutation(200)
     mixed = open_utterances(npz(tmp_path, x=features[order], id=np.array(ids)[order]))
     assert {mixed.ids[i] for i in split(mixed)["test"]} == {first.ids[i] for i in parts["test"]}
 
 
 def test_the_fingerprint_stands_for_the_content(tmp_path):
-    arrays = {"x": RNG.random((4, 2)), "v": RNG.random((4, 2, 1)), "v_len": [1, 2, 2, 2], "text": list("abcd")}
+    arrays = {
+        "x": RNG.random((4, 2)),
+        "v": RNG.random((4, 2, 1)),
+        "v_len": [1, 2, 2, 2],
+        "text": list("abcd"),
+    }
     first = open_utterances(npz(tmp_path, **arrays)).fingerprint
     assert open_utterances(npz(tmp_path, **arrays)).fingerprint == first
     for name, value in (
@@ -436,13 +487,20 @@ def test_the_doctor_finds_the_imbalance_of_iemocap():
     counts = [2172, 900, 300, 56]
     labels = np.repeat(np.arange(4), counts)
     texts = [f"Text number {i}!" for i in range(len(labels))]
-    data = Utterances("set", map(str, range(len(labels))), labels, list("dcba"), ["train"] * len(labels), texts=texts)
-    found = doctor(data)
+    data = Utterances(
+        "set",
+        map(str, range(len(labels))),
+        labels,
+        list("dcba"),
+        ["train"] * len(labels),
+        texts=texts,
+    )
+    found = data_problems(data)
     assert found["imbalance"] == "38.8 (d over a)"
     assert found["classes"] == "4: d 2172, c 900, b 300, a 56" and found["splits"] == "train 3428"
-    assert found["repeated texts"] == "0 repeat an earlier one" and found["tokens per text"].startswith(
-        "mean 4.0, longest 4"
-    )
+    assert found["repeated texts"] == "0 repeat an earlier one" and found[
+        "tokens per text"
+    ].startswith("mean 4.0, longest 4")
 
 
 def test_the_doctor_tells_of_texts_and_features():
@@ -459,17 +517,24 @@ def test_the_doctor_tells_of_texts_and_features():
         modalities={"video": video, "audio": audio},
         lengths={"video": np.array([1, 3, 2, 1])},
     )
-    found = doctor(data)
+    found = data_problems(data)
     assert found["tokens per text"] == "mean 2.5, longest 6 (a)" and found["empty texts"] == "1 (c)"
     assert found["repeated texts"] == "1 repeat an earlier one; 'Hm.' stands 2 times"
-    assert found["without label"] == "1" and found["imbalance"] == "2.0 (x over y)" and found["splits"] == "none named"
+    assert (
+        found["without label"] == "1"
+        and found["imbalance"] == "2.0 (x over y)"
+        and found["splits"] == "none named"
+    )
     frames = np.array([[1, 5], [1, 2], [1, 3], [1, 4], [1, 7], [1, 8], [0, 0]])
     low, high = frames.std(0)
     assert found["modality video"] == (
-        f"3 x 2, lengths 1 to 3 (mean 1.8); means {frames.mean(0)[0]:.3g} to {frames.mean(0)[1]:.3g}, deviations"
+        f"3 x 2, lengths 1 to 3 (mean 1.8); means {frames.mean(0)[0]:.3g} to"
+        f" {frames.mean(0)[1]:.3g}, deviations"
         f" {low:.3g} to {high:.3g}; 1 utterances all zero, 0 constant columns"
     )
-    assert found["modality audio"].endswith("1 utterances all zero, 1 constant columns, 12.50% not finite")
+    assert found["modality audio"].endswith(
+        "1 utterances all zero, 1 constant columns, 12.50% not finite"
+    )
 
 
 def test_scales_do_not_depend_on_the_chunks(monkeypatch):

@@ -1,4 +1,6 @@
-"""Weights are read as the safetensors package and torch read them; whatever is wrong ends in one line, cheaply."""
+"""Weights are read as the safetensors package and torch read them; whatever is wrong ends in one
+line, cheaply.
+"""
 
 import argparse
 import json
@@ -11,8 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from common import checkpoint, weights
-from common.config import InputError
+from common import weights
+from common.errors import InputError
+from common.run import checkpoint
 
 
 def oracle():
@@ -27,12 +30,19 @@ def tensors():
         for name, dtype in weights._DTYPES.items()
         if name != "BOOL"
     }
-    made |= {"BOOL": torch.tensor([True, False, True]), "scalar": torch.tensor(2.5), "empty": torch.zeros(0, 4)}
+    made |= {
+        "BOOL": torch.tensor([True, False, True]),
+        "scalar": torch.tensor(2.5),
+        "empty": torch.zeros(0, 4),
+    }
     return made | {"layer.0.weight": torch.randn(2, 3, 1, 1), "ключ": torch.arange(3)}
 
 
 def raw(state):
-    return {n: (t.dtype, t.shape, t.contiguous().reshape(-1).view(torch.uint8).tolist()) for n, t in state.items()}
+    return {
+        n: (t.dtype, t.shape, t.contiguous().reshape(-1).view(torch.uint8).tolist())
+        for n, t in state.items()
+    }
 
 
 def write(path, header, data=b"", length=None):
@@ -66,7 +76,10 @@ def test_every_dtype_reads_as_the_package_reads_it(tmp_path):
 
 
 def test_unaligned_tensors_and_a_padded_header(tmp_path):
-    header = json.dumps({"a": entry("U8", [1], [0, 1]), "b": entry("F64", [1], [1, 9])}).encode() + b"   "
+    header = (
+        json.dumps({"a": entry("U8", [1], [0, 1]), "b": entry("F64", [1], [1, 9])}).encode()
+        + b"   "
+    )
     file = write(tmp_path / "w.safetensors", header, b"\x07" + bytes(6) + b"\xf0\x3f")
     assert raw(weights.read(file)) == raw(oracle().load_file(file))
     assert weights.read(file)["b"].item() == 1.0
@@ -75,7 +88,10 @@ def test_unaligned_tensors_and_a_padded_header(tmp_path):
 FAULTS = {
     "empty": (b"", "header of 0 bytes in a file of 0"),
     "seven bytes": (b"\x02" + bytes(6), "in a file of 7"),
-    "header longer than the file": ((2**62, b"{}", b""), "header of 4611686018427387904 bytes in a file of 10"),
+    "header longer than the file": (
+        (2**62, b"{}", b""),
+        "header of 4611686018427387904 bytes in a file of 10",
+    ),
     "header over the limit": ((100_000_001, b"{}", b""), "allowed: 2 to 100000000"),
     "no JSON": (b"{]", "Expecting property name"),
     "no UTF-8": (b'{"\xff": 1}', "can't decode byte 0xff"),
@@ -99,7 +115,10 @@ FAULTS = {
     "backwards": ({"w": entry(span=[8, 0])}, "needs 8 bytes"),
     "out of range": ({"w": entry(shape=[4], span=[0, 16])}, "of 8"),
     "size": ({"w": entry(shape=[3])}, "needs 12 bytes"),
-    "overlap": ({"v": entry(shape=[1], span=[0, 4]), "w": entry()}, "'w' overlaps another tensor at byte 0"),
+    "overlap": (
+        {"v": entry(shape=[1], span=[0, 4]), "w": entry()},
+        "'w' overlaps another tensor at byte 0",
+    ),
     "gap": ({"v": entry(shape=[1], span=[4, 8])}, "'v' leaves a gap at byte 4"),
     "hole at the end": ({"v": entry(shape=[1], span=[0, 4])}, "end at byte 4 of 8"),
 }
@@ -117,11 +136,17 @@ def test_a_faulty_safetensors_file_is_refused_in_one_line(tmp_path, fault, littl
         write(file, content, bytes(8))
     with pytest.raises(InputError, match=message) as error:
         weights.read(file)
-    assert str(file) in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 600
+    assert (
+        str(file) in str(error.value)
+        and "\n" not in str(error.value)
+        and len(str(error.value)) < 600
+    )
 
 
 def mutated(good: bytes, rng: random.Random, header: int) -> bytes:
-    """The file with a few faults of the kinds that disks, networks and enemies make, most of them in its header."""
+    """The file with a few faults of the kinds that disks, networks and enemies make, most of them
+    in its header.
+    """
     bad = bytearray(good)
     for _ in range(rng.choice((1, 1, 1, 4))):
         place = rng.randrange(min(len(bad), rng.choice((9, header, len(good)))) or 1)
@@ -133,13 +158,15 @@ def mutated(good: bytes, rng: random.Random, header: int) -> bytes:
         elif kind == 2:
             bad[place:place] = bad[place : place + rng.choice((1, 8, 100))]
         elif kind == 3:
-            bad[place : place + 1] = rng.choice((b"0", b"9", b"-", b"[", b"}", b",", b'"', b" ", b"1e9", b"null"))
+            bad[place : place + 1] = rng.choice(
+                (b"0", b"9", b"-", b"[", b"}", b",", b'"', b" ", b"1e9", b"null")
+            )
         elif kind == 4:
             del bad[rng.randrange(len(bad) + 1) :]
         elif kind == 5:
-            bad[:8] = rng.choice((0, 1, 2**20, 2**31, 2**63, 2**64 - 1, rng.randrange(2 * header))).to_bytes(
-                8, "little"
-            )
+            bad[:8] = rng.choice(
+                (0, 1, 2**20, 2**31, 2**63, 2**64 - 1, rng.randrange(2 * header))
+            ).to_bytes(8, "little")
         else:
             digits = [i for i, byte in enumerate(bad[:header]) if 48 <= byte <= 57]
             if digits:
@@ -149,7 +176,10 @@ def mutated(good: bytes, rng: random.Random, header: int) -> bytes:
 
 def test_mutated_safetensors_read_as_the_package_reads_them_or_are_refused(tmp_path, little_memory):
     load, rng, file = oracle().load_file, random.Random(0), tmp_path / "w.safetensors"
-    files = [oracle().save(tensors()), oracle().save({"w": torch.ones(2, 3), "b": torch.zeros(3).half()})]
+    files = [
+        oracle().save(tensors()),
+        oracle().save({"w": torch.ones(2, 3), "b": torch.zeros(3).half()}),
+    ]
     read = refused = 0
     for turn in range(3000):
         good = files[turn % 2]
@@ -241,7 +271,9 @@ class Scripted(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(3, 4).half(), nn.ReLU(), nn.ModuleList([nn.BatchNorm2d(2)])[0])
+        self.body = nn.Sequential(
+            nn.Linear(3, 4).half(), nn.ReLU(), nn.ModuleList([nn.BatchNorm2d(2)])[0]
+        )
         self.p = nn.Parameter(torch.randn(2, 3).t())
         self.empty = nn.Parameter(torch.empty(0))
         self.alike = nn.Linear(3, 4)
@@ -250,7 +282,13 @@ class Scripted(nn.Module):
         self.names, self.sizes, self.table, self.factor = ["x"], [1, 2], {"a": 1}, 1.5
 
     def forward(self, x):
-        return x @ self.p * self.factor + self.count + len(self.names) + self.sizes[0] + self.table["a"]
+        return (
+            x @ self.p * self.factor
+            + self.count
+            + len(self.names)
+            + self.sizes[0]
+            + self.table["a"]
+        )
 
 
 def script(tmp_path):
@@ -263,17 +301,24 @@ def script(tmp_path):
 
 def rewrite(file, change, kind=zipfile.ZIP_STORED):
     """The archive with another data.pkl and correct checksums."""
-    with zipfile.ZipFile(file) as source, zipfile.ZipFile(file.with_name("new.pt"), "w", kind) as made:
+    with (
+        zipfile.ZipFile(file) as source,
+        zipfile.ZipFile(file.with_name("new.pt"), "w", kind) as made,
+    ):
         for entry in source.infolist():
             data = source.read(entry)
-            made.writestr(entry.filename, change(data) if entry.filename.endswith("/data.pkl") else data)
+            made.writestr(
+                entry.filename, change(data) if entry.filename.endswith("/data.pkl") else data
+            )
     return file.with_name("new.pt")
 
 
 def test_a_torchscript_archive_gives_its_tensors(tmp_path):
     file, expected = script(tmp_path)
     read = weights.read(file)
-    assert raw(read) == raw({name: expected[name] for name in read}) and read.keys() == expected.keys()
+    assert (
+        raw(read) == raw({name: expected[name] for name in read}) and read.keys() == expected.keys()
+    )
     with warnings.catch_warnings(action="ignore"):
         torch.jit.trace(Scripted(), torch.randn(2, 3)).save(file)
     assert weights.read(file).keys() == expected.keys()
@@ -281,24 +326,33 @@ def test_a_torchscript_archive_gives_its_tensors(tmp_path):
 
 def test_a_torchscript_archive_runs_nothing(tmp_path, monkeypatch):
     file, _ = script(tmp_path)
-    monkeypatch.setattr(torch.jit, "load", lambda *_: pytest.fail("torch.jit.load runs the archive's program"))
+    monkeypatch.setattr(
+        torch.jit, "load", lambda *_: pytest.fail("torch.jit.load runs the archive's program")
+    )
     call = b"cos\nsystem\n(X\x08\x00\x00\x00touch me\x86R."
     for change, match in (
         (lambda data: b"\x80\x02" + call, "names os.system"),
-        (lambda data: data.replace(b"ctorch._utils\n_rebuild_tensor_v2", b"cbuiltins\neval"), "names builtins.eval"),
+        (
+            lambda data: data.replace(b"ctorch._utils\n_rebuild_tensor_v2", b"cbuiltins\neval"),
+            "names builtins.eval",
+        ),
         (lambda data: data.replace(b"HalfStorage", b"QInt8Storage"), "names torch.QInt8Storage"),
         (lambda data: b"\x80\x02}r\xff\xff\xff\x7f.", "absurd memo index"),
         (lambda data: data.replace(b"K\x03K\x02t", b"K\xffK\xfft"), "in a storage of 6 elements"),
         (lambda data: data[: len(data) // 2], "no TorchScript archive of a plain module"),
         (lambda data: b"\x80\x02}.", "no TorchScript archive of a plain module"),
         # A module that holds itself, and one of 2 ** 40 modules.
-        (lambda data: b"\x80\x02c__torch__\nM\n)\x81q\x00}X\x01\x00\x00\x00ah\x00sb.", "more than 100000 modules"),
+        (
+            lambda data: b"\x80\x02c__torch__\nM\n)\x81q\x00}X\x01\x00\x00\x00ah\x00sb.",
+            "more than 100000 modules",
+        ),
         (
             lambda data: (
                 b"\x80\x02"
                 + b"c__torch__\nM\n)\x81q\x00"
                 + b"".join(
-                    b"0c__torch__\nM\n)\x81}(X\x01\x00\x00\x00ah%cX\x01\x00\x00\x00bh%cubq%c" % (i, i, i + 1)
+                    b"0c__torch__\nM\n)\x81}(X\x01\x00\x00\x00ah%cX\x01\x00\x00\x00bh%cubq%c"
+                    % (i, i, i + 1)
                     for i in range(40)
                 )
                 + b"."
@@ -339,7 +393,10 @@ def test_damaged_torchscript_archives_end_in_one_line(tmp_path, little_memory):
 
 def test_a_compressed_archive_is_not_unpacked(tmp_path, little_memory):
     torch.save({"w": torch.zeros(50_000)}, tmp_path / "w.pt")
-    with zipfile.ZipFile(tmp_path / "w.pt") as source, zipfile.ZipFile(tmp_path / "bomb.pt", "w", 8) as bomb:
+    with (
+        zipfile.ZipFile(tmp_path / "w.pt") as source,
+        zipfile.ZipFile(tmp_path / "bomb.pt", "w", 8) as bomb,
+    ):
         for entry in source.infolist():
             bomb.writestr(entry.filename, source.read(entry), 8)
     with pytest.raises(InputError, match="compressed"):
@@ -359,9 +416,16 @@ def test_a_head_that_fits_is_loaded_and_one_that_does_not_is_left_out_and_said()
     source, before = small(7), model.fc.weight.clone()
     said = weights.load(model, source.state_dict(), "x.pt", head=("fc.",))
     assert said == ["x.pt: the head fc.* is left out (in the file (7, 4), in this model (5, 4))"]
-    assert torch.equal(model.fc.weight, before) and torch.equal(model.body.weight, source.body.weight)
-    assert "in this model none" in weights.load(small(0), small().state_dict(), "x.pt", head=("fc.",))[0]
-    assert "in the file none" in weights.load(small(), small(0).state_dict(), "x.pt", head=("fc.",))[0]
+    assert torch.equal(model.fc.weight, before) and torch.equal(
+        model.body.weight, source.body.weight
+    )
+    assert (
+        "in this model none"
+        in weights.load(small(0), small().state_dict(), "x.pt", head=("fc.",))[0]
+    )
+    assert (
+        "in the file none" in weights.load(small(), small(0).state_dict(), "x.pt", head=("fc.",))[0]
+    )
     with pytest.raises(InputError, match=r"fc.weight is \(7, 4\), the model's is \(5, 4\)"):
         weights.load(model, small(7).state_dict(), "x.pt")
 
@@ -369,18 +433,26 @@ def test_a_head_that_fits_is_loaded_and_one_that_does_not_is_left_out_and_said()
 def test_all_but_the_head_must_fit():
     model, state = small(), small().state_dict()
     extra = {"aux.weight": torch.ones(1), "aux.bias": torch.ones(1)}
-    assert weights.load(model, state | extra, "x.pt", ignore=("aux.",)) == ["x.pt: aux.* (2 tensors) is not used"]
-    with pytest.raises(InputError, match=r"x.pt does not fit .* 2 unknown keys \(first: aux.weight, aux.bias\)"):
+    assert weights.load(model, state | extra, "x.pt", ignore=("aux.",)) == [
+        "x.pt: aux.* (2 tensors) is not used"
+    ]
+    with pytest.raises(
+        InputError, match=r"x.pt does not fit .* 2 unknown keys \(first: aux.weight, aux.bias\)"
+    ):
         weights.load(model, state | extra, "x.pt", head=("fc.",))
     with pytest.raises(InputError, match=r"1 keys missing \(first: body.bias\)"):
-        weights.load(model, {n: t for n, t in state.items() if n != "body.bias"}, "x.pt", head=("fc.",))
+        weights.load(
+            model, {n: t for n, t in state.items() if n != "body.bias"}, "x.pt", head=("fc.",)
+        )
     with pytest.raises(InputError, match=r"body.bias is torch.int8, the model's is torch.float32"):
         weights.load(model, state | {"body.bias": torch.ones(4, dtype=torch.int8)}, "x.pt")
 
 
 def test_files_without_batch_counts_and_of_half_precision_load():
     model, source = small(), small()
-    state = {n: t.half() for n, t in source.state_dict().items() if not n.endswith("num_batches_tracked")}
+    state = {
+        n: t.half() for n, t in source.state_dict().items() if not n.endswith("num_batches_tracked")
+    }
     weights.load(model, state, "x.pt")
     assert model.body.weight.dtype == torch.float32 and torch.equal(
         model.body.weight, source.body.weight.half().float()

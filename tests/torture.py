@@ -1,11 +1,13 @@
-"""Runs that are killed, signalled, damaged and starved, and must end as if nothing had happened.
+"""Runs that are killed, signaled, damaged and starved, and must end as if nothing had happened.
 
-  python -m tests.torture --script all --kills 200 --signals 60 --flips 1000 --full-disk 100 --rank-deaths 20
+  python -m tests.torture --script all --kills 200 --signals 60 --flips 1000 --full-disk 100
+  --rank-deaths 20
 
-One process imports everything once. Every attempt is a fork of it that calls the script's `main` with the same flags
-in the same run directory; its networks are tiny, so that most of a run is what is tortured: steps, saves, evaluations
-and the log. After each attempt the same command goes on, and the finished run's weights, log, metrics and features
-must equal those of a run that nothing disturbed, bit by bit. Any failure is an exception and exit code 1.
+One process imports everything once. Every attempt is a fork of it that calls the script's `main`
+with the same flags in the same run directory; its networks are tiny, so that most of a run is what
+is tortured: steps, saves, evaluations and the log. After each attempt the same command goes on, and
+the finished run's weights, log, metrics and features must equal those of a run that nothing
+disturbed, bit by bit. Any failure is an exception and exit code 1.
 """
 
 import argparse
@@ -27,8 +29,6 @@ import traceback
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process with threads of OpenMP cannot be forked
-
 import numpy as np
 import torch
 from torch import nn
@@ -37,25 +37,37 @@ import train_cluster
 import train_raer
 import train_simclr
 import train_tsm
-from common import augment, checkpoint, data, discovery, dist, optim
-from common.log import Log
+from common import deep_cluster, optim
+from common.data import augment, sampling
 from common.models import Backbone, clip, mobilenet_v4
+from common.run import checkpoint, dist
+from common.run.log import Log
+from common.run.progress import Progress
+from common.run.signals import Signals
 from tests.runs import equal_runs
 from tests.test_train_cluster import arrays
 from tests.test_train_raer import raer_tree
 from tests.test_train_simclr import cells_tree
 from tests.test_train_tsm import ffpp_tree
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process with threads of OpenMP cannot be forked
+
 MODULES = {"simclr": train_simclr, "tsm": train_tsm, "raer": train_raer, "cluster": train_cluster}
 COMMON = ["--device", "cpu", "--seed", "3", "--save-every", "0", "--log-every", "1"]
 FLAGS = {
-    "simclr": "--backbone resnet18 --stem cifar --image-size 8 --stage all --bs 16 --epochs 3 --linear-bs 16"
+    "simclr": "--backbone resnet18 --stem cifar --image-size 8 --stage all --bs 16 --epochs 3"
+    " --linear-bs 16"
     " --linear-epochs 2 --finetune-bs 16 --finetune-epochs 2 --finetune-lr 0.01",
     "tsm": "--backbone conv_small_035 --image-size 32 --n-segment 2 --bs 4 --epochs 3 --clips 1",
     "raer": "--backbone vit_tiny --num-frames 2 --bs 8 --epochs 3 --tune full --dropout 0.2",
     "cluster": "--base-dim 8 --bs 40 --epochs 2 --cluster-bs 40 --cluster-epochs 2",
 }
-WORKERS = {"simclr": ("1", "2", "4"), "tsm": ("1", "2", "4"), "raer": ("1", "2", "4"), "cluster": ()}
+WORKERS = {
+    "simclr": ("1", "2", "4"),
+    "tsm": ("1", "2", "4"),
+    "raer": ("1", "2", "4"),
+    "cluster": (),
+}
 SAVING, STEPS, SAVES, SAVE_US = 0, 1, 2, 3  # what a child tells its parent, as int32
 
 
@@ -84,11 +96,20 @@ class Victim:
         return self.root / f"run{self.count}"
 
     def start(
-        self, folder: Path, *flags: str, env: dict | None = None, before=None, argv=None, output=None, at=None
+        self,
+        folder: Path,
+        *flags: str,
+        env: dict | None = None,
+        before=None,
+        argv=None,
+        output=None,
+        at=None,
     ) -> int:
-        """Fork a process that runs the script in `folder`; its output goes to FOLDER.txt, or to a descriptor.
+        """Fork a process that runs the script in `folder`; its output goes to FOLDER.txt, or to a
+        descriptor.
 
-        at: (what it counts, how many, the signal that it then sends itself), where one of its parent's may come late.
+        at: (what it counts, how many, the signal that it then sends itself), where one of its
+        parent's may come late.
         """
         self.shared[:] = 0
         sys.stdout.flush()
@@ -124,11 +145,16 @@ class Victim:
 
     def wait_until(self, pid: int, what: int, count: int) -> None:
         """Until a counter of the child has reached `count`, or it has ended."""
-        while self.shared[what] < count and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        while (
+            self.shared[what] < count
+            and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+        ):
             time.sleep(0.0005)
 
     def finish(self, folder: Path, whole: Path | None = None, **more) -> None:
-        """The same command to its end; the run must equal the undisturbed one and leave nothing behind."""
+        """The same command to its end; the run must equal the undisturbed one and leave nothing
+        behind.
+        """
         code = self.run(folder, **more)
         assert code == 0, f"{self.name}: exit code {code}\n{self.said(folder)}"
         equal_runs(whole or self.whole, folder)
@@ -138,8 +164,10 @@ class Victim:
 
 
 def watch(shared: np.ndarray, at: tuple[int, int, int] | None = None) -> None:
-    """Count this process's steps and saves, say when it is inside a save, and send the signal of `at`."""
-    end_step, save = checkpoint.Progress.end_step, checkpoint.Progress.save
+    """Count this process's steps and saves, say when it is inside a save, and send the signal of
+    `at`.
+    """
+    end_step, save = Progress.end_step, Progress.save
     own = {STEPS: 0, SAVES: 0}  # the shared ones are those of all processes
 
     def reached(what):
@@ -163,7 +191,7 @@ def watch(shared: np.ndarray, at: tuple[int, int, int] | None = None) -> None:
             shared[SAVING] = 0
             shared[SAVE_US] += int(1e6 * (time.monotonic() - begun))
 
-    checkpoint.Progress.end_step, checkpoint.Progress.save = counted, flagged
+    Progress.end_step, Progress.save = counted, flagged
 
 
 def ended(pid: int) -> int:
@@ -186,7 +214,9 @@ def shrink() -> None:
     """Make the networks of the smallest flags tiny: what is tested is not in them."""
     train_simclr.BACKBONES["resnet18"] = Backbone(16, 8, 8)
     train_simclr.build_backbone = lambda name, stem="imagenet": TinyNet()
-    mobilenet_v4.VARIANTS["conv_small_035"] = mobilenet_v4.Variant(8, mobilenet_v4.VARIANTS["conv_small"].stages, 0.1)
+    mobilenet_v4.VARIANTS["conv_small_035"] = mobilenet_v4.Variant(
+        8, mobilenet_v4.VARIANTS["conv_small"].stages, 0.1
+    )
     clip.VARIANTS["vit_tiny"] = clip.Variant(16, 1, 1, 8, 16, text_width=0, activation="gelu")
 
 
@@ -195,7 +225,9 @@ def small_ffpp(root: Path) -> None:
 
 
 def kills(victim: Victim, count: int) -> dict:
-    """`count` times kill -9 at random moments of runs, a third of them aimed into saves; each run then goes on."""
+    """`count` times kill -9 at random moments of runs, a third of them aimed into saves; each run
+    then goes on.
+    """
     done, inside, runs, rng = 0, 0, 0, victim.rng
     while done < count:
         folder = victim.fresh()
@@ -225,7 +257,9 @@ def signals(victim: Victim, count: int) -> dict:
         for _ in range(rng.randint(2, 5)):
             if done == count:
                 break
-            workers = ["--workers", rng.choice(WORKERS[victim.name])] if WORKERS[victim.name] else []
+            workers = (
+                ["--workers", rng.choice(WORKERS[victim.name])] if WORKERS[victim.name] else []
+            )
             pid = victim.start(folder, *workers)
             time.sleep(rng.random() * victim.seconds)
             number, asked = rng.choice([signal.SIGUSR1, signal.SIGTERM]), time.monotonic()
@@ -239,10 +273,17 @@ def signals(victim: Victim, count: int) -> dict:
                 early += 1
                 assert not victim.shared[STEPS], "a signal ended a run that had begun"
             else:
-                assert code == 75 and said.startswith("saved at"), f"{victim.name}: exit code {code}\n{said}"
+                assert code == 75 and said.startswith("saved at"), (
+                    f"{victim.name}: exit code {code}\n{said}"
+                )
                 saved += 1
         victim.finish(folder)
-    return {"signals": done, "saved": saved, "before the run began": early, "slowest exit, s": round(slowest, 2)}
+    return {
+        "signals": done,
+        "saved": saved,
+        "before the run began": early,
+        "slowest exit, s": round(slowest, 2),
+    }
 
 
 def stopped(victim: Victim) -> Path:
@@ -255,14 +296,23 @@ def stopped(victim: Victim) -> Path:
 
 def pairs_of(folder: Path) -> list[Path]:
     """Where a run has a last.pt and the one before it."""
-    return [file.parent for file in folder.rglob("last.previous.pt") if (file.parent / "last.pt").exists()]
+    return [
+        file.parent
+        for file in folder.rglob("last.previous.pt")
+        if (file.parent / "last.pt").exists()
+    ]
 
 
 def flips(victim: Victim, count: int) -> dict:
-    """`count` random flips of a bit or truncations of the newest checkpoint; the one before it must be read instead."""
+    """`count` random flips of a bit or truncations of the newest checkpoint; the one before it must
+    be read instead.
+    """
     folder, rng = stopped(victim), victim.rng
     place = max(pairs_of(folder), key=lambda stage: (stage / "last.pt").stat().st_mtime)
-    good, before = (place / "last.pt").read_bytes(), checkpoint.load(place / "last.previous.pt")["place"]["step"]
+    good, before = (
+        (place / "last.pt").read_bytes(),
+        checkpoint.load(place / "last.previous.pt")["place"]["step"],
+    )
     for i in range(count):
         bad = bytearray(good)
         if i % 2:
@@ -282,7 +332,9 @@ def flips(victim: Victim, count: int) -> dict:
 
 
 def full_disk(victim: Victim, count: int) -> dict:
-    """`count` times no byte more than a random number fits; what was stored before must stay, and the run go on."""
+    """`count` times no byte more than a random number fits; what was stored before must stay, and
+    the run go on.
+    """
     folder, rng, refused = stopped(victim), victim.rng, 0
     size = max(file.stat().st_size for file in folder.rglob("last.pt"))
     for i in range(count):
@@ -291,13 +343,13 @@ def full_disk(victim: Victim, count: int) -> dict:
         kept = {place: stored(place) for place in pairs_of(copy)}
 
         def from_the_first_save(limit=limit):
-            save = checkpoint.Progress.save
+            save = Progress.save
 
             def limited(self):
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
                 save(self)
 
-            checkpoint.Progress.save = limited
+            Progress.save = limited
 
         def at_once(limit=limit):
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -323,7 +375,11 @@ def full_disk(victim: Victim, count: int) -> dict:
 def stored(place: Path) -> dict:
     """The steps of a run's readable states by file."""
     files = [place / "last.pt", place / "last.previous.pt"]
-    return {f.name: checkpoint.load(f)["place"]["step"] for f in files if f.exists() and checkpoint.is_whole(f)}
+    return {
+        f.name: checkpoint.load(f)["place"]["step"]
+        for f in files
+        if f.exists() and checkpoint.is_whole(f)
+    }
 
 
 def rank_env(rank: int, world_size: int, port: int) -> dict:
@@ -337,12 +393,18 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def together(victim: Victim, folder: Path, world_size: int, *flags: str, at=None, only=None, **more) -> list[int]:
-    """The processes of one run; the counters are those of all of them. `at` is for all, or for the rank `only`."""
+def together(
+    victim: Victim, folder: Path, world_size: int, *flags: str, at=None, only=None, **more
+) -> list[int]:
+    """The processes of one run; the counters are those of all of them. `at` is for all, or for the
+    rank `only`.
+    """
     port, found = free_port(), []
     for rank in range(world_size):
         own = at if only in (None, rank) else None
-        found.append(victim.start(folder, *flags, env=rank_env(rank, world_size, port), at=own, **more))
+        found.append(
+            victim.start(folder, *flags, env=rank_env(rank, world_size, port), at=own, **more)
+        )
     return found
 
 
@@ -366,8 +428,12 @@ def rank_deaths(victim: Victim, count: int) -> dict:
             slowest, done = max(slowest, time.monotonic() - begun), done + 1
             said = victim.said(folder, str(1 - dead)).strip().split("\n")[-1]
             assert codes[1 - dead] == 75, f"{codes}: {victim.said(folder, str(1 - dead))}"
-            assert f"process {1 - dead} of 2, " in said and " step " in said and "same command" in said, said
-        assert [ended(pid) for pid in together(victim, folder, 2)] == [0, 0], victim.said(folder, "0")
+            assert (
+                f"process {1 - dead} of 2, " in said and " step " in said and "same command" in said
+            ), said
+        assert [ended(pid) for pid in together(victim, folder, 2)] == [0, 0], victim.said(
+            folder, "0"
+        )
         equal_runs(whole, folder)
         shutil.rmtree(folder)
     shutil.rmtree(whole)
@@ -375,7 +441,9 @@ def rank_deaths(victim: Victim, count: int) -> dict:
 
 
 def stalls(victim: Victim, count: int) -> dict:
-    """`count` times one of two processes is stopped (SIGSTOP); the other must leave by itself after --timeout."""
+    """`count` times one of two processes is stopped (SIGSTOP); the other must leave by itself after
+    --timeout.
+    """
     rng, slowest, limit = victim.rng, 0.0, 6.0
     for _ in range(count):
         folder = victim.fresh()
@@ -388,19 +456,31 @@ def stalls(victim: Victim, count: int) -> dict:
         os.kill(pids[still], signal.SIGKILL)  # as its launcher does
         ended(pids[still])
         said = victim.said(folder, str(1 - still)).strip().split("\n")[-1]
-        assert code == 75 and f"process {1 - still} of 2, " in said and f"no step in {limit / 60:g} minutes" in said, (
-            f"{code}: {said}"
+        assert (
+            code == 75
+            and f"process {1 - still} of 2, " in said
+            and f"no step in {limit / 60:g} minutes" in said
+        ), f"{code}: {said}"
+        assert [ended(pid) for pid in together(victim, folder, 2)] == [0, 0], victim.said(
+            folder, "0"
         )
-        assert [ended(pid) for pid in together(victim, folder, 2)] == [0, 0], victim.said(folder, "0")
         shutil.rmtree(folder)
-    return {"stalled processes": count, f"slowest exit of the other at {limit:g} s": round(slowest, 2)}
+    return {
+        "stalled processes": count,
+        f"slowest exit of the other at {limit:g} s": round(slowest, 2),
+    }
 
 
 def hangs(victim: Victim, count: int) -> dict:
-    """`count` times a loader thread hangs in the read of an image (of a pipe that nobody writes to)."""
+    """`count` times a loader thread hangs in the read of an image (of a pipe that nobody writes
+    to).
+    """
     if victim.name != "simclr":
         return {"hanging reads": 0}
-    image, slowest = Path(victim.argv[-1]) / "long" / "08.png", 0.0  # not one of those that are read before training
+    image, slowest = (
+        Path(victim.argv[-1]) / "long" / "08.png",
+        0.0,
+    )  # not one of those that are read before training
     content = image.read_bytes()
     for _ in range(count):
         folder, begun = victim.fresh(), time.monotonic()
@@ -409,19 +489,26 @@ def hangs(victim: Victim, count: int) -> dict:
         code = victim.run(folder, "--timeout", "0.1")
         slowest = max(slowest, time.monotonic() - begun)
         said = victim.said(folder).strip().split("\n")[-1]
-        assert code == 75 and "waits in common/data.py" in said and "Run the same command" in said, f"{code}: {said}"
+        assert (
+            code == 75 and "waits in common/data.py" in said and "Run the same command" in said
+        ), f"{code}: {said}"
         image.unlink()
         image.write_bytes(content)
     return {"hanging reads": count, "slowest exit at 6 s": round(slowest, 2)}
 
 
-ALONE = {"simclr": "", "tsm": "--dropout 0 --accum 1", "raer": "--dropout 0", "cluster": "--dropout 0"}
+ALONE = {
+    "simclr": "",
+    "tsm": "--dropout 0 --accum 1",
+    "raer": "--dropout 0",
+    "cluster": "--dropout 0",
+}
 
 
 def in_double(module) -> None:
     """Let this process train in float64, where an unequal gradient cannot hide behind rounding."""
     build_model, to_float = module.build_model, torch.Tensor.float
-    normalize, take = augment.normalize, discovery.Rows.take
+    normalize, take = augment.normalize, deep_cluster.Rows.take
     module.build_model = lambda *args, **more: build_model(*args, **more).double()
     augment.normalize = lambda *args: normalize(*args).double()
     torch.Tensor.float = lambda x: x if x.dtype == torch.float64 else to_float(x)
@@ -430,11 +517,13 @@ def in_double(module) -> None:
         inputs, lengths = take(self, indices)
         return {name: x.double() for name, x in inputs.items()}, lengths
 
-    discovery.Rows.take = taken
+    deep_cluster.Rows.take = taken
 
 
 def equality(victim: Victim, count: int) -> dict:
-    """Two and four processes take the step of one; --eval gives the metrics of one on two, three and four."""
+    """Two and four processes take the step of one; --eval gives the metrics of one on two, three
+    and four.
+    """
     flags, states = [*ALONE[victim.name].split(), "--max-steps", "1"], {}
     if victim.name == "simclr":
         flags += ["--optimizer", "sgd"]
@@ -444,10 +533,14 @@ def equality(victim: Victim, count: int) -> dict:
         folder = victim.fresh()
         codes = {ended(pid) for pid in together(victim, folder, world_size, *flags, before=double)}
         assert codes == {0}, victim.said(folder, "0")
-        states[world_size] = checkpoint.load(next(folder.rglob("last.pt")))["parts"]["optimizer"]["state"]
+        states[world_size] = checkpoint.load(next(folder.rglob("last.pt")))["parts"]["optimizer"][
+            "state"
+        ]
     worst = 0.0
     name = "exp_avg" if any("exp_avg" in own for own in states[1].values()) else "momentum_buffer"
-    largest = max(own[name].abs().max().item() for own in states[1].values())  # both go with the gradient
+    largest = max(
+        own[name].abs().max().item() for own in states[1].values()
+    )  # both go with the gradient
     for state in (states[2], states[4]):
         assert state.keys() == states[1].keys() and state
         for key, own in states[1].items():
@@ -458,26 +551,38 @@ def equality(victim: Victim, count: int) -> dict:
     argv = ["--eval", str(victim.whole), "--data", victim.argv[-1], "--device", "cpu"]
     for world_size in (1, 2, 3, 4):
         folder = victim.fresh()
-        assert {ended(p) for p in together(victim, folder, world_size, argv=argv)} == {0}, victim.said(folder, "0")
+        assert {ended(p) for p in together(victim, folder, world_size, argv=argv)} == {0}, (
+            victim.said(folder, "0")
+        )
         evaluated[world_size] = json.loads((folder / "eval.json").read_text())
-    off = max(abs(evaluated[w][name] - value) for name, value in evaluated[1].items() for w in (2, 3, 4))
+    off = max(
+        abs(evaluated[w][name] - value) for name, value in evaluated[1].items() for w in (2, 3, 4)
+    )
     assert off <= 1e-6, evaluated
     return {"gradients differ by at most": f"{worst:.1e}", "metrics by": f"{off:.1e}"}
 
 
 def worlds(victim: Victim, count: int) -> dict:
-    """`count` runs that are stopped and go on with one, two and four processes: every sample once an epoch."""
+    """`count` runs that are stopped and go on with one, two and four processes: every sample once
+    an epoch.
+    """
     rng, reference = victim.rng, None
-    whole = ["--accum", "1"] if victim.name == "tsm" else []  # four processes divide its batch, eight chunks do not
+    whole = (
+        ["--accum", "1"] if victim.name == "tsm" else []
+    )  # four processes divide its batch, eight chunks do not
     for _ in range(count + 1):
         folder = victim.fresh()
         (trace := folder.with_suffix(".trace")).mkdir()
         sizes = [1, 2, 4, 1] if reference else [1]
         for i, world_size in enumerate(sizes):
             at = (STEPS, rng.randint(1, 3), signal.SIGTERM) if i + 1 < len(sizes) else None
-            pids = together(victim, folder, world_size, *whole, before=partial(record, trace, i), at=at)
+            pids = together(
+                victim, folder, world_size, *whole, before=partial(record, trace, i), at=at
+            )
             codes = {ended(pid) for pid in pids}
-            assert codes == ({75} if i + 1 < len(sizes) else {0}), f"{codes}: {victim.said(folder, '0')}"
+            assert codes == ({75} if i + 1 < len(sizes) else {0}), (
+                f"{codes}: {victim.said(folder, '0')}"
+            )
         found = {}
         for file in sorted(trace.iterdir()):
             for line in file.read_text().splitlines():
@@ -491,17 +596,21 @@ def worlds(victim: Victim, count: int) -> dict:
             for step, ids in steps.items():
                 assert sorted(ids) == sorted(reference[key][step]), (key, step)
             seen = [i for ids in steps.values() for i in ids]
-            assert victim.name == "raer" or len(seen) == len(set(seen)), key  # it draws with replacement
+            assert victim.name == "raer" or len(seen) == len(set(seen)), (
+                key
+            )  # it draws with replacement
     return {"runs on 1, 2, 4 and 1 processes": count, "samples twice or never": 0}
 
 
 def record(folder: Path, attempt: int) -> None:
-    """Write down the items of every step of the stages that go through a permutation, by (stage, epoch, step)."""
-    made, cut, end_step = {}, data.cut, checkpoint.Progress.end_step
+    """Write down the items of every step of the stages that go through a permutation, by (stage,
+    epoch, step).
+    """
+    made, cut, end_step = {}, sampling.batch_slices, Progress.end_step
     file = open(folder / f"{attempt}-{os.environ['RANK']}", "w")  # noqa: SIM115
 
-    def kept(order, bs, done=0, facts=None):
-        made["batches"], made["done"] = cut(order, bs, done, facts), done
+    def kept(order, bs, done=0, world=None):
+        made["batches"], made["done"] = cut(order, bs, done, world), done
         return made["batches"]
 
     def written(self, bad):
@@ -511,21 +620,25 @@ def record(folder: Path, attempt: int) -> None:
             file.flush()
         end_step(self, bad)
 
-    data.cut, checkpoint.Progress.end_step = kept, written
+    sampling.batch_slices, Progress.end_step = kept, written
 
 
 def cost() -> None:
-    """What safety costs: the time of saves of a ResNet-50 with LARS, and that of the end of a step without a save."""
+    """What safety costs: the time of saves of a ResNet-50 with LARS, and that of the end of a step
+    without a save.
+    """
     model = train_simclr.SimCLR(train_simclr.build_backbone("resnet50"), 2048, 128)
     optimizer = optim.build_optimizer("lars", optim.param_groups([model], 1e-4), lr=0.1)
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
-    facts = dist.Facts(0, 1, 0, torch.device("cpu"))
-    with tempfile.TemporaryDirectory(prefix="torture-") as folder, checkpoint.Signals() as asked:
+    world = dist.Dist(0, 1, 0, torch.device("cpu"))
+    with tempfile.TemporaryDirectory(prefix="torture-") as folder, Signals() as asked:
         parts, log = {"model": model, "optimizer": optimizer}, Log(Path(folder), main=True)
-        options = dict(facts=facts, signals=asked, meta={}, start="", save_every=10.0, max_steps=None)
-        progress, times = checkpoint.Progress(Path(folder), "pretrain", parts=parts, log=log, **options), []
+        options = dict(
+            world=world, signals=asked, model_spec={}, start="", save_every=10.0, max_steps=None
+        )
+        progress, times = Progress(Path(folder), "pretrain", parts=parts, log=log, **options), []
         for _ in range(5):
             begun, busy = time.perf_counter(), time.process_time()
             progress.save()
@@ -537,18 +650,29 @@ def cost() -> None:
         save, busy = (sorted(column)[len(times) // 2] for column in zip(*times, strict=True))
         size = (Path(folder) / "last.pt").stat().st_size
     print(
-        f"a save of {size / 1e6:.0f} MB takes {save:.2f} s ({busy:.2f} s of CPU): {save / 600:.2%} at --save-every 10"
+        f"a save of {size / 1e6:.0f} MB takes {save:.2f} s ({busy:.2f} s of CPU):"
+        f" {save / 600:.2%} at --save-every 10"
     )
     print(f"the end of a step takes {step * 1e6:.0f} us: {step / 0.1:.3%} of a step of 100 ms")
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--script", choices=[*MODULES, "all"], default="all")
-    kinds = {"kills": kills, "signals": signals, "flips": flips, "full-disk": full_disk, "rank-deaths": rank_deaths}
+    kinds = {
+        "kills": kills,
+        "signals": signals,
+        "flips": flips,
+        "full-disk": full_disk,
+        "rank-deaths": rank_deaths,
+    }
     kinds |= {"stalls": stalls, "hangs": hangs, "equality": equality, "worlds": worlds}
     for name in kinds:
-        parser.add_argument(f"--{name}", type=int, default=0, metavar="N", help="over all chosen scripts together")
+        parser.add_argument(
+            f"--{name}", type=int, default=0, metavar="N", help="over all chosen scripts together"
+        )
     parser.add_argument("--cost", action="store_true", help="measure what safety costs, and end")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
@@ -564,14 +688,18 @@ def main(argv: list[str] | None = None) -> int:
         for i, name in enumerate(chosen):
             victim = Victim(name, Path(root), random.Random(args.seed + i))
             print(
-                f"{name}: a run of {victim.seconds:.1f} s, {victim.saves} saves of {victim.save_seconds * 1e3:.1f} ms"
+                f"{name}: a run of {victim.seconds:.1f} s, {victim.saves} saves of"
+                f" {victim.save_seconds * 1e3:.1f} ms"
             )
             for kind, work in kinds.items():
                 total = getattr(args, kind.replace("-", "_"))
                 share = total // len(chosen) + (i < total % len(chosen))
                 if share:
                     found = work(victim, share)
-                    print(f"{name}: " + ", ".join(f"{key} {value}" for key, value in found.items()), flush=True)
+                    print(
+                        f"{name}: " + ", ".join(f"{key} {value}" for key, value in found.items()),
+                        flush=True,
+                    )
             shutil.rmtree(victim.root)
     print(f"nothing was lost, in {time.monotonic() - begun:.0f} s")
     return 0

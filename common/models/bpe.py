@@ -1,10 +1,11 @@
-"""CLIP's tokenizer from the standard library: byte-pair encoding of words' bytes (Sennrich et al. 2016,
-arXiv:1508.07909).
+"""CLIP's tokenizer from the standard library: byte-pair encoding of words' bytes (Sennrich et al.
+2016, arXiv:1508.07909).
 
-Texts are cleaned before they are split. The original cleans them with the package ftfy, whose plain steps stand here:
-HTML entities, surrogates, C1 controls as Windows-1252, control characters, Latin ligatures, characters of other width,
-curly quotes, line ends, NFC. Not here is its repair of text that was decoded wrongly (the two signs of U+00C3 U+00A9
-instead of one accented e) and of terminal escapes: such text gets other ids than the original's.
+Texts are cleaned before they are split. The original cleans them with the package ftfy, whose plain
+steps stand here: HTML entities, surrogates, C1 controls as Windows-1252, control characters, Latin
+ligatures, characters of other width, curly quotes, line ends, NFC. Not here is its repair of text
+that was decoded wrongly (the two signs of U+00C3 U+00A9 instead of one accented e) and of terminal
+escapes: such text gets other ids than the original's.
 
 Names of special tokens in a text are ordinary text.
 """
@@ -23,14 +24,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common.config import InputError
+from common.errors import InputError
 
 VOCAB_URL = "https://raw.githubusercontent.com/openai/CLIP/main/clip/bpe_simple_vocab_16e6.txt.gz"
 VOCAB_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
 _MERGES = 48_894  # of the file's 262,144 lines; with them there are 49,408 ids
 _MAX_BYTES = 32_000_000  # of an unpacked vocabulary; the official one has 3.2 million
 
-# Bytes stand in the vocabulary as characters: printable ones as themselves, the others in order from U+0100 on.
+# Bytes stand in the vocabulary as characters: printable ones as themselves, the others in order
+# from U+0100 on.
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 _SIGNS = {byte: chr(byte) for byte in _PRINTABLE}
 _SIGNS |= {byte: chr(256 + i) for i, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))}
@@ -48,12 +50,25 @@ def clean(text: str) -> str:
 
 
 def _repairs() -> dict[int, str]:
-    quotes = dict.fromkeys((0x2BC, *range(0x2018, 0x201C)), "'") | dict.fromkeys(range(0x201C, 0x2020), '"')
-    table = dict.fromkeys((*range(32), 0x7F, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)), "")
+    quotes = dict.fromkeys((0x2BC, *range(0x2018, 0x201C)), "'") | dict.fromkeys(
+        range(0x201C, 0x2020), '"'
+    )
+    table = dict.fromkeys(
+        (*range(32), 0x7F, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)), ""
+    )
     table |= dict.fromkeys((9, 10, 12, 13), " ")
-    table |= {code: bytes([code]).decode("cp1252", "ignore") or chr(code) for code in range(0x80, 0xA0)}
+    table |= {
+        code: bytes([code]).decode("cp1252", "ignore") or chr(code) for code in range(0x80, 0xA0)
+    }
     wide = (0x3000, *range(0xFF01, 0xFFF0))
-    ligatures = (0x132, 0x133, 0x149, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4), *range(0xFB00, 0xFB07))
+    ligatures = (
+        0x132,
+        0x133,
+        0x149,
+        *range(0x1C4, 0x1CD),
+        *range(0x1F1, 0x1F4),
+        *range(0xFB00, 0xFB07),
+    )
     table |= {code: unicodedata.normalize("NFKC", chr(code)) for code in (*wide, *ligatures)}
     table[0xFB05] = "\u017ft"  # with a long s, which compatibility forms would lose
     return {code: text.translate(quotes) for code, text in table.items()} | quotes
@@ -63,10 +78,15 @@ _REPAIRS = _repairs()
 
 
 def split(text: str) -> list[str]:
-    """The words of a cleaned text: English suffixes such as `'s`, runs of letters, single digits, runs of the rest."""
-    # Letters and numbers by Unicode's categories, which the patterns of `re` cannot name. The mark U+0345 vanishes: the
-    # original ignores case, and by its capital, a letter, no run takes it.
-    kinds = "".join(" " if c in " \u0345" else k if (k := unicodedata.category(c)[0]) in "LN" else "O" for c in text)
+    """The words of a cleaned text: English suffixes such as `'s`, runs of letters, single digits,
+    runs of the rest.
+    """
+    # Letters and numbers by Unicode's categories, which the patterns of `re` cannot name. The mark
+    # U+0345 vanishes: the original ignores case, and by its capital, a letter, no run takes it.
+    kinds = "".join(
+        " " if c in " \u0345" else k if (k := unicodedata.category(c)[0]) in "LN" else "O"
+        for c in text
+    )
     words, i = [], 0
     while i < len(text):
         match = _SUFFIX.match(text, i) or _RUN.match(kinds, i)
@@ -77,7 +97,8 @@ def split(text: str) -> list[str]:
 
 
 class Tokenizer:
-    """Texts to token ids: 256 bytes, 256 bytes that end a word, one id per merge, the start and the end token.
+    """Texts to token ids: 256 bytes, 256 bytes that end a word, one id per merge, the start and the
+    end token.
 
     Args:
         merges: pairs of pieces, the most frequent first.
@@ -118,7 +139,10 @@ class Tokenizer:
         odd = next((i for i, pair in enumerate(merges) if len(pair) != 2), None)
         if odd is not None or not merges:
             what = "no merges" if odd is None else f"{len(merges[odd])} pieces in line {odd + 2}"
-            raise InputError(f"--clip-vocab {path} is no vocabulary of merges: {what}; expected two pieces a line")
+            raise InputError(
+                f"--clip-vocab {path} is no vocabulary of merges: {what}; expected two"
+                " pieces a line"
+            )
         return cls(merges)
 
     def encode(self, text: str) -> list[int]:
@@ -151,21 +175,27 @@ class Tokenizer:
         return bytes(signs[sign] for sign in text).decode("utf-8", "replace")
 
     def __call__(self, texts: list[str], context: int = 77) -> Tensor:
-        """(n, context) int64: start, ids, end, zeros; a longer text is cut and still ends with the end token."""
+        """(n, context) int64: start, ids, end, zeros; a longer text is cut and still ends with the
+        end token.
+        """
         rows = [[self.start, *self.encode(text)[: context - 2], self.end] for text in texts]
         return torch.tensor([row + [0] * (context - len(row)) for row in rows])
 
 
 def official_vocab(url: str = VOCAB_URL, folder: str | Path | None = None) -> Path:
-    """OpenAI's file of merges in the user's cache folder; the first call fetches it and checks its SHA-256.
+    """OpenAI's file of merges in the user's cache folder; the first call fetches it and checks its
+    SHA-256.
 
     Args:
         folder: where it is kept; None: `clip` in $XDG_CACHE_HOME or ~/.cache.
 
     Raises:
-        InputError: it could not be fetched, or is not that file; the line says what to fetch and where to put it.
+        InputError: it could not be fetched, or is not that file; the line says what to fetch and
+            where to put it.
     """
-    folder = Path(folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clip")
+    folder = Path(
+        folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clip"
+    )
     path = folder / VOCAB_URL.rpartition("/")[2]
     if path.is_file() and _sha256(path.read_bytes()) == VOCAB_SHA256:
         return path
@@ -182,7 +212,8 @@ def official_vocab(url: str = VOCAB_URL, folder: str | Path | None = None) -> Pa
     except (OSError, http.client.HTTPException) as error:
         fault = f"{getattr(error, 'reason', error)}"
     raise InputError(
-        f"CLIP's vocabulary could not be fetched ({fault}): put {url} (SHA-256 {VOCAB_SHA256}) at {path}, or name your "
+        f"CLIP's vocabulary could not be fetched ({fault}): put {url} (SHA-256 {VOCAB_SHA256}) at"
+        f" {path}, or name your "
         "copy with --clip-vocab FILE"
     )
 

@@ -1,11 +1,12 @@
-"""CLIP's image and text towers (Radford et al. 2021, arXiv:2103.00020), and published weights in their four layouts.
+"""CLIP's image and text towers (Radford et al. 2021, arXiv:2103.00020), and published weights in
+their four layouts.
 
-A state dict has OpenAI's keys for the image tower (`visual.*`) and the same with the prefix `text.` for the text tower;
-`from_published` maps OpenAI's, open_clip's and Hugging Face's names to these.
+A state dict has OpenAI's keys for the image tower (`visual.*`) and the same with the prefix `text.`
+for the text tower; `from_published` maps OpenAI's, open_clip's and Hugging Face's names to these.
 
-Activation. OpenAI trained with x * sigmoid(1.702 x), most others with GELU. Weights of the one run with the other give
-features that look right and are not, so `read_clip` takes the activation from the source or from its caller, and never
-guesses.
+Activation. OpenAI trained with x * sigmoid(1.702 x), most others with GELU. Weights of the one run
+with the other give features that look right and are not, so `read_clip` takes the activation from
+the source or from its caller, and never guesses.
 """
 
 import json
@@ -19,10 +20,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common import weights
-from common.checkpoint import load_weights
-from common.config import InputError
+from common.errors import InputError
+from common.run.checkpoint import load_weights
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the pixels in [0, 1] that published weights expect
+CLIP_MEAN = (
+    0.48145466,
+    0.4578275,
+    0.40821073,
+)  # of the pixels in [0, 1] that published weights expect
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 CONTEXT, VOCAB = 77, 49_408
 
@@ -31,7 +36,8 @@ class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # The same function as a SiLU, which keeps one tensor for the backward pass instead of three.
+        # The same function as a SiLU, which keeps one tensor for the backward pass instead of
+        # three.
         return F.silu(1.702 * x) / 1.702
 
 
@@ -72,7 +78,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, causal: bool) -> Tensor:
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (n, heads, l, width / heads) each
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(
+            2, 0, 3, 1, 4
+        )  # (n, heads, l, width / heads) each
         y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
@@ -96,8 +104,9 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Layers over (n, l, width); keys `resblocks.N.*`. With `recompute` only their inputs are kept for the backward
-    pass."""
+    """Layers over (n, l, width); keys `resblocks.N.*`. With `recompute` only their inputs are kept
+    for the backward pass.
+    """
 
     def __init__(self, width: int, layers: int, heads: int, activation: str):
         super().__init__()
@@ -120,30 +129,45 @@ class Transformer(nn.Module):
 
 
 class ImageTower(nn.Module):
-    """Maps normalised images (n, 3, image_size, image_size) to features (n, embed_dim), not of unit length.
+    """Maps normalized images (n, 3, image_size, image_size) to features (n, embed_dim), not of unit
+    length.
 
-    The residual stream and with it every normalisation stay fp32 under autocast.
+    The residual stream and with it every normalization stay fp32 under autocast.
 
     Args:
         image_size: side in pixels, a multiple of the patch.
         embed_dim: width of the features.
         activation: a key of ACTIVATIONS.
 
-    `checkpoint_blocks = True` keeps the layers' inputs only and computes the rest a second time in the backward pass.
+    `checkpoint_blocks = True` keeps the layers' inputs only and computes the rest a second time in
+    the backward pass.
     """
 
     def __init__(
-        self, image_size: int, *, width: int, layers: int, heads: int, patch: int, embed_dim: int, activation: str
+        self,
+        image_size: int,
+        *,
+        width: int,
+        layers: int,
+        heads: int,
+        patch: int,
+        embed_dim: int,
+        activation: str,
     ):
         super().__init__()
         if image_size < patch or image_size % patch:
-            raise InputError(f"--image-size {image_size}: this tower takes multiples of its patch of {patch} pixels")
+            raise InputError(
+                f"--image-size {image_size}: this tower takes multiples of its patch of"
+                f" {patch} pixels"
+            )
         self.image_size, self.num_features, self.activation = image_size, embed_dim, activation
         self.checkpoint_blocks = False
         scale = width**-0.5
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
-        self.positional_embedding = nn.Parameter(scale * torch.randn(1 + (image_size // patch) ** 2, width))
+        self.positional_embedding = nn.Parameter(
+            scale * torch.randn(1 + (image_size // patch) ** 2, width)
+        )
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(width, layers, heads, activation)
         self.ln_post = nn.LayerNorm(width)
@@ -151,9 +175,15 @@ class ImageTower(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[1:] != (3, self.image_size, self.image_size):
-            raise ValueError(f"images of shape {tuple(x.shape)}, expected (n, 3, {self.image_size}, {self.image_size})")
+            raise ValueError(
+                f"images of shape {tuple(x.shape)}, expected (n, 3, {self.image_size},"
+                f" {self.image_size})"
+            )
         x = self.conv1(x).flatten(2).transpose(1, 2)  # (n, patches, width)
-        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1) + self.positional_embedding
+        x = (
+            torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
+            + self.positional_embedding
+        )
         x = self.transformer(self.ln_pre(x), False, self.checkpoint_blocks)
         return self.ln_post(x[:, 0]) @ self.proj
 
@@ -161,8 +191,9 @@ class ImageTower(nn.Module):
 class TextTower(nn.Module):
     """Maps token ids (n, l), l <= `context`, to features (n, embed_dim), not of unit length.
 
-    The feature is read at the end token, which is the highest id and so found as the first maximum of a row. Attention
-    is causal: what follows the end token does not matter, and rows may be cut behind the longest text.
+    The feature is read at the end token, which is the highest id and so found as the first maximum
+    of a row. Attention is causal: what follows the end token does not matter, and rows may be cut
+    behind the longest text.
 
     Args:
         vocab: number of ids, the tokenizer's `vocab_size`.
@@ -198,8 +229,9 @@ class TextTower(nn.Module):
 
         Args:
             ids: start token, words, end token, anything.
-            learned: (m, width) or (n, m, width) vectors that stand between the start token and the words (CoOp, Zhou et
-                al. 2022, arXiv:2109.01134). They take m positions from the words: give ids of at most context - m.
+            learned: (m, width) or (n, m, width) vectors that stand between the start token and the
+                words (CoOp, Zhou et al. 2022, arXiv:2109.01134). They take m positions from the
+                words: give ids of at most context - m.
         """
         x, end = self.token_embedding(ids), ids.argmax(1)
         if learned is not None:
@@ -211,7 +243,9 @@ class TextTower(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Both towers and the temperature: `visual`, `text`, `logit_scale` (the logarithm of the factor)."""
+    """Both towers and the temperature: `visual`, `text`, `logit_scale` (the logarithm of the
+    factor).
+    """
 
     def __init__(self, visual: ImageTower, text: TextTower):
         super().__init__()
@@ -228,10 +262,13 @@ class CLIP(nn.Module):
 
 
 def cosine_logits(features: Tensor, classes: Tensor, scale: Tensor | float) -> Tensor:
-    """(n, k) fp32: `scale` times the cosines of features (n, d) with class features (k, d); fp32 under autocast too,
-    for a scale of 100 would leave bf16 cosines steps of a half."""
+    """(n, k) fp32: `scale` times the cosines of features (n, d) with class features (k, d); fp32
+    under autocast too, for a scale of 100 would leave bf16 cosines steps of a half.
+    """
     with torch.autocast(features.device.type, enabled=False):
-        return scale * F.normalize(features.float(), dim=-1) @ F.normalize(classes.float(), dim=-1).T
+        return (
+            scale * F.normalize(features.float(), dim=-1) @ F.normalize(classes.float(), dim=-1).T
+        )
 
 
 def build_image_tower(name: str, image_size: int, activation: str | None = None) -> ImageTower:
@@ -252,15 +289,21 @@ def build_image_tower(name: str, image_size: int, activation: str | None = None)
     )
 
 
-def build_clip(name: str, image_size: int = 224, activation: str | None = None, vocab: int = VOCAB) -> CLIP:
+def build_clip(
+    name: str, image_size: int = 224, activation: str | None = None, vocab: int = VOCAB
+) -> CLIP:
     """Both towers of a row of VARIANTS with random weights; `activation` None: the row's.
 
     Raises:
-        InputError: an unknown name, one without a text tower, or a size that the patch does not divide.
+        InputError: an unknown name, one without a text tower, or a size that the patch does not
+            divide.
     """
     v = _variant(name)
     if not v.text_width:
-        raise InputError(f"{name} has no text tower; allowed are {', '.join(n for n in VARIANTS if VARIANTS[n][5])}")
+        raise InputError(
+            f"{name} has no text tower; allowed are"
+            f" {', '.join(n for n in VARIANTS if VARIANTS[n][5])}"
+        )
     text = TextTower(
         vocab,
         width=v.text_width,
@@ -303,7 +346,8 @@ _HUGGING_FACE = {
 
 
 def from_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict in OpenAI's, open_clip's or Hugging Face's layout under this module's keys, floats as fp32.
+    """A state dict in OpenAI's, open_clip's or Hugging Face's layout under this module's keys,
+    floats as fp32.
 
     Names that belong to no layout stay as they are, for a strict load to refuse.
     """
@@ -314,7 +358,10 @@ def from_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
         state = {f"text.{k}" if k.startswith(_TEXT) else k: t for k, t in state.items()}
     if state.get("logit_scale", torch.tensor(0)).shape == (1,):
         state["logit_scale"] = state["logit_scale"][0]
-    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    return {
+        name: tensor.float() if tensor.is_floating_point() else tensor
+        for name, tensor in state.items()
+    }
 
 
 def _is_hugging_face(state: dict[str, Tensor]) -> bool:
@@ -325,7 +372,9 @@ def _from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
     made = {}
     for name, tensor in state.items():
         parts = [state.get(name.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
-        if ".self_attn.q_proj." in name and all(p is not None and p.shape == tensor.shape for p in parts):
+        if ".self_attn.q_proj." in name and all(
+            p is not None and p.shape == tensor.shape for p in parts
+        ):
             name, tensor = name.replace(".self_attn.q_proj.", ".attn.in_proj_"), torch.cat(parts)
         elif ".self_attn.k_proj." in name or ".self_attn.v_proj." in name:
             continue
@@ -338,10 +387,12 @@ def _from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def source_activation(state: dict[str, Tensor], path: str | Path) -> tuple[str | None, str]:
-    """The activation that a file of weights was trained with, or None, and how that is known, in words.
+    """The activation that a file of weights was trained with, or None, and how that is known, in
+    words.
 
-    OpenAI's archives are known by numbers in them, Hugging Face's files by the `config.json` beside them, open_clip's
-    by `open_clip_config.json` beside them or by `quickgelu` in the name of the file or its folder.
+    OpenAI's archives are known by numbers in them, Hugging Face's files by the `config.json` beside
+    them, open_clip's by `open_clip_config.json` beside them or by `quickgelu` in the name of the
+    file or its folder.
 
     Args:
         state: what `weights.read` gave.
@@ -356,10 +407,14 @@ def source_activation(state: dict[str, Tensor], path: str | Path) -> tuple[str |
         if not (path.parent / "config.json").exists():
             return None, f"Hugging Face's config.json is not beside {path.name}"
         config = _read_config(path.parent / "config.json")
-        found = {(config.get(part) or {}).get("hidden_act", "quick_gelu") for part in ("vision_config", "text_config")}
+        found = {
+            (config.get(part) or {}).get("hidden_act", "quick_gelu")
+            for part in ("vision_config", "text_config")
+        }
         if len(found) > 1 or not found <= ACTIVATIONS.keys():
             raise InputError(
-                f"{path.parent / 'config.json'}: hidden_act is {', '.join(sorted(map(str, found)))}; allowed is one of "
+                f"{path.parent / 'config.json'}: hidden_act is"
+                f" {', '.join(sorted(map(str, found)))}; allowed is one of "
                 f"{', '.join(ACTIVATIONS)} for both towers"
             )
         return found.pop(), "config.json"
@@ -377,51 +432,80 @@ def _read_config(path: Path) -> dict:
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     parts = ("vision_config", "text_config", "model_cfg")
-    if not isinstance(config, dict) or not all(isinstance(config.get(part), dict | None) for part in parts):
+    if not isinstance(config, dict) or not all(
+        isinstance(config.get(part), dict | None) for part in parts
+    ):
         raise InputError(f"{path} is not a model's configuration: expected a table of tables")
     return config
 
 
 def resize_positions(positions: Tensor, grid: int) -> Tensor:
-    """(1 + g * g, width) -> (1 + grid * grid, width): bicubic and antialiased, the class token's row unchanged."""
+    """(1 + g * g, width) -> (1 + grid * grid, width): bicubic and antialiased, the class token's
+    row unchanged.
+    """
     old = math.isqrt(len(positions) - 1)
     image = positions[1:].T.reshape(1, -1, old, old)
     image = F.interpolate(image, (grid, grid), mode="bicubic", antialias=True, align_corners=False)
     return torch.cat([positions[:1], image[0].flatten(1).T])
 
 
-def read_clip(path: str | Path, name: str, image_size: int = 224, activation: str | None = None) -> tuple[CLIP, str]:
-    """CLIP with the published weights in a file, in fp32, and what was done, one line each, to be logged.
+def read_clip(
+    path: str | Path, name: str, image_size: int = 224, activation: str | None = None
+) -> tuple[CLIP, str]:
+    """CLIP with the published weights in a file, in fp32, and what was done, one line each, to be
+    logged.
 
     Args:
-        path: OpenAI's `.pt`, a plain state dict, or open_clip's or Hugging Face's `.safetensors` or `.bin`.
+        path: OpenAI's `.pt`, a plain state dict, or open_clip's or Hugging Face's `.safetensors` or
+            `.bin`.
         name: a row of VARIANTS that has a text tower.
-        image_size: side of the images in pixels; another one than the weights' resizes the position embedding.
-        activation: "quick_gelu" or "gelu" where the source does not say; where it does, it must say the same.
+        image_size: side of the images in pixels; another one than the weights' resizes the position
+            embedding.
+        activation: "quick_gelu" or "gelu" where the source does not say; where it does, it must say
+            the same.
 
     Raises:
-        InputError: the file cannot be read or is of another architecture, or its activation is unknown or differs.
+        InputError: the file cannot be read or is of another architecture, or its activation is
+            unknown or differs.
     """
     raw = weights.read(path)
     found, why = source_activation(raw, path)
     if found is None and activation is None:
-        raise InputError(f"{path}: GELU or QuickGELU? {why}; give --activation {' or '.join(ACTIVATIONS)}")
+        raise InputError(
+            f"{path}: GELU or QuickGELU? {why}; give --activation {' or '.join(ACTIVATIONS)}"
+        )
     if None not in (found, activation) and found != activation:
-        raise InputError(f"--activation {activation}: {path} was trained with {found} ({why}); leave the flag out")
+        raise InputError(
+            f"--activation {activation}: {path} was trained with {found} ({why}); leave the"
+            " flag out"
+        )
     state = from_published(raw)
     with torch.device("meta"):
         model = build_clip(name, image_size, found or activation)
     model.to_empty(device="cpu")
-    said = [f"started from {path} ({len(raw)} tensors, {model.activation} by {why if found else 'request'})"]
+    said = [
+        f"started from {path} ({len(raw)} tensors, {model.activation} by"
+        f" {why if found else 'request'})"
+    ]
     stem, positions = state.get("visual.conv1.weight"), state.get("visual.positional_embedding")
     if stem is not None and stem.shape != model.visual.conv1.weight.shape:
-        rows = [row for row, v in VARIANTS.items() if stem.shape == (v.width, 3, v.patch, v.patch) and v.text_width]
+        rows = [
+            row
+            for row, v in VARIANTS.items()
+            if stem.shape == (v.width, 3, v.patch, v.patch) and v.text_width
+        ]
         hint = f"give --backbone {rows[0]}" if rows else f"allowed are {', '.join(VARIANTS)}"
         raise InputError(f"{path} holds no {name}: its patches are {tuple(stem.shape)}; {hint}")
     grid = image_size // model.visual.conv1.kernel_size[0]
-    old = math.isqrt(max(len(positions) - 1, 0)) if positions is not None and positions.ndim == 2 else 0
+    old = (
+        math.isqrt(max(len(positions) - 1, 0))
+        if positions is not None and positions.ndim == 2
+        else 0
+    )
     if 0 < old != grid and len(positions) == 1 + old * old:
         state["visual.positional_embedding"] = resize_positions(positions, grid)
-        said.append(f"{path}: the position embedding is resized from {old}x{old} to {grid}x{grid} patches")
+        said.append(
+            f"{path}: the position embedding is resized from {old}x{old} to {grid}x{grid} patches"
+        )
     load_weights(model, state, path)
     return model, "\n".join(said)

@@ -5,7 +5,8 @@ from torch import Tensor, nn
 
 
 def projector(num_features: int, hidden: int, dim: int) -> nn.Sequential:
-    """SimCLR's two-layer projection head g(h): (n, num_features) to (n, dim), BatchNorm after both linear layers.
+    """SimCLR's two-layer projection head g(h): (n, num_features) to (n, dim), BatchNorm after both
+    linear layers.
 
     The biases are left out where BatchNorm would subtract them again.
     """
@@ -33,12 +34,17 @@ HEAD_BIAS = ("random", "prior")
 
 
 @torch.no_grad()
-def start_at_prior(layer: nn.Linear, labels) -> None:
-    """Set a last layer's bias so that the network starts by predicting the classes' shares among `labels` (n,).
+def init_bias_to_prior(layer: nn.Linear, labels) -> None:
+    """Set a last layer's bias so that the network starts by predicting the classes' shares among
+    `labels` (n,).
 
     One output is the logit of class 1. A class without labels counts as half an item.
     """
-    counts = torch.bincount(torch.as_tensor(labels), minlength=max(layer.out_features, 2)).double().clamp(min=0.5)
+    counts = (
+        torch.bincount(torch.as_tensor(labels), minlength=max(layer.out_features, 2))
+        .double()
+        .clamp(min=0.5)
+    )
     logs = (counts / counts.sum()).log()
     layer.bias.copy_(logs if layer.out_features > 1 else logs[1:] - logs[:1])
 
@@ -47,11 +53,11 @@ AGGREGATES = ("attention", "mean")
 
 
 class TemporalHead(nn.Module):
-    """Features F of frames (n, T, num_features) to logits (n, num_classes) of their weighted mean sum_t alpha_t F_t,
-    and alpha (n, T).
+    """Features F of frames (n, T, num_features) to logits (n, num_classes) of their weighted mean
+    sum_t alpha_t F_t, and alpha (n, T).
 
-    `attention`: alpha = softmax over t of w^T F_t; w starts at zero, so training starts from the mean. `mean`:
-    alpha_t = 1 / T.
+    `attention`: alpha = softmax over t of w^T F_t; w starts at zero, so training starts from the
+    mean. `mean`: alpha_t = 1 / T.
     """
 
     def __init__(self, num_features: int, num_classes: int, aggregate: str):
@@ -59,7 +65,9 @@ class TemporalHead(nn.Module):
         if aggregate not in AGGREGATES:
             raise ValueError(f"aggregate={aggregate!r}, allowed are {', '.join(AGGREGATES)}")
         # A bias would add the same to every frame: the softmax cancels it.
-        self.attention = nn.Linear(num_features, 1, bias=False) if aggregate == "attention" else None
+        self.attention = (
+            nn.Linear(num_features, 1, bias=False) if aggregate == "attention" else None
+        )
         self.classifier = nn.Linear(num_features, num_classes)
         if self.attention is not None:
             nn.init.zeros_(self.attention.weight)

@@ -1,8 +1,10 @@
-"""Inception-ResNet-v2 (Szegedy et al. 2016, arXiv:1602.07261) with the names of timm's `inception_resnet_v2`.
+"""Inception-ResNet-v2 (Szegedy et al. 2016, arXiv:1602.07261) with the names of timm's
+`inception_resnet_v2`.
 
-The state dict has timm's keys, whose classifier is called `classif`; published weights load strictly. It is the network
-that its authors released: 10, 20 and 10 residual blocks whose branches are scaled by 0.17, 0.1 and 0.2 before they are
-added. The last block neither scales nor applies a ReLU. Convolutions keep the channels_last layout of their input.
+The state dict has timm's keys, whose classifier is called `classif`; published weights load
+strictly. It is the network that its authors released: 10, 20 and 10 residual blocks whose branches
+are scaled by 0.17, 0.1 and 0.2 before they are added. The last block neither scales nor applies a
+ReLU. Convolutions keep the channels_last layout of their input.
 """
 
 import torch
@@ -29,13 +31,17 @@ class Branches(nn.Module):
             self.add_module(f"branch{index}", branch)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([getattr(self, f"branch{index}")(x) for index in range(self.num_branches)], 1)
+        return torch.cat(
+            [getattr(self, f"branch{index}")(x) for index in range(self.num_branches)], 1
+        )
 
 
 class Residual(Branches):
     """x + scale * conv2d(branches(x)), followed by a ReLU or not."""
 
-    def __init__(self, channels: int, joined: int, *branches: nn.Module, scale: float, relu: bool = True):
+    def __init__(
+        self, channels: int, joined: int, *branches: nn.Module, scale: float, relu: bool = True
+    ):
         super().__init__(*branches)
         self.conv2d, self.scale, self.relu = nn.Conv2d(joined, channels, 1), scale, relu
 
@@ -80,7 +86,9 @@ def block17() -> Residual:
         384,
         Conv(1088, 192, 1),
         nn.Sequential(
-            Conv(1088, 128, 1), Conv(128, 160, (1, 7), padding=(0, 3)), Conv(160, 192, (7, 1), padding=(3, 0))
+            Conv(1088, 128, 1),
+            Conv(128, 160, (1, 7), padding=(0, 3)),
+            Conv(160, 192, (7, 1), padding=(3, 0)),
         ),
         scale=0.1,
     )
@@ -102,7 +110,9 @@ def block8(scale: float = 0.2, relu: bool = True) -> Residual:
         448,
         Conv(2080, 192, 1),
         nn.Sequential(
-            Conv(2080, 192, 1), Conv(192, 224, (1, 3), padding=(0, 1)), Conv(224, 256, (3, 1), padding=(1, 0))
+            Conv(2080, 192, 1),
+            Conv(192, 224, (1, 3), padding=(0, 1)),
+            Conv(224, 256, (3, 1), padding=(1, 0)),
         ),
         scale=scale,
         relu=relu,
@@ -110,9 +120,11 @@ def block8(scale: float = 0.2, relu: bool = True) -> Residual:
 
 
 class InceptionResNetV2(nn.Module):
-    """Images (n, 3, s, s) to logits (n, num_classes), or to features (n, 1536) with `num_classes=0`.
+    """Images (n, 3, s, s) to logits (n, num_classes), or to features (n, 1536) with
+    `num_classes=0`.
 
-    `fc`, an identity at first, stands on what comes out: there the scripts put their layer, as on torchvision's models.
+    `fc`, an identity at first, stands on what comes out: there the scripts put their layer, as on
+    torchvision's models.
     """
 
     def __init__(self, num_classes: int = 1000):

@@ -1,4 +1,5 @@
-"""MobileNetV4 (Qin et al. 2024, arXiv:2404.10518) with timm's state-dict keys, built from one table.
+"""MobileNetV4 (Qin et al. 2024, arXiv:2404.10518) with timm's state-dict keys, built from one
+table.
 
 A stage of the table is its width and its blocks, `*n` repeats a block:
 
@@ -8,10 +9,12 @@ A stage of the table is its width and its blocks, `*n` repeats a block:
                 after it; a0 and k0 stand for no convolution
     h4d64v2     multi-query attention: 4 heads of 64 channels, keys and values at stride 2
 
-Where nothing says otherwise the stride is 1. All modules are registered in the order in which they run.
+Where nothing says otherwise the stride is 1. All modules are registered in the order in which they
+run.
 
-Pixels. The published weights expect ImageNet's mean and standard deviation, but for conv_small_035, conv_small_050 and
-the checkpoint e3600_r256 of conv_small, which expect 0.5 for both: see `normalization`.
+Pixels. The published weights expect ImageNet's mean and standard deviation, but for conv_small_035,
+conv_small_050 and the checkpoint e3600_r256 of conv_small, which expect 0.5 for both: see
+`normalization`.
 """
 
 import contextlib
@@ -26,10 +29,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common.augment import IMAGENET_MEAN, IMAGENET_STD
-from common.checkpoint import load_weights
-from common.config import InputError
-from common.step import frozen_running_stats
+from common.amp import frozen_running_stats
+from common.data.augment import IMAGENET_MEAN, IMAGENET_STD
+from common.errors import InputError
+from common.run.checkpoint import load_weights
 
 NUM_FEATURES = 1280
 LAYER_SCALE = 1e-5
@@ -83,7 +86,8 @@ VARIANTS = {
             *_MEDIUM_STEM,
             (
                 160,
-                "a3k5e6s2 a0k0e2 a3k3e4 a3k5e4 h4d64v2 a3k3e4 h4d64v2 a3k0e4 h4d64v2 a3k3e4 h4d64v2 a3k0e4",
+                "a3k5e6s2 a0k0e2 a3k3e4 a3k5e4 h4d64v2 a3k3e4 h4d64v2 a3k0e4 h4d64v2 a3k3e4"
+                " h4d64v2 a3k0e4",
             ),
             (
                 256,
@@ -100,7 +104,8 @@ VARIANTS = {
             *_LARGE_STEM,
             (
                 192,
-                "a3k5e4s2 a3k3e4*3 a3k5e4 a5k3e4*2 h8d48v2 a5k3e4 h8d48v2 a5k3e4 h8d48v2 a5k3e4 h8d48v2 a3k0e4",
+                "a3k5e4s2 a3k3e4*3 a3k5e4 a5k3e4*2 h8d48v2 a5k3e4 h8d48v2 a5k3e4 h8d48v2 a5k3e4"
+                " h8d48v2 a3k0e4",
             ),
             (
                 512,
@@ -121,12 +126,16 @@ def _round(width: float) -> int:
     return rounded + 8 if rounded < 0.9 * width else rounded
 
 
-def _conv(width_in: int, width_out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(width_in, width_out, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
+def _conv(
+    width_in: int, width_out: int, kernel: int, stride: int = 1, groups: int = 1
+) -> nn.Conv2d:
+    return nn.Conv2d(
+        width_in, width_out, kernel, stride, padding=kernel // 2, groups=groups, bias=False
+    )
 
 
 def _activation(act: type[nn.Module]) -> nn.Module:
-    # In place where backward reads the result: the normalised map before it is then never kept.
+    # In place where backward reads the result: the normalized map before it is then never kept.
     return act(inplace=True) if act is nn.ReLU else act()
 
 
@@ -142,9 +151,11 @@ class LayerScale(nn.Module):
 
 
 class Conv(nn.Module):
-    """Convolution, normalisation, activation; keys `conv`, `bn1`."""
+    """Convolution, normalization, activation; keys `conv`, `bn1`."""
 
-    def __init__(self, width_in: int, width_out: int, kernel: int, stride: int, act: type[nn.Module]):
+    def __init__(
+        self, width_in: int, width_out: int, kernel: int, stride: int, act: type[nn.Module]
+    ):
         super().__init__()
         self.conv = _conv(width_in, width_out, kernel, stride)
         self.bn1 = nn.BatchNorm2d(width_out)
@@ -157,7 +168,15 @@ class Conv(nn.Module):
 class Fused(nn.Module):
     """Fused inverted bottleneck without a shortcut; keys `conv_exp`, `bn1`, `conv_pwl`, `bn2`."""
 
-    def __init__(self, width_in: int, width_out: int, kernel: int, expansion: int, stride: int, act: type[nn.Module]):
+    def __init__(
+        self,
+        width_in: int,
+        width_out: int,
+        kernel: int,
+        expansion: int,
+        stride: int,
+        act: type[nn.Module],
+    ):
         super().__init__()
         inner = _round(width_in * expansion)
         self.conv_exp = _conv(width_in, inner, kernel, stride)
@@ -173,7 +192,15 @@ class Fused(nn.Module):
 class ConvNorm(nn.Module):
     """Part of a universal inverted bottleneck; keys `conv`, `bn`."""
 
-    def __init__(self, width_in: int, width_out: int, kernel: int, stride: int, groups: int, act: nn.Module | None):
+    def __init__(
+        self,
+        width_in: int,
+        width_out: int,
+        kernel: int,
+        stride: int,
+        groups: int,
+        act: nn.Module | None,
+    ):
         super().__init__()
         self.conv = _conv(width_in, width_out, kernel, stride, groups)
         self.bn = nn.BatchNorm2d(width_out)
@@ -187,8 +214,9 @@ class ConvNorm(nn.Module):
 class UIB(nn.Module):
     """Universal inverted bottleneck; keys `dw_start`, `pw_exp`, `dw_mid`, `pw_proj`, `layer_scale`.
 
-    `shift(x)` replaces the input of the branch, not of the shortcut; `shift_conv(x, weight)` replaces the expansion
-    convolution. Every block has one, with or without a depthwise convolution before it.
+    `shift(x)` replaces the input of the branch, not of the shortcut; `shift_conv(x, weight)`
+    replaces the expansion convolution. Every block has one, with or without a depthwise convolution
+    before it.
     """
 
     def __init__(
@@ -208,7 +236,9 @@ class UIB(nn.Module):
         self.dw_start = None
         if start:
             # The stride sits on the middle convolution where there is one.
-            self.dw_start = ConvNorm(width_in, width_in, start, 1 if mid else stride, width_in, None)
+            self.dw_start = ConvNorm(
+                width_in, width_in, start, 1 if mid else stride, width_in, None
+            )
         self.pw_exp = ConvNorm(width_in, inner, 1, 1, 1, _activation(act))
         self.dw_mid = ConvNorm(inner, inner, mid, stride, inner, _activation(act)) if mid else None
         self.pw_proj = ConvNorm(inner, width_out, 1, 1, 1, None)
@@ -228,8 +258,9 @@ class UIB(nn.Module):
 
 
 class MultiQueryAttention(nn.Module):
-    """Attention over the pixels of a map whose heads share one key and one value each; keys `query.proj`, `key.*`,
-    `value.*`, `output.proj`."""
+    """Attention over the pixels of a map whose heads share one key and one value each; keys
+    `query.proj`, `key.*`, `value.*`, `output.proj`.
+    """
 
     def __init__(self, width: int, heads: int, head_width: int, stride: int):
         super().__init__()
@@ -250,8 +281,14 @@ class MultiQueryAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, _, h, w = x.shape
-        # With one key and value for all heads, a head's queries are just more queries: no copy of keys and values.
-        q = self.query(x).reshape(n, self.heads, -1, h * w).transpose(2, 3).reshape(n, 1, self.heads * h * w, -1)
+        # With one key and value for all heads, a head's queries are just more queries: no copy of
+        # keys and values.
+        q = (
+            self.query(x)
+            .reshape(n, self.heads, -1, h * w)
+            .transpose(2, 3)
+            .reshape(n, 1, self.heads * h * w, -1)
+        )
         k, v = (part(x).flatten(2).transpose(1, 2).unsqueeze(1) for part in (self.key, self.value))
         y = F.scaled_dot_product_attention(q, k, v)  # [n, 1, heads * h * w, head width]
         y = y.reshape(n, self.heads, h * w, -1).transpose(2, 3).reshape(n, -1, h, w)
@@ -285,13 +322,15 @@ def _block(token: str, width_in: int, width_out: int, variant: Variant) -> nn.Mo
 
 
 class MobileNetV4(nn.Module):
-    """Maps images (n, 3, s, s) to features (n, 1280), or to logits (n, num_classes) where there are classes.
+    """Maps images (n, 3, s, s) to features (n, 1280), or to logits (n, num_classes) where there are
+    classes.
 
     Args:
         variant: a row of VARIANTS.
         num_classes: 0 leaves `classifier` out.
 
-    `checkpoint_blocks = True` keeps the blocks' inputs only and computes the rest a second time in the backward pass.
+    `checkpoint_blocks = True` keeps the blocks' inputs only and computes the rest a second time in
+    the backward pass.
     """
 
     def __init__(self, variant: Variant, num_classes: int = 0):
@@ -338,19 +377,26 @@ class MobileNetV4(nn.Module):
     def feature_map(self, x: Tensor, shift=None, shift_conv=None) -> Tensor:
         """Images (n, 3, s, s) to maps (n, channels, s / 32, s / 32), rounded up.
 
-        `shift(x)` and `shift_conv(x, weight)` are given to the blocks of `shift_sites`, in that order.
+        `shift(x)` and `shift_conv(x, weight)` are given to the blocks of `shift_sites`, in that
+        order.
         """
         x = self.stem(x)
         for stage in self.blocks:
             for block in stage:
                 hooks = (shift, shift_conv) if isinstance(block, UIB) and block.skip else ()
-                x = self._recomputed(block, x, *hooks) if self.checkpoint_blocks else block(x, *hooks)
+                x = (
+                    self._recomputed(block, x, *hooks)
+                    if self.checkpoint_blocks
+                    else block(x, *hooks)
+                )
         return x
 
     def _recomputed(self, block: nn.Module, *inputs) -> Tensor:
-        # Blocks draw no random numbers: no generator's state to keep. The compiler recomputes without running the
-        # statistics' update a second time.
-        options = {} if torch.compiler.is_compiling() else {"context_fn": partial(_recomputation, block)}
+        # Blocks draw no random numbers: no generator's state to keep. The compiler recomputes
+        # without running the statistics' update a second time.
+        options = (
+            {} if torch.compiler.is_compiling() else {"context_fn": partial(_recomputation, block)}
+        )
         return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
 
     def pool(self, x: Tensor) -> Tensor:
@@ -369,7 +415,7 @@ def _recomputation(block: nn.Module):
 
 
 def build_mobilenet_v4(name: str, num_classes: int = 0) -> MobileNetV4:
-    """A MobileNetV4 with random weights, initialised as timm's; `name` is one of VARIANTS.
+    """A MobileNetV4 with random weights, initialized as timm's; `name` is one of VARIANTS.
 
     Raises:
         InputError: an unknown name.
@@ -395,11 +441,13 @@ def load_published(model: MobileNetV4, state: dict[str, Tensor], source) -> None
     load_weights(model, state, source)
 
 
-def normalization(name: str, weights: str | None = None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def normalization(
+    name: str, weights: str | None = None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(mean, std) of the pixels in [0, 1] that a variant's published weights expect.
 
-    Of conv_small one published checkpoint, e3600_r256, wants 0.5 and the others ImageNet's values. The files do not
-    say which they are, so their path must: in the file's name or a folder's.
+    Of conv_small one published checkpoint, e3600_r256, wants 0.5 and the others ImageNet's values.
+    The files do not say which they are, so their path must: in the file's name or a folder's.
 
     Args:
         name: one of VARIANTS.
@@ -413,7 +461,9 @@ def normalization(name: str, weights: str | None = None) -> tuple[tuple[float, .
         half = "e3600_r256" in str(weights)
         if not half and not any(tag in str(weights) for tag in ("e2400_r224", "e1200_r224")):
             raise InputError(
-                f"{weights}: conv_small's published weights differ in the pixels they expect; let the path name the "
-                "checkpoint they come from: e1200_r224, e2400_r224 (ImageNet's mean and std) or e3600_r256 (0.5)"
+                f"{weights}: conv_small's published weights differ in the pixels they expect; let"
+                " the path name the "
+                "checkpoint they come from: e1200_r224, e2400_r224 (ImageNet's mean and std) or"
+                " e3600_r256 (0.5)"
             )
     return ((0.5,) * 3, (0.5,) * 3) if half else (IMAGENET_MEAN, IMAGENET_STD)

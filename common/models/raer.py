@@ -1,11 +1,12 @@
-"""Face and context clips against classes that are texts or learnt vectors.
+"""Face and context clips against classes that are texts or learned vectors.
 
     frames (n, 2, T, 3, s, s) -> shared image tower -> (n, 2, T, d) -> a temporal transformer for each stream
     -> fusion -> z (n, d);   classes (K, d);   logits = scale * cos(z, class)
 
-After CLIP-CAER (arXiv:2508.04148) and DFER-CLIP (arXiv:2308.13382). With pretrained text a class is the text tower's
-feature of learnable context (CoOp, arXiv:2109.01134) before the class's descriptor, and z starts from the mean of the
-frames' features, which the text tower's features already fit. Without one a class is a learnt vector.
+After CLIP-CAER (arXiv:2508.04148) and DFER-CLIP (arXiv:2308.13382). With pretrained text a class is
+the text tower's feature of learnable context (CoOp, arXiv:2109.01134) before the class's
+descriptor, and z starts from the mean of the frames' features, which the text tower's features
+already fit. Without one a class is a learned vector.
 """
 
 import copy
@@ -15,9 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import checkpoint
-from common.augment import IMAGENET_MEAN, IMAGENET_STD
-from common.config import InputError
+from common.data.augment import IMAGENET_MEAN, IMAGENET_STD
+from common.errors import InputError
 from common.models import BACKBONES, build_backbone, input_size, load_published
 from common.models.bpe import Tokenizer
 from common.models.clip import (
@@ -30,6 +30,7 @@ from common.models.clip import (
     cosine_logits,
     read_clip,
 )
+from common.run import checkpoint
 from common.weights import of_backbone, read
 
 TUNES = ("none", "adapter", "full")
@@ -38,19 +39,27 @@ _START_SCALE = 1 / 0.07  # what CLIP's own training starts from
 
 
 class Temporal(nn.Module):
-    """Features of T frames (n, T, d) to one (n, d): the output of a class token in a pre-norm transformer.
+    """Features of T frames (n, T, d) to one (n, d): the output of a class token in a pre-norm
+    transformer.
 
-    Features of one tower lie in a narrow cone, most of each is the same for all images, so BatchNorm takes that off
-    first: a LayerNorm would keep it.
+    Features of one tower lie in a narrow cone, most of each is the same for all images, so
+    BatchNorm takes that off first: a LayerNorm would keep it.
     """
 
     def __init__(self, dim: int, num_frames: int, layers: int, dropout: float):
         super().__init__()
         self.token = nn.Parameter(dim**-0.5 * torch.randn(dim))
-        # As large as what BatchNorm gives: a smaller one leaves the order of the frames unseen at first.
+        # As large as what BatchNorm gives: a smaller one leaves the order of the frames unseen at
+        # first.
         self.position = nn.Parameter(torch.randn(1 + num_frames, dim))
         layer = nn.TransformerEncoderLayer(
-            dim, max(1, dim // 64), 2 * dim, dropout, activation="gelu", batch_first=True, norm_first=True
+            dim,
+            max(1, dim // 64),
+            2 * dim,
+            dropout,
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
         )
         self.norm_in, self.norm_out = nn.BatchNorm1d(dim), nn.LayerNorm(dim)
         self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
@@ -62,7 +71,9 @@ class Temporal(nn.Module):
 
 
 class Adapter(nn.Module):
-    """A residual bottleneck on features (..., d) that starts as the identity (CLIP-Adapter, arXiv:2110.04544)."""
+    """A residual bottleneck on features (..., d) that starts as the identity (CLIP-Adapter,
+    arXiv:2110.04544).
+    """
 
     def __init__(self, dim: int):
         super().__init__()
@@ -75,7 +86,8 @@ class Adapter(nn.Module):
 
 
 class Prompts(nn.Module):
-    """Class features (K, d) of a frozen text tower, from learnable context before the words of each descriptor.
+    """Class features (K, d) of a frozen text tower, from learnable context before the words of each
+    descriptor.
 
     Args:
         tower: `common.models.clip.TextTower`; its parameters are frozen here.
@@ -83,7 +95,8 @@ class Prompts(nn.Module):
         num_context: learnable vectors of each class, between the start token and the words.
 
     Attributes:
-        fixed: (K, d) the descriptors' own features, without context: what the prompts are compared with.
+        fixed: (K, d) the descriptors' own features, without context: what the prompts are compared
+            with.
 
     Raises:
         InputError: a descriptor leaves no room for the context.
@@ -94,12 +107,15 @@ class Prompts(nn.Module):
         longest, room = int(ids.argmax(1).max()) + 1, len(tower.positional_embedding)
         if longest + num_context > room:
             raise InputError(
-                f"--num-context {num_context}: the longest descriptor has {longest} tokens, together at most {room};"
+                f"--num-context {num_context}: the longest descriptor has {longest} tokens,"
+                f" together at most {room};"
                 " shorten it or give less context"
             )
         self.tower = tower.requires_grad_(False).eval()
         self.num_context = num_context
-        self.context = nn.Parameter(torch.empty(len(ids), num_context, tower.token_embedding.embedding_dim))
+        self.context = nn.Parameter(
+            torch.empty(len(ids), num_context, tower.token_embedding.embedding_dim)
+        )
         self.reset()
         self.register_buffer("ids", ids[:, :longest], persistent=False)
         with torch.no_grad():
@@ -126,9 +142,11 @@ class RaerModel(nn.Module):
         width: d.
         num_classes: K.
         num_frames: T.
-        tune: "none" (the tower is frozen), "adapter" (frozen, with a trainable residual behind it) or "full".
-        prompts: `Prompts`, or None: the classes are learnt vectors.
-        scale: of the cosines, fixed: CLIP's own where there is one. None: no cosine, the logits are inner products.
+        tune: "none" (the tower is frozen), "adapter" (frozen, with a trainable residual behind it)
+            or "full".
+        prompts: `Prompts`, or None: the classes are learned vectors.
+        scale: of the cosines, fixed: CLIP's own where there is one. None: no cosine, the logits are
+            inner products.
         layers, dropout: of the temporal transformers.
     """
 
@@ -150,7 +168,9 @@ class RaerModel(nn.Module):
             raise ValueError(f"tune={tune!r}, allowed are {', '.join(TUNES)}")
         self.image, self.tune, self.scale, self.num_classes = image, tune, scale, num_classes
         self.adapter = Adapter(width) if tune == "adapter" else None
-        self.temporal = nn.ModuleDict({name: Temporal(width, num_frames, layers, dropout) for name in STREAMS})
+        self.temporal = nn.ModuleDict(
+            {name: Temporal(width, num_frames, layers, dropout) for name in STREAMS}
+        )
         self.fusion = nn.Sequential(
             nn.Linear(2 * width, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, width)
         )
@@ -170,11 +190,21 @@ class RaerModel(nn.Module):
 
     def parts(self) -> dict[str, list[nn.Module]]:
         """The modules by the learning rate that they train with."""
-        temporal = [part for part in (self.temporal, self.fusion, self.adapter, self.classes) if part is not None]
-        return {"temporal": temporal, "image": [self.image], "prompts": [self.prompts] if self.prompts else []}
+        temporal = [
+            part
+            for part in (self.temporal, self.fusion, self.adapter, self.classes)
+            if part is not None
+        ]
+        return {
+            "temporal": temporal,
+            "image": [self.image],
+            "prompts": [self.prompts] if self.prompts else [],
+        }
 
     def choose_trained(self, only_classes: bool) -> None:
-        """Let everything train that `tune` says, or only what decides where the classes lie, on fixed features."""
+        """Let everything train that `tune` says, or only what decides where the classes lie, on
+        fixed features.
+        """
         self.only_classes = only_classes
         self.requires_grad_(not only_classes)
         if self.tune != "full":
@@ -188,13 +218,19 @@ class RaerModel(nn.Module):
 
     def is_frozen(self, name: str) -> bool:
         """Whether the parameter of that name stays as it is in every phase."""
-        return name.startswith("prompts.tower.") or (name.startswith("image.") and self.tune != "full")
+        return name.startswith("prompts.tower.") or (
+            name.startswith("image.") and self.tune != "full"
+        )
 
     def reset_classes(self, optimizer: torch.optim.Optimizer) -> None:
-        """Draw anew what decides where the classes lie, and forget what `optimizer` has gathered about it."""
+        """Draw anew what decides where the classes lie, and forget what `optimizer` has gathered
+        about it.
+        """
         (self.classes.reset_parameters if self.prompts is None else self.prompts.reset)()
         own = self.classes.weight if self.prompts is None else self.prompts.context
-        for value in optimizer.state[own].values():  # kept at zero: a masked first step must find its buffers
+        for value in optimizer.state[
+            own
+        ].values():  # kept at zero: a masked first step must find its buffers
             if isinstance(value, Tensor):
                 value.zero_()
 
@@ -203,7 +239,9 @@ class RaerModel(nn.Module):
         return (self.classes.weight if self.prompts is None else self.prompts()).float()
 
     def encode(self, frames: Tensor) -> Tensor:
-        """Features (n, 2, T, d) of frames (n, 2, T, 3, s, s) by the image tower; without gradient if it is frozen."""
+        """Features (n, 2, T, d) of frames (n, 2, T, 3, s, s) by the image tower; without gradient
+        if it is frozen.
+        """
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.tune == "full"):
             return self.image(frames.flatten(0, 2)).unflatten(0, frames.shape[:3])
 
@@ -223,82 +261,115 @@ class RaerModel(nn.Module):
         return logits, classes
 
     def describe(self) -> str:
-        """`12.3 million parameters, 1.2 million trained; classes are learnt vectors; scale 14.3`"""
+        """`12.3 million parameters, 1.2 million trained; classes are learned vectors; scale 14.3`"""
         count, trained = (
-            sum(p.numel() for p in self.parameters() if p.requires_grad or not only) / 1e6 for only in (False, True)
+            sum(p.numel() for p in self.parameters() if p.requires_grad or not only) / 1e6
+            for only in (False, True)
         )
-        kind = "learnt vectors" if self.prompts is None else f"texts with {self.prompts.num_context} learnable tokens"
+        kind = (
+            "learned vectors"
+            if self.prompts is None
+            else f"texts with {self.prompts.num_context} learnable tokens"
+        )
         scale = "inner products" if self.scale is None else f"cosines times {self.scale:.4g}"
-        return f"{count:.2f} million parameters, {trained:.2f} million of them trained; classes are {kind}; {scale}"
+        return (
+            f"{count:.2f} million parameters, {trained:.2f} million of them trained; classes"
+            f" are {kind}; {scale}"
+        )
 
 
 def normalization(backbone: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std) of the pixels in [0, 1] that a tower expects: CLIP's own, and for SimCLR's ResNet ImageNet's."""
+    """(mean, std) of the pixels in [0, 1] that a tower expects: CLIP's own, and for SimCLR's ResNet
+    ImageNet's.
+    """
     return (IMAGENET_MEAN, IMAGENET_STD) if backbone == "resnet18" else (CLIP_MEAN, CLIP_STD)
 
 
-def start(args, store_size: int, descriptions: list[str]) -> tuple[nn.Module | None, dict, str | None]:
-    """What `--weights` holds (None without), the facts from which a checkpoint rebuilds the model, and what was done.
+def start(
+    args, store_size: int, descriptions: list[str]
+) -> tuple[nn.Module | None, dict, str | None]:
+    """What `--weights` holds (None without), the facts from which a checkpoint rebuilds the model,
+    and what was done.
 
     Args:
-        args: backbone, weights, image_size, activation, clip_vocab, logit_scale, num_context and method.
+        args: backbone, weights, image_size, activation, clip_vocab, logit_scale, num_context and
+            method.
         store_size: side of the stored frames in pixels.
         descriptions: a sentence for each class.
 
     Raises:
-        InputError: the weights are of another architecture, or the size is one that the tower does not take.
+        InputError: the weights are of another architecture, or the size is one that the tower does
+            not take.
     """
     name, published, said = args.backbone, None, None
-    meta = dict(activation=None, tokens=None, stem=None, scale=args.logit_scale or _START_SCALE)
+    model_spec = dict(
+        activation=None, tokens=None, stem=None, scale=args.logit_scale or _START_SCALE
+    )
     if name == "resnet18":
         kernel = of_backbone(read(args.weights)).get("conv1.weight") if args.weights else None
         small = store_size < 64 if kernel is None else kernel.shape[-1] == 3
-        meta["stem"] = "cifar" if small else "imagenet"
-        size = input_size(name, meta["stem"], args.image_size, store_size)
-        meta["image_size"] = size
+        model_spec["stem"] = "cifar" if small else "imagenet"
+        size = input_size(name, model_spec["stem"], args.image_size, store_size)
+        model_spec["image_size"] = size
         if args.weights:
-            published = build_backbone(name, meta["stem"])
+            published = build_backbone(name, model_spec["stem"])
             said = load_published(published, args.weights)
     else:
         if args.weights and not VARIANTS[name].text_width:
-            raise InputError(f"--weights: no weights of {name} are published; leave it out, or another --backbone")
+            raise InputError(
+                f"--weights: no weights of {name} are published; leave it out, or another"
+                " --backbone"
+            )
         patch = VARIANTS[name].patch
         largest = 224 if args.weights else min(224, store_size)
         size = args.image_size or max(patch, largest // patch * patch)
-        meta["image_size"] = size
+        model_spec["image_size"] = size
         if args.weights:
             published, said = read_clip(args.weights, name, size, args.activation)
-            meta["activation"] = published.activation
-            meta["scale"] = args.logit_scale or published.logit_scale.exp().item()
+            model_spec["activation"] = published.activation
+            model_spec["scale"] = args.logit_scale or published.logit_scale.exp().item()
             if args.method != "tau-norm":
                 ids = Tokenizer.read(args.clip_vocab)(descriptions)
                 Prompts(copy.deepcopy(published.text), ids, args.num_context)
-                meta["tokens"] = ids.tolist()
+                model_spec["tokens"] = ids.tolist()
         else:
             build_image_tower(name, size)
     if args.method == "tau-norm":
-        meta["scale"] = None
-    meta["weights"] = checkpoint.weights_digest(published.state_dict()) if published else None
-    return published, meta, said
+        model_spec["scale"] = None
+    model_spec["weights"] = checkpoint.weights_digest(published.state_dict()) if published else None
+    return published, model_spec, said
 
 
-def build_raer(meta: dict, dropout: float, published: nn.Module | None = None) -> RaerModel:
-    """The model of `meta`: of `start`, with backbone, num_frames, tune, num_context, temporal_layers and classes.
+def build_raer(model_spec: dict, dropout: float, published: nn.Module | None = None) -> RaerModel:
+    """The model of `model_spec`: of `start`, with backbone, num_frames, tune, num_context,
+    temporal_layers and classes.
 
     Args:
         published: CLIP or a ResNet-18, which is copied; None: random weights.
     """
-    name, size, prompts = meta["backbone"], meta["image_size"], None
+    name, size, prompts = model_spec["backbone"], model_spec["image_size"], None
     published = copy.deepcopy(published)
     if name == "resnet18":
-        image, width = published or build_backbone(name, meta["stem"]), BACKBONES[name].num_features
-    elif meta["tokens"] is None:
-        image = published.visual if published else build_image_tower(name, size, meta["activation"])
+        image, width = (
+            published or build_backbone(name, model_spec["stem"]),
+            BACKBONES[name].num_features,
+        )
+    elif model_spec["tokens"] is None:
+        image = (
+            published.visual
+            if published
+            else build_image_tower(name, size, model_spec["activation"])
+        )
         width = image.num_features
     else:
-        clip = published or build_clip(name, size, meta["activation"])
+        clip = published or build_clip(name, size, model_spec["activation"])
         image, width = clip.visual, clip.visual.num_features
-        prompts = Prompts(clip.text, torch.tensor(meta["tokens"]), meta["num_context"])
-    options = dict(num_frames=meta["num_frames"], tune=meta["tune"], scale=meta["scale"], prompts=prompts)
-    options |= dict(layers=meta["temporal_layers"], dropout=dropout)
-    return RaerModel(image, width, len(meta["classes"]), **options)
+        prompts = Prompts(clip.text, torch.tensor(model_spec["tokens"]), model_spec["num_context"])
+    options = dict(
+        num_frames=model_spec["num_frames"],
+        tune=model_spec["tune"],
+        scale=model_spec["scale"],
+        prompts=prompts,
+    )
+    options |= dict(layers=model_spec["temporal_layers"], dropout=dropout)
+    return RaerModel(image, width, len(model_spec["classes"]), **options)

@@ -1,14 +1,15 @@
-"""Text to vectors: TF-IDF with a truncated SVD, which needs no file at all, and encoders of the BERT family.
+"""Text to vectors: TF-IDF with a truncated SVD, which needs no file at all, and encoders of the
+BERT family.
 
-`lsa` is latent semantic analysis (Deerwester et al. 1990) of words, punctuation and character n-grams, `encode` the
-pooled states of a frozen encoder (Devlin et al. 2018, arXiv:1810.04805) whose folder the user has.
+`lsa` is latent semantic analysis (Deerwester et al. 1990) of words, punctuation and character
+n-grams, `encode` the pooled states of a frozen encoder (Devlin et al. 2018, arXiv:1810.04805) whose
+folder the user has.
 """
 
 import contextlib
 import hashlib
 import json
 import os
-import re
 import string
 import unicodedata
 import warnings
@@ -21,20 +22,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import weights
-from common.checkpoint import load_weights
-from common.config import InputError
-
-_TOKEN = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*|([^\w\s]|_)\1*")
-
-
-def tokens(text: str) -> list[str]:
-    """Lower-case words, and punctuation: each run of one sign is a token, for `?` and `...` tell much of an act."""
-    return [match[0] for match in _TOKEN.finditer(text.lower())]
+from common.data.utterances import tokens
+from common.errors import InputError
+from common.run.checkpoint import load_weights
 
 
 def word_ngrams(text: str, longest: int = 3) -> list[str]:
-    """All runs of 1 to `longest` tokens, joined by blanks; longer runs may begin or end with the utterance's own edge
-    (`^`, `$`): how an utterance opens and closes tells more of the act than what stands in between."""
+    """All runs of 1 to `longest` tokens, joined by blanks; longer runs may begin or end with the
+    utterance's own edge (`^`, `$`): how an utterance opens and closes tells more of the act than
+    what stands in between.
+    """
     words = tokens(text)
     edged = ["^", *words, "$"]
     runs = [edged[i : i + n] for n in range(2, longest + 1) for i in range(len(edged) - n + 1)]
@@ -44,11 +41,18 @@ def word_ngrams(text: str, longest: int = 3) -> list[str]:
 def char_ngrams(text: str, shortest: int = 2, longest: int = 4) -> list[str]:
     """All runs of `shortest` to `longest` characters of each token with a blank on either side."""
     padded = [f" {token} " for token in tokens(text)]
-    return [p[i : i + n] for p in padded for n in range(shortest, longest + 1) for i in range(len(p) - n + 1)]
+    return [
+        p[i : i + n]
+        for p in padded
+        for n in range(shortest, longest + 1)
+        for i in range(len(p) - n + 1)
+    ]
 
 
 class Sparse(NamedTuple):
-    """A matrix in compressed rows: row i has `values[k]` in column `columns[k]` for starts[i] <= k < starts[i + 1]."""
+    """A matrix in compressed rows: row i has `values[k]` in column `columns[k]` for starts[i] <= k
+    < starts[i + 1].
+    """
 
     values: np.ndarray  # (nnz,) float64
     columns: np.ndarray  # (nnz,) int64, ascending in each row
@@ -67,18 +71,25 @@ class Sparse(NamedTuple):
     def transposed(self) -> "Sparse":
         rows = np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
         order = np.argsort(self.columns, kind="stable")
-        starts = np.concatenate([[0], np.cumsum(np.bincount(self.columns, minlength=self.num_columns))])
+        starts = np.concatenate(
+            [[0], np.cumsum(np.bincount(self.columns, minlength=self.num_columns))]
+        )
         return Sparse(self.values[order], rows[order], starts, len(self.starts) - 1)
 
 
 def tfidf(
-    documents: list[list[str]], terms: list[str] | None = None, idf: np.ndarray | None = None, min_df: int = 1
+    documents: list[list[str]],
+    terms: list[str] | None = None,
+    idf: np.ndarray | None = None,
+    min_df: int = 1,
 ) -> tuple[Sparse, list[str], np.ndarray]:
-    """(n, V) TF-IDF: (1 + ln tf) * idf with idf = 1 + ln((1 + n) / (1 + df)), rows of norm 1, or 0 without any term.
+    """(n, V) TF-IDF: (1 + ln tf) * idf with idf = 1 + ln((1 + n) / (1 + df)), rows of norm 1, or 0
+    without any term.
 
     Args:
         documents: n lists of terms.
-        terms, idf: V terms and their weights from an earlier call; None: the sorted terms of these documents.
+        terms, idf: V terms and their weights from an earlier call; None: the sorted terms of these
+            documents.
         min_df: terms that stand in fewer documents are left out of new ones.
 
     Returns:
@@ -86,7 +97,9 @@ def tfidf(
     """
     if terms is None:
         number: dict[str, int] = {}
-        found = [[number.setdefault(term, len(number)) for term in document] for document in documents]
+        found = [
+            [number.setdefault(term, len(number)) for term in document] for document in documents
+        ]
     else:
         number = {term: i for i, term in enumerate(terms)}
         found = [[number[term] for term in document if term in number] for document in documents]
@@ -114,19 +127,24 @@ def tfidf(
 def side_by_side(blocks: list[tuple[float, Sparse]]) -> Sparse:
     """Blocks of columns of the same rows, each times its weight."""
     offsets = np.cumsum([0] + [block.num_columns for _, block in blocks])
-    owner = np.concatenate([np.repeat(np.arange(len(b.starts) - 1), np.diff(b.starts)) for _, b in blocks])
+    owner = np.concatenate(
+        [np.repeat(np.arange(len(b.starts) - 1), np.diff(b.starts)) for _, b in blocks]
+    )
     values = np.concatenate([weight * b.values for weight, b in blocks])
-    columns = np.concatenate([b.columns + offset for (_, b), offset in zip(blocks, offsets, strict=False)])
+    columns = np.concatenate(
+        [b.columns + offset for (_, b), offset in zip(blocks, offsets, strict=False)]
+    )
     order = np.argsort(owner, kind="stable")
     starts = np.sum([b.starts for _, b in blocks], 0)
     return Sparse(values[order], columns[order], starts, int(offsets[-1]))
 
 
 def svd(matrix: Sparse, dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Left singular vectors (n, d) and singular values (d,) of the d = min(dim, n, V) largest, float64.
+    """Left singular vectors (n, d) and singular values (d,) of the d = min(dim, n, V) largest,
+    float64.
 
-    Randomised block Krylov iteration (Musco and Musco 2015, arXiv:1504.05477). The entry of largest magnitude in each
-    vector is positive.
+    Randomized block Krylov iteration (Musco and Musco 2015, arXiv:1504.05477). The entry of largest
+    magnitude in each vector is positive.
     """
     n, width = len(matrix.starts) - 1, matrix.num_columns
     dim = min(dim, n, width)
@@ -149,12 +167,14 @@ def svd(matrix: Sparse, dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray
 class Lsa:
     """Latent semantic analysis fitted to texts; maps n texts to (n, d) float32.
 
-    The terms are runs of one to three tokens, punctuation included, and with a smaller weight the characters of each
-    token, for spellings and endings that a corpus shows once. Singular directions keep their singular values: unlike
-    whitened ones they weigh what is common more than what is rare.
+    The terms are runs of one to three tokens, punctuation included, and with a smaller weight the
+    characters of each token, for spellings and endings that a corpus shows once. Singular
+    directions keep their singular values: unlike whitened ones they weigh what is common more than
+    what is rare.
 
     Attributes:
-        state: all of it as plain values and tensors, for a checkpoint; `Lsa(state)` is the same map.
+        state: all of it as plain values and tensors, for a checkpoint; `Lsa(state)` is the same
+            map.
     """
 
     def __init__(self, state: dict):
@@ -162,46 +182,60 @@ class Lsa:
 
     @classmethod
     def fit(cls, texts: list[str], dim: int = 50, char_weight: float = 0.5, seed: int = 0) -> "Lsa":
-        """Fit to texts. No labels enter, so all utterances may take part, those of the test split too (the usual
-        transductive setting of clustering, in which the test utterances are at hand without their labels).
+        """Fit to texts. No labels enter, so all utterances may take part, those of the test split
+        too (the usual transductive setting of clustering, in which the test utterances are at hand
+        without their labels).
 
         Args:
             texts: n utterances.
-            dim: directions; fewer where n or the number of terms is smaller. Further ones hold rare words, and k-means
-                on them depends more on its seed.
-            char_weight: weight of the character n-grams' part of a row beside the words' part, >= 0.
-            seed: of the randomised SVD.
+            dim: directions; fewer where n or the number of terms is smaller. Further ones hold rare
+                words, and k-means on them depends more on its seed.
+            char_weight: weight of the character n-grams' part of a row beside the words' part, >=
+                0.
+            seed: of the randomized SVD.
 
         Raises:
             InputError: no term stands in two utterances.
         """
-        words, chars = (tfidf([f(text) for text in texts], min_df=2) for f in (word_ngrams, char_ngrams))
+        words, chars = (
+            tfidf([f(text) for text in texts], min_df=2) for f in (word_ngrams, char_ngrams)
+        )
         if not words[1] and not chars[1]:
-            raise InputError("no word stands in two utterances: nothing to compare them by; check the text")
+            raise InputError(
+                "no word stands in two utterances: nothing to compare them by; check the text"
+            )
         state = {"words": words[1], "word_idf": torch.from_numpy(words[2]), "chars": chars[1]}
         state |= {"char_idf": torch.from_numpy(chars[2]), "char_weight": char_weight}
         matrix = side_by_side([(1.0, words[0]), (char_weight, chars[0])])
         u, s = svd(matrix, dim, seed)
         kept = s > s[0] * 1e-9  # the others are rounding
-        state["projection"] = (matrix.transposed().torch() @ torch.from_numpy(u[:, kept])) / torch.from_numpy(s[kept])
+        state["projection"] = (
+            matrix.transposed().torch() @ torch.from_numpy(u[:, kept])
+        ) / torch.from_numpy(s[kept])
         return cls(state)
 
     def __call__(self, texts: list[str]) -> np.ndarray:
         words, chars = (
             tfidf([ngrams(text) for text in texts], self.state[terms], self.state[idf].numpy())[0]
-            for ngrams, terms, idf in ((word_ngrams, "words", "word_idf"), (char_ngrams, "chars", "char_idf"))
+            for ngrams, terms, idf in (
+                (word_ngrams, "words", "word_idf"),
+                (char_ngrams, "chars", "char_idf"),
+            )
         )
         matrix = side_by_side([(1.0, words), (self.state["char_weight"], chars)])
         return (matrix.torch() @ self.state["projection"]).float().numpy()
 
 
 def lsa(texts: list[str], **options) -> np.ndarray:
-    """(n, d) float32: latent semantic analysis of n texts, fitted to these texts; `options` are those of `Lsa.fit`."""
+    """(n, d) float32: latent semantic analysis of n texts, fitted to these texts; `options` are
+    those of `Lsa.fit`.
+    """
     return Lsa.fit(texts, **options)(texts)
 
 
 class WordPiece:
-    """The tokeniser of BERT (Devlin et al. 2018): clean, split at blanks and punctuation, longest match first.
+    """The tokenizer of BERT (Devlin et al. 2018): clean, split at blanks and punctuation, longest
+    match first.
 
     Names of special tokens in a text, such as `[MASK]`, are ordinary text here.
 
@@ -211,19 +245,33 @@ class WordPiece:
         chinese: put blanks around CJK ideographs.
     """
 
-    def __init__(self, vocab: dict[str, int], lower: bool = True, strip_accents: bool | None = None, chinese=True):
+    def __init__(
+        self,
+        vocab: dict[str, int],
+        lower: bool = True,
+        strip_accents: bool | None = None,
+        chinese=True,
+    ):
         missing = [name for name in ("[UNK]", "[CLS]", "[SEP]", "[PAD]") if name not in vocab]
         if missing:
-            raise InputError(f"the vocabulary lacks {', '.join(missing)}: not a WordPiece vocabulary of BERT")
+            raise InputError(
+                f"the vocabulary lacks {', '.join(missing)}: not a WordPiece vocabulary of BERT"
+            )
         self.vocab, self.lower, self.chinese = vocab, lower, chinese
         self.strip_accents = lower if strip_accents is None else strip_accents
-        self.unknown, self.first, self.last, self.pad = (vocab[t] for t in ("[UNK]", "[CLS]", "[SEP]", "[PAD]"))
+        self.unknown, self.first, self.last, self.pad = (
+            vocab[t] for t in ("[UNK]", "[CLS]", "[SEP]", "[PAD]")
+        )
 
     @classmethod
     def read(cls, folder: Path) -> "WordPiece":
         """From a folder's `vocab.txt`, and `tokenizer_config.json` where there is one."""
         lines = _read_text(folder / "vocab.txt").split("\n")
-        settings = _read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").exists() else {}
+        settings = (
+            _read_json(folder / "tokenizer_config.json")
+            if (folder / "tokenizer_config.json").exists()
+            else {}
+        )
         return cls(
             {token: i for i, token in enumerate(lines[:-1] if not lines[-1] else lines)},
             bool(settings.get("do_lower_case", True)),
@@ -233,22 +281,26 @@ class WordPiece:
 
     def words(self, text: str) -> list[str]:
         """The words and single signs of punctuation of a text, cleaned."""
-        # Control, format and private characters vanish; unassigned ones stay, as in the Rust tokenisers.
+        # Control, format and private characters vanish; unassigned ones stay, as in the Rust
+        # tokenizers.
         text = "".join(
             " " if c in "\t\n\r" or c.isspace() else c
             for c in text
-            if c in "\t\n\r" or not (c == "\ufffd" or unicodedata.category(c) in ("Cc", "Cf", "Co", "Cs"))
+            if c in "\t\n\r"
+            or not (c == "\ufffd" or unicodedata.category(c) in ("Cc", "Cf", "Co", "Cs"))
         )
         if self.chinese:
             text = "".join(f" {c} " if _is_cjk(ord(c)) else c for c in text)
         if self.strip_accents:
-            text = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
+            text = "".join(
+                c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn"
+            )
         if self.lower:
             text = "".join(c.lower() for c in text)  # letter by letter: a final sigma stays a sigma
         return "".join(f" {c} " if _is_punctuation(c) else c for c in text).split()
 
     def pieces(self, word: str) -> list[int]:
-        """Ids of a word's longest pieces from left to right; [UNK] alone where it cannot be spelt."""
+        """Ids of a word's longest pieces from left to right; [UNK] alone where it cannot be spelled."""
         if len(word) > 100:
             return [self.unknown]
         ids, start = [], 0
@@ -290,7 +342,8 @@ _SIZES = (
 
 
 class Bert(nn.Module):
-    """The encoder of BERT and of what shares its shape, such as MiniLM, with Hugging Face's keys (no pooler).
+    """The encoder of BERT and of what shares its shape, such as MiniLM, with Hugging Face's keys
+    (no pooler).
 
     Post-norm layers, exact GELU, learned positions, no dropout.
 
@@ -302,13 +355,26 @@ class Bert(nn.Module):
         super().__init__()
         missing = [name for name in _SIZES if not isinstance(config.get(name), int)]
         if missing:
-            raise InputError(f"the encoder's config.json lacks {', '.join(missing)}: not an encoder of the BERT family")
-        for name, allowed in (("model_type", "bert"), ("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
+            raise InputError(
+                f"the encoder's config.json lacks {', '.join(missing)}: not an encoder of the"
+                " BERT family"
+            )
+        for name, allowed in (
+            ("model_type", "bert"),
+            ("hidden_act", "gelu"),
+            ("position_embedding_type", "absolute"),
+        ):
             if config.get(name, allowed) != allowed:
-                raise InputError(f"the encoder's config.json has {name} {config[name]!r}; allowed is {allowed}")
-        vocab, width, layers, self.num_heads, inner, self.max_length, types = (config[name] for name in _SIZES)
+                raise InputError(
+                    f"the encoder's config.json has {name} {config[name]!r}; allowed is {allowed}"
+                )
+        vocab, width, layers, self.num_heads, inner, self.max_length, types = (
+            config[name] for name in _SIZES
+        )
         if width % self.num_heads:
-            raise InputError(f"hidden_size {width} is not divisible by num_attention_heads {self.num_heads}")
+            raise InputError(
+                f"hidden_size {width} is not divisible by num_attention_heads {self.num_heads}"
+            )
         eps = config.get("layer_norm_eps", 1e-12)
         self.num_layers, self.width = layers, width
         self.embeddings = nn.ModuleDict(
@@ -319,10 +385,14 @@ class Bert(nn.Module):
                 "LayerNorm": nn.LayerNorm(width, eps),
             }
         )
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(_layer(width, inner, eps) for _ in range(layers))})
+        self.encoder = nn.ModuleDict(
+            {"layer": nn.ModuleList(_layer(width, inner, eps) for _ in range(layers))}
+        )
 
     def forward(self, ids: Tensor, mask: Tensor, layer: int) -> Tensor:
-        """Hidden states after `layer` layers (0: the embeddings): (b, l) ids and bool mask of tokens -> (b, l, d)."""
+        """Hidden states after `layer` layers (0: the embeddings): (b, l) ids and bool mask of
+        tokens -> (b, l, d).
+        """
         parts = self.embeddings
         positions = torch.arange(ids.shape[1], device=ids.device)
         x = parts["word_embeddings"](ids) + parts["position_embeddings"](positions)
@@ -343,9 +413,13 @@ class Bert(nn.Module):
 
 def _layer(width: int, inner: int, eps: float) -> nn.ModuleDict:
     def output(size):
-        return nn.ModuleDict({"dense": nn.Linear(size, width), "LayerNorm": nn.LayerNorm(width, eps)})
+        return nn.ModuleDict(
+            {"dense": nn.Linear(size, width), "LayerNorm": nn.LayerNorm(width, eps)}
+        )
 
-    projections = nn.ModuleDict({name: nn.Linear(width, width) for name in ("query", "key", "value")})
+    projections = nn.ModuleDict(
+        {name: nn.Linear(width, width) for name in ("query", "key", "value")}
+    )
     return nn.ModuleDict(
         {
             "attention": nn.ModuleDict({"self": projections, "output": output(width)}),
@@ -377,11 +451,14 @@ def _weights_file(folder: Path) -> Path:
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (folder / name).is_file():
             return folder / name
-    raise InputError(f"{folder}: no model.safetensors or pytorch_model.bin there; name an encoder's folder")
+    raise InputError(
+        f"{folder}: no model.safetensors or pytorch_model.bin there; name an encoder's folder"
+    )
 
 
 def read_bert(folder: str | Path) -> Bert:
-    """The encoder of a Hugging Face folder: `config.json` and `model.safetensors` or `pytorch_model.bin`.
+    """The encoder of a Hugging Face folder: `config.json` and `model.safetensors` or
+    `pytorch_model.bin`.
 
     Keys may have the prefix `bert.`; a pooler and pretraining heads are left out.
 
@@ -393,7 +470,11 @@ def read_bert(folder: str | Path) -> Bert:
     path = _weights_file(folder)
     state = weights.read(path)
     if any(key.startswith("bert.") for key in state):
-        state = {key.removeprefix("bert."): value for key, value in state.items() if key.startswith("bert.")}
+        state = {
+            key.removeprefix("bert."): value
+            for key, value in state.items()
+            if key.startswith("bert.")
+        }
     # The first published checkpoints name a LayerNorm's parameters as TensorFlow does.
     names = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
     kept = {}
@@ -416,22 +497,24 @@ def encode(
     device: str | torch.device = "cpu",
     cache: str | Path | None = None,
 ) -> np.ndarray:
-    """(n, d) float32: the states of a frozen encoder after one of its layers, pooled over each text's tokens.
+    """(n, d) float32: the states of a frozen encoder after one of its layers, pooled over each
+    text's tokens.
 
-    Each distinct text is encoded once, in batches of like length, so that a text's vector does not depend on where it
-    stands in the list.
+    Each distinct text is encoded once, in batches of like length, so that a text's vector does not
+    depend on where it stands in the list.
 
     Args:
         folder: `config.json`, `vocab.txt` and the weights, as Hugging Face publishes them.
         texts: n texts.
-        layer: 0 for the embeddings, K for the states after layer K, None for the last layer. Middle layers often
-            separate acts better than the last one, which is trained for another task.
+        layer: 0 for the embeddings, K for the states after layer K, None for the last layer. Middle
+            layers often separate acts better than the last one, which is trained for another task.
         pooling: "mean" over all tokens, [CLS] and [SEP] included, or "cls", the state of [CLS].
-        max_length: tokens of a text that are read, at most the encoder's positions; None: all of these.
+        max_length: tokens of a text that are read, at most the encoder's positions; None: all of
+            these.
         batch: texts encoded together.
         device: where the encoder runs.
-        cache: folder in which the result is kept under a name that stands for the weights, vocabulary, texts and
-            settings, and read again.
+        cache: folder in which the result is kept under a name that stands for the weights,
+            vocabulary, texts and settings, and read again.
 
     Raises:
         InputError: the folder holds no such encoder, or it has no such layer.
@@ -442,18 +525,24 @@ def encode(
     num_layers = config.get("num_hidden_layers", 0)
     layer = num_layers if layer is None else layer
     if not 0 <= layer <= num_layers:
-        raise InputError(f"--text-layer {layer}: {folder} has the layers 0 (embeddings) to {num_layers}")
+        raise InputError(
+            f"--text-layer {layer}: {folder} has the layers 0 (embeddings) to {num_layers}"
+        )
     if pooling not in ("mean", "cls"):
         raise ValueError(f"pooling must be mean or cls, got {pooling!r}")
     kept = None
     if cache is not None:
-        files = [folder / name for name in ("config.json", "vocab.txt", "tokenizer_config.json")] + [
-            _weights_file(folder)
+        files = [
+            folder / name for name in ("config.json", "vocab.txt", "tokenizer_config.json")
+        ] + [_weights_file(folder)]
+        contents = [
+            hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.exists()
         ]
-        contents = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.exists()]
         key = repr((contents, texts, layer, pooling, max_length)).encode()
         kept = Path(cache) / f"text-{hashlib.sha256(key).hexdigest()[:16]}.npy"
-        with contextlib.suppress(OSError, ValueError, EOFError):  # a missing or damaged file is made anew
+        with contextlib.suppress(
+            OSError, ValueError, EOFError
+        ):  # a missing or damaged file is made anew
             return np.load(kept, allow_pickle=False)
     model = read_bert(folder).to(device)
     longest = min(max_length or model.max_length, model.max_length)
@@ -463,7 +552,9 @@ def encode(
     pooled = []
     for start in range(0, len(order), batch):
         rows = [torch.tensor(distinct[text]) for text in order[start : start + batch]]
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad).to(device)
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad).to(
+            device
+        )
         sizes = torch.tensor([len(ids) for ids in rows], device=device)
         mask = torch.arange(ids.shape[1], device=device) < sizes[:, None]
         x = model(ids, mask, layer)

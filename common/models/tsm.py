@@ -1,23 +1,27 @@
-"""Clips to logits: a frame network whose blocks exchange channels in time (TSM, Lin et al. 2019, arXiv:1811.08383).
+"""Clips to logits: a frame network whose blocks exchange channels in time (TSM, Lin et al. 2019,
+arXiv:1811.08383).
 
-The shift is a function that the script hands in; no module is wrapped, so the backbone keeps the keys of its published
-weights. Sites are the blocks with a shortcut (`shift_sites`), attention blocks excepted:
+The shift is a function that the script hands in; no module is wrapped, so the backbone keeps the
+keys of its published weights. Sites are the blocks with a shortcut (`shift_sites`), attention
+blocks excepted:
 
     residual    the branch reads the shifted map, the shortcut the map itself; shifting both would lose channels of the
                 frame for good
     expand      the branch's expansion convolution reads the shifted map, so that one kernel does both. Where no
-                depthwise convolution comes before it, this is `residual`; elsewhere it differs at a clip's first and
-                last frame only, whose zeros come after instead of before that convolution's normalisation
+                depthwise convolution comes before it, this is `residual`; elsewhere it differs at a
+                clip's first and last frame only, whose zeros come after instead of before that
+                convolution's normalization
     none        no shift: a frame network and an average over frames
 
-With `fold_div` 8 an eighth of the channels comes from the next frame and an eighth from the previous one: 2/8 move.
-With 4 it is half of them. Under direction `past` only the eighth, or quarter, from the previous frame moves. None of
-this adds FLOPs; it adds memory traffic.
+With `fold_div` 8 an eighth of the channels comes from the next frame and an eighth from the
+previous one: 2/8 move. With 4 it is half of them. Under direction `past` only the eighth, or
+quarter, from the previous frame moves. None of this adds FLOPs; it adds memory traffic.
 
-Sequences longer than a clip. Windows of `n_segment` frames, scored one by one, are what training saw: every window
-starts, and with direction `both` ends, with zeros for its missing neighbours. A stream, or a forward pass over all T
-frames, has these zeros at the sequence's ends only, and a frame then depends on as many earlier frames as there are
-sites. The two scores differ; the averaged windows are the ones to trust for a model trained on windows.
+Sequences longer than a clip. Windows of `n_segment` frames, scored one by one, are what training
+saw: every window starts, and with direction `both` ends, with zeros for its missing neighbors. A
+stream, or a forward pass over all T frames, has these zeros at the sequence's ends only, and a
+frame then depends on as many earlier frames as there are sites. The two scores differ; the averaged
+windows are the ones to trust for a model trained on windows.
 """
 
 from collections.abc import Callable
@@ -28,10 +32,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import checkpoint, weights
-from common.config import InputError
+from common import weights
+from common.errors import InputError
 from common.models.heads import TemporalHead
 from common.models.mobilenet_v4 import NUM_FEATURES, MobileNetV4, normalization, shift_sites
+from common.run import checkpoint
 
 PLACEMENTS = ("residual", "expand", "none")
 
@@ -42,8 +47,8 @@ class Shift:
 
     Args:
         placement: one of PLACEMENTS.
-        kernel: `kernels.temporal_shift` for `residual`, `kernels.shift_conv1x1` for `expand`, anything for `none`;
-            functools.partial binds its `impl`.
+        kernel: `kernels.temporal_shift` for `residual`, `kernels.shift_conv1x1` for `expand`,
+            anything for `none`; functools.partial binds its `impl`.
         n_segment: frames of a clip.
         fold_div, direction, padding: the kernel's.
     """
@@ -66,22 +71,29 @@ class Shift:
 
 
 class ClipModel(nn.Module):
-    """Clips (n, T, 3, s, s), or their frames (n * n_segment, 3, s, s), to logits (n, num_classes) and the share of each
-    frame in them (n, T), which sum to 1.
+    """Clips (n, T, 3, s, s), or their frames (n * n_segment, 3, s, s), to logits (n, num_classes)
+    and the share of each frame in them (n, T), which sum to 1.
 
-    Pixels are normalised floats. T of five-dimensional clips may differ from `n_segment`. The head works in its
-    weights' precision, fp32, under autocast too: scores of 8 bits would tie.
+    Pixels are normalized floats. T of five-dimensional clips may differ from `n_segment`. The head
+    works in its weights' precision, fp32, under autocast too: scores of 8 bits would tie.
 
     Args:
         backbone: without a classifier.
         shift: see `Shift`.
         aggregate, num_classes: see `TemporalHead`.
-        dropout: probability, of a feature of a frame, or with `dropout2d` of a channel of its last map (Tompson et al.
-            2015, arXiv:1411.4280).
+        dropout: probability, of a feature of a frame, or with `dropout2d` of a channel of its last
+            map (Tompson et al. 2015, arXiv:1411.4280).
     """
 
     def __init__(
-        self, backbone: MobileNetV4, shift: Shift, *, aggregate: str, dropout: float, dropout2d: bool, num_classes: int
+        self,
+        backbone: MobileNetV4,
+        shift: Shift,
+        *,
+        aggregate: str,
+        dropout: float,
+        dropout2d: bool,
+        num_classes: int,
     ):
         super().__init__()
         if shift.placement not in PLACEMENTS:
@@ -114,23 +126,31 @@ class ClipModel(nn.Module):
         frames = clips.flatten(0, 1) if clips.dim() == 5 else clips
         features = self.frame_features(frames, *self.shift.hooks(n_segment))
         with torch.autocast(features.device.type, enabled=False):
-            return self.head(features.to(self.head.classifier.weight.dtype).unflatten(0, (-1, n_segment)))
+            return self.head(
+                features.to(self.head.classifier.weight.dtype).unflatten(0, (-1, n_segment))
+            )
 
     def describe(self) -> str:
-        """One line for people: where the shift sits and how much it moves."""
+        """One line: where the shift sits and how much it moves."""
         s = self.shift
         if s.placement == "none":
             return "shift none"
         widths = [block.pw_proj.conv.out_channels for block in shift_sites(self.backbone).values()]
-        moved = sum(width // s.fold_div for width in widths) * (2 if s.direction == "both" else 1) / sum(widths)
+        moved = (
+            sum(width // s.fold_div for width in widths)
+            * (2 if s.direction == "both" else 1)
+            / sum(widths)
+        )
         return (
-            f"shift {s.placement} at {len(widths)} blocks, {s.n_segment} frames, fold_div {s.fold_div}, "
+            f"shift {s.placement} at {len(widths)} blocks, {s.n_segment} frames, fold_div"
+            f" {s.fold_div}, "
             f"direction {s.direction}, padding {s.padding}: {moved:.0%} of their channels move"
         )
 
 
 def start_weights(args) -> tuple[dict[str, Tensor] | None, tuple]:
-    """The backbone's weights in --weights, and the (mean, std) of pixels that they expect; of a run, its own.
+    """The backbone's weights in --weights, and the (mean, std) of pixels that they expect; of a
+    run, its own.
 
     Raises:
         InputError: the file cannot be read, or is another script's.
@@ -138,20 +158,28 @@ def start_weights(args) -> tuple[dict[str, Tensor] | None, tuple]:
     if args.weights is None:
         return None, normalization(args.backbone)
     state = weights.read(args.weights)
-    own = {name.removeprefix("backbone."): t for name, t in state.items() if name.startswith("backbone.")}
+    own = {
+        name.removeprefix("backbone."): t
+        for name, t in state.items()
+        if name.startswith("backbone.")
+    }
     if own:
-        meta = checkpoint.load_selected(args.weights)["meta"]
-        if meta["script"] != "tsm":
-            raise InputError(f"{args.weights} is of train_{meta['script']}.py; give a run of this script")
-        return own, meta["pixels"]
+        model_spec = checkpoint.load_selected(args.weights)["model_spec"]
+        if model_spec["script"] != "tsm":
+            raise InputError(
+                f"{args.weights} is of train_{model_spec['script']}.py; give a run of this script"
+            )
+        return own, model_spec["pixels"]
     return state, normalization(args.backbone, args.weights)
 
 
 def freeze_bn(model: ClipModel, share: float) -> list[str]:
-    """Freeze the first round(share * n) of the backbone's n BatchNorm layers, in the order in which they run.
+    """Freeze the first round(share * n) of the backbone's n BatchNorm layers, in the order in which
+    they run.
 
-    Their running statistics normalise and stay, and their scales and shifts are not trained, whatever `train()` says.
-    Call it after `dist.sync_batchnorm`, which makes new layers, and before the optimiser is built.
+    Their running statistics normalize and stay, and their scales and shifts are not trained,
+    whatever `train()` says. Call it after `dist.sync_batchnorm`, which makes new layers, and before
+    the optimizer is built.
 
     Returns:
         Their names.
@@ -167,8 +195,9 @@ def freeze_bn(model: ClipModel, share: float) -> list[str]:
 class Stream:
     """A model that was trained with direction `past`, run frame by frame.
 
-    Per site the previous frame's fold is kept, and of the aggregation a running softmax: the memory does not grow with
-    the sequence. After t frames the logits are those of the model for one clip of these t frames.
+    Per site the previous frame's fold is kept, and of the aggregation a running softmax: the memory
+    does not grow with the sequence. After t frames the logits are those of the model for one clip
+    of these t frames.
 
     Args:
         model: in evaluation mode.
@@ -182,7 +211,8 @@ class Stream:
         s = model.shift
         if s.placement != "none" and (s.direction, s.padding) != ("past", "zero"):
             raise InputError(
-                f"a stream needs a model trained with --direction past --padding zero: this one has {s.direction} and "
+                "a stream needs a model trained with --direction past --padding zero: this one"
+                f" has {s.direction} and "
                 f"{s.padding}"
             )
         assert not model.training, "BatchNorm would use the statistics of one frame"
@@ -192,8 +222,10 @@ class Stream:
 
     @torch.no_grad()
     def __call__(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """The next frame of n streams (n, 3, s, s) to logits (n, num_classes) of all frames so far and this frame's
-        score (n,); a softmax over the scores of a sequence gives the frames' shares."""
+        """The next frame of n streams (n, 3, s, s) to logits (n, num_classes) of all frames so far
+        and this frame's score (n,); a softmax over the scores of a sequence gives the frames'
+        shares.
+        """
         folds = iter(self.folds)
         self.folds = []
 
@@ -206,7 +238,9 @@ class Stream:
             return F.conv2d(shift(x), weight)
 
         placement = self.model.shift.placement
-        hooks = {"residual": (shift, None), "expand": (None, shift_conv), "none": (None, None)}[placement]
+        hooks = {"residual": (shift, None), "expand": (None, shift_conv), "none": (None, None)}[
+            placement
+        ]
         features = self.model.frame_features(frames, *hooks)
         head = self.model.head
         with torch.autocast(features.device.type, enabled=False):
@@ -235,17 +269,20 @@ class Memory(NamedTuple):
         return f"{sum(self) / 1e9:.2f} GB ({parts})"
 
 
-def training_memory(model: ClipModel, frames: int, size: int, dtype: torch.dtype, *, states: int = 2) -> Memory:
+def training_memory(
+    model: ClipModel, frames: int, size: int, dtype: torch.dtype, *, states: int = 2
+) -> Memory:
     """What a training step of the model will hold at its peak, between forward and backward.
 
-    The backbone runs once without data (device `meta`), and what autograd would keep is counted. With checkpointed
-    blocks that is every block's input, and everything within the largest block.
+    The backbone runs once without data (device `meta`), and what autograd would keep is
+    counted. With checkpointed blocks that is every block's input, and everything within the largest
+    block.
 
     Args:
         frames: of one chunk on one device: clips times their frames.
         size: side of a frame, pixels.
         dtype: of autocast, or fp32.
-        states: tensors that the optimiser keeps per parameter: 2 for AdamW.
+        states: tensors that the optimizer keeps per parameter: 2 for AdamW.
     """
     with torch.device("meta"):
         twin = MobileNetV4(model.backbone.variant).to(dtype)
@@ -271,11 +308,15 @@ def training_memory(model: ClipModel, frames: int, size: int, dtype: torch.dtype
         if model.backbone.checkpoint_blocks:
             kept = around | inputs
         features = twin.pool(x)
-    assert features.requires_grad  # the graph, and so every storage that was counted, lives until here
+    assert (
+        features.requires_grad
+    )  # the graph, and so every storage that was counted, lives until here
     activations = sum(kept.values()) + (max(inside) if model.backbone.checkpoint_blocks else 0)
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     if dtype != torch.float32:
         # Autocast keeps a copy of the weights and the frames as they came.
-        activations += sum(p.numel() for p in twin.parameters()) * dtype.itemsize + frames * 3 * size**2 * 4
+        activations += (
+            sum(p.numel() for p in twin.parameters()) * dtype.itemsize + frames * 3 * size**2 * 4
+        )
     return Memory(parameters, trained, states * trained, activations)

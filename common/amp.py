@@ -1,0 +1,169 @@
+"""What stands around an optimizer step in every script: precision, the masked update, chunks of a
+batch.
+"""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from common import optim
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a host tensor without waiting for it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
+def dtype_of(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype that `--precision` means on a device: `auto` is bf16 on a GPU that has it, fp32
+    elsewhere.
+    """
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def autocast(precision: str, device: torch.device):
+    """The autocast context of `--precision`."""
+    dtype = dtype_of(precision, device)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
+    """A loss scaler, which does nothing but for fp16."""
+    return torch.amp.GradScaler(device.type, enabled=dtype_of(precision, device) == torch.float16)
+
+
+def guarded_step(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, loss: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Step the optimizer unless a gradient is not finite; returns (gradient norm, bad), device
+    scalars.
+
+    The decision stays on the device: the optimizers of `common.optim` skip the whole update where
+    their `found_inf` is 1, so no host synchronization is needed and a bad step never reaches the
+    weights. `bad` is a boolean; with a loss scaler an overflow of the scaled gradients is no
+    divergence, only a loss that is not finite is.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = optim.grad_norm(parameters)
+    if scaler.is_enabled():
+        norm = norm / scaler.scale(torch.ones_like(norm))
+        scaler.step(optimizer)
+        scaler.update()
+        return norm, ~loss.detach().isfinite()
+    finite = norm.isfinite()
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        if finite:  # a device without fused optimizers (mps): the host has to wait and see
+            optimizer.step()
+        return norm, ~(finite & loss.detach().isfinite())
+    optimizer.found_inf = (~finite).float()
+    optimizer.step()
+    del optimizer.found_inf
+    return norm, ~(finite & loss.detach().isfinite())
+
+
+class Phases:
+    """The time that steps spend in each phase: `lap(name)` gives the time since the lap before to a
+    phase, `lap(None)` to none (it was an evaluation).
+
+    A lap waits for the device, so the sum is more than an unwatched step takes. The first `skip`
+    steps, each ended by `lap("rest")`, do not count: they allocate, compile and choose algorithms.
+    """
+
+    def __init__(self, device: torch.device, skip: int = 3):
+        self.device, self.seconds, self.left, self.steps = device, {}, skip, 0
+        self.last = time.perf_counter()
+
+    def lap(self, name: str | None) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+        now = time.perf_counter()
+        if self.left == 0 and name:
+            self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
+        if name == "rest":
+            self.left, self.steps = max(self.left - 1, 0), self.steps + (self.left == 0)
+        self.last = now
+
+    def describe(self) -> str:
+        """`512.0 ms a step: backward 61.0 %, ...`, the largest share first."""
+        total = sum(self.seconds.values())
+        if not self.steps:
+            return "no step was timed: the first ones do not count"
+        shares = sorted(self.seconds.items(), key=lambda item: -item[1])
+        return f"{total / self.steps * 1e3:.1f} ms a step: " + ", ".join(
+            f"{n} {s / total:.1%}" for n, s in shares
+        )
+
+
+@contextlib.contextmanager
+def frozen_running_stats(model: nn.Module) -> Iterator[None]:
+    """BatchNorm in training mode whose running statistics stay as they are: for a forward pass that
+    is repeated.
+    """
+    layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    before = [m.momentum for m in layers]
+    counts = [m.num_batches_tracked.clone() for m in layers]
+    for layer in layers:
+        layer.momentum = 0.0
+    try:
+        yield
+    finally:
+        for layer, momentum, count in zip(layers, before, counts, strict=True):
+            layer.momentum = momentum
+            layer.num_batches_tracked.copy_(count)
+
+
+def peak_bytes(device: torch.device | None = None) -> int | None:
+    """The most memory held so far: of the GPU by tensors, elsewhere by the process; None where
+    nobody counts it.
+
+    Without a `device`: of the current GPU, where one is in use.
+    """
+    if device.type == "cuda" if device else torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
+
+
+def peak_memory(device: torch.device) -> str:
+    """`peak_bytes` as text."""
+    held = peak_bytes(device)
+    if held is None:
+        return "not counted on this system"
+    return f"{held / 1e9:.2f} GB of the {'GPU' if device.type == 'cuda' else 'process'}"
+
+
+def reduce_gradients(model: nn.Module, *, last: bool):
+    """Average the gradients over the processes with the last chunk of a batch only."""
+    return contextlib.nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
+
+
+def set_lr(
+    optimizer: torch.optim.Optimizer, stage, done: int, steps_per_epoch: int, schedule: str
+) -> float:
+    """Set and return the learning rate of the step that follows `done` steps: a function of the
+    position alone.
+
+    `stage` is a `common.config.Stage`.
+    """
+    lr = optim.lr_at(
+        done,
+        lr=stage.lr,
+        warmup_steps=round(stage.warmup_epochs * steps_per_epoch),
+        total_steps=stage.epochs * steps_per_epoch,
+        schedule=schedule,
+        min_lr=stage.min_lr,
+    )
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr

@@ -1,0 +1,1 @@
+"""--check: the data set and the training recipe, tried before a run."""

@@ -1,0 +1,147 @@
+"""The human baseline: how well does a person do on the test items that the model is judged by?
+
+`--check human-baseline` exports 100 of them without their labels to human/ in the run directory,
+pictures, or texts in the sheet, and sheet.csv to fill; the same command again scores the sheet.
+Which items they are follows from their names, so nothing in the folder gives an answer away.
+"""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from common import metrics
+from common.check.result import PASS, SKIP, CheckSpec, Result, skip
+from common.data.clips import Videos
+from common.data.images import UNLABELED
+from common.data.sampling import hash_order
+from common.errors import InputError, did_you_mean
+from common.run.files import read_json, write_json
+
+ITEMS, FRAMES, LEAST = 100, 8, 20  # exported; of a clip's strip; answers to score
+SIDE = 128  # pixels; smaller pictures are enlarged in whole pixels
+
+
+def item(task: CheckSpec) -> Result:
+    """Export the items, or score the sheet that is filled."""
+    run, folder = task.run, task.run.folder / "human"
+    source = getattr(run.data, "table", run.data)
+    test = run.splits.get("finetune_test", run.splits["test"])
+    test = test[source.labels[test] != UNLABELED]
+    if not len(test) or len(source.classes) < 2:
+        return skip("no labeled test items")
+    if source is not run.data and source.texts is None:
+        return skip("features without text: nothing that a person could read")
+    rows = np.array(hash_order(source.ids, test, "human")[:ITEMS])
+    sheet = folder / "sheet.csv"
+    if sheet.exists():
+        return score(sheet, source, rows, run.folder)
+    if "human-baseline" not in run.args.check:
+        return skip("--check human-baseline exports test items with a sheet to fill")
+    export(folder, source, rows)
+    value = f"{len(rows)} test items in {folder}"
+    fix = f"write one of {', '.join(source.classes)} in each row of {sheet} and run this again"
+    return Result(SKIP, value, f"{LEAST} answers", fix)
+
+
+def export(folder: Path, source, rows: np.ndarray) -> None:
+    """Write the items at `rows` of a data set: 001.png and so on, or their texts; sheet.csv;
+    classes.txt.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = getattr(source, "texts", None)
+    for number, row in enumerate(rows, 1) if texts is None else ():
+        _picture(source, int(row)).save(folder / f"{number:03d}.png")
+    (folder / "classes.txt").write_text("\n".join(source.classes) + "\n")
+    write_json(folder / "key.json", {"data": source.fingerprint, "items": len(rows)})
+    with open(folder / "sheet.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["item", *(["text"] if texts else []), "answer"])
+        for number, row in enumerate(rows, 1):
+            writer.writerow([f"{number:03d}", *([texts[row]] if texts else []), ""])
+
+
+def _picture(source, row: int) -> Image.Image:
+    if not isinstance(source, Videos):
+        frames = [source.decode(row)]
+    else:
+        own = source.frames[row]
+        own = own[np.linspace(0, len(own) - 1, min(FRAMES, len(own))).round().astype(int)]
+        frames = [source.images.decode(int(index)) for index in own]
+    if frames[0].ndim == 4:  # two streams, one above the other
+        frames = [torch.cat(list(frame), 1) for frame in frames]
+    strip: Tensor = torch.cat(frames, 2)
+    scale = max(1, SIDE // strip.shape[1])
+    return Image.fromarray(
+        strip.repeat_interleave(scale, 1).repeat_interleave(scale, 2).permute(1, 2, 0).numpy()
+    )
+
+
+def score(sheet: Path, source, rows: np.ndarray, run_folder: Path) -> Result:
+    """Accuracy of a filled sheet with its 95 % interval, UAR, and the items that were answered
+    wrongly.
+
+    Raises:
+        InputError: the sheet is of other data, lacks a column, or answers an item twice or with no
+            class.
+    """
+    key = read_json(sheet.parent / "key.json")
+    if key != {"data": source.fingerprint, "items": len(rows)}:
+        raise InputError(f"{sheet} is of other data or splits; move it away, and export again")
+    known = {name.lower(): number for number, name in enumerate(source.classes)}
+    truth, answers, wrong, seen = [], [], [], set()
+    with open(sheet, newline="", encoding="utf-8-sig") as file:
+        first = file.readline()  # a spreadsheet program may have saved it with another delimiter
+        file.seek(0)
+        reader = csv.DictReader(file, delimiter=max(",;\t", key=first.count))
+        lacking = [name for name in ("item", "answer") if name not in (reader.fieldnames or ())]
+        if lacking:
+            raise InputError(
+                f"{sheet} begins with {first.strip()!r}, without the column"
+                f" {' and '.join(lacking)}; name it there"
+            )
+        for line, row in enumerate(reader, 2):
+            answer = (row.get("answer") or "").strip().lower()
+            if not answer:
+                continue
+            number = (row["item"] or "").strip()
+            if answer not in known or not number.isdecimal() or not 1 <= int(number) <= len(rows):
+                hint = did_you_mean(answer, known)
+                raise InputError(
+                    f"{sheet}, line {line}: {row['answer']!r} for item {number!r}, allowed are 1"
+                    f" to {len(rows)}"
+                    f" and {', '.join(source.classes)}{hint}"
+                )
+            if int(number) in seen:
+                raise InputError(
+                    f"{sheet}, line {line}: item {number} is answered twice; keep one of"
+                    " the answers"
+                )
+            seen.add(int(number))
+            label = int(source.labels[rows[int(number) - 1]])
+            truth.append(label)
+            answers.append(known[answer])
+            if label != known[answer]:
+                wrong.append([number, source.classes[label], source.classes[known[answer]]])
+    if len(truth) < LEAST:
+        return Result(
+            SKIP, f"{len(truth)} answers of {len(rows)} items", f"{LEAST} answers", f"fill {sheet}"
+        )
+    hits, count = len(truth) - len(wrong), len(truth)
+    low, high = metrics.share_interval(hits, count)
+    uar = metrics.long_tail(np.array(truth), np.array(answers), len(source.classes))["uar"]
+    value = (
+        f"accuracy {hits / count:.3f} ({low:.3f} to {high:.3f}), UAR {uar:.3f}, of {count} items"
+    )
+    found = read_json(run_folder / "summary.json") or {}
+    for name in (
+        "finetune/test/accuracy",
+        "linear/test/accuracy",
+        "train/test/video_accuracy",
+        "train/test/war",
+    ):
+        value += f"; the run's {name} {found[name]:.3f}" if name in found else ""
+    return Result(PASS, value, "", "", [], [["item", "class", "answer"], *wrong] if wrong else [])

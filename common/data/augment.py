@@ -1,0 +1,441 @@
+"""Image augmentation in batches on the training device, with parameters drawn on the host.
+
+Parameters and pixels are kept apart. `simclr_params` and `crop_flip_params` draw one row of NumPy
+parameters per sample as a pure function of (seed, epoch, sample, view), so a view does not depend
+on the batch, the worker or the process that makes it, and a resumed run replays nothing.
+`make_view` applies the rows to a batch of uint8 images on any device: one small host-to-device
+copy, no synchronization, and no loop over samples but on a CPU, whose caches hold a few of them at
+a time. Each operation (`common.pixels`) equals torchvision's functional form.
+
+Shape legend: n samples, H x W source pixels, S output pixels (square), all images channels first
+and RGB.
+
+Sources: SimCLR, appendix A (Chen et al. 2020, arXiv:2002.05709); SplitMix64 (Steele, Lea and Flood,
+OOPSLA 2014).
+"""
+
+import functools
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+from common.data.pixels import (
+    BLUR,
+    OPERATIONS,
+    STEPS,
+    blur_kernel_size,
+    box_bands,
+    crop_resize_flip,
+    rotate,
+    turn,
+)
+from common.rng import uniform
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# torchvision gives a random crop this many tries before it takes the central one.
+CROP_TRIES = 10
+CROP_RATIO = (3 / 4, 4 / 3)
+
+# Columns of one sample's row of uniforms. The crop's come first, so that `crop_flip_params` draws a
+# prefix of the row.
+_AREA = slice(0, CROP_TRIES)
+_RATIO = slice(CROP_TRIES, 2 * CROP_TRIES)
+_TOP, _LEFT, _FLIP = range(2 * CROP_TRIES, 2 * CROP_TRIES + 3)
+_NUM_CROP_FLIP = _FLIP + 1
+_JITTERED, _GRAYSCALE, _BLURRED, _SIGMA = range(_NUM_CROP_FLIP, _NUM_CROP_FLIP + 4)
+_FACTORS = slice(_SIGMA + 1, _SIGMA + 5)
+_ORDER = slice(_SIGMA + 5, _SIGMA + 9)
+_NUM_SIMCLR = _ANGLE = _ORDER.stop
+
+# float32 values of views that a CPU thread works on at once: 1 MiB, a core's second-level cache.
+_CPU_VALUES = 2**18
+# A run of samples of so many values takes an operation in the time of its calls.
+_CPU_RUN = 2**14
+
+
+@dataclass
+class ViewParams:
+    """One row of augmentation parameters per sample, on the host.
+
+    Attributes:
+        boxes: (n, 4) float64: top, left, height, width in source pixels, whole numbers.
+        flip: (n,) bool, mirror left to right.
+        jittered: (n,) bool, whether the color jitter applies.
+        factors: (n, 4) float64: brightness, contrast, saturation (1 keeps), hue (turns of the
+            color circle, 0 keeps).
+        order: (n, 4) int64 permutations: column s holds the factor that is applied s-th.
+        grayscale: (n,) bool.
+        sigma: (n,) float64, blur's standard deviation in output pixels, 0 for none.
+        angle: (n,) float64, rotation in degrees, counter-clockwise, 0 for none.
+    """
+
+    boxes: np.ndarray
+    flip: np.ndarray
+    jittered: np.ndarray
+    factors: np.ndarray
+    order: np.ndarray
+    grayscale: np.ndarray
+    sigma: np.ndarray
+    angle: np.ndarray
+
+    def __len__(self):
+        return len(self.boxes)
+
+    def repeat(self, k):
+        """Return each row k times in succession, as the k frames of a clip need it."""
+        return ViewParams(
+            **{f.name: np.repeat(getattr(self, f.name), k, axis=0) for f in fields(self)}
+        )
+
+    def take(self, rows):
+        """Return the rows that an index array names, in its order."""
+        return ViewParams(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+
+def _height_width(size_in):
+    height, width = (size_in, size_in) if np.ndim(size_in) == 0 else size_in
+    if height < 1 or width < 1:
+        raise ValueError(f"size_in must be positive, got {size_in}")
+    return int(height), int(width)
+
+
+def _crop_boxes(u, height, width, scale):
+    """Random-resized-crop boxes from rows of uniforms: torchvision's tries and central fallback,
+    all rows at once.
+    """
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise ValueError(f"scale must satisfy 0 < low <= high <= 1, got {scale}")
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * u[:, _AREA])  # [n, tries]
+    low, high = np.log(CROP_RATIO)
+    ratio = np.exp(low + (high - low) * u[:, _RATIO])
+    w = np.rint(np.sqrt(area * ratio))
+    h = np.rint(np.sqrt(area / ratio))
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = fits.argmax(axis=1)[:, None]
+    h = np.take_along_axis(h, first, axis=1)[:, 0]
+    w = np.take_along_axis(w, first, axis=1)[:, 0]
+    top = np.floor(u[:, _TOP] * (height - h + 1))
+    left = np.floor(u[:, _LEFT] * (width - w + 1))
+
+    # round(), as torchvision; at least one pixel, which torchvision does not guarantee for an image
+    # one pixel thin.
+    central_w = max(min(width, round(height * CROP_RATIO[1])), 1)
+    central_h = max(min(height, round(width / CROP_RATIO[0])), 1)
+    central = ((height - central_h) // 2, (width - central_w) // 2, central_h, central_w)
+    return np.where(
+        fits.any(axis=1)[:, None],
+        np.stack([top, left, h, w], axis=1),
+        np.asarray(central, np.float64),
+    )
+
+
+def identity_params(n, size_in):
+    """Return the parameters of n views that only resize the whole image; `size_in` as in
+    `simclr_params`.
+    """
+    height, width = _height_width(size_in)
+    return ViewParams(
+        boxes=np.tile(np.array([0.0, 0.0, height, width]), (n, 1)),
+        flip=np.zeros(n, bool),
+        jittered=np.zeros(n, bool),
+        factors=np.tile(np.array([1.0, 1.0, 1.0, 0.0]), (n, 1)),
+        order=np.tile(np.arange(4), (n, 1)),
+        grayscale=np.zeros(n, bool),
+        sigma=np.zeros(n),
+        angle=np.zeros(n),
+    )
+
+
+def crop_flip_params(seed, epoch, samples, view, size_in, scale=(0.5, 1.0)):
+    """Draw the parameters of supervised training: a random resized crop and, half of the time, a
+    mirror image.
+
+    Args:
+        seed, epoch, samples, view: keys of the draw, see `uniform`.
+        size_in: source side in pixels, or (H, W).
+        scale: range of the crop's share of the image's area.
+
+    Returns:
+        ViewParams of n rows.
+
+    Raises:
+        ValueError: `samples`, `size_in` or `scale` is out of range.
+    """
+    u = uniform(seed, epoch, samples, view, _NUM_CROP_FLIP)
+    params = identity_params(len(u), size_in)
+    params.boxes = _crop_boxes(u, *_height_width(size_in), scale)
+    params.flip = u[:, _FLIP] < 0.5
+    return params
+
+
+def clip_params(
+    seed, epoch, samples, view, size_in, spread=(0.2, 0.2, 0.2, 0.1), scale=None, degrees=0.0
+):
+    """Draw the parameters of clips: half of the time a mirror image, always color jitter in random
+    order; a random resized crop and a rotation where they are asked for.
+
+    One row a clip. `make_view(frames, clip_params(...).repeat(T), size)` gives the T frames of each
+    clip the same draw, and a second call with the same rows the frames of another stream; the
+    contrast's mean is each frame's own, as torchvision takes it on a video.
+
+    Args:
+        seed, epoch, samples, view: keys of the draw, see `uniform`.
+        size_in: source side in pixels, or (H, W).
+        spread: brightness, contrast and saturation vary by factors in 1 +- spread, 0 to 1; hue by
+            +- spread turns, 0 to 0.5, as ColorJitter takes them.
+        scale: range of the crop's share of the image's area, as RandomResizedCrop takes it; None:
+            the whole image.
+        degrees: the rotation is uniform in +- degrees, 0 to 180.
+
+    Returns:
+        ViewParams of n rows.
+
+    Raises:
+        ValueError: `samples`, `size_in`, `spread`, `scale` or `degrees` is out of range.
+    """
+    spread = np.asarray(spread, np.float64)
+    if spread.shape != (4,) or not ((spread >= 0) & (spread <= (1, 1, 1, 0.5))).all():
+        raise ValueError(
+            f"spread must be four numbers in [0, 1], hue's in [0, 0.5], got {spread.tolist()}"
+        )
+    if not 0 <= degrees <= 180:
+        raise ValueError(f"degrees must be in [0, 180], got {degrees}")
+    u = uniform(seed, epoch, samples, view, _ANGLE + 1)
+    params = identity_params(len(u), size_in)
+    if scale is not None:
+        params.boxes = _crop_boxes(u, *_height_width(size_in), scale)
+    params.flip = u[:, _FLIP] < 0.5
+    params.jittered = np.full(len(u), spread.any())
+    params.factors = params.factors + spread * (2 * u[:, _FACTORS] - 1)
+    params.order = u[:, _ORDER].argsort(axis=1)
+    params.angle = degrees * (2 * u[:, _ANGLE] - 1)
+    return params
+
+
+def simclr_params(seed, epoch, samples, view, size_in, size_out, strength=1.0, blur=0.5):
+    """Draw the parameters of one SimCLR view (appendix A of the paper).
+
+    A crop of 8 to 100 % of the area; with the probabilities in brackets a mirror image (0.5),
+    color jitter of 0.8, 0.8, 0.8 and 0.2 times `strength` in random order (0.8), grayscale (0.2),
+    and Gaussian blur with sigma uniform in [0.1, 2] output pixels (`blur`). The paper's CIFAR-10
+    setting (B.9) is strength 0.5 and blur 0.
+
+    Args:
+        seed, epoch, samples, view: keys of the draw, see `uniform`.
+        size_in: source side in pixels, or (H, W).
+        size_out: side of the view in pixels; below 20 a tenth of it holds no kernel and nothing is
+            blurred.
+        strength: the jitter's strength, 0 to 2.5 (hue then spans the whole circle).
+        blur: probability of the blur.
+
+    Returns:
+        ViewParams of n rows.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    if not 0 <= strength <= 2.5:
+        raise ValueError(f"strength must be in [0, 2.5], got {strength}")
+    if not 0 <= blur <= 1:
+        raise ValueError(f"blur must be a probability, got {blur}")
+    u = uniform(seed, epoch, samples, view, _NUM_SIMCLR)
+    spread = strength * np.array([0.8, 0.8, 0.8, 0.2])
+    low = np.array([*np.maximum(1 - spread[:3], 0), -spread[3]])
+    high = np.array([*(1 + spread[:3]), spread[3]])
+    blurred = (u[:, _BLURRED] < blur) & (blur_kernel_size(size_out) > 1)
+    return ViewParams(
+        boxes=_crop_boxes(u, *_height_width(size_in), (0.08, 1.0)),
+        flip=u[:, _FLIP] < 0.5,
+        jittered=u[:, _JITTERED] < 0.8,
+        factors=low + (high - low) * u[:, _FACTORS],
+        order=u[:, _ORDER].argsort(axis=1),
+        grayscale=u[:, _GRAYSCALE] < 0.2,
+        sigma=np.where(blurred, 0.1 + 1.9 * u[:, _SIGMA], 0.0),
+        angle=np.zeros(len(u)),
+    )
+
+
+def _check(images, params, size):
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(
+            f"images must be uint8 of shape (n, 3, H, W), got {images.dtype} of"
+            f" {tuple(images.shape)}"
+        )
+    if len(params) != len(images):
+        raise ValueError(
+            f"params must have one row an image, got {len(params)} rows for {len(images)} images"
+        )
+    if size < 1:
+        raise ValueError(f"size must be at least 1 pixel, got {size}")
+    top, left, height, width = params.boxes.T
+    inside = (top >= 0) & (left >= 0) & (height >= 1) & (width >= 1)
+    inside &= (top + height <= images.shape[2]) & (left + width <= images.shape[3])
+    if not inside.all() or (params.boxes != np.rint(params.boxes)).any():
+        raise ValueError(
+            f"params.boxes must be whole pixels inside the {images.shape[2]} x"
+            f" {images.shape[3]} image"
+        )
+
+
+def make_view(images, params, size):
+    """Augment a batch: crop, resize, mirror and rotate, then jitter, grayscale and blur, each by
+    its sample's own parameters.
+
+    A GPU takes the whole batch at once. A CPU takes a few samples at a time, as many as its caches
+    hold (one of 224 pixels a thread): at that size a pass over the whole batch waits for memory,
+    several times longer than it computes.
+
+    The same batch gives the same bits with the same number of threads. In another one a sample's
+    view agrees to 1e-6.
+
+    Args:
+        images: (n, 3, H, W) uint8 on any device.
+        params: ViewParams of n rows.
+        size: side of the views in pixels.
+
+    Returns:
+        (n, 3, size, size) float32 in [0, 1] on the images' device; `normalize` prepares it for a
+        backbone.
+
+    Raises:
+        ValueError: images or params of another type or shape, or a box that leaves the image.
+    """
+    _check(images, params, size)
+    kind = images.device.type
+    if not torch.amp.is_autocast_available(kind):
+        return _make_view(images, params, size)
+    with torch.autocast(kind, enabled=False):  # whose matrix products would round pixels to 16 bits
+        return _make_view(images, params, size)
+
+
+def _make_view(images, params, size):
+    n, on_cpu = len(params), images.device.type == "cpu"
+    at_once = (
+        max(1, _CPU_VALUES * torch.get_num_threads() // (3 * size * size)) if on_cpu else max(1, n)
+    )
+    taken, order = _taken(params, size), np.arange(n)
+    if n > at_once:
+        # Samples that take the same operations in the same order stand together, and take them
+        # where they lie.
+        order = np.lexsort(taken[::-1])
+        params, taken = params.take(order), taken[:, order]
+    chunks = [slice(start, start + at_once) for start in range(0, n, at_once)]
+    least = _CPU_RUN / (3 * size * size) if on_cpu else n
+    plans = [_plan(taken[:, chunk], least) for chunk in chunks]
+
+    # Parameters and index lists in one buffer: one copy to the device, asynchronous from pinned
+    # memory. Grayscale is a saturation of 0.
+    radians = np.deg2rad(params.angle)
+    floats = [params.boxes, params.flip, params.factors, ~params.grayscale, params.sigma]
+    floats += [np.cos(radians), np.sin(radians)]
+    floats = np.column_stack(floats).astype(np.float32)
+    lists = [some for plan in plans for _, some in plan if not isinstance(some, slice)]
+    packed = torch.from_numpy(np.concatenate([floats.view(np.int32).ravel(), *lists]))
+    if images.is_cuda:
+        packed = packed.pin_memory()
+    rows, *lists = packed.to(images.device, non_blocking=True).split(
+        [floats.size, *map(len, lists)]
+    )
+    box, flip, amounts, turns = (
+        rows.view(torch.float32).view(floats.shape).split([4, 1, len(OPERATIONS), 2], dim=1)
+    )
+    lists, bands = iter(lists), box_bands(box, flip > 0, params.boxes, size)
+
+    out = torch.empty((n, 3, size, size), device=images.device)
+    for chunk, plan in zip(chunks, plans, strict=True):
+        plan = [(op, some if isinstance(some, slice) else next(lists).long()) for op, some in plan]
+        pixels = (
+            images if len(chunks) == 1 else images.index_select(0, torch.from_numpy(order[chunk]))
+        )
+        x = crop_resize_flip(
+            pixels, params.boxes[chunk], *(part[chunk] for part in bands)
+        )  # [n, x, 3, y]
+        if params.angle[chunk].any():
+            x = rotate(x, *turns[chunk].unbind(1))
+        _apply(plan, x, amounts[chunk])
+        x = turn(x)  # [n, y, 3, x]
+        _apply([step for step in plan if step[0] == BLUR], x, amounts[chunk])
+        if len(chunks) == 1:
+            return x.transpose(1, 2).contiguous()
+        for row, view in zip(order[chunk], x, strict=True):
+            out[row] = view.transpose(0, 1)
+    return out
+
+
+def _apply(plan, x, amounts):
+    for op, some in plan:
+        if isinstance(some, slice):
+            OPERATIONS[op](x[some], amounts[some, op].view(-1, 1, 1, 1))
+        else:
+            part = x.index_select(0, some)
+            OPERATIONS[op](part, amounts[:, op].index_select(0, some).view(-1, 1, 1, 1))
+            x.index_copy_(0, some, part)
+
+
+def _taken(params, size):
+    """Which samples take which operation, [18, n] bool: each of the four of the jitter as the
+    first, second, third and last, then grayscale, then blur.
+    """
+    slots = [params.jittered & (column == op) for column in params.order.T for op in range(4)]
+    return np.stack([*slots, params.grayscale, (params.sigma > 0) & (blur_kernel_size(size) > 1)])
+
+
+def _plan(taken, least):
+    """The operations of a chunk in their order, each with the samples that take it.
+
+    Those are a slice, or an int32 array that costs a copy to and fro. Samples that stand in several
+    runs take the operation run by run where that is no more work: where a run has `least` samples
+    on average.
+    """
+    plan = []
+    for op, mask, count in zip(STEPS, taken, taken.sum(axis=1).tolist(), strict=True):
+        if count in (0, len(mask)):
+            plan += [(op, slice(None))] * (count > 0)
+            continue
+        edges = np.flatnonzero(np.diff(mask, prepend=False, append=False)).tolist()
+        if len(edges) == 2 or 2 * count >= least * len(edges):
+            plan += [(op, slice(*run)) for run in zip(edges[::2], edges[1::2], strict=True)]
+        else:
+            plan.append((op, np.flatnonzero(mask).astype(np.int32)))
+    return plan
+
+
+def resize(images, size):
+    """Resize whole images for evaluation, antialiased bilinear.
+
+    Args:
+        images: (n, 3, H, W) uint8 on any device.
+        size: side of the result in pixels; H != W is stretched to a square.
+
+    Returns:
+        (n, 3, size, size) float32 in [0, 1].
+
+    Raises:
+        ValueError: images of another type or shape.
+    """
+    return make_view(images, identity_params(len(images), images.shape[-2:]), size)
+
+
+@functools.cache
+def _mean_std(device, dtype, mean, std):
+    # Cached, because a new constant would be a synchronous copy at every step. Ordinary tensors
+    # even if the first call is made in inference mode: autograd could not use the others later.
+    with torch.inference_mode(False):
+        return torch.tensor([mean, std], device=device, dtype=dtype).view(2, 3, 1, 1)
+
+
+def normalize(x, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    """Subtract the mean and divide by the standard deviation, tuples of three; x (..., 3, H, W)
+    floating in [0, 1].
+    """
+    mean, std = _mean_std(x.device, x.dtype, mean, std)
+    return (x - mean).div_(std)
+
+
+def denormalize(x):
+    """Undo `normalize` with its defaults, for pictures."""
+    mean, std = _mean_std(x.device, x.dtype, IMAGENET_MEAN, IMAGENET_STD)
+    return x * std + mean

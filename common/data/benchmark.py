@@ -1,0 +1,278 @@
+"""The speed of the input path, `python -m common.augment --benchmark`: from JPEG bytes to two
+normalized SimCLR views.
+
+Everything runs in one process on the same generated images: the usual per-image pipelines and this
+package's, with its images in files, in a packed file, and already decoded. The unit is a second of
+CPU time of all threads together, which is a second of one core; other processes' work does not
+count. Rounds take every pipeline in turn, and ratios are medians over the rounds.
+"""
+
+import importlib
+import importlib.metadata
+import io
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import PIL
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torchvision.transforms import v2
+
+from common import config
+from common.data import augment, pack
+from common.data.images import Images
+from common.data.open import open_images
+from common.run.run import environment
+
+_SIDES = ((256, 256), (300, 400))  # height and width of the generated images, by turns
+_STORE = 256  # side of the squares that this package keeps
+
+
+def jpegs(count: int) -> list[bytes]:
+    """`count` smooth random images with some grain, as JPEG files of quality 90."""
+    generator, files = torch.Generator().manual_seed(0), []
+    for number in range(count):
+        size = _SIDES[number % len(_SIDES)]
+        shapes = F.interpolate(
+            torch.rand(1, 3, 9, 12, generator=generator), size=size, mode="bicubic"
+        )[0]
+        grain = 0.04 * torch.randn(3, *size, generator=generator)
+        pixels = ((shapes + grain) * 255).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
+        files.append(buffer.getvalue())
+    return files
+
+
+def torchvision_views(size: int) -> v2.Compose:
+    """SimCLR's augmentation (appendix A) as torchvision's transforms; PIL images and uint8 tensors
+    pass.
+    """
+    steps = [
+        v2.RandomResizedCrop(size, scale=(0.08, 1.0), antialias=True),
+        v2.RandomHorizontalFlip(),
+        v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.8),
+        v2.RandomGrayscale(0.2),
+    ]
+    if augment.blur_kernel_size(size) > 1:
+        steps.append(
+            v2.RandomApply([v2.GaussianBlur(augment.blur_kernel_size(size), (0.1, 2.0))], p=0.5)
+        )
+    steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    return v2.Compose([*steps, v2.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)])
+
+
+def our_views(pixels: torch.Tensor, epoch: int, size: int) -> torch.Tensor:
+    """Both views (2n, 3, size, size) of uint8 pixels (n, 3, H, W), normalized."""
+    samples, stored = np.arange(len(pixels)), tuple(pixels.shape[-2:])
+    drawn = [augment.simclr_params(0, epoch, samples, view, stored, size) for view in (0, 1)]
+    return torch.cat(
+        [augment.normalize(augment.make_view(pixels, params, size)) for params in drawn]
+    )
+
+
+def pipelines(files: list[bytes], folder: Path, size: int) -> dict:
+    """name -> function of the epoch that makes all views once."""
+    compose = torchvision_views(size)
+
+    def per_image(transform, prepare=lambda image: image):
+        def run(epoch):
+            images = (prepare(Image.open(io.BytesIO(content)).convert("RGB")) for content in files)
+            return torch.stack([view for image in images for view in transform(image)])
+
+        return run
+
+    def both(image):
+        return compose(image), compose(image)
+
+    def from_images(path):
+        images: Images = open_images(str(path))
+        images.keeps = False
+        return lambda epoch: our_views(
+            next(images.batches([np.arange(len(files))], 1)), epoch, size
+        )
+
+    found = {
+        "torchvision, PIL images": per_image(both),
+        "torchvision, uint8 tensors": per_image(both, v2.functional.pil_to_tensor),
+    }
+    try:
+        found["lightly"] = per_image(
+            importlib.import_module("lightly.transforms").SimCLRTransform(input_size=size)
+        )
+    except ImportError as error:
+        print(f"lightly is not compared: {error} (pip install lightly)")
+    found["ours, files"] = from_images(folder / "files")
+    found["ours, packed file"] = from_images(folder / "images.packed")
+    pixels = torch.stack(
+        [open_images(str(folder / "files")).decode(i) for i in range(len(files))]
+    ).contiguous()
+    found["ours, augmentation alone"] = lambda epoch: our_views(pixels, epoch, size)
+    return found
+
+
+def measure_cpu(size: int, count: int, repeats: int, folder: Path) -> list[dict]:
+    """Rows of pairs and views per second of CPU time, and the ratios to the first pipeline and to
+    the fastest peer.
+    """
+    files = jpegs(count)
+    (folder / "files").mkdir(exist_ok=True)
+    for number, content in enumerate(files):
+        (folder / "files" / f"{number:05d}.jpg").write_bytes(content)
+    images = open_images(str(folder / "files"))
+    images.resize_store(_STORE)
+    pack.pack(images, folder / "images.packed", default_size=images.store_size, workers=1)
+
+    candidates = pipelines(files, folder, size)
+    seconds = {name: [] for name in candidates}
+    for epoch in range(repeats + 1):
+        for name, run in candidates.items():
+            begun = time.process_time()
+            views = run(epoch)
+            if epoch:  # the first round warms up
+                seconds[name].append(time.process_time() - begun)
+            assert views.shape == (2 * count, 3, size, size) and views.dtype == torch.float32
+    print(
+        f"\n{size} px, {count} images, {repeats} rounds, per second of CPU time, one thread each"
+        " pipeline"
+    )
+    print(
+        f"{'pipeline':<28}{'pairs/s':>9}{'views/s':>9}{'x torchvision PIL':>19}{'x tensors':>11}{'x lightly':>11}"
+    )
+    peers, rows = [name for name in candidates if not name.startswith("ours")], []
+    for name, times in seconds.items():
+        rate = count / statistics.median(times)
+        ratios = {
+            peer: statistics.median(a / b for a, b in zip(seconds[peer], times, strict=True))
+            for peer in peers
+        }
+        shown = [f"{ratio:.2f}" for ratio in ratios.values()]
+        print(
+            f"{name:<28}{rate:>9.1f}{2 * rate:>9.1f}{shown[0]:>19}{shown[1]:>11}{(shown[2:] or ['-'])[0]:>11}"
+        )
+        rows.append(
+            {
+                "size": size,
+                "pipeline": name,
+                "pairs_per_s": rate,
+                "seconds": times,
+                "ratio_to": ratios,
+            }
+        )
+    return rows
+
+
+def measure_cuda(size: int, repeats: int, batch: int = 256) -> list[dict]:
+    """Milliseconds of the augmentation of a batch and of a ResNet-50 step on its views (bf16,
+    channels_last).
+    """
+    model = torchvision.models.resnet50().cuda().to(memory_format=torch.channels_last).train()
+    pixels = torch.randint(0, 256, (batch, 3, _STORE, _STORE), dtype=torch.uint8, device="cuda")
+
+    def augmentation():
+        return our_views(pixels, 0, size).contiguous(memory_format=torch.channels_last)
+
+    views = augmentation()
+
+    def step():
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(views).float().square().mean()
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+
+    def milliseconds(call):
+        times = []
+        for _ in range(repeats + 3):
+            torch.cuda.synchronize()
+            begun = time.perf_counter()
+            call()
+            torch.cuda.synchronize()
+            times.append(1e3 * (time.perf_counter() - begun))
+        return statistics.median(times[3:])  # the first ones warm up
+
+    ours, whole = milliseconds(augmentation), milliseconds(step)
+    print(f"\n{size} px, {batch} pairs on {torch.cuda.get_device_name()}")
+    print(
+        f"augmentation {ours:.2f} ms, {1e3 * batch / ours:.0f} pairs/s; forward and backward"
+        f" {whole:.2f} ms"
+    )
+    print(
+        f"augmentation is {100 * ours / (ours + whole):.1f} % of augmentation, forward and backward"
+    )
+    return [
+        {
+            "size": size,
+            "pairs": batch,
+            "augmentation_ms": ours,
+            "step_ms": whole,
+            "share": ours / (ours + whole),
+        }
+    ]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = config.Parser(prog="python -m common.augment", description=__doc__)
+    parser.add_argument(
+        "--benchmark", action="store_true", required=True, help="measure the input path"
+    )
+    parser.add_argument(
+        "--size",
+        type=config.number(int, low=8),
+        nargs="+",
+        default=[96, 224],
+        help="sides of the views, pixels",
+    )
+    parser.choice(
+        parser,
+        "--device",
+        ["cpu", "cuda"],
+        "cpu",
+        "cuda: the augmentation's share of a ResNet-50 step, too",
+    )
+    parser.number(parser, "--images", int, 64, "images a round", low=2)
+    parser.number(parser, "--repeats", int, 5, "rounds that count", low=1)
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no GPU is visible")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        facts = environment() | {
+            "pillow": PIL.__version__,
+            "cpu": _cpu_name(),
+            "lightly": _version("lightly"),
+        }
+        print("  ".join(f"{key} {value}" for key, value in facts.items() if value is not None))
+        rows = []
+        for size in args.size:
+            with tempfile.TemporaryDirectory() as folder:
+                rows += measure_cpu(size, args.images, args.repeats, Path(folder))
+            if args.device == "cuda":
+                rows += measure_cuda(size, args.repeats)
+    finally:
+        torch.set_num_threads(threads)
+    print(json.dumps(facts | {"rows": rows}))
+    return 0
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next(
+        (line.split(":")[1].strip() for line in lines if line.startswith("model name")), None
+    )

@@ -1,0 +1,377 @@
+"""Videos as lists of frames, and the clips that are cut out of them.
+
+Frames lie in folders of images, in a .zip, in video files, or in memory: `Videos` decodes them by
+threads to uint8, as `common.data.Images` does. Which frames form a clip is a pure function: of the
+video's length in evaluation, and of (seed, epoch, video) in training.
+
+Interval sampling (TSN, arXiv:1608.00859, and TSM's dense sampling, arXiv:1811.08383): a clip is T
+frames at equal intervals, `seconds` long. A shorter video shrinks the interval, down to successive
+frames; a video of fewer than T frames repeats its last.
+"""
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import PurePosixPath
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from common.data.images import DECODE_ERRORS, UNLABELED, Images, central_square, describe_labels
+from common.errors import InputError
+from common.rng import uniform
+
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
+_START_STREAM = 2**31 + 1  # beside data's _ORDER_STREAM; no view has this number
+
+
+class Videos:
+    """Videos of one data set: ids, labels, splits, and their frames as uint8 squares of side
+    `store_size`.
+
+    Attributes:
+        name: what was read, for messages.
+        ids: (n,) names, unique within a split.
+        labels: (n,) int64 into `classes`; UNLABELED where there is no label.
+        splits: (n,) "train", "val", "test", or "" where the data names none.
+        frames: n int64 arrays, the positions of each video's frames in `images`, in order of time.
+        lengths: (n,) int64, frames of each video.
+        rates: (n,) float64, frames a second.
+        images: `common.data.Images` of all frames.
+        fingerprint: eight digits that stand for the content: names, labels, splits, rates and sizes
+            of all frames.
+    """
+
+    _called = "videos"
+
+    def __init__(
+        self,
+        name: str,
+        ids: list[str],
+        labels,
+        classes: list[str],
+        splits,
+        frames,
+        rates,
+        images: Images,
+    ):
+        self.name, self.ids, self.classes = name, list(ids), list(classes)
+        self.labels, self.splits = np.asarray(labels, np.int64), np.asarray(splits, dtype=object)
+        self.frames, self.images = [np.asarray(f, np.int64) for f in frames], images
+        self.lengths = np.array([len(f) for f in self.frames], np.int64)
+        self.rates = np.broadcast_to(np.asarray(rates, np.float64), len(self.ids)).copy()
+        digest = hashlib.sha256(f"{images.fingerprint}{self.ids}{list(self.splits)}".encode())
+        for part in (self.labels, self.rates, self.lengths, *self.frames):
+            digest.update(part.tobytes())
+        self.fingerprint = digest.hexdigest()[:8]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def native_size(self) -> int:
+        """Median shorter side of the frames in pixels."""
+        return self.images.native_size
+
+    @property
+    def store_size(self) -> int:
+        """Side of the decoded squares in pixels."""
+        return self.images.store_size
+
+    def resize_store(self, size: int) -> None:
+        """Decode to squares of another side (pixels)."""
+        self.images.resize_store(size)
+
+    def describe(self) -> str:
+        """`ffpp_like.zip: 840 videos of 10 frames in 2 classes (fake 560, real 280); splits train
+        540, ...`
+        """
+        low, high = self.lengths.min(), self.lengths.max()
+        length = (
+            f"{low} frame{'s' if low > 1 else ''}" if low == high else f"{low} to {high} frames"
+        )
+        text = f"{self.name}: {len(self)} {self._called} of {length}"
+        text += describe_labels(self.labels, self.classes, self.splits)
+        return text + f"; {self.native_size} px, stored at {self.store_size} px"
+
+    def describe_clips(self, n_segment: int, seconds: float) -> str:
+        """How clips are cut, in one line: how many videos are shorter than a clip, or have too few
+        frames, by name.
+        """
+        text = f"clips of {n_segment} frames over {seconds:g} s"
+        needed = (n_segment - 1) * _interval(self.rates, n_segment, seconds) + 1
+        few = self.lengths < n_segment
+        for which, said in (
+            ((self.lengths < needed) & ~few, "shrink the interval"),
+            (few, f"have fewer than {n_segment} frames and repeat the last"),
+        ):
+            if which.any():
+                first = self.ids[int(which.argmax())]
+                text += (
+                    f"; {int(which.sum())} of {len(self)} videos are shorter and {said}"
+                    f" (first: {first})"
+                )
+        return text
+
+    def train_clips(
+        self, items: np.ndarray, seed: int, epoch: int, n_segment: int, seconds: float
+    ) -> np.ndarray:
+        """One clip of each item: (b, n_segment) positions, the start drawn from (seed, epoch,
+        item).
+
+        Items below n are the videos, those above more clips of them: item i is one of video i % n.
+        """
+        drawn, videos = uniform(seed, epoch, items, _START_STREAM, 1)[:, 0], items % len(self)
+        return train_clips(drawn, self.lengths[videos], self.rates[videos], n_segment, seconds)
+
+    def eval_clips(
+        self, indices: np.ndarray, n_segment: int, seconds: float, count: int
+    ) -> np.ndarray:
+        """`count` evenly spaced clips of each video: (b, count, n_segment) positions."""
+        return eval_clips(self.lengths[indices], self.rates[indices], n_segment, seconds, count)
+
+    def batches(
+        self, clips: Iterable[tuple[np.ndarray, np.ndarray]], workers: int
+    ) -> Iterator[Tensor]:
+        """The pixels of each batch of clips, uint8 (b, T, 3, store_size, store_size), decoded by
+        threads ahead of use.
+
+        A batch is (videos (b,), positions (b, T)): positions count a video's frames from 0. Frames
+        that fit in 2 GiB together are decoded once and kept.
+        """
+        shapes = []
+
+        def flat():
+            for videos, positions in clips:
+                shapes.append(positions.shape)
+                rows = zip(videos, positions, strict=True)
+                yield np.concatenate([self.frames[video][chosen] for video, chosen in rows])
+
+        for pixels in self.images.batches(flat(), workers):
+            yield pixels.unflatten(0, shapes.pop(0))
+
+    def select(self, kept: np.ndarray) -> None:
+        """Keep only the videos at these positions."""
+        self.ids, self.frames = [self.ids[i] for i in kept], [self.frames[i] for i in kept]
+        self.labels, self.splits = self.labels[kept], self.splits[kept]
+        self.lengths, self.rates = self.lengths[kept], self.rates[kept]
+
+    def drop_damaged(self, workers: int, cap: float = 0.01) -> list[str]:
+        """Decode every video once and leave out those with a frame that cannot be read; returns
+        their names.
+
+        Of a video file only the first and the last frame are tried.
+
+        Raises:
+            InputError: more than the share `cap` of the videos is damaged.
+        """
+
+        def damaged(frames: np.ndarray) -> bool:
+            try:
+                for index in frames[[0, -1]] if isinstance(self.images, VideoFiles) else frames:
+                    self.images.decode(int(index))
+            except InputError:
+                return True
+            return False
+
+        if self.images.in_memory:
+            return []
+        with ThreadPoolExecutor(workers) as pool:
+            bad = np.array(list(pool.map(damaged, self.frames)), bool)
+        names = [self.ids[i] for i in np.flatnonzero(bad)]
+        if bad.sum() > cap * len(self):
+            raise InputError(
+                f"{self.name}: {bad.sum()} of {len(self)} videos are damaged (first: {names[0]}),"
+                " more than"
+                f" --on-bad-item skip allows ({cap:.0%})"
+            )
+        self.select(np.flatnonzero(~bad))
+        return names
+
+
+def _interval(rates: np.ndarray, n_segment: int, seconds: float) -> np.ndarray:
+    return np.maximum(np.asarray(rates, np.float64) * seconds / n_segment, 1)
+
+
+def clip_offsets(lengths, rates, n_segment: int, seconds: float) -> np.ndarray:
+    """Frames of a clip counted from its first one: (n, n_segment) int64, increasing where the video
+    is long enough.
+
+    Frame t lies floor(t * interval) behind the first, where the interval is seconds * rate /
+    n_segment frames, at least 1 and at most what the video's length allows.
+
+    Args:
+        lengths: (n,) frames of the videos.
+        rates: (n,) their frames a second, or one number.
+        n_segment: frames of a clip.
+        seconds: the time that a clip covers.
+    """
+    lengths = np.asarray(lengths, np.int64)[:, None]
+    interval = np.reshape(_interval(rates, n_segment, seconds), (-1, 1))
+    interval = np.minimum(interval, np.maximum((lengths - 1) / max(n_segment - 1, 1), 1))
+    # A product such as 7 * (9 / 7) must not fall below 9.
+    offsets = np.floor(np.arange(n_segment) * interval + 1e-6).astype(np.int64)
+    return np.minimum(offsets, lengths - 1)
+
+
+def train_clips(drawn: np.ndarray, lengths, rates, n_segment: int, seconds: float) -> np.ndarray:
+    """One clip of each video, its start where `drawn` (n,) in [0, 1) says: (n, n_segment) int64
+    positions.
+    """
+    offsets = clip_offsets(lengths, rates, n_segment, seconds)
+    starts = np.floor(drawn * (np.asarray(lengths) - offsets[:, -1])).astype(np.int64)
+    return starts[:, None] + offsets
+
+
+def eval_clips(lengths, rates, n_segment: int, seconds: float, count: int) -> np.ndarray:
+    """`count` clips of each video, the first at its start, the last at its end, one alone in its
+    middle.
+
+    Returns:
+        (n, count, n_segment) int64 positions; clips of a short video may be the same.
+    """
+    offsets = clip_offsets(lengths, rates, n_segment, seconds)
+    spare = (np.asarray(lengths) - 1 - offsets[:, -1])[:, None]  # [n, 1]
+    share = np.linspace(0, 1, count) if count > 1 else np.array([0.5])
+    return np.floor(spare * share + 0.5).astype(np.int64)[:, :, None] + offsets[:, None]
+
+
+def natural_order(name: str) -> list:
+    """A sort key with numbers by value: 2.png comes before 10.png."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
+
+def renaming(listed: list[str], there: Iterable[str], least: int = 2) -> Callable[[str], str]:
+    """How the names of a list, which start at some folder, become names in the tree.
+
+    As few of their first folders as possible are left out, so that at least `least` parts remain,
+    for a folder of the tree, at most two deep, below which the most are found; the name itself
+    where none is.
+    """
+    names, paths = ([PurePosixPath(name).parts for name in some] for some in (listed, there))
+    for skipped in range(max(map(len, names), default=0) - least + 1):
+        wanted = {parts[skipped:] for parts in names if len(parts) - skipped >= least}
+        for depth in range(3):
+            tops = Counter(parts[:depth] for parts in paths if parts[depth:] in wanted)
+            if tops:
+                top = max(sorted(tops), key=tops.get)
+                return lambda name: "/".join((*top, *PurePosixPath(name).parts[skipped:]))
+    return lambda name: name
+
+
+def frame_images(name: str, files: list[str], sizes, read) -> Images:
+    """The frames of folders of images; arguments as `common.data.Images` takes them."""
+    return Images(
+        name, files, [UNLABELED] * len(files), [], [""] * len(files), sizes=sizes, read=read
+    )
+
+
+class VideoFiles(Images):
+    """Frames of video files, numbered through: those of one file that a batch needs are decoded in
+    one pass.
+
+    Attributes:
+        counts: (n,) int64, frames of each file; 0 where it cannot be read, with the reason in
+            `errors`.
+        rates: (n,) float64, frames a second.
+        errors: reasons by position.
+    """
+
+    def __init__(self, name: str, files: list[str], sizes, read, workers: int):
+        self.name, self._read_file = name, read
+        with ThreadPoolExecutor(workers) as pool:
+            facts = list(pool.map(self._open, range(len(files))))
+        self.errors = {
+            i: str(fact).split("\n")[0]
+            for i, fact in enumerate(facts)
+            if isinstance(fact, Exception)
+        }
+        self._sides = [fact[2] for i, fact in enumerate(facts) if i not in self.errors]
+        if not self._sides:
+            raise InputError(
+                f"{name}: no video file can be read; the first, {files[0]}: {self.errors[0]}"
+            )
+        self.counts = np.array(
+            [0 if i in self.errors else fact[0] for i, fact in enumerate(facts)], np.int64
+        )
+        self.rates = np.array(
+            [1.0 if i in self.errors else fact[1] for i, fact in enumerate(facts)]
+        )
+        self._firsts = np.cumsum(self.counts) - self.counts
+        ids = [
+            f"{file}#{k}"
+            for file, count in zip(files, self.counts, strict=True)
+            for k in range(count)
+        ]
+        super().__init__(
+            name, ids, [UNLABELED] * len(ids), [], [""] * len(ids), sizes=sizes, read=read
+        )
+
+    def file_frames(self, file: int) -> np.ndarray:
+        """The positions of a file's frames."""
+        return self._firsts[file] + np.arange(self.counts[file])
+
+    def _open(self, file: int) -> tuple[int, float, int] | Exception:
+        video_decoder = _video_decoder()
+        try:
+            facts = (decoder := video_decoder(self._read_file(file))).metadata
+            if not (len(decoder) and facts.average_fps and facts.height and facts.width):
+                raise ValueError("it says no number of frames, rate or size")
+        except DECODE_ERRORS as error:
+            return error
+        return len(decoder), facts.average_fps, min(facts.height, facts.width)
+
+    def _probe(self) -> int:
+        return int(np.median(self._sides))
+
+    def _files(self, indices: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._firsts + self.counts, indices, side="right")
+
+    def _groups(self, indices: np.ndarray) -> list[np.ndarray]:
+        return (
+            np.split(indices, np.flatnonzero(np.diff(self._files(indices))) + 1)
+            if len(indices)
+            else []
+        )
+
+    def _decode_group(self, indices: np.ndarray) -> list[Tensor]:
+        file, video_decoder = int(self._files(indices[:1])[0]), _video_decoder()
+        try:
+            decoder = video_decoder(self._read_file(file))
+            frames = decoder.get_frames_at(
+                indices=(indices - self._firsts[file]).tolist()
+            ).data  # [n, 3, H, W]
+        except DECODE_ERRORS as error:
+            raise self._damaged(f"video {self.ids[indices[0]]}", error) from None
+        return [
+            central_square(Image.fromarray(frame.permute(1, 2, 0).numpy()), self.store_size)
+            for frame in frames
+        ]
+
+    def decode(self, index: int) -> Tensor:
+        """One frame as uint8 (3, store_size, store_size).
+
+        Raises:
+            InputError: the file is damaged; the message names it.
+        """
+        return self._decode_group(np.array([index]))[0]
+
+
+def _video_decoder():
+    try:
+        from torchcodec.decoders import VideoDecoder
+    except (
+        ImportError,
+        OSError,
+        RuntimeError,
+    ) as error:  # without FFmpeg's libraries some versions fail here
+        reason = str(error).split("\n")[0]
+        raise InputError(
+            f"video files need torchcodec and FFmpeg ({reason}): pip install torchcodec, apt-get"
+            " install ffmpeg; or"
+            " give folders of frames"
+        ) from None
+    return VideoDecoder

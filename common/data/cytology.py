@@ -1,0 +1,251 @@
+"""The data protocol of the cytology experiment: one folder of label folders becomes the sets A1,
+A2, B1 and B2.
+
+| set | images | of | used for |
+| --- | --- | --- | --- |
+| A1 | 30,000 | the 20 largest other labels | pretraining, without labels |
+| A2 | 3,000 | the 30 largest other labels, 100 each | the linear protocol, 70/15/15 |
+| B1 | 15,000 | the target labels | fine-tuning, 15 % of it as dev |
+| B2 | 7,000 | the target labels | the test of fine-tuning |
+
+"Other" labels are those that are not targets and hold at least 20 images; equal sizes are ordered
+by name. A2 thus has the 20 labels of A1 and the ten next ones: half its question is how well the
+representation serves kinds of cells that pretraining never saw. Within a label, images are drawn in
+the order of a hash of their names, so the sets do not depend on the file system or on chance, and a
+larger set contains every smaller one. A2 draws first, at most half of what a label holds; A1 draws
+from what is left, evenly: a label that holds less than its share leaves the rest to the larger
+ones. The target labels give B1 and B2 in proportion to their sizes, each label the same share to
+each. Where there are fewer images than the protocol asks for, the sets shrink and `notes` says so.
+No image is in two sets.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from common.data import sampling
+from common.data.images import Images
+from common.errors import InputError
+from common.run.files import read_json, run_dir_of, write_json
+
+TARGETS = "ASC_H,ASC_US,HSIL,LSIL,SCC"
+SIZES = {"A1": 30_000, "A2": 3_000, "B1": 15_000, "B2": 7_000}
+NUM_LABELS = {"A1": 20, "A2": 30}
+# Its runs: what pretraining makes of the backbone, the batch, the amount of data and the
+# projection.
+CELLS = [
+    dict(backbone=backbone, bs=bs, fraction=fraction, proj_dim=proj_dim)
+    for backbone in ("resnet50", "resnet101", "inception_v3", "inception_resnet_v2")
+    for bs in (64, 128, 256)
+    for fraction in (1.0, 0.7, 0.4)
+    for proj_dim in (32, 64, 128)
+]
+TOO_SMALL = 20  # images: such a label can neither be learned from nor judged
+
+
+def target_labels(text: str) -> list[str]:
+    """The label names in `text`, separated by commas.
+
+    Raises:
+        InputError: fewer than two, or one of them twice.
+    """
+    names = [name.strip() for name in text.split(",")]
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise InputError(
+            f"--target-labels received {text!r}, allowed two or more different labels as {TARGETS}"
+        )
+    return names
+
+
+def draw(images: Images, targets: list[str]) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The sets A1, A2, B1, B2 as sorted indices, and notes on what is smaller than the protocol
+    asks for.
+
+    Raises:
+        InputError: a target label is not in the data, or a set would be empty.
+    """
+    missing = [name for name in targets if name not in images.classes]
+    if missing:
+        raise InputError(
+            f"{images.name} has no label {missing[0]!r}; it has"
+            f" {', '.join(images.classes) or 'none'}."
+            " Name the labels to fine-tune on with --target-labels"
+        )
+    members = {
+        name: np.array(
+            sampling.hash_order(images.ids, np.flatnonzero(images.labels == k), "protocol"),
+            np.int64,
+        )
+        for k, name in enumerate(images.classes)
+    }
+    counts = {name: len(rows) for name, rows in members.items()}
+    others = sorted(
+        (n for n in counts if n not in targets and counts[n] >= TOO_SMALL),
+        key=lambda n: (-counts[n], n),
+    )
+    own = sorted({str(name) for name in images.splits if name})
+    notes = [f"the data's own splits ({', '.join(own)}) are not used"] if own else []
+    each = SIZES["A2"] // NUM_LABELS["A2"]
+    taken = {name: min(each, counts[name] // 2) for name in others[: NUM_LABELS["A2"]]}
+    pool = {name: members[name][taken[name] :] for name in others[: NUM_LABELS["A1"]]}
+    share = _even(SIZES["A1"], {name: len(rows) for name, rows in pool.items()})
+    total = sum(counts[name] for name in targets)
+    wanted = {
+        part: min(SIZES[part], total * SIZES[part] // (SIZES["B1"] + SIZES["B2"]))
+        for part in ("B1", "B2")
+    }
+    first = _proportional(wanted["B2"], {name: counts[name] for name in targets})
+    second = _proportional(wanted["B1"], {name: counts[name] - first[name] for name in targets})
+    sets = {
+        "A1": [rows[: share[name]] for name, rows in pool.items()],
+        "A2": [members[name][:count] for name, count in taken.items()],
+        "B1": [members[name][first[name] : first[name] + second[name]] for name in targets],
+        "B2": [members[name][: first[name]] for name in targets],
+    }
+    sets = {
+        part: np.sort(np.concatenate([*rows, np.empty(0, np.int64)])).astype(np.int64)
+        for part, rows in sets.items()
+    }
+    for part, rows in sets.items():
+        if not len(rows):
+            raise InputError(
+                f"{images.name}: {part} would be empty; --protocol cytology needs labels besides"
+                " the targets"
+            )
+    for part, most in NUM_LABELS.items():
+        if len(others) < most:
+            notes.append(
+                f"{part} has {len(others)} labels instead of {most}: no more hold"
+                f" {TOO_SMALL} images"
+            )
+    few = [name for name, count in taken.items() if count < each]
+    if few:
+        names = ", ".join(few[:5]) + (", ..." if len(few) > 5 else "")
+        notes.append(
+            f"A2 takes fewer than {each} images of {len(few)} labels, half of what each"
+            f" holds: {names}"
+        )
+    for part, most in SIZES.items():
+        if len(sets[part]) < most:
+            notes.append(f"{part} has {len(sets[part]):,} images instead of {most:,}")
+    return sets, notes
+
+
+def _even(total: int, holds: dict[str, int]) -> dict[str, int]:
+    # Smallest first: what a small label cannot give is shared among the larger ones.
+    share, left = {}, total
+    for done, name in enumerate(sorted(holds, key=lambda n: (holds[n], n))):
+        share[name] = min(holds[name], left // (len(holds) - done))
+        left -= share[name]
+    return share
+
+
+def _proportional(total: int, holds: dict[str, int]) -> dict[str, int]:
+    # Largest remainders: the parts add up to `total` and none is larger than what is held.
+    exact = {name: total * count / max(sum(holds.values()), 1) for name, count in holds.items()}
+    share = {name: int(value) for name, value in exact.items()}
+    for name in sorted(holds, key=lambda n: (share[n] - exact[n], n))[
+        : total - sum(share.values())
+    ]:
+        share[name] += 1
+    return share
+
+
+def protocol(images: Images, targets: list[str], fraction: float, stored: list[Path], say=print):
+    """The parts of `data.split` for this protocol, and the class names of the stages that have
+    labels.
+
+    The sets come from the first split.json in the folders `stored`, so that a run keeps its sets
+    when images are added to the data, and a later stage never tests on what an earlier one was
+    trained on; else they are drawn.
+
+    Returns:
+        (parts, classes, sets): index arrays by part name; {"linear": [...], "finetune": [...]};
+        what `save` writes.
+
+    Raises:
+        InputError: the stored sets are of other target labels, or name images that the data no
+            longer has.
+    """
+    file = next(
+        (folder / "split.json" for folder in stored if (folder / "split.json").exists()), None
+    )
+    if file is None:
+        rows, notes = draw(images, targets)
+        record = {"target_labels": targets, "notes": notes}
+        record["sets"] = {part: [images.ids[i] for i in indices] for part, indices in rows.items()}
+    else:
+        record = read_json(file)
+        if record["target_labels"] != targets:
+            raise InputError(
+                f"{file} is of the target labels {', '.join(record['target_labels'])}, not of"
+                f" {targets}"
+            )
+        number = {name: i for i, name in enumerate(images.ids)}
+        gone = next(
+            (name for names in record["sets"].values() for name in names if name not in number),
+            None,
+        )
+        if gone is not None:
+            raise InputError(
+                f"{file} names {gone}, which {images.name} does not have: use the data it was"
+                " made from"
+            )
+        rows = {
+            p: np.sort(np.array([number[n] for n in names], np.int64))
+            for p, names in record["sets"].items()
+        }
+    for note in record["notes"]:
+        say(f"protocol: {note}")
+    sizes = ", ".join(f"{part} {len(indices):,}" for part, indices in rows.items())
+    say(f"protocol: {sizes} images; " + (f"the sets of {file}" if file else "drawn by their names"))
+    ids, labels = images.ids, images.labels
+    test = sampling.hold_out(ids, labels, rows["A2"], sampling.TEST_SHARE, "test")
+    rest = np.setdiff1d(rows["A2"], test)
+    dev = sampling.hold_out(
+        ids, labels, rest, sampling.TEST_SHARE / (1 - sampling.TEST_SHARE), "dev"
+    )
+    finetune_dev = sampling.hold_out(ids, labels, rows["B1"], sampling.FINETUNE_DEV_SHARE, "dev")
+    parts = {
+        "rest": rows["A1"],
+        "pretrain": sampling.hold_out(ids, labels, rows["A1"], fraction, "fraction"),
+        "train": np.setdiff1d(rest, dev),
+        "dev": dev,
+        "test": test,
+        "finetune_train": np.setdiff1d(rows["B1"], finetune_dev),
+        "finetune_dev": finetune_dev,
+        "finetune_test": rows["B2"],
+    }
+    classes = {
+        stage: sorted({images.classes[k] for k in labels[rows[part]]})
+        for stage, part in (("linear", "A2"), ("finetune", "B1"))
+    }
+    return parts, classes, record
+
+
+def check_start(source: str, before: dict, targets: list[str] | None, images: Images) -> None:
+    """Refuse to start from a run, whose `model_spec` is `before`, that saw other sets of the same
+    images.
+
+    What it was trained on could be what this one is tested on.
+
+    Raises:
+        InputError: it did.
+    """
+    if before.get("targets", targets) == targets:
+        return
+    config = read_json(run_dir_of(source) / "config.json") or {}
+    if config.get("identity", {}).get("data") == images.fingerprint:
+        theirs, ours = (
+            "none" if names is None else ", ".join(names) for names in (before["targets"], targets)
+        )
+        raise InputError(
+            f"--from {source} has the protocol's target labels {theirs}, this command {ours}: it"
+            " may have been trained"
+            " on what this one tests on. Give the same --protocol and --target-labels"
+        )
+
+
+def save(folder: Path, record: dict) -> None:
+    """Write split.json: the target labels, the notes, and the names of the images of every set."""
+    write_json(folder / "split.json", record)

@@ -1,0 +1,393 @@
+"""Images from a folder, a .zip of one, a packed file, or the embedded sample: one list of items,
+decoded by threads to uint8. `python -m common.data pack SRC DST` makes a packed file.
+
+Order is a function, not state: the permutation of an epoch depends on `(seed, epoch)` alone, so a
+resumed run, another number of threads or of processes sees the same images in the same order.
+"""
+
+import hashlib
+import io
+import math
+import os
+import re
+import threading
+import zipfile
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from common.errors import InputError, did_you_mean
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif")
+SPLITS = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
+    "test": "test", "testing": "test",
+}  # fmt: skip
+UNLABELED = -1
+# What Pillow and zipfile raise on damaged files.
+DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    RuntimeError,
+    Image.DecompressionBombError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+_CACHE_BYTES = 2 * 2**30
+
+
+class Images:
+    """Images of one data set: ids, labels, splits, and their pixels as uint8 squares of side
+    `store_size`.
+
+    `pixels`, (n, ..., 3, S, S), are images decoded already.
+
+    Attributes:
+        name: what was read, for messages.
+        ids: (n,) names within the folder or archive.
+        labels: (n,) int64 into `classes`; UNLABELED where there is no label.
+        splits: (n,) "train", "val", "test", or "" where the data names none.
+        native_size: median shorter side of the images in pixels.
+        store_size: side of the decoded squares in pixels.
+        sizes: (n,) int64, bytes of the items' files; empty where there are none.
+        num_bytes: what the items take where they lie.
+        keeps: whether `batches` may keep what it has decoded.
+        fingerprint: eight digits that stand for the content: names and sizes of all items.
+    """
+
+    # JPEG is decoded at a fraction of its size where that is enough for the squares.
+    _drafts = True
+
+    def __init__(
+        self,
+        name: str,
+        ids: list[str],
+        labels,
+        classes: list[str],
+        splits,
+        *,
+        sizes=(),
+        read=None,
+        pixels=None,
+    ):
+        self.name, self.ids, self.classes = name, ids, classes
+        self.labels, self.splits = np.asarray(labels, np.int64), np.asarray(splits, dtype=object)
+        self._read_bytes, self._cache, self.keeps = read, pixels, True
+        self.sizes = np.asarray(sizes, np.int64)
+        self.num_bytes = sum(sizes) if pixels is None else pixels.nbytes
+        self._cached = None if pixels is None else np.ones(len(ids), bool)
+        content = f"{ids}{list(sizes)}".encode()
+        if pixels is not None:
+            content += hashlib.sha256(pixels.numpy().tobytes()).digest()
+        self.fingerprint = hashlib.sha256(content).hexdigest()[:8]
+        self.native_size = pixels.shape[-1] if pixels is not None else self._probe()
+        self.store_size = pixels.shape[-1] if pixels is not None else min(256, self.native_size)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether there are no files behind the images, which nothing can have damaged then."""
+        return self._read_bytes is None
+
+    @property
+    def labeled(self) -> bool:
+        return bool((self.labels != UNLABELED).any())
+
+    def describe(self) -> str:
+        """`blood_cells.zip: 4886 images in 3 classes (RBC 4153, ...), ...`"""
+        text = (
+            f"{self.name}: {len(self)}"
+            f" images{describe_labels(self.labels, self.classes, self.splits)}"
+        )
+        return text + f"; {self.native_size} px, stored at {self.store_size} px"
+
+    def labels_in(self, classes: list[str], indices: np.ndarray | None = None) -> np.ndarray:
+        """The labels (n,) numbered as in `classes` (a model's); UNLABELED for the images of other
+        classes.
+
+        Raises:
+            InputError: one of the images `indices` has a label that is not in `classes`.
+        """
+        known = {name: number for number, name in enumerate(classes)}
+        labels = np.array([known.get(name, UNLABELED) for name in self.classes] + [UNLABELED])[
+            self.labels
+        ]
+        for index in [] if indices is None else indices[labels[indices] != self.labels[indices]]:
+            if labels[index] == UNLABELED:
+                unknown = self.classes[self.labels[index]]
+                raise InputError(
+                    f"{self.name} has the class {unknown!r}, the model has {', '.join(classes)}"
+                )
+        return labels
+
+    def resize_store(self, size: int) -> None:
+        """Decode to squares of another side (pixels)."""
+        if self.in_memory and size != self.store_size:
+            raise InputError(
+                f"--store-size {size}: the embedded images are stored at {self.store_size} px;"
+                " leave it out"
+            )
+        self.store_size = size
+
+    def read(self, index: int) -> bytes:
+        """The content of an item's file, where the items are not `in_memory`."""
+        return self._read_bytes(index)
+
+    def decode(self, index: int) -> Tensor:
+        """One image as uint8 (3, store_size, store_size): shorter side to store_size, then the
+        center square.
+
+        Raises:
+            InputError: the file is damaged; the message names it.
+        """
+        if self.in_memory:
+            return self._cache[index]
+        try:
+            with Image.open(io.BytesIO(self._read_bytes(index))) as image:
+                if self._drafts:
+                    image.draft("RGB", (self.store_size, self.store_size))
+                if image.mode.startswith(
+                    "I;16"
+                ):  # Pillow's own conversion clips 16 bits at 255 instead of scaling
+                    image = Image.fromarray((np.asarray(image, np.uint32) // 257).astype(np.uint8))
+                elif image.mode in ("I", "F"):
+                    raise ValueError(
+                        "32-bit pixels have no known range; save them with 8 or 16 bits"
+                    )
+                return self._cut(image.convert("RGB"), index)
+        except DECODE_ERRORS as error:
+            raise self._damaged(f"image {self.ids[index]}", error) from None
+
+    def _cut(self, image: Image.Image, index: int) -> Tensor:
+        return central_square(image, self.store_size)
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        # Of what `_cut` gives.
+        return (3, self.store_size, self.store_size)
+
+    def _damaged(self, item: str, error: Exception) -> InputError:
+        said = reason(error)
+        return InputError(
+            f"{item} in {self.name} cannot be read: {said}; fix or remove it, or --on-bad-item skip"
+        )
+
+    def _probe(self) -> int:
+        # Headers only: the sizes of up to 64 images spread over the set.
+        sides = []
+        for index in np.unique(np.linspace(0, len(self) - 1, 64).astype(int)):
+            try:
+                with Image.open(io.BytesIO(self._read_bytes(index))) as image:
+                    sides.append(min(image.size))
+            except DECODE_ERRORS:
+                continue  # decoding it later names the file, or skips it
+        if not sides:
+            raise InputError(
+                f"{self.name}: none of the images that were tried can be read (first:"
+                f" {self.ids[0]})"
+            )
+        return int(np.median(sides))
+
+    def batches(self, index_batches: Iterable[np.ndarray], workers: int) -> Iterator[Tensor]:
+        """The pixels of each batch of indices, uint8 (b, 3, store_size, store_size), decoded by
+        threads ahead of use.
+
+        A set that fits in 2 GiB is decoded once and kept. Threads, not processes: Pillow decodes
+        and resizes without holding the interpreter lock, and a thread cannot outlive the run.
+        """
+        small = len(self) * math.prod(self._shape) <= _CACHE_BYTES
+        if self.keeps and small and self._cache is None and self._cached is None:
+            self._cache = torch.empty((len(self), *self._shape), dtype=torch.uint8)
+            self._cached = np.zeros(len(self), bool)
+        ahead: deque = deque()
+        with ThreadPoolExecutor(workers) as pool:
+            try:
+                for indices in index_batches:
+                    ahead.append((indices, self._submit(pool, indices)))
+                    if len(ahead) > 2:
+                        yield self._collect(*ahead.popleft())
+                while ahead:
+                    yield self._collect(*ahead.popleft())
+            finally:
+                for _, groups in ahead:
+                    for _, future in groups:
+                        future.cancel()
+
+    def _groups(self, indices: np.ndarray) -> list[np.ndarray]:
+        # What one thread decodes in one go.
+        return list(indices[:, None])
+
+    def _decode_group(self, indices: np.ndarray) -> list[Tensor]:
+        return [self.decode(int(index)) for index in indices]
+
+    def _submit(self, pool: ThreadPoolExecutor, indices: np.ndarray) -> list:
+        wanted = np.unique(indices)
+        if self._cached is not None:
+            wanted = wanted[~self._cached[wanted]]
+        return [(group, pool.submit(self._decode_group, group)) for group in self._groups(wanted)]
+
+    def _collect(self, indices: np.ndarray, groups: list) -> Tensor:
+        decoded = {
+            int(i): part
+            for group, future in groups
+            for i, part in zip(group, future.result(), strict=True)
+        }
+        if self._cache is None:
+            return torch.stack([decoded[int(i)] for i in indices])
+        for index, pixels in decoded.items():
+            self._cache[index] = pixels
+            self._cached[index] = True
+        return self._cache.index_select(0, torch.from_numpy(np.asarray(indices, np.int64)))
+
+    def drop_damaged(self, workers: int, cap: float = 0.01) -> list[str]:
+        """Decode every image once and leave out those that cannot be read; returns their names.
+
+        Raises:
+            InputError: more than the share `cap` of the images is damaged.
+        """
+
+        def damaged(index: int) -> bool:
+            try:
+                self.decode(index)
+            except InputError:
+                return True
+            return False
+
+        if self.in_memory:
+            return []
+        with ThreadPoolExecutor(workers) as pool:
+            bad = np.array(list(pool.map(damaged, range(len(self)))), bool)
+        names = [self.ids[i] for i in np.flatnonzero(bad)]
+        if bad.sum() > cap * len(self):
+            raise InputError(
+                f"{self.name}: {bad.sum()} of {len(self)} images are damaged (first: {names[0]}),"
+                " more than"
+                f" --on-bad-item skip allows ({cap:.0%})"
+            )
+        if names:
+            kept, read = np.flatnonzero(~bad), self._read_bytes
+            self.ids = [self.ids[i] for i in kept]
+            self.labels, self.splits, self.sizes = (
+                self.labels[kept],
+                self.splits[kept],
+                self.sizes[kept],
+            )
+            self._read_bytes = lambda index: read(kept[index])
+        return names
+
+
+def central_square(image: Image.Image, side: int) -> Tensor:
+    """An RGB image with its shorter side resized to `side` pixels, cut to the square: uint8 (3,
+    side, side).
+    """
+    scale = side / min(image.size)
+    width, height = (max(side, round(length * scale)) for length in image.size)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = (width - side) // 2, (height - side) // 2
+    if (width, height) != (side, side):
+        image = image.crop((left, top, left + side, top + side))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def is_image(name: str) -> bool:
+    """Whether a name has an image's suffix and neither it nor a folder above is hidden."""
+    return name.lower().endswith(SUFFIXES) and not hidden(name)
+
+
+def reason(error: Exception) -> str:
+    """The first line of an error's message without addresses of objects, which no two runs share;
+    or else its type.
+    """
+    return re.sub(r" <\S+ object at 0x\w+>", "", str(error).split("\n")[0]) or type(error).__name__
+
+
+def hidden(name: str) -> bool:
+    """Whether a path has a part that starts with a dot, or is macOS's shadow of an archive's file."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+
+
+def list_files(path: str, keep) -> tuple[list[str], list[int], Callable[[int], bytes]]:
+    """The files of a folder or of a .zip whose relative name passes `keep`: sorted names, sizes in
+    bytes, and a function from a position in these lists to the file's content.
+
+    Raises:
+        InputError: missing or not readable.
+    """
+    place = Path(path)
+    if not place.exists():
+        siblings = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
+        raise InputError(
+            f"{path}: no such file or folder{did_you_mean(place.name, [*siblings, 'sample'])}"
+        )
+    return _zip_files(place, keep) if place.is_file() else _folder_files(place, keep)
+
+
+def _folder_files(folder: Path, keep):
+    found, seen = [], set()
+
+    def refuse(error: OSError):
+        raise error
+
+    try:
+        for directory, subfolders, names in os.walk(folder, followlinks=True, onerror=refuse):
+            base = Path(directory)
+            seen.add(base.resolve())
+            # A link back up would give every image many times over.
+            subfolders[:] = [name for name in subfolders if (base / name).resolve() not in seen]
+            found += [(base / name).relative_to(folder).as_posix() for name in names]
+        files = sorted(name for name in found if keep(name))
+        sizes = [(folder / name).stat().st_size for name in files]
+    except OSError as error:
+        raise InputError(f"{folder}: {error.strerror}: {error.filename}") from None
+    return files, sizes, lambda index: (folder / files[index]).read_bytes()
+
+
+def _zip_files(path: Path, keep):
+    if path.suffix.lower() != ".zip":
+        raise InputError(f"{path}: allowed are a folder, a .zip of one, or `sample`")
+    try:
+        archive = zipfile.ZipFile(path)  # kept open for the run; closed with the process
+        entries = sorted(
+            (e for e in archive.infolist() if keep(e.filename)), key=lambda e: e.filename
+        )
+    except (OSError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: not a readable zip archive: {error}") from None
+    lock = threading.Lock()
+
+    def read(index: int) -> bytes:
+        with lock:  # one file handle; decompression is short beside decoding
+            return archive.read(entries[index])
+
+    return [e.filename for e in entries], [e.file_size for e in entries], read
+
+
+def describe_labels(labels: np.ndarray, classes: list[str], splits: np.ndarray) -> str:
+    """` in 3 classes (RBC 4153, ...); splits train 10, test 5`, or ` without labels`: what follows
+    a set's size.
+    """
+    known = labels[labels != UNLABELED]
+    text = " without labels"
+    if len(known):
+        counts = np.bincount(known, minlength=len(classes))
+        shown = ", ".join(
+            f"{classes[i]} {counts[i]}" for i in np.argsort(-counts, kind="stable")[:10]
+        )
+        text = f" in {len(classes)} classes ({shown}{', ...' if len(classes) > 10 else ''})"
+    named = [
+        f"{name} {int((splits == name).sum())}"
+        for name in ("train", "val", "test")
+        if (splits == name).any()
+    ]
+    return text + (f"; splits {', '.join(named)}" if named else "")

@@ -1,0 +1,191 @@
+"""A data set decoded once: `python -m common.data pack SRC DST` writes one file of uint8 pixels
+that is memory-mapped.
+
+Layout of the file: `_MAGIC`, the pixels (n, 3, S, S), then JSON (names, labels, splits, sizes and
+one CRC-32 an image), and a trailer with the JSON's length and its SHA-256. Pixels come first, so
+that packing streams; what is known only at the end is at the end.
+
+A packed set is the set that it was made of: the same ids, labels, splits and, at the side it was
+packed at, the same batches. So a run is the same run on either: the fingerprint is the source's. It
+is another one where the pixels of the same command differ from the source's: packed at another side
+than the source's default and not asked for by `--store-size`, resized from the packed side, or
+packed without damaged images.
+"""
+
+import hashlib
+import json
+import os
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from common.data.images import Images, central_square
+from common.errors import InputError
+
+SUFFIX = ".packed"
+_MAGIC = b"packed uint8 images, version 1\n\0"
+_TRAILER = struct.Struct("<Q32s")  # length and SHA-256 of the JSON in front of it
+_BATCH_BYTES = (
+    16 * 2**20
+)  # of pixels decoded together: bounds the memory, which holds three such batches
+_FIELDS = {
+    "ids",
+    "labels",
+    "classes",
+    "splits",
+    "native_size",
+    "default_size",
+    "store_size",
+    "fingerprint",
+    "crc",
+}
+
+
+class PackedImages(Images):
+    """A packed file as `Images`. Nothing is read into memory but what a batch needs; processes
+    share the pages.
+
+    Each image's CRC-32 is checked the first time that it is read.
+
+    Raises:
+        InputError: the file is not a packed set, or it is cut short or damaged.
+    """
+
+    def __init__(self, path: Path):
+        facts = _read_facts(path)
+        self.name, self.ids, self.classes = path.name, facts["ids"], facts["classes"]
+        self.labels, self.splits = (
+            np.array(facts["labels"], np.int64),
+            np.array(facts["splits"], dtype=object),
+        )
+        self.native_size, self._packed_size, self._source = (
+            facts[key] for key in ("native_size", "store_size", "fingerprint")
+        )
+        self.num_bytes = path.stat().st_size
+        side = self._packed_size
+        self._pixels = np.memmap(path, np.uint8, "r", len(_MAGIC), (len(self.ids), 3, side, side))
+        self._crc, self._checked = facts["crc"], np.zeros(len(self.ids), bool)
+        self._read_bytes = self._cache = self._cached = None
+        self.keeps = False
+        self.store_size = side
+        self._name_pixels(facts["default_size"])
+
+    def _name_pixels(self, asked: int) -> None:
+        # The command asks for `asked` pixels, of the source too; only where that is the packed side
+        # they are the same.
+        changed = asked != self._packed_size
+        packed = f"{self._source} packed at {self._packed_size}"
+        self.fingerprint = (
+            hashlib.sha256(packed.encode()).hexdigest()[:8] if changed else self._source
+        )
+
+    def resize_store(self, size: int) -> None:
+        """Read squares of another side, at most the packed one (pixels)."""
+        if size > self._packed_size:
+            raise InputError(
+                f"--store-size {size}: {self.name} is packed at {self._packed_size} px; give at"
+                " most that, or pack it"
+                f" again with --store-size {size}"
+            )
+        self.store_size, self.keeps = size, size != self._packed_size
+        self._name_pixels(size)
+
+    def decode(self, index: int) -> Tensor:
+        """One image as uint8 (3, store_size, store_size).
+
+        Raises:
+            InputError: its bytes are damaged.
+        """
+        pixels = np.array(
+            self._pixels[index]
+        )  # read here, in a thread, not where the batch is put together
+        if not self._checked[index]:
+            if zlib.crc32(pixels) != self._crc[index]:
+                raise InputError(
+                    f"{self.name} is damaged at image {self.ids[index]}; pack it again"
+                )
+            self._checked[index] = True
+        if self.store_size == self._packed_size:
+            return torch.from_numpy(pixels)
+        return central_square(Image.fromarray(pixels.transpose(1, 2, 0)), self.store_size)
+
+    def _groups(self, indices: np.ndarray) -> list[np.ndarray]:
+        # A copy is too short a task for a thread.
+        return np.array_split(indices, -(-len(indices) // 16)) if len(indices) else []
+
+
+def _read_facts(path: Path) -> dict:
+    foreign = InputError(
+        f"{path}: not a packed data set; make one with python -m common.data pack SRC {path.name}"
+    )
+    damaged = InputError(f"{path} is cut short or damaged; pack it again")
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            if file.read(len(_MAGIC)) != _MAGIC:
+                raise foreign
+            if size < len(_MAGIC) + _TRAILER.size:
+                raise damaged
+            file.seek(size - _TRAILER.size)
+            length, digest = _TRAILER.unpack(file.read())
+            if length > size - _TRAILER.size - len(_MAGIC):
+                raise damaged
+            file.seek(size - _TRAILER.size - length)
+            text = file.read(length)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    if hashlib.sha256(text).digest() != digest:
+        raise damaged
+    facts = json.loads(text)  # its hash is right: what is wrong with it now was written so
+    pixels = size - _TRAILER.size - length - len(_MAGIC)
+    if not facts.keys() >= _FIELDS or pixels != len(facts["ids"]) * 3 * facts["store_size"] ** 2:
+        raise foreign
+    return facts
+
+
+def pack(images: Images, path: Path, *, default_size: int, left_out=(), workers: int) -> None:
+    """Write `images` as they are decoded, so that `path` holds either the old or the whole new
+    file.
+
+    `default_size` is the side that the source is decoded to where no --store-size is given,
+    `left_out` the names of damaged images. Memory does not grow with the data set.
+
+    Raises:
+        InputError: an image is damaged, or the file cannot be written.
+    """
+    side, crc = images.store_size, []
+    source = images.fingerprint
+    if left_out:
+        source = hashlib.sha256(f"{source} without {sorted(left_out)}".encode()).hexdigest()[:8]
+    images.keeps = False
+    batches = np.array_split(np.arange(len(images)), -(-len(images) * 3 * side**2 // _BATCH_BYTES))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(_MAGIC)
+            for batch in images.batches(batches, workers):
+                for pixels in batch.contiguous().numpy():
+                    crc.append(zlib.crc32(pixels))
+                    file.write(pixels)
+            facts = {"ids": images.ids, "labels": images.labels.tolist(), "classes": images.classes}
+            facts |= {
+                "splits": images.splits.tolist(),
+                "native_size": images.native_size,
+                "default_size": default_size,
+            }
+            text = json.dumps(
+                facts | {"store_size": side, "fingerprint": source, "crc": crc}
+            ).encode()
+            file.write(text + _TRAILER.pack(len(text), hashlib.sha256(text).digest()))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written: {error.strerror}") from None
+    finally:
+        temporary.unlink(missing_ok=True)

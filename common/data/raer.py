@@ -1,0 +1,707 @@
+"""Emotion clips of two streams, a person's face and the scene around: RAER's layout, or the
+embedded sample.
+
+A folder, or a .zip of one, as CLIP-CAER reads RAER (DFER-CLIP's lists are alike, but count labels
+from 0):
+
+- `train.txt`, `test.txt` and perhaps `val.txt`, a line a clip: `CLIP_FOLDER NUM_FRAMES LABEL`. The
+folder may have
+  spaces in its name, and may be absolute: what lies above the data is dropped. Labels count from 1,
+  or from 0 where a 0 occurs.
+- the folders of frames that these name. - `face.json`: `{clip folder: {frame's file name: [left,
+top, right, bottom]}}` and `body.json`: `{clip folder: [left,
+  top, right, bottom]}`, in pixels of the frame. null stands for a box that is missing.
+- `classes.txt`, a line a class in the order of the labels: the name, and after a tab a description
+for the text
+  encoder. Without this file they are RAER's five.
+
+The face stream shows the face's box with a margin, stretched to a square; the context stream the
+body's box, letterboxed in black. One decoding of a frame gives both.
+"""
+
+import hashlib
+import io
+import json
+import math
+import posixpath
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from common.data.clips import Videos, natural_order, renaming
+from common.data.images import (
+    DECODE_ERRORS,
+    SPLITS,
+    SUFFIXES,
+    UNLABELED,
+    Images,
+    hidden,
+    is_image,
+    list_files,
+)
+from common.data.sampling import hash_order
+from common.data.synthetic import emotion_clips
+from common.errors import InputError
+from common.rng import uniform
+
+CLASSES = {
+    "neutrality": "a student with a calm and relaxed face who follows the lesson without showing"
+    " a feeling",
+    "enjoyment": "a student who smiles, with raised cheeks and bright eyes, and leans towards the"
+    " lesson with pleasure",
+    "confusion": "a student with knitted brows and a tilted head who looks puzzled and stares at"
+    " the task",
+    "fatigue": "a student with drooping eyelids who yawns, rubs the eyes or rests the head"
+    " on a hand",
+    "distraction": "a student who looks away from the lesson, at a phone, at somebody else or out"
+    " of the window",
+}
+MISSING_BOX = ("error", "full", "skip")
+VAL_SHARE = 0.2  # of the training clips, as RAER's own val_20
+_FRAME_STREAM = 2**31 + 2  # beside data's and clips' streams; no view has this number
+
+
+class _Line(NamedTuple):
+    clip: str  # as it is listed
+    count: int
+    label: int
+    split: str
+    place: str  # file and line number
+
+
+class TwoStreams(Images):
+    """Frames as uint8 (2, 3, store_size, store_size): the face's square, and the context's.
+
+    Attributes:
+        faces, bodies: (n, 4) float64 boxes left, top, right, bottom in pixels of each frame; NaN
+            where there is none, which stands for the whole frame.
+        margin: by how much of its width and height a face's box grows on each side.
+    """
+
+    _drafts = False  # the boxes count pixels of the frame as it is
+
+    def __init__(
+        self,
+        name: str,
+        files: list[str],
+        sizes,
+        read,
+        faces: np.ndarray,
+        bodies: np.ndarray,
+        margin: float,
+    ):
+        self.faces, self.bodies, self.margin = faces, bodies, margin
+        super().__init__(
+            name, files, [UNLABELED] * len(files), [], [""] * len(files), sizes=sizes, read=read
+        )
+        digest = hashlib.sha256(self.fingerprint.encode() + faces.tobytes() + bodies.tobytes())
+        self.fingerprint = digest.hexdigest()[:8]
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return (2, 3, self.store_size, self.store_size)
+
+    def _cut(self, image: Image.Image, index: int) -> Tensor:
+        face = crop_square(image, _grown(self.faces[index], self.margin), self.store_size)
+        return torch.stack([face, letterbox(image, self.bodies[index], self.store_size)])
+
+
+class EmotionClips(Videos):
+    """Clips of two streams.
+
+    Attributes, beside those of `Videos`, whose `rates` mean nothing here:
+        descriptions: a sentence for each of `classes`. notes: what opening found, in lines:
+        the label base, missing boxes, clips that were left out.
+    """
+
+    _called = "clips"
+
+    def __init__(
+        self, name, ids, labels, classes, splits, frames, images: Images, descriptions=(), notes=()
+    ):
+        super().__init__(name, ids, labels, classes, splits, frames, 1.0, images)
+        self.descriptions, self.notes = list(descriptions), list(notes)
+
+    def train_frames(self, items: np.ndarray, seed: int, epoch: int, num_frames: int) -> np.ndarray:
+        """A random frame of each of `num_frames` equal segments of each item: (b, num_frames)
+        positions, drawn from (seed, epoch, item).
+
+        Items below n are the clips, those above more draws of them: item i is one of clip i % n. A
+        sampler that takes a clip several times in an epoch gives each time another item, and so
+        other frames and augmentation (`redraw`).
+        """
+        drawn = uniform(seed, epoch, items, _FRAME_STREAM, num_frames)
+        return segment_frames(self.lengths[items % len(self)], num_frames, drawn)
+
+    def eval_frames(self, indices: np.ndarray, num_frames: int) -> np.ndarray:
+        """The center frame of each of `num_frames` equal segments of each clip: (b, num_frames)
+        positions.
+        """
+        return segment_frames(self.lengths[indices], num_frames)
+
+    def batches(
+        self, clips: Iterable[tuple[np.ndarray, np.ndarray]], workers: int
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The faces and the contexts of each batch of clips, each uint8 (b, T, 3, store_size,
+        store_size), decoded by threads ahead of use.
+
+        A batch is (clips (b,), positions (b, T)), as `Videos.batches` takes it. A frame is decoded
+        once for both streams; all are kept where they fit in 2 GiB together.
+        """
+        for pixels in super().batches(clips, workers):
+            yield pixels.unbind(2)
+
+    def describe_frames(self, num_frames: int) -> str:
+        """How clips are read, in one line: how many have too few frames, by name."""
+        text = f"clips of {num_frames} frames, one of each of as many equal segments"
+        few = self.lengths < num_frames
+        if few.any():
+            first = self.ids[int(few.argmax())]
+            text += (
+                f"; {int(few.sum())} of {len(self)} have fewer frames and repeat the last"
+                f" (first: {first})"
+            )
+        return text
+
+
+def segment_frames(lengths, num_frames: int, drawn: np.ndarray | None = None) -> np.ndarray:
+    """One frame of each of `num_frames` equal segments (TSN, arXiv:1608.00859): (n, num_frames)
+    int64 positions.
+
+    Segment t begins at floor(t * length / num_frames). A clip of fewer frames gives each once and
+    repeats the last.
+
+    Args:
+        lengths: (n,) frames of the clips.
+        drawn: (n, num_frames) in [0, 1), where in its segment each frame lies; None: in the center.
+    """
+    lengths = np.asarray(lengths, np.int64)[:, None]
+    bounds = np.arange(num_frames + 1) * lengths // num_frames
+    starts, sizes = bounds[:, :-1], np.diff(bounds)
+    within = sizes // 2 if drawn is None else np.floor(drawn * sizes).astype(np.int64)
+    return np.where(
+        lengths < num_frames, np.minimum(np.arange(num_frames), lengths - 1), starts + within
+    )
+
+
+def number_repeats(clips: np.ndarray, count: int) -> np.ndarray:
+    """Clips drawn with replacement as items: the k-th time that clip i occurs gives i + (k - 1) *
+    count, for a data set of `count` clips.
+    """
+    order = np.argsort(clips, kind="stable")
+    same = clips[order]
+    first = np.searchsorted(same, same)  # where its clip's run begins
+    items = np.empty(len(clips), np.int64)
+    items[order] = same + (np.arange(len(clips)) - first) * count
+    return items
+
+
+def prepare(
+    path: str,
+    *,
+    store_size: int | None,
+    bad: str,
+    workers: int,
+    missing_box: str,
+    margin: float,
+    labels=True,
+    say=print,
+) -> EmotionClips:
+    """`open_clips`, decoded to `store_size` where that is given; what was left out and what is
+    there are said.
+    """
+    clips = open_clips(
+        path, workers=workers, bad=bad, missing_box=missing_box, margin=margin, labels=labels
+    )
+    if store_size:
+        clips.resize_store(store_size)
+    if bad == "skip":
+        damaged = clips.drop_damaged(workers)
+        clips.notes.append(f"left out {len(damaged)} clips with damaged frames" + _first(damaged))
+    for note in clips.notes:
+        say(note)
+    say(clips.describe())
+    return clips
+
+
+def open_clips(
+    path: str, *, workers: int, bad="error", missing_box="error", margin: float, labels=True
+) -> EmotionClips:
+    """The clips of a folder or of a .zip, or the embedded data set (`sample`).
+
+    Args:
+        path: see the layout at the top.
+        workers: threads that read the frames' sizes.
+        bad: "error" or "skip": whether a listed clip without frames ends the run or is left out,
+            and whether one with another number of frames than listed ends it or is taken as it is.
+        missing_box: "error", "full" (the whole frame stands for the box) or "skip" (a frame without
+            a face's box, and a clip without a body's or without a frame left, is left out).
+        margin: share of its sides by which a face's box grows on each side, as far as the frame
+            goes.
+        labels: False takes any folders of frames, as clips without labels or splits.
+
+    Raises:
+        InputError: missing or not readable; a line, class or box that is not as above; a label
+            beyond the classes; a clip that is listed twice or in two splits; clips without frames,
+            with others than listed, or without boxes.
+    """
+    if path == "sample":
+        return _sample()
+    place = Path(path)
+    wanted = (*SUFFIXES, ".txt", ".json")
+    files, sizes, read = list_files(
+        path, lambda name: name.lower().endswith(wanted) and not hidden(name)
+    )
+    tree = _tree(path, files, read)
+    lists = _lists(tree) if labels else {}
+    names, descriptions = _classes(tree)
+    notes = []
+    if labels:
+        lines = [line for part, name in lists.items() for line in _lines(tree, name, part)]
+        base = 0 if any(line.label == 0 for line in lines) else 1
+        notes.append(_check_labels(tree, lines, base, names))
+    else:
+        lines = [
+            _Line(folder, len(own), UNLABELED, "", folder) for folder, own in tree.folders.items()
+        ]
+        base = 0
+    rename = renaming([line.clip for line in lines], tree.folders, 1)
+    lines = [line._replace(clip=rename(line.clip)) for line in lines]
+    _refuse_repeats(path, lines)
+    lines = _with_frames(tree, lines, bad, notes)
+
+    faces, bodies = _face_boxes(tree, lines), _body_boxes(tree, lines)
+    kept = _decide_missing(path, lines, faces, bodies, missing_box, notes)
+    lines = [line for line, own in zip(lines, kept, strict=True) if len(own)]
+    used = [own for own in kept if len(own)]
+    if not lines:
+        raise InputError(f"{path}: no clips are left; give boxes, or --missing-box full")
+    position = [
+        tree.folders[line.clip][k] for line, own in zip(lines, used, strict=True) for k in own
+    ]
+    faces = np.concatenate([faces[line.clip][own] for line, own in zip(lines, used, strict=True)])
+    ends = np.cumsum([len(own) for own in used])
+    frames = np.split(np.arange(ends[-1]), ends[:-1])
+    bodies = np.repeat([bodies[line.clip] for line in lines], [len(own) for own in used], axis=0)
+
+    def content(index: int) -> bytes:
+        return read(position[index])
+
+    files = [tree.names[i] for i in position]
+    images = TwoStreams(
+        place.name, files, [sizes[i] for i in position], content, faces, bodies, margin
+    )
+    _refuse_degenerate(path, images, content, [own[0] for own in frames], workers)
+    ids = [line.clip or place.stem for line in lines]
+    labels = [line.label - base if line.split else UNLABELED for line in lines]
+    return EmotionClips(
+        place.name,
+        ids,
+        labels,
+        names,
+        [line.split for line in lines],
+        frames,
+        images,
+        descriptions,
+        notes,
+    )
+
+
+def split(clips: EmotionClips, names=("train", "val", "test"), say=print) -> dict[str, np.ndarray]:
+    """The indices of the parts `names`: the data's own; where it has no validation part, a fifth of
+    the training part.
+
+    That is held out by the clips' parent folders, a lecture's or a person's, where this leaves
+    every class on both sides, and else by clip; stratified by class, a function of the names alone,
+    and said.
+
+    Raises:
+        InputError: a part has no clips, or the training part none of some class.
+    """
+    parts = {name: np.flatnonzero(clips.splits == name) for name in ("train", "val", "test")}
+    if not len(parts["val"]) and len(parts["train"]) and ("train" in names or "val" in names):
+        parts["val"], groups = _hold_out(clips, parts["train"])
+        parts["train"] = np.setdiff1d(parts["train"], parts["val"])
+        say(
+            f"no val.txt: {len(parts['val'])} training clips are held out for validation, whole"
+            f" {groups} each"
+        )
+    for name in names:
+        counts = np.bincount(clips.labels[parts[name]], minlength=len(clips.classes))
+        if not counts.any():
+            raise InputError(f"{clips.name}: there are no clips in {name}; needed is {name}.txt")
+        if name == "train" and not counts.all():
+            raise InputError(
+                f"{clips.name}: train has no clips of {clips.classes[int(counts.argmin())]}"
+            )
+    return {name: parts[name] for name in names}
+
+
+def _hold_out(clips: EmotionClips, pool: np.ndarray) -> tuple[np.ndarray, str]:
+    labels = clips.labels[pool]
+    counts = np.bincount(labels, minlength=len(clips.classes))
+    target = np.maximum(np.minimum(np.maximum(VAL_SHARE * counts, 1), counts - 1), 0)
+    for kind, name_of in (("parent folders", posixpath.dirname), ("clips", str)):
+        groups = defaultdict(list)
+        for index in pool:
+            groups[name_of(clips.ids[index])].append(index)
+        held, chosen = np.zeros(len(counts)), []
+        names = list(groups)
+        for number in hash_order(names, np.arange(len(names)), "val"):
+            own = np.bincount(clips.labels[groups[names[number]]], minlength=len(counts))
+            nearer = (np.square(held - target) - np.square(held + own - target)) / np.square(
+                np.maximum(target, 1)
+            )
+            if nearer.sum() > 0:
+                held, chosen = held + own, chosen + groups[names[number]]
+        # By clip every class with two clips or more has one on either side.
+        if kind == "clips" or ((held > 0) & (held < counts))[counts > 1].all():
+            return np.sort(np.array(chosen, np.int64)), kind
+
+
+def crop_square(image: Image.Image, box: np.ndarray, side: int) -> Tensor:
+    """The part of an RGB image in `box`, as far as the image goes, stretched to a square: uint8 (3,
+    side, side).
+
+    A box of NaN is the whole image.
+    """
+    image = image.resize((side, side), Image.Resampling.BILINEAR, box=_inside(image, box))
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def letterbox(image: Image.Image, box: np.ndarray, side: int) -> Tensor:
+    """As `crop_square`, with the part's shape kept: its longer side fills the square, the rest is
+    black on both sides, as beyond a rotated image.
+    """
+    box = _inside(image, box)
+    width, height = box[2] - box[0], box[3] - box[1]
+    scale = side / max(width, height)
+    width, height = (max(1, round(length * scale)) for length in (width, height))
+    square = Image.new("RGB", (side, side))
+    part = image.resize((width, height), Image.Resampling.BILINEAR, box=box)
+    square.paste(part, ((side - width) // 2, (side - height) // 2))
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1)
+
+
+def _inside(image: Image.Image, box: np.ndarray) -> tuple[float, ...]:
+    if np.isnan(box[0]):
+        return (0.0, 0.0, *map(float, image.size))
+    left, top, right, bottom = (float(x) for x in box)
+    box = (max(left, 0.0), max(top, 0.0), min(right, image.width), min(bottom, image.height))
+    if box[2] - box[0] < 1 or box[3] - box[1] < 1:
+        raise ValueError(
+            f"the box {[left, top, right, bottom]} is outside of its {image.width} x"
+            f" {image.height} pixels"
+        )
+    return box
+
+
+def _grown(box: np.ndarray, margin: float) -> np.ndarray:
+    left, top, right, bottom = box
+    x, y = margin * (right - left), margin * (bottom - top)
+    return np.array([left - x, top - y, right + x, bottom + y])
+
+
+def _sample() -> EmotionClips:
+    made = emotion_clips()
+    count, length = made.face.shape[:2]
+    pixels = torch.from_numpy(np.stack([made.face, made.context], 2)).flatten(
+        0, 1
+    )  # [count * length, 2, 3, S, S]
+    files = [f"{i:06d}" for i in range(len(pixels))]
+    images = Images("sample", files, [UNLABELED] * len(files), [], [""] * len(files), pixels=pixels)
+    ids = [f"{part}/{i:04d}" for i, part in enumerate(made.splits)]
+    frames = np.arange(count * length).reshape(count, length)
+    name = "sample (embedded, generated)"
+    return EmotionClips(
+        name, ids, made.labels, list(CLASSES), made.splits, frames, images, CLASSES.values()
+    )
+
+
+def _first(names: list[str]) -> str:
+    return ": " + ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") if names else ""
+
+
+class _Tree(NamedTuple):
+    path: str  # as it was given
+    names: list[str]  # of all files, below the folder that holds everything
+    folders: dict[str, list[int]]  # positions of the frames in order of time, by folder
+    read: Callable[[int], bytes]
+
+
+def _tree(path: str, files: list[str], read) -> _Tree:
+    top = posixpath.commonpath([posixpath.dirname(name) for name in files]) if files else ""
+    names = [name[len(top) :].lstrip("/") for name in files]
+    folders = defaultdict(list)
+    for i, name in enumerate(names):
+        if is_image(name):
+            folders[posixpath.dirname(name)].append(i)
+    if not folders:
+        raise InputError(f"{path}: no folders of frames there; allowed are {', '.join(SUFFIXES)}")
+    for own in folders.values():
+        own.sort(key=lambda i: natural_order(names[i]))
+    return _Tree(path, names, dict(folders), read)
+
+
+def _beside(tree: _Tree, accepted) -> dict[str, int]:
+    """Positions of the files that are no clip's, by what `accepted` makes of their base names."""
+    found: dict[str, int] = {}
+    for i, name in enumerate(tree.names):
+        key = accepted(posixpath.basename(name).lower())
+        if key and posixpath.dirname(name) not in (tree.folders.keys() - {""}):
+            if key in found:
+                raise InputError(
+                    f"{tree.path}: {tree.names[found[key]]} and {name} say the same; remove one"
+                )
+            found[key] = i
+    return found
+
+
+def _lists(tree: _Tree) -> dict[str, int]:
+    """The lists' positions by split."""
+    found = _beside(
+        tree, lambda base: SPLITS.get(base.removesuffix(".txt")) if base.endswith(".txt") else None
+    )
+    if not found:
+        raise InputError(
+            f"{tree.path}: no train.txt or test.txt there, with lines `clip_folder"
+            " num_frames label`"
+        )
+    return {part: found[part] for part in ("train", "val", "test") if part in found}
+
+
+def _text(tree: _Tree, position: int) -> str:
+    try:
+        return tree.read(position).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{tree.path}: {tree.names[position]} is not UTF-8 text: {error}"
+        ) from None
+
+
+def _classes(tree: _Tree) -> tuple[list[str], list[str]]:
+    """Names and descriptions."""
+    position = _beside(tree, lambda base: base if base == "classes.txt" else None).get(
+        "classes.txt"
+    )
+    if position is None:
+        return list(CLASSES), list(CLASSES.values())
+    rows = [line.partition("\t") for line in _text(tree, position).splitlines() if line.strip()]
+    names = [name.strip() for name, _, _ in rows]
+    if len(set(names)) < max(len(names), 2) or not all(names):
+        raise InputError(
+            f"{tree.path}: classes.txt names {names}; needed are two classes or more, a line"
+            " each, all different"
+        )
+    given = (text.strip() for _, _, text in rows)
+    return names, [
+        text or CLASSES.get(name, f"an expression of {name}")
+        for name, text in zip(names, given, strict=True)
+    ]
+
+
+def _lines(tree: _Tree, position: int, part: str) -> list[_Line]:
+    lines = []
+    for number, line in enumerate(_text(tree, position).splitlines(), 1):
+        fields = line.rsplit(maxsplit=2)
+        place = f"{tree.names[position]} line {number}"
+        if not fields:
+            continue
+        if len(fields) < 3 or not all(field.isdecimal() for field in fields[1:]):
+            raise InputError(
+                f"{tree.path}: {place}: {line!r}, expected `clip_folder num_frames label`"
+            )
+        clip = str(PurePosixPath(fields[0].strip().replace("\\", "/")))
+        lines.append(_Line(clip, int(fields[1]), int(fields[2]), part, place))
+    return lines
+
+
+def _check_labels(tree: _Tree, lines: list[_Line], base: int, names: list[str]) -> str:
+    if not lines:
+        raise InputError(f"{tree.path}: the lists have no lines `clip_folder num_frames label`")
+    last = base + len(names) - 1
+    for line in lines:
+        if line.label > last:
+            raise InputError(
+                f"{tree.path}: {line.place}: label {line.label}, allowed are {base} to {last}"
+                f" ({', '.join(names)});"
+                " fix it, or name every class in classes.txt"
+            )
+    return (
+        f"labels are counted from {base}:"
+        f" {', '.join(f'{base + i} {name}' for i, name in enumerate(names))}"
+    )
+
+
+def _refuse_repeats(path: str, lines: list[_Line]) -> None:
+    seen: dict[str, _Line] = {}
+    twice = [
+        (seen[line.clip], line) for line in lines if seen.setdefault(line.clip, line) is not line
+    ]
+    across = [pair for pair in twice if pair[0].split != pair[1].split]
+    for pairs, said in ((across, "in two splits"), (twice, "listed twice")):
+        if pairs:
+            examples = [f"{a.clip} ({a.place}, {b.place})" for a, b in pairs]
+            raise InputError(
+                f"{path}: {len(pairs)} clips are {said}{_first(examples)}; fix the lists"
+            )
+
+
+def _with_frames(tree: _Tree, lines: list[_Line], bad: str, notes: list[str]) -> list[_Line]:
+    """The lines whose clip has frames; what the lists say wrongly is refused, or noted."""
+    absent = [line.clip for line in lines if line.clip not in tree.folders]
+    there = [line for line in lines if line.clip in tree.folders]
+    wrong = [
+        f"{line.clip} has {len(tree.folders[line.clip])} frames, {line.place} says {line.count}"
+        for line in there
+        if len(tree.folders[line.clip]) != line.count
+    ]
+    if bad == "error":
+        for found, said, remedy in (
+            (absent, "have no frames", "complete the data, or --on-bad-item skip leaves them out"),
+            (
+                wrong,
+                "have another number of frames than listed",
+                "fix the lists, or --on-bad-item skip takes what is there",
+            ),
+        ):
+            if found:
+                raise InputError(
+                    f"{tree.path}: {len(found)} of {len(lines)} clips {said}{_first(found)};"
+                    f" {remedy}"
+                )
+    if absent:
+        notes.append(f"left out {len(absent)} of {len(lines)} clips without frames{_first(absent)}")
+    if wrong:
+        notes.append(
+            f"{len(wrong)} of {len(lines)} clips have another number of frames than"
+            f" listed{_first(wrong)}"
+        )
+    if not there:
+        raise InputError(
+            f"{tree.path}: none of the {len(lines)} listed clips is there{_first(absent)}"
+        )
+    return there
+
+
+def _boxes(tree: _Tree, name: str) -> dict:
+    """The content of a file of boxes by the clips' folders."""
+    position = _beside(tree, lambda base: base if base == name else None).get(name)
+    if position is None:
+        return {}
+    try:
+        content = json.loads(_text(tree, position))
+    except ValueError as error:
+        raise InputError(f"{tree.path}: {name} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{tree.path}: {name} is not an object of clip folders")
+    content = {
+        str(PurePosixPath(clip.replace("\\", "/"))): value for clip, value in content.items()
+    }
+    rename = renaming(list(content), tree.folders, 1)
+    return {rename(clip): value for clip, value in content.items()}
+
+
+def _box(tree: _Tree, name: str, where: str, value) -> list[float]:
+    if value is None:
+        return [math.nan] * 4
+    numbers = isinstance(value, list) and len(value) == 4
+    if not numbers or not all(type(x) in (int, float) and math.isfinite(x) for x in value):
+        raise InputError(
+            f"{tree.path}: {name}: {where}: {value!r}, expected [left, top, right, bottom] or null"
+        )
+    return value
+
+
+def _face_boxes(tree: _Tree, lines: list[_Line]) -> dict[str, np.ndarray]:
+    """(frames, 4) boxes of each clip, NaN where there is none."""
+    content, boxes = _boxes(tree, "face.json"), {}
+    for line in lines:
+        own = content.get(line.clip) or {}
+        if not isinstance(own, dict):
+            raise InputError(
+                f"{tree.path}: face.json: {line.clip}: expected {{frame's file name: box}}, got"
+                f" {own!r:.60}"
+            )
+        files = [posixpath.basename(tree.names[i]) for i in tree.folders[line.clip]]
+        found = [_box(tree, "face.json", f"{line.clip}/{file}", own.get(file)) for file in files]
+        boxes[line.clip] = np.array(found, np.float64)
+    return boxes
+
+
+def _body_boxes(tree: _Tree, lines: list[_Line]) -> dict[str, np.ndarray]:
+    content = _boxes(tree, "body.json")
+    return {
+        line.clip: np.array(_box(tree, "body.json", line.clip, content.get(line.clip)), np.float64)
+        for line in lines
+    }
+
+
+def _decide_missing(
+    path: str, lines, faces, bodies, missing_box: str, notes: list[str]
+) -> list[np.ndarray]:
+    """The frames of each clip that are used, by --missing-box."""
+    without_face = {line.clip: np.isnan(faces[line.clip][:, 0]) for line in lines}
+    without_body = [line.clip for line in lines if np.isnan(bodies[line.clip][0])]
+    num_faces, num_frames = (
+        int(sum(f(mask) for mask in without_face.values())) for f in (np.sum, len)
+    )
+    everything = [np.arange(len(faces[line.clip])) for line in lines]
+    if not num_faces and not without_body:
+        return everything
+    first = without_body or [clip for clip, mask in without_face.items() if mask.any()]
+    said = (
+        f"{num_faces} of {num_frames} frames have no face box, {len(without_body)} of"
+        f" {len(lines)} clips no body box"
+        f" (first: {first[0]})"
+    )
+    if missing_box == "error":
+        raise InputError(
+            f"{path}: {said}; complete face.json and body.json, or --missing-box full or skip"
+        )
+    if missing_box == "full":
+        notes.append(f"{said}: the whole frame stands for it")
+        return everything
+    kept = [
+        own[~(without_face[line.clip] | np.isnan(bodies[line.clip][0]))]
+        for line, own in zip(lines, everything, strict=True)
+    ]
+    notes.append(f"{said}: left out, and with them {sum(not len(own) for own in kept)} whole clips")
+    return kept
+
+
+def _refuse_degenerate(
+    path: str, images: TwoStreams, read, firsts: list[int], workers: int
+) -> None:
+    """Frames of a clip are taken to have the size of its first; one that differs is found when it
+    is decoded.
+    """
+
+    def size(index: int) -> tuple[int, int]:
+        try:
+            with Image.open(io.BytesIO(read(index))) as image:
+                return image.size
+        except DECODE_ERRORS:
+            return (10**6, 10**6)  # decoding it later names the file, or skips it
+
+    with ThreadPoolExecutor(workers) as pool:
+        sizes = np.array(list(pool.map(size, firsts)), np.float64)
+    sizes = np.repeat(sizes, np.diff([*firsts, len(images)]), axis=0)
+    for name, boxes in (("face.json", images.faces), ("body.json", images.bodies)):
+        inside = np.minimum(boxes[:, 2:], sizes) - np.maximum(boxes[:, :2], 0)
+        bad = np.flatnonzero((inside < 1).any(1))
+        if len(bad):
+            i = bad[0]
+            raise InputError(
+                f"{path}: {name}: {len(bad)} frames have a degenerate box (first: {images.ids[i]}:"
+                f" {boxes[i].tolist()} in {sizes[i, 0]:.0f} x {sizes[i, 1]:.0f} pixels); fix it,"
+                " or set it to null"
+                " and let --missing-box decide"
+            )

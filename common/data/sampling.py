@@ -1,0 +1,193 @@
+"""Splits, the order of an epoch, and how its batches are cut and balanced.
+
+Order is a function, not state: the permutation of an epoch depends on `(seed, epoch)` alone, so a
+resumed run, another number of threads or of processes sees the same items in the same order.
+"""
+
+import functools
+import hashlib
+
+import numpy as np
+
+from common.data.images import UNLABELED, Images
+from common.errors import InputError
+from common.rng import uniform
+
+TEST_SHARE, FINETUNE_DEV_SHARE = 0.15, 0.15
+_ORDER_STREAM = 2**31  # no view has this number
+_DRAW_STREAM = 2**31 + 3  # beside the streams of clips
+_CLASS_STREAMS = 2**32  # the first of one a class
+
+
+def hash_order(ids: list[str], indices: np.ndarray, salt: str) -> list[int]:
+    """`indices` in the order of a hash of their items' names: as good as chance, and always the
+    same.
+    """
+    return sorted(
+        indices, key=lambda i: hashlib.blake2b(f"{salt}/{ids[i]}".encode(), digest_size=8).digest()
+    )
+
+
+def hold_out(
+    ids: list[str], labels: np.ndarray, indices: np.ndarray, share: float, salt: str
+) -> np.ndarray:
+    """A class-stratified share of `indices`, chosen by a hash of the item's name: sorted int64.
+
+    It depends on nothing else, so every run and every stage holds out the same items; shares are
+    nested, and items added later do not move the others from one side to the other at random. Each
+    class gives round(share * its count), at least one when it has two or more items and 0 < share <
+    1.
+    """
+    chosen: list[int] = []
+    for label in np.unique(labels[indices]):
+        members = hash_order(ids, indices[labels[indices] == label], salt)
+        count = round(share * len(members))
+        if 0 < share < 1 and len(members) > 1:
+            count = min(max(count, 1), len(members) - 1)
+        chosen += members[:count]
+    return np.array(sorted(chosen), np.int64)
+
+
+def split(images: Images, fraction: float = 1.0) -> dict[str, np.ndarray]:
+    """The indices of every part of an image set.
+
+    `test` and `finetune_test` (here the same): the data's own test split, or 15 % held out. `rest`:
+    all else. `dev`: the data's own validation split, or a part of the labeled rest: 70/15/15 in
+    all for the linear protocol, and (`finetune_dev`) 15 % of the training labels for fine-tuning.
+    `train` and `finetune_train`: the labeled rest without it. `pretrain`: the share `fraction` of
+    the rest, used without its labels. Everything is stratified by class and depends on the items'
+    names alone, so no stage of any run trains on the test part.
+    """
+    ids, labels = images.ids, images.labels
+    test, own_dev = (np.flatnonzero(images.splits == name) for name in ("test", "val"))
+    candidates = np.setdiff1d(np.flatnonzero(labels != UNLABELED), own_dev)
+    if not len(test):
+        test = hold_out(ids, labels, candidates, TEST_SHARE, "test")
+    rest = np.setdiff1d(np.arange(len(images)), test)
+    labeled = rest[labels[rest] != UNLABELED]
+    parts = {"rest": rest, "test": test[labels[test] != UNLABELED]}
+    for name, share in (("", TEST_SHARE / (1 - TEST_SHARE)), ("finetune_", FINETUNE_DEV_SHARE)):
+        own = np.intersect1d(own_dev, labeled)
+        parts[f"{name}dev"] = own if len(own) else hold_out(ids, labels, labeled, share, "dev")
+        parts[f"{name}train"] = np.setdiff1d(labeled, parts[f"{name}dev"])
+    parts["finetune_test"] = parts["test"]
+    parts["pretrain"] = hold_out(ids, labels, rest, fraction, "fraction")
+    return parts
+
+
+def permutation(count: int, seed: int, epoch: int, stream: int = _ORDER_STREAM) -> np.ndarray:
+    """The order of an epoch: a permutation of range(count) that is a function of (seed, epoch,
+    stream).
+    """
+    keys = uniform(seed, epoch, np.arange(count), stream, 1)[:, 0]
+    return np.argsort(keys, kind="stable")
+
+
+def epoch_batches(
+    indices: np.ndarray, bs: int, seed: int, epoch: int, done: int = 0, world=None
+) -> list[np.ndarray]:
+    """An epoch's batches but for the first `done`: this process's equal share of each, as items of
+    `indices`.
+
+    The last, incomplete batch is left out; another epoch's order has other items there.
+    """
+    return batch_slices(indices[permutation(len(indices), seed, epoch)], bs, done, world)
+
+
+def batch_slices(order: np.ndarray, bs: int, done: int = 0, world=None) -> list[np.ndarray]:
+    """The batches of an epoch whose items come in `order`, as `epoch_batches` gives them."""
+    rank, world_size = (world.rank, world.world_size) if world else (0, 1)
+    share = bs // world_size
+    starts = [batch * bs + rank * share for batch in range(done, len(order) // bs)]
+    return [order[start : start + share] for start in starts]
+
+
+def balanced_batches(
+    indices: np.ndarray,
+    labels: np.ndarray,
+    bs: int,
+    seed: int,
+    epoch: int,
+    done: int = 0,
+    world=None,
+) -> list[np.ndarray]:
+    """As `epoch_batches`, but every batch holds as many items of each class, to within one; none
+    twice.
+
+    An epoch has as many batches as without balance. Each class is gone through in permutations of
+    its own, from one epoch to the next, so that every item is drawn about equally often within its
+    class. A process's share is balanced too, and so is every chunk of it.
+
+    Args:
+        indices: (n,) items to draw from.
+        labels: (n,) their classes, integers.
+
+    Raises:
+        InputError: a class has fewer items than a batch needs.
+    """
+    rank, world_size = (world.rank, world.world_size) if world else (0, 1)
+    classes, share, steps = np.unique(labels), bs // world_size, len(indices) // bs
+    need = -(-bs // len(classes))
+    members = [indices[labels == label] for label in classes]
+    order_of = functools.lru_cache(maxsize=len(classes))(permutation)
+    for label, own in zip(classes, members, strict=True):
+        if len(own) < need:
+            raise InputError(
+                f"a balanced batch of {bs} needs {need} items of class {label}, which has"
+                f" {len(own)}"
+            )
+
+    def drawn(number: int, batch: int) -> np.ndarray:
+        cycle, place = divmod(batch, len(members[number]) // need)
+        order = order_of(len(members[number]), seed, cycle, _CLASS_STREAMS + number)
+        return members[number][order[place * need :][:need]]
+
+    batches = []
+    for batch in range(epoch * steps + done, (epoch + 1) * steps):
+        columns = np.stack(
+            [drawn(number, batch) for number in range(len(classes))], 1
+        )  # [need, classes]
+        # Where the batch does not divide into the classes, another one is short each time.
+        items = np.roll(columns, batch, axis=1).ravel()[:bs]
+        batches.append(items[rank * share :][:share])
+    return batches
+
+
+def class_weights(counts: np.ndarray, cap: float | None) -> np.ndarray:
+    """How much more often than by chance each class is to be drawn: (K,) float64 min(N / (K n_c),
+    cap).
+
+    Without a cap every class is drawn equally often; a cap leaves rare classes rare, but less so.
+    """
+    weights = counts.sum() / (len(counts) * counts)
+    return weights if cap is None else np.minimum(weights, cap)
+
+
+def weighted_order(indices: np.ndarray, weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """An epoch's items drawn with replacement, each by its weight: (n,) of `indices`.
+
+    Draw i is a function of (seed, epoch, i).
+
+    Args:
+        indices: (n,) items to draw from.
+        weights: (n,) positive.
+    """
+    edges = np.cumsum(weights)
+    u = uniform(seed, epoch, np.arange(len(indices)), _DRAW_STREAM, 1)[:, 0] * edges[-1]
+    # A product with the last edge may round up to it.
+    return indices[np.minimum(np.searchsorted(edges, u, side="right"), len(indices) - 1)]
+
+
+def check_batch(stage: str, bs: int, count: int, parts: int) -> None:
+    """Refuse a batch that is larger than the data or does not divide into `parts` (processes x
+    chunks).
+    """
+    if bs > count:
+        raise InputError(
+            f"{stage}: a batch of {bs} is larger than the {count} training items; lower --bs"
+        )
+    if bs % parts:
+        raise InputError(
+            f"{stage}: a batch of {bs} is not divisible by {parts} (processes x chunks);"
+            " change --bs"
+        )

@@ -1,0 +1,774 @@
+"""Utterances of dialogues: texts and feature arrays with ids, labels and splits, from three kinds
+of source.
+
+- `.npz`: every float array of one row per utterance is a modality, (N, D) or (N, L, D) with lengths
+in `<name>_len`. - `.tsv`: one utterance a line under a header that names the columns; `text` is
+required, `id`, `label`, `split` and
+  `speaker` are optional.
+- a folder, or a .zip of one, in the layout of UMC (github.com/thuiar/UMC): `train.tsv`, `dev.tsv`,
+`test.tsv` of
+  MIntRec, MELD-DA or IEMOCAP-DA, and where they exist `video_data/swin_feats.pkl` and
+  `audio_data/wavlm_feats.pkl`.
+
+Nothing that a file holds is executed: `.npz` is read without pickles, and the two pickles by an
+unpickler that knows NumPy arrays, dicts, text and numbers.
+"""
+
+import hashlib
+import io
+import pickle
+import re
+import zipfile
+import zlib
+from collections import Counter
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from common.data.images import SPLITS, UNLABELED, describe_labels
+from common.data.sampling import TEST_SHARE, hold_out
+from common.errors import InputError, did_you_mean
+
+FEATURES = {"video": "video_data/swin_feats.pkl", "audio": "audio_data/wavlm_feats.pkl"}
+# What NumPy, zipfile and pickle raise on damaged or hostile files.
+_READ_ERRORS = (
+    OSError,
+    ValueError,
+    TypeError,
+    EOFError,
+    LookupError,
+    AttributeError,
+    ImportError,
+    SyntaxError,
+    MemoryError,
+    OverflowError,
+    RuntimeError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+    zlib.error,
+    pickle.UnpicklingError,
+)
+_ROLES = ("id", "label", "split", "speaker")
+_MODULE = re.compile(r"numpy\._?core\.(multiarray|numeric)")
+
+
+class Utterances:
+    """Utterances of one data set.
+
+    Attributes:
+        name: what was read, for messages.
+        ids: (n,) names, each once.
+        labels: (n,) int64 into `classes`; UNLABELED where there is no label.
+        splits: (n,) "train", "val", "test", or "" where the data names none.
+        texts: n strings, or None where the data has features alone.
+        speakers: n strings, or None.
+        modalities: name -> float32, (n, d), or (n, l, d) with zeros behind each sequence's end.
+        lengths: name -> (n,) int64 in [1, l], for the modalities of three dimensions.
+        fingerprint: eight digits that stand for the content.
+    """
+
+    def __init__(
+        self,
+        name,
+        ids,
+        labels,
+        classes,
+        splits,
+        *,
+        texts=None,
+        speakers=None,
+        modalities=None,
+        lengths=None,
+    ):
+        self.name, self.ids, self.classes, self.texts, self.speakers = (
+            name,
+            list(ids),
+            list(classes),
+            texts,
+            speakers,
+        )
+        self.labels, self.splits = np.asarray(labels, np.int64), np.asarray(splits, dtype=object)
+        self.modalities, self.lengths = dict(modalities or {}), dict(lengths or {})
+        hasher = hashlib.sha256(
+            repr((self.ids, self.classes, list(self.splits), texts, speakers)).encode()
+        )
+        hasher.update(self.labels.tobytes())
+        for key, values in sorted(
+            [*self.modalities.items(), *self.lengths.items()], key=lambda item: item[0]
+        ):
+            hasher.update(f"{key}{values.shape}".encode())
+            hasher.update(np.ascontiguousarray(values))
+        self.fingerprint = hasher.hexdigest()[:8]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def labeled(self) -> bool:
+        return bool((self.labels != UNLABELED).any())
+
+    def counts(self) -> np.ndarray:
+        """(classes,) how many utterances have each label."""
+        return np.bincount(self.labels[self.labels >= 0], minlength=len(self.classes))
+
+    def describe(self) -> str:
+        """`meld_da.tsv: 9989 utterances in 12 classes (s 2994, ...); splits train 7964, test 2025;
+        text`
+        """
+        labels = describe_labels(self.labels, self.classes, self.splits)
+        parts = [] if self.texts is None else ["raw text"]
+        parts += [
+            f"{key} {' x '.join(map(str, x.shape[1:]))}" for key, x in self.modalities.items()
+        ]
+        return f"{self.name}: {len(self)} utterances{labels}; {', '.join(parts)}"
+
+
+def open_utterances(path: str, max_length: int | None = None) -> Utterances:
+    """The utterances of an `.npz`, a `.tsv`, or a folder or .zip in UMC's layout.
+
+    Args:
+        path: the file or folder.
+        max_length: sequences keep their first so many rows; None keeps all of them. Padding makes a
+            modality as long as its longest sequence, which for video frames is memory.
+
+    Raises:
+        InputError: the source cannot be read or is not what the module's docstring says: arrays of
+            different length, values that are not finite, a header row inside the data, no text at
+            all, a pickle that holds anything but arrays.
+    """
+    place = Path(path)
+    if not place.exists():
+        siblings = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
+        raise InputError(
+            f"{path}: no such file or folder{did_you_mean(place.name, [*siblings, 'sample'])}"
+        )
+    if place.is_file() and place.suffix.lower() == ".npz":
+        fields = _read_npz(place)
+    elif place.is_file() and place.suffix.lower() == ".tsv":
+        fields = _read_named(place)
+    elif place.is_dir() or place.suffix.lower() == ".zip":
+        fields = _read_umc(place)
+    else:
+        raise InputError(
+            f"{path}: allowed are an .npz, a .tsv, a folder or .zip with train.tsv, or `sample`"
+        )
+    _check_texts(path, fields.get("texts"))
+    modalities, lengths = fields.pop("modalities", {}), fields.pop("lengths", {})
+    for name in modalities:
+        modalities[name] = _clean(path, name, modalities[name], lengths, max_length, fields["ids"])
+    if not modalities and fields.get("texts") is None:
+        raise InputError(
+            f"{path}: neither text nor features: add float arrays of one row per utterance"
+        )
+    return Utterances(place.name, **fields, modalities=modalities, lengths=lengths)
+
+
+def split(utterances: Utterances) -> dict[str, np.ndarray]:
+    """Sorted int64 indices of `train` and `test`; the data's validation split belongs to `train`,
+    as in UMC.
+
+    Where the data names no test split, 15 % are held out by a hash of their ids. Labels have no say
+    in that: which utterances are trained on must not tell anything of them.
+    """
+    everything = np.arange(len(utterances))
+    test = np.flatnonzero(utterances.splits == "test")
+    if not len(test):
+        test = hold_out(
+            utterances.ids, np.zeros(len(utterances), np.int64), everything, TEST_SHARE, "test"
+        )
+    return {"train": np.setdiff1d(everything, test), "test": test}
+
+
+def data_problems(utterances: Utterances) -> dict[str, str]:
+    """What to know of the data before training: finding by name, in the words that are printed and
+    reported.
+
+    Rows, classes, imbalance (largest class over smallest), texts (tokens, empty, repeated), and of
+    every modality its scale, rows of zeros, constant columns and values that are not finite. Labels
+    are counted here and nowhere used.
+    """
+    found = {"utterances": str(len(utterances))}
+    named = [
+        f"{s} {int((utterances.splits == s).sum())}"
+        for s in ("train", "val", "test")
+        if s in utterances.splits
+    ]
+    found["splits"] = ", ".join(named) or "none named"
+    if utterances.labeled:
+        counts = utterances.counts()
+        order = np.argsort(-counts, kind="stable")
+        found["classes"] = f"{len(counts)}: " + ", ".join(
+            f"{utterances.classes[i]} {counts[i]}" for i in order
+        )
+        few = order[counts[order] > 0][-1]
+        ratio = counts.max() / counts[few]
+        found["imbalance"] = (
+            f"{ratio:.1f} ({utterances.classes[order[0]]} over {utterances.classes[few]})"
+        )
+    found["without label"] = str(int((utterances.labels == UNLABELED).sum()))
+    if utterances.texts is not None:
+        found |= _text_findings(utterances)
+    for name, values in utterances.modalities.items():
+        found[f"modality {name}"] = _scale(values, utterances.lengths.get(name))
+    return found
+
+
+def _text_findings(utterances: Utterances) -> dict[str, str]:
+    texts = utterances.texts
+    sizes = np.array([len(tokens(text)) for text in texts])
+    empty = [utterances.ids[i] for i in np.flatnonzero(sizes == 0)]
+    most, times = Counter(texts).most_common(1)[0]
+    repeated = len(texts) - len(set(texts))
+    return {
+        "tokens per text": f"mean {sizes.mean():.1f}, longest {sizes.max()}"
+        f" ({utterances.ids[sizes.argmax()]})",
+        "empty texts": f"{len(empty)}" + (f" ({_some(empty)})" if empty else ""),
+        "repeated texts": f"{repeated} repeat an earlier one"
+        + (f"; {most!r} stands {times} times" if repeated else ""),
+    }
+
+
+def _scale(values: np.ndarray, lengths: np.ndarray | None) -> str:
+    # In chunks: a copy of all frames of a video data set would double its memory.
+    width = values.shape[-1]
+    count, not_finite, zeros = 0, 0, 0
+    total, squares = np.zeros(width), np.zeros(width)
+    low, high = np.full(width, np.inf), np.full(width, -np.inf)
+    for start in range(0, len(values), 256):
+        chunk = values[start : start + 256]
+        zeros += int((chunk.reshape(len(chunk), -1) == 0).all(1).sum())
+        if lengths is not None:
+            chunk = chunk[np.arange(chunk.shape[1]) < lengths[start : start + 256, None]]
+        finite = np.isfinite(chunk)
+        not_finite += int((~finite).sum())
+        chunk = np.where(finite, chunk, 0).astype(np.float64)
+        count += len(chunk)
+        total, squares = total + chunk.sum(0), squares + (chunk**2).sum(0)
+        low, high = np.minimum(low, chunk.min(0)), np.maximum(high, chunk.max(0))
+    mean = total / count
+    deviation = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    text = f"{' x '.join(map(str, values.shape[1:]))}"
+    if lengths is not None:
+        text += f", lengths {lengths.min()} to {lengths.max()} (mean {lengths.mean():.1f})"
+    text += (
+        f"; means {mean.min():.3g} to {mean.max():.3g}, deviations {deviation.min():.3g} to"
+        f" {deviation.max():.3g}"
+    )
+    text += f"; {zeros} utterances all zero, {int((low == high).sum())} constant columns"
+    return text + (f", {not_finite / (count * width):.2%} not finite" if not_finite else "")
+
+
+def _some(items, most: int = 5) -> str:
+    items = list(items)
+    return ", ".join(map(str, items[:most])) + (
+        f" and {len(items) - most} more" if len(items) > most else ""
+    )
+
+
+def _check_texts(path: str, texts: list[str] | None) -> None:
+    if texts is not None and not any(text.strip() for text in texts):
+        raise InputError(
+            f"{path}: the text of all {len(texts)} utterances is empty; check the column"
+        )
+
+
+def _clean(path, name, values, lengths, max_length, ids) -> np.ndarray:
+    # float32, finite, and zero behind the end of each sequence; cuts `lengths` along.
+    if values.ndim not in (2, 3) or 0 in values.shape:
+        raise InputError(
+            f"{path}: modality {name} has the shape {values.shape}; allowed are (N, D) and (N, L,"
+            " D), none of them 0"
+        )
+    if values.ndim == 3:
+        if max_length is not None:
+            values = values[:, :max_length]
+            lengths[name] = np.minimum(lengths[name], max_length)
+        values = values[:, : lengths[name].max()]
+    with np.errstate(over="ignore"):  # what float32 cannot hold is reported as not finite
+        values = np.ascontiguousarray(values, np.float32)
+    if values.ndim == 3:
+        values[np.arange(values.shape[1]) >= lengths[name][:, None]] = 0
+    bad = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(1))
+    if len(bad):
+        raise InputError(
+            f"{path}: modality {name} is NaN or infinite in {len(bad)} of {len(values)} rows:"
+            f" {_some(bad)}"
+            f" (counted from 0; ids {_some([ids[i] for i in bad])}); fix or remove them"
+        )
+    return values
+
+
+def _unique(path: str, ids: list[str]) -> list[str]:
+    seen: dict[str, int] = {}
+    for row, name in enumerate(ids):
+        if name in seen:
+            raise InputError(
+                f"{path}: the id {name!r} stands twice (utterances {seen[name]} and {row}, from 0)"
+            )
+        seen[name] = row
+    return ids
+
+
+def _number_labels(names: list[str]) -> tuple[np.ndarray, list[str]]:
+    # Sorted names are the classes; an empty name is no label.
+    classes = sorted({name for name in names if name})
+    number = {name: i for i, name in enumerate(classes)}
+    return np.array([number.get(name, UNLABELED) for name in names], np.int64), classes
+
+
+def _split_names(path: str, names: list[str]) -> list[str]:
+    known = [SPLITS.get(name.strip().lower(), "") for name in names]
+    if any(known) and not all(known):
+        row = known.index("")
+        raise InputError(
+            f"{path}: utterance {row} (from 0) is of the split {names[row]!r}; allowed are"
+            f" {', '.join(SPLITS)}"
+        )
+    if any(names) and not any(known):
+        raise InputError(f"{path}: unknown split {names[0]!r}; allowed are {', '.join(SPLITS)}")
+    return known
+
+
+def _read_npz(place: Path) -> dict:
+    try:
+        with np.load(place, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
+    except _READ_ERRORS as error:
+        raise InputError(
+            f"{place}: not a readable .npz: {_reason(error)}; object arrays are refused, save"
+            " numbers and plain text"
+        ) from None
+    classes = arrays.pop("classes", None)
+    sizes = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
+    if len(set(sizes.values())) != 1 or 0 in sizes.values():
+        shown = ", ".join(f"{name} {size}" for name, size in sizes.items()) or "none"
+        raise InputError(
+            f"{place}: every array needs one row per utterance, the lengths are: {shown}"
+        )
+    count = next(iter(sizes.values()))
+    text_of = {}
+    for name in [*_ROLES, "text"]:
+        if name in arrays and (name in _ROLES or arrays[name].dtype.kind == "U"):
+            allowed = "Uiu" if name in ("id", "label") else "U"
+            if arrays[name].ndim != 1 or arrays[name].dtype.kind not in allowed:
+                wanted = "a text or an integer" if "i" in allowed else "a text"
+                raise InputError(
+                    f"{place}: {name} is {_kind(arrays[name])}; allowed is {wanted} per utterance"
+                )
+            text_of[name] = arrays.pop(name)
+    lengths = {}
+    for name in [
+        n
+        for n, a in arrays.items()
+        if n.endswith("_len") and n[:-4] in arrays and a.dtype.kind in "iu"
+    ]:
+        lengths[name[:-4]] = arrays.pop(name)
+    for name, array in arrays.items():
+        if array.dtype.kind != "f":
+            allowed = ", ".join([*_ROLES, "classes", "text", "<modality>_len"])
+            raise InputError(
+                f"{place}: {name} is {_kind(array)}; modalities are float arrays, and the others"
+                f" are called {allowed}"
+            )
+        if (array.ndim == 3) != (name in lengths):
+            wanted = (
+                f"{name}_len, its sequences' lengths, is missing"
+                if array.ndim == 3
+                else f"{name}_len has no use"
+            )
+            raise InputError(f"{place}: modality {name} is {_kind(array)}: {wanted}")
+        if array.ndim == 3:
+            _check_lengths(place, name, lengths[name], array.shape[1])
+            lengths[name] = lengths[name].astype(np.int64)
+    label = text_of.get("label")
+    if label is None:
+        labels, names = np.full(count, UNLABELED), []
+    elif label.dtype.kind == "U":
+        labels, names = _number_labels(label.tolist())
+    else:
+        labels, names = _integer_labels(place, label, classes)
+    ids = text_of["id"].tolist() if "id" in text_of else range(count)
+    return {
+        "ids": _unique(str(place), [str(name) for name in ids]),
+        "labels": labels,
+        "classes": names,
+        "splits": _split_names(str(place), text_of["split"].tolist())
+        if "split" in text_of
+        else [""] * count,
+        "texts": text_of["text"].tolist() if "text" in text_of else None,
+        "speakers": text_of["speaker"].tolist() if "speaker" in text_of else None,
+        "modalities": {
+            name: array[:, None] if array.ndim == 1 else array for name, array in arrays.items()
+        },
+        "lengths": lengths,
+    }
+
+
+def _kind(array: np.ndarray) -> str:
+    return f"{array.dtype} of shape {array.shape}"
+
+
+def _reason(error: BaseException) -> str:
+    return str(error).split("\n")[0] or type(error).__name__
+
+
+def _check_lengths(place, name: str, lengths: np.ndarray, longest: int) -> None:
+    bad = np.flatnonzero((lengths < 1) | (lengths > longest)) if lengths.ndim == 1 else [0]
+    if len(bad):
+        raise InputError(
+            f"{place}: {name}_len must be integers of shape (N,) in [1, {longest}]; rows"
+            f" {_some(bad)} are not (give an"
+            " empty sequence one row of zeros)"
+        )
+
+
+def _integer_labels(
+    place, label: np.ndarray, classes: np.ndarray | None
+) -> tuple[np.ndarray, list[str]]:
+    label = label.astype(np.int64)
+    if classes is None:
+        values = np.unique(label[label >= 0])
+        return np.where(label >= 0, np.searchsorted(values, label), UNLABELED), [
+            str(value) for value in values
+        ]
+    if classes.ndim != 1 or classes.dtype.kind != "U":
+        raise InputError(f"{place}: classes is {_kind(classes)}; allowed is one name per class")
+    bad = np.flatnonzero((label < UNLABELED) | (label >= len(classes)))
+    if len(bad):
+        raise InputError(
+            f"{place}: label must lie in [0, {len(classes) - 1}], the numbers of classes, or be"
+            f" {UNLABELED} for none;"
+            f" rows {_some(bad)} do not"
+        )
+    return label, classes.tolist()
+
+
+def _table(name: str, data: bytes) -> tuple[list[str], list[tuple[int, list[str]]]]:
+    """The header's cells, and (line number, cells) of every further line of a .tsv."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise InputError(f"{name}, line {line}: not UTF-8; save the file as UTF-8") from None
+    # Not splitlines(): an utterance may hold U+2028 or U+0085.
+    lines = [line.removesuffix("\r") for line in text.rstrip("\r\n").split("\n")]
+    header, *rows = ([_unquote(cell) for cell in line.split("\t")] for line in lines)
+    for line, cells in enumerate(rows, 2):
+        if len(cells) != len(header):
+            raise InputError(
+                f"{name}, line {line}: {len(cells)} cells, the header has {len(header)}; a cell"
+                " cannot hold a tab or a"
+                " line break"
+            )
+        if cells == header:
+            raise InputError(f"{name}, line {line}: a second header row inside the data; remove it")
+    if not rows:
+        raise InputError(f"{name}: no utterances below the header")
+    return header, list(enumerate(rows, 2))
+
+
+def _unquote(cell: str) -> str:
+    # Spreadsheets and pandas put a cell with quotes in quotes and double those within; other quotes
+    # are text.
+    inner = cell[1:-1]
+    quoted = (
+        len(cell) > 3
+        and cell[0] == cell[-1] == '"'
+        and '""' in inner
+        and '"' not in inner.replace('""', "")
+    )
+    return inner.replace('""', '"') if quoted else cell
+
+
+def _check_labels(name: str, word: str, rows, column: int) -> None:
+    # EMOTyDA's files joined without care have header rows whose other cells differ from ours; such
+    # a row read as data makes a class of its own.
+    for line, cells in rows:
+        if cells[column].strip().lower() == word.strip().lower():
+            raise InputError(
+                f"{name}, line {line}: its label is {cells[column]!r}, the header's word: a"
+                " header row inside the data,"
+                " or a first line that is no header; remove the one or add the other"
+            )
+
+
+def _read_named(place: Path) -> dict:
+    header, rows = _table(str(place), place.read_bytes())
+    columns = [name.strip().lower() for name in header]
+    if "text" not in columns:
+        raise InputError(
+            f"{place}: no column `text` in the header; its columns are"
+            f" {', '.join(header)}{did_you_mean('text', columns)}"
+        )
+    wanted = {}
+    for name in ("text", *_ROLES):
+        if columns.count(name) > 1:
+            raise InputError(
+                f"{place}: the column {name} stands {columns.count(name)} times in the header"
+            )
+        if name in columns:
+            wanted[name] = [cells[columns.index(name)] for _, cells in rows]
+    if "label" in wanted:
+        _check_labels(str(place), "label", rows, columns.index("label"))
+    labels, classes = _number_labels(
+        [name.strip() for name in wanted.get("label", [""] * len(rows))]
+    )
+    return {
+        "ids": _unique(
+            str(place), [name.strip() for name in wanted.get("id", map(str, range(len(rows))))]
+        ),
+        "labels": labels,
+        "classes": classes,
+        "splits": _split_names(str(place), wanted.get("split", [""] * len(rows))),
+        "texts": wanted["text"],
+        "speakers": wanted.get("speaker"),
+    }
+
+
+def _read_umc(place: Path) -> dict:
+    files, read = _members(place)
+    tables = [name for name in files if PurePosixPath(name).name == "train.tsv"]
+    if len(tables) != 1:
+        found = (
+            f"it holds {_some(tables)}; name one of these folders"
+            if tables
+            else "it holds no train.tsv"
+        )
+        raise InputError(
+            f"{place}: allowed is a folder or .zip with one train.tsv (and dev.tsv,"
+            f" test.tsv); {found}"
+        )
+    base = PurePosixPath(tables[0]).parent
+    ids, texts, names, splits = [], [], [], []
+    for part in ("train", "dev", "test"):
+        file = (base / f"{part}.tsv").as_posix()
+        if file not in files:
+            continue
+        where = f"{place}: {file}"
+        header, rows = _table(where, read(file))
+        key, text, label = _umc_columns(where, header, rows[0][1])
+        _check_labels(where, header[label], rows, label)
+        ids += ["_".join(cells[i].strip() for i in key) for _, cells in rows]
+        texts += [cells[text] for _, cells in rows]
+        names += [cells[label].strip() for _, cells in rows]
+        splits += [SPLITS[part]] * len(rows)
+    labels, classes = _number_labels(names)
+    modalities, lengths = {}, {}
+    for name, file in FEATURES.items():
+        file = (base / file).as_posix()
+        if file in files:
+            modalities[name], lengths[name] = _padded(f"{place}: {file}", read(file), ids)
+    return {
+        "ids": _unique(str(place), ids),
+        "labels": labels,
+        "classes": classes,
+        "splits": splits,
+        "texts": texts,
+        "modalities": modalities,
+        "lengths": lengths,
+    }
+
+
+def _members(place: Path):
+    # Names below the folder or archive, and how to read one.
+    if place.is_dir():
+        files = sorted(p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file())
+        return files, lambda name: (place / name).read_bytes()
+    try:
+        archive = zipfile.ZipFile(place)  # closed with the process
+        return [
+            e.filename for e in archive.infolist() if "__MACOSX" not in e.filename
+        ], archive.read
+    except (OSError, zipfile.BadZipFile) as error:
+        raise InputError(f"{place}: not a readable zip archive: {error}") from None
+
+
+def _umc_columns(where: str, header: list[str], first: list[str]) -> tuple[list[int], int, int]:
+    # Columns of the key's parts, the text and the label, as UMC's data/base.py and data/text_pre.py
+    # have them.
+    names = [name.strip().lower() for name in header]
+    if {"season", "episode", "clip", "text", "label"} <= set(names):
+        return (
+            [names.index(n) for n in ("season", "episode", "clip")],
+            names.index("text"),
+            names.index("label"),
+        )
+    if len(header) >= 4 and first[0].strip().isdigit() and first[1].strip().isdigit():
+        return [0, 1], 2, 3
+    if len(header) >= 3 and not first[0].strip().isdigit():
+        return [0], 1, 2
+    raise InputError(
+        f"{where}: columns {', '.join(header)}; known are MIntRec's (season, episode, clip, text,"
+        " label), MELD-DA's"
+        " (dialogue, utterance, text, label) and IEMOCAP-DA's (key, text, label)"
+    )
+
+
+def _padded(where: str, data: bytes, ids: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    """(n, l, d) float32 with zeros behind each end, and (n,) lengths, of a pickled dict id ->
+    (frames[, 1], d).
+    """
+    table = unpickle_arrays(where, data)
+    missing = [name for name in ids if name not in table]
+    if missing:
+        raise InputError(
+            f"{where}: no features of {len(missing)} of {len(ids)} utterances ({_some(missing)})"
+        )
+    arrays = []
+    for name in ids:
+        array = table.pop(name)
+        if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+            raise InputError(
+                f"{where}: {name} is no float array; allowed is (frames, d) or (frames, 1, d)"
+            )
+        if array.ndim == 3 and array.shape[1] == 1:
+            array = array[:, 0]
+        if array.ndim != 2 or 0 in array.shape or (arrays and array.shape[1] != arrays[0].shape[1]):
+            width = arrays[0].shape[1] if arrays else "d"
+            raise InputError(
+                f"{where}: {name} has the shape {array.shape}; allowed is (frames, {width}), at"
+                " least one"
+            )
+        arrays.append(array)
+    lengths = np.array([len(array) for array in arrays], np.int64)
+    values = np.zeros((len(ids), lengths.max(), arrays[0].shape[1]), np.float32)
+    for row, array in zip(values, arrays, strict=True):
+        row[: len(array)] = array
+    return values, lengths
+
+
+class _Unpickler(pickle.Unpickler):
+    """Knows the few names that a pickled NumPy array refers to, and has stand-ins of its own for
+    each of them.
+
+    Not even NumPy's own code runs on the pickle's bytes: a stand-in records what it is given, and
+    `_rebuild` makes the array from a checked type, shape and buffer. The stand-ins are made anew
+    for each file, so a pickle that sets attributes on one changes nothing that outlives it.
+    """
+
+    def __init__(self, file):
+        super().__init__(file)
+
+        class Recorded:
+            state = None
+
+            def __init__(self, *args):
+                self.args = args
+
+            def __setstate__(self, state):
+                self.state = state
+
+        class Array(Recorded):
+            pass
+
+        class Buffer(Recorded):
+            pass
+
+        class Scalar(Recorded):
+            pass
+
+        class Type(Recorded):
+            pass
+
+        def latin1(text, encoding="latin1"):
+            if not isinstance(text, str) or encoding != "latin1":
+                raise pickle.UnpicklingError("bytes in another encoding than latin1")
+            return text.encode("latin1")
+
+        def no_bytes():
+            return b""
+
+        self.array, self.buffer, self.scalar, self.type = Array, Buffer, Scalar, Type
+        self.known = {
+            ("multiarray", "_reconstruct"): Array,
+            ("multiarray", "scalar"): Scalar,
+            ("numeric", "_frombuffer"): Buffer,
+            ("numpy", "ndarray"): "ndarray",
+            ("numpy", "dtype"): Type,
+            ("_codecs", "encode"): latin1,
+            ("__builtin__", "bytes"): no_bytes,  # the buffer of an empty array, before protocol 3
+        }
+
+    def find_class(self, module, name):
+        short = _MODULE.fullmatch(module)
+        found = self.known.get((short[1] if short else module, name))
+        if found is None:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return found
+
+    def persistent_load(self, pid):
+        raise pickle.UnpicklingError("it refers to objects outside the file")
+
+    def rebuild(self, value, depth: int = 0):
+        """The value with real arrays in place of the stand-ins; refuses what is no array, dict,
+        text or number.
+        """
+        kind = type(value)
+        if kind in (str, int, float):
+            return value
+        if kind is dict and depth < 4:
+            return {self.rebuild(k, 9): self.rebuild(v, depth + 1) for k, v in value.items()}
+        if kind is self.array and isinstance(value.state, tuple) and len(value.state) == 5:
+            _, shape, dtype, fortran, data = value.state
+            return self._view(data, dtype, shape, "F" if fortran is True else "C")
+        if kind is self.buffer and len(value.args) == 4:
+            data, dtype, shape, order = value.args
+            return self._view(data, dtype, shape, order)
+        if kind is self.scalar and len(value.args) == 2:
+            return self._view(value.args[1], value.args[0], (), "C")[()]
+        raise pickle.UnpicklingError(
+            f"it holds {'an object' if kind.__module__ != 'builtins' else kind.__name__}"
+        )
+
+    def _view(self, data, dtype, shape, order) -> np.ndarray:
+        code = dtype.args[0] if type(dtype) is self.type and dtype.args else None
+        if not isinstance(code, str) or not re.fullmatch(r"[fiu][1248]|b1", code):
+            raise pickle.UnpicklingError(
+                f"it holds an array of type {code if isinstance(code, str) else 'object'!r}"
+            )
+        sizes = type(shape) is tuple and all(type(size) is int and size >= 0 for size in shape)
+        if not sizes or order not in ("C", "F") or type(data) not in (bytes, bytearray):
+            raise pickle.UnpicklingError("it holds an array without a plain shape and buffer")
+        swapped = isinstance(dtype.state, tuple) and dtype.state[1:2] == (">",)
+        return np.frombuffer(data, np.dtype(code).newbyteorder(">" if swapped else "<")).reshape(
+            shape, order=order
+        )
+
+
+def unpickle_arrays(where: str, data: bytes) -> dict:
+    """A pickled dict of NumPy arrays, read without running anything that the pickle names.
+
+    Accepts NumPy arrays and scalars of numbers (as NumPy 1 and 2 write them), dicts, str, int and
+    float.
+
+    Args:
+        where: the file's name, for the error.
+        data: the pickle.
+
+    Raises:
+        InputError: damaged, or it holds anything else.
+    """
+    try:
+        reader = _Unpickler(io.BytesIO(data))
+        value = reader.rebuild(reader.load())
+    except _READ_ERRORS as error:
+        raise InputError(
+            f"{where}: not a pickle of NumPy arrays: {_reason(error)}; allowed are a dict of"
+            " NumPy arrays, text and"
+            " numbers, or an .npz"
+        ) from None
+    if not isinstance(value, dict):
+        raise InputError(
+            f"{where}: holds {type(value).__name__}; allowed is a dict of NumPy arrays"
+        )
+    return value
+
+
+_TOKEN = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*|([^\w\s]|_)\1*")
+
+
+def tokens(text: str) -> list[str]:
+    """Lower-case words, and punctuation: each run of one sign is a token, for `?` and `...` tell
+    much of an act.
+    """
+    return [match[0] for match in _TOKEN.finditer(text.lower())]

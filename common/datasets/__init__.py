@@ -1,1 +1,0 @@
-"""What one field's data layout means: one module per layout."""

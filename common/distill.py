@@ -1,0 +1,129 @@
+"""Distillation (Hinton et al. 2015, arXiv:1503.02531): a student learns a teacher's answers beside
+the labels.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import amp
+from common.errors import InputError
+from common.run import checkpoint
+
+
+def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)), the mean over the batch: a scalar.
+
+    T^2 keeps the gradient's size when the temperature T changes.
+
+    Args:
+        student, teacher: (n, C) logits, or (n,) those of the second of two classes.
+        temperature: positive.
+    """
+    pair = [
+        torch.stack([torch.zeros_like(x), x], 1) if x.ndim == 1 else x for x in (student, teacher)
+    ]
+    ours, theirs = ((x.float() / temperature).log_softmax(1) for x in pair)
+    return temperature**2 * F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+
+
+class Teacher:
+    """The frozen model of --teacher.
+
+    `outputs(model, x)` gives the logits of a model for a batch of the student's own input: the
+    teacher sees the same view of it (Beyer et al. 2022, arXiv:2106.05237). Where the student sees
+    features, `evaluate(run, model, items)` gives the teacher's logits of all items, once.
+    """
+
+    def __init__(self, run, model: nn.Module, outputs: Callable, evaluate: Callable | None):
+        self.run, self.model, self.outputs, self.evaluate, self.table = (
+            run,
+            model,
+            outputs,
+            evaluate,
+            None,
+        )
+
+    @torch.no_grad()
+    def logits(self, x: Tensor, items: np.ndarray | None) -> Tensor:
+        """The teacher's logits for a batch x, or for the features x of the items (n,)."""
+        if items is None:
+            with amp.autocast(self.run.args.precision, self.run.world.device):
+                return self.outputs(self.model, x)
+        if self.table is None:
+            self.table = self.evaluate(self.run, self.model, np.arange(len(self.run.data)))
+        return amp.to_device(self.table[items % len(self.table)], x.device)
+
+
+def blend(
+    teacher: Teacher | None,
+    terms: dict[str, Tensor],
+    student: Tensor,
+    x: Tensor,
+    items: np.ndarray | None = None,
+) -> dict[str, Tensor]:
+    """The terms of a loss, by 1 - weight, and the term `teacher` by the weight of --teacher-weight;
+    without a teacher the terms as they are.
+    """
+    if teacher is None:
+        return terms
+    args = teacher.run.args
+    term = distillation(student, teacher.logits(x, items), args.teacher_temperature)
+    shares = {name: (1 - args.teacher_weight) * value for name, value in terms.items()}
+    return shares | {"teacher": args.teacher_weight * term}
+
+
+def read(args, model_spec: dict, same) -> tuple[dict | None, dict]:
+    """The state of --teacher, and what it adds to a run's identity: the digest of its weights;
+    (None, {}) without one.
+
+    Args:
+        model_spec: the student's.
+        same: in what both must agree, for they see the same input and answer the same question:
+            names in `model_spec`, or functions of it.
+
+    Raises:
+        InputError: there is none, it is another script's, or reads or answers something else.
+    """
+    if args.teacher is None:
+        return None, {}
+    state = checkpoint.load_selected(args.teacher)
+    theirs = state["model_spec"]
+    for name in ["script", *same]:
+        ours, other = (
+            name(one) if callable(name) else one.get(name) for one in (model_spec, theirs)
+        )
+        if ours != other:
+            what = (name.__name__ if callable(name) else name).replace("_", " ")
+            raise InputError(
+                f"--teacher {args.teacher} has the {what} {other}, this run {ours}: both must see"
+                " and name the same"
+            )
+    return state, {"teacher": checkpoint.weights_digest(state["model"])}
+
+
+def build(
+    run, state: dict, build_model: Callable[..., nn.Module], outputs: Callable, evaluate=None
+) -> Teacher:
+    """The teacher of a state that `read` gave, ready to answer.
+
+    Args:
+        run: the student's `common.run.Run`.
+        build_model: gives the network of a run, by its `model_spec`; the random numbers that it
+            draws are put back.
+        outputs, evaluate: as `Teacher` takes them.
+    """
+    before = checkpoint.rng_state()
+    twin = replace(run, model_spec=state["model_spec"])
+    model = build_model(twin)
+    checkpoint.set_rng_state(before)
+    checkpoint.load_weights(model, state["model"], run.args.teacher)
+    run.log.say(
+        f"teacher {run.args.teacher}: weight {run.args.teacher_weight:g}, T"
+        f" {run.args.teacher_temperature:g}"
+    )
+    return Teacher(twin, model.eval().requires_grad_(False), outputs, evaluate)

@@ -1,0 +1,84 @@
+"""What ends a run early, and the exit code of each ending."""
+
+import contextlib
+import difflib
+import errno
+import sys
+
+# What the system says where the disk is full, a quota is reached or a file may not grow further.
+DISK_FULL = errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG
+EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_AUDIT, EXIT_STOPPED = 2, 3, 4, 75
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used: the message says what was received, what is allowed,
+    what to do.
+    """
+
+
+class Diverged(RuntimeError):
+    """The loss or a gradient is not finite: training cannot go on."""
+
+
+class AuditFailed(RuntimeError):
+    """A check of the model found something dead: a parameter that does not train, a loss that moves
+    nothing.
+    """
+
+
+class Stopped(RuntimeError):
+    """The run was asked to stop and its state is saved; `code` is the exit code."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
+@contextlib.contextmanager
+def exit_codes():
+    """Turn the four expected endings into one line on stderr and the exit code that README.md
+    lists.
+    """
+    try:
+        yield
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_BAD_INPUT) from None
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        print(f"error: {error.strerror}; make room and run the same command again", file=sys.stderr)
+        raise SystemExit(EXIT_BAD_INPUT) from None
+    except Diverged as error:
+        print(f"diverged: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_DIVERGED) from None
+    except AuditFailed as error:
+        print(f"audit failed: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_AUDIT) from None
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        raise SystemExit(stop.code) from None
+
+
+@contextlib.contextmanager
+def as_input_error(flag: str, value):
+    """Turn a ValueError, which says why a flag's value cannot be used, into an `InputError` that
+    names the flag.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(f"{flag} {value}: {error}") from None
+
+
+def did_you_mean(word: str, words) -> str:
+    """A hint for a misspelled name: `; did you mean X?`, or nothing when no name is near."""
+    match = difflib.get_close_matches(word, list(words), n=1)
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+AGAIN = "Run the same command again: it goes on from the last checkpoint"
+
+
+class Finished(Exception):
+    """There is nothing left to do."""

@@ -1,0 +1,116 @@
+"""Frozen features: computed once, kept in features.npz, and how good they are without training."""
+
+import zipfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common import metrics
+from common.data import sampling
+from common.errors import Diverged
+from common.run import dist
+from common.run.run import Run
+
+KNN_BANK, KNN_QUERIES = 4096, 1024
+# What features.npz calls the parts of the data, a later one over an earlier one.
+_SPLITS = {
+    "rest": "train",
+    "train": "train",
+    "finetune_train": "train",
+    "dev": "val",
+    "finetune_dev": "val",
+}
+_SPLITS |= {"val": "val", "test": "test", "finetune_test": "test"}
+
+
+def stored_features(run: Run, weights: str, compute: Callable[[], Tensor]) -> Tensor:
+    """Features (n, d) float32 of all items in their order: from the run directory's features.npz,
+    or computed and kept.
+
+    `weights` is the digest of the weights that make them: features of other weights, items or sizes
+    are not reused. The file holds `features`, `id`, `label` (-1: none), `split` ("": in no part),
+    `classes`.
+    """
+    file, items = run.folder / "features.npz", run.data
+    key = f"{weights} {items.fingerprint} {items.store_size} {run.model_spec['image_size']}"
+    rows = _read_features(file, key, run.log.say)
+    # One process that reads while another computes would wait for it without end.
+    missing = torch.tensor(int(rows is None), device=run.world.device)
+    if not dist.all_reduce(missing, "max"):
+        return rows
+    rows = compute()
+    if run.world.is_main:
+        splits = np.full(len(items), "", dtype="<U5")
+        for part, name in _SPLITS.items():
+            splits[run.splits.get(part, [])] = name
+        temporary = file.with_name(".features.tmp.npz")
+        try:
+            np.savez(
+                temporary,
+                features=rows.numpy(),
+                id=np.array(items.ids),
+                label=items.labels,
+                split=splits,
+                classes=np.array(items.classes, dtype=str),
+                key=key,
+            )
+            temporary.replace(file)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return rows
+
+
+def _read_features(file: Path, key: str, say) -> Tensor | None:
+    if not file.exists():
+        return None
+    try:
+        with np.load(file) as stored:
+            return torch.from_numpy(stored["features"]) if str(stored["key"]) == key else None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        say(f"{file} is damaged ({str(error) or type(error).__name__}): computing it again")
+        return None
+
+
+def representation(
+    run: Run, outputs: Callable[[np.ndarray], Tensor], queries: str, split: str
+) -> dict:
+    """kNN accuracy of the part `queries`, where there are labels, and the effective rank of its
+    features, as metrics `pretrain/SPLIT/...`.
+
+    `outputs` gives the features (n, d) of items. Neighbors are sought among at most KNN_BANK
+    training items, for at most KNN_QUERIES queries, the same ones every time.
+    """
+    items, labels = run.data, run.data.labels
+
+    def some(split: str, most: int) -> np.ndarray:
+        indices = run.splits[split]
+        return sampling.hold_out(
+            items.ids, labels, indices, min(1.0, most / max(len(indices), 1)), "knn"
+        )
+
+    labeled = len(run.splits[queries]) > 1 and len(run.splits["train"])
+    bank, asked = (
+        (some("train", KNN_BANK), some(queries, KNN_QUERIES))
+        if labeled
+        else ([], some("rest", KNN_QUERIES))
+    )
+    rows = outputs(np.concatenate([bank, asked]).astype(np.int64))
+    if not rows.isfinite().all():
+        raise Diverged(
+            "the features are not finite: the weights have grown too large. Try a lower --lr"
+        )
+    if not labeled:
+        return {f"pretrain/{split}/effective_rank": metrics.effective_rank(rows)}
+    near, far = rows[: len(bank)], rows[len(bank) :]
+    accuracy = metrics.knn_accuracy(near, labels[bank], far, labels[asked], len(items.classes))
+    values = {"knn_accuracy": accuracy, "effective_rank": metrics.effective_rank(far)}
+    return {f"pretrain/{split}/{name}": value for name, value in values.items()}
+
+
+def contrast(z: Tensor) -> dict:
+    """Figures of the embeddings z (2n, d) of a batch on all processes, view a above view b."""
+    return metrics.contrastive(*(dist.all_gather_rows(view) for view in z.float().chunk(2)))

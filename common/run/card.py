@@ -1,0 +1,22 @@
+"""What a script says of itself, so that nothing else has to know it."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Card:
+    """A script's own words for the report, the checks and the checkpoints; kept in config.json.
+
+    Attributes:
+        name: the short name: `train_NAME.py`, and `runs/NAME` for its run directories.
+        about: what it does, in one or two sentences for a reader who has never seen it.
+        items: what it trains on, in the plural: "images".
+        stages: all of its stages in their order; the last one trained gives the model to use.
+        headlines: the metrics that matter, the most telling first, each with its title.
+    """
+
+    name: str
+    about: str
+    items: str
+    stages: tuple[str, ...]
+    headlines: dict[str, str] = field(default_factory=dict)

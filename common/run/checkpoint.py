@@ -1,0 +1,289 @@
+"""Atomic, verified checkpoints; exact resume; signals.
+
+A checkpoint is a `torch.save` file whose zip comment holds the SHA-256 of all bytes before it:
+`torch.load` itself accepts flipped bits without a word. Plain `torch.load(path, weights_only=True)`
+reads the file as usual.
+"""
+
+import errno
+import hashlib
+import io
+import os
+import random
+import re
+import shutil
+import struct
+from pathlib import Path
+from pickle import UnpicklingError
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import DISK_FULL, InputError
+
+_MARK = b"sha256:"
+_COMMENT = len(_MARK) + 64
+# What torch.load raises on damaged files, found by damaging them.
+UNREADABLE = (
+    *(
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        EOFError,
+        LookupError,
+        MemoryError,
+        OSError,
+        RuntimeError,
+    ),
+    *(TypeError, ValueError, UnpicklingError, struct.error),
+)
+
+
+def save(path: Path, state: dict, previous: Path | None = None) -> None:
+    """Write `state` so that `path` holds either the old or the new checkpoint, whatever happens in
+    between.
+
+    The bytes go to a temporary file in the same directory, are forced to the disk and renamed; the
+    old checkpoint becomes `previous`, where that is given, and is not touched before the new one is
+    on the disk.
+
+    Raises:
+        OSError: the disk is full (the message says how many bytes are missing) or not writable.
+    """
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    body = buffer.getbuffer()
+    # The last two bytes of a zip file give the length of its comment: make room for ours.
+    size = _COMMENT.to_bytes(2, "little")
+    hasher = hashlib.sha256(body[:-2])
+    hasher.update(size)
+    parts = body[:-2], size, _MARK, hasher.hexdigest().encode()
+    needed, free = sum(map(len, parts)), shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise _full(errno.ENOSPC, path, needed, needed - free)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        try:
+            with open(temporary, "wb") as file:
+                file.writelines(parts)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            # What statvfs does not know of: a quota, a limit on the size of files, blocks that
+            # another process took.
+            written = temporary.stat().st_size if temporary.exists() else 0
+            raise _full(error.errno, path, needed, max(needed - written, 1)) from None
+        if previous is not None:
+            os.replace(path, previous)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _full(number: int, path: Path, needed: int, missing: int) -> OSError:
+    return OSError(
+        number, f"{os.strerror(number)}: it takes {needed} bytes, {missing} are missing", str(path)
+    )
+
+
+def remove_orphans(folder: Path) -> None:
+    """Delete the temporary files of a process that was killed while it wrote."""
+    for orphan in folder.glob(".*.tmp*"):
+        orphan.unlink()
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file ends with our mark and every byte before it is as it was written."""
+    with open(path, "rb") as file:
+        left = os.fstat(file.fileno()).st_size - _COMMENT
+        hasher = hashlib.sha256()
+        while left > 0 and (part := file.read(min(left, 2**20))):
+            hasher.update(part)
+            left -= len(part)
+        return file.read() == _MARK + hasher.hexdigest().encode()
+
+
+def load(path: Path) -> dict:
+    """Read a checkpoint on the CPU after checking every byte of it; a file without our mark is read
+    unchecked.
+
+    Raises:
+        InputError: missing, damaged, or not a file of tensors and plain values.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"checkpoint {path}: {error.strerror}") from None
+    mark = data[-_COMMENT:]
+    marked = mark.startswith(_MARK)
+    if marked and hashlib.sha256(data[:-_COMMENT]).hexdigest().encode() != mark[len(_MARK) :]:
+        raise InputError(f"checkpoint {path} is damaged: its SHA-256 does not match")
+    if not marked and path.name in ("last.pt", "best.pt", "last.previous.pt"):
+        raise InputError(f"checkpoint {path} is damaged: it is cut short")
+    try:
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except UNREADABLE as error:
+        # torch's own text advises to run what the file asks for.
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        if wanted:
+            reason = f"it asks to run {wanted[1]}; store its state dict alone"
+        elif isinstance(error, (RuntimeError, OSError)):
+            reason = str(error).split("\n")[0].split(" This is an internal")[0][:200].strip()
+        else:
+            reason = "its pickle is damaged or of another format"
+        raise InputError(
+            f"checkpoint {path} is not a file of tensors and plain values: {reason}"
+        ) from None
+
+
+def load_newest(folder: Path, say=print) -> dict | None:
+    """The state in `last.pt`, or in the one before it where that is damaged; None where there is
+    neither.
+    """
+    damaged = None
+    for name in ("last.pt", "last.previous.pt"):
+        if (folder / name).exists():
+            try:
+                state = load(folder / name)
+            except InputError as error:
+                say(f"{error}; trying the one before it")
+                damaged = error
+                continue
+            return state
+    if damaged:
+        raise InputError(f"no checkpoint in {folder} can be read; start anew with --resume none")
+    return None
+
+
+def load_training_state(path: Path, stage: str) -> tuple[dict, dict | None]:
+    """The state of a stage that `--resume PATH` names, a last.pt or the one of a run directory, and
+    its best.pt.
+
+    Raises:
+        InputError: there is none, or the file holds weights only.
+    """
+    if path.is_dir():
+        names = "last.pt", "last.previous.pt"
+        folder = next(
+            (f for f in (path / stage, path) if any((f / name).exists() for name in names)), path
+        )
+        state = load_newest(folder)
+        if state is None:
+            raise InputError(f"--resume {path}: there is no last.pt to resume from")
+    else:
+        folder, state = path.parent, load(path)
+        if "place" not in state:
+            raise InputError(
+                f"--resume {path} holds weights only: give a last.pt or a run directory"
+            )
+    best = folder / "best.pt"
+    return state, load(best) if best.exists() else None
+
+
+def load_weights(module: torch.nn.Module, state: dict, source) -> None:
+    """`load_state_dict(strict=True)` whose error names the keys and the shapes that do not fit.
+
+    Files older than PyTorch 0.4.1 have no `num_batches_tracked`; the module's stay as they are.
+
+    Raises:
+        InputError: some key is missing or unknown, has another shape, or is an integer where the
+            module has a float.
+    """
+    own = module.state_dict()
+    missing = [
+        name for name in own if name not in state and not name.endswith("num_batches_tracked")
+    ]
+    extra = [name for name in state if name not in own]
+    problems = [f"{len(missing)} keys missing (first: {', '.join(missing[:3])})"] if missing else []
+    problems += [f"{len(extra)} unknown keys (first: {', '.join(extra[:3])})"] if extra else []
+    shapes = [
+        f"{name} is {tuple(state[name].shape)}, the model's is {tuple(own[name].shape)}"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    problems += shapes[:2] + ([f"and {len(shapes) - 2} more shapes"] if len(shapes) > 2 else [])
+    kinds = [
+        name
+        for name in own
+        if name in state and state[name].is_floating_point() != own[name].is_floating_point()
+    ]
+    problems += [
+        f"{name} is {state[name].dtype}, the model's is {own[name].dtype}" for name in kinds[:1]
+    ]
+    if problems:
+        raise InputError(f"{source} does not fit this model: {'; '.join(problems)}")
+    module.load_state_dict({name: state.get(name, tensor) for name, tensor in own.items()})
+
+
+def load_selected(source: str) -> dict:
+    """The selected model (best.pt) of a run directory's last stage, or a checkpoint file: `model`,
+    `model_spec`, `epoch`, `metrics`.
+
+    Raises:
+        InputError: there is none, or the file does not say what model it holds.
+    """
+    path = Path(source)
+    if path.is_dir():
+        folders = [path / "finetune", path / "linear", path / "cluster", path, path / "pretrain"]
+        path = (
+            next((folder for folder in folders if (folder / "best.pt").exists()), path) / "best.pt"
+        )
+    state = load(path)
+    if "place" in state:
+        place = state["place"]
+        state |= {
+            "model": state["parts"].get("model"),
+            "epoch": place["epoch"],
+            "metrics": place["results"],
+        }
+    if not state.get("model") or "model_spec" not in state:
+        raise InputError(
+            f"{path} does not say what model it holds: give a run directory, its best.pt or"
+            " its last.pt"
+        )
+    return state
+
+
+def weights_digest(weights: dict[str, Tensor]) -> str:
+    """Sixteen hexadecimal digits that stand for a state dict's names and values."""
+    hasher = hashlib.sha256()
+    for name in sorted(weights):
+        hasher.update(name.encode())
+        hasher.update(weights[name].detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return hasher.hexdigest()[:16]
+
+
+def rng_state() -> dict:
+    """The state of every global random-number generator, as tensors and plain values."""
+    numpy_state = np.random.get_state(legacy=False)["state"]
+    return {
+        "python": random.getstate(),
+        "numpy": {
+            "key": torch.from_numpy(numpy_state["key"].astype(np.int64)),
+            "pos": int(numpy_state["pos"]),
+        },
+        "torch": torch.get_rng_state(),
+        # Of this process's device: the others' are their own processes' matter, and go the same
+        # way.
+        "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict) -> None:
+    version, keys, gauss = state["python"]
+    random.setstate((version, tuple(keys), gauss))
+    np.random.set_state(
+        ("MT19937", state["numpy"]["key"].numpy().astype(np.uint32), state["numpy"]["pos"])
+    )
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"][0])

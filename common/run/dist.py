@@ -1,0 +1,349 @@
+"""torchrun, Slurm or one process: the same world; gathers and BatchNorm over the processes.
+
+Every function also works in one process, where it does nothing.
+"""
+
+import ctypes
+import inspect
+import itertools
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as td
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common.errors import AGAIN, InputError
+
+
+@dataclass(frozen=True)
+class Dist:
+    """Which process this is, out of how many, and the device it computes on."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Print a line, from one process."""
+        if self.is_main:
+            print(text)
+
+
+def init(device: str = "auto", timeout_s: float = 1800) -> Dist:
+    """Join the group of processes that the launcher describes: torchrun's variables, a Slurm job
+    step, or neither.
+
+    The shell of an sbatch script has Slurm's rank variables too, but only a job step (`srun`) has
+    several processes.
+
+    Raises:
+        InputError: the device is not there, the processes cannot meet, or a signal of the Slurm job
+            would not arrive.
+    """
+    env = os.environ
+    torchrun = "RANK" in env and "WORLD_SIZE" in env
+    _check_signal()
+    if torchrun or env.get("SLURM_TASK_PID", str(os.getpid())) != str(os.getpid()):
+        _end_with_parent()
+    if torchrun:
+        rank, world_size, local_rank = (
+            int(env["RANK"]),
+            int(env["WORLD_SIZE"]),
+            int(env.get("LOCAL_RANK", 0)),
+        )
+    elif "SLURM_STEP_ID" in env:
+        rank, world_size, local_rank = (
+            int(env[f"SLURM_{n}"]) for n in ("PROCID", "STEP_NUM_TASKS", "LOCALID")
+        )
+        # On one node nobody has to know its name.
+        nodes = hosts(env["SLURM_STEP_NODELIST"])
+        env.setdefault("MASTER_ADDR", nodes[0] if len(nodes) > 1 else "127.0.0.1")
+        env.setdefault(
+            "MASTER_PORT", str(port(int(env["SLURM_JOB_ID"]), int(env["SLURM_STEP_ID"])))
+        )
+    else:
+        rank, world_size, local_rank = 0, 1, 0
+    place = _device(device, local_rank)
+    if world_size > 1 and not td.is_initialized():
+        backend = "nccl" if place.type == "cuda" else "gloo"
+        try:
+            td.init_process_group(
+                backend,
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=timeout_s),
+                device_id=place if place.type == "cuda" else None,
+            )
+        except td.DistError as error:
+            where, reason = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}", str(error).split("\n")[0]
+            raise InputError(
+                f"process {rank} cannot meet the others at {where}: {reason}; set MASTER_ADDR or"
+                " MASTER_PORT"
+            ) from None
+    return Dist(rank, world_size, local_rank, place)
+
+
+def port(job: int, step: int) -> int:
+    """A port of a Slurm job step's own: two jobs or steps on one node do not meet.
+
+    Below 32768, where systems take the ports of outgoing connections from; their number, 12763, is
+    prime.
+    """
+    return 20000 + (job * 101 + step) % 12763
+
+
+def hosts(nodelist: str) -> list[str]:
+    """The hosts of a Slurm node list, as `scontrol show hostnames` gives them: `n[08-10,3],g` is
+    n08, n09, n10, n3, g.
+
+    With several brackets in a name the last one changes fastest, then the first, the second, and so
+    on.
+    """
+    names = []
+    for item in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodelist):
+        *texts, tail = re.split(r"\[[^\]]*\]", item)
+        groups = [_numbers(ranges) for ranges in re.findall(r"\[([^\]]*)\]", item)]
+        for digits in itertools.product(*groups[-2::-1], *groups[-1:]):
+            in_place = [*digits[-2::-1], *digits[-1:]]
+            names.append(
+                "".join(text + digit for text, digit in zip(texts, in_place, strict=True)) + tail
+            )
+    return names
+
+
+def _numbers(ranges: str) -> list[str]:
+    # `08-10,3` is 08, 09, 10, 3: a range keeps the width of its first number.
+    numbers = []
+    for part in ranges.split(","):
+        low, _, high = part.partition("-")
+        numbers += [f"{number:0{len(low)}d}" for number in range(int(low), int(high or low) + 1)]
+    return numbers
+
+
+def _check_signal() -> None:
+    """Refuse a Slurm job whose `--signal` would kill the program that started Python instead of
+    reaching Python.
+
+    Slurm sends it to the batch shell (`B:`), or else to the processes that `srun` starts; a shell
+    or torchrun there dies of it before the end of the job and leaves Python behind. Options of the
+    sbatch command line are not seen.
+
+    Raises:
+        InputError: with what to write instead.
+    """
+    env, step = os.environ, "SLURM_STEP_ID" in os.environ
+    started = Path("/proc", env.get("SLURM_TASK_PID", "none"))
+    if (
+        started.name in ("none", str(os.getpid()))
+        or not started.exists()
+        or not shutil.which("scontrol")
+    ):
+        return
+    command = ["scontrol", "write", "batch_script", env["SLURM_JOB_ID"], "-"]
+    script = subprocess.run(command, capture_output=True, text=True).stdout
+    options = re.findall(r"^#SBATCH.*\s--signal[= ](\S+)", script, re.MULTILINE)
+    option = env.get("SBATCH_SIGNAL") or (options[-1] if options else "")
+    match = re.fullmatch(r"(?:([RB]+):)?(?:SIG)?(\w+)(?:@\d+)?", option)
+    if not match or ("B" in (match[1] or "")) == step:
+        return
+    number = int(match[2]) if match[2].isdigit() else getattr(signal, f"SIG{match[2]}", 0)
+    status = (started / "status").read_text()
+    heeded = sum(
+        int(re.search(rf"^{name}:\s*(\w+)", status, re.MULTILINE)[1], 16)
+        for name in ("SigCgt", "SigIgn")
+    )
+    if number and not heeded >> (number - 1) & 1:
+        starter = (started / "comm").read_text().strip() if step else "the batch shell"
+        raise InputError(
+            f"this job's --signal={option} would kill {starter}, which started Python,"
+            " and Python would not get it: write `exec python ...` into the batch script, or"
+            " `srun python ...` with"
+            " --signal=USR1@120"
+        )
+
+
+def _end_with_parent() -> None:
+    # torchrun and the shell of a Slurm job may be killed; Linux then asks this process to save and
+    # leave.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def peer_lost(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process is gone or late; gloo has no exception of
+    its own.
+    """
+    return isinstance(error, td.DistError) or "gloo" in str(error).lower()
+
+
+def close() -> None:
+    """Leave the group of processes."""
+    if td.is_initialized():
+        td.destroy_process_group()
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    if name == "auto":
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
+        raise InputError(f"--device received {name!r}, allowed auto, cpu, cuda, cuda:N, mps")
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise InputError("--device mps: this machine has no Apple GPU; use --device auto or cpu")
+    if name.startswith("cuda"):
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        index = int(name[5:]) if ":" in name else local_rank % max(count, 1)
+        if index >= count:
+            raise InputError(
+                f"--device {name}: this process sees {count} GPUs; use --device auto or cpu"
+            )
+        torch.cuda.set_device(index)
+        return torch.device("cuda", index)
+    return torch.device(name)
+
+
+def parallel() -> bool:
+    return td.is_available() and td.is_initialized() and td.get_world_size() > 1
+
+
+def rank() -> int:
+    """This process's number in the group."""
+    return td.get_rank() if parallel() else 0
+
+
+def all_gather_rows(x: Tensor) -> Tensor:
+    """Rows (n, ...) of every process, in rank order: (world_size * n, ...). Not differentiable."""
+    if not parallel():
+        return x
+    out = x.new_empty((td.get_world_size() * x.shape[0], *x.shape[1:]))
+    td.all_gather_into_tensor(out, x.contiguous())
+    return out
+
+
+def all_reduce(x: Tensor, op: str = "sum") -> Tensor:
+    """Sum or maximum of a tensor over the processes, in place."""
+    if parallel():
+        td.all_reduce(x, td.ReduceOp.MAX if op == "max" else td.ReduceOp.SUM)
+    return x
+
+
+def mean(x: Tensor) -> Tensor:
+    """Mean of a tensor over the processes, a new tensor."""
+    return all_reduce(x.detach().clone()) / (td.get_world_size() if parallel() else 1)
+
+
+def barrier() -> None:
+    if parallel():
+        td.barrier()
+
+
+def shard(indices: np.ndarray, world: Dist) -> np.ndarray:
+    """This process's equal share of `indices` (n,): ceil(n / world_size) of them, the last ones
+    repeated.
+    """
+    size = -(-len(indices) // world.world_size)
+    return np.resize(indices, size * world.world_size)[world.rank * size :][:size]
+
+
+def unshard(rows: Tensor, count: int) -> Tensor:
+    """Rows computed for `shard(indices)` on each process, back in the order of the `count` indices."""
+    return all_gather_rows(rows)[:count]
+
+
+def wrap(model: nn.Module, world: Dist) -> nn.Module:
+    """The model whose gradients are averaged over the processes; in one process the model itself.
+
+    Buffers are not broadcast: `sync_batchnorm` keeps the statistics equal on all processes.
+    """
+    if world.world_size == 1:
+        return model
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    # torch renamed the option; the old name warns in newer versions.
+    renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    option = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **option)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        td.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, dx):
+        dx = dx.contiguous().clone()
+        td.all_reduce(dx)
+        return dx
+
+
+class RankBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm whose statistics are those of the batch over all processes, on any device.
+
+    torch.nn.SyncBatchNorm does the same on GPUs and refuses CPU tensors. Mean first, then the
+    squared deviations: two small reductions, and no cancellation in E[x^2] - E[x]^2. Every process
+    must hold the same number of rows.
+    """
+
+    def _check_input_dim(self, x):
+        if x.dim() < 2:
+            raise ValueError(f"expected an input of at least 2 dimensions, received {x.dim()}")
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        axes = [0, *range(2, x.dim())]
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        count = x.numel() // x.shape[1] * td.get_world_size()
+        mean = (
+            _SumOverRanks.apply(x.float().sum(axes) if x.dtype.itemsize < 4 else x.sum(axes))
+            / count
+        )
+        centered = x - mean.view(shape)
+        var = _SumOverRanks.apply(centered.square().sum(axes)) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(
+                (var * count / (count - 1)).to(self.running_var.dtype), self.momentum
+            )
+        scale = (var + self.eps).rsqrt() * self.weight
+        return (centered * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
+
+
+def sync_batchnorm(module: nn.Module, world: Dist) -> nn.Module:
+    """The module with every BatchNorm taken over all processes; state-dict keys do not change."""
+    if world.world_size == 1:
+        return module
+    if world.device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    for name, child in module.named_children():
+        if isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)):
+            synced = RankBatchNorm(child.num_features, child.eps, child.momentum)
+            synced.load_state_dict(child.state_dict())
+            synced.to(child.weight.device, child.weight.dtype)
+            setattr(module, name, synced)
+        else:
+            sync_batchnorm(child, world)
+    return module
+
+
+def _lost(error: RuntimeError) -> str:
+    said = str(error).split("\n")[0][-120:]
+    return f"another rank exited or hangs ({said}); its own output says why. {AGAIN}"

@@ -1,0 +1,112 @@
+"""The frame of every script's `main`: one run, or the runs of a sweep or an ensemble."""
+
+import contextlib
+import os
+import random
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from common.errors import EXIT_DIVERGED, EXIT_STOPPED, Finished, InputError, Stopped, exit_codes
+from common.run import dist, ensemble
+from common.run.dist import _lost
+from common.run.files import run_locks
+from common.run.signals import Signals
+from common.search import declared, parse_ranges
+
+
+def run_sweep(main, argv: list[str] | None, args, ranges, metric: str | None) -> bool:
+    """Do what --search without --trial, or --ensemble, asks a script's `main` for several times;
+    False without them.
+
+    Args:
+        ranges: the script's, as `config.parse` takes them.
+        metric: of `ensemble.scores`, by which an ensemble is compared with its members.
+    """
+
+    if args.search and args.trial is None:
+        every(main, argv, args, ranges)
+    elif args.ensemble:
+        ensemble.judge(main, argv, args, metric)
+    else:
+        return False
+    return True
+
+
+def launch(args, use: Callable, begin: Callable) -> int:
+    """The frame of every script: `use(args, world)` with --eval, --predict or --stream, else
+    `begin(args, world, signals)`.
+
+    Returns 0; the other exit codes leave as SystemExit.
+    """
+    with exit_codes(), Signals() as signals, run_locks:
+        world = dist.init(
+            args.device, max(1800, 120 * args.timeout)
+        )  # the watcher names more than a collective does
+        seed_process(args)
+        try:
+            if args.eval or args.predict or getattr(args, "stream", None):
+                use(args, world)
+            else:
+                with contextlib.suppress(Finished):
+                    begin(args, world, signals)
+        except Stopped:
+            raise
+        except RuntimeError as error:
+            if not dist.peer_lost(error):
+                raise
+            raise Stopped(_lost(error), EXIT_STOPPED) from None
+        dist.close()
+    return 0
+
+
+def seed_process(args) -> None:
+    """Settings of the process: seeds, and repeatable kernels where --deterministic asks for them.
+
+    Raises:
+        InputError: there is nothing at the path that --resume names.
+    """
+    if args.resume not in ("auto", "none") and not Path(args.resume).exists():
+        raise InputError(f"--resume {args.resume}: no such file or directory")
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.benchmark = not args.deterministic
+    if args.deterministic:
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # cuBLAS is repeatable only with a fixed workspace
+        torch.use_deterministic_algorithms(True)
+
+
+def every(main, argv: list[str] | None, args, ranges: dict) -> None:
+    """Run all trials through a script's `main`; those that have finished are not repeated, those
+    that diverge are left.
+
+    Raises:
+        SystemExit: a trial ended otherwise: it was stopped, or cannot run at all.
+    """
+    if args.max_steps:
+        raise InputError(
+            "--search: --max-steps would end it with the first trial; give --epochs, or --trial"
+        )
+    argv, diverged = list(sys.argv[1:] if argv is None else argv), []
+    for trial in range(args.search):
+        print(f"trial {trial} of {args.search}", flush=True)
+        try:
+            main([*argv, "--trial", str(trial)])
+        except SystemExit as ending:
+            if ending.code != EXIT_DIVERGED:
+                raise
+            diverged.append(trial)
+    names = ",".join(
+        ["trial", *(declared(ranges, args) | (parse_ranges(args.ranges) if args.ranges else {}))]
+    )
+    left = f"; diverged: {', '.join(map(str, diverged))}" if diverged else ""
+    # Not search=N: trials that had finished before the search grew keep its earlier number.
+    runs = args.out or "runs --where trial=any"
+    table = f"python -m common.report {runs} --rows {names} --value best_value --compact"
+    print(f"{args.search} trials{left}. The table: {table}")

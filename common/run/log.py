@@ -1,0 +1,285 @@
+"""One console line and one JSON line per interval; TensorBoard where asked for."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from common.amp import peak_bytes, peak_memory
+from common.errors import InputError
+
+# Fields that differ between two runs of the same command: the only ones.
+TIMING = ("time", "rate", "eta_s", "wait", "memory_gb")
+FIRST_STEPS = 3
+RESUMES = "resumes.jsonl"
+
+
+def duration(seconds: float) -> str:
+    """`41s`, `12m`, `3h05m`, `2d04h`: what an ETA needs."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes}m"
+    hours = minutes // 60
+    return f"{hours}h{minutes % 60:02d}m" if hours < 48 else f"{hours // 24}d{hours % 24:02d}h"
+
+
+class Pace:
+    """Rate and remaining time of a loop, from the median of its recent steps (the first one, a
+    warm-up, left out).
+    """
+
+    def __init__(self, items_per_step: int, total_steps: int, unit: str = "item"):
+        self.items_per_step, self.total_steps, self.unit = items_per_step, total_steps, unit
+        self.recent, self.last, self.steps = deque(maxlen=50), time.monotonic(), 0
+        self.waits: deque = deque(maxlen=50)
+
+    def tick(self) -> None:
+        now = time.monotonic()
+        self.steps += 1
+        if (
+            self.steps != 2
+        ):  # the second step replaces the first, which paid for allocation and compilation
+            self.recent.append(now - self.last)
+        else:
+            self.recent[0] = now - self.last
+            if len(self.waits) > 1:
+                self.waits.popleft()
+        self.last = now
+
+    def pause(self) -> None:
+        """Leave the time since the last tick (an evaluation, a save) out of the pace."""
+        self.last = time.monotonic()
+
+    def waiting(self, batches: Iterable) -> Iterator:
+        """The batches of a loop as they are; how long each is waited for is what `wait` tells."""
+        batches, begun = iter(batches), time.monotonic()
+        for batch in batches:
+            self.waits.append(time.monotonic() - begun)
+            yield batch
+            begun = time.monotonic()
+
+    def wait(self) -> float:
+        """The share of the recent steps' time that was spent waiting for data."""
+        return min(sum(self.waits) / max(sum(self.recent), 1e-9), 1.0) if self.recent else 0.0
+
+    @property
+    def seconds_per_step(self) -> float:
+        return median(self.recent) if self.recent else 0.0
+
+    def rate(self) -> float:
+        mean = sum(self.recent) / max(len(self.recent), 1)
+        return self.items_per_step / mean if mean else 0.0
+
+    def eta(self, step: int) -> float:
+        return self.seconds_per_step * max(self.total_steps - step, 0)
+
+
+class Log:
+    """Rank 0's console and `log.jsonl`; silent on the other ranks.
+
+    Every JSON line holds `stage`, `step` and `epoch`, then metrics named `stage/split/metric`.
+    `watcher`, where there is one, is called after every line. Where a run was resumed stands in
+    `resumes.jsonl`, not here: an interrupted run's log equals that of one that never stopped.
+    """
+
+    def __init__(self, folder: Path | None, *, main: bool, tensorboard: bool = False):
+        self.main, self.start, self.counts = main, time.monotonic(), Counter()
+        self.live = main and sys.stdout.isatty()
+        self.path, self.file = folder / "log.jsonl" if main and folder else None, None
+        if self.path:
+            lines = read(folder) if self.path.exists() else []
+            # A line torn by a killed process must not meet the next one.
+            if not lines or self.path.read_text() != _text(lines):
+                self._rewrite(lines)
+            self.file = open(self.path, "a")  # noqa: SIM115
+            self.counts.update(line["stage"] for line in lines)
+        self.board = _summary_writer(folder) if main and tensorboard else None
+        self.watcher = None
+        self._width = 0
+
+    def say(self, text: str) -> None:
+        """One plain line on the console."""
+        if self.main:
+            self._clear()
+            print(text, flush=True)
+
+    def due(self, step: int, every: int) -> bool:
+        """Whether a step has its line: the first ones do, so that a slow run shows its pace at
+        once.
+        """
+        return step <= FIRST_STEPS or step % every == 0
+
+    def cost(
+        self, stage: str, steps_per_epoch: int, epochs: int, pace: Pace, device: torch.device
+    ) -> None:
+        """Say the memory that a step takes and, on a CPU, what an epoch costs: a user may have
+        meant a GPU.
+        """
+        self.say(f"{stage}: peak memory {peak_memory(device)}")
+        if device.type == "cpu":
+            epoch = pace.seconds_per_step * steps_per_epoch
+            self.say(
+                f"{stage}: on this CPU an epoch costs about {duration(epoch)}, {epochs}"
+                " epochs about"
+                f" {duration(epoch * epochs)}; a GPU, a smaller model or input, fewer --epochs"
+                " cost less"
+            )
+
+    def progress(self, stage: str, step: int, pace: Pace) -> None:
+        """On a terminal: rewrite the live line. Reads nothing from the device."""
+        if self.live:
+            rate, eta = f"{pace.rate():.0f} {pace.unit}/s", duration(pace.eta(step))
+            text = f"{stage} step {step}/{pace.total_steps} | {rate} | eta {eta}"
+            print("\r" + text.ljust(self._width), end="", flush=True)
+            self._width = len(text)
+
+    def interval(self, stage: str, step: int, epoch: int, values: dict, pace: Pace) -> None:
+        """One line of the loop: the same fields on the console and in `log.jsonl`."""
+        width = len(str(pace.total_steps))
+        shown = " | ".join(f"{name} {_number(name, value)}" for name, value in values.items())
+        self.say(
+            f"{stage} step {step:0{width}d}/{pace.total_steps} | {shown} | {pace.rate():.0f}"
+            f" {pace.unit}/s"
+            f" | eta {duration(pace.eta(step))}"
+        )
+        timing = {
+            "rate": round(pace.rate(), 2),
+            "eta_s": round(pace.eta(step), 1),
+            "wait": round(pace.wait(), 4),
+        }
+        timing["memory_gb"] = round((peak_bytes() or 0) / 1e9, 3)
+        self._write(stage, step, epoch, values | timing)
+
+    def metrics(
+        self, stage: str, step: int, epoch: int, values: dict, *, quiet: bool = False
+    ) -> None:
+        """Metrics of an epoch or of the end of a stage, named `stage/split/metric`; `quiet`: in the
+        file alone.
+        """
+        shown = " | ".join(
+            f"{name.removeprefix(stage + '/')} {_number(name, value)}"
+            for name, value in values.items()
+        )
+        if not quiet:
+            self.say(f"{stage} epoch {epoch} | {shown}")
+        self._write(stage, step, epoch, values)
+
+    def _write(self, stage: str, step: int, epoch: int, values: dict) -> None:
+        if self.file:
+            known = {
+                name: value if math.isfinite(value) else None for name, value in values.items()
+            }
+            line = {
+                "stage": stage,
+                "step": step,
+                "epoch": epoch,
+                **known,
+                "time": round(self.seconds, 2),
+            }
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+            self.counts[stage] += 1
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(name if "/" in name else f"{stage}/step/{name}", value, step)
+        if self.watcher:
+            self.watcher()
+
+    def resumed(self, stage: str, step: int, epoch: int) -> None:
+        """Note that a stage goes on from a checkpoint: a mark in the report's curves."""
+        if self.path:
+            with open(self.path.with_name(RESUMES), "a") as file:
+                file.write(json.dumps({"stage": stage, "step": step, "epoch": epoch}) + "\n")
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on the run so far, over all of its starts."""
+        return time.monotonic() - self.start
+
+    def go_on_from(self, seconds: float) -> None:
+        """Count on from the time that an earlier start had spent."""
+        self.start = min(self.start, time.monotonic() - seconds)
+
+    def count(self, stage: str) -> int:
+        """Lines of a stage in `log.jsonl` so far: a checkpoint stores it."""
+        return self.counts[stage]
+
+    def cut(self, stage: str, count: int) -> None:
+        """Drop a stage's lines after the first `count`, which a resumed run writes again."""
+        if not self.file or self.counts[stage] <= count:
+            return
+        seen, kept = 0, []
+        for line in read(self.path.parent):
+            seen += line["stage"] == stage
+            if line["stage"] != stage or seen <= count:
+                kept.append(line)
+        self.file.close()
+        self._rewrite(kept)
+        self.file = open(self.path, "a")  # noqa: SIM115
+        self.counts[stage] = count
+
+    def _rewrite(self, lines: list[dict]) -> None:
+        # In one piece: a process killed here must not lose the lines of hours.
+        temporary = self.path.with_name(".log.tmp")
+        with open(temporary, "w") as file:
+            file.write(_text(lines))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.path)
+
+    def sync(self) -> None:
+        """Force the lines so far to the disk: a checkpoint counts on them."""
+        if self.file:
+            os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        self._clear()
+        for sink in (self.file, self.board):
+            if sink:
+                sink.close()
+
+    def _clear(self) -> None:
+        if self.live and self._width:
+            print("\r" + " " * self._width + "\r", end="")
+            self._width = 0
+
+
+def _number(name: str, value) -> str:
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:.1e}" if name == "lr" else f"{value:.4f}"
+
+
+def _summary_writer(folder: Path):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError(
+            "--tensorboard needs the package tensorboard: pip install tensorboard"
+        ) from None
+    return SummaryWriter(str(folder))
+
+
+def _text(lines: list[dict]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+def read(folder: Path, name: str = "log.jsonl") -> list[dict]:
+    """The lines of a run's `log.jsonl`, or of another such file; a torn last line is left out."""
+    lines = []
+    for text in (Path(folder) / name).read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines

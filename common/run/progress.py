@@ -1,0 +1,411 @@
+"""Where one stage of a run stands: exact resume, the best model, when to save and stop."""
+
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common.errors import Diverged, InputError, Stopped
+from common.run import dist
+from common.run.checkpoint import (
+    is_whole,
+    load,
+    load_weights,
+    remove_orphans,
+    rng_state,
+    save,
+    set_rng_state,
+)
+from common.run.log import Log
+from common.run.signals import Signals
+
+_PLACE = (
+    "step",
+    "epoch",
+    "batch",
+    "best",
+    "best_epoch",
+    "confident_best",
+    "evals_without_gain",
+    "results",
+    "finished",
+    "planned",
+)
+
+
+class Progress:
+    """Where one stage of a run stands; what makes resuming exact, and where it may stop.
+
+    `parts` are the objects whose `state_dict` makes up the stage (model, optimizer, scaler); they
+    must be equal on all processes, and rank 0 writes them. Position: `step` optimizer steps done,
+    of which `batch` in `epoch`. `sums` are device tensors accumulated over the epoch. `best`
+    follows the selection metric. `model_spec` goes into every file and says what is needed to
+    rebuild the model; `start` names what the stage started from: a state with another start is not
+    continued. `beat` grows while the stage lives.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        stage: str,
+        *,
+        parts: dict,
+        log: Log,
+        world: dist.Dist,
+        signals: Signals,
+        model_spec: dict,
+        start: str,
+        save_every: float,
+        max_steps: int | None,
+    ):
+        self.folder, self.stage, self.parts, self.log, self.world = folder, stage, parts, log, world
+        self.signals, self.model_spec, self.start = signals, model_spec, start
+        self.save_seconds, self.max_steps = save_every * 60, max_steps
+        self.step = self.epoch = self.batch = self.best_epoch = self.evals_without_gain = 0
+        self.best: float | None = None
+        self.confident_best: float | None = None
+        self.sums: dict[str, Tensor] = {}
+        self.results: dict[str, float] = {}
+        self.finished, self.planned = False, 0
+        self._best_state: dict | None = None
+        self._stored_best: dict | None = None
+        self._flags: Tensor | None = None
+        self._flags_ready = None
+        self._saved = time.monotonic()
+        self._wrote = False
+        self.heartbeat = 0
+        self._layers: dict[int, str] = {}
+        if world.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_orphans(folder)
+
+    def restore(self, state: dict | None, best: dict | None = None) -> None:
+        """Take the stage to where `state` was saved; None starts it. Cuts the log's lines that came
+        later.
+
+        `best` is the best.pt that belongs to a state of another directory.
+
+        Raises:
+            InputError: the state is of another model or optimizer.
+            Stopped: --max-steps are done.
+        """
+        if state is not None and (state["stage"], state["start"]) != (self.stage, self.start):
+            self.log.say(f"{self.stage}: the saved state began from other weights; starting anew")
+            state = None
+        if state is None:
+            self.log.cut(self.stage, 0)
+            return
+        for name, part in self.parts.items():
+            stored = state["kinds"].get(name)
+            if stored != type(part).__name__:
+                raise InputError(
+                    f"{self.folder}: its {name} is {stored}, this command's is"
+                    f" {type(part).__name__}"
+                )
+            if isinstance(part, torch.nn.Module):
+                load_weights(part, state["parts"][name], f"{self.folder}/last.pt")
+            else:
+                part.load_state_dict(state["parts"][name])
+        place = state["place"]
+        for name in _PLACE:
+            setattr(self, name, place[name])
+        for name, value in state["sums"].items():
+            rows = value.to(self.world.device).reshape(-1)  # one of each process that wrote it
+            self.sums[name] = (
+                rows[self.world.rank] if len(rows) == self.world.world_size else rows.mean()
+            )
+        self._best_state = best
+        self._check_best()
+        set_rng_state(state["rng"])
+        self.log.go_on_from(place["seconds"])
+        self.log.cut(self.stage, place["log_lines"])
+        if not self.finished:
+            self.log.say(f"{self.stage}: resuming from step {self.step}, epoch {self.epoch + 1}")
+            self.log.resumed(self.stage, self.step, self.epoch)
+            self._check_max_steps()
+
+    def _check_best(self) -> None:
+        # Found out now, not after the training that is left.
+        file = self.folder / "best.pt"
+        if not self.best_epoch or self._best_state is not None:
+            return
+        if not (file.exists() and is_whole(file)):
+            raise InputError(
+                f"checkpoint {file} is damaged or missing, so the best model so far is lost:"
+                " start anew with"
+                " --resume none, or resume a copy of the run"
+            )
+        stored = load(file)
+        if stored["epoch"] != self.best_epoch and "value" in stored:
+            # Of a later epoch than the state: a run killed between the two. What the file holds is
+            # what is the best.
+            self.best, self.best_epoch = stored["value"], stored["epoch"]
+
+    def save(self) -> None:
+        """Write best.pt and last.pt, keeping the last.pt before it. Every process must call this.
+
+        Raises:
+            Diverged: instead of storing a state that is not finite or whose last update was masked.
+            OSError: the disk is full or not writable; what was stored before is whole.
+        """
+        if self._peek()[0] or not self._finite():
+            self._diverge()
+        sums = {name: dist.all_gather_rows(value.reshape(1)) for name, value in self.sums.items()}
+        self._saved = time.monotonic()
+        if not self.world.is_main:
+            return
+        self.log.sync()
+        if self._best_state is not self._stored_best:
+            save(self.folder / "best.pt", self._best_state)
+            self._stored_best = self._best_state
+        last = self.folder / "last.pt"
+        place = {"log_lines": self.log.count(self.stage), "seconds": self.log.seconds}
+        place |= {name: getattr(self, name) for name in _PLACE}
+        state = {
+            "stage": self.stage,
+            "start": self.start,
+            "model_spec": self.model_spec,
+            "place": place,
+            "kinds": {name: type(part).__name__ for name, part in self.parts.items()},
+            "parts": {name: part.state_dict() for name, part in self.parts.items()},
+            "sums": sums,
+            "rng": rng_state(),
+        }
+        # A damaged last.pt, which this run did not start from, must not take the place of the one
+        # it did start from.
+        keep = last.exists() and (self._wrote or is_whole(last))
+        save(last, state, self.folder / "last.previous.pt" if keep else None)
+        self._wrote, self._saved = True, time.monotonic()
+
+    def _finite(self) -> bool:
+        modules = [part for part in self.parts.values() if isinstance(part, torch.nn.Module)]
+        found = [p.detach().isfinite().all() for module in modules for p in module.parameters()]
+        return not found or bool(torch.stack(found).all())
+
+    def add(self, **values: Tensor) -> None:
+        """Accumulate detached device scalars over the epoch."""
+        for name, value in values.items():
+            value = value.detach().double() if value.device.type != "mps" else value.detach()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def mean(self, name: str) -> float:
+        """Mean over the epoch's batches and over the processes of something added at every step.
+
+        Raises:
+            Diverged: the last step was masked; what follows, an evaluation, would be of no use.
+        """
+        if self._peek()[0]:
+            self._diverge()
+        return dist.all_reduce(self.sums[name].clone()).item() / (
+            self.batch * self.world.world_size
+        )
+
+    def watch_for_nonfinite(self) -> None:
+        """From now on end the run at the first layer that gives a value which is not finite, by its
+        name.
+        """
+        for part in self.parts.values():
+            if isinstance(part, torch.nn.Module):
+                # By identity in one hook for all modules: a hook of a layer's own would go into its
+                # copies.
+                self._layers |= {
+                    id(layer): name or "the model" for name, layer in part.named_modules()
+                }
+        self._hook = torch.nn.modules.module.register_module_forward_hook(self._check_layer)
+
+    def stop_watching(self) -> None:
+        """The end of `name_layers`."""
+        self._hook.remove()
+
+    def _check_layer(self, layer: torch.nn.Module, inputs, output) -> None:
+        if id(layer) not in self._layers:
+            return
+
+        def bad(values) -> list[Tensor]:
+            values = values if isinstance(values, (tuple, list)) else [values]
+            return [
+                x
+                for x in values
+                if isinstance(x, Tensor) and x.is_floating_point() and not x.isfinite().all()
+            ]
+
+        if found := bad(output):
+            wrong = ~found[0].detach().isfinite()
+            rows = wrong.flatten(1).any(1).nonzero().flatten().tolist() if wrong.dim() > 1 else []
+            raise Diverged(
+                f"{self.stage} step {self.step + 1}: the first value that is not finite is in the"
+                " output of"
+                f" {self._layers[id(layer)]} ({type(layer).__name__}): {int(wrong.sum())} of"
+                f" {wrong.numel()} values,"
+                f" rows {', '.join(map(str, rows[:8]))}{', ...' if len(rows) > 8 else ''} of"
+                f" {len(wrong)}; its input is"
+                f" {'not ' if bad(inputs) else ''}finite"
+            )
+
+    def _name_gradients(self) -> None:
+        modules = [part for part in self.parts.values() if isinstance(part, torch.nn.Module)]
+        named = [
+            (name, p)
+            for module in modules
+            for name, p in module.named_parameters()
+            if p.grad is not None
+        ]
+        bad = [name for name, p in named if not p.grad.isfinite().all()]
+        raise Diverged(
+            f"{self.stage} step {self.step}: every layer's output is finite;"
+            + (
+                f" the gradients of {len(bad)} tensors are not, the last is {bad[-1]}"
+                if bad
+                else " the loss is not"
+            )
+        )
+
+    def end_step(self, bad: Tensor) -> None:
+        """Count a step whose update was masked where `bad` (a boolean device scalar); save or stop
+        where it is time.
+
+        The flags are read one step late, so that the host never waits for the step that it has just
+        queued.
+
+        Raises:
+            Diverged, Stopped.
+        """
+        self.heartbeat += 1
+        self.step += 1
+        self.batch += 1
+        if self._layers and bad:
+            self._name_gradients()
+        bad_before, asked, due = self._peek()
+        if bad_before:
+            self._diverge()
+        late = self.world.is_main and time.monotonic() - self._saved > self.save_seconds
+        self._send_flags(bad, late and not due)
+        if self.world.world_size == 1:
+            asked, due = self.signals.asked, late
+        if asked:
+            self._stop(asked)
+        if self.max_steps and self.step >= self.max_steps:
+            self.save()
+            self._check_max_steps()
+        if due:
+            self.save()
+
+    def _check_max_steps(self) -> None:
+        if self.max_steps and self.step >= self.max_steps:
+            raise Stopped(
+                f"{self.stage}: stopped at --max-steps {self.max_steps}, saved in {self.folder}", 0
+            )
+
+    def check_stop(self) -> None:
+        """Stop inside an evaluation: the state is that before it, which a resumed run repeats.
+
+        In several processes every one must call this equally often.
+        """
+        self.heartbeat += 1
+        asked = self.signals.asked
+        if self.world.world_size > 1:
+            asked = int(dist.all_reduce(torch.tensor(asked, device=self.world.device), "max"))
+        if asked:
+            self._stop(asked)
+
+    def _stop(self, asked: int) -> None:
+        self.save()
+        dist.barrier()  # the other processes leave when the state is on the disk
+        raise Signals.leave(asked, f"saved at {self.stage} step {self.step}")
+
+    def _send_flags(self, bad: Tensor, due: bool) -> None:
+        own = [bad.new_full((), value, dtype=torch.int32) for value in (self.signals.asked, due)]
+        flags = torch.stack([bad.to(torch.int32), *own])
+        dist.all_reduce(flags, "max")
+        if flags.device.type == "cuda":
+            self._flags = torch.empty(3, dtype=torch.int32, pin_memory=True)
+            self._flags.copy_(flags, non_blocking=True)
+            self._flags_ready = torch.cuda.Event()
+            self._flags_ready.record()
+        else:
+            self._flags = flags.cpu()
+
+    def _peek(self) -> list[int]:
+        # (a step was masked, a signal asks to stop, rank 0's clock asks to save), agreed among the
+        # processes, of the last step that was counted.
+        if self._flags is None:
+            return [0, 0, 0]
+        if self._flags_ready is not None:
+            self._flags_ready.synchronize()
+        return self._flags.tolist()
+
+    def _diverge(self):
+        last = self.folder / "last.pt"
+        good = (
+            f"the last good checkpoint is {last}"
+            if last.exists()
+            else "no checkpoint was written yet"
+        )
+        raise Diverged(
+            f"{self.stage}: the loss or a gradient was not finite near step {self.step}; {good}."
+            " Try a lower --lr, more --warmup-epochs or --precision fp32; --detect-anomaly added"
+            " to the same command"
+            " repeats the step and names the layer"
+        )
+
+    def select(
+        self,
+        value: float,
+        weights: dict,
+        metrics: dict,
+        *,
+        higher_is_better: bool,
+        certain: float | None = None,
+    ) -> None:
+        """Keep a copy of `weights` as best.pt if `value` is the best so far.
+
+        `stale` counts the evaluations since one that was better beyond doubt: whose `certain`, what
+        can be relied on of its value (unset: all of it), was better than the value of the last such
+        evaluation.
+        """
+
+        def better(new: float, old: float | None) -> bool:
+            return math.isfinite(new) and (
+                old is None or (new > old if higher_is_better else new < old)
+            )
+
+        if better(value if certain is None else certain, self.confident_best):
+            self.confident_best, self.evals_without_gain = value, 0
+        else:
+            self.evals_without_gain += 1
+        if not better(value, self.best):
+            return
+        self.best, self.best_epoch = value, self.epoch + 1
+        copies = {name: tensor.detach().clone() for name, tensor in weights.items()}
+        place = {"epoch": self.epoch + 1, "value": value}
+        self._best_state = {
+            "model": copies,
+            "model_spec": self.model_spec,
+            "metrics": metrics,
+        } | place
+
+    def best_weights(self) -> dict:
+        """Weights of the selected model, from memory or from best.pt of a resumed run."""
+        return self._best()["model"]
+
+    def best_metrics(self) -> dict:
+        """The `metrics` that were given with the selected model."""
+        return self._best()["metrics"]
+
+    def _best(self) -> dict:
+        return self._best_state or load(self.folder / "best.pt")
+
+    def end_epoch(self) -> None:
+        self.epoch += 1
+        self.batch = 0
+        self.sums = {}
+
+    def finish(self, results: dict, planned: int) -> None:
+        """Store the stage's final metrics: a later start reads them instead of training, unless
+        more than the `planned` epochs are asked for.
+        """
+        self.results, self.finished, self.planned = results, True, planned
+        self.save()
+        dist.barrier()

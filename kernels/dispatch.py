@@ -1,0 +1,181 @@
+"""Which implementation of an operation runs: Triton on a GPU, plain PyTorch elsewhere, and never
+one for the other in silence.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import torch
+
+try:
+    import triton
+except ImportError:  # there are no wheels for macOS: the references are all there is
+    triton = None
+
+# Fixed when a kernel is decorated, hence at import: kernels then run on CPU tensors, in NumPy.
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret
+
+
+def jit(fn=None, **options):
+    """triton.jit, or nothing where triton is not installed and no kernel can be called."""
+    if fn is None:
+        return functools.partial(jit, **options)
+    return fn if triton is None else triton.jit(fn, **options)
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logging.getLogger("kernels").info(message)
+
+
+def choose_impl(op: str, impl: str, x: torch.Tensor, unsupported: str | None = None) -> str:
+    """Resolve impl="auto" to "triton" or "torch", saying once which way it went, or raise where
+    "triton" cannot run.
+
+    Args:
+        op: the operation's name, for the messages.
+        impl: "auto", "triton" or "torch".
+        x: an input; its device decides.
+        unsupported: why the Triton kernel cannot take this input, or None.
+
+    Raises:
+        ValueError: unknown impl, or impl="triton" where it cannot run.
+    """
+    if impl not in ("auto", "triton", "torch"):
+        raise ValueError(f"{op}: impl={impl!r}, allowed are 'auto', 'triton' and 'torch'")
+    if impl == "torch":
+        return impl
+    if triton is None:
+        unsupported = "triton is not installed"
+    elif not x.is_cuda and not INTERPRETED:
+        unsupported = (
+            f"tensors are on {x.device.type}; Triton needs a GPU, or TRITON_INTERPRET=1"
+            " before the import"
+        )
+    elif not x.is_cuda and impl == "auto":
+        unsupported = "the interpreter is for tests"
+    if impl == "triton" and unsupported:
+        raise ValueError(
+            f"{op}: impl='triton' cannot run: {unsupported}; impl='auto' or 'torch' can"
+        )
+    if not torch.compiler.is_compiling():
+        _say_once(
+            f"{op}: {'PyTorch reference, as ' + unsupported if unsupported else 'Triton kernel'}"
+        )
+    return "torch" if unsupported else "triton"
+
+
+def on_device_of_first(function):
+    """Run a function that launches kernels on the GPU of its first argument: Triton launches on the
+    current one.
+    """
+
+    @functools.wraps(function)
+    def guarded(first, *rest, **options):
+        with torch.cuda.device_of(first):  # does nothing for a CPU tensor
+            return function(first, *rest, **options)
+
+    return guarded
+
+
+_compiled: dict[tuple, object] = {}
+
+
+def launch(kernel, grid, tensors, numbers, constants, num_warps=4, num_stages=3):
+    """Launch kernel(*tensors, *numbers, *constants), its arguments in the order in which it
+    declares them.
+
+    Triton's own launch looks at every argument to find the compiled kernel, which takes longer than
+    the launch itself. What it looks at are dtypes, numbers, whether addresses are multiples of 16
+    and, on AMD, whether a tensor has more than 2^31 bytes, which follows from numbers and grid: a
+    call that repeats them all finds the kernel here.
+
+    Args:
+        kernel: what `jit` returned.
+        grid: one to three numbers of programs.
+        tensors: the pointer arguments.
+        numbers: the other arguments known only at run time, a tuple.
+        constants: name -> value of the tl.constexpr arguments, in the kernel's order.
+    """
+    addresses, dtypes = 0, []
+    for x in tensors:
+        addresses |= x.data_ptr()
+        dtypes.append(x.dtype)
+    key = (
+        id(kernel),
+        grid,
+        numbers,
+        *constants.values(),
+        num_warps,
+        num_stages,
+        tensors[0].device.index,
+        *dtypes,
+    )
+    found = _compiled.get(key) if addresses % 16 == 0 else None
+    if found is not None:
+        found[(*grid, 1, 1)[:3]](*tensors, *numbers, *constants.values())
+        return
+    assert kernel.arg_names[len(tensors) + len(numbers) :] == list(constants), kernel.arg_names
+    found = kernel[grid](
+        *tensors, *numbers, **constants, num_warps=num_warps, num_stages=num_stages
+    )
+    if found is not None and addresses % 16 == 0:  # the interpreter returns None
+        if len(_compiled) >= 4096:  # batches of ever other sizes: start again rather than grow
+            _compiled.clear()
+        _compiled[key] = found
+
+
+def lacks_tensor_cores(x: torch.Tensor) -> bool:
+    """Whether x is on an NVIDIA GPU older than Ampere."""
+    return (
+        x.is_cuda and not torch.version.hip and torch.cuda.get_device_capability(x.device) < (8, 0)
+    )
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+@functools.cache
+def num_sms(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 4 stand for them in the interpreter."""
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 4
+    )
+
+
+@functools.cache
+def target_name(device: torch.device) -> str:
+    """ "sm_80", "sm_90", "gfx942", ... or "interpreter": the key of the tables of tile sizes."""
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Identity whose backward raises. (`once_differentiable` is silent where the upstream gradient
+    is constant.)
+    """
+
+    @staticmethod
+    def forward(ctx, grad, *inputs):
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            "this operation has no second derivative: its gradient was differentiated again"
+        )
+
+
+def first_derivative_only(grads, *inputs):
+    """The gradients, which raise when they are differentiated again with respect to inputs."""
+    if not torch.is_grad_enabled():
+        return grads
+    return tuple(g if g is None else _NoSecondDerivative.apply(g, *inputs) for g in grads)

@@ -1,0 +1,694 @@
+"""Row sums over exp of a Gram matrix, and the gradient they need, tile by tile: the machinery of
+`nt_xent` and `sup_con`.
+
+Rows u_i (m, D) meet keys u_j (k, D), of which the first m are the rows themselves. A row's own
+group, the 2**pair_shift rows that share i >> pair_shift, is left out: the row alone (pair_shift 0)
+or the row and its positive (pair_shift 1). With s_ij = <u_i, u_j>:
+
+    log-sum-exp   lse_i = log sum_j exp(s_ij)
+    weighted sum  g_i = sum_j (exp(s_ij - lse_i) + exp(s_ij - lse_j)) u_j
+
+s is symmetric, so where rows and keys are the same each tile serves twice. Half grid: of T column
+blocks, block J visits row blocks J, J+1, ..., J + T/2 (mod T), so that every pair of blocks meets
+once; one exponential feeds its row and its column. A tile's column sums stay in the registers of
+the block that owns the columns; its row sums go to a slot of their own, [offset, row], written
+once: no atomics, the same bits in every run. Slots are capped at 64 MB by passes over the offsets.
+
+One exponential can only serve two rows if both use the same shift. Rows of length sqrt(c) give |s|
+<= c (base 2, c = log2(e) / tau), and 2^(s - c) does for c <= 62. Above, 2^(s - c + h) with h = 2c -
+124 neither overflows nor vanishes, antipodes included, up to c = 112.7, tau = 0.0128. Below that,
+for rows of unknown length and for keys from other processes the full grid runs, with a running
+maximum; and up to 4,096 rows, where writing and merging the half grid's slots costs more than half
+the tiles (forward and backward of NT-Xent at M = 2,048 on an H200: 29.4 us with the full grid, 30.4
+with the half one; at M = 8,192, 110 and 106).
+
+In the Triton path s is in base 2 (rows carry sqrt(log2 e)); rows are 16-bit, or two 16-bit planes
+side by side, hi + lo, for fp32.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from .dispatch import INTERPRETED, ceil_div, jit, lacks_tensor_cores, launch, num_sms, target_name
+
+try:
+    import triton.language as tl
+except ImportError:
+    tl = None
+
+Gather = Callable[[torch.Tensor], torch.Tensor]
+
+# A row shorter than this has no direction: it is mapped to zeros, and it gets no gradient rather
+# than 1e12 times one.
+NORM_EPS = 1e-12
+MAX_FUSED_D = 512
+REFERENCE_TILE = 1024  # rows and keys: 4 MB in fp32; even, so that pairs of rows stay together
+LOG2_E = math.log2(math.e)
+MAX_SHIFTED = LOG2_E / 0.0128
+SLOT_BYTES = 2**26
+FULL_GRID_ROWS = (
+    0 if INTERPRETED else 4096
+)  # below, halving the tiles gains less than merging their slots costs
+# fp16 ends at 6e-8, and a mean weight at m = 131,072 is 8e-6: scaled by this a weight keeps its
+# digits, and 2 * 2^13 fits.
+LOG2_FP16_SCALE = 13.0
+BLOCK = (
+    32 if INTERPRETED else 128
+)  # every row buffer is padded to a multiple of it, and so is every grid
+
+# (BLOCK_M, BLOCK_N, warps, stages) of the half, the full and the backward kernel, by planes and
+# BLOCK_D. Nothing spills; within that the half grid's owner and the backward's key block are as
+# wide as leaves two blocks on a multiprocessor (reports in README.md).
+_A, _B, _C, _D, _E = (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (64, 64, 8, 1), (64, 64, 8, 2)
+_F, _G = (64, 128, 4, 3), (128, 128, 8, 2)
+_NARROW = {(1, d): (_A, _A, _A) for d in (64, 128, 256)} | {
+    (2, 64): (_A, _A, _A),
+    (2, 128): (_A, _A, (64, 32, 4, 2)),
+}
+TILES = {
+    "sm_80": _NARROW | {(1, 64): (_C, _C, _C), (1, 128): (_C, _C, _C), (1, 512): (_D, _D, _E)},
+    "sm_90": _NARROW
+    | {
+        (1, 64): (_B, _B, _F),
+        (1, 128): (_F, _G, _C),
+        (1, 512): (_D, _D, _E),
+        (2, 64): (_B, _B, _B),
+        (2, 128): (_A, _A, _A),
+    },
+    "sm_100": _NARROW
+    | {
+        (1, 64): (_B, _B, _B),
+        (1, 128): (_A, _C, _A),
+        (1, 512): (_D, _D, _D),
+        (2, 64): (_B, _B, _A),
+        (2, 128): (_A, _A, _A),
+    },
+    "gfx942": _NARROW
+    | {
+        (1, 256): (_A, _A, (32, 32, 4, 2)),
+        (1, 512): (_D, _D, (32, 32, 4, 1)),
+        (2, 128): (_A, _A, (64, 64, 4, 1)),
+    },
+}
+
+
+# (BLOCK_M, BLOCK_N, warps, stages) of the kernels that take a few rows through all keys.
+FEW_ROWS_TILES = dict.fromkeys(("sm_80", "sm_90", "sm_100"), (16, 128, 4, 3)) | {
+    "interpreter": (16, 32, 1, 1)
+}
+
+
+def few_rows_tile(target: str) -> tuple[int, int, int, int]:
+    """For targets without an entry a tile that fits 64 KB of shared memory."""
+    return FEW_ROWS_TILES.get(target, (16, 64, 4, 2))
+
+
+def tile(kernel: str, planes: int, block_d: int, target: str) -> tuple[int, int, int, int] | None:
+    """(BLOCK_M, BLOCK_N, warps, stages) for kernel "half", "full" or "bwd"; None where it would not
+    fit.
+    """
+    if target == "interpreter":
+        return (16, 32, 1, 1)
+    sizes = TILES.get(target, _NARROW).get((planes, max(64, block_d)))
+    return None if sizes is None else sizes[("half", "full", "bwd").index(kernel)]
+
+
+def why_not_fused(z: torch.Tensor, normalized: bool) -> str | None:
+    """Why the Triton kernels cannot take rows like z, if they cannot."""
+    if z.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it does not take {z.dtype}"
+    if lacks_tensor_cores(z):
+        return "Triton has no tensor-core products before compute capability 8.0"
+    count = 1 + planes(z.dtype, normalized)[1]
+    if (
+        tile("bwd", count, block_d(z.shape[1]), target_name(z.device)) is None
+        or z.shape[1] > MAX_FUSED_D
+    ):
+        return f"rows of D={z.shape[1]} in {z.dtype} do not fit its tiles"
+    return None
+
+
+def own_rows_first(gather: Gather, rows: torch.Tensor, labels: torch.Tensor | None = None):
+    """All processes' rows, rotated so that this process's come first, and the index that rotates
+    further gathers alike.
+
+    The own block is found by equality, on the device and without waiting for it, so no process
+    group and no rank is needed here. Two processes with equal blocks (and labels) may take either:
+    by symmetry nothing changes.
+
+    Args:
+        gather: (n, ...) -> (W n, ...), all processes' rows in rank order; without autograd; n the
+            same everywhere.
+        rows: (n, F).
+        labels: None, or (n,), gathered and rotated like the rows.
+
+    Returns:
+        (W n, F) rows, an int64 index (W n,), and the labels (W n,) or None.
+
+    Raises:
+        ValueError: gather returned rows of another number, width or dtype.
+    """
+    gathered = gather(rows)
+    n, width = rows.shape
+    if (
+        gathered.dim() != 2
+        or gathered.shape[0] % n
+        or gathered.shape[1] != width
+        or gathered.dtype != rows.dtype
+    ):
+        raise ValueError(
+            f"gather returned {tuple(gathered.shape)} {gathered.dtype} for {tuple(rows.shape)}"
+            f" {rows.dtype}; "
+            "expected all processes' rows concatenated along dimension 0, the same number from each"
+        )
+    same = (gathered.reshape(-1, n, width) == rows).flatten(1).all(1)
+    if labels is not None:
+        labels_gathered = gather(labels)
+        same &= (labels_gathered.view(-1, n) == labels).all(1)
+    index = (
+        torch.arange(gathered.shape[0], device=rows.device) + same.int().argmax() * n
+    ) % gathered.shape[0]
+    return (
+        gathered.index_select(0, index),
+        index,
+        None if labels is None else labels_gathered[index],
+    )
+
+
+def normalize_rows(z: torch.Tensor) -> torch.Tensor:
+    """Rows divided by their lengths, differentiably; a row shorter than NORM_EPS becomes zeros,
+    with a zero gradient.
+    """
+    norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+    return torch.where(norm <= NORM_EPS, 0.0, z / norm.clamp_min(NORM_EPS))  # a nan stays a nan
+
+
+def reference_tiles(rows: torch.Tensor, keys: torch.Tensor, pair_shift: int):
+    """Yield (row slice, key slice, similarities [rows, keys], mirrored) with each row's own group
+    masked to -inf.
+
+    Where keys are the rows themselves only tiles on and above the diagonal come; a mirrored one
+    stands for its transpose too.
+    """
+    step, symmetric = (
+        REFERENCE_TILE,
+        keys.data_ptr() == rows.data_ptr() and keys.shape == rows.shape,
+    )
+    for m in range(0, rows.shape[0], step):
+        for n in range(m if symmetric else 0, keys.shape[0], step):
+            s = rows[m : m + step] @ keys[n : n + step].T
+            if n == m:
+                own = torch.arange(s.shape[0], device=s.device)
+                s[own, own] = -math.inf
+                if pair_shift:
+                    s[own, own ^ 1] = -math.inf
+            yield slice(m, m + step), slice(n, n + step), s, symmetric and n != m
+
+
+def reference_lse(rows: torch.Tensor, keys: torch.Tensor, pair_shift: int) -> torch.Tensor:
+    """Natural log-sum-exp of each row over the keys outside its group: (m, D), (k, D) -> (m,)."""
+    top = rows.new_full((rows.shape[0],), -math.inf)
+    total = rows.new_zeros(rows.shape[0])
+
+    def add(where, s, dim):
+        new_top = torch.maximum(top[where], s.amax(dim))
+        shift = new_top.masked_fill(new_top == -math.inf, 0.0)  # exp(-inf - -inf) is nan
+        total[where] = total[where] * (top[where] - shift).exp() + (
+            s - shift.unsqueeze(dim)
+        ).exp_().sum(dim)
+        top[where] = new_top
+
+    for m, n, s, mirrored in reference_tiles(rows, keys, pair_shift):
+        add(m, s, 1)
+        if mirrored:
+            add(n, s, 0)
+    return top + total.log()
+
+
+def reference_weighted_sum(rows, keys, lse_rows, lse_keys, pair_shift) -> torch.Tensor:
+    """The weighted sum g of the module's docstring, natural log-sum-exps: (m, D)."""
+    out = torch.zeros_like(rows)
+    for m, n, s, mirrored in reference_tiles(rows, keys, pair_shift):
+        weight = (s - lse_rows[m, None]).exp_()
+        weight += s.sub_(lse_keys[n]).exp_()
+        out[m].addmm_(weight, keys[n])
+        if mirrored:
+            out[n].addmm_(weight.T, rows[m])
+    return out
+
+
+@jit
+def load_rows(ptr, rows, offs_d, stride_n, stride_d, num_rows, dim):
+    """[rows, BLOCK_D] fp32 of a matrix of any strides, zeros beyond it."""
+    mask = (rows < num_rows)[:, None] & (offs_d < dim)[None, :]
+    return tl.load(
+        ptr + rows[:, None] * stride_n + offs_d[None, :] * stride_d, mask=mask, other=0.0
+    ).to(tl.float32)
+
+
+@jit
+def inverse_norm(x, NORMALIZE: tl.constexpr, EPS: tl.constexpr):
+    if NORMALIZE:
+        norm = tl.sqrt(tl.sum(x * x, 1))
+        return tl.where(norm > EPS, 1.0 / tl.maximum(norm, EPS), 0.0)
+    return tl.sum(x, 1) * 0.0 + 1.0
+
+
+@jit
+def sum_ranges(
+    partial_ptr, rows, offs_d, num_slots, stride_slot, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Add up what `weighted_sums` left for some rows: [BLOCK_R, BLOCK_D]."""
+    total = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    for slot in range(0, num_slots):
+        total += tl.load(
+            partial_ptr + slot * stride_slot + rows[:, None] * BLOCK_D + offs_d[None, :]
+        )
+    return total
+
+
+@jit
+def comes_last(count_ptr):
+    """Is this the last program of the launch to come here? What the others stored before is then
+    there to be read.
+
+    Which program is last differs between runs; what it does, adding up in the order of the
+    programs, does not. count_ptr[0] is zero before the launch.
+    """
+    tl.debug_barrier()
+    return tl.atomic_add(count_ptr, 1.0, sem="acq_rel") == tl.num_programs(0) - 1
+
+
+@jit
+def sum_of_programs(ptr):
+    """One number of each program, added up by the one that comes last."""
+    BLOCK: tl.constexpr = 128
+    total = tl.zeros([BLOCK], tl.float32)
+    programs = tl.num_programs(0)
+    for first in range(0, programs, BLOCK):
+        offs = first + tl.arange(0, BLOCK)
+        # Past the first-level cache, which knows nothing of what other multiprocessors wrote.
+        total += tl.load(ptr + offs, mask=offs < programs, other=0.0, cache_modifier=".cg")
+    return tl.sum(total, 0)
+
+
+@jit
+def round_to_bf16(x):
+    """fp32 rounded to bf16's 8 digits, to nearest even, still fp32: also in the interpreter, whose
+    own cast truncates.
+    """
+    bits = x.to(tl.uint32, bitcast=True)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return bits.to(tl.float32, bitcast=True)
+
+
+@jit
+def store_planes(
+    u_ptr, rows, offs_d, x, FP16: tl.constexpr, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Store fp32 rows rounded to 16 bits, or (SPLIT) as two 16-bit planes side by side, x = hi +
+    lo.
+    """
+    ptrs = u_ptr + rows[:, None] * (BLOCK_D * 2 if SPLIT else BLOCK_D) + offs_d[None, :]
+    hi = x.to(tl.float16).to(tl.float32) if FP16 else round_to_bf16(x)
+    tl.store(ptrs, hi.to(u_ptr.dtype.element_ty))
+    if SPLIT:
+        lo = x - hi if FP16 else round_to_bf16(x - hi)
+        tl.store(ptrs + BLOCK_D, lo.to(u_ptr.dtype.element_ty))
+
+
+@jit
+def similarities(rows, rows_lo, keys, keys_lo, SPLIT: tl.constexpr):
+    """[BLOCK_M, BLOCK_N] fp32; with SPLIT three 16-bit products, and only lo x lo is dropped."""
+    keys_t = tl.trans(keys)
+    s = tl.dot(rows, keys_t, input_precision="ieee")
+    if SPLIT:
+        s = tl.dot(rows_lo, keys_t, s, input_precision="ieee")
+        s = tl.dot(rows, tl.trans(keys_lo), s, input_precision="ieee")
+    return s
+
+
+@jit
+def add_weighted(acc, weight, keys, keys_lo, SPLIT: tl.constexpr):
+    """acc + weight @ keys; with SPLIT three products again."""
+    hi = weight.to(keys.dtype)
+    acc = tl.dot(hi, keys, acc, input_precision="ieee")
+    if SPLIT:
+        lo = (weight - hi.to(tl.float32)).to(keys.dtype)
+        acc = tl.dot(hi, keys_lo, acc, input_precision="ieee")
+        acc = tl.dot(lo, keys, acc, input_precision="ieee")
+    return acc
+
+
+@jit
+def load_planes(ptr, rows, offs_d, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr):
+    ptrs = ptr + rows.to(tl.int64)[:, None] * (BLOCK_D * 2 if SPLIT else BLOCK_D) + offs_d[None, :]
+    hi = tl.load(ptrs)
+    return hi, tl.load(ptrs + BLOCK_D) if SPLIT else hi
+
+
+@jit(
+    do_not_specialize=[
+        "num_rows",
+        "num_blocks",
+        "first_offset",
+        "last_offset",
+        "first_slot",
+        "offsets_per_split",
+    ]
+)
+def half_kernel(
+    u_ptr,
+    slots_ptr,
+    shift,
+    num_rows,
+    num_blocks,
+    first_offset,
+    last_offset,
+    first_slot,
+    offsets_per_split,
+    stride_slot,
+    PAIR_SHIFT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Sums of 2^(s - shift): rows of tile (J + offset, J) into slot [offset - first_slot], columns
+    J into one per range.
+    """
+    owner = tl.program_id(0)
+    split = tl.program_id(1)
+    offs_d = tl.arange(0, BLOCK_D)
+    local_n = tl.arange(0, BLOCK_N)
+    offs_n = owner * BLOCK_N + local_n
+    cols, cols_lo = load_planes(u_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
+    begin = first_offset + split * offsets_per_split
+    end = tl.minimum(begin + offsets_per_split, last_offset)
+    # With an even number of blocks the farthest offset pairs J with J + T/2 twice: the lower half
+    # of the owners does it.
+    if (num_blocks % 2 == 0) & (owner * 2 >= num_blocks):
+        end = tl.minimum(end, num_blocks // 2)
+    PARTS: tl.constexpr = BLOCK_N // BLOCK_M
+    inside_n = local_n < num_rows - owner * BLOCK_N
+    # Rows r and r + 8 of a tile lie in one thread's registers: adding such pairs is free, adding
+    # all rows costs shuffles.
+    col_sums = tl.zeros([BLOCK_M // 16, 8, BLOCK_N], tl.float32)
+    # The diagonal block holds (i, j) and (j, i): its columns are all there is to add. A loop of its
+    # own, as one more mask in the other loop would cost it 30 registers; likewise masks compare
+    # within the block, with constants.
+    for part in range(0, tl.where(begin == 0, PARTS, 0)):
+        local_m = part * BLOCK_M + tl.arange(0, BLOCK_M)
+        rows, rows_lo = load_planes(u_ptr, owner * BLOCK_N + local_m, offs_d, SPLIT, BLOCK_D)
+        e = tl.exp2(similarities(rows, rows_lo, cols, cols_lo, SPLIT) - shift)  # [BLOCK_M, BLOCK_N]
+        own = (local_m >> PAIR_SHIFT)[:, None] == (local_n >> PAIR_SHIFT)[None, :]
+        e = tl.where(own | (local_m >= num_rows - owner * BLOCK_N)[:, None], 0.0, e)
+        col_sums += tl.sum(tl.reshape(e, [BLOCK_M // 16, 2, 8, BLOCK_N]), 1)
+    for step in range(tl.maximum(begin, 1) * PARTS, end * PARTS):
+        offset = step // PARTS
+        block = (owner + offset) % num_blocks
+        local_m = (step % PARTS) * BLOCK_M + tl.arange(0, BLOCK_M)
+        offs_m = block * BLOCK_N + local_m
+        rows, rows_lo = load_planes(u_ptr, offs_m, offs_d, SPLIT, BLOCK_D)
+        e = tl.exp2(similarities(rows, rows_lo, cols, cols_lo, SPLIT) - shift)
+        if owner == num_blocks - 1:
+            e = tl.where(inside_n[None, :], e, 0.0)
+        if block == num_blocks - 1:
+            e = tl.where((local_m < num_rows - block * BLOCK_N)[:, None], e, 0.0)
+        col_sums += tl.sum(tl.reshape(e, [BLOCK_M // 16, 2, 8, BLOCK_N]), 1)
+        tl.store(
+            slots_ptr + (offset - first_slot).to(tl.int64) * stride_slot + offs_m, tl.sum(e, 1)
+        )
+    slot = last_offset - first_slot + split
+    tl.store(slots_ptr + slot.to(tl.int64) * stride_slot + offs_n, tl.sum(tl.sum(col_sums, 0), 0))
+
+
+@jit(do_not_specialize=["num_keys"])
+def full_kernel(
+    rows_ptr,
+    keys_ptr,
+    tops_ptr,
+    sums_ptr,
+    num_keys,
+    keys_per_split,
+    stride_slot,
+    PAIR_SHIFT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Maximum and sum of 2^(s - maximum) over one block of rows and one range of keys, into slot
+    [range].
+    """
+    pid_m = tl.program_id(0)
+    split = tl.program_id(1)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows, rows_lo = load_planes(rows_ptr, offs_m, offs_d, SPLIT, BLOCK_D)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    begin = split * keys_per_split
+    for start in range(begin, tl.minimum(begin + keys_per_split, num_keys), BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        keys, keys_lo = load_planes(keys_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
+        s = similarities(rows, rows_lo, keys, keys_lo, SPLIT)  # [BLOCK_M, BLOCK_N]
+        diagonal = (start < (pid_m + 1) * BLOCK_M) & (start + BLOCK_N > pid_m * BLOCK_M)
+        if diagonal | (start + BLOCK_N > num_keys):
+            own = (offs_m >> PAIR_SHIFT)[:, None] == (offs_n >> PAIR_SHIFT)[None, :]
+            s = tl.where(own | (offs_n >= num_keys)[None, :], float("-inf"), s)
+        new_top = tl.maximum(top, tl.max(s, 1))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)  # 2^(-inf - -inf) is nan
+        total = total * tl.exp2(top - base) + tl.sum(tl.exp2(s - base[:, None]), 1)
+        top = new_top
+    tl.store(tops_ptr + split.to(tl.int64) * stride_slot + offs_m, top)
+    tl.store(sums_ptr + split.to(tl.int64) * stride_slot + offs_m, total)
+
+
+@jit(do_not_specialize=["num_rows", "num_keys"])
+def bwd_kernel(
+    rows_ptr,
+    keys_ptr,
+    lse_rows_ptr,
+    lse_keys_ptr,
+    partial_ptr,
+    shift,
+    num_rows,
+    num_keys,
+    keys_per_split,
+    stride_slot,
+    SHIFTED: tl.constexpr,
+    PAIR_SHIFT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    LOG2_SCALE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The weighted sum over one range of keys, fp32, into slot [range, row]. SHIFTED: one
+    exponential serves both terms.
+    """
+    pid_m = tl.program_id(0)
+    split = tl.program_id(1)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows, rows_lo = load_planes(rows_ptr, offs_m, offs_d, SPLIT, BLOCK_D)
+    lse_rows = tl.load(lse_rows_ptr + offs_m, mask=offs_m < num_rows, other=float("inf"))
+    if SHIFTED:
+        inverse_rows = tl.exp2(shift - lse_rows)
+        shift_scaled = shift - LOG2_SCALE
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    begin = split * keys_per_split
+    for start in range(begin, tl.minimum(begin + keys_per_split, num_keys), BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        keys, keys_lo = load_planes(keys_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
+        lse_keys = tl.load(lse_keys_ptr + offs_n, mask=offs_n < num_keys, other=float("inf"))
+        s = similarities(rows, rows_lo, keys, keys_lo, SPLIT)  # [BLOCK_M, BLOCK_N]
+        if SHIFTED:
+            inverse_keys = tl.exp2(shift - lse_keys)
+            weight = tl.exp2(s - shift_scaled) * (inverse_rows[:, None] + inverse_keys[None, :])
+        else:
+            weight = tl.exp2(s - (lse_rows - LOG2_SCALE)[:, None]) + tl.exp2(
+                s - (lse_keys - LOG2_SCALE)[None, :]
+            )
+        diagonal = (start < (pid_m + 1) * BLOCK_M) & (start + BLOCK_N > pid_m * BLOCK_M)
+        if diagonal | (start + BLOCK_N > num_keys):
+            own = (offs_m >> PAIR_SHIFT)[:, None] == (offs_n >> PAIR_SHIFT)[None, :]
+            weight = tl.where(own | (offs_n >= num_keys)[None, :], 0.0, weight)
+        acc = add_weighted(acc, weight, keys, keys_lo, SPLIT)
+    out = (
+        partial_ptr
+        + split.to(tl.int64) * stride_slot
+        + offs_m.to(tl.int64)[:, None] * BLOCK_D
+        + offs_d[None, :]
+    )
+    tl.store(out, acc * 2.0 ** (-LOG2_SCALE))
+
+
+def block_d(dim: int) -> int:
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def padded(num_rows: int) -> int:
+    return ceil_div(num_rows, BLOCK) * BLOCK
+
+
+def planes(dtype: torch.dtype, normalized: bool) -> tuple[torch.dtype, bool]:
+    """The 16-bit type in which rows reach the tensor cores, and whether each takes two planes, hi +
+    lo.
+
+    Normalized fp32 rows are two fp16 planes (22 bits; bf16 would hold 16). Rows of unknown length
+    may leave fp16's range.
+    """
+    if not normalized:
+        return torch.bfloat16, True
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float16, dtype == torch.float32
+
+
+def empty_rows(
+    num_rows: int, dim: int, dtype: torch.dtype, normalized: bool, device: torch.device
+) -> torch.Tensor:
+    """Buffer for a padded row matrix; in the interpreter, whose bf16 products are wrong, bf16
+    values travel as fp32.
+    """
+    plane, split = planes(dtype, normalized)
+    plane = torch.float32 if INTERPRETED and plane == torch.bfloat16 else plane
+    return torch.empty(
+        padded(num_rows), block_d(dim) * (2 if split else 1), dtype=plane, device=device
+    )
+
+
+def shift_of(temperature: float | None, normalized: bool) -> float | None:
+    """The shift that one exponential may share between row and column, base 2, or None where there
+    is none.
+    """
+    if temperature is None or not normalized or LOG2_E / temperature > MAX_SHIFTED:
+        return None
+    farthest = LOG2_E / temperature
+    # Only as much headroom as antipodes need: an exponent near 100 would cost E its last five bits.
+    return farthest - max(0.0, 2 * farthest - 124.0)
+
+
+@functools.cache
+def _num_splits(blocks: int, steps: int, most: int, slots: int) -> int:
+    """Into how many ranges to cut each block's steps, so that the programs fill whole waves of the
+    device's slots.
+
+    The cost of a wave is its steps plus two for loading, storing and, later, reading the partial
+    result.
+    """
+
+    def cost(splits: int) -> float:
+        per_split = ceil_div(steps, splits)
+        return ceil_div(blocks * ceil_div(steps, per_split), slots) * (per_split + 2)
+
+    return min(range(1, max(1, min(steps, most, 64)) + 1), key=cost)
+
+
+def gather_keys(gather: Gather | None, u: torch.Tensor, num_rows: int):
+    """-> keys, padded like u; how many they are; the index for further gathers (None for one
+    process).
+    """
+    if gather is None:
+        return u, num_rows, None
+    keys, index, _ = own_rows_first(gather, u[:num_rows])
+    num_keys = keys.shape[0]
+    return F.pad(keys, (0, 0, 0, padded(num_keys) - num_keys)), num_keys, index
+
+
+def slot_sums(u, keys, num_rows, num_keys, pair_shift, split, shift):
+    """Launch the forward tiles.
+
+    Returns:
+        tops: (slots, padded) maxima of the slots, or None where every slot is relative to shift.
+        sums: (slots, padded) fp32, base 2.
+        half_slot, half_row: rows below half_row have nothing in slot half_slot (-1: there is no
+            such slot).
+    """
+    dim = u.shape[1] // (2 if split else 1)
+    device, size = u.device, u.shape[0]
+    target = target_name(device)
+    if shift is None or keys is not u or num_rows <= FULL_GRID_ROWS:
+        block_m, block_n, warps, stages = tile("full", 1 + split, dim, target)
+        steps = ceil_div(num_keys, block_n)
+        splits = _num_splits(
+            size // block_m, steps, SLOT_BYTES // (8 * size) or 1, 2 * num_sms(device)
+        )
+        per_split = ceil_div(steps, splits)
+        splits = ceil_div(steps, per_split)
+        tops = torch.empty(splits, size, dtype=torch.float32, device=device)
+        sums = torch.empty_like(tops)
+        constants = {"PAIR_SHIFT": pair_shift, "SPLIT": split}
+        constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": dim}
+        numbers = (num_keys, per_split * block_n, size)
+        launch(
+            full_kernel,
+            (size // block_m, splits),
+            (u, keys, tops, sums),
+            numbers,
+            constants,
+            warps,
+            stages,
+        )
+        return tops, sums, -1, 0
+    block_m, block_n, warps, stages = tile("half", 1 + split, dim, target)
+    blocks = ceil_div(
+        num_rows, block_n
+    )  # none is empty: only the last is ragged, and the kernel masks no other
+    half_row = blocks // 2 * block_n
+    offsets = blocks // 2 + 1
+    splits = _num_splits(blocks, offsets * (block_n // block_m), offsets, 2 * num_sms(device))
+    per_pass = max(1, min(offsets, SLOT_BYTES // (4 * size) - splits))
+    total = None
+    for first in range(0, offsets, per_pass):
+        last = min(first + per_pass, offsets)
+        per_split = ceil_div(last - first, min(splits, last - first))
+        ranges = ceil_div(last - first, per_split)
+        first_slot = max(first, 1)  # the diagonal has no row sums
+        sums = torch.empty(last - first_slot + ranges, size, dtype=torch.float32, device=device)
+        constants = {"PAIR_SHIFT": pair_shift, "SPLIT": split}
+        constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": dim}
+        numbers = (shift, num_rows, blocks, first, last, first_slot, per_split, size)
+        launch(half_kernel, (blocks, ranges), (u, sums), numbers, constants, warps, stages)
+        if per_pass < offsets:
+            if blocks % 2 == 0 and last == offsets:
+                sums[last - first_slot - 1, :half_row].zero_()
+            total = sums.sum(0) if total is None else total.add_(sums.sum(0))
+            del sums  # before the next pass takes as much again
+    if total is not None:
+        return None, total[None], -1, 0
+    return None, sums, offsets - 2 if blocks % 2 == 0 else -1, half_row
+
+
+def weighted_sums(u, keys, lse, lse_keys, num_rows, num_keys, pair_shift, split, shift, fp16):
+    """Launch the backward tiles -> (ranges, padded, BLOCK_D) fp32, to be added up."""
+    dim = u.shape[1] // (2 if split else 1)
+    device, size = u.device, u.shape[0]
+    block_m, block_n, warps, stages = tile("bwd", 1 + split, dim, target_name(device))
+    steps = ceil_div(num_keys, block_n)
+    splits = _num_splits(
+        size // block_m, steps, SLOT_BYTES // (4 * size * dim) or 1, 2 * num_sms(device)
+    )
+    per_split = ceil_div(steps, splits)
+    splits = ceil_div(steps, per_split)
+    partial = torch.empty(splits, size, dim, dtype=torch.float32, device=device)
+    constants = {"SHIFTED": shift is not None, "PAIR_SHIFT": pair_shift, "SPLIT": split}
+    constants |= {"LOG2_SCALE": LOG2_FP16_SCALE if fp16 else 0.0}
+    constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": dim}
+    numbers = (shift or 0.0, num_rows, num_keys, per_split * block_n, size * dim)
+    launch(
+        bwd_kernel,
+        (size // block_m, splits),
+        (u, keys, lse, lse_keys, partial),
+        numbers,
+        constants,
+        warps,
+        stages,
+    )
+    return partial
