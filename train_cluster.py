@@ -17,6 +17,7 @@ schedule.
 import copy
 import math
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -25,24 +26,39 @@ import torch
 from torch import Tensor
 
 from common import amp, clustering, config, deep_cluster, optim
-from common.check.result import CheckSpec
+from common.check.result import CheckSpec, NetworkView
 from common.check.runner import check
 from common.data import sampling, utterances
 from common.deep_cluster import DISTANCES, Rows, Targets, score
-from common.errors import Diverged, InputError, as_input_error
+from common.errors import Diverged, InputError, as_input_error, plural
 from common.models import umc
 from common.models.text import Lsa
 from common.monitor import Monitor
+from common.report import page
 from common.report.clusters import log_choices, log_scores, write_cluster_report
 from common.rng import uniform
 from common.run import checkpoint, dist
+from common.run.card import Card
 from common.run.inference import load_run, write_predictions
 from common.run.launch import launch, run_sweep
-from common.run.log import Log, Pace
+from common.run.loop import Batch, Loop, Step
 from common.run.run import Run, test_best_and_last
 from common.run.signals import Signals
 from kernels import nt_xent, sup_con
 
+CARD = Card(
+    name="cluster",
+    about="Groups of utterances found without labels: modalities are fused by contrastive learning"
+    " (pretrain), then clustered, and the clusters sharpened (cluster). Labels, where there are"
+    " any, only score the result.",
+    items="utterances",
+    stages=("pretrain", "cluster"),
+    headlines={
+        "cluster/test/nmi": "NMI with the test labels",
+        "cluster/test/acc": "accuracy of the clusters, matched to labels",
+        "cluster/train/stability": "stability of the clusters, last epoch",
+    },
+)
 STAGES = {
     "default": {
         "pretrain": {"epochs": 3, "bs": 512, "lr": 3e-5, "wd": 0.01, "optimizer": "adamw"},
@@ -340,62 +356,77 @@ def build_model(run: Run, basis: dict | None) -> umc.Fusion:
     return model
 
 
-def masks(run: Run, batch: np.ndarray, epoch: int) -> list[Tensor]:
+def masks(run: Run, batch: Batch) -> list[Tensor]:
     """What each view keeps, (n, modalities) of 0 and 1: two random views, or UMC's with the anchor
     in all of them.
 
     A random view may lack a modality as far as another one agrees with the anchor: what is left
     must tell of the same.
     """
-    n, count, weights = len(batch), len(run.data.names), run.model_spec["weights"]
+    names, weights = run.data.names, run.model_spec["weights"]
+    rows, columns = len(batch.items), len(names)
+    kept = []
     if run.model_spec["views"] == "anchored":
-        kept = [torch.ones(n, count) for _ in range(max(count, 2))]
-        for i in range(1, count):
-            kept[i - 1][:, i] = 0
+        for left_out in range(1, max(columns, 2) + 1):
+            keep = torch.ones(rows, columns)
+            keep[:, left_out : left_out + 1] = 0  # of the last view nothing
+            kept.append(keep)
     else:
-        kept, names = [], run.data.names
-        chance = [
-            MASK * max((weights[other] for other in names if other != name), default=0.0)
-            for name in names
-        ]
+        chance = []
+        for name in names:
+            others = [weights[other] for other in names if other != name]
+            chance.append(MASK * max(others, default=0.0))
         for view in (0, 1):
-            keep = torch.from_numpy(uniform(run.args.seed, epoch, batch, view, count) >= chance)
+            drawn = uniform(run.args.seed, batch.epoch, batch.items, view, columns)
+            keep = torch.from_numpy(drawn >= chance)
             keep[~keep.any(1), 0] = True
             kept.append(keep.float())
     return [keep.to(run.world.device) for keep in kept]
 
 
-def train_step(
+def fetch(
     run: Run,
-    model,
-    optimizer,
-    scaler,
-    batch: np.ndarray,
-    epoch: int,
-    labels: Tensor | None,
-    temperature: float,
-):
-    """One update on the views of `batch`; returns (loss, gradient norm, bad), device scalars.
+    batches: list[np.ndarray],
+    epoch: int | None = None,
+    labels: list[Tensor | None] | None = None,
+) -> Iterator[Batch]:
+    """The batches of utterances on the device; `labels` are their pseudo-labels, batch by batch."""
+    for k, items in enumerate(batches):
+        targets = labels[k] if labels else None
+        if targets is not None:
+            targets = targets.to(run.world.device)
+        yield Batch(run.data.take(items), items, targets, epoch)
 
-    Positives are the views of an utterance, or with `labels` (n,) all views of utterances of one
-    label.
+
+def temperature_of(run: Run, batch: Batch) -> float:
+    """The temperature of the stage; stage 2 has one for selected rows and one for the others."""
+    if run.current is None or run.current.stage == "pretrain":
+        return run.model_spec["temperature"]
+    return run.model_spec["unsup_temperature" if batch.labels is None else "sup_temperature"]
+
+
+def train_step(run: Run, model, optimizer, scaler, batch: Batch) -> Step:
+    """One update on the views of a batch.
+
+    Positives are the views of an utterance, or with labels all views of utterances of one label.
     """
     world, impl = run.world, run.args.impl
     gather = dist.all_gather_rows if world.world_size > 1 else None
-    inputs, lengths = run.data.take(batch)
+    temperature = temperature_of(run, batch)
+    inputs, lengths = batch.inputs
     optimizer.zero_grad(set_to_none=True)
     with amp.autocast(run.args.precision, world.device):
-        h = [model(inputs, lengths, keep)[1] for keep in masks(run, batch, epoch)]
-    if labels is None and len(h) == 2:
+        h = [model(inputs, lengths, keep)[1] for keep in masks(run, batch)]
+    if batch.labels is None and len(h) == 2:
         loss = nt_xent(*h, temperature, gather=gather, impl=impl)
     else:
-        own = torch.from_numpy(batch) if labels is None else labels
-        loss = sup_con(
-            torch.cat(h), own.to(world.device).repeat(len(h)), temperature, gather=gather, impl=impl
-        )
+        labels = batch.labels
+        if labels is None:
+            labels = torch.from_numpy(batch.items).to(world.device)
+        loss = sup_con(torch.cat(h), labels.repeat(len(h)), temperature, gather=gather, impl=impl)
     scaler.scale(loss).backward()
     norm, bad = amp.guarded_step(optimizer, scaler, loss)
-    return loss.detach(), norm, bad
+    return Step({"loss": loss.detach()}, norm, bad)
 
 
 @torch.no_grad()
@@ -407,18 +438,16 @@ def evaluate(
     """
     model.eval()
     # The attention within a sequence of L steps takes L * L numbers.
-    parts, size = (
-        [],
-        2**20 // max(x.shape[1] ** 2 if x.ndim == 3 else 1024 for x in run.data.inputs.values())
-        or 1,
-    )
-    for part in np.array_split(indices, -(-len(indices) // size)):
+    cost = max(x.shape[1] ** 2 if x.ndim == 3 else 1024 for x in run.data.inputs.values())
+    size = 2**20 // cost or 1
+    rows = []
+    for batch in fetch(run, np.array_split(indices, -(-len(indices) // size))):
         if progress:
             progress.check_stop()
         with amp.autocast(run.args.precision, run.world.device):
-            z, _ = model(*run.data.take(part))
-        parts.append(z.float() if raw else z.float() @ model.metric)
-    z = torch.cat(parts).cpu()
+            z, _ = model(*batch.inputs)
+        rows.append(z.float() if raw else z.float() @ model.metric)
+    z = torch.cat(rows).cpu()
     if not z.isfinite().all():
         raise Diverged(
             "the embedding is not finite: the weights have grown too large. Try a lower --lr"
@@ -432,182 +461,167 @@ def eval_stability(
     """The stability of the training rows' clusters, and with the rest of an epoch's figures as
     metrics.
     """
+    k, smoothing = run.model_spec["k"], run.model_spec["smoothing"]
     z = evaluate(run, model, run.splits["train"], progress)
-    stable = deep_cluster.stability(z, run.model_spec["k"], run.args.seed)
+    stable = deep_cluster.stability(z, k, run.args.seed)
     values = {"stability": stable}
     if targets:  # what the run leaves behind are the clusters of the epoch's end
-        rows = deep_cluster.smooth(z, run.model_spec["k"], run.model_spec["smoothing"])
-        model.centroids.copy_(
-            clustering.kmeans(rows, run.model_spec["k"], start=model.centroids.cpu()).centroids
-        )
-        values |= deep_cluster.describe(
-            run, z, clustering.nearest(z, model.centroids.cpu())[0], targets
-        )
+        rows = deep_cluster.smooth(z, k, smoothing)
+        result = clustering.kmeans(rows, k, start=model.centroids.cpu())
+        model.centroids.copy_(result.centroids)
+        clusters, _ = clustering.nearest(z, model.centroids.cpu())
+        values |= deep_cluster.describe(run, z, clusters, targets)
     return stable, {f"{name}/train/{key}": value for key, value in values.items()}
 
 
 def epoch_passes(
     run: Run, stage: config.StageConfig, epoch: int, targets: Targets | None
-) -> list[tuple[np.ndarray, Tensor | None]]:
-    """The batches of an epoch with their pseudo-labels; in stage 2 the selected rows, then the
-    others without any.
+) -> tuple[list[np.ndarray], list[Tensor | None]]:
+    """The batches of an epoch and their pseudo-labels; in stage 2 the selected rows come first,
+    then the others without labels.
     """
-    train, world = run.splits["train"], run.world
+    train, world, seed = run.splits["train"], run.world, run.args.seed
     if targets is None:
-        return [
-            (batch, None)
-            for batch in sampling.epoch_batches(train, stage.bs, run.args.seed, epoch, 0, world)
-        ]
-    found = []
-    for chosen in (True, False):
-        own = np.flatnonzero(targets.selected.numpy() == chosen)
+        batches = sampling.epoch_batches(train, stage.bs, seed, epoch, 0, world)
+        return batches, [None] * len(batches)
+    batches, labels = [], []
+    for selected in (True, False):
+        rows_of_part = np.flatnonzero(targets.selected.numpy() == selected)
         # Fewer rows than a batch make one smaller batch, not none.
-        bs = min(stage.bs, len(own) // world.world_size * world.world_size)
+        bs = min(stage.bs, len(rows_of_part) // world.world_size * world.world_size)
         if bs < 2 * world.world_size:
             continue
-        for rows in sampling.epoch_batches(own, bs, run.args.seed, 2 * epoch + chosen, 0, world):
-            found.append((train[rows], targets.labels[rows] if chosen else None))
-    return found
+        order = 2 * epoch + selected
+        for rows in sampling.epoch_batches(rows_of_part, bs, seed, order, 0, world):
+            batches.append(train[rows])
+            labels.append(targets.labels[rows] if selected else None)
+    return batches, labels
 
 
 def train(run: Run, name: str, model: umc.Fusion, start: str) -> None:
-    """A stage: epochs of `passes`, each watched; keeps the epoch of the most stable clusters, or
-    the last one.
+    """A stage: epochs of `epoch_passes`, each evaluated; keeps the epoch of the most stable
+    clusters, or the last one.
 
     The start counts as an epoch of stage 1: where contrastive learning blurs the clusters, it is
     what stage 2 gets.
     """
-    args, world, log, model_spec, stage = (
-        run.args,
-        run.world,
-        run.log,
-        run.model_spec,
-        run.stages[name],
-    )
-    second, last = name == "cluster", model_spec["select_epoch"] == "last"
+    args, world, log, spec = run.args, run.world, run.log, run.model_spec
+    stage = run.stages[name]
+    is_second = name == "cluster"
+    keeps_last = spec["select_epoch"] == "last"
     optimizer = optim.of_stage(stage, [model])
-    scaler, monitor = amp.scaler(args.precision, world.device), Monitor(args.min_epochs)
-    targets = Targets(len(run.splits["train"])) if second else None
+    scaler = amp.scaler(args.precision, world.device)
+    monitor = Monitor(args.min_epochs)
+    targets = Targets(len(run.splits["train"])) if is_second else None
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "monitor": monitor}
-    progress = run.stage(name, parts | ({"targets": targets} if second else {}), start=start)
+    if targets:
+        parts["targets"] = targets
+    progress = run.open_stage(name, parts, start=start)
     if run.is_done(progress):
         model.load_state_dict(progress.best_weights())
         return
-    trained, steps = dist.wrap(model, world), len(run.splits["train"]) // stage.bs
-    views = 2 if model_spec["views"] == "all" else max(len(run.data.names), 2)
-    tau, tau_rest = (
-        (model_spec["sup_temperature"], model_spec["unsup_temperature"])
-        if second
-        else (model_spec["temperature"],) * 2
-    )
-    chance = math.log(views * stage.bs - 1)
-    log.say(stage.describe(f"{len(run.splits['train'])} utterances", steps))
-    bands = f"{2 / tau:.4f}" + (
-        f" on selected utterances, ± {2 / tau_rest:.4f} on the others" if second else ""
-    )
-    log.say(
-        f"{name}: n = {views} views x {stage.bs} - 1, the loss lies in ln n ± 2/τ = {chance:.4f}"
-        f" ± {bands}"
-    )
+    trained = dist.wrap(model, world)
+    steps = len(run.splits["train"]) // stage.bs
+    log.say(stage.describe(plural(len(run.splits["train"]), "utterance"), steps))
+    log.say(loss_band(run, name))
 
-    def keep(stable: float, values: dict) -> None:
-        progress.select(
-            progress.epoch if last else stable, model.state_dict(), values, higher_is_better=True
-        )
+    def select(stable: float, values: dict) -> None:
+        value = progress.epoch if keeps_last else stable
+        progress.select(value, model.state_dict(), values, higher_is_better=True)
 
-    if not second and progress.step == 0:
+    if not is_second and progress.step == 0:
         stable, values = eval_stability(run, name, model, progress)
         log.metrics(name, 0, 0, values)
         progress.epoch = -1  # select() counts from 1: the start is epoch 0
-        keep(stable, values)
+        select(stable, values)
         progress.epoch = 0
-    pace = Pace(stage.bs, stage.epochs * steps, "utterance")
-    while progress.epoch < stage.epochs and (
-        last or not second or not monitor.should_stop(args.on_plateau)
-    ):
+    loop = Loop(run, progress, steps=steps, unit="utterance")
+    for epoch in loop.epochs():
+        if is_second and not keeps_last and monitor.should_stop(args.on_plateau):
+            break
         halved = [action for _, action in monitor.actions]
-        if second and progress.batch == 0:
-            share = (args.select_share + args.select_growth * progress.epoch) * 0.5 ** halved.count(
-                "share"
-            )
-            deep_cluster.assign(
-                run,
-                model,
-                targets,
-                evaluate(run, model, run.splits["train"], progress, raw=True),
-                min(share, 1.0),
-            )
+        if is_second and progress.batch == 0:
+            share = args.select_share + args.select_growth * epoch
+            share = min(share * 0.5 ** halved.count("share"), 1.0)
+            z = evaluate(run, model, run.splits["train"], progress, raw=True)
+            deep_cluster.assign(run, model, targets, z, share)
         model.train()
-        batches = epoch_passes(run, stage, progress.epoch, targets)
-        for batch, labels in batches[progress.batch :]:
-            place = progress.epoch * steps + min(progress.batch, steps - 1)
-            lr = amp.set_lr(optimizer, stage, place, steps, args.lr_schedule) * 0.5 ** halved.count(
-                "lr"
-            )
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            temperature = tau if labels is not None else tau_rest
-            loss, norm, bad = train_step(
-                run, trained, optimizer, scaler, batch, progress.epoch, labels, temperature
-            )
-            run.end_step(progress, pace, {"loss": loss}, lr, norm, bad)
+        batches, labels = epoch_passes(run, stage, epoch, targets)
+        done = progress.batch
+        for batch in loop.batches(fetch(run, batches[done:], epoch, labels[done:])):
+            # An epoch of stage 2 has about as many steps as one of stage 1; its rate is by epoch.
+            place = epoch * steps + min(progress.batch, steps - 1)
+            lr = loop.set_lr(optimizer, place, factor=0.5 ** halved.count("lr"))
+            step = train_step(run, trained, optimizer, scaler, batch)
+            loop.end_step(step, lr)
         stable, values = eval_stability(run, name, model, progress, targets)
         values = {f"{name}/train/loss": progress.mean("loss")} | values
         monitor.add(stable)
-        keep(stable, values)
-        if second:
-            values |= {
-                f"{name}/monitor/{key}": value
-                for key, value in deep_cluster.figures(monitor).items()
-            }
+        select(stable, values)
+        if is_second:
+            report = deep_cluster.figures(monitor)
+            values |= {f"{name}/monitor/{key}": value for key, value in report.items()}
             for alarm in monitor.alarms():
                 log.say(f"{name}: {alarm}")
-            advice = None if last else monitor.advice(args.on_plateau)
+            advice = None if keeps_last else monitor.advice(args.on_plateau)
             if advice:
                 monitor.act(advice)
-                log.say(
-                    f"{name}: the stability stalls; halving"
-                    f" {'the learning rate' if advice == 'lr' else '--select-share'}"
-                )
+                what = "the learning rate" if advice == "lr" else "--select-share"
+                log.say(f"{name}: the stability stalls; halving {what}")
         progress.results = values
-        log.metrics(name, progress.step, progress.epoch + 1, values, quiet=True)
         shown = [
             f"{key.split('/')[-1]} {value:.4g}" for key, value in values.items() if "/train/" in key
         ]
-        log.say(f"{name} epoch {progress.epoch + 1} | {' | '.join(shown)}")
-        progress.end_epoch()
-        pace.pause()
+        log.say(f"{name} epoch {epoch + 1} | {' | '.join(shown)}")
+        loop.end_epoch(values, quiet=True)
     results = progress.results
-    if second:
+    if is_second:
         results |= finish_clustering(run, model, progress, monitor, targets)
     run.finish(progress, results)
     model.load_state_dict(progress.best_weights())
+
+
+def loss_band(run: Run, name: str) -> str:
+    """In which range the loss of a stage lies, as a line."""
+    spec, bs = run.model_spec, run.stages[name].bs
+    views = view_count(spec)
+    _, chance = run.chance[name]
+    if name == "pretrain":
+        band = f"{2 / spec['temperature']:.4f}"
+    else:
+        band = (
+            f"{2 / spec['sup_temperature']:.4f} on selected utterances, ±"
+            f" {2 / spec['unsup_temperature']:.4f} on the others"
+        )
+    return (
+        f"{name}: n = {views} views x {bs} - 1, the loss lies in ln n ± 2/τ = {chance:.4f} ± {band}"
+    )
+
+
+def view_count(spec: dict) -> int:
+    """How many views of an utterance a step compares."""
+    return 2 if spec["views"] == "all" else max(len(spec["widths"]), 2)
 
 
 def finish_clustering(
     run: Run, model: umc.Fusion, progress, monitor: Monitor, targets: Targets
 ) -> dict:
     """The test metrics of the chosen model, of the last epoch and of k-means without training;
-    writes the findings.
+    writes the tables of the report.
     """
-    test, table, k, smoothing = (
-        run.splits["test"],
-        run.data.table,
-        run.model_spec["k"],
-        run.model_spec["smoothing"],
-    )
+    table, k, smoothing = run.data.table, run.model_spec["k"], run.model_spec["smoothing"]
+    test_split = run.splits["test"]
 
-    def scored(network, _):
+    def test(network, _):
         z = evaluate(run, network, np.arange(len(table)), progress)
-        return score("cluster/test", z[test], table.labels[test], k, smoothing), (
-            z,
-            network.centroids.cpu(),
-        )
+        scores = score("cluster/test", z[test_split], table.labels[test_split], k, smoothing)
+        return scores, (z, network.centroids.cpu())
 
-    results, (z, centroids) = test_best_and_last(progress, model, scored)
+    results, (z, centroids) = test_best_and_last(progress, model, test)
     results = deep_cluster.baselines(run) | results
-    tracks = deep_cluster.tracking(run)
-    results |= {} if tracks is None else {"cluster/train/stability_tracks_nmi": tracks}
+    correlation = deep_cluster.tracking(run)
+    if correlation is not None:
+        results["cluster/train/stability_tracks_nmi"] = correlation
     run.log.metrics("cluster", progress.step, progress.epoch, results, quiet=True)
     log_scores(run, results)
     if run.world.is_main:
@@ -615,151 +629,162 @@ def finish_clustering(
     return results
 
 
+class RowView(NetworkView):
+    """How --check looks into the network: what augmentation changes are the masks of the views."""
+
+    def rows(self, output) -> Tensor:
+        return output[1]
+
+    def augmented_part(self, calls: list[tuple], count: int) -> Tensor:
+        return torch.stack([call[2] for call in calls], 1)
+
+    def entry(self, model: umc.Fusion, call: tuple) -> list[Tensor]:
+        return list(call[0].values())
+
+    def outputs(self, model: umc.Fusion, call: tuple, inputs: list[Tensor]) -> Tensor:
+        return model(dict(zip(call[0], inputs, strict=True)), call[1])[0]
+
+    def padding(self, call: tuple) -> list[Tensor] | None:
+        if self.run.model_spec["last_step"] != "valid":
+            return None
+        return self.run.data.padding(call)
+
+
 def check_spec(run: Run, basis: dict | None) -> CheckSpec:
     """Stage 1 in the terms of --check: stage 2 takes the same steps on labels of its own making."""
-    stage, model_spec, rows = run.stages["pretrain"], run.model_spec, run.data
-    size, tau, views = (
-        min(64, stage.bs),
-        model_spec["temperature"],
-        2 if model_spec["views"] == "all" else max(len(rows.names), 2),
+    spec, stage = run.model_spec, run.stages["pretrain"]
+    view = RowView(run, size=min(64, stage.bs))
+    middle = math.log(view_count(spec) * view.size - 1)
+    larger = run.with_spec(base_dim=2 * spec["base_dim"])
+    return CheckSpec(
+        run=run,
+        stage="pretrain",
+        splits=("train", "test"),
+        build=partial(build_model, run, basis),
+        fetch=partial(fetch, run),
+        step=train_step,
+        evaluate=partial(evaluate, run, raw=True),
+        chance=(middle - 2 / spec["temperature"], 1.1 * middle),
+        augmented=spec["views"] == "all",
+        view=view,
+        larger=partial(build_model, larger, basis),
     )
-    middle = math.log(views * size - 1)
-
-    def one_step(model, optimizer, scaler, batch, epoch):
-        return train_step(run, model, optimizer, scaler, batch, epoch, None, tau)
-
-    def entry(model, call):
-        inputs, lengths = call[:2]
-        return list(inputs.values()), lambda xs: model(dict(zip(inputs, xs, strict=True)), lengths)[
-            0
-        ]
-
-    options = dict(
-        seen=lambda calls, n: torch.stack([call[2] for call in calls], 1), size=size, images=None
-    )
-    options |= dict(
-        chance=(middle - 2 / tau, 1.1 * middle), varies=model_spec["views"] == "all", entry=entry
-    )
-    options |= dict(
-        rows=lambda output: output[1],
-        idle=rows.padding if model_spec["last_step"] == "valid" else None,
-    )
-    options |= dict(
-        larger=lambda: build_model(run.with_spec(base_dim=2 * model_spec["base_dim"]), basis)
-    )
-    functions = partial(build_model, run, basis), one_step, partial(evaluate, run, raw=True)
-    return CheckSpec(run, stage, run.splits["train"], run.splits["test"], *functions, **options)
 
 
 def run_inference(args, world: dist.Dist) -> None:
     """--eval: the test metrics of a checkpoint. --predict: predictions.csv, the clusters of other
     utterances.
     """
-    model_of = load_run(args, "cluster")
-    model_spec = model_of.state["model_spec"]
-    rows, _ = build_data(model_of.path, model_spec["reading"], world, model_of.home)
+    loaded = load_run(args, CARD)
+    spec = loaded.model_spec
+    rows, _ = build_data(loaded.path, spec["reading"], world, loaded.home)
     widths = {name: rows.inputs[name].shape[-1] for name in rows.names}
-    if widths != model_spec["widths"] or sorted(rows.lengths) != model_spec["sequences"]:
+    if widths != spec["widths"] or sorted(rows.lengths) != spec["sequences"]:
         raise InputError(
-            f"{model_of.path} has the modalities {widths}, the model reads {model_spec['widths']}"
+            f"{loaded.path} has the modalities {widths}, the model reads {spec['widths']}"
         )
-    splits = utterances.split(rows.table)
-    run = Run(
-        args,
-        world,
-        rows,
-        splits,
-        model_of.folder,
-        Log(None, main=world.is_main),
-        None,
-        model_spec,
-        {},
-    )
-    model = build_model(
-        run, umc.empty_basis(widths) if model_spec["input_weighting"] == "weighted" else None
-    )
-    checkpoint.load_weights(model, model_of.state["model"], model_of.source)
+    run = loaded.as_run(args, world, rows, utterances.split(rows.table))
+    weighted = spec["input_weighting"] == "weighted"
+    model = build_model(run, umc.empty_basis(widths) if weighted else None)
+    checkpoint.load_weights(model, loaded.state["model"], loaded.source)
     if args.predict:
-        if model_spec["stage"] != "cluster":
-            raise InputError(
-                f"{model_of.source} has no clusters yet: name the run, or its cluster/best.pt"
-            )
-        z, centroids = evaluate(run, model, np.arange(len(rows.table))), model.centroids.cpu()
-        chosen, _, _, scores = deep_cluster.membership(z, centroids)
-        if world.is_main:
-            classes = [str(c) for c in range(model_spec["k"])]
-            write_predictions(
-                run.folder / "predictions.csv", rows.table.ids, classes, scores, chosen.tolist()
-            )
-            print(f"{len(rows.table)} predictions in {run.folder / 'predictions.csv'}")
+        predict(run, model, loaded.source)
         return
     test = run.splits["test"]
-    results = score(
-        "cluster/test",
-        evaluate(run, model, test),
-        rows.table.labels[test],
-        model_spec["k"],
-        model_spec["smoothing"],
-    )
+    z = evaluate(run, model, test)
+    labels = rows.table.labels[test]
+    results = score("cluster/test", z, labels, spec["k"], spec["smoothing"])
     if not results:
         raise InputError(f"{rows.table.name}: there is no labeled test utterance to evaluate on")
-    model_of.write(results, world)
+    loaded.write(results, world)
+
+
+def predict(run: Run, model: umc.Fusion, source: str) -> None:
+    """Write predictions.csv: the cluster of each utterance."""
+    spec, table = run.model_spec, run.data.table
+    if spec["stage"] != "cluster":
+        raise InputError(f"{source} has no clusters yet: name the run, or its cluster/best.pt")
+    z = evaluate(run, model, np.arange(len(table)))
+    clusters, _, _, scores = deep_cluster.membership(z, model.centroids.cpu())
+    if run.world.is_main:
+        file = run.folder / "predictions.csv"
+        classes = [str(c) for c in range(spec["k"])]
+        write_predictions(file, table.ids, classes, scores, clusters.tolist())
+        print(f"{plural(len(table), 'prediction')} in {file}")
 
 
 def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
     """Train: read the data, settle what the run is, and run its two stages."""
-    stages, reading = settings(args), {name: getattr(args, name) for name in READING}
+    stages = settings(args)
+    reading = {name: getattr(args, name) for name in READING}
     rows, lsa = build_data(args.data, reading, world)
-    table, splits = rows.table, utterances.split(rows.table)
+    table = rows.table
+    splits = utterances.split(table)
     k = args.k or (len(table.classes) if table.labeled and len(table.classes) > 1 else "auto")
     validate(args, world, rows, splits, stages, k)
     basis, weights, anchor, k, estimate = deep_cluster.fused_basis(
         args, rows, splits["train"], None if k == "auto" else k
     )
     validate(args, world, rows, splits, stages, k)  # again: the number may be an estimate
-    model_spec = dict(
-        script="cluster",
+    modes = {name: mode_default(args, name) for name in MODE_DEFAULTS}
+    stability = None
+    if modes["distance"] == "auto":
+        stability = deep_cluster.metric_stability(rows, splits["train"], basis, k, args.seed)
+        modes["distance"] = max(stability, key=stability.get)
+    spec = dict(
+        script=CARD.name,
         k=k,
         base_dim=args.base_dim,
         reading=reading,
         sequences=sorted(rows.lengths),
+        widths={name: rows.inputs[name].shape[-1] for name in rows.names},
+        **modes,
+        weights=weights,
+        anchor=anchor,
+        stability=stability,
+        estimate=estimate and estimate.table,
     )
-    model_spec["widths"] = {name: rows.inputs[name].shape[-1] for name in rows.names}
-    model_spec |= {name: mode_default(args, name) for name in MODE_DEFAULTS} | {
-        "weights": weights,
-        "anchor": anchor,
-        "stability": None,
-    }
-    model_spec["estimate"] = estimate and estimate.table
-    if model_spec["distance"] == "auto":
-        model_spec["stability"] = deep_cluster.metric_stability(
-            rows, splits["train"], basis, k, args.seed
-        )
-        model_spec["distance"] = max(model_spec["stability"], key=model_spec["stability"].get)
-    identity = config.run_id(parser, args, data=table.fingerprint, k=k, modalities=rows.names)
-    names = dict(name=f"{args.mode}-k{k}-dim{args.base_dim}", identity=identity)
     run = Run.open(
-        args, world, signals, rows, splits, model_spec, stages, **names, size=f"{k} clusters"
+        args,
+        world,
+        signals,
+        rows,
+        splits,
+        spec,
+        stages,
+        card=CARD,
+        chance=chance_levels(stages, spec),
+        name=f"{args.mode}-k{k}-dim{args.base_dim}",
+        identity=config.run_id(parser, args, data=table.fingerprint, k=k, modalities=rows.names),
+        input_text=plural(k, "cluster"),
     )
     if lsa and world.is_main:
         checkpoint.save(run.folder / "text.pt", lsa.state)
     log_choices(run)
-    basis = basis if model_spec["input_weighting"] == "weighted" else None
+    basis = basis if spec["input_weighting"] == "weighted" else None
     if args.check:
         return check(run, {"pretrain": check_spec(run, basis)})
-    with run.session():
+    with run.session(page):
         model = build_model(run, basis)
         train(run, "pretrain", model, "scratch")
         train(run, "cluster", model, checkpoint.weights_digest(model.state_dict()))
 
 
+def chance_levels(stages: dict, spec: dict) -> dict[str, tuple[str, float]]:
+    """The label and the loss of a guess, by stage."""
+    views = view_count(spec)
+    levels = {}
+    for name, stage in stages.items():
+        label = f"a guess, ln({views} x {stage.bs} - 1)"
+        levels[name] = (label, math.log(views * stage.bs - 1))
+    return levels
+
+
 def main(argv: list[str] | None = None) -> int:
     args, parser = parse_args(argv)
-    return (
-        0
-        if run_sweep(main, argv, args, SEARCH, None)
-        else launch(args, run_inference, partial(run_training, parser))
-    )
+    if run_sweep(main, argv, args, SEARCH, None):
+        return 0
+    return launch(args, run_inference, partial(run_training, parser))
 
 
 if __name__ == "__main__":

@@ -17,31 +17,46 @@ adjust the logits; cool down. It is one table, in common/longtail.py, and printe
 
 import math
 import sys
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from common import amp, config, longtail, metrics, optim
+from common import amp, config, distill, longtail, metrics, optim
 from common.check import audit
-from common.check.result import CheckSpec
+from common.check.result import CheckSpec, NetworkView
 from common.check.runner import check
 from common.data import augment, raer, sampling
-from common.errors import Diverged, InputError
+from common.distill import add_distillation
+from common.errors import Diverged, InputError, plural
 from common.features import stored_features
 from common.longtail import Phase, Schedule, read_schedule
 from common.models.clip import ACTIVATIONS, VARIANTS
 from common.models.raer import TUNES, RaerModel, build_raer, normalization, start
-from common.report.figures import classified
+from common.report import figures, page
 from common.run import checkpoint, dist
+from common.run.card import Card
+from common.run.files import write_json
 from common.run.inference import load_run, restore_data_flags, write_predictions
 from common.run.launch import launch, run_sweep
-from common.run.log import Log, Pace
+from common.run.loop import Batch, Loop, Step
 from common.run.run import Run, test_best_and_last
 from common.run.signals import Signals
 
+CARD = Card(
+    name="raer",
+    about="Which academic emotion does a clip show? CLIP on the face and on the scene around it; a"
+    " schedule in three stages helps the classes of few clips.",
+    items="clips",
+    stages=("train",),
+    headlines={
+        "train/test/uar": "UAR on the test clips",
+        "train/test/war": "WAR on the test clips",
+    },
+)
 STAGE = {"bs": 32, "lr": 1e-2, "wd": 1e-4, "optimizer": "sgd", "warmup_epochs": 0.0}
 PRETRAINED_IMAGE_LR = 1e-5  # CLIP-CAER's; a tower that does not start from CLIP trains at --lr
 JITTER, DEGREES, CROP = (0.3, 0.3, 0.3, 0.1), 15, (0.5, 1.0)
@@ -295,49 +310,60 @@ def build_optimizer(run: Run, model: RaerModel) -> torch.optim.Optimizer:
     return optim.build_optimizer(stage.optimizer, groups, lr=stage.lr)
 
 
-def load_inputs(
-    run: Run, cached: Tensor | None, batches: list[np.ndarray], epoch: int | None = None
-):
-    """What the model's input is made of, a batch of items at a time: cached features, or (faces,
-    contexts), uint8.
+def fetch(
+    run: Run,
+    batches: list[np.ndarray],
+    epoch: int | None = None,
+    cached: Tensor | None = None,
+) -> Iterator[Batch]:
+    """The batches of items, item i is clip i % len(clips), and their labels, on the device.
+
+    Inputs are the faces and contexts, two uint8 (n, T, 3, h, h), of the frames that `epoch` draws
+    or, in evaluation (None) and with --cache-features, of those in the middle of their segments; or
+    else rows of `cached`, the features of all clips.
     """
-    if cached is not None:
-        return (cached[batch % len(run.data)] for batch in batches)
-    length, seed = run.model_spec["num_frames"], run.args.seed
-    if epoch is None:
-        clips = [(batch, run.data.eval_frames(batch, length)) for batch in batches]
+    clips, device = run.data, run.world.device
+    labels = torch.from_numpy(clips.labels)
+    if cached is None:
+        wanted = [frame_numbers(run, items, epoch) for items in batches]
+        inputs = clips.batches(wanted, run.args.workers)
     else:
-        clips = [
-            (batch % len(run.data), run.data.train_frames(batch, seed, epoch, length))
-            for batch in batches
-        ]
-    return run.data.batches(clips, run.args.workers)
+        inputs = (cached[items % len(clips)] for items in batches)
+    for items, x in zip(batches, inputs, strict=True):
+        parts = [amp.to_device(part, device) for part in ([x] if cached is not None else x)]
+        targets = amp.to_device(labels[items % len(clips)], device)
+        yield Batch(parts[0] if cached is not None else tuple(parts), items, targets, epoch)
 
 
-def frames_of(run: Run, pixels, items: np.ndarray | None = None, epoch: int = 0) -> Tensor:
-    """The model's input on the device: normalized frames (b, 2, T, 3, s, s) of the two streams of
-    clips, augmented if they are `items` of an epoch, by one draw for all frames of both streams; or
-    cached features as they are.
+def frame_numbers(run: Run, items: np.ndarray, epoch: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """The clips (n,) of items and the numbers (n, T) of their frames."""
+    clips, length = items % len(run.data), run.model_spec["num_frames"]
+    if epoch is None or run.args.cache_features:
+        return clips, run.data.eval_frames(clips, length)
+    return clips, run.data.train_frames(items, run.args.seed, epoch, length)
+
+
+def frames_of(run: Run, batch: Batch) -> Tensor:
+    """The model's input: normalized frames (n, 2, T, 3, s, s) of the two streams, augmented in
+    training by one draw for all frames of both; or cached features as they are.
     """
-    if isinstance(pixels, Tensor):
-        return amp.to_device(pixels, run.world.device)
-    args, size, (count, length, _, stored, _) = (
-        run.args,
-        run.model_spec["image_size"],
-        pixels[0].shape,
-    )
+    if isinstance(batch.inputs, Tensor):
+        return batch.inputs
+    args, size = run.args, run.model_spec["image_size"]
+    as_stored = batch.epoch is None or args.augment == "none" or args.cache_features
+    mean, std = normalization(run.model_spec["backbone"])
     views = []
-    for stream in (amp.to_device(part, run.world.device).flatten(0, 1) for part in pixels):
-        if items is None or args.augment == "none":
-            x = augment.resize(stream, size)
+    for stream in batch.inputs:
+        count, length, _, side, _ = stream.shape
+        frames = stream.flatten(0, 1)
+        if as_stored:
+            x = augment.resize(frames, size)
         else:
-            drawn = augment.clip_params(args.seed, epoch, items, 0, stored, JITTER, CROP, DEGREES)
-            x = augment.make_view(stream, drawn.repeat(length), size)
-        views.append(
-            augment.normalize(x, *normalization(run.model_spec["backbone"])).unflatten(
-                0, (count, length)
+            params = augment.clip_params(
+                args.seed, batch.epoch, batch.items, 0, side, JITTER, CROP, DEGREES
             )
-        )
+            x = augment.make_view(frames, params.repeat(length), size)
+        views.append(augment.normalize(x, mean, std).unflatten(0, (count, length)))
     return torch.stack(views, 1)
 
 
@@ -349,55 +375,56 @@ def loss_terms(
     return longtail.loss_terms(args.method, phase, counts, args.la_prior, model, output, targets)
 
 
-def train_step(
-    run: Run, model, optimizer, scaler, terms_of, make_inputs, targets: Tensor, items=None
-):
-    """One update; returns (the loss and its terms by name, gradient norm, bad), device scalars.
+def train_step(run: Run, model, optimizer, scaler, batch: Batch) -> Step:
+    """One update by the phase of the batch's epoch.
 
-    `make_inputs(slice)` gives the input of a chunk of this process's clips, `targets` (b,) their
-    labels, `items` (b,) their numbers, where features are cached. With --accum K the gradient is
-    the whole batch's, but for BatchNorm.
+    With --accum K the gradient is the whole batch's, but for BatchNorm.
     """
     accum, device = run.args.accum, run.world.device
-    size, total = len(targets) // accum, {}
+    phase = run.schedule.at(batch.epoch)
+    totals: dict[str, Tensor] = {}
     optimizer.zero_grad(set_to_none=True)
-    for k in range(accum):
-        chunk = slice(k * size, (k + 1) * size)
+    for k, chunk in enumerate(batch.chunks(accum)):
+        x = frames_of(run, chunk)
+        # A teacher of features has its answers by item.
+        items = chunk.items if isinstance(chunk.inputs, Tensor) else None
         with amp.reduce_gradients(model, last=k + 1 == accum):
             with amp.autocast(run.args.precision, device):
-                output = model(x := make_inputs(chunk))
-            terms = run.add_distillation(
-                terms_of(output, targets[chunk]),
-                output[0],
-                x,
-                None if items is None else items[chunk],
-            )
+                output = model(x)
+            terms = loss_terms(run, dist.unwrap(model), phase, output, chunk.labels)
+            terms = add_distillation(run, terms, output[0], x, items)
             terms = {name: value / accum for name, value in terms.items()}
             loss = sum(terms.values())
             scaler.scale(loss).backward()
         for name, value in (terms | {"loss": loss}).items():
-            total[name] = total.get(name, 0) + value.detach()
-    norm, bad = amp.guarded_step(optimizer, scaler, total["loss"])
-    return total, norm, bad
+            totals[name] = totals.get(name, 0) + value.detach()
+    norm, bad = amp.guarded_step(optimizer, scaler, totals["loss"])
+    return Step(totals, norm, bad)
 
 
 @torch.no_grad()
 def evaluate(
-    run: Run, model: RaerModel, indices: np.ndarray, cached=None, progress=None, outputs=None
+    run: Run,
+    model: RaerModel,
+    indices: np.ndarray,
+    cached: Tensor | None = None,
+    progress=None,
+    outputs: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Raw logits (n, K) of clips `indices` (n,), float32 on the CPU, by the model in evaluation
     mode; or what another function than its `forward` gives, `outputs`.
     """
     model.eval()
-    outputs = outputs or (lambda x: model(x)[0])
-    own = dist.shard(indices, run.world)
-    parts = np.array_split(own, -(-len(own) * 2 * run.model_spec["num_frames"] // EVAL_FRAMES))
-    parts, rows = [part for part in parts if len(part)], []
-    for pixels in load_inputs(run, cached, parts):
+    shard = dist.shard(indices, run.world)
+    frames = 2 * run.model_spec["num_frames"]
+    parts = np.array_split(shard, -(-len(shard) * frames // EVAL_FRAMES))
+    rows = []
+    for batch in fetch(run, [part for part in parts if len(part)], None, cached):
         if progress:
             progress.check_stop()
+        x = frames_of(run, batch)
         with amp.autocast(run.args.precision, run.world.device):
-            rows.append(outputs(frames_of(run, pixels)).float())
+            rows.append((outputs(x) if outputs else model(x)[0]).float())
     rows = dist.unshard(torch.cat(rows), len(indices)).cpu()
     if not rows.isfinite().all():
         raise Diverged(
@@ -410,318 +437,311 @@ def score(run: Run, prefix: str, indices: np.ndarray, scores: Tensor, say=None) 
     """`metrics.emotions` named `PREFIX/uar` and so on; `say` gets the alarm of a model that gives
     one answer.
     """
-    classes, labels, predicted = (
-        run.model_spec["classes"],
-        run.data.labels[indices],
-        scores.argmax(1).numpy(),
-    )
-    values = metrics.emotions(labels, predicted, run.model_spec["counts"], classes, run.args.seed)
+    classes, counts = run.model_spec["classes"], run.model_spec["counts"]
+    labels = run.data.labels[indices]
+    predicted = scores.argmax(1).numpy()
+    values = metrics.emotions(labels, predicted, counts, classes, run.args.seed)
     if say and len(set(predicted)) == 1:
         say(
             f"alarm: {prefix}: all {len(labels)} clips are called {classes[predicted[0]]}: the"
-            " model predicts one class,"
-            f" UAR {values['uar']:.1%}, WAR {values['war']:.1%}: nothing is learned"
-            " about the other classes"
+            f" model predicts one class, UAR {values['uar']:.1%}, WAR {values['war']:.1%}: nothing"
+            " is learned about the other classes"
         )
     return {f"{prefix}/{name}": value for name, value in values.items()}
 
 
-def audit_phases(run: Run, model: RaerModel, table: Schedule, cached: Tensor | None) -> list[str]:
-    """What the audit of every phase's settings finds, three steps each on a copy; its batches are
-    chunks of the phase's first.
-    """
-    labels, problems = torch.from_numpy(run.data.labels), []
-    for phase in table.phases:
-        batches = [
-            batch[: len(batch) // run.args.accum]
-            for batch in epoch_batches(run, phase, phase.start)[:3]
-        ]
-        rows = list(zip(batches, load_inputs(run, cached, batches, phase.start), strict=True))
-
-        def make(network, phase=phase):
-            network.train()
-            network.choose_trained(phase.trains == "classes")
-            return build_optimizer(run, network)
-
-        def terms_of(network, k, phase=phase, rows=rows):
-            items, pixels = rows[k % len(rows)]
-            with amp.autocast(run.args.precision, run.world.device):
-                output = network(frames_of(run, pixels, items, phase.start))
-            return loss_terms(
-                run, network, phase, output, labels[items % len(run.data)].to(run.world.device)
-            )
-
-        problems += audit.check_setting(f"epochs from {phase.start}", model, make, terms_of)
+def audit_phases(run: Run, model: RaerModel, cached: Tensor | None = None) -> list[str]:
+    """What the audit of every phase's settings finds, three steps each on a copy."""
+    problems = []
+    for phase in run.schedule.phases:
+        problems += audit_phase(run, model, phase, cached)
     return problems
 
 
-def train(run: Run, published, table: Schedule) -> None:
-    """Train by the table, validate every --eval-every epochs, and test the epoch of the best UAR on
-    the validation split.
+def audit_phase(run: Run, model: RaerModel, phase: Phase, cached: Tensor | None) -> list[str]:
+    """What the audit of a phase finds; its batches are chunks of the phase's first."""
+    first = epoch_batches(run, phase, phase.start)[:3]
+    chunks = [items[: len(items) // run.args.accum] for items in first]
+    batches = list(fetch(run, chunks, phase.start, cached))
+
+    def optimizer_of(network):
+        network.train()
+        network.choose_trained(phase.trains == "classes")
+        return build_optimizer(run, network)
+
+    def terms_of(network, k):
+        batch = batches[k % len(batches)]
+        x = frames_of(run, batch)
+        with amp.autocast(run.args.precision, run.world.device):
+            output = network(x)
+        return loss_terms(run, network, phase, output, batch.labels)
+
+    return audit.check_setting(f"epochs from {phase.start}", model, optimizer_of, terms_of)
+
+
+def train(run: Run, published) -> None:
+    """Train by the schedule, validate every --eval-every epochs, and test the epoch of the best UAR
+    on the validation split.
     """
-    args, world, log, clips, stage = run.args, run.world, run.log, run.data, run.stages["train"]
-    val, test, labels = run.splits["val"], run.splits["test"], torch.from_numpy(clips.labels)
+    args, world, log, clips = run.args, run.world, run.log, run.data
+    stage = run.stages["train"]
+    val, test_split = run.splits["val"], run.splits["test"]
+    counts = np.array(run.model_spec["counts"])
     model = build_model(run, published)
-    optimizer, scaler = build_optimizer(run, model), amp.scaler(args.precision, world.device)
+    optimizer = build_optimizer(run, model)
+    scaler = amp.scaler(args.precision, world.device)
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    peaks = [
-        group["lr"] for group in optimizer.param_groups
-    ]  # this command's: a restored state brings its own
-    progress = run.stage("train", parts, start=run.model_spec["weights"] or "random")
+    # This command's rates: a restored state brings its own.
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    progress = run.open_stage("train", parts, start=run.model_spec["weights"] or "random")
     if run.is_done(progress):
         return
-    steps, method = (
-        len(run.splits["train"]) // stage.bs,
-        (args.method, np.array(run.model_spec["counts"])),
-    )
+    steps = len(run.splits["train"]) // stage.bs
     log.say(
-        stage.describe(f"{len(run.splits['train'])} clips", steps)
-        + f"; {args.method}:\n{table.describe()}"
+        stage.describe(plural(len(run.splits["train"]), "clip"), steps)
+        + f"; {args.method}:\n{run.schedule.describe()}"
     )
     log.say(model.describe())
-    if model.prompts is None and any(phase.mi or phase.smoothing for phase in table.phases):
+    if model.prompts is None and any(p.mi or p.smoothing for p in run.schedule.phases):
         log.say(
-            "no pretrained text: smoothed targets are uniform; the MI loss, of prompts and"
-            " texts, is off"
+            "no pretrained text: smoothed targets are uniform; the MI loss, of prompts and texts,"
+            " is off"
         )
     cached = encode(run, model, progress) if args.cache_features else None
     if progress.step == 0:
-        audit.refuse(audit_phases(run, model, table, cached))
+        audit.refuse(audit_phases(run, model, cached))
         log.say(
-            f"audit of {len(table.phases)} phases, 3 steps each: what is to train moves, every"
-            " loss term has a gradient"
+            f"audit of {plural(len(run.schedule.phases), 'phase')}, 3 steps each: what is to train"
+            " moves, every loss term has a gradient"
         )
 
-    pace, trained, trains = Pace(stage.bs, stage.epochs * steps, "clip"), None, None
-    while progress.epoch < stage.epochs and progress.evals_without_gain < (
-        args.patience or stage.epochs
-    ):
-        phase = table.at(progress.epoch)
+    trained = trains = None
+    loop = Loop(run, progress, steps=steps, unit="clip", patience=args.patience)
+    for epoch in loop.epochs():
+        phase = run.schedule.at(epoch)
         if phase.trains != trains:
             model.choose_trained(phase.trains == "classes")
-            before = table.at(max(progress.epoch - 1, 0)).trains
+            before = run.schedule.at(max(epoch - 1, 0)).trains
             if progress.batch == 0 and (before, phase.trains) == ("all", "classes"):
                 model.reset_classes(optimizer)
             trained, trains = dist.wrap(model, world), phase.trains
         model.train()
-        terms_of = partial(loss_terms, run, model, phase)
-        batches = epoch_batches(run, phase, progress.epoch, progress.batch)
-        for batch, pixels in zip(
-            batches, pace.waiting(load_inputs(run, cached, batches, progress.epoch)), strict=True
-        ):
+        batches = epoch_batches(run, phase, epoch, progress.batch)
+        for batch in loop.batches(fetch(run, batches, epoch, cached)):
             lr = optim.set_rates(optimizer, peaks, stage, progress.step, steps, phase.lr)
-            targets = amp.to_device(labels[batch % len(clips)], world.device)
-
-            def make_inputs(chunk, pixels=pixels, batch=batch):
-                part = pixels[chunk] if cached is not None else [stream[chunk] for stream in pixels]
-                return frames_of(run, part, batch[chunk], progress.epoch)
-
-            own = batch if args.cache_features else None
-            terms, norm, bad = train_step(
-                run, trained, optimizer, scaler, terms_of, make_inputs, targets, own
-            )
-            run.end_step(progress, pace, terms, lr, norm, bad)
+            step = train_step(run, trained, optimizer, scaler, batch)
+            loop.end_step(step, lr)
         values = {f"train/train/{name}": progress.mean(name) for name in sorted(progress.sums)}
-        if (progress.epoch + 1) % args.eval_every == 0 or progress.epoch + 1 == stage.epochs:
+        if loop.is_eval_epoch():
             logits = evaluate(run, model, val, cached, progress)
-            tau = longtail.best_tau(*method, model, logits, clips.labels[val])
-            scores = longtail.decide(*method, model, logits, tau)
+            tau = longtail.best_tau(args.method, counts, model, logits, clips.labels[val])
+            scores = longtail.decide(args.method, counts, model, logits, tau)
             values |= score(run, "train/val", val, scores, log.say) | {"train/val/tau": tau}
-            progress.select(
-                values["train/val/uar"], model.state_dict(), values, higher_is_better=True
-            )
+            uar = values["train/val/uar"]
+            progress.select(uar, model.state_dict(), values, higher_is_better=True)
             progress.results = values
-        settings = {n: v for n, v in asdict(phase).items() if isinstance(v, (int, float))}
-        values = values | {f"train/schedule/{name}": value for name, value in settings.items()}
-        log.metrics("train", progress.step, progress.epoch + 1, values)
-        progress.end_epoch()
-        pace.pause()
+        loop.end_epoch(values | phase_values(phase))
 
-    def scored(network, found):
-        logits = evaluate(run, network, test, cached, progress)
-        scores = longtail.decide(*method, network, logits, found["train/val/tau"])
-        return score(run, "train/test", test, scores, log.say), scores
+    def test(network, selected):
+        logits = evaluate(run, network, test_split, cached, progress)
+        tau = selected["train/val/tau"]
+        scores = longtail.decide(args.method, counts, network, logits, tau)
+        return score(run, "train/test", test_split, scores, log.say), scores
 
-    results, scores = test_best_and_last(progress, model, scored)
-    classified(run, "train", test, scores, clips.labels[test], clips.classes)
+    results, scores = test_best_and_last(progress, model, test)
+    figures.classified(run, "train", test_split, scores, clips.labels[test_split], clips.classes)
     log.metrics("train", progress.step, progress.epoch, results)
     run.finish(progress, progress.results | results)
 
 
+def phase_values(phase: Phase) -> dict[str, float]:
+    """The numbers of a phase, for its epochs' lines in log.jsonl."""
+    numbers = {n: value for n, value in asdict(phase).items() if isinstance(value, (int, float))}
+    return {f"train/schedule/{name}": value for name, value in numbers.items()}
+
+
 def encode(run: Run, model: RaerModel, progress) -> Tensor:
-    """Features (n, 2, T, d) of the center frames of all clips by the frozen tower, kept in
+    """Features (n, 2, T, d) of the middle frames of all clips by the frozen tower, kept in
     features.npz.
     """
-    args, everything, length = run.args, np.arange(len(run.data)), run.model_spec["num_frames"]
+    args, length = run.args, run.model_spec["num_frames"]
+    everything = np.arange(len(run.data))
+
+    def flat_features(x: Tensor) -> Tensor:
+        return model.encode(x).flatten(1)
+
+    compute = partial(evaluate, run, model, everything, None, progress, flat_features)
     digest = checkpoint.weights_digest(model.image.state_dict())
-    compute = partial(
-        evaluate, run, model, everything, None, progress, lambda x: model.encode(x).flatten(1)
-    )
     made_with = f"{digest} {length} {args.face_margin} {args.precision} {len(everything)}"
     rows = stored_features(run, made_with, compute)
     return rows.view(len(rows), 2, length, -1)
 
 
-def check_spec(run: Run, published, table: Schedule) -> CheckSpec:
-    """The first phase in the terms of --check. Cached features are made here a batch at a time."""
-    args, stage, clips, length = (
-        run.args,
-        run.stages["train"],
-        run.data,
-        run.model_spec["num_frames"],
-    )
-    labels, counts, cached = (
-        torch.from_numpy(clips.labels),
-        np.array(run.model_spec["counts"]),
-        args.cache_features,
-    )
-    guess, phase = math.log(len(counts)), table.phases[0]
+class StreamView(NetworkView):
+    """How --check looks into the network: an item is a clip of two streams, and all of its frames
+    must matter in both.
+    """
 
-    def one_step(model, optimizer, scaler, batch, epoch):
-        own = batch % len(clips)
-        drawn = (
-            clips.eval_frames(own, length)
-            if cached
-            else clips.train_frames(batch, args.seed, epoch, length)
+    def __init__(self, run: Run, size: int):
+        length = run.model_spec["num_frames"]
+        super().__init__(
+            run,
+            size=size,
+            eval_batch=EVAL_FRAMES // length // 2,
+            parts=2 * length,
+            normalization=normalization(run.model_spec["backbone"]),
         )
-        (pixels,) = run.data.batches([(own, drawn)], args.workers)
-        make = lambda k: frames_of(
-            run, [part[k] for part in pixels], None if cached else batch[k], epoch
-        )  # noqa: E731
-        terms_of = partial(loss_terms, run, model, phase)
-        terms, *rest = train_step(
-            run, model, optimizer, scaler, terms_of, make, labels[own].to(run.world.device)
-        )
-        return terms["loss"], *rest
 
-    def pixels(own):
-        return torch.stack(
-            next(clips.batches([(own, clips.eval_frames(own, length))], args.workers)), 1
-        ).flatten(0, 2)
+    def rows(self, output) -> Tensor:
+        return output[0]
 
-    def entry(model, call):
-        return [
-            call[0] if run.model_spec["tune"] == "full" else model.encode(call[0])
-        ], lambda xs: model(xs[0])[0]
+    def augmented_part(self, calls: list[tuple], count: int) -> Tensor:
+        return calls[0][0].unsqueeze(1)
 
+    def stored_pixels(self, samples: np.ndarray) -> Tensor:
+        (batch,) = fetch(self.run, [samples])
+        return torch.stack(batch.inputs, 1).flatten(0, 2)
+
+    def entry(self, model: RaerModel, call: tuple) -> list[Tensor]:
+        # A frozen tower lets no gradient through: what it gives is where the trained part begins.
+        return [call[0] if self.run.model_spec["tune"] == "full" else model.encode(call[0])]
+
+
+def check_spec(run: Run, published) -> CheckSpec:
+    """The first phase in the terms of --check. Cached features are made there a batch at a time."""
+    args, stage, spec = run.args, run.stages["train"], run.model_spec
+    audit_run = run
+    phase = run.schedule.phases[0]
+    run = replace(run, schedule=Schedule(stage.epochs, (phase,)))
+    guess = math.log(len(spec["classes"]))
     # LDAM's scaled margins cost up to 15; cosines times a scale are no equal logits.
-    room = 17.0 if args.method == "ldam-drw" else max(2.0, (run.model_spec["scale"] or 0.0) / 10)
-    inputs = dict(
-        several=EVAL_FRAMES // length // 2 + 2, pixels=pixels, size=min(8, stage.bs), entry=entry
-    )
-    inputs |= dict(
-        images=lambda call: call[0].flatten(0, 2),
-        normalization=normalization(run.model_spec["backbone"]),
-    )
-    inputs |= dict(
-        seen=lambda calls, n: calls[0][0].unsqueeze(1), varies=not cached and args.augment != "none"
-    )
-    answers = dict(
-        labels=clips.labels,
-        classes=clips.classes,
-        prior=longtail.prior(counts, phase, "sampled").numpy(),
-    )
-    answers |= dict(
-        rows=lambda output: output[0], parts=2 * length, chance=(0.7 * guess, 1.5 * guess + room)
-    )
-    answers |= dict(audit=lambda model: audit_phases(run, model, table, None))
-    answers |= dict(
-        frozen=lambda model: {
-            name for name in dict(model.named_parameters()) if model.is_frozen(name)
-        }
-    )
-    layers = 1 + run.model_spec["temporal_layers"]
-    answers |= dict(larger=lambda: build_model(run.with_spec(temporal_layers=layers), published))
-    functions = partial(build_model, run, published), one_step, partial(evaluate, run)
-    own = dict(optimizer=partial(build_optimizer, run), batches=partial(epoch_batches, run, phase))
+    room = 17.0 if args.method == "ldam-drw" else max(2.0, (spec["scale"] or 0.0) / 10)
+    larger = run.with_spec(temporal_layers=1 + spec["temporal_layers"])
     return CheckSpec(
-        run, stage, run.splits["train"], run.splits["val"], *functions, **own, **inputs, **answers
+        run=run,
+        stage="train",
+        splits=("train", "val"),
+        build=partial(build_model, run, published),
+        fetch=partial(fetch, run),
+        step=train_step,
+        evaluate=partial(evaluate, run),
+        chance=(0.7 * guess, 1.5 * guess + room),
+        augmented=not args.cache_features and args.augment != "none",
+        view=StreamView(run, size=min(8, stage.bs)),
+        labels=run.data.labels,
+        batches=partial(epoch_batches, run, phase),
+        optimizer=partial(build_optimizer, run),
+        audit=partial(audit_phases, audit_run),
+        larger=partial(build_model, larger, published),
     )
 
 
 def run_inference(args, world: dist.Dist) -> None:
-    """--eval: the test metrics of a checkpoint. --predict: predictions.csv of clips without labels."""
-    source = load_run(args, "raer")
-    state, model_spec = source.state, source.state["model_spec"]
-    tau = state["metrics"].get("train/val/tau")
+    """--eval: the test metrics of a checkpoint. --predict: predictions.csv of clips without
+    labels.
+    """
+    loaded = load_run(args, CARD)
+    spec = loaded.model_spec
+    tau = loaded.state["metrics"].get("train/val/tau")
     if tau is None:
         raise InputError(
-            f"{source.source} was saved before its first validation; train on, or name best.pt"
+            f"{loaded.source} was saved before its first validation; train on, or name best.pt"
         )
-    clips = build_data(args, source.path, world, labels=bool(args.eval))
-    method = model_spec["method"], np.array(model_spec["counts"])
-    if args.eval and clips.classes != model_spec["classes"]:
-        there, known = (", ".join(names) for names in (clips.classes, model_spec["classes"]))
+    clips = build_data(args, loaded.path, world, labels=bool(args.eval))
+    if args.eval and clips.classes != spec["classes"]:
+        there, known = (", ".join(names) for names in (clips.classes, spec["classes"]))
         raise InputError(f"{clips.name} has the classes {there}, the model {known}")
-    run = Run(
-        args, world, clips, {}, source.folder, Log(None, main=world.is_main), None, model_spec, {}
-    )
+    run = loaded.as_run(args, world, clips, {})
     model = build_model(run)
-    checkpoint.load_weights(model, state["model"], source.source)
+    checkpoint.load_weights(model, loaded.state["model"], loaded.source)
+    indices = raer.split(clips, ["test"])["test"] if args.eval else np.arange(len(clips))
+    logits = evaluate(run, model, indices)
+    scores = longtail.decide(spec["method"], np.array(spec["counts"]), model, logits, tau)
     if args.eval:
-        test = raer.split(clips, ["test"])["test"]
-        scores = longtail.decide(*method, model, evaluate(run, model, test), tau)
-        answers = clips, test, model_spec["classes"], scores.softmax(1)
-        source.write(score(run, "eval/test", test, scores, run.log.say), world, answers)
+        values = score(run, "eval/test", indices, scores, run.log.say)
+        loaded.write(values, world, (clips, indices, spec["classes"], scores.softmax(1)))
         return
-    scores = longtail.decide(
-        *method, model, evaluate(run, model, np.arange(len(clips))), tau
-    ).softmax(1)
     if world.is_main:
-        write_predictions(
-            source.folder / "predictions.csv", clips.ids, model_spec["classes"], scores
-        )
-        print(f"{len(clips)} predictions in {source.folder / 'predictions.csv'}")
+        file = run.folder / "predictions.csv"
+        write_predictions(file, clips.ids, spec["classes"], scores.softmax(1))
+        print(f"{plural(len(clips), 'prediction')} in {file}")
 
 
 def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
     """Train: read the data, settle what the run is, and run its one stage."""
     written = read_schedule(args.schedule) if args.schedule else longtail.SCHEDULES[args.method]
-    given = {"epochs": written.epochs, "optimizer": args.optimizer}
-    stage = config.stage_config(args, "train", STAGE | given, first=True, lr_of=None)
-    table = written.scaled(stage.epochs, constant=args.lr_schedule == "constant")
+    defaults = STAGE | {"epochs": written.epochs, "optimizer": args.optimizer}
+    stage = config.stage_config(args, "train", defaults, first=True, lr_of=None)
+    schedule = written.scaled(stage.epochs, constant=args.lr_schedule == "constant")
     clips = build_data(args, args.data, world)
     splits = raer.split(clips, say=world.say)
-    model_spec = dict(
-        script="raer",
+    counts = validate(args, world, clips, splits, stage, schedule)
+    published, model_facts, weights_text = start(args, clips.store_size, clips.descriptions)
+    image_lr = args.image_lr
+    if image_lr is None:
+        from_clip = args.weights and args.backbone != "resnet18"
+        image_lr = PRETRAINED_IMAGE_LR if from_clip else stage.lr
+    spec = dict(
+        script=CARD.name,
         classes=clips.classes,
         schedule=[written.epochs, *map(asdict, written.phases)],
+        **{name: getattr(args, name) for name in MODEL_FLAGS},
+        counts=counts.tolist(),
+        **model_facts,
+        image_lr=image_lr,
     )
-    model_spec |= {name: getattr(args, name) for name in MODEL_FLAGS}
-    model_spec["counts"] = validate(args, world, clips, splits, stage, table).tolist()
-    published, model_facts, said = start(args, clips.store_size, clips.descriptions)
-    model_spec |= model_facts
-    own = PRETRAINED_IMAGE_LR if args.weights and args.backbone != "resnet18" else stage.lr
-    model_spec["image_lr"] = own if args.image_lr is None else args.image_lr
-    identity = config.run_id(parser, args, data=clips.fingerprint, stage="train", **model_spec)
-    names = dict(name=f"{args.backbone}-{args.method}-bs{stage.bs}", identity=identity)
-    names |= dict(
-        same=(
-            "image_size",
-            "classes",
-            "num_frames",
-            lambda model_spec: normalization(model_spec["backbone"]),
-        )
-    )
-    size = f"input {model_spec['image_size']} px"
+    same = ("image_size", "classes", "num_frames", pixel_normalization)
+    teacher, teacher_id = distill.read(args, spec, same)
     run = Run.open(
-        args, world, signals, clips, splits, model_spec, {"train": stage}, **names, size=size
+        args,
+        world,
+        signals,
+        clips,
+        splits,
+        spec,
+        {"train": stage},
+        card=CARD,
+        chance=chance_levels(args, clips.classes),
+        name=f"{args.backbone}-{args.method}-bs{stage.bs}",
+        identity=config.run_id(
+            parser, args, data=clips.fingerprint, stage="train", **spec, **teacher_id
+        ),
+        input_text=f"input {spec['image_size']} px",
     )
-    run.attach_teacher(build_model, lambda model, x: model(x)[0], evaluate)
-    run.log.say("\n".join(filter(None, [said, clips.describe_frames(args.num_frames)])))
+    run.schedule = schedule
+    distill.attach_teacher(run, teacher, build_model, student_logits, evaluate)
+    notes = filter(None, [weights_text, clips.describe_frames(args.num_frames)])
+    run.log.say("\n".join(notes))
     if args.check:
-        return check(run, {"train": check_spec(run, published, table)})
-    with run.session():
-        train(run, published, table)
+        return check(run, {"train": check_spec(run, published)})
+    if world.is_main:
+        write_json(run.folder / "tables.json", {"Schedule": longtail.schedule_table(schedule)})
+    with run.session(page):
+        train(run, published)
+
+
+def student_logits(model: RaerModel, x: Tensor) -> Tensor:
+    """Logits (n, K) of a teacher on the student's own input."""
+    return model(x)[0]
+
+
+def pixel_normalization(spec: dict) -> tuple:
+    """The mean and deviation that a model's pixels are normalized with."""
+    return normalization(spec["backbone"])
+
+
+def chance_levels(args, classes: list[str]) -> dict[str, tuple[str, float]]:
+    """The label and the loss of a guess, where the loss has no margins."""
+    if args.method == "ldam-drw":
+        return {}
+    return {"train": (f"a guess, ln {len(classes)}", math.log(len(classes)))}
 
 
 def main(argv: list[str] | None = None) -> int:
     args, parser = parse_args(argv)
-    return (
-        0
-        if run_sweep(main, argv, args, SEARCH, "uar")
-        else launch(args, run_inference, partial(run_training, parser))
-    )
+    if run_sweep(main, argv, args, SEARCH, "uar"):
+        return 0
+    return launch(args, run_inference, partial(run_training, parser))
 
 
 if __name__ == "__main__":

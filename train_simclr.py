@@ -12,34 +12,51 @@ arXiv:2002.05709.
 
 import math
 import sys
+from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import amp, config, linear_eval, optim
-from common.check.result import CheckSpec
+from common import amp, config, distill, linear_eval, optim
+from common.check.result import CheckSpec, NetworkView
 from common.check.runner import check
 from common.data import augment, cytology, sampling
 from common.data.cytology import CELLS
 from common.data.images import Images
 from common.data.open import prepare
-from common.errors import InputError, as_input_error
+from common.distill import add_distillation
+from common.errors import InputError, as_input_error, plural
 from common.features import contrast, representation, stored_features
 from common.models import BACKBONES, LARGER, build_backbone, input_size, load_published
 from common.models.heads import HEAD_BIAS, SimCLR, init_bias_to_prior
-from common.report import figures
+from common.report import figures, page
 from common.run import checkpoint, dist
+from common.run.card import Card
 from common.run.files import run_dir_of
 from common.run.inference import load_run, restore_data_flags, write_predictions
 from common.run.launch import launch, run_sweep
-from common.run.log import Log, Pace
+from common.run.loop import Batch, Loop, Step
 from common.run.run import Run, test_best_and_last
 from common.run.signals import Signals
 from common.weights import load_backbone
 from kernels import nt_xent
 
+CARD = Card(
+    name="simclr",
+    about="SimCLR: a network learns to tell that two distorted views of an image belong together,"
+    " without labels (pretrain). Its features are then judged by a linear layer (linear) and by"
+    " training on (finetune).",
+    items="images",
+    stages=("pretrain", "linear", "finetune"),
+    headlines={
+        "finetune/test/accuracy": "accuracy on the test split, fine-tuned",
+        "linear/test/accuracy": "accuracy on the test split, linear layer on frozen features",
+        "pretrain/test/knn_accuracy": "kNN accuracy on the test split",
+        "pretrain/train/loss_over_chance": "contrastive loss over its chance level",
+    },
+)
 # The batch and the learning rate of the linear protocol and of fine-tuning are the cytology
 # recipe's; their epochs only bound the early stopping. A learning rate of None follows from the
 # batch.
@@ -74,6 +91,7 @@ DEMO |= dict(finetune_epochs=6, finetune_bs=64, finetune_lr=1e-3)
 SEARCH = {"lars": {"lr": (0.05, 5.0)}, "sgd": {"lr": (5e-3, 0.5)}, "adamw": {"lr": (1e-4, 1e-2)}}
 SEARCH |= {"linear": {"lr": (0.02, 2.0)}, "finetune": {"lr": (1e-5, 1e-2), "wd": (1e-6, 0.1)}}
 STEMS = ["imagenet", "cifar"]
+EVAL_IMAGES = 256  # at once
 DEFAULTS = {
     "backbone": "resnet50",
     "stem": STEMS[0],
@@ -309,62 +327,124 @@ def build_model(run: Run, kind: str, weights: dict | None = None) -> nn.Module:
     return model
 
 
-def two_views(run: Run, pixels: Tensor, ids: np.ndarray, epoch: int) -> Tensor:
-    """Normalized views (2n, 3, s, s) of uint8 pixels: first view a of every image, then view b."""
-    args, size, stored = run.args, run.model_spec["image_size"], pixels.shape[-1]
+def two_views(run: Run, batch: Batch) -> Tensor:
+    """Normalized views (2n, 3, s, s) of a batch's pixels: first view a of every image, then b."""
+    args, pixels = run.args, batch.inputs
+    size = run.model_spec["image_size"]
     if args.augment == "none":
         return augment.normalize(augment.resize(pixels, size)).repeat(2, 1, 1, 1)
-    drawn = [
-        augment.simclr_params(args.seed, epoch, ids, v, stored, size, args.color_strength)
-        for v in (0, 1)
-    ]
-    views = torch.cat(
-        [augment.normalize(augment.make_view(pixels, params, size)) for params in drawn]
-    )
-    return views.contiguous(memory_format=torch.channels_last)
+    views = []
+    for view in (0, 1):
+        params = augment.simclr_params(
+            args.seed,
+            batch.epoch,
+            batch.items,
+            view,
+            pixels.shape[-1],
+            size,
+            args.color_strength,
+        )
+        views.append(augment.normalize(augment.make_view(pixels, params, size)))
+    return torch.cat(views).contiguous(memory_format=torch.channels_last)
 
 
-def train_step(
-    run: Run, model, optimizer, scaler, make_views, count: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One pretraining update; returns (loss, z (2n, d), gradient norm, bad), all on the device.
-
-    `make_views(slice)` gives the views of a chunk of this process's `count` images. With --accum K
-    the batch keeps all its negatives (GradCache, arXiv:2101.06983): embeddings of every chunk
-    first, the loss on all of them, then the gradient of each chunk; BatchNorm then sees one chunk
-    at a time.
-    """
-    args, world, size = run.args, run.world, count // run.args.accum
-    gather = dist.all_gather_rows if world.world_size > 1 else None
-    chunks = [slice(k * size, (k + 1) * size) for k in range(args.accum)]
-    optimizer.zero_grad(set_to_none=True)
-    if args.accum == 1:
-        views = make_views(chunks[0])
-        run.lap("augmentation")
-        with amp.autocast(args.precision, world.device):
-            z_a, z_b = model(views).chunk(2)
+def one_view(run: Run, batch: Batch) -> Tensor:
+    """Normalized crops (n, 3, s, s) of a batch's pixels, or the images as they are."""
+    args, pixels = run.args, batch.inputs
+    size = run.model_spec["image_size"]
+    if args.augment == "none" or batch.epoch is None:
+        x = augment.resize(pixels, size)
     else:
-        with (
-            torch.no_grad(),
-            amp.frozen_running_stats(model),
-            amp.autocast(args.precision, world.device),
-        ):
-            parts = [model(make_views(chunk)).chunk(2) for chunk in chunks]
-        z_a, z_b = (torch.cat(side).requires_grad_() for side in zip(*parts, strict=True))
+        params = augment.crop_flip_params(args.seed, batch.epoch, batch.items, 0, pixels.shape[-1])
+        x = augment.make_view(pixels, params, size)
+    return augment.normalize(x).contiguous(memory_format=torch.channels_last)
+
+
+def fetch(
+    run: Run,
+    batches: list[np.ndarray],
+    epoch: int | None = None,
+    labels: np.ndarray | None = None,
+) -> Iterator[Batch]:
+    """The batches of items with their pixels, uint8 (n, 3, S, S), on the device.
+
+    `epoch` is that of the augmentation, None of evaluation; `labels` are those of all images.
+    """
+    device = run.world.device
+    for items, pixels in zip(batches, run.data.batches(batches, run.args.workers), strict=True):
+        targets = None
+        if labels is not None:
+            targets = amp.to_device(torch.from_numpy(labels[items]), device)
+        yield Batch(amp.to_device(pixels, device), items, targets, epoch)
+
+
+def train_step(run: Run, model, optimizer, scaler, batch: Batch) -> Step:
+    """One update of the pretraining; `extra` are the embeddings z (2n, d), view a above view b."""
+    optimizer.zero_grad(set_to_none=True)
+    views = two_views(run, batch)
+    run.lap("augmentation")
+    with amp.autocast(run.args.precision, run.world.device):
+        z = model(views)
     run.lap("forward")
-    loss = nt_xent(z_a, z_b, args.temperature, gather=gather, impl=args.impl)
+    loss = contrastive_loss(run, *z.chunk(2))
     run.lap("loss")
     scaler.scale(loss).backward()
-    if args.accum > 1:
-        for chunk in chunks:
-            with amp.reduce_gradients(model, last=chunk is chunks[-1]):
-                with amp.autocast(args.precision, world.device):
-                    z = model(make_views(chunk))
-                z.backward(torch.cat([z_a.grad[chunk], z_b.grad[chunk]]))
     run.lap("backward")
     norm, bad = amp.guarded_step(optimizer, scaler, loss)
     run.lap("optimizer")
-    return loss.detach(), torch.cat([z_a, z_b]).detach(), norm, bad
+    return Step({"loss": loss.detach()}, norm, bad, extra=z.detach())
+
+
+def gradcache_step(run: Run, model, optimizer, scaler, batch: Batch) -> Step:
+    """`train_step` with --accum chunks, which keep all negatives of the batch (GradCache,
+    arXiv:2101.06983).
+
+    Embeddings of every chunk come first, without a graph; then the loss on all of them; then every
+    chunk again, for the gradient of its embeddings. BatchNorm sees one chunk at a time. The views
+    are made twice and count as part of their pass.
+    """
+    args, device = run.args, run.world.device
+    optimizer.zero_grad(set_to_none=True)
+    with (
+        torch.no_grad(),
+        amp.frozen_running_stats(model),
+        amp.autocast(args.precision, device),
+    ):
+        parts = [model(two_views(run, chunk)).chunk(2) for chunk in batch.chunks(args.accum)]
+    z_a, z_b = (torch.cat(side).requires_grad_() for side in zip(*parts, strict=True))
+    run.lap("forward")
+    loss = contrastive_loss(run, z_a, z_b)
+    run.lap("loss")
+    scaler.scale(loss).backward()
+    slices = batch.slices(args.accum)
+    for rows, chunk in zip(slices, batch.chunks(args.accum), strict=True):
+        with amp.reduce_gradients(model, last=rows is slices[-1]):
+            with amp.autocast(args.precision, device):
+                z = model(two_views(run, chunk))
+            z.backward(torch.cat([z_a.grad[rows], z_b.grad[rows]]))
+    run.lap("backward")
+    norm, bad = amp.guarded_step(optimizer, scaler, loss)
+    run.lap("optimizer")
+    return Step({"loss": loss.detach()}, norm, bad, extra=torch.cat([z_a, z_b]).detach())
+
+
+def contrastive_loss(run: Run, z_a: Tensor, z_b: Tensor) -> Tensor:
+    """NT-Xent of the two views' embeddings (n, d), against the batch of all processes."""
+    gather = dist.all_gather_rows if run.world.world_size > 1 else None
+    return nt_xent(z_a, z_b, run.args.temperature, gather=gather, impl=run.args.impl)
+
+
+def finetune_step(run: Run, model, optimizer, scaler, batch: Batch) -> Step:
+    """One update of the fine-tuning: cross-entropy, and the teacher's term where there is one."""
+    x = one_view(run, batch)
+    optimizer.zero_grad(set_to_none=True)
+    with amp.autocast(run.args.precision, run.world.device):
+        logits = model(x)
+    terms = {"ce": nn.functional.cross_entropy(logits.float(), batch.labels)}
+    loss = sum(add_distillation(run, terms, logits, x).values())
+    scaler.scale(loss).backward()
+    norm, bad = amp.guarded_step(optimizer, scaler, loss)
+    return Step({"loss": loss.detach()}, norm, bad)
 
 
 @torch.no_grad()
@@ -373,15 +453,14 @@ def evaluate(run: Run, model: nn.Module, indices: np.ndarray, progress=None) -> 
     on the CPU.
     """
     model.eval()
-    own, rows = dist.shard(indices, run.world), []
-    for pixels in run.data.batches(np.array_split(own, -(-len(own) // 256)), run.args.workers):
+    shard = dist.shard(indices, run.world)
+    rows = []
+    for batch in fetch(run, np.array_split(shard, -(-len(shard) // EVAL_IMAGES))):
         if progress:
             progress.check_stop()
-        x = augment.normalize(
-            augment.resize(amp.to_device(pixels, run.world.device), run.model_spec["image_size"])
-        )
+        x = one_view(run, batch)
         with amp.autocast(run.args.precision, run.world.device):
-            rows.append(model(x.contiguous(memory_format=torch.channels_last)).float())
+            rows.append(model(x).float())
     return dist.unshard(torch.cat(rows), len(indices)).cpu()
 
 
@@ -389,87 +468,67 @@ def pretrain(run: Run, weights: dict | None) -> None:
     """Stage 1: NT-Xent on two views. Writes backbone.pt and features.npz from the epoch of the
     lowest mean loss.
     """
-    args, world, log, indices = run.args, run.world, run.log, run.splits["pretrain"]
+    args, world, log = run.args, run.world, run.log
     stage = run.stages["pretrain"]
+    indices = run.splits["pretrain"]
     model = build_model(run, "pretrain", weights)
     optimizer = optim.of_stage(stage, [model])
     scaler = amp.scaler(args.precision, world.device)
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
     start = checkpoint.weights_digest(weights) if weights else "scratch"
-    progress = run.stage(
-        "pretrain", {"model": model, "optimizer": optimizer, "scaler": scaler}, start=start
-    )
+    progress = run.open_stage("pretrain", parts, start=start)
     if run.is_done(progress):
         return
-    trained, chance, steps = (
-        dist.wrap(model, world),
-        math.log(2 * stage.bs - 1),
-        len(indices) // stage.bs,
-    )
+    trained = dist.wrap(model, world)
+    steps = len(indices) // stage.bs
+    _, chance = run.chance["pretrain"]
     log.say(
-        stage.describe(f"{len(indices)} images", steps)
+        stage.describe(plural(len(indices), "image"), steps)
         + f"; loss at chance ln(2N-1) = {chance:.4f}"
     )
-    pace = Pace(stage.bs, stage.epochs * steps, "img")
-    while progress.epoch < stage.epochs:
+    step_of = train_step if args.accum == 1 else gradcache_step
+    loop = Loop(run, progress, steps=steps, unit="img", chance=chance)
+    for epoch in loop.epochs():
         model.train()
-        batches = sampling.epoch_batches(
-            indices, stage.bs, args.seed, progress.epoch, progress.batch, world
-        )
-        for batch, pixels in zip(
-            batches, pace.waiting(run.data.batches(batches, args.workers)), strict=True
-        ):
-            lr = amp.set_lr(optimizer, stage, progress.step, steps, args.lr_schedule)
-            pixels = amp.to_device(pixels, world.device)
-            run.lap("input")
-
-            def make_views(chunk, pixels=pixels, batch=batch):
-                return two_views(run, pixels[chunk], batch[chunk], progress.epoch)
-
+        batches = sampling.epoch_batches(indices, stage.bs, args.seed, epoch, progress.batch, world)
+        for batch in loop.batches(fetch(run, batches, epoch)):
             if progress.step == 0 and world.is_main:
-                figures.save_grid(
-                    run.folder / "figures" / "views.png",
-                    augment.denormalize(make_views(slice(0, 8))),
-                    8,
-                )
-            loss, z, norm, bad = train_step(run, trained, optimizer, scaler, make_views, len(batch))
-            run.end_step(
-                progress,
-                pace,
-                {"loss": loss},
-                lr,
-                norm,
-                bad,
-                chance=chance,
-                more=partial(contrast, z),
-            )
-            run.lap("rest")
+                save_views(run, batch)
+            lr = loop.set_lr(optimizer)
+            step = step_of(run, trained, optimizer, scaler, batch)
+            loop.end_step(step, lr, more=partial(contrast, step.extra))
         loss = progress.mean("loss")
-        values = {"pretrain/train/loss": loss, "pretrain/train/loss_over_chance": loss / chance}
-        if (progress.epoch + 1) % args.eval_every == 0 or progress.epoch + 1 == stage.epochs:
-            values |= representation(
-                run, partial(evaluate, run, model.backbone, progress=progress), "dev", "val"
-            )
+        values = {
+            "pretrain/train/loss": loss,
+            "pretrain/train/loss_over_chance": loss / chance,
+        }
+        if loop.is_eval_epoch():
+            outputs = partial(evaluate, run, model.backbone, progress=progress)
+            values |= representation(run, outputs, "dev", "val")
         progress.select(loss, model.state_dict(), values, higher_is_better=False)
         progress.results = values
-        log.metrics("pretrain", progress.step, progress.epoch + 1, values)
-        progress.end_epoch()
-        pace.pause()
-        run.lap(None)
+        loop.end_epoch(values)
 
-    def scored(network, _):
+    def test(network, _):
         outputs = partial(evaluate, run, network.backbone, progress=progress)
         return representation(run, outputs, "test", "test"), network.backbone
 
-    test, backbone = test_best_and_last(progress, model, scored)
-    weights = {name: tensor.detach().cpu() for name, tensor in backbone.state_dict().items()}
+    results, backbone = test_best_and_last(progress, model, test)
+    trained_weights = {n: tensor.detach().cpu() for n, tensor in backbone.state_dict().items()}
     if world.is_main:
-        checkpoint.save(run.folder / "backbone.pt", weights)
+        checkpoint.save(run.folder / "backbone.pt", trained_weights)
     everything = partial(evaluate, run, backbone, np.arange(len(run.data)), progress)
-    figures.representation(
-        run, stored_features(run, checkpoint.weights_digest(weights), everything)
-    )
-    log.metrics("pretrain", progress.step, progress.epoch, test)
-    run.finish(progress, progress.results | test | {"pretrain/train/loss_at_chance": chance})
+    features = stored_features(run, checkpoint.weights_digest(trained_weights), everything)
+    figures.representation(run, features)
+    log.metrics("pretrain", progress.step, progress.epoch, results)
+    run.finish(progress, progress.results | results | {"pretrain/train/loss_at_chance": chance})
+
+
+def save_views(run: Run, batch: Batch) -> None:
+    """Write figures/views.png: the first images of the run as the network sees them."""
+    first = Batch(batch.inputs[:8], batch.items[:8], None, batch.epoch)
+    pictures = augment.denormalize(two_views(run, first))
+    figures.save_grid(run.folder / "figures" / "views.png", pictures, 8)
 
 
 def linear(run: Run, weights: dict | None) -> None:
@@ -478,222 +537,192 @@ def linear(run: Run, weights: dict | None) -> None:
     """
     random = build_model(run, "features").state_dict()
 
-    def features(chosen: dict, progress) -> Tensor:
-        compute = partial(
-            evaluate, run, build_model(run, "features", chosen), np.arange(len(run.data)), progress
-        )
-        return (
-            compute()
-            if chosen is random
-            else stored_features(run, checkpoint.weights_digest(chosen), compute)
-        )
+    def features(backbone: dict, progress) -> Tensor:
+        network = build_model(run, "features", backbone)
+        compute = partial(evaluate, run, network, np.arange(len(run.data)), progress)
+        if backbone is random:
+            return compute()
+        return stored_features(run, checkpoint.weights_digest(backbone), compute)
 
-    linear_eval.linear(
-        run, weights, random, BACKBONES[run.model_spec["backbone"]].num_features, features
-    )
-
-
-def finetune_step(
-    run: Run, model, optimizer, scaler, pixels, batch: np.ndarray, labels: np.ndarray, epoch: int
-):
-    """One update on crops of the images `batch`; returns (loss, gradient norm, bad), device
-    scalars.
-    """
-    args, device = run.args, run.world.device
-    x, size = amp.to_device(pixels, device), run.model_spec["image_size"]
-    params = augment.crop_flip_params(args.seed, epoch, batch, 0, pixels.shape[-1])
-    x = augment.resize(x, size) if args.augment == "none" else augment.make_view(x, params, size)
-    x = augment.normalize(x).contiguous(memory_format=torch.channels_last)
-    optimizer.zero_grad(set_to_none=True)
-    with amp.autocast(args.precision, device):
-        logits = model(x)
-    y = amp.to_device(torch.from_numpy(labels[batch]), device)
-    loss = sum(
-        run.add_distillation(
-            {"ce": nn.functional.cross_entropy(logits.float(), y)}, logits, x
-        ).values()
-    )
-    scaler.scale(loss).backward()
-    norm, bad = amp.guarded_step(optimizer, scaler, loss)
-    return loss.detach(), norm, bad
+    width = BACKBONES[run.model_spec["backbone"]].num_features
+    linear_eval.linear(run, weights, random, width, features)
 
 
 def finetune(run: Run, weights: dict | None) -> None:
     """Stage 3: train the whole model on labels; test the epoch of the best macro F1 on dev."""
-    args, world, log, classes = run.args, run.world, run.log, run.model_spec["classes"]["finetune"]
-    train, dev, test = (run.splits[f"finetune_{name}"] for name in ("train", "dev", "test"))
-    stage, num_classes, labels = run.stages["finetune"], len(classes), run.data.labels_in(classes)
+    args, world, log = run.args, run.world, run.log
+    stage = run.stages["finetune"]
+    classes = run.model_spec["classes"]["finetune"]
+    labels = run.data.labels_in(classes)
+    train, dev, test_split = (run.splits[f"finetune_{part}"] for part in ("train", "dev", "test"))
     model = build_model(run, "finetune", weights)
     optimizer = optim.of_stage(stage, [model])
     scaler = amp.scaler(args.precision, world.device)
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
     start = checkpoint.weights_digest(weights) if weights else "random"
-    progress = run.stage(
-        "finetune", {"model": model, "optimizer": optimizer, "scaler": scaler}, start=start
-    )
+    progress = run.open_stage("finetune", parts, start=start)
     if run.is_done(progress):
         return
-    trained, steps = dist.wrap(model, world), len(train) // stage.bs
-    counts = f"{len(train)} training, {len(dev)} dev and {len(test)} test images"
-    log.say(stage.describe(counts, steps) + f", patience {args.patience} evaluations")
-    pace = Pace(stage.bs, stage.epochs * steps, "img")
-    while progress.epoch < stage.epochs and progress.evals_without_gain < args.patience:
+    trained = dist.wrap(model, world)
+    steps = len(train) // stage.bs
+    counts = f"{len(train)} training, {len(dev)} dev and {len(test_split)} test images"
+    log.say(stage.describe(counts, steps) + f", patience {plural(args.patience, 'evaluation')}")
+    loop = Loop(run, progress, steps=steps, unit="img", patience=args.patience)
+    for epoch in loop.epochs():
         model.train()
-        batches = sampling.epoch_batches(
-            train, stage.bs, args.seed, progress.epoch, progress.batch, world
-        )
-        for batch, pixels in zip(
-            batches, pace.waiting(run.data.batches(batches, args.workers)), strict=True
-        ):
-            lr = amp.set_lr(optimizer, stage, progress.step, steps, args.lr_schedule)
-            loss, norm, bad = finetune_step(
-                run, trained, optimizer, scaler, pixels, batch, labels, progress.epoch
-            )
-            run.end_step(progress, pace, {"loss": loss}, lr, norm, bad)
+        batches = sampling.epoch_batches(train, stage.bs, args.seed, epoch, progress.batch, world)
+        for batch in loop.batches(fetch(run, batches, epoch, labels)):
+            lr = loop.set_lr(optimizer)
+            step = finetune_step(run, trained, optimizer, scaler, batch)
+            loop.end_step(step, lr)
         values = {"finetune/train/loss": progress.mean("loss")}
-        if (progress.epoch + 1) % args.eval_every == 0 or progress.epoch + 1 == stage.epochs:
-            values |= linear_eval.score(
-                "finetune/val", evaluate(run, model, dev, progress), labels[dev], num_classes
-            )
-            progress.select(
-                values["finetune/val/macro_f1"], model.state_dict(), values, higher_is_better=True
-            )
-        log.metrics("finetune", progress.step, progress.epoch + 1, values)
-        progress.end_epoch()
-        pace.pause()
+        if loop.is_eval_epoch():
+            logits = evaluate(run, model, dev, progress)
+            values |= linear_eval.score("finetune/val", logits, labels[dev], len(classes))
+            f1 = values["finetune/val/macro_f1"]
+            progress.select(f1, model.state_dict(), values, higher_is_better=True)
+        loop.end_epoch(values)
 
-    def scored(network, _):
-        logits = evaluate(run, network, test, progress)
-        return linear_eval.score("finetune/test", logits, labels[test], num_classes), logits
+    def test(network, _):
+        logits = evaluate(run, network, test_split, progress)
+        scores = linear_eval.score("finetune/test", logits, labels[test_split], len(classes))
+        return scores, logits
 
-    results, logits = test_best_and_last(progress, model, scored)
-    figures.classified(run, "finetune", test, logits, labels[test], classes)
+    results, logits = test_best_and_last(progress, model, test)
+    figures.classified(run, "finetune", test_split, logits, labels[test_split], classes)
     log.metrics("finetune", progress.step, progress.epoch, results)
     run.finish(progress, results)
 
 
 def check_spec(run: Run, name: str, weights: dict | None) -> CheckSpec:
     """A stage in the terms of --check."""
-    args, stage, first, items = run.args, run.stages[name], name == "pretrain", run.data
-    classes, part = run.model_spec["classes"].get(name, []), "finetune_" * (name == "finetune")
-    labels, size = None if first else items.labels_in(classes), min(16, stage.bs)
-    splits = (
-        run.splits[split]
-        for split in (("pretrain", "test") if first else (f"{part}train", f"{part}dev"))
-    )
-    guess = math.log(2 * size - 1 if first else len(classes))
-
-    def one_step(model, optimizer, scaler, batch, epoch):
-        (pixels,) = run.data.batches([batch], args.workers)
-        if not first:
-            return finetune_step(run, model, optimizer, scaler, pixels, batch, labels, epoch)
-        make_views = lambda chunk: two_views(run, pixels[chunk], batch[chunk], epoch)  # noqa: E731
-        return train_step(run, model, optimizer, scaler, make_views, len(batch))[::2]
-
-    inputs = dict(
-        seen=lambda calls, n: calls[0][0].unflatten(0, (-1, n)).transpose(0, 1), size=size
-    )
-    inputs |= dict(pixels=lambda own: next(run.data.batches([own], args.workers)))
-    answers = dict(labels=labels, classes=classes, head=None if first else lambda model: model.fc)
-    answers |= dict(chance=(0.8 * guess, 1.25 * guess), varies=args.augment != "none")
+    args, stage = run.args, run.stages[name]
+    is_pretrain = name == "pretrain"
+    classes = run.model_spec["classes"].get(name, [])
+    labels = None if is_pretrain else run.data.labels_in(classes)
+    splits = {
+        "pretrain": ("pretrain", "test"),
+        "linear": ("train", "dev"),
+        "finetune": ("finetune_train", "finetune_dev"),
+    }[name]
+    view = NetworkView(run, size=min(16, stage.bs), eval_batch=EVAL_IMAGES)
+    guess = math.log(2 * view.size - 1 if is_pretrain else len(classes))
+    steps = {"pretrain": train_step, "linear": None, "finetune": finetune_step}
     larger = LARGER.get(run.model_spec["backbone"])
-    answers["larger"] = larger and (lambda: build_model(run.with_spec(backbone=larger), name))
-    own_step = None if name == "linear" else one_step
-    functions = partial(build_model, run, name, weights), own_step, partial(evaluate, run)
-    return CheckSpec(run, stage, *splits, *functions, **inputs, **answers)
+    return CheckSpec(
+        run=run,
+        stage=name,
+        splits=splits,
+        build=partial(build_model, run, name, weights),
+        fetch=partial(fetch, run, labels=labels),
+        step=steps[name],
+        evaluate=partial(evaluate, run),
+        chance=(0.8 * guess, 1.25 * guess),
+        augmented=args.augment != "none",
+        view=view,
+        labels=labels,
+        larger=larger and partial(build_model, run.with_spec(backbone=larger), name),
+    )
 
 
 def run_inference(args, world: dist.Dist) -> None:
     """--eval: the test metrics of a checkpoint. --predict: predictions.csv for images without
     labels.
     """
-    model_of = load_run(args, "simclr")
-    model_spec, folder = model_of.state["model_spec"], model_of.folder
-    kind = linear_eval.kind_of(model_spec["stage"], model_of.source)
-    classes = model_spec["classes"].get(kind)
+    loaded = load_run(args, CARD)
+    spec = loaded.model_spec
+    kind = linear_eval.kind_of(spec["stage"], loaded.source)
+    classes = spec["classes"].get(kind)
     if args.predict and kind == "pretrain":
         raise InputError(
-            f"{model_of.source} has no classifier: run --stage linear or --stage finetune --from"
-            " it first"
+            f"{loaded.source} has no classifier: run --stage linear or --stage finetune --from it"
+            " first"
         )
-    targets = None if args.predict else model_spec["targets"]
-    images, splits, _, _ = build_data(args, model_of.path, world, targets, [model_of.home])
-    run = Run(
-        args, world, images, splits, folder, Log(None, main=world.is_main), None, model_spec, {}
-    )
+    targets = None if args.predict else spec["targets"]
+    images, splits, _, _ = build_data(args, loaded.path, world, targets, [loaded.home])
+    run = loaded.as_run(args, world, images, splits)
     model = build_model(run, kind)
-    checkpoint.load_weights(model, model_of.state["model"], model_of.source)
+    checkpoint.load_weights(model, loaded.state["model"], loaded.source)
     if args.predict:
         scores = evaluate(run, model, np.arange(len(images))).softmax(1)
         if world.is_main:
-            write_predictions(folder / "predictions.csv", images.ids, classes, scores)
-            print(f"{len(images)} predictions in {folder / 'predictions.csv'}")
+            file = run.folder / "predictions.csv"
+            write_predictions(file, images.ids, classes, scores)
+            print(f"{plural(len(images), 'prediction')} in {file}")
         return
     if kind == "pretrain":
-        return model_of.write(
-            representation(run, partial(evaluate, run, model.backbone), "test", "test"), world
-        )
+        outputs = partial(evaluate, run, model.backbone)
+        loaded.write(representation(run, outputs, "test", "test"), world)
+        return
     test = splits["finetune_test" if kind == "finetune" else "test"]
     if not len(test):
         raise InputError(f"{images.describe()}: there is no labeled test image to evaluate on")
-    labels, logits = images.labels_in(classes, test), evaluate(run, model, test)
-    answers = images, test, classes, logits.softmax(1)
-    model_of.write(
-        linear_eval.score("eval/test", logits, labels[test], len(classes)), world, answers
-    )
+    labels = images.labels_in(classes, test)
+    logits = evaluate(run, model, test)
+    scores = linear_eval.score("eval/test", logits, labels[test], len(classes))
+    loaded.write(scores, world, (images, test, classes, logits.softmax(1)))
 
 
 def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
     """Train: read the data, settle what the run is, and run its stages."""
-    weights, started, before = None, None, {}
+    weights, source = None, {}
     if args.from_run not in (None, "none"):
-        weights, before = load_backbone(args.from_run)
-    targets = cytology.target_labels(args.target_labels) if args.protocol == "cytology" else None
-    stored = [
-        run_dir_of(p)
-        for p in (args.out, args.resume, args.from_run)
-        if p not in (None, "auto", "none")
-    ]
+        weights, source = load_backbone(args.from_run, CARD.name)
+    targets = None
+    if args.protocol == "cytology":
+        targets = cytology.target_labels(args.target_labels)
+    earlier = [path for path in (args.out, args.resume, args.from_run) if path]
+    stored = [run_dir_of(path) for path in earlier if path not in ("auto", "none")]
     images, splits, classes, split = build_data(args, args.data, world, targets, stored)
-    cytology.check_start(args.from_run, before, targets, images)
-    name, stem = (
-        getattr(args, flag) or before.get(flag, first) for flag, first in DEFAULTS.items()
+    cytology.check_start(args.from_run, source, targets, images)
+    backbone, stem = (
+        getattr(args, flag) or source.get(flag, default) for flag, default in DEFAULTS.items()
     )
+    published_text = None
     if args.weights:
-        published = build_backbone(name, stem)
-        started, weights = load_published(published, args.weights), published.state_dict()
-    size = input_size(name, stem, args.image_size or before.get("image_size"), images.store_size)
-    model_spec = dict(
-        script="simclr", backbone=name, stem=stem, image_size=size, classes=classes, targets=targets
+        published = build_backbone(backbone, stem)
+        published_text = load_published(published, args.weights)
+        weights = published.state_dict()
+    size = args.image_size or source.get("image_size")
+    spec = dict(
+        script=CARD.name,
+        backbone=backbone,
+        stem=stem,
+        image_size=input_size(backbone, stem, size, images.store_size),
+        classes=classes,
+        targets=targets,
+        proj_dim=source.get("proj_dim", args.proj_dim),
     )
-    model_spec["proj_dim"] = before.get("proj_dim", args.proj_dim)
-    stages = {
-        stage: settings(args, stage) for stage in (STAGES if args.stage == "all" else [args.stage])
-    }
+    names = STAGES if args.stage == "all" else [args.stage]
+    stages = {stage: settings(args, stage) for stage in names}
     validate(args, world, images, splits, stages)
     start = {"weights": checkpoint.weights_digest(weights)} if weights else {}
-    identity = config.run_id(
-        parser, args, data=images.fingerprint, stage=args.stage, **model_spec, **start
+    teacher, teacher_id = distill.read(args, spec, same=("image_size", "classes"))
+    first_stage = next(iter(stages.values()))
+    run = Run.open(
+        args,
+        world,
+        signals,
+        images,
+        splits,
+        spec,
+        stages,
+        card=CARD,
+        chance=chance_levels(stages, classes),
+        name=f"{backbone}-{args.stage}-bs{first_stage.bs}",
+        identity=config.run_id(
+            parser, args, data=images.fingerprint, stage=args.stage, **spec, **start, **teacher_id
+        ),
+        input_text="\n".join(filter(None, [f"input {spec['image_size']} px", published_text])),
     )
-    names = dict(name=f"{name}-{args.stage}-bs{next(iter(stages.values())).bs}", identity=identity)
-    said = "\n".join(filter(None, [f"input {size} px", started]))
-    run = Run.open(args, world, signals, images, splits, model_spec, stages, **names, size=said)
     if split and world.is_main and not args.check:
         cytology.save(run.folder, split)
     run.phases = amp.Phases(world.device) if args.profile else None
-    run.attach_teacher(
-        lambda twin: build_model(twin, linear_eval.kind_of(twin.model_spec["stage"], args.teacher)),
-        evaluate=evaluate,
-    )
+    distill.attach_teacher(run, teacher, build_teacher, nn.Module.__call__, evaluate)
     if args.check:
-        return check(
-            run,
-            {
-                name: check_spec(run, name, weights)
-                for name in stages
-                if name != "linear" or len(stages) == 1
-            },
-        )
-    with run.session():
+        tried = [name for name in stages if name != "linear" or len(stages) == 1]
+        return check(run, {name: check_spec(run, name, weights) for name in tried})
+    with run.session(page):
         if "pretrain" in stages:
             pretrain(run, weights)
             weights = checkpoint.load(run.folder / "backbone.pt")
@@ -703,13 +732,28 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
             finetune(run, weights)
 
 
+def build_teacher(run: Run) -> nn.Module:
+    """The network of --teacher: of the kind that its stage has left."""
+    return build_model(run, linear_eval.kind_of(run.model_spec["stage"], run.args.teacher))
+
+
+def chance_levels(stages: dict, classes: dict) -> dict[str, tuple[str, float]]:
+    """The label and the loss of a guess, by stage."""
+    levels = {}
+    for name, stage in stages.items():
+        if name == "pretrain":
+            levels[name] = ("a guess, ln(2N-1)", math.log(2 * stage.bs - 1))
+        else:
+            count = len(classes[name])
+            levels[name] = (f"a guess, ln {count}", math.log(count))
+    return levels
+
+
 def main(argv: list[str] | None = None) -> int:
     args, parser = parse_args(argv)
-    return (
-        0
-        if run_sweep(main, argv, args, SEARCH, "macro_f1")
-        else launch(args, run_inference, partial(run_training, parser))
-    )
+    if run_sweep(main, argv, args, SEARCH, "macro_f1"):
+        return 0
+    return launch(args, run_inference, partial(run_training, parser))
 
 
 if __name__ == "__main__":

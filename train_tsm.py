@@ -16,7 +16,9 @@ with 4, the recipe's choice, it is half of the channels. It costs no arithmetic,
 traffic.
 """
 
+import math
 import sys
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 
@@ -24,11 +26,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import amp, config, metrics, optim
-from common.check.result import CheckSpec
+from common import amp, config, distill, metrics, optim
+from common.check.result import CheckSpec, NetworkView
 from common.check.runner import check
 from common.data import augment, faceforensics, sampling
-from common.errors import Diverged, InputError, as_input_error
+from common.distill import add_distillation
+from common.errors import Diverged, InputError, as_input_error, plural
 from common.losses import focal_bce, focal_guess
 from common.models.heads import AGGREGATES, HEAD_BIAS, init_bias_to_prior
 from common.models.mobilenet_v4 import VARIANTS, build_mobilenet_v4, load_published
@@ -41,15 +44,27 @@ from common.models.tsm import (
     start_weights,
     training_memory,
 )
-from common.report import figures
+from common.report import figures, page
 from common.run import checkpoint, dist
+from common.run.card import Card
 from common.run.inference import load_run, restore_data_flags, write_predictions
 from common.run.launch import launch, run_sweep
-from common.run.log import Log, Pace
+from common.run.loop import Batch, Loop, Step
 from common.run.run import Run, test_best_and_last
 from common.run.signals import Signals
 from kernels import shift_conv1x1, shift_step, temporal_shift
 
+CARD = Card(
+    name="tsm",
+    about="Is a face video real or manipulated? MobileNetV4 whose blocks exchange channels between"
+    " frames (TSM).",
+    items="clips",
+    stages=("train",),
+    headlines={
+        "train/test/video_auc": "AUC of the test videos",
+        "train/test/video_accuracy": "accuracy on the test videos",
+    },
+)
 STAGE = {"epochs": 30, "bs": 64, "lr": 3e-4, "wd": 0.01, "optimizer": "adamw"}
 KERNELS = {"residual": temporal_shift, "expand": shift_conv1x1, "none": None}
 DEMO = dict(
@@ -331,26 +346,23 @@ def build_model(run: Run, published: dict | None = None) -> ClipModel:
     """The network on the device, its backbone with published weights; the random part is a function
     of --seed.
     """
-    args, model_spec, world = run.args, run.model_spec, run.world
+    args, spec, world = run.args, run.model_spec, run.world
     torch.manual_seed(args.seed)
-    backbone = build_mobilenet_v4(model_spec["backbone"])
+    backbone = build_mobilenet_v4(spec["backbone"])
     if published:
         load_published(backbone, published, args.weights)
-    drop = dict(dropout=args.dropout, dropout2d=args.dropout2d)
     model = ClipModel(
         backbone,
-        shift_of(args, model_spec),
-        aggregate=model_spec["aggregate"],
+        shift_of(args, spec),
+        aggregate=spec["aggregate"],
         num_classes=1,
-        **drop,
+        dropout=args.dropout,
+        dropout2d=args.dropout2d,
     )
     if run.stages and args.head_bias == "prior":
-        drawn = epoch_batches(
-            args, run.data, train_items(args, run.data, run.splits), run.stages["train"].bs, 0
-        )
-        init_bias_to_prior(
-            model.head.classifier, run.data.labels[np.concatenate(drawn) % len(run.data)]
-        )
+        items = train_items(args, run.data, run.splits)
+        drawn = np.concatenate(epoch_batches(args, run.data, items, run.stages["train"].bs, 0))
+        init_bias_to_prior(model.head.classifier, run.data.labels[drawn % len(run.data)])
     model = dist.sync_batchnorm(model, world).to(world.device, memory_format=torch.channels_last)
     frozen = freeze_bn(model, args.freeze_bn)
     if args.freeze_bn and not frozen:
@@ -368,61 +380,77 @@ def build_model(run: Run, published: dict | None = None) -> ClipModel:
     return model
 
 
-def frames_of(run: Run, pixels: Tensor, items: np.ndarray | None = None, epoch: int = 0) -> Tensor:
-    """Normalized frames (b * T, 3, s, s) of uint8 clips (b, T, 3, h, h), augmented if they are
-    `items` of an epoch: one draw for all frames of a clip.
+def frames_of(run: Run, batch: Batch) -> Tensor:
+    """Normalized frames (n * T, 3, s, s) of clips (n, T, 3, h, h), augmented in training: one draw
+    for all frames of a clip.
     """
-    frames, size = pixels.flatten(0, 1), run.model_spec["image_size"]
-    if items is None or run.args.augment == "none":
+    frames = batch.inputs.flatten(0, 1)
+    size = run.model_spec["image_size"]
+    if batch.epoch is None or run.args.augment == "none":
         x = augment.resize(frames, size)
     else:
-        params = augment.clip_params(run.args.seed, epoch, items, 0, pixels.shape[-1])
-        x = augment.make_view(frames, params.repeat(pixels.shape[1]), size)
-    return augment.normalize(x, *map(tuple, run.model_spec["pixels"])).contiguous(
-        memory_format=torch.channels_last
-    )
+        side, length = frames.shape[-1], batch.inputs.shape[1]
+        params = augment.clip_params(run.args.seed, batch.epoch, batch.items, 0, side)
+        x = augment.make_view(frames, params.repeat(length), size)
+    mean, std = map(tuple, run.model_spec["pixels"])
+    return augment.normalize(x, mean, std).contiguous(memory_format=torch.channels_last)
 
 
-def clips_of(run: Run, items: np.ndarray, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """The videos of training items and the frames (n, T) that an epoch draws from them."""
-    starts = dict(n_segment=run.args.n_segment, seconds=run.args.clip_seconds)
-    return items % len(run.data), run.data.train_clips(items, run.args.seed, epoch, **starts)
+def fetch(run: Run, batches: list[np.ndarray], epoch: int | None = None) -> Iterator[Batch]:
+    """The clips of batches of items, uint8 (n, T, 3, h, h), and their labels, on the device.
+
+    Item i is a clip of video i % len(videos): in training one that `epoch` draws, in evaluation
+    (None) clip i // len(videos) of --clips that are spread over the video.
+    """
+    videos, device = run.data, run.world.device
+    labels = torch.from_numpy(videos.labels)
+    wanted = map(partial(frame_numbers, run, epoch=epoch), batches)
+    clips = videos.batches(wanted, run.args.workers)
+    for items, pixels in zip(batches, clips, strict=True):
+        targets = amp.to_device(labels[items % len(videos)], device)
+        yield Batch(amp.to_device(pixels, device), items, targets, epoch)
 
 
-def criterion(run: Run):
+def frame_numbers(run: Run, items: np.ndarray, epoch: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """The videos (n,) of items and the numbers (n, T) of their frames."""
+    spec, count = run.model_spec, len(run.data)
+    length, seconds = spec["n_segment"], spec["clip_seconds"]
+    videos = items % count
+    if epoch is not None:
+        drawn = run.data.train_clips(items, run.args.seed, epoch, n_segment=length, seconds=seconds)
+        return videos, drawn
+    spread = run.data.eval_clips(videos, length, seconds, run.args.clips)
+    return videos, spread[np.arange(len(items)), items // count]
+
+
+def criterion(run: Run) -> Callable[[Tensor, Tensor], Tensor]:
     """The loss of logits and labels that the flags choose."""
     gamma = run.args.gamma if run.args.loss == "focal_bce" else 0.0
-    return partial(
-        focal_bce, gamma=gamma, alpha=run.args.alpha, pos_weight=run.model_spec["pos_weight"]
-    )
+    pos_weight = run.model_spec["pos_weight"]
+    return partial(focal_bce, gamma=gamma, alpha=run.args.alpha, pos_weight=pos_weight)
 
 
-def train_step(
-    run: Run, model, optimizer, scaler, criterion, make_clips, targets: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One update; returns (loss, gradient norm, bad), device scalars.
+def train_step(run: Run, model, optimizer, scaler, batch: Batch) -> Step:
+    """One update.
 
-    `make_clips(slice)` gives the frames of a chunk of this process's clips, `targets` (b,) their
-    labels. With --accum K the gradient is that of the whole batch, but BatchNorm sees one chunk at
-    a time: it is exact for frozen layers only.
+    With --accum K the gradient is that of the whole batch, but BatchNorm sees one chunk at a time:
+    it is exact for frozen layers only.
     """
     accum, device = run.args.accum, run.world.device
-    size, total = len(targets) // accum, torch.zeros((), device=device)
+    loss_of = criterion(run)
+    total = torch.zeros((), device=device)
     optimizer.zero_grad(set_to_none=True)
-    for k in range(accum):
-        chunk = slice(k * size, (k + 1) * size)
-        x = make_clips(chunk)
+    for k, chunk in enumerate(batch.chunks(accum)):
+        x = frames_of(run, chunk)
         with amp.reduce_gradients(model, last=k + 1 == accum):
             with amp.autocast(run.args.precision, device):
                 logits = model(x)[0].squeeze(1)
-            terms = run.add_distillation(
-                {"loss": criterion(logits.float(), targets[chunk])}, logits, x
-            )
-            loss = sum(terms.values()) / accum
+            terms = {"loss": loss_of(logits.float(), chunk.labels)}
+            loss = sum(add_distillation(run, terms, logits, x).values()) / accum
             scaler.scale(loss).backward()
         total += loss.detach()
     norm, bad = amp.guarded_step(optimizer, scaler, total)
-    return total, norm, bad
+    return Step({"loss": total}, norm, bad)
 
 
 @torch.no_grad()
@@ -433,28 +461,29 @@ def evaluate(
     frames (n, clips, T), float32 on the CPU, by the model in evaluation mode.
     """
     model.eval()
-    args, count, length = run.args, run.args.clips, run.model_spec["n_segment"]
-    positions = run.data.eval_clips(indices, length, run.model_spec["clip_seconds"], count).reshape(
-        -1, length
-    )
-    own = dist.shard(np.arange(len(positions)), run.world)
-    parts = np.array_split(own, min(len(own), -(-len(own) * length // EVAL_FRAMES)))
+    args, clips, length = run.args, run.args.clips, run.model_spec["n_segment"]
+    items = (indices[:, None] + np.arange(clips) * len(run.data)).reshape(-1)
+    shard = dist.shard(items, run.world)
+    pieces = min(len(shard), -(-len(shard) * length // EVAL_FRAMES))
     rows = []
-    for pixels in run.data.batches(
-        [(indices[part // count], positions[part]) for part in parts], args.workers
-    ):
+    for batch in fetch(run, np.array_split(shard, pieces)):
         if progress:
             progress.check_stop()
-        x = frames_of(run, amp.to_device(pixels, run.world.device))
         with amp.autocast(args.precision, run.world.device):
-            logits, shares = model(x)
+            logits, shares = model(frames_of(run, batch))
         rows.append(torch.cat([logits, shares], 1).float())
-    rows = dist.unshard(torch.cat(rows), len(positions)).cpu().unflatten(0, (-1, count))
+    rows = dist.unshard(torch.cat(rows), len(items)).cpu().unflatten(0, (-1, clips))
     if not rows.isfinite().all():
         raise Diverged(
             "the scores are not finite: the weights have grown too large. Try a lower --lr"
         )
     return rows[..., 0], rows[..., 1:]
+
+
+def evaluate_logits(run: Run, model: nn.Module, indices: np.ndarray) -> Tensor:
+    """The logits alone of `evaluate`."""
+    logits, _ = evaluate(run, model, indices)
+    return logits
 
 
 def score(
@@ -463,78 +492,71 @@ def score(
     """Metrics of videos and clips (n, clips) named `PREFIX/video_auc` and so on; see
     `metrics.videos`.
     """
-    videos = run.data
-    found = metrics.videos(
-        videos.labels[indices], videos.methods[indices], logits, run.args.seed, threshold
-    )
-    return {f"{prefix}/{name}": value for name, value in found.items()}
+    labels, methods = run.data.labels[indices], run.data.methods[indices]
+    values = metrics.videos(labels, methods, logits, run.args.seed, threshold)
+    return {f"{prefix}/{name}": value for name, value in values.items()}
 
 
 def train(run: Run, published: dict | None) -> None:
     """Train, validate every --eval-every epochs, and test the model of the best video AUC on the
     validation split.
     """
-    args, world, log, videos, stage = run.args, run.world, run.log, run.data, run.stages["train"]
-    val, test, items = run.splits["val"], run.splits["test"], train_items(args, videos, run.splits)
-    labels = torch.from_numpy(videos.labels)
+    args, world, log, videos = run.args, run.world, run.log, run.data
+    stage = run.stages["train"]
+    val, test_split = run.splits["val"], run.splits["test"]
+    items = train_items(args, videos, run.splits)
     model = build_model(run, published)
     optimizer = optim.of_stage(stage, [model])
     scaler = amp.scaler(args.precision, world.device)
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    progress = run.stage("train", parts, start=run.model_spec["weights"] or "random")
+    progress = run.open_stage("train", parts, start=run.model_spec["weights"] or "random")
     if run.is_done(progress):
         return
-    trained, steps = dist.wrap(model, world), len(items) // stage.bs
+    trained = dist.wrap(model, world)
+    steps = len(items) // stage.bs
     frames = stage.bs // world.world_size // args.accum * args.n_segment
-    memory = training_memory(
-        model, frames, run.model_spec["image_size"], amp.dtype_of(args.precision, world.device)
-    )
-    several = f"{len(items)} clips of {len(run.splits['train'])} videos"
-    log.say(stage.describe(several, steps) + f", patience {args.patience} validations")
+    dtype = amp.dtype_of(args.precision, world.device)
+    memory = training_memory(model, frames, run.model_spec["image_size"], dtype)
+    clips = f"{plural(len(items), 'clip')} of {plural(len(run.splits['train']), 'video')}"
+    log.say(stage.describe(clips, steps) + f", patience {plural(args.patience, 'validation')}")
     log.say(f"{model.describe()}; predicted memory of {frames} frames at once: {memory.describe()}")
 
-    pace = Pace(stage.bs, stage.epochs * steps, "clip")
-    while progress.epoch < stage.epochs and progress.evals_without_gain < args.patience:
+    loop = Loop(run, progress, steps=steps, unit="clip", patience=args.patience)
+    for epoch in loop.epochs():
         model.train()
-        batches = epoch_batches(
-            args, videos, items, stage.bs, progress.epoch, progress.batch, world
-        )
-        clips = pace.waiting(
-            videos.batches(map(partial(clips_of, run, epoch=progress.epoch), batches), args.workers)
-        )
-        for batch, pixels in zip(batches, clips, strict=True):
-            lr = amp.set_lr(optimizer, stage, progress.step, steps, args.lr_schedule)
-            pixels, targets = (
-                amp.to_device(t, world.device) for t in (pixels, labels[batch % len(videos)])
-            )
-
-            def make_clips(chunk, pixels=pixels, batch=batch):
-                return frames_of(run, pixels[chunk], batch[chunk], progress.epoch)
-
-            loss, norm, bad = train_step(
-                run, trained, optimizer, scaler, criterion(run), make_clips, targets
-            )
-            run.end_step(progress, pace, {"loss": loss}, lr, norm, bad)
+        batches = epoch_batches(args, videos, items, stage.bs, epoch, progress.batch, world)
+        for batch in loop.batches(fetch(run, batches, epoch)):
+            lr = loop.set_lr(optimizer)
+            step = train_step(run, trained, optimizer, scaler, batch)
+            loop.end_step(step, lr)
         values = {"train/train/loss": progress.mean("loss")}
-        if (progress.epoch + 1) % args.eval_every == 0 or progress.epoch + 1 == stage.epochs:
-            values |= score(run, "train/val", val, evaluate(run, model, val, progress)[0])
-            auc, low = values["train/val/video_auc"], values["train/val/video_auc_low"]
-            certain = low if args.stop_on_interval else auc - args.min_delta
-            progress.select(auc, model.state_dict(), values, higher_is_better=True, certain=certain)
+        if loop.is_eval_epoch():
+            logits, _ = evaluate(run, model, val, progress)
+            values |= score(run, "train/val", val, logits)
+            auc = values["train/val/video_auc"]
+            confident = auc - args.min_delta
+            if args.stop_on_interval:
+                confident = values["train/val/video_auc_low"]
+            progress.select(
+                auc,
+                model.state_dict(),
+                values,
+                higher_is_better=True,
+                confident_value=confident,
+            )
             progress.results = values
-        log.metrics("train", progress.step, progress.epoch + 1, values)
-        progress.end_epoch()
-        pace.pause()
+        loop.end_epoch(values)
 
-    def scored(network, found):
-        logits, shares = evaluate(run, network, test, progress)
-        threshold = found["train/val/threshold"]
-        return score(run, "train/test", test, logits, threshold), (logits, shares, threshold)
+    def test(network, selected):
+        logits, shares = evaluate(run, network, test_split, progress)
+        threshold = selected["train/val/threshold"]
+        scores = score(run, "train/test", test_split, logits, threshold)
+        return scores, (logits, shares, threshold)
 
-    results, (logits, shares, threshold) = test_best_and_last(progress, model, scored)
-    figures.detected(run, test, metrics.video_scores(logits), threshold)
+    results, (logits, shares, threshold) = test_best_and_last(progress, model, test)
+    figures.detected(run, test_split, metrics.video_scores(logits), threshold)
     if world.is_main and args.aggregate == "attention":
-        attention_gallery(run, test, logits, shares)
+        attention_gallery(run, test_split, logits, shares)
     log.metrics("train", progress.step, progress.epoch, results)
     run.finish(progress, progress.results | results)
 
@@ -543,81 +565,73 @@ def attention_gallery(run: Run, indices: np.ndarray, logits: Tensor, shares: Ten
     """Leave the middle clips of three real and three fake videos for the report, and how much each
     frame counts.
     """
-    model_spec, count = run.model_spec, run.args.clips
-    classes = [np.flatnonzero(run.data.labels[indices] == label) for label in (0, 1)]
-    rows = np.concatenate(
-        [own[np.linspace(0, len(own) - 1, min(3, len(own))).astype(int)] for own in classes]
-    )
-    positions = run.data.eval_clips(
-        indices[rows], model_spec["n_segment"], model_spec["clip_seconds"], count
-    )[:, count // 2]
-    (pixels,) = run.data.batches([(indices[rows], positions)], run.args.workers)
-    figures.attention_frames(
-        run, indices[rows], pixels, shares[rows, count // 2], logits[rows, count // 2].sigmoid()
-    )
+    rows = []
+    for label in (0, 1):
+        of_label = np.flatnonzero(run.data.labels[indices] == label)
+        rows.append(of_label[np.linspace(0, len(of_label) - 1, min(3, len(of_label))).astype(int)])
+    rows = np.concatenate(rows)
+    middle = run.args.clips // 2
+    (batch,) = fetch(run, [indices[rows] + middle * len(run.data)])
+    scores = logits[rows, middle].sigmoid()
+    figures.attention_frames(run, indices[rows], batch.inputs.cpu(), shares[rows, middle], scores)
+
+
+class ClipView(NetworkView):
+    """How --check looks into the network: an item is a clip, and all of its frames must matter."""
+
+    def __init__(self, run: Run, size: int):
+        length = run.model_spec["n_segment"]
+        at_once = EVAL_FRAMES // length // run.args.clips
+        pixels = run.model_spec["pixels"]
+        super().__init__(run, size=size, eval_batch=at_once, parts=length, normalization=pixels)
+
+    def rows(self, output) -> Tensor:
+        return output[0]
+
+    def augmented_part(self, calls: list[tuple], count: int) -> Tensor:
+        return calls[0][0].unflatten(0, (count, 1, -1))
+
+    def stored_pixels(self, samples: np.ndarray) -> Tensor:
+        clips = np.arange(self.run.args.clips) * len(self.run.data)
+        (batch,) = fetch(self.run, [(samples[:, None] + clips).reshape(-1)])
+        return batch.inputs.flatten(0, 1)
+
+    def head(self, model: ClipModel) -> nn.Linear:
+        return model.head.classifier
+
+    def causal(self, model: ClipModel, x: Tensor) -> Tensor | None:
+        return model.features(x) if self.run.args.direction == "past" else None
 
 
 def check_spec(run: Run, published: dict | None) -> CheckSpec:
     """The training in the terms of --check."""
-    args, stage, videos, length = (
-        run.args,
-        run.stages["train"],
-        run.data,
-        run.model_spec["n_segment"],
-    )
-    items, labels = train_items(args, videos, run.splits), torch.from_numpy(videos.labels)
-    fake = 0.5 if args.sampler == "balanced" else float(videos.labels[run.splits["train"]].mean())
-    guess = partial(
-        focal_guess, guess=fake if args.head_bias == "prior" else 0.5, **criterion(run).keywords
-    )
+    args, videos = run.args, run.data
+    stage = run.stages["train"]
+    items = train_items(args, videos, run.splits)
+    fake = float(videos.labels[run.splits["train"]].mean())
+    if args.sampler == "balanced":
+        fake = 0.5
+    guess = fake if args.head_bias == "prior" else 0.5
 
-    def one_step(model, optimizer, scaler, batch, epoch):
-        (pixels,) = run.data.batches([clips_of(run, batch, epoch)], args.workers)
-        targets = labels[batch % len(videos)].to(run.world.device)
-        make_clips = lambda k: frames_of(run, pixels[k].to(run.world.device), batch[k], epoch)  # noqa: E731
-        return train_step(run, model, optimizer, scaler, criterion(run), make_clips, targets)
+    def chance(labels: np.ndarray) -> tuple[float, float]:
+        loss = focal_guess(labels.mean(), guess=guess, **criterion(run).keywords)
+        return 0.6 * loss, 1.8 * loss
 
-    def pixels(own):
-        positions = videos.eval_clips(
-            own, length, run.model_spec["clip_seconds"], args.clips
-        ).reshape(-1, length)
-        return next(videos.batches([(own.repeat(args.clips), positions)], args.workers)).flatten(
-            0, 1
-        )
-
-    inputs = dict(
-        batches=lambda epoch: epoch_batches(args, videos, items, stage.bs, epoch),
-        size=min(8, stage.bs),
-    )
-    inputs |= dict(
-        several=EVAL_FRAMES // length // args.clips + 2,
-        pixels=pixels,
-        normalization=run.model_spec["pixels"],
-    )
-    inputs |= dict(
-        seen=lambda calls, n: calls[0][0].unflatten(0, (n, 1, -1)), varies=args.augment != "none"
-    )
-    answers = dict(
-        labels=videos.labels, classes=videos.classes, prior=np.array([1 - fake, fake]), binary=True
-    )
-    past = ClipModel.features if args.direction == "past" else None
-    answers |= dict(rows=lambda output: output[0], parts=length, past=past)
-    answers |= dict(chance=lambda own: (0.6 * guess(own.mean()), 1.8 * guess(own.mean())))
-    answers |= dict(head=lambda model: model.head.classifier)
-    answers |= dict(
-        frozen=lambda model: {
-            f"{name}.{kind}" for name in model.frozen_bn for kind in ("weight", "bias")
-        }
-    )
     larger = dict(pairwise(VARIANTS)).get(run.model_spec["backbone"])
-    answers["larger"] = larger and (lambda: build_model(run.with_spec(backbone=larger)))
-    functions = (
-        partial(build_model, run, published),
-        one_step,
-        lambda *given: evaluate(run, *given)[0],
-    )
     return CheckSpec(
-        run, stage, run.splits["train"], run.splits["val"], *functions, **inputs, **answers
+        run=run,
+        stage="train",
+        splits=("train", "val"),
+        build=partial(build_model, run, published),
+        fetch=partial(fetch, run),
+        step=train_step,
+        evaluate=partial(evaluate_logits, run),
+        chance=chance,
+        augmented=args.augment != "none",
+        view=ClipView(run, size=min(8, stage.bs)),
+        labels=videos.labels,
+        batches=partial(epoch_batches, args, videos, items, stage.bs),
+        larger=larger and partial(build_model, run.with_spec(backbone=larger)),
     )
 
 
@@ -625,35 +639,37 @@ def run_inference(args, world: dist.Dist) -> None:
     """--eval: the test metrics of a checkpoint. --predict: predictions.csv of videos without
     labels. --stream: one sequence frame by frame.
     """
-    found = load_run(args, "tsm")
-    model_spec, threshold = (
-        found.state["model_spec"],
-        found.state["metrics"].get("train/val/threshold"),
-    )
+    loaded = load_run(args, CARD)
+    classes = loaded.model_spec["classes"]
+    threshold = loaded.state["metrics"].get("train/val/threshold")
     if threshold is None and not args.stream:
         raise InputError(
-            f"{found.source} was saved before its first validation: there is no threshold yet"
+            f"{loaded.source} was saved before its first validation: there is no threshold yet"
         )
-    videos = build_data(args, found.path, world, labels=bool(args.eval))
-    run = Run(
-        args, world, videos, {}, found.folder, Log(None, main=world.is_main), None, model_spec, {}
-    )
+    videos = build_data(args, loaded.path, world, labels=bool(args.eval))
+    run = loaded.as_run(args, world, videos, {})
     model = build_model(run)
-    checkpoint.load_weights(model, found.state["model"], found.source)
+    checkpoint.load_weights(model, loaded.state["model"], loaded.source)
+    if args.stream:
+        stream(run, model)
+        return
     if args.eval:
         test = faceforensics.split(videos, ["test"])["test"]
         logits, _ = evaluate(run, model, test)
-        answers = videos, test, model_spec["classes"], metrics.video_scores(logits)
-        found.write(score(run, "eval/test", test, logits, threshold), world, answers)
-    elif args.predict:
-        scores = metrics.video_scores(evaluate(run, model, np.arange(len(videos)))[0])
-        if world.is_main:
-            both = torch.from_numpy(np.stack([1 - scores, scores], 1))
-            file, chosen = run.folder / "predictions.csv", (scores >= threshold).astype(int)
-            write_predictions(file, videos.ids, model_spec["classes"], both, chosen)
-            print(f"{len(videos)} predictions in {file}; fake from a score of {threshold:.4f} on")
-    else:
-        stream(run, model)
+        answers = videos, test, classes, metrics.video_scores(logits)
+        loaded.write(score(run, "eval/test", test, logits, threshold), world, answers)
+        return
+    logits, _ = evaluate(run, model, np.arange(len(videos)))
+    scores = metrics.video_scores(logits)
+    if world.is_main:
+        file = run.folder / "predictions.csv"
+        shares = torch.from_numpy(np.stack([1 - scores, scores], 1))
+        chosen = (scores >= threshold).astype(int)
+        write_predictions(file, videos.ids, classes, shares, chosen)
+        print(
+            f"{plural(len(videos), 'prediction')} in {file}; fake from a score of"
+            f" {threshold:.4f} on"
+        )
 
 
 def stream(run: Run, model: ClipModel) -> None:
@@ -661,75 +677,100 @@ def stream(run: Run, model: ClipModel) -> None:
     if len(run.data) != 1:
         raise InputError(
             f"--stream {run.args.stream}: expected one sequence of frames, found"
-            f" {len(run.data)} videos"
+            f" {plural(len(run.data), 'video')}"
         )
-    one, flow, lines = np.zeros(1, np.int64), Stream(model.eval(), shift_step), ["frame,score_fake"]
-    frames = [(one, np.array([[t]])) for t in range(int(run.data.lengths[0]))]
+    flow = Stream(model.eval(), shift_step)
+    lines = ["frame,score_fake"]
+    video = np.zeros(1, np.int64)
+    frames = [(video, np.array([[t]])) for t in range(int(run.data.lengths[0]))]
     for t, pixels in enumerate(run.data.batches(frames, run.args.workers)):
-        x = frames_of(run, amp.to_device(pixels, run.world.device))
+        x = frames_of(run, Batch(amp.to_device(pixels, run.world.device), video, None, None))
         with amp.autocast(run.args.precision, run.world.device):
             logits, _ = flow(x)
-        lines.append(f"{t},{logits.double().sigmoid().item():.6f}")
-    (run.folder / "stream.csv").write_text("\n".join(lines) + "\n")
-    print(
-        f"{run.folder / 'stream.csv'}: {len(frames)} frames, the last score is"
-        f" {lines[-1].split(',')[1]}"
-    )
+        score_fake = logits.double().sigmoid().item()
+        lines.append(f"{t},{score_fake:.6f}")
+    file = run.folder / "stream.csv"
+    file.write_text("\n".join(lines) + "\n")
+    print(f"{file}: {plural(len(frames), 'frame')}, the last score is {score_fake:.6f}")
 
 
 def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
     """Train: read the data, settle what the run is, and run its one stage."""
-    stage = config.stage_config(
-        args, "train", STAGE | {"min_lr": args.min_lr}, first=True, lr_of=None
-    )
+    defaults = STAGE | {"min_lr": args.min_lr}
+    stage = config.stage_config(args, "train", defaults, first=True, lr_of=None)
     videos = build_data(args, args.data, world)
     splits = faceforensics.split(videos)
     size = args.image_size or max(min(224, videos.store_size), MIN_SIZE)
     if size < MIN_SIZE:
         raise InputError(f"--image-size {size}: the smallest that MobileNetV4 takes is {MIN_SIZE}")
-    if size > videos.store_size and world.is_main:
-        print(
+    if size > videos.store_size:
+        world.say(
             f"frames are stored at {videos.store_size} px and enlarged to --image-size {size}: no"
             " detail is gained"
         )
     published, pixels = start_weights(args)
-    model_spec = dict(script="tsm", image_size=size, classes=videos.classes)
-    model_spec |= {name: getattr(args, name) for name in MODEL_FLAGS}
-    model_spec["pixels"] = [list(part) for part in pixels]
-    model_spec["weights"] = checkpoint.weights_digest(published) if published else None
-    real, fake = np.bincount(videos.labels[splits["train"]], minlength=2)
-    weight = real / max(fake, 1) if args.pos_weight == "auto" else args.pos_weight
-    model_spec["pos_weight"] = None if weight == "none" else float(weight)
-    validate(args, world, videos, splits, stage, model_spec, published)
-    identity = config.run_id(parser, args, data=videos.fingerprint, stage="train", **model_spec)
-    names = dict(name=f"{args.backbone}-{args.shift}-bs{stage.bs}", identity=identity)
-    names |= dict(same=("image_size", "classes", "n_segment", "clip_seconds", "pixels"))
+    spec = dict(
+        script=CARD.name,
+        image_size=size,
+        classes=videos.classes,
+        **{name: getattr(args, name) for name in MODEL_FLAGS},
+        pixels=[list(part) for part in pixels],
+        weights=checkpoint.weights_digest(published) if published else None,
+        pos_weight=pos_weight_of(args, videos.labels[splits["train"]]),
+    )
+    validate(args, world, videos, splits, stage, spec, published)
+    same = ("image_size", "classes", "n_segment", "clip_seconds", "pixels")
+    teacher, teacher_id = distill.read(args, spec, same)
     run = Run.open(
         args,
         world,
         signals,
         videos,
         splits,
-        model_spec,
+        spec,
         {"train": stage},
-        **names,
-        size=f"input {size} px",
+        card=CARD,
+        chance=chance_levels(args, spec),
+        name=f"{args.backbone}-{args.shift}-bs{stage.bs}",
+        identity=config.run_id(
+            parser, args, data=videos.fingerprint, stage="train", **spec, **teacher_id
+        ),
+        input_text=f"input {size} px",
     )
-    run.attach_teacher(build_model, lambda model, x: model(x)[0].squeeze(1))
+    distill.attach_teacher(run, teacher, build_model, student_logits)
     run.log.say(videos.describe_clips(args.n_segment, args.clip_seconds))
     if args.check:
         return check(run, {"train": check_spec(run, published)})
-    with run.session():
+    with run.session(page):
         train(run, published)
+
+
+def student_logits(model: ClipModel, x: Tensor) -> Tensor:
+    """Logits (n,) of a teacher on the student's own input."""
+    return model(x)[0].squeeze(1)
+
+
+def pos_weight_of(args, labels: np.ndarray) -> float | None:
+    """The weight of fakes among training labels, by --pos-weight."""
+    if args.pos_weight == "none":
+        return None
+    real, fake = np.bincount(labels, minlength=2)
+    return float(real / max(fake, 1) if args.pos_weight == "auto" else args.pos_weight)
+
+
+def chance_levels(args, spec: dict) -> dict[str, tuple[str, float]]:
+    """The label and the loss of a guess, where the loss weighs no class."""
+    if args.alpha is not None or spec["pos_weight"]:
+        return {}
+    gamma = args.gamma if args.loss == "focal_bce" else 0.0
+    return {"train": ("a guess, p = 1/2", 0.5**gamma * math.log(2))}
 
 
 def main(argv: list[str] | None = None) -> int:
     args, parser = parse_args(argv)
-    return (
-        0
-        if run_sweep(main, argv, args, SEARCH, "auc")
-        else launch(args, run_inference, partial(run_training, parser))
-    )
+    if run_sweep(main, argv, args, SEARCH, "auc"):
+        return 0
+    return launch(args, run_inference, partial(run_training, parser))
 
 
 if __name__ == "__main__":

@@ -149,12 +149,17 @@ def reduce_gradients(model: nn.Module, *, last: bool):
 
 
 def set_lr(
-    optimizer: torch.optim.Optimizer, stage, done: int, steps_per_epoch: int, schedule: str
+    optimizer: torch.optim.Optimizer,
+    stage,
+    done: int,
+    steps_per_epoch: int,
+    schedule: str,
+    factor: float = 1.0,
 ) -> float:
     """Set and return the learning rate of the step that follows `done` steps: a function of the
-    position alone.
+    position alone, times `factor`.
 
-    `stage` is a `common.config.Stage`.
+    `stage` is a `common.config.StageConfig`.
     """
     lr = optim.lr_at(
         done,
@@ -164,6 +169,7 @@ def set_lr(
         schedule=schedule,
         min_lr=stage.min_lr,
     )
+    lr *= factor
     for group in optimizer.param_groups:
         group["lr"] = lr
     return lr

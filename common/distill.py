@@ -40,13 +40,11 @@ class Teacher:
     """
 
     def __init__(self, run, model: nn.Module, outputs: Callable, evaluate: Callable | None):
-        self.run, self.model, self.outputs, self.evaluate, self.table = (
-            run,
-            model,
-            outputs,
-            evaluate,
-            None,
-        )
+        self.run = run
+        self.model = model
+        self.outputs = outputs
+        self.evaluate = evaluate
+        self.table: Tensor | None = None
 
     @torch.no_grad()
     def logits(self, x: Tensor, items: np.ndarray | None) -> Tensor:
@@ -59,22 +57,23 @@ class Teacher:
         return amp.to_device(self.table[items % len(self.table)], x.device)
 
 
-def blend(
-    teacher: Teacher | None,
-    terms: dict[str, Tensor],
-    student: Tensor,
-    x: Tensor,
-    items: np.ndarray | None = None,
+def add_distillation(
+    run, terms: dict[str, Tensor], student: Tensor, x: Tensor, items: np.ndarray | None = None
 ) -> dict[str, Tensor]:
     """The terms of a loss, by 1 - weight, and the term `teacher` by the weight of --teacher-weight;
-    without a teacher the terms as they are.
+    where the run has no teacher the terms as they are.
+
+    Args:
+        student: the student's logits.
+        x, items: what they were computed from, see `Teacher.logits`.
     """
-    if teacher is None:
+    if run.teacher is None:
         return terms
-    args = teacher.run.args
-    term = distillation(student, teacher.logits(x, items), args.teacher_temperature)
-    shares = {name: (1 - args.teacher_weight) * value for name, value in terms.items()}
-    return shares | {"teacher": args.teacher_weight * term}
+    weight = run.args.teacher_weight
+    answers = run.teacher.logits(x, items)
+    shares = {name: (1 - weight) * value for name, value in terms.items()}
+    shares["teacher"] = weight * distillation(student, answers, run.args.teacher_temperature)
+    return shares
 
 
 def read(args, model_spec: dict, same) -> tuple[dict | None, dict]:
@@ -106,24 +105,26 @@ def read(args, model_spec: dict, same) -> tuple[dict | None, dict]:
     return state, {"teacher": checkpoint.weights_digest(state["model"])}
 
 
-def build(
-    run, state: dict, build_model: Callable[..., nn.Module], outputs: Callable, evaluate=None
-) -> Teacher:
-    """The teacher of a state that `read` gave, ready to answer.
+def attach_teacher(
+    run, state: dict | None, build_model: Callable[..., nn.Module], outputs: Callable, evaluate=None
+) -> None:
+    """Make `run.teacher` of a state that `read` gave; None leaves the run without one.
 
     Args:
-        run: the student's `common.run.Run`.
+        run: the student's `common.run.run.Run`.
         build_model: gives the network of a run, by its `model_spec`; the random numbers that it
             draws are put back.
         outputs, evaluate: as `Teacher` takes them.
     """
+    if state is None:
+        return
     before = checkpoint.rng_state()
-    twin = replace(run, model_spec=state["model_spec"])
-    model = build_model(twin)
+    teachers_run = replace(run, model_spec=state["model_spec"])
+    model = build_model(teachers_run)
     checkpoint.set_rng_state(before)
-    checkpoint.load_weights(model, state["model"], run.args.teacher)
+    args = run.args
+    checkpoint.load_weights(model, state["model"], args.teacher)
     run.log.say(
-        f"teacher {run.args.teacher}: weight {run.args.teacher_weight:g}, T"
-        f" {run.args.teacher_temperature:g}"
+        f"teacher {args.teacher}: weight {args.teacher_weight:g}, T {args.teacher_temperature:g}"
     )
-    return Teacher(twin, model.eval().requires_grad_(False), outputs, evaluate)
+    run.teacher = Teacher(teachers_run, model.eval().requires_grad_(False), outputs, evaluate)

@@ -71,6 +71,12 @@ def as_input_error(flag: str, value):
         raise InputError(f"{flag} {value}: {error}") from None
 
 
+def plural(count: int, noun: str) -> str:
+    """`1 epoch`, `2 epochs`, `2 processes`."""
+    ending = "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}{ending}"
+
+
 def did_you_mean(word: str, words) -> str:
     """A hint for a misspelled name: `; did you mean X?`, or nothing when no name is near."""
     match = difflib.get_close_matches(word, list(words), n=1)

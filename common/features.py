@@ -13,6 +13,7 @@ from common import metrics
 from common.data import sampling
 from common.errors import Diverged
 from common.run import dist
+from common.run.files import atomic_write
 from common.run.run import Run
 
 KNN_BANK, KNN_QUERIES = 4096, 1024
@@ -47,10 +48,9 @@ def stored_features(run: Run, weights: str, compute: Callable[[], Tensor]) -> Te
         splits = np.full(len(items), "", dtype="<U5")
         for part, name in _SPLITS.items():
             splits[run.splits.get(part, [])] = name
-        temporary = file.with_name(".features.tmp.npz")
-        try:
+        with atomic_write(file, "wb") as stored:
             np.savez(
-                temporary,
+                stored,
                 features=rows.numpy(),
                 id=np.array(items.ids),
                 label=items.labels,
@@ -58,9 +58,6 @@ def stored_features(run: Run, weights: str, compute: Callable[[], Tensor]) -> Te
                 classes=np.array(items.classes, dtype=str),
                 key=key,
             )
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
     return rows
 
 

@@ -1,21 +1,35 @@
-"""Frozen features: computed once and kept in features.npz, and the linear protocol on them."""
+"""The linear protocol on frozen features, beside the same on baselines."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import amp, config, metrics, optim
+from common import amp, metrics, optim
 from common.data import augment, sampling
+from common.distill import add_distillation
 from common.errors import InputError
 from common.report import figures
 from common.run import checkpoint, dist
-from common.run.log import Pace
+from common.run.loop import Batch, Loop, Step
 from common.run.progress import Progress
 from common.run.run import Run
 
 PIXELS = 32  # side of the raw-pixel baseline's images
+
+
+class Source(NamedTuple):
+    """Features that the protocol judges: how they are called, the weights that make them, their
+    dimension, and the function that computes them.
+    """
+
+    title: str
+    weights: dict[str, Tensor]
+    width: int
+    features: Callable[[dict[str, Tensor], Progress], Tensor]
 
 
 def linear(
@@ -34,51 +48,35 @@ def linear(
         width: the features' dimension.
         features: gives the features (n, width) of all images for a backbone's weights.
     """
-    args, images, stage, classes = (
-        run.args,
-        run.data,
-        run.stages["linear"],
-        run.model_spec["classes"]["linear"],
-    )
-    sources = {
-        "linear": (
-            "learned features" if weights else "random-weight backbone",
-            weights or random,
-            width,
-            features,
-        ),
-        "linear_random": ("random-weight backbone", random, width, features),
-        "linear_pixels": (
-            f"raw pixels ({PIXELS} px)",
-            {},
-            3 * PIXELS**2,
-            lambda _, prog: raw_pixels(run, prog),
-        ),
-    }
-    if not weights:
-        del sources["linear_random"]
-    for name, (title, source, dim, make) in sources.items():
-        torch.manual_seed(args.seed)
-        head = nn.Linear(dim, len(classes)).to(run.world.device)
-        optimizer = optim.build_optimizer(
-            stage.optimizer, optim.param_groups([head], stage.wd), lr=stage.lr
-        )
-        start = checkpoint.weights_digest(source) if source else name
-        progress = run.stage(name, {"head": head, "optimizer": optimizer}, start=start)
+    stage = run.stages["linear"]
+    classes = run.model_spec["classes"]["linear"]
+    random_source = Source("random-weight backbone", random, width, features)
+    sources = {"linear": random_source}
+    if weights:
+        sources["linear"] = Source("learned features", weights, width, features)
+        sources["linear_random"] = random_source
+    pixels = partial(raw_pixels, run)
+    sources["linear_pixels"] = Source(f"raw pixels ({PIXELS} px)", {}, 3 * PIXELS**2, pixels)
+    for name, source in sources.items():
+        torch.manual_seed(run.args.seed)
+        head = nn.Linear(source.width, len(classes)).to(run.world.device)
+        groups = optim.param_groups([head], stage.wd)
+        optimizer = optim.build_optimizer(stage.optimizer, groups, lr=stage.lr)
+        start = checkpoint.weights_digest(source.weights) if source.weights else name
+        progress = run.open_stage(name, {"head": head, "optimizer": optimizer}, start=start)
         if not run.is_done(progress):
-            results = linear_protocol(
-                run, progress, head, optimizer, stage, make(source, progress), source
-            )
+            rows = source.features(source.weights, progress)
+            results = linear_protocol(run, progress, head, optimizer, rows, source.weights)
             run.finish(progress, results)
         accuracy, f1 = (run.results[f"{name}/test/{metric}"] for metric in ("accuracy", "macro_f1"))
         run.log.say(
-            f"linear protocol, {title + ':':24}test accuracy {accuracy:.4f}, macro F1 {f1:.4f}"
+            f"linear protocol, {source.title + ':':24}test accuracy {accuracy:.4f}, macro F1"
+            f" {f1:.4f}"
         )
-    labels = images.labels_in(classes)
+    labels = run.data.labels_in(classes)
     majority = np.bincount(labels[run.splits["train"]]).argmax()
-    run.results["majority/test/accuracy"] = share = float(
-        (labels[run.splits["test"]] == majority).mean()
-    )
+    share = float((labels[run.splits["test"]] == majority).mean())
+    run.results["majority/test/accuracy"] = share
     run.log.say(f"linear protocol, {'majority class:':24}test accuracy {share:.4f}")
 
 
@@ -95,7 +93,7 @@ def kind_of(stage: str, source: str) -> str:
     return stage.split("_")[0]
 
 
-def raw_pixels(run: Run, progress: Progress) -> Tensor:
+def raw_pixels(run: Run, _, progress: Progress) -> Tensor:
     """The pixels of all images at PIXELS x PIXELS as features (n, 3 PIXELS**2)."""
     rows = []
     for pixels in run.data.batches(
@@ -114,73 +112,77 @@ def score(prefix: str, logits: Tensor, labels: np.ndarray, num_classes: int) -> 
     return {f"{prefix}/{name}": value for name, value in values.items()}
 
 
+def linear_step(run: Run, head, optimizer, scaler, batch: Batch) -> Step:
+    """One update of the linear layer on standardized features, and the teacher's term where there
+    is one.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    logits = head(batch.inputs)
+    terms = {"ce": nn.functional.cross_entropy(logits, batch.labels)}
+    if run.current.stage == "linear":  # beside it are baselines
+        terms = add_distillation(run, terms, logits, batch.inputs, batch.items)
+    loss = sum(terms.values())
+    loss.backward()
+    norm, bad = amp.guarded_step(optimizer, scaler, loss)
+    return Step({"loss": loss.detach()}, norm, bad)
+
+
 def linear_protocol(
     run: Run,
     progress: Progress,
     head: nn.Linear,
-    optimizer,
-    stage: config.StageConfig,
+    optimizer: torch.optim.Optimizer,
     rows: Tensor,
     backbone: dict[str, Tensor],
 ) -> dict:
     """Train a linear layer on frozen features and test the one of the best macro F1 on dev; returns
     its test metrics.
 
+    Training ends after `--patience` epochs without a better macro F1 on dev. Every process does the
+    same small work.
+
     Args:
         progress: the stage's state, with `head` and `optimizer` as its parts.
         rows: features (n, d) float32 of all items; standardized with the training part's mean and
             deviation. The stored layer, `fc.*` in best.pt beside the weights `backbone`, takes them
             as they are.
-
-    Training ends after `--patience` epochs without a better macro F1 on dev. Every process does the
-    same small work.
     """
     args, name, device = run.args, progress.stage, run.world.device
+    stage = run.settings_of(name)
     train, dev, test = (run.splits[split] for split in ("train", "dev", "test"))
     classes = run.model_spec["classes"]["linear"]
-    labels, num_classes = run.data.labels_in(classes), len(classes)
+    labels = run.data.labels_in(classes)
     targets = torch.from_numpy(labels)
     mean, std = rows[train].mean(0), rows[train].std(0)
-    std = torch.where(
-        std > 1e-6, std, 1.0
-    )  # a constant feature stays zero instead of becoming noise
-    scaler, steps = amp.scaler("fp32", device), len(train) // stage.bs
-    pace = Pace(stage.bs, stage.epochs * steps)
-    while progress.epoch < stage.epochs and progress.evals_without_gain < args.patience:
-        for batch in sampling.epoch_batches(
-            train, stage.bs, args.seed, progress.epoch, progress.batch
-        ):
-            amp.set_lr(optimizer, stage, progress.step, steps, args.lr_schedule)
-            x, y = (amp.to_device(t, device) for t in ((rows[batch] - mean) / std, targets[batch]))
-            optimizer.zero_grad(set_to_none=True)
-            logits = head(x)
-            loss = nn.functional.cross_entropy(logits, y)
-            if name == "linear":  # beside it are baselines
-                loss = sum(run.add_distillation({"ce": loss}, logits, x, batch).values())
-            loss.backward()
-            _, bad = amp.guarded_step(optimizer, scaler, loss)
-            progress.add(loss=loss)
-            pace.tick()
-            run.log.progress(name, progress.step + 1, pace)
-            progress.end_step(bad)
+    std = torch.where(std > 1e-6, std, 1.0)  # a constant feature stays zero, not noise
+
+    def fetch(batches: list[np.ndarray], epoch: int) -> Iterator[Batch]:
+        for items in batches:
+            x = amp.to_device((rows[items] - mean) / std, device)
+            yield Batch(x, items, amp.to_device(targets[items], device), epoch)
+
+    scaler = amp.scaler("fp32", device)
+    steps = len(train) // stage.bs
+    loop = Loop(run, progress, steps=steps, unit="item", patience=args.patience, quiet=True)
+    for epoch in loop.epochs():
+        batches = sampling.epoch_batches(train, stage.bs, args.seed, epoch, progress.batch)
+        for batch in loop.batches(fetch(batches, epoch)):
+            lr = loop.set_lr(optimizer)
+            step = linear_step(run, head, optimizer, scaler, batch)
+            loop.end_step(step, lr)
         values = {f"{name}/train/loss": progress.mean("loss")}
         layer = unstandardized(head, mean, std)
-        values |= score(f"{name}/val", apply(layer, rows[dev]), labels[dev], num_classes)
+        values |= score(f"{name}/val", apply(layer, rows[dev]), labels[dev], len(classes))
         # Rounding may differ between processes; they must agree on when to stop.
         f1 = dist.mean(torch.tensor(values[f"{name}/val/macro_f1"], device=device)).item()
         progress.select(f1, backbone | layer, values, higher_is_better=True)
-        run.log.metrics(name, progress.step, progress.epoch + 1, values, quiet=True)
-        progress.end_epoch()
-    chosen = apply(progress.best_weights(), rows[test])
-    results = score(f"{name}/test", chosen, labels[test], num_classes)
+        loop.end_epoch(values)
+    logits = apply(progress.best_weights(), rows[test])
+    results = score(f"{name}/test", logits, labels[test], len(classes))
     if name == "linear":
-        figures.classified(run, name, test, chosen, labels[test], classes)
-    last = score(
-        f"{name}/test",
-        apply(unstandardized(head, mean, std), rows[test]),
-        labels[test],
-        num_classes,
-    )
+        figures.classified(run, name, test, logits, labels[test], classes)
+    last_logits = apply(unstandardized(head, mean, std), rows[test])
+    last = score(f"{name}/test", last_logits, labels[test], len(classes))
     results |= {f"{metric}_last_epoch": value for metric, value in last.items()}
     run.log.metrics(name, progress.step, progress.epoch, results, quiet=True)
     return results

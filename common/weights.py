@@ -327,14 +327,17 @@ def of_backbone(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return inner or state
 
 
-def load_backbone(source: str) -> tuple[dict[str, Tensor], dict]:
+def load_backbone(source: str, script: str) -> tuple[dict[str, Tensor], dict]:
     """(backbone weights, model_spec) of a finished run directory, a checkpoint, or a plain state
     dict (whose model_spec is empty).
 
     Prefixes and heads (`backbone.`, `projector.`, `fc.`) are taken off.
 
+    Args:
+        script: the short name of the script whose runs are allowed.
+
     Raises:
-        InputError: there is none, or the run has not finished.
+        InputError: there is none, the run has not finished, or it is another script's.
     """
     path = Path(source)
     if path.is_dir():
@@ -348,10 +351,10 @@ def load_backbone(source: str) -> tuple[dict[str, Tensor], dict]:
         path = folder / "best.pt"
     state = checkpoint.load(path)
     model_spec = state.get("model_spec", {}) if isinstance(state, dict) else {}
-    if model_spec.get("script", "simclr") != "simclr":
+    if model_spec.get("script", script) != script:
         raise InputError(
             f"--from {source} is of train_{model_spec['script']}.py, allowed are runs of"
-            " train_simclr.py"
+            f" train_{script}.py"
         )
     weights = of_backbone(unwrap(state, path))
     return {

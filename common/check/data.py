@@ -695,15 +695,15 @@ def result_of(name: str, seen: Inspection, folder: Path) -> Result:
 
 
 @functools.lru_cache(maxsize=1)
-def cached_inspection(task: CheckSpec) -> Inspection:
-    """The items of a task's run, looked at once for all checks."""
-    run = task.run
+def cached_inspection(spec: CheckSpec) -> Inspection:
+    """The items of a run, looked at once for all checks."""
+    run = spec.run
     seen = (
         inspect_rows(run.data, run.splits)
         if hasattr(run.data, "table")
         else inspect(run.data, run.splits, run.args.workers)
     )
-    seen.supervised = run.model_spec["script"] != "cluster" and set(run.stages) != {"pretrain"}
+    seen.supervised = spec.labels is not None
     seen.empty = empty_folders(Path(run.args.data)) if seen.unit == "images" else []
     return seen
 
@@ -724,9 +724,9 @@ def empty_folders(root: Path) -> list[str]:
     )
 
 
-def item(name: str, task: CheckSpec) -> Result:
+def item(name: str, spec: CheckSpec) -> Result:
     """The item of that name of --check, see `CHECKS`."""
-    return result_of(name, cached_inspection(task), task.run.folder)
+    return result_of(name, cached_inspection(spec), spec.run.folder)
 
 
 ITEMS = {name: functools.partial(item, name) for name in CHECKS}

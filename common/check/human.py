@@ -25,9 +25,9 @@ ITEMS, FRAMES, LEAST = 100, 8, 20  # exported; of a clip's strip; answers to sco
 SIDE = 128  # pixels; smaller pictures are enlarged in whole pixels
 
 
-def item(task: CheckSpec) -> Result:
+def item(spec: CheckSpec) -> Result:
     """Export the items, or score the sheet that is filled."""
-    run, folder = task.run, task.run.folder / "human"
+    run, folder = spec.run, spec.run.folder / "human"
     source = getattr(run.data, "table", run.data)
     test = run.splits.get("finetune_test", run.splits["test"])
     test = test[source.labels[test] != UNLABELED]

@@ -46,13 +46,18 @@ class Trial:
     stage's own is slow.
     """
 
-    def __init__(self, task: CheckSpec, rate: float | None = None, model: nn.Module | None = None):
-        self.task, self.model = task, (task.build() if model is None else model).train()
-        parts = [self.model]
-        own = task.optimizer or (lambda model: optim.of_stage(task.stage, [model]))
-        self.optimizer = own(self.model) if rate is None else _adam(parts, rate)
+    def __init__(self, spec: CheckSpec, rate: float | None = None, model: nn.Module | None = None):
+        self.spec = spec
+        self.model = (spec.build() if model is None else model).train()
+        if rate is not None:
+            groups = optim.param_groups([self.model], 0.0)
+            self.optimizer = optim.build_optimizer("adamw", groups, lr=rate)
+        elif spec.optimizer:
+            self.optimizer = spec.optimizer(self.model)
+        else:
+            self.optimizer = optim.of_stage(spec.settings, [self.model])
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
-        self.scaler = amp.scaler(task.run.args.precision, task.run.world.device)
+        self.scaler = amp.scaler(spec.run.args.precision, spec.run.world.device)
 
     def go(
         self, items: np.ndarray, epoch: int = 0, share: float = 1.0, seed: int | None = None
@@ -62,56 +67,54 @@ class Trial:
             group["lr"] = peak * share
         if seed is not None:
             torch.manual_seed(seed)
-        loss, norm, *_ = self.task.step(self.model, self.optimizer, self.scaler, items, epoch)
-        return loss.item(), norm.item()
+        spec = self.spec
+        (batch,) = spec.fetch([items], epoch)
+        step = spec.step(spec.run, self.model, self.optimizer, self.scaler, batch)
+        return step.terms["loss"].item(), step.norm.item()
 
 
-def _adam(parts: list[nn.Module], rate: float) -> torch.optim.Optimizer:
-    return optim.build_optimizer("adamw", optim.param_groups(parts, 0.0), lr=rate)
-
-
-def epoch_batches(task: CheckSpec, epoch: int) -> list[np.ndarray]:
+def epoch_batches(spec: CheckSpec, epoch: int) -> list[np.ndarray]:
     """The batches of an epoch, as training takes them."""
-    if task.batches:
-        return task.batches(epoch)
-    return sampling.epoch_batches(task.train, task.stage.bs, task.run.args.seed, epoch)
+    if spec.batches:
+        return spec.batches(epoch)
+    return sampling.epoch_batches(spec.train, spec.settings.bs, spec.run.args.seed, epoch)
 
 
-def small(task: CheckSpec, count: int, epoch: int = 0) -> list[np.ndarray]:
+def small(spec: CheckSpec, count: int, epoch: int = 0) -> list[np.ndarray]:
     """The first `count` small batches of an epoch; they repeat where the epoch has fewer."""
     cut = []
-    for batch in epoch_batches(task, epoch):
-        size = min(task.size, len(batch))
+    for batch in epoch_batches(spec, epoch):
+        size = min(spec.view.size, len(batch))
         cut += [batch[i : i + size] for i in range(0, len(batch) - size + 1, size)]
         if len(cut) >= count:
             break
     return [cut[i % len(cut)] for i in range(count)]
 
 
-def _typical(task: CheckSpec, count: int) -> list[np.ndarray]:
+def _typical(spec: CheckSpec, count: int) -> list[np.ndarray]:
     # Small batches in which the classes have their shares, as near as so few items can.
-    if task.labels is None:
-        return small(task, count)
-    order = np.concatenate(epoch_batches(task, 0))
-    ranked = order[np.argsort(task.labels[samples_of(task, order)], kind="stable")]
-    size = min(task.size, len(ranked))
+    if spec.labels is None:
+        return small(spec, count)
+    order = np.concatenate(epoch_batches(spec, 0))
+    ranked = order[np.argsort(spec.labels[samples_of(spec, order)], kind="stable")]
+    size = min(spec.view.size, len(ranked))
     even = ranked[np.linspace(0, len(ranked) - 1, count * size).round().astype(int)]
     return [even[k::count] for k in range(count)]
 
 
-def samples_of(task: CheckSpec, items: np.ndarray) -> np.ndarray:
+def samples_of(spec: CheckSpec, items: np.ndarray) -> np.ndarray:
     """The samples that items are drawn from."""
-    return items % len(task.run.data)
+    return items % len(spec.run.data)
 
 
-def seed(task: CheckSpec) -> Result:
+def seed(spec: CheckSpec) -> Result:
     """Three steps twice are equal to the last bit, and epochs, samples and views draw augmentations
     of their own.
     """
     runs = []
     for _ in range(2):
-        trial = Trial(task)
-        losses = [trial.go(items)[0] for items in small(task, 3)]
+        trial = Trial(spec)
+        losses = [trial.go(items)[0] for items in small(spec, 3)]
         runs.append(
             (losses, {name: tensor.clone() for name, tensor in trial.model.state_dict().items()})
         )
@@ -126,7 +129,7 @@ def seed(task: CheckSpec) -> Result:
             "something draws from a generator that --seed does not set, such as numpy's or the"
             " augmentation's own",
         )
-    order = [np.concatenate(epoch_batches(task, epoch)) for epoch in (0, 0, 1)]
+    order = [np.concatenate(epoch_batches(spec, epoch)) for epoch in (0, 0, 1)]
     if not np.array_equal(order[0], order[1]):
         return Result(
             FAIL,
@@ -141,19 +144,19 @@ def seed(task: CheckSpec) -> Result:
             "two orders",
             "make the order a function of (seed, epoch)",
         )
-    if not task.varies:
+    if not spec.augmented:
         return Result(PASS, "3 steps twice are equal; no augmentation", "equal bits")
-    trial, items = Trial(task), np.unique(small(task, 1)[0])
-    rows = task.run.data
-    task.run.data = _Twins(rows)
+    trial, items = Trial(spec), np.unique(small(spec, 1)[0])
+    rows = spec.run.data
+    spec.run.data = _Twins(rows)
     try:
         seen = []
         for epoch in (0, 1, 0):
             with record_calls(trial.model) as (calls, _):
                 trial.go(items, epoch, share=0.0)
-            seen.append(task.seen(calls, len(items)).float())
+            seen.append(spec.view.augmented_part(calls, len(items)).float())
     finally:
-        task.run.data = rows
+        spec.run.data = rows
     x, views = seen[0], seen[0].shape[1]
     flat = x.flatten(1).cpu()
     alike = {
@@ -192,9 +195,9 @@ def _numbers(values) -> str:
     return ", ".join(f"{value:.6g}" for value in values)
 
 
-def gradient(task: CheckSpec) -> Result:
+def gradient(spec: CheckSpec) -> Result:
     """A step's gradient is that of its batch alone: at rate 0 the same step again has the same one."""
-    trial, items, own = Trial(task), small(task, 1)[0], task.run.args.seed
+    trial, items, own = Trial(spec), small(spec, 1)[0], spec.run.args.seed
     (_, first), (_, again) = (trial.go(items, share=0.0, seed=own) for _ in range(2))
     value = f"gradient norm {first:.6g}, of the same step again {again:.6g}"
     if not math.isfinite(first) or not first > 0:
@@ -214,17 +217,16 @@ def gradient(task: CheckSpec) -> Result:
     return Result(PASS, value, "equal")
 
 
-def loss_at_init(task: CheckSpec) -> Result:
+def loss_at_init(spec: CheckSpec) -> Result:
     """The untrained network's loss is what a guess costs."""
-    trial, batches = Trial(task), _typical(task, 3)
+    trial, batches = Trial(spec), _typical(spec, 3)
     loss = float(np.mean([trial.go(items, share=0.0)[0] for items in batches]))
-    drawn = None if task.labels is None else task.labels[samples_of(task, np.concatenate(batches))]
-    low, high = task.chance(drawn) if callable(task.chance) else task.chance
-    if drawn is not None and not task.binary:
-        cost = -np.log(class_shares(task).clip(1e-9))[
-            drawn
-        ].mean()  # the classes' shares are a guess too
-        low *= min(1.0, float(cost) / math.log(len(task.classes)))
+    drawn = None if spec.labels is None else spec.labels[samples_of(spec, np.concatenate(batches))]
+    low, high = spec.chance(drawn) if callable(spec.chance) else spec.chance
+    if drawn is not None and not _is_binary(spec, trial.model):
+        # The classes' shares are a guess too.
+        cost = -np.log(class_shares(spec).clip(1e-9))[drawn].mean()
+        low *= min(1.0, float(cost) / math.log(len(spec.classes)))
     value, threshold = f"{loss:.4f}", f"{low:.4f} to {high:.4f}"
     if low <= loss <= high:
         return Result(PASS, value, threshold)
@@ -237,24 +239,22 @@ def loss_at_init(task: CheckSpec) -> Result:
     return Result(FAIL, value, threshold, why)
 
 
-def inputs(task: CheckSpec) -> Result:
+def inputs(spec: CheckSpec) -> Result:
     """What enters the network, seen just before it: evaluation's input is the stored pixels,
     training's is like it.
     """
-    model, trial, own = task.build(), Trial(task), _others(task)[: 2 * task.size]
-    items = small(task, 1)[0]
+    model, trial, own = spec.build(), Trial(spec), _others(spec)[: 2 * spec.view.size]
+    items = small(spec, 1)[0]
     with record_calls(trial.model) as (calls, _):
         trial.go(items, share=0.0)
     with record_calls(model) as (tested, _):
-        task.evaluate(model, own)
-    if not task.images or calls[0][0].ndim < 4:
-        return _features_in(task, calls[0])
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in task.normalization)
-    both = [
-        torch.cat([task.images(call).float().cpu() for call in part]) for part in (calls, tested)
-    ]
+        spec.evaluate(model, own)
+    if isinstance(calls[0][0], dict) or calls[0][0].ndim < 4:
+        return _features_in(calls[0])
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in spec.view.normalization)
+    both = [torch.cat([_images(call) for call in part]) for part in (calls, tested)]
     train, test = (x * std + mean for x in both)
-    pictures = [_picture(task, "inputs", train[:32], 8)]
+    pictures = [_picture(spec, "inputs", train[:32], 8)]
     rows = [["channel", "training mean", "deviation", "evaluation mean", "deviation"]]
     for c, name in enumerate(("red", "green", "blue")):
         rows.append(
@@ -272,16 +272,14 @@ def inputs(task: CheckSpec) -> Result:
         problems.append(
             f"de-normalized pixels lie in {train.min():.2f} to {train.max():.2f}, not in 0 to 1"
         )
-    if task.pixels:
-        raw = augment.resize(task.pixels(own).to(torch.uint8), test.shape[-1]).float().cpu()
-        away = (raw - test).abs().mean().item() if raw.shape == test.shape else math.inf
-        if not away < 0.02:
-            problems.append(
-                f"evaluation reads images that are {away:.3f} away from the stored ones"
-            )
-        spread = (train.std() / raw.std().clamp(min=1e-6)).item()
-        if not problems and not 0.4 < spread < 2.5:
-            problems.append(f"training's deviation is {spread:.2f} times the stored images'")
+    stored = spec.view.stored_pixels(own).to(torch.uint8)
+    raw = augment.resize(stored, test.shape[-1]).float().cpu()
+    away = (raw - test).abs().mean().item() if raw.shape == test.shape else math.inf
+    if not away < 0.02:
+        problems.append(f"evaluation reads images that are {away:.3f} away from the stored ones")
+    spread = (train.std() / raw.std().clamp(min=1e-6)).item()
+    if not problems and not 0.4 < spread < 2.5:
+        problems.append(f"training's deviation is {spread:.2f} times the stored images'")
     if problems:
         fix = (
             "look at the picture: check the division by 255, the mean and deviation, and what"
@@ -293,7 +291,13 @@ def inputs(task: CheckSpec) -> Result:
     return Result(PASS, value, "evaluation as stored, training in 0 to 1", "", pictures, rows)
 
 
-def _features_in(task: CheckSpec, call: tuple) -> Result:
+def _images(call: tuple) -> Tensor:
+    # What entered the network as (m, 3, h, w), whatever stands before the channels.
+    x = call[0].float().cpu()
+    return x.flatten(0, x.ndim - 4)
+
+
+def _features_in(call: tuple) -> Result:
     parts = call[0] if isinstance(call[0], dict) else {"features": call[0]}
     rows, problems = [["input", "mean", "deviation", "constant columns"]], []
     for name, x in parts.items():
@@ -314,39 +318,39 @@ def _features_in(task: CheckSpec, call: tuple) -> Result:
     return Result(PASS, value, "finite, varied", rows=rows)
 
 
-def _picture(task: CheckSpec, name: str, images: Tensor, columns: int) -> str:
-    stage = f"{task.stage.name}_" if len(task.run.stages) > 1 else ""
+def _picture(spec: CheckSpec, name: str, images: Tensor, columns: int) -> str:
+    stage = f"{spec.stage}_" if len(spec.run.stages) > 1 else ""
     path = f"figures/check_{stage}{name}.png"
-    figures.save_grid(task.run.folder / path, images, columns)
+    figures.save_grid(spec.run.folder / path, images, columns)
     return path
 
 
-def eval_invariance(task: CheckSpec) -> Result:
+def eval_invariance(spec: CheckSpec) -> Result:
     """Evaluation gives a row for each sample, whatever the order and the company, and leaves the
     network as it is.
     """
-    if not len(task.held_out):
+    if not len(spec.held_out):
         return skip(NOTHING_HELD_OUT)
-    model, some = task.build(), task.held_out[:8]
-    trial = Trial(task, model=model)
+    model, some = spec.build(), spec.held_out[:8]
+    trial = Trial(spec, model=model)
     trial.go(
-        small(task, 1)[0]
+        small(spec, 1)[0]
     )  # fresh running statistics would hide a network that is left in training mode
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    problems, many = [], task.held_out[: task.several]
-    counted = task.evaluate(model, many)
+    problems, many = [], spec.held_out[: spec.view.eval_batch + 2]
+    counted = spec.evaluate(model, many)
     if len(counted) != len(many):
         problems.append(f"{len(counted)} rows for {len(many)} samples")
     model.train()
-    rows = task.evaluate(model, some)
+    rows = spec.evaluate(model, some)
     scale = rows.abs().max().item() + 1e-6
     if not rows.isfinite().all():
         problems.append("rows are not finite")
-    elif not torch.equal(rows, task.evaluate(model, some)):
+    elif not torch.equal(rows, spec.evaluate(model, some)):
         problems.append("twice the same samples give other rows")
-    elif _away(rows, task.evaluate(model, some[::-1].copy()).flip(0)) > 1e-3 * scale:
+    elif _away(rows, spec.evaluate(model, some[::-1].copy()).flip(0)) > 1e-3 * scale:
         problems.append("another order gives other rows")
-    elif len(some) > 2 and _away(rows[:2], task.evaluate(model, some[:2])) > 1e-3 * scale:
+    elif len(some) > 2 and _away(rows[:2], spec.evaluate(model, some[:2])) > 1e-3 * scale:
         problems.append("a row depends on the other samples of its batch")
     elif len(counted) == len(many) and _away(rows, counted[: len(some)]) > 1e-3 * scale:
         problems.append("a row depends on how many samples there are")
@@ -355,8 +359,8 @@ def eval_invariance(task: CheckSpec) -> Result:
     ]
     if moved:
         problems.append(f"evaluation changes {moved[0]}")
-    problems += _splits(task)
-    value = f"{len(many)} of {len(task.held_out)} samples, a row each"
+    problems += _splits(spec)
+    value = f"{len(many)} of {len(spec.held_out)} samples, a row each"
     if problems:
         fix = (
             "evaluate whole splits, in evaluation mode, without augmentation; keep the splits apart"
@@ -365,60 +369,60 @@ def eval_invariance(task: CheckSpec) -> Result:
     return Result(PASS, value, "one row a sample, the same in any order")
 
 
-def _others(task: CheckSpec) -> np.ndarray:
+def _others(spec: CheckSpec) -> np.ndarray:
     # What a network is shown where nothing depends on its being new to it: without a test split,
     # training's own.
-    return task.held_out if len(task.held_out) else np.unique(samples_of(task, task.train))
+    return spec.held_out if len(spec.held_out) else np.unique(samples_of(spec, spec.train))
 
 
 def _away(a: Tensor, b: Tensor) -> float:
     return (a - b).abs().max().item() if a.shape == b.shape else math.inf
 
 
-def _splits(task: CheckSpec) -> list[str]:
+def _splits(spec: CheckSpec) -> list[str]:
     # An epoch goes through the training split, once each unless classes are drawn by weight, and
     # through nothing else.
-    n, problems = len(task.run.data), []
+    n, problems = len(spec.run.data), []
     train, drawn = (
-        samples_of(task, task.train),
-        samples_of(task, np.concatenate(epoch_batches(task, 0))),
+        samples_of(spec, spec.train),
+        samples_of(spec, np.concatenate(epoch_batches(spec, 0))),
     )
-    shared = np.intersect1d(train, task.held_out)
+    shared = np.intersect1d(train, spec.held_out)
     if len(shared):
         problems.append(f"{len(shared)} samples are in training and in evaluation")
     strange = np.setdiff1d(drawn, train)
     if len(strange):
         problems.append(f"an epoch trains on {len(strange)} samples of other splits")
     missed, repeated = len(train) - len(np.unique(drawn)), len(drawn) - len(np.unique(drawn))
-    if repeated and not task.batches:
+    if repeated and not spec.batches:
         problems.append(f"an epoch draws {repeated} samples again")
-    elif not repeated and missed > len(train) % task.stage.bs:
+    elif not repeated and missed > len(train) % spec.settings.bs:
         problems.append(f"an epoch leaves out {missed} of {len(train)} samples")
-    if max(np.max(train), np.max(drawn), task.held_out[0]) >= n:
+    if max(np.max(train), np.max(drawn), spec.held_out[0]) >= n:
         problems.append("indices beyond the data")
     return problems
 
 
-def head_bias(task: CheckSpec) -> Result:
+def head_bias(spec: CheckSpec) -> Result:
     """The untrained network predicts the classes' shares: its last bias holds them."""
-    if task.labels is None:
+    if spec.labels is None:
         return skip("no classes")
-    model = task.build()
-    head = task.head(model) if task.head else None
+    model = spec.build()
+    head = spec.view.head(model)
     if head is None or head.bias is None:
         return skip("the last layer has no bias")
-    logits = task.evaluate(model, samples_of(task, task.train)[:64]).float().flatten(1)
-    if task.binary:
+    logits = spec.evaluate(model, samples_of(spec, spec.train)[:64]).float().flatten(1)
+    if _is_binary(spec, model):
         fake = logits.sigmoid().mean().item()
         mean = torch.tensor([1 - fake, fake])
     else:
         mean = logits.softmax(1).mean(0)
-    prior = torch.from_numpy(class_shares(task)).float().clamp(min=1e-6)
+    prior = torch.from_numpy(class_shares(spec)).float().clamp(min=1e-6)
     kl = (prior * (prior / mean.clamp(min=1e-9)).log()).sum().item()
     rows = [["class", "share", "predicted"]]
     rows += [
         [n, f"{p:.3f}", f"{q:.3f}"]
-        for n, p, q in zip(task.classes, prior.tolist(), mean.tolist(), strict=True)
+        for n, p, q in zip(spec.classes, prior.tolist(), mean.tolist(), strict=True)
     ]
     value, threshold = f"KL {kl:.4f} from the classes' shares", "at most 0.1, fails above 1"
     if kl <= 0.1:
@@ -429,32 +433,38 @@ def head_bias(task: CheckSpec) -> Result:
     )
 
 
-def class_shares(task: CheckSpec) -> np.ndarray:
+def _is_binary(spec: CheckSpec, model: nn.Module) -> bool:
+    # Whether the one output is the logit of class 1.
+    head = spec.view.head(model)
+    return head is not None and head.out_features == 1
+
+
+def class_shares(spec: CheckSpec) -> np.ndarray:
     """The shares (K,) of the classes as training draws them."""
-    if task.prior is not None:
-        return np.asarray(task.prior, float)
-    counts = np.bincount(task.labels[samples_of(task, task.train)], minlength=len(task.classes))
+    drawn = samples_of(spec, np.concatenate(epoch_batches(spec, 0)))
+    counts = np.bincount(spec.labels[drawn], minlength=len(spec.classes))
     return counts / counts.sum()
 
 
-def trainable(task: CheckSpec) -> Result:
+def trainable(spec: CheckSpec) -> Result:
     """Every parameter that should train is in one group of the optimizer, gets a gradient and
     moves; nothing else does.
 
     Three steps at the peak rates.
     """
-    trial = Trial(task)
-    model, fixed = trial.model, task.frozen(trial.model)
+    trial = Trial(spec)
+    model = trial.model
+    is_frozen = getattr(model, "is_frozen", None)  # what the flags freeze, where they can
     problems = audit.check_groups(model, trial.optimizer)
     parameters = dict(model.named_parameters())
     problems += [
         f"{n} is frozen by no flag"
         for n, p in parameters.items()
-        if not p.requires_grad and n not in fixed
+        if not (p.requires_grad or (is_frozen and is_frozen(n)))
     ]
     before = {name: p.detach().clone() for name, p in parameters.items()}
     felt = dict.fromkeys(parameters, False)
-    for items in small(task, 3):
+    for items in small(spec, 3):
         trial.go(items)
         for name, p in parameters.items():
             felt[name] = felt[name] or (p.grad is not None and bool((p.grad != 0).any()))
@@ -468,7 +478,7 @@ def trainable(task: CheckSpec) -> Result:
     still = [name for name in trained if torch.equal(before[name], parameters[name].detach())]
     if len(still) == len(trained):
         problems.append("no parameter moves: the learning rate is 0 or far too small")
-    problems += task.audit(task.build()) if task.audit else []
+    problems += spec.audit(spec.build()) if spec.audit else []
     value, threshold = f"{len(trained)} of {len(parameters)} tensors train", "all that should"
     if not problems:
         return Result(PASS, value, threshold)
@@ -480,42 +490,47 @@ def trainable(task: CheckSpec) -> Result:
     return Result(FAIL, "; ".join(problems[:4]) + more, threshold, fix)
 
 
-def leakage(task: CheckSpec) -> Result:
+def leakage(spec: CheckSpec) -> Result:
     """By backprop: the output of a sample depends on that sample alone, and on all of its parts."""
-    model, some = task.build(), _others(task)[:3]
+    model, some = spec.build(), _others(spec)[:3]
     with record_calls(model) as (calls, _):
-        task.evaluate(model, some)
+        spec.evaluate(model, some)
     model.eval()
-    entry = task.entry or (lambda network, call: ([call[0]], lambda xs: task.rows(network(xs[0]))))
-    found, outputs_of = entry(model, calls[0])
-    xs = [x.detach().clone().requires_grad_() for x in found]
-    rows = outputs_of(xs).float().flatten(1)
-    idle, problems = task.idle(calls[0]) if task.idle else [None] * len(xs), []
+    view, call = spec.view, calls[0]
+    xs = [x.detach().clone().requires_grad_() for x in view.entry(model, call)]
+    rows = view.outputs(model, call, xs).float().flatten(1)
+    padding = view.padding(call) or [None] * len(xs)
+    problems = []
     for i in range(min(len(rows), 3)):
         grads = torch.autograd.grad(rows[i].sum(), xs, retain_graph=True, allow_unused=True)
-        for name, (grad, mask) in enumerate(zip(grads, idle, strict=True)):
+        for name, (grad, mask) in enumerate(zip(grads, padding, strict=True)):
             where = f"of input {name + 1}" if len(xs) > 1 else ""
             if grad is None:
                 problems.append(f"outputs do not depend on input {name + 1}")
                 continue
             if mask is not None and grad[mask].abs().sum() > 0:
                 problems.append(f"output {i + 1} depends on padding {where}")
-            reach = grad.reshape(len(rows), task.parts, -1).abs().sum(2) > 0
+            reach = grad.reshape(len(rows), spec.view.parts, -1).abs().sum(2) > 0
             if reach[[j for j in range(len(rows)) if j != i]].any():
                 problems.append(f"output {i + 1} depends on other samples {where}")
             if not reach[i].all():
                 blind = (~reach[i]).nonzero()[:, 0].tolist()
-                part = f"parts {blind} of {task.parts}" if task.parts > 1 else "its sample"
+                part = (
+                    f"parts {blind} of {spec.view.parts}" if spec.view.parts > 1 else "its sample"
+                )
                 problems.append(f"output {i + 1} does not depend on {part} {where}")
-    if task.past:
-        x = calls[0][0].detach().clone().requires_grad_()
-        frames = task.past(model, x)
-        for t in range(frames.shape[1] - 1):
-            (grad,) = torch.autograd.grad(frames[0, t].sum(), x, retain_graph=True)
-            if grad.reshape(len(frames), task.parts, -1)[0, t + 1 :].abs().sum() > 0:
-                problems.append(f"frame {t + 1} depends on later frames")
-                break
-    passes = f"its own sample, all {task.parts} parts" if task.parts > 1 else "its own sample alone"
+    x = call[0].detach().clone().requires_grad_() if isinstance(call[0], Tensor) else None
+    frames = None if x is None else view.causal(model, x)
+    for t in range(0 if frames is None else frames.shape[1] - 1):
+        (grad,) = torch.autograd.grad(frames[0, t].sum(), x, retain_graph=True)
+        if grad.reshape(len(frames), view.parts, -1)[0, t + 1 :].abs().sum() > 0:
+            problems.append(f"frame {t + 1} depends on later frames")
+            break
+    passes = (
+        f"its own sample, all {spec.view.parts} parts"
+        if spec.view.parts > 1
+        else "its own sample alone"
+    )
     if problems:
         fix = (
             "look for a view or reshape where permute or transpose is meant, and for what mixes"
@@ -523,30 +538,30 @@ def leakage(task: CheckSpec) -> Result:
         )
         found = [text.strip() for text in dict.fromkeys(problems)]
         return Result(FAIL, "; ".join(found[:4]), passes, fix)
-    past = "; frames depend on the past alone" if task.past else ""
+    past = "" if frames is None else "; frames depend on the past alone"
     return Result(PASS, f"outputs of {len(rows)} rows reach their own samples{past}", passes)
 
 
-def overfit(task: CheckSpec) -> Result:
+def overfit(spec: CheckSpec) -> Result:
     """A small batch, its augmentation fixed, overfits."""
-    trial, items = Trial(task, 1e-3), _varied(task)
+    trial, items = Trial(spec, 1e-3), _varied(spec)
     first = last = right = None
     for k in range(OVERFIT_STEPS):
         with record_calls(trial.model) as (_, outputs):
-            last, _ = trial.go(items, seed=task.run.args.seed + k)
+            last, _ = trial.go(items, seed=spec.run.args.seed + k)
         first = last if first is None else first
-        right, answers = _answers(task, [task.rows(output) for output in outputs], items)
-        floor = 0.0 if task.labels is None else LEARNED * first
-        if not math.isfinite(last) or (right == 1 and (task.labels is None or last <= floor)):
+        right, answers = _answers(spec, [spec.view.rows(output) for output in outputs], items)
+        floor = 0.0 if spec.labels is None else LEARNED * first
+        if not math.isfinite(last) or (right == 1 and (spec.labels is None or last <= floor)):
             break
     value = (
         f"{right:.0%} right, loss {first:.4f} to {last:.4f} in {k + 1} steps on {len(items)} items"
     )
     threshold = "100 %" + (
-        "" if task.labels is None else f", loss below {LEARNED:.0%} of the first"
+        "" if spec.labels is None else f", loss below {LEARNED:.0%} of the first"
     )
     rows = [["truth", "prediction"], *answers] if answers else []
-    if right == 1 and (task.labels is None or last <= LEARNED * first):
+    if right == 1 and (spec.labels is None or last <= LEARNED * first):
         return Result(PASS, value, threshold, rows=rows)
     fix = (
         "what cannot overfit a few items has a bug in its loss, its labels or its"
@@ -555,35 +570,35 @@ def overfit(task: CheckSpec) -> Result:
     return Result(FAIL, value, threshold, fix, rows=rows)
 
 
-def _varied(task: CheckSpec) -> np.ndarray:
+def _varied(spec: CheckSpec) -> np.ndarray:
     # The items of a batch, of two classes at least.
-    for items in small(task, 8):
-        if task.labels is None or len(set(task.labels[samples_of(task, items)])) > 1:
+    for items in small(spec, 8):
+        if spec.labels is None or len(set(spec.labels[samples_of(spec, items)])) > 1:
             return items
     return items
 
 
 def _answers(
-    task: CheckSpec, rows: list[Tensor], items: np.ndarray
+    spec: CheckSpec, rows: list[Tensor], items: np.ndarray
 ) -> tuple[float, list[list[str]]]:
     # The share of right answers of a training step, and (truth, prediction) of each item.
     x = torch.cat(rows).detach().float()
     if not x.isfinite().all():
         return 0.0, []
-    if task.labels is None:
+    if spec.labels is None:
         a, b = x[: 2 * len(items)].chunk(2)
         return metrics.contrastive(a, b)["top1"], []
-    truth = task.labels[samples_of(task, items)]
-    predicted = (x[:, 0] > 0).long() if task.binary else x.argmax(1)
+    truth = spec.labels[samples_of(spec, items)]
+    predicted = (x[:, 0] > 0).long() if x.shape[1] == 1 else x.argmax(1)
     named = [
-        [task.classes[t], task.classes[p]] for t, p in zip(truth, predicted.tolist(), strict=True)
+        [spec.classes[t], spec.classes[p]] for t, p in zip(truth, predicted.tolist(), strict=True)
     ]
     return float(np.mean([t == p for t, p in named])), named
 
 
-def zero_input(task: CheckSpec) -> Result:
+def zero_input(spec: CheckSpec) -> Result:
     """Zeroed inputs must do worse than real ones after equally many steps."""
-    if not len(task.held_out):
+    if not len(spec.held_out):
         return skip(NOTHING_HELD_OUT)
 
     def zeroed(_, call):
@@ -596,13 +611,14 @@ def zero_input(task: CheckSpec) -> Result:
         return (x, *call[1:])
 
     losses = {}
-    batches = small(task, BASELINE_STEPS)
-    others = task.held_out[: 4 * task.size]
+    batches = small(spec, BASELINE_STEPS)
+    others = spec.held_out[: 4 * spec.view.size]
     held = [
-        others[i : i + task.size] for i in range(0, len(others) - task.size + 1, task.size)
+        others[i : i + spec.view.size]
+        for i in range(0, len(others) - spec.view.size + 1, spec.view.size)
     ] or [others]
     for name in ("real", "zero"):
-        trial = Trial(task, 1e-3)
+        trial = Trial(spec, 1e-3)
         if name == "zero":
             trial.model.register_forward_pre_hook(zeroed)
         seen = [trial.go(items, epoch=k, seed=k)[0] for k, items in enumerate(batches)]
@@ -631,12 +647,12 @@ def zero_input(task: CheckSpec) -> Result:
 
 
 def _descent(
-    task: CheckSpec, model: nn.Module | None = None
+    spec: CheckSpec, model: nn.Module | None = None
 ) -> tuple[list[float], list[Tensor], float]:
     # Losses and outputs of steps with the stage's own optimizer on one batch whose randomness is
     # fixed, and by how much a step at the peak rate changes a weight matrix, in units of its norm:
     # the median of the matrices.
-    trial, items = Trial(task, model=model), _varied(task)
+    trial, items = Trial(spec, model=model), _varied(spec)
     weights = [
         p for p in trial.model.parameters() if p.requires_grad and p.ndim > 1 and p.norm() > 0
     ]
@@ -644,8 +660,10 @@ def _descent(
     for k in range(DESCENT_STEPS):
         before = [p.detach().clone() for p in weights] if k == 4 else None
         with record_calls(trial.model) as (_, outputs):
-            losses.append(trial.go(items, share=min(1.0, (k + 1) / 4), seed=task.run.args.seed)[0])
-        shown.append(torch.cat([task.rows(output).detach().float().cpu() for output in outputs]))
+            losses.append(trial.go(items, share=min(1.0, (k + 1) / 4), seed=spec.run.args.seed)[0])
+        shown.append(
+            torch.cat([spec.view.rows(output).detach().float().cpu() for output in outputs])
+        )
         if before:
             moved = [
                 ((p - q).norm() / q.norm()).item() for p, q in zip(weights, before, strict=True)
@@ -656,12 +674,12 @@ def _descent(
     return losses, shown, change
 
 
-def loss_decreases(task: CheckSpec) -> Result:
+def loss_decreases(spec: CheckSpec) -> Result:
     """The stage's own optimizer at its peak rate lowers the loss of a batch that stays the same."""
-    losses, shown, change = _descent(task)
-    picture, problem = _dynamics(task, shown)
+    losses, shown, change = _descent(spec)
+    picture, problem = _dynamics(spec, shown)
     first, last = losses[0], float(np.mean(losses[-3:]))
-    value = f"loss {first:.4f} to {last:.4f} in {len(losses)} steps at lr {task.stage.lr:.3g}"
+    value = f"loss {first:.4f} to {last:.4f} in {len(losses)} steps at lr {spec.settings.lr:.3g}"
     value += f", {change:.2g} of a weight a step"
     threshold = f"lower, at most {FASTEST:g} of a weight a step"
     if not math.isfinite(last):
@@ -697,36 +715,36 @@ def loss_decreases(task: CheckSpec) -> Result:
     return Result(PASS, value, threshold, pictures=[picture])
 
 
-def _dynamics(task: CheckSpec, shown: list[Tensor]) -> tuple[str, str]:
+def _dynamics(spec: CheckSpec, shown: list[Tensor]) -> tuple[str, str]:
     # A strip, an item a row and a step a column: how the answers to one batch change; and what is
     # wrong with them.
     x = torch.stack([torch.nan_to_num(rows) for rows in shown])  # [steps, rows, d]
-    items = _varied(task)
-    if task.labels is None:
+    items = _varied(spec)
+    if spec.labels is None:
         a, b = nn.functional.normalize(x, dim=2)[:, : 2 * len(items)].chunk(2, 1)
         right = (1 + (a * b).sum(2)) / 2
     else:
-        truth = torch.from_numpy(task.labels[samples_of(task, items)])
+        truth = torch.from_numpy(spec.labels[samples_of(spec, items)])
         p = (
             torch.stack([1 - x.sigmoid()[..., 0], x.sigmoid()[..., 0]], 2)
-            if task.binary
+            if x.shape[2] == 1
             else x.softmax(2)
         )
         right = p.gather(2, truth.view(1, -1, 1).expand(len(x), -1, 1))[..., 0]
     strip = torch.stack([1 - right, 0.35 + 0.4 * right, right]).transpose(1, 2)
     picture = _picture(
-        task, "dynamics", strip[None].repeat_interleave(8, 2).repeat_interleave(8, 3), 1
+        spec, "dynamics", strip[None].repeat_interleave(8, 2).repeat_interleave(8, 3), 1
     )
     if x.std(1).max() < 1e-5:
         return picture, "all items get the same answer"
     return picture, "the answers do not change" if torch.equal(x[0], x[-1]) else ""
 
 
-def capacity(task: CheckSpec) -> Result:
+def capacity(spec: CheckSpec) -> Result:
     """A larger network lowers the loss of the same batch further."""
-    if not task.larger:
+    if not spec.larger:
         return skip("no larger network")
-    (small_, *_), (large, *_) = _descent(task), _descent(task, task.larger())
+    (small_, *_), (large, *_) = _descent(spec), _descent(spec, spec.larger())
     a, b = float(np.mean(small_[-3:])), float(np.mean(large[-3:]))
     value = f"loss {b:.4f} after {len(large)} steps, the run's network {a:.4f}"
     if b < a:
@@ -734,9 +752,9 @@ def capacity(task: CheckSpec) -> Result:
     return Result(WARN, value, "lower", "capacity is not what limits the training loss")
 
 
-def first_layer(task: CheckSpec) -> Result:
+def first_layer(spec: CheckSpec) -> Result:
     """The first layer's filters differ, and no layer's activations are mostly dead."""
-    trial, live = Trial(task), {}
+    trial, live = Trial(spec), {}
     layers = [
         m
         for m in trial.model.modules()
@@ -761,7 +779,7 @@ def first_layer(task: CheckSpec) -> Result:
                 )
 
             hooks.append(module.register_forward_hook(keep))
-    trial.go(small(task, 1)[0], share=0.0)
+    trial.go(small(spec, 1)[0], share=0.0)
     for hook in hooks:
         hook.remove()
     weight = filters.weight.detach().float().cpu().flatten(1)
@@ -771,7 +789,7 @@ def first_layer(task: CheckSpec) -> Result:
     if isinstance(filters, nn.Conv2d) and filters.in_channels == 3:
         w = filters.weight.detach().float().cpu()[:64]
         low, high = w.amin((1, 2, 3), keepdim=True), w.amax((1, 2, 3), keepdim=True)
-        pictures = [_picture(task, "filters", (w - low) / (high - low).clamp(min=1e-9), 8)]
+        pictures = [_picture(spec, "filters", (w - low) / (high - low).clamp(min=1e-9), 8)]
     shares = {name: 1 - x.mean().item() for name, x in live.items()}
     worst = max(shares, key=shares.get, default=None)
     value = f"{dead:.0%} of {len(weight)} filters dead, {alike:.0%} alike"

@@ -1,19 +1,19 @@
-"""What an item of `--check` finds, and what it may ask of a script: the vocabulary of
-`common.recipe` and of its items.
+"""What an item of `--check` finds, and what it may ask of a script.
 
-An item is a function of a `Task` that returns a `Result`. `common.recipe.ITEMS` names them all, in
-their order.
+An item is a function of a `CheckSpec` that returns a `Result`; `common.check.runner.ITEMS` names
+them all, in their order.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import config
+from common.config import StageConfig
 from common.data.augment import IMAGENET_MEAN, IMAGENET_STD
+from common.run.loop import Batch, Step
 from common.run.run import Run
 
 PASS, WARN, FAIL, SKIP = "PASS", "WARN", "FAIL", "SKIP"
@@ -46,80 +46,130 @@ def skip(why: str) -> Result:
     return Result(SKIP, why)
 
 
-@dataclass(frozen=True, eq=False)
-class CheckSpec:
-    """A stage of a script in the terms of the checks: the script's own functions, a batch at a
-    time.
+class NetworkView:
+    """How the checks look into a network. A script overrides what differs from an image classifier.
 
     A "call" is the tuple of arguments that the network's `forward` got; the checks record them with
     hooks, so that they see what enters the network, not what should.
 
+    Args:
+        run: the run that is checked.
+        size: items of a small batch: all steps of the checks together shall end in a minute.
+        eval_batch: samples that evaluation takes at once.
+        parts: equal parts of a sample that must all matter to its output, such as frames.
+        normalization: (mean, std) of the pixels in [0, 1].
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        *,
+        size: int = 16,
+        eval_batch: int = 256,
+        parts: int = 1,
+        normalization: tuple = (IMAGENET_MEAN, IMAGENET_STD),
+    ):
+        self.run = run
+        self.size = size
+        self.eval_batch = eval_batch
+        self.parts = parts
+        self.normalization = normalization
+
+    def rows(self, output) -> Tensor:
+        """An output of the network as (n, d), a row for each sample or view of one."""
+        return output
+
+    def head(self, model: nn.Module) -> nn.Linear | None:
+        """The last layer, where it is a linear one."""
+        layer = getattr(model, "head", None)
+        return layer if isinstance(layer, nn.Linear) else None
+
+    def augmented_part(self, calls: list[tuple], count: int) -> Tensor:
+        """What of the calls of a step on `count` items depends on the augmentation: (count, views,
+        ...).
+        """
+        return calls[0][0].unflatten(0, (-1, count)).transpose(0, 1)
+
+    def stored_pixels(self, samples: np.ndarray) -> Tensor:
+        """What evaluation reads of samples: uint8 (m, 3, h, w) in the order of its calls."""
+        return next(self.run.data.batches([samples], self.run.args.workers))
+
+    def entry(self, model: nn.Module, call: tuple) -> list[Tensor]:
+        """The inputs of a call to differentiate by."""
+        return [call[0]]
+
+    def outputs(self, model: nn.Module, call: tuple, inputs: list[Tensor]) -> Tensor:
+        """The outputs (n, d) of a call as a function of its `entry`."""
+        return self.rows(model(inputs[0]))
+
+    def padding(self, call: tuple) -> list[Tensor] | None:
+        """For each tensor of `entry` a mask of what must not matter; None: all of it may."""
+        return None
+
+    def causal(self, model: nn.Module, x: Tensor) -> Tensor | None:
+        """Outputs (n, T, d) of which the one of frame t may depend on frames up to t alone; None
+        where there is no such promise.
+        """
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class CheckSpec:
+    """A stage of a script in the terms of the checks: the script's own functions.
+
     Attributes:
-        run: its `folder` takes the pictures. Its `splits` and `data` are what training would use.
-        stage: the settings of the stage.
-        train, held_out: items to train on and others (n,).
-        build: the network as training starts from it; the same at every call.
-        step: (network, optimizer, loss scaler, items, epoch) -> (loss, gradient norm, ...): one
-            update of the script. None: only the data are tried.
+        run: its `folder` takes the pictures; its `data` and `splits` are what training would use.
+        stage: the stage's name.
+        splits: the names of the splits to train on and to evaluate on.
+        build: gives the network as training starts from it, the same at every call.
+        fetch: (batches of items, epoch) -> batches as `step` takes them.
+        step: the script's own training step. None: only the data are tried.
         evaluate: (network, samples) -> outputs (n, ...): the script's evaluation.
         chance: the lowest and the highest loss that an untrained network should have, or a function
             that gives them of the classes (n,) of the items tried.
-        seen: (calls of a step, n) -> (n, views, ...): what depends on the augmentation.
-        varies: whether there is an augmentation.
-        optimizer: the optimizer of a network; unset: that of the stage's settings.
-        batches: epoch -> its batches of items; unset: `data.epoch_batches`. Item i is of sample i %
-            len(run.data).
+        augmented: whether training sees augmented samples.
+        view: how to look into the network.
         labels: (samples,) int64 class of each sample; None: training uses no labels.
-        classes: their names.
-        prior: (K,) shares of the classes as training draws them; unset: those of `labels` of
-            `train`.
-        size: items of a small batch: all steps of the checks together shall end in a minute.
-        several: samples that evaluation takes in more than one piece.
-        rows: an output of the network -> (n, d), a row for each sample (or view of one).
-        images: a call -> what enters the network as normalized images (m, 3, h, w); None: it reads
-            none.
-        pixels: samples -> what `evaluate` reads of them, uint8 (m, 3, h, w) in the order of
-            `images`.
-        normalization: (mean, std) of the pixels in [0, 1].
-        entry: (network, call) -> the tensors to differentiate by, and the outputs (n, d) as a
-            function of them; unset: the call's first argument.
-        parts: equal parts of a sample that must all matter to its output, such as frames.
-        idle: call -> for each tensor of `entry` a mask of what must not matter, such as padding.
-        past: (network, x) -> outputs (n, T, d) where frame t may depend on frames up to t alone.
-        head: a network -> its last layer, where that has a bias.
-        binary: the head's one output is the logit of class 1.
-        frozen: a network -> the names of the parameters that the flags freeze.
+        batches: epoch -> its batches of items, item i being of sample i % len(run.data), where
+            classes are drawn by weight; unset: every item of the split once.
+        optimizer: the optimizer of a network; unset: that of the stage's settings.
         audit: a network -> problems that the script's own audit finds.
-        larger: a network of more capacity than `build`'s.
+        larger: gives a network of more capacity than `build`'s.
     """
 
     run: Run
-    stage: config.StageConfig
-    train: np.ndarray
-    held_out: np.ndarray
+    stage: str
+    splits: tuple[str, str]
     build: Callable[[], nn.Module]
-    step: Callable[..., tuple] | None
+    fetch: Callable[[list[np.ndarray], int], Iterator[Batch]]
+    step: Callable[..., Step] | None
     evaluate: Callable[[nn.Module, np.ndarray], Tensor]
     chance: tuple[float, float] | Callable[[np.ndarray], tuple[float, float]]
-    seen: Callable[[list[tuple], int], Tensor]
-    varies: bool
-    optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None
-    batches: Callable[[int], list[np.ndarray]] | None = None
+    augmented: bool
+    view: NetworkView
     labels: np.ndarray | None = None
-    classes: list[str] = field(default_factory=list)
-    prior: np.ndarray | None = None
-    size: int = 16
-    several: int = 300
-    rows: Callable[[object], Tensor] = lambda output: output
-    images: Callable[[tuple], Tensor] | None = lambda call: call[0]
-    pixels: Callable[[np.ndarray], Tensor] | None = None
-    normalization: tuple = (IMAGENET_MEAN, IMAGENET_STD)
-    entry: Callable[[nn.Module, tuple], tuple[list[Tensor], Callable]] | None = None
-    parts: int = 1
-    idle: Callable[[tuple], list[Tensor]] | None = None
-    past: Callable[[nn.Module, Tensor], Tensor] | None = None
-    head: Callable[[nn.Module], nn.Linear] | None = None
-    binary: bool = False
-    frozen: Callable[[nn.Module], set[str]] = lambda model: set()
+    batches: Callable[[int], list[np.ndarray]] | None = None
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None
     audit: Callable[[nn.Module], list[str]] | None = None
     larger: Callable[[], nn.Module] | None = None
+
+    @property
+    def settings(self) -> StageConfig:
+        """The settings of the stage."""
+        return self.run.stages[self.stage]
+
+    @property
+    def train(self) -> np.ndarray:
+        """The samples to train on (n,)."""
+        return self.run.splits[self.splits[0]]
+
+    @property
+    def held_out(self) -> np.ndarray:
+        """Other samples, to evaluate on (n,)."""
+        return self.run.splits[self.splits[1]]
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the classes."""
+        names = self.run.model_spec["classes"]
+        return names[self.stage] if isinstance(names, dict) else names

@@ -1,3 +1,11 @@
+"""--check: the training recipe as a verdict, on exactly the data, the network, the loss and the
+flags of a run.
+
+After Karpathy, A Recipe for Training Neural Networks (2019): neural networks fail silently, so each
+step of the recipe is tried on a few batches with the script's own functions. ITEMS names the steps;
+each prints one line: PASS, WARN, FAIL or SKIP, what was found, what would pass, what to do.
+"""
+
 import contextlib
 import dataclasses
 import time
@@ -5,28 +13,13 @@ from collections.abc import Iterator
 
 import torch
 
-from common.check.data import ITEMS
-from common.check.human import item
-from common.check.model import (
-    capacity,
-    eval_invariance,
-    first_layer,
-    gradient,
-    head_bias,
-    inputs,
-    leakage,
-    loss_at_init,
-    loss_decreases,
-    overfit,
-    seed,
-    trainable,
-    zero_input,
-)
+from common.check import data, human, model
 from common.check.result import FAIL, PASS, SKIP, WARN, CheckSpec, Result, skip
 from common.errors import AuditFailed, InputError, did_you_mean
 from common.report import page
+from common.run.directory import card_record, environment
 from common.run.files import write_json
-from common.run.run import environment
+from common.run.run import Run
 
 
 def chosen_items(text: str) -> list[str]:
@@ -51,12 +44,13 @@ def chosen_items(text: str) -> list[str]:
     return [name for name in ITEMS if name in names]
 
 
-def check(run, tasks: dict[str, CheckSpec]) -> None:
+def check(run: Run, specs: dict[str, CheckSpec]) -> None:
     """Try the items that --check names on every stage, print a line for each; write check.json and
     the report.
 
     Args:
-        tasks: by the stages' names; items about the data alone are tried once.
+        specs: by the stages' names; items about the data alone are tried once, for a stage that
+            uses labels where there is one.
 
     Raises:
         AuditFailed: some item fails.
@@ -64,45 +58,52 @@ def check(run, tasks: dict[str, CheckSpec]) -> None:
     """
     if run.world.world_size > 1:
         raise InputError("--check runs in one process: start it without torchrun or srun")
-    names, found, start = chosen_items(run.args.check), [], time.monotonic()
-    for left in (run.folder / "figures").glob(
-        "check_*"
-    ):  # the report would show them as the run's own
-        left.unlink()
-    width = max(map(len, names)) + (0 if len(tasks) == 1 else max(map(len, tasks)) + 1)
-    for stage, task in tasks.items():
+    names = chosen_items(run.args.check)
+    start = time.monotonic()
+    for picture in (run.folder / "figures").glob("check_*"):  # of an earlier check
+        picture.unlink()
+    first = next(iter(specs.values()))
+    of_data = next((spec for spec in specs.values() if spec.labels is not None), first)
+    todo = []
+    for stage, spec in specs.items():
         for name in names:
-            if name in OF_DATA and task is not next(iter(tasks.values())):
-                continue
-            with _own_randomness(run.args.seed), _untaught(run, name):
-                damaged = any(i["item"] == "corrupt" and i["status"] == FAIL for i in found)
-                why = "damaged items cannot be trained on" if damaged else ""
-                why = why or ("" if task.step else "this stage trains one layer on stored features")
-                result = skip(why) if why and name not in OF_DATA else ITEMS[name](task)
-            if run.teacher and name in UNTAUGHT and result.status != SKIP:
-                result = dataclasses.replace(result, value=f"{result.value}; without the teacher")
-            shown = name if len(tasks) == 1 or name in OF_DATA else f"{stage}/{name}"
-            found.append({"item": shown} | dataclasses.asdict(result))
-            print(f"{result.status:4} {shown:{width}}  {_line(result)}", flush=True)
+            if name in OF_DATA and spec is first:
+                todo.append((name, name, of_data))
+            elif name not in OF_DATA:
+                todo.append((name if len(specs) == 1 else f"{stage}/{name}", name, spec))
+    width = max(len(shown) for shown, _, _ in todo)
+    items = []
+    for shown, name, spec in todo:
+        is_damaged = any(i["item"] == "corrupt" and i["status"] == FAIL for i in items)
+        with _own_randomness(run.args.seed), _without_teacher(spec.run, name):
+            result = _try(name, spec, is_damaged)
+        if spec.run.teacher and name in WITHOUT_TEACHER and result.status != SKIP:
+            result = dataclasses.replace(result, value=f"{result.value}; without the teacher")
+        items.append({"item": shown} | dataclasses.asdict(result))
+        print(f"{result.status:4} {shown:{width}}  {_line(result)}", flush=True)
     seconds = time.monotonic() - start
-    command = environment()["command"]
-    write_json(
-        run.folder / "check.json",
-        {
-            "command": command,
-            "script": run.model_spec["script"],
-            "seconds": round(seconds, 1),
-            "items": found,
-        },
-    )
+    record = {
+        "card": card_record(run.card, run.chance),
+        "command": environment()["command"],
+        "seconds": round(seconds, 1),
+        "items": items,
+    }
+    write_json(run.folder / "check.json", record)
     page.write(run.folder)
-    failed = [item["item"] for item in found if item["status"] == FAIL]
-    counts = ", ".join(
-        f"{sum(i['status'] == v for i in found)} {v}" for v in (PASS, WARN, FAIL, SKIP)
-    )
-    print(f"{counts} in {seconds:.0f} s: {run.folder / 'check.json'}")
+    counts = [f"{sum(i['status'] == v for i in items)} {v}" for v in (PASS, WARN, FAIL, SKIP)]
+    print(f"{', '.join(counts)} in {seconds:.0f} s: {run.folder / 'check.json'}")
+    failed = [item["item"] for item in items if item["status"] == FAIL]
     if failed:
         raise AuditFailed(f"--check: {', '.join(failed)}")
+
+
+def _try(name: str, spec: CheckSpec, is_damaged: bool) -> Result:
+    if name not in OF_DATA:
+        if is_damaged:
+            return skip("damaged items cannot be trained on")
+        if spec.step is None:
+            return skip("this stage trains one layer on stored features")
+    return ITEMS[name](spec)
 
 
 def _line(result: Result) -> str:
@@ -122,10 +123,10 @@ def _own_randomness(seed: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _untaught(run, name: str) -> Iterator[None]:
+def _without_teacher(run, name: str) -> Iterator[None]:
     # These items know what the labels' loss should do; the teacher's term follows other rules.
     teacher = run.teacher
-    if name in UNTAUGHT:
+    if name in WITHOUT_TEACHER:
         run.teacher = None
     try:
         yield
@@ -134,23 +135,23 @@ def _untaught(run, name: str) -> Iterator[None]:
 
 
 ITEMS = {
-    **ITEMS,
-    "human-baseline": item,
-    "seed": seed,
-    "inputs": inputs,
-    "eval-invariance": eval_invariance,
-    "loss-at-init": loss_at_init,
-    "head-bias": head_bias,
-    "gradient": gradient,
-    "trainable": trainable,
-    "leakage": leakage,
-    "overfit": overfit,
-    "zero-input": zero_input,
-    "loss-decreases": loss_decreases,
-    "capacity": capacity,
-    "first-layer": first_layer,
+    **data.ITEMS,
+    "human-baseline": human.item,
+    "seed": model.seed,
+    "inputs": model.inputs,
+    "eval-invariance": model.eval_invariance,
+    "loss-at-init": model.loss_at_init,
+    "head-bias": model.head_bias,
+    "gradient": model.gradient,
+    "trainable": model.trainable,
+    "leakage": model.leakage,
+    "overfit": model.overfit,
+    "zero-input": model.zero_input,
+    "loss-decreases": model.loss_decreases,
+    "capacity": model.capacity,
+    "first-layer": model.first_layer,
 }
 # Items tried on the labels' loss alone, though a run may have a teacher.
-UNTAUGHT = {"loss-at-init", "overfit", "loss-decreases"}
+WITHOUT_TEACHER = {"loss-at-init", "overfit", "loss-decreases"}
 # Items about the data alone, tried once however many stages a run has.
-OF_DATA = {*ITEMS, "human-baseline"}
+OF_DATA = {*data.ITEMS, "human-baseline"}

@@ -28,7 +28,7 @@ from common import config
 from common.data import augment, pack
 from common.data.images import Images
 from common.data.open import open_images
-from common.run.run import environment
+from common.run.directory import environment
 
 _SIDES = ((256, 256), (300, 400))  # height and width of the generated images, by turns
 _STORE = 256  # side of the squares that this package keeps

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from common.errors import DISK_FULL, InputError
+from common.run.files import atomic_write, check_format, read_config
 
 _MARK = b"sha256:"
 _COMMENT = len(_MARK) + 64
@@ -62,42 +63,23 @@ def save(path: Path, state: dict, previous: Path | None = None) -> None:
     needed, free = sum(map(len, parts)), shutil.disk_usage(path.parent).free
     if free < needed:
         raise _full(errno.ENOSPC, path, needed, needed - free)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    written = 0
     try:
-        try:
-            with open(temporary, "wb") as file:
-                file.writelines(parts)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            if error.errno not in DISK_FULL:
-                raise
-            # What statvfs does not know of: a quota, a limit on the size of files, blocks that
-            # another process took.
-            written = temporary.stat().st_size if temporary.exists() else 0
-            raise _full(error.errno, path, needed, max(needed - written, 1)) from None
-        if previous is not None:
-            os.replace(path, previous)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        with atomic_write(path, "wb", keep=previous) as file:
+            for part in parts:
+                written += file.write(part)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        # What statvfs does not know of: a quota, a limit on the size of files, blocks that another
+        # process took.
+        raise _full(error.errno, path, needed, max(needed - written, 1)) from None
 
 
 def _full(number: int, path: Path, needed: int, missing: int) -> OSError:
     return OSError(
         number, f"{os.strerror(number)}: it takes {needed} bytes, {missing} are missing", str(path)
     )
-
-
-def remove_orphans(folder: Path) -> None:
-    """Delete the temporary files of a process that was killed while it wrote."""
-    for orphan in folder.glob(".*.tmp*"):
-        orphan.unlink()
 
 
 def is_whole(path: Path) -> bool:
@@ -116,7 +98,8 @@ def load(path: Path) -> dict:
     unchecked.
 
     Raises:
-        InputError: missing, damaged, or not a file of tensors and plain values.
+        InputError: missing, damaged, of another run format, or not a file of tensors and plain
+            values.
     """
     path = Path(path)
     try:
@@ -130,7 +113,7 @@ def load(path: Path) -> dict:
     if not marked and path.name in ("last.pt", "best.pt", "last.previous.pt"):
         raise InputError(f"checkpoint {path} is damaged: it is cut short")
     try:
-        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except UNREADABLE as error:
         # torch's own text advises to run what the file asks for.
         wanted = re.search(r"GLOBAL (\S+)", str(error))
@@ -143,6 +126,9 @@ def load(path: Path) -> dict:
         raise InputError(
             f"checkpoint {path} is not a file of tensors and plain values: {reason}"
         ) from None
+    if isinstance(state, dict) and state.keys() & {"place", "model_spec", "meta"}:
+        check_format(state, path)
+    return state
 
 
 def load_newest(folder: Path, say=print) -> dict | None:
@@ -233,10 +219,10 @@ def load_selected(source: str) -> dict:
     """
     path = Path(source)
     if path.is_dir():
-        folders = [path / "finetune", path / "linear", path / "cluster", path, path / "pretrain"]
-        path = (
-            next((folder for folder in folders if (folder / "best.pt").exists()), path) / "best.pt"
-        )
+        stages = (read_config(path) or {}).get("card", {}).get("stages", [])
+        folders = [*(path / stage for stage in reversed(stages)), path]
+        folder = next((folder for folder in folders if (folder / "best.pt").exists()), path)
+        path = folder / "best.pt"
     state = load(path)
     if "place" in state:
         place = state["place"]

@@ -279,6 +279,11 @@ def wrap(model: nn.Module, world: Dist) -> nn.Module:
     return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **option)
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model that `wrap` got."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
 class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -344,6 +349,6 @@ def sync_batchnorm(module: nn.Module, world: Dist) -> nn.Module:
     return module
 
 
-def _lost(error: RuntimeError) -> str:
+def lost_peer(error: RuntimeError) -> str:
     said = str(error).split("\n")[0][-120:]
     return f"another rank exited or hangs ({said}); its own output says why. {AGAIN}"

@@ -4,7 +4,9 @@ import contextlib
 import errno
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from common.errors import InputError
 
@@ -13,7 +15,9 @@ try:
 except ImportError:  # Windows has no locks of this kind
     fcntl = None
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
+# Of config.json and of checkpoints. CHANGELOG.md says what each number means.
+FORMAT = 2
 run_locks = contextlib.ExitStack()
 
 
@@ -40,17 +44,46 @@ def lock_folder(folder: Path) -> None:
             raise
 
 
-def write_json(path: Path, value: dict) -> None:
-    """Write a JSON file that is never seen half written."""
-    temporary = path.with_name(f".{path.name}.tmp")
+@contextlib.contextmanager
+def atomic_write(path: Path, mode: str = "w", *, keep: Path | None = None) -> Iterator[IO]:
+    """A file whose content takes the place of `path` in one piece, or never appears.
+
+    The bytes go to a temporary file in the same directory, are forced to the disk and renamed: a
+    process or a machine that dies leaves the old content. The old file becomes `keep`, where that
+    is given, once the new one is on the disk.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w") as file:
-            file.write(json.dumps(value, indent=2, default=str) + "\n")
+        with open(temporary, mode, newline=None if "b" in mode else "") as file:
+            yield file
             file.flush()
-            os.fsync(file.fileno())  # or a power failure could leave it empty
-        temporary.replace(path)
+            os.fsync(file.fileno())
+        if keep is not None:
+            os.replace(path, keep)
+        os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)  # or a power failure could undo the renaming
+        finally:
+            os.close(folder)
+
+
+def remove_orphans(folder: Path) -> None:
+    """Delete the temporary files of a process that was killed while it wrote."""
+    for orphan in folder.glob(".*.tmp*"):
+        orphan.unlink()
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Write a JSON file that is never seen half written."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(value, indent=2, default=str) + "\n")
 
 
 def read_json(path: Path) -> dict | None:
@@ -65,3 +98,29 @@ def read_json(path: Path) -> dict | None:
         return None
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
+
+
+def read_config(folder: Path) -> dict | None:
+    """A run directory's config.json; None where there is none.
+
+    Raises:
+        InputError: it cannot be read, or is of another format.
+    """
+    config = read_json(folder / "config.json")
+    if config is not None and "identity" in config:
+        check_format(config, folder)
+    return config
+
+
+def check_format(record: dict, source) -> None:
+    """Refuse what another version wrote in another format, before any of it is misread.
+
+    Raises:
+        InputError: with both formats.
+    """
+    found = record.get("format", 1)
+    if found != FORMAT:
+        raise InputError(
+            f"{source} is of run format {found}, this version reads and writes format {FORMAT}: use"
+            " the version that wrote it (CHANGELOG.md), or start anew with another --out"
+        )

@@ -1,7 +1,6 @@
 """Use a trained run: --eval, --predict, --stream."""
 
 import csv
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,11 @@ from torch import Tensor
 from common import config
 from common.errors import InputError
 from common.run import checkpoint, dist
-from common.run.files import read_json, run_dir_of, write_json
+from common.run.card import Card
+from common.run.directory import output_folder
+from common.run.files import atomic_write, read_config, run_dir_of, write_json
+from common.run.log import Log
+from common.run.run import Run
 
 
 def write_predictions(
@@ -22,37 +25,23 @@ def write_predictions(
     `chosen` are the classes' numbers; unset: the classes of the highest scores.
     """
     best = scores.argmax(1).tolist() if chosen is None else chosen
-    with open(path, "w", newline="") as file:
+    with atomic_write(path) as file:
         writer = csv.writer(file)
         writer.writerow(["id", "class", *(f"score_{name}" for name in classes)])
         for name, index, row in zip(ids, best, scores.tolist(), strict=True):
             writer.writerow([name, classes[index], *(f"{value:.6f}" for value in row)])
 
 
-def output_folder(path: str) -> Path:
-    """The folder that results of using a model go to: `path`, or the one of a checkpoint, created
-    where it is missing.
-
-    Raises:
-        InputError: it cannot be created or written.
-    """
-    folder = Path(path).parent if Path(path).suffix == ".pt" else Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(13, "permission denied")
-    except OSError as error:
-        raise InputError(
-            f"{folder}: results cannot be written there ({error.strerror}); choose another --out"
-        ) from None
-    return folder
-
-
 @dataclass(frozen=True)
 class LoadedRun:
-    """What --eval, --predict or --stream works with: the checkpoint's `state` and where it is from
-    (`source`, for messages); the `folder` for results; the run directory `home`; and the `path` of
-    the data.
+    """What --eval, --predict or --stream works with.
+
+    Attributes:
+        state: the checkpoint.
+        source: where it is from, for messages.
+        folder: where results go.
+        home: the run directory.
+        path: the data to read.
     """
 
     state: dict
@@ -61,6 +50,15 @@ class LoadedRun:
     home: Path
     path: str
 
+    @property
+    def model_spec(self) -> dict:
+        return self.state["model_spec"]
+
+    def as_run(self, args, world: dist.Dist, data, splits: dict[str, np.ndarray]) -> Run:
+        """A run that trains nothing, of the model's own settings."""
+        log = Log(None, main=world.is_main)
+        return Run(args, world, data, splits, self.folder, log, self.model_spec)
+
     def write(self, results: dict, world: dist.Dist, answers: tuple | None = None) -> None:
         """Write eval.json: the test metrics, named `eval/test/...`, and print them.
 
@@ -68,24 +66,29 @@ class LoadedRun:
         in it, the classes and their probabilities (n, C), or (n,) those of the second of two.
         """
         results = {f"eval/{name.split('/', 1)[1]}": value for name, value in results.items()}
-        if world.is_main:
-            write_json(self.folder / "eval.json", results)
-            print("\n".join(f"{name} {value:.4f}" for name, value in results.items()))
-        if world.is_main and answers:
-            items, rows, classes, shares = answers
-            shares = np.asarray(shares, np.float64)
-            shares = np.stack([1 - shares, shares], 1) if shares.ndim == 1 else shares
-            with open(self.folder / "eval.csv", "w", newline="") as file:
-                csv.writer(file).writerows(
-                    [["id", "label", *classes]]
-                    + [
-                        [items.ids[i], items.classes[items.labels[i]], *p]
-                        for i, p in zip(rows, shares.tolist(), strict=True)
-                    ]
-                )
+        if not world.is_main:
+            return
+        write_json(self.folder / "eval.json", results)
+        print("\n".join(f"{name} {value:.4f}" for name, value in results.items()))
+        if answers is None:
+            return
+        data, rows, classes, scores = answers
+        scores = np.asarray(scores, np.float64)
+        if scores.ndim == 1:
+            scores = np.stack([1 - scores, scores], 1)
+        with atomic_write(self.folder / "eval.csv") as file:
+            writer = csv.writer(file)
+            writer.writerow(["id", "label", *classes])
+            for i, shares in zip(rows, scores.tolist(), strict=True):
+                writer.writerow([data.ids[i], data.classes[data.labels[i]], *shares])
 
 
-def load_run(args, script: str) -> LoadedRun:
+def is_inference(args) -> bool:
+    """Whether the flags ask to use a trained run: --eval, --predict or --stream."""
+    return bool(args.eval or args.predict or getattr(args, "stream", None))
+
+
+def load_run(args, card: Card) -> LoadedRun:
     """The selected model that --eval, --predict or --stream names; --eval without --data reads what
     it was trained on.
 
@@ -94,17 +97,13 @@ def load_run(args, script: str) -> LoadedRun:
     """
     source = args.eval or args.resume
     state = checkpoint.load_selected(source)
-    if state["model_spec"]["script"] != script:
-        raise InputError(
-            f"{source} is of train_{state['model_spec']['script']}.py; use that script"
-        )
+    script = state["model_spec"]["script"]
+    if script != card.name:
+        raise InputError(f"{source} is of train_{script}.py; use that script")
     home = run_dir_of(source)
-    trained_on = (read_json(home / "config.json") or {}).get("data", args.data)
-    path = (
-        args.predict
-        or getattr(args, "stream", None)
-        or (args.data if args.data != "sample" else trained_on)
-    )
+    path = args.predict or getattr(args, "stream", None) or args.data
+    if args.eval and args.data == "sample":
+        path = (read_config(home) or {}).get("data", args.data)
     return LoadedRun(state, source, output_folder(args.out or source), home, path)
 
 
@@ -112,11 +111,10 @@ def restore_data_flags(parser: config.Parser, argv: list[str] | None, args, name
     """The flags `args`, but with --eval, --predict or --stream those of `names` (attribute names),
     which say how data are read, are by default what the run was trained with.
     """
-    source = args.eval or (args.resume if args.predict or getattr(args, "stream", None) else None)
-    if not source:
+    if not is_inference(args):
         return args
     try:
-        stored = read_json(run_dir_of(source) / "config.json") or {}
+        stored = read_config(run_dir_of(args.eval or args.resume)) or {}
     except InputError as error:
         parser.error(str(error))
     parser.set_defaults(**{name: stored[name] for name in names if name in stored})

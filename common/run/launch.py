@@ -12,8 +12,8 @@ import torch
 
 from common.errors import EXIT_DIVERGED, EXIT_STOPPED, Finished, InputError, Stopped, exit_codes
 from common.run import dist, ensemble
-from common.run.dist import _lost
 from common.run.files import run_locks
+from common.run.inference import is_inference
 from common.run.signals import Signals
 from common.search import declared, parse_ranges
 
@@ -36,29 +36,28 @@ def run_sweep(main, argv: list[str] | None, args, ranges, metric: str | None) ->
     return True
 
 
-def launch(args, use: Callable, begin: Callable) -> int:
-    """The frame of every script: `use(args, world)` with --eval, --predict or --stream, else
-    `begin(args, world, signals)`.
+def launch(args, run_inference: Callable, run_training: Callable) -> int:
+    """The frame of every script: `run_inference(args, world)` with --eval, --predict or --stream,
+    else `run_training(args, world, signals)`.
 
     Returns 0; the other exit codes leave as SystemExit.
     """
     with exit_codes(), Signals() as signals, run_locks:
-        world = dist.init(
-            args.device, max(1800, 120 * args.timeout)
-        )  # the watcher names more than a collective does
+        # The watchdog, which is to come first, names more than a collective does.
+        world = dist.init(args.device, max(1800, 120 * args.timeout))
         seed_process(args)
         try:
-            if args.eval or args.predict or getattr(args, "stream", None):
-                use(args, world)
+            if is_inference(args):
+                run_inference(args, world)
             else:
                 with contextlib.suppress(Finished):
-                    begin(args, world, signals)
+                    run_training(args, world, signals)
         except Stopped:
             raise
         except RuntimeError as error:
             if not dist.peer_lost(error):
                 raise
-            raise Stopped(_lost(error), EXIT_STOPPED) from None
+            raise Stopped(dist.lost_peer(error), EXIT_STOPPED) from None
         dist.close()
     return 0
 
@@ -76,9 +75,8 @@ def seed_process(args) -> None:
     torch.manual_seed(args.seed)
     torch.backends.cudnn.benchmark = not args.deterministic
     if args.deterministic:
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # cuBLAS is repeatable only with a fixed workspace
+        # cuBLAS is repeatable only with a fixed workspace.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
 
 

@@ -14,6 +14,7 @@ import torch
 
 from common.amp import peak_bytes, peak_memory
 from common.errors import InputError
+from common.run.files import atomic_write
 
 # Fields that differ between two runs of the same command: the only ones.
 TIMING = ("time", "rate", "eta_s", "wait", "memory_gb")
@@ -230,12 +231,8 @@ class Log:
 
     def _rewrite(self, lines: list[dict]) -> None:
         # In one piece: a process killed here must not lose the lines of hours.
-        temporary = self.path.with_name(".log.tmp")
-        with open(temporary, "w") as file:
+        with atomic_write(self.path) as file:
             file.write(_text(lines))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
 
     def sync(self) -> None:
         """Force the lines so far to the disk: a checkpoint counts on them."""

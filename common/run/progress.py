@@ -13,11 +13,11 @@ from common.run.checkpoint import (
     is_whole,
     load,
     load_weights,
-    remove_orphans,
     rng_state,
     save,
     set_rng_state,
 )
+from common.run.files import FORMAT, remove_orphans
 from common.run.log import Log
 from common.run.signals import Signals
 
@@ -43,7 +43,7 @@ class Progress:
     of which `batch` in `epoch`. `sums` are device tensors accumulated over the epoch. `best`
     follows the selection metric. `model_spec` goes into every file and says what is needed to
     rebuild the model; `start` names what the stage started from: a state with another start is not
-    continued. `beat` grows while the stage lives.
+    continued. `heartbeat` grows while the stage lives.
     """
 
     def __init__(
@@ -60,9 +60,16 @@ class Progress:
         save_every: float,
         max_steps: int | None,
     ):
-        self.folder, self.stage, self.parts, self.log, self.world = folder, stage, parts, log, world
-        self.signals, self.model_spec, self.start = signals, model_spec, start
-        self.save_seconds, self.max_steps = save_every * 60, max_steps
+        self.folder = folder
+        self.stage = stage
+        self.parts = parts
+        self.log = log
+        self.world = world
+        self.signals = signals
+        self.model_spec = model_spec
+        self.start = start
+        self.save_seconds = save_every * 60
+        self.max_steps = max_steps
         self.step = self.epoch = self.batch = self.best_epoch = self.evals_without_gain = 0
         self.best: float | None = None
         self.confident_best: float | None = None
@@ -164,6 +171,7 @@ class Progress:
         place = {"log_lines": self.log.count(self.stage), "seconds": self.log.seconds}
         place |= {name: getattr(self, name) for name in _PLACE}
         state = {
+            "format": FORMAT,
             "stage": self.stage,
             "start": self.start,
             "model_spec": self.model_spec,
@@ -357,13 +365,13 @@ class Progress:
         metrics: dict,
         *,
         higher_is_better: bool,
-        certain: float | None = None,
+        confident_value: float | None = None,
     ) -> None:
         """Keep a copy of `weights` as best.pt if `value` is the best so far.
 
-        `stale` counts the evaluations since one that was better beyond doubt: whose `certain`, what
-        can be relied on of its value (unset: all of it), was better than the value of the last such
-        evaluation.
+        `evals_without_gain` counts the evaluations since one that was better beyond doubt: whose
+        `confident_value`, what can be relied on of its value (unset: all of it), was better than
+        the value of the last such evaluation.
         """
 
         def better(new: float, old: float | None) -> bool:
@@ -371,7 +379,7 @@ class Progress:
                 old is None or (new > old if higher_is_better else new < old)
             )
 
-        if better(value if certain is None else certain, self.confident_best):
+        if better(value if confident_value is None else confident_value, self.confident_best):
             self.confident_best, self.evals_without_gain = value, 0
         else:
             self.evals_without_gain += 1
@@ -379,12 +387,14 @@ class Progress:
             return
         self.best, self.best_epoch = value, self.epoch + 1
         copies = {name: tensor.detach().clone() for name, tensor in weights.items()}
-        place = {"epoch": self.epoch + 1, "value": value}
         self._best_state = {
+            "format": FORMAT,
             "model": copies,
             "model_spec": self.model_spec,
             "metrics": metrics,
-        } | place
+            "epoch": self.epoch + 1,
+            "value": value,
+        }
 
     def best_weights(self) -> dict:
         """Weights of the selected model, from memory or from best.pt of a resumed run."""

@@ -4,31 +4,25 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import json
 import os
-import platform
-import shlex
-import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-import torchvision
-from torch import Tensor, nn
+from torch import nn
 
-from common import amp, config, distill
-from common.errors import AGAIN, EXIT_STOPPED, Diverged, Finished, InputError, Stopped
-from common.report import page
+from common import amp, config
+from common.errors import AGAIN, EXIT_STOPPED, Diverged, Finished, InputError, Stopped, plural
 from common.run import checkpoint, dist
-from common.run.dist import _lost
-from common.run.files import ROOT, lock_folder, read_json, run_dir_of, write_json
-from common.run.inference import output_folder
-from common.run.log import Log, Pace
+from common.run.card import Card
+from common.run.directory import card_record, create_run_dir, output_folder, run_dir
+from common.run.files import ROOT, read_json, write_json
+from common.run.log import Log
 from common.run.progress import Progress
 from common.run.signals import Signals
 
@@ -43,31 +37,38 @@ class Run:
         data: the script's data set.
         splits: indices into it by split name.
         folder: the run directory.
+        log: the console and log.jsonl.
         model_spec: what a checkpoint must say so that the model can be rebuilt from it.
+        card: what the script says of itself.
+        chance: the label and the loss of a guess by stage, where there is one.
         stages: the settings of the stages to run, by name, in their order.
+        signals: what asks the run to stop; None: nothing is trained.
         results: flat metrics named `stage/split/metric`, of the stages that have ended.
         selected: the last of those stages, whose best.pt the summary names.
+        schedule: settings by epoch, where a script trains by such a table.
         phases: the clock of --profile.
-        teacher: the model of --teacher, when `teach` has made it of `lesson`, its checkpoint.
+        teacher: the model of --teacher, a `common.distill.Teacher`.
         current: the stage at work.
         at_end: what is to be undone when the stages have ended.
         reopened: the epoch at which it had ended before it was asked for more; -1: it had not.
     """
 
-    args: object
+    args: argparse.Namespace
     world: dist.Dist
     data: object
     splits: dict[str, np.ndarray]
     folder: Path
     log: Log
-    signals: Signals | None
     model_spec: dict
-    stages: dict[str, config.StageConfig]
+    card: Card | None = None
+    chance: dict[str, tuple[str, float]] = field(default_factory=dict)
+    stages: dict[str, config.StageConfig] = field(default_factory=dict)
+    signals: Signals | None = None
     results: dict = field(default_factory=dict)
     selected: Progress | None = None
+    schedule: object = None
     phases: amp.Phases | None = None
-    teacher: distill.Teacher | None = None
-    lesson: dict | None = None
+    teacher: object = None
     current: Progress | None = None
     reopened: int = -1
     at_end: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -75,7 +76,7 @@ class Run:
     @classmethod
     def open(
         cls,
-        args,
+        args: argparse.Namespace,
         world: dist.Dist,
         signals: Signals,
         data,
@@ -83,90 +84,68 @@ class Run:
         model_spec: dict,
         stages: dict[str, config.StageConfig],
         *,
+        card: Card,
+        chance: dict[str, tuple[str, float]],
         name: str,
         identity: dict,
-        size: str,
-        same: tuple = ("image_size", "classes"),
+        input_text: str,
     ) -> "Run":
         """The run in its directory, said in one line.
 
         With --check nothing there is claimed or changed: the check only adds its own files.
 
-        `name` and `identity` name the directory (see `directory`), `size` is what the line says of
-        the model, `same` in what a teacher must agree with it (see `distil.read`).
+        Args:
+            name, identity: what names the directory, see `run_dir`.
+            input_text: what the line says of the model's input.
 
         Raises:
-            InputError: see `claim`.
+            InputError: see `create_run_dir`.
             Finished: the same run has finished; its summary is printed.
         """
-        lesson, digest = distill.read(args, model_spec, same)
-        identity = identity | digest
-        folder = run_dir(args, model_spec["script"], name, identity)
+        folder = run_dir(args, card.name, name, identity)
+        run = cls(args, world, data, splits, folder, None, model_spec, card, chance, stages)
         if args.check:
             # Its batches are too small to split.
-            whole = argparse.Namespace(**{**vars(args), "accum": 1})
-            run = cls(
-                whole,
-                world,
-                data,
-                splits,
-                output_folder(folder),
-                Log(None, main=world.is_main),
-                None,
-                model_spec,
-                stages,
-            )
-            run.lesson = lesson
-            run.log.say(f"check for {folder}; device {world.device}, {size}")
+            run.args = argparse.Namespace(**{**vars(args), "accum": 1})
+            run.folder = output_folder(folder)
+            run.log = Log(None, main=world.is_main)
+            run.log.say(f"check for {folder}; device {world.device}, {input_text}")
             return run
-        if not create_run_dir(
-            folder,
-            args,
-            identity,
-            {stage: vars(values) for stage, values in stages.items()} | model_spec,
-            world,
-        ):
+        resolved = {stage: vars(values) for stage, values in stages.items()} | model_spec
+        if not create_run_dir(folder, args, identity, resolved, card_record(card, chance), world):
             raise Finished
-        log = Log(folder, main=world.is_main, tensorboard=args.tensorboard)
-        log.say(
-            f"run directory {folder}; device {world.device}, {world.world_size} process(es), {size}"
-        )
-        return cls(
-            args, world, data, splits, folder, log, signals, model_spec, stages, lesson=lesson
-        )
-
-    def attach_teacher(
-        self, build_model: Callable[["Run"], nn.Module], outputs=nn.Module.__call__, evaluate=None
-    ) -> None:
-        """Make the teacher, where there is one; see `distil.build`."""
-        if self.lesson:
-            self.teacher = distill.build(self, self.lesson, build_model, outputs, evaluate)
-
-    def add_distillation(
-        self, terms: dict[str, Tensor], student: Tensor, x: Tensor, items: np.ndarray | None = None
-    ) -> dict:
-        """The terms of a loss with the teacher's among them, where there is one; see
-        `distil.blend`.
-        """
-        return distill.blend(self.teacher, terms, student, x, items)
+        run.signals = signals
+        run.log = Log(folder, main=world.is_main, tensorboard=args.tensorboard)
+        processes = plural(world.world_size, "process")
+        run.log.say(f"run directory {folder}; device {world.device}, {processes}, {input_text}")
+        return run
 
     def with_spec(self, **changed) -> "Run":
         """A run whose model differs in these entries of `model_spec`."""
         return dataclasses.replace(self, model_spec=self.model_spec | changed)
 
+    def settings_of(self, stage: str) -> config.StageConfig:
+        """The settings of a stage; a stage's baselines (`linear_random`) have the stage's own."""
+        return self.stages[stage.split("_")[0]]
+
     def lap(self, phase: str | None) -> None:
-        """The end of a phase of a training step, or (None) of what is no part of a step, for
-        --profile.
-        """
+        """The end of a phase of a training step, for --profile; None: of what is no part of one."""
         if self.phases:
             self.phases.lap(phase)
 
-    def stage(self, name: str, parts: dict, *, start: str) -> Progress:
+    def open_stage(self, name: str, parts: dict, *, start: str) -> Progress:
         """The state of a stage, restored from its checkpoints.
 
-        `parts` are the objects with a `state_dict`, `start` names what the stage starts from. A run
-        of several stages keeps the checkpoints of each in a folder of its own. `--resume PATH`
-        means the first stage.
+        A run of several stages keeps the checkpoints of each in a folder of its own. `--resume
+        PATH` means the first stage.
+
+        Args:
+            parts: the objects with a `state_dict`, by name.
+            start: what the stage starts from.
+
+        Raises:
+            InputError: the state there is of another model or start, has finished, or differs
+                between processes.
         """
         args = self.args
         folder = self.folder if list(self.stages) == [name] else self.folder / name
@@ -182,12 +161,10 @@ class Run:
             save_every=args.save_every,
             max_steps=args.max_steps,
         )
-        state, best = checkpoint.load_newest(folder, self.log.say), None
-        elsewhere = (
-            state is None
-            and name == next(iter(self.stages))
-            and args.resume not in ("auto", "none")
-        )
+        state = checkpoint.load_newest(folder, self.log.say)
+        best = None
+        is_first = name == next(iter(self.stages))
+        elsewhere = state is None and is_first and args.resume not in ("auto", "none")
         if elsewhere:
             state, best = checkpoint.load_training_state(Path(args.resume), name)
             if (state["stage"], state["start"]) != (name, start):
@@ -196,14 +173,12 @@ class Run:
                     f" this {name}"
                 )
         # All processes take part, so nobody writes before everybody has read.
-        seen = dist.all_gather_rows(
-            torch.tensor([state["place"]["step"] if state else -1], device=self.world.device)
-        )
-        if len(set(seen.tolist())) > 1:
+        step = torch.tensor([state["place"]["step"] if state else -1], device=self.world.device)
+        steps = dist.all_gather_rows(step).tolist()
+        if len(set(steps)) > 1:
             raise InputError(
-                f"the processes read different states in {folder} (steps {seen.tolist()}, -1:"
-                " none): it must lie on"
-                " a file system that they share"
+                f"the processes read different states in {folder} (steps {steps}, -1: none): it"
+                " must lie on a file system that they share"
             )
         progress.restore(state, best)
         self.current = progress
@@ -212,20 +187,17 @@ class Run:
             self.at_end.callback(progress.stop_watching)
         if elsewhere and progress.finished and progress.planned >= self.stages[name].epochs:
             raise InputError(
-                f"--resume {args.resume} has finished its {progress.planned} epochs; give more"
-                " --epochs"
+                f"--resume {args.resume} has finished its {plural(progress.planned, 'epoch')}; give"
+                " more --epochs"
             )
         return progress
 
     def is_done(self, progress: Progress) -> bool:
-        """Whether a stage has nothing left to do: its results are taken over. More epochs than
-        before reopen it.
+        """Whether a stage has nothing left to do: its results are taken over.
+
+        More epochs than before reopen it.
         """
-        # A stage's baselines (`linear_random`) are as long as the stage itself.
-        if (
-            progress.finished
-            and progress.planned >= self.stages[progress.stage.split("_")[0]].epochs
-        ):
+        if progress.finished and progress.planned >= self.settings_of(progress.stage).epochs:
             self._take(progress)
             return True
         self.reopened = progress.epoch if progress.finished else -1
@@ -234,22 +206,17 @@ class Run:
 
     def finish(self, progress: Progress, results: dict) -> None:
         """Store a stage's final metrics; the summary names the best model of the last stage."""
-        planned, idle = (
-            self.stages[progress.stage.split("_")[0]].epochs,
-            progress.epoch == self.reopened,
-        )
+        planned = self.settings_of(progress.stage).epochs
+        no_epoch_added = progress.epoch == self.reopened
         if progress.epoch < planned:
-            more = (
-                ". More epochs change nothing, a larger --patience with --force-resume does"
-                if idle
-                else ""
-            )
-            self.log.say(
+            text = (
                 f"{progress.stage}: stopped early after epoch {progress.epoch} of {planned}, the"
-                " best is epoch"
-                f" {progress.best_epoch}{more}"
+                f" best is epoch {progress.best_epoch}"
             )
-        progress.finish(results, progress.planned if idle else planned)
+            if no_epoch_added:
+                text += ". More epochs change nothing, a larger --patience with --force-resume does"
+            self.log.say(text)
+        progress.finish(results, progress.planned if no_epoch_added else planned)
         self._take(progress)
 
     def _take(self, progress: Progress) -> None:
@@ -257,49 +224,13 @@ class Run:
         if progress.stage in self.stages:
             self.selected = progress
 
-    def end_step(
-        self,
-        progress: Progress,
-        pace: Pace,
-        losses: dict[str, Tensor],
-        lr: float,
-        norm: Tensor,
-        bad: Tensor,
-        *,
-        chance: float | None = None,
-        more: Callable[[], dict] = dict,
-    ) -> None:
-        """What follows an update in every loop: the epoch's sums, the pace, a line where one is
-        due, the checkpoint.
+    @contextlib.contextmanager
+    def session(self, report) -> Iterator[None]:
+        """Around the stages: the report is kept up to date and, however they end, summary.json
+        written.
 
         Args:
-            losses: device scalars by name.
-            lr, norm, bad: of the step; `norm` (the gradient's) and `bad` (masked) are device
-                scalars.
-            chance: the loss at chance level, where there is one.
-            more: further values of a line; called only where one is due, as it may wait for the
-                device.
-
-        Raises:
-            Diverged, Stopped: see `Progress.end_step`.
-        """
-        progress.add(**losses)
-        pace.tick()
-        name, done, epochs = progress.stage, progress.step + 1, self.stages[progress.stage].epochs
-        if self.log.due(done, self.args.log_every):
-            values = {key: dist.mean(value).item() for key, value in losses.items()}
-            values |= {} if chance is None else {"loss_over_chance": values["loss"] / chance}
-            values |= {"lr": lr, "grad_norm": norm.item()} | more()
-            self.log.interval(name, done, progress.epoch + 1, values, pace)
-        self.log.progress(name, done, pace)
-        if pace.steps == 2:
-            self.log.cost(name, pace.total_steps // epochs, epochs, pace, self.world.device)
-        progress.end_step(bad)
-
-    @contextlib.contextmanager
-    def session(self):
-        """Around the stages: report.html is kept up to date and, however they end, summary.json
-        written.
+            report: the module `common.report.page`, or what else has its `Live` and `write`.
 
         Raises:
             InputError: for whatever the data or the disk refuses, with the process and the step
@@ -310,11 +241,11 @@ class Run:
         self.signals.defer()
         try:
             if self.world.is_main:
-                self._begin()
-            with self.at_end, self._watched():
+                self._begin(report)
+            with self.at_end, self._watchdog():
                 yield
             status = "finished"
-            self._conclude(status)
+            self._conclude(status, report)
         except Stopped:
             status = "stopped"
             raise
@@ -324,59 +255,55 @@ class Run:
         except InputError as error:
             raise InputError(f"{self._where() if self.current else ''}{error}") from None
         except OSError as error:
-            what = ": ".join(
-                str(part) for part in (error.strerror or error, error.filename) if part
-            )
+            parts = (error.strerror or error, error.filename)
+            what = ": ".join(str(part) for part in parts if part)
             raise InputError(f"{self._where()}{what}; make room or fix it. {AGAIN}") from None
         except RuntimeError as error:
             if not dist.peer_lost(error):
                 raise
             status = "stopped"
-            if (
-                self.signals.asked == Signals.REQUEUE
-            ):  # the other one obeyed the signal before this one
-                raise Signals.leave(
-                    self.signals.asked, f"{self._where()}another process left"
-                ) from None
-            raise Stopped(self._where() + _lost(error), EXIT_STOPPED) from None
+            # Where the other one obeyed the signal before this one.
+            if self.signals.asked == Signals.REQUEUE:
+                text = f"{self._where()}another process left"
+                raise Signals.leave(self.signals.asked, text) from None
+            raise Stopped(self._where() + dist.lost_peer(error), EXIT_STOPPED) from None
         finally:
             if status != "finished":
-                with contextlib.suppress(
-                    OSError
-                ):  # what ended the run is worth more than its summary
-                    self._conclude(status)
+                # What ended the run is worth more than its summary.
+                with contextlib.suppress(OSError):
+                    self._conclude(status, report)
 
-    def _begin(self) -> None:
-        (self.folder / "summary.json").unlink(
-            missing_ok=True
-        )  # of an earlier start: this one has not ended
+    def _begin(self, report) -> None:
+        # A summary would be of an earlier start: this one has not ended.
+        (self.folder / "summary.json").unlink(missing_ok=True)
         record = dict(
             data_read=self.describe_data(),
             device=str(self.world.device),
             processes=self.world.world_size,
         )
         write_json(self.folder / "env.json", (read_json(self.folder / "env.json") or {}) | record)
-        self.log.watcher = page.Live(self.folder, self.log.say)
+        self.log.watcher = report.Live(self.folder, self.log.say)
 
     @contextlib.contextmanager
-    def _watched(self):
+    def _watchdog(self) -> Iterator[None]:
         # A read that hangs, a process that stopped, a dead GPU: nothing raises, so a thread counts
         # the time without a step or a batch of an evaluation. Counts, so that a job which is
         # suspended as a whole has not stalled.
-        over, minutes, main = threading.Event(), self.args.timeout, threading.main_thread().ident
+        over = threading.Event()
+        minutes = self.args.timeout
+        main_thread = threading.main_thread().ident
 
         def watch():
-            seconds, last, idle = min(6 * minutes, 5.0), None, 0.0
+            seconds = min(6 * minutes, 5.0)
+            last = None
+            idle = 0.0
             while not over.wait(seconds):
                 beat = self.current and (self.current.stage, self.current.heartbeat)
-                idle, last = (idle + seconds if beat == last else 0.0), beat
+                idle = idle + seconds if beat == last else 0.0
+                last = beat
                 if idle >= 60 * minutes:
-                    stack = traceback.extract_stack(sys._current_frames()[main])
-                    own = [frame for frame in stack if Path(frame.filename).is_relative_to(ROOT)]
-                    at = (
-                        f"{Path(own[-1].filename).relative_to(ROOT)} line {own[-1].lineno},"
-                        f" {own[-1].name}"
-                    )
+                    frames = traceback.extract_stack(sys._current_frames()[main_thread])
+                    at = _deepest_of_ours(frames)
                     what = f"no step in {minutes:g} minutes (--timeout), it waits in {at}"
                     why = "the data, another process or the device stalls"
                     print(f"{self._where()}{what}: {why}. {AGAIN}", file=sys.stderr, flush=True)
@@ -394,17 +321,17 @@ class Run:
         at = f", {self.current.stage} step {self.current.step}" if self.current else ""
         return f"process {self.world.rank} of {self.world.world_size}{at}: "
 
-    def _conclude(self, status: str) -> None:
+    def _conclude(self, status: str, report) -> None:
         record = {"status": status, "seconds": round(self.log.seconds, 1)}
         if self.selected:
-            best = self.selected.folder / "best.pt"
-            record |= {"best_epoch": self.selected.best_epoch, "best_value": self.selected.best}
-            record |= {"best_model_path": str(best)}
+            record["best_epoch"] = self.selected.best_epoch
+            record["best_value"] = self.selected.best
+            record["best_model_path"] = str(self.selected.folder / "best.pt")
         try:
             if self.world.is_main:
                 write_json(self.folder / "summary.json", self.results | record)
                 self.log.watcher = None
-                page.write(self.folder)
+                report.write(self.folder)
                 if self.phases:
                     self.log.say(f"profile: {self.phases.describe()}")
                 self.log.say(f"{status}: {self.folder / 'report.html'}")
@@ -416,134 +343,25 @@ class Run:
         return getattr(self.data, "table", self.data).describe()
 
 
+def _deepest_of_ours(frames: traceback.StackSummary) -> str:
+    frame = [f for f in frames if Path(f.filename).is_relative_to(ROOT)][-1]
+    return f"{Path(frame.filename).relative_to(ROOT)} line {frame.lineno}, {frame.name}"
+
+
 def test_best_and_last(
     progress: Progress, model: nn.Module, test: Callable[[nn.Module, dict], tuple[dict, object]]
-):
+) -> tuple[dict, object]:
     """(test metrics, what else `test` gave of the selected model): every script's test at a stage's
     end.
 
-    `test(network, metrics)` gives the test metrics of a network by name, and something else; it
-    gets the metrics that were stored with the network. Those of the last epoch are named
-    `NAME_last_epoch`. `model` keeps the last epoch's weights: a stop meanwhile must store them.
+    Those of the last epoch are named `NAME_last_epoch`.
+
+    Args:
+        model: it keeps the last epoch's weights: a stop meanwhile must store them.
+        test: (network, the metrics stored with it) -> (its test metrics by name, something else).
     """
     last, _ = test(model, progress.results)
-    chosen = copy.deepcopy(model)
-    chosen.load_state_dict(progress.best_weights())
-    results, rest = test(chosen, progress.best_metrics())
+    selected = copy.deepcopy(model)
+    selected.load_state_dict(progress.best_weights())
+    results, rest = test(selected, progress.best_metrics())
     return results | {f"{name}_last_epoch": value for name, value in last.items()}, rest
-
-
-def run_dir(args, script: str, name: str, identity: dict) -> Path:
-    """The run directory: --out (of a trial of --search a folder in it), or the one that `--resume
-    PATH` goes on with, or runs/SCRIPT/NAME-HASH.
-    """
-    if args.out:
-        return Path(args.out) if args.trial is None else Path(args.out) / f"trial{args.trial}"
-    if args.resume not in ("auto", "none"):
-        return run_dir_of(args.resume)
-    return Path("runs") / script / f"{name}-{config.digest(identity)}"
-
-
-def create_run_dir(folder: Path, args, identity: dict, resolved: dict, world: dist.Dist) -> bool:
-    """Create `folder` and write config.json and env.json; or print the summary of the same run and
-    return False, if it has finished.
-
-    Raises:
-        InputError: the run there, or the one of --resume PATH, has another identity and
-            --force-resume is not given; or the folder cannot be written.
-    """
-    mode = config.resume_mode(args, (read_json(folder / "env.json") or {}).get("slurm_job"))
-    before = None if mode == "none" else read_json(folder / "config.json")
-    if before is None and mode not in ("auto", "none"):
-        before = read_json(run_dir_of(mode) / "config.json")
-    if before is not None:
-        # To go on for longer is what `--resume PATH --epochs MORE` asks for; any other difference
-        # makes another run.
-        free = set() if mode == "auto" else {"epochs", "warmup_epochs"}
-        there, default = before["identity"], "its default"
-        names = sorted((there.keys() | identity.keys()) - free)
-        pairs = [(name, there.get(name, default), identity.get(name, default)) for name in names]
-        differences = [
-            f"{name} is {old} there and {new} here" for name, old, new in pairs if old != new
-        ]
-        if differences and not args.force_resume:
-            longer = f", --resume {folder} for more epochs" if mode == "auto" else ""
-            raise InputError(
-                f"{folder} holds another run: {'; '.join(differences)}. Another --out{longer}, or"
-                " --force-resume"
-            )
-        summary = read_json(folder / "summary.json")
-        if mode == "auto" and not differences and summary and summary["status"] == "finished":
-            if world.is_main:
-                print(f"{folder} has finished; its summary:\n{json.dumps(summary, indent=2)}")
-            return False
-    dist.barrier()  # rank 0 writes when every process has read
-    problem = None
-    if world.is_main:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock_folder(folder)
-            checkpoint.remove_orphans(folder)
-            if mode == "none" and (folder / "config.json").exists():
-                _forget(folder)
-            write_json(
-                folder / "config.json", {**vars(args), "resolved": resolved, "identity": identity}
-            )
-            write_json(folder / "env.json", environment())
-        except BlockingIOError:
-            problem = (
-                f"run directory {folder}: another process works there; wait for it, or give"
-                " another --out"
-            )
-        except OSError as error:
-            problem = f"run directory {folder}: cannot write there: {error.strerror}"
-    if dist.all_reduce(torch.tensor(int(problem is not None), device=world.device), "max"):
-        raise InputError(problem or f"run directory {folder}: process 0 cannot write there")
-    return True
-
-
-def _forget(folder: Path) -> None:
-    # The state of this run alone: its folder and its stages' folders, which have no config.json of
-    # their own.
-    stages = [f for f in folder.iterdir() if f.is_dir() and not (f / "config.json").exists()]
-    for place in (folder, *stages):
-        for name in (
-            "last.pt",
-            "last.previous.pt",
-            "best.pt",
-            "summary.json",
-            "log.jsonl",
-            "resumes.jsonl",
-        ):
-            (place / name).unlink(missing_ok=True)
-
-
-def environment() -> dict:
-    """Versions, hardware, commit and command: what a figure needs beside it to mean something."""
-
-    def git(*command):
-        result = subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True)
-        return result.stdout.strip() if result.returncode == 0 else None
-
-    try:
-        commit, changes = (
-            git("rev-parse", "HEAD"),
-            git("status", "--porcelain", "--untracked-files=no"),
-        )
-    except FileNotFoundError:  # no git on the machine
-        commit, changes = None, None
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "numpy": np.__version__,
-        "cuda": torch.version.cuda,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "platform": platform.platform(),
-        "slurm_job": os.environ.get("SLURM_JOB_ID"),
-        "commit": commit,
-        "uncommitted_changes": None if changes is None else bool(changes),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-    }

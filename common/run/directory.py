@@ -1,0 +1,173 @@
+"""The directory of a run: its name, who may work in it, what it says of how it was made."""
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+
+from common import config
+from common.errors import InputError
+from common.run import dist
+from common.run.card import Card
+from common.run.files import (
+    FORMAT,
+    ROOT,
+    lock_folder,
+    read_config,
+    read_json,
+    remove_orphans,
+    run_dir_of,
+    write_json,
+)
+
+
+def run_dir(args, script: str, name: str, identity: dict) -> Path:
+    """The run directory: --out (of a trial of --search a folder in it), or the one that `--resume
+    PATH` resumes, or runs/SCRIPT/NAME-HASH.
+    """
+    if args.out:
+        return Path(args.out) if args.trial is None else Path(args.out) / f"trial{args.trial}"
+    if args.resume not in ("auto", "none"):
+        return run_dir_of(args.resume)
+    return Path("runs") / script / f"{name}-{config.digest(identity)}"
+
+
+def output_folder(path: str) -> Path:
+    """The folder that results of using a model go to: `path`, or the one of a checkpoint, created
+    where it is missing.
+
+    Raises:
+        InputError: it cannot be created or written.
+    """
+    folder = Path(path).parent if Path(path).suffix == ".pt" else Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(13, "permission denied")
+    except OSError as error:
+        raise InputError(
+            f"{folder}: results cannot be written there ({error.strerror}); choose another --out"
+        ) from None
+    return folder
+
+
+def create_run_dir(
+    folder: Path, args, identity: dict, resolved: dict, card: dict, world: dist.Dist
+) -> bool:
+    """Create `folder` and write config.json and env.json; or print the summary of the same run and
+    return False, if it has finished.
+
+    Args:
+        identity: the settings that decide the result.
+        resolved: the settings of the stages and the model as they came out.
+        card: what the script says of itself, see `card_record`.
+
+    Raises:
+        InputError: the run there, or the one of --resume PATH, has another identity and
+            --force-resume is not given, or another format; or the folder cannot be written.
+    """
+    mode = config.resume_mode(args, (read_json(folder / "env.json") or {}).get("slurm_job"))
+    before = None if mode == "none" else read_config(folder)
+    if before is None and mode not in ("auto", "none"):
+        before = read_config(run_dir_of(mode))
+    if before is not None:
+        # To go on for longer is what `--resume PATH --epochs MORE` asks for; any other difference
+        # makes another run.
+        free = set() if mode == "auto" else {"epochs", "warmup_epochs"}
+        there, default = before["identity"], "its default"
+        names = sorted((there.keys() | identity.keys()) - free)
+        pairs = [(name, there.get(name, default), identity.get(name, default)) for name in names]
+        differences = [
+            f"{name} is {old} there and {new} here" for name, old, new in pairs if old != new
+        ]
+        if differences and not args.force_resume:
+            longer = f", --resume {folder} for more epochs" if mode == "auto" else ""
+            raise InputError(
+                f"{folder} holds another run: {'; '.join(differences)}. Another --out{longer}, or"
+                " --force-resume"
+            )
+        summary = read_json(folder / "summary.json")
+        if mode == "auto" and not differences and summary and summary["status"] == "finished":
+            if world.is_main:
+                print(f"{folder} has finished; its summary:\n{json.dumps(summary, indent=2)}")
+            return False
+    dist.barrier()  # rank 0 writes when every process has read
+    problem = None
+    if world.is_main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock_folder(folder)
+            remove_orphans(folder)
+            if mode == "none" and (folder / "config.json").exists():
+                _forget(folder)
+            record = {"format": FORMAT, "card": card, "resolved": resolved, "identity": identity}
+            write_json(folder / "config.json", vars(args) | record)
+            write_json(folder / "env.json", environment())
+        except BlockingIOError:
+            problem = (
+                f"run directory {folder}: another process works there; wait for it, or give"
+                " another --out"
+            )
+        except OSError as error:
+            problem = f"run directory {folder}: cannot write there: {error.strerror}"
+    if dist.all_reduce(torch.tensor(int(problem is not None), device=world.device), "max"):
+        raise InputError(problem or f"run directory {folder}: process 0 cannot write there")
+    return True
+
+
+def card_record(card: Card, chance: dict[str, tuple[str, float]]) -> dict:
+    """A card as config.json keeps it: with the label and the loss of a guess of each stage."""
+    return asdict(card) | {"chance": chance}
+
+
+def _forget(folder: Path) -> None:
+    # The state of this run alone: its folder and its stages' folders, which have no config.json of
+    # their own.
+    stages = [f for f in folder.iterdir() if f.is_dir() and not (f / "config.json").exists()]
+    for place in (folder, *stages):
+        for name in (
+            "last.pt",
+            "last.previous.pt",
+            "best.pt",
+            "summary.json",
+            "log.jsonl",
+            "resumes.jsonl",
+        ):
+            (place / name).unlink(missing_ok=True)
+
+
+def environment() -> dict:
+    """Versions, hardware, commit and command: what a figure needs beside it to mean something."""
+
+    def git(*command):
+        result = subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True)
+        return result.stdout.strip() if result.returncode == 0 else None
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        changes = git("status", "--porcelain", "--untracked-files=no")
+    except FileNotFoundError:  # no git on the machine
+        commit = changes = None
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "numpy": np.__version__,
+        "cuda": torch.version.cuda,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "commit": commit,
+        "uncommitted_changes": None if changes is None else bool(changes),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
