@@ -1,0 +1,99 @@
+"""README and docs are true: links lead somewhere, flags exist, command lines parse."""
+
+import contextlib
+import importlib
+import io
+import re
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from common.check.runner import chosen_items
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# By page: running text and blocks of code by turns.
+PARTS = {page: re.split(r"^```.*\n", page.read_text(), flags=re.MULTILINE) for page in PAGES}
+PROSE = {page: "\n".join(parts[::2]) for page, parts in PARTS.items()}
+SCRIPTS = ["train_simclr", "train_tsm", "train_raer", "train_cluster"]
+TOOLS = [
+    "common.data.__main__", "common.data.benchmark", "common.report.__main__", "kernels.benchmark",
+    "tests.torture",
+]  # fmt: skip
+OF_SLURM = {
+    "--array", "--dependency", "--kill-on-invalid-dep", "--open-mode", "--parsable", "--partition",
+    "--requeue", "--signal", "--time",
+}  # fmt: skip
+# Bash expands the loops of a page. Nothing runs: there is no PATH, and what would start Python
+# writes its words to file descriptor 3 instead.
+STUBS = """
+exec 3>&1 >/dev/null 2>&1
+PATH= SLURM_ARRAY_TASK_ID=0 SLURM_CPUS_PER_TASK=1
+python() { printf '%s\\t' "$@" >&3; echo >&3; }
+exec() { "$@"; }
+srun() { while [[ $1 == -* ]]; do shift; done; "$@"; }
+sbatch() { while [[ $1 == -* ]]; do shift; done; . "$@"; }
+"""
+
+
+@cache
+def flags_of(module: str) -> set[str]:
+    """The flags that a script's or a tool's --help lists, so without hidden aliases."""
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        importlib.import_module(module).main(["--help"])
+    return {"--help", *re.findall(r"^  (--[\w-]+)", shown.getvalue(), re.MULTILINE)}
+
+
+def commands() -> list[list[str]]:
+    """The words of each Python command in the blocks and in the running text of the pages."""
+    programs = []
+    for page, parts in PARTS.items():
+        programs += [block for block in parts[1::2] if re.search(r"\b(python|sbatch) ", block)]
+        for span in re.findall(r"`((?:python )?train_[a-z]+\.py\s+--[^`]*)`", PROSE[page]):
+            programs.append(f"python {span.removeprefix('python ')}".replace("\n", " "))
+    lines = []
+    for program in programs:
+        done = subprocess.run(["bash", "-c", STUBS + program], cwd=ROOT, stdout=subprocess.PIPE)
+        assert done.returncode != 2, f"bash cannot read {program}"
+        lines += done.stdout.decode().splitlines()
+    return [line.rstrip("\t").split("\t") for line in dict.fromkeys(lines)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_paths_exist(page):
+    for target, anchor in re.findall(r"\]\((?!http)([^)#\s]*)#?([^)\s]*)\)", PROSE[page]):
+        linked = (page.parent / target).resolve() if target else page
+        assert linked.exists(), target
+        headings = re.findall(r"^#+ (.*)", linked.read_text(), re.MULTILINE) if anchor else []
+        slugs = [re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in headings]
+        assert not anchor or anchor in slugs, f"{target}#{anchor}"
+    for path in re.findall(r"`((?:common|kernels|tests|slurm|docs)/[\w./]*)`", PROSE[page]):
+        assert (ROOT / path).exists(), path
+
+
+def test_every_flag_is_known_to_some_parser():
+    known = OF_SLURM.union(*map(flags_of, [*SCRIPTS, *TOOLS]))
+    for page, prose in PROSE.items():
+        assert not set(re.findall(r"(?<![\w-])--[a-z][\w-]*", prose)) - known, page
+
+
+def test_every_command_line_parses():
+    lines = commands()
+    assert len(lines) > 100
+    for program, *words in lines:
+        module = words.pop(0) if program == "-m" else program.removesuffix(".py")
+        module = {"tests.benchmark_tsm": "train_tsm"}.get(module, module)
+        module = module + ".__main__" if f"{module}.__main__" in TOOLS else module
+        flags = {word for word in words if word.startswith("--")}
+        assert flags <= flags_of(module), (program, words)
+        if module in SCRIPTS and "--help" not in words:
+            importlib.import_module(module).parse_args(words)
+
+
+def test_items_of_check_exist():
+    for page in PAGES:
+        for names in re.findall(r"--check\s+([a-z][a-z,-]+)", page.read_text()):
+            assert chosen_items(names)
