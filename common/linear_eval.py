@@ -129,8 +129,9 @@ def linear_protocol(
     Args:
         progress: the stage's state, with `head` and `optimizer` as its parts.
         rows: features (n, d) float32 of all items; standardized with the training part's mean and
-            deviation. The stored layer, `fc.*` in best.pt beside the weights `backbone`, takes them
+            deviation. The stored layer, `head.*` in best.pt beside `backbone.*`, takes them
             as they are.
+        backbone: the weights that made the rows.
 
     Training ends after `--patience` epochs without a better macro F1 on dev. Every process does the
     same small work.
@@ -145,6 +146,7 @@ def linear_protocol(
         std > 1e-6, std, 1.0
     )  # a constant feature stays zero instead of becoming noise
     scaler, steps = amp.scaler("fp32", device), len(train) // stage.bs
+    stored_backbone = {f"backbone.{key}": tensor for key, tensor in backbone.items()}
     pace = Pace(stage.bs, stage.epochs * steps)
     while progress.epoch < stage.epochs and progress.evals_without_gain < args.patience:
         for batch in sampling.epoch_batches(
@@ -168,7 +170,7 @@ def linear_protocol(
         values |= score(f"{name}/val", apply(layer, rows[dev]), labels[dev], num_classes)
         # Rounding may differ between processes; they must agree on when to stop.
         f1 = dist.mean(torch.tensor(values[f"{name}/val/macro_f1"], device=device)).item()
-        progress.select(f1, backbone | layer, values, higher_is_better=True)
+        progress.select(f1, stored_backbone | layer, values, higher_is_better=True)
         run.log.metrics(name, progress.step, progress.epoch + 1, values, quiet=True)
         progress.end_epoch()
     chosen = apply(progress.best_weights(), rows[test])
@@ -189,9 +191,9 @@ def linear_protocol(
 def unstandardized(head: nn.Linear, mean: Tensor, std: Tensor) -> dict[str, Tensor]:
     """The layer that gives for raw features what `head` gives for (features - mean) / std."""
     weight = head.weight.detach().cpu() / std
-    return {"fc.weight": weight, "fc.bias": head.bias.detach().cpu() - weight @ mean}
+    return {"head.weight": weight, "head.bias": head.bias.detach().cpu() - weight @ mean}
 
 
 def apply(layer: dict[str, Tensor], rows: Tensor) -> Tensor:
     """Logits of features (n, d) on the CPU."""
-    return rows @ layer["fc.weight"].cpu().T + layer["fc.bias"].cpu()
+    return rows @ layer["head.weight"].cpu().T + layer["head.bias"].cpu()
