@@ -30,7 +30,7 @@ from common.distill import add_distillation
 from common.errors import InputError, as_input_error, plural
 from common.features import contrast, representation, stored_features
 from common.models import BACKBONES, LARGER, build_backbone, input_size, load_published
-from common.models.heads import HEAD_BIAS, SimCLR, init_bias_to_prior
+from common.models.heads import HEAD_BIAS, Classifier, SimCLR, init_bias_to_prior
 from common.report import figures, page
 from common.run import checkpoint, dist
 from common.run.card import Card
@@ -299,29 +299,30 @@ def validate(
 
 
 def build_model(run: Run, kind: str, weights: dict | None = None) -> nn.Module:
-    """The network of a stage on the device: `pretrain` has a projection head, a labeled stage a
-    linear one as `fc`.
+    """The network of a stage on the device; its random part is a function of --seed.
 
-    `weights` are a backbone's. The random part is a function of --seed.
+    Args:
+        kind: `pretrain` gives a `SimCLR`, a labeled stage a `Classifier` with a linear head,
+            anything else the backbone alone.
+        weights: the backbone's; None: random.
     """
-    args, model_spec = run.args, run.model_spec
+    args = run.args
+    model_spec = run.model_spec
     torch.manual_seed(args.seed)
     model = build_backbone(model_spec["backbone"], model_spec["stem"])
     if weights is not None:
         source = args.from_run or args.weights or "this run"
         checkpoint.load_weights(model, weights, f"{source} ({model_spec['backbone']})")
-    width = BACKBONES[model_spec["backbone"]].num_features
     if kind == "pretrain":
-        model = SimCLR(model, width, model_spec["proj_dim"])
+        model = SimCLR(model, model_spec["proj_dim"])
     elif kind in model_spec["classes"]:
-        model.fc = nn.Linear(width, len(model_spec["classes"][kind]))
+        num_classes = len(model_spec["classes"][kind])
+        model = Classifier(model, nn.Linear(model.num_features, num_classes))
     if run.stages and kind == "finetune" and args.head_bias == "prior":
-        init_bias_to_prior(
-            model.fc, run.data.labels_in(model_spec["classes"][kind])[run.splits["finetune_train"]]
-        )
-    model = dist.sync_batchnorm(model, run.world).to(
-        run.world.device, memory_format=torch.channels_last
-    )
+        labels = run.data.labels_in(model_spec["classes"][kind])
+        init_bias_to_prior(model.head, labels[run.splits["finetune_train"]])
+    model = dist.sync_batchnorm(model, run.world)
+    model = model.to(run.world.device, memory_format=torch.channels_last)
     if args.compile:
         model.compile()
     return model
@@ -535,17 +536,17 @@ def linear(run: Run, weights: dict | None) -> None:
     """Stage 2: a linear layer on frozen features; beside it, the same on random-weight features and
     on raw pixels.
     """
-    random = build_model(run, "features").state_dict()
+    network = build_model(run, "features")
+    random = network.state_dict()
 
     def features(backbone: dict, progress) -> Tensor:
-        network = build_model(run, "features", backbone)
-        compute = partial(evaluate, run, network, np.arange(len(run.data)), progress)
+        encoder = build_model(run, "features", backbone)
+        compute = partial(evaluate, run, encoder, np.arange(len(run.data)), progress)
         if backbone is random:
             return compute()
         return stored_features(run, checkpoint.weights_digest(backbone), compute)
 
-    width = BACKBONES[run.model_spec["backbone"]].num_features
-    linear_eval.linear(run, weights, random, width, features)
+    linear_eval.linear(run, weights, random, network.num_features, features)
 
 
 def finetune(run: Run, weights: dict | None) -> None:

@@ -144,8 +144,9 @@ def linear_protocol(
     Args:
         progress: the stage's state, with `head` and `optimizer` as its parts.
         rows: features (n, d) float32 of all items; standardized with the training part's mean and
-            deviation. The stored layer, `fc.*` in best.pt beside the weights `backbone`, takes them
-            as they are.
+            deviation. The stored layer, `head.*` in best.pt beside `backbone.*`, takes them as they
+            are.
+        backbone: the weights that made the rows.
     """
     args, name, device = run.args, progress.stage, run.world.device
     stage = run.settings_of(name)
@@ -155,6 +156,7 @@ def linear_protocol(
     targets = torch.from_numpy(labels)
     mean, std = rows[train].mean(0), rows[train].std(0)
     std = torch.where(std > 1e-6, std, 1.0)  # a constant feature stays zero, not noise
+    stored_backbone = {f"backbone.{key}": tensor for key, tensor in backbone.items()}
 
     def fetch(batches: list[np.ndarray], epoch: int) -> Iterator[Batch]:
         for items in batches:
@@ -175,7 +177,7 @@ def linear_protocol(
         values |= score(f"{name}/val", apply(layer, rows[dev]), labels[dev], len(classes))
         # Rounding may differ between processes; they must agree on when to stop.
         f1 = dist.mean(torch.tensor(values[f"{name}/val/macro_f1"], device=device)).item()
-        progress.select(f1, backbone | layer, values, higher_is_better=True)
+        progress.select(f1, stored_backbone | layer, values, higher_is_better=True)
         loop.end_epoch(values)
     logits = apply(progress.best_weights(), rows[test])
     results = score(f"{name}/test", logits, labels[test], len(classes))
@@ -191,9 +193,9 @@ def linear_protocol(
 def unstandardized(head: nn.Linear, mean: Tensor, std: Tensor) -> dict[str, Tensor]:
     """The layer that gives for raw features what `head` gives for (features - mean) / std."""
     weight = head.weight.detach().cpu() / std
-    return {"fc.weight": weight, "fc.bias": head.bias.detach().cpu() - weight @ mean}
+    return {"head.weight": weight, "head.bias": head.bias.detach().cpu() - weight @ mean}
 
 
 def apply(layer: dict[str, Tensor], rows: Tensor) -> Tensor:
     """Logits of features (n, d) on the CPU."""
-    return rows @ layer["fc.weight"].cpu().T + layer["fc.bias"].cpu()
+    return rows @ layer["head.weight"].cpu().T + layer["head.bias"].cpu()

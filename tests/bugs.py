@@ -177,7 +177,7 @@ def _built(change: Callable[[nn.Module], None]):
 
 def _freeze(model):
     model.requires_grad_(False)
-    model.fc.requires_grad_(True)
+    model.head.requires_grad_(True)
 
 
 def _first_frames_of_all(original):

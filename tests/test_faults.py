@@ -60,18 +60,20 @@ def test_whatever_befalls_a_run_the_same_command_ends_it_as_if_nothing_had(scrip
 
 
 class Small(nn.Module):
+    num_features = 16
+
     def __init__(self):
         super().__init__()
-        self.conv, self.bn, self.fc = nn.Conv2d(3, 16, 3, 2), nn.BatchNorm2d(16), nn.Identity()
+        self.conv, self.bn = nn.Conv2d(3, 16, 3, 2), nn.BatchNorm2d(16)
 
     def forward(self, x):
-        return self.fc(torch.relu(self.bn(self.conv(x))).mean((2, 3)))
+        return torch.relu(self.bn(self.conv(x))).mean((2, 3))
 
 
 @pytest.fixture
 def small(monkeypatch):
     """train_simclr.py with a backbone of 500 parameters."""
-    monkeypatch.setitem(train_simclr.BACKBONES, "resnet18", Backbone(16, 8, 8))
+    monkeypatch.setitem(train_simclr.BACKBONES, "resnet18", Backbone(Small, 8, 8))
     monkeypatch.setattr(train_simclr, "build_backbone", lambda name, stem="imagenet": Small())
 
 

@@ -1,33 +1,99 @@
-"""Backbones: torchvision's and timm's keys and values, published weights, exact widths, legal
-sizes; the projection head and SimCLR's wiring.
+"""Backbones: torchvision's and timm's keys and values, published weights, widths, legal sizes.
+
+The heads that stand on them, and a run with one of them.
 """
+
+import csv
+import json
+from functools import partial
 
 import pytest
 import torch
 import torchvision
 from torch import nn
 
+import train_simclr
 from common.data.augment import normalize
 from common.errors import InputError
-from common.models import BACKBONES, build_backbone, input_size, load_published, min_image_size
-from common.models.heads import SimCLR, projector
+from common.models import (
+    BACKBONES,
+    Backbone,
+    build_backbone,
+    input_size,
+    load_published,
+    min_image_size,
+)
+from common.models.heads import Classifier, SimCLR, projector
 from common.models.inception_resnet_v2 import InceptionResNetV2
 from common.run import checkpoint
+from tests.runs import summary
 
 
 @pytest.mark.parametrize("name", [name for name in BACKBONES if name != "inception_resnet_v2"])
-def test_weights_load_into_plain_torchvision(name):
+def test_a_backbone_is_torchvisions_of_the_same_seed_without_its_head(name):
+    torch.manual_seed(3)
     backbone = build_backbone(name)
-    options = {"aux_logits": False, "init_weights": False} if name == "inception_v3" else {}
+    drawn_after = torch.rand(1)
+    torch.manual_seed(3)
+    options = {"aux_logits": False, "init_weights": True} if name == "inception_v3" else {}
     plain = torchvision.models.get_model(name, weights=None, **options)
-    plain.fc = torch.nn.Identity()
-    plain.load_state_dict(backbone.state_dict(), strict=True)
+    assert torch.equal(drawn_after, torch.rand(1))
+    plain.set_submodule(backbone.head_name, nn.Identity())
+    expected = plain.state_dict()
+    state = backbone.state_dict()
+    assert list(state) == list(expected)
+    assert all(torch.equal(state[key], expected[key]) for key in expected)
     size = min_image_size(name, "imagenet")
     x = torch.randn(2, 3, size, size)
     with torch.no_grad():
-        features = backbone.eval()(x)
-        assert features.shape == (2, BACKBONES[name].num_features)
-        torch.testing.assert_close(features, plain.eval()(x))
+        torch.testing.assert_close(backbone.eval()(x), plain.eval()(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_features_have_their_width_and_reach_the_first_layer(name):
+    torch.manual_seed(0)
+    backbone = build_backbone(name)
+    size = min_image_size(name, "imagenet")
+    x = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        features = backbone(x)
+        assert features.shape == (2, backbone.num_features)
+        assert torch.equal(features, backbone(x)), "training mode draws numbers of its own"
+    # In training mode BatchNorm on maps of one pixel would leave two images no gradient.
+    (backbone.eval()(x[:1]) * torch.randn(backbone.num_features)).sum().backward()
+    first = next(module for module in backbone.modules() if isinstance(module, nn.Conv2d))
+    assert first.weight.grad.isfinite().all() and first.weight.grad.abs().max() > 0
+
+
+class GatedLate(nn.Module):
+    """A classifier whose last registered Linear is not its output."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(3, 5)
+        self.gate = nn.Linear(3, 3)
+
+    def forward(self, x):
+        x = x.mean((2, 3))
+        return self.head(x * self.gate(x).sigmoid())
+
+
+WRONG = {
+    "gated": (GatedLate, r"without gate gives \(2, 5\) for two images, not \(2, 3\)"),
+    "squeezenet": (torchvision.models.squeezenet1_1, "has no Linear layer"),
+    "inception with its auxiliary head": (
+        partial(torchvision.models.inception_v3, init_weights=False),
+        "without fc gives InceptionOutputs",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_registration_is_refused(monkeypatch, case):
+    build, problem = WRONG[case]
+    monkeypatch.setitem(BACKBONES, "wrong", Backbone(build, 299))
+    with pytest.raises(AssertionError, match=f"^wrong {problem}"):
+        build_backbone("wrong")
 
 
 def timm():
@@ -38,12 +104,9 @@ def randomize(model):
     """BatchNorm's statistics and scales and the head's weights are all but zero and one."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            for tensor, low in (
-                (module.running_mean, -0.5),
-                (module.running_var, 0.5),
-                (module.weight, 0.5),
-            ):
-                nn.init.uniform_(tensor, low, low + 1)
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.normal_(module.bias, std=0.1)
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.1)
@@ -52,10 +115,8 @@ def randomize(model):
 
 def test_inception_resnet_v2_is_timms():
     torch.manual_seed(0)
-    theirs, ours = (
-        randomize(timm().create_model("inception_resnet_v2")).eval(),
-        InceptionResNetV2().eval(),
-    )
+    theirs = randomize(timm().create_model("inception_resnet_v2")).eval()
+    ours = InceptionResNetV2().eval()
     assert sum(p.numel() for p in ours.parameters()) == 55_843_464
     ours.load_state_dict(theirs.state_dict(), strict=True)
     for size in (299, 96):
@@ -75,9 +136,11 @@ def test_inception_resnet_v2_is_timms():
 
 def test_inception_resnet_v2_learns_as_timms():
     torch.manual_seed(0)
-    theirs, ours = timm().create_model("inception_resnet_v2").double(), InceptionResNetV2().double()
+    theirs = timm().create_model("inception_resnet_v2").double()
+    ours = InceptionResNetV2().double()
     ours.load_state_dict(theirs.state_dict())
-    x, labels = torch.randn(2, 3, 107, 107, dtype=torch.float64), torch.tensor([3, 141])
+    x = torch.randn(2, 3, 107, 107, dtype=torch.float64)
+    labels = torch.tensor([3, 141])
     for model in (theirs.train(), ours.train()):
         nn.functional.cross_entropy(model(x), labels).backward()
     for (name, ours_p), theirs_p in zip(ours.named_parameters(), theirs.parameters(), strict=True):
@@ -89,15 +152,15 @@ def test_inception_resnet_v2_learns_as_timms():
         torch.testing.assert_close(ours.get_buffer(name), buffer)
 
 
-def published(name, library, folder):
-    """A file as the library publishes it: its own keys, 1000 classes."""
+def published(name, library, folder, **options):
+    """A file as the library publishes it: its own keys, 1000 classes if `options` say nothing."""
     torch.manual_seed(1)
     if library == "timm":
         model = timm().create_model(name)
         file = folder / "w.safetensors"
         pytest.importorskip("safetensors.torch").save_file(model.state_dict(), file)
     else:
-        model = torchvision.models.get_model(name, weights=None)
+        model = torchvision.models.get_model(name, weights=None, **options)
         file = folder / "w.pth"
         torch.save(model.state_dict(), file)
     return model.eval(), file
@@ -105,19 +168,31 @@ def published(name, library, folder):
 
 @pytest.mark.parametrize(
     ("name", "library"),
-    [("resnet18", "torchvision"), ("resnet50", "timm"), ("inception_v3", "torchvision"), ("inception_v3", "timm"),
-     ("inception_resnet_v2", "timm")],
-)  # fmt: skip
+    [
+        ("resnet18", "torchvision"),
+        ("resnet50", "timm"),
+        ("inception_v3", "torchvision"),
+        ("inception_v3", "timm"),
+        ("inception_resnet_v2", "timm"),
+        ("convnext_tiny", "torchvision"),
+        ("efficientnet_b0", "torchvision"),
+        ("mobilenet_v3_large", "torchvision"),
+        ("vit_b_16", "torchvision"),
+    ],
+)
 def test_a_backbone_starts_from_published_weights(tmp_path, name, library):
     theirs, file = published(name, library, tmp_path)
     backbone = build_backbone(name).eval()
-    said = load_published(backbone, file)
-    assert f"started from {file}" in said and "(1000, " in said
-    assert ("AuxLogits.*" in said) == any(n.startswith("AuxLogits") for n in theirs.state_dict())
-    pixels = torch.rand(1, 3, 96, 96)
-    last = theirs.get_submodule("classif" if name == "inception_resnet_v2" else "fc")
+    notes = load_published(backbone, file)
+    assert f"started from {file}" in notes
+    assert f"the head {backbone.head_name}.* is left out (in the file (1000, " in notes
+    assert ("AuxLogits.*" in notes) == any(n.startswith("AuxLogits") for n in theirs.state_dict())
+    side = input_size(name, "imagenet", None, 96)
+    pixels = torch.rand(1, 3, side, side)
     kept = {}
-    last.register_forward_hook(lambda module, inputs, out: kept.update(features=inputs[0]))
+    theirs.get_submodule(backbone.head_name).register_forward_hook(
+        lambda module, inputs, out: kept.update(features=inputs[0])
+    )
     with torch.no_grad():
         theirs(2 * pixels - 1 if "inception" in name else normalize(pixels))
         features = backbone(normalize(pixels))
@@ -126,11 +201,20 @@ def test_a_backbone_starts_from_published_weights(tmp_path, name, library):
     )
 
 
+def test_a_head_of_another_size_is_left_out_and_the_layer_before_it_kept(tmp_path):
+    theirs, file = published("mobilenet_v3_large", "torchvision", tmp_path, num_classes=7)
+    backbone = build_backbone("mobilenet_v3_large")
+    assert "the head classifier.3.* is left out (in the file (7, 1280)" in load_published(
+        backbone, file
+    )
+    assert torch.equal(backbone.classifier[0].weight, theirs.classifier[0].weight)
+
+
 def test_own_backbones_start_unchanged(tmp_path):
     sources = {name: build_backbone(name) for name in ("resnet18", "inception_resnet_v2")}
     torch.save(sources["inception_resnet_v2"].state_dict(), tmp_path / "inception_resnet_v2.pt")
     state = {
-        "model": SimCLR(sources["resnet18"], 512, 8).state_dict(),
+        "model": SimCLR(sources["resnet18"], 8).state_dict(),
         "model_spec": {},
         "epoch": 1,
     }
@@ -154,6 +238,9 @@ def test_weights_of_another_backbone_are_named(tmp_path):
         InputError, match="first convolution is 7x7, this stem's is 3x3; it needs --stem imagenet"
     ):
         load_published(build_backbone("resnet18", "cifar"), file)
+    torch.save(torchvision.models.convnext_tiny(weights=None).state_dict(), file)
+    with pytest.raises(InputError, match="weights of convnext_tiny; give --backbone convnext_tiny"):
+        load_published(build_backbone("mobilenet_v3_large"), file)
     torch.save(build_backbone("resnet18", "cifar").state_dict(), file)
     with pytest.raises(InputError, match="it needs --stem cifar"):
         load_published(build_backbone("resnet18"), file)
@@ -164,27 +251,51 @@ def test_weights_of_another_backbone_are_named(tmp_path):
         load_published(build_backbone("resnet18"), file)
 
 
-@pytest.mark.parametrize("name", ["inception_v3", "inception_resnet_v2"])
-def test_inception_cannot_take_less_than_its_smallest_size(name):
+@pytest.mark.parametrize("name", ["inception_v3", "inception_resnet_v2", "convnext_tiny"])
+def test_a_smaller_input_than_the_smallest_cannot_be_taken(name):
     backbone = build_backbone(name).eval()
+    size = min_image_size(name, "imagenet")
     with torch.no_grad():
-        assert backbone(torch.randn(1, 3, 75, 75)).shape == (1, BACKBONES[name].num_features)
+        assert backbone(torch.randn(1, 3, size, size)).shape == (1, backbone.num_features)
         with pytest.raises(RuntimeError):
-            backbone(torch.randn(1, 3, 74, 74))
-        backbone.fc = nn.Linear(BACKBONES[name].num_features, 5)
-        assert backbone(torch.randn(1, 3, 75, 75)).shape == (1, 5)
+            backbone(torch.randn(1, 3, size - 1, size - 1))
 
 
-@pytest.mark.parametrize(("stem", "stride"), [("imagenet", 32), ("cifar", 8)])
-def test_the_smallest_resnet_input_leaves_one_pixel(stem, stride):
-    backbone = build_backbone("resnet18", stem).eval()
+@pytest.mark.parametrize(
+    ("name", "stem", "layer", "stride"),
+    [
+        ("resnet18", "imagenet", "layer4", 32),
+        ("resnet18", "cifar", "layer4", 8),
+        ("convnext_tiny", "imagenet", "features", 32),
+        ("efficientnet_b0", "imagenet", "features", 32),
+        ("mobilenet_v3_large", "imagenet", "features", 32),
+    ],
+)
+def test_the_smallest_input_leaves_one_pixel(name, stem, layer, stride):
+    backbone = build_backbone(name, stem).eval()
     sizes = {}
-    backbone.layer4.register_forward_hook(lambda m, i, out: sizes.update(side=out.shape[-1]))
-    assert min_image_size("resnet18", stem) == stride
+    backbone.get_submodule(layer).register_forward_hook(
+        lambda module, inputs, out: sizes.update(side=out.shape[-1])
+    )
+    assert min_image_size(name, stem) == stride
     with torch.no_grad():
         for factor in (1, 2):
             backbone(torch.randn(1, 3, stride * factor, stride * factor))
             assert sizes["side"] == factor
+
+
+def test_a_backbone_of_one_size_takes_no_other():
+    assert input_size("vit_b_16", "imagenet", None, 64) == 224
+    assert input_size("vit_b_16", "imagenet", None, 512) == 224
+    assert input_size("vit_b_16", "imagenet", 224, 64) == 224
+    for side in (96, 208, 240):
+        with pytest.raises(
+            InputError,
+            match=f"--image-size {side}: vit_b_16 takes 224 px only; give --image-size 224",
+        ):
+            input_size("vit_b_16", "imagenet", side, 512)
+        with pytest.raises(AssertionError):
+            build_backbone("vit_b_16")(torch.randn(1, 3, side, side))
 
 
 def test_input_sizes_are_chosen_and_refused():
@@ -196,8 +307,10 @@ def test_input_sizes_are_chosen_and_refused():
         InputError, match="--image-size 64: the smallest that inception_v3 takes .* is 75"
     ):
         input_size("inception_v3", "imagenet", 64, 64)
-    with pytest.raises(InputError, match="--stem cifar is for resnet18"):
-        input_size("inception_v3", "cifar", None, 64)
+    allowed = "resnet18, resnet34, resnet50, resnet101"
+    for name in ("inception_v3", "convnext_tiny", "vit_b_16"):
+        with pytest.raises(InputError, match=f"--stem cifar is for {allowed}; {name} has"):
+            input_size(name, "cifar", None, 64)
 
 
 def test_simclr_head_is_two_layers_with_batchnorm_and_no_spare_bias():
@@ -211,5 +324,39 @@ def test_simclr_head_is_two_layers_with_batchnorm_and_no_spare_bias():
         "Linear",
         "BatchNorm1d",
     ]
-    model = SimCLR(build_backbone("resnet18"), 512, 64)
+    model = SimCLR(build_backbone("resnet18"), 64)
     assert model(torch.randn(3, 3, 32, 32)).shape == (3, 64)
+
+
+def test_a_classifier_is_its_head_on_its_backbone():
+    backbone = build_backbone("mobilenet_v3_large").eval()
+    head = nn.Linear(backbone.num_features, 5)
+    model = Classifier(backbone, head)
+    assert {key.split(".")[0] for key in model.state_dict()} == {"backbone", "head"}
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(model(x), head(backbone(x)))
+
+
+def test_a_run_with_a_torchvision_classifier_is_evaluated_and_predicts(tmp_path, capsys):
+    run = tmp_path / "run"
+    flags = (
+        "--backbone mobilenet_v3_large --image-size 32 --device cpu --stage all --bs 544 --epochs 1"
+        " --linear-bs 400 --linear-epochs 1 --finetune-bs 400 --finetune-epochs 1"
+    )
+    assert train_simclr.main([*flags.split(), "--out", str(run)]) == 0
+    assert "2 steps of 544 an epoch" in capsys.readouterr().out
+    plain = torchvision.models.mobilenet_v3_large(weights=None)
+    plain.classifier[3] = nn.Identity()
+    plain.load_state_dict(torch.load(run / "backbone.pt", weights_only=True), strict=True)
+    for stage in ("linear", "finetune"):
+        source = run / stage / "best.pt"
+        stored = checkpoint.load(source)["model"]
+        assert stored["head.weight"].shape == (8, 1280) and "backbone.classifier.0.weight" in stored
+        argv = ["--eval", str(source), "--device", "cpu", "--out", str(tmp_path)]
+        assert train_simclr.main(argv) == 0
+        repeated = json.loads((tmp_path / "eval.json").read_text())["eval/test/accuracy"]
+        assert repeated == pytest.approx(summary(run)[f"{stage}/test/accuracy"])
+    assert train_simclr.main(["--predict", "sample", "--resume", str(run), "--device", "cpu"]) == 0
+    with open(run / "predictions.csv") as file:
+        assert len(list(csv.DictReader(file))) == 1280

@@ -102,7 +102,7 @@ def test_protocol_reaches_what_scikit_learn_reaches(tmp_path):
     assert results["linear/test/accuracy"] == pytest.approx(reached, abs=0.06)
     # The stored layer takes the features as they are.
     layer = progress.best_weights()
-    logits = rows[test] @ layer["fc.weight"].T + layer["fc.bias"]
+    logits = rows[test] @ layer["head.weight"].T + layer["head.bias"]
     assert (
         metrics.classification(labels[test], logits.argmax(1).numpy(), 3)["accuracy"]
         == results["linear/test/accuracy"]

@@ -202,17 +202,19 @@ def ended(pid: int) -> int:
 class TinyNet(nn.Module):
     """What `build_backbone` gives, in 1,000 parameters."""
 
+    num_features = 16
+
     def __init__(self):
         super().__init__()
-        self.conv, self.bn, self.fc = nn.Conv2d(3, 16, 3, 2), nn.BatchNorm2d(16), nn.Identity()
+        self.conv, self.bn = nn.Conv2d(3, 16, 3, 2), nn.BatchNorm2d(16)
 
     def forward(self, x):
-        return self.fc(torch.relu(self.bn(self.conv(x))).mean((2, 3)))
+        return torch.relu(self.bn(self.conv(x))).mean((2, 3))
 
 
 def shrink() -> None:
     """Make the networks of the smallest flags tiny: what is tested is not in them."""
-    train_simclr.BACKBONES["resnet18"] = Backbone(16, 8, 8)
+    train_simclr.BACKBONES["resnet18"] = Backbone(TinyNet, 8, 8)
     train_simclr.build_backbone = lambda name, stem="imagenet": TinyNet()
     mobilenet_v4.VARIANTS["conv_small_035"] = mobilenet_v4.Variant(
         8, mobilenet_v4.VARIANTS["conv_small"].stages, 0.1
@@ -627,7 +629,7 @@ def cost() -> None:
     """What safety costs: the time of saves of a ResNet-50 with LARS, and that of the end of a step
     without a save.
     """
-    model = train_simclr.SimCLR(train_simclr.build_backbone("resnet50"), 2048, 128)
+    model = train_simclr.SimCLR(train_simclr.build_backbone("resnet50"), 128)
     optimizer = optim.build_optimizer("lars", optim.param_groups([model], 1e-4), lr=0.1)
     for p in model.parameters():
         p.grad = torch.ones_like(p)

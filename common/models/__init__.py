@@ -1,13 +1,14 @@
-"""Backbones by name, whose last layer is replaced by an identity, and their start from published
-weights.
-"""
+"""Backbones by name, without their last layer, and their start from published weights."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-import torchvision.models
 from torch import Tensor, nn
+from torchvision import models
+from torchvision.ops import StochasticDepth
 
 from common import weights
 from common.data.augment import IMAGENET_MEAN, IMAGENET_STD
@@ -17,79 +18,118 @@ from common.models.inception_resnet_v2 import InceptionResNetV2
 
 @dataclass(frozen=True)
 class Backbone:
-    """What the scripts must know of a backbone: the features' width and the smallest side of its
-    input in pixels.
+    """A classifier from which `build_backbone` makes a backbone.
+
+    Attributes:
+        build: makes it with random weights; its last nn.Linear gives its outputs.
+        min_size: the smallest side of its input in pixels.
+        min_size_cifar: the same with `--stem cifar`; None: it has no such stem.
+        fixed_size: it takes no other side than `min_size`.
     """
 
-    num_features: int
+    build: Callable[[], nn.Module]
     min_size: int
     min_size_cifar: int | None = None
+    fixed_size: bool = False
 
 
 BACKBONES = {
-    # The stride of a ResNet is 32 with its standard stem and 8 with `cifar`: smaller inputs leave
-    # less than one pixel.
-    "resnet18": Backbone(512, 32, 8),
-    "resnet34": Backbone(512, 32, 8),
-    "resnet50": Backbone(2048, 32, 8),
-    "resnet101": Backbone(2048, 32, 8),
-    # Its unpadded 3x3 convolutions eat the border: at 74 px a map is smaller than the next kernel.
-    "inception_v3": Backbone(2048, 75),
-    "inception_resnet_v2": Backbone(1536, 75),
+    # The stride of these is 32, and of a ResNet with the stem `cifar` 8: of smaller inputs the last
+    # maps would have less than one pixel.
+    "resnet18": Backbone(models.resnet18, 32, 8),
+    "resnet34": Backbone(models.resnet34, 32, 8),
+    "resnet50": Backbone(models.resnet50, 32, 8),
+    "resnet101": Backbone(models.resnet101, 32, 8),
+    "convnext_tiny": Backbone(models.convnext_tiny, 32),
+    "efficientnet_b0": Backbone(models.efficientnet_b0, 32),
+    "mobilenet_v3_large": Backbone(models.mobilenet_v3_large, 32),
+    "vit_b_16": Backbone(models.vit_b_16, 224, fixed_size=True),
+    # Unpadded 3x3 convolutions eat the border: at 74 px a map is smaller than the next kernel.
+    "inception_v3": Backbone(partial(models.inception_v3, aux_logits=False, init_weights=True), 75),
+    "inception_resnet_v2": Backbone(InceptionResNetV2, 75),
 }
 
 LARGER = {"resnet18": "resnet34", "resnet34": "resnet50", "resnet50": "resnet101"}
 
-# What torchvision, timm and older collections call the last layer; inception_v3's second one serves
+# What timm and older collections call the last layer. The auxiliary one of inception_v3 serves
 # training only.
-_HEADS, _UNUSED = ("fc.", "classif.", "classifier.", "last_linear.", "head."), ("AuxLogits.",)
+_HEADS = ("fc.", "classif.", "classifier.", "last_linear.", "head.")
+_UNUSED = ("AuxLogits.",)
 
 
 def min_image_size(name: str, stem: str) -> int:
     """The smallest legal side of a backbone's input, in pixels."""
     spec = BACKBONES[name]
-    if stem == "cifar" and spec.min_size_cifar is None:
+    if stem != "cifar":
+        return spec.min_size
+    if spec.min_size_cifar is None:
         allowed = ", ".join(n for n, s in BACKBONES.items() if s.min_size_cifar)
         raise InputError(f"--stem cifar is for {allowed}; {name} has its own stem")
-    return spec.min_size_cifar if stem == "cifar" else spec.min_size
+    return spec.min_size_cifar
 
 
 def build_backbone(name: str, stem: str = "imagenet") -> nn.Module:
     """A backbone with random weights that maps (n, 3, s, s) to features (n, num_features).
 
-    Its state dict has torchvision's keys without `fc.*`, or timm's without `classif.*`; a script's
-    own last layer goes to `fc`. `stem="cifar"` makes the first convolution 3x3 with stride 1 and
-    drops the max-pooling (SimCLR, appendix B.9).
+    It is the registered classifier without its last Linear, whose place, `head_name`, an identity
+    takes; the other keys of its state dict stay torchvision's or timm's. Dropout and stochastic
+    depth are off: with --accum a batch passes twice, and both passes must give the same.
+
+    Args:
+        name: one of BACKBONES.
+        stem: `cifar` makes the first convolution 3x3 with stride 1 and drops the max-pooling
+            (SimCLR, appendix B.9).
+
+    Returns:
+        The network, with the attributes `num_features` and `head_name`.
     """
-    min_image_size(name, stem)
-    if name == "inception_v3":
-        # No auxiliary head, no dropout: the features go to a projector or to a linear layer.
-        model = torchvision.models.inception_v3(
-            weights=None, aux_logits=False, transform_input=False, init_weights=True
-        )
-        model.dropout = nn.Identity()
-    elif name == "inception_resnet_v2":
-        model = InceptionResNetV2(num_classes=0)
-    else:
-        model = torchvision.models.get_model(name, weights=None)
+    size = min_image_size(name, stem)
+    model = BACKBONES[name].build()
     if stem == "cifar":
         model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
         model.maxpool = nn.Identity()
-    model.fc = nn.Identity()
+    for module in model.modules():
+        if isinstance(module, (nn.Dropout, StochasticDepth)):
+            module.p = 0.0
+    linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
+    assert linears, f"{name} has no Linear layer that could be its last one"
+    model.head_name = linears[-1]
+    model.num_features = model.get_submodule(model.head_name).in_features
+    model.set_submodule(model.head_name, nn.Identity())
+    shape = _output_shape(model, size)
+    assert shape == (2, model.num_features), (
+        f"{name} without {model.head_name} gives {shape} for two images, not"
+        f" {(2, model.num_features)}: its last Linear is not its output"
+    )
     return model
 
 
+@torch.no_grad()
+def _output_shape(model: nn.Module, size: int) -> tuple[int, ...] | str:
+    """The shape that two images give, or the type of an output that has none; without computing."""
+    images = torch.empty(2, 3, size, size, device="meta")
+    state = {key: tensor.to("meta") for key, tensor in model.state_dict().items()}
+    outputs = torch.func.functional_call(model, state, images)
+    return tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+
+
 def input_size(name: str, stem: str, wanted: int | None, store_size: int) -> int:
-    """Side of the input in pixels: `wanted`, or the stored size, at most 224 and at least what the
-    backbone takes.
+    """Side of the input in pixels.
+
+    It is `wanted`, or the stored size, at most 224 and at least what the backbone takes.
 
     Raises:
-        InputError: `wanted` is smaller than the backbone takes.
+        InputError: the backbone does not take `wanted`.
     """
     smallest = min_image_size(name, stem)
     if wanted is None:
         return max(min(224, store_size), smallest)
+    if BACKBONES[name].fixed_size and wanted != smallest:
+        raise InputError(
+            f"--image-size {wanted}: {name} takes {smallest} px only; give --image-size {smallest}"
+            " or leave it out"
+        )
     if wanted < smallest:
         raise InputError(
             f"--image-size {wanted}: the smallest that {name} takes with --stem {stem} is"
@@ -99,13 +139,15 @@ def input_size(name: str, stem: str, wanted: int | None, store_size: int) -> int
 
 
 def load_published(model: nn.Module, path: str | Path) -> str:
-    """Start a backbone of `build_backbone` from a file of weights; returns what was done, to be
-    logged.
+    """Start a backbone of `build_backbone` from a file of weights.
 
     The file has torchvision's or timm's keys, or is this project's (`backbone.pt`, `best.pt`). Its
     head and auxiliary head are left out. Published Inception weights, told by their head of 1,000
     classes, expect pixels from -1 to 1: the first convolution is changed so that it takes this
     project's inputs to the same maps.
+
+    Returns:
+        What was done, a line each, to be logged.
 
     Raises:
         InputError: the file cannot be read or is of another architecture, which is named if the
@@ -113,64 +155,71 @@ def load_published(model: nn.Module, path: str | Path) -> str:
     """
     state = weights.of_backbone(weights.read(path))
     if not _fits(model, state):
-        stem = state.get("conv1.weight")
-        if stem is not None and _fits(
-            model, state | {"conv1.weight": model.state_dict().get("conv1.weight", stem)}
-        ):
-            own = "x".join(map(str, model.conv1.weight.shape[2:]))
-            theirs = "x".join(map(str, stem.shape[2:]))
-            hint = "--stem imagenet" if theirs == "7x7" else "--stem cifar"
-            raise InputError(
-                f"{path}: its first convolution is {theirs}, this stem's is {own}; it needs {hint}"
-            )
-        names = [name for name in BACKBONES if _fits(_skeleton(name), state)]
-        if names:
-            raise InputError(
-                f"{path} holds weights of {names[0]}; give --backbone {names[0]} or another file"
-            )
-    published = any(
-        n in state and len(state[n]) == 1000
-        for n in ("fc.weight", "classif.weight", "last_linear.weight")
-    )
-    said = weights.load(model, state, path, head=_HEADS, ignore=_UNUSED)
-    stem = next(
-        (getattr(model, n) for n in ("Conv2d_1a_3x3", "conv2d_1a") if hasattr(model, n)), None
-    )
-    if published and stem is not None:
-        _take_imagenet_inputs(stem)
-        said.append(
+        _refuse_other_architecture(model, state, path)
+    notes = weights.load(model, state, path, head=_head_prefixes(model), ignore=_UNUSED)
+    first_conv = getattr(model, "Conv2d_1a_3x3", None) or getattr(model, "conv2d_1a", None)
+    heads = ("fc.weight", "classif.weight", "last_linear.weight")
+    if first_conv is not None and any(len(state.get(head, ())) == 1000 for head in heads):
+        _take_imagenet_inputs(first_conv)
+        notes.append(
             f"{path}: the first convolution now takes inputs normalized by ImageNet's mean and"
             " deviation"
         )
-    return "\n".join([f"started from {path} ({len(model.state_dict())} tensors)", *said])
+    return "\n".join([f"started from {path} ({len(model.state_dict())} tensors)", *notes])
+
+
+def _refuse_other_architecture(
+    model: nn.Module, state: dict[str, Tensor], path: str | Path
+) -> None:
+    """Raise an InputError if the weights are of the other stem or of another backbone."""
+    ours = model.state_dict().get("conv1.weight")
+    theirs = state.get("conv1.weight")
+    if ours is not None and theirs is not None and _fits(model, state | {"conv1.weight": ours}):
+        our_kernel = "x".join(map(str, ours.shape[2:]))
+        their_kernel = "x".join(map(str, theirs.shape[2:]))
+        stem = "imagenet" if their_kernel == "7x7" else "cifar"
+        raise InputError(
+            f"{path}: its first convolution is {their_kernel}, this stem's is {our_kernel}; it"
+            f" needs --stem {stem}"
+        )
+    for name in BACKBONES:
+        with torch.device("meta"):
+            other = build_backbone(name)
+        if _fits(other, state):
+            raise InputError(
+                f"{path} holds weights of {name}; give --backbone {name} or another file"
+            )
 
 
 def _fits(model: nn.Module, state: dict[str, Tensor]) -> bool:
     """Whether the state dict is one of this architecture, heads aside."""
-    own, theirs = (
-        {
-            n: t.shape
-            for n, t in d.items()
-            if not n.startswith((*_HEADS, *_UNUSED)) and "num_batches" not in n
+    left_out = (*_head_prefixes(model), *_UNUSED)
+
+    def shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
+        return {
+            key: tensor.shape
+            for key, tensor in tensors.items()
+            if not key.startswith(left_out) and "num_batches" not in key
         }
-        for d in (model.state_dict(), state)
-    )
-    return own == theirs
+
+    return shapes(model.state_dict()) == shapes(state)
 
 
-def _skeleton(name: str) -> nn.Module:
-    with torch.device("meta"):
-        return build_backbone(name)
+def _head_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """How the keys of a last layer may begin in a file for this backbone."""
+    keys = model.state_dict()
+    others = [head for head in _HEADS if not any(key.startswith(head) for key in keys)]
+    return (f"{model.head_name}.", *others)
 
 
 @torch.no_grad()
-def _take_imagenet_inputs(stem: nn.Module) -> None:
-    """Fold into an unpadded convolution and its BatchNorm what turns ImageNet-normalized inputs
-    into 2 * pixel - 1.
+def _take_imagenet_inputs(first_conv: nn.Module) -> None:
+    """Let an unpadded convolution take ImageNet-normalized inputs instead of 2 * pixel - 1.
+
+    What turns one into the other is folded into its weights and its BatchNorm.
     """
-    weight = stem.conv.weight
-    mean, std = (
-        weight.new_tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
-    )
-    stem.bn.running_mean -= (weight * (2 * mean - 1)).sum((1, 2, 3))
+    weight = first_conv.conv.weight
+    mean = weight.new_tensor(IMAGENET_MEAN).view(1, 3, 1, 1)
+    std = weight.new_tensor(IMAGENET_STD).view(1, 3, 1, 1)
+    first_conv.bn.running_mean -= (weight * (2 * mean - 1)).sum((1, 2, 3))
     weight *= 2 * std

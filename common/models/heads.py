@@ -5,10 +5,9 @@ from torch import Tensor, nn
 
 
 def projector(num_features: int, hidden: int, dim: int) -> nn.Sequential:
-    """SimCLR's two-layer projection head g(h): (n, num_features) to (n, dim), BatchNorm after both
-    linear layers.
+    """SimCLR's projection head g(h): (n, num_features) to (n, dim).
 
-    The biases are left out where BatchNorm would subtract them again.
+    BatchNorm follows both linear layers; their biases, which it would subtract again, are left out.
     """
     return nn.Sequential(
         nn.Linear(num_features, hidden, bias=False),
@@ -22,12 +21,25 @@ def projector(num_features: int, hidden: int, dim: int) -> nn.Sequential:
 class SimCLR(nn.Module):
     """Backbone f and projection head g: images (n, 3, s, s) to embeddings z (n, proj_dim)."""
 
-    def __init__(self, backbone: nn.Module, num_features: int, proj_dim: int):
+    def __init__(self, backbone: nn.Module, proj_dim: int):
         super().__init__()
-        self.backbone, self.projector = backbone, projector(num_features, num_features, proj_dim)
+        self.backbone = backbone
+        self.projector = projector(backbone.num_features, backbone.num_features, proj_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.projector(self.backbone(x))
+
+
+class Classifier(nn.Module):
+    """Backbone and head: images (n, 3, s, s) to logits (n, num_classes)."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Module):
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone(x))
 
 
 HEAD_BIAS = ("random", "prior")
@@ -35,16 +47,15 @@ HEAD_BIAS = ("random", "prior")
 
 @torch.no_grad()
 def init_bias_to_prior(layer: nn.Linear, labels) -> None:
-    """Set a last layer's bias so that the network starts by predicting the classes' shares among
-    `labels` (n,).
+    """Set a last layer's bias so that the network starts by predicting the classes' shares.
 
-    One output is the logit of class 1. A class without labels counts as half an item.
+    Args:
+        layer: one output is the logit of class 1.
+        labels: (n,) integers, whose shares are taken. A class without any counts as half an item.
     """
-    counts = (
-        torch.bincount(torch.as_tensor(labels), minlength=max(layer.out_features, 2))
-        .double()
-        .clamp(min=0.5)
-    )
+    num_classes = max(layer.out_features, 2)
+    counts = torch.bincount(torch.as_tensor(labels), minlength=num_classes)
+    counts = counts.double().clamp(min=0.5)
     logs = (counts / counts.sum()).log()
     layer.bias.copy_(logs if layer.out_features > 1 else logs[1:] - logs[:1])
 
@@ -53,11 +64,10 @@ AGGREGATES = ("attention", "mean")
 
 
 class TemporalHead(nn.Module):
-    """Features F of frames (n, T, num_features) to logits (n, num_classes) of their weighted mean
-    sum_t alpha_t F_t, and alpha (n, T).
+    """Features F of frames (n, T, num_features) to logits (n, num_classes) and alpha (n, T).
 
-    `attention`: alpha = softmax over t of w^T F_t; w starts at zero, so training starts from the
-    mean. `mean`: alpha_t = 1 / T.
+    The logits are those of the weighted mean sum_t alpha_t F_t. `attention`: alpha = softmax over t
+    of w^T F_t; w starts at zero, so training starts from the mean. `mean`: alpha_t = 1 / T.
     """
 
     def __init__(self, num_features: int, num_classes: int, aggregate: str):
@@ -65,9 +75,8 @@ class TemporalHead(nn.Module):
         if aggregate not in AGGREGATES:
             raise ValueError(f"aggregate={aggregate!r}, allowed are {', '.join(AGGREGATES)}")
         # A bias would add the same to every frame: the softmax cancels it.
-        self.attention = (
-            nn.Linear(num_features, 1, bias=False) if aggregate == "attention" else None
-        )
+        attend = aggregate == "attention"
+        self.attention = nn.Linear(num_features, 1, bias=False) if attend else None
         self.classifier = nn.Linear(num_features, num_classes)
         if self.attention is not None:
             nn.init.zeros_(self.attention.weight)

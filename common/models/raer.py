@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from common.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from common.errors import InputError
-from common.models import BACKBONES, build_backbone, input_size, load_published
+from common.models import build_backbone, input_size, load_published
 from common.models.bpe import Tokenizer
 from common.models.clip import (
     CLIP_MEAN,
@@ -350,10 +350,8 @@ def build_raer(model_spec: dict, dropout: float, published: nn.Module | None = N
     name, size, prompts = model_spec["backbone"], model_spec["image_size"], None
     published = copy.deepcopy(published)
     if name == "resnet18":
-        image, width = (
-            published or build_backbone(name, model_spec["stem"]),
-            BACKBONES[name].num_features,
-        )
+        image = published or build_backbone(name, model_spec["stem"])
+        width = image.num_features
     elif model_spec["tokens"] is None:
         image = (
             published.visual
