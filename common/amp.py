@@ -12,6 +12,11 @@ from torch import Tensor, nn
 
 from common import optim
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
     """Copy a host tensor without waiting for it."""
@@ -126,13 +131,10 @@ def peak_bytes(device: torch.device | None = None) -> int | None:
     """
     if device.type == "cuda" if device else torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
+    if resource is None:
         return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def peak_memory(device: torch.device) -> str:

@@ -83,7 +83,7 @@ def did_you_mean(word: str, words) -> str:
     return f"; did you mean {match[0]}?" if match else ""
 
 
-AGAIN = "Run the same command again: it goes on from the last checkpoint"
+AGAIN = "Run the same command again: it resumes from the last checkpoint"
 
 
 class Finished(Exception):

@@ -13,13 +13,15 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import train_tsm
 from common import optim
-from common.losses import focal_bce
+from common.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from common.run import dist
 from common.run.log import Log
+from common.run.loop import Batch
 from common.run.run import Run
 from kernels.benchmark import official_shift
 
@@ -39,24 +41,19 @@ def a_step(world, argv, kernel=None):
     model_spec = {name: getattr(args, name) for name in train_tsm.MODEL_FLAGS} | {
         "image_size": args.image_size
     }
-    run = Run(args, world, None, {}, Path(), Log(None, main=False), None, model_spec, {})
+    model_spec |= {"pixels": [list(IMAGENET_MEAN), list(IMAGENET_STD)], "pos_weight": None}
+    run = Run(args, world, None, {}, Path(), Log(None, main=False), model_spec)
     before = train_tsm.KERNELS["residual"]
     train_tsm.KERNELS["residual"] = kernel or before
     model = train_tsm.build_model(run).train()
     train_tsm.KERNELS["residual"] = before
     optimizer = optim.build_optimizer("adamw", optim.param_groups([model], stage.wd), lr=stage.lr)
     scaler = train_tsm.amp.scaler(args.precision, world.device)
-    frames = torch.randn(
-        stage.bs * args.n_segment, 3, args.image_size, args.image_size, device=world.device
-    )
-    frames = frames.contiguous(memory_format=torch.channels_last)
+    shape = (stage.bs, args.n_segment, 3, args.image_size, args.image_size)
+    pixels = torch.randint(0, 256, shape, dtype=torch.uint8, device=world.device)
     targets = torch.arange(stage.bs, device=world.device) % 2
-
-    def clips(chunk):
-        return frames[chunk.start * args.n_segment : chunk.stop * args.n_segment]
-
-    criterion = partial(focal_bce, gamma=args.gamma)
-    return lambda: train_tsm.train_step(run, model, optimizer, scaler, criterion, clips, targets)
+    batch = Batch(pixels, np.arange(stage.bs), targets, None)
+    return partial(train_tsm.train_step, run, model, optimizer, scaler, batch)
 
 
 def main(argv):

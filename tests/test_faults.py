@@ -30,10 +30,10 @@ import train_simclr
 import train_tsm
 from common import linear_eval, weights
 from common.data import utterances
-from common.errors import InputError
+from common.errors import Diverged, InputError
 from common.features import _read_features, stored_features
 from common.models import Backbone
-from common.run import checkpoint
+from common.run import checkpoint, dist
 from common.run.log import Log
 from common.run.progress import Progress
 from tests.runs import equal_runs, summary
@@ -225,7 +225,7 @@ def test_a_damaged_best_model_is_found_at_the_start_not_at_the_end(small, tmp_pa
 
 
 def test_weights_that_are_not_finite_are_never_stored(tmp_path):
-    world = train_simclr.dist.Dist(0, 1, 0, torch.device("cpu"))
+    world = dist.Dist(0, 1, 0, torch.device("cpu"))
     model, log = nn.Linear(2, 2), Log(tmp_path, main=True)
     progress = Progress(tmp_path, "s", parts={"model": model}, log=log, world=world, signals=None, model_spec={},
                                    start="", save_every=1, max_steps=None)  # fmt: skip
@@ -234,7 +234,7 @@ def test_weights_that_are_not_finite_are_never_stored(tmp_path):
         progress.save()
     with torch.no_grad():
         model.weight[0, 0] = float("inf")
-    with pytest.raises(checkpoint.Diverged, match="last good checkpoint"):
+    with pytest.raises(Diverged, match="last good checkpoint"):
         progress.save()
     steps = [
         checkpoint.load(tmp_path / name)["place"]["step"]
@@ -364,7 +364,7 @@ def test_features_that_one_process_cannot_read_are_computed_by_all(small, tmp_pa
         {"folder": tmp_path, "data": items(), "model_spec": {"image_size": 8}, "splits": {}},
     )()
     run.world, run.log = (
-        train_simclr.dist.Dist(0, 2, 0, torch.device("cpu")),
+        dist.Dist(0, 2, 0, torch.device("cpu")),
         type("L", (), {"say": print})(),
     )
     computed = []

@@ -61,9 +61,9 @@ def setting(folder, count=600, classes=3):
         splits,
         folder,
         log.Log(folder, main=True),
-        signals,
         model_spec,
-        {"linear": stage},
+        stages={"linear": stage},
+        signals=signals,
     )
 
 
@@ -71,10 +71,8 @@ def protocol(run, rows):
     torch.manual_seed(0)
     head = nn.Linear(rows.shape[1], len(run.data.classes))
     optimizer = optim.build_optimizer("sgd", optim.param_groups([head], 0.0), lr=0.2)
-    progress = run.stage("linear", {"head": head, "optimizer": optimizer}, start="x")
-    return linear_eval.linear_protocol(
-        run, progress, head, optimizer, run.stages["linear"], rows, {}
-    ), progress
+    progress = run.open_stage("linear", {"head": head, "optimizer": optimizer}, start="x")
+    return linear_eval.linear_protocol(run, progress, head, optimizer, rows, {}), progress
 
 
 def blobs(labels, noise, seed=0):

@@ -16,6 +16,7 @@ from common.check import model as check_model
 from common.check.result import SKIP
 from common.check.runner import ITEMS
 from common.models.heads import init_bias_to_prior
+from common.run.loop import Step
 from tests import bugs
 
 QUICK = bugs.BUGS[1::6]  # the others take minutes
@@ -233,11 +234,10 @@ def test_the_loss_at_the_start_is_that_of_items_with_the_classes_shares(rare):
     )
     share, seen = rare / 60, []
 
-    def step(model, optimizer, scaler, items, epoch):
+    def step(run, model, optimizer, scaler, items):
         seen.append(labels[items])
-        return torch.tensor(
-            np.where(labels[items], -math.log(share), -math.log(1 - share)).mean()
-        ), torch.ones(())
+        loss = np.where(labels[items], -math.log(share), -math.log(1 - share)).mean()
+        return Step({"loss": torch.tensor(loss)}, torch.ones(()), torch.tensor(False))
 
     def chance(drawn):  # a network that says the shares: exactly what it costs
         cost = np.where(drawn, -math.log(share), -math.log(1 - share)).mean()
@@ -245,11 +245,16 @@ def test_the_loss_at_the_start_is_that_of_items_with_the_classes_shares(rare):
 
     args = SimpleNamespace(precision="fp32")
     run = SimpleNamespace(data=labels, args=args, world=SimpleNamespace(device=torch.device("cpu")))
-    task = SimpleNamespace(run=run, labels=labels, size=8, binary=True, chance=chance, step=step)
-    task.build, task.optimizer = (
-        lambda: nn.Linear(1, 1),
-        lambda model: torch.optim.SGD(model.parameters()),
+    spec = SimpleNamespace(
+        run=run,
+        labels=labels,
+        chance=chance,
+        step=step,
+        fetch=lambda batches, epoch: iter(batches),
+        build=lambda: nn.Linear(1, 1),
+        optimizer=lambda model: torch.optim.SGD(model.parameters()),
+        batches=lambda epoch: [np.arange(60)],
+        view=SimpleNamespace(size=8, head=lambda model: model),
     )
-    task.batches = lambda epoch: [np.arange(60)]
-    assert check_model.loss_at_init(task).status == "PASS"
+    assert check_model.loss_at_init(spec).status == "PASS"
     assert abs(np.concatenate(seen).mean() - share) < 1 / 24 and np.concatenate(seen).mean() > 0

@@ -22,6 +22,7 @@ from common.models import clip
 from common.models import raer as models
 from common.models.clip import TextTower
 from common.run import checkpoint, dist, log
+from common.run.loop import Batch
 from common.run.progress import Progress
 from tests.runs import equal_runs, summary
 
@@ -480,18 +481,17 @@ def test_answers_after_training_are_what_the_papers_say():
 
 def test_one_draw_a_clip_serves_all_frames_of_both_streams():
     class Fake:
-        args = type("Args", (), {"augment": None, "seed": 0})
+        args = type("Args", (), {"augment": None, "seed": 0, "cache_features": False})
         model_spec = {"image_size": 16, "backbone": "vit_tiny"}
         world = dist.Dist(0, 1, 0, torch.device("cpu"))
 
     frame = torch.randint(0, 256, (3, 1, 3, 20, 20), dtype=torch.uint8).expand(3, 4, 3, 20, 20)
-    x = train_raer.frames_of(Fake, [frame, frame], np.array([5, 9, 14]), epoch=2)
+    both = (frame, frame)
+    x = train_raer.frames_of(Fake, Batch(both, np.array([5, 9, 14]), None, 2))
     assert x.shape == (3, 2, 4, 3, 16, 16)
     assert all(torch.equal(x[:, 0, :1], x[:, i, t : t + 1]) for i in (0, 1) for t in range(4))
-    plain, other = (
-        train_raer.frames_of(Fake, [frame, frame]),
-        train_raer.frames_of(Fake, [frame, frame], np.array([5, 9, 15]), 2),
-    )
+    plain = train_raer.frames_of(Fake, Batch(both, np.array([5, 9, 14]), None, None))
+    other = train_raer.frames_of(Fake, Batch(both, np.array([5, 9, 15]), None, 2))
     assert (
         not torch.equal(x[0], plain[0])
         and torch.equal(x[:2], other[:2])

@@ -22,6 +22,7 @@ from PIL import Image
 import train_simclr
 from common.data import cytology
 from common.run import checkpoint, dist, log
+from common.run.loop import Batch
 from common.run.progress import Progress
 from tests.runs import equal_runs, same, summary
 
@@ -454,7 +455,8 @@ def test_accumulation_keeps_the_negatives_and_the_gradient():
     """With BatchNorm in evaluation mode a batch in four chunks gives the gradient of the batch in
     one (GradCache).
     """
-    pixels = torch.randn(2, 8, 3, 8, 8)
+    pixels = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
+    batch = Batch(pixels, np.arange(8), None, 0)
     gradients = []
     for accum in (1, 4):
         args, _ = train_simclr.parse_args([*NET, "--accum", str(accum)])
@@ -466,7 +468,7 @@ def test_accumulation_keeps_the_negatives_and_the_gradient():
             "proj_dim": 16,
             "classes": [],
         }
-        run = train_simclr.Run(args, world, None, {}, Path(), None, None, model_spec, {})
+        run = train_simclr.Run(args, world, None, {}, Path(), None, model_spec)
         model = train_simclr.build_model(run, "pretrain").eval()
 
         class Optimizer(torch.optim.SGD):
@@ -474,11 +476,11 @@ def test_accumulation_keeps_the_negatives_and_the_gradient():
                 pass
 
         optimizer = Optimizer(model.parameters(), lr=0.1)
-        views = lambda chunk: pixels[:, chunk].flatten(0, 1)  # noqa: E731
         scaler = train_simclr.amp.scaler("fp32", world.device)
-        loss, z, _, bad = train_simclr.train_step(run, model, optimizer, scaler, views, 8)
-        assert z.shape == (16, 16) and not bad
-        gradients.append({"loss": loss} | {name: p.grad for name, p in model.named_parameters()})
+        step_of = train_simclr.train_step if accum == 1 else train_simclr.gradcache_step
+        step = step_of(run, model, optimizer, scaler, batch)
+        assert step.extra.shape == (16, 16) and not step.bad
+        gradients.append(step.terms | {name: p.grad for name, p in model.named_parameters()})
     for name, value in gradients[0].items():
         scale = max(value.abs().max().item(), 1e-6)
         assert (gradients[1][name] - value).abs().max().item() <= 1e-4 * scale, name
@@ -486,21 +488,17 @@ def test_accumulation_keeps_the_negatives_and_the_gradient():
 
 def test_views_are_functions_of_seed_epoch_and_image(cells):
     args, _ = train_simclr.parse_args([*NET, "--seed", "5"])
-    run = train_simclr.Run(args, None, None, {}, Path(), None, None, {"image_size": 8}, {})
+    run = train_simclr.Run(args, None, None, {}, Path(), None, {"image_size": 8})
     pixels = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
     ids = np.array([3, 1, 4, 5])
-    views = train_simclr.two_views(run, pixels, ids, 2)
-    alone = train_simclr.two_views(run, pixels[2:3], ids[2:3], 2)
+    views = train_simclr.two_views(run, Batch(pixels, ids, None, 2))
+    alone = train_simclr.two_views(run, Batch(pixels[2:3], ids[2:3], None, 2))
     torch.testing.assert_close(views[[2, 6]], alone)
     assert not torch.allclose(views[:4], views[4:])
-    assert not torch.allclose(views, train_simclr.two_views(run, pixels, ids, 3))
+    assert not torch.allclose(views, train_simclr.two_views(run, Batch(pixels, ids, None, 3)))
     args, _ = train_simclr.parse_args([*NET, "--augment", "none"])
-    plain = train_simclr.two_views(
-        train_simclr.Run(args, None, None, {}, Path(), None, None, {"image_size": 8}, {}),
-        pixels,
-        ids,
-        2,
-    )
+    run = train_simclr.Run(args, None, None, {}, Path(), None, {"image_size": 8})
+    plain = train_simclr.two_views(run, Batch(pixels, ids, None, 2))
     assert torch.equal(plain[:4], plain[4:])
 
 

@@ -18,9 +18,10 @@ import torch
 from PIL import Image
 
 import train_tsm
-from common.losses import focal_bce
+from common.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from common.models.mobilenet_v4 import build_mobilenet_v4
 from common.run import checkpoint, dist, log
+from common.run.loop import Batch
 from common.run.progress import Progress
 from common.run.run import Run
 from tests.runs import equal_runs, same, summary
@@ -259,16 +260,18 @@ def a_run(*argv):
     world = dist.Dist(0, 1, 0, torch.device("cpu"))
     model_spec = {name: getattr(args, name) for name in train_tsm.MODEL_FLAGS} | {"image_size": 32}
     quiet = log.Log(None, main=False)
-    return Run(args, world, None, {}, Path(), quiet, None, model_spec, {})
+    model_spec |= {"pixels": [list(IMAGENET_MEAN), list(IMAGENET_STD)], "pos_weight": 0.2}
+    return Run(args, world, None, {}, Path(), quiet, model_spec)
 
 
 @pytest.mark.parametrize("shift", ["residual", "expand"])
 @pytest.mark.parametrize("frozen", ["1", "0"])
-def test_accumulation_equals_the_large_batch_where_batchnorm_is_frozen(shift, frozen):
-    frames = torch.randn(
-        8, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64
-    )
-    targets, gradients = torch.tensor([0, 1, 1, 1, 1, 0, 1, 1]), []
+def test_accumulation_equals_the_large_batch_where_batchnorm_is_frozen(shift, frozen, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (8, 4, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    batch = Batch(pixels, np.arange(8), torch.tensor([0, 1, 1, 1, 1, 0, 1, 1]), None)
+    frames_of, gradients = train_tsm.frames_of, []
+    monkeypatch.setattr(train_tsm, "frames_of", lambda *given: frames_of(*given).double())
     for accum in ("1", "4"):
         run = a_run("--shift", shift, "--freeze-bn", frozen, "--accum", accum)
         model = train_tsm.build_model(run).double().train()
@@ -276,15 +279,10 @@ def test_accumulation_equals_the_large_batch_where_batchnorm_is_frozen(shift, fr
             model.head.attention.weight.normal_(generator=torch.Generator().manual_seed(1))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         scaler = train_tsm.amp.scaler("fp32", run.world.device)
-        criterion = partial(focal_bce, gamma=2.0, pos_weight=0.2)
-        clips = lambda chunk: frames[chunk].flatten(0, 1)  # noqa: E731
-        loss, _, bad = train_tsm.train_step(
-            run, model, optimizer, scaler, criterion, clips, targets
-        )
-        assert not bad
-        gradients.append(
-            {n: p.grad for n, p in model.named_parameters() if p.requires_grad} | {"loss": loss}
-        )
+        step = train_tsm.train_step(run, model, optimizer, scaler, batch)
+        assert not step.bad
+        trained = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        gradients.append(trained | step.terms)
     gaps = {
         name: float((gradients[1][name] - value).abs().max() / value.abs().max().clamp_min(1e-12))
         for name, value in gradients[0].items()

@@ -492,7 +492,9 @@ def hangs(victim: Victim, count: int) -> dict:
         slowest = max(slowest, time.monotonic() - begun)
         said = victim.said(folder).strip().split("\n")[-1]
         assert (
-            code == 75 and "waits in common/data.py" in said and "Run the same command" in said
+            code == 75
+            and "waits in common/data/images.py" in said
+            and "Run the same command" in said
         ), f"{code}: {said}"
         image.unlink()
         image.write_bytes(content)

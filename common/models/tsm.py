@@ -116,6 +116,10 @@ class ClipModel(nn.Module):
             return self.backbone.pool(F.dropout2d(maps, self.dropout, self.training))
         return F.dropout(self.backbone.pool(maps), self.dropout, self.training)
 
+    def is_frozen(self, name: str) -> bool:
+        """Whether `freeze_bn` has frozen the parameter of that name."""
+        return name.rpartition(".")[0] in self.frozen_bn
+
     def features(self, frames: Tensor) -> Tensor:
         """Features (n, n_segment, 1280) of the frames (n * n_segment, 3, s, s) of clips."""
         length = self.shift.n_segment
