@@ -76,19 +76,19 @@ def find_runs(folders: list[Path]) -> list[dict]:
     Raises:
         InputError: there is no run at all.
     """
-    found = {}
+    by_folder = {}
     without = []
     for folder in folders:
         runs = {Path(run["run"]).resolve(): run for run in tables.read_runs(folder)}
-        found |= runs  # a run that is given twice, in its folder and by name, counts once
+        by_folder |= runs  # a run that is given twice, in its folder and by name, counts once
         if not runs:
             checked = (folder / "check.json").exists()
             without.append(f"{folder}: {'checked, not trained' if checked else 'no run there'}")
-    if not found:
+    if not by_folder:
         raise InputError(f"{'; '.join(without)}; a run directory holds a config.json")
     for text in without:
         print(f"{text}; left out", file=sys.stderr)
-    return list(found.values())
+    return list(by_folder.values())
 
 
 def main(argv: list[str] | None = None) -> int:
