@@ -12,7 +12,7 @@ from PIL import Image
 
 from common.errors import InputError
 from common.report import __main__, charts, figures, page
-from common.report.curves import charts_of
+from common.report.record import Record
 from common.run import log
 from common.run.inference import write_predictions
 
@@ -26,22 +26,15 @@ def test_log_lines_hold_the_same_fields_as_the_console(tmp_path, capsys):
     book.metrics("train", 7, 1, {"train/val/accuracy": 0.5, "train/val/loss": float("nan")})
     book.close()
     console = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(
-        r"train step 007/100 \| loss 4\.8123 \| lr 2\.4e-01 \| \d+ img/s \| eta \S+", console[0]
-    )
+    line = r"train step 007/100 \| loss 4\.8123 \| lr 2\.4e-01 \| \d+ img/s \| eta \S+"
+    assert re.fullmatch(line, console[0])
     assert console[1] == "train epoch 1 | val/accuracy 0.5000 | val/loss nan"
     first, second = log.read(tmp_path)
-    assert (first["stage"], first["step"], first["epoch"], first["loss"], first["lr"]) == (
-        "train",
-        7,
-        1,
-        4.8123,
-        0.24,
-    )
+    assert (first["stage"], first["step"], first["epoch"]) == ("train", 7, 1)
+    assert (first["loss"], first["lr"]) == (4.8123, 0.24)
     assert set(log.TIMING) <= first.keys()
-    assert (
-        second["train/val/accuracy"] == 0.5 and second["train/val/loss"] is None
-    )  # strict JSON has no NaN
+    assert second["train/val/accuracy"] == 0.5
+    assert second["train/val/loss"] is None  # strict JSON has no NaN
 
 
 def test_other_ranks_are_silent(tmp_path, capsys):
@@ -129,10 +122,8 @@ def test_tensorboard_gets_the_same_values(tmp_path):
     book.close()
     board = events.EventAccumulator(str(tmp_path))
     board.Reload()
-    assert [(e.step, e.value) for e in board.Scalars("train/val/accuracy")] == [
-        (5, 0.25),
-        (9, 0.75),
-    ]
+    values = [(e.step, e.value) for e in board.Scalars("train/val/accuracy")]
+    assert values == [(5, 0.25), (9, 0.75)]
 
 
 @pytest.mark.parametrize(
@@ -145,9 +136,8 @@ def test_ticks_are_round_numbers_inside_the_range(low, high, expected):
 
 def test_a_chart_draws_its_points_where_they_belong():
     labels = dict(x_label="step", y_label="loss")
-    svg = ET.fromstring(
-        charts.lines("loss", {"train": [(0, 0.0), (10, 1.0)]}, **labels, levels={"chance": 2.0})
-    )
+    series = {"train": [(0, 0.0), (10, 1.0)]}
+    svg = ET.fromstring(charts.lines("loss", series, **labels, levels={"chance": 2.0}))
     line = next(e for e in svg.iter() if e.tag.endswith("polyline")).attrib["points"]
     (x0, y0), (x1, y1) = [tuple(map(float, p.split(","))) for p in line.split()]
     assert x0 < x1 and y0 > y1  # SVG's y grows downwards
@@ -158,39 +148,37 @@ def test_a_chart_draws_its_points_where_they_belong():
 
 
 def run_directory(folder):
-    (folder / "config.json").write_text(
-        json.dumps({"bs": 8, "resolved": {"pretrain": {"bs": 8}}, "identity": {}})
-    )
-    (folder / "env.json").write_text(
-        json.dumps({"command": "train_x.py --data <cells>", "torch": "2"})
-    )
-    summary = {"pretrain/train/loss": 1.5, "pretrain/train/loss_at_chance": 2.5, "linear/test/accuracy": 0.75,
-               "linear/test/macro_f1": 0.7, "status": "finished", "seconds": 61}  # fmt: skip
-    (folder / "summary.json").write_text(json.dumps(summary))
+    config = {"bs": 8, "resolved": {"pretrain": {"bs": 8}}, "identity": {}}
+    summary = {
+        "pretrain/train/loss": 1.5,
+        "pretrain/train/loss_at_chance": 2.5,
+        "linear/test/accuracy": 0.75,
+        "linear/test/macro_f1": 0.7,
+        "majority/test/accuracy": 0.5,
+        "status": "finished",
+        "seconds": 61,
+    }
+    env = {"command": "train_x.py --data <cells>", "torch": "2"}
+    for name, content in (("config", config), ("env", env), ("summary", summary)):
+        (folder / f"{name}.json").write_text(json.dumps(content))
     book = log.Log(folder, main=True)
     pace = log.Pace(8, 20, "img")
     for step in (1, 2, 3):
         pace.tick()
-        book.interval(
-            "pretrain", step, 1, {"loss": 3.0 - step / 2, "loss_over_chance": 1.2 - step / 5}, pace
-        )
-        book.metrics(
-            "pretrain",
-            step,
-            step,
-            {"pretrain/train/loss": 2.0, "pretrain/val/knn_accuracy": 0.1 * step},
-        )
+        values = {"loss": 3.0 - step / 2, "loss_over_chance": 1.2 - step / 5}
+        book.interval("pretrain", step, 1, values, pace)
+        metrics = {"pretrain/train/loss": 2.0, "pretrain/val/knn_accuracy": 0.1 * step}
+        book.metrics("pretrain", step, step, metrics)
     book.close()
 
 
-def test_report_is_self_contained_and_names_both_conventions(tmp_path, capsys):
+def test_report_is_self_contained_and_names_both_conventions(tmp_path):
     run_directory(tmp_path)
     figures.save_grid(tmp_path / "figures" / "views.png", torch.rand(4, 3, 10, 10), 2)
     assert __main__.main([str(tmp_path)]) == 0
-    page = (tmp_path / "report.html").read_text()
-    assert "://" not in page.replace(
-        "http://www.w3.org/2000/svg", ""
-    )  # nothing is loaded from elsewhere
+    content = (tmp_path / "report.html").read_text()
+    # Nothing is loaded from elsewhere.
+    assert "://" not in content.replace("http://www.w3.org/2000/svg", "")
     for text in (
         "1.5000",
         "3.0000",
@@ -199,11 +187,14 @@ def test_report_is_self_contained_and_names_both_conventions(tmp_path, capsys):
         "averaged over the 2N rows",
         "summed",
         "0.7500",
+        "majority: always the most frequent class.",
     ):
-        assert text in page
-    assert "&lt;cells&gt;" in page and "data:image/png;base64," in page
+        assert text in content
+    assert "linear_random:" not in content  # a baseline that this run has not
+    assert "&lt;cells&gt;" in content and "data:image/png;base64," in content
     drawn = {path.stem for path in (tmp_path / "figures").glob("*.svg")}
     assert {"pretrain_loss", "pretrain_knn_accuracy"} <= drawn
+    assert not [name for name in drawn if "chance" in name]
     with pytest.raises(SystemExit) as stop:
         __main__.main([str(tmp_path / "absent")])
     assert stop.value.code == 2
@@ -221,22 +212,32 @@ def test_a_grid_enlarges_small_images_in_whole_pixels(tmp_path):
     pixels = np.array(Image.open(tmp_path / "grid.png"))
     scale = 96 // 8
     assert pixels.shape == ((8 + 4) * scale, (2 * 8 + 6) * scale, 3)
-    assert (
-        pixels[4 * scale, 6 * scale].tolist() == [0, 0, 0]
-        and pixels[4 * scale, 16 * scale].tolist() == [255] * 3
-    )
+    assert pixels[4 * scale, 6 * scale].tolist() == [0, 0, 0]
+    assert pixels[4 * scale, 16 * scale].tolist() == [255] * 3
 
 
 def test_predictions_hold_id_class_and_scores(tmp_path):
     scores = torch.tensor([[0.2, 0.8], [0.6, 0.4]])
     write_predictions(tmp_path / "p.csv", ["x,1", "y"], ["cat", "dog"], scores)
     rows = list(csv.reader((tmp_path / "p.csv").read_text().splitlines()))
-    assert rows == [["id", "class", "score_cat", "score_dog"], ["x,1", "dog", "0.200000", "0.800000"],
-                    ["y", "cat", "0.600000", "0.400000"]]  # fmt: skip
+    assert rows == [
+        ["id", "class", "score_cat", "score_dog"],
+        ["x,1", "dog", "0.200000", "0.800000"],
+        ["y", "cat", "0.600000", "0.400000"],
+    ]
 
 
-def test_an_interval_is_drawn_in_the_chart_of_its_metric():
-    line = {"stage": "train", "step": 3, "epoch": 1, "train/val/video_auc": 0.7}
-    line |= {"train/val/video_auc_low": 0.6, "train/val/video_auc_high": 0.8}
-    charts = charts_of([line], {"resolved": {}})["train"]
-    assert list(charts) == ["video_auc"] and ">val 0.7 (0.6 to 0.8)<" in charts["video_auc"]
+def test_an_interval_is_drawn_in_the_chart_of_its_metric(tmp_path):
+    line = {
+        "stage": "train",
+        "step": 3,
+        "epoch": 1,
+        "train/val/video_auc": 0.7,
+        "train/val/video_auc_low": 0.6,
+        "train/val/video_auc_high": 0.8,
+    }
+    (tmp_path / "config.json").write_text('{"resolved": {}}')
+    (tmp_path / "log.jsonl").write_text(json.dumps(line) + "\n")
+    drawings = Record(tmp_path).charts(1.0)["train"]
+    assert list(drawings) == ["video_auc"]
+    assert ">val 0.7 (0.6 to 0.8)<" in drawings["video_auc"]

@@ -2,8 +2,10 @@
 numbers are right.
 """
 
+import dataclasses
 import html
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -20,8 +22,9 @@ import train_simclr
 import train_tsm
 from common.report import __main__, charts, compare, figures, page
 from common.report.curves import curves_of
-from common.report.record import LIMIT
+from common.report.record import LIMIT, Record
 from common.run import log
+from common.run.card import Card
 from tests.test_train_tsm import ffpp_tree
 
 CHROMIUM = next(
@@ -29,7 +32,45 @@ CHROMIUM = next(
 )
 EVIL = '<script>alert("x")<b>'  # a class's name
 SVG = "{http://www.w3.org/2000/svg}"
-SCRIPTS = ("simclr", "tsm", "raer", "cluster")
+CARDS = {
+    "simclr": Card(
+        "simclr",
+        "SimCLR: a network learns to tell that two distorted views of an image belong together.",
+        "images",
+        ("pretrain", "linear", "finetune"),
+        {
+            "finetune/test/accuracy": "accuracy on the test split, fine-tuned",
+            "linear/test/accuracy": "accuracy on the test split, linear layer on frozen features",
+            "pretrain/test/knn_accuracy": "kNN accuracy on the test split",
+        },
+    ),
+    "tsm": Card(
+        "tsm",
+        "Is a face video real or manipulated?",
+        "clips",
+        ("train",),
+        {
+            "train/test/video_auc": "AUC of the test videos",
+            "train/test/video_accuracy": "accuracy on the test videos",
+        },
+    ),
+    "raer": Card(
+        "raer",
+        "Which academic emotion does a clip show?",
+        "clips",
+        ("train",),
+        {"train/test/uar": "UAR on the test clips", "train/test/war": "WAR on the test clips"},
+    ),
+    "cluster": Card(
+        "cluster",
+        "Groups of utterances found without labels.",
+        "utterances",
+        ("pretrain", "cluster"),
+        {"cluster/test/nmi": "NMI with the test labels"},
+    ),
+}
+CHANCE = {"simclr": {"pretrain": ("a guess, ln(2N-1)", math.log(31))}}
+SCRIPTS = tuple(CARDS)
 CPU = ["--device", "cpu", "--seed", "3"]
 
 
@@ -84,87 +125,61 @@ def acts(path):
     return path
 
 
+def flags(text, data, out):
+    return [*text.split(), "--data", str(data), "--out", str(out), *CPU]
+
+
+def give_card(folder, name):
+    """The report of a run again, with the words of CARDS where its script says none."""
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    if "card" not in config:
+        chance = CHANCE.get(name, {})
+        config["card"] = {**dataclasses.asdict(CARDS[name]), "chance": chance}
+        file.write_text(json.dumps(config))
+        page.write(folder)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A finished run of each script by its name, that of SimCLR interrupted and resumed."""
     root = tmp_path_factory.mktemp("runs")
-    simclr = [
-        "--backbone",
-        "resnet18",
-        "--stem",
-        "cifar",
-        "--image-size",
-        "8",
-        "--stage",
-        "all",
-        "--bs",
-        "16",
-    ]
-    simclr += ["--epochs", "3", "--linear-bs", "16", "--linear-epochs", "4", "--finetune-bs", "16"]
-    simclr += [
-        "--finetune-epochs",
-        "2",
-        "--log-every",
-        "1",
-        "--data",
-        str(cells(root / "cells")),
-        *CPU,
-    ]
-    simclr += ["--out", str(root / "simclr")]
+    simclr = flags(
+        "--backbone resnet18 --stem cifar --image-size 8 --stage all --bs 16 --epochs 3"
+        " --linear-bs 16 --linear-epochs 4 --finetune-bs 16 --finetune-epochs 2 --log-every 1",
+        cells(root / "cells"),
+        root / "simclr",
+    )
     with pytest.raises(SystemExit):
         train_simclr.main([*simclr, "--max-steps", "4"])
     assert train_simclr.main(simclr) == 0
-    tsm = [
-        "--backbone",
-        "conv_small_035",
-        "--image-size",
-        "32",
-        "--n-segment",
-        "4",
-        "--bs",
-        "8",
-        "--epochs",
-        "3",
-    ]
-    tsm += ["--eval-every", "1", "--clips", "2", "--data", str(ffpp_tree(root / "ffpp")), *CPU]
-    assert train_tsm.main([*tsm, "--out", str(root / "tsm")]) == 0
-    raer = [
-        "--backbone",
-        "vit_tiny",
-        "--num-frames",
-        "2",
-        "--bs",
-        "8",
-        "--epochs",
-        "4",
-        "--cache-features",
-    ]
-    assert (
-        train_raer.main(
-            [*raer, "--data", str(emotions(root / "emotions")), *CPU, "--out", str(root / "raer")]
-        )
-        == 0
+    tsm = flags(
+        "--backbone conv_small_035 --image-size 32 --n-segment 4 --bs 8 --epochs 3"
+        " --eval-every 1 --clips 2",
+        ffpp_tree(root / "ffpp"),
+        root / "tsm",
     )
-    cluster = [
-        "--base-dim",
-        "16",
-        "--bs",
-        "32",
-        "--epochs",
-        "2",
-        "--cluster-bs",
-        "32",
-        "--cluster-epochs",
-        "3",
-    ]
-    cluster += ["--data", str(acts(root / "acts.tsv")), *CPU]
-    assert train_cluster.main([*cluster, "--out", str(root / "cluster")]) == 0
+    assert train_tsm.main(tsm) == 0
+    raer = flags(
+        "--backbone vit_tiny --num-frames 2 --bs 8 --epochs 4 --cache-features",
+        emotions(root / "emotions"),
+        root / "raer",
+    )
+    assert train_raer.main(raer) == 0
+    cluster = flags(
+        "--base-dim 16 --bs 32 --epochs 2 --cluster-bs 32 --cluster-epochs 3",
+        acts(root / "acts.tsv"),
+        root / "cluster",
+    )
+    assert train_cluster.main(cluster) == 0
+    for name in SCRIPTS:
+        give_card(root / name, name)
     return {name: root / name for name in SCRIPTS}
 
 
-def parsed(page):
+def parsed(file):
     """The page as strict XML: a browser forgives what this does not."""
-    return ET.fromstring(page.read_text().replace("<!DOCTYPE html>", ""))
+    return ET.fromstring(file.read_text().replace("<!DOCTYPE html>", ""))
 
 
 MEASURE = """
@@ -177,10 +192,15 @@ for (const frame of document.querySelectorAll('iframe')) {
   const overlaps = [], outside = [];
   for (const svg of page.querySelectorAll('svg')) {
     const box = svg.getBoundingClientRect(), name = svg.getAttribute('aria-label');
-    const texts = [...svg.querySelectorAll('text')].map(t => [t.textContent, t.getBoundingClientRect()]);
+    const texts = [...svg.querySelectorAll('text')].map(
+      t => [t.textContent, t.getBoundingClientRect()]
+    );
     texts.forEach(([text, a], i) => {
-      if (a.left < box.left - 1 || a.right > box.right + 1 || a.bottom > box.bottom + 1) outside.push([name, text]);
-      texts.slice(i + 1).forEach(([other, b]) => { if (meets(a, b)) overlaps.push([name, text, other]); });
+      if (a.left < box.left - 1 || a.right > box.right + 1 || a.bottom > box.bottom + 1)
+        outside.push([name, text]);
+      texts.slice(i + 1).forEach(([other, b]) => {
+        if (meets(a, b)) overlaps.push([name, text, other]);
+      });
     });
   }
   const boxes = [...page.querySelectorAll('.card,.tile,.texts div,h2,h3,h4,p')];
@@ -188,10 +208,17 @@ for (const frame of document.querySelectorAll('iframe')) {
   cards.forEach(([one, a], i) => cards.slice(i + 1).forEach(([two, b]) => {
     if (!one.contains(two) && meets(a, b)) overlaps.push([one.textContent, two.textContent]);
   }));
-  const small = [...page.querySelectorAll('svg text')].map(t => t.getBoundingClientRect().height);
+  const heights = [...page.querySelectorAll('svg text')].map(
+    t => t.getBoundingClientRect().height
+  );
   found[frame.width] = {
-    width: page.documentElement.scrollWidth, overlaps, outside, smallest: Math.min(...small), charts: small.length,
-    broken: [...page.images].filter(i => !i.naturalWidth).length, images: page.images.length,
+    width: page.documentElement.scrollWidth,
+    overlaps,
+    outside,
+    smallest: Math.min(...heights),
+    charts: heights.length,
+    broken: [...page.images].filter(i => !i.naturalWidth).length,
+    images: page.images.length,
     requests: view.performance.getEntriesByType('resource').map(e => e.name),
   };
 }
@@ -199,112 +226,162 @@ document.getElementById('found').textContent = JSON.stringify(found);
 """
 
 
-def measured(page, folder):
+def measured(file, folder):
     """What headless Chromium finds in a page 400 and 1400 pixels wide, all of it unfolded."""
     if CHROMIUM is None:
         pytest.skip("no Chromium: apt-get install chromium")
-    frames = (
-        f'<iframe width="{w}" height="900" srcdoc="{html.escape(page.read_text())}"></iframe>'
-        for w in (400, 1400)
+    content = html.escape(file.read_text())
+    frames = "".join(
+        f'<iframe width="{width}" height="900" srcdoc="{content}"></iframe>'
+        for width in (400, 1400)
     )
     harness = folder / "harness.html"
     harness.write_text(
-        "<!DOCTYPE html><model_spec"
-        f' charset="utf-8"><style>iframe{{border:0}}</style>{"".join(frames)}<pre id="found"></pre>'
+        '<!DOCTYPE html><meta charset="utf-8"><style>iframe{border:0}</style>'
+        f'{frames}<pre id="found"></pre>'
         f"<script>addEventListener('load', () => {{{MEASURE}}})</script>"
     )
-    flags = [
+    command = [
+        CHROMIUM,
         "--headless",
         "--no-sandbox",
         "--disable-gpu",
         "--enable-logging=stderr",
         "--window-size=1900,2000",
-    ]
-    command = [
-        CHROMIUM,
-        *flags,
         f"--user-data-dir={folder / 'profile'}",
         "--dump-dom",
         harness.as_uri(),
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    return json.loads(
-        html.unescape(re.search(r'<pre id="found">(.*?)</pre>', done.stdout)[1])
-    ), console
+    result = re.search(r'<pre id="found">(.*?)</pre>', done.stdout)[1]
+    return json.loads(html.unescape(result)), console
 
 
-def is_sound(page, folder):
-    found, console = measured(page, folder)
+def is_sound(file, folder):
+    by_width, console = measured(file, folder)
     assert console == []
-    for width, facts in found.items():
+    for width, facts in by_width.items():
         assert facts["width"] <= int(width), "the page is wider than the screen"
         assert facts["overlaps"] == [] and facts["outside"] == []
         assert facts["requests"] == [] and facts["broken"] == 0
         assert facts["charts"] > 5 and facts["smallest"] > 9  # pixels: texts stay readable
-    return found
+    return by_width
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_browser_shows_it_on_a_phone_and_on_a_screen(runs, script, tmp_path):
-    found = is_sound(runs[script] / "report.html", tmp_path)
-    assert (found["400"]["images"] > 0) == (script != "cluster")
+    by_width = is_sound(runs[script] / "report.html", tmp_path)
+    assert (by_width["400"]["images"] > 0) == (script != "cluster")
+
+
+TITLES = {
+    "simclr": {
+        "Views",
+        "Nearest neighbors",
+        "Features on their first two principal axes",
+        "Errors on the test split, stage finetune",
+        "Confusion matrix of the test split, stage linear",
+    },
+    "tsm": {
+        "Which frames count",
+        "ROC curve, test videos",
+        "Test videos by method of manipulation",
+    },
+    "raer": {
+        "Confusion matrix of the test split, stage train",
+        "Recall of each class of the test split, stage train",
+    },
+    "cluster": {
+        "Utterances and their clusters",
+        "Clusters",
+        "Clusters and labels, test",
+        "Monitor",
+    },
+}
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_it_is_well_formed_small_and_escapes_what_the_data_say(runs, script):
-    page = runs[script] / "report.html"
-    tree = parsed(page)
-    assert page.stat().st_size < 400_000 < LIMIT
+    file = runs[script] / "report.html"
+    tree = parsed(file)
+    assert file.stat().st_size < 400_000 < LIMIT
     assert not {e.tag for e in tree.iter()} & {"script", "b2", "link", "iframe", "object"}
     assert all(e.attrib["src"].startswith("data:image/") for e in tree.iter("img"))
-    assert not [
-        name
-        for e in tree.iter()
-        for name in e.attrib
-        if name.startswith("on") or name == "href" and "#" not in e.attrib[name]
-    ]
+    assert [e.attrib.get("charset") for e in tree.iter("meta")][0] == "utf-8"
+    for element in tree.iter():
+        assert not [name for name in element.attrib if name.startswith("on")]
+        assert "#" in element.attrib.get("href", "#")
     words = "".join(tree.itertext())
     if script != "tsm":
         assert EVIL in words
     sections = {e.text for e in tree.iter("h2")}
     assert {"Results", "Curves", "System", "Everything else"} <= sections
-    titles = {e.text for e in tree.iter("h3")}
-    own = {
-        "simclr": {"Views", "Nearest neighbors", "Features on their first two principal axes",
-                   "Errors on" " the test" " split, stage" " finetune", "Confusion matrix of the test" " split, stage linear"},
-        "tsm": {"Which frames count", "ROC curve," " test videos", "Test videos by" " method of" " manipulation"},
-        "raer": {"Schedule", "Confusion matrix of the test split, stage train",
-                 "Recall of each class of the test split, stage train"},
-        "cluster": {"Utterances" " and their" " clusters", "Clusters", "Clusters and" " labels, test", "Monitor"},
-    }  # fmt: skip
-    assert own[script] <= titles
+    assert TITLES[script] <= {e.text for e in tree.iter("h3")}
     env = json.loads((runs[script] / "env.json").read_text())
     assert "finished after" in words and env["data_read"] in words and env["command"] in words
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_page_speaks_with_the_words_of_the_card(runs, script):
+    card = json.loads((runs[script] / "config.json").read_text())["card"]
+    tree = parsed(runs[script] / "report.html")
+    words = "".join(tree.itertext())
+    assert card["about"] in words and f"{card['items']} a second" in words
+    tiles = [e for e in tree.iter("div") if e.attrib.get("class") == "tile"]
+    shown = [tile.find("span").text for tile in tiles]
+    scores = json.loads((runs[script] / "summary.json").read_text())
+    captions = [caption for name, caption in card["headlines"].items() if name in scores]
+    assert shown == captions[:4] and shown
+    assert "headlines" not in words  # a setting of no one
+
+
+def test_a_run_without_a_card_has_a_page(runs, tmp_path):
+    folder = shutil.copytree(runs["raer"], tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text())
+    del config["card"]
+    (folder / "config.json").write_text(json.dumps(config))
+    words = "".join(parsed(page.write(folder)).itertext())
+    assert "items a second" in words and "a guess, ln" not in words
+    assert "train/test/uar" in compare.text_of(Record(folder))
+
+
+def test_a_schedule_is_shown_as_a_table(tmp_path):
+    table = {"header": ["epochs", "sampler"], "rows": [["[0, 2)", "random"]], "text": "What & when"}
+    (tmp_path / "tables.json").write_text(json.dumps({"Schedule": table}))
+    drawn = page.own_tables(tmp_path, "findings")
+    assert drawn.startswith('<h3>Schedule</h3><p class="t">What &amp; when</p>')
+    assert "<td>[0, 2)</td><td>random</td>" in drawn
+    assert page.own_tables(tmp_path, "results") == ""
 
 
 def drawn_lines(tree):
     """Title of each chart -> its lines as (x, y) in the data's units, and how far a point may be
     off by rounding.
     """
-    found = {}
+    by_title = {}
     for svg in tree.iter(f"{SVG}svg"):
         if "data-axes" not in svg.attrib:
             continue
         x0, x1, left, right, y0, y1, bottom, top = map(float, svg.attrib["data-axes"].split())
-        fx, fy = (x1 - x0) / (right - left), (y1 - y0) / (bottom - top)
+        x_unit = (x1 - x0) / (right - left)
+        y_unit = (y1 - y0) / (bottom - top)
         lines = [
             [tuple(map(float, p.split(","))) for p in e.attrib["points"].split()]
             for e in svg.iter(f"{SVG}polyline")
         ]
-        single = [
+        dots = [
             [(float(c.attrib["cx"]), float(c.attrib["cy"])) for c in g.iter(f"{SVG}circle")]
             for g in svg.iter(f"{SVG}g")
         ]
-        lines += [line for line in single if len(line) == 1]
-        data = [[(x0 + (x - left) * fx, y0 + (bottom - y) * fy) for x, y in line] for line in lines]
-        found.setdefault(svg.attrib["aria-label"], []).append((data, 0.051 * fx, 0.051 * fy))
-    return found
+        lines += [line for line in dots if len(line) == 1]
+        data = [
+            [(x0 + (x - left) * x_unit, y0 + (bottom - y) * y_unit) for x, y in line]
+            for line in lines
+        ]
+        drawings = by_title.setdefault(svg.attrib["aria-label"], [])
+        drawings.append((data, 0.051 * x_unit, 0.051 * y_unit))
+    return by_title
 
 
 def test_a_baseline_is_no_point_of_a_curve():
@@ -321,48 +398,56 @@ def test_a_baseline_is_no_point_of_a_curve():
     assert curves_of(lines)["cluster"]["stability"]["series"] == {"train": [(1, 0.7), (2, 0.8)]}
 
 
+NOT_DRAWN = ("stage", "step", "epoch", "time", "eta_s", "loss_over_chance", "tau")
+
+
+def is_drawn(name, value):
+    parts = name.split("/")
+    metric = parts[-1]
+    if value is None or metric in NOT_DRAWN or metric.endswith(("_low", "_high")):
+        return False
+    if len(parts) < 3:
+        return True
+    if parts[0].startswith("kmeans_"):  # measured once, before training; in a table
+        return False
+    return parts[1] in ("train", "val") and not metric.startswith(("recall_", "majority_"))
+
+
+def holds(drawings, points):
+    """Whether a line of a chart has these points."""
+    return any(
+        len(line) == len(points)
+        and all(
+            abs(x - step) <= dx and abs(y - value) <= dy
+            for (x, y), (step, value) in zip(line, points, strict=True)
+        )
+        for lines, dx, dy in drawings
+        for line in lines
+    )
+
+
+def table_rows(tree):
+    return [["".join(td.itertext()) for td in row] for row in tree.iter("tr")]
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_curves_and_tables_hold_the_numbers_of_the_log(runs, script):
     tree = parsed(runs[script] / "report.html")
-    charts, expected = drawn_lines(tree), {}
+    expected = {}
     for line in log.read(runs[script]):
+        stage = line["stage"].split("_")[0]
         for name, value in line.items():
-            parts = name.split("/")
-            stage, metric = line["stage"].split("_")[0], parts[-1]
-            if len(parts) == 3 and (
-                parts[1] not in ("train", "val") or metric.startswith(("recall_", "majority_"))
-            ):
-                continue
-            if (
-                metric
-                in ("stage", "step", "epoch", "time", "eta_s", "chance", "loss_over_chance", "tau")
-                or parts[0].startswith("kmeans_")  # measured once, before training; in a table
-                or value is None
-            ):
-                continue
-            if not metric.endswith(("_low", "_high")):
-                expected.setdefault((f"{stage}: {metric}", line["stage"], name), []).append(
-                    (line["step"], value)
-                )
+            if is_drawn(name, value):
+                key = (f"{stage}: {name.split('/')[-1]}", line["stage"], name)
+                expected.setdefault(key, []).append((line["step"], value))
     assert len(expected) > 8
+    by_title = drawn_lines(tree)
     for (title, _, name), points in expected.items():
-        candidates = [
-            (line, dx, dy)
-            for lines, dx, dy in charts[title]
-            for line in lines
-            if len(line) == len(points)
-        ]
-        assert any(
-            all(
-                abs(a[0] - b[0]) <= dx and abs(a[1] - b[1]) <= dy
-                for a, b in zip(line, points, strict=True)
-            )
-            for line, dx, dy in candidates
-        ), f"{title} does not hold {name}: {points}"
-    cells = {tuple("".join(td.itertext()) for td in row) for row in tree.iter("tr")}
+        assert holds(by_title[title], points), f"{title} does not hold {name}: {points}"
+    rows = table_rows(tree)
     for name, value in json.loads((runs[script] / "summary.json").read_text()).items():
         if isinstance(value, float) and abs(value) >= 1e-3:
-            assert (name, f"{value:.4f}") in cells
+            assert [name, f"{value:.4f}"] in rows
 
 
 def test_stages_resumes_and_guesses_are_marked(runs):
@@ -371,20 +456,16 @@ def test_stages_resumes_and_guesses_are_marked(runs):
     x0, x1, left, right, y0, y1, bottom, top = map(float, svg.attrib["data-axes"].split())
     mark = next(e for e in svg.iter(f"{SVG}path") if e.attrib["class"] == "m").attrib["d"]
     at = float(re.match(r"M([\d.]+) ", mark)[1])
-    assert x0 + (at - left) * (x1 - x0) / (right - left) == pytest.approx(
-        4, abs=0.05
-    )  # where --max-steps stopped it
+    step = x0 + (at - left) * (x1 - x0) / (right - left)
+    assert step == pytest.approx(4, abs=0.05)  # where --max-steps stopped it
     level = next(e for e in svg.iter(f"{SVG}path") if e.attrib["class"] == "v").attrib["d"]
     height = float(re.match(r"M[\d.]+ ([\d.]+)H", level)[1])
-    assert y0 + (bottom - height) * (y1 - y0) / (bottom - top) == pytest.approx(
-        np.log(31), abs=0.01
-    )  # 2 x 16 - 1
-    assert "resumed" in "".join(svg.itertext())
-    assert [e.text for e in tree.iter("h3")][1:4] == [
-        "Stage pretrain",
-        "Stage linear",
-        "Stage finetune",
-    ]
+    loss = y0 + (bottom - height) * (y1 - y0) / (bottom - top)
+    assert loss == pytest.approx(np.log(31), abs=0.01)  # 2 x 16 - 1
+    words = "".join(svg.itertext())
+    assert "resumed" in words and "a guess, ln(2N-1) 3.434" in words
+    titles = [e.text for e in tree.iter("h3")]
+    assert titles[1:4] == ["Stage pretrain", "Stage linear", "Stage finetune"]
     assert (runs["simclr"] / "finetune" / "confusion.csv").exists()
 
 
@@ -398,10 +479,8 @@ def test_a_run_that_goes_on_says_where_it_is(runs, tmp_path):
         "".join(json.dumps(line) + "\n" for line in lines[: last + 1])
     )
     words = "".join(parsed(page.write(folder, "running")).itertext())
-    assert (
-        "running in train, step 5, epoch 2 of 3, after 1m; this stage takes about 2h01m more"
-        in words
-    )
+    state = "running in train, step 5, epoch 2 of 3, after 1m; this stage takes about 2h01m more"
+    assert state in words
     words = "".join(parsed(page.write(folder)).itertext())
     assert "running or killed in train, step 5" in words
     (folder / "log.jsonl").unlink()  # before the first line
@@ -409,7 +488,8 @@ def test_a_run_that_goes_on_says_where_it_is(runs, tmp_path):
 
 
 def test_it_is_written_while_the_run_goes_on_but_seldom(tmp_path, monkeypatch):
-    now, written = [0.0], []
+    now = [0.0]
+    written = []
     monkeypatch.setattr(page.time, "monotonic", lambda: now[0])
 
     def write(folder, status):
@@ -422,21 +502,19 @@ def test_it_is_written_while_the_run_goes_on_but_seldom(tmp_path, monkeypatch):
         live()
         now[0] += 1
     assert written[0] == (0.0, "running")
-    assert (
-        all(b[0] - a[0] >= 100 for a, b in zip(written, written[1:], strict=False))
-        and len(written) == 3
-    )
+    assert len(written) == 3
+    assert all(b[0] - a[0] >= 100 for a, b in zip(written, written[1:], strict=False))
 
     def full(folder, status):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(page, "write", full)
-    said = []
-    live = page.Live(tmp_path, said.append)
+    lines = []
+    live = page.Live(tmp_path, lines.append)
     live()
     now[0] += 1000
     live()
-    assert len(said) == 1 and "No space left" in said[0] and "goes on" in said[0]
+    assert len(lines) == 1 and "No space left" in lines[0] and "goes on" in lines[0]
 
 
 def test_a_long_run_with_large_pictures_stays_below_the_limit(runs, tmp_path):
@@ -445,14 +523,11 @@ def test_a_long_run_with_large_pictures_stays_below_the_limit(runs, tmp_path):
     with open(folder / "log.jsonl", "a") as file:
         for step in range(2_000):
             values = {f"metric {i}": float(v) for i, v in enumerate(rng.normal(size=12))}
-            file.write(
-                json.dumps({"stage": "train", "step": step, "epoch": 1, **values, "time": 1.0})
-                + "\n"
-            )
+            line = {"stage": "train", "step": step, "epoch": 1, **values, "time": 1.0}
+            file.write(json.dumps(line) + "\n")
     for i in range(3):
-        Image.fromarray(rng.integers(0, 256, (900, 1600, 3), dtype=np.uint8)).save(
-            folder / "figures" / f"big{i}.png"
-        )
+        pixels = rng.integers(0, 256, (900, 1600, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "figures" / f"big{i}.png")
     noisy = torch.from_numpy(rng.integers(0, 256, (3, 96, 288), dtype=np.uint8))
     card = {"image": figures.picture(noisy), "lines": ["x"]}
     for columns in (None, 40):
@@ -468,18 +543,21 @@ def test_a_long_run_with_large_pictures_stays_below_the_limit(runs, tmp_path):
 def test_charts_say_what_they_leave_out():
     series = {f"class {i}": [(0, i), (1, i)] for i in range(20)}
     assert "and 6 more" in charts.lines("recall", series, x_label="step", y_label="recall")
-    points, names = np.random.default_rng(0).normal(size=(90, 2)), [f"class {i}" for i in range(45)]
-    drawn = charts.scatter(
-        "features", points, [i % 45 for i in range(90)], names, x_label="a", y_label="b"
-    )
+    points = np.random.default_rng(0).normal(size=(90, 2))
+    groups = [i % 45 for i in range(90)]
+    names = [f"class {i}" for i in range(45)]
+    drawn = charts.scatter("features", points, groups, names, x_label="a", y_label="b")
     assert "and 5 more" in drawn and drawn.count("h0") >= 90
 
 
 def test_checks_are_shown_with_their_rows_and_pictures(runs, tmp_path):
     folder = shutil.copytree(runs["raer"], tmp_path / "run")
     Image.new("RGB", (30, 20), "red").save(folder / "figures" / "check_inputs.png")
-    item = {"item": "loss-at-init", "status": "FAIL", "value": "1.0986", "threshold": "0.6 to 0.7"}
-    item |= {
+    bad = {
+        "item": "loss-at-init",
+        "status": "FAIL",
+        "value": "1.0986",
+        "threshold": "0.6 to 0.7",
         "fix": f"fix {EVIL}",
         "pictures": ["figures/check_inputs.png"],
         "rows": [["truth", "said"], ["x", EVIL]],
@@ -487,19 +565,16 @@ def test_checks_are_shown_with_their_rows_and_pictures(runs, tmp_path):
     good = {"item": "seed", "status": "PASS", "value": "equal", "threshold": "equal", "fix": ""}
     check = {
         "command": "train_raer.py --check",
-        "script": "raer",
+        "card": dataclasses.asdict(CARDS["raer"]),
         "seconds": 12.0,
-        "items": [item, good],
+        "items": [bad, good],
     }
     (folder / "check.json").write_text(json.dumps(check))
     file = page.write(folder)
     tree = parsed(file)
     words = "".join(tree.itertext())
-    assert (
-        "1 FAIL, 0 WARN, 1 PASS, 0 SKIP" in words
-        and f"fix {EVIL}" in words
-        and "loss-at-init" in words
-    )
+    assert "1 FAIL, 0 WARN, 1 PASS, 0 SKIP" in words
+    assert f"fix {EVIL}" in words and "loss-at-init" in words
     assert [e.attrib["alt"] for e in tree.iter("img")].count("figures/check_inputs.png") == 1
     assert "Check inputs" not in words  # not a second time among the run's own pictures
     if CHROMIUM:
@@ -509,6 +584,7 @@ def test_checks_are_shown_with_their_rows_and_pictures(runs, tmp_path):
     (alone / "check.json").write_text(json.dumps(check))
     words = "".join(parsed(page.write(alone)).itertext())
     assert "checked, not trained" in words and f"fix {EVIL}" in words
+    assert CARDS["raer"].about in words
 
 
 def test_runs_are_compared_on_a_page_and_on_a_terminal(runs, tmp_path, capsys):
@@ -522,27 +598,24 @@ def test_runs_are_compared_on_a_page_and_on_a_terminal(runs, tmp_path, capsys):
     pair = list(map(str, folders[:2]))
     assert __main__.main([*pair, "--out", str(tmp_path / "both.html")]) == 0
     tree = parsed(tmp_path / "both.html")
-    rows = {
-        cells[0]: cells[1:]
-        for row in tree.iter("tr")
-        if (cells := ["".join(td.itertext()) for td in row])
-    }
+    rows = {row[0]: row[1:] for row in table_rows(tree)}
     assert rows["dropout"] == ["0.1", "0.625"] and "seed" not in rows
     assert rows["train/test/uar"][1] == "0.8125 (0.7500 to 0.8750)"
-    charts = drawn_lines(tree)
-    assert len(charts["train: uar"][0][0]) == 2  # a line of each run
+    assert len(drawn_lines(tree)["train: uar"][0][0]) == 2  # a line of each run
     if CHROMIUM:
         is_sound(tmp_path / "both.html", tmp_path)
     capsys.readouterr()
     assert __main__.main([*pair, "--text"]) == 0
-    said = capsys.readouterr().out
-    assert re.search(r"^dropout +0\.1 +0\.625$", said, re.M) and "0.8125 (0.7500 to 0.8750)" in said
+    text = capsys.readouterr().out
+    assert re.search(r"^dropout +0\.1 +0\.625$", text, re.M)
+    assert "0.8125 (0.7500 to 0.8750)" in text
     assert __main__.main([str(folders[2]), "--text"]) == 0
     assert re.search(r"^train/test/video_auc +0\.\d+ +0\.\d+$", capsys.readouterr().out, re.M)
-    assert (
-        __main__.main([*map(str, folders), "--out", str(tmp_path / "three.html")]) == 0
-    )  # other scripts side by side
-    parsed(tmp_path / "three.html")
+    three = tmp_path / "three.html"  # other scripts side by side
+    assert __main__.main([*map(str, folders), "--out", str(three)]) == 0
+    names = [row[0] for row in table_rows(parsed(three)) if row[0].startswith("train/test/")]
+    headlines = ["train/test/uar", "train/test/war", "train/test/video_auc"]
+    assert names[:3] == headlines  # in the order of the runs
 
 
 def test_runs_that_differ_in_a_setting_get_a_pivot_table(tmp_path, capsys):
@@ -550,14 +623,15 @@ def test_runs_that_differ_in_a_setting_get_a_pivot_table(tmp_path, capsys):
         for rate in (0.1, 0.2):
             folder = tmp_path / f"{rate}-{seed}"
             folder.mkdir()
-            flags = {"lr": rate, "seed": seed}
-            config = flags | {"identity": flags, "resolved": {"script": "raer"}}
+            identity = {"lr": rate, "seed": seed}
+            card = {"headlines": {"train/test/uar": "UAR"}}
+            config = {**identity, "identity": identity, "resolved": {}, "card": card}
             (folder / "config.json").write_text(json.dumps(config))
             summary = {"status": "finished", "seconds": 1, "train/test/uar": rate + seed / 10}
             (folder / "summary.json").write_text(json.dumps(summary))
     assert __main__.main([str(tmp_path), "--text"]) == 0
-    said = capsys.readouterr().out
-    assert "| 0.1 | 0.2000 ± 0.2484 (3) |" in said  # Student: 4.303 x 0.1 / sqrt(3)
+    text = capsys.readouterr().out
+    assert "| 0.1 | 0.2000 ± 0.2484 (3) |" in text  # Student: 4.303 x 0.1 / sqrt(3)
     assert compare.names_of([{"run": "a/x"}, {"run": "b/x"}]) == ["a/x", "b/x"]
 
 
@@ -566,9 +640,8 @@ def test_decimation_keeps_the_extremes_and_both_ends():
     line = [(i, float(v)) for i, v in enumerate(rng.normal(size=5000))]
     kept = charts.thin(line, 200)
     assert len(kept) <= 201 and kept[0] == line[0] and kept[-1] == line[-1]
-    assert max(p[1] for p in kept) == max(p[1] for p in line) and min(p[1] for p in kept) == min(
-        p[1] for p in line
-    )
+    for extreme in (min, max):
+        assert extreme(p[1] for p in kept) == extreme(p[1] for p in line)
 
 
 @pytest.mark.parametrize(

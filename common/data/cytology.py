@@ -19,6 +19,7 @@ each. Where there are fewer images than the protocol asks for, the sets shrink a
 No image is in two sets.
 """
 
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,8 @@ CELLS = [
     for fraction in (1.0, 0.7, 0.4)
     for proj_dim in (32, 64, 128)
 ]
+# The projection that the published experiment went on with, by backbone.
+RECIPE_CHOICE = {"resnet50": 64, "resnet101": 128, "inception_v3": 128, "inception_resnet_v2": 128}
 TOO_SMALL = 20  # images: such a label can neither be learned from nor judged
 
 
@@ -249,3 +252,41 @@ def check_start(source: str, before: dict, targets: list[str] | None, images: Im
 def save(folder: Path, record: dict) -> None:
     """Write split.json: the target labels, the notes, and the names of the images of every set."""
     write_json(folder / "split.json", record)
+
+
+def select_run(runs: list[dict], value: str = "pretrain/train/loss") -> str:
+    """Per backbone the SimCLR run of the largest batch and, among those, of the lowest `value`.
+
+    This is the experiment's rule. Where its authors went on with another projection, that is said.
+
+    Args:
+        runs: what `common.report.tables.read_runs` gives: flags, settings and summary of each.
+        value: a metric.
+
+    Raises:
+        InputError: no finished run has `value`.
+    """
+    finished = [
+        run
+        for run in runs
+        if run["status"] == "finished" and run.get("script") == "simclr" and value in run
+    ]
+    if not finished:
+        raise InputError(
+            f"no finished run has {value}: run `python train_simclr.py --grid-index K` first"
+        )
+    lines = []
+    for backbone in sorted({run["backbone"] for run in finished}):
+        candidates = [run for run in finished if run["backbone"] == backbone]
+        best = min(candidates, key=lambda run: (-run["bs"], run[value], run["run"]))
+        settings = ", ".join(f"{name} {best[name]:g}" for name in ("proj_dim", "bs", "fraction"))
+        text = f"{backbone}: {settings}, {value} {best[value]:.4f}"
+        published = RECIPE_CHOICE.get(backbone, best["proj_dim"])
+        if published != best["proj_dim"]:
+            text += f" (the published experiment went on with projection {published})"
+        command = ["python", "train_simclr.py", "--stage", "linear", "--data", best["data"]]
+        if best["targets"] is not None:  # flags of the protocol are refused without it
+            command += ["--protocol", best["protocol"], "--target-labels", best["target_labels"]]
+        lines.append(text)
+        lines.append("  " + shlex.join([*command, "--from", best["run"]]))
+    return "\n".join(lines)

@@ -1,20 +1,29 @@
-"""The command line of the reports."""
+"""Reports of runs, from the files in their run directories.
 
+python -m common.report RUN                 writes its report.html again
+python -m common.report RUN --text          the same run as text, on a terminal
+python -m common.report RUN RUN [RUN ...]   compare.html: curves together, settings that
+                                            differ, metrics
+python -m common.report DIR --rows backbone,bs --cols proj_dim --value pretrain/train/loss
+                                            a table of many runs
+"""
+
+import argparse
 import sys
 from pathlib import Path
 
 import torch
 
 from common import config
+from common.data.cytology import select_run
 from common.errors import InputError, exit_codes
-from common.report import compare, tables
-from common.report.page import write
+from common.report import compare, page, tables
 from common.report.record import Record
 
 
-def main(argv: list[str] | None = None) -> int:
-
+def build_parser() -> config.Parser:
     parser = config.Parser(prog="python -m common.report", description=__doc__)
+    axis = "settings, as `backbone,bs`; `bs=64|128` lists the values to show"
     parser.add_argument(
         "folders", metavar="DIR", nargs="+", help="run directories, or folders of runs"
     )
@@ -24,7 +33,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", metavar="FILE", help="the page that compares runs; unset: compare.html"
     )
-    axis = "settings, as `backbone,bs`; `bs=64|128` lists the values to show"
     parser.add_argument("--rows", help=f"print a table of the runs: {axis}")
     parser.add_argument("--cols", default="", help=f"its columns: {axis}")
     parser.add_argument(
@@ -40,58 +48,83 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--select", action="store_true", help="per backbone the SimCLR run to go on with"
     )
+    return parser
+
+
+def validate(parser: config.Parser, args: argparse.Namespace, single_run: bool) -> None:
+    """Refuse flags that would have no effect."""
+
+    def reject(flags: list[str], why: str) -> None:
+        config.reject_unused_flags(parser, args, flags, why)
+
+    prints_table = args.rows is not None or args.select
+    if args.rows is None:
+        reject(["cols", "value", "interval", "compact"], "without --rows")
+    elif args.value is None:
+        parser.error("--rows needs --value, the metric to show")
+    if prints_table or args.text or single_run:
+        reject(["out"], "without a page that compares runs")
+    if prints_table:
+        reject(["text"], "with --rows or --select, which print text")
+    elif single_run:
+        reject(["where"], "for a single run")
+
+
+def find_runs(folders: list[Path]) -> list[dict]:
+    """The runs in and below the folders, each once; folders without any are named.
+
+    Raises:
+        InputError: there is no run at all.
+    """
+    by_folder = {}
+    without = []
+    for folder in folders:
+        runs = {Path(run["run"]).resolve(): run for run in tables.read_runs(folder)}
+        by_folder |= runs  # a run that is given twice, in its folder and by name, counts once
+        if not runs:
+            checked = (folder / "check.json").exists()
+            without.append(f"{folder}: {'checked, not trained' if checked else 'no run there'}")
+    if not by_folder:
+        raise InputError(f"{'; '.join(without)}; a run directory holds a config.json")
+    for text in without:
+        print(f"{text}; left out", file=sys.stderr)
+    return list(by_folder.values())
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = build_parser()
     args = parser.parse_args(argv)
     folders = [Path(folder) for folder in args.folders]
+    single_run = len(folders) == 1 and any(
+        (folders[0] / name).exists() for name in ("config.json", "check.json")
+    )
     with exit_codes():
-        one = len(folders) == 1 and any(
-            (folders[0] / name).exists() for name in ("config.json", "check.json")
-        )
-        if args.rows is None:
-            config.reject_unused_flags(
-                parser, args, ["cols", "value", "interval", "compact"], "without --rows"
-            )
-        elif args.value is None:
-            parser.error("--rows needs --value, the metric to show")
-        table_asked = args.rows is not None or args.select
-        if table_asked or args.text or one:
-            config.reject_unused_flags(parser, args, ["out"], "without a page that compares runs")
-        if table_asked:
-            config.reject_unused_flags(
-                parser, args, ["text"], "with --rows or --select, which print text"
-            )
-        if one and not table_asked:
-            config.reject_unused_flags(parser, args, ["where"], "for a single run")
-            print(compare.text_of(Record(folders[0])) if args.text else write(folders[0]))
+        validate(parser, args, single_run)
+        prints_table = args.rows is not None or args.select
+        if single_run and not prints_table:
+            if args.text:
+                print(compare.text_of(Record(folders[0])))
+            else:
+                print(page.write(folders[0]))
             return 0
-        found, idle = {}, []
-        for folder in folders:
-            own = {Path(row["run"]).resolve(): row for row in tables.runs(folder)}
-            found |= own  # a run that is given twice, in its folder and by name, counts once
-            if not own:
-                checked = (folder / "check.json").exists()
-                idle.append(f"{folder}: {'checked, not trained' if checked else 'no run there'}")
-        if not found:
-            raise InputError(f"{'; '.join(idle)}; a run directory holds a config.json")
-        for line in idle:
-            print(f"{line}; left out", file=sys.stderr)
-        found = list(found.values())
-        found = tables.where(found, args.where)
+        runs = tables.where(find_runs(folders), args.where)
         if args.rows is not None:
-            rows, cols = tables.parse_axis(args.rows), tables.parse_axis(args.cols)
-            values = args.value.split(",")
-            print(
-                tables.pivot(
-                    found, rows, cols, values, interval=args.interval, compact=args.compact
-                )
+            table = tables.pivot(
+                runs,
+                tables.parse_axis(args.rows),
+                tables.parse_axis(args.cols),
+                args.value.split(","),
+                interval=args.interval,
+                compact=args.compact,
             )
+            print(table)
         if args.select:
-            print(tables.select(found))
-        if not table_asked:
-            print(
-                compare.text(found)
-                if args.text
-                else compare.write(found, Path(args.out or "compare.html"))
-            )
+            print(select_run(runs))
+        if not prints_table:
+            if args.text:
+                print(compare.text(runs))
+            else:
+                print(compare.write(runs, Path(args.out or "compare.html")))
     return 0
 
 

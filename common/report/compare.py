@@ -1,36 +1,38 @@
-"""Runs side by side: `python -m common.report RUN RUN ...` writes one page, with `--text` one text."""
+"""Runs side by side, on a page or as text."""
 
 from pathlib import Path
 
 from common.errors import InputError
 from common.report import charts, page, tables
-from common.report.curves import FIRST, METRICS, SYSTEM, chart_figure, curves_of, title_of
-from common.report.record import HEADLINES, LIMIT, Record, interval_text
+from common.report.curves import FIRST, chart_figure, curves_of, label_of, title_of
+from common.report.record import LIMIT, Record, interval_text
 from common.run import log
 
 DRAWN = 10  # runs whose curves are drawn together; tables hold all of them
+_PIVOT_VALUES = 3  # headline metrics in the pivot table
+_PARTS = ("_low", "_high", "_sd", "_last_epoch")  # of another metric
 
 
-def names_of(found: list[dict]) -> list[str]:
+def names_of(runs: list[dict]) -> list[str]:
     """A short name for each run: its folder's, with as many of those above as tell them apart."""
-    paths = [Path(run["run"]).resolve().parts for run in found]
+    paths = [Path(run["run"]).resolve().parts for run in runs]
     depth = 1
     while len({path[-depth:] for path in paths}) < len(paths) and depth < max(map(len, paths)):
         depth += 1
     return ["/".join(path[-depth:]) for path in paths]
 
 
-def differing(found: list[dict]) -> list[str]:
+def differing(runs: list[dict]) -> list[str]:
     """The flags and settings that some of the runs do not share, of those that decide the result.
 
     Lists and tables, as a schedule, follow from a flag as a rule: they are named where nothing else
     differs.
     """
-    names = sorted(tables.differences(found))
+    names = sorted(tables.differences(runs))
     plain = [
-        n
-        for n in names
-        if not any(isinstance(run["identity"].get(n), (list, dict)) for run in found)
+        name
+        for name in names
+        if not any(isinstance(run["identity"].get(name), (list, dict)) for run in runs)
     ]
     return plain if set(plain) - {"seed"} else names
 
@@ -43,178 +45,168 @@ def setting(run: dict, name: str) -> str:
     return charts.cut(str(value), 480)
 
 
-def metric_names(found: list[dict]) -> list[str]:
-    """The metrics that any run has, test ones first; intervals, deviations and last epochs are
-    parts of others.
+def headlines_of(runs: list[dict]) -> list[str]:
+    """The metrics that matter by the cards of the runs' scripts, the most telling first."""
+    cards = [run.get("card") or {} for run in runs]
+    return list(dict.fromkeys(name for card in cards for name in card.get("headlines", {})))
+
+
+def metric_names(scores: list[dict], headlines: list[str]) -> list[str]:
+    """The metrics that any run has: the headlines, then test ones, then the others.
+
+    Intervals, deviations and last epochs are parts of others.
     """
     names = {
         name
-        for run in found
-        for name, value in run.items()
-        if name.count("/") == 2 and isinstance(value, (int, float))
+        for values in scores
+        for name, value in values.items()
+        if name.count("/") == 2
+        and isinstance(value, (int, float))
+        and name.split("/")[1] not in ("monitor", "schedule")
+        and not name.endswith(_PARTS)
+        and not any(f"{part}_" in name for part in _PARTS[:3])
     }
-    parts = ("_low", "_high", "_sd", "_last_epoch")
-    names = [
-        name
-        for name in names
-        if not name.endswith(parts) and not any(f"{p}_" in name for p in parts[:3])
-    ]
-    skipped = ("monitor", "schedule")
-    names = [name for name in names if name.split("/")[1] not in skipped]
-    order = list(HEADLINES)
-    return sorted(
-        names,
-        key=lambda n: (
-            n not in order,
-            order.index(n) if n in order else 0,
-            n.split("/")[1] != "test",
-            n,
-        ),
-    )
+    first = [name for name in headlines if name in names]
+    rest = sorted(names.difference(first))
+    tests = [name for name in rest if name.split("/")[1] == "test"]
+    return first + tests + [name for name in rest if name not in tests]
 
 
-def cells(found: list[dict]) -> tuple[list, list, list, list]:
+def cells(runs: list[dict]) -> tuple[list, list, list, list]:
     """(states, flags, metrics, header): the tables of a comparison, a row for each thing and a
     column for each run.
     """
-    header = ["", *names_of(found)]
-    records = [Record(Path(run["run"])) for run in found]
-    scores = [record.scores for record in records]
+    header = ["", *names_of(runs)]
+    records = [Record(Path(run["run"])) for run in runs]
     states = [["state", *(record.state for record in records)]]
-    flags = [[name, *(setting(run, name) for run in found)] for name in differing(found)]
+    flags = [[name, *(setting(run, name) for run in runs)] for name in differing(runs)]
+    names = metric_names([record.scores for record in records], headlines_of(runs))
     metrics = [
-        [name, *(interval_text(own, name) for own in scores)] for name in metric_names(scores)
+        [name, *(interval_text(record.scores, name) for record in records)] for name in names
     ]
     return states, flags, metrics, header
 
 
-def groups(found: list[dict]) -> str | None:
+def groups(runs: list[dict]) -> str | None:
     """The pivot table of the runs by the settings in which they differ, seeds aside; None where
     that says no more than the table of metrics.
     """
     names = [
-        name for name in differing(found) if name != "seed" and any(name in run for run in found)
+        name for name in differing(runs) if name != "seed" and any(name in run for run in runs)
     ]
-    finished = [run for run in found if run["status"] == "finished"]
-    values = [name for name in metric_names(finished) if name in HEADLINES][:3]
+    finished = [run for run in runs if run["status"] == "finished"]
+    headlines = headlines_of(runs)
+    values = [name for name in metric_names(finished, headlines) if name in headlines]
     if not values or not 1 <= len(names) <= 4 or len(finished) < 3:
         return None
-    return tables.pivot(found, dict.fromkeys(names), {}, values, interval=True, compact=True)
+    rows = dict.fromkeys(names)
+    return tables.pivot(runs, rows, {}, values[:_PIVOT_VALUES], interval=True, compact=True)
 
 
-def text(found: list[dict]) -> str:
+def text(runs: list[dict]) -> str:
     """The comparison for a terminal."""
-    states, flags, metrics, header = cells(found)
+    states, flags, metrics, header = cells(runs)
     parts = [tables.aligned([header, *states])]
-    parts.append(
-        "Settings that differ\n" + tables.aligned([header, *flags])
-        if flags
-        else "No setting differs."
-    )
+    if flags:
+        parts.append("Settings that differ\n" + tables.aligned([header, *flags]))
+    else:
+        parts.append("No setting differs.")
     if metrics:
-        parts.append(
-            "Metrics of the selected epoch (95 % interval or ± deviation where there is one)\n"
-        )
-        parts[-1] += tables.aligned([header, *metrics])
-    pivot = groups(found)
+        title = "Metrics of the selected epoch (95 % interval or ± deviation where there is one)"
+        parts.append(f"{title}\n{tables.aligned([header, *metrics])}")
+    pivot = groups(runs)
     if pivot:
-        parts.append(
-            f"Runs that share settings: mean ± half a 95 % interval (number of runs)\n{pivot}"
-        )
+        title = "Runs that share settings: mean ± half a 95 % interval (number of runs)"
+        parts.append(f"{title}\n{pivot}")
     return "\n\n".join(parts)
 
 
 def text_of(run: Record) -> str:
     """One run for a terminal: how it stands, its metrics, its checks."""
-    names = metric_names([run.scores])
+    parts = [f"{run.folder}: {run.state}\npython {run.env.get('command', '')}"]
     rows = [
         [name, interval_text(run.scores, name), interval_text(run.scores, f"{name}_last_epoch")]
-        for name in names
+        for name in metric_names([run.scores], list(run.card["headlines"]))
     ]
-    parts = [f"{run.folder}: {run.state}\npython {run.env.get('command', '')}"]
     if rows:
         parts.append(tables.aligned([["metric", "value", "last epoch"], *rows]))
     if run.check:
-        order = ("status", "item", "value", "threshold", "fix")
-        parts.append(
-            tables.aligned(
-                [["", *order[1:]], *([item[name] for name in order] for item in run.check["items"])]
-            )
-        )
+        columns = ("status", "item", "value", "threshold", "fix")
+        items = [[item[name] for name in columns] for item in run.check["items"]]
+        parts.append(tables.aligned([["", *columns[1:]], *items]))
     return "\n\n".join(parts)
 
 
-def write(found: list[dict], path: Path) -> Path:
+def write(runs: list[dict], path: Path) -> Path:
     """Write the page that compares runs; returns its path.
 
     Raises:
         InputError: it cannot be written.
     """
-
-    states, flags, metrics, header = cells(found)
+    states, flags, metrics, header = cells(runs)
     parts = {"Runs": page.table(states, header)}
-    said = '<p class="t">Of the settings that decide the result.</p>'
-    parts["Settings that differ"] = said + page.table(flags, header) if flags else "<p>None.</p>"
+    if flags:
+        note = page.paragraph("Of the settings that decide the result.")
+        parts["Settings that differ"] = note + page.table(flags, header)
+    else:
+        parts["Settings that differ"] = "<p>None.</p>"
     if metrics:
-        said = (
-            "Of the selected epoch, on the split that the name says; with the 95 % interval,"
-            " or ± the deviation, where"
+        note = page.paragraph(
+            "Of the selected epoch, on the split that the name says; with the 95 % interval, or ±"
+            " the deviation, where the run has one."
         )
-        said += " the run has one."
-        parts["Metrics"] = f'<p class="t">{said}</p>{page.table(metrics, header)}'
-    pivot = groups(found)
+        parts["Metrics"] = note + page.table(metrics, header)
+    pivot = groups(runs)
     if pivot:
-        rows = [
-            [c.strip() for c in line.strip("|").split("|")]
+        note = page.paragraph(
+            "Mean of the runs in a row, half the 95 % interval of that mean over the runs, and how"
+            " many they are."
+        )
+        names, _, *rows = [
+            [cell.strip() for cell in line.strip("|").split("|")]
             for line in pivot.splitlines()
             if line.startswith("|")
         ]
-        said = (
-            "Mean of the runs in a row, half the 95 % interval of that mean over the runs, and"
-            " how many they are."
-        )
-        parts["Runs that share settings"] = (
-            f'<p class="t">{said}</p>{page.table(rows[2:], rows[0])}'
-        )
-    for detail in (300, 150, 75, 30):
-        parts["Curves"] = curves(found, header[1:], detail)
-        html = page.document("Comparison of runs", [f"<h1>{len(found)} runs compared</h1>"], parts)
-        if len(html) <= LIMIT:
+        parts["Runs that share settings"] = note + page.table(rows, names)
+    for max_points in (300, 150, 75, 30):
+        parts["Curves"] = curves(runs, header[1:], max_points)
+        head = [f"<h1>{len(runs)} runs compared</h1>"]
+        content = page.document("Comparison of runs", head, parts)
+        if len(content) <= LIMIT:
             break
     try:
-        path.write_bytes(html)
+        path.write_bytes(content)
     except OSError as error:
         raise InputError(f"--out {path}: {error.strerror}") from None
     return path
 
 
-def curves(found: list[dict], names: list[str], most: int) -> str:
+def curves(runs: list[dict], names: list[str], max_points: int) -> str:
     """The curves of up to DRAWN runs, each metric of each stage in one chart."""
-    metrics_drawn: dict[tuple[str, str], dict[str, list]] = {}
-    for run, name in list(zip(found, names, strict=True))[:DRAWN]:
-        file = Path(run["run"])
-        lines = log.read(file) if (file / "log.jsonl").exists() else []
-        for stage, own in curves_of(lines).items():
-            for metric, chart in own.items():
-                series = chart["series"]
-                best = next((s for s in ("val", "train", *series) if s in series), None)
-                if best and metric not in SYSTEM[1:]:
-                    metrics_drawn.setdefault((stage, metric), {})[name] = series[best]
-    drawn = []
-    order = {metric: i for i, metric in enumerate(FIRST)}
-    for (stage, metric), series in sorted(
-        metrics_drawn.items(), key=lambda c: order.get(c[0][1], len(order))
-    ):
-        if metric in order:
-            label = METRICS.get(metric, (metric.replace("_", " "),))[0]
-            svg = charts.lines(
-                f"{stage}: {metric}", series, x_label="optimizer step", y_label=label, most=most
-            )
-            drawn.append(chart_figure(f"{stage}: {title_of(metric)}", metric, svg))
-    left = len(found) - DRAWN
-    said = (
-        f'<p class="t">Of the first {DRAWN} runs; {left} more stand in the tables.</p>'
-        if left > 0
-        else ""
-    )
-    return said + f'<div class="charts">{"".join(drawn)}</div>' if drawn else ""
+    drawn: dict[tuple[str, str], dict[str, list]] = {}  # (metric, stage) -> run -> points
+    for run, name in zip(runs[:DRAWN], names, strict=False):
+        folder = Path(run["run"])
+        lines = log.read(folder) if (folder / "log.jsonl").exists() else []
+        for stage, charts_of_stage in curves_of(lines).items():
+            for metric, chart in charts_of_stage.items():
+                splits = [s for s in ("val", "train", *chart["series"]) if s in chart["series"]]
+                if splits and metric in FIRST:
+                    points = chart["series"][splits[0]]
+                    drawn.setdefault((metric, stage), {})[name] = points
+    figures = []
+    for metric, stage in sorted(drawn, key=lambda key: FIRST.index(key[0])):
+        svg = charts.lines(
+            f"{stage}: {metric}",
+            drawn[metric, stage],
+            x_label="optimizer step",
+            y_label=label_of(metric),
+            most=max_points,
+        )
+        figures.append(chart_figure(f"{stage}: {title_of(metric)}", metric, svg))
+    if not figures:
+        return ""
+    left_out = len(runs) - DRAWN
+    note = ""
+    if left_out > 0:
+        note = page.paragraph(f"Of the first {DRAWN} runs; {left_out} more stand in the tables.")
+    return f'{note}<div class="charts">{"".join(figures)}</div>'

@@ -1,11 +1,7 @@
 """From log.jsonl to the curves of a report."""
 
-import math
+from common.report import charts
 
-from common.report.charts import escape
-from common.report.charts import lines as lines_chart
-
-ITEMS = {"simclr": "images", "tsm": "clips", "raer": "clips", "cluster": "utterances"}
 # Of a metric: the label of its axis, and what it means.
 METRICS = {
     "loss": ("loss, nats", "Lower is better; below the dashed line it is better than a guess."),
@@ -16,11 +12,11 @@ METRICS = {
         "contrastive top-5, share",
         "Views whose partner is among the five nearest of the batch.",
     ),
-    "alignment": ("alignment, squared distance", "Of the two views of an image; lower is closer."),
-    "uniformity": ("uniformity, nats", "Lower: the images spread more evenly."),
+    "alignment": ("alignment, squared distance", "Of the two views of an item; lower is closer."),
+    "uniformity": ("uniformity, nats", "Lower: the items spread more evenly."),
     "knn_accuracy": (
         "kNN accuracy, share",
-        "Images whose nearest neighbors by the features have their label.",
+        "Items whose nearest neighbors by the features have their label.",
     ),
     "effective_rank": (
         "effective rank, directions",
@@ -30,31 +26,21 @@ METRICS = {
     "macro_f1": ("macro F1, share", "F1 averaged over the classes, each counting the same."),
     "video_auc": (
         "AUC of videos",
-        "Chance that a fake scores above a real video; 0.5 is guessing.",
+        "Chance that a positive video scores above a negative one; 0.5 is guessing.",
     ),
     "clip_auc": ("AUC of clips", "As that of videos, for single clips."),
     "threshold": ("threshold", ""),
-    "uar": (
-        "UAR, share",
-        "Recall averaged over the classes, each counting the same; it chooses the epoch.",
-    ),
-    "war": ("WAR, share", "Right answers among all clips."),
-    "recall": ("recall, share", "Of each class: the share of its clips that is found."),
-    "stability": (
-        "stability",
-        "How well clusterings from different seeds agree, 1 at most; it chooses the epoch.",
-    ),
-    "nmi": (
-        "NMI",
-        "Agreement of clusters and labels, 1 at most. It is only watched: no label enters the"
-        " training.",
-    ),
+    "uar": ("UAR, share", "Recall averaged over the classes, each counting the same."),
+    "war": ("WAR, share", "Right answers among all items."),
+    "recall": ("recall, share", "Of each class: the share of its items that is found."),
+    "stability": ("stability", "How well clusterings from different seeds agree, 1 at most."),
+    "nmi": ("NMI", "Agreement of clusters and labels, 1 at most."),
     "silhouette": (
         "silhouette",
         "How much nearer rows are to their own cluster than to the next one, 1 at most.",
     ),
     "selected": (
-        "utterances selected",
+        "items selected",
         "How many of them an epoch trains on with their cluster as the label.",
     ),
     "rate": ("", "Training items processed in a second."),
@@ -67,6 +53,7 @@ METRICS = {
         "The most memory held so far: of the GPU by tensors, without one by the process.",
     ),
 }
+# Shown unfolded, in this order.
 FIRST = (
     "loss",
     "top1",
@@ -78,48 +65,21 @@ FIRST = (
     "war",
     "recall",
     "stability",
+    "nmi",
+    "effective_rank",
+    "silhouette",
+    "selected",
+    "lr",
 )
-FIRST += ("nmi", "effective_rank", "silhouette", "selected", "lr")
 SYSTEM = ("rate", "wait", "memory_gb")
-ALONE = (*SYSTEM, "lr", "grad_norm")  # not also measured over epochs
+_STEPS_ONLY = (*SYSTEM, "lr", "grad_norm")  # not also measured over epochs
+_NO_CURVE = ("loss_over_chance", "tau")
+_POSITION = ("stage", "step", "epoch", "time", "eta_s")  # of a line, no metrics
 
 
-def _points(detail: float) -> int:
+def max_points(detail: float) -> int:
+    """How many points of a line are drawn at a share of the full detail."""
     return max(int(300 * detail), 20)
-
-
-def chance_levels(settings: dict) -> dict[str, tuple[str, float]]:
-    """The loss that a guess costs in each stage, by name, with its formula: from a run's
-    config.json.
-    """
-    resolved, script = settings["resolved"], settings["resolved"].get("script")
-    stages = {
-        name: value for name, value in resolved.items() if isinstance(value, dict) and "bs" in value
-    }
-    found = {}
-    if script == "simclr":
-        for name, stage in stages.items():
-            count = 2 * stage["bs"] - 1 if name == "pretrain" else len(resolved["classes"][name])
-            found[name] = (
-                "a guess, ln(2N-1)" if name == "pretrain" else f"a guess, ln {count}",
-                math.log(count),
-            )
-    elif script == "tsm" and settings["alpha"] is None and not resolved["pos_weight"]:
-        gamma = settings["gamma"] if settings["loss"] == "focal_bce" else 0.0
-        found["train"] = ("a guess, p = 1/2", 0.5**gamma * math.log(2))
-    elif script == "raer" and settings["method"] != "ldam-drw":
-        found["train"] = (
-            f"a guess, ln {len(resolved['classes'])}",
-            math.log(len(resolved["classes"])),
-        )
-    elif script == "cluster":
-        views = 2 if resolved["views"] == "all" else max(len(resolved["widths"]), 2)
-        for name, stage in stages.items():
-            found[name] = (
-                f"a guess, ln({views} x {stage['bs']} - 1)",
-                math.log(views * stage["bs"] - 1),
-            )
-    return found
 
 
 def curves_of(lines: list[dict]) -> dict[str, dict[str, dict]]:
@@ -130,110 +90,115 @@ def curves_of(lines: list[dict]) -> dict[str, dict[str, dict]]:
     An interval belongs to its metric, recalls of classes to one chart, a majority class's figure is
     a level of the metric.
     """
-    found: dict[str, dict[str, dict]] = {}
+    stages: dict[str, dict[str, dict]] = {}
     for line in lines:
-        stage, _, variant = line["stage"].partition("_")
-        at = line["step"]
-        for name, value in line.items():
-            parts = name.split("/")
-            if name in (
-                "stage",
-                "step",
-                "epoch",
-                "time",
-                "eta_s",
-                "loss_over_chance",
-            ) or isinstance(value, str):
+        stage = line["stage"].partition("_")[0]
+        step = line["step"]
+        for key, value in line.items():
+            place = None if isinstance(value, str) else _place(key, line["stage"])
+            if place is None:
                 continue
-            split, metric = (
-                (parts[1], parts[2])
-                if len(parts) == 3
-                else ("last" if name in ALONE else "batch", name)
-            )
-            if split in ("test", "schedule") or metric in ("loss_over_chance", "tau"):
-                continue
-            if (
-                len(parts) == 3 and parts[0] != line["stage"]
-            ):  # a baseline's, which stands in a table
-                continue
-            if split == "monitor":
-                split, metric = (
-                    ("best so far", "stability")
-                    if metric == "best_performance"
-                    else ("monitor", metric)
-                )
-            kind, named = "series", split + f", {variant}" * bool(variant)
-            if metric.startswith("recall_"):
-                named, metric = metric.removeprefix("recall_"), "recall"
-            elif metric.startswith("majority_"):
-                kind, named, metric = "levels", "majority class", metric.removeprefix("majority_")
-            elif metric.endswith(("_low", "_high")):
-                metric, _, kind = metric.rpartition("_")
-            chart = found.setdefault(stage, {}).setdefault(
-                metric, {"series": {}, "bands": {}, "levels": {}}
-            )
-            if kind == "levels":
-                chart["levels"][named] = value
-            elif kind == "series":
-                chart["series"].setdefault(named, []).append((at, value))
+            metric, kind, name = place
+            charts_of_stage = stages.setdefault(stage, {})
+            chart = charts_of_stage.setdefault(metric, {"series": {}, "bands": {}, "levels": {}})
+            if kind == "series":
+                chart["series"].setdefault(name, []).append((step, value))
+            elif kind == "level":
+                chart["levels"][name] = value
             else:
-                band = chart["bands"].setdefault(named, {}).setdefault(at, [at, None, None])
+                band = chart["bands"].setdefault(name, {}).setdefault(step, [step, None, None])
                 band[1 if kind == "low" else 2] = value
-    for own in found.values():
-        for chart in own.values():
+    for charts_of_stage in stages.values():
+        for chart in charts_of_stage.values():
             chart["bands"] = {name: list(band.values()) for name, band in chart["bands"].items()}
-    return found
+    return stages
+
+
+def _place(key: str, stage: str) -> tuple[str, str, str] | None:
+    """Where a value of a log line is drawn: the chart's metric; whether it is a point of a series,
+    a level, or the low or high end of an interval; and of which line. None: nowhere.
+    """
+    if key in _POSITION:
+        return None
+    parts = key.split("/")
+    if len(parts) != 3:
+        metric = key
+        split = "last" if key in _STEPS_ONLY else "batch"
+    elif parts[0] == stage:
+        _, split, metric = parts
+    else:
+        return None  # a baseline's, which stands in a table
+    if split in ("test", "schedule") or metric in _NO_CURVE:
+        return None
+    if metric.startswith("recall_"):
+        return "recall", "series", metric.removeprefix("recall_")
+    if metric.startswith("majority_"):
+        return metric.removeprefix("majority_"), "level", "majority class"
+    if split == "monitor" and metric == "best_performance":
+        split, metric = "best so far", "stability"
+    variant = stage.partition("_")[2]
+    name = f"{split}, {variant}" if variant else split
+    if metric.endswith(("_low", "_high")):
+        metric, _, end = metric.rpartition("_")
+        return metric, end, name
+    return metric, "series", name
 
 
 def marks_of(stage: str, lines: list[dict], resumes: list[dict]) -> dict[str, list[float]]:
-    """Steps of a stage at which the run was resumed, and at which a phase of its schedule begins."""
-    marks = {"resumed": [row["step"] for row in resumes if row["stage"] == stage]}
-    marks["a phase begins"] = [
+    """Steps of a stage at which the run was resumed or a phase of its schedule begins."""
+    resumed = [row["step"] for row in resumes if row["stage"] == stage]
+    phases = [
         line["train/schedule/start"] * line["step"] / line["epoch"]
         for line in lines
         if line["stage"] == stage and line.get("train/schedule/start")
     ]
+    marks = {"resumed": resumed, "a phase begins": phases}
     return {name: steps for name, steps in marks.items() if steps}
 
 
 def chart_figure(title: str, metric: str, drawn: str) -> str:
     """A chart of a metric under its title and what it means."""
     meaning = METRICS.get(metric, ("", ""))[1]
-    return (
-        f"<figure><figcaption><b>{escape(title)}</b> {escape(meaning)}</figcaption>{drawn}</figure>"
-    )
+    caption = f"<b>{charts.escape(title)}</b> {charts.escape(meaning)}"
+    return f"<figure><figcaption>{caption}</figcaption>{drawn}</figure>"
+
+
+def label_of(metric: str) -> str:
+    """A metric's name at its axis, with the unit."""
+    return METRICS[metric][0] if metric in METRICS else metric.replace("_", " ")
 
 
 def title_of(metric: str) -> str:
     """A metric's name in a title: that of its axis, without the unit."""
-    return METRICS.get(metric, (metric.replace("_", " "),))[0].split(",")[0]
+    return label_of(metric).split(",")[0]
 
 
 def charts_of(
-    lines: list[dict], settings: dict, resumes=(), detail: float = 1.0, curves: dict | None = None
+    curves: dict[str, dict[str, dict]],
+    lines: list[dict],
+    resumes: list[dict],
+    card: dict,
+    detail: float = 1.0,
 ) -> dict[str, dict[str, str]]:
-    """stage -> metric -> SVG of a log's curves, which `curves_of` gives where they are not given."""
-    levels, found = chance_levels(settings) if lines else {}, {}
-    unit = ITEMS.get(settings["resolved"].get("script"), "items")
-    for stage, own in (curves or curves_of(lines)).items():
-        marks = marks_of(stage, lines, list(resumes))
-        for metric, chart in own.items():
-            guess = dict([levels[stage]]) if metric == "loss" and stage in levels else {}
-            label = (
-                f"{unit} a second"
-                if metric == "rate"
-                else METRICS.get(metric, (metric.replace("_", " "),))[0]
-            )
-            drawn = lines_chart(
+    """stage -> metric -> SVG of `curves_of` a log's lines, with the words of the script's card."""
+    drawings: dict[str, dict[str, str]] = {}
+    for stage, charts_of_stage in curves.items():
+        marks = marks_of(stage, lines, resumes)
+        for metric, chart in charts_of_stage.items():
+            levels = chart["levels"]
+            if metric == "loss" and stage in card["chance"]:
+                name, loss = card["chance"][stage]
+                levels = {**levels, name: loss}
+            drawn = charts.lines(
                 f"{stage}: {metric}",
                 chart["series"],
                 x_label="optimizer step",
-                y_label=label,
-                levels=chart["levels"] | guess,
+                y_label=f"{card['items']} a second" if metric == "rate" else label_of(metric),
+                levels=levels,
                 marks=marks,
                 bands=chart["bands"],
-                most=_points(detail),
+                most=max_points(detail),
             )
             if drawn:
-                found.setdefault(stage, {})[metric] = drawn
-    return found
+                drawings.setdefault(stage, {})[metric] = drawn
+    return drawings

@@ -1,5 +1,4 @@
-"""What a run leaves for its report beside the log: figures/NAME.json, numbers and small pictures as
-they are.
+"""What a run leaves for its report beside the log: figures/NAME.json, numbers and small pictures.
 
 Each file holds `kind`, how the report draws it, `title`, `text` for whoever has never seen the
 project, and the content. The same numbers are there for any other tool. Functions that need the
@@ -10,6 +9,7 @@ import base64
 import csv
 import io
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,8 @@ SIDE = 96  # of a picture, pixels
 SHOWN = 12  # items of a gallery
 POINTS = 1500  # of a scatter plot
 _MOST_CLASSES = 30  # of a confusion matrix that is drawn
+_QUERIES = 8  # images whose neighbors are shown
+_NEIGHBORS = 6
 
 
 def put(folder: Path, name: str, kind: str, title: str, text: str, **content) -> None:
@@ -31,9 +33,8 @@ def put(folder: Path, name: str, kind: str, title: str, text: str, **content) ->
     file = folder / "figures" / f"{name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f".{name}.tmp")
-    temporary.write_text(
-        json.dumps({"kind": kind, "title": title, "text": text} | content, default=_plain)
-    )
+    figure = {"kind": kind, "title": title, "text": text, **content}
+    temporary.write_text(json.dumps(figure, default=_plain))
     temporary.replace(file)
 
 
@@ -45,9 +46,8 @@ def picture(pixels: Tensor) -> str:
     """A data: address of uint8 pixels (3, h, w) as JPEG, at most SIDE high."""
     image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
     if image.height > SIDE:
-        image = image.resize(
-            (max(1, round(image.width * SIDE / image.height)), SIDE), Image.Resampling.BILINEAR
-        )
+        width = max(1, round(image.width * SIDE / image.height))
+        image = image.resize((width, SIDE), Image.Resampling.BILINEAR)
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=82)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -57,14 +57,15 @@ def pictures(run, items: np.ndarray) -> list[str]:
     """Pictures of data items: an image; three frames of a video; face and scene in the middle of a
     two-stream clip.
     """
-    data, workers = run.data, run.args.workers
+    data = run.data
+    workers = run.args.workers
     if not len(items):
         return []
     if not hasattr(data, "frames"):
-        (pixels,) = data.batches([items], workers)
-        return [picture(image) for image in pixels]
-    lengths = data.lengths[items][:, None]
-    (clips,) = data.batches([(items, lengths * np.array([1, 3, 5]) // 6)], workers)
+        (images,) = data.batches([items], workers)
+        return [picture(image) for image in images]
+    frames = data.lengths[items][:, None] * np.array([1, 3, 5]) // 6
+    (clips,) = data.batches([(items, frames)], workers)
     if isinstance(clips, Tensor):
         return [picture(torch.cat(list(clip), 2)) for clip in clips]
     return [picture(torch.cat([face[1], scene[1]], 2)) for face, scene in zip(*clips, strict=True)]
@@ -86,100 +87,94 @@ def classified(
     """
     if not run.world.is_main:
         return
-    shares = scores.double().softmax(1).numpy()
-    answers = shares.argmax(1)
+    probabilities = scores.double().softmax(1).numpy()
+    answers = probabilities.argmax(1)
     counts = metrics.confusion_matrix(labels, answers, len(classes))
     rows = [[label, *row] for label, row in zip(classes, counts.tolist(), strict=True)]
     place = run.folder if list(run.stages) == [name] else run.folder / name
     with open(place / "confusion.csv", "w", newline="") as file:
         csv.writer(file).writerows([["true", *classes], *rows])
     if len(classes) <= _MOST_CLASSES:
-        text = (
-            "Rows are the true classes, columns the answers; the darker, the larger its share"
-            " of the row."
-        )
-        text += " A perfect classifier fills the diagonal alone."
-        title, drawn = (
-            f"Confusion matrix of the test split, stage {name}",
-            dict(corner="true", columns=classes, rows=rows),
-        )
-        put(run.folder, f"confusion_{name}", "matrix", title, text, **drawn)
-        bars = [
-            (f"{label} ({size})", hits / max(size, 1), *metrics.share_interval(hits, size))
-            for label, hits, size in zip(
-                classes, counts.diagonal().tolist(), counts.sum(1).tolist(), strict=True
-            )
-        ]
-        text = (
-            "The share of each class's test items (their number in parentheses) that is found."
-            " Always answering the"
-        )
-        text += (
-            " most frequent class has a recall of 1 there and 0 elsewhere: the dashed line is"
-            " its mean."
-        )
-        title, levels = (
-            f"Recall of each class of the test split, stage {name}",
-            {"majority class": 1 / len(classes)},
-        )
         put(
             run.folder,
-            f"recall_{name}",
-            "bars",
-            title,
-            text,
-            label="recall",
-            rows=bars,
-            levels=levels,
+            f"confusion_{name}",
+            "matrix",
+            f"Confusion matrix of the test split, stage {name}",
+            "Rows are the true classes, columns the answers; the darker, the larger its share of"
+            " the row. A perfect classifier fills the diagonal alone.",
+            corner="true",
+            columns=classes,
+            rows=rows,
         )
+        _recalls(run.folder, name, classes, counts)
     wrong = np.flatnonzero(answers != labels)
-    by_truth = wrong[np.argsort(shares[wrong, labels[wrong]], kind="stable")][:SHOWN]
-    by_answer = wrong[np.argsort(-shares[wrong, answers[wrong]], kind="stable")][:SHOWN]
-    unsure = np.argsort(shares.max(1), kind="stable")[: SHOWN // 2]
+    by_truth = np.argsort(probabilities[wrong, labels[wrong]], kind="stable")
+    by_answer = np.argsort(-probabilities[wrong, answers[wrong]], kind="stable")
+    worst = wrong[by_truth][:SHOWN]
+    confident = wrong[by_answer][:SHOWN]
     groups = {
-        "Worst: the true class got the least probability": by_truth,
-        "Most confident: the wrong answer got the most": by_answer[~np.isin(by_answer, by_truth)],
-        "Least certain of all": unsure,
+        "Worst: the true class got the least probability": worst,
+        "Most confident: the wrong answer got the most": confident[~np.isin(confident, worst)],
+        "Least certain of all": np.argsort(probabilities.max(1), kind="stable")[: SHOWN // 2],
     }
 
-    def said(i: int) -> list[str]:
-        truth, answer = labels[i], answers[i]
-        right = f"{classes[truth]} {shares[i, truth]:.0%}"
-        return (
-            [right, "right"]
-            if truth == answer
-            else [right, f"said {classes[answer]} {shares[i, answer]:.0%}"]
-        )
+    def caption(i: int) -> list[str]:
+        truth = labels[i]
+        answer = answers[i]
+        verdict = "right"
+        if truth != answer:
+            verdict = f"said {classes[answer]} {probabilities[i, answer]:.0%}"
+        return [f"{classes[truth]} {probabilities[i, truth]:.0%}", verdict]
 
-    _errors(
-        run,
-        name,
-        indices,
-        groups,
-        said,
-        f"{len(wrong)} of {len(labels)} test items are answered wrongly.",
+    summary = f"{len(wrong)} of {len(labels)} test items are answered wrongly."
+    _errors(run, name, indices, groups, caption, summary)
+
+
+def _recalls(folder: Path, name: str, classes: list[str], counts: np.ndarray) -> None:
+    hits = counts.diagonal().tolist()
+    sizes = counts.sum(1).tolist()
+    rows = [
+        (f"{label} ({size})", hit / max(size, 1), *metrics.share_interval(hit, size))
+        for label, hit, size in zip(classes, hits, sizes, strict=True)
+    ]
+    put(
+        folder,
+        f"recall_{name}",
+        "bars",
+        f"Recall of each class of the test split, stage {name}",
+        "The share of each class's test items (their number in parentheses) that is found. Always"
+        " answering the most frequent class has a recall of 1 there and 0 elsewhere: the dashed"
+        " line is its mean.",
+        label="recall",
+        rows=rows,
+        levels={"majority class": 1 / len(classes)},
     )
 
 
-def _errors(run, name: str, indices, groups: dict, said, summary: str) -> None:
+def _errors(
+    run,
+    name: str,
+    indices: np.ndarray,
+    groups: dict[str, Iterable[int]],
+    caption: Callable[[int], list[str]],
+    summary: str,
+) -> None:
     rows = []
-    for title, own in groups.items():
-        own = np.asarray(own, np.int64)
+    for title, group in groups.items():
+        members = np.asarray(group, np.int64)
         cards = [
-            {"image": image, "lines": [*said(i), str(run.data.ids[indices[i]])]}
-            for i, image in zip(own.tolist(), pictures(run, indices[own]), strict=True)
+            {"image": image, "lines": [*caption(i), str(run.data.ids[indices[i]])]}
+            for i, image in zip(members.tolist(), pictures(run, indices[members]), strict=True)
         ]
         if cards:
             rows.append({"title": title, "cards": cards})
-    text = (
-        f"{summary} Below each: what is true, with its probability; what was said; the item's name."
-    )
     put(
         run.folder,
         f"errors_{name}",
         "gallery",
         f"Errors on the test split, stage {name}",
-        text,
+        f"{summary} Below each: what is true, with its probability; what was said; the item's"
+        " name.",
         rows=rows,
     )
 
@@ -196,64 +191,90 @@ def detected(run, indices: np.ndarray, scores: np.ndarray, threshold: float) -> 
     """
     if not run.world.is_main:
         return
-    labels, methods, seed = run.data.labels[indices], run.data.methods[indices], run.args.seed
+    labels = run.data.labels[indices]
+    methods = run.data.methods[indices]
+    _methods(run, labels, methods, scores, threshold)
+    answers = (scores >= threshold).astype(np.int64)
+    distance = np.abs(scores - threshold)
+    wrong = np.flatnonzero(answers != labels)
+    wrong = wrong[np.argsort(-distance[wrong], kind="stable")]
+    groups = {
+        "Fakes taken for real, the most confident first": wrong[labels[wrong] == 1][:SHOWN],
+        "Real videos taken for fake, the most confident first": wrong[labels[wrong] == 0][:SHOWN],
+        "Closest to the threshold": np.argsort(distance, kind="stable")[: SHOWN // 2],
+    }
+
+    def caption(i: int) -> list[str]:
+        truth = ("real", "fake")[labels[i]]
+        if truth == "fake" and methods[i]:
+            truth = f"fake, {methods[i]}"
+        verdict = "right"
+        if answers[i] != labels[i]:
+            verdict = f"said {('real', 'fake')[answers[i]]}"
+        return [truth, f"{verdict}, {scores[i]:.3f}"]
+
+    summary = (
+        f"{len(wrong)} of {len(labels)} test videos lie on the wrong side of the threshold"
+        f" {threshold:.4f}. Three frames of each; the last figure is its score."
+    )
+    _errors(run, "train", indices, groups, caption, summary)
+
+
+def _methods(
+    run, labels: np.ndarray, methods: np.ndarray, scores: np.ndarray, threshold: float
+) -> None:
+    # The table of methods and the ROC curve.
+    seed = run.args.seed
     kinds = sorted(set(methods[labels == 1]))
     groups = {"all": np.full(len(labels), True)}
     if len(kinds) > 1:
-        groups |= {kind: (labels == 0) | (methods == kind) for kind in kinds}
-    series, bands, rows = {}, {}, []
+        for kind in kinds:
+            groups[kind] = (labels == 0) | (methods == kind)
+    series = {}
+    bands = {}
+    rows = []
     for name, kept in groups.items():
-        target, own = labels[kept], scores[kept]
-        points, band = metrics.roc(target, own, seed)
-        found, (low, high) = metrics.detection(target, own), metrics.auc_interval(target, own, seed)
-        shown = f"{name}, AUC {found['auc']:.3f} ({low:.3f} to {high:.3f})"
-        series[shown] = points
+        target = labels[kept]
+        values = scores[kept]
+        points, band = metrics.roc(target, values, seed)
+        results = metrics.detection(target, values)
+        low, high = metrics.auc_interval(target, values, seed)
+        legend = f"{name}, AUC {results['auc']:.3f} ({low:.3f} to {high:.3f})"
+        series[legend] = points
         if name == "all":
-            bands[shown] = band
-        accuracy = float(((own >= threshold) == target).mean())
+            bands[legend] = band
         rows.append(
             [
                 name,
                 int((target == 1).sum()),
                 int((target == 0).sum()),
-                found["auc"],
+                results["auc"],
                 f"{low:.4f} to {high:.4f}",
-                found["ap"],
-                found["eer"],
-                accuracy,
+                results["ap"],
+                results["eer"],
+                float(((values >= threshold) == target).mean()),
             ]
         )
-    header = ["manipulation", "fake", "real", "AUC", "95 % interval", "AP", "EER", "accuracy"]
-    text = (
-        "One row for all fakes, and where there are several methods of manipulation one for each,"
-        " beside all real"
-        " videos. AUC: chance that a fake scores above a real video, 0.5 is guessing. AP: average"
-        " precision. EER: equal"
-        f" error rate. Accuracy at the threshold of validation, {threshold:.4f}. The interval:"
-        " bootstrap over videos."
-    )
     put(
         run.folder,
         "methods",
         "table",
         "Test videos by method of manipulation",
-        text,
-        header=header,
+        "One row for all fakes, and where there are several methods of manipulation one for each,"
+        " beside all real videos. AUC: chance that a fake scores above a real video, 0.5 is"
+        " guessing. AP: average precision. EER: equal error rate. Accuracy at the threshold of"
+        f" validation, {threshold:.4f}. The interval: bootstrap over videos.",
+        header=["manipulation", "fake", "real", "AUC", "95 % interval", "AP", "EER", "accuracy"],
         rows=rows,
-    )
-    text = (
-        "How many fakes are found (upwards) for how many false alarms (to the right), as the"
-        " threshold falls. The"
-        " closer to the upper left corner, the better; the dashed diagonal is guessing. The band"
-        " is the 95 % interval"
-        " of all fakes, by bootstrap over videos."
     )
     put(
         run.folder,
         "roc",
         "lines",
         "ROC curve, test videos",
-        text,
+        "How many fakes are found (upwards) for how many false alarms (to the right), as the"
+        " threshold falls. The closer to the upper left corner, the better; the dashed diagonal is"
+        " guessing. The band is the 95 % interval of all fakes, by bootstrap over videos.",
         series=series,
         bands=bands,
         diagonal="guessing",
@@ -261,40 +282,6 @@ def detected(run, indices: np.ndarray, scores: np.ndarray, threshold: float) -> 
         x_label="false alarms, share of the real videos",
         y_label="fakes found, share",
         frame=[[0, 1], [0, 1]],
-    )
-    answers = (scores >= threshold).astype(np.int64)
-    wrong = np.flatnonzero(answers != labels)
-    by_score = wrong[np.argsort(-np.abs(scores[wrong] - threshold), kind="stable")]
-    unsure = np.argsort(np.abs(scores - threshold), kind="stable")[: SHOWN // 2]
-    groups = {
-        "Fakes taken for real, the most confident first": [i for i in by_score if labels[i] == 1][
-            :SHOWN
-        ],
-        "Real videos taken for fake, the most confident first": [
-            i for i in by_score if labels[i] == 0
-        ][:SHOWN],
-        "Closest to the threshold": unsure,
-    }
-
-    def said(i: int) -> list[str]:
-        truth = "real" if labels[i] == 0 else f"fake, {methods[i]}" if methods[i] else "fake"
-        return [
-            truth,
-            f"{'said ' + ('real', 'fake')[answers[i]] if answers[i] != labels[i] else 'right'},"
-            f" {scores[i]:.3f}",
-        ]
-
-    summary = (
-        f"{len(wrong)} of {len(labels)} test videos lie on the wrong side of the threshold"
-        f" {threshold:.4f}."
-    )
-    _errors(
-        run,
-        "train",
-        indices,
-        groups,
-        said,
-        f"{summary} Three frames of each; the last figure is its score.",
     )
 
 
@@ -310,32 +297,27 @@ def attention_frames(run, items: np.ndarray, clips: Tensor, shares: Tensor, scor
     """
     if not run.world.is_main:
         return
-    found = []
-    for item, clip, own, value in zip(
+    num_frames = clips.shape[1]
+    rows = []
+    for item, clip, weights, score in zip(
         items.tolist(), clips, shares.tolist(), scores.tolist(), strict=True
     ):
         cards = [
-            {"image": picture(f), "share": s, "lines": [f"{s:.0%}"]}
-            for f, s in zip(clip, own, strict=True)
+            {"image": picture(frame), "share": weight, "lines": [f"{weight:.0%}"]}
+            for frame, weight in zip(clip, weights, strict=True)
         ]
-        title = (
-            f"{('real', 'fake')[run.data.labels[item]]}: {run.data.ids[item]}, score of fake"
-            f" {value:.3f}"
-        )
-        found.append({"title": title, "cards": cards})
-    text = (
-        "Test clips, one a row, first real, then fake. The bar and the figure below a frame"
-        " are its share in the"
-    )
-    text += f" clip's score; equal shares would be {1 / clips.shape[1]:.0%}."
+        truth = ("real", "fake")[run.data.labels[item]]
+        title = f"{truth}: {run.data.ids[item]}, score of fake {score:.3f}"
+        rows.append({"title": title, "cards": cards})
     put(
         run.folder,
         "watched",
         "gallery",
         "Which frames count",
-        text,
-        rows=found,
-        columns=clips.shape[1],
+        "Test clips, one a row, first real, then fake. The bar and the figure below a frame are"
+        f" its share in the clip's score; equal shares would be {1 / num_frames:.0%}.",
+        rows=rows,
+        columns=num_frames,
     )
 
 
@@ -347,70 +329,83 @@ def representation(run, features: Tensor) -> None:
     """
     if not run.world.is_main:
         return
-    data, labels = run.data, run.data.labels
-    x = features - features.mean(0)
-    some = np.arange(len(x))[:: -(-len(x) // POINTS)]
-    _, lengths, axes = torch.linalg.svd(x[some].double(), full_matrices=False)
-    parts = (lengths.square() / lengths.square().sum().clamp(min=1e-30))[:2].tolist()
-    points = (x[some].double() @ axes[:2].T).float()
-    text = (
-        "Each point is an image, placed by the two directions along which the features of the"
-        " selected epoch vary"
-    )
-    text += (
-        " most (PCA). Colors are labels, which pretraining has not seen: groups of one"
-        " color are what it found."
-    )
+    centered = features - features.mean(0)
+    _principal_axes(run, centered)
+    _neighbors(run, centered)
+
+
+def _principal_axes(run, centered: Tensor) -> None:
+    sample = np.arange(len(centered))[:: -(-len(centered) // POINTS)]
+    x = centered[sample].double()
+    _, lengths, axes = torch.linalg.svd(x, full_matrices=False)
+    variances = lengths.square() / lengths.square().sum().clamp(min=1e-30)
+    shares = variances[:2].tolist()
+    points = (x @ axes[:2].T).float()
     put(
         run.folder,
         "features",
         "scatter",
         "Features on their first two principal axes",
-        text,
+        "Each point is an image, placed by the two directions along which the features of the"
+        " selected epoch vary most (PCA). Colors are labels, which pretraining has not seen: groups"
+        " of one color are what it found.",
         points=[[round(v, 4) for v in row] for row in points.tolist()],
-        groups=labels[some],
-        names=data.classes,
-        x_label=f"axis 1, {parts[0]:.0%} of the variance",
-        y_label=f"axis 2, {parts[-1]:.0%} of the variance",
+        groups=run.data.labels[sample],
+        names=run.data.classes,
+        x_label=f"axis 1, {shares[0]:.0%} of the variance",
+        y_label=f"axis 2, {shares[-1]:.0%} of the variance",
     )
-    asked = run.splits["test"] if len(run.splits.get("test", [])) else np.arange(len(x))
-    if len(data.classes) > 1 and (labels[asked] >= 0).any():
-        own = [asked[labels[asked] == c][:2] for c in range(len(data.classes))]
-        asked = np.concatenate([part[:1] for part in own] + [part[1:] for part in own])[:8]
-    else:
-        asked = asked[np.linspace(0, len(asked) - 1, min(8, len(asked))).astype(int)]
-    unit = torch.nn.functional.normalize(x, dim=1)
-    similar = unit[asked] @ unit.T
-    similar[torch.arange(len(asked)), torch.from_numpy(asked)] = -torch.inf
-    near = similar.topk(min(6, len(x) - 1), dim=1)
-    found = []
 
-    def name(i: int) -> str:
-        return data.classes[labels[i]] if labels[i] >= 0 else "no label"
 
+def _queries(run, count: int) -> np.ndarray:
+    # Test images where there are any; of all classes where there are labels.
+    labels = run.data.labels
+    num_classes = len(run.data.classes)
+    candidates = run.splits["test"] if len(run.splits.get("test", [])) else np.arange(count)
+    if num_classes > 1 and (labels[candidates] >= 0).any():
+        pairs = [candidates[labels[candidates] == c][:2] for c in range(num_classes)]
+        firsts = [pair[:1] for pair in pairs]
+        seconds = [pair[1:] for pair in pairs]
+        return np.concatenate(firsts + seconds)[:_QUERIES]
+    spread = np.linspace(0, len(candidates) - 1, min(_QUERIES, len(candidates)))
+    return candidates[spread.astype(int)]
+
+
+def _neighbors(run, centered: Tensor) -> None:
+    labels = run.data.labels
+    queries = _queries(run, len(centered))
+    unit = torch.nn.functional.normalize(centered, dim=1)
+    similar = unit[queries] @ unit.T
+    similar[torch.arange(len(queries)), torch.from_numpy(queries)] = -torch.inf
+    nearest = similar.topk(min(_NEIGHBORS, len(centered) - 1), dim=1)
+
+    def label_of(i: int) -> str:
+        return run.data.classes[labels[i]] if labels[i] >= 0 else "no label"
+
+    def tone_of(query: int, other: int) -> str:
+        if labels[query] < 0:
+            return ""
+        return "good" if labels[other] == labels[query] else "bad"
+
+    rows = []
     for query, others, cosines in zip(
-        asked.tolist(), near.indices.tolist(), near.values.tolist(), strict=True
+        queries.tolist(), nearest.indices.tolist(), nearest.values.tolist(), strict=True
     ):
-        images = pictures(run, np.array([query, *others]))
-        cards = [{"image": images[0], "lines": [name(query), "the image"]}]
-        for image, other, cosine in zip(images[1:], others, cosines, strict=True):
-            same = labels[other] == labels[query] if labels[query] >= 0 else None
-            tone = "" if same is None else "good" if same else "bad"
-            cards.append({"image": image, "lines": [name(other), f"{cosine:.2f}"], "tone": tone})
-        found.append({"title": "", "cards": cards})
-    text = (
-        "A test image in each row, then the images most like it by the features (cosine"
-        " similarity below each)."
-    )
-    text += " A solid frame: the same label; a dashed one: another."
+        query_image, *images = pictures(run, np.array([query, *others]))
+        cards = [{"image": query_image, "lines": [label_of(query), "the image"]}]
+        for image, other, cosine in zip(images, others, cosines, strict=True):
+            lines = [label_of(other), f"{cosine:.2f}"]
+            cards.append({"image": image, "lines": lines, "tone": tone_of(query, other)})
+        rows.append({"title": "", "cards": cards})
     put(
         run.folder,
         "neighbors",
         "gallery",
         "Nearest neighbors",
-        text,
-        rows=found,
-        columns=len(found[0]["cards"]),
+        "A test image in each row, then the images most like it by the features (cosine similarity"
+        " below each). A solid frame: the same label; a dashed one: another.",
+        rows=rows,
+        columns=len(rows[0]["cards"]),
     )
 
 
@@ -420,5 +415,5 @@ def save_grid(path: Path, images: Tensor, columns: int) -> None:
     grid = make_grid(
         images.detach().float().cpu().clamp(0, 1), nrow=columns, padding=2, pad_value=1.0
     )
-    scale = max(1, 96 // images.shape[-1])  # small images are enlarged in whole pixels
+    scale = max(1, SIDE // images.shape[-1])  # small images are enlarged in whole pixels
     save_image(grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2), path)

@@ -8,43 +8,28 @@ from common.run import log
 from common.run.files import read_json
 
 LIMIT = 1_000_000  # bytes of a report
-HEADLINES = {
-    "finetune/test/accuracy": "accuracy on the test split, fine-tuned",
-    "linear/test/accuracy": "accuracy on the test split, linear layer on frozen features",
-    "pretrain/test/knn_accuracy": "kNN accuracy on the test split",
-    "train/test/video_auc": "AUC of the test videos",
-    "train/test/video_accuracy": "accuracy on the test videos",
-    "train/test/uar": "UAR on the test clips",
-    "train/test/war": "WAR on the test clips",
-    "cluster/test/nmi": "NMI with the test labels",
-    "cluster/test/acc": "accuracy of the clusters, matched to labels",
-    "cluster/train/stability": "stability of the clusters, last epoch",
-    "pretrain/train/loss_over_chance": "contrastive loss over its chance level",
-}
+# Of a run that has none, as those of earlier versions.
+NO_CARD = {"about": "", "items": "items", "headlines": {}, "chance": {}}
 
 
 def interval_text(scores: dict, name: str) -> str:
-    """A metric with its interval or deviation where the run has one: `0.59 (0.54 to 0.63)`, `0.25 ±
-    0.01`.
+    """A metric, with its interval or deviation where the run has one.
+
+    As `0.5900 (0.5400 to 0.6300)` or `0.2500 ± 0.0100`.
     """
     value = scores.get(name)
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return "-" if value is None else str(value)
-    stem, last = (
-        (name.removesuffix("_last_epoch"), "_last_epoch")
-        if name.endswith("_last_epoch")
-        else (name, "")
-    )
-    low, high, spread = (scores.get(f"{stem}_{end}{last}") for end in ("low", "high", "sd"))
+    if value is None:
+        return "-"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    stem = name.removesuffix("_last_epoch")
+    suffix = name.removeprefix(stem)
+    low, high, deviation = (scores.get(f"{stem}_{end}{suffix}") for end in ("low", "high", "sd"))
     if low is not None and high is not None:
         return f"{value:.4f} ({low:.4f} to {high:.4f})"
-    return (
-        f"{value:.4f} ± {spread:.4f}"
-        if spread is not None
-        else f"{value:.4f}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if deviation is not None:
+        return f"{value:.4f} ± {deviation:.4f}"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
 def state_text(status: str, lines: list[dict], settings: dict, seconds: float | None) -> str:
@@ -73,44 +58,48 @@ class Record:
 
     Attributes:
         settings: config.json; env: env.json; summary: summary.json, None before the run has ended.
+        card: what its script says of itself (common.run.card), with the loss of a guess in each
+            stage as `chance`: stage -> (name, loss).
         lines, resumes: of log.jsonl and resumes.jsonl; check: check.json.
         scores: the summary's metrics, or of a run that goes on the last value of each in the log.
         status: `finished`, `stopped`, ..., `running`, or `not ended` where nobody says.
     """
 
     def __init__(self, folder: Path, status: str | None = None):
-
         self.folder = Path(folder)
-        self.settings, self.env, self.summary, self.check = (
-            read_json(self.folder / f"{name}.json")
-            for name in ("config", "env", "summary", "check")
-        )
+        self.settings = read_json(self.folder / "config.json")
+        self.env = read_json(self.folder / "env.json") or {}
+        self.summary = read_json(self.folder / "summary.json")
+        self.check = read_json(self.folder / "check.json")
         if self.settings is None:  # --check was there before any run
-            self.settings = {"resolved": {"script": self.check["script"]}}
-            self.env, status = {"command": self.check["command"]}, "checked, not trained"
-        self.env = self.env or {}
-        self.lines, self.resumes = (
-            log.read(self.folder, name) if (self.folder / name).exists() else []
-            for name in ("log.jsonl", log.RESUMES)
-        )
-        ended = self.summary if status is None else None
-        self.status = status or (ended["status"] if ended else "not ended")
-        self.scores = {
-            name: value
-            for line in self.lines
-            for name, value in line.items()
-            if name.count("/") == 2
-        }
-        if ended:
-            self.scores = {name: value for name, value in ended.items() if "/" in name}
-        self.seconds = ended["seconds"] if ended else None
+            self.settings = {"resolved": {}, "card": self.check.get("card")}
+            self.env = {"command": self.check["command"]}
+            status = "checked, not trained"
+        self.card = NO_CARD | (self.settings.get("card") or {})
+        self.lines = self._lines("log.jsonl")
+        self.resumes = self._lines(log.RESUMES)
+        summary = self.summary if status is None else None
+        self.status = status or (summary["status"] if summary else "not ended")
+        self.seconds = summary["seconds"] if summary else None
+        if summary:
+            self.scores = {name: value for name, value in summary.items() if "/" in name}
+        else:
+            self.scores = {
+                name: value
+                for line in self.lines
+                for name, value in line.items()
+                if name.count("/") == 2
+            }
+
+    def _lines(self, name: str) -> list[dict]:
+        return log.read(self.folder, name) if (self.folder / name).exists() else []
 
     @functools.cached_property
     def curves(self) -> dict[str, dict[str, dict]]:
         return curves_of(self.lines)
 
     def charts(self, detail: float) -> dict[str, dict[str, str]]:
-        return charts_of(self.lines, self.settings, self.resumes, detail, self.curves)
+        return charts_of(self.curves, self.lines, self.resumes, self.card, detail)
 
     @property
     def state(self) -> str:

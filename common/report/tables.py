@@ -9,39 +9,39 @@ cell that no finished run fills says what there is instead: the status of the ru
 """
 
 import math
-import shlex
 from collections import defaultdict
 from pathlib import Path
 
 from common.errors import InputError, did_you_mean
 from common.run.files import read_json
 
-# The projection that the SimCLR experiment went on with, by backbone.
-RECIPE_CHOICE = {"resnet50": 64, "resnet101": 128, "inception_v3": 128, "inception_resnet_v2": 128}
 # Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom; the normal one beyond.
 _T95 = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
+    2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
 )  # fmt: skip
+_NORMAL95 = 1.96
 
 
-def runs(folder: Path) -> list[dict]:
+def read_runs(folder: Path) -> list[dict]:
     """Every run below `folder`: its flags, resolved settings and summary in one dict, with `run`,
-    `status`, `identity`.
+    `status`, `identity`, `card`.
 
     A setting that stages resolve (`bs`, `epochs`, `lr`) is that of the first stage. A run without a
     summary has the status "started".
     """
-    found = []
+    runs = []
     for file in sorted(folder.rglob("config.json")):
-        settings = read_json(file)
-        if "identity" not in settings:
+        flags = read_json(file)
+        if "identity" not in flags:
             continue  # a config.json of something else
         summary = read_json(file.with_name("summary.json")) or {"status": "started"}
-        resolved = settings.pop("resolved")
-        first = next((v for v in resolved.values() if isinstance(v, dict) and "epochs" in v), {})
-        found.append(settings | first | resolved | summary | {"run": str(file.parent)})
-    return found
+        resolved = flags.pop("resolved")
+        stages = [v for v in resolved.values() if isinstance(v, dict) and "epochs" in v]
+        first = stages[0] if stages else {}
+        runs.append({**flags, **first, **resolved, **summary, "run": str(file.parent)})
+    return runs
 
 
 def parse_axis(text: str) -> dict[str, list[str] | None]:
@@ -51,13 +51,12 @@ def parse_axis(text: str) -> dict[str, list[str] | None]:
     axis = {}
     for part in filter(None, text.split(",")):
         name, _, values = part.partition("=")
-        axis[name.strip().replace("-", "_")] = (
-            [_shown(value) for value in values.split("|")] if values else None
-        )
+        listing = [_shown(value) for value in values.split("|")] if values else None
+        axis[name.strip().replace("-", "_")] = listing
     return axis
 
 
-def where(found: list[dict], text: str) -> list[dict]:
+def where(runs: list[dict], text: str) -> list[dict]:
     """The runs that have the listed values of every setting in `text`, as
     `stage=linear,fraction=1|0.7`.
 
@@ -72,13 +71,13 @@ def where(found: list[dict], text: str) -> list[dict]:
             raise InputError(
                 f"--where {name} lists no values: give {name}=VALUE, or several as {name}=A|B"
             )
-        _check_names(found, [name])
-    there = [name for name, allowed in axis.items() if allowed == ["any"]]
-    listing = {name: allowed for name, allowed in axis.items() if name not in there}
+        _check_names(runs, [name])
+    set_at_all = [name for name, allowed in axis.items() if allowed == ["any"]]
+    listing = {name: allowed for name, allowed in axis.items() if name not in set_at_all}
     kept = [
         run
-        for run in found
-        if listed(run, listing) and all(run.get(name) is not None for name in there)
+        for run in runs
+        if listed(run, listing) and all(run.get(name) is not None for name in set_at_all)
     ]
     if not kept:
         raise InputError(f"no run has {text}")
@@ -103,33 +102,33 @@ def _shown(value) -> str:
     return str(int(number)) if number.is_integer() else repr(number)
 
 
-def _check_names(found: list[dict], names: list[str]) -> None:
+def _check_names(runs: list[dict], names: list[str]) -> None:
     for name in names:
-        if not any(name in run for run in found):
-            known = sorted({key for run in found for key in run})
+        if not any(name in run for run in runs):
+            known = sorted({key for run in runs for key in run})
             raise InputError(
                 f"no run has {name!r}{did_you_mean(name, known)}; metrics look like"
                 " pretrain/train/loss"
             )
 
 
-def cell(values: list[float], interval: bool) -> str:
-    """Mean of a cell's runs; of several also their deviation, or half a 95 % interval, and how many
-    they are.
+def mean_text(values: list[float], interval: bool) -> str:
+    """The mean of a cell's runs; of several also their deviation, or half a 95 % interval, and how
+    many they are.
     """
-    mean = sum(values) / len(values)
-    if len(values) == 1:
+    count = len(values)
+    mean = sum(values) / count
+    if count == 1:
         return f"{mean:.4f}"
-    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (count - 1))
     if interval:
-        spread *= (_T95[len(values) - 2] if len(values) - 2 < len(_T95) else 1.96) / math.sqrt(
-            len(values)
-        )
-    return f"{mean:.4f} ± {spread:.4f} ({len(values)})"
+        quantile = _T95[count - 2] if count - 2 < len(_T95) else _NORMAL95
+        spread *= quantile / math.sqrt(count)
+    return f"{mean:.4f} ± {spread:.4f} ({count})"
 
 
 def pivot(
-    found: list[dict],
+    runs: list[dict],
     rows: dict,
     cols: dict,
     values: list[str],
@@ -147,41 +146,45 @@ def pivot(
     Raises:
         InputError: a setting or a metric that no run has, or a value that is no number.
     """
-    _check_names(found, [*rows, *cols, *values])
+    _check_names(runs, [*rows, *cols, *values])
     for value in values:
-        if not any(isinstance(run.get(value), (int, float)) for run in found):
+        if not any(isinstance(run.get(value), (int, float)) for run in runs):
             raise InputError(
                 f"--value {value} is no number in any run; metrics look like pretrain/train/loss"
             )
-    cells, states, groups = defaultdict(list), defaultdict(set), defaultdict(list)
-    kept = [run for run in found if listed(run, rows) and listed(run, cols)]
+    kept = [run for run in runs if listed(run, rows) and listed(run, cols)]
+    groups = defaultdict(list)  # the finished runs of a cell
+    states = defaultdict(set)  # of the others
     for run in kept:
-        key = (_key(run, rows), _key(run, cols))
         for value in values:
-            if run["status"] == "finished" and isinstance(run.get(value), (int, float)):
-                cells[key, value].append(run[value])
-                groups[key, value].append(run)
-            elif run["status"] != "finished":
-                states[key, value].add(run["status"])
-    row_keys, col_keys = (_combinations(axis, kept) for axis in (rows, cols))
-    names = [*rows, *(_title(key, value, values) for key in col_keys for value in values)]
-    there = {_key(run, rows) for run in kept}
-    lines = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
+            key = (_key(run, rows), _key(run, cols), value)
+            if run["status"] != "finished":
+                states[key].add(run["status"])
+            elif isinstance(run.get(value), (int, float)):
+                groups[key].append(run)
+    row_keys = _combinations(rows, kept)
+    col_keys = _combinations(cols, kept)
+    header = [*rows, *(_title(key, value, values) for key in col_keys for value in values)]
+    with_runs = {_key(run, rows) for run in kept}
+    lines = [_markdown(header), f"|{' --- |' * len(header)}"]
     for row in row_keys:
-        if compact and row not in there:
+        if compact and row not in with_runs:
             continue
-        shown = []
-        for key in ((row, col) for col in col_keys):
+        texts = []
+        for col in col_keys:
             for value in values:
-                states_there = "/".join(sorted(states[key, value]))
-                shown.append(
-                    cell(cells[key, value], interval) if cells[key, value] else states_there or "-"
-                )
-        lines.append(f"| {' | '.join([*row, *shown])} |")
-    shared = sorted({name for group in groups.values() for name in differences(group)} - {"seed"})
+                numbers = [run[value] for run in groups[row, col, value]]
+                status = "/".join(sorted(states[row, col, value])) or "-"
+                texts.append(mean_text(numbers, interval) if numbers else status)
+        lines.append(_markdown([*row, *texts]))
+    shared = {name for group in groups.values() for name in differences(group)} - {"seed"}
     if shared:
-        lines += ["", f"Runs that share a cell differ in: {', '.join(shared)}"]
+        lines += ["", f"Runs that share a cell differ in: {', '.join(sorted(shared))}"]
     return "\n".join(lines)
+
+
+def _markdown(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def differences(group: list[dict]) -> set[str]:
@@ -192,13 +195,13 @@ def differences(group: list[dict]) -> set[str]:
     return {name for name in names if len({str(run["identity"].get(name)) for run in group}) > 1}
 
 
-def aligned(rows: list[list[str]]) -> str:
+def aligned(rows: list[list]) -> str:
     """Rows of cells as lines of text, each column as wide as its widest cell."""
-    shown = [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    texts = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     lines = (
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in shown
+        for row in texts
     )
     return "\n".join(lines)
 
@@ -207,10 +210,10 @@ def _key(run: dict, axis: dict) -> tuple[str, ...]:
     return tuple(_shown(run.get(name)) for name in axis)
 
 
-def _combinations(axis: dict, found: list[dict]) -> list[tuple[str, ...]]:
+def _combinations(axis: dict, runs: list[dict]) -> list[tuple[str, ...]]:
     keys = [()]
     for name, allowed in axis.items():
-        levels = allowed or sorted({_shown(run.get(name)) for run in found}, key=_order)
+        levels = allowed or sorted({_shown(run.get(name)) for run in runs}, key=_order)
         keys = [(*key, level) for key in keys for level in levels]
     return keys
 
@@ -227,40 +230,3 @@ def _title(key: tuple[str, ...], value: str, values: list[str]) -> str:
     if len(values) > 1 or not key:
         parts.append(value)
     return " ".join(parts)
-
-
-def select(found: list[dict], value: str = "pretrain/train/loss") -> str:
-    """Per backbone the pretraining run of the largest batch and, among those, of the lowest
-    `value`.
-
-    This is the SimCLR experiment's rule. Where its authors went on with another projection, that is
-    said.
-
-    Raises:
-        InputError: no finished run has `value`.
-    """
-    done = [
-        run
-        for run in found
-        if run["status"] == "finished" and run.get("script") == "simclr" and value in run
-    ]
-    if not done:
-        raise InputError(
-            f"no finished run has {value}: run `python train_simclr.py --cell K` first"
-        )
-    lines = []
-    for backbone in sorted({run["backbone"] for run in done}):
-        own = [run for run in done if run["backbone"] == backbone]
-        best = min(own, key=lambda run: (-run["bs"], run[value], run["run"]))
-        settings = ", ".join(f"{name} {best[name]:g}" for name in ("proj_dim", "bs", "fraction"))
-        text = f"{backbone}: {settings}, {value} {best[value]:.4f}"
-        chosen = RECIPE_CHOICE.get(backbone, best["proj_dim"])
-        if chosen != best["proj_dim"]:
-            text += f" (the published experiment went on with projection {chosen})"
-        command = ["python", "train_simclr.py", "--stage", "linear", "--data", best["data"]]
-        for flag in ("protocol", "target_labels"):
-            # It has no effect without the protocol, and is refused there.
-            if best["targets"] is not None:
-                command += [f"--{flag.replace('_', '-')}", best[flag]]
-        lines += [text, "  " + shlex.join([*command, "--from", best["run"]])]
-    return "\n".join(lines)

@@ -5,7 +5,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Card:
-    """A script's own words for the report, the checks and the checkpoints; kept in config.json.
+    """A script's own words for the report, the checks and the checkpoints.
+
+    A run keeps them in config.json under "card", and beside them "chance": for each stage whose
+    loss has a level of chance the name of that level in a legend, and the loss.
 
     Attributes:
         name: the short name: `train_NAME.py`, and `runs/NAME` for its run directories.
