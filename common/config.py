@@ -1,4 +1,4 @@
-"""Flags that the four scripts share, config files, one-line errors and exit codes.
+"""Flags that the four scripts share: their help, errors of one line, and config files.
 
 A flag is declared once, here or in the one script that owns it; its default stands there and
 nowhere else. `args` is never changed after parsing: derived values get names of their own.
@@ -107,8 +107,10 @@ def number(kind, *, low=None, high=None, above=None):
 
 
 def default_text(values: dict[str, object]) -> str:
-    """Help for a default that depends on the stage or the mode: the first of `values`, then each
-    other one after its name, as ` (default: 100; linear 100; finetune 50)`.
+    """Help for a default that depends on the stage or the mode.
+
+    It shows the first of `values`, then each other one after its name: ` (default: 100; linear 100;
+    finetune 50)`. One value stands for all if they are equal.
     """
     texts = {name: str(value) for name, value in values.items()}
     first, *others = texts
@@ -136,9 +138,7 @@ class _Flags:
         self.add_argument(flag, type=convert, metavar=metavar, default=default, help=help)
 
     def number(self, flag: str, kind, default, help: str, **bounds) -> None:
-        """Add a flag that takes an int or a float within `bounds`: from `low` to `high`, both
-        included, or more than `above`.
-        """
+        """Add a flag that takes an int or a float within `bounds` (`low`, `high`, `above`)."""
         self.add_argument(
             flag,
             type=number(kind, **bounds),
@@ -152,9 +152,7 @@ class _Flags:
         self.add_argument(flag, action="store_true", help=help)
 
     def stage(self, name: str, defaults: dict) -> None:
-        """Add `--NAME-epochs`, `-bs`, `-lr` and `-wd` of a stage that the shared flags do not
-        set.
-        """
+        """Add the flags (`--NAME-epochs`, ...) of a stage that the shared flags do not set."""
         for flag, (kind, low) in STAGE_FLAGS.items():
             text = f"--{flag} of the {name} stage, with --stage all"
             self.number(f"--{name}-{flag}", kind, defaults[flag], text, low=low)
@@ -165,8 +163,7 @@ class _Group(_Flags, argparse._ArgumentGroup):
 
 
 class Parser(_Flags, argparse.ArgumentParser):
-    """An argument parser whose errors are one line with the nearest name, and whose help shows
-    every default.
+    """An argument parser whose errors are one line and whose help shows every default.
 
     Attributes:
         aliases: other spellings of flags, accepted on the command line and in --config, without a
@@ -246,6 +243,7 @@ def base_parser(
             `stage_config` takes them; shown in `--help`.
         rules: what `--help` says where such a setting is None, by the setting's name.
     """
+    rules = {"warmup_epochs": "a tenth of the epochs"} | rules  # as in `stage_config`
 
     def default_of(setting: str) -> str:
         if stages is None:
@@ -256,7 +254,6 @@ def base_parser(
             values[name] = rules[setting] if value is None else value
         return default_text(values)
 
-    rules.setdefault("warmup_epochs", "a tenth of the epochs")  # see `stage_config`
     usage = f"python train_{script}.py [flags]"
     parser = Parser(prog=f"train_{script}.py", usage=usage, description=doc)
     parser.aliases.update(ALIASES)

@@ -49,3 +49,7 @@ def main(argv: list[str] | None = None) -> int:
             f" {seconds:.1f} s ({len(images) / seconds:.0f} images/s)"
         )
     return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
