@@ -1,14 +1,18 @@
-"""Dialogue acts without labels: modalities of utterances fused by contrastive learning, then
-clustered.
+"""Dialogue acts without labels: utterances fused by contrastive learning, then clustered.
 
 Zhang et al., Unsupervised Multimodal Clustering for Semantics Discovery in Multimodal Utterances,
 arXiv:2405.12775.
 
-  python train_cluster.py --data utterances.npz                               float arrays of one row per utterance
-  python train_cluster.py --data acts.tsv --text-model minilm/ --text-layer 3 text encoded by a BERT-family model
-  python train_cluster.py --data acts.tsv --mode umc                          the published procedure, uncorrected
-  python train_cluster.py --predict new.npz --resume RUN                      clusters of utterances without labels
-  python train_cluster.py --demo                                              small, embedded: minutes on two CPU cores
+Float arrays of one row per utterance:
+  python train_cluster.py --data utterances.npz
+Text, encoded by a model of the BERT family:
+  python train_cluster.py --data acts.tsv --text-model minilm/ --text-layer 3
+The published procedure, uncorrected:
+  python train_cluster.py --data acts.tsv --mode umc
+Clusters of new utterances:
+  python train_cluster.py --predict new.npz --resume RUN
+Small, on embedded data, in minutes on two CPU cores:
+  python train_cluster.py --demo
 
 Labels, where there are any, are counted and scored against. They enter no loss, no selection and no
 schedule.
@@ -82,53 +86,56 @@ MODE_DEFAULTS = {
         "weighted",
         "raw",
         ["weighted", "raw"],
-        "weighted: principal axes, by agreement with the anchor",
+        "input of a modality: its principal axes, weighted by agreement with the anchor, or as it"
+        " is read",
     ),
     "last_step": (
         "valid",
         "padded",
         ["valid", "padded"],
-        "where a sequence ends: at its length or the longest's",
+        "step that stands for a sequence: its own last one, or the last of the longest sequence",
     ),
     "views": (
         "all",
         "anchored",
         ["all", "anchored"],
-        "all: the anchor is masked too; anchored: UMC's three views",
+        "views of the pretraining; all: the anchor is masked too; anchored: UMC's three views",
     ),
     "distance": (
         "auto",
         "euclidean",
         ["auto", *DISTANCES],
-        "discriminant: less of scatter in clusters; auto: the stabler",
+        "distance of k-means; discriminant: directions that scatter within clusters count less;"
+        " auto: the one whose clusters are more stable",
     ),
     "density": (
         "smallest",
         "largest",
         ["smallest", "largest"],
-        "dense rows to take: close together or spread out",
+        "which dense rows of a cluster are selected; smallest: those close together; largest:"
+        " those spread out",
     ),
     "select_epoch": (
         "stability",
         "last",
         ["stability", "last"],
-        "epoch to keep: of the most stable clusters, or the last",
+        "epoch to keep: that of the most stable clusters, or the last",
     ),
     "min_select_share": (
         0.1,
         0.0,
-        dict(low=0, high=1),
-        "least rows to select of a cluster, as a share of the mean cluster",
+        {"low": 0, "high": 1},
+        "least number of rows selected from a cluster, as a share of the mean cluster",
     ),
     "smoothing": (
         0.1,
         0.0,
-        dict(low=0, high=1),
-        "nearest rows averaged for k-means, as a share of the mean cluster",
+        {"low": 0, "high": 1},
+        "number of nearest rows averaged before k-means, as a share of the mean cluster",
     ),
-    "temperature": (0.5, 0.2, dict(above=0), "of the contrastive pretraining"),
-    "sup_temperature": (0.5, 20.0, dict(above=0), "of the loss on selected rows"),
-    "unsup_temperature": (1.0, 20.0, dict(above=0), "of the loss on the other rows"),
+    "temperature": (0.5, 0.2, {"above": 0}, "temperature of the contrastive pretraining"),
+    "sup_temperature": (0.5, 20.0, {"above": 0}, "temperature of the loss on selected rows"),
+    "unsup_temperature": (1.0, 20.0, {"above": 0}, "temperature of the loss on the other rows"),
 }
 # Earlier names of flags; --thres and --delta are UMC's.
 ALIASES = {
@@ -149,105 +156,110 @@ SEARCH = {
     "temperature": (0.1, 2.0),
     "sup_temperature": (0.1, 5.0),
 }
-DEMO = dict(bs=256, cluster_bs=256)
+DEMO = {"bs": 256, "cluster_bs": 256}
 MASK = 0.2  # chance that a view lacks a modality for which another one stands in
 
 
 def parse_args(argv: list[str] | None = None):
-    parser = config.base_parser("cluster", __doc__)
+    first_stage = {mode: stages["pretrain"] for mode, stages in STAGES.items()}
+    parser = config.base_parser("cluster", __doc__, first_stage)
+    parser.aliases.update(ALIASES)
     parser.set_defaults(log_every=50)
-    for old, flag in ALIASES.items():
-        parser.alias(old, flag)
+    parser.hide("accum", "ensemble", "eval_every", "on_bad_item", "teacher", "workers")
+    parser.hide("teacher_weight", "teacher_temperature")
+    parser.set_help(
+        data="utterances: an .npz, a .tsv, a folder or .zip in the layout of UMC, or `sample`, the"
+        " embedded ones",
+        predict="assign the utterances of PATH to the clusters of the run that --resume names",
+    )
     group = parser.add_argument_group("text")
     group.add_argument(
-        "--text-model", metavar="DIR", help="BERT-family encoder; unset: TF-IDF and SVD of the text"
+        "--text-model",
+        metavar="DIR",
+        help="encoder of the BERT family that reads the text; unset: TF-IDF and SVD",
     )
-    parser.number(
-        group,
+    group.number(
         "--text-layer",
         int,
         None,
-        "its layer whose states are averaged; unset: the last",
+        "layer of --text-model whose states are averaged; unset: the last",
         low=0,
     )
-    parser.number(
-        group,
+    group.number(
         "--max-length",
         int,
         None,
-        "tokens and steps of a sequence that are read; unset: all",
+        "tokens of a text and steps of a sequence that are read; unset: all",
         low=1,
     )
     group = parser.add_argument_group("method")
-    parser.choice(
-        group,
+    group.choice(
         "--mode",
         STAGES,
         "default",
-        "umc: the published procedure, the defaults of all flags below",
+        "which defaults the flags have; umc: those of the published procedure",
     )
-    parser.number(group, "--base-dim", int, 256, "width of the embedding, a multiple of 8", low=8)
-    parser.number(group, "--dropout", float, 0.1, "of the fusion", low=0, high=0.9)
-    names = dict(metavar="NAMES", help="use these modalities alone, as `text,timing`")
-    group.add_argument("--modalities", type=lambda text: text.split(","), **names)
-    epochs = "of stage 2; unset: 12, with --mode umc (1 - select-share) / select-growth"
-    parser.number(group, "--cluster-epochs", int, None, epochs, low=1)
-    for flag, kind, low in (("bs", int, 2), ("lr", float, 0), ("wd", float, 0)):
-        parser.number(
-            group,
-            f"--cluster-{flag}",
-            kind,
-            None,
-            f"--{flag} of stage 2; unset: by --mode",
-            low=low,
-        )
-    for name, (value, of_umc, allowed, text) in MODE_DEFAULTS.items():
-        flag, text = (
-            f"--{name.replace('_', '-')}",
-            f"{text}; unset: {value}, with --mode umc {of_umc}",
-        )
+    group.number("--base-dim", int, 256, "width of the embedding, a multiple of 8", low=8)
+    group.number("--dropout", float, 0.1, "dropout of the fusion", low=0, high=0.9)
+    group.add_argument(
+        "--modalities",
+        type=modality_names,
+        metavar="NAMES",
+        help="use these modalities alone, comma-separated, as text,timing",
+    )
+    umc_epochs = "(1 - select-share) / select-growth"
+    for flag, kind, low in (("epochs", int, 1), ("bs", int, 2), ("lr", float, 0), ("wd", float, 0)):
+        by_mode = {
+            mode: umc_epochs if stages["cluster"][flag] is None else stages["cluster"][flag]
+            for mode, stages in STAGES.items()
+        }
+        text = f"--{flag} of the clustering stage{config.default_text(by_mode)}"
+        group.number(f"--cluster-{flag}", kind, None, text, low=low)
+    for name, (value, umc_value, allowed, text) in MODE_DEFAULTS.items():
+        flag = f"--{name.replace('_', '-')}"
+        text += config.default_text({"default": value, "umc": umc_value})
         if isinstance(allowed, list):
-            parser.choice(group, flag, allowed, None, text)
+            group.choice(flag, allowed, None, text)
         else:
-            parser.number(group, flag, float, None, text, **allowed)
+            group.number(flag, float, None, text, **allowed)
     group = parser.add_argument_group("clusters")
     group.add_argument(
-        "--k", type=clusters, help="number, or auto; unset: that of the labels, else auto"
+        "--k",
+        type=clusters,
+        metavar="{auto,N}",
+        help="number of clusters; auto estimates it; unset: that of the labels, or auto without"
+        " labels",
     )
-    parser.choice(
-        group,
+    group.choice(
         "--assign",
         ["kmeans", "sinkhorn", "partial-ot"],
         "kmeans",
-        "how rows get pseudo-labels",
+        "how rows get pseudo-labels: k-means, or balanced or partial optimal transport",
     )
-    parser.number(
-        group,
+    group.number(
         "--select-share",
         float,
         0.1,
-        "share of a cluster that the first epoch selects",
+        "share of a cluster's rows that the first epoch selects (--thres of UMC)",
         above=0,
         high=1,
     )
-    parser.number(
-        group,
+    group.number(
         "--select-growth",
         float,
         0.05,
-        "by how much the share grows each epoch",
+        "by how much that share grows each epoch (--delta of UMC)",
         low=0,
         high=1,
     )
-    parser.choice(
-        group,
+    group.choice(
         "--on-plateau",
         ["lr", "share", "none"],
         "lr",
-        "what to halve when the stability stalls",
+        "what is halved when the stability of the clusters stalls",
     )
-    parser.number(
-        group, "--min-epochs", int, 20, "epochs of stage 2 before it may stop early", low=1
+    group.number(
+        "--min-epochs", int, 20, "epochs of the clustering stage before it may stop early", low=1
     )
     args = config.parse(parser, argv, DEMO, SEARCH)
 
@@ -263,23 +275,26 @@ def parse_args(argv: list[str] | None = None):
     )
     if args.text_model is None:
         refuse(["text_layer"], "without --text-model")
-    if mode_default(args, "select_epoch") == "last":
+    keeps_last = mode_default(args, "select_epoch") == "last"
+    if keeps_last:
         refuse(["on_plateau", "min_epochs"], "with --select-epoch last, which watches no score")
     if args.assign == "partial-ot":
         refuse(["density"], "with --assign partial-ot, which takes the rows of least cost")
     if args.mode == "umc" and args.select_growth == 0 and args.cluster_epochs is None:
         parser.error(
-            "--select-growth 0: stage 2 of --mode umc has (1 - select-share) / select-growth"
-            " epochs; give --cluster-epochs"
+            f"--select-growth 0: the clustering stage of --mode umc has {umc_epochs} epochs; give"
+            " --cluster-epochs"
         )
-    if (
-        mode_default(args, "select_epoch") != "last"
-        and args.min_epochs >= settings(args)["cluster"].epochs
-    ):
+    if not keeps_last and args.min_epochs >= settings(args)["cluster"].epochs:
         refuse(["min_epochs"], "with fewer epochs of stage 2; give more --cluster-epochs")
     if args.base_dim % umc.HEADS:
         parser.error(f"--base-dim {args.base_dim}: not a multiple of {umc.HEADS}")
     return args, parser
+
+
+def modality_names(text: str) -> list[str]:
+    """--modalities: names with commas between them."""
+    return text.split(",")
 
 
 def mode_default(args, name: str):

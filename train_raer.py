@@ -1,14 +1,19 @@
-"""RAER: which of five academic emotions does a clip show? CLIP on the face and on the scene around
-it, long-tailed.
+"""RAER: which of five academic emotions does a clip show?
 
-After CLIP-CAER (arXiv:2508.04148); logit adjustment: Menon et al., arXiv:2007.07314; deferred
-sampling and LDAM: Cao et al., arXiv:1906.07413.
+CLIP on the face and on the scene around it, long-tailed, after CLIP-CAER (arXiv:2508.04148).
+Logit adjustment: Menon et al., arXiv:2007.07314. Deferred sampling and LDAM: Cao et al.,
+arXiv:1906.07413.
 
-  python train_raer.py --data raer/ --backbone vit_b_16 --weights ViT-B-16.pt --tune full --bs 8     best on a GPU
-  python train_raer.py --data raer.zip --backbone vit_b_32 --weights ViT-B-32.pt --cache-features    seconds an epoch
-  python train_raer.py --data raer.zip --backbone resnet18 --weights simclr/backbone.pt              from SimCLR
-  python train_raer.py --data raer.zip --method ldam-drw                                             a comparison
-  python train_raer.py --demo                              small, on embedded clips: minutes on two CPU cores
+Everything trained, best on a GPU:
+  python train_raer.py --data raer/ --backbone vit_b_16 --weights ViT-B-16.pt --tune full --bs 8
+Frozen CLIP, each clip encoded once: seconds an epoch:
+  python train_raer.py --data raer.zip --backbone vit_b_32 --weights ViT-B-32.pt --cache-features
+From a backbone that SimCLR trained:
+  python train_raer.py --data raer.zip --backbone resnet18 --weights simclr/backbone.pt
+Another long-tail method, to compare with:
+  python train_raer.py --data raer.zip --method ldam-drw
+Small, on embedded clips, in minutes on two CPU cores:
+  python train_raer.py --demo
 
 The schedule has three stages: learn from the clips as they come; draw rare classes more often and
 adjust the logits; cool down. It is one table, in common/longtail.py, and printed at the start;
@@ -60,15 +65,15 @@ CARD = Card(
 STAGE = {"bs": 32, "lr": 1e-2, "wd": 1e-4, "optimizer": "sgd", "warmup_epochs": 0.0}
 PRETRAINED_IMAGE_LR = 1e-5  # CLIP-CAER's; a tower that does not start from CLIP trains at --lr
 JITTER, DEGREES, CROP = (0.3, 0.3, 0.3, 0.1), 15, (0.5, 1.0)
-DEMO = dict(
-    backbone="vit_tiny",
-    num_frames=8,
-    cache_features=True,
-    bs=16,
-    epochs=8,
-    optimizer="adamw",
-    lr=3e-4,
-)
+DEMO = {
+    "backbone": "vit_tiny",
+    "num_frames": 8,
+    "cache_features": True,
+    "bs": 16,
+    "epochs": 8,
+    "optimizer": "adamw",
+    "lr": 3e-4,
+}
 EVAL_FRAMES = 256  # at once
 SEARCH = {
     "sgd": {"lr": (1e-3, 0.1), "wd": (1e-6, 1e-2)},
@@ -78,143 +83,156 @@ MODEL_FLAGS = ["backbone", "num_frames", "tune", "num_context", "temporal_layers
 
 
 def parse_args(argv: list[str] | None = None):
-    parser = config.base_parser("raer", __doc__)
-    group = parser.add_argument_group("clips")
-    parser.number(
-        group, "--num-frames", int, 16, "frames of a clip, one of each of as many segments", low=1
+    method = "three-stage"
+    table = STAGE | {"epochs": longtail.SCHEDULES[method].epochs}
+    parser = config.base_parser("raer", __doc__, {"train": table})
+    parser.hide("impl")
+    parser.set_help(
+        data="clips in the layout of RAER: a folder, a .zip of one, or `sample`, the embedded ones",
+        lr_schedule="learning rate after the warm-up: falls by the table of --method, or stays the"
+        " same",
     )
-    parser.choice(
-        group,
+    group = parser.add_argument_group("clips")
+    group.number(
+        "--num-frames", int, 16, "frames of a clip, one from each of N equal segments", low=1
+    )
+    group.choice(
         "--missing-box",
         raer.MISSING_BOX,
         "error",
-        "full: the whole frame; skip: leave it out",
+        "what a clip without a face box does: end the run, take the whole frame as the face (full),"
+        " or be left out (skip)",
     )
-    parser.number(
-        group,
+    group.number(
         "--face-margin",
         float,
         0.1,
-        "by which a face's box grows on each side, share",
+        "how far the face box grows on each side, as a share of its size",
         low=0,
         high=1,
     )
-    parser.choice(
-        group,
+    group.choice(
         "--augment",
         ["clip", "none"],
         None,
-        "one draw a clip; unset: clip, none with cached features",
+        "how training clips vary; clip: all frames alike; unset: clip, but none with"
+        " --cache-features",
     )
-    parser.number(
-        group,
+    group.number(
         "--image-size",
         int,
         None,
-        "input side, pixels; unset: 224, or less if stored smaller",
+        "side of the input, pixels; unset: that of the stored frames, at most 224",
         low=1,
     )
-    parser.number(
-        group,
+    group.number(
         "--store-size",
         int,
         None,
-        "side frames are decoded to; unset: their own, at most 256",
+        "side that frames are decoded to, pixels; unset: their own, at most 256",
         low=8,
     )
     group = parser.add_argument_group("model")
-    parser.choice(
-        group, "--backbone", [*VARIANTS, "resnet18"], "vit_b_16", "image tower of both streams"
+    group.choice(
+        "--backbone",
+        [*VARIANTS, "resnet18"],
+        "vit_b_16",
+        "image tower that encodes both the face and the scene",
     )
     group.add_argument(
-        "--weights", metavar="FILE", help="CLIP's weights; for resnet18 SimCLR's backbone.pt"
+        "--weights",
+        metavar="FILE",
+        help="weights of CLIP, or for resnet18 the backbone.pt of a SimCLR run",
     )
-    parser.choice(
-        group,
+    group.choice(
         "--activation",
         ACTIVATIONS,
         None,
-        "of CLIP's weights where their file does not say it",
+        "activation function of CLIP's weights, where their file does not say it",
     )
     group.add_argument(
-        "--clip-vocab", metavar="FILE", help="CLIP's merges; unset: the official file, fetched once"
+        "--clip-vocab",
+        metavar="FILE",
+        help="merges of CLIP's tokenizer; unset: the official file, downloaded once",
     )
-    parser.choice(
-        group,
+    group.choice(
         "--tune",
         TUNES,
         "none",
-        "what trains of the image tower; adapter: a residual behind it",
+        "what is trained of the image tower; adapter: a residual layer behind it",
     )
-    group.add_argument(
+    group.switch(
         "--cache-features",
-        action="store_true",
-        help="encode each clip once: a frozen tower, no views",
+        "encode each clip only once; needs a frozen image tower and no augmentation",
     )
-    parser.number(
-        group, "--num-context", int, 8, "learnable tokens before a class's descriptor", low=1
+    group.number("--num-context", int, 8, "learned tokens in front of a class's description", low=1)
+    group.number(
+        "--temporal-layers", int, 1, "layers of the temporal transformer of each stream", low=1
     )
-    parser.number(
-        group, "--temporal-layers", int, 1, "of each stream's temporal transformer", low=1
-    )
-    parser.number(
-        group,
+    group.number(
         "--dropout",
         float,
         0.1,
-        "of the temporal transformers and the fusion",
+        "dropout of the temporal transformers and of the fusion",
         low=0,
         high=0.9,
     )
-    parser.number(
-        group,
+    group.number(
         "--logit-scale",
         float,
         None,
-        "of the cosines; unset: CLIP's, of --weights or new",
+        "factor of the cosine similarities; unset: that of --weights, or CLIP's initial one",
         above=0,
     )
-    group.add_argument(
-        "--checkpoint-blocks", action="store_true", help="recompute blocks in backward: less memory"
-    )
+    group.switch("--checkpoint-blocks", "recompute blocks in backward: slower, with less memory")
     group = parser.add_argument_group("schedule and imbalance")
-    parser.choice(group, "--method", longtail.SCHEDULES, "three-stage", "long-tail method")
+    group.choice(
+        "--method",
+        longtail.SCHEDULES,
+        method,
+        "long-tail method; its table of phases is stretched over --epochs",
+    )
     group.add_argument(
         "--schedule",
         metavar="FILE",
-        help="TOML or JSON table of phases instead of the three stages",
+        help="TOML or JSON table of phases, and their epochs, that replaces the three stages",
     )
-    parser.choice(group, "--la-prior", ["sampled", "train"], "sampled", "of the logit adjustment")
-    parser.choice(group, "--optimizer", ["sgd", "adamw"], STAGE["optimizer"], "of all parts")
-    parser.number(
-        group,
+    group.choice(
+        "--la-prior",
+        ["sampled", "train"],
+        "sampled",
+        "class shares that adjust the logits: as batches draw them, or as the training set has"
+        " them",
+    )
+    group.choice("--optimizer", ["sgd", "adamw"], STAGE["optimizer"], "optimizer of all parts")
+    group.number(
         "--image-lr",
         float,
         None,
-        f"unset: {PRETRAINED_IMAGE_LR} with CLIP's weights, or --lr",
+        "learning rate of the image tower"
+        f" (default: {PRETRAINED_IMAGE_LR} with CLIP's weights, --lr without)",
         low=0,
     )
-    parser.number(group, "--prompt-lr", float, 1e-3, "of the prompts' context", low=0)
-    parser.number(
-        group,
+    group.number(
+        "--prompt-lr", float, 1e-3, "learning rate of the learned tokens of --num-context", low=0
+    )
+    group.number(
         "--patience",
         int,
         None,
-        "validations without a better UAR before stopping; unset: all",
+        "validations without a better UAR before training stops; unset: it never stops early",
         low=1,
     )
     reading = ["missing_box", "face_margin"]
-    args = restore_data_flags(
-        parser, argv, config.parse(parser, argv, DEMO, SEARCH), [*reading, "store_size"]
-    )
+    args = config.parse(parser, argv, DEMO, SEARCH)
+    args = restore_data_flags(parser, argv, args, [*reading, "store_size"])
 
     config.check_inference_flags(parser, args, reading)
     refuse = partial(config.reject_unused_flags, parser, args)
     refuse(["impl"], "here: no kernel is used")
     if args.data == "sample" and not (args.eval or args.predict):
         refuse(reading, "on the embedded clips")
-    text = args.weights and args.backbone != "resnet18" and args.method != "tau-norm"
-    if not text:
+    if not args.weights or args.backbone == "resnet18" or args.method == "tau-norm":
         refuse(
             ["clip_vocab", "num_context", "prompt_lr"], "without the text tower of CLIP's weights"
         )

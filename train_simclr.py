@@ -3,11 +3,16 @@
 Chen et al., A Simple Framework for Contrastive Learning of Visual Representations,
 arXiv:2002.05709.
 
-  python train_simclr.py --backbone resnet50 --bs 256            pretraining on the embedded images; best on a GPU
-  python train_simclr.py --data cells.zip --stage all            all three stages on your own images
-  python train_simclr.py --stage finetune --from RUN             one stage, from a finished pretraining run
-  python train_simclr.py --protocol cytology --grid-index 0            one of the 108 runs of the cytology experiment
-  python train_simclr.py --demo                                  everything, small: minutes on two CPU cores
+Pretraining on the embedded images, best on a GPU:
+  python train_simclr.py --backbone resnet50 --bs 256
+All three stages on your own images:
+  python train_simclr.py --data cells.zip --stage all
+One stage, from a finished pretraining run:
+  python train_simclr.py --stage finetune --from RUN
+One of the 108 runs of the cytology experiment:
+  python train_simclr.py --protocol cytology --grid-index 0
+Everything, small, in minutes on two CPU cores:
+  python train_simclr.py --demo
 """
 
 import math
@@ -78,18 +83,25 @@ LR_OF = {
     "adamw": lambda bs: 1e-3,
 }
 # Color strength 0.5 is the paper's for small images (appendix B.9).
-DEMO = dict(
-    backbone="resnet18",
-    image_size=32,
-    stage="all",
-    bs=64,
-    epochs=32,
-    eval_every=4,
-    color_strength=0.5,
-)
-DEMO |= dict(finetune_epochs=6, finetune_bs=64, finetune_lr=1e-3)
-SEARCH = {"lars": {"lr": (0.05, 5.0)}, "sgd": {"lr": (5e-3, 0.5)}, "adamw": {"lr": (1e-4, 1e-2)}}
-SEARCH |= {"linear": {"lr": (0.02, 2.0)}, "finetune": {"lr": (1e-5, 1e-2), "wd": (1e-6, 0.1)}}
+DEMO = {
+    "backbone": "resnet18",
+    "image_size": 32,
+    "stage": "all",
+    "bs": 64,
+    "epochs": 32,
+    "eval_every": 4,
+    "color_strength": 0.5,
+    "finetune_epochs": 6,
+    "finetune_bs": 64,
+    "finetune_lr": 1e-3,
+}
+SEARCH = {
+    "lars": {"lr": (0.05, 5.0)},
+    "sgd": {"lr": (5e-3, 0.5)},
+    "adamw": {"lr": (1e-4, 1e-2)},
+    "linear": {"lr": (0.02, 2.0)},
+    "finetune": {"lr": (1e-5, 1e-2), "wd": (1e-6, 0.1)},
+}
 STEMS = ["imagenet", "cifar"]
 EVAL_IMAGES = 256  # at once
 DEFAULTS = {
@@ -99,129 +111,144 @@ DEFAULTS = {
 
 
 def parse_args(argv: list[str] | None = None):
-    parser = config.base_parser("simclr", __doc__)
-    parser.alias("--cell", "--grid-index")
+    bs = STAGES["pretrain"]["bs"]
+    lr_rule = (
+        f"lars {LR_OF['lars'](bs):g} * sqrt(bs / {bs}), sgd {LR_OF['sgd'](bs):g} * bs / {bs},"
+        f" adamw {LR_OF['adamw'](bs):g}"
+    )
+    parser = config.base_parser("simclr", __doc__, STAGES, lr=lr_rule)
+    parser.aliases["--cell"] = "--grid-index"
+    parser.set_help(
+        data="images: a folder, a .zip of one, a .packed file, or `sample`, the embedded ones"
+    )
     group = parser.add_argument_group("stages")
-    parser.choice(group, "--stage", [*STAGES, "all"], "pretrain", "which stage to run")
+    group.choice("--stage", [*STAGES, "all"], "pretrain", "stage to run, or all three in turn")
     group.add_argument(
         "--from",
         dest="from_run",
         metavar="RUN",
-        help="run or checkpoint to start from; none: random",
+        help="run or checkpoint whose backbone a later stage starts from; none: random weights",
     )
-    parser.number(
-        group,
+    group.number(
         "--patience",
         int,
         10,
-        "evaluations on dev without a better macro F1 before stopping",
+        "evaluations without a better macro F1 on dev before a labeled stage stops",
         low=1,
     )
     for name in ("linear", "finetune"):
-        parser.stage(group, name, STAGES[name])
-    parser.number(
-        group,
+        group.stage(name, STAGES[name])
+    group.number(
         "--grid-index",
         int,
         None,
-        "run of the cytology experiment's grid",
+        "run of the cytology experiment's grid; it sets what the grid varies",
         low=0,
         high=len(CELLS) - 1,
     )
-    parser.choice(
-        group,
+    group.choice(
         "--protocol",
         ["none", "cytology"],
         "none",
-        "which images the stages see; cytology: A1 to B2",
+        "which images each stage sees: none splits them at random, cytology uses its sets A1 to B2",
     )
-    labels = "labels that --protocol cytology fine-tunes on"
-    group.add_argument("--target-labels", default=cytology.TARGETS, help=labels)
+    group.add_argument(
+        "--target-labels",
+        metavar="LABELS",
+        default=cytology.TARGETS,
+        help="labels that --protocol cytology fine-tunes on, comma-separated",
+    )
     group = parser.add_argument_group("model")
-    parser.choice(
-        group, "--backbone", BACKBONES, None, f"unset: {DEFAULTS['backbone']}, or the one of --from"
+    group.choice(
+        "--backbone",
+        BACKBONES,
+        None,
+        f"network that encodes the images (default: {DEFAULTS['backbone']}, or that of --from)",
     )
-    parser.choice(
-        group,
+    group.choice(
         "--stem",
         STEMS,
         None,
-        f"cifar: for small images; unset: {STEMS[0]}, or the one of --from",
+        "first layers of a ResNet; cifar keeps the resolution of small images"
+        f" (default: {DEFAULTS['stem']}, or that of --from)",
     )
     group.add_argument(
         "--weights",
         metavar="FILE",
         help="published weights to start from: .pt, .pth or .safetensors",
     )
-    parser.choice(
-        group,
+    group.choice(
         "--head-bias",
         HEAD_BIAS,
         HEAD_BIAS[0],
-        "fine-tuning's start; prior: the classes' shares",
+        "bias that fine-tuning's classifier starts with; prior: the shares of the classes",
     )
-    parser.number(
-        group,
+    group.number(
         "--image-size",
         int,
         None,
-        "input side, pixels; unset: the stored one, at most 224",
+        "side of the input, pixels; unset: that of the stored images, at most 224",
         low=1,
     )
-    parser.number(
-        group,
+    group.number(
         "--store-size",
         int,
         None,
-        "side images are decoded to; unset: their own, at most 256",
+        "side that images are decoded to, pixels; unset: their own, at most 256",
         low=8,
     )
     group = parser.add_argument_group("pretraining")
-    parser.number(group, "--proj-dim", int, 128, "outputs of the projection head", low=2)
-    parser.number(group, "--temperature", float, 0.2, "of NT-Xent", above=0)
-    parser.choice(
-        group, "--augment", ["simclr", "none"], "simclr", "none: every view is the image itself"
+    group.number("--proj-dim", int, 128, "outputs of the projection head", low=2)
+    group.number("--temperature", float, 0.2, "temperature of the NT-Xent loss", above=0)
+    group.choice(
+        "--augment",
+        ["simclr", "none"],
+        "simclr",
+        "how views are made; none: every view is the image itself",
     )
-    parser.number(group, "--color-strength", float, 1.0, "of the color distortion", low=0, high=2.5)
-    parser.choice(group, "--optimizer", LR_OF, "lars", "optimizer of the pretraining")
-    parser.number(
-        group,
+    group.number(
+        "--color-strength", float, 1.0, "strength of the color distortion", low=0, high=2.5
+    )
+    group.choice("--optimizer", LR_OF, "lars", "optimizer of the pretraining")
+    group.number(
         "--fraction",
         float,
         1.0,
-        "share of the images, stratified, always the same",
+        "share of the images to pretrain on, stratified by class, the same in every run",
         above=0,
         high=1,
     )
-    group.add_argument(
-        "--profile",
-        action="store_true",
-        help="time a step's phases; with --accum views are in forward",
+    group.switch(
+        "--profile", "time the phases of a step; with --accum, forward includes making the views"
     )
-    args = restore_data_flags(
-        parser, argv, config.parse(parser, argv, DEMO, SEARCH), ["store_size"]
-    )
+    args = config.parse(parser, argv, DEMO, SEARCH)
+    args = restore_data_flags(parser, argv, args, ["store_size"])
     if args.grid_index is not None:
-        parser.set_defaults(**CELLS[args.grid_index])
-        args = config.parse(parser, argv, DEMO | CELLS[args.grid_index], SEARCH)
-        config.reject_unused_flags(
-            parser, args, CELLS[args.grid_index], "with --grid-index, which sets it"
-        )
+        cell = CELLS[args.grid_index]
+        parser.set_defaults(**cell)
+        args = config.parse(parser, argv, DEMO | cell, SEARCH)
+        config.reject_unused_flags(parser, args, cell, "with --grid-index, which sets it")
 
     config.check_inference_flags(parser, args)
     refuse = partial(config.reject_unused_flags, parser, args)
     if args.stage != "all":
-        later = [
-            f"{stage}_{flag}"
-            for stage in ("linear", "finetune")
-            for flag in ("epochs", "bs", "lr", "wd")
-        ]
-        refuse(later, "without --stage all; use --epochs, --bs, --lr, --wd for a single stage")
-    if args.stage in ("linear", "finetune"):
-        pretraining = (
-            "proj_dim temperature color_strength optimizer fraction accum impl profile grid_index"
+        refuse(
+            [f"{stage}_{flag}" for stage in ("linear", "finetune") for flag in config.STAGE_FLAGS],
+            "without --stage all; use --epochs, --bs, --lr, --wd for a single stage",
         )
-        refuse(pretraining.split(), f"with --stage {args.stage}")
+    if args.stage in ("linear", "finetune"):
+        pretraining_only = [
+            "proj_dim",
+            "temperature",
+            "color_strength",
+            "optimizer",
+            "fraction",
+            "accum",
+            "impl",
+            "profile",
+            "grid_index",
+        ]
+        refuse(pretraining_only, f"with --stage {args.stage}")
         if (args.from_run is None) == (args.weights is None):
             parser.error(
                 f"--stage {args.stage} starts from either --from RUN, --weights FILE or --from"
@@ -235,10 +262,14 @@ def parse_args(argv: list[str] | None = None):
             "with --stage pretrain, which neither stops early nor classifies",
         )
     if args.stage == "linear":
-        stored = "with --stage linear: features are stored, every epoch is logged"
-        refuse(["augment", "eval_every", "log_every", "head_bias"], stored)
-    refuse(["color_strength"] if args.augment == "none" else [], "with --augment none")
-    refuse(["target_labels"] if args.protocol == "none" else [], "without --protocol cytology")
+        refuse(
+            ["augment", "eval_every", "log_every", "head_bias"],
+            "with --stage linear: features are stored, every epoch is logged",
+        )
+    if args.augment == "none":
+        refuse(["color_strength"], "with --augment none")
+    if args.protocol == "none":
+        refuse(["target_labels"], "without --protocol cytology")
     return args, parser
 
 

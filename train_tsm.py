@@ -1,14 +1,20 @@
-"""TSM on face clips: is a video real or manipulated? MobileNetV4 whose blocks exchange channels
-between frames.
+"""TSM on face clips: is a video real or manipulated?
+
+A MobileNetV4 whose blocks exchange channels between frames.
 
 Lin et al., TSM: Temporal Shift Module for Efficient Video Understanding, arXiv:1811.08383.
 Qin et al., MobileNetV4: Universal Models for the Mobile Ecosystem, arXiv:2404.10518.
 
-  python train_tsm.py --data ffpp/ --compression c23 --weights mobilenetv4_conv_medium.safetensors    best on a GPU
-  python train_tsm.py --data ffpp.zip --backbone conv_small --image-size 112 --shift none             without the shift
-  python train_tsm.py --data ffpp/ --eval RUN                                                         the test again
-  python train_tsm.py --stream frames/ --resume RUN       frame by frame, where RUN was trained with --direction past
-  python train_tsm.py --demo                              small, on embedded clips: minutes on two CPU cores
+From published weights, best on a GPU:
+  python train_tsm.py --data ffpp/ --compression c23 --weights mobilenetv4_conv_medium.safetensors
+Without the shift:
+  python train_tsm.py --data ffpp.zip --backbone conv_small --image-size 112 --shift none
+The test again:
+  python train_tsm.py --data ffpp/ --eval RUN
+Frame by frame, with a RUN that was trained with --direction past:
+  python train_tsm.py --stream frames/ --resume RUN
+Small, on embedded clips, in minutes on two CPU cores:
+  python train_tsm.py --demo
 
 A block's input exchanges channels with the neighboring frames before its convolutions: with
 --fold-div 8 an eighth comes from the next frame and an eighth from the previous one, 2/8 in all;
@@ -67,17 +73,17 @@ CARD = Card(
 )
 STAGE = {"epochs": 30, "bs": 64, "lr": 3e-4, "wd": 0.01, "optimizer": "adamw"}
 KERNELS = {"residual": temporal_shift, "expand": shift_conv1x1, "none": None}
-DEMO = dict(
-    backbone="conv_small_035",
-    image_size=32,
-    bs=24,
-    accum=1,
-    epochs=24,
-    lr=3e-3,
-    eval_every=3,
-    clips=2,
-)
-DEMO |= dict(sampler="balanced")
+DEMO = {
+    "backbone": "conv_small_035",
+    "image_size": 32,
+    "bs": 24,
+    "accum": 1,
+    "epochs": 24,
+    "lr": 3e-3,
+    "eval_every": 3,
+    "clips": 2,
+    "sampler": "balanced",
+}
 SEARCH = {"lr": (3e-5, 3e-3), "wd": (1e-4, 0.3)}
 MODEL_FLAGS = [
     "backbone",
@@ -94,185 +100,182 @@ EVAL_FRAMES = 256  # at once
 
 
 def parse_args(argv: list[str] | None = None):
-    parser = config.base_parser("tsm", __doc__)
+    parser = config.base_parser("tsm", __doc__, {"train": STAGE})
     parser.set_defaults(accum=2, eval_every=2)  # the recipe's
+    parser.set_help(
+        data="videos in the layout of FaceForensics++: a folder, a .zip of one, or embedded ones:"
+        f" {', '.join(faceforensics.SAMPLES)}"
+    )
     group = parser.add_argument_group("clips")
     group.add_argument(
-        "--compression", help="read this level alone, such as c23; unset: all that are there"
+        "--compression",
+        metavar="LEVEL",
+        help="read this level of compression alone, such as c23; unset: all that are there",
     )
-    parser.number(
-        group, "--fps", float, 25.0, "rate of folders of frames, frames a second", above=0
+    group.number("--fps", float, 25.0, "frames a second of videos that are folders", above=0)
+    group.number("--n-segment", int, 8, "frames of a clip", low=1)
+    group.number("--clip-seconds", float, 2.0, "time that a clip covers, seconds", above=0)
+    group.number("--train-clips", int, 1, "clips drawn from each training video in an epoch", low=1)
+    group.number(
+        "--clips", int, 3, "clips of each video in evaluation; their mean is its score", low=1
     )
-    parser.number(group, "--n-segment", int, 8, "frames of a clip", low=1)
-    parser.number(group, "--clip-seconds", float, 2.0, "time that a clip covers, seconds", above=0)
-    parser.number(
-        group, "--train-clips", int, 1, "clips drawn from each training video in an epoch", low=1
-    )
-    parser.number(
-        group,
-        "--clips",
-        int,
-        3,
-        "clips of each video in evaluation; their mean is its score",
-        low=1,
-    )
-    parser.choice(
-        group,
+    group.choice(
         "--augment",
         ["clip", "none"],
         "clip",
-        "clip: mirror image and color jitter, one draw a clip",
+        "how training clips vary; clip: mirrored and color-jittered, all frames alike",
     )
-    parser.number(
-        group,
+    group.number(
         "--image-size",
         int,
         None,
-        "input side, pixels; unset: the stored one, at most 224",
+        "side of the input, pixels; unset: that of the stored frames, at most 224",
         low=1,
     )
-    parser.number(
-        group,
+    group.number(
         "--store-size",
         int,
         None,
-        "side frames are decoded to; unset: their own, at most 256",
+        "side that frames are decoded to, pixels; unset: their own, at most 256",
         low=8,
     )
     group = parser.add_argument_group("model")
-    parser.choice(group, "--backbone", VARIANTS, "conv_medium", "MobileNetV4 variant")
+    group.choice("--backbone", VARIANTS, "conv_medium", "variant of MobileNetV4")
     group.add_argument(
-        "--weights", metavar="FILE", help="published weights (.safetensors, .pt) or a run's best.pt"
+        "--weights",
+        metavar="FILE",
+        help="weights to start from: published ones (.safetensors, .pt) or a run's best.pt",
     )
-    parser.choice(
-        group,
+    group.choice(
         "--shift",
         PLACEMENTS,
         "residual",
-        "what reads the shifted map: the branch, its expansion",
+        "what reads the shifted channels: the residual branch as a whole, its expansion only, or"
+        " nothing",
     )
-    fold = "1/N of the channels comes from each neighbor: 4 moves half"
-    parser.number(
-        group, "--fold-div", int, 4, fold, low=1, high=32
-    )  # no block that shifts has fewer channels
-    parser.choice(
-        group,
+    group.number(
+        "--fold-div",
+        int,
+        4,
+        "1/N of the channels comes from each neighboring frame: with 4, half of them move",
+        low=1,
+        high=32,  # no block that shifts has fewer channels
+    )
+    group.choice(
         "--direction",
         ["both", "past"],
         "both",
-        "past: from the previous frame alone, for --stream",
+        "frames that channels come from; past: the previous one only, as --stream needs",
     )
-    parser.choice(
-        group, "--padding", ["zero", "replicate", "circulant"], "zero", "what lies beyond a clip"
+    group.choice(
+        "--padding",
+        ["zero", "replicate", "circulant"],
+        "zero",
+        "what stands for the frames before and after a clip",
     )
-    parser.choice(group, "--aggregate", AGGREGATES, "attention", "how a clip's frames become one")
-    parser.choice(
-        group,
+    group.choice(
+        "--aggregate", AGGREGATES, "attention", "how the features of a clip's frames become one"
+    )
+    group.choice(
         "--head-bias",
         HEAD_BIAS,
         HEAD_BIAS[0],
-        "last layer's, at the start; prior: classes' shares",
+        "bias that the last layer starts with; prior: the shares of the classes",
     )
-    parser.number(group, "--dropout", float, 0.3, "of the frames' features", low=0, high=1)
-    group.add_argument(
-        "--dropout2d", action="store_true", help="drop whole channels of the last map instead"
-    )
-    parser.number(
-        group,
+    group.number("--dropout", float, 0.3, "dropout of the frames' features", low=0, high=1)
+    group.switch("--dropout2d", "drop whole channels of the last feature map instead")
+    group.number(
         "--freeze-bn",
         float,
         0.0,
-        "share of BatchNorm layers to freeze, from the first",
+        "share of the BatchNorm layers, from the first on, that stay as they are",
         low=0,
         high=1,
     )
-    group.add_argument(
-        "--checkpoint-blocks", action="store_true", help="recompute blocks in backward: less memory"
-    )
+    group.switch("--checkpoint-blocks", "recompute blocks in backward: slower, with less memory")
     group = parser.add_argument_group("loss and imbalance")
-    parser.choice(group, "--loss", ["focal_bce", "bce"], "focal_bce", "of a clip")
-    parser.number(group, "--gamma", float, 2.0, "of focal_bce: how little easy clips count", low=0)
-    parser.number(
-        group,
+    group.choice("--loss", ["focal_bce", "bce"], "focal_bce", "loss of a clip")
+    group.number(
+        "--gamma", float, 2.0, "focusing exponent of focal_bce: easy clips count less", low=0
+    )
+    group.number(
         "--alpha",
         float,
         None,
-        "weight of fake in focal_bce, 1 - X of real; unset: 1, 1",
+        "weight of fake in focal_bce, and 1 - X of real; unset: both weigh 1",
         low=0,
         high=1,
     )
     group.add_argument(
         "--pos-weight",
         type=pos_weight,
+        metavar="{none,auto,X}",
         default="none",
-        help="of fake: none, auto (real / fake) or X",
+        help="weight of fake in the loss; auto: real videos / fake videos",
     )
-    parser.choice(
-        group,
+    group.choice(
         "--sampler",
         ["none", "balanced"],
         "none",
-        "balanced: as many real as fake in every batch",
+        "how batches are drawn; balanced: as many real as fake clips in each",
     )
-    group.add_argument(
-        "--allow-double-balance", action="store_true", help="two of the three corrections at once"
+    group.switch(
+        "--allow-double-balance", "let two of --alpha, --pos-weight and --sampler act at once"
     )
     group = parser.add_argument_group("schedule and stopping")
-    parser.number(group, "--min-lr", float, 3e-5, "last learning rate of the cosine", low=0)
-    parser.number(
-        group,
+    group.number("--min-lr", float, 3e-5, "learning rate at the end of the cosine", low=0)
+    group.number(
         "--patience",
         int,
         10,
-        "validations without a better video AUC before stopping",
+        "validations without a better video AUC before training stops",
         low=1,
     )
-    parser.number(
-        group, "--min-delta", float, 0.002, "gain in video AUC that counts as better", low=0
+    group.number(
+        "--min-delta", float, 0.002, "least gain in video AUC that counts as better", low=0
     )
-    group.add_argument(
+    group.switch(
         "--stop-on-interval",
-        action="store_true",
-        help="better: the AUC's interval lies above the best",
+        "count a validation as better if the AUC's confidence interval lies above the best AUC",
     )
     group.add_argument(
         "--stream",
         metavar="FOLDER",
-        help="score one sequence frame by frame with the run of --resume",
+        help="score one sequence of frames, frame by frame, with the run that --resume names",
     )
     reading = ["clips", "compression", "fps"]
     args = config.parse(parser, argv, DEMO, SEARCH)
-    args = restore_data_flags(
-        parser, argv, args, [*(reading if args.eval else ["clips", "fps"]), "store_size"]
-    )
+    restored = reading if args.eval else ["clips", "fps"]
+    args = restore_data_flags(parser, argv, args, [*restored, "store_size"])
 
     config.check_inference_flags(parser, args, [*reading, "impl"])
-    used = partial(config.reject_unused_flags, parser, args)
+    refuse = partial(config.reject_unused_flags, parser, args)
     if args.stream:
-        used(reading, "with --stream")
+        refuse(reading, "with --stream")
     elif args.data in faceforensics.SAMPLES and not (args.eval or args.predict):
-        used(reading[1:], "on the embedded clips")
+        refuse(["compression", "fps"], "on the embedded clips")
     if args.shift == "none":
-        used(["fold_div", "direction", "padding", "impl"], "with --shift none")
+        refuse(["fold_div", "direction", "padding", "impl"], "with --shift none")
     if args.loss == "bce":
-        used(["gamma", "alpha"], "with --loss bce")
+        refuse(["gamma", "alpha"], "with --loss bce")
     if args.lr_schedule == "constant":
-        used(["min_lr"], "with --lr-schedule constant")
+        refuse(["min_lr"], "with --lr-schedule constant")
     if args.dropout == 0:
-        used(["dropout2d"], "with --dropout 0")
+        refuse(["dropout2d"], "with --dropout 0")
     if args.stop_on_interval:
-        used(["min_delta"], "with --stop-on-interval, which decides by the interval")
-    balance = {
-        "alpha": args.alpha is not None,
-        "pos-weight": args.pos_weight != "none",
-        "sampler": args.sampler != "none",
+        refuse(["min_delta"], "with --stop-on-interval, which decides by the interval")
+    corrections = {
+        "--alpha": args.alpha is not None,
+        "--pos-weight": args.pos_weight != "none",
+        "--sampler": args.sampler != "none",
     }
-    twice = " and ".join(f"--{name}" for name, given in balance.items() if given)
-    if " and " not in twice:
-        used(["allow_double_balance"], "without two of --alpha, --pos-weight and --sampler")
+    given = [flag for flag, is_given in corrections.items() if is_given]
+    if len(given) < 2:
+        refuse(["allow_double_balance"], "without two of --alpha, --pos-weight and --sampler")
     elif not args.allow_double_balance:
         parser.error(
-            f"{twice} correct one imbalance twice; give one of them, or --allow-double-balance"
+            f"{' and '.join(given)} correct one imbalance twice; give one of them, or"
+            " --allow-double-balance"
         )
     return args, parser
 

@@ -1,4 +1,4 @@
-"""Flags that the four scripts share, config files, one-line errors and exit codes.
+"""Flags that the four scripts share: their help, errors of one line, and config files.
 
 A flag is declared once, here or in the one script that owns it; its default stands there and
 nowhere else. `args` is never changed after parsing: derived values get names of their own.
@@ -8,27 +8,76 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
 from common import search
-from common.errors import EXIT_BAD_INPUT, InputError, did_you_mean
+from common.errors import EXIT_BAD_INPUT, InputError, did_you_mean, plural
 
 # What may differ between two commands that mean the same run. The data set enters the identity by
 # its content (`fingerprint`), so that a copy on a node's local disk continues the same run.
 NOT_IN_RUN_ID = {
-    "check", "compile", "config", "data", "demo", "detect_anomaly", "deterministic", "device", "eval", "force_resume",
-    "from_run", "impl", "log_every", "max_steps", "out", "predict", "profile", "ranges", "resume", "save_every",
-    "search", "teacher", "tensorboard", "timeout", "trial", "workers",
+    "check", "compile", "config", "data", "demo", "detect_anomaly", "deterministic", "device",
+    "eval", "force_resume", "from_run", "impl", "log_every", "max_steps", "out", "predict",
+    "profile", "ranges", "resume", "save_every", "search", "teacher", "tensorboard", "timeout",
+    "trial", "workers",
 }  # fmt: skip
 
 # What --eval, --predict and --ensemble heed.
 INFERENCE_FLAGS = {
-    "on_bad_item", "compile", "config", "data", "deterministic", "device", "eval", "out", "precision", "predict",
-    "resume", "seed", "store_size", "workers",
+    "on_bad_item", "compile", "config", "data", "deterministic", "device", "eval", "out",
+    "precision", "predict", "resume", "seed", "store_size", "workers",
 }  # fmt: skip
+
+# Earlier names of shared flags, and what other projects call them: accepted without being shown.
+ALIASES = {
+    "--bad-images": "--on-bad-item",
+    "--batch-size": "--bs",
+    "--fork": "--force-resume",
+    "--learning-rate": "--lr",
+    "--lr-scheduler": "--lr-schedule",
+    "--output-dir": "--out",
+    "--weight-decay": "--wd",
+}
+
+# What timm, lightly, nanoGPT, torchvision's references and PyTorch Lightning call a flag: refused,
+# because its values may mean something else there, with the name that it has here.
+NAMES_ELSEWHERE = {
+    "--accumulate-grad-batches": "--accum",
+    "--amp": "--precision",
+    "--arch": "--backbone",
+    "--checkpoint": "--resume PATH, or --eval CHECKPOINT",
+    "--data-dir": "--data",
+    "--data-path": "--data",
+    "--devices": "--device; torchrun starts one process for each GPU",
+    "--dtype": "--precision",
+    "--eval-interval": "--eval-every",
+    "--fp16": "--precision fp16",
+    "--gpus": "--device; torchrun starts one process for each GPU",
+    "--gradient-accumulation-steps": "--accum",
+    "--img-size": "--image-size",
+    "--log-interval": "--log-every",
+    "--max-epochs": "--epochs",
+    "--max-iters": "--max-steps",
+    "--model": "--backbone",
+    "--num-workers": "--workers",
+    "--opt": "--optimizer",
+    "--output": "--out",
+    "--pretrained": "--weights FILE",
+    "--print-freq": "--log-every",
+    "--test-only": "--eval CHECKPOINT",
+    "--warmup-steps": "--warmup-epochs",
+}
+NO_FLAG = {
+    "--momentum": "momentum is fixed for each optimizer",
+    "--num-classes": "the classes are counted in the data",
+}
+
+# The settings that each stage has a flag for: kind and least value.
+STAGE_FLAGS = {"epochs": (int, 1), "bs": (int, 1), "lr": (float, 0), "wd": (float, 0)}
 
 
 def number(kind, *, low=None, high=None, above=None):
@@ -38,14 +87,13 @@ def number(kind, *, low=None, high=None, above=None):
         for sign, bound in ((">=", low), (">", above), ("<=", high))
         if bound is not None
     )
+    kind_name = "an integer" if kind is int else "a number"
 
     def convert(text: str):
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not {'an integer' if kind is int else 'a number'}"
-            ) from None
+            raise argparse.ArgumentTypeError(f"{text!r} is not {kind_name}") from None
         inside = (
             (low is None or value >= low)
             and (above is None or value > above)
@@ -58,275 +106,334 @@ def number(kind, *, low=None, high=None, above=None):
     return convert
 
 
-# Earlier names of shared flags, and what other projects call them.
-ALIASES = {
-    "--bad-images": "--on-bad-item",
-    "--batch-size": "--bs",
-    "--fork": "--force-resume",
-    "--learning-rate": "--lr",
-    "--lr-scheduler": "--lr-schedule",
-    "--output-dir": "--out",
-    "--weight-decay": "--wd",
-}
+def default_text(values: dict[str, object]) -> str:
+    """Help for a default that depends on the stage or the mode.
 
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line with the nearest name, and whose help shows
-    every default.
+    It shows the first of `values`, then each other one after its name: ` (default: 100; linear 100;
+    finetune 50)`. One value stands for all if they are equal.
     """
+    texts = {name: str(value) for name, value in values.items()}
+    first, *others = texts
+    if set(texts.values()) == {texts[first]}:
+        others = []
+    parts = [texts[first], *(f"{name} {texts[name]}" for name in others)]
+    return f" (default: {'; '.join(parts)})"
 
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
-        self.aliases: dict[str, str] = {}
 
-    def choice(self, group, flag: str, names, default, help: str):
+class _Flags:
+    """What a parser and its groups share: short ways to add a flag."""
+
+    def choice(self, flag: str, names, default, help: str) -> None:
         """Add a flag that takes one of `names`."""
         names = list(names)
 
         def convert(text: str) -> str:
             if text not in names:
                 allowed = ", ".join(names)
-                raise argparse.ArgumentTypeError(
-                    f"received {text!r}, allowed {allowed}{did_you_mean(text, names)}"
-                )
+                hint = did_you_mean(text, names)
+                raise argparse.ArgumentTypeError(f"received {text!r}, allowed {allowed}{hint}")
             return text
 
-        group.add_argument(
-            flag, type=convert, metavar="{" + ",".join(names) + "}", default=default, help=help
+        metavar = "{" + ",".join(names) + "}"
+        self.add_argument(flag, type=convert, metavar=metavar, default=default, help=help)
+
+    def number(self, flag: str, kind, default, help: str, **bounds) -> None:
+        """Add a flag that takes an int or a float within `bounds` (`low`, `high`, `above`)."""
+        self.add_argument(
+            flag,
+            type=number(kind, **bounds),
+            metavar="N" if kind is int else "X",
+            default=default,
+            help=help,
         )
 
-    def number(self, group, flag: str, kind, default, help: str, **bounds):
-        """Add a flag that takes an int or a float within `bounds` (low, high: included; above:
-        not).
-        """
-        metavar = "N" if kind is int else "X"
-        group.add_argument(
-            flag, type=number(kind, **bounds), metavar=metavar, default=default, help=help
-        )
+    def switch(self, flag: str, help: str) -> None:
+        """Add a flag that takes no value."""
+        self.add_argument(flag, action="store_true", help=help)
 
-    def stage(self, group, name: str, defaults: dict):
-        """Add `--NAME-epochs`, `-bs`, `-lr` and `-wd` of a stage that the shared flags do not set."""
-        for flag, kind, low in (
-            ("epochs", int, 1),
-            ("bs", int, 1),
-            ("lr", float, 0),
-            ("wd", float, 0),
-        ):
-            self.number(
-                group,
-                f"--{name}-{flag}",
-                kind,
-                defaults[flag],
-                f"with --stage all: its --{flag}",
-                low=low,
-            )
+    def stage(self, name: str, defaults: dict) -> None:
+        """Add the flags (`--NAME-epochs`, ...) of a stage that the shared flags do not set."""
+        for flag, (kind, low) in STAGE_FLAGS.items():
+            text = f"--{flag} of the {name} stage, with --stage all"
+            self.number(f"--{name}-{flag}", kind, defaults[flag], text, low=low)
 
-    def alias(self, old: str, flag: str) -> None:
-        """Let `old` mean `flag` without a place in --help: an earlier name of it, or another
-        project's.
-        """
-        self.aliases[old] = flag
+
+class _Group(_Flags, argparse._ArgumentGroup):
+    """A titled group of flags."""
+
+
+class Parser(_Flags, argparse.ArgumentParser):
+    """An argument parser whose errors are one line and whose help shows every default.
+
+    Attributes:
+        aliases: other spellings of flags, accepted on the command line and in --config, without a
+            place in --help.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
+        self.aliases: dict[str, str] = {}
+
+    def add_argument_group(self, *args, **kwargs) -> _Group:
+        group = _Group(self, *args, **kwargs)
+        self._action_groups.append(group)
+        return group
+
+    def set_help(self, **texts: str) -> None:
+        """Replace the help of flags (attribute names), as `set_defaults` replaces defaults."""
+        for action in self._actions:
+            action.help = texts.get(action.dest, action.help)
+
+    def hide(self, *names: str) -> None:
+        """Leave shared flags (attribute names) that the script refuses out of --help."""
+        self.set_help(**dict.fromkeys(names, argparse.SUPPRESS))
 
     def parse_known_args(self, args=None, namespace=None):
         given = sys.argv[1:] if args is None else args
-        return super().parse_known_args([self._renamed(token) for token in given], namespace)
+        return super().parse_known_args(self.without_aliases(given), namespace)
 
-    def _renamed(self, token: str) -> str:
-        name, equals, value = token.partition("=")
-        return self.aliases[name] + equals + value if name in self.aliases else token
+    def without_aliases(self, argv: list[str]) -> list[str]:
+        """`argv` with every alias replaced by the flag that it means."""
+        renamed = []
+        for token in argv:
+            name, equals, value = token.partition("=")
+            renamed.append(self.aliases.get(name, name) + equals + value)
+        return renamed
 
     def flags(self) -> list[str]:
         return [option for option in self._option_string_actions if option.startswith("--")]
+
+    def hint(self, flag: str) -> str:
+        """What to write instead of an unknown flag, as the end of an error message."""
+        name = flag.replace("_", "-")
+        if name in NO_FLAG:
+            return f"; {NO_FLAG[name]}"
+        ours = self.aliases.get(name) or NAMES_ELSEWHERE.get(name)
+        if ours is not None and re.match("[-a-z]+", ours)[0] in self.flags():
+            return f"; here it is {ours}"
+        return did_you_mean(flag, self.flags())
 
     def error(self, message: str):
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
             first = unknown.split()[0].split("=")[0]
-            message = f"unknown flag {first}{did_you_mean(first, self.flags())}"
+            message = f"unknown flag {first}{self.hint(first)}"
         print(f"error: {message} (see --help)", file=sys.stderr)
         raise SystemExit(EXIT_BAD_INPUT)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
-        # A flag that is unset by default explains in its own words what happens then.
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        # A flag that is unset by default explains in its own words what happens then. A default of
+        # 0 is one that must be shown.
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
 
 
-def base_parser(script: str, doc: str) -> Parser:
+def base_parser(
+    script: str, doc: str, stages: dict[str, dict] | None = None, **rules: str
+) -> Parser:
     """The shared flags of a script.
 
-    `script` is the short name (`simclr`), `doc` the script's docstring, which becomes the head of
-    `--help`.
+    Args:
+        script: the short name (`simclr`).
+        doc: the script's docstring, which becomes the head of `--help`.
+        stages: default settings by the name of the stage, or of the mode, that they hold in, as
+            `stage_config` takes them; shown in `--help`.
+        rules: what `--help` says where such a setting is None, by the setting's name.
     """
-    parser = Parser(prog=f"train_{script}.py", description=doc)
-    for old, flag in ALIASES.items():
-        parser.alias(old, flag)
+    rules = {"warmup_epochs": "a tenth of the epochs"} | rules  # as in `stage_config`
+
+    def default_of(setting: str) -> str:
+        if stages is None:
+            return ""
+        values = {}
+        for name, settings in stages.items():
+            value = settings.get(setting)
+            values[name] = rules[setting] if value is None else value
+        return default_text(values)
+
+    usage = f"python train_{script}.py [flags]"
+    parser = Parser(prog=f"train_{script}.py", usage=usage, description=doc)
+    parser.aliases.update(ALIASES)
+
     data = parser.add_argument_group("data and run directory")
     data.add_argument(
         "--data",
         default="sample",
-        help="folder, .zip of one, a file of the task (.packed, .npz, ...), or sample: embedded",
+        help="what to read: a folder, a .zip of one, a file of the task's own kind, or `sample`,"
+        " the embedded data",
     )
     data.add_argument(
-        "--out", help="run directory; unset: runs/SCRIPT/NAME-HASH, a function of the other flags"
+        "--out",
+        help=f"run directory (default: runs/{script}/NAME-HASH, the hash of the settings)",
     )
-    parser.number(data, "--workers", int, min(8, os.cpu_count() or 1), "decoding threads", low=1)
-    parser.choice(
-        data,
-        "--on-bad-item",
-        ["error", "skip"],
-        "error",
-        "a damaged image ends the run, or is left out (at most 1 %% of them) and counted",
-    )
+    reading_flags(data)
     data.add_argument(
         "--config", metavar="FILE", help="TOML or JSON file of flags; the command line wins"
     )
 
-    optim = parser.add_argument_group(
-        "optimization (of the first stage, or of the one stage that is named)"
+    optim = parser.add_argument_group("optimization (of the first stage that runs)")
+    optim.number(
+        "--epochs", int, None, f"passes over the training data{default_of('epochs')}", low=1
     )
-    parser.number(optim, "--epochs", int, None, "passes over the training data", low=1)
-    parser.number(
-        optim,
+    optim.number(
         "--bs",
         int,
         None,
-        "batch of one optimizer step, over all processes and chunks",
+        f"batch of one optimizer step, over all processes and chunks{default_of('bs')}",
         low=1,
     )
-    parser.number(optim, "--accum", int, 1, "chunks that the batch is split into", low=1)
-    parser.number(optim, "--lr", float, None, "peak learning rate, used as given", low=0)
-    parser.number(
-        optim, "--wd", float, None, "weight decay of all but biases and normalization", low=0
+    optim.number("--accum", int, 1, "chunks that a batch is split into, to save memory", low=1)
+    optim.number("--lr", float, None, f"peak learning rate, used as given{default_of('lr')}", low=0)
+    optim.number(
+        "--wd",
+        float,
+        None,
+        f"weight decay of all parameters but biases and normalization{default_of('wd')}",
+        low=0,
     )
-    falls = "after the warm-up: falling (in train_raer.py by its table), or not"
-    parser.choice(optim, "--lr-schedule", ["cosine", "constant"], "cosine", falls)
-    parser.number(
-        optim,
+    optim.choice(
+        "--lr-schedule",
+        ["cosine", "constant"],
+        "cosine",
+        "learning rate after the warm-up: falls along a cosine, or stays the same",
+    )
+    optim.number(
         "--warmup-epochs",
         float,
         None,
-        "unset: a tenth of the epochs; in train_raer.py none",
+        f"epochs in which the learning rate rises to its peak{default_of('warmup_epochs')}",
         low=0,
     )
 
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    parser.choice(
-        machine,
+    machine.add_argument(
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:N or mps; auto takes a GPU where there is one",
+    )
+    machine.choice(
         "--precision",
         ["auto", "fp32", "bf16", "fp16"],
         "auto",
-        "auto: bf16 on a GPU that has it, fp32 elsewhere",
+        "number format of the forward pass; auto: bf16 on a GPU that has it, fp32 elsewhere",
     )
-    machine.add_argument(
-        "--compile", action="store_true", help="compile the model with torch.compile"
+    machine.switch("--compile", "compile the model with torch.compile")
+    machine.choice(
+        "--impl",
+        ["auto", "triton", "torch"],
+        "auto",
+        "implementation of the kernels; auto: Triton on a GPU, PyTorch elsewhere",
     )
-    parser.choice(
-        machine, "--impl", ["auto", "triton", "torch"], "auto", "implementation of the kernels"
+    machine.number(
+        "--seed", int, 0, "seed of weights, order and augmentation", low=0, high=2**31 - 1
     )
-    parser.number(
-        machine, "--seed", int, 0, "of weights, order and augmentation", low=0, high=2**31 - 1
-    )
-    machine.add_argument(
-        "--deterministic", action="store_true", help="bitwise repeatable on a GPU too, at some cost"
-    )
+    machine.switch("--deterministic", "make runs bitwise repeatable on a GPU too, at some cost")
 
     running = parser.add_argument_group("running")
     running.add_argument(
         "--resume",
         default="auto",
         metavar="{auto,none,PATH}",
-        help="continue the run directory, start anew, or continue from PATH",
+        help="continue the run directory, start anew, or continue from the run or checkpoint PATH",
     )
-    running.add_argument(
-        "--force-resume", action="store_true", help="continue a run although its flags differ"
+    running.switch("--force-resume", "continue a run although its flags differ")
+    running.number(
+        "--max-steps", int, None, "stop after so many steps; the schedule is unchanged", low=1
     )
-    parser.number(
-        running,
-        "--max-steps",
-        int,
-        None,
-        "stop after so many steps; the schedule is unchanged",
-        low=1,
+    running.number("--log-every", int, 10, "steps between two log lines", low=1)
+    running.number("--eval-every", int, 1, "epochs between two evaluations", low=1)
+    running.number("--save-every", float, 10.0, "minutes between two checkpoints", low=0)
+    running.number(
+        "--timeout", float, 30.0, "minutes without a step after which the run is ended", above=0
     )
-    parser.number(running, "--log-every", int, 10, "steps between two lines", low=1)
-    parser.number(running, "--eval-every", int, 1, "epochs between two evaluations", low=1)
-    parser.number(running, "--save-every", float, 10.0, "minutes between two checkpoints", low=0)
-    parser.number(
-        running, "--timeout", float, 30.0, "minutes without a step that end the run", above=0
-    )
-    running.add_argument(
-        "--detect-anomaly",
-        action="store_true",
-        help="end at the first layer that gives a value not finite; slow",
-    )
-    running.add_argument("--tensorboard", action="store_true", help="also write TensorBoard events")
+    running.switch("--detect-anomaly", "stop at the first layer whose output is not finite; slow")
+    running.switch("--tensorboard", "write TensorBoard events too")
     running.add_argument(
         "--eval",
         metavar="CHECKPOINT",
-        help="evaluate a checkpoint or run on the test split and end",
+        help="evaluate a run or a checkpoint on the test split, then stop",
     )
     running.add_argument(
         "--predict",
         metavar="PATH",
-        help="classify the items of PATH with the run named by --resume",
-    )
-    items = (
-        "try the training recipe on a few batches: all of it, or these items (names,"
-        " comma-separated); exit code 4"
+        help="classify the items of PATH with the run that --resume names",
     )
     running.add_argument(
-        "--check", nargs="?", const="all", metavar="ITEMS", help=f"{items} if one fails"
+        "--check",
+        nargs="?",
+        const="all",
+        metavar="ITEMS",
+        help="try the training recipe on a few batches: all checks, or the named ones"
+        " (comma-separated); exit code 4 if one fails",
     )
-    average = "average what these runs say of the test split"
-    running.add_argument("--ensemble", nargs="+", metavar="RUN", help=average)
     running.add_argument(
-        "--demo", action="store_true", help="a small run on the embedded data, minutes on two cores"
+        "--ensemble",
+        nargs="+",
+        metavar="RUN",
+        help="average the predictions of these runs on the test split",
     )
+    running.switch("--demo", "a small run on the embedded data: minutes on two CPU cores")
 
     tuning = parser.add_argument_group("random search and distillation")
-    parser.number(tuning, "--search", int, None, "trials whose settings are drawn at random", low=1)
-    parser.number(
-        tuning,
+    tuning.number("--search", int, None, "run N trials whose settings are drawn at random", low=1)
+    tuning.number(
         "--trial",
         int,
         None,
-        "run this one of them alone, from 0; unset: one after another",
+        "run only trial N of --search, counted from 0; unset: all, one after another",
         low=0,
     )
     tuning.add_argument(
-        "--ranges", metavar="F=LOW:HIGH,..", help="what is drawn, on log scales; unset: see README"
+        "--ranges",
+        metavar="FLAG=LOW:HIGH,..",
+        help="what --search draws, on a log scale, as lr=1e-4:1e-2; unset: see README.md",
     )
     tuning.add_argument(
         "--teacher",
         metavar="RUN",
-        help="run or checkpoint whose answers are learned beside the labels",
+        help="run or checkpoint whose predictions are learned beside the labels",
     )
-    parser.number(
-        tuning, "--teacher-weight", float, 0.5, "share of the teacher in the loss", above=0, high=1
+    tuning.number(
+        "--teacher-weight", float, 0.5, "share of the teacher's term in the loss", above=0, high=1
     )
-    parser.number(
-        tuning, "--teacher-temperature", float, 2.0, "that softens both models' answers", above=0
+    tuning.number(
+        "--teacher-temperature",
+        float,
+        2.0,
+        "temperature that softens the predictions of both models",
+        above=0,
     )
     return parser
+
+
+def reading_flags(group: _Group | Parser) -> None:
+    """Add the flags of every program that decodes images."""
+    group.number("--workers", int, min(8, os.cpu_count() or 1), "threads that decode images", low=1)
+    group.choice(
+        "--on-bad-item",
+        ["error", "skip"],
+        "error",
+        "what a damaged image does: end the run, or be left out and counted (at most 1 %% of them)",
+    )
 
 
 def parse(
     parser: Parser, argv: list[str] | None, demo: dict, ranges: dict | None = None
 ) -> argparse.Namespace:
-    """Parse flags: built-in defaults, then the demo's (with --demo), then --config, then the
-    command line.
+    """Parse flags: built-in defaults, then --demo's, then --config, then the command line.
 
     `ranges` are those of the script's flags that a trial of --search draws; see `search.declared`.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = parser.without_aliases(sys.argv[1:] if argv is None else argv)
     finder = Parser(add_help=False)
     finder.add_argument("--config")
     finder.add_argument("--demo", action="store_true")
     first, _ = finder.parse_known_args(argv)
-    argv = (_config_flags(parser, first.config) if first.config else []) + argv
+    if first.config:
+        argv = _config_flags(parser, first.config) + argv
     if first.demo or "--demo" in argv:
         parser.set_defaults(**demo)
     args = parser.parse_args(argv)
@@ -348,10 +455,10 @@ def parse(
 def _trial_flags(
     parser: Parser, args: argparse.Namespace, argv: list[str], ranges: dict
 ) -> list[str]:
-
     if args.trial >= args.search:
         parser.error(
-            f"--trial {args.trial}: the trials of --search {args.search} are 0 to {args.search - 1}"
+            f"--trial received {args.trial}, allowed 0 to {args.search - 1}:"
+            f" --search {args.search} has {plural(args.search, 'trial')}"
         )
     if args.resume not in ("auto", "none"):
         parser.error("--resume RUN with --search: a trial continues its own run")
@@ -379,46 +486,49 @@ def _config_flags(parser: Parser, file: str) -> list[str]:
             f"--config {file}: expected a table of flags, received {type(values).__name__}"
         )
     # A run's own config.json names flags by their attributes and has two derived entries.
-    flags = {action.dest: action for action in parser._actions if action.option_strings}
-    flags |= {
-        option.removeprefix("--").replace("-", "_"): action
-        for action in flags.values()
-        for option in action.option_strings
-    }
+    actions = {}
+    for action in parser._actions:
+        for option in action.option_strings:
+            actions[action.dest] = action
+            actions[_attribute(option)] = action
+    for old, flag in parser.aliases.items():
+        actions[_attribute(old)] = actions[_attribute(flag)]
     argv = []
     for name, value in values.items():
-        action = flags.get(name.replace("-", "_"))
         if value is None or name in ("config", "resolved", "identity"):
             continue
+        action = actions.get(_attribute(name))
         if action is None:
-            parser.error(
-                f"--config {file}: unknown flag {name!r}{did_you_mean('--' + name, parser.flags())}"
-            )
+            hint = parser.hint("--" + name.replace("_", "-"))
+            parser.error(f"--config {file}: unknown flag {name!r}{hint}")
         if (action.nargs == 0) != isinstance(value, bool):
             wanted = "true or false" if action.nargs == 0 else "a value"
             parser.error(f"--config {file}: {name} takes {wanted}, received {value!r}")
-        if value is not False:
-            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            argv += (
-                [action.option_strings[0]] if value is True else [action.option_strings[0], text]
-            )
+        if value is False:
+            continue
+        argv.append(action.option_strings[0])
+        if isinstance(value, list):
+            argv.append(",".join(map(str, value)))
+        elif value is not True:
+            argv.append(str(value))
     return argv
+
+
+def _attribute(option: str) -> str:
+    return option.removeprefix("--").replace("-", "_")
 
 
 def resume_mode(args: argparse.Namespace, job: str | None) -> str:
     """--resume, but `auto` where Slurm has requeued a job whose command says `none`, and what is
     there is the work of this `job` already: it is not thrown away.
     """
-    own = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0 and job == os.environ.get(
-        "SLURM_JOB_ID"
-    )
-    return "auto" if args.resume == "none" and own else args.resume
+    requeued = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+    same_job = job == os.environ.get("SLURM_JOB_ID")
+    return "auto" if args.resume == "none" and requeued and same_job else args.resume
 
 
 def reject_unused_flags(parser: Parser, args: argparse.Namespace, names, reason: str) -> None:
-    """Exit 2 if one of the flags `names` (attribute names) was set although it would change
-    nothing.
-    """
+    """Exit 2 if one of the flags `names` (attribute names) is set but would change nothing."""
     flags = {
         action.dest: action.option_strings[0] for action in parser._actions if action.option_strings
     }
@@ -428,8 +538,8 @@ def reject_unused_flags(parser: Parser, args: argparse.Namespace, names, reason:
 
 
 def check_inference_flags(parser: Parser, args: argparse.Namespace, heeded=()) -> None:
-    """Exit 2 if --eval, --predict, --ensemble or --stream comes with a flag of training, or without
-    the run to use.
+    """Exit 2 if --eval, --predict, --ensemble or --stream comes with a flag of training, or
+    without the run to use.
 
     `heeded` are flags of the script (attribute names) that they heed.
     """
@@ -441,12 +551,8 @@ def check_inference_flags(parser: Parser, args: argparse.Namespace, heeded=()) -
     mode = f"--{modes[0]}"
     if len(modes) > 1:
         parser.error(f"{mode} and --{modes[1]} exclude each other")
-    reject_unused_flags(
-        parser,
-        args,
-        sorted(vars(args).keys() - INFERENCE_FLAGS - {*heeded, *modes}),
-        f"with {mode}",
-    )
+    unheeded = sorted(vars(args).keys() - INFERENCE_FLAGS - {*heeded, *modes})
+    reject_unused_flags(parser, args, unheeded, f"with {mode}")
     if args.eval or args.ensemble:
         reject_unused_flags(parser, args, ["resume"], f"with {mode}, which names its checkpoint")
         return
@@ -456,8 +562,7 @@ def check_inference_flags(parser: Parser, args: argparse.Namespace, heeded=()) -
 
 
 def run_id(parser: Parser, args: argparse.Namespace, **facts) -> dict:
-    """The settings that decide a run's result: flags that differ from their built-in default, and
-    given `facts`.
+    """The settings that decide a run's result: flags that differ from their default, and `facts`.
 
     Flags at their default stay out, so that a flag added later does not give old runs another name.
     """
@@ -490,22 +595,18 @@ class StageConfig:
     def describe(self, items: str, steps_per_epoch: int) -> str:
         """One line: how much data in how many steps, and how they are taken."""
         return (
-            f"{self.name}: {items}, {steps_per_epoch} steps of {self.bs} an epoch, {self.epochs}"
-            " epochs at most,"
-            f" {self.optimizer}, lr {self.lr:.3g}"
+            f"{self.name}: {items}, {plural(steps_per_epoch, 'step')} of {self.bs} an epoch,"
+            f" {plural(self.epochs, 'epoch')} at most, {self.optimizer}, lr {self.lr:.3g}"
         )
 
 
 def stage_config(args, name: str, defaults: dict, *, first: bool, lr_of) -> StageConfig:
-    """Settings of a stage: from the shared flags if it is the first or only one, else from
-    `--NAME-epochs` and so on.
+    """Settings of a stage: from the shared flags if it is the first or only one, else from its own.
 
-    What is unset comes from `defaults`; a learning rate of None there is `lr_of(bs)`.
+    Those are `--NAME-epochs` and so on. What is unset comes from `defaults`; a learning rate of
+    None there is `lr_of(bs)`.
     """
-    given = {
-        flag: getattr(args, flag if first else f"{name}_{flag}")
-        for flag in ("epochs", "bs", "lr", "wd")
-    }
+    given = {flag: getattr(args, flag if first else f"{name}_{flag}") for flag in STAGE_FLAGS}
     values = defaults | {flag: value for flag, value in given.items() if value is not None}
     if values["lr"] is None:
         values["lr"] = lr_of(values["bs"])
@@ -520,6 +621,6 @@ def stage_config(args, name: str, defaults: dict, *, first: bool, lr_of) -> Stag
     if values["warmup_epochs"] > values["epochs"]:
         raise InputError(
             f"--warmup-epochs {values['warmup_epochs']:g} is more than the"
-            f" {values['epochs']} epochs"
+            f" {plural(values['epochs'], 'epoch')}"
         )
     return StageConfig(name, **values)

@@ -7,12 +7,16 @@ import sys
 
 # What the system says where the disk is full, a quota is reached or a file may not grow further.
 DISK_FULL = errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG
-EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_AUDIT, EXIT_STOPPED = 2, 3, 4, 75
+EXIT_BAD_INPUT = 2
+EXIT_DIVERGED = 3
+EXIT_AUDIT = 4
+EXIT_STOPPED = 75
 
 
 class InputError(ValueError):
-    """Something the user gave cannot be used: the message says what was received, what is allowed,
-    what to do.
+    """Something the user gave cannot be used.
+
+    The message says what was received, what is allowed and what to do.
     """
 
 
@@ -21,9 +25,7 @@ class Diverged(RuntimeError):
 
 
 class AuditFailed(RuntimeError):
-    """A check of the model found something dead: a parameter that does not train, a loss that moves
-    nothing.
-    """
+    """A check of the model found a parameter that does not train or a loss without a gradient."""
 
 
 class Stopped(RuntimeError):
@@ -36,9 +38,7 @@ class Stopped(RuntimeError):
 
 @contextlib.contextmanager
 def exit_codes():
-    """Turn the four expected endings into one line on stderr and the exit code that README.md
-    lists.
-    """
+    """Turn the expected endings into one line on stderr and the exit code that README.md lists."""
     try:
         yield
     except InputError as error:
@@ -62,9 +62,7 @@ def exit_codes():
 
 @contextlib.contextmanager
 def as_input_error(flag: str, value):
-    """Turn a ValueError, which says why a flag's value cannot be used, into an `InputError` that
-    names the flag.
-    """
+    """Turn a ValueError about a flag's value into an `InputError` that names the flag."""
     try:
         yield
     except ValueError as error:
@@ -72,9 +70,13 @@ def as_input_error(flag: str, value):
 
 
 def plural(count: int, noun: str) -> str:
-    """`1 epoch`, `2 epochs`, `2 processes`."""
-    ending = "es" if noun.endswith(("s", "x", "ch", "sh")) else "s"
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}{ending}"
+    """A count with its noun: "1 epoch", "2 epochs", "2 batches", "2 modalities"."""
+    if count == 1:
+        return f"1 {noun}"
+    if noun.endswith("y") and noun[-2] not in "aeou":
+        return f"{count} {noun[:-1]}ies"
+    hisses = noun.endswith(("s", "x", "z", "sh", "tch", "nch"))  # not the ch of epoch
+    return f"{count} {noun}{'es' if hisses else 's'}"
 
 
 def did_you_mean(word: str, words) -> str:

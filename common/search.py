@@ -1,9 +1,12 @@
-"""Random search (Bergstra and Bengio 2012): each trial is an ordinary run, its settings a function
-of its number.
+"""Random search: each trial is an ordinary run, its settings a function of its number.
 
-python train_X.py --search 20                                    20 trials, one after another
-python train_X.py --search 20 --trial $SLURM_ARRAY_TASK_ID       one of them: a task of a Slurm array from 0 to 19
-python -m common.report runs/X --where trial=any --rows trial,lr,wd --value best_value --compact
+Bergstra and Bengio, Random Search for Hyper-Parameter Optimization, JMLR 2012.
+
+20 trials, one after another; one of them, as a task of a Slurm array from 0 to 19; their table:
+
+  python train_X.py --search 20
+  python train_X.py --search 20 --trial $SLURM_ARRAY_TASK_ID
+  python -m common.report runs/X --where trial=any --rows trial,lr,wd --value best_value --compact
 
 A flag that is given, or stands in --config, is not drawn. More trials leave the earlier ones as
 they are.
@@ -26,7 +29,7 @@ def parse_ranges(text: str) -> dict[str, tuple[float, float]]:
     Raises:
         InputError: not of that form, or a range that is not positive and rising.
     """
-    found = {}
+    ranges = {}
     for part in text.split(","):
         name, _, bounds = part.partition("=")
         try:
@@ -37,29 +40,31 @@ def parse_ranges(text: str) -> dict[str, tuple[float, float]]:
             raise InputError(
                 f"--ranges {part!r}: allowed is FLAG=LOW:HIGH with 0 < LOW < HIGH, as lr=1e-4:1e-2"
             )
-        found[name.strip().replace("-", "_")] = low, high
-    return found
+        ranges[name.strip().replace("-", "_")] = low, high
+    return ranges
 
 
 def draw(ranges: dict[str, tuple[float, float]], seed: int, trial: int, whole=()) -> dict[str, str]:
-    """The values of a trial as text by flag, uniform on a log scale with three digits; those of
-    `whole` as integers.
+    """The values of a trial by flag, as text: uniform on a log scale, with three digits.
 
-    A value depends on (seed, trial, flag) alone: leaving one flag out leaves the others' values as
-    they are.
+    Those of the flags `whole` are integers. A value depends on (seed, trial, flag) alone: leaving
+    one flag out leaves the others' values as they are.
     """
     values = {}
     for name, (low, high) in ranges.items():
         u = uniform(seed, zlib.crc32(name.encode()), np.array([trial]), _STREAM, 1)[0, 0]
         value = low * (high / low) ** u
-        near = min(max(round(value), math.ceil(low)), math.floor(high))
-        values[name] = f"{near}" if name in whole else f"{value:.3g}"
+        if name in whole:
+            values[name] = str(min(max(round(value), math.ceil(low)), math.floor(high)))
+        else:
+            values[name] = f"{value:.3g}"
     return values
 
 
 def flags(parser, args, argv: list[str], ranges: dict) -> list[str]:
-    """The flags of the trial that `args` names: those of `ranges`, changed by --ranges, that `argv`
-    does not give.
+    """The flags of the trial that `args` names: those of `ranges` that `argv` does not give.
+
+    --ranges changes `ranges`, or adds to them.
 
     Raises:
         InputError: a range of a flag that is not there or takes no number, or holds no integer that
@@ -67,12 +72,14 @@ def flags(parser, args, argv: list[str], ranges: dict) -> list[str]:
             could not run.
     """
     numbers = {
-        a.dest: a.option_strings[0]
-        for a in parser._actions
-        if a.option_strings and a.metavar in ("X", "N")
+        action.dest: action.option_strings[0]
+        for action in parser._actions
+        if action.option_strings and action.metavar in ("X", "N")
     }
-    whole = {a.dest for a in parser._actions if a.metavar == "N"}
-    ranges = declared(ranges, args) | (parse_ranges(args.ranges) if args.ranges else {})
+    whole = {action.dest for action in parser._actions if action.metavar == "N"}
+    ranges = declared(ranges, args)
+    if args.ranges:
+        ranges = ranges | parse_ranges(args.ranges)
     unknown = next((name for name in ranges if name not in numbers or name == "seed"), None)
     if unknown is not None:
         raise InputError(f"--ranges: no number is called {unknown}{did_you_mean(unknown, numbers)}")
@@ -84,19 +91,22 @@ def flags(parser, args, argv: list[str], ranges: dict) -> list[str]:
             )
     given = {token.split("=")[0] for token in argv}
     ranges = {name: bounds for name, bounds in ranges.items() if numbers[name] not in given}
-    least = ranges["min_lr"][1] if "min_lr" in ranges else getattr(args, "min_lr", 0.0)
-    if "lr" in ranges and ranges["lr"][0] < least:
-        raise InputError(
-            f"--ranges lr={ranges['lr'][0]:g}:{ranges['lr'][1]:g} begins below --min-lr {least:g}"
-        )
+    min_lr = ranges["min_lr"][1] if "min_lr" in ranges else getattr(args, "min_lr", 0.0)
+    if "lr" in ranges:
+        low, high = ranges["lr"]
+        if low < min_lr:
+            raise InputError(
+                f"--ranges lr={low:g}:{high:g} begins below --min-lr {min_lr:g}; raise its low end"
+            )
     drawn = draw(ranges, args.seed, args.trial, whole)
-    return [text for name, value in drawn.items() for text in (numbers[name], value)]
+    argv_of_trial = []
+    for name, value in drawn.items():
+        argv_of_trial += [numbers[name], value]
+    return argv_of_trial
 
 
 def declared(ranges: dict, args) -> dict[str, tuple[float, float]]:
-    """A script's ranges; those of the first stage where it has them by stage, or by the optimizer
-    of its first one.
-    """
+    """A script's ranges, of the named stage or else of the optimizer where it has them by those."""
     for name in (getattr(args, "stage", None), getattr(args, "optimizer", None)):
         if isinstance(ranges.get(name), dict):
             return ranges[name]

@@ -1,5 +1,7 @@
 """The recipe's plain advice as flags: no augmentation, one learning rate, early stopping."""
 
+import shlex
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,11 +12,18 @@ import train_simclr
 import train_tsm
 from common.run import log
 
-TSM = ["--backbone", "conv_small_035", "--image-size", "32", "--bs", "24", "--accum", "1", "--epochs", "2",
-       "--clips", "1", "--n-segment", "2", "--data", "sample-flicker", "--device", "cpu"]  # fmt: skip
-RAER = ["--backbone", "vit_tiny", "--num-frames", "2", "--bs", "64", "--cache-features", "--method", "ce",
-        "--device", "cpu"]  # fmt: skip
-CLUSTER = ["--bs", "512", "--epochs", "2", "--cluster-epochs", "2", "--device", "cpu"]
+TSM = shlex.split(
+    "--backbone conv_small_035 --image-size 32 --bs 24 --accum 1 --epochs 2 --clips 1 --n-segment 2"
+    " --data sample-flicker --device cpu"
+)
+RAER = shlex.split(
+    "--backbone vit_tiny --num-frames 2 --bs 64 --cache-features --method ce --device cpu"
+)
+CLUSTER = shlex.split("--bs 512 --epochs 2 --cluster-epochs 2 --device cpu")
+SIMCLR = shlex.split(
+    "--backbone resnet18 --stem cifar --image-size 8 --stage finetune --from none --bs 28"
+    " --epochs 3 --lr 0 --device cpu"
+)
 
 
 @pytest.mark.parametrize(
@@ -25,17 +34,8 @@ CLUSTER = ["--bs", "512", "--epochs", "2", "--cluster-epochs", "2", "--device", 
 def test_a_constant_learning_rate_is_one(script, flags, tmp_path):
     rates = {}
     for name, extra in (("falls", []), ("constant", ["--lr-schedule", "constant"])):
-        argv = [
-            *flags,
-            "--warmup-epochs",
-            "0",
-            "--log-every",
-            "1",
-            *extra,
-            "--out",
-            str(tmp_path / name),
-        ]
-        assert script.main(argv) == 0
+        out = ["--out", str(tmp_path / name)]
+        assert script.main([*flags, "--warmup-epochs", "0", "--log-every", "1", *extra, *out]) == 0
         rates[name] = [
             line["lr"]
             for line in log.read(tmp_path / name)
@@ -43,7 +43,8 @@ def test_a_constant_learning_rate_is_one(script, flags, tmp_path):
         ]
     # On a plateau clustering halves the rate.
     assert len({rate for rate in rates["constant"] if rate > 0.6 * rates["constant"][-1]}) <= 2
-    assert rates["constant"][-1] > rates["falls"][-1] and rates["falls"][0] > rates["falls"][-1]
+    assert rates["constant"][-1] > rates["falls"][-1]
+    assert rates["falls"][0] > rates["falls"][-1]
 
 
 def test_fine_tuning_without_augmentation_sees_the_images_themselves(tmp_path):
@@ -54,37 +55,13 @@ def test_fine_tuning_without_augmentation_sees_the_images_themselves(tmp_path):
             pixels = rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)
             pixels[..., k] //= 3
             Image.fromarray(pixels).save(tmp_path / "data" / name / f"{i:02d}.png")
-    argv = [
-        "--backbone",
-        "resnet18",
-        "--stem",
-        "cifar",
-        "--image-size",
-        "8",
-        "--stage",
-        "finetune",
-        "--from",
-        "none",
-    ]
-    argv += [
-        "--data",
-        str(tmp_path / "data"),
-        "--bs",
-        "28",
-        "--epochs",
-        "3",
-        "--lr",
-        "0",
-        "--device",
-        "cpu",
-    ]
+    argv = [*SIMCLR, "--data", str(tmp_path / "data")]
     losses = {}
     for kind in ("simclr", "none"):
         out = tmp_path / kind
         assert train_simclr.main([*argv, "--augment", kind, "--out", str(out)]) == 0
-        losses[kind] = [
-            x["finetune/train/loss"] for x in log.read(out) if "finetune/train/loss" in x
-        ]
+        name = "finetune/train/loss"
+        losses[kind] = [line[name] for line in log.read(out) if name in line]
     # One batch holds all training images: only the augmentation can tell epochs apart.
     assert np.ptp(losses["none"]) < 1e-5 < 1e-3 < np.ptp(losses["simclr"])
 
@@ -92,15 +69,12 @@ def test_fine_tuning_without_augmentation_sees_the_images_themselves(tmp_path):
 def test_patience_ends_what_no_longer_improves(tmp_path):
     argv = [*RAER, "--epochs", "8", "--lr", "1e-7"]
     assert train_raer.main([*argv, "--patience", "2", "--out", str(tmp_path)]) == 0
-    assert (
-        max(line["epoch"] for line in log.read(tmp_path)) == 3
-    )  # one that sets the mark, two that do not pass it
+    # One epoch that sets the mark, two that do not pass it.
+    assert max(line["epoch"] for line in log.read(tmp_path)) == 3
 
 
 def test_a_last_rate_needs_a_schedule_that_falls(capsys):
     with pytest.raises(SystemExit) as ending:
         train_tsm.main([*TSM, "--lr-schedule", "constant", "--min-lr", "1e-6"])
-    assert (
-        ending.value.code == 2
-        and "--min-lr has no effect with --lr-schedule constant" in capsys.readouterr().err
-    )
+    assert ending.value.code == 2
+    assert "--min-lr has no effect with --lr-schedule constant" in capsys.readouterr().err

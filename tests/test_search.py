@@ -19,13 +19,12 @@ def parse(argv):
 def test_values_are_uniform_on_a_log_scale_within_their_range():
     drawn = [search.draw(RANGES, 0, trial) for trial in range(2000)]
     for name, (low, high) in RANGES.items():
-        shares = np.log([float(one[name]) / low for one in drawn]) / np.log(high / low)
+        shares = np.log([float(values[name]) / low for values in drawn]) / np.log(high / low)
         assert shares.min() >= 0 and shares.max() <= 1
         counts = np.histogram(shares, 10, (0, 1))[0]
-        assert (
-            (counts - 200) ** 2 / 200
-        ).sum() < 27.9  # chi-squared with 9 degrees of freedom, p = 0.001
-    rates, decays = (np.log([float(one[name]) for one in drawn]) for name in RANGES)
+        # Chi-squared with 9 degrees of freedom, p = 0.001.
+        assert ((counts - 200) ** 2 / 200).sum() < 27.9
+    rates, decays = (np.log([float(values[name]) for values in drawn]) for name in RANGES)
     assert abs(np.corrcoef(rates, decays)[0, 1]) < 0.08
 
 
@@ -43,25 +42,17 @@ def test_a_trial_is_a_function_of_its_number_and_the_seed():
 
 def test_what_is_given_is_not_drawn_and_leaves_the_rest_as_it_is(tmp_path):
     args, _ = parse(["--search", "9", "--trial", "3"])
-    for fixed in (["--lr", "0.5"], ["--lr=0.5"]):
+    for fixed in (["--lr", "0.5"], ["--lr=0.5"], ["--learning-rate", "0.5"]):
         given, _ = parse(["--search", "9", "--trial", "3", *fixed])
         assert (given.lr, given.wd) == (0.5, args.wd)
     file = tmp_path / "flags.toml"
     file.write_text("lr = 0.5\n")
     assert parse(["--config", str(file), "--search", "9", "--trial", "3"])[0].lr == 0.5
-    wider, _ = parse(
-        [
-            "--search",
-            "9",
-            "--trial",
-            "3",
-            "--ranges",
-            "lr=1:10,teacher-weight=0.1:0.9",
-            "--teacher",
-            "x",
-        ]
-    )
-    assert 1 <= wider.lr <= 10 and wider.wd == args.wd and 0.1 <= wider.teacher_weight <= 0.9
+    ranges = ["--ranges", "lr=1:10,teacher-weight=0.1:0.9", "--teacher", "x"]
+    wider, _ = parse(["--search", "9", "--trial", "3", *ranges])
+    assert 1 <= wider.lr <= 10
+    assert wider.wd == args.wd
+    assert 0.1 <= wider.teacher_weight <= 0.9
 
 
 def test_an_integer_flag_draws_integers_of_its_range():
@@ -78,11 +69,14 @@ def test_a_trial_is_the_run_that_its_values_name():
 
 
 @pytest.mark.parametrize(
-    ("argv", "said"),
+    ("argv", "message"),
     [
         (["--trial", "3"], "--trial has no effect without --search"),
         (["--ranges", "lr=1:2"], "--ranges has no effect without --search"),
-        (["--search", "3", "--trial", "3"], "the trials of --search 3 are 0 to 2"),
+        (
+            ["--search", "3", "--trial", "3"],
+            "--trial received 3, allowed 0 to 2: --search 3 has 3 trials",
+        ),
         (
             ["--search", "3", "--trial", "1", "--ranges", "epoch=1:2"],
             "no number is called epoch; did you mean epochs?",
@@ -94,11 +88,13 @@ def test_a_trial_is_the_run_that_its_values_name():
         (["--teacher-weight", "0.3"], "--teacher-weight has no effect without --teacher"),
     ],
 )
-def test_what_makes_no_search_is_refused_in_one_line(argv, said, capsys):
+def test_what_makes_no_search_is_refused_in_one_line(argv, message, capsys):
     with pytest.raises(SystemExit) as ending:
         parse(argv)
     error = capsys.readouterr().err
-    assert ending.value.code == 2 and said in error and error.count("\n") == 1
+    assert ending.value.code == 2
+    assert message in error
+    assert error.count("\n") == 1
 
 
 def test_learning_rates_below_the_last_one_are_refused_before_a_trial_runs(tmp_path, capsys):
@@ -111,9 +107,9 @@ def test_learning_rates_below_the_last_one_are_refused_before_a_trial_runs(tmp_p
         with pytest.raises(SystemExit) as ending:
             train_tsm.main([*argv, *extra])
         error = capsys.readouterr().err
-        assert (
-            ending.value.code == 2 and "begins below --min-lr" in error and error.count("\n") == 1
-        )
+        assert ending.value.code == 2
+        assert "begins below --min-lr" in error
+        assert error.count("\n") == 1
     assert not (tmp_path / "runs").exists()
     train_tsm.parse_args([*argv, "--trial", "1"])  # the script's own ranges
 
@@ -130,12 +126,10 @@ def test_all_trials_run_and_a_diverged_one_is_left(capsys):
 
     args, _ = parse(["--search", "3"])
     assert run_sweep(main, ["--search", "3"], args, RANGES, None)
-    said = capsys.readouterr().out
-    assert (
-        done == [0, 1, 2]
-        and "diverged: 1" in said
-        and "runs --where trial=any --rows trial,lr" in said
-    )
+    output = capsys.readouterr().out
+    assert done == [0, 1, 2]
+    assert "diverged: 1" in output
+    assert "runs --where trial=any --rows trial,lr" in output
     args, _ = parse(["--search", "3", "--out", "mine"])
     assert run_sweep(main, ["--search", "3"], args, RANGES, None)
     assert "common.report mine --rows trial,lr,wd" in capsys.readouterr().out

@@ -6,57 +6,50 @@ from pathlib import Path
 from common import config
 from common.data.open import open_images
 from common.data.pack import SUFFIX, pack
-from common.errors import InputError, exit_codes
+from common.errors import InputError, exit_codes, plural
 
 
 def main(argv: list[str] | None = None) -> int:
     doc = f"Decode a data set once to uint8 pixels in one {SUFFIX} file, which --data then takes."
     parser = config.Parser(prog="python -m common.data", description=doc)
-    parser.choice(parser, "command", ["pack"], None, "what to do")
+    parser.choice("command", ["pack"], None, "what to do")
     parser.add_argument("src", metavar="SRC", help="folder, .zip of one, packed file or `sample`")
     parser.add_argument(
         "dst", metavar="DST", help=f"the file to write, *{SUFFIX}; an old one is replaced"
     )
-    shared = {action.dest: action for action in config.base_parser("simclr", "")._actions}
     parser.number(
-        parser,
         "--store-size",
         int,
         None,
-        "side of the squares, pixels; unset: their own, at most 256",
+        "side of the stored squares, pixels; unset: that of the images, at most 256",
         low=8,
     )
-    parser.number(
-        parser, "--workers", int, shared["workers"].default, shared["workers"].help, low=1
-    )
-    parser.choice(
-        parser,
-        "--on-bad-item",
-        ["error", "skip"],
-        shared["on_bad_item"].default,
-        shared["on_bad_item"].help,
-    )
+    config.reading_flags(parser)
     args = parser.parse_args(argv)
     with exit_codes():
         target = Path(args.dst)
         if target.suffix != SUFFIX or target.is_dir():
             raise InputError(f"{target}: the packed file's name must end in {SUFFIX}")
-        begun, images = time.perf_counter(), open_images(args.src)
-        default_size, left_out = images.store_size, []
+        begun = time.perf_counter()
+        images = open_images(args.src)
+        default_size = images.store_size
+        left_out = []
         if args.store_size:
             images.resize_store(args.store_size)
         if args.on_bad_item == "skip":
             left_out = images.drop_damaged(args.workers)
-            print(
-                f"left out {len(left_out)} damaged images"
-                + (f", the first is {left_out[0]}" if left_out else "")
-            )
+            first = f", the first is {left_out[0]}" if left_out else ""
+            print(f"left out {plural(len(left_out), 'damaged image')}{first}")
         print(images.describe(), flush=True)
         pack(images, target, default_size=default_size, left_out=left_out, workers=args.workers)
-        seconds, written = time.perf_counter() - begun, target.stat().st_size
+        seconds = time.perf_counter() - begun
+        written = target.stat().st_size
         print(
             f"read {images.num_bytes / 1e6:.1f} MB, wrote {written / 1e6:.1f} MB to {target} in"
-            f" {seconds:.1f} s"
-            f" ({len(images) / seconds:.0f} images/s)"
+            f" {seconds:.1f} s ({len(images) / seconds:.0f} images/s)"
         )
     return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
