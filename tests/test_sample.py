@@ -90,7 +90,7 @@ def test_cytology_uses_only_exactly_rounded_operations():
     """`exp`, `sin` and their kin, and BLAS, differ in the last bit between machines; so would the
     bytes.
     """
-    source = (ROOT / "common" / "sample.py").read_text()
+    source = (ROOT / "common" / "data" / "synthetic.py").read_text()
     body = source.split('"""', 2)[2]
     inexact = (
         "exp",
