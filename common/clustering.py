@@ -5,11 +5,13 @@ takes no gradient.
 """
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from common import metrics
 from common.errors import InputError
@@ -21,20 +23,25 @@ _GROUP = 1 << 27  # numbers that the restarts computed together may hold
 
 
 class KMeans(NamedTuple):
-    """A clustering: `labels` (N,) int64, `centroids` (K, D), the `inertia` they have, `iterations`
-    of the run kept.
+    """A clustering by k-means.
+
+    Attributes:
+        labels: (N,) int64.
+        centroids: (K, D).
+        inertia: weighted sum of the rows' squared distances to their centroids.
+        iterations: of the run that was kept.
     """
 
-    labels: torch.Tensor
-    centroids: torch.Tensor
+    labels: Tensor
+    centroids: Tensor
     inertia: float
     iterations: int
 
 
-def _checked(x, name="x"):
+def _checked(x: Tensor, name: str = "x") -> Tensor:
     """Return finite rows (N, D) in fp32 or fp64 on a device that has fp64 to sum in."""
-    if not isinstance(x, torch.Tensor) or x.ndim != 2 or 0 in x.shape or x.is_complex():
-        got = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+    if not isinstance(x, Tensor) or x.ndim != 2 or 0 in x.shape or x.is_complex():
+        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{name} must be a real tensor (N, D) that is not empty, got {got}")
     bad = (~x.isfinite().all(1)).nonzero()[:, 0].tolist()
     if bad:
@@ -46,7 +53,7 @@ def _checked(x, name="x"):
     return x.cpu() if x.device.type == "mps" else x
 
 
-def _checked_weights(weights, x):
+def _checked_weights(weights: Tensor | Sequence[float] | None, x: Tensor) -> Tensor:
     if weights is None:
         return x.new_ones(len(x))
     weights = torch.as_tensor(weights).to(x)
@@ -58,33 +65,31 @@ def _checked_weights(weights, x):
     return weights
 
 
-def _scores(rows, centroids):
-    """|c|^2 - 2 x.c of rows (n, D) and every centroid (R, K, D): as (n, R, K), the squared
-    distances less |x|^2.
-    """
+def _scores(rows: Tensor, centroids: Tensor) -> Tensor:
+    """|c|^2 - 2 x.c, the squared distances less |x|^2: (n, D), (R, K, D) -> (n, R, K)."""
     flat = centroids.flatten(0, 1)
     return torch.addmm(flat.square().sum(1), rows, flat.T, alpha=-2).view(-1, *centroids.shape[:2])
 
 
-def _blocks(x, columns):
+def _blocks(x: Tensor, columns: int) -> tuple[Tensor, ...]:
     return x.split(max(_TILE // columns, 1))
 
 
-def _labels(x, centroids):
+def _labels(x: Tensor, centroids: Tensor) -> Tensor:
     """Index (R, N) of the nearest of centroids (R, K, D) for each row, the lowest among equals."""
     columns = centroids[..., 0].numel()
     return torch.cat([_scores(rows, centroids).argmin(2) for rows in _blocks(x, columns)]).T
 
 
-def _squares(x, centroids, labels):
+def _squares(x: Tensor, centroids: Tensor, labels: Tensor) -> Tensor:
     """Squared distances (N,) to centroids (K, D) by `labels` (N,)."""
     # From the difference itself: |x|^2 + |c|^2 - 2 x.c has no digits left close to a centroid.
-    pairs = zip(_blocks(x, x.shape[1]), _blocks(labels, x.shape[1]), strict=True)
-    return torch.cat([(rows - centroids[own]).square().sum(1) for rows, own in pairs])
+    blocks = zip(_blocks(x, x.shape[1]), _blocks(labels, x.shape[1]), strict=True)
+    return torch.cat([(rows - centroids[clusters]).square().sum(1) for rows, clusters in blocks])
 
 
 @torch.no_grad()
-def nearest(x, centroids):
+def nearest(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Find each row's nearest centroid.
 
     Args:
@@ -97,29 +102,35 @@ def nearest(x, centroids):
     Raises:
         ValueError: shapes that do not match; `InputError` for rows that are not finite.
     """
-    x, centroids = _checked(x), _checked(centroids, "centroids")
+    x = _checked(x)
+    centroids = _checked(centroids, "centroids")
     if x.shape[1] != centroids.shape[1]:
         raise ValueError(
             f"x and centroids must have one width, got {x.shape[1]} and {centroids.shape[1]}"
         )
     mean = x.mean(0)
-    x, centroids = x - mean, centroids.to(x) - mean
+    x = x - mean
+    centroids = centroids.to(x) - mean
     labels = _labels(x, centroids[None])[0]
     return labels, _squares(x, centroids, labels).sqrt()
 
 
-def _seeded(x, weights, k, seed, restarts):
+def _trials(k: int) -> int:
+    return 2 + int(math.log(k))  # candidates a step, as scikit-learn has it
+
+
+def _seeded(x: Tensor, weights: Tensor, k: int, seed: int, restarts: np.ndarray) -> Tensor:
     """Greedy k-means++ centroids (R, K, D), all restarts together (Arthur and Vassilvitskii 2007).
 
-    Each step draws 2 + ln K candidates in proportion to the weighted squared distance, and keeps
-    the best.
+    Each step draws candidates in proportion to the weighted squared distance, and keeps the best.
     """
-    trials = 2 + int(math.log(k))
+    trials = _trials(k)
     draws = uniform(seed, 0, restarts, 0, 1 + (k - 1) * trials)
     draws = torch.from_numpy(draws).to(x.device)  # [R, 1 + (K - 1) T]
-    squares, every = x.square().sum(1), torch.arange(len(restarts), device=x.device)
+    squares = x.square().sum(1)
+    all_restarts = torch.arange(len(restarts), device=x.device)
 
-    def sample(mass, u):
+    def sample(mass: Tensor, u: Tensor) -> Tensor:  # [R, N], [R, T] -> [R, T]
         # In integers: their cumulative sum is the same on every run and device; 2**62 leaves room
         # for N terms.
         scale = 2.0**62 / len(x) / mass.amax(1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
@@ -127,55 +138,55 @@ def _seeded(x, weights, k, seed, restarts):
         target = (u * cumulative[:, -1:]).long()
         return torch.searchsorted(cumulative, target, right=True).clamp_(max=len(x) - 1)
 
-    def to_candidates(candidates):  # [R, T] -> [R, T, N]
+    def to_candidates(candidates: Tensor) -> Tensor:  # [R, T] -> [R, T, N]
         flat = candidates.flatten()
-        distance = (
-            torch.addmm(squares, x[flat], x.T, alpha=-2).add_(squares[flat, None]).clamp_(min=0)
-        )
+        distance = torch.addmm(squares, x[flat], x.T, alpha=-2)
+        distance.add_(squares[flat, None]).clamp_(min=0)
         return distance.view(*candidates.shape, -1)
 
     chosen = [sample(weights.expand(len(restarts), -1), draws[:, :1])[:, 0]]
     closest = to_candidates(chosen[0][:, None])[:, 0]
     for step in range(k - 1):
-        candidates = sample(
-            closest * weights, draws[:, 1 + step * trials : 1 + (step + 1) * trials]
-        )
+        step_draws = draws[:, 1 + step * trials : 1 + (step + 1) * trials]
+        candidates = sample(closest * weights, step_draws)
         distance = torch.minimum(to_candidates(candidates), closest[:, None])
         best = (distance @ weights).argmin(1)
-        closest = distance[every, best]
-        chosen.append(candidates[every, best])
+        closest = distance[all_restarts, best]
+        chosen.append(candidates[all_restarts, best])
     return x[torch.stack(chosen, 1)]
 
 
-def _sums(x, weights, labels, k):
+def _sums(x: Tensor, weights: Tensor, labels: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Weighted sums (R, K, D) and mass (R, K, 1) of the clusters of labels (R, N)."""
     r = len(labels)
-    sums, mass = x.new_zeros(r * k, x.shape[1]), x.new_zeros(r * k)
+    sums = x.new_zeros(r * k, x.shape[1])
+    mass = x.new_zeros(r * k)
     blocks = (_blocks(t, r * k) for t in (x, weights, labels.T))
-    for rows, weight, own in zip(*blocks, strict=True):
+    for rows, weight, clusters in zip(*blocks, strict=True):
         # A product with the memberships adds in a fixed order, unlike atomic additions.
-        member = x.new_zeros(len(rows), r, k).scatter_(
-            2, own[..., None], weight[:, None, None].expand(-1, r, 1)
-        )
+        member = x.new_zeros(len(rows), r, k)
+        member.scatter_(2, clusters[..., None], weight[:, None, None].expand(-1, r, 1))
         sums.addmm_(member.flatten(1).T, rows)
         mass += member.flatten(1).sum(0)
     return sums.view(r, k, -1), mass.view(r, k, 1)
 
 
-def _fill(labels, squares, weights, k):
-    """Give each empty cluster the farthest row of a cluster that keeps another one; rows of weight
-    0 do not count.
+def _fill(labels: Tensor, squares: Tensor, weights: Tensor, k: int) -> tuple[list[int], list[int]]:
+    """Give each empty cluster the farthest row of a cluster that keeps another one.
 
-    Changes `labels` (N,) in place. Returns the filled clusters and the row each of them took.
+    Rows of weight 0 do not count. Changes `labels` (N,) in place. Returns the filled clusters and
+    the row each of them took.
     """
     counted = weights > 0
     size = torch.bincount(labels[counted], minlength=k).tolist()
-    empty, rows = [c for c in range(k) if size[c] == 0], []
+    empty = [cluster for cluster in range(k) if size[cluster] == 0]
+    rows = []
     if empty:
-        own = labels.tolist()
-        for row in torch.where(counted, squares, -1).argsort(descending=True, stable=True).tolist():
-            if size[own[row]] > 1:
-                size[own[row]] -= 1
+        clusters = labels.tolist()
+        farthest = torch.where(counted, squares, -1).argsort(descending=True, stable=True)
+        for row in farthest.tolist():
+            if size[clusters[row]] > 1:
+                size[clusters[row]] -= 1
                 rows.append(row)
             if len(rows) == len(empty):
                 break
@@ -183,9 +194,18 @@ def _fill(labels, squares, weights, k):
     return empty, rows
 
 
-def _lloyd(x, weights, centroids, spherical, max_iterations, tolerance):
-    """Lloyd's iterations from centroids (R, K, D), in place; returns each restart's number of them."""
-    k, iterations, active = centroids.shape[1], [0] * len(centroids), list(range(len(centroids)))
+def _lloyd(
+    x: Tensor,
+    weights: Tensor,
+    centroids: Tensor,
+    spherical: bool,
+    max_iterations: int,
+    tolerance: float,
+) -> list[int]:
+    """Lloyd's iterations from centroids (R, K, D), in place; returns how many each restart took."""
+    k = centroids.shape[1]
+    iterations = [0] * len(centroids)
+    active = list(range(len(centroids)))
     for _ in range(max_iterations):
         old = centroids[active]
         labels = _labels(x, old)
@@ -208,19 +228,18 @@ def _lloyd(x, weights, centroids, spherical, max_iterations, tolerance):
 
 @torch.no_grad()
 def kmeans(
-    x,
-    k,
+    x: Tensor,
+    k: int,
     *,
-    seed=0,
-    restarts=10,
-    start=None,
-    weights=None,
-    spherical=False,
-    max_iterations=300,
-    tolerance=1e-4,
-):
-    """Cluster rows by k-means: the run of least inertia of `restarts` runs from greedy k-means++
-    seeds.
+    seed: int = 0,
+    restarts: int = 10,
+    start: Tensor | None = None,
+    weights: Tensor | Sequence[float] | None = None,
+    spherical: bool = False,
+    max_iterations: int = 300,
+    tolerance: float = 1e-4,
+) -> KMeans:
+    """Cluster rows by k-means: of several runs from greedy k-means++ seeds that of least inertia.
 
     As scikit-learn's `KMeans(n_init=restarts)`, with other random draws. All restarts go through
     the data together. An empty cluster takes the row farthest from its centroid, so that all K have
@@ -264,8 +283,7 @@ def kmeans(
     x = F.normalize(x) if spherical else x - mean
     tolerance = tolerance * x.var(0, unbiased=False).mean().item()
     if start is None:
-        trials = 2 + int(math.log(k))
-        together = max(_GROUP // max(trials * len(x), k * x.shape[1]), 1)
+        together = max(_GROUP // max(_trials(k) * len(x), k * x.shape[1]), 1)
         groups = [
             _seeded(x, weights, k, seed, np.arange(first, min(first + together, restarts)))
             for first in range(0, restarts, together)
@@ -288,9 +306,8 @@ def kmeans(
 
 
 @torch.no_grad()
-def smooth(x, neighbors):
-    """Average each row with its nearest rows: clusters that touch move apart, and stray rows move
-    into them.
+def smooth(x: Tensor, neighbors: int) -> Tensor:
+    """Average each row with its nearest rows: touching clusters part, stray rows move into them.
 
     One step of the blurring mean shift (Cheng 1995) with the nearest rows for a window.
 
@@ -309,42 +326,56 @@ def smooth(x, neighbors):
         raise ValueError(f"neighbors must be at least 1, the row itself, got {neighbors}")
     if neighbors == 1:
         return x
-    mean, count = x.mean(0), min(neighbors, len(x))
+    mean = x.mean(0)
     x = x - mean
+    count = min(neighbors, len(x))
     near = [
         _scores(rows, x[None])[:, 0].topk(count, 1, largest=False).indices
         for rows in _blocks(x, len(x))
     ]
-    return (
-        F.embedding_bag(torch.cat(near), x, mode="mean") + mean
-    )  # a mean of rows that need not be gathered first
+    # An embedding bag averages rows without gathering them first.
+    return F.embedding_bag(torch.cat(near), x, mode="mean") + mean
 
 
 class Assignment(NamedTuple):
-    """Pseudo-labels: a transport `plan` (N, K), its `labels` (N,) and their `weights` (N,) in [0,
-    1].
+    """Pseudo-labels by transport.
 
-    A row's label is the cluster that gets most of it, its weight N times the mass it sends there: a
-    whole row is 1/N.
+    Attributes:
+        plan: (N, K), the mass that each row sends to each cluster; a whole row is 1/N.
+        labels: (N,) int64, the cluster that gets most of the row.
+        weights: (N,) in [0, 1], N times the mass it gets.
     """
 
-    plan: torch.Tensor
-    labels: torch.Tensor
-    weights: torch.Tensor
+    plan: Tensor
+    labels: Tensor
+    weights: Tensor
 
 
-def relative_costs(x, centroids):
-    """Squared distances (N, K) in fp64 over their mean, so that an `epsilon` means the same for all
-    features.
+def relative_costs(x: Tensor, centroids: Tensor) -> Tensor:
+    """Squared distances over their mean, so that an `epsilon` means the same for all features.
+
+    Args:
+        x: (N, D) finite real tensor.
+        centroids: (K, D).
+
+    Returns:
+        (N, K) fp64 of mean 1.
+
+    Raises:
+        ValueError: a shape out of range; `InputError` for rows that are not finite.
     """
-    x, centroids = _checked(x).double(), _checked(centroids, "centroids").double()
+    x = _checked(x).double()
+    centroids = _checked(centroids, "centroids").double()
     mean = x.mean(0)
-    x, centroids = x - mean, centroids.to(x.device) - mean
+    x = x - mean
+    centroids = centroids.to(x.device) - mean
     cost = (_scores(x, centroids[None])[:, 0] + x.square().sum(1, keepdim=True)).clamp(min=0)
     return cost / cost.mean().clamp(min=torch.finfo(cost.dtype).tiny)
 
 
-def _checked_costs(cost, sizes, epsilon, iterations):
+def _checked_costs(
+    cost: Tensor, sizes: Tensor | Sequence[float] | None, epsilon: float, iterations: int
+) -> tuple[Tensor, Tensor]:
     cost = _checked(cost, "cost").double()
     k = cost.shape[1]
     sizes = cost.new_ones(k) if sizes is None else torch.as_tensor(sizes).to(cost)
@@ -355,19 +386,21 @@ def _checked_costs(cost, sizes, epsilon, iterations):
     return cost, sizes / sizes.sum()
 
 
-def _scaled(kernel, columns, power, iterations, tolerance):
-    """Scale exp(kernel) (N, M) to rows of 1/N and, damped by `power` (M,), to the columns' mass;
-    all in logarithms.
+def _scaled(
+    kernel: Tensor, columns: Tensor, power: Tensor, iterations: int, tolerance: float
+) -> Tensor:
+    """Scale exp(kernel) (N, M) to rows of 1/N and, damped by `power` (M,), to the columns' mass.
+
+    All in logarithms.
     """
     n = len(kernel)
 
-    def off(g):  # what one Sinkhorn step would add to g
-        return (
-            power * (columns.log() - (kernel + g).log_softmax(1).logsumexp(0) + math.log(n) + g) - g
-        )
+    def sinkhorn_step(g: Tensor) -> Tensor:
+        log_mass = (kernel + g).log_softmax(1).logsumexp(0)
+        return power * (columns.log() - log_mass + math.log(n) + g) - g
 
     g = torch.zeros_like(columns)
-    step = off(g)
+    step = sinkhorn_step(g)
     for done in range(iterations):
         if step.abs().max() <= tolerance:
             break
@@ -375,28 +408,35 @@ def _scaled(kernel, columns, power, iterations, tolerance):
         # all: sum the series.
         if done >= _PLAIN_STEPS:
             plan = (kernel + g).softmax(1)
-            transition = (
-                plan.T @ plan / plan.sum(0).clamp(min=torch.finfo(plan.dtype).tiny)[:, None]
-            )
+            mass = plan.sum(0).clamp(min=torch.finfo(plan.dtype).tiny)
+            transition = plan.T @ plan / mass[:, None]
             eye = torch.eye(len(g), dtype=g.dtype, device=g.device)
             newton = g + torch.linalg.pinv(eye - power[:, None] * transition, rtol=1e-12) @ step
-            further = off(newton)
-            if further.abs().max() < step.abs().max():
-                g, step = newton, further
+            newton_step = sinkhorn_step(newton)
+            if newton_step.abs().max() < step.abs().max():
+                g = newton
+                step = newton_step
                 continue
         g = g + step
-        step = off(g)
+        step = sinkhorn_step(g)
     # The rows last: every row's mass is exact, the columns' to the tolerance.
     return (kernel + g).softmax(1) / n
 
 
-def _hardened(plan):
+def _hardened(plan: Tensor) -> Assignment:
     weights, labels = plan.max(1)
     return Assignment(plan, labels, (weights * len(plan)).clamp_(max=1))
 
 
 @torch.no_grad()
-def sinkhorn(cost, *, sizes=None, epsilon=0.05, iterations=1000, tolerance=1e-7):
+def sinkhorn(
+    cost: Tensor,
+    *,
+    sizes: Tensor | Sequence[float] | None = None,
+    epsilon: float = 0.05,
+    iterations: int = 1000,
+    tolerance: float = 1e-7,
+) -> Assignment:
     """Assign rows to clusters of given sizes by entropic optimal transport, as SeLa and SwAV do.
 
     Minimizes <plan, cost> - epsilon * entropy(plan) over plans whose rows sum to 1/N and whose
@@ -423,10 +463,16 @@ def sinkhorn(cost, *, sizes=None, epsilon=0.05, iterations=1000, tolerance=1e-7)
 
 @torch.no_grad()
 def partial_transport(
-    cost, mass, *, sizes=None, relax=1.0, epsilon=0.05, iterations=1000, tolerance=1e-7
-):
-    """Assign the share `mass` of the rows' mass, cheapest first, to clusters of about the given
-    sizes.
+    cost: Tensor,
+    mass: float,
+    *,
+    sizes: Tensor | Sequence[float] | None = None,
+    relax: float = 1.0,
+    epsilon: float = 0.05,
+    iterations: int = 1000,
+    tolerance: float = 1e-7,
+) -> Assignment:
+    """Assign a share of the rows' mass, cheapest first, to clusters of about the given sizes.
 
     The step of progressive partial optimal transport (Zhang et al. 2024, arXiv:2401.09266 and
     2404.03446). Minimizes
@@ -440,7 +486,7 @@ def partial_transport(
 
     Args:
         cost, sizes, epsilon, iterations, tolerance: as in `sinkhorn`.
-        mass: in (0, 1].
+        mass: the share, in (0, 1].
         relax: weight of the KL term: 0 leaves the sizes free, inf makes them equalities.
 
     Returns:
@@ -452,7 +498,8 @@ def partial_transport(
     cost, sizes = _checked_costs(cost, sizes, epsilon, iterations)
     if not 0 < mass <= 1 or not relax >= 0:
         raise ValueError(f"mass must lie in (0, 1] and relax be at least 0, got {mass} and {relax}")
-    kernel, columns = -cost / epsilon, mass * sizes
+    kernel = -cost / epsilon
+    columns = mass * sizes
     power = torch.full_like(sizes, 1.0 if relax == math.inf else relax / (relax + epsilon))
     if mass < 1:
         kernel = torch.cat([kernel, kernel.new_zeros(len(kernel), 1)], 1)
@@ -462,22 +509,32 @@ def partial_transport(
 
 
 class Selection(NamedTuple):
-    """Rows of high quality: per cluster the `indices` (m,) int64, ascending, and the neighborhood
-    `fractions` taken.
+    """Rows of high quality, an entry a cluster.
 
-    A fraction is None where there was nothing to choose: an empty cluster, or one that is taken
-    whole.
+    Attributes:
+        indices: (m,) int64, ascending.
+        fractions: the neighborhood's share of the cluster; None where there was nothing to choose:
+            an empty cluster, or one that is taken whole.
     """
 
-    indices: list
-    fractions: list
+    indices: list[Tensor]
+    fractions: list[float | None]
 
 
 FRACTIONS = tuple(percent / 100 for percent in range(10, 32, 2))
 
 
 @torch.no_grad()
-def select(x, labels, k, share, *, floor=1, direction="largest", umc=False):
+def select(
+    x: Tensor,
+    labels: Tensor | Sequence[int] | np.ndarray,
+    k: int,
+    share: float,
+    *,
+    floor: int = 1,
+    direction: str = "largest",
+    umc: bool = False,
+) -> Selection:
     """Select the densest rows of each cluster, as UMC does (Zhang et al. 2024, arXiv:2405.12775).
 
     Of a cluster's n rows m = max(floor(share * n), floor, 1) are taken, at most n. For each q of
@@ -513,7 +570,8 @@ def select(x, labels, k, share, *, floor=1, direction="largest", umc=False):
             "share must lie in (0, 1], floor be at least 0 and direction be largest or smallest, "
             f"got {share}, {floor} and {direction}"
         )
-    indices, fractions = [], []
+    indices = []
+    fractions = []
     for cluster in range(k):
         rows = (labels == cluster).nonzero()[:, 0]
         # A product such as 0.29 * 100 falls short of its whole number by rounding.
@@ -528,19 +586,16 @@ def select(x, labels, k, share, *, floor=1, direction="largest", umc=False):
     return Selection(indices, fractions)
 
 
-def _densest(x, m, direction):
-    """Indices of the m densest of rows (n, D), ascending, and the fraction of FRACTIONS that gave
-    them.
-    """
+def _densest(x: Tensor, m: int, direction: str) -> tuple[Tensor, float]:
+    """Indices of the m densest of rows (n, D), ascending, and which of FRACTIONS gave them."""
     n = len(x)
     # In fp64: equal rows, frequent among short utterances, must come out at distance 0.
     x = x.double() - x.double().mean(0)
     squares = x.square().sum(1)
 
-    def distances(rows):
-        block = (
-            torch.addmm(squares[rows, None] + squares, x[rows], x.T, alpha=-2).clamp_(min=0).sqrt_()
-        )
+    def distances(rows: Tensor) -> Tensor:
+        block = torch.addmm(squares[rows, None] + squares, x[rows], x.T, alpha=-2)
+        block.clamp_(min=0).sqrt_()
         return block.scatter_(1, rows[:, None], torch.inf)  # a row is no neighbor of its own
 
     parts = torch.arange(n, device=x.device).split(max(_TILE // n, 1))
@@ -553,40 +608,49 @@ def _densest(x, m, direction):
         near = block.topk(int(sizes[-1]), largest=False).values
         reach.append(near.cumsum(1)[:, sizes - 1] / sizes)
     order = torch.cat(reach).argsort(dim=0, stable=True)[:m]  # [m, q]
-    chosen = torch.zeros(n, len(FRACTIONS), dtype=torch.bool, device=x.device).scatter_(
-        0, order, True
-    )
+    chosen = torch.zeros(n, len(FRACTIONS), dtype=torch.bool, device=x.device)
+    chosen.scatter_(0, order, True)
     scores = x.new_zeros(len(FRACTIONS))
     for i, rows in enumerate(parts):
         block = distances(rows) if kept is None else kept[i]
         for q, candidate in enumerate(chosen.T):
-            own = candidate[rows]
             if m > 1:
-                scores[q] += block[own][:, candidate].amin(1).sum()
+                scores[q] += block[candidate[rows]][:, candidate].amin(1).sum()
     best = int(scores.argmax() if direction == "largest" else scores.argmin())
     return chosen[:, best].nonzero()[:, 0], FRACTIONS[best]
 
 
 class Estimate(NamedTuple):
-    """An estimated number of clusters `k`, and the `table` that it was read from: one dict of
-    figures a candidate.
+    """An estimated number of clusters.
+
+    Attributes:
+        k: the number.
+        table: what it was read from, one dict of figures a candidate.
     """
 
     k: int
-    table: list
+    table: list[dict[str, float | None]]
 
 
 @torch.no_grad()
-def estimate_k(x, candidates=range(2, 31), *, seed=0, references=5, max_rows=4000, max_columns=64):
-    """Estimate the number of clusters without labels, by the gap statistic (Tibshirani, Walther and
-    Hastie 2001).
+def estimate_k(
+    x: Tensor,
+    candidates: Iterable[int] = range(2, 31),
+    *,
+    seed: int = 0,
+    references: int = 5,
+    max_rows: int = 4000,
+    max_columns: int = 64,
+) -> Estimate:
+    """Estimate the number of clusters without labels, by the gap statistic.
 
-    The gap is how much smaller the log of inertia over variance is than on references without
-    clusters: here Gaussian rows of the data's own covariance, so that long axes are not taken for
-    clusters. It finds small clusters beside large ones, where the mean silhouette stops at the
-    large ones. The answer is the candidate of the largest gap; of the paper's rule, the smallest
-    one within an error of the next, small clusters would fall victim. It is the first candidate
-    where the largest gap is within three errors of 0, the gap of one cluster.
+    Tibshirani, Walther and Hastie 2001. The gap is how much smaller the log of inertia over
+    variance is than on references without clusters: here Gaussian rows of the data's own
+    covariance, so that long axes are not taken for clusters. It finds small clusters beside large
+    ones, where the mean silhouette stops at the large ones. The answer is the candidate of the
+    largest gap; of the paper's rule, the smallest one within an error of the next, small clusters
+    would fall victim. It is the first candidate where the largest gap is within three errors of 0,
+    the gap of one cluster.
 
     Args:
         x: (N, D) finite real tensor.
@@ -621,32 +685,39 @@ def estimate_k(x, candidates=range(2, 31), *, seed=0, references=5, max_rows=400
     x = x - x.mean(0)
     axes = torch.linalg.eigh(x.double().T @ x.double()).eigenvectors.flip(1)[:, :max_columns]
     x = x @ axes.to(x.dtype)
-    spread, none = x.std(0), []
+    spread = x.std(0)
+    unclustered = []
     for i in range(references):
         u = torch.from_numpy(uniform(seed, 2, np.arange(len(x)), i, x.shape[1]))
-        none.append(torch.special.ndtri(u + 2.0**-54).to(x) * spread)
+        unclustered.append(torch.special.ndtri(u + 2.0**-54).to(x) * spread)
 
-    def log_share(rows, k, restarts):
-        found = kmeans(rows, k, seed=seed, restarts=restarts)
-        share = found.inertia / rows.var(0, unbiased=False).sum().item() / len(rows)
-        return math.log(max(share, torch.finfo(x.dtype).tiny)), found
+    def log_share(rows: Tensor, inertia: float) -> float:
+        share = inertia / rows.var(0, unbiased=False).sum().item() / len(rows)
+        return math.log(max(share, torch.finfo(x.dtype).tiny))
 
     table = []
     for k in candidates:
-        share, found = log_share(x, k, 5)
-        expected = np.array([log_share(rows, k, 1)[0] for rows in none])
-        some = slice(2000)
-        several = 1 < len(found.labels[some].unique()) < len(found.labels[some])
+        clusters = kmeans(x, k, seed=seed, restarts=5)
+        expected = np.array(
+            [
+                log_share(rows, kmeans(rows, k, seed=seed, restarts=1).inertia)
+                for rows in unclustered
+            ]
+        )
+        labels = clusters.labels[:2000]  # as many as a silhouette is worth
+        several = 1 < len(labels.unique()) < len(labels)
         table.append(
             {
                 "k": k,
-                "inertia": found.inertia,
-                "gap": float(expected.mean() - share),
+                "inertia": clusters.inertia,
+                "gap": float(expected.mean() - log_share(x, clusters.inertia)),
                 "error": float(expected.std() * math.sqrt(1 + 1 / references)),
-                "silhouette": metrics.silhouette(x[some], found.labels[some]) if several else None,
+                "silhouette": metrics.silhouette(x[: len(labels)], labels) if several else None,
             }
         )
     best = max(table, key=lambda row: row["gap"])
     # With one cluster the gap is 0: less than three errors above it, a sample of one Gaussian can
     # come by chance.
-    return Estimate((best if best["gap"] > 3 * best["error"] else table[0])["k"], table)
+    if not best["gap"] > 3 * best["error"]:
+        best = table[0]
+    return Estimate(best["k"], table)

@@ -51,16 +51,19 @@ def focal_guess(
     alpha: float | None = None,
     pos_weight: float | None = None,
 ) -> float:
-    """What `focal_bce` costs on average where class 1 has this share of the items and all get the
-    same `guess`: the probability of class 1, between 0 and 1.
+    """What `focal_bce` costs on average where every item gets the same guess.
+
+    Args:
+        share: of class 1 among the items, 0 to 1.
+        guess: the probability of class 1 that every item gets, between 0 and 1.
+        gamma, alpha, pos_weight: as in `focal_bce`.
     """
-    weights = (1.0, 1.0) if alpha is None else (alpha, 1 - alpha)
-    positive = (
-        share * weights[0] * (1.0 if pos_weight is None else pos_weight) * (1 - guess) ** gamma
-    )
-    return -positive * math.log(guess) - (1 - share) * weights[1] * guess**gamma * math.log(
-        1 - guess
-    )
+    positive_weight, negative_weight = (1.0, 1.0) if alpha is None else (alpha, 1 - alpha)
+    if pos_weight is None:
+        pos_weight = 1.0
+    positive = share * positive_weight * pos_weight * (1 - guess) ** gamma
+    negative = (1 - share) * negative_weight * guess**gamma
+    return -positive * math.log(guess) - negative * math.log(1 - guess)
 
 
 def smooth_targets(
@@ -70,8 +73,7 @@ def smooth_targets(
     similarity: Tensor | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
-    """(1 - smoothing) one-hot + smoothing prior[label]: (n, num_classes) float32, each row of sum
-    1.
+    """Smooth labels to probabilities: (1 - smoothing) one-hot + smoothing prior[label].
 
     Args:
         labels: (n,) int64.
@@ -80,25 +82,27 @@ def smooth_targets(
             is the softmax of its row divided by `temperature`, so that a class shares its mass with
             those that mean nearly the same. None: the prior is uniform.
         temperature: positive; has no effect without `similarity`.
+
+    Returns:
+        (n, num_classes) float32, each row of sum 1.
     """
     one_hot = F.one_hot(labels, num_classes).float()
     if similarity is None:
         return (1 - smoothing) * one_hot + smoothing / num_classes
-    return (1 - smoothing) * one_hot + smoothing * (similarity.float() / temperature).softmax(1)[
-        labels
-    ]
+    prior = (similarity.float() / temperature).softmax(1)
+    return (1 - smoothing) * one_hot + smoothing * prior[labels]
 
 
 def logit_adjusted(
     logits: Tensor, targets: Tensor, prior: Tensor, tau: float, weights: Tensor | None = None
 ) -> Tensor:
-    """Cross-entropy on logits + tau log(prior) (Menon et al. 2021, arXiv:2007.07314, eq. 10),
-    averaged over the batch.
+    """Cross-entropy on logits + tau log(prior), averaged over the batch.
 
-    The prior is ADDED in training and predictions use the raw logits, which then estimate the
-    class-balanced posterior at tau 1 (there the same as balanced softmax, Ren et al. 2020,
-    arXiv:2007.10740). Subtracting it from the logits of a model that was trained without it is the
-    other form; with both, or with the sign turned, a frequent class wins.
+    Menon et al. 2021, arXiv:2007.07314, eq. 10. The prior is ADDED in training and predictions use
+    the raw logits, which then estimate the class-balanced posterior at tau 1 (there the same as
+    balanced softmax, Ren et al. 2020, arXiv:2007.10740). Subtracting it from the logits of a model
+    that was trained without it is the other form; with both, or with the sign turned, a frequent
+    class wins.
 
     Args:
         logits: (n, K) floating point.
@@ -107,27 +111,35 @@ def logit_adjusted(
         tau: 0 or more; 0 is plain cross-entropy.
         weights: (K,) of the classes, as torch's `cross_entropy` takes them.
     """
-    return F.cross_entropy(
-        logits + tau * prior.to(logits.dtype).log() if tau else logits, targets, weights
-    )
+    if tau:
+        logits = logits + tau * prior.to(logits.dtype).log()
+    return F.cross_entropy(logits, targets, weights)
 
 
 def info_nce(learned: Tensor, fixed: Tensor, temperature: float = 0.07) -> Tensor:
-    """Symmetric InfoNCE (van den Oord et al. 2018, arXiv:1807.03748) over pairs of rows (K, d): log
-    K less this bounds their mutual information from below, so unlike a critic's difference of means
-    it has a floor, 0.
+    """Symmetric InfoNCE (van den Oord et al. 2018, arXiv:1807.03748) over K pairs of rows.
+
+    log K less this bounds their mutual information from below, so unlike a critic's difference of
+    means it has a floor, 0.
+
+    Args:
+        learned, fixed: (K, d); row i of one belongs to row i of the other.
+        temperature: positive; divides the cosines.
     """
     logits = F.normalize(learned, dim=1) @ F.normalize(fixed, dim=1).T / temperature
-    own = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+    targets = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
 
 
 def decorrelation(rows: Tensor) -> Tensor:
-    """Mean squared cosine of different rows (K, d), K >= 2: 0 where all are orthogonal, 1 where all
-    are parallel.
+    """Mean squared cosine of different rows: 0 where all are orthogonal, 1 where all are parallel.
+
+    Args:
+        rows: (K, d), K >= 2.
     """
     rows = F.normalize(rows, dim=1)
-    cosines, count = rows @ rows.T, len(rows)
+    cosines = rows @ rows.T
+    count = len(rows)
     return (cosines - torch.diag(cosines.diagonal())).square().sum() / (count * (count - 1))
 
 
@@ -140,14 +152,17 @@ def ldam(
     max_margin: float = 0.5,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """Label-distribution-aware margin loss (Cao et al. 2019, arXiv:1906.07413): cross-entropy on
-    scale * (cosine - margin of the true class), the margin proportional to count^(-1/4) and at most
-    `max_margin`, that of the rarest.
+    """Label-distribution-aware margin loss (Cao et al. 2019, arXiv:1906.07413).
+
+    Cross-entropy on scale * (cosine - margin of the true class), the margin proportional to
+    count^(-1/4).
 
     Args:
         cosines: (n, K) in [-1, 1]: features and classifier are normalized.
         labels: (n,) int64.
         counts: (K,) positive, items of each class.
+        scale: turns cosines into logits.
+        max_margin: that of the rarest class.
         weights: (K,) of the classes. The sum is divided by the number of items, not by the sum of
             their weights: chunks and processes then add up to the whole batch.
     """
@@ -158,8 +173,16 @@ def ldam(
 
 
 def effective_number_weights(counts: Tensor, beta: float) -> Tensor:
-    """Class weights (1 - beta) / (1 - beta^count) with sum K (Cui et al. 2019, arXiv:1901.05555):
-    (K,) float64.
+    """Class weights (1 - beta) / (1 - beta^count), scaled to sum K (Cui et al. 2019).
+
+    Source: arXiv:1901.05555.
+
+    Args:
+        counts: (K,) positive, items of each class.
+        beta: in [0, 1).
+
+    Returns:
+        (K,) float64.
     """
     # expm1 and log1p: beta^1 of 0.9999 leaves four digits of the difference.
     weights = [

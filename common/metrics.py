@@ -6,20 +6,25 @@ for the device: call them in evaluation, not in the training step.
 
 import itertools
 import math
+from collections.abc import Sequence
 from statistics import NormalDist
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
+Labels = Sequence[int] | np.ndarray | Tensor
+Scores = Sequence[float] | np.ndarray | Tensor
 
 
-def _labels(name, values, num_classes):
-    """Return labels as a flat int64 array in [0, num_classes), whatever array or tensor they came
-    in.
-    """
-    values = (
-        values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)
-    )
+def _array(values: Labels | Scores) -> np.ndarray:
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+
+
+def _labels(name: str, values: Labels, num_classes: float) -> np.ndarray:
+    """Return labels of any array or tensor as a flat int64 array in [0, num_classes)."""
+    values = _array(values)
     if values.ndim != 1 or len(values) == 0 or values.dtype.kind not in "iu":
         raise ValueError(
             f"{name} must be one-dimensional, not empty, of integers; got {values.dtype}"
@@ -32,20 +37,16 @@ def _labels(name, values, num_classes):
     return values.astype(np.int64)
 
 
-def _matrix(name, values):
+def _matrix(name: str, values: Tensor) -> Tensor:
     """Return a detached, non-empty (N, D) matrix in fp32 or fp64."""
-    if (
-        not isinstance(values, torch.Tensor)
-        or values.ndim != 2
-        or 0 in values.shape
-        or values.is_complex()
-    ):
-        got = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
+    is_tensor = isinstance(values, Tensor)
+    if not is_tensor or values.ndim != 2 or 0 in values.shape or values.is_complex():
+        got = tuple(values.shape) if is_tensor else type(values).__name__
         raise ValueError(f"{name} must be a real tensor (N, D) that is not empty, got {got}")
     return values.detach().to(torch.promote_types(values.dtype, torch.float32))
 
 
-def confusion_matrix(target, predicted, num_classes):
+def confusion_matrix(target: Labels, predicted: Labels, num_classes: int) -> np.ndarray:
     """Count how often each class was predicted as each class.
 
     Args:
@@ -58,22 +59,18 @@ def confusion_matrix(target, predicted, num_classes):
     Raises:
         ValueError: empty input, different lengths or a label out of range.
     """
-    target, predicted = (
-        _labels("target", target, num_classes),
-        _labels("predicted", predicted, num_classes),
-    )
+    target = _labels("target", target, num_classes)
+    predicted = _labels("predicted", predicted, num_classes)
     if len(target) != len(predicted):
         raise ValueError(
             f"target and predicted must have one length, got {len(target)} and {len(predicted)}"
         )
-    return np.bincount(target * num_classes + predicted, minlength=num_classes**2).reshape(
-        num_classes, num_classes
-    )
+    counts = np.bincount(target * num_classes + predicted, minlength=num_classes**2)
+    return counts.reshape(num_classes, num_classes)
 
 
-def classification(target, predicted, num_classes):
-    """Score a classification: accuracy, and precision, recall and F1 averaged over the classes with
-    equal weight.
+def classification(target: Labels, predicted: Labels, num_classes: int) -> dict[str, float]:
+    """Score a classification: accuracy and macro-averaged precision, recall and F1.
 
     Equal to scikit-learn's `average="macro", zero_division=0` with its default labels: the average
     runs over the classes that occur in `target` or in `predicted`; a class absent from both does
@@ -89,10 +86,12 @@ def classification(target, predicted, num_classes):
         ValueError: as in `confusion_matrix`.
     """
     counts = confusion_matrix(target, predicted, num_classes)
-    hits, true, guessed = counts.diagonal(), counts.sum(1), counts.sum(0)
+    hits = counts.diagonal()
+    true = counts.sum(1)
+    guessed = counts.sum(0)
     present = true + guessed > 0
 
-    def macro(numerator, denominator):
+    def macro(numerator: np.ndarray, denominator: np.ndarray) -> float:
         return float((numerator[present] / np.maximum(denominator[present], 1)).mean())
 
     return {
@@ -103,7 +102,9 @@ def classification(target, predicted, num_classes):
     }
 
 
-def long_tail(target, predicted, num_classes):
+def long_tail(
+    target: Labels, predicted: Labels, num_classes: int
+) -> dict[str, float | list[float]]:
     """Score a classification of unequal classes: uar, war and each class's recall.
 
     UAR is the mean recall over all `num_classes`, always: a class that `target` lacks counts as 0,
@@ -128,15 +129,33 @@ def long_tail(target, predicted, num_classes):
     }
 
 
-def recall_intervals(target, predicted, num_classes, seed, rounds=2000, level=0.95):
-    """Return percentile bootstrap intervals of UAR and WAR as {"uar": (low, high), "war": (low,
-    high)}: a function of the arguments alone.
+def recall_intervals(
+    target: Labels,
+    predicted: Labels,
+    num_classes: int,
+    seed: int,
+    rounds: int = 2000,
+    level: float = 0.95,
+) -> dict[str, tuple[float, float]]:
+    """Return percentile bootstrap intervals of UAR and WAR, a function of the arguments alone.
 
     The items of each class are drawn again with replacement, so no class is ever lost; the hits
-    among n items drawn from n with h hits are binomial. Errors as for `confusion_matrix`.
+    among n items drawn from n with h hits are binomial.
+
+    Args:
+        target, predicted, num_classes: as in `confusion_matrix`.
+        seed, rounds: of the bootstrap.
+        level: share of the bootstrap's values inside the interval.
+
+    Returns:
+        {"uar": (low, high), "war": (low, high)}
+
+    Raises:
+        ValueError: as in `confusion_matrix`.
     """
     counts = confusion_matrix(target, predicted, num_classes)
-    hits, sizes = counts.diagonal(), counts.sum(1)
+    hits = counts.diagonal()
+    sizes = counts.sum(1)
     rng = np.random.Generator(np.random.PCG64(seed))
     drawn = rng.binomial(sizes, hits / np.maximum(sizes, 1), (rounds, num_classes))
     scores = {"uar": (drawn / np.maximum(sizes, 1)).mean(1), "war": drawn.sum(1) / sizes.sum()}
@@ -147,13 +166,10 @@ def recall_intervals(target, predicted, num_classes, seed, rounds=2000, level=0.
     }
 
 
-def _detections(target, scores):
+def _detections(target: Labels, scores: Scores) -> tuple[np.ndarray, np.ndarray]:
     """Return checked 0/1 labels and fp64 scores as arrays; both classes must be there."""
     target = _labels("target", target, 2)
-    scores = (
-        scores.detach().cpu().numpy() if isinstance(scores, torch.Tensor) else np.asarray(scores)
-    )
-    scores = scores.astype(np.float64)
+    scores = _array(scores).astype(np.float64)
     if scores.shape != target.shape or not np.isfinite(scores).all():
         raise ValueError(
             f"scores must be finite, one a label, got {scores.shape} for {len(target)} labels"
@@ -163,9 +179,12 @@ def _detections(target, scores):
     return target, scores
 
 
-def _operating_points(target, scores):
-    """Return the thresholds in falling order and the true and false positives at each; equal scores
-    share a point.
+def _operating_points(
+    target: np.ndarray, scores: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the thresholds in falling order and the true and false positives at each.
+
+    Equal scores share a point.
     """
     order = np.argsort(-scores, kind="stable")
     ends = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
@@ -173,7 +192,7 @@ def _operating_points(target, scores):
     return scores[order][ends], hits, ends + 1 - hits
 
 
-def detection(target, scores):
+def detection(target: Labels, scores: Scores) -> dict[str, float]:
     """Score a detector: area under the ROC curve, average precision and equal error rate.
 
     Equal scores share one point of the curves. The AUC is the Mann-Whitney statistic, in which a
@@ -192,24 +211,27 @@ def detection(target, scores):
         ValueError: empty input, different lengths, one class alone, or scores that are not finite.
     """
     _, hits, alarms = _operating_points(*_detections(target, scores))
-    positives, negatives = int(hits[-1]), int(alarms[-1])
-    new_hits, new_alarms = np.diff(hits, prepend=0), np.diff(alarms, prepend=0)
+    positives = int(hits[-1])
+    negatives = int(alarms[-1])
+    new_hits = np.diff(hits, prepend=0)
+    new_alarms = np.diff(alarms, prepend=0)
     auc = int((new_alarms * (2 * hits - new_hits)).sum()) / (2 * positives * negatives)
     ap = float((new_hits / positives * (hits / (hits + alarms))).sum())
     crossed = int(np.argmax(alarms * positives >= (positives - hits) * negatives))
     alarm_rates = np.array([alarms[crossed] - new_alarms[crossed], alarms[crossed]]) / negatives
     miss_rates = 1 - np.array([hits[crossed] - new_hits[crossed], hits[crossed]]) / positives
-    before, after = miss_rates - alarm_rates
-    eer = alarm_rates[0] + before / (before - after) * (alarm_rates[1] - alarm_rates[0])
+    gap_before, gap_after = miss_rates - alarm_rates  # one on each side of the crossing
+    share = gap_before / (gap_before - gap_after)
+    eer = alarm_rates[0] + share * (alarm_rates[1] - alarm_rates[0])
     return {"auc": auc, "ap": ap, "eer": float(eer)}
 
 
-def best_threshold(target, scores):
+def best_threshold(target: Labels, scores: Scores) -> float:
     """Return the threshold of highest accuracy: `scores >= threshold` is then the answer 1.
 
-    It lies halfway between two neighboring scores, or at the highest representable distance that
-    puts all on one side; of equally good ones it is the highest. Arguments and errors as for
-    `detection`.
+    It lies halfway between two neighboring scores; where one answer for all is best, just above the
+    highest score or at the lowest. Of equally good ones it is the highest. Arguments and errors as
+    for `detection`.
     """
     levels, hits, alarms = _operating_points(*_detections(target, scores))
     right = np.append(0, hits - alarms)  # relative to answering 0 throughout
@@ -222,19 +244,26 @@ def best_threshold(target, scores):
     return float(middle if middle > levels[best] else levels[best - 1])
 
 
-def auc_interval(target, scores, seed, rounds=1000, level=0.95):
-    """Return the percentile bootstrap interval of the AUC as (low, high): a function of the
-    arguments alone.
+def auc_interval(
+    target: Labels, scores: Scores, seed: int, rounds: int = 1000, level: float = 0.95
+) -> tuple[float, float]:
+    """Return the percentile bootstrap interval of the AUC, a function of the arguments alone.
 
-    The items of each class are drawn again with replacement, `rounds` times. Items must be
-    independent: videos, not their clips. Memory is O(rounds * N + positives * negatives). Errors as
-    for `detection`.
+    The items of each class are drawn again with replacement. Items must be independent: videos, not
+    their clips. Memory is O(rounds * N + positives * negatives).
+
+    Args:
+        target, scores: as in `detection`, with its errors.
+        seed, rounds: of the bootstrap.
+        level: share of the bootstrap's values inside the interval.
+
+    Returns:
+        (low, high)
     """
     target, scores = _detections(target, scores)
-    positive, negative = scores[target == 1], scores[target == 0]
-    wins = (positive[:, None] > negative) + 0.5 * (
-        positive[:, None] == negative
-    )  # [positives, negatives]
+    positive = scores[target == 1][:, None]
+    negative = scores[target == 0]
+    wins = (positive > negative) + 0.5 * (positive == negative)  # [positives, negatives]
     rng = np.random.Generator(np.random.PCG64(seed))
     drawn, other = (rng.multinomial(n, np.full(n, 1 / n), rounds).astype(float) for n in wins.shape)
     # Sums of halves are exact in any order: the same bits on every machine.
@@ -243,68 +272,102 @@ def auc_interval(target, scores, seed, rounds=1000, level=0.95):
     return float(low), float(high)
 
 
-def video_scores(logits):
-    """The mean probability over each video's clips, logits (n, clips) torch: float64 (n,) numpy."""
+def video_scores(logits: Tensor) -> np.ndarray:
+    """Return the mean probability over each video's clips.
+
+    Args:
+        logits: (n, clips) on the CPU.
+
+    Returns:
+        (n,) float64 array in [0, 1].
+    """
     return logits.double().sigmoid().mean(1).numpy()
 
 
-def videos(labels, methods, logits, seed, threshold=None):
-    """Detection metrics of videos from their clips, by name: `clip_auc`, `video_auc`, `video_ap`
-    and so on.
+def videos(
+    labels: np.ndarray,
+    methods: np.ndarray,
+    logits: Tensor,
+    seed: int,
+    threshold: float | None = None,
+) -> dict[str, float]:
+    """Score videos from their clips.
 
-    With a threshold also accuracies, and all of it for each method of manipulation beside all real
-    videos; without one, in validation, the threshold of the best accuracy and the interval of the
-    AUC.
+    With a threshold, in a test: the accuracy too, and all scores again for each method of
+    manipulation beside all real videos, if there are several. Without one, in validation: the
+    threshold of the best accuracy, and the interval of the AUC.
 
     Args:
-        labels: (n,) numpy, 1 is fake.
-        methods: (n,) numpy, the method of manipulation of each fake.
-        logits: (n, clips) torch.
+        labels: (n,) integers, 1 is fake.
+        methods: (n,) strings, the method of manipulation of each fake.
+        logits: (n, clips), positive for fake, on the CPU.
+        seed: of the interval's bootstrap.
+        threshold: a score from which on a video counts as fake.
+
+    Returns:
+        dict of clip_auc, video_auc, video_ap, video_eer and so on; a method's scores end in its
+        name.
+
+    Raises:
+        ValueError: as in `detection`.
     """
     scores = video_scores(logits)
     values = {"clip_auc": detection(np.repeat(labels, logits.shape[1]), logits.flatten())["auc"]}
     groups = {"": np.full(len(labels), True)}
-    if threshold is not None and len(set(methods[labels == 1])) > 1:
-        groups |= {
-            f"_{name}": (labels == 0) | (methods == name)
-            for name in sorted(set(methods[labels == 1]))
-        }
-    for name, kept in groups.items():
-        found = detection(labels[kept], scores[kept])
+    fake_methods = sorted(set(methods[labels == 1]))
+    if threshold is not None and len(fake_methods) > 1:
+        for method in fake_methods:
+            groups[f"_{method}"] = (labels == 0) | (methods == method)
+    for suffix, kept in groups.items():
+        group_scores = detection(labels[kept], scores[kept])
         if threshold is not None:
-            found["accuracy"] = float(((scores[kept] >= threshold) == labels[kept]).mean())
-        values |= {f"video_{metric}{name}": value for metric, value in found.items()}
+            group_scores["accuracy"] = float(((scores[kept] >= threshold) == labels[kept]).mean())
+        for metric, value in group_scores.items():
+            values[f"video_{metric}{suffix}"] = value
     if threshold is None:
-        low, high = auc_interval(labels, scores, seed)
-        values |= {
-            "video_auc_low": low,
-            "video_auc_high": high,
-            "threshold": best_threshold(labels, scores),
-        }
+        values["video_auc_low"], values["video_auc_high"] = auc_interval(labels, scores, seed)
+        values["threshold"] = best_threshold(labels, scores)
     return values
 
 
-def emotions(labels, predicted, counts, classes, seed):
-    """UAR, WAR and recalls of `predicted` by name, with intervals, and the most frequent training
-    class's beside them.
+def emotions(
+    labels: Labels, predicted: Labels, counts: Sequence[int], classes: Sequence[str], seed: int
+) -> dict[str, float]:
+    """Score a classification of emotions, beside the answer of the most frequent training class.
 
     Args:
-        labels, predicted: (n,) class numbers.
-        counts: training items of each class.
-        classes: names (K).
+        labels, predicted: (n,) integers in [0, K).
+        counts: (K,) training items of each class.
+        classes: (K,) names.
+        seed: of the intervals' bootstrap.
+
+    Returns:
+        dict of uar and war, the ends of their intervals (uar_low, uar_high, ...), each class's
+        recall (recall_<name>), and majority_uar and majority_war.
+
+    Raises:
+        ValueError: as in `confusion_matrix`.
     """
-    found = long_tail(labels, predicted, len(classes))
-    constant = long_tail(labels, np.full(len(labels), np.argmax(counts)), len(classes))
-    values = {"uar": found["uar"], "war": found["war"]}
-    for name, (low, high) in recall_intervals(labels, predicted, len(classes), seed).items():
-        values |= {f"{name}_low": low, f"{name}_high": high}
-    values |= {
-        f"recall_{name}": recall for name, recall in zip(classes, found["recall"], strict=True)
-    }
-    return values | {"majority_uar": constant["uar"], "majority_war": constant["war"]}
+    scores = long_tail(labels, predicted, len(classes))
+    majority = long_tail(labels, np.full(len(labels), np.argmax(counts)), len(classes))
+    values = {"uar": scores["uar"], "war": scores["war"]}
+    for name, interval in recall_intervals(labels, predicted, len(classes), seed).items():
+        values[f"{name}_low"], values[f"{name}_high"] = interval
+    for name, recall in zip(classes, scores["recall"], strict=True):
+        values[f"recall_{name}"] = recall
+    values["majority_uar"] = majority["uar"]
+    values["majority_war"] = majority["war"]
+    return values
 
 
-def roc(target, scores, seed, rounds=500, level=0.95, places=41):
+def roc(
+    target: Labels,
+    scores: Scores,
+    seed: int,
+    rounds: int = 500,
+    level: float = 0.95,
+    places: int = 41,
+) -> tuple[np.ndarray, np.ndarray]:
     """Return the ROC curve and the bootstrap interval around it.
 
     Args:
@@ -320,31 +383,34 @@ def roc(target, scores, seed, rounds=500, level=0.95, places=41):
     """
     target, scores = _detections(target, scores)
 
-    def curve(positives, negatives):
+    def curve(positives: np.ndarray, negatives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         levels = np.concatenate([positives, negatives])
-        labels = np.concatenate(
-            [np.ones(len(positives), np.int64), np.zeros(len(negatives), np.int64)]
-        )
+        labels = np.repeat([1, 0], [len(positives), len(negatives)])
         _, hits, alarms = _operating_points(labels, levels)
         return np.append(0, alarms) / len(negatives), np.append(0, hits) / len(positives)
 
-    positive, negative = scores[target == 1], scores[target == 0]
-    rates, rng = np.linspace(0, 1, places), np.random.Generator(np.random.PCG64(seed))
+    positive = scores[target == 1]
+    negative = scores[target == 0]
+    rates = np.linspace(0, 1, places)
+    rng = np.random.Generator(np.random.PCG64(seed))
     drawn = np.empty((rounds, places))
     for row in drawn:
         alarms, hits = curve(*(rng.choice(part, len(part)) for part in (positive, negative)))
-        row[:] = hits[
-            np.searchsorted(alarms, rates + 1e-12, side="right") - 1
-        ]  # the most hits for these alarms
+        most_hits = np.searchsorted(alarms, rates + 1e-12, side="right") - 1  # for these alarms
+        row[:] = hits[most_hits]
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0)
     return np.stack(curve(positive, negative), 1), np.stack([rates, low, high], 1)
 
 
-def share_interval(hits, count, level=0.95):
-    """Return Wilson's interval (1927) of a share as (low, high); (0, 1) of no item.
+def share_interval(hits: int, count: int, level: float = 0.95) -> tuple[float, float]:
+    """Return Wilson's interval (1927) of a share.
 
     Args:
-        hits, count: integers, 0 <= hits <= count.
+        hits, count: 0 <= hits <= count.
+        level: probability that such an interval covers the true share.
+
+    Returns:
+        (low, high), of no item (0, 1).
 
     Raises:
         ValueError: hits out of range.
@@ -354,13 +420,14 @@ def share_interval(hits, count, level=0.95):
     if count == 0:
         return 0.0, 1.0
     z = NormalDist().inv_cdf((1 + level) / 2)
-    share, spread = hits / count, z * z / count
+    share = hits / count
+    spread = z * z / count
     middle = (share + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(share * (1 - share) / count + spread / (4 * count))
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
-def contrastive(z_a, z_b, tile=1024):
+def contrastive(z_a: Tensor, z_b: Tensor, tile: int = 1024) -> dict[str, float]:
     """Score two views' embeddings: how well a row finds its positive, and alignment and uniformity.
 
     Row i of `z_a` and row i of `z_b` are a positive pair. Each of the 2N rows, normalized here,
@@ -380,7 +447,8 @@ def contrastive(z_a, z_b, tile=1024):
     Raises:
         ValueError: empty input, different shapes, or a tile below 1.
     """
-    z_a, z_b = _matrix("z_a", z_a), _matrix("z_b", z_b)
+    z_a = _matrix("z_a", z_a)
+    z_b = _matrix("z_b", z_b)
     if z_a.shape != z_b.shape:
         raise ValueError(
             f"z_a and z_b must have one shape, got {tuple(z_a.shape)} and {tuple(z_b.shape)}"
@@ -388,11 +456,15 @@ def contrastive(z_a, z_b, tile=1024):
     if tile < 1:
         raise ValueError(f"tile must be at least 1, got {tile}")
     if z_a.device.type == "mps":  # it has no float64 to sum in
-        z_a, z_b = z_a.cpu(), z_b.cpu()
-    z_a, z_b = F.normalize(z_a, dim=1), F.normalize(z_b, dim=1)
+        z_a = z_a.cpu()
+        z_b = z_b.cpu()
+    z_a = F.normalize(z_a, dim=1)
+    z_b = F.normalize(z_b, dim=1)
     z = torch.cat([z_a, z_b])
-    n, m = len(z_a), len(z)
-    top1, top5, potential = 0, 0, 0.0
+    n = len(z_a)
+    m = len(z)
+    top1 = top5 = 0
+    potential = 0.0
     for start in range(0, m, tile):
         rows = torch.arange(start, min(start + tile, m), device=z.device)
         similarity = z[rows] @ z.T  # [tile, M]
@@ -413,13 +485,12 @@ def contrastive(z_a, z_b, tile=1024):
     }
 
 
-def effective_rank(features):
-    """Measure how many directions features use: exp of the entropy of a normalized spectrum (Roy
-    and Vetterli 2007).
+def effective_rank(features: Tensor) -> float:
+    """Measure how many directions features use: exp of the entropy of a normalized spectrum.
 
-    The spectrum is that of the centered features' covariance, in fp64: the shares are those of the
-    variance. Taken of the features' own singular values, their square roots, the same features
-    would rank higher.
+    Roy and Vetterli 2007. The spectrum is that of the centered features' covariance, in fp64: the
+    shares are those of the variance. Taken of the features' own singular values, their square
+    roots, the same features would rank higher.
 
     Args:
         features: (N, D) real tensor, N >= 2.
@@ -445,8 +516,15 @@ def effective_rank(features):
 
 
 def knn_accuracy(
-    bank, bank_labels, queries, query_labels, num_classes, k=200, temperature=0.07, tile=1024
-):
+    bank: Tensor,
+    bank_labels: Labels,
+    queries: Tensor,
+    query_labels: Labels,
+    num_classes: int,
+    k: int = 200,
+    temperature: float = 0.07,
+    tile: int = 1024,
+) -> float:
     """Classify by the k nearest neighbors, each weighted by exp(cosine similarity / temperature).
 
     The protocol of Wu et al. 2018 (arXiv:1805.01978).
@@ -467,7 +545,8 @@ def knn_accuracy(
     Raises:
         ValueError: empty input, shapes that do not match, or a setting out of range.
     """
-    bank, queries = _matrix("bank", bank), _matrix("queries", queries)
+    bank = _matrix("bank", bank)
+    queries = _matrix("queries", queries)
     if bank.shape[1] != queries.shape[1]:
         raise ValueError(
             f"bank and queries must have one width, got {bank.shape[1]} and {queries.shape[1]}"
@@ -484,7 +563,8 @@ def knn_accuracy(
         raise ValueError(
             f"k, tile and temperature must be positive, got {k}, {tile} and {temperature}"
         )
-    bank, queries = F.normalize(bank, dim=1), F.normalize(queries.to(bank.dtype), dim=1)
+    bank = F.normalize(bank, dim=1)
+    queries = F.normalize(queries.to(bank.dtype), dim=1)
     bank_labels = torch.from_numpy(bank_labels).to(bank.device)
     query_labels = torch.from_numpy(query_labels).to(bank.device)
     right = 0
@@ -492,18 +572,16 @@ def knn_accuracy(
         similarity, neighbors = (chunk @ bank.T).topk(min(k, len(bank)), dim=1)  # [tile, k]
         # Relative to the nearest: the same vote, and no overflow at a low temperature.
         weights = ((similarity - similarity[:, :1]) / temperature).exp_()
-        votes = weights.new_zeros(len(chunk), num_classes).scatter_add_(
-            1, bank_labels[neighbors], weights
-        )
+        votes = weights.new_zeros(len(chunk), num_classes)
+        votes.scatter_add_(1, bank_labels[neighbors], weights)
         right += (votes.argmax(1) == labels).sum().item()
     return right / len(queries)
 
 
-def _contingency(target, clusters):
-    """Return the distinct classes, the distinct clusters and the (C, K) int64 counts of their joint
-    occurrence.
-    """
-    target, clusters = _labels("target", target, np.inf), _labels("clusters", clusters, np.inf)
+def _contingency(target: Labels, clusters: Labels) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the distinct classes, the distinct clusters and their (C, K) int64 joint counts."""
+    target = _labels("target", target, np.inf)
+    clusters = _labels("clusters", clusters, np.inf)
     if len(target) != len(clusters):
         raise ValueError(
             f"target and clusters must have one length, got {len(target)} and {len(clusters)}"
@@ -514,23 +592,23 @@ def _contingency(target, clusters):
     return classes, names, counts.reshape(len(classes), len(names))
 
 
-def _mutual_information(counts):
-    n, rows, columns = counts.sum(), counts.sum(1), counts.sum(0)
+def _mutual_information(counts: np.ndarray) -> float:
+    n = counts.sum()
+    rows = counts.sum(1)
+    columns = counts.sum(0)
     i, j = counts.nonzero()
     joint = counts[i, j]
     terms = joint / n * (np.log(joint) - np.log(n) + (2 * np.log(n) - np.log(rows[i] * columns[j])))
     return max(float(terms.sum()), 0.0)
 
 
-def _entropy(sizes):
+def _entropy(sizes: np.ndarray) -> float:
     share = sizes / sizes.sum()
     return float(-(share * np.log(share)).sum())
 
 
-def _expected_mutual_information(rows, columns):
-    """Mean mutual information of all tables with these margins (Vinh, Epps and Bailey 2010, eq.
-    24a).
-    """
+def _expected_mutual_information(rows: np.ndarray, columns: np.ndarray) -> float:
+    """Mean mutual information of all tables with these margins (Vinh et al. 2010, eq. 24a)."""
     n = int(rows.sum())
     log_factorial = np.array([math.lgamma(i + 1.0) for i in range(n + 1)])
     total = 0.0
@@ -551,28 +629,27 @@ def _expected_mutual_information(rows, columns):
     return total
 
 
-def _rand(counts):
-    """Adjusted Rand index from pair counts, in Python integers: N**4 overflows 64 bits from N =
-    60,000 on.
-    """
+def _rand(counts: np.ndarray) -> float:
+    """Adjusted Rand index from pair counts."""
+    # In Python integers: N**4 overflows 64 bits from N = 60,000 on.
     n = int(counts.sum())
     together = int((counts**2).sum()) - n
-    in_class, in_cluster = int((counts.sum(1) ** 2).sum()) - n, int((counts.sum(0) ** 2).sum()) - n
+    in_class = int((counts.sum(1) ** 2).sum()) - n
+    in_cluster = int((counts.sum(0) ** 2).sum()) - n
     if together == in_class == in_cluster:
         return 1.0
     pairs = n * (n - 1)
-    return (
-        2
-        * (together * pairs - in_class * in_cluster)
-        / ((in_class + in_cluster) * pairs - 2 * in_class * in_cluster)
-    )
+    above_chance = 2 * (together * pairs - in_class * in_cluster)
+    return above_chance / ((in_class + in_cluster) * pairs - 2 * in_class * in_cluster)
 
 
-def linear_assignment(cost):
-    """Match rows and columns one to one at the least total cost: the Hungarian method by shortest
-    augmenting paths.
+def linear_assignment(
+    cost: Sequence[Sequence[float]] | np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Match rows and columns one to one at the least total cost.
 
-    Takes O(n^2 m) time for n rows and m >= n columns (Jonker and Volgenant 1987).
+    The Hungarian method by shortest augmenting paths (Jonker and Volgenant 1987): O(n^2 m) time for
+    n rows and m >= n columns.
 
     Args:
         cost: (n, m) finite numbers.
@@ -592,17 +669,24 @@ def linear_assignment(cost):
         order = rows.argsort()
         return rows[order], columns[order]
     n, m = cost.shape
-    row_price, column_price = np.zeros(n), np.zeros(m)
+    row_price = np.zeros(n)
+    column_price = np.zeros(m)
     row_of = np.full(m, -1)
     for start in range(n):
-        distance, done, came_from = np.full(m, np.inf), np.zeros(m, bool), np.full(m, -1)
-        row, column, length = start, -1, 0.0
+        distance = np.full(m, np.inf)
+        done = np.zeros(m, bool)
+        came_from = np.full(m, -1)
+        row = start
+        column = -1
+        length = 0.0
         while row >= 0:
             through = length + cost[row] - row_price[row] - column_price
             shorter = ~done & (through < distance)
-            distance[shorter], came_from[shorter] = through[shorter], column
+            distance[shorter] = through[shorter]
+            came_from[shorter] = column
             column = np.where(done, np.inf, distance).argmin()
-            length, done[column] = distance[column], True
+            length = distance[column]
+            done[column] = True
             row = row_of[column]
         passed = done & (row_of >= 0)
         row_price[start] += length
@@ -617,7 +701,7 @@ def linear_assignment(cost):
     return row_of[columns][order], columns[order]
 
 
-def match_clusters(target, clusters):
+def match_clusters(target: Labels, clusters: Labels) -> dict[int, int]:
     """Give each cluster the class that makes most rows right, one to one.
 
     Args:
@@ -634,9 +718,8 @@ def match_clusters(target, clusters):
     return {int(names[k]): int(classes[c]) for c, k in zip(rows, columns, strict=True)}
 
 
-def clustering(target, clusters):
-    """Score a clustering against true classes; the numbers that name classes and clusters do not
-    matter.
+def clustering(target: Labels, clusters: Labels) -> dict[str, float]:
+    """Score a clustering against true classes, whatever numbers name classes and clusters.
 
     All but the last equal scikit-learn's functions. acc, balanced_accuracy and minority_recall are
     taken after `match_clusters`: a row of a cluster without a class counts as wrong, a class
@@ -647,27 +730,28 @@ def clustering(target, clusters):
 
     Returns:
         dict of floats: nmi (over the arithmetic mean of the entropies), ami and ari (both adjusted
-            for chance), acc,
-        fmi, balanced_accuracy (mean recall of the classes) and minority_recall (that of the
-        smallest class; the mean of equally small ones).
+        for chance), acc, fmi, balanced_accuracy (mean recall of the classes) and minority_recall
+        (that of the smallest class; the mean of equally small ones).
 
     Raises:
         ValueError: as in `match_clusters`.
     """
     _, _, counts = _contingency(target, clusters)
-    n, rows, columns = counts.sum(), counts.sum(1), counts.sum(0)
-    mutual, entropy = _mutual_information(counts), (_entropy(rows) + _entropy(columns)) / 2
+    n = counts.sum()
+    rows = counts.sum(1)
+    columns = counts.sum(0)
+    mutual = _mutual_information(counts)
+    entropy = (_entropy(rows) + _entropy(columns)) / 2
     if len(rows) == len(columns) == np.count_nonzero(counts):
         nmi = ami = 1.0  # the same partition; where it has one part or N, the formulas are 0 / 0
     else:
         expected = _expected_mutual_information(rows, columns)
-        nmi, ami = mutual / entropy, (mutual - expected) / (entropy - expected)
+        nmi = mutual / entropy
+        ami = (mutual - expected) / (entropy - expected)
     same = int((counts**2).sum() - n)
-    fmi = (
-        math.sqrt(same / ((rows**2).sum() - n)) * math.sqrt(same / ((columns**2).sum() - n))
-        if same
-        else 0.0
-    )
+    fmi = 0.0
+    if same:
+        fmi = math.sqrt(same / ((rows**2).sum() - n)) * math.sqrt(same / ((columns**2).sum() - n))
     i, j = linear_assignment(-counts)
     recall = np.zeros(len(rows))
     recall[i] = counts[i, j] / rows[i]
@@ -682,13 +766,14 @@ def clustering(target, clusters):
     }
 
 
-def stability(labelings):
-    """Mean adjusted Rand index over all pairs of labelings of the same rows: 1 where every run
-    found one partition.
+def stability(labelings: Sequence[Labels]) -> float:
+    """Mean adjusted Rand index over all pairs of labelings of the same rows.
 
     Args:
-        labelings: sequence of at least two (N,) integer labelings, as of k-means from different
-            seeds.
+        labelings: at least two (N,) integer labelings, as of k-means from different seeds.
+
+    Returns:
+        float, 1 where all labelings are one partition, about 0 where they are unrelated.
 
     Raises:
         ValueError: fewer than two labelings, or labels as in `match_clusters`.
@@ -699,7 +784,7 @@ def stability(labelings):
     return float(np.mean(scores))
 
 
-def _grouped(x, labels):
+def _grouped(x: Tensor, labels: Labels) -> tuple[Tensor, Tensor]:
     """Return the centered rows and the (N, K) float matrix of their memberships."""
     x = _matrix("x", x)
     labels = _labels("labels", labels, np.inf)
@@ -709,11 +794,11 @@ def _grouped(x, labels):
     return x - x.mean(0), F.one_hot(groups).to(x.dtype)
 
 
-def silhouette(x, labels, tile=1024):
-    """Mean silhouette: (b - a) / max(a, b) for a row's mean distance a to its cluster and b to the
-    nearest other one.
+def silhouette(x: Tensor, labels: Labels, tile: int = 1024) -> float:
+    """Mean silhouette of a clustering, which needs no true classes (Rousseeuw 1987).
 
-    Rousseeuw 1987; needs no true classes. A row alone in its cluster counts 0.
+    A row's is (b - a) / max(a, b) with its mean distance a to its cluster and b to the nearest
+    other one; 0 for a row alone in its cluster.
 
     Args:
         x: (N, D) real tensor; distances are Euclidean.
@@ -733,28 +818,27 @@ def silhouette(x, labels, tile=1024):
             f"silhouette needs between 2 and {len(x) - 1} clusters of {len(x)} rows, got"
             f" {len(sizes)}"
         )
-    squares, total = x.square().sum(1), 0.0
+    sum_dtype = x.dtype if x.device.type == "mps" else torch.float64  # which mps does not have
+    squares = x.square().sum(1)
+    total = 0.0
     for start in range(0, len(x), tile):
         rows = torch.arange(start, min(start + tile, len(x)), device=x.device)
-        distance = (
-            torch.addmm(squares[rows, None] + squares, x[rows], x.T, alpha=-2).clamp_(min=0).sqrt_()
-        )
+        distance = torch.addmm(squares[rows, None] + squares, x[rows], x.T, alpha=-2)
+        distance.clamp_(min=0).sqrt_()
         distance.scatter_(1, rows[:, None], 0)  # rounding leaves a row some way from itself
-        sums, own = distance @ member, member[rows].bool()  # [tile, K]
-        size = (own * sizes).sum(1)
-        a = (own * sums).sum(1) / (size - 1).clamp(min=1)
-        b = (sums / sizes).masked_fill(own, torch.inf).amin(1)
+        sums = distance @ member  # [tile, K]
+        is_member = member[rows].bool()  # [tile, K]
+        size = (is_member * sizes).sum(1)
+        a = (is_member * sums).sum(1) / (size - 1).clamp(min=1)
+        b = (sums / sizes).masked_fill(is_member, torch.inf).amin(1)
         # Equal rows in two clusters have a = b = 0 and count 0.
-        score = torch.where(
-            size > 1, (b - a) / torch.maximum(a, b).clamp(min=torch.finfo(x.dtype).tiny), 0
-        )
-        total += (
-            score.sum(dtype=torch.float64).item() if x.device.type != "mps" else score.sum().item()
-        )
+        larger = torch.maximum(a, b).clamp(min=torch.finfo(x.dtype).tiny)
+        score = torch.where(size > 1, (b - a) / larger, 0)
+        total += score.sum(dtype=sum_dtype).item()
     return total / len(x)
 
 
-def cluster_distances(x, labels):
+def cluster_distances(x: Tensor, labels: Labels) -> dict[str, float]:
     """Mean Euclidean distance of rows to their cluster's mean, and of the means to each other.
 
     Args:

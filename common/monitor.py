@@ -1,5 +1,4 @@
-"""Watch a score over the epochs: trend, stability, alarms, early stopping, and what to do on a
-plateau.
+"""Watch a score over the epochs: trend, stability, alarms, plateaus and early stopping.
 
 All figures are functions of the scores and actions so far, so a resumed run that restores these
 goes on exactly.
@@ -18,11 +17,14 @@ _MOST_ACTIONS = 2  # on one plateau
 
 
 def slope(scores: list[float]) -> float:
-    """Median slope over all pairs of epochs (Theil 1950, Sen 1968): up to 29 % of outliers do not
-    move it far.
+    """Median slope over all pairs of epochs (Theil 1950, Sen 1968); 0 for a single one.
+
+    Up to 29 % of outliers do not move it far.
     """
+    if len(scores) < 2:
+        return 0.0
     pairs = itertools.combinations(enumerate(scores), 2)
-    return median([(b - a) / (j - i) for (i, a), (j, b) in pairs]) if len(scores) > 1 else 0.0
+    return median([(b - a) / (j - i) for (i, a), (j, b) in pairs])
 
 
 def trend(scores: list[float]) -> str:
@@ -33,8 +35,8 @@ def trend(scores: list[float]) -> str:
     order give. It needs 5 scores.
     """
     recent = scores[-WINDOW:]
-    n, pairs = len(recent), itertools.combinations(recent, 2)
-    surplus = sum((b > a) - (b < a) for a, b in pairs)
+    n = len(recent)
+    surplus = sum((b > a) - (b < a) for a, b in itertools.combinations(recent, 2))
     deviation = math.sqrt(n * (n - 1) * (2 * n + 5) / 18)
     if abs(surplus) - 1 <= _SURE * deviation or slope(recent) * surplus <= 0:
         return "stable"
@@ -42,12 +44,11 @@ def trend(scores: list[float]) -> str:
 
 
 def stability(scores: list[float]) -> float:
-    """How little the last WINDOW scores jump, in [0, 1]: 1 less ten times their noise relative to
-    their level.
+    """How little the last WINDOW scores jump, in [0, 1].
 
-    The noise is the robust deviation of each score from the line through its two neighbors, so
-    neither a rise nor its bend counts as unrest. The level is the median, at least 0.1: a score
-    near 0 has no relative noise.
+    It is 1 less ten times their noise relative to their level. The noise is the robust deviation of
+    each score from the line through its two neighbors, so neither a rise nor its bend counts as
+    unrest. The level is the median, at least 0.1: a score near 0 has no relative noise.
     """
     recent = scores[-WINDOW:]
     if len(recent) < 3:
@@ -61,8 +62,12 @@ def stability(scores: list[float]) -> float:
 
 @dataclass
 class Monitor:
-    """The scores of a run, higher is better, and the actions taken on plateaus as (epochs done,
-    name).
+    """The scores of a run and what was done on its plateaus.
+
+    Attributes:
+        min_epochs: before these are done nothing stops.
+        scores: one an epoch; higher is better.
+        actions: (epochs done, name of the action).
     """
 
     min_epochs: int = 20
@@ -110,38 +115,39 @@ class Monitor:
 
     def alarms(self) -> list[str]:
         """One sentence for each thing that asks for attention."""
-        found, stable = [], stability(self.scores)
+        sentences = []
         if self.epochs_without_gain >= PATIENCE:
-            found.append(f"no gain for {self.epochs_without_gain} epochs")
-        if stable < LEAST_STABILITY:
-            found.append(f"stability {stable:.2f} is below {LEAST_STABILITY}")
+            sentences.append(f"no gain for {self.epochs_without_gain} epochs")
+        stability_score = stability(self.scores)
+        if stability_score < LEAST_STABILITY:
+            sentences.append(f"stability {stability_score:.2f} is below {LEAST_STABILITY}")
         if trend(self.scores) == "declining":
-            found.append("the score is declining")
-        return found
+            sentences.append("the score is declining")
+        return sentences
 
     def stalled(self) -> bool:
-        """Whether PATIENCE epochs since the best score and since the last action brought no gain
-        and it is not rising.
+        """Whether the score is on a plateau.
 
+        It is where PATIENCE epochs since the best score and since the last action brought no gain.
         A noisy score can rise and yet have no new best for a while: the trend has the last word.
         """
-        since = len(self.scores) - (self.actions[-1][0] if self.actions else 0)
-        return (
-            min(self.epochs_without_gain, since) >= PATIENCE and trend(self.scores) != "improving"
-        )
+        since_action = len(self.scores) - (self.actions[-1][0] if self.actions else 0)
+        waited = min(self.epochs_without_gain, since_action)
+        return waited >= PATIENCE and trend(self.scores) != "improving"
 
     def advice(self, on_plateau: str) -> str | None:
         """What to do now under `--on-plateau lr|share|none`: `lr` or `share` (halve it), or None.
 
         At most two actions on one plateau: what did not help twice will not help a third time.
+
+        Raises:
+            ValueError: another word.
         """
         if on_plateau not in ("lr", "share", "none"):
             raise ValueError(f"on_plateau must be lr, share or none, got {on_plateau!r}")
-        return (
-            on_plateau
-            if on_plateau != "none" and self.stalled() and self._tried() < _MOST_ACTIONS
-            else None
-        )
+        if on_plateau == "none" or not self.stalled() or self._tried() >= _MOST_ACTIONS:
+            return None
+        return on_plateau
 
     def act(self, name: str) -> None:
         """Note that advice was followed after the last epoch added."""
@@ -152,8 +158,9 @@ class Monitor:
         return sum(done > self.best_epoch for done, _ in self.actions)
 
     def should_stop(self, on_plateau: str = "none") -> bool:
-        """Whether to stop: stalled, nothing left to try, and `min_epochs` done. A rising score
-        never stops.
+        """Whether to stop: stalled, nothing left to try, and `min_epochs` done.
+
+        A rising score never stops.
         """
         return (
             len(self.scores) >= self.min_epochs
@@ -162,8 +169,9 @@ class Monitor:
         )
 
     def nothing_helped(self) -> bool:
-        """Whether actions were taken and none was followed by a new best: a larger `--base-dim` is
-        worth a run.
+        """Whether actions were taken and none was followed by a new best.
+
+        Then a larger `--base-dim` is worth a run.
         """
         return self._tried() > 0 and self._tried() == len(self.actions)
 
@@ -172,7 +180,6 @@ class Monitor:
         return {"scores": list(self.scores), "actions": [list(action) for action in self.actions]}
 
     def load_state_dict(self, state: dict) -> None:
-        self.scores, self.actions = (
-            list(state["scores"]),
-            [tuple(action) for action in state["actions"]],
-        )
+        """Restore what `state_dict` gave."""
+        self.scores = list(state["scores"])
+        self.actions = [tuple(action) for action in state["actions"]]

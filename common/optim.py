@@ -9,9 +9,11 @@ asking the device.
 
 import math
 import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 # torch has fused kernels for more devices, but only these two were checked to honor `found_inf`
 # and `grad_scale`.
@@ -20,7 +22,25 @@ OPTIMIZERS = ("lars", "sgd", "adamw")
 SCHEDULES = ("cosine", "constant")
 
 
-def lr_at(step, *, lr, warmup_steps, total_steps, schedule="cosine", min_lr=0.0):
+class Stage(Protocol):
+    """What is read here of a stage's settings (`common.config.StageConfig`)."""
+
+    optimizer: str
+    lr: float
+    wd: float
+    epochs: int
+    warmup_epochs: float
+
+
+def lr_at(
+    step: int,
+    *,
+    lr: float,
+    warmup_steps: int,
+    total_steps: int,
+    schedule: str = "cosine",
+    min_lr: float = 0.0,
+) -> float:
     """Return the learning rate of one step: a linear warm-up, then half a cosine or a constant.
 
     Step s of the warm-up has lr * (s + 1) / warmup_steps, so the peak is the warm-up's last step,
@@ -32,9 +52,6 @@ def lr_at(step, *, lr, warmup_steps, total_steps, schedule="cosine", min_lr=0.0)
         lr, min_lr: peak and final rate.
         warmup_steps, total_steps: in optimizer steps; the warm-up is part of the total.
         schedule: one of SCHEDULES.
-
-    Returns:
-        float
 
     Raises:
         ValueError: an unknown schedule, a negative step, or a warm-up that does not fit into the
@@ -50,14 +67,15 @@ def lr_at(step, *, lr, warmup_steps, total_steps, schedule="cosine", min_lr=0.0)
         )
     if step < warmup_steps:
         return lr * (step + 1) / warmup_steps
-    peak, last = max(warmup_steps - 1, 0), total_steps - 1
+    peak = max(warmup_steps - 1, 0)
+    last = total_steps - 1
     if schedule == "constant" or last == peak:
         return float(lr)
     progress = (min(step, last) - peak) / (last - peak)
     return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def param_groups(modules, weight_decay):
+def param_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict]:
     """Split the trainable parameters of some modules into those that decay and those that do not.
 
     Biases and normalization's scales and shifts (at most one dimension) get neither weight decay
@@ -65,7 +83,7 @@ def param_groups(modules, weight_decay):
     counts once, where it is met first.
 
     Args:
-        modules: an iterable of nn.Module, each listed once.
+        modules: each listed once.
         weight_decay: of the parameters with two dimensions or more.
 
     Returns:
@@ -89,7 +107,8 @@ def param_groups(modules, weight_decay):
         for name, p in module.named_parameters():
             if p.requires_grad:
                 trainable.setdefault(id(p), (name, p))
-    decayed, plain = [], []
+    decayed = []
+    plain = []
     for name, p in trainable.values():
         if nn.parameter.is_lazy(p):
             raise ValueError(
@@ -107,14 +126,14 @@ def param_groups(modules, weight_decay):
     return [group for group in groups if group["params"]]
 
 
-def _flat_like(params):
-    """Return an uninitialized flat tensor and views of it that are laid out in memory as `params`
-    are.
+def _flat_like(params: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Return an uninitialized flat tensor and views of it, in memory laid out as `params` are.
 
     Equal strides keep the foreach kernels on their fast path, for channels-last weights too.
     """
     flat = params[0].new_empty(sum(p.numel() for p in params))
-    views, start = [], 0
+    views = []
+    start = 0
     for p in params:
         # Strides of a dense copy: p's own, unless p has gaps or overlaps.
         strides = p.stride() if p.is_contiguous() else torch.empty_like(p, device="meta").stride()
@@ -124,13 +143,14 @@ def _flat_like(params):
 
 
 class LARS(torch.optim.Optimizer):
-    """Layer-wise adaptive rate scaling (You et al. 2017, arXiv:1708.03888) as in
-    google-research/simclr.
+    """Layer-wise adaptive rate scaling (You et al. 2017, arXiv:1708.03888).
 
-    Per parameter p with gradient g:
+    As in google-research/simclr, per parameter p with gradient g:
 
-        g += weight_decay * p trust = trust_coefficient * |p| / |g| if the group adapts and both
-        norms are positive, else 1 v = momentum * v + lr * trust * g p -= v
+        g += weight_decay * p
+        trust = trust_coefficient * |p| / |g|, or 1 where a norm is 0 or the group does not adapt
+        v = momentum * v + lr * trust * g
+        p -= v
 
     The learning rate is inside the momentum buffer v, so a change of the rate does not rescale the
     past. A step costs a fixed number of foreach launches per group, device and dtype, one flat
@@ -151,7 +171,13 @@ class LARS(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
 
     def __init__(
-        self, params, lr, momentum=0.9, weight_decay=0.0, trust_coefficient=1e-3, adapt=True
+        self,
+        params: Iterable[Tensor] | Iterable[dict],
+        lr: float | Tensor,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        trust_coefficient: float = 1e-3,
+        adapt: bool = True,
     ):
         defaults = {
             "lr": lr,
@@ -160,15 +186,13 @@ class LARS(torch.optim.Optimizer):
             "trust_coefficient": trust_coefficient,
         }
         for name, value in defaults.items():
-            if not isinstance(value, torch.Tensor) and not value >= 0:
+            if not isinstance(value, Tensor) and not value >= 0:
                 raise ValueError(f"{name} must not be negative, got {value}")
         super().__init__(params, {**defaults, "adapt": adapt})
 
     @torch.no_grad()
-    def step(self, closure=None):
-        """Make one step; `closure` as in torch.optim. Parameters without a gradient stay as they
-        are.
-        """
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """Make one step; `closure` as in torch.optim. Parameters without a gradient stay."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -185,7 +209,7 @@ class LARS(torch.optim.Optimizer):
                 self._step_bucket(params, group)
         return loss
 
-    def _step_bucket(self, params, group):
+    def _step_bucket(self, params: list[Tensor], group: dict) -> None:
         device = params[0].device
         buffers = []
         for p in params:
@@ -210,9 +234,8 @@ class LARS(torch.optim.Optimizer):
             # One factor an element: foreach has no fast product with a list of scalars that live on
             # the device.
             rates = (group["lr"] * trust).unbind()
-            flat.mul_(
-                torch.cat([rate.expand(p.numel()) for rate, p in zip(rates, params, strict=True)])
-            )
+            factors = [rate.expand(p.numel()) for rate, p in zip(rates, params, strict=True)]
+            flat.mul_(torch.cat(factors))
         else:
             flat.mul_(group["lr"])
 
@@ -234,7 +257,9 @@ class LARS(torch.optim.Optimizer):
         torch._foreach_sub_(params, updates)
 
 
-def build_optimizer(name, groups, *, lr, momentum=0.9):
+def build_optimizer(
+    name: str, groups: list[dict], *, lr: float | Tensor, momentum: float = 0.9
+) -> torch.optim.Optimizer:
     """Make an optimizer that can skip a step on the device's own word (`found_inf`).
 
     SGD and AdamW are torch's with `fused=True`. For devices outside FUSED_DEVICES they are the
@@ -246,9 +271,6 @@ def build_optimizer(name, groups, *, lr, momentum=0.9):
         groups: from `param_groups`.
         lr: float or 0-d tensor.
         momentum: of LARS and SGD; AdamW keeps torch's betas.
-
-    Returns:
-        torch.optim.Optimizer
 
     Raises:
         ValueError: an unknown name.
@@ -277,28 +299,47 @@ def build_optimizer(name, groups, *, lr, momentum=0.9):
     return optimizer
 
 
-def of_stage(stage, modules):
-    """The optimizer that a stage's settings (`common.config.Stage`) describe, for a list of
-    modules.
-    """
+def of_stage(stage: Stage, modules: Iterable[nn.Module]) -> torch.optim.Optimizer:
+    """Make the optimizer that a stage's settings describe, for some modules."""
     return build_optimizer(stage.optimizer, param_groups(modules, stage.wd), lr=stage.lr)
 
 
-def set_rates(optimizer, peaks, stage, done, steps, factor):
-    """Set every group's rate for the step that follows `done` steps: its peak by the warm-up and
-    the phase's factor; returns the stage's own. `steps` are those of an epoch.
+def set_rates(
+    optimizer: torch.optim.Optimizer,
+    peaks: Sequence[float],
+    stage: Stage,
+    done: int,
+    steps: int,
+    factor: float,
+) -> float:
+    """Set every group's learning rate for the next step: its peak, by the warm-up and a factor.
+
+    Args:
+        peaks: the groups' peak rates.
+        stage: whose rate, epochs and warm-up these are.
+        done: optimizer steps made in this stage.
+        steps: optimizer steps of an epoch.
+        factor: of the schedule's phase.
+
+    Returns:
+        The rate of a group with the stage's own peak.
     """
-    warmup = round(stage.warmup_epochs * steps)
+    warmup_steps = round(stage.warmup_epochs * steps)
     factor *= lr_at(
-        done, lr=1.0, warmup_steps=warmup, total_steps=stage.epochs * steps, schedule="constant"
+        done,
+        lr=1.0,
+        warmup_steps=warmup_steps,
+        total_steps=stage.epochs * steps,
+        schedule="constant",
     )
     for group, peak in zip(optimizer.param_groups, peaks, strict=True):
         group["lr"] = peak * factor
     return stage.lr * factor
 
 
-def grad_norm(parameters):
-    """Return the L2 norm of all gradients together as a 0-d tensor, without synchronizing; 0 where
-    there are none.
+def grad_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """Return the L2 norm of all gradients together, a 0-d tensor; 0 where there are none.
+
+    It does not wait for the device.
     """
     return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

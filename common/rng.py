@@ -1,4 +1,9 @@
-"""Counter-based random numbers: a function of (seed, epoch, sample, stream), with no state to save."""
+"""Counter-based random numbers: a function of (seed, epoch, sample, stream), without a state.
+
+SplitMix64: Steele, Lea and Flood, OOPSLA 2014.
+"""
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -6,16 +11,16 @@ _MASK64 = (1 << 64) - 1
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
-def _mix(z):
-    """SplitMix64's finalizer on a uint64 array: a bijection in which every input bit reaches every
-    output bit.
-    """
+def _mix(z: np.ndarray) -> np.ndarray:
+    """SplitMix64's finalizer on uint64: a bijection; every input bit reaches every output bit."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
 
 
-def uniform(seed, epoch, samples, view, count):
+def uniform(
+    seed: int, epoch: int, samples: np.ndarray | Sequence[int], view: int, count: int
+) -> np.ndarray:
     """Draw uniforms that depend on (seed, epoch, sample, view, column) alone.
 
     Each key is absorbed by one SplitMix64 round, so the order of the keys matters: swapping two of
@@ -24,7 +29,7 @@ def uniform(seed, epoch, samples, view, count):
 
     Args:
         seed, epoch, view: integers, taken modulo 2**64.
-        samples: (n,) integer array or sequence, the samples' indices in the data set.
+        samples: (n,) integers, the samples' indices in the data set.
         count: draws per sample.
 
     Returns:

@@ -27,8 +27,9 @@ from common.run.files import read_json
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2": torch.float8_e5m2,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
     "BOOL": torch.bool, "C64": torch.complex64,
@@ -37,7 +38,8 @@ _MAX_HEADER = 100_000_000  # the format's own limit
 _STORAGES = {
     "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
+    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
 }  # fmt: skip
 _MAX_MODULES = 100_000  # of a TorchScript archive, which may name one module in many places
 # Where training scripts keep the model's state dict: this project's, timm's and Lightning's, the
@@ -46,8 +48,7 @@ _CONTAINERS = ("parts", "state_dict", "model", "model_state", "model_state_dict"
 
 
 def read(path: str | Path) -> dict[str, Tensor]:
-    """The state dict in a file of weights, on the CPU, in the file's order and with the stored
-    dtypes.
+    """Read the state dict in a file of weights: on the CPU, in the file's order and dtypes.
 
     `.safetensors` is read as such, every other name as a file of `torch.save`, this project's
     checkpoints included, or of `torch.jit.save`. The usual containers (`state_dict`, `model`, ...)
@@ -63,9 +64,10 @@ def read(path: str | Path) -> dict[str, Tensor]:
         raise InputError(f"weights {path}: a folder; give a file, of a run its best.pt")
     if not path.is_file():
         raise InputError(f"weights {path}: there is no such file")
-    state = (
-        read_safetensors(path) if path.suffix == ".safetensors" else unwrap(_read_torch(path), path)
-    )
+    if path.suffix == ".safetensors":
+        state = read_safetensors(path)
+    else:
+        state = unwrap(_read_torch(path), path)
     names = {
         name: name.removeprefix("module.").replace("_orig_mod.", "").removeprefix("module.")
         for name in state
@@ -97,9 +99,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
                     f"a header of {length} bytes in a file of {size} (allowed: 2 to {_MAX_HEADER})"
                 )
             try:
-                entries = _entries(
-                    json.loads(file.read(length), object_pairs_hook=_object), size - 8 - length
-                )
+                header = json.loads(file.read(length), object_pairs_hook=_object)
+                entries = _entries(header, size - 8 - length)
             except RecursionError:
                 raise wrong("its header is nested too deeply") from None
             except ValueError as error:  # JSONDecodeError and UnicodeDecodeError among them
@@ -128,22 +129,24 @@ def _object(pairs: list[tuple]) -> dict:
 
 
 def _entries(header, size: int) -> list[tuple[str, torch.dtype, list[int], int]]:
-    """(name, dtype, shape, first byte) of every tensor, in the header's order; they fill `size`
-    bytes exactly.
+    """(name, dtype, shape, first byte) of every tensor, in the header's order.
 
     Raises:
-        ValueError: they do not, or the header is malformed.
+        ValueError: they do not fill `size` bytes exactly, or the header is malformed.
     """
     if not isinstance(header, dict):
         raise ValueError("its header is not a JSON object")
     notes = header.pop("__metadata__", None) or {}
     if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
         raise ValueError("its __metadata__ is not an object of strings")
-    entries, ranges = [], []
+    entries = []
+    ranges = []
     for name, entry in header.items():
         if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
             raise ValueError(f"{name!r} lacks dtype, shape or data_offsets")
-        kind, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
+        kind = entry["dtype"]
+        shape = entry["shape"]
+        span = entry["data_offsets"]
         if not isinstance(kind, str) or kind not in _DTYPES:
             raise ValueError(f"{name!r} has dtype {kind!r}, allowed {', '.join(_DTYPES)}")
         # bool is an int to Python, not to JSON. Torch holds 64 dimensions and 63-bit strides.
@@ -153,7 +156,8 @@ def _entries(header, size: int) -> list[tuple[str, torch.dtype, list[int], int]]
         )
         if not plain or len(shape) > 64 or len(span) != 2:
             raise ValueError(f"{name!r} has shape {shape} and data_offsets {span}")
-        dtype, (begin, end) = _DTYPES[kind], span
+        dtype = _DTYPES[kind]
+        begin, end = span
         if math.prod(max(n, 1) for n in shape) * dtype.itemsize >= 2**63:
             raise ValueError(f"{name!r} has the absurd shape {shape}")
         wanted = math.prod(shape) * dtype.itemsize
@@ -166,10 +170,8 @@ def _entries(header, size: int) -> list[tuple[str, torch.dtype, list[int], int]]
     last = 0
     for begin, end, name in sorted(ranges):
         if begin != last:
-            raise ValueError(
-                f"{name!r} {'overlaps another tensor' if begin < last else 'leaves a gap'} at"
-                f" byte {begin}"
-            )
+            fault = "overlaps another tensor" if begin < last else "leaves a gap"
+            raise ValueError(f"{name!r} {fault} at byte {begin}")
         last = end
     if last != size:
         raise ValueError(f"its tensors end at byte {last} of {size}")
@@ -191,15 +193,13 @@ def _read_torch(path: Path):
     # torch.save never compresses: a small file that would unpack to a huge one is not its work.
     if sum(entry.file_size for entry in entries) > path.stat().st_size:
         raise InputError(f"weights {path} is not a file of torch.save: its entries are compressed")
-    with warnings.catch_warnings(
-        action="ignore"
-    ):  # about old pickles; what cannot be read is refused
+    # About old pickles: what cannot be read is refused.
+    with warnings.catch_warnings(action="ignore"):
         return checkpoint.load(path)
 
 
 def read_torchscript(path: Path, root: str) -> dict[str, Tensor]:
-    """The parameters and buffers of the module in an archive of `torch.jit.save`; its code is not
-    even read.
+    """Read the parameters and buffers in an archive of `torch.jit.save`, and none of its code.
 
     Args:
         root: folder of the archive inside the file, with its slash.
@@ -209,8 +209,8 @@ def read_torchscript(path: Path, root: str) -> dict[str, Tensor]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            unpickler = _TorchScriptUnpickler(archive, root)
-            pending, state = [("", unpickler.load())], {}
+            pending = [("", _TorchScriptUnpickler(archive, root).load())]
+            state = {}
             for _ in range(_MAX_MODULES):
                 if not pending:
                     return state
@@ -235,20 +235,22 @@ def read_torchscript(path: Path, root: str) -> dict[str, Tensor]:
 
 
 class _TorchScriptUnpickler(pickle.Unpickler):
-    """Modules as their attributes alone. Nothing that the archive names is imported: each name
-    stands for an inert value or a method here, and the rest is refused.
+    """Modules as their attributes alone.
+
+    Nothing that the archive names is imported: each name stands for an inert value or a method
+    here, and the rest is refused.
     """
 
     def __init__(self, archive: zipfile.ZipFile, root: str):
         data = self._stored(archive, f"{root}data.pkl")
-        # A memo is allocated up to its highest index.
-        if any(
-            op.name.endswith("PUT") and int(arg) > len(data)
-            for op, arg, _ in pickletools.genops(data)
-        ):
-            raise pickle.UnpicklingError("an absurd memo index")
+        for op, arg, _ in pickletools.genops(data):
+            # A memo is allocated up to its highest index.
+            if op.name.endswith("PUT") and int(arg) > len(data):
+                raise pickle.UnpicklingError("an absurd memo index")
         super().__init__(io.BytesIO(data))
-        self._archive, self._root, self._storages = archive, root, {}
+        self._archive = archive
+        self._root = root
+        self._storages = {}
 
     @staticmethod
     def _stored(archive: zipfile.ZipFile, name: str) -> bytes:
@@ -273,9 +275,8 @@ class _TorchScriptUnpickler(pickle.Unpickler):
         _, dtype, key, _, _ = pid
         if (dtype, key) not in self._storages:
             data = bytearray(self._stored(self._archive, f"{self._root}data/{key}"))
-            self._storages[dtype, key] = (
-                torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-            )
+            storage = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+            self._storages[dtype, key] = storage
         return self._storages[dtype, key]
 
     def _tensor(self, storage: Tensor, offset: int, size: tuple, stride: tuple, *_) -> Tensor:
@@ -316,25 +317,29 @@ def unwrap(state, path: Path) -> dict[str, Tensor]:
 
 
 def of_backbone(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The backbone's part of a model that has more (`backbone.*`, without the prefix), or the state
-    dict itself.
+    """The backbone's part of a model that has more, or the state dict itself.
+
+    That part is `backbone.*`; the prefix is taken off.
     """
-    inner = {
-        n.removeprefix("backbone."): tensor
-        for n, tensor in state.items()
-        if n.startswith("backbone.")
+    prefix = "backbone."
+    backbone = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in state.items()
+        if name.startswith(prefix)
     }
-    return inner or state
+    return backbone or state
 
 
 def load_backbone(source: str, script: str) -> tuple[dict[str, Tensor], dict]:
-    """(backbone weights, model_spec) of a finished run directory, a checkpoint, or a plain state
-    dict (whose model_spec is empty).
+    """Load a backbone from a finished run directory, a checkpoint or a file of a plain state dict.
 
     Prefixes and heads (`backbone.`, `projector.`, `fc.`) are taken off.
 
     Args:
         script: the short name of the script whose runs are allowed.
+
+    Returns:
+        Its weights, and the run's model_spec; of a plain state dict that is empty.
 
     Raises:
         InputError: there is none, the run has not finished, or it is another script's.
@@ -342,8 +347,8 @@ def load_backbone(source: str, script: str) -> tuple[dict[str, Tensor], dict]:
     path = Path(source)
     if path.is_dir():
         folder = next((f for f in (path / "pretrain", path) if (f / "best.pt").exists()), None)
-        summary = path / "summary.json"
-        if folder is None or (read_json(summary) or {}).get("status") != "finished":
+        summary = read_json(path / "summary.json") or {}
+        if folder is None or summary.get("status") != "finished":
             raise InputError(
                 f"--from {path} is not a finished run: run it to its end, or name a checkpoint"
                 " file in it"
@@ -357,9 +362,8 @@ def load_backbone(source: str, script: str) -> tuple[dict[str, Tensor], dict]:
             f" train_{script}.py"
         )
     weights = of_backbone(unwrap(state, path))
-    return {
-        name: tensor for name, tensor in weights.items() if not name.startswith("fc.")
-    }, model_spec
+    weights = {name: tensor for name, tensor in weights.items() if not name.startswith("fc.")}
+    return weights, model_spec
 
 
 def load(
@@ -370,8 +374,7 @@ def load(
     head: tuple[str, ...] = (),
     ignore: tuple[str, ...] = (),
 ) -> list[str]:
-    """Load `state` strictly, but for its heads; returns what was left out, one line each, to be
-    logged.
+    """Load `state` strictly, but for its heads.
 
     Args:
         source: what the messages call the weights, usually the file's path.
@@ -379,25 +382,37 @@ def load(
             left out: the model's keeps its values. One that fits is loaded.
         ignore: prefixes of weights that the model has no use for.
 
+    Returns:
+        What was left out, one line each, to be logged.
+
     Raises:
         InputError: any other key is missing or unknown, or has another shape; see
             `checkpoint.load_weights`.
     """
-    own, said = model.state_dict(), []
+    model_state = model.state_dict()
+    left_out = []
     for prefix in ignore:
-        unused = {name for name in state if name.startswith(prefix)}
-        if unused:
-            said.append(f"{source}: {prefix}* ({len(unused)} tensors) is not used")
-        state = {name: tensor for name, tensor in state.items() if name not in unused}
+        kept = {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
+        if len(kept) < len(state):
+            count = len(state) - len(kept)
+            left_out.append(f"{source}: {prefix}* ({count} tensors) is not used")
+        state = kept
     for prefix in head:
-        theirs, ours = ({n: t for n, t in d.items() if n.startswith(prefix)} for d in (state, own))
-        shapes = [{n: tuple(t.shape) for n, t in d.items()} for d in (theirs, ours)]
-        if shapes[0] == shapes[1]:
+        file_shapes = _shapes_of_head(state, prefix)
+        model_shapes = _shapes_of_head(model_state, prefix)
+        if file_shapes == model_shapes:
             continue
-        there, here = (max(d.values(), key=len, default="none") for d in shapes)
-        said.append(
-            f"{source}: the head {prefix}* is left out (in the file {there}, in this model {here})"
+        in_file = max(file_shapes.values(), key=len, default="none")
+        in_model = max(model_shapes.values(), key=len, default="none")
+        left_out.append(
+            f"{source}: the head {prefix}* is left out"
+            f" (in the file {in_file}, in this model {in_model})"
         )
-        state = {name: tensor for name, tensor in state.items() if name not in theirs} | ours
+        state = {name: tensor for name, tensor in state.items() if name not in file_shapes}
+        state |= {name: model_state[name] for name in model_shapes}
     checkpoint.load_weights(model, state, source)
-    return said
+    return left_out
+
+
+def _shapes_of_head(state: dict[str, Tensor], prefix: str) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items() if name.startswith(prefix)}

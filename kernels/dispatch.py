@@ -1,5 +1,6 @@
-"""Which implementation of an operation runs: Triton on a GPU, plain PyTorch elsewhere, and never
-one for the other in silence.
+"""Which implementation of an operation runs, and launching it.
+
+Triton on a GPU, plain PyTorch elsewhere, and never one for the other in silence.
 """
 
 from __future__ import annotations
@@ -31,8 +32,7 @@ def _say_once(message: str) -> None:
 
 
 def choose_impl(op: str, impl: str, x: torch.Tensor, unsupported: str | None = None) -> str:
-    """Resolve impl="auto" to "triton" or "torch", saying once which way it went, or raise where
-    "triton" cannot run.
+    """Resolve impl="auto" to "triton" or "torch", saying once which way it went.
 
     Args:
         op: the operation's name, for the messages.
@@ -68,8 +68,9 @@ def choose_impl(op: str, impl: str, x: torch.Tensor, unsupported: str | None = N
 
 
 def on_device_of_first(function):
-    """Run a function that launches kernels on the GPU of its first argument: Triton launches on the
-    current one.
+    """Run a function that launches kernels on the GPU of its first argument.
+
+    Triton launches on the current one.
     """
 
     @functools.wraps(function)
@@ -83,9 +84,16 @@ def on_device_of_first(function):
 _compiled: dict[tuple, object] = {}
 
 
-def launch(kernel, grid, tensors, numbers, constants, num_warps=4, num_stages=3):
-    """Launch kernel(*tensors, *numbers, *constants), its arguments in the order in which it
-    declares them.
+def launch(
+    kernel,
+    grid: tuple[int, ...],
+    tensors: tuple[torch.Tensor, ...],
+    numbers: tuple,
+    constants: dict,
+    num_warps: int = 4,
+    num_stages: int = 3,
+) -> None:
+    """Launch kernel(*tensors, *numbers, *constants), arguments in the order of its declaration.
 
     Triton's own launch looks at every argument to find the compiled kernel, which takes longer than
     the launch itself. What it looks at are dtypes, numbers, whether addresses are multiples of 16
@@ -99,7 +107,8 @@ def launch(kernel, grid, tensors, numbers, constants, num_warps=4, num_stages=3)
         numbers: the other arguments known only at run time, a tuple.
         constants: name -> value of the tl.constexpr arguments, in the kernel's order.
     """
-    addresses, dtypes = 0, []
+    addresses = 0
+    dtypes = []
     for x in tensors:
         addresses |= x.data_ptr()
         dtypes.append(x.dtype)
@@ -113,18 +122,18 @@ def launch(kernel, grid, tensors, numbers, constants, num_warps=4, num_stages=3)
         tensors[0].device.index,
         *dtypes,
     )
-    found = _compiled.get(key) if addresses % 16 == 0 else None
-    if found is not None:
-        found[(*grid, 1, 1)[:3]](*tensors, *numbers, *constants.values())
+    compiled = _compiled.get(key) if addresses % 16 == 0 else None
+    if compiled is not None:
+        compiled[(*grid, 1, 1)[:3]](*tensors, *numbers, *constants.values())
         return
     assert kernel.arg_names[len(tensors) + len(numbers) :] == list(constants), kernel.arg_names
-    found = kernel[grid](
+    compiled = kernel[grid](
         *tensors, *numbers, **constants, num_warps=num_warps, num_stages=num_stages
     )
-    if found is not None and addresses % 16 == 0:  # the interpreter returns None
+    if compiled is not None and addresses % 16 == 0:  # the interpreter returns None
         if len(_compiled) >= 4096:  # batches of ever other sizes: start again rather than grow
             _compiled.clear()
-        _compiled[key] = found
+        _compiled[key] = compiled
 
 
 def lacks_tensor_cores(x: torch.Tensor) -> bool:
@@ -141,11 +150,9 @@ def ceil_div(a: int, b: int) -> int:
 @functools.cache
 def num_sms(device: torch.device) -> int:
     """Multiprocessors of a GPU; 4 stand for them in the interpreter."""
-    return (
-        torch.cuda.get_device_properties(device).multi_processor_count
-        if device.type == "cuda"
-        else 4
-    )
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @functools.cache
@@ -159,8 +166,9 @@ def target_name(device: torch.device) -> str:
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """Identity whose backward raises. (`once_differentiable` is silent where the upstream gradient
-    is constant.)
+    """Identity whose backward raises.
+
+    `once_differentiable` is silent where the upstream gradient is constant.
     """
 
     @staticmethod

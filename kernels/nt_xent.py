@@ -14,8 +14,8 @@ of its own, and loss_i = softplus(log R_i - s_ip) keeps its digits where the los
 
 Gradient. The similarity matrix is symmetric, so row i needs nobody else's gradient:
 
-    dz_i = 1/(M tau) [ sum_{j neg} (exp(s_ij - lse_i) + exp(s_ij - lse_j)) z_j - (sigma_i + sigma_p) z_p ],  sigma_i =
-    R_i / exp(lse_i)
+    dz_i = 1/(M tau) [ sum_{j neg} (exp(s_ij - lse_i) + exp(s_ij - lse_j)) z_j
+                       - (sigma_i + sigma_p) z_p ],   sigma_i = R_i / exp(lse_i)
 
 Only the M row log-sum-exps are kept between forward and backward; the M x M similarities exist one
 tile at a time. Row blocks own their gradient and sums run in a fixed order, the same bits in every
@@ -50,6 +50,7 @@ from .dispatch import (
 from .similarity import (
     LOG2_FP16_SCALE,
     NORM_EPS,
+    Gather,
     add_weighted,
     comes_last,
     empty_rows,
@@ -81,10 +82,19 @@ except ImportError:
 # Up to so many rows, and so wide a row of planes, one program takes some rows through all keys: the
 # arithmetic is nothing there, and every launch counts. Above, the tiles are faster; wider rows
 # would spill (README.md).
-FEW_ROWS, FEW_ROWS_WIDTH = (32, 64) if INTERPRETED else (1024, 128)
+FEW_ROWS = 32 if INTERPRETED else 1024
+FEW_ROWS_WIDTH = 64 if INTERPRETED else 128
 
 
-def nt_xent_reference(z_a, z_b, temperature, *, normalize=True, gather=None, decoupled=False):
+def nt_xent_reference(
+    z_a: torch.Tensor,
+    z_b: torch.Tensor,
+    temperature: float | torch.Tensor,
+    *,
+    normalize: bool = True,
+    gather: Gather | None = None,
+    decoupled: bool = False,
+) -> torch.Tensor:
     """NT-Xent in plain PyTorch; arguments, result and errors as for `nt_xent`.
 
     Computes in fp32 (fp64 for fp64 inputs) whatever autocast says, and needs O(M D) memory plus one
@@ -97,20 +107,19 @@ def nt_xent_reference(z_a, z_b, temperature, *, normalize=True, gather=None, dec
         z = z.to(torch.promote_types(z.dtype, torch.float32))
         if normalize:
             z = normalize_rows(z)
-        u = (
-            z / temperature**0.5
-        )  # <u_i, u_j> = s_ij: the temperature's gradient is autograd's business
+        # <u_i, u_j> = s_ij: the temperature's gradient is autograd's business.
+        u = z / temperature**0.5
         pos = (u[0::2] * u[1::2]).sum(1)
-        if (
-            gather is None and torch.compiler.is_compiling()
-        ):  # one node of the graph, however many tiles
+        if gather is None and torch.compiler.is_compiling():
+            # One node of the graph, however many tiles.
             return _reference_forward_op(u, pos, decoupled)[0]
         return _Reference.apply(u, pos, gather, decoupled)
 
 
 def _reference_forward(u, pos, gather, decoupled):
-    """-> loss (), keys (K, D), lse of the rows (M,), lse of the keys (K,), log of the negatives'
-    sum (M,).
+    """-> loss (), keys (K, D), log-sum-exps (lse) of the rows (M,) and of the keys (K,), negatives.
+
+    The last are the logs of the rows' sums over their negatives (M,).
     """
     keys, index = (u, None) if gather is None else own_rows_first(gather, u)[:2]
     pos = pos.repeat_interleave(2)
@@ -122,21 +131,20 @@ def _reference_forward(u, pos, gather, decoupled):
         loss = lse - pos
     else:
         lse = torch.logaddexp(negatives, pos)
-        loss = torch.logaddexp(
-            negatives - pos, torch.zeros_like(pos)
-        )  # softplus, at every magnitude
-    return loss.mean(), keys, lse, lse if gather is None else gather(lse)[index], negatives
+        # Softplus, at every magnitude.
+        loss = torch.logaddexp(negatives - pos, torch.zeros_like(pos))
+    lse_keys = lse if gather is None else gather(lse)[index]
+    return loss.mean(), keys, lse, lse_keys, negatives
 
 
 def _reference_backward(dloss, u, pos, keys, lse, lse_keys, negatives, decoupled):
     """-> du (M, D), dpos (N,)."""
     scale = dloss / u.shape[0]
     du = reference_weighted_sum(u, keys, lse, lse_keys, pair_shift=1) * scale
-    sigma = (
-        torch.ones_like(negatives)
-        if decoupled
-        else torch.sigmoid(negatives - pos.repeat_interleave(2))
-    )
+    if decoupled:
+        sigma = torch.ones_like(negatives)
+    else:
+        sigma = torch.sigmoid(negatives - pos.repeat_interleave(2))
     return du, sigma.view(-1, 2).sum(1) * -scale
 
 
@@ -178,9 +186,10 @@ def _nt_xent_prepare_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Interleave, normalize, scale by sqrt(log2(e) / tau) (so that a dot product is a power of
-    two's exponent), cast; positives in fp32. Clears the count of programs that have added their
-    losses.
+    """Interleave, normalize, scale and cast; positives in fp32.
+
+    The scale is sqrt(log2(e) / tau): a dot product is then a power of two's exponent. Clears the
+    count of programs that have added their losses.
     """
     if tl.program_id(0) == 0:
         tl.store(partials_ptr, 0.0)
@@ -201,8 +210,9 @@ def _nt_xent_prepare_kernel(
 
 @jit
 def _log1p(x):
-    """log(1 + x) for x in [0, 1] with x's own digits (Kahan's correction; log alone keeps none
-    below 6e-8).
+    """log(1 + x) for x in [0, 1] with x's own digits, of which log alone keeps none below 6e-8.
+
+    Kahan's correction.
     """
     w = 1.0 + x
     return tl.where(w == 1.0, x, tl.log(w) * (x / tl.where(w == 1.0, 1.0, w - 1.0)))
@@ -313,8 +323,8 @@ def _nt_xent_few_rows_fwd_kernel(
         offs_n = start + tl.arange(0, BLOCK_N)
         keys, keys_lo = load_planes(u_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
         e = tl.exp2(similarities(rows, rows_lo, keys, keys_lo, SPLIT) - shift)
-        own = (offs_m >> 1)[:, None] == (offs_n >> 1)[None, :]
-        total += tl.where(own | (offs_n >= num_rows)[None, :], 0.0, e)
+        same_pair = (offs_m >> 1)[:, None] == (offs_n >> 1)[None, :]
+        total += tl.where(same_pair | (offs_n >= num_rows)[None, :], 0.0, e)
     negatives = _log2_sum(tl.sum(total, 1), shift)
     lse, loss = _row_losses(
         negatives, tl.load(pos_ptr + (offs_m >> 1), mask=mask_m, other=0.0), DECOUPLED
@@ -342,8 +352,9 @@ def _view_gradients(
     DECOUPLED: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """From the tiles' sums of u = z sqrt(log2(e) / tau): subtract the positive in fp32, scale by
-    dloss, go back through the normalization.
+    """From the tiles' sums of u = z sqrt(log2(e) / tau) to the gradients of a and b.
+
+    Subtract the positive in fp32, scale by dloss, go back through the normalization.
 
     -> da, db [BLOCK_P, BLOCK_D]; <z, dz> of each pair before the normalization, [BLOCK_P].
     """
@@ -416,9 +427,22 @@ def _nt_xent_epilogue_kernel(
     sum_a = sum_ranges(partial_ptr, pairs * 2, offs_d, num_slots, stride_slot, BLOCK_P, BLOCK_D)
     sum_b = sum_ranges(partial_ptr, pairs * 2 + 1, offs_d, num_slots, stride_slot, BLOCK_P, BLOCK_D)
     da, db, radial = _view_gradients(
-        sum_a, sum_b, a * inv_a[:, None], b * inv_b[:, None], inv_a, inv_b, dloss_ptr, pos_ptr, negatives_ptr,
-        pairs, num_pairs, temperature, NORMALIZE, DECOUPLED, BLOCK_P,
-    )  # fmt: skip
+        sum_a,
+        sum_b,
+        a * inv_a[:, None],
+        b * inv_b[:, None],
+        inv_a,
+        inv_b,
+        dloss_ptr,
+        pos_ptr,
+        negatives_ptr,
+        pairs,
+        num_pairs,
+        temperature,
+        NORMALIZE,
+        DECOUPLED,
+        BLOCK_P,
+    )
     if TEMPERATURE_IS_TENSOR:
         dtemperature = tl.sum(tl.where(pairs < num_pairs, radial, 0.0), 0) / (-2.0 * temperature)
         tl.store(dtemperature_ptr + tl.program_id(0), dtemperature)
@@ -453,9 +477,7 @@ def _nt_xent_few_rows_bwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Tiles and epilogue in one: a program takes its rows through all keys and turns the sums into
-    gradients.
-    """
+    """Tiles and epilogue in one: a program takes its rows through all keys to their gradients."""
     BLOCK_P: tl.constexpr = BLOCK_M // 2
     offs_d = tl.arange(0, BLOCK_D)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -473,8 +495,8 @@ def _nt_xent_few_rows_bwd_kernel(
         )
         s = similarities(rows, rows_lo, keys, keys_lo, SPLIT)  # [BLOCK_M, BLOCK_N]
         weight = tl.exp2(s - (shift - LOG2_SCALE)) * (inverse_rows[:, None] + inverse_keys[None, :])
-        own = (offs_m >> 1)[:, None] == (offs_n >> 1)[None, :]
-        weight = tl.where(own | (offs_n >= num_rows)[None, :], 0.0, weight)
+        same_pair = (offs_m >> 1)[:, None] == (offs_n >> 1)[None, :]
+        weight = tl.where(same_pair | (offs_n >= num_rows)[None, :], 0.0, weight)
         acc = add_weighted(acc, weight, keys, keys_lo, SPLIT)
     acc *= 2.0 ** (-LOG2_SCALE)
     sum_a, sum_b = tl.split(tl.permute(tl.reshape(acc, [BLOCK_P, 2, BLOCK_D]), (0, 2, 1)))
@@ -484,9 +506,22 @@ def _nt_xent_few_rows_bwd_kernel(
     inv_a = inverse_norm(a, NORMALIZE, EPS)
     inv_b = inverse_norm(b, NORMALIZE, EPS)
     da, db, _ = _view_gradients(
-        sum_a, sum_b, a * inv_a[:, None], b * inv_b[:, None], inv_a, inv_b, dloss_ptr, pos_ptr, negatives_ptr,
-        pairs, num_pairs, temperature, NORMALIZE, DECOUPLED, BLOCK_P,
-    )  # fmt: skip
+        sum_a,
+        sum_b,
+        a * inv_a[:, None],
+        b * inv_b[:, None],
+        inv_a,
+        inv_b,
+        dloss_ptr,
+        pos_ptr,
+        negatives_ptr,
+        pairs,
+        num_pairs,
+        temperature,
+        NORMALIZE,
+        DECOUPLED,
+        BLOCK_P,
+    )
     _store_views(da_ptr, db_ptr, da, db, pairs, offs_d, num_pairs, dim)
 
 
@@ -501,8 +536,9 @@ def _few_rows(num_rows, num_keys, u, shift):
 
 @on_device_of_first
 def _triton_forward(z_a, z_b, temperature_tensor, temperature, normalize, decoupled, gather=None):
-    """-> loss (), rows u, keys, positives (N,), log of the negatives' sum (M,), lse of the rows
-    (M,), of the keys (K,).
+    """-> loss (), rows u, keys, positives (N,), negatives (M,), lse of the rows (M,) and keys (K,).
+
+    Logs are base 2; negatives are the logs of the rows' sums over their negatives.
     """
     num_pairs, dim = z_a.shape
     num_rows = 2 * num_pairs
@@ -515,22 +551,20 @@ def _triton_forward(z_a, z_b, temperature_tensor, temperature, normalize, decoup
     partials = torch.empty(1 + ceil_div(num_rows, 16), dtype=torch.float32, device=device)
     block_d = u.shape[1] // (2 if split else 1)
     block_p = _block_p(block_d)
+    grid = (u.shape[0] // (2 * block_p),)
+    temperature_or_any = pos if temperature_tensor is None else temperature_tensor
+    tensors = (z_a, z_b, temperature_or_any, u, pos, partials)
+    numbers = (*z_a.stride(), *z_b.stride(), num_pairs, dim, temperature)
     constants = {
         "TEMPERATURE_IS_TENSOR": temperature_tensor is not None,
         "NORMALIZE": normalize,
         "EPS": NORM_EPS,
-    }
-    constants |= {
         "FP16": plane == torch.float16,
         "SPLIT": split,
         "BLOCK_P": block_p,
         "BLOCK_D": block_d,
     }
-    launch(
-        _nt_xent_prepare_kernel, (u.shape[0] // (2 * block_p),),
-        (z_a, z_b, pos if temperature_tensor is None else temperature_tensor, u, pos, partials),
-        (*z_a.stride(), *z_b.stride(), num_pairs, dim, temperature), constants,
-    )  # fmt: skip
+    launch(_nt_xent_prepare_kernel, grid, tensors, numbers, constants)
     keys, num_keys, index = gather_keys(gather, u, num_rows)
     shift = shift_of(None if temperature_tensor is not None else temperature, normalize)
     negatives = torch.empty(num_rows, dtype=torch.float32, device=device)
@@ -538,6 +572,9 @@ def _triton_forward(z_a, z_b, temperature_tensor, temperature, normalize, decoup
     loss = torch.empty((), dtype=torch.float32, device=device)
     if _few_rows(num_rows, num_keys, u, shift):
         block_m, block_n, warps, stages = few_rows_tile(target_name(device))
+        grid = (ceil_div(num_rows, block_m),)
+        tensors = (u, pos, negatives, lse, partials, loss)
+        numbers = (shift, num_rows)
         constants = {
             "DECOUPLED": decoupled,
             "SPLIT": split,
@@ -545,19 +582,24 @@ def _triton_forward(z_a, z_b, temperature_tensor, temperature, normalize, decoup
             "BLOCK_N": block_n,
             "BLOCK_D": block_d,
         }
-        launch(
-            _nt_xent_few_rows_fwd_kernel, (ceil_div(num_rows, block_m),),
-            (u, pos, negatives, lse, partials, loss), (shift, num_rows), constants, warps, stages,
-        )  # fmt: skip
+        launch(_nt_xent_few_rows_fwd_kernel, grid, tensors, numbers, constants, warps, stages)
     else:
         tops, sums, half_slot, half_row = slot_sums(u, keys, num_rows, num_keys, 1, split, shift)
-        constants = {"SHIFTED": tops is None, "DECOUPLED": decoupled, "SLOTS": 16, "BLOCK_R": 128}
-        launch(
-            _nt_xent_finish_kernel, (ceil_div(num_rows, constants["BLOCK_R"]),),
-            (sums if tops is None else tops, sums, pos, negatives, lse, partials, loss),
-            (shift or 0.0, num_rows, sums.shape[0], half_slot, half_row, sums.shape[1]), constants,
-        )  # fmt: skip
-    return loss, u, keys, pos, negatives, lse, lse if gather is None else gather(lse)[index]
+        num_slots, stride_slot = sums.shape
+        block_r = 128
+        grid = (ceil_div(num_rows, block_r),)
+        tops_or_any = sums if tops is None else tops
+        tensors = (tops_or_any, sums, pos, negatives, lse, partials, loss)
+        numbers = (shift or 0.0, num_rows, num_slots, half_slot, half_row, stride_slot)
+        constants = {
+            "SHIFTED": tops is None,
+            "DECOUPLED": decoupled,
+            "SLOTS": 16,
+            "BLOCK_R": block_r,
+        }
+        launch(_nt_xent_finish_kernel, grid, tensors, numbers, constants)
+    lse_keys = lse if gather is None else gather(lse)[index]
+    return loss, u, keys, pos, negatives, lse, lse_keys
 
 
 @on_device_of_first
@@ -578,8 +620,10 @@ def _triton_backward(
 ):
     """-> dz_a, dz_b (N, D), dtemperature, like the tensor, or None."""
     num_pairs, dim = z_a.shape
-    num_rows, num_keys = 2 * num_pairs, lse_keys.shape[0]
-    device, dtype = z_a.device, z_a.dtype
+    num_rows = 2 * num_pairs
+    num_keys = lse_keys.shape[0]
+    device = z_a.device
+    dtype = z_a.dtype
     plane, split = planes(dtype, normalize)
     fp16 = plane == torch.float16
     shift = shift_of(None if temperature_tensor is not None else temperature, normalize)
@@ -591,30 +635,50 @@ def _triton_backward(
         partial = weighted_sums(u, keys, lse, lse_keys, num_rows, num_keys, 1, split, shift, fp16)
     dz_a = torch.empty(num_pairs, dim, dtype=z_a.dtype, device=device)
     dz_b = torch.empty_like(dz_a)
-    constants = {"NORMALIZE": normalize, "EPS": NORM_EPS, "DECOUPLED": decoupled}
     if few:
         block_m, block_n, warps, stages = few_rows_tile(target_name(device))
-        constants |= {"SPLIT": split, "LOG2_SCALE": LOG2_FP16_SCALE if fp16 else 0.0}
-        constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d}
-        launch(
-            _nt_xent_few_rows_bwd_kernel, (ceil_div(num_rows, block_m),),
-            (z_a, z_b, dloss, u, pos, negatives, lse, dz_a, dz_b), (*strides, num_pairs, dim, temperature, shift),
-            constants, warps, stages,
-        )  # fmt: skip
+        grid = (ceil_div(num_rows, block_m),)
+        tensors = (z_a, z_b, dloss, u, pos, negatives, lse, dz_a, dz_b)
+        numbers = (*strides, num_pairs, dim, temperature, shift)
+        constants = {
+            "NORMALIZE": normalize,
+            "EPS": NORM_EPS,
+            "DECOUPLED": decoupled,
+            "SPLIT": split,
+            "LOG2_SCALE": LOG2_FP16_SCALE if fp16 else 0.0,
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+            "BLOCK_D": block_d,
+        }
+        launch(_nt_xent_few_rows_bwd_kernel, grid, tensors, numbers, constants, warps, stages)
         return dz_a.to(dtype), dz_b.to(dtype), None
     block_p = _block_p(block_d)
     programs = ceil_div(num_pairs, block_p)
-    dtemperature = torch.empty(
-        0 if temperature_tensor is None else programs, dtype=torch.float32, device=device
+    count = 0 if temperature_tensor is None else programs
+    dtemperature = torch.empty(count, dtype=torch.float32, device=device)
+    temperature_or_any = pos if temperature_tensor is None else temperature_tensor
+    tensors = (
+        z_a,
+        z_b,
+        temperature_or_any,
+        dloss,
+        partial,
+        pos,
+        negatives,
+        dz_a,
+        dz_b,
+        dtemperature,
     )
-    constants = {"TEMPERATURE_IS_TENSOR": temperature_tensor is not None} | constants
-    constants |= {"BLOCK_P": block_p, "BLOCK_D": block_d}
-    launch(
-        _nt_xent_epilogue_kernel, (programs,),
-        (z_a, z_b, pos if temperature_tensor is None else temperature_tensor, dloss, partial, pos, negatives,
-         dz_a, dz_b, dtemperature),
-        (*strides, num_pairs, dim, partial.shape[0], partial.stride(0), temperature), constants,
-    )  # fmt: skip
+    numbers = (*strides, num_pairs, dim, partial.shape[0], partial.stride(0), temperature)
+    constants = {
+        "TEMPERATURE_IS_TENSOR": temperature_tensor is not None,
+        "NORMALIZE": normalize,
+        "EPS": NORM_EPS,
+        "DECOUPLED": decoupled,
+        "BLOCK_P": block_p,
+        "BLOCK_D": block_d,
+    }
+    launch(_nt_xent_epilogue_kernel, (programs,), tensors, numbers, constants)
     if temperature_tensor is None:
         return dz_a.to(dtype), dz_b.to(dtype), None
     dtau = dtemperature.sum().to(temperature_tensor.dtype).view_as(temperature_tensor)
@@ -626,8 +690,9 @@ def _interpretable(*tensors):
 
 
 def _block_p(block_d: int) -> int:
-    """Pairs of rows per program: 2,048 elements of each view, at most 16 pairs (a divisor of the
-    rows' padding).
+    """Pairs of rows per program: 2,048 elements of each view, at most 16 pairs.
+
+    It divides the rows' padding.
     """
     return max(4, min(16, 2048 // block_d))
 
@@ -793,11 +858,19 @@ def _check(z_a, z_b, temperature):
         raise ValueError(f"nt_xent: temperature={temperature} must be a positive number")
 
 
-def nt_xent(z_a, z_b, temperature, *, normalize=True, gather=None, decoupled=False, impl="auto"):
-    """NT-Xent loss of two views: the mean over this process's 2N rows of log-sum-exp minus
-    positive.
+def nt_xent(
+    z_a: torch.Tensor,
+    z_b: torch.Tensor,
+    temperature: float | torch.Tensor,
+    *,
+    normalize: bool = True,
+    gather: Gather | None = None,
+    decoupled: bool = False,
+    impl: str = "auto",
+) -> torch.Tensor:
+    """NT-Xent loss of two views: the mean of log-sum-exp minus positive over 2N rows.
 
-    With several processes each computes the loss of its own rows against everybody's, and the
+    With several processes each computes the loss of its own 2N rows against everybody's, and the
     gradient of its own rows. Each gradient is that of the loss over all processes times their
     number, so averaging parameter gradients over processes, as DistributedDataParallel does, gives
     exactly what one process would have computed on the whole batch, and averaging the returned
@@ -837,10 +910,10 @@ def nt_xent(z_a, z_b, temperature, *, normalize=True, gather=None, decoupled=Fal
         )
     temperature_tensor = None
     if isinstance(temperature, torch.Tensor):
-        temperature_tensor, temperature = temperature.to(z_a.device), 1.0
+        temperature_tensor = temperature.to(z_a.device)
+        temperature = 1.0
     temperature = float(temperature)  # an integer 1 would be compiled in as a constant
-    if (
-        gather is None and torch.compiler.is_compiling()
-    ):  # eager goes without: the dispatcher costs more than a launch
+    if gather is None and torch.compiler.is_compiling():
+        # Eager goes without: the dispatcher costs more than a launch.
         return _forward_op(z_a, z_b, temperature_tensor, temperature, normalize, decoupled)[0]
     return _NTXent.apply(z_a, z_b, temperature_tensor, temperature, normalize, decoupled, gather)

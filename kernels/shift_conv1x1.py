@@ -1,16 +1,18 @@
-"""Temporal shift folded into the 1x1 convolution that follows it: no memory traffic, and no memory,
-for the shift.
+"""Temporal shift folded into the 1x1 convolution that follows it.
+
+The shift then takes no memory and no memory traffic.
 
     y = conv1x1(temporal_shift(x), weight) + bias
 
 In channels_last a 1x1 convolution is a matrix product of x as rows (B*T*H*W, C) and weight as (O,
 C). The shift moves whole channels by one frame, H*W rows:
 
-    y       x[r + HW] W_next + x[r - HW] W_previous + x[r] W_rest: the weight's columns of each source frame, which stay
-            in shared memory while rows pass; rows beyond the clip are zeros
-    dx      the product dy @ weight, column k of row r stored to the row that it had been read from; what the shift
-            dropped becomes the zeros of the clip's other end
-    dweight dy^T times the shifted rows; rows are split into ranges, added up in a fixed order
+    y        x[r + HW] W_next + x[r - HW] W_previous + x[r] W_rest: the weight's columns of each
+             source frame, which stay in shared memory while rows pass; rows beyond the clip are
+             zeros
+    dx       the product dy @ weight, column k of row r stored to the row that it had been read
+             from; what the shift dropped becomes the zeros of the clip's other end
+    dweight  dy^T times the shifted rows; rows are split into ranges, added up in a fixed order
 
 The forward's loads are as wide as rows are aligned. Those of dweight and the stores of dx are
 VECTOR = gcd(fold, C, 8) channels wide: odd folds would move two bytes at a time. There, and for
@@ -78,10 +80,18 @@ _SIZES = (
 
 
 def shift_conv1x1_reference(
-    x, weight, bias, n_segment, *, fold_div=8, direction="both", padding="zero"
-):
-    """The shift, then the convolution, in plain PyTorch; arguments, result and errors as for
-    `shift_conv1x1`.
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    n_segment: int,
+    *,
+    fold_div: int = 8,
+    direction: str = "both",
+    padding: str = "zero",
+) -> torch.Tensor:
+    """The shift, then the convolution, in plain PyTorch.
+
+    Arguments, result and errors as for `shift_conv1x1`.
     """
     _check(x, weight, bias)
     shifted = temporal_shift_reference(
@@ -92,8 +102,7 @@ def shift_conv1x1_reference(
 
 @jit
 def _row_times(start, local, num_rows, area, num_frames, SMALL_AREA: tl.constexpr):
-    """Has row start + local of the frames' rows a next, and a previous, frame in its clip? And is
-    it a row at all?
+    """Has row start + local a next, and a previous, frame in its clip? And is it a row at all?
 
     One division a tile: a division a row would take longer than the product.
     """
@@ -113,26 +122,25 @@ def _row_times(start, local, num_rows, area, num_frames, SMALL_AREA: tl.constexp
 
 @jit
 def _load_shifted(ptr, local, cols, times, channels, split, num_shifted, area):
-    """[rows, cols], each column from the row that the shift reads; ptr is that of the tile's first
-    row.
+    """[rows, cols], each column from the row that the shift reads.
+
+    ptr is that of the tile's first row.
     """
     has_next, has_previous, inside = times
     reads_next = (cols < split)[None, :]
     reads_previous = (cols < num_shifted)[None, :]  # after reads_next
     delta = tl.where(cols < split, area, tl.where(cols < num_shifted, -area, 0)) * channels + cols
-    exists = tl.where(
-        reads_next,
-        has_next[:, None],
-        tl.where(reads_previous, has_previous[:, None], inside[:, None]),
-    )
+    exists = tl.where(reads_previous, has_previous[:, None], inside[:, None])
+    exists = tl.where(reads_next, has_next[:, None], exists)
     offsets = (local * channels)[:, None] + delta[None, :]
     return tl.load(ptr + offsets, mask=exists & (cols < channels)[None, :], other=0.0)
 
 
 @jit
 def _load(ptr, local, cols, mask_r, width, end):
-    """Columns below `end` of rows of `width` numbers, [rows, cols]; ptr is that of the tile's first
-    row.
+    """Columns below `end` of rows of `width` numbers, [rows, cols].
+
+    ptr is that of the tile's first row.
     """
     mask = mask_r[:, None] & (cols < end)[None, :]
     return tl.load(ptr + (local * width)[:, None] + cols[None, :], mask=mask, other=0.0)
@@ -210,9 +218,8 @@ def shift_conv1x1_fwd_kernel(
     frame's own. Loads are as wide as the alignment of the rows allows, whatever the fold; columns
     that are loaded and belong to another product meet a zero in this one's part of the weight.
     """
-    channels = (
-        channels // IN_VECTOR
-    ) * IN_VECTOR  # changes nothing; tells the compiler that rows are aligned
+    # Changes nothing; tells the compiler that rows are aligned.
+    channels = (channels // IN_VECTOR) * IN_VECTOR
     outputs = (outputs // OUT_VECTOR) * OUT_VECTOR
     # Neighboring programs share rows, which then come from memory once however many blocks of
     # outputs there are.
@@ -366,12 +373,8 @@ def shift_conv1x1_dx_kernel(
     for k in range(0, outputs, BLOCK_K):
         cols = k + tl.arange(0, BLOCK_K)
         weight = _weight(weight_ptr, cols, offs_n, outputs, channels, 0, channels)
-        acc = tl.dot(
-            _load(rows_ptr, local, cols, inside, outputs, outputs),
-            weight,
-            acc,
-            input_precision=PRECISION,
-        )
+        rows = _load(rows_ptr, local, cols, inside, outputs, outputs)
+        acc = tl.dot(rows, weight, acc, input_precision=PRECISION)
     tile_ptr = dx_ptr + start.to(tl.int64) * channels
     _store_unshifted(
         tile_ptr,
@@ -424,19 +427,16 @@ def shift_conv1x1_dw_kernel(
     for start in range(begin, tl.minimum(begin + rows_per_range, num_rows), BLOCK_K):
         start_wide = tl.cast(start, tl.int64)  # a plain number in the interpreter
         times = _row_times(start, local, num_rows, area, num_frames, SMALL_AREA)
-        dy = _load(
-            dy_ptr + start_wide * outputs, local, offs_m, times[2], outputs, outputs
-        )  # [BLOCK_K, BLOCK_M]
+        dy_rows_ptr = dy_ptr + start_wide * outputs
+        dy = _load(dy_rows_ptr, local, offs_m, times[2], outputs, outputs)  # [BLOCK_K, BLOCK_M]
+        x_rows_ptr = x_ptr + start_wide * channels
         rows = _load_shifted(
-            x_ptr + start_wide * channels, local, offs_n, times, channels, split, num_shifted, area
+            x_rows_ptr, local, offs_n, times, channels, split, num_shifted, area
         )  # [BLOCK_K, BLOCK_N]
         acc = tl.dot(tl.trans(dy), rows, acc, input_precision=PRECISION)
     mask = (offs_m < outputs)[:, None] & (offs_n < channels)[None, :]
-    offs = (
-        tl.program_id(2).to(tl.int64) * outputs * channels
-        + offs_m[:, None] * channels
-        + offs_n[None, :]
-    )
+    range_start = tl.program_id(2).to(tl.int64) * outputs * channels
+    offs = range_start + offs_m[:, None] * channels + offs_n[None, :]
     tl.store(partial_ptr + offs, acc, mask=mask)
 
 
@@ -444,19 +444,18 @@ def _power(width):
     return max(16, 1 << (width - 1).bit_length())
 
 
-def segments(channels, split, num_shifted):
-    """Columns of the forward's four products: powers of two, at least 16, or 0 where there is
-    nothing to multiply.
-    """
+def segments(channels: int, split: int, num_shifted: int) -> dict[str, int]:
+    """Columns of the forward's four products, powers of two from 16 on; 0: nothing to multiply."""
     vector = math.gcd(channels, 8)
-    first_previous, first_own = split // vector * vector, num_shifted // vector * vector
-    own = channels - first_own
-    k_1 = 0 if num_shifted == channels else max(16, 1 << (own.bit_length() - 1))
+    first_previous = split // vector * vector
+    first_unshifted = num_shifted // vector * vector
+    unshifted = channels - first_unshifted
+    k_1 = 0 if num_shifted == channels else max(16, 1 << (unshifted.bit_length() - 1))
     return {
         "NEXT_K": _power(split) if split else 0,
         "PREVIOUS_K": _power(num_shifted - first_previous) if num_shifted > split else 0,
         "K_1": k_1,
-        "K_2": _power(own - k_1) if 0 < k_1 < own else 0,
+        "K_2": _power(unshifted - k_1) if 0 < k_1 < unshifted else 0,
     }
 
 
@@ -480,7 +479,8 @@ def _tile(what, device, columns):
 @on_device_of_first
 def _forward(x, weight, bias, n_segment, split, num_shifted):
     num, channels, height, width = x.shape
-    outputs, num_rows = weight.shape[0], num * height * width
+    outputs = weight.shape[0]
+    num_rows = num * height * width
     y = torch.empty(
         (num, outputs, height, width),
         dtype=x.dtype,
@@ -490,28 +490,27 @@ def _forward(x, weight, bias, n_segment, split, num_shifted):
     block_m, block_n, block_k, warps, stages = _tile("fwd", x.device, outputs)
     tensors = (x, weight, y if bias is None else bias, y)
     numbers = (num_rows, channels, outputs, split, num_shifted, height * width, n_segment)
-    constants = {"HAS_BIAS": bias is not None} | _hints(x, weight, split, num_shifted, block_m)
-    constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n}
-    blocks_n = ceil_div(outputs, block_n)
+    constants = {
+        "HAS_BIAS": bias is not None,
+        **_hints(x, weight, split, num_shifted, block_m),
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+    }
+    row_blocks = ceil_div(num_rows, block_m)
+    column_blocks = ceil_div(outputs, block_n)
     products = segments(channels, split, num_shifted)
     if x.element_size() == 2 and sum(products.values()) <= RESIDENT.get(target_name(x.device), 128):
-        del constants["VECTOR"]
-        constants |= products
+        kernel = shift_conv1x1_fwd_kernel
         # Two programs a multiprocessor walk over the rows, all blocks of columns side by side.
-        walkers = max(1, min(2 * num_sms(x.device) // blocks_n, ceil_div(num_rows, block_m)))
-        launch(
-            shift_conv1x1_fwd_kernel,
-            (walkers * blocks_n,),
-            tensors,
-            numbers,
-            constants,
-            warps,
-            stages,
-        )
+        walkers = max(1, min(2 * num_sms(x.device) // column_blocks, row_blocks))
+        grid = (walkers * column_blocks,)
+        del constants["VECTOR"]
+        constants.update(products)
     else:
-        constants |= {"BLOCK_K": block_k}
-        grid = (ceil_div(num_rows, block_m) * blocks_n,)
-        launch(shift_conv1x1_fwd_loop_kernel, grid, tensors, numbers, constants, warps, stages)
+        kernel = shift_conv1x1_fwd_loop_kernel
+        grid = (row_blocks * column_blocks,)
+        constants["BLOCK_K"] = block_k
+    launch(kernel, grid, tensors, numbers, constants, warps, stages)
     return y
 
 
@@ -520,17 +519,19 @@ def _backward(dy, x, weight, n_segment, split, num_shifted, needs):
     """-> dx, dweight (O, C), dbias, each where needed."""
     dy = dy.contiguous(memory_format=torch.channels_last)
     num, channels, height, width = x.shape
-    outputs, num_rows = weight.shape[0], num * height * width
+    outputs = weight.shape[0]
+    num_rows = num * height * width
     numbers = (num_rows, channels, outputs, split, num_shifted, height * width, n_segment)
     dx = dweight = dbias = None
     if needs[0]:
         dx = torch.empty_like(x, memory_format=torch.channels_last)
         block_m, block_n, block_k, warps, stages = _tile("dx", x.device, channels)
-        constants = _hints(x, weight, split, num_shifted, block_m) | {
+        constants = {
+            **_hints(x, weight, split, num_shifted, block_m),
             "BLOCK_M": block_m,
             "BLOCK_N": block_n,
+            "BLOCK_K": block_k,
         }
-        constants |= {"BLOCK_K": block_k}
         grid = (ceil_div(num_rows, block_m) * ceil_div(channels, block_n),)
         launch(shift_conv1x1_dx_kernel, grid, (dy, weight, dx), numbers, constants, warps, stages)
     if needs[1]:
@@ -538,22 +539,18 @@ def _backward(dy, x, weight, n_segment, split, num_shifted, needs):
         tiles = ceil_div(outputs, block_m) * ceil_div(channels, block_n)
         ranges = max(1, min(2 * num_sms(x.device) // tiles, ceil_div(num_rows, 8 * block_k), 256))
         per_range = max(1, ceil_div(ceil_div(num_rows, ranges), block_k)) * block_k
-        ranges = max(
-            1, ceil_div(num_rows, per_range)
-        )  # of an empty batch one range writes the zeros
+        ranges = max(1, ceil_div(num_rows, per_range))  # of an empty batch one writes the zeros
         partial = torch.empty(ranges, outputs, channels, dtype=torch.float32, device=x.device)
-        constants = _hints(x, weight, split, num_shifted, block_k)
-        constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k}
+        constants = {
+            **_hints(x, weight, split, num_shifted, block_k),
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+            "BLOCK_K": block_k,
+        }
         grid = (ceil_div(outputs, block_m), ceil_div(channels, block_n), ranges)
-        launch(
-            shift_conv1x1_dw_kernel,
-            grid,
-            (x, dy, partial),
-            (*numbers, per_range),
-            constants,
-            warps,
-            stages,
-        )
+        tensors = (x, dy, partial)
+        numbers = (*numbers, per_range)
+        launch(shift_conv1x1_dw_kernel, grid, tensors, numbers, constants, warps, stages)
         dweight = partial.sum(0).to(weight.dtype)
     if needs[2]:
         dbias = dy.sum((0, 2, 3), dtype=torch.float32).to(dy.dtype)
@@ -671,17 +668,23 @@ def _why_not_fused(x, weight, split, num_shifted, padding, impl):
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"it does not take {x.dtype}"
     # Offsets within a frame and a tile, and numbers of rows, have 32 bits.
-    if (
-        x[:1].numel() + 128 * max(x.shape[1], weight.shape[0]) >= 2**31
-        or x[:, :1].numel() >= 2**31 - 128
-    ):
+    largest_offset = x[:1].numel() + 128 * max(x.shape[1], weight.shape[0])
+    if largest_offset >= 2**31 or x[:, :1].numel() >= 2**31 - 128:
         return "a frame has 2^31 elements or more, or all have as many pixels"
     return None
 
 
 def shift_conv1x1(
-    x, weight, bias, n_segment, *, fold_div=8, direction="both", padding="zero", impl="auto"
-):
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    n_segment: int,
+    *,
+    fold_div: int = 8,
+    direction: str = "both",
+    padding: str = "zero",
+    impl: str = "auto",
+) -> torch.Tensor:
     """1x1 convolution of the temporally shifted input, without a shifted copy of it.
 
     Args:
@@ -706,20 +709,18 @@ def shift_conv1x1(
     _check(x, weight, bias)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = x.to(dtype), weight.to(dtype)
+        x = x.to(dtype)
+        weight = weight.to(dtype)
         bias = bias if bias is None else bias.to(dtype)
-    if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
+    bias_dtype = None if bias is None else bias.dtype
+    if weight.dtype != x.dtype or bias_dtype not in (None, x.dtype):
         raise ValueError(
-            f"shift_conv1x1: x is {x.dtype}, weight {weight.dtype}, bias"
-            f" {bias if bias is None else bias.dtype}"
+            f"shift_conv1x1: x is {x.dtype}, weight {weight.dtype}, bias {bias_dtype};"
+            " they must agree"
         )
     options = {"fold_div": fold_div, "direction": direction, "padding": padding}
-    if (
-        choose_impl(
-            "shift_conv1x1", impl, x, _why_not_fused(x, weight, split, num_shifted, padding, impl)
-        )
-        == "torch"
-    ):
+    unsupported = _why_not_fused(x, weight, split, num_shifted, padding, impl)
+    if choose_impl("shift_conv1x1", impl, x, unsupported) == "torch":
         if impl == "torch":
             return shift_conv1x1_reference(x, weight, bias, n_segment, **options)
         shifted = temporal_shift(x, n_segment, **options)

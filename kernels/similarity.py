@@ -1,5 +1,4 @@
-"""Row sums over exp of a Gram matrix, and the gradient they need, tile by tile: the machinery of
-`nt_xent` and `sup_con`.
+"""Row sums over exp of similarities, and their gradient, tile by tile: for `nt_xent` and `sup_con`.
 
 Rows u_i (m, D) meet keys u_j (k, D), of which the first m are the rows themselves. A row's own
 group, the 2**pair_shift rows that share i >> pair_shift, is left out: the row alone (pair_shift 0)
@@ -52,70 +51,82 @@ REFERENCE_TILE = 1024  # rows and keys: 4 MB in fp32; even, so that pairs of row
 LOG2_E = math.log2(math.e)
 MAX_SHIFTED = LOG2_E / 0.0128
 SLOT_BYTES = 2**26
-FULL_GRID_ROWS = (
-    0 if INTERPRETED else 4096
-)  # below, halving the tiles gains less than merging their slots costs
+# Up to so many rows halving the tiles gains less than merging their slots costs.
+FULL_GRID_ROWS = 0 if INTERPRETED else 4096
 # fp16 ends at 6e-8, and a mean weight at m = 131,072 is 8e-6: scaled by this a weight keeps its
 # digits, and 2 * 2^13 fits.
 LOG2_FP16_SCALE = 13.0
-BLOCK = (
-    32 if INTERPRETED else 128
-)  # every row buffer is padded to a multiple of it, and so is every grid
+# Every row buffer is padded to a multiple of it, and so is every grid.
+BLOCK = 32 if INTERPRETED else 128
 
 # (BLOCK_M, BLOCK_N, warps, stages) of the half, the full and the backward kernel, by planes and
 # BLOCK_D. Nothing spills; within that the half grid's owner and the backward's key block are as
-# wide as leaves two blocks on a multiprocessor (reports in README.md).
-_A, _B, _C, _D, _E = (64, 64, 4, 2), (64, 64, 4, 3), (64, 128, 4, 2), (64, 64, 8, 1), (64, 64, 8, 2)
-_F, _G = (64, 128, 4, 3), (128, 128, 8, 2)
-_NARROW = {(1, d): (_A, _A, _A) for d in (64, 128, 256)} | {
-    (2, 64): (_A, _A, _A),
-    (2, 128): (_A, _A, (64, 32, 4, 2)),
-}
+# wide as leaves two blocks on a multiprocessor (reports in README.md). Targets without a table take
+# the last one.
 TILES = {
-    "sm_80": _NARROW | {(1, 64): (_C, _C, _C), (1, 128): (_C, _C, _C), (1, 512): (_D, _D, _E)},
-    "sm_90": _NARROW
-    | {
-        (1, 64): (_B, _B, _F),
-        (1, 128): (_F, _G, _C),
-        (1, 512): (_D, _D, _E),
-        (2, 64): (_B, _B, _B),
-        (2, 128): (_A, _A, _A),
+    "sm_80": {
+        (1, 64): ((64, 128, 4, 2), (64, 128, 4, 2), (64, 128, 4, 2)),
+        (1, 128): ((64, 128, 4, 2), (64, 128, 4, 2), (64, 128, 4, 2)),
+        (1, 256): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+        (1, 512): ((64, 64, 8, 1), (64, 64, 8, 1), (64, 64, 8, 2)),
+        (2, 64): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+        (2, 128): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
     },
-    "sm_100": _NARROW
-    | {
-        (1, 64): (_B, _B, _B),
-        (1, 128): (_A, _C, _A),
-        (1, 512): (_D, _D, _D),
-        (2, 64): (_B, _B, _A),
-        (2, 128): (_A, _A, _A),
+    "sm_90": {
+        (1, 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 128, 4, 3)),
+        (1, 128): ((64, 128, 4, 3), (128, 128, 8, 2), (64, 128, 4, 2)),
+        (1, 256): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+        (1, 512): ((64, 64, 8, 1), (64, 64, 8, 1), (64, 64, 8, 2)),
+        (2, 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
+        (2, 128): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
     },
-    "gfx942": _NARROW
-    | {
-        (1, 256): (_A, _A, (32, 32, 4, 2)),
-        (1, 512): (_D, _D, (32, 32, 4, 1)),
-        (2, 128): (_A, _A, (64, 64, 4, 1)),
+    "sm_100": {
+        (1, 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
+        (1, 128): ((64, 64, 4, 2), (64, 128, 4, 2), (64, 64, 4, 2)),
+        (1, 256): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+        (1, 512): ((64, 64, 8, 1), (64, 64, 8, 1), (64, 64, 8, 1)),
+        (2, 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2)),
+        (2, 128): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+    },
+    "gfx942": {
+        (1, 64): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+        (1, 128): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+        (1, 256): ((64, 64, 4, 2), (64, 64, 4, 2), (32, 32, 4, 2)),
+        (1, 512): ((64, 64, 8, 1), (64, 64, 8, 1), (32, 32, 4, 1)),
+        (2, 64): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+        (2, 128): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 1)),
+    },
+    "other": {
+        (1, 64): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+        (1, 128): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+        (1, 256): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+        (2, 64): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+        (2, 128): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2)),
     },
 }
-
-
 # (BLOCK_M, BLOCK_N, warps, stages) of the kernels that take a few rows through all keys.
-FEW_ROWS_TILES = dict.fromkeys(("sm_80", "sm_90", "sm_100"), (16, 128, 4, 3)) | {
-    "interpreter": (16, 32, 1, 1)
+FEW_ROWS_TILES = {
+    "interpreter": (16, 32, 1, 1),
+    "sm_80": (16, 128, 4, 3),
+    "sm_90": (16, 128, 4, 3),
+    "sm_100": (16, 128, 4, 3),
+    "other": (16, 64, 4, 2),  # fits 64 KB of shared memory
 }
 
 
 def few_rows_tile(target: str) -> tuple[int, int, int, int]:
-    """For targets without an entry a tile that fits 64 KB of shared memory."""
-    return FEW_ROWS_TILES.get(target, (16, 64, 4, 2))
+    """(BLOCK_M, BLOCK_N, warps, stages) where a program takes a few rows through all keys."""
+    return FEW_ROWS_TILES.get(target, FEW_ROWS_TILES["other"])
 
 
-def tile(kernel: str, planes: int, block_d: int, target: str) -> tuple[int, int, int, int] | None:
-    """(BLOCK_M, BLOCK_N, warps, stages) for kernel "half", "full" or "bwd"; None where it would not
-    fit.
+def tile(kernel: str, num_planes: int, width: int, target: str) -> tuple[int, int, int, int] | None:
+    """(BLOCK_M, BLOCK_N, warps, stages) of kernel "half", "full" or "bwd"; None if it cannot fit.
+
+    Rows are num_planes planes of `width` columns (BLOCK_D).
     """
     if target == "interpreter":
         return (16, 32, 1, 1)
-    sizes = TILES.get(target, _NARROW).get((planes, max(64, block_d)))
+    sizes = TILES.get(target, TILES["other"]).get((num_planes, max(64, width)))
     return None if sizes is None else sizes[("half", "full", "bwd").index(kernel)]
 
 
@@ -125,18 +136,17 @@ def why_not_fused(z: torch.Tensor, normalized: bool) -> str | None:
         return f"it does not take {z.dtype}"
     if lacks_tensor_cores(z):
         return "Triton has no tensor-core products before compute capability 8.0"
-    count = 1 + planes(z.dtype, normalized)[1]
-    if (
-        tile("bwd", count, block_d(z.shape[1]), target_name(z.device)) is None
-        or z.shape[1] > MAX_FUSED_D
-    ):
+    num_planes = 1 + planes(z.dtype, normalized)[1]
+    largest = tile("bwd", num_planes, block_d(z.shape[1]), target_name(z.device))
+    if largest is None or z.shape[1] > MAX_FUSED_D:
         return f"rows of D={z.shape[1]} in {z.dtype} do not fit its tiles"
     return None
 
 
-def own_rows_first(gather: Gather, rows: torch.Tensor, labels: torch.Tensor | None = None):
-    """All processes' rows, rotated so that this process's come first, and the index that rotates
-    further gathers alike.
+def own_rows_first(
+    gather: Gather, rows: torch.Tensor, labels: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """All processes' rows, rotated so that this process's come first.
 
     The own block is found by equality, on the device and without waiting for it, so no process
     group and no rank is needed here. Two processes with equal blocks (and labels) may take either:
@@ -149,65 +159,57 @@ def own_rows_first(gather: Gather, rows: torch.Tensor, labels: torch.Tensor | No
         labels: None, or (n,), gathered and rotated like the rows.
 
     Returns:
-        (W n, F) rows, an int64 index (W n,), and the labels (W n,) or None.
+        (W n, F) rows, the int64 index (W n,) that rotates further gathers alike, and the labels
+        (W n,) or None.
 
     Raises:
         ValueError: gather returned rows of another number, width or dtype.
     """
     gathered = gather(rows)
     n, width = rows.shape
-    if (
-        gathered.dim() != 2
-        or gathered.shape[0] % n
-        or gathered.shape[1] != width
-        or gathered.dtype != rows.dtype
-    ):
+    fits = gathered.dim() == 2 and gathered.shape[0] % n == 0 and gathered.shape[1] == width
+    if not fits or gathered.dtype != rows.dtype:
         raise ValueError(
             f"gather returned {tuple(gathered.shape)} {gathered.dtype} for {tuple(rows.shape)}"
-            f" {rows.dtype}; "
-            "expected all processes' rows concatenated along dimension 0, the same number from each"
+            f" {rows.dtype}; expected all processes' rows concatenated along dimension 0, the same"
+            " number from each"
         )
     same = (gathered.reshape(-1, n, width) == rows).flatten(1).all(1)
     if labels is not None:
         labels_gathered = gather(labels)
         same &= (labels_gathered.view(-1, n) == labels).all(1)
-    index = (
-        torch.arange(gathered.shape[0], device=rows.device) + same.int().argmax() * n
-    ) % gathered.shape[0]
-    return (
-        gathered.index_select(0, index),
-        index,
-        None if labels is None else labels_gathered[index],
-    )
+    num_gathered = gathered.shape[0]
+    first = same.int().argmax() * n
+    index = (torch.arange(num_gathered, device=rows.device) + first) % num_gathered
+    labels_first = None if labels is None else labels_gathered[index]
+    return gathered.index_select(0, index), index, labels_first
 
 
 def normalize_rows(z: torch.Tensor) -> torch.Tensor:
-    """Rows divided by their lengths, differentiably; a row shorter than NORM_EPS becomes zeros,
-    with a zero gradient.
+    """Rows divided by their lengths, differentiably.
+
+    A row shorter than NORM_EPS becomes zeros, with a zero gradient.
     """
     norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
     return torch.where(norm <= NORM_EPS, 0.0, z / norm.clamp_min(NORM_EPS))  # a nan stays a nan
 
 
 def reference_tiles(rows: torch.Tensor, keys: torch.Tensor, pair_shift: int):
-    """Yield (row slice, key slice, similarities [rows, keys], mirrored) with each row's own group
-    masked to -inf.
+    """Yield (row slice, key slice, similarities [rows, keys], mirrored).
 
-    Where keys are the rows themselves only tiles on and above the diagonal come; a mirrored one
-    stands for its transpose too.
+    Each row's own group is masked to -inf. Where keys are the rows themselves only tiles on and
+    above the diagonal come; a mirrored one stands for its transpose too.
     """
-    step, symmetric = (
-        REFERENCE_TILE,
-        keys.data_ptr() == rows.data_ptr() and keys.shape == rows.shape,
-    )
+    step = REFERENCE_TILE
+    symmetric = keys.data_ptr() == rows.data_ptr() and keys.shape == rows.shape
     for m in range(0, rows.shape[0], step):
         for n in range(m if symmetric else 0, keys.shape[0], step):
             s = rows[m : m + step] @ keys[n : n + step].T
             if n == m:
-                own = torch.arange(s.shape[0], device=s.device)
-                s[own, own] = -math.inf
+                diagonal = torch.arange(s.shape[0], device=s.device)
+                s[diagonal, diagonal] = -math.inf
                 if pair_shift:
-                    s[own, own ^ 1] = -math.inf
+                    s[diagonal, diagonal ^ 1] = -math.inf
             yield slice(m, m + step), slice(n, n + step), s, symmetric and n != m
 
 
@@ -219,9 +221,8 @@ def reference_lse(rows: torch.Tensor, keys: torch.Tensor, pair_shift: int) -> to
     def add(where, s, dim):
         new_top = torch.maximum(top[where], s.amax(dim))
         shift = new_top.masked_fill(new_top == -math.inf, 0.0)  # exp(-inf - -inf) is nan
-        total[where] = total[where] * (top[where] - shift).exp() + (
-            s - shift.unsqueeze(dim)
-        ).exp_().sum(dim)
+        tile_sum = (s - shift.unsqueeze(dim)).exp_().sum(dim)
+        total[where] = total[where] * (top[where] - shift).exp() + tile_sum
         top[where] = new_top
 
     for m, n, s, mirrored in reference_tiles(rows, keys, pair_shift):
@@ -247,9 +248,8 @@ def reference_weighted_sum(rows, keys, lse_rows, lse_keys, pair_shift) -> torch.
 def load_rows(ptr, rows, offs_d, stride_n, stride_d, num_rows, dim):
     """[rows, BLOCK_D] fp32 of a matrix of any strides, zeros beyond it."""
     mask = (rows < num_rows)[:, None] & (offs_d < dim)[None, :]
-    return tl.load(
-        ptr + rows[:, None] * stride_n + offs_d[None, :] * stride_d, mask=mask, other=0.0
-    ).to(tl.float32)
+    ptrs = ptr + rows[:, None] * stride_n + offs_d[None, :] * stride_d
+    return tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
 
 
 @jit
@@ -267,19 +267,18 @@ def sum_ranges(
     """Add up what `weighted_sums` left for some rows: [BLOCK_R, BLOCK_D]."""
     total = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     for slot in range(0, num_slots):
-        total += tl.load(
-            partial_ptr + slot * stride_slot + rows[:, None] * BLOCK_D + offs_d[None, :]
-        )
+        slot_ptr = partial_ptr + slot * stride_slot
+        total += tl.load(slot_ptr + rows[:, None] * BLOCK_D + offs_d[None, :])
     return total
 
 
 @jit
 def comes_last(count_ptr):
-    """Is this the last program of the launch to come here? What the others stored before is then
-    there to be read.
+    """Is this the last program of the launch to come here?
 
-    Which program is last differs between runs; what it does, adding up in the order of the
-    programs, does not. count_ptr[0] is zero before the launch.
+    What the others stored before is then there to be read. Which program is last differs between
+    runs; what it does, adding up in the order of the programs, does not. count_ptr[0] is zero
+    before the launch.
     """
     tl.debug_barrier()
     return tl.atomic_add(count_ptr, 1.0, sem="acq_rel") == tl.num_programs(0) - 1
@@ -288,11 +287,11 @@ def comes_last(count_ptr):
 @jit
 def sum_of_programs(ptr):
     """One number of each program, added up by the one that comes last."""
-    BLOCK: tl.constexpr = 128
-    total = tl.zeros([BLOCK], tl.float32)
+    WIDTH: tl.constexpr = 128
+    total = tl.zeros([WIDTH], tl.float32)
     programs = tl.num_programs(0)
-    for first in range(0, programs, BLOCK):
-        offs = first + tl.arange(0, BLOCK)
+    for first in range(0, programs, WIDTH):
+        offs = first + tl.arange(0, WIDTH)
         # Past the first-level cache, which knows nothing of what other multiprocessors wrote.
         total += tl.load(ptr + offs, mask=offs < programs, other=0.0, cache_modifier=".cg")
     return tl.sum(total, 0)
@@ -300,8 +299,9 @@ def sum_of_programs(ptr):
 
 @jit
 def round_to_bf16(x):
-    """fp32 rounded to bf16's 8 digits, to nearest even, still fp32: also in the interpreter, whose
-    own cast truncates.
+    """fp32 rounded to bf16's 8 digits, to nearest even, still fp32.
+
+    Also in the interpreter, whose own cast truncates.
     """
     bits = x.to(tl.uint32, bitcast=True)
     bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
@@ -312,9 +312,7 @@ def round_to_bf16(x):
 def store_planes(
     u_ptr, rows, offs_d, x, FP16: tl.constexpr, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Store fp32 rows rounded to 16 bits, or (SPLIT) as two 16-bit planes side by side, x = hi +
-    lo.
-    """
+    """Store fp32 rows rounded to 16 bits, or (SPLIT) as two 16-bit planes side by side, hi + lo."""
     ptrs = u_ptr + rows[:, None] * (BLOCK_D * 2 if SPLIT else BLOCK_D) + offs_d[None, :]
     hi = x.to(tl.float16).to(tl.float32) if FP16 else round_to_bf16(x)
     tl.store(ptrs, hi.to(u_ptr.dtype.element_ty))
@@ -380,8 +378,10 @@ def half_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Sums of 2^(s - shift): rows of tile (J + offset, J) into slot [offset - first_slot], columns
-    J into one per range.
+    """Sums of 2^(s - shift), as the module's docstring has it.
+
+    Those of the rows of tile (J + offset, J) go into slot [offset - first_slot], those of columns J
+    into a slot per range.
     """
     owner = tl.program_id(0)
     split = tl.program_id(1)
@@ -407,8 +407,8 @@ def half_kernel(
         local_m = part * BLOCK_M + tl.arange(0, BLOCK_M)
         rows, rows_lo = load_planes(u_ptr, owner * BLOCK_N + local_m, offs_d, SPLIT, BLOCK_D)
         e = tl.exp2(similarities(rows, rows_lo, cols, cols_lo, SPLIT) - shift)  # [BLOCK_M, BLOCK_N]
-        own = (local_m >> PAIR_SHIFT)[:, None] == (local_n >> PAIR_SHIFT)[None, :]
-        e = tl.where(own | (local_m >= num_rows - owner * BLOCK_N)[:, None], 0.0, e)
+        same_group = (local_m >> PAIR_SHIFT)[:, None] == (local_n >> PAIR_SHIFT)[None, :]
+        e = tl.where(same_group | (local_m >= num_rows - owner * BLOCK_N)[:, None], 0.0, e)
         col_sums += tl.sum(tl.reshape(e, [BLOCK_M // 16, 2, 8, BLOCK_N]), 1)
     for step in range(tl.maximum(begin, 1) * PARTS, end * PARTS):
         offset = step // PARTS
@@ -422,9 +422,8 @@ def half_kernel(
         if block == num_blocks - 1:
             e = tl.where((local_m < num_rows - block * BLOCK_N)[:, None], e, 0.0)
         col_sums += tl.sum(tl.reshape(e, [BLOCK_M // 16, 2, 8, BLOCK_N]), 1)
-        tl.store(
-            slots_ptr + (offset - first_slot).to(tl.int64) * stride_slot + offs_m, tl.sum(e, 1)
-        )
+        row_slot_ptr = slots_ptr + (offset - first_slot).to(tl.int64) * stride_slot
+        tl.store(row_slot_ptr + offs_m, tl.sum(e, 1))
     slot = last_offset - first_slot + split
     tl.store(slots_ptr + slot.to(tl.int64) * stride_slot + offs_n, tl.sum(tl.sum(col_sums, 0), 0))
 
@@ -444,9 +443,7 @@ def full_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Maximum and sum of 2^(s - maximum) over one block of rows and one range of keys, into slot
-    [range].
-    """
+    """Maximum and sum of 2^(s - maximum) of a block of rows over a range of keys, into its slot."""
     pid_m = tl.program_id(0)
     split = tl.program_id(1)
     offs_d = tl.arange(0, BLOCK_D)
@@ -461,8 +458,8 @@ def full_kernel(
         s = similarities(rows, rows_lo, keys, keys_lo, SPLIT)  # [BLOCK_M, BLOCK_N]
         diagonal = (start < (pid_m + 1) * BLOCK_M) & (start + BLOCK_N > pid_m * BLOCK_M)
         if diagonal | (start + BLOCK_N > num_keys):
-            own = (offs_m >> PAIR_SHIFT)[:, None] == (offs_n >> PAIR_SHIFT)[None, :]
-            s = tl.where(own | (offs_n >= num_keys)[None, :], float("-inf"), s)
+            same_group = (offs_m >> PAIR_SHIFT)[:, None] == (offs_n >> PAIR_SHIFT)[None, :]
+            s = tl.where(same_group | (offs_n >= num_keys)[None, :], float("-inf"), s)
         new_top = tl.maximum(top, tl.max(s, 1))
         base = tl.where(new_top == float("-inf"), 0.0, new_top)  # 2^(-inf - -inf) is nan
         total = total * tl.exp2(top - base) + tl.sum(tl.exp2(s - base[:, None]), 1)
@@ -491,8 +488,9 @@ def bwd_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The weighted sum over one range of keys, fp32, into slot [range, row]. SHIFTED: one
-    exponential serves both terms.
+    """The weighted sum over one range of keys, fp32, into slot [range, row].
+
+    SHIFTED: one exponential serves both terms.
     """
     pid_m = tl.program_id(0)
     split = tl.program_id(1)
@@ -514,20 +512,15 @@ def bwd_kernel(
             inverse_keys = tl.exp2(shift - lse_keys)
             weight = tl.exp2(s - shift_scaled) * (inverse_rows[:, None] + inverse_keys[None, :])
         else:
-            weight = tl.exp2(s - (lse_rows - LOG2_SCALE)[:, None]) + tl.exp2(
-                s - (lse_keys - LOG2_SCALE)[None, :]
-            )
+            weight = tl.exp2(s - (lse_rows - LOG2_SCALE)[:, None])
+            weight += tl.exp2(s - (lse_keys - LOG2_SCALE)[None, :])
         diagonal = (start < (pid_m + 1) * BLOCK_M) & (start + BLOCK_N > pid_m * BLOCK_M)
         if diagonal | (start + BLOCK_N > num_keys):
-            own = (offs_m >> PAIR_SHIFT)[:, None] == (offs_n >> PAIR_SHIFT)[None, :]
-            weight = tl.where(own | (offs_n >= num_keys)[None, :], 0.0, weight)
+            same_group = (offs_m >> PAIR_SHIFT)[:, None] == (offs_n >> PAIR_SHIFT)[None, :]
+            weight = tl.where(same_group | (offs_n >= num_keys)[None, :], 0.0, weight)
         acc = add_weighted(acc, weight, keys, keys_lo, SPLIT)
-    out = (
-        partial_ptr
-        + split.to(tl.int64) * stride_slot
-        + offs_m.to(tl.int64)[:, None] * BLOCK_D
-        + offs_d[None, :]
-    )
+    slot_ptr = partial_ptr + split.to(tl.int64) * stride_slot
+    out = slot_ptr + offs_m.to(tl.int64)[:, None] * BLOCK_D + offs_d[None, :]
     tl.store(out, acc * 2.0 ** (-LOG2_SCALE))
 
 
@@ -540,34 +533,33 @@ def padded(num_rows: int) -> int:
 
 
 def planes(dtype: torch.dtype, normalized: bool) -> tuple[torch.dtype, bool]:
-    """The 16-bit type in which rows reach the tensor cores, and whether each takes two planes, hi +
-    lo.
+    """The 16-bit type in which rows reach the tensor cores, and whether they are split, hi + lo.
 
     Normalized fp32 rows are two fp16 planes (22 bits; bf16 would hold 16). Rows of unknown length
     may leave fp16's range.
     """
     if not normalized:
         return torch.bfloat16, True
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float16, dtype == torch.float32
+    if dtype == torch.bfloat16:
+        return torch.bfloat16, False
+    return torch.float16, dtype == torch.float32
 
 
 def empty_rows(
     num_rows: int, dim: int, dtype: torch.dtype, normalized: bool, device: torch.device
 ) -> torch.Tensor:
-    """Buffer for a padded row matrix; in the interpreter, whose bf16 products are wrong, bf16
-    values travel as fp32.
+    """Buffer for a padded row matrix.
+
+    In the interpreter, whose bf16 products are wrong, bf16 values travel as fp32.
     """
     plane, split = planes(dtype, normalized)
     plane = torch.float32 if INTERPRETED and plane == torch.bfloat16 else plane
-    return torch.empty(
-        padded(num_rows), block_d(dim) * (2 if split else 1), dtype=plane, device=device
-    )
+    width = block_d(dim) * (2 if split else 1)
+    return torch.empty(padded(num_rows), width, dtype=plane, device=device)
 
 
 def shift_of(temperature: float | None, normalized: bool) -> float | None:
-    """The shift that one exponential may share between row and column, base 2, or None where there
-    is none.
-    """
+    """The shift that one exponential may share between row and column, base 2; None: no such."""
     if temperature is None or not normalized or LOG2_E / temperature > MAX_SHIFTED:
         return None
     farthest = LOG2_E / temperature
@@ -577,11 +569,10 @@ def shift_of(temperature: float | None, normalized: bool) -> float | None:
 
 @functools.cache
 def _num_splits(blocks: int, steps: int, most: int, slots: int) -> int:
-    """Into how many ranges to cut each block's steps, so that the programs fill whole waves of the
-    device's slots.
+    """Into how many ranges to cut each block's steps.
 
-    The cost of a wave is its steps plus two for loading, storing and, later, reading the partial
-    result.
+    The programs are to fill whole waves of the device's slots. The cost of a wave is its steps plus
+    two for loading, storing and, later, reading the partial result.
     """
 
     def cost(splits: int) -> float:
@@ -591,9 +582,12 @@ def _num_splits(blocks: int, steps: int, most: int, slots: int) -> int:
     return min(range(1, max(1, min(steps, most, 64)) + 1), key=cost)
 
 
-def gather_keys(gather: Gather | None, u: torch.Tensor, num_rows: int):
-    """-> keys, padded like u; how many they are; the index for further gathers (None for one
-    process).
+def gather_keys(
+    gather: Gather | None, u: torch.Tensor, num_rows: int
+) -> tuple[torch.Tensor, int, torch.Tensor | None]:
+    """-> keys, padded like u; how many they are; the index for further gathers.
+
+    For one process that is None.
     """
     if gather is None:
         return u, num_rows, None
@@ -612,35 +606,40 @@ def slot_sums(u, keys, num_rows, num_keys, pair_shift, split, shift):
             such slot).
     """
     dim = u.shape[1] // (2 if split else 1)
-    device, size = u.device, u.shape[0]
+    device = u.device
+    size = u.shape[0]
     target = target_name(device)
     if shift is None or keys is not u or num_rows <= FULL_GRID_ROWS:
         block_m, block_n, warps, stages = tile("full", 1 + split, dim, target)
         steps = ceil_div(num_keys, block_n)
-        splits = _num_splits(
-            size // block_m, steps, SLOT_BYTES // (8 * size) or 1, 2 * num_sms(device)
-        )
+        most = SLOT_BYTES // (8 * size) or 1
+        splits = _num_splits(size // block_m, steps, most, 2 * num_sms(device))
         per_split = ceil_div(steps, splits)
         splits = ceil_div(steps, per_split)
         tops = torch.empty(splits, size, dtype=torch.float32, device=device)
         sums = torch.empty_like(tops)
-        constants = {"PAIR_SHIFT": pair_shift, "SPLIT": split}
-        constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": dim}
+        grid = (size // block_m, splits)
+        tensors = (u, keys, tops, sums)
         numbers = (num_keys, per_split * block_n, size)
-        launch(
-            full_kernel,
-            (size // block_m, splits),
-            (u, keys, tops, sums),
-            numbers,
-            constants,
-            warps,
-            stages,
-        )
+        constants = {
+            "PAIR_SHIFT": pair_shift,
+            "SPLIT": split,
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+            "BLOCK_D": dim,
+        }
+        launch(full_kernel, grid, tensors, numbers, constants, warps, stages)
         return tops, sums, -1, 0
     block_m, block_n, warps, stages = tile("half", 1 + split, dim, target)
-    blocks = ceil_div(
-        num_rows, block_n
-    )  # none is empty: only the last is ragged, and the kernel masks no other
+    constants = {
+        "PAIR_SHIFT": pair_shift,
+        "SPLIT": split,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_D": dim,
+    }
+    # None is empty: only the last is ragged, and the kernel masks no other.
+    blocks = ceil_div(num_rows, block_n)
     half_row = blocks // 2 * block_n
     offsets = blocks // 2 + 1
     splits = _num_splits(blocks, offsets * (block_n // block_m), offsets, 2 * num_sms(device))
@@ -652,8 +651,6 @@ def slot_sums(u, keys, num_rows, num_keys, pair_shift, split, shift):
         ranges = ceil_div(last - first, per_split)
         first_slot = max(first, 1)  # the diagonal has no row sums
         sums = torch.empty(last - first_slot + ranges, size, dtype=torch.float32, device=device)
-        constants = {"PAIR_SHIFT": pair_shift, "SPLIT": split}
-        constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": dim}
         numbers = (shift, num_rows, blocks, first, last, first_slot, per_split, size)
         launch(half_kernel, (blocks, ranges), (u, sums), numbers, constants, warps, stages)
         if per_pass < offsets:
@@ -669,26 +666,26 @@ def slot_sums(u, keys, num_rows, num_keys, pair_shift, split, shift):
 def weighted_sums(u, keys, lse, lse_keys, num_rows, num_keys, pair_shift, split, shift, fp16):
     """Launch the backward tiles -> (ranges, padded, BLOCK_D) fp32, to be added up."""
     dim = u.shape[1] // (2 if split else 1)
-    device, size = u.device, u.shape[0]
+    device = u.device
+    size = u.shape[0]
     block_m, block_n, warps, stages = tile("bwd", 1 + split, dim, target_name(device))
     steps = ceil_div(num_keys, block_n)
-    splits = _num_splits(
-        size // block_m, steps, SLOT_BYTES // (4 * size * dim) or 1, 2 * num_sms(device)
-    )
+    most = SLOT_BYTES // (4 * size * dim) or 1
+    splits = _num_splits(size // block_m, steps, most, 2 * num_sms(device))
     per_split = ceil_div(steps, splits)
     splits = ceil_div(steps, per_split)
     partial = torch.empty(splits, size, dim, dtype=torch.float32, device=device)
-    constants = {"SHIFTED": shift is not None, "PAIR_SHIFT": pair_shift, "SPLIT": split}
-    constants |= {"LOG2_SCALE": LOG2_FP16_SCALE if fp16 else 0.0}
-    constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": dim}
+    grid = (size // block_m, splits)
+    tensors = (u, keys, lse, lse_keys, partial)
     numbers = (shift or 0.0, num_rows, num_keys, per_split * block_n, size * dim)
-    launch(
-        bwd_kernel,
-        (size // block_m, splits),
-        (u, keys, lse, lse_keys, partial),
-        numbers,
-        constants,
-        warps,
-        stages,
-    )
+    constants = {
+        "SHIFTED": shift is not None,
+        "PAIR_SHIFT": pair_shift,
+        "SPLIT": split,
+        "LOG2_SCALE": LOG2_FP16_SCALE if fp16 else 0.0,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_D": dim,
+    }
+    launch(bwd_kernel, grid, tensors, numbers, constants, warps, stages)
     return partial

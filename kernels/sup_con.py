@@ -1,15 +1,14 @@
-"""SupCon, the supervised contrastive loss (Khosla et al. 2020, arXiv:2004.11362, equation 2), in
-O(M D) memory.
+"""SupCon, the supervised contrastive loss (Khosla et al. 2020, arXiv:2004.11362), in O(M D) memory.
 
-With M rows z_i of dimension D, labels y_i, s_ij = <z_i, z_j> / tau, and P_i the other rows of i's
-class, of which M' rows have any:
+It is the L_out of the paper's equation 2. With M rows z_i of dimension D, labels y_i, s_ij = <z_i,
+z_j> / tau, and P_i the other rows of i's class, of which M' rows have any:
 
     loss = 1/M' sum_{i: P_i not empty} [ log sum_{j != i} exp(s_ij) - 1/|P_i| sum_{p in P_i} s_ip ]
 
 With the class sums C_y = sum_{y_j = y} z_j, and v_i = 1 where P_i is not empty, 0 elsewhere,
 
-    dz_i = 1/(M' tau) [ sum_{j != i} (v_i exp(s_ij - lse_i) + v_j exp(s_ij - lse_j)) z_j - 2 v_i /
-    |P_i| (C_{y_i} - z_i) ]
+    dz_i = 1/(M' tau) [ sum_{j != i} (v_i exp(s_ij - lse_i) + v_j exp(s_ij - lse_j)) z_j
+                        - 2 v_i / |P_i| (C_{y_i} - z_i) ]
 
 so v is an infinite log-sum-exp in the tiles' eyes, and the backward needs no labels, only the mean
 positive of each row. Up to some thousand rows these come from the tiles themselves, as the product
@@ -41,6 +40,7 @@ from .dispatch import (
 from .similarity import (
     LOG2_E,
     NORM_EPS,
+    Gather,
     block_d,
     comes_last,
     empty_rows,
@@ -70,15 +70,23 @@ try:
 except ImportError:
     tl = None
 
-
 # Up to so many rows, and so wide a row of planes, the tiles compare labels (README.md).
-FEW_ROWS, FEW_ROWS_WIDTH = (40, 64) if INTERPRETED else (8192, 256)
+FEW_ROWS = 40 if INTERPRETED else 8192
+FEW_ROWS_WIDTH = 64 if INTERPRETED else 256
 _LABEL_TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def sup_con_reference(z, labels, temperature, *, normalize=True, gather=None):
-    """SupCon in plain PyTorch, in fp32 (fp64 for fp64 inputs); arguments, result and errors as for
-    `sup_con`.
+def sup_con_reference(
+    z: torch.Tensor,
+    labels: torch.Tensor,
+    temperature: float | torch.Tensor,
+    *,
+    normalize: bool = True,
+    gather: Gather | None = None,
+) -> torch.Tensor:
+    """SupCon in plain PyTorch, in fp32 (fp64 for fp64 inputs).
+
+    Arguments, result and errors as for `sup_con`.
     """
     return _sup_con(z, labels, temperature, normalize, gather, "torch")
 
@@ -119,8 +127,9 @@ def class_sum_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Add the rows order[p : ends[p]] of the class that starts at sorted position p; other
-    positions have nothing to do.
+    """Add the rows order[p : ends[p]] of the class that starts at sorted position p.
+
+    Other positions have nothing to do.
     """
     position = tl.program_id(0)
     if tl.load(starts_ptr + position) == position:
@@ -132,27 +141,26 @@ def class_sum_kernel(
             inside = positions < end
             rows = tl.load(order_ptr + positions, mask=inside, other=0)
             mask = inside[:, None] & (offs_d < dim)[None, :]
-            total += tl.sum(
-                tl.load(keys_ptr + rows[:, None] * dim + offs_d[None, :], mask=mask, other=0.0), 0
-            )
+            ptrs = keys_ptr + rows[:, None] * dim + offs_d[None, :]
+            total += tl.sum(tl.load(ptrs, mask=mask, other=0.0), 0)
         tl.store(out_ptr + position.to(tl.int64) * dim + offs_d, total, mask=offs_d < dim)
 
 
 def _triton_positive_sum(rows, keys, labels, labels_keys, starts, ends, order):
     m, dim = rows.shape
-    sums = torch.empty_like(
-        keys
-    )  # one row per sorted position; only those where a class starts are written
+    # One row per sorted position; only those where a class starts are written.
+    sums = torch.empty_like(keys)
     block = min(32, block_d(dim))
-    class_sum_kernel[(keys.shape[0], -(-dim // block))](
+    class_sum_kernel[(keys.shape[0], ceil_div(dim, block))](
         keys, order, starts[order], ends[order], sums, dim, BLOCK_K=64, BLOCK_D=block
     )
     return sums[starts[:m]] - rows
 
 
 def _to_planes(keys, num_rows, dtype, normalized):
-    """fp32 keys, base e, as padded 16-bit planes, base 2 -> rows (a view of the first), keys,
-    split.
+    """fp32 keys, base e, as padded 16-bit planes, base 2.
+
+    -> rows (a view of the first keys), keys, are they split, are they fp16.
     """
     plane, split = planes(dtype, normalized)
     num_keys, dim = keys.shape
@@ -162,7 +170,8 @@ def _to_planes(keys, num_rows, dtype, normalized):
         hi = torch.cat((hi, (x - hi.float()).to(plane)), 1)
     if INTERPRETED and plane == torch.bfloat16:
         hi = hi.float()
-    return hi if num_rows == num_keys else hi[: padded(num_rows)], hi, split, plane == torch.float16
+    rows = hi if num_rows == num_keys else hi[: padded(num_rows)]
+    return rows, hi, split, plane == torch.float16
 
 
 def _triton_lse(rows, keys, dtype, normalized, shift):
@@ -189,11 +198,14 @@ def _triton_weighted_sum(rows, keys, lse_rows, lse_keys, dtype, normalized, shif
 
 @on_device_of_first
 def _forward(u, labels, gather, kind, normalized, shift):
-    """-> loss (), keys (K, D), lse of the rows (M,), of the keys (K,), mean of the positives (M,
-    D), 1/M' times the world's size ().
+    """-> loss (), keys (K, D), lse of the rows (M,) and keys (K,), mean positives (M, D), scale ().
+
+    The scale is 1/M' times the world's size.
     """
-    keys, labels_keys, index = u, labels, None
-    if gather is not None:
+    if gather is None:
+        keys = u
+        labels_keys = labels
+    else:
         keys, index, labels_keys = own_rows_first(gather, u, labels)
     ordered, order = labels_keys.sort(stable=True)
     starts = torch.searchsorted(ordered, labels_keys)
@@ -211,7 +223,8 @@ def _forward(u, labels, gather, kind, normalized, shift):
         lse = _triton_lse(u, keys, getattr(torch, kind), normalized, shift)
     loss = torch.where(valid, lse - (u * positives).sum(1), 0.0).sum() * scale
     lse = lse.masked_fill(~valid, math.inf)
-    return loss, keys, lse, lse if gather is None else gather(lse)[index], positives, scale
+    lse_keys = lse if gather is None else gather(lse)[index]
+    return loss, keys, lse, lse_keys, positives, scale
 
 
 @on_device_of_first
@@ -235,14 +248,7 @@ class _SupCon(torch.autograd.Function):
     def backward(ctx, dloss):
         with torch.no_grad(), torch.autocast(dloss.device.type, enabled=False):
             du = _backward(dloss, *ctx.saved_tensors, *ctx.options)
-        return (
-            *first_derivative_only((du,), dloss, ctx.saved_tensors[0]),
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+        return *first_derivative_only((du,), dloss, ctx.saved_tensors[0]), *(None,) * 5
 
 
 @jit
@@ -261,8 +267,9 @@ def _sup_con_prepare_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Normalize, scale by sqrt(log2(e) / tau), cast; clear the count of programs that have added
-    their losses.
+    """Normalize, scale by sqrt(log2(e) / tau), cast.
+
+    Clears the count of programs that have added their losses.
     """
     if tl.program_id(0) == 0:
         tl.store(partials_ptr, 0.0)
@@ -270,9 +277,8 @@ def _sup_con_prepare_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     z = load_rows(z_ptr, rows, offs_d, stride_zn, stride_zd, num_rows, dim)
     u = z * (inverse_norm(z, True, EPS) * tl.sqrt(1.4426950408889634 / temperature))[:, None]
-    store_planes(
-        u_ptr, rows, offs_d, u, FP16, SPLIT, BLOCK_D
-    )  # zeros beyond the rows: tiles load without a mask
+    # Zeros beyond the rows: tiles load without a mask.
+    store_planes(u_ptr, rows, offs_d, u, FP16, SPLIT, BLOCK_D)
 
 
 @jit(do_not_specialize=["num_rows"])
@@ -298,9 +304,8 @@ def _sup_con_few_rows_fwd_kernel(
     rows, rows_lo = load_planes(u_ptr, offs_m, offs_d, SPLIT, BLOCK_D)
     labels_m = tl.load(labels_ptr + offs_m, mask=mask_m, other=0)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # summed over the warps once, at the end
-    count = tl.zeros(
-        [BLOCK_M, 16], tl.float32
-    )  # the same number 16 times: a product with ones needs fewer registers
+    # The same number 16 times: a product with ones needs fewer registers.
+    count = tl.zeros([BLOCK_M, 16], tl.float32)
     ones = tl.full([BLOCK_N, 16], 1.0, u_ptr.dtype.element_ty)
     positives = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, num_rows, BLOCK_N):
@@ -325,9 +330,8 @@ def _sup_con_few_rows_fwd_kernel(
     lse = shift + tl.log2(tl.sum(total, 1))
     loss = tl.where(valid, (lse - tl.sum(u * positives, 1)) * 0.6931471805599453, 0.0)
     tl.store(lse_ptr + offs_m, tl.where(valid, lse, float("inf")), mask=mask_m)
-    tl.store(
-        positives_ptr + offs_m[:, None] * BLOCK_D + offs_d[None, :], positives, mask=mask_m[:, None]
-    )
+    offs = offs_m[:, None] * BLOCK_D + offs_d[None, :]
+    tl.store(positives_ptr + offs, positives, mask=mask_m[:, None])
     losses_ptr = partials_ptr + 1
     valids_ptr = losses_ptr + tl.num_programs(0)
     tl.store(losses_ptr + tl.program_id(0), tl.sum(loss, 0))
@@ -357,9 +361,7 @@ def _sup_con_epilogue_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Sum the ranges, subtract the positives, go back through the normalization, scale by dloss,
-    cast.
-    """
+    """Sum the ranges, subtract the positives, go back through the normalization, scale and cast."""
     rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_d = tl.arange(0, BLOCK_D)
     mask_r = rows < num_rows
@@ -367,25 +369,19 @@ def _sup_con_epilogue_kernel(
     inverse = inverse_norm(z, True, EPS)
     z = z * inverse[:, None]
     dz = sum_ranges(partial_ptr, rows, offs_d, num_slots, stride_slot, BLOCK_R, BLOCK_D)
-    dz -= 2.0 * tl.load(
-        positives_ptr + rows[:, None] * BLOCK_D + offs_d[None, :], mask=mask_r[:, None], other=0.0
-    )
+    ptrs = positives_ptr + rows[:, None] * BLOCK_D + offs_d[None, :]
+    dz -= 2.0 * tl.load(ptrs, mask=mask_r[:, None], other=0.0)
     # Sums of u = z sqrt(log2(e) / tau).
-    scale = (
-        tl.load(dloss_ptr).to(tl.float32)
-        * tl.load(scale_ptr)
-        / tl.sqrt(temperature * 1.4426950408889634)
-    )
-    dz = dz * scale
+    scale = tl.load(dloss_ptr).to(tl.float32) * tl.load(scale_ptr)
+    dz = dz * (scale / tl.sqrt(temperature * 1.4426950408889634))
     dz = (dz - z * tl.sum(z * dz, 1)[:, None]) * inverse[:, None]
     mask = mask_r[:, None] & (offs_d < dim)[None, :]
-    tl.store(
-        dz_ptr + rows[:, None] * dim + offs_d[None, :], dz.to(dz_ptr.dtype.element_ty), mask=mask
-    )
+    ptrs = dz_ptr + rows[:, None] * dim + offs_d[None, :]
+    tl.store(ptrs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
 
 
-def _block_r(dim):
-    return max(4, min(32, 4096 // dim))
+def _block_r(width: int) -> int:
+    return max(4, min(32, 4096 // width))
 
 
 @on_device_of_first
@@ -396,8 +392,11 @@ def _few_forward(z, labels, temperature):
     u = empty_rows(num_rows, dim, z.dtype, True, z.device)
     width = u.shape[1] // (2 if split else 1)
     block_m, block_n, warps, stages = few_rows_tile(target_name(z.device))
-    programs, block_r = ceil_div(num_rows, block_m), _block_r(width)
+    programs = ceil_div(num_rows, block_m)
+    block_r = _block_r(width)
     partials = torch.empty(1 + 2 * programs, dtype=torch.float32, device=z.device)
+    z = z.float() if INTERPRETED and z.dtype == torch.bfloat16 else z
+    numbers = (*z.stride(), num_rows, dim, temperature)
     constants = {
         "EPS": NORM_EPS,
         "FP16": plane == torch.float16,
@@ -405,16 +404,14 @@ def _few_forward(z, labels, temperature):
         "BLOCK_R": block_r,
         "BLOCK_D": width,
     }
-    z = z.float() if INTERPRETED and z.dtype == torch.bfloat16 else z
-    numbers = (*z.stride(), num_rows, dim, temperature)
     launch(_sup_con_prepare_kernel, (u.shape[0] // block_r,), (z, u, partials), numbers, constants)
     lse = torch.empty(num_rows, dtype=torch.float32, device=z.device)
     positives = torch.empty(num_rows, width, dtype=torch.float32, device=z.device)
     loss = torch.empty((), dtype=torch.float32, device=z.device)
     scale = torch.empty_like(loss)
     tensors = (u, labels.contiguous(), lse, positives, partials, loss, scale)
-    constants = {"SPLIT": split, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": width}
     numbers = (shift_of(temperature, True), num_rows)
+    constants = {"SPLIT": split, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": width}
     launch(_sup_con_few_rows_fwd_kernel, (programs,), tensors, numbers, constants, warps, stages)
     return loss, u, lse, positives, scale
 
@@ -422,11 +419,11 @@ def _few_forward(z, labels, temperature):
 @on_device_of_first
 def _few_backward(dloss, z, u, lse, positives, scale, temperature):
     num_rows, dim = z.shape
-    dtype, (plane, split) = z.dtype, planes(z.dtype, True)
+    dtype = z.dtype
+    plane, split = planes(dtype, True)
+    fp16 = plane == torch.float16
     shift = shift_of(temperature, True)
-    partial = weighted_sums(
-        u, u, lse, lse, num_rows, num_rows, 0, split, shift, plane == torch.float16
-    )
+    partial = weighted_sums(u, u, lse, lse, num_rows, num_rows, 0, split, shift, fp16)
     z = z.float() if INTERPRETED and z.dtype == torch.bfloat16 else z
     dz = torch.empty(num_rows, dim, dtype=z.dtype, device=z.device)
     block_r = _block_r(partial.shape[2])
@@ -462,13 +459,8 @@ def _few_forward_op(
 def _(z, labels, temperature):
     row = z.new_empty(z.shape[0], dtype=torch.float32)
     u = empty_rows(*z.shape, z.dtype, True, z.device)
-    return (
-        row.new_empty(()),
-        u,
-        row,
-        row.new_empty(z.shape[0], block_d(z.shape[1])),
-        row.new_empty(()),
-    )
+    positives = row.new_empty(z.shape[0], block_d(z.shape[1]))
+    return row.new_empty(()), u, row, positives, row.new_empty(())
 
 
 @torch.library.custom_op("kernels::sup_con_few_rows_backward", mutates_args=())
@@ -549,7 +541,15 @@ def _differentiate(ctx, dloss, *_):
 _forward_op.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
-def sup_con(z, labels, temperature, *, normalize=True, gather=None, impl="auto"):
+def sup_con(
+    z: torch.Tensor,
+    labels: torch.Tensor,
+    temperature: float | torch.Tensor,
+    *,
+    normalize: bool = True,
+    gather: Gather | None = None,
+    impl: str = "auto",
+) -> torch.Tensor:
     """SupCon loss: each row against all others, its positives those of the same label.
 
     With several processes each computes its own rows' share, scaled so that averaging values and
@@ -597,20 +597,15 @@ def sup_con(z, labels, temperature, *, normalize=True, gather=None, impl="auto")
         temperature = temperature.reshape(())
     elif not 0 < temperature < math.inf:
         raise ValueError(f"sup_con: temperature={temperature} must be a positive number")
-    chosen = choose_impl("sup_con", impl, z, why_not_fused(z, normalize))
-    kind = "torch" if chosen == "torch" else str(z.dtype).removeprefix("torch.")
-    shifted = (
-        not isinstance(temperature, torch.Tensor) and shift_of(temperature, normalize) is not None
-    )
+    if choose_impl("sup_con", impl, z, why_not_fused(z, normalize)) == "torch":
+        return _sup_con(z, labels, temperature, normalize, gather, "torch")
+    is_tensor = isinstance(temperature, torch.Tensor)
+    shifted = shift_of(None if is_tensor else temperature, normalize) is not None
     width = block_d(z.shape[1]) * (1 + planes(z.dtype, normalize)[1])
-    if (
-        kind != "torch"
-        and shifted
-        and gather is None
-        and z.shape[0] <= FEW_ROWS
-        and width <= FEW_ROWS_WIDTH
-    ):
-        few_rows = _few_forward_op if torch.compiler.is_compiling() else _FewRows.apply
-        loss = few_rows(z, labels, float(temperature))
-        return loss[0] if torch.compiler.is_compiling() else loss
+    few = z.shape[0] <= FEW_ROWS and width <= FEW_ROWS_WIDTH
+    if few and shifted and gather is None:
+        if torch.compiler.is_compiling():
+            return _few_forward_op(z, labels, float(temperature))[0]
+        return _FewRows.apply(z, labels, float(temperature))
+    kind = str(z.dtype).removeprefix("torch.")
     return _sup_con(z, labels, temperature, normalize, gather, kind)

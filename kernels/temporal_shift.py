@@ -1,7 +1,7 @@
-"""Temporal shift (Lin et al. 2019, arXiv:1811.08383): part of the channels of each frame comes from
-its neighbors in time.
+"""Temporal shift (Lin et al. 2019, arXiv:1811.08383).
 
-x is (B*T, C, H, W), B clips of T = n_segment frames; with fold = C // fold_div:
+Part of the channels of each frame comes from its neighbors in time. x is (B*T, C, H, W), B clips of
+T = n_segment frames; with fold = C // fold_div:
 
     both   channels [0, fold) read frame t+1, channels [fold, 2 fold) read frame t-1, the rest stay
     past   channels [0, fold) read frame t-1, the rest stay: what a stream can do, see `shift_step`
@@ -33,29 +33,27 @@ except ImportError:
     tl = None
 
 PADDINGS = ("zero", "replicate", "circulant")
-BLOCK, WARPS = (
-    (128, 1) if INTERPRETED else (1024, 4)
-)  # 16-byte accesses for 16-bit types, 32 registers
+# Elements of a program: 16-byte accesses for 16-bit types, 32 registers.
+BLOCK_SIZE = 128 if INTERPRETED else 1024
+NUM_WARPS = 1 if INTERPRETED else 4
 
 
-def temporal_shift_reference(x, n_segment, *, fold_div=8, direction="both", padding="zero"):
+def temporal_shift_reference(
+    x: torch.Tensor,
+    n_segment: int,
+    *,
+    fold_div: int = 8,
+    direction: str = "both",
+    padding: str = "zero",
+) -> torch.Tensor:
     """Temporal shift in plain PyTorch; arguments, result and errors as for `temporal_shift`."""
     num_next, num_shifted = _folds(x, n_segment, fold_div, direction, padding)
     clips = x.unflatten(0, (-1, n_segment))  # [B, T, C, H, W]
-    shifted = torch.cat(
-        (
-            torch.cat((clips[:, 1:, :num_next], _beyond(clips[:, :, :num_next], -1, padding)), 1),
-            torch.cat(
-                (
-                    _beyond(clips[:, :, num_next:num_shifted], 0, padding),
-                    clips[:, :-1, num_next:num_shifted],
-                ),
-                1,
-            ),
-            clips[:, :, num_shifted:],
-        ),
-        2,
-    )
+    read_next = clips[:, :, :num_next]
+    read_next = torch.cat((read_next[:, 1:], _beyond(read_next, -1, padding)), 1)
+    read_previous = clips[:, :, num_next:num_shifted]
+    read_previous = torch.cat((_beyond(read_previous, 0, padding), read_previous[:, :-1]), 1)
+    shifted = torch.cat((read_next, read_previous, clips[:, :, num_shifted:]), 2)
     return shifted.flatten(0, 1).contiguous(memory_format=_memory_format(x))
 
 
@@ -88,8 +86,9 @@ def temporal_shift_kernel(
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Channels [0, split) read the next frame and [split, num_shifted) the previous one; with SWAP
-    the other way round.
+    """Channels [0, split) read the next frame and [split, num_shifted) the previous one.
+
+    With SWAP the other way round.
     """
     # True by the caller's choice of VECTOR; it tells the compiler that frames start at multiples of
     # an access's width.
@@ -146,11 +145,12 @@ def _launch(x, n_segment, split, num_shifted, swap, padding, transposed, channel
             "SWAP": swap,
             "PADDING": padding,
             "TRANSPOSED": transposed,
+            "VECTOR": math.gcd(frame_size, 8),
+            "BLOCK": BLOCK_SIZE,
         }
-        constants |= {"VECTOR": math.gcd(frame_size, 8), "BLOCK": BLOCK}
         numbers = (n_segment, frame_size, channels, height * width, split, num_shifted)
-        grid = (ceil_div(frame_size, BLOCK) * (num // n_segment),)
-        launch(temporal_shift_kernel, grid, (x, y), numbers, constants, WARPS)
+        grid = (ceil_div(frame_size, BLOCK_SIZE) * (num // n_segment),)
+        launch(temporal_shift_kernel, grid, (x, y), numbers, constants, NUM_WARPS)
     return y
 
 
@@ -185,9 +185,8 @@ def _temporal_shift_op(
 
 @_temporal_shift_op.register_fake
 def _(x, n_segment, split, num_shifted, swap, padding, transposed, channels_last):
-    return torch.empty_like(
-        x, memory_format=torch.channels_last if channels_last else torch.contiguous_format
-    )
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty_like(x, memory_format=layout)
 
 
 def _save_options(ctx, inputs, output):
@@ -202,9 +201,7 @@ _temporal_shift_op.register_autograd(_differentiate, setup_context=_save_options
 
 
 def _folds(x, n_segment, fold_div, direction, padding):
-    """-> where the channels that read the next frame end, and where those that read the previous
-    one end.
-    """
+    """-> the ends of the channels that read the next frame and of those that read the previous."""
     if x.dim() != 4:
         raise ValueError(f"temporal_shift: x has {x.dim()} dimensions; it must be (B*T, C, H, W)")
     if n_segment < 1 or x.shape[0] % n_segment:
@@ -225,7 +222,15 @@ def _folds(x, n_segment, fold_div, direction, padding):
     return (fold, 2 * fold) if direction == "both" else (0, fold)
 
 
-def temporal_shift(x, n_segment, *, fold_div=8, direction="both", padding="zero", impl="auto"):
+def temporal_shift(
+    x: torch.Tensor,
+    n_segment: int,
+    *,
+    fold_div: int = 8,
+    direction: str = "both",
+    padding: str = "zero",
+    impl: str = "auto",
+) -> torch.Tensor:
     """Shift part of the channels by one frame in time.
 
     Args:
@@ -247,7 +252,9 @@ def temporal_shift(x, n_segment, *, fold_div=8, direction="both", padding="zero"
     Source: Lin et al. 2019, arXiv:1811.08383.
     """
     split, num_shifted = _folds(x, n_segment, fold_div, direction, padding)
-    unsupported = "a frame has 2^31 elements or more" if x[:1].numel() >= 2**31 - BLOCK else None
+    unsupported = None
+    if x[:1].numel() >= 2**31 - BLOCK_SIZE:
+        unsupported = "a frame has 2^31 elements or more"
     if choose_impl("temporal_shift", impl, x, unsupported) == "torch":
         return temporal_shift_reference(
             x, n_segment, fold_div=fold_div, direction=direction, padding=padding
@@ -257,7 +264,9 @@ def temporal_shift(x, n_segment, *, fold_div=8, direction="both", padding="zero"
     return shift(x, n_segment, split, num_shifted, False, padding, False, channels_last)
 
 
-def shift_step(x_t, state, *, fold_div=8):
+def shift_step(
+    x_t: torch.Tensor, state: torch.Tensor | None, *, fold_div: int = 8
+) -> tuple[torch.Tensor, torch.Tensor]:
     """One frame of `temporal_shift(direction="past", padding="zero")`, for streams.
 
     Args:

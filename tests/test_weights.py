@@ -267,7 +267,7 @@ def test_files_that_are_no_weights_are_refused(tmp_path):
 
 
 class Scripted(nn.Module):
-    """Mixed dtypes, a transposed, an empty and a shared tensor, and attributes that are no tensors."""
+    """Mixed dtypes, a transposed, an empty and a shared tensor, and attributes of other types."""
 
     def __init__(self):
         super().__init__()

@@ -5,20 +5,21 @@ parameters per sample as a pure function of (seed, epoch, sample, view), so a vi
 on the batch, the worker or the process that makes it, and a resumed run replays nothing.
 `make_view` applies the rows to a batch of uint8 images on any device: one small host-to-device
 copy, no synchronization, and no loop over samples but on a CPU, whose caches hold a few of them at
-a time. Each operation (`common.pixels`) equals torchvision's functional form.
+a time. Each operation (`common.data.pixels`) equals torchvision's functional form.
 
 Shape legend: n samples, H x W source pixels, S output pixels (square), all images channels first
 and RGB.
 
-Sources: SimCLR, appendix A (Chen et al. 2020, arXiv:2002.05709); SplitMix64 (Steele, Lea and Flood,
-OOPSLA 2014).
+Source: SimCLR, appendix A (Chen et al. 2020, arXiv:2002.05709).
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from common.data.pixels import (
     BLUR,
@@ -34,6 +35,9 @@ from common.rng import uniform
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Samples = np.ndarray | Sequence[int]
+Side = int | tuple[int, int]  # of a square, or (height, width), in pixels
 
 # torchvision gives a random crop this many tries before it takes the central one.
 CROP_TRIES = 10
@@ -81,31 +85,28 @@ class ViewParams:
     sigma: np.ndarray
     angle: np.ndarray
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.boxes)
 
-    def repeat(self, k):
+    def repeat(self, k: int) -> "ViewParams":
         """Return each row k times in succession, as the k frames of a clip need it."""
-        return ViewParams(
-            **{f.name: np.repeat(getattr(self, f.name), k, axis=0) for f in fields(self)}
-        )
+        return self.take(np.repeat(np.arange(len(self)), k))
 
-    def take(self, rows):
+    def take(self, rows: np.ndarray) -> "ViewParams":
         """Return the rows that an index array names, in its order."""
-        return ViewParams(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+        return ViewParams(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
 
-def _height_width(size_in):
+def _height_width(size_in: Side) -> tuple[int, int]:
     height, width = (size_in, size_in) if np.ndim(size_in) == 0 else size_in
     if height < 1 or width < 1:
         raise ValueError(f"size_in must be positive, got {size_in}")
     return int(height), int(width)
 
 
-def _crop_boxes(u, height, width, scale):
-    """Random-resized-crop boxes from rows of uniforms: torchvision's tries and central fallback,
-    all rows at once.
-    """
+def _crop_boxes(u: np.ndarray, size_in: Side, scale: tuple[float, float]) -> np.ndarray:
+    """Random-resized-crop boxes from rows of uniforms, with torchvision's tries and fallback."""
+    height, width = _height_width(size_in)
     if not 0 < scale[0] <= scale[1] <= 1:
         raise ValueError(f"scale must satisfy 0 < low <= high <= 1, got {scale}")
     area = height * width * (scale[0] + (scale[1] - scale[0]) * u[:, _AREA])  # [n, tries]
@@ -124,17 +125,25 @@ def _crop_boxes(u, height, width, scale):
     # one pixel thin.
     central_w = max(min(width, round(height * CROP_RATIO[1])), 1)
     central_h = max(min(height, round(width / CROP_RATIO[0])), 1)
-    central = ((height - central_h) // 2, (width - central_w) // 2, central_h, central_w)
-    return np.where(
-        fits.any(axis=1)[:, None],
-        np.stack([top, left, h, w], axis=1),
-        np.asarray(central, np.float64),
-    )
+    central_top = (height - central_h) // 2
+    central_left = (width - central_w) // 2
+    central = np.array([central_top, central_left, central_h, central_w], np.float64)
+    random = np.stack([top, left, h, w], axis=1)
+    return np.where(fits.any(axis=1)[:, None], random, central)
 
 
-def identity_params(n, size_in):
-    """Return the parameters of n views that only resize the whole image; `size_in` as in
-    `simclr_params`.
+def identity_params(n: int, size_in: Side) -> ViewParams:
+    """Return the parameters of n views that only resize the whole image.
+
+    Args:
+        n: rows.
+        size_in: source side in pixels, or (H, W).
+
+    Returns:
+        ViewParams of n rows.
+
+    Raises:
+        ValueError: `size_in` is not positive.
     """
     height, width = _height_width(size_in)
     return ViewParams(
@@ -149,9 +158,15 @@ def identity_params(n, size_in):
     )
 
 
-def crop_flip_params(seed, epoch, samples, view, size_in, scale=(0.5, 1.0)):
-    """Draw the parameters of supervised training: a random resized crop and, half of the time, a
-    mirror image.
+def crop_flip_params(
+    seed: int,
+    epoch: int,
+    samples: Samples,
+    view: int,
+    size_in: Side,
+    scale: tuple[float, float] = (0.5, 1.0),
+) -> ViewParams:
+    """Draw the parameters of supervised training: a random resized crop, half of them mirrored.
 
     Args:
         seed, epoch, samples, view: keys of the draw, see `uniform`.
@@ -166,16 +181,25 @@ def crop_flip_params(seed, epoch, samples, view, size_in, scale=(0.5, 1.0)):
     """
     u = uniform(seed, epoch, samples, view, _NUM_CROP_FLIP)
     params = identity_params(len(u), size_in)
-    params.boxes = _crop_boxes(u, *_height_width(size_in), scale)
+    params.boxes = _crop_boxes(u, size_in, scale)
     params.flip = u[:, _FLIP] < 0.5
     return params
 
 
 def clip_params(
-    seed, epoch, samples, view, size_in, spread=(0.2, 0.2, 0.2, 0.1), scale=None, degrees=0.0
-):
-    """Draw the parameters of clips: half of the time a mirror image, always color jitter in random
-    order; a random resized crop and a rotation where they are asked for.
+    seed: int,
+    epoch: int,
+    samples: Samples,
+    view: int,
+    size_in: Side,
+    spread: Sequence[float] = (0.2, 0.2, 0.2, 0.1),
+    scale: tuple[float, float] | None = None,
+    degrees: float = 0.0,
+) -> ViewParams:
+    """Draw the parameters of clips.
+
+    Half of the time a mirror image, always color jitter in random order; a random resized crop and
+    a rotation where they are asked for.
 
     One row a clip. `make_view(frames, clip_params(...).repeat(T), size)` gives the T frames of each
     clip the same draw, and a second call with the same rows the frames of another stream; the
@@ -206,7 +230,7 @@ def clip_params(
     u = uniform(seed, epoch, samples, view, _ANGLE + 1)
     params = identity_params(len(u), size_in)
     if scale is not None:
-        params.boxes = _crop_boxes(u, *_height_width(size_in), scale)
+        params.boxes = _crop_boxes(u, size_in, scale)
     params.flip = u[:, _FLIP] < 0.5
     params.jittered = np.full(len(u), spread.any())
     params.factors = params.factors + spread * (2 * u[:, _FACTORS] - 1)
@@ -215,7 +239,16 @@ def clip_params(
     return params
 
 
-def simclr_params(seed, epoch, samples, view, size_in, size_out, strength=1.0, blur=0.5):
+def simclr_params(
+    seed: int,
+    epoch: int,
+    samples: Samples,
+    view: int,
+    size_in: Side,
+    size_out: int,
+    strength: float = 1.0,
+    blur: float = 0.5,
+) -> ViewParams:
     """Draw the parameters of one SimCLR view (appendix A of the paper).
 
     A crop of 8 to 100 % of the area; with the probabilities in brackets a mirror image (0.5),
@@ -247,7 +280,7 @@ def simclr_params(seed, epoch, samples, view, size_in, size_out, strength=1.0, b
     high = np.array([*(1 + spread[:3]), spread[3]])
     blurred = (u[:, _BLURRED] < blur) & (blur_kernel_size(size_out) > 1)
     return ViewParams(
-        boxes=_crop_boxes(u, *_height_width(size_in), (0.08, 1.0)),
+        boxes=_crop_boxes(u, size_in, (0.08, 1.0)),
         flip=u[:, _FLIP] < 0.5,
         jittered=u[:, _JITTERED] < 0.8,
         factors=low + (high - low) * u[:, _FACTORS],
@@ -258,7 +291,7 @@ def simclr_params(seed, epoch, samples, view, size_in, size_out, strength=1.0, b
     )
 
 
-def _check(images, params, size):
+def _check(images: Tensor, params: ViewParams, size: int) -> None:
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(
             f"images must be uint8 of shape (n, 3, H, W), got {images.dtype} of"
@@ -280,13 +313,13 @@ def _check(images, params, size):
         )
 
 
-def make_view(images, params, size):
-    """Augment a batch: crop, resize, mirror and rotate, then jitter, grayscale and blur, each by
-    its sample's own parameters.
+def make_view(images: Tensor, params: ViewParams, size: int) -> Tensor:
+    """Augment a batch, each sample by its own parameters.
 
-    A GPU takes the whole batch at once. A CPU takes a few samples at a time, as many as its caches
-    hold (one of 224 pixels a thread): at that size a pass over the whole batch waits for memory,
-    several times longer than it computes.
+    Crop, resize, mirror and rotate, then jitter, grayscale and blur. A GPU takes the whole batch at
+    once. A CPU takes a few samples at a time, as many as its caches hold (one of 224 pixels a
+    thread): at that size a pass over the whole batch waits for memory, several times longer than it
+    computes.
 
     The same batch gives the same bits with the same number of threads. In another one a sample's
     view agrees to 1e-6.
@@ -311,17 +344,20 @@ def make_view(images, params, size):
         return _make_view(images, params, size)
 
 
-def _make_view(images, params, size):
-    n, on_cpu = len(params), images.device.type == "cpu"
-    at_once = (
-        max(1, _CPU_VALUES * torch.get_num_threads() // (3 * size * size)) if on_cpu else max(1, n)
-    )
-    taken, order = _taken(params, size), np.arange(n)
+def _make_view(images: Tensor, params: ViewParams, size: int) -> Tensor:
+    n = len(params)
+    on_cpu = images.device.type == "cpu"
+    at_once = max(1, n)
+    if on_cpu:
+        at_once = max(1, _CPU_VALUES * torch.get_num_threads() // (3 * size * size))
+    taken = _taken(params, size)
+    order = np.arange(n)
     if n > at_once:
         # Samples that take the same operations in the same order stand together, and take them
         # where they lie.
         order = np.lexsort(taken[::-1])
-        params, taken = params.take(order), taken[:, order]
+        params = params.take(order)
+        taken = taken[:, order]
     chunks = [slice(start, start + at_once) for start in range(0, n, at_once)]
     least = _CPU_RUN / (3 * size * size) if on_cpu else n
     plans = [_plan(taken[:, chunk], least) for chunk in chunks]
@@ -329,30 +365,38 @@ def _make_view(images, params, size):
     # Parameters and index lists in one buffer: one copy to the device, asynchronous from pinned
     # memory. Grayscale is a saturation of 0.
     radians = np.deg2rad(params.angle)
-    floats = [params.boxes, params.flip, params.factors, ~params.grayscale, params.sigma]
-    floats += [np.cos(radians), np.sin(radians)]
-    floats = np.column_stack(floats).astype(np.float32)
-    lists = [some for plan in plans for _, some in plan if not isinstance(some, slice)]
+    floats = np.column_stack(
+        [
+            params.boxes,
+            params.flip,
+            params.factors,
+            ~params.grayscale,
+            params.sigma,
+            np.cos(radians),
+            np.sin(radians),
+        ]
+    ).astype(np.float32)
+    lists = [rows for plan in plans for _, rows in plan if not isinstance(rows, slice)]
     packed = torch.from_numpy(np.concatenate([floats.view(np.int32).ravel(), *lists]))
     if images.is_cuda:
         packed = packed.pin_memory()
-    rows, *lists = packed.to(images.device, non_blocking=True).split(
-        [floats.size, *map(len, lists)]
-    )
-    box, flip, amounts, turns = (
-        rows.view(torch.float32).view(floats.shape).split([4, 1, len(OPERATIONS), 2], dim=1)
-    )
-    lists, bands = iter(lists), box_bands(box, flip > 0, params.boxes, size)
+    packed = packed.to(images.device, non_blocking=True)
+    floats_there, *lists_there = packed.split([floats.size, *map(len, lists)])
+    floats_there = floats_there.view(torch.float32).view(floats.shape)
+    box, flip, amounts, turns = floats_there.split([4, 1, len(OPERATIONS), 2], dim=1)
+    bands = box_bands(box, flip > 0, params.boxes, size)
+    next_list = iter(lists_there)
 
     out = torch.empty((n, 3, size, size), device=images.device)
     for chunk, plan in zip(chunks, plans, strict=True):
-        plan = [(op, some if isinstance(some, slice) else next(lists).long()) for op, some in plan]
-        pixels = (
-            images if len(chunks) == 1 else images.index_select(0, torch.from_numpy(order[chunk]))
-        )
-        x = crop_resize_flip(
-            pixels, params.boxes[chunk], *(part[chunk] for part in bands)
-        )  # [n, x, 3, y]
+        plan = [
+            (op, rows if isinstance(rows, slice) else next(next_list).long()) for op, rows in plan
+        ]
+        pixels = images
+        if len(chunks) > 1:
+            pixels = images.index_select(0, torch.from_numpy(order[chunk]))
+        chunk_bands = (part[chunk] for part in bands)
+        x = crop_resize_flip(pixels, params.boxes[chunk], *chunk_bands)  # [n, x, 3, y]
         if params.angle[chunk].any():
             x = rotate(x, *turns[chunk].unbind(1))
         _apply(plan, x, amounts[chunk])
@@ -365,25 +409,27 @@ def _make_view(images, params, size):
     return out
 
 
-def _apply(plan, x, amounts):
-    for op, some in plan:
-        if isinstance(some, slice):
-            OPERATIONS[op](x[some], amounts[some, op].view(-1, 1, 1, 1))
+def _apply(plan: list[tuple[int, slice | Tensor]], x: Tensor, amounts: Tensor) -> None:
+    for op, rows in plan:
+        if isinstance(rows, slice):
+            OPERATIONS[op](x[rows], amounts[rows, op].view(-1, 1, 1, 1))
         else:
-            part = x.index_select(0, some)
-            OPERATIONS[op](part, amounts[:, op].index_select(0, some).view(-1, 1, 1, 1))
-            x.index_copy_(0, some, part)
+            part = x.index_select(0, rows)
+            OPERATIONS[op](part, amounts[:, op].index_select(0, rows).view(-1, 1, 1, 1))
+            x.index_copy_(0, rows, part)
 
 
-def _taken(params, size):
-    """Which samples take which operation, [18, n] bool: each of the four of the jitter as the
-    first, second, third and last, then grayscale, then blur.
+def _taken(params: ViewParams, size: int) -> np.ndarray:
+    """Which samples take which operation, [18, n] bool, in the order of STEPS.
+
+    Each of the jitter's four as the first, second, third and last, then grayscale, then blur.
     """
     slots = [params.jittered & (column == op) for column in params.order.T for op in range(4)]
-    return np.stack([*slots, params.grayscale, (params.sigma > 0) & (blur_kernel_size(size) > 1)])
+    blurred = (params.sigma > 0) & (blur_kernel_size(size) > 1)
+    return np.stack([*slots, params.grayscale, blurred])
 
 
-def _plan(taken, least):
+def _plan(taken: np.ndarray, least: float) -> list[tuple[int, slice | np.ndarray]]:
     """The operations of a chunk in their order, each with the samples that take it.
 
     Those are a slice, or an int32 array that costs a copy to and fro. Samples that stand in several
@@ -392,8 +438,10 @@ def _plan(taken, least):
     """
     plan = []
     for op, mask, count in zip(STEPS, taken, taken.sum(axis=1).tolist(), strict=True):
-        if count in (0, len(mask)):
-            plan += [(op, slice(None))] * (count > 0)
+        if count == 0:
+            continue
+        if count == len(mask):
+            plan.append((op, slice(None)))
             continue
         edges = np.flatnonzero(np.diff(mask, prepend=False, append=False)).tolist()
         if len(edges) == 2 or 2 * count >= least * len(edges):
@@ -403,7 +451,7 @@ def _plan(taken, least):
     return plan
 
 
-def resize(images, size):
+def resize(images: Tensor, size: int) -> Tensor:
     """Resize whole images for evaluation, antialiased bilinear.
 
     Args:
@@ -420,22 +468,34 @@ def resize(images, size):
 
 
 @functools.cache
-def _mean_std(device, dtype, mean, std):
+def _mean_std(
+    device: torch.device, dtype: torch.dtype, mean: tuple[float, ...], std: tuple[float, ...]
+) -> Tensor:
     # Cached, because a new constant would be a synchronous copy at every step. Ordinary tensors
     # even if the first call is made in inference mode: autograd could not use the others later.
     with torch.inference_mode(False):
         return torch.tensor([mean, std], device=device, dtype=dtype).view(2, 3, 1, 1)
 
 
-def normalize(x, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-    """Subtract the mean and divide by the standard deviation, tuples of three; x (..., 3, H, W)
-    floating in [0, 1].
+def normalize(
+    x: Tensor,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+) -> Tensor:
+    """Subtract the channels' means and divide by their standard deviations.
+
+    Args:
+        x: (..., 3, H, W), floating point in [0, 1].
+        mean, std: three numbers each.
+
+    Returns:
+        Like x; x itself is not changed.
     """
     mean, std = _mean_std(x.device, x.dtype, mean, std)
     return (x - mean).div_(std)
 
 
-def denormalize(x):
+def denormalize(x: Tensor) -> Tensor:
     """Undo `normalize` with its defaults, for pictures."""
     mean, std = _mean_std(x.device, x.dtype, IMAGENET_MEAN, IMAGENET_STD)
     return x * std + mean

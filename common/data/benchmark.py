@@ -1,10 +1,10 @@
-"""The speed of the input path, `python -m common.augment --benchmark`: from JPEG bytes to two
-normalized SimCLR views.
+"""Time the input path: python -m common.data.benchmark --size 224
 
-Everything runs in one process on the same generated images: the usual per-image pipelines and this
-package's, with its images in files, in a packed file, and already decoded. The unit is a second of
-CPU time of all threads together, which is a second of one core; other processes' work does not
-count. Rounds take every pipeline in turn, and ratios are medians over the rounds.
+From JPEG bytes to two normalized SimCLR views. Everything runs in one process on the same generated
+images: the usual per-image pipelines and this package's, with its images in files, in a packed
+file, and already decoded. The unit is a second of CPU time of all threads together, which is a
+second of one core; other processes' work does not count. Rounds take every pipeline in turn, and
+ratios are medians over the rounds.
 """
 
 import importlib
@@ -12,8 +12,10 @@ import importlib.metadata
 import io
 import json
 import statistics
+import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -36,12 +38,12 @@ _STORE = 256  # side of the squares that this package keeps
 
 def jpegs(count: int) -> list[bytes]:
     """`count` smooth random images with some grain, as JPEG files of quality 90."""
-    generator, files = torch.Generator().manual_seed(0), []
+    generator = torch.Generator().manual_seed(0)
+    files = []
     for number in range(count):
         size = _SIDES[number % len(_SIDES)]
-        shapes = F.interpolate(
-            torch.rand(1, 3, 9, 12, generator=generator), size=size, mode="bicubic"
-        )[0]
+        coarse = torch.rand(1, 3, 9, 12, generator=generator)
+        shapes = F.interpolate(coarse, size=size, mode="bicubic")[0]
         grain = 0.04 * torch.randn(3, *size, generator=generator)
         pixels = ((shapes + grain) * 255).clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
         buffer = io.BytesIO()
@@ -51,76 +53,82 @@ def jpegs(count: int) -> list[bytes]:
 
 
 def torchvision_views(size: int) -> v2.Compose:
-    """SimCLR's augmentation (appendix A) as torchvision's transforms; PIL images and uint8 tensors
-    pass.
-    """
+    """SimCLR's augmentation (appendix A) in torchvision, of PIL images or uint8 tensors."""
     steps = [
         v2.RandomResizedCrop(size, scale=(0.08, 1.0), antialias=True),
         v2.RandomHorizontalFlip(),
         v2.RandomApply([v2.ColorJitter(0.8, 0.8, 0.8, 0.2)], p=0.8),
         v2.RandomGrayscale(0.2),
     ]
-    if augment.blur_kernel_size(size) > 1:
-        steps.append(
-            v2.RandomApply([v2.GaussianBlur(augment.blur_kernel_size(size), (0.1, 2.0))], p=0.5)
-        )
+    kernel_size = augment.blur_kernel_size(size)
+    if kernel_size > 1:
+        steps.append(v2.RandomApply([v2.GaussianBlur(kernel_size, (0.1, 2.0))], p=0.5))
     steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
     return v2.Compose([*steps, v2.Normalize(augment.IMAGENET_MEAN, augment.IMAGENET_STD)])
 
 
 def our_views(pixels: torch.Tensor, epoch: int, size: int) -> torch.Tensor:
     """Both views (2n, 3, size, size) of uint8 pixels (n, 3, H, W), normalized."""
-    samples, stored = np.arange(len(pixels)), tuple(pixels.shape[-2:])
-    drawn = [augment.simclr_params(0, epoch, samples, view, stored, size) for view in (0, 1)]
-    return torch.cat(
-        [augment.normalize(augment.make_view(pixels, params, size)) for params in drawn]
-    )
+    samples = np.arange(len(pixels))
+    stored = tuple(pixels.shape[-2:])
+    views = []
+    for view in (0, 1):
+        params = augment.simclr_params(0, epoch, samples, view, stored, size)
+        views.append(augment.normalize(augment.make_view(pixels, params, size)))
+    return torch.cat(views)
 
 
-def pipelines(files: list[bytes], folder: Path, size: int) -> dict:
+def pipelines(
+    files: list[bytes], folder: Path, size: int
+) -> dict[str, Callable[[int], torch.Tensor]]:
     """name -> function of the epoch that makes all views once."""
     compose = torchvision_views(size)
 
-    def per_image(transform, prepare=lambda image: image):
+    def two_views(image):
+        return compose(image), compose(image)
+
+    def two_views_of_tensor(image):
+        return two_views(v2.functional.pil_to_tensor(image))
+
+    def per_image(transform):
         def run(epoch):
-            images = (prepare(Image.open(io.BytesIO(content)).convert("RGB")) for content in files)
+            images = (Image.open(io.BytesIO(content)).convert("RGB") for content in files)
             return torch.stack([view for image in images for view in transform(image)])
 
         return run
 
-    def both(image):
-        return compose(image), compose(image)
-
     def from_images(path):
         images: Images = open_images(str(path))
         images.keeps = False
-        return lambda epoch: our_views(
-            next(images.batches([np.arange(len(files))], 1)), epoch, size
-        )
 
-    found = {
-        "torchvision, PIL images": per_image(both),
-        "torchvision, uint8 tensors": per_image(both, v2.functional.pil_to_tensor),
+        def run(epoch):
+            pixels = next(images.batches([np.arange(len(files))], 1))
+            return our_views(pixels, epoch, size)
+
+        return run
+
+    def augmentation_alone(epoch):
+        return our_views(decoded, epoch, size)
+
+    images = open_images(str(folder / "files"))
+    decoded = torch.stack([images.decode(i) for i in range(len(files))]).contiguous()
+    candidates = {
+        "torchvision, PIL images": per_image(two_views),
+        "torchvision, uint8 tensors": per_image(two_views_of_tensor),
     }
     try:
-        found["lightly"] = per_image(
-            importlib.import_module("lightly.transforms").SimCLRTransform(input_size=size)
-        )
+        lightly = importlib.import_module("lightly.transforms")
+        candidates["lightly"] = per_image(lightly.SimCLRTransform(input_size=size))
     except ImportError as error:
         print(f"lightly is not compared: {error} (pip install lightly)")
-    found["ours, files"] = from_images(folder / "files")
-    found["ours, packed file"] = from_images(folder / "images.packed")
-    pixels = torch.stack(
-        [open_images(str(folder / "files")).decode(i) for i in range(len(files))]
-    ).contiguous()
-    found["ours, augmentation alone"] = lambda epoch: our_views(pixels, epoch, size)
-    return found
+    candidates["ours, files"] = from_images(folder / "files")
+    candidates["ours, packed file"] = from_images(folder / "images.packed")
+    candidates["ours, augmentation alone"] = augmentation_alone
+    return candidates
 
 
 def measure_cpu(size: int, count: int, repeats: int, folder: Path) -> list[dict]:
-    """Rows of pairs and views per second of CPU time, and the ratios to the first pipeline and to
-    the fastest peer.
-    """
+    """Rows of pairs and views per second of CPU time, and the ratios to the pipelines of others."""
     files = jpegs(count)
     (folder / "files").mkdir(exist_ok=True)
     for number, content in enumerate(files):
@@ -143,19 +151,20 @@ def measure_cpu(size: int, count: int, repeats: int, folder: Path) -> list[dict]
         " pipeline"
     )
     print(
-        f"{'pipeline':<28}{'pairs/s':>9}{'views/s':>9}{'x torchvision PIL':>19}{'x tensors':>11}{'x lightly':>11}"
+        f"{'pipeline':<28}{'pairs/s':>9}{'views/s':>9}"
+        f"{'x torchvision PIL':>19}{'x tensors':>11}{'x lightly':>11}"
     )
-    peers, rows = [name for name in candidates if not name.startswith("ours")], []
+    peers = [name for name in candidates if not name.startswith("ours")]
+    rows = []
     for name, times in seconds.items():
         rate = count / statistics.median(times)
         ratios = {
             peer: statistics.median(a / b for a, b in zip(seconds[peer], times, strict=True))
             for peer in peers
         }
-        shown = [f"{ratio:.2f}" for ratio in ratios.values()]
-        print(
-            f"{name:<28}{rate:>9.1f}{2 * rate:>9.1f}{shown[0]:>19}{shown[1]:>11}{(shown[2:] or ['-'])[0]:>11}"
-        )
+        pil, tensors, *others = (f"{ratio:.2f}" for ratio in ratios.values())
+        lightly = others[0] if others else "-"
+        print(f"{name:<28}{rate:>9.1f}{2 * rate:>9.1f}{pil:>19}{tensors:>11}{lightly:>11}")
         rows.append(
             {
                 "size": size,
@@ -169,9 +178,7 @@ def measure_cpu(size: int, count: int, repeats: int, folder: Path) -> list[dict]
 
 
 def measure_cuda(size: int, repeats: int, batch: int = 256) -> list[dict]:
-    """Milliseconds of the augmentation of a batch and of a ResNet-50 step on its views (bf16,
-    channels_last).
-    """
+    """Milliseconds of a batch's augmentation and of a ResNet-50 step, bf16 and channels_last."""
     model = torchvision.models.resnet50().cuda().to(memory_format=torch.channels_last).train()
     pixels = torch.randint(0, 256, (batch, 3, _STORE, _STORE), dtype=torch.uint8, device="cuda")
 
@@ -196,31 +203,28 @@ def measure_cuda(size: int, repeats: int, batch: int = 256) -> list[dict]:
             times.append(1e3 * (time.perf_counter() - begun))
         return statistics.median(times[3:])  # the first ones warm up
 
-    ours, whole = milliseconds(augmentation), milliseconds(step)
+    augmentation_ms = milliseconds(augmentation)
+    step_ms = milliseconds(step)
+    share = augmentation_ms / (augmentation_ms + step_ms)
     print(f"\n{size} px, {batch} pairs on {torch.cuda.get_device_name()}")
     print(
-        f"augmentation {ours:.2f} ms, {1e3 * batch / ours:.0f} pairs/s; forward and backward"
-        f" {whole:.2f} ms"
+        f"augmentation {augmentation_ms:.2f} ms, {1e3 * batch / augmentation_ms:.0f} pairs/s;"
+        f" forward and backward {step_ms:.2f} ms"
     )
-    print(
-        f"augmentation is {100 * ours / (ours + whole):.1f} % of augmentation, forward and backward"
-    )
+    print(f"augmentation is {100 * share:.1f} % of augmentation, forward and backward")
     return [
         {
             "size": size,
             "pairs": batch,
-            "augmentation_ms": ours,
-            "step_ms": whole,
-            "share": ours / (ours + whole),
+            "augmentation_ms": augmentation_ms,
+            "step_ms": step_ms,
+            "share": share,
         }
     ]
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = config.Parser(prog="python -m common.augment", description=__doc__)
-    parser.add_argument(
-        "--benchmark", action="store_true", required=True, help="measure the input path"
-    )
+    parser = config.Parser(prog="python -m common.data.benchmark", description=__doc__)
     parser.add_argument(
         "--size",
         type=config.number(int, low=8),
@@ -276,3 +280,7 @@ def _cpu_name() -> str | None:
     return next(
         (line.split(":")[1].strip() for line in lines if line.startswith("model name")), None
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

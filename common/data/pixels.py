@@ -1,30 +1,33 @@
-"""Operations on the pixels of views: crop, resize and mirror, rotate, color, blur; each equals
-torchvision's functional form.
+"""Operations on the pixels of views: crop, resize and mirror, rotate, color, blur.
 
-They work on float32 [n, S, 3, S] in [0, 1] for n samples of S x S pixels: rows (or columns) with
-all three channels, so that resizing and blurring are weighted sums of whole rows. `OPERATIONS` work
-in place, with one amount a sample, [n, 1, 1, 1].
+Each equals torchvision's functional form. They work on float32 [n, S, 3, S] in [0, 1] for n samples
+of S x S pixels: rows (or columns) with all three channels, so that resizing and blurring are
+weighted sums of whole rows. `OPERATIONS` work in place, with one amount a sample, [n, 1, 1, 1].
 """
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 # ITU-R 601 luma as torchvision rounds it; the sum is 0.9999, so white turns to 0.9999.
 LUMA = (0.2989, 0.587, 0.114)
 
 
-def blur_kernel_size(size):
-    """Return the odd number of taps nearest above a tenth of the view's side, 23 for 224 pixels; 1
-    blurs nothing.
+def blur_kernel_size(size: int) -> int:
+    """Return the odd number of taps nearest above a tenth of the view's side, 23 for 224 pixels.
+
+    A single tap blurs nothing.
     """
     return 2 * (size // 20) + 1
 
 
-def _resize_bands(start, length, flip, size, taps):
-    """Antialiased bilinear weights of one axis, as the few source pixels that each output pixel
-    takes.
+def _resize_bands(
+    start: Tensor, length: Tensor, flip: Tensor, size: int, taps: int
+) -> tuple[Tensor, Tensor]:
+    """Antialiased bilinear weights of one axis: the few source pixels of each output pixel.
 
     A triangle filter that reaches one output pixel to each side, never less than one source pixel,
     cut at the box's ends and normalized.
@@ -44,154 +47,172 @@ def _resize_bands(start, length, flip, size, taps):
     center = torch.where(flip, size - place, place) * scale  # [n, size], from the box's start
     first = (center - reach + 0.5).floor_()
     pixel = first.unsqueeze(2) + torch.arange(taps, device=start.device)  # [n, size, taps]
-    weights = (
-        (pixel + 0.5 - center.unsqueeze(2)).abs_().div_(-reach.unsqueeze(2)).add_(1).clamp_(min=0)
-    )
+    distance = (pixel + 0.5 - center.unsqueeze(2)).abs_()
+    weights = distance.div_(-reach.unsqueeze(2)).add_(1).clamp_(min=0)
     last = length.unsqueeze(2) - 1
     weights.mul_((pixel >= 0) & (pixel <= last))
     pixel = torch.minimum(pixel.clamp_(min=0), last).add_(start.unsqueeze(2))
     return pixel.long(), weights.div_(weights.sum(dim=2, keepdim=True))
 
 
-def box_bands(box, flip, boxes, size):
-    """`_resize_bands` of the rows and of the columns of n boxes.
+def box_bands(
+    box: Tensor, flip: Tensor, boxes: np.ndarray, size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Antialiased bilinear weights of the rows and of the columns of n boxes.
 
     Args:
         box: (n, 4) float tensor: top, left, height, width in source pixels.
         flip: (n, 1) bool tensor, mirror left to right.
         boxes: the (n, 4) array of `box` on the host.
         size: side of the views in pixels.
+
+    Returns:
+        pixel_y, weights_y, pixel_x, weights_x, (n, size, taps) each: the source pixels that an
+        output pixel takes, int64, and their weights, float32 with sums of 1.
     """
     top, left, height, width = box.split(1, dim=1)
-    taps_y, taps_x = (
-        max(2, math.ceil(2 * length / size)) for length in boxes[:, 2:].max(0, initial=1)
-    )
+    largest_height, largest_width = boxes[:, 2:].max(0, initial=1)
+    taps_y = max(2, math.ceil(2 * largest_height / size))
+    taps_x = max(2, math.ceil(2 * largest_width / size))
     rows = _resize_bands(top, height, torch.zeros_like(flip), size, taps_y)
-    return (*rows, *_resize_bands(left, width, flip, size, taps_x))
+    columns = _resize_bands(left, width, flip, size, taps_x)
+    return (*rows, *columns)
 
 
-def _combine_rows(x, pixel, weights, first=0):
-    """Weighted sums of rows: x [n, R, 3, L], pixel - first and weights [n, S, taps] -> [n, S, 3,
-    L].
+def _combine_rows(x: Tensor, pixel: Tensor, weights: Tensor, first: int = 0) -> Tensor:
+    """Weighted sums of rows.
 
-    An embedding bag gathers, weights and adds in one pass and reads whole rows, several times as
-    fast as a product with a matrix that is mostly zero.
+    x [n, R, 3, L], pixel - first and weights [n, S, taps] -> [n, S, 3, L]. An embedding bag
+    gathers, weights and adds in one pass and reads whole rows, several times as fast as a product
+    with a matrix that is mostly zero.
     """
     n, rows, channels, length = x.shape
     start = torch.arange(-first, n * rows - first, rows, device=x.device).view(n, 1, 1)
-    index, weights = (pixel + start).flatten(0, 1), weights.flatten(0, 1).contiguous()
+    index = (pixel + start).flatten(0, 1)
+    weights = weights.flatten(0, 1).contiguous()
     x = F.embedding_bag(index, x.reshape(n * rows, -1), per_sample_weights=weights, mode="sum")
     return x.view(n, -1, channels, length)
 
 
-def turn(x):
+def turn(x: Tensor) -> Tensor:
     """Rows to columns: [n, y, 3, x] <-> [n, x, 3, y], so that `_combine_rows` serves both axes."""
     return x.transpose(1, 3).contiguous()
 
 
-def crop_resize_flip(images, boxes, pixel_y, weights_y, pixel_x, weights_x):
-    """Cut, resize and mirror images (n, 3, H, W) uint8 to [n, x, 3, y], by `box_bands`; `boxes` are
-    on the host.
+def crop_resize_flip(
+    images: Tensor,
+    boxes: np.ndarray,
+    pixel_y: Tensor,
+    weights_y: Tensor,
+    pixel_x: Tensor,
+    weights_x: Tensor,
+) -> Tensor:
+    """Cut, resize and mirror images.
+
+    Args:
+        images: (n, 3, H, W) uint8.
+        boxes: (n, 4) on the host: top, left, height, width in source pixels.
+        pixel_y, weights_y, pixel_x, weights_x: from `box_bands`.
+
+    Returns:
+        [n, x, 3, y] float32 in [0, 1].
     """
     # Only what some box covers is read. Not cut to the columns: the rows' length is compiled into
     # the bag's code.
-    (top, left), (bottom, right) = (
-        boxes[:, :2].min(0).astype(int),
-        (boxes[:, :2] + boxes[:, 2:]).max(0).astype(int),
-    )
-    rows = (
-        images[:, :, top:bottom]
-        .transpose(1, 2)
-        .to(torch.float32, memory_format=torch.contiguous_format)
-    )
+    top, left = boxes[:, :2].min(0).astype(int)
+    bottom, right = (boxes[:, :2] + boxes[:, 2:]).max(0).astype(int)
+    rows = images[:, :, top:bottom].transpose(1, 2)
+    rows = rows.to(torch.float32, memory_format=torch.contiguous_format)
     columns = turn(_combine_rows(rows, pixel_y, weights_y, top)[..., left:right])
     # Weights sum to 1 only up to rounding.
     return _combine_rows(columns, pixel_x, weights_x, left).div_(255).clamp_(0, 1)
 
 
-def rotate(x, cos, sin):
-    """Rotate columns [n, x, 3, y] about their images' centers, counter-clockwise by (n,) angles
-    given as cos and sin.
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate images counter-clockwise about their centers.
 
-    Bilinear between pixel centers, black beyond the border: `rotate` with its default fill. The
-    same black given as fill=0 fades twice at the border there.
+    Bilinear between pixel centers, black beyond the border: torchvision's `rotate` with its default
+    fill. The same black given as fill=0 fades twice at the border there.
+
+    Args:
+        x: [n, x, 3, y] float32.
+        cos, sin: (n,) of the angles.
+
+    Returns:
+        Like x.
     """
     # Not by `affine_grid`: its matrix product rounds to TF32 where that is allowed, a tenth of a
-    # pixel.
-    down = (torch.arange(x.shape[1], device=x.device) * 2 + 1) / x.shape[
-        1
-    ] - 1  # from -1 to 1, as grid_sample counts
-    across, cos, sin = down.view(-1, 1), cos.view(-1, 1, 1), sin.view(-1, 1, 1)
-    grid = torch.stack(
-        [cos * down + sin * across, cos * across - sin * down], dim=3
-    )  # [n, x, y, 2]
+    # pixel. From -1 to 1, as grid_sample counts.
+    size = x.shape[1]
+    down = (torch.arange(size, device=x.device) * 2 + 1) / size - 1
+    across = down.view(-1, 1)
+    cos = cos.view(-1, 1, 1)
+    sin = sin.view(-1, 1, 1)
+    place = [cos * down + sin * across, cos * across - sin * down]
+    grid = torch.stack(place, dim=3)  # [n, x, y, 2]
     return F.grid_sample(x.transpose(1, 2), grid, align_corners=False).transpose(1, 2).contiguous()
 
 
-def _luma(x):
-    r, g, b = x.unbind(2)
-    return (r * LUMA[0]).add_(g, alpha=LUMA[1]).add_(b, alpha=LUMA[2]).unsqueeze(2)  # [n, S, 1, S]
+def _luma(r: Tensor, g: Tensor, b: Tensor) -> Tensor:
+    return (r * LUMA[0]).add_(g, alpha=LUMA[1]).add_(b, alpha=LUMA[2])
 
 
-def _brightness(x, factor):
+def _brightness(x: Tensor, factor: Tensor) -> None:
     x.mul_(factor).clamp_(0, 1)
 
 
-def _contrast(x, factor):
-    r, g, b = x.mean(dim=(1, 3)).unbind(1)
-    mean = (r * LUMA[0]).add_(g, alpha=LUMA[1]).add_(b, alpha=LUMA[2]).view(-1, 1, 1, 1)
+def _contrast(x: Tensor, factor: Tensor) -> None:
+    mean = _luma(*x.mean(dim=(1, 3)).unbind(1)).view(-1, 1, 1, 1)
     x.mul_(factor).add_(mean.mul_(1 - factor)).clamp_(0, 1)
 
 
-def _saturation(x, factor):
-    gray = _luma(x)
+def _saturation(x: Tensor, factor: Tensor) -> None:
+    gray = _luma(*x.unbind(2)).unsqueeze(2)  # [n, S, 1, S]
     x.mul_(factor).add_(gray.mul_(1 - factor)).clamp_(0, 1)
 
 
-def _hue(x, turns):
-    """Turn the hue, keep HSV's value and chroma: a channel fades with its distance from the hue on
-    the color wheel.
+def _hue(x: Tensor, turns: Tensor) -> None:
+    """Turn the hue, keep HSV's value and chroma.
 
-    The hue in sixths of a turn is 2 + (g + b - r - value) / chroma up to half a turn, and its
-    mirror image beyond; that needs no choice between cases. Every intermediate is one plane.
+    A channel fades with its distance from the hue on the color wheel. The hue in sixths of a turn
+    is 2 + (g + b - r - value) / chroma up to half a turn, and its mirror image beyond; that needs
+    no choice between cases. Every intermediate is one plane.
     """
     r, g, b = x.unbind(2)
-    value, chroma = torch.maximum(r, g), torch.minimum(r, g)
+    value = torch.maximum(r, g)
     torch.maximum(value, b, out=value)
-    torch.sub(value, torch.minimum(chroma, b, out=chroma), out=chroma)
-    hue = (
-        (g + b)
-        .sub_(r)
-        .sub_(value)
-        .div_(chroma.clamp_min(1e-12))
-        .add_(2)
-        .copysign_(g - b)
-        .add_(6 * turns.squeeze(2))
-    )
+    least = torch.minimum(r, g)
+    torch.minimum(least, b, out=least)
+    chroma = torch.sub(value, least, out=least)
+    hue = (g + b).sub_(r).sub_(value).div_(chroma.clamp_min(1e-12)).add_(2)
+    hue.copysign_(g - b).add_(6 * turns.squeeze(2))
     hue.sub_((hue / 6).floor_(), alpha=6)  # [n, S, S] in [0, 6]
     # Green and blue fade with the distance from 2 and 4 sixths; red, at 0 and 6, with the nearness
     # to 3.
-    base = torch.add(value, chroma)
-    for channel, stand, start, sign in (
-        (r, 3, value.sub_(chroma, alpha=2), 1),
-        (g, 2, base, -1),
-        (b, 4, base, -1),
+    falling = torch.add(value, chroma)
+    rising = value.sub_(chroma, alpha=2)
+    for channel, sixths, start, sign in (
+        (r, 3, rising, 1),
+        (g, 2, falling, -1),
+        (b, 4, falling, -1),
     ):
-        fade = (hue - stand).abs_().clamp_(1, 2)
+        fade = (hue - sixths).abs_().clamp_(1, 2)
         torch.addcmul(start, fade, chroma, value=sign, out=fade)
         channel.copy_(fade)
     x.clamp_(0, 1)
 
 
-def _blur(x, sigma):
+def _blur(x: Tensor, sigma: Tensor) -> None:
     """Gaussian blur along the rows' axis with one sigma a sample, reflected at the border."""
     n, size = x.shape[:2]
     radius = blur_kernel_size(size) // 2
     offset = torch.arange(-radius, radius + 1, device=x.device)
-    taps = torch.softmax(-0.5 * (offset / sigma.view(n, 1)).square(), dim=1)  # [n, taps]
+    weights = torch.softmax(-0.5 * (offset / sigma.view(n, 1)).square(), dim=1)  # [n, taps]
     pixel = (torch.arange(size, device=x.device).unsqueeze(1) + offset).abs_()
     pixel = (size - 1) - ((size - 1) - pixel).abs_()  # [size, taps]
-    x.copy_(_combine_rows(x, pixel.expand(n, -1, -1), taps.unsqueeze(1).expand(-1, size, -1)))
+    pixel = pixel.expand(n, -1, -1)
+    weights = weights.unsqueeze(1).expand(-1, size, -1)
+    x.copy_(_combine_rows(x, pixel, weights))
 
 
 OPERATIONS = (_brightness, _contrast, _saturation, _hue, _saturation, _blur)

@@ -12,8 +12,9 @@ import numpy as np
 
 
 class _Cell(NamedTuple):
-    """Recipe of one class; lengths are shares of the cell's radius, pairs are ranges drawn from per
-    image.
+    """Recipe of one class.
+
+    Lengths are shares of the cell's radius, pairs are ranges drawn from per image.
     """
 
     share: float  # of the images
@@ -60,19 +61,17 @@ _PLACES = {
     2: ((1, 0), (-1, 0), (1, 0)),
     3: ((1, 0), (-0.5, 0.8660254), (-0.5, -0.8660254)),
 }
-_PINK, _GREEN, _BLUE = (
-    (0.12, 0.55, 0.3),
-    (0.6, 0.18, 0.22),
-    (1.3, 1.35, 0.65),
-)  # optical densities in R, G, B
+# Optical densities in R, G, B.
+_PINK = (0.12, 0.55, 0.3)
+_GREEN = (0.6, 0.18, 0.22)
+_BLUE = (1.3, 1.35, 0.65)
 _CHUNK = 16  # images made at once: a plane of them fits in a core's cache
 
 
 def cytology(
     num_images: int = 1280, size: int = 64, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Stained cells on a slide, one in the middle of each image, in eight mildly imbalanced
-    classes.
+    """Make images of stained cells, one in the middle of each, in eight mildly imbalanced classes.
 
     The class decides the number, size and place of the nuclei, the chromatin's texture, the
     membrane's waves and elongation, vacuoles, granules and a perinuclear halo (`_CELLS`): what
@@ -109,10 +108,11 @@ def cytology(
 def _render(cells: list[_Cell], size: int, rng: np.random.Generator) -> np.ndarray:
     n = len(cells)
 
+    def pairs(values):  # of two numbers a cell -> two arrays [n, 1, 1]
+        return np.array(values, np.float32).T.reshape(2, n, 1, 1)
+
     def drawn(field):
-        low, high = np.array([getattr(cell, field) for cell in cells], np.float32).T.reshape(
-            2, n, 1, 1
-        )
+        low, high = pairs([getattr(cell, field) for cell in cells])
         return low + (high - low) * rng.random((n, 1, 1), np.float32)
 
     def uniform(low, high, *shape):
@@ -120,10 +120,14 @@ def _render(cells: list[_Cell], size: int, rng: np.random.Generator) -> np.ndarr
 
     # The cell's own frame: shifted, rotated, scaled, stretched. Its membrane lies at distance 1.
     grid = (np.arange(size, dtype=np.float32) * 2 + 1) / size - 1
-    scale, (cos, sin), stretch = uniform(0.75, 1.05), _directions(rng, n), np.sqrt(drawn("stretch"))
+    scale = uniform(0.75, 1.05)
+    cos, sin = _directions(rng, n)
+    stretch = np.sqrt(drawn("stretch"))
     # A cell fills its image: most small crops then show some of it, and not the empty slide.
-    dx, dy = grid - uniform(-0.2, 0.2), grid[:, None] - uniform(-0.2, 0.2)
-    x, y = (dx * cos + dy * sin) / (scale * stretch), (dy * cos - dx * sin) * stretch / scale
+    dx = grid - uniform(-0.2, 0.2)
+    dy = grid[:, None] - uniform(-0.2, 0.2)
+    x = (dx * cos + dy * sin) / (scale * stretch)
+    y = (dy * cos - dx * sin) * stretch / scale
     soft = np.float32(3 / size) / scale  # a pixel and a half
     outline = _waves(rng, x, y, drawn("ruffle"), 3, 7)
     body = _inside(outline, soft)
@@ -133,15 +137,14 @@ def _render(cells: list[_Cell], size: int, rng: np.random.Generator) -> np.ndarr
     vacuole = _discs(rng, x, y, drawn("vacuoles"), 10, 0.14, 0.28, 0.75, soft)
     granule = _discs(rng, x, y, drawn("granules"), 16, 0.05, 0.09, 0.85, soft)
     near = np.float32(9)
-    clumps, clear = np.array([(cell.clumps, cell.halo) for cell in cells], np.float32).T.reshape(
-        2, n, 1, 1
-    )
-    radius, apart, (ux, uy) = drawn("nucleus"), drawn("apart"), _directions(rng, n)
+    clumps, clear = pairs([(cell.clumps, cell.halo) for cell in cells])
+    radius = drawn("nucleus")
+    apart = drawn("apart")
+    ux, uy = _directions(rng, n)
     for k in range(3):
-        px, py = np.array([_PLACES[cell.nuclei][k] for cell in cells], np.float32).T.reshape(
-            2, n, 1, 1
-        )
-        vx, vy = apart * (ux * px - uy * py) * stretch, apart * (ux * py + uy * px) / stretch
+        px, py = pairs([_PLACES[cell.nuclei][k] for cell in cells])
+        vx = apart * (ux * px - uy * py) * stretch
+        vy = apart * (ux * py + uy * px) / stretch
         # The stretch is undone here: a long cell has a round nucleus.
         distance = _waves(rng, (x - vx) * stretch, (y - vy) / stretch, 0.03 + 0.06 * clumps, 2, 4)
         near = np.minimum(near, distance / radius)
@@ -150,19 +153,16 @@ def _render(cells: list[_Cell], size: int, rng: np.random.Generator) -> np.ndarr
     halo = clear * _inside(near, np.float32(0.3), np.float32(0.8)) * (1 - nucleus)
 
     chromatin = (1 - clumps) * (fine - 0.5) + clumps * 2 * (_smooth((coarse - 0.3) * 2.5) - 0.5)
-    cytoplasm = (
-        body * (0.75 + 0.5 * mottle) * (1 - 0.8 * vacuole * (1 - nucleus)) * (1 - 0.75 * halo)
-        + 0.5 * rim
-    )
+    cytoplasm = body * (0.75 + 0.5 * mottle)
+    cytoplasm = cytoplasm * (1 - 0.8 * vacuole * (1 - nucleus)) * (1 - 0.75 * halo) + 0.5 * rim
     nuclear = nucleus * (0.85 + uniform(0.5, 0.8) * chromatin) + 0.35 * nuclear_rim
 
     # Neighbors and debris, in the slide's frame.
-    cytoplasm += (
-        (1 - body) * uniform(0.15, 0.6) * _discs(rng, dx, dy, uniform(0, 3), 3, 0.3, 0.6, 1.5, soft)
-    )
-    dark = granule * body * (1 - nucleus) + (1 - body) * _discs(
-        rng, dx, dy, uniform(0, 9), 8, 0.02, 0.09, 1.4, soft
-    )
+    opacity = uniform(0.15, 0.6)
+    neighbors = _discs(rng, dx, dy, uniform(0, 3), 3, 0.3, 0.6, 1.5, soft)
+    cytoplasm += (1 - body) * opacity * neighbors
+    debris = _discs(rng, dx, dy, uniform(0, 9), 8, 0.02, 0.09, 1.4, soft)
+    dark = granule * body * (1 - nucleus) + (1 - body) * debris
 
     # Optical densities per stain and channel; 1 / (1 + d + d^2 / 2) stands for exp(-d).
     pink, green, blue = np.array([_PINK, _GREEN, _BLUE], np.float32).reshape(3, 3, 1, 1)
@@ -171,15 +171,16 @@ def _render(cells: list[_Cell], size: int, rng: np.random.Generator) -> np.ndarr
     blue = blue * uniform(0.9, 1.1, 3) * uniform(0.5, 1.4, 1)
     density = (cytoplasm + 0.5 * dark)[:, None] * counter + (nuclear + 0.5 * dark)[:, None] * blue
     image = 1 / (1 + density + density * density / 2)
-    (lx, ly), tilt = _directions(rng, n), uniform(0.0, 0.14)
+    lx, ly = _directions(rng, n)
+    tilt = uniform(0.0, 0.14)
     light = (1 + tilt * (lx * grid + ly * grid[:, None])) * (0.96 + 0.08 * _noise(rng, n, size, 4))
     image *= light[:, None] * uniform(0.65, 1, 1) * uniform(0.94, 1, 3)
     blur = uniform(0.1, 0.6, 1)
     for axis in (2, 3):
         image += blur * ((np.roll(image, 1, axis) + np.roll(image, -1, axis)) / 2 - image) * 0.5
-    grain = rng.random(image.shape, np.float32) + rng.random(image.shape, np.float32) - 1
+    grain = _grain(rng, image.shape)
     image += uniform(0.01, 0.03, 1) * grain
-    return np.floor(np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
+    return _to_uint8(image)
 
 
 class FaceClips(NamedTuple):
@@ -201,27 +202,26 @@ class FaceClips(NamedTuple):
     rate: float
 
 
-_CAST = (
-    6  # faces that are swapped with one another: 6 real videos and 30 manipulated ones, five to one
-)
+# Faces that are swapped with one another: 6 real videos and 30 manipulated ones, five to one.
+_CAST = 6
 _RATE = 8.0  # two seconds are 16 frames: a clip of 8 takes every second one, from either start
 
 
 def face_clips(
     variant: str, num_faces: int = 96, num_frames: int = 16, size: int = 40, seed: int = 0
 ) -> FaceClips:
-    """Talking faces, real and manipulated 1 to 5, in FaceForensics++'s manner: pairs within a
-    split, both orders.
+    """Make videos of talking faces, a real one to five manipulated ones.
 
-    A video is one cycle from a phase of its own: the mouth opens slowly and shuts at once, so do
-    the eyes at another phase, and a shadow sinks over the face. Everything else (features, colors,
-    brightness, place, and in each frame grain and a little shake) is nuisance.
+    As in FaceForensics++, faces are swapped within a split, in both orders. A video is one cycle
+    from a phase of its own: the mouth opens slowly and shuts at once, so do the eyes at another
+    phase, and a shadow sinks over the face. Everything else (features, colors, brightness, place,
+    and in each frame grain and a little shake) is nuisance.
 
     Variant `order`: a manipulated video has exactly the frames of its real one, backwards and from
     another frame of the cycle. So every frame, set of frames and spacing is as frequent in real
     videos as in manipulated ones, whatever the clip's start, and mirror images and color jitter
-    change nothing: only the order of the frames tells. To be learned in minutes it shows best in the
-    light, which twice in a video fades slowly and comes back at once.
+    change nothing: only the order of the frames tells. To be learned in minutes it shows best in
+    the light, which twice in a video fades slowly and comes back at once.
 
     Variant `flicker`: the inner face is a patch, lighter or darker than the rest and a little
     beside it: once drawn for a real video, redrawn in every frame of a manipulated one. One frame
@@ -239,39 +239,50 @@ def face_clips(
     if num_faces < 3 * _CAST or num_faces % _CAST or num_frames < 2 or size < 16:
         raise ValueError(
             f"num_faces={num_faces}, num_frames={num_frames}, size={size}: at least 18 faces, a"
-            " multiple of 6, of 2"
-            " frames and 16 pixels are needed"
+            " multiple of 6, of 2 frames and 16 pixels are needed"
         )
     rng = np.random.Generator(np.random.PCG64(seed))
     held = max(round(num_faces / _CAST * 0.2), 1) * _CAST  # in validation, and again in test
-    names, splits, frames, pixels = [], [], [], []
+    names = []
+    splits = []
+    frames = []
+    pixels = []
     for face in range(num_faces):
-        cast = range(face - face % _CAST, face - face % _CAST + _CAST)
-        split = (
-            "train" if face < num_faces - 2 * held else "val" if face < num_faces - held else "test"
-        )
-        sources = [other for other in cast if other != face]
-        names += [f"{face:03d}"] + [f"{face:03d}_{source:03d}" for source in sources]
-        splits += [split] * _CAST
+        first_of_cast = face - face % _CAST
+        names.append(f"{face:03d}")
+        for source in range(first_of_cast, first_of_cast + _CAST):
+            if source != face:
+                names.append(f"{face:03d}_{source:03d}")
+        if face < num_faces - 2 * held:
+            splits += ["train"] * _CAST
+        elif face < num_faces - held:
+            splits += ["val"] * _CAST
+        else:
+            splits += ["test"] * _CAST
         real = np.arange(num_frames) + sum(map(len, pixels))
         flickers = np.arange(_CAST) > 0 if variant == "flicker" else np.zeros(1, bool)
         drawn = _face(size, num_frames, flickers, rng)  # [videos, num_frames, 3, size, size]
         pixels.append(drawn.reshape(-1, 3, size, size))
         starts = np.floor(rng.random(_CAST - 1) * num_frames).astype(np.int64)
         if variant == "order":
-            frames += [real] + [np.roll(real[::-1], start) for start in starts]
+            frames.append(real)
+            frames += [np.roll(real[::-1], start) for start in starts]
         else:
             frames += [real + k * num_frames for k in range(_CAST)]
     return FaceClips(np.concatenate(pixels), names, splits, frames, _RATE)
 
 
 def _face(size: int, num_frames: int, flickers: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One face in `len(flickers)` videos of a whole cycle, uint8 [videos, num_frames, 3, size,
-    size].
+    """One face in videos of a whole cycle each, uint8 [videos, num_frames, 3, size, size].
+
+    `flickers` says of each video whether its patch does.
     """
 
     def uniform(low, high, *shape):
         return np.float32(low) + np.float32(high - low) * rng.random(shape, np.float32)
+
+    def color(low, high):
+        return uniform(low, high, 3).reshape(3, 1, 1)
 
     def each(low, high):  # one number a frame
         return uniform(low, high, len(flickers) * num_frames, 1, 1)
@@ -280,7 +291,8 @@ def _face(size: int, num_frames: int, flickers: np.ndarray, rng: np.random.Gener
         return image + mask[:, None] * (color - image)
 
     grid = (np.arange(size, dtype=np.float32) * 2 + 1) / size - 1
-    soft, scale = np.float32(4 / size), uniform(0.85, 1.05)
+    soft = np.float32(4 / size)
+    scale = uniform(0.85, 1.05)
     x = (grid - uniform(-0.08, 0.08) - each(-0.02, 0.02)) / scale
     y = (grid[:, None] - uniform(-0.08, 0.08) - each(-0.02, 0.02)) / scale
     phase = rng.random(dtype=np.float32) + np.arange(num_frames, dtype=np.float32) / num_frames
@@ -288,74 +300,58 @@ def _face(size: int, num_frames: int, flickers: np.ndarray, rng: np.random.Gener
     cycles = (phase, phase + np.float32(0.4), phase + np.float32(0.7), 2 * phase)
     mouth, eyes, shadow, light = (at - np.floor(at) for at in cycles)
 
-    def ellipse(cx, cy, rx, ry, soft):
-        u, v = (x - cx) / rx, (y - cy) / ry
+    def ellipse(cx, cy, rx, ry, soft=soft):
+        rx, ry = np.float32(rx), np.float32(ry)
+        u = (x - cx) / rx
+        v = (y - cy) / ry
         return _inside(np.sqrt(u * u + v * v), soft / np.minimum(rx, ry))
 
-    skin = np.array([0.85, 0.62, 0.5], np.float32) * uniform(0.6, 1.1) * uniform(0.92, 1.08, 3)
-    skin, hair, backdrop = (
-        c.reshape(3, 1, 1) for c in (skin, uniform(0.05, 0.5, 3), uniform(0.2, 0.8, 3))
-    )
+    skin = np.array([0.85, 0.62, 0.5], np.float32) * uniform(0.6, 1.1)
+    skin = skin.reshape(3, 1, 1) * color(0.92, 1.08)
+    hair = color(0.05, 0.5)
+    backdrop = color(0.2, 0.8)
     texture = np.float32(0.9) + np.float32(0.2) * _noise(rng, 1, size, max(size // 8, 2))
     image = backdrop * np.ones_like(x + y)[:, None] * texture[:, None]
-    width, height = uniform(0.58, 0.7), uniform(0.78, 0.9)
-    image = blend(image, ellipse(0, -0.12, width * 1.1, height * 1.05, soft), hair)
-    face = ellipse(0, 0.05, width, height, soft)
-    image = blend(
-        image, face * _smooth((y + uniform(0.45, 0.6)) / soft / 2 + 0.5), skin * texture[:, None]
-    )
-    apart, level, iris = (
-        uniform(0.24, 0.32),
-        uniform(-0.2, -0.08),
-        uniform(0.05, 0.45, 3).reshape(3, 1, 1),
-    )
+    width = uniform(0.58, 0.7)
+    height = uniform(0.78, 0.9)
+    image = blend(image, ellipse(0, -0.12, width * 1.1, height * 1.05), hair)
+    face = ellipse(0, 0.05, width, height)
+    hairline = _smooth((y + uniform(0.45, 0.6)) / soft / 2 + 0.5)
+    image = blend(image, face * hairline, skin * texture[:, None])
+    apart = uniform(0.24, 0.32)
+    level = uniform(-0.2, -0.08)
+    iris = color(0.05, 0.45)
     for side in (-1, 1):
-        lid = 0.03 + 0.1 * eyes
-        eye = ellipse(side * apart, level, np.float32(0.16), lid, soft)
+        eye = ellipse(side * apart, level, 0.16, 0.03 + 0.1 * eyes)
         image = blend(image, eye, np.float32(0.95))
-        image = blend(
-            image,
-            eye * ellipse(side * apart, level, np.float32(0.07), np.float32(0.09), soft),
-            iris,
-        )
-        image = blend(
-            image,
-            ellipse(side * apart, level - 0.22, np.float32(0.18), np.float32(0.035), soft),
-            hair * 0.6,
-        )
-    image = blend(image, ellipse(0, 0.2, np.float32(0.06), np.float32(0.12), soft), skin * 0.8)
-    image = blend(
-        image,
-        ellipse(0, uniform(0.45, 0.52), uniform(0.24, 0.32), 0.04 + 0.16 * mouth, soft),
-        skin * 0.35,
-    )
+        image = blend(image, eye * ellipse(side * apart, level, 0.07, 0.09), iris)
+        brow = ellipse(side * apart, level - 0.22, 0.18, 0.035)
+        image = blend(image, brow, hair * 0.6)
+    image = blend(image, ellipse(0, 0.2, 0.06, 0.12), skin * 0.8)
+    lips = ellipse(0, uniform(0.45, 0.52), uniform(0.24, 0.32), 0.04 + 0.16 * mouth)
+    image = blend(image, lips, skin * 0.35)
     away = np.abs(y - (shadow * 2 - 1) * np.float32(1.2)) / np.float32(0.3)
     image *= 1 - np.float32(0.3) * _smooth(1 - away)[:, None]
     if flickers.any():
-        redrawn, once = (
-            uniform(0, 1, 3, len(flickers), num_frames),
-            uniform(0, 1, 3, len(flickers), 1),
-        )
+        redrawn = uniform(0, 1, 3, len(flickers), num_frames)
+        once = uniform(0, 1, 3, len(flickers), 1)
         patch = np.where(flickers[:, None], redrawn, once).reshape(3, -1, 1, 1)
         side = np.where(patch[0] < 0.5, np.float32(-1), np.float32(1))
         dx, dy = (patch[1:] - np.float32(0.5)) * np.float32(0.06)
-        inner = ellipse(dx, 0.12 + dy, np.float32(0.45), np.float32(0.55), np.float32(0.14))
-        image *= 1 + (inner * side)[:, None] * np.array([0.3, 0.25, 0.1], np.float32).reshape(
-            3, 1, 1
-        )
+        inner = ellipse(dx, 0.12 + dy, 0.45, 0.55, np.float32(0.14))
+        tint = np.array([0.3, 0.25, 0.1], np.float32).reshape(3, 1, 1)
+        image *= 1 + (inner * side)[:, None] * tint
     else:
         image *= 1 - np.float32(0.5) * light[:, None]
     image *= uniform(0.75, 1.1)
-    image += each(0.01, 0.03)[:, None] * (
-        rng.random(image.shape, np.float32) + rng.random(image.shape, np.float32) - 1
-    )
-    image = np.floor(np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
-    return image.reshape(len(flickers), num_frames, 3, size, size)
+    strength = each(0.01, 0.03)[:, None]
+    image += strength * _grain(rng, image.shape)
+    return _to_uint8(image).reshape(len(flickers), num_frames, 3, size, size)
 
 
 _ACTS = (
-    "acknowledge", "agreement", "answer", "apology", "backchannel", "command", "disagreement", "greeting", "opinion",
-    "other", "question", "statement",
+    "acknowledge", "agreement", "answer", "apology", "backchannel", "command",
+    "disagreement", "greeting", "opinion", "other", "question", "statement",
 )  # fmt: skip
 # from one class to the next: 38.8 from the first to the last, as in the real IEMOCAP-DA
 _GROWTH = 1.39456
@@ -365,7 +361,7 @@ _ROOMS = 8
 def utterances(
     num_utterances: int = 2700, seed: int = 0
 ) -> tuple[dict[str, np.ndarray], np.ndarray, list[str]]:
-    """Features of utterances in three modalities, none of which tells the twelve acts apart alone.
+    """Make features of utterances: three modalities, none of which tells the twelve acts alone.
 
     The acts are the pairs of four kinds of wording and three of tone. `text` (64) shows the wording
     well and the tone a little, `audio` (32) the tone well and the wording a little. `video` (96)
@@ -390,10 +386,6 @@ def utterances(
     rng = np.random.Generator(np.random.PCG64(seed))
     labels = np.searchsorted(edges, np.arange(num_utterances), side="right").astype(np.int64)
     labels = labels[np.argsort(rng.random(num_utterances), kind="stable")]
-    wording, tone = (
-        np.arange(12) % 4,
-        np.arange(12) % 3,
-    )  # every pair once, in no order of frequency
 
     def around(groups, width, strength):
         centers = _bell(rng, int(groups.max()) + 1, width)
@@ -402,14 +394,13 @@ def utterances(
     def noise(width):
         return _bell(rng, num_utterances, width)
 
-    w, t, room = (
-        wording[labels],
-        tone[labels],
-        np.floor(rng.random(num_utterances) * _ROOMS).astype(np.int64),
-    )
+    # Every pair once, in no order of frequency.
+    wording = labels % 4
+    tone = labels % 3
+    room = np.floor(rng.random(num_utterances) * _ROOMS).astype(np.int64)
     modalities = {
-        "text": around(w, 64, 1.0) + around(t, 64, 0.25) + noise(64),
-        "audio": around(t, 32, 1.0) + around(w, 32, 0.35) + noise(32),
+        "text": around(wording, 64, 1.0) + around(tone, 64, 0.25) + noise(64),
+        "audio": around(tone, 32, 1.0) + around(wording, 32, 0.35) + noise(32),
         "video": 3 * (around(room, 96, 1.0) + around(labels, 96, 0.12) + noise(96)),
     }
     return {name: x.astype(np.float32) for name, x in modalities.items()}, labels, list(_ACTS)
@@ -437,34 +428,34 @@ class TwoStreamClips(NamedTuple):
 
 _RAER_COUNTS = (1106, 103, 24, 126, 338)
 # Whether the face's and the context's value rise in a class; distraction leaves both to chance.
-_FACE_RISES, _CONTEXT_RISES = (0, 1, 1, 0, -1), (0, 1, 0, 1, -1)
+_FACE_RISES = (0, 1, 1, 0, -1)
+_CONTEXT_RISES = (0, 1, 0, 1, -1)
 _DISTRACTION = 4
 
 
 def emotion_clips(
     share: float = 0.5,
-    val=(120, 40, 40, 40, 60),
-    test=(120, 40, 40, 40, 60),
+    val: tuple[int, ...] = (120, 40, 40, 40, 60),
+    test: tuple[int, ...] = (120, 40, 40, 40, 60),
     num_frames: int = 8,
     size: int = 32,
     trend: float = 0.4,
     unrest: float = 0.5,
     seed: int = 0,
 ) -> TwoStreamClips:
-    """Clips of two streams in five classes with RAER's imbalance, whose rare classes need both
-    streams and time.
+    """Make clips of two streams in five classes with RAER's imbalance.
 
-    Each stream shows one value a frame, from 0 to 1: the face's is how far the mouth is open and
-    how dark the picture, the context's the height of a hand and the room's darkness. Within a clip
-    a value drifts by 0.3 to 1 times `trend`, among independent changes of up to `unrest`.
-    Neutrality: both fall. Enjoyment: both rise. Confusion: the face's alone rises. Fatigue: the
-    context's alone rises. A stream that falls is one that rises, backwards: so each of these four
-    has its faces in common with another and its contexts with a third, and all four their frames
-    and sets of frames; only the order of the frames in both streams tells them apart, and less
-    surely where the drift is small. Distraction: a window in the context, in every frame; the
-    values drift either way. So the two frequent classes are easy, and who weighs errors by their
-    frequency takes rare ones for neutrality. Everything else (places, colors, light, sides, grain)
-    is nuisance, drawn alike for all classes. Pure in its arguments.
+    The rare classes need both streams and time. Each stream shows one value a frame, from 0 to 1:
+    the face's is how far the mouth is open and how dark the picture, the context's the height of a
+    hand and the room's darkness. Within a clip a value drifts by 0.3 to 1 times `trend`, among
+    independent changes of up to `unrest`. Neutrality: both fall. Enjoyment: both rise. Confusion:
+    the face's alone rises. Fatigue: the context's alone rises. A stream that falls is one that
+    rises, backwards: so each of these four has its faces in common with another and its contexts
+    with a third, and all four their frames and sets of frames; only the order of the frames in both
+    streams tells them apart, and less surely where the drift is small. Distraction: a window in the
+    context, in every frame; the values drift either way. So the two frequent classes are easy, and
+    who weighs errors by their frequency takes rare ones for neutrality. Everything else (places,
+    colors, light, sides, grain) is nuisance, drawn alike for all classes. Pure in its arguments.
 
     Args:
         share: of RAER's 1106, 103, 24, 126 and 338 training clips, rounded, at least one each.
@@ -476,51 +467,49 @@ def emotion_clips(
     Raises:
         ValueError: an argument is out of range.
     """
-    if (
-        not 0 < share <= 1
-        or num_frames < 2
-        or size < 16
-        or not 0 <= trend <= 1
-        or not 0 <= unrest <= 1
-    ):
+    shares_fit = 0 < share <= 1 and 0 <= trend <= 1 and 0 <= unrest <= 1
+    if not shares_fit or num_frames < 2 or size < 16:
         raise ValueError(
             f"share={share}, num_frames={num_frames}, size={size}, trend={trend},"
-            f" unrest={unrest}: share must lie in"
-            " (0, 1], trend and unrest in [0, 1], and at least 2 frames of 16 pixels are needed"
+            f" unrest={unrest}: share must lie in (0, 1], trend and unrest in [0, 1], and at least"
+            " 2 frames of 16 pixels are needed"
         )
     train = [max(1, int(share * count + 0.5)) for count in _RAER_COUNTS]
     rng = np.random.Generator(np.random.PCG64(seed))
-    labels, splits = [], []
+    split_labels = []
+    splits = []
     for name, counts in (("train", train), ("val", val), ("test", test)):
-        own = np.repeat(np.arange(len(_RAER_COUNTS)), counts)
-        labels.append(own[np.argsort(rng.random(len(own)), kind="stable")])
-        splits += [name] * len(own)
-    labels = np.concatenate(labels)
+        ordered = np.repeat(np.arange(len(_RAER_COUNTS)), counts)
+        split_labels.append(ordered[np.argsort(rng.random(len(ordered)), kind="stable")])
+        splits += [name] * len(ordered)
+    labels = np.concatenate(split_labels)
     chunks = [labels[i : i + _CHUNK] for i in range(0, len(labels), _CHUNK)]
     streams = [_emotion(chunk, num_frames, size, trend, unrest, rng) for chunk in chunks]
     face, context = (np.concatenate(parts) for parts in zip(*streams, strict=True))
     return TwoStreamClips(face, context, labels, splits)
 
 
-def _emotion(labels, num_frames, size, trend, unrest, rng) -> tuple[np.ndarray, np.ndarray]:
+def _emotion(
+    labels: np.ndarray,
+    num_frames: int,
+    size: int,
+    trend: float,
+    unrest: float,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
     """The streams of clips of these classes; what is drawn does not depend on them."""
     n = len(labels)
     time = np.arange(num_frames, dtype=np.float32) / (num_frames - 1) - np.float32(0.5)
     streams = []
-    context = partial(_emotion_context, away=labels == _DISTRACTION)
-    for draw, rises in ((_emotion_face, _FACE_RISES), (context, _CONTEXT_RISES)):
-        drift = np.float32(trend) * (
-            np.float32(0.3) + np.float32(0.7) * rng.random((n, 1), np.float32)
-        )
-        change = (
-            rng.random((n, num_frames), np.float32) + rng.random((n, num_frames), np.float32) - 1
-        )
+    draw_context = partial(_emotion_context, away=labels == _DISTRACTION)
+    for draw, rises in ((_emotion_face, _FACE_RISES), (draw_context, _CONTEXT_RISES)):
+        share = np.float32(0.3) + np.float32(0.7) * rng.random((n, 1), np.float32)
+        drift = np.float32(trend) * share
+        change = _grain(rng, (n, num_frames))
         value = np.clip(np.float32(0.5) + drift * time + np.float32(unrest) * change, 0, 1)
-        stream, by_chance, rise = (
-            draw(value, size, rng),
-            rng.random(n) < 0.5,
-            np.array(rises)[labels],
-        )
+        stream = draw(value, size, rng)
+        by_chance = rng.random(n) < 0.5
+        rise = np.array(rises)[labels]
         falls = np.where(rise < 0, by_chance, rise == 0)
         stream[falls] = stream[falls, ::-1].copy()
         streams.append(stream)
@@ -528,15 +517,18 @@ def _emotion(labels, num_frames, size, trend, unrest, rng) -> tuple[np.ndarray, 
 
 
 class _Canvas:
-    """Pictures of n clips of T frames, float32 [n, T, 3, size, size], and the nuisance that all of
-    a clip share.
+    """Pictures of n clips of T frames, float32 [n, T, 3, size, size].
+
+    It also holds the nuisance that all frames of a clip share.
     """
 
     def __init__(self, n: int, size: int, rng: np.random.Generator):
-        self.n, self.size, self.rng = n, size, rng
+        self.n = n
+        self.rng = rng
         grid = (np.arange(size, dtype=np.float32) * 2 + 1) / size - 1
         self.soft = np.float32(4 / size)
-        self.x, self.y = grid - self.drawn(-0.1, 0.1), grid[:, None] - self.drawn(-0.1, 0.1)
+        self.x = grid - self.drawn(-0.1, 0.1)
+        self.y = grid[:, None] - self.drawn(-0.1, 0.1)
 
     def drawn(self, low, high, channels=1):
         """One number a clip, or one a channel: [n, 1, channels, 1, 1]."""
@@ -544,17 +536,16 @@ class _Canvas:
         return np.float32(low) + np.float32(high - low) * u
 
     def ellipse(self, cx, cy, rx, ry):
-        u, v = (self.x - cx) / rx, (self.y - cy) / ry
+        u = (self.x - cx) / rx
+        v = (self.y - cy) / ry
         return _inside(np.sqrt(u * u + v * v), self.soft / np.minimum(rx, ry))
 
     def finish(self, image, value):
         """The light, and grain in every frame, as uint8."""
         image = image * (1 - np.float32(0.45) * value) * self.drawn(0.75, 1.1)
-        grain = (
-            self.rng.random(image.shape, np.float32) + self.rng.random(image.shape, np.float32) - 1
-        )
+        grain = _grain(self.rng, image.shape)
         image += self.drawn(0.02, 0.06) * grain
-        return np.floor(np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
+        return _to_uint8(image)
 
 
 def _blend(image, mask, color):
@@ -562,50 +553,50 @@ def _blend(image, mask, color):
 
 
 def _emotion_face(value, size, rng):
-    canvas, value = _Canvas(len(value), size, rng), value[:, :, None, None, None]
+    canvas = _Canvas(len(value), size, rng)
+    value = value[:, :, None, None, None]
     skin = np.array([0.9, 0.68, 0.55], np.float32).reshape(3, 1, 1) * canvas.drawn(0.6, 1.1)
-    image = _blend(
-        canvas.drawn(0.2, 0.8, 3), canvas.ellipse(0, -0.1, 0.78, 0.95), canvas.drawn(0.05, 0.5, 3)
-    )
+    backdrop = canvas.drawn(0.2, 0.8, 3)
+    image = _blend(backdrop, canvas.ellipse(0, -0.1, 0.78, 0.95), canvas.drawn(0.05, 0.5, 3))
     image = _blend(image, canvas.ellipse(0, 0.08, canvas.drawn(0.58, 0.68), 0.82), skin)
-    apart, level, iris = (
-        canvas.drawn(0.24, 0.32),
-        canvas.drawn(-0.2, -0.08),
-        canvas.drawn(0.05, 0.45, 3),
-    )
+    apart = canvas.drawn(0.24, 0.32)
+    level = canvas.drawn(-0.2, -0.08)
+    iris = canvas.drawn(0.05, 0.45, 3)
     for side in (-1, 1):
-        image = _blend(
-            image,
-            canvas.ellipse(side * apart, level, np.float32(0.16), np.float32(0.1)),
-            np.float32(0.95),
-        )
-        image = _blend(
-            image, canvas.ellipse(side * apart, level, np.float32(0.07), np.float32(0.09)), iris
-        )
-    mouth = canvas.ellipse(0, np.float32(0.48), canvas.drawn(0.24, 0.32), 0.04 + 0.24 * value)
+        eye = canvas.ellipse(side * apart, level, np.float32(0.16), np.float32(0.1))
+        image = _blend(image, eye, np.float32(0.95))
+        pupil = canvas.ellipse(side * apart, level, np.float32(0.07), np.float32(0.09))
+        image = _blend(image, pupil, iris)
+    mouth = canvas.ellipse(0, 0.48, canvas.drawn(0.24, 0.32), 0.04 + 0.24 * value)
     return canvas.finish(_blend(image, mouth, skin * np.float32(0.3)), value)
 
 
 def _emotion_context(value, size, rng, away):
-    canvas, value = _Canvas(len(value), size, rng), value[:, :, None, None, None]
-    skin, cloth = canvas.drawn(0.5, 0.9, 3), canvas.drawn(0.1, 0.8, 3)
+    canvas = _Canvas(len(value), size, rng)
+    value = value[:, :, None, None, None]
+    skin = canvas.drawn(0.5, 0.9, 3)
+    cloth = canvas.drawn(0.1, 0.8, 3)
     side = np.where(canvas.drawn(0, 1) < 0.5, np.float32(-1), np.float32(1))
-    window = away[:, None, None, None, None] * canvas.ellipse(
-        side * 0.6, -0.6, np.float32(0.35), np.float32(0.35)
-    )
-    image = _blend(
-        canvas.drawn(0.3, 0.7, 3), window, np.array([0.6, 0.85, 1], np.float32).reshape(3, 1, 1)
-    )
-    image = _blend(
-        image, canvas.ellipse(0, np.float32(0.75), canvas.drawn(0.5, 0.65), np.float32(0.6)), cloth
-    )
-    image = _blend(
-        image, canvas.ellipse(0, np.float32(-0.1), np.float32(0.26), np.float32(0.32)), skin
-    )
-    hand = canvas.ellipse(
-        -side * np.float32(0.7), 0.7 - 1.2 * value, np.float32(0.18), np.float32(0.18)
-    )
+    window = canvas.ellipse(side * 0.6, -0.6, np.float32(0.35), np.float32(0.35))
+    window = away[:, None, None, None, None] * window
+    daylight = np.array([0.6, 0.85, 1], np.float32).reshape(3, 1, 1)
+    image = _blend(canvas.drawn(0.3, 0.7, 3), window, daylight)
+    body = canvas.ellipse(0, 0.75, canvas.drawn(0.5, 0.65), np.float32(0.6))
+    image = _blend(image, body, cloth)
+    head = canvas.ellipse(0, -0.1, np.float32(0.26), np.float32(0.32))
+    image = _blend(image, head, skin)
+    place = -side * np.float32(0.7)
+    hand = canvas.ellipse(place, 0.7 - 1.2 * value, np.float32(0.18), np.float32(0.18))
     return canvas.finish(_blend(image, hand, skin), value)
+
+
+def _grain(rng, shape):
+    """Noise in (-1, 1), densest at 0."""
+    return rng.random(shape, np.float32) + rng.random(shape, np.float32) - 1
+
+
+def _to_uint8(image):
+    return np.floor(np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8)
 
 
 def _smooth(t):
@@ -619,18 +610,17 @@ def _inside(distance, soft, grow=0.0):
 
 
 def _directions(rng, n):
-    """Unit vectors (cos, sin), each [n, 1, 1]; sums of four uniform numbers are close to isotropic."""
+    """Unit vectors (cos, sin), each [n, 1, 1]; sums of four uniforms are close to isotropic."""
     u = rng.random((4, 2, n, 1, 1), np.float32) - 0.5
-    x, y = u = u[0] + u[1] + u[2] + u[3] + np.float32(1e-6)
-    return u / np.sqrt(x * x + y * y)
+    u = u[0] + u[1] + u[2] + u[3] + np.float32(1e-6)
+    return u / np.sqrt(u[0] * u[0] + u[1] * u[1])
 
 
 def _noise(rng, n, size, cells):
     """Value noise in [0, 1], [n, size, size], with `cells` lattice cells along a side."""
     lattice = rng.random((n, cells + 2, cells + 2), np.float32)
-    place = np.arange(size, dtype=np.float32) * np.float32(cells / size) + rng.random(
-        dtype=np.float32
-    )
+    place = np.arange(size, dtype=np.float32) * np.float32(cells / size)
+    place = place + rng.random(dtype=np.float32)
     low = np.floor(place).astype(np.int64)
     t = _smooth(place - low)
     rows = lattice[:, low] * (1 - t[:, None]) + lattice[:, low + 1] * t[:, None]
@@ -638,13 +628,16 @@ def _noise(rng, n, size, cells):
 
 
 def _waves(rng, x, y, amplitude, low, high):
-    """Distance from the origin over a radius that waves around 1 with the angular frequencies
-    low..high.
+    """Distance from the origin over a radius that waves around 1.
+
+    The waves' angular frequencies are low to high.
     """
     r = np.sqrt(x * x + y * y) + np.float32(1e-6)
-    ck, sk, wave = (c := x / r), (s := y / r), 1
+    c = ck = x / r
+    s = sk = y / r
+    wave = 1
     for k in range(2, high + 1):
-        ck, sk = ck * c - sk * s, sk * c + ck * s
+        ck, sk = ck * c - sk * s, sk * c + ck * s  # cosine and sine of k times the angle
         if k >= low:
             u, v = _directions(rng, len(x))
             wave = wave + amplitude / np.float32(k - low + 1) * (u * ck + v * sk)
@@ -652,16 +645,18 @@ def _waves(rng, x, y, amplitude, low, high):
 
 
 def _discs(rng, x, y, count, most, small, large, spread, soft):
-    """Soft mask of `count` (at most `most`) discs with radii in [small, large] and centers within
-    `spread`.
+    """Soft mask of `count` discs, radii in [small, large], centers within `spread`.
+
+    `count` is an array of numbers, none above `most`.
     """
     outside = np.float32(9)
     for k in range(most):
         reach, radius = rng.random((2, len(x), 1, 1), np.float32)
-        (u, v), reach = _directions(rng, len(x)), np.sqrt(reach) * np.float32(spread)
-        radius = np.where(
-            k + 0.5 < count, np.float32(small) + np.float32(large - small) * radius, np.float32(-9)
-        )
-        dx, dy = x - u * reach, y - v * reach
+        u, v = _directions(rng, len(x))
+        reach = np.sqrt(reach) * np.float32(spread)
+        radius = np.float32(small) + np.float32(large - small) * radius
+        radius = np.where(k + 0.5 < count, radius, np.float32(-9))
+        dx = x - u * reach
+        dy = y - v * reach
         outside = np.minimum(outside, np.sqrt(dx * dx + dy * dy) - radius)
     return _smooth(0.5 - outside / soft)
