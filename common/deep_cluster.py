@@ -1,5 +1,6 @@
-"""What a run that clusters utterances needs beside its loop: its rows and targets, its scores, and
-its findings.
+"""What a run that clusters utterances needs beside its loop.
+
+Rows and targets, scores, and the choices that stability decides.
 """
 
 from pathlib import Path
@@ -30,8 +31,9 @@ METRIC_RUNS = 6  # samples of rows, each with a metric of its own, that --distan
 
 
 class Rows:
-    """The utterances and what the network reads of them: tensors on the device and lengths by
-    modality.
+    """The utterances and what the network reads of them.
+
+    Inputs are tensors on the device by modality, with the lengths of those that are sequences.
     """
 
     def __init__(
@@ -46,7 +48,8 @@ class Rows:
             raise InputError(
                 f"--modalities {','.join(only)}: {table.name} has the modalities {', '.join(names)}"
             )
-        self.table, self.names = table, [name for name in names if only is None or name in only]
+        self.table = table
+        self.names = [name for name in names if only is None or name in only]
         self.inputs = {name: torch.from_numpy(arrays[name]).to(device) for name in self.names}
         self.lengths = {
             name: torch.from_numpy(table.lengths[name]).to(device)
@@ -88,15 +91,17 @@ class Rows:
 def read_rows(
     path: str, reading: dict, device: torch.device, home: Path | None
 ) -> tuple[Rows, Lsa | None]:
-    """The rows of `path` and its text features where there are any; of the run `home` if that is
-    given.
+    """The rows of `path`, and its text features where there are any.
+
+    The text features are those of the run in the folder `home` if that is given.
 
     Raw text becomes TF-IDF with SVD, fitted to the training utterances, and with `text_model` also
     an encoder's states.
     """
     if path == "sample":
         modalities, labels, classes = synthetic.utterances()
-        ids, name = [f"{i:05d}" for i in range(len(labels))], "sample (embedded, generated)"
+        ids = [f"{i:05d}" for i in range(len(labels))]
+        name = "sample (embedded, generated)"
         table = utterances.Utterances(
             name, ids, labels, classes, [""] * len(ids), modalities=modalities
         )
@@ -119,14 +124,16 @@ def read_rows(
 
 
 class Targets:
-    """The pseudo-labels of an epoch of stage 2: all that a run resumed inside that epoch must know
-    of its start.
+    """The pseudo-labels of an epoch of stage 2.
+
+    They are all that a run resumed inside that epoch must know of its start.
     """
 
     def __init__(self, count: int):
         self.labels = torch.zeros(count, dtype=torch.int64)
         self.selected = torch.zeros(count, dtype=torch.bool)
-        self.share, self.floor = 0.0, 0
+        self.share = 0.0
+        self.floor = 0
 
     def state_dict(self) -> dict:
         return dict(vars(self))
@@ -149,7 +156,9 @@ def assign(run: Run, model: umc.Fusion, targets: Targets, raw: Tensor, share: fl
     of them that the epoch takes, but at least the floor; with partial transport those that it
     takes, and the floor by its weights.
     """
-    args, model_spec, k = run.args, run.model_spec, run.model_spec["k"]
+    args = run.args
+    model_spec = run.model_spec
+    k = run.model_spec["k"]
     floor = round(model_spec["min_select_share"] * len(raw) / k)
 
     def select(labels: Tensor) -> Tensor:
@@ -158,7 +167,8 @@ def assign(run: Run, model: umc.Fusion, targets: Targets, raw: Tensor, share: fl
         chosen[torch.cat(clustering.select(z, labels, k, share, **options).indices)] = True
         return chosen
 
-    metric, centroids = model.metric.cpu(), model.centroids.cpu() if model.centroids.any() else None
+    metric = model.metric.cpu()
+    centroids = model.centroids.cpu() if model.centroids.any() else None
     if model_spec["distance"] == "discriminant":
         found, metric = umc.discriminant_kmeans(raw, k, SHRINKAGE, args.seed, metric, centroids)
         model.metric.copy_(metric)
@@ -170,24 +180,30 @@ def assign(run: Run, model: umc.Fusion, targets: Targets, raw: Tensor, share: fl
         labels = clustering.sinkhorn(clustering.relative_costs(z, found.centroids)).labels
     if args.assign == "partial-ot":
         plan = clustering.partial_transport(clustering.relative_costs(z, found.centroids), share)
-        labels, chosen = plan.labels, plan.weights > 0.5
+        labels = plan.labels
+        chosen = plan.weights > 0.5
         for c in range(k):
             own = (labels == c).nonzero()[:, 0]
             chosen[own[plan.weights[own].argsort(descending=True, stable=True)[:floor]]] = True
     else:
         chosen = select(labels)
-    targets.labels, targets.selected, targets.share, targets.floor = labels, chosen, share, floor
+    targets.labels = labels
+    targets.selected = chosen
+    targets.share = share
+    targets.floor = floor
     model.centroids.copy_(found.centroids)
 
 
 def fused_basis(args, rows: Rows, train: np.ndarray, k: int | None):
-    """(basis, weights, anchor, k, estimate): the axes that training starts from, and the number of
-    clusters.
+    """The axes that training starts from, and the number of clusters.
+
+    Returns (basis, weights, anchor, k, estimate).
 
     A modality has k - 1 axes: those hold the relaxed solution of k-means (Ding and He 2004).
     """
     own = {name: rows.pooled(name)[torch.from_numpy(train)] for name in rows.names}
-    anchor, estimate = ANCHOR if ANCHOR in own else None, None
+    anchor = ANCHOR if ANCHOR in own else None
+    estimate = None
     if k is None:
         first = anchor or rows.names[0]
         found, *_ = umc.weighted_basis(
@@ -212,8 +228,9 @@ def fused_basis(args, rows: Rows, train: np.ndarray, k: int | None):
 def metric_stability(
     rows: Rows, train: np.ndarray, basis: dict, k: int, seed: int
 ) -> dict[str, float]:
-    """By metric, how stable the clusters are of the rows `train` in their coordinates on the
-    `basis`: the mean of METRIC_RUNS times `stability`, each in a metric found anew.
+    """How stable the clusters of the rows `train` are in each distance, on the `basis`.
+
+    Each is the mean of METRIC_RUNS times `stability`, every time in a metric found anew.
     """
     some = torch.from_numpy(train)
     parts = (
@@ -232,23 +249,26 @@ def metric_stability(
 
 
 def principal(z: Tensor) -> Tensor:
-    """Rows z (n, d) on their principal axes, without those of next to no variance: k-means costs
-    less there, and distances are the same.
+    """Rows z (n, d) on their principal axes, without those of next to no variance.
+
+    Distances are the same, and k-means costs less there.
     """
     values, axes = torch.linalg.eigh(torch.cov(z.double().T).reshape(z.shape[1], -1))
     return z @ axes[:, values > 1e-6 * values[-1]].to(z.dtype)
 
 
 def smooth(z: Tensor, k: int, smoothing: float) -> Tensor:
-    """Rows z (n, d) averaged with their nearest: so many as are the share `smoothing` of a cluster
-    of n / k rows.
+    """Rows z (n, d) averaged with their nearest.
+
+    These are as many as the share `smoothing` of a cluster of n / k rows.
     """
     return clustering.smooth(z, max(round(smoothing * len(z) / k), 1))
 
 
 def stability(z: Tensor, k: int, seed: int) -> float:
-    """How well k-means runs from different seeds agree on a fixed sample of the rows z (n, d), in
-    [-1, 1].
+    """How well k-means runs from different seeds agree, in [-1, 1].
+
+    They run on a fixed sample of the rows z (n, d).
     """
     some = uniform(seed, 0, np.arange(len(z)), 0, 1)[:, 0].argsort(kind="stable")[:WATCHED_ROWS]
     z = principal(z)[some]
@@ -257,11 +277,13 @@ def stability(z: Tensor, k: int, seed: int) -> float:
 
 
 def describe(run: Run, z: Tensor, clusters: Tensor, targets: Targets) -> dict:
-    """What an epoch trained on, its `targets`, and what became of it: distances, silhouette and,
-    where there are labels, NMI of the `clusters` (n,) at its end: those of the weights that the
-    epoch's stability speaks of.
+    """What an epoch trained on, its `targets`, and what became of it.
+
+    Distances, silhouette and, where there are labels, NMI of the `clusters` (n,) at its end: those
+    of the weights that the epoch's stability speaks of.
     """
-    k, train = run.model_spec["k"], run.splits["train"]
+    k = run.model_spec["k"]
+    train = run.splits["train"]
     some = slice(WATCHED_ROWS)
     sizes = targets.sizes(k)
     values = {"threshold": targets.share, "floor": targets.floor, "selected": int(sizes.sum())}
@@ -293,8 +315,9 @@ def figures(monitor: Monitor) -> dict:
 def score(
     prefix: str, z: Tensor, labels: np.ndarray, k: int, smoothing: float = 0.0, seeds: int = SEEDS
 ) -> dict:
-    """Metrics of k-means on rows z (n, d), mean and deviation over seeds, as `PREFIX/nmi` and
-    `PREFIX/nmi_sd`.
+    """Metrics of k-means on rows z (n, d), as `PREFIX/nmi` and `PREFIX/nmi_sd`.
+
+    They are the mean and the deviation over seeds.
 
     The centroids are those of `smooth` rows; each row, as it is, belongs to the nearest.
 
@@ -320,10 +343,14 @@ def score(
 
 
 def baselines(run: Run) -> dict:
-    """The scores of k-means on the test rows of each modality alone and of all of them side by
-    side, and the stability that the choice of a metric rests on.
+    """The scores of k-means on the test rows without any training.
+
+    It runs on each modality alone and on all of them side by side; with them comes the stability
+    that the choice of a distance rests on.
     """
-    train, test, k = run.splits["train"], run.splits["test"], run.model_spec["k"]
+    train = run.splits["train"]
+    test = run.splits["test"]
+    k = run.model_spec["k"]
     parts = {}
     for name in run.data.names:
         x = run.data.pooled(name).cpu()
@@ -347,8 +374,10 @@ def baselines(run: Run) -> dict:
 
 
 def tracking(run: Run) -> float | None:
-    """Rank correlation of the stability with the NMI over the epochs of stage 2: how well choosing
-    by the first serves the second. None where there are no labels or fewer than 3 epochs.
+    """Rank correlation of the stability with the NMI over the epochs of stage 2.
+
+    It tells how well choosing by the first serves the second. None where there are no labels or
+    fewer than 3 epochs.
     """
     names = ("cluster/train/stability", "cluster/train/nmi")
     lines = log.read(run.folder) if run.world.is_main else []
@@ -364,9 +393,10 @@ def tracking(run: Run) -> float | None:
 
 
 def membership(z: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of rows z (n, d): the nearest of the centroids (k, d), its distance, the confidence 1 -
-    distance / distance to the next, and shares (n, k) that add up to 1 and fall with the squared
-    distance in units of its mean.
+    """Where the rows z (n, d) belong among the centroids (k, d).
+
+    Returns the nearest centroid, its distance, the confidence 1 - distance / distance to the next,
+    and shares (n, k) that add up to 1 and fall with the squared distance in units of its mean.
     """
     distances = torch.cdist(z.double(), centroids.double())
     near, clusters = distances.topk(2, dim=1, largest=False)

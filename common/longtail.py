@@ -85,8 +85,9 @@ class Schedule:
         return replace(phase, mi=phase.mi * risen, dc=phase.dc * risen)
 
     def scaled(self, epochs: int, constant: bool = False) -> "Schedule":
-        """The same table over another number of epochs, or with one rate for all (`constant`); a
-        phase that no epoch is left for is dropped.
+        """The same table over another number of epochs; a phase without an epoch is dropped.
+
+        With `constant` the rate is the same in all phases.
         """
 
         def scale(boundary: int) -> int:
@@ -127,8 +128,9 @@ class Schedule:
 
 
 def read_schedule(path: str) -> Schedule:
-    """A schedule from a TOML or JSON file: `epochs` and `phases`, a list of tables with the
-    attributes of `Phase`.
+    """A schedule from a TOML or JSON file.
+
+    It has `epochs` and `phases`, a list of tables with the attributes of `Phase`.
 
     Raises:
         InputError: it cannot be read, or says something that no schedule has.
@@ -234,8 +236,9 @@ _TAUS = np.linspace(0, 1, 11)  # that tau-norm chooses from
 
 
 def prior(counts: np.ndarray, phase: Phase, which: str) -> Tensor:
-    """The classes' shares (K,) of the training items as they are ("train"), or as a phase draws
-    them ("sampled").
+    """The classes' shares (K,) of the training items.
+
+    As they are (`which` "train"), or as a phase draws them ("sampled").
     """
     weighted = which == "sampled" and phase.sampler == "weighted"
     shares = counts * sampling.class_weights(counts, phase.cap) if weighted else counts
@@ -289,7 +292,8 @@ def loss_terms(
         targets: (n,) int64.
     """
     (logits, classes), device = output, targets.device
-    logits, weights = logits.float(), None
+    logits = logits.float()
+    weights = None
     if phase.weights == "effective":
         weights = losses.effective_number_weights(torch.from_numpy(counts), _DRW_BETA).float()
         weights = amp.to_device(
@@ -318,8 +322,9 @@ def loss_terms(
 
 
 def decide(method: str, counts: np.ndarray, model: RaerModel, logits: Tensor, tau: float) -> Tensor:
-    """The scores (n, K) whose highest is the answer: the raw logits (n, K) but for post-hoc and
-    tau-norm.
+    """The scores (n, K) whose highest is the answer.
+
+    They are the raw logits (n, K) but for post-hoc and tau-norm.
     """
     if method == "post-hoc":
         return logits - tau * torch.from_numpy(counts / counts.sum()).log().to(logits)
@@ -331,8 +336,9 @@ def decide(method: str, counts: np.ndarray, model: RaerModel, logits: Tensor, ta
 def best_tau(
     method: str, counts: np.ndarray, model: RaerModel, logits: Tensor, labels: np.ndarray
 ) -> float:
-    """The strength of what `decide` does: 1 post hoc; for tau-norm that of the best UAR on these
-    validation items.
+    """The strength of what `decide` does.
+
+    It is 1 for post-hoc; for tau-norm that of the best UAR on these validation items.
     """
     if method != "tau-norm":
         return 1.0

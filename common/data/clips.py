@@ -29,8 +29,7 @@ _START_STREAM = 2**31 + 1  # beside data's _ORDER_STREAM; no view has this numbe
 
 
 class Videos:
-    """Videos of one data set: ids, labels, splits, and their frames as uint8 squares of side
-    `store_size`.
+    """Videos of one data set: ids, labels, splits, and where their frames are.
 
     Attributes:
         name: what was read, for messages.
@@ -58,9 +57,13 @@ class Videos:
         rates,
         images: Images,
     ):
-        self.name, self.ids, self.classes = name, list(ids), list(classes)
-        self.labels, self.splits = np.asarray(labels, np.int64), np.asarray(splits, dtype=object)
-        self.frames, self.images = [np.asarray(f, np.int64) for f in frames], images
+        self.name = name
+        self.ids = list(ids)
+        self.classes = list(classes)
+        self.labels = np.asarray(labels, np.int64)
+        self.splits = np.asarray(splits, dtype=object)
+        self.frames = [np.asarray(f, np.int64) for f in frames]
+        self.images = images
         self.lengths = np.array([len(f) for f in self.frames], np.int64)
         self.rates = np.broadcast_to(np.asarray(rates, np.float64), len(self.ids)).copy()
         digest = hashlib.sha256(f"{images.fingerprint}{self.ids}{list(self.splits)}".encode())
@@ -86,9 +89,7 @@ class Videos:
         self.images.resize_store(size)
 
     def describe(self) -> str:
-        """`ffpp_like.zip: 840 videos of 10 frames in 2 classes (fake 560, real 280); splits train
-        540, ...`
-        """
+        """One line, such as `ffpp.zip: 840 videos of 10 frames in 2 classes (fake 560, ...)`."""
         low, high = self.lengths.min(), self.lengths.max()
         length = (
             f"{low} frame{'s' if low > 1 else ''}" if low == high else f"{low} to {high} frames"
@@ -98,8 +99,9 @@ class Videos:
         return text + f"; {self.native_size} px, stored at {self.store_size} px"
 
     def describe_clips(self, n_segment: int, seconds: float) -> str:
-        """How clips are cut, in one line: how many videos are shorter than a clip, or have too few
-        frames, by name.
+        """How clips are cut, in one line.
+
+        It says how many videos are shorter than a clip or have too few frames, with the first name.
         """
         text = f"clips of {n_segment} frames over {seconds:g} s"
         needed = (n_segment - 1) * _interval(self.rates, n_segment, seconds) + 1
@@ -119,12 +121,14 @@ class Videos:
     def train_clips(
         self, items: np.ndarray, seed: int, epoch: int, n_segment: int, seconds: float
     ) -> np.ndarray:
-        """One clip of each item: (b, n_segment) positions, the start drawn from (seed, epoch,
-        item).
+        """One clip of each item: (b, n_segment) positions.
+
+        The start is drawn from (seed, epoch, item).
 
         Items below n are the videos, those above more clips of them: item i is one of video i % n.
         """
-        drawn, videos = uniform(seed, epoch, items, _START_STREAM, 1)[:, 0], items % len(self)
+        drawn = uniform(seed, epoch, items, _START_STREAM, 1)[:, 0]
+        videos = items % len(self)
         return train_clips(drawn, self.lengths[videos], self.rates[videos], n_segment, seconds)
 
     def eval_clips(
@@ -136,8 +140,9 @@ class Videos:
     def batches(
         self, clips: Iterable[tuple[np.ndarray, np.ndarray]], workers: int
     ) -> Iterator[Tensor]:
-        """The pixels of each batch of clips, uint8 (b, T, 3, store_size, store_size), decoded by
-        threads ahead of use.
+        """The pixels of each batch of clips, uint8 (b, T, 3, store_size, store_size).
+
+        Threads decode them ahead of use.
 
         A batch is (videos (b,), positions (b, T)): positions count a video's frames from 0. Frames
         that fit in 2 GiB together are decoded once and kept.
@@ -155,13 +160,15 @@ class Videos:
 
     def select(self, kept: np.ndarray) -> None:
         """Keep only the videos at these positions."""
-        self.ids, self.frames = [self.ids[i] for i in kept], [self.frames[i] for i in kept]
-        self.labels, self.splits = self.labels[kept], self.splits[kept]
-        self.lengths, self.rates = self.lengths[kept], self.rates[kept]
+        self.ids = [self.ids[i] for i in kept]
+        self.frames = [self.frames[i] for i in kept]
+        self.labels = self.labels[kept]
+        self.splits = self.splits[kept]
+        self.lengths = self.lengths[kept]
+        self.rates = self.rates[kept]
 
     def drop_damaged(self, workers: int, cap: float = 0.01) -> list[str]:
-        """Decode every video once and leave out those with a frame that cannot be read; returns
-        their names.
+        """Leave out the videos with a frame that cannot be decoded; returns their names.
 
         Of a video file only the first and the last frame are tried.
 
@@ -197,8 +204,9 @@ def _interval(rates: np.ndarray, n_segment: int, seconds: float) -> np.ndarray:
 
 
 def clip_offsets(lengths, rates, n_segment: int, seconds: float) -> np.ndarray:
-    """Frames of a clip counted from its first one: (n, n_segment) int64, increasing where the video
-    is long enough.
+    """Frames of a clip counted from its first one: (n, n_segment) int64.
+
+    They increase where the video is long enough.
 
     Frame t lies floor(t * interval) behind the first, where the interval is seconds * rate /
     n_segment frames, at least 1 and at most what the video's length allows.
@@ -218,17 +226,16 @@ def clip_offsets(lengths, rates, n_segment: int, seconds: float) -> np.ndarray:
 
 
 def train_clips(drawn: np.ndarray, lengths, rates, n_segment: int, seconds: float) -> np.ndarray:
-    """One clip of each video, its start where `drawn` (n,) in [0, 1) says: (n, n_segment) int64
-    positions.
-    """
+    """One clip of each video, started where `drawn` says: (n, n_segment) int64 positions."""
     offsets = clip_offsets(lengths, rates, n_segment, seconds)
     starts = np.floor(drawn * (np.asarray(lengths) - offsets[:, -1])).astype(np.int64)
     return starts[:, None] + offsets
 
 
 def eval_clips(lengths, rates, n_segment: int, seconds: float, count: int) -> np.ndarray:
-    """`count` clips of each video, the first at its start, the last at its end, one alone in its
-    middle.
+    """`count` evenly spaced clips of each video.
+
+    The first lies at the video's start, the last at its end, one alone in its middle.
 
     Returns:
         (n, count, n_segment) int64 positions; clips of a short video may be the same.
@@ -270,8 +277,9 @@ def frame_images(name: str, files: list[str], sizes, read) -> Images:
 
 
 class VideoFiles(Images):
-    """Frames of video files, numbered through: those of one file that a batch needs are decoded in
-    one pass.
+    """Frames of video files, numbered through.
+
+    The frames of one file that a batch needs are decoded in one pass.
 
     Attributes:
         counts: (n,) int64, frames of each file; 0 where it cannot be read, with the reason in
@@ -281,7 +289,8 @@ class VideoFiles(Images):
     """
 
     def __init__(self, name: str, files: list[str], sizes, read, workers: int):
-        self.name, self._read_file = name, read
+        self.name = name
+        self._read_file = read
         with ThreadPoolExecutor(workers) as pool:
             facts = list(pool.map(self._open, range(len(files))))
         self.errors = {
@@ -338,7 +347,8 @@ class VideoFiles(Images):
         )
 
     def _decode_group(self, indices: np.ndarray) -> list[Tensor]:
-        file, video_decoder = int(self._files(indices[:1])[0]), _video_decoder()
+        file = int(self._files(indices[:1])[0])
+        video_decoder = _video_decoder()
         try:
             decoder = video_decoder(self._read_file(file))
             frames = decoder.get_frames_at(

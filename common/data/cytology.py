@@ -1,5 +1,6 @@
-"""The data protocol of the cytology experiment: one folder of label folders becomes the sets A1,
-A2, B1 and B2.
+"""The data protocol of the cytology experiment.
+
+One folder of label folders becomes the sets A1, A2, B1 and B2.
 
 | set | images | of | used for |
 | --- | --- | --- | --- |
@@ -58,8 +59,7 @@ def target_labels(text: str) -> list[str]:
 
 
 def draw(images: Images, targets: list[str]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The sets A1, A2, B1, B2 as sorted indices, and notes on what is smaller than the protocol
-    asks for.
+    """The sets A1, A2, B1, B2 as sorted indices, and notes on what is smaller than asked for.
 
     Raises:
         InputError: a target label is not in the data, or a set would be empty.
@@ -133,7 +133,8 @@ def draw(images: Images, targets: list[str]) -> tuple[dict[str, np.ndarray], lis
 
 def _even(total: int, holds: dict[str, int]) -> dict[str, int]:
     # Smallest first: what a small label cannot give is shared among the larger ones.
-    share, left = {}, total
+    share = {}
+    left = total
     for done, name in enumerate(sorted(holds, key=lambda n: (holds[n], n))):
         share[name] = min(holds[name], left // (len(holds) - done))
         left -= share[name]
@@ -152,8 +153,7 @@ def _proportional(total: int, holds: dict[str, int]) -> dict[str, int]:
 
 
 def protocol(images: Images, targets: list[str], fraction: float, stored: list[Path], say=print):
-    """The parts of `data.split` for this protocol, and the class names of the stages that have
-    labels.
+    """The parts of `sampling.split` for this protocol, and the classes of the labeled stages.
 
     The sets come from the first split.json in the folders `stored`, so that a run keeps its sets
     when images are added to the data, and a later stage never tests on what an earlier one was
@@ -199,7 +199,8 @@ def protocol(images: Images, targets: list[str], fraction: float, stored: list[P
         say(f"protocol: {note}")
     sizes = ", ".join(f"{part} {len(indices):,}" for part, indices in rows.items())
     say(f"protocol: {sizes} images; " + (f"the sets of {file}" if file else "drawn by their names"))
-    ids, labels = images.ids, images.labels
+    ids = images.ids
+    labels = images.labels
     test = sampling.hold_out(ids, labels, rows["A2"], sampling.TEST_SHARE, "test")
     rest = np.setdiff1d(rows["A2"], test)
     dev = sampling.hold_out(
@@ -224,8 +225,7 @@ def protocol(images: Images, targets: list[str], fraction: float, stored: list[P
 
 
 def check_start(source: str, before: dict, targets: list[str] | None, images: Images) -> None:
-    """Refuse to start from a run, whose `model_spec` is `before`, that saw other sets of the same
-    images.
+    """Refuse to start from a run that saw other sets of the same images.
 
     What it was trained on could be what this one is tested on.
 

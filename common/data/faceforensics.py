@@ -1,5 +1,4 @@
-"""Real and manipulated face videos: FaceForensics++, DeepfakeBench's frame folders, a CSV, or the
-embedded sample.
+"""Real and manipulated face videos in the layouts that the field publishes them in.
 
 Layouts, each in a folder or a .zip of one:
 
@@ -99,10 +98,12 @@ class FaceVideos(Videos):
         unlisted=(),
     ):
         ids = [_name(record) for record in records]
-        labels, splits = [record.label for record in records], [record.split for record in records]
+        labels = [record.label for record in records]
+        splits = [record.split for record in records]
         super().__init__(name, ids, labels, CLASSES, splits, frames, rates, images)
         self.keys = [record.key for record in records]
-        self.missing, self.unlisted = list(missing), list(unlisted)
+        self.missing = list(missing)
+        self.unlisted = list(unlisted)
 
     @property
     def methods(self) -> np.ndarray:
@@ -130,8 +131,9 @@ def prepare(
     labels=True,
     say=print,
 ) -> FaceVideos:
-    """`open_videos`, decoded to `store_size` where that is given; what was left out and what is
-    there are said.
+    """`open_videos`, decoded to `store_size` where that is given.
+
+    What was left out and what is there goes to `say`.
     """
     videos = open_videos(
         path, fps=fps, workers=workers, bad=bad, compression=compression, labels=labels
@@ -152,8 +154,7 @@ def prepare(
 def open_videos(
     path: str, *, fps: float, workers: int, bad="error", compression=None, labels=True
 ) -> FaceVideos:
-    """The videos of a folder, of a .zip or of a .csv file, or of an embedded data set (`sample`,
-    `sample-flicker`).
+    """The videos of a folder, a .zip or a .csv file, or of an embedded data set.
 
     Args:
         path: see the layouts at the top.
@@ -243,8 +244,9 @@ def open_videos(
 
 
 def split(videos: FaceVideos, names=("train", "val", "test")) -> dict[str, np.ndarray]:
-    """The indices of the parts `names`: the data's own, or 15 % each for validation and test where
-    it has none.
+    """The indices of the parts `names`.
+
+    They are the data's own, or 15 % each for validation and test where it has none.
 
     Parts are held out by person, in the closure of the pairs: whoever appears with somebody in one
     video is on his side. They are stratified by what a group holds and depend on the videos' names
@@ -290,8 +292,9 @@ def split(videos: FaceVideos, names=("train", "val", "test")) -> dict[str, np.nd
 
 
 def identities(video: str) -> tuple[str, ...]:
-    """The persons in a video, as its name tells them: `003_017` is the face 003 manipulated with
-    017's.
+    """The persons in a video, as its name tells them.
+
+    `003_017` is the face 003 manipulated with 017's.
     """
     for pattern in _PERSONS:
         if match := pattern.match(video):
@@ -424,9 +427,7 @@ def _records(tree: _Tree, only: str, place: Path, labels: bool) -> tuple[list[_R
 
 
 def _official(tree: _Tree) -> list[tuple[str, ...]]:
-    """(dataset, ROOT, method, compression, kind, video, name) of every video of the official
-    layout.
-    """
+    """Every video of the official layout, a tuple of its folders' names and its key in the tree."""
     found = []
     for name in tree.videos:
         parts = PurePosixPath(name).parts
@@ -469,7 +470,8 @@ def _from_official(tree: _Tree, lists: dict) -> tuple[list[_Record], list[str]]:
                         f"{tree.path}: {video} is in two splits, {before} and {_split_of(name)};"
                         " fix them"
                     )
-    records, unlisted = [], []
+    records = []
+    unlisted = []
     for (dataset, root, method, compression), videos in sorted(groups.items()):
         # A source that the lists do not speak of at all, such as `actors`, is missing nothing.
         listed = part_of[root] if videos.keys() & part_of[root].keys() else {}
@@ -577,10 +579,8 @@ def _from_csv(tree: _Tree, name: str, place: Path) -> list[_Record]:
         )
     records = []
     for line, row in enumerate(rows, 2):
-        label, part = (
-            _LABELS.get(row["label"].strip().lower()),
-            (row.get("split") or "").strip().lower(),
-        )
+        label = _LABELS.get(row["label"].strip().lower())
+        part = (row.get("split") or "").strip().lower()
         if label is None:
             raise InputError(
                 f"{tree.path}: {name} line {line}: label {row['label']!r}, allowed are"
@@ -605,8 +605,9 @@ def _from_csv(tree: _Tree, name: str, place: Path) -> list[_Record]:
 
 
 def _within(path: str, table: str, place: Path) -> str:
-    """A CSV's path as the name of a video in the tree: relative to the CSV's folder, or absolute
-    below the data's.
+    """A CSV's path as the name of a video in the tree.
+
+    The path is relative to the CSV's folder, or absolute below the data's.
     """
     given = PurePosixPath(path.replace("\\", "/"))
     if given.is_absolute():

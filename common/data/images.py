@@ -1,5 +1,7 @@
-"""Images from a folder, a .zip of one, a packed file, or the embedded sample: one list of items,
-decoded by threads to uint8. `python -m common.data pack SRC DST` makes a packed file.
+"""Images from a folder, a .zip of one, a packed file, or the embedded sample.
+
+They are one list of items, decoded by threads to uint8. `python -m common.data pack SRC DST` makes
+a packed file.
 
 Order is a function, not state: the permutation of an epoch depends on `(seed, epoch)` alone, so a
 resumed run, another number of threads or of processes sees the same images in the same order.
@@ -46,8 +48,7 @@ _CACHE_BYTES = 2 * 2**30
 
 
 class Images:
-    """Images of one data set: ids, labels, splits, and their pixels as uint8 squares of side
-    `store_size`.
+    """Images of one data set: ids, labels, splits, and pixels as uint8 squares.
 
     `pixels`, (n, ..., 3, S, S), are images decoded already.
 
@@ -79,9 +80,14 @@ class Images:
         read=None,
         pixels=None,
     ):
-        self.name, self.ids, self.classes = name, ids, classes
-        self.labels, self.splits = np.asarray(labels, np.int64), np.asarray(splits, dtype=object)
-        self._read_bytes, self._cache, self.keeps = read, pixels, True
+        self.name = name
+        self.ids = ids
+        self.classes = classes
+        self.labels = np.asarray(labels, np.int64)
+        self.splits = np.asarray(splits, dtype=object)
+        self._read_bytes = read
+        self._cache = pixels
+        self.keeps = True
         self.sizes = np.asarray(sizes, np.int64)
         self.num_bytes = sum(sizes) if pixels is None else pixels.nbytes
         self._cached = None if pixels is None else np.ones(len(ids), bool)
@@ -113,8 +119,9 @@ class Images:
         return text + f"; {self.native_size} px, stored at {self.store_size} px"
 
     def labels_in(self, classes: list[str], indices: np.ndarray | None = None) -> np.ndarray:
-        """The labels (n,) numbered as in `classes` (a model's); UNLABELED for the images of other
-        classes.
+        """The labels (n,) numbered as in `classes` (a model's).
+
+        UNLABELED for the images of other classes.
 
         Raises:
             InputError: one of the images `indices` has a label that is not in `classes`.
@@ -145,8 +152,9 @@ class Images:
         return self._read_bytes(index)
 
     def decode(self, index: int) -> Tensor:
-        """One image as uint8 (3, store_size, store_size): shorter side to store_size, then the
-        center square.
+        """One image as uint8 (3, store_size, store_size).
+
+        The shorter side is resized to store_size, then the center square is cut.
 
         Raises:
             InputError: the file is damaged; the message names it.
@@ -200,8 +208,9 @@ class Images:
         return int(np.median(sides))
 
     def batches(self, index_batches: Iterable[np.ndarray], workers: int) -> Iterator[Tensor]:
-        """The pixels of each batch of indices, uint8 (b, 3, store_size, store_size), decoded by
-        threads ahead of use.
+        """The pixels of each batch of indices, uint8 (b, 3, store_size, store_size).
+
+        Threads decode them ahead of use.
 
         A set that fits in 2 GiB is decoded once and kept. Threads, not processes: Pillow decodes
         and resizes without holding the interpreter lock, and a thread cannot outlive the run.
@@ -276,20 +285,20 @@ class Images:
                 f" --on-bad-item skip allows ({cap:.0%})"
             )
         if names:
-            kept, read = np.flatnonzero(~bad), self._read_bytes
+            kept = np.flatnonzero(~bad)
+            read = self._read_bytes
             self.ids = [self.ids[i] for i in kept]
-            self.labels, self.splits, self.sizes = (
-                self.labels[kept],
-                self.splits[kept],
-                self.sizes[kept],
-            )
+            self.labels = self.labels[kept]
+            self.splits = self.splits[kept]
+            self.sizes = self.sizes[kept]
             self._read_bytes = lambda index: read(kept[index])
         return names
 
 
 def central_square(image: Image.Image, side: int) -> Tensor:
-    """An RGB image with its shorter side resized to `side` pixels, cut to the square: uint8 (3,
-    side, side).
+    """An RGB image's center square, uint8 (3, side, side).
+
+    The shorter side is resized to `side` pixels before.
     """
     scale = side / min(image.size)
     width, height = (max(side, round(length * scale)) for length in image.size)
@@ -307,8 +316,9 @@ def is_image(name: str) -> bool:
 
 
 def reason(error: Exception) -> str:
-    """The first line of an error's message without addresses of objects, which no two runs share;
-    or else its type.
+    """Why something could not be read: the first line of an error's message, or else its type.
+
+    Addresses of objects, which no two runs share, are left out.
     """
     return re.sub(r" <\S+ object at 0x\w+>", "", str(error).split("\n")[0]) or type(error).__name__
 
@@ -319,8 +329,11 @@ def hidden(name: str) -> bool:
 
 
 def list_files(path: str, keep) -> tuple[list[str], list[int], Callable[[int], bytes]]:
-    """The files of a folder or of a .zip whose relative name passes `keep`: sorted names, sizes in
-    bytes, and a function from a position in these lists to the file's content.
+    """The files of a folder or of a .zip whose relative name passes `keep`.
+
+    Returns:
+        Sorted names, sizes in bytes, and a function from a position in these lists to the file's
+        content.
 
     Raises:
         InputError: missing or not readable.
@@ -335,7 +348,8 @@ def list_files(path: str, keep) -> tuple[list[str], list[int], Callable[[int], b
 
 
 def _folder_files(folder: Path, keep):
-    found, seen = [], set()
+    found = []
+    seen = set()
 
     def refuse(error: OSError):
         raise error
@@ -374,8 +388,9 @@ def _zip_files(path: Path, keep):
 
 
 def describe_labels(labels: np.ndarray, classes: list[str], splits: np.ndarray) -> str:
-    """` in 3 classes (RBC 4153, ...); splits train 10, test 5`, or ` without labels`: what follows
-    a set's size.
+    """What follows a set's size: ` in 3 classes (RBC 4153, ...); splits train 10, test 5`.
+
+    ` without labels` where there are none.
     """
     known = labels[labels != UNLABELED]
     text = " without labels"

@@ -11,8 +11,9 @@ from common.errors import InputError
 
 
 def prepare(path: str, *, store_size: int | None, bad: str, workers: int, say=print) -> Images:
-    """`open_images`, decoded to `store_size` where that is given; damaged ones are left out where
-    `bad` is "skip".
+    """`open_images`, decoded to `store_size` where that is given.
+
+    Damaged images are left out where `on_bad_item` is "skip".
     """
     images = open_images(path)
     if store_size:
@@ -28,8 +29,7 @@ def prepare(path: str, *, store_size: int | None, bad: str, workers: int, say=pr
 
 
 def open_images(path: str) -> Images:
-    """The images of a folder, of a .zip, of a packed file (`common.pack`), or of the embedded data
-    set (`sample`).
+    """The images of a folder, a .zip, a packed file, or of the embedded data set (`sample`).
 
     A folder of folders gives the labels; `train/`, `val/` (or dev) and `test/` above them give the
     splits; images in no folder are unlabeled. One folder that holds everything is looked through.

@@ -1,5 +1,6 @@
-"""A data set decoded once: `python -m common.data pack SRC DST` writes one file of uint8 pixels
-that is memory-mapped.
+"""A data set decoded once, as one file of uint8 pixels that is memory-mapped.
+
+`python -m common.data pack SRC DST` writes it.
 
 Layout of the file: `_MAGIC`, the pixels (n, 3, S, S), then JSON (names, labels, splits, sizes and
 one CRC-32 an image), and a trailer with the JSON's length and its SHA-256. Pixels come first, so
@@ -47,8 +48,9 @@ _FIELDS = {
 
 
 class PackedImages(Images):
-    """A packed file as `Images`. Nothing is read into memory but what a batch needs; processes
-    share the pages.
+    """A packed file as `Images`.
+
+    Nothing is read into memory but what a batch needs; processes share the pages.
 
     Each image's CRC-32 is checked the first time that it is read.
 
@@ -58,18 +60,19 @@ class PackedImages(Images):
 
     def __init__(self, path: Path):
         facts = _read_facts(path)
-        self.name, self.ids, self.classes = path.name, facts["ids"], facts["classes"]
-        self.labels, self.splits = (
-            np.array(facts["labels"], np.int64),
-            np.array(facts["splits"], dtype=object),
-        )
+        self.name = path.name
+        self.ids = facts["ids"]
+        self.classes = facts["classes"]
+        self.labels = np.array(facts["labels"], np.int64)
+        self.splits = np.array(facts["splits"], dtype=object)
         self.native_size, self._packed_size, self._source = (
             facts[key] for key in ("native_size", "store_size", "fingerprint")
         )
         self.num_bytes = path.stat().st_size
         side = self._packed_size
         self._pixels = np.memmap(path, np.uint8, "r", len(_MAGIC), (len(self.ids), 3, side, side))
-        self._crc, self._checked = facts["crc"], np.zeros(len(self.ids), bool)
+        self._crc = facts["crc"]
+        self._checked = np.zeros(len(self.ids), bool)
         self._read_bytes = self._cache = self._cached = None
         self.keeps = False
         self.store_size = side
@@ -92,7 +95,8 @@ class PackedImages(Images):
                 " most that, or pack it"
                 f" again with --store-size {size}"
             )
-        self.store_size, self.keeps = size, size != self._packed_size
+        self.store_size = size
+        self.keeps = size != self._packed_size
         self._name_pixels(size)
 
     def decode(self, index: int) -> Tensor:
@@ -149,8 +153,7 @@ def _read_facts(path: Path) -> dict:
 
 
 def pack(images: Images, path: Path, *, default_size: int, left_out=(), workers: int) -> None:
-    """Write `images` as they are decoded, so that `path` holds either the old or the whole new
-    file.
+    """Write `images` as they are decoded: `path` holds either the old or the whole new file.
 
     `default_size` is the side that the source is decoded to where no --store-size is given,
     `left_out` the names of damaged images. Memory does not grow with the data set.
@@ -158,7 +161,8 @@ def pack(images: Images, path: Path, *, default_size: int, left_out=(), workers:
     Raises:
         InputError: an image is damaged, or the file cannot be written.
     """
-    side, crc = images.store_size, []
+    side = images.store_size
+    crc = []
     source = images.fingerprint
     if left_out:
         source = hashlib.sha256(f"{source} without {sorted(left_out)}".encode()).hexdigest()[:8]

@@ -1,5 +1,6 @@
-"""Emotion clips of two streams, a person's face and the scene around: RAER's layout, or the
-embedded sample.
+"""Emotion clips of two streams, a person's face and the scene around.
+
+They come in RAER's layout, or are the embedded sample.
 
 A folder, or a .zip of one, as CLIP-CAER reads RAER (DFER-CLIP's lists are alike, but count labels
 from 0):
@@ -97,7 +98,9 @@ class TwoStreams(Images):
         bodies: np.ndarray,
         margin: float,
     ):
-        self.faces, self.bodies, self.margin = faces, bodies, margin
+        self.faces = faces
+        self.bodies = bodies
+        self.margin = margin
         super().__init__(
             name, files, [UNLABELED] * len(files), [], [""] * len(files), sizes=sizes, read=read
         )
@@ -127,11 +130,13 @@ class EmotionClips(Videos):
         self, name, ids, labels, classes, splits, frames, images: Images, descriptions=(), notes=()
     ):
         super().__init__(name, ids, labels, classes, splits, frames, 1.0, images)
-        self.descriptions, self.notes = list(descriptions), list(notes)
+        self.descriptions = list(descriptions)
+        self.notes = list(notes)
 
     def train_frames(self, items: np.ndarray, seed: int, epoch: int, num_frames: int) -> np.ndarray:
-        """A random frame of each of `num_frames` equal segments of each item: (b, num_frames)
-        positions, drawn from (seed, epoch, item).
+        """A random frame of each of `num_frames` equal segments: (b, num_frames) positions.
+
+        They are drawn from (seed, epoch, item).
 
         Items below n are the clips, those above more draws of them: item i is one of clip i % n. A
         sampler that takes a clip several times in an epoch gives each time another item, and so
@@ -141,16 +146,15 @@ class EmotionClips(Videos):
         return segment_frames(self.lengths[items % len(self)], num_frames, drawn)
 
     def eval_frames(self, indices: np.ndarray, num_frames: int) -> np.ndarray:
-        """The center frame of each of `num_frames` equal segments of each clip: (b, num_frames)
-        positions.
-        """
+        """The center frame of each of `num_frames` equal segments: (b, num_frames) positions."""
         return segment_frames(self.lengths[indices], num_frames)
 
     def batches(
         self, clips: Iterable[tuple[np.ndarray, np.ndarray]], workers: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The faces and the contexts of each batch of clips, each uint8 (b, T, 3, store_size,
-        store_size), decoded by threads ahead of use.
+        """The faces and the contexts of each batch of clips.
+
+        Each is uint8 (b, T, 3, store_size, store_size). Threads decode them ahead of use.
 
         A batch is (clips (b,), positions (b, T)), as `Videos.batches` takes it. A frame is decoded
         once for both streams; all are kept where they fit in 2 GiB together.
@@ -172,8 +176,9 @@ class EmotionClips(Videos):
 
 
 def segment_frames(lengths, num_frames: int, drawn: np.ndarray | None = None) -> np.ndarray:
-    """One frame of each of `num_frames` equal segments (TSN, arXiv:1608.00859): (n, num_frames)
-    int64 positions.
+    """One frame of each of `num_frames` equal segments (TSN, arXiv:1608.00859).
+
+    Returns (n, num_frames) int64 positions.
 
     Segment t begins at floor(t * length / num_frames). A clip of fewer frames gives each once and
     repeats the last.
@@ -184,7 +189,8 @@ def segment_frames(lengths, num_frames: int, drawn: np.ndarray | None = None) ->
     """
     lengths = np.asarray(lengths, np.int64)[:, None]
     bounds = np.arange(num_frames + 1) * lengths // num_frames
-    starts, sizes = bounds[:, :-1], np.diff(bounds)
+    starts = bounds[:, :-1]
+    sizes = np.diff(bounds)
     within = sizes // 2 if drawn is None else np.floor(drawn * sizes).astype(np.int64)
     return np.where(
         lengths < num_frames, np.minimum(np.arange(num_frames), lengths - 1), starts + within
@@ -192,8 +198,9 @@ def segment_frames(lengths, num_frames: int, drawn: np.ndarray | None = None) ->
 
 
 def number_repeats(clips: np.ndarray, count: int) -> np.ndarray:
-    """Clips drawn with replacement as items: the k-th time that clip i occurs gives i + (k - 1) *
-    count, for a data set of `count` clips.
+    """Clips drawn with replacement as items of a data set of `count` clips.
+
+    The k-th time that clip i occurs gives i + (k - 1) * count.
     """
     order = np.argsort(clips, kind="stable")
     same = clips[order]
@@ -214,8 +221,9 @@ def prepare(
     labels=True,
     say=print,
 ) -> EmotionClips:
-    """`open_clips`, decoded to `store_size` where that is given; what was left out and what is
-    there are said.
+    """`open_clips`, decoded to `store_size` where that is given.
+
+    What was left out and what is there goes to `say`.
     """
     clips = open_clips(
         path, workers=workers, bad=bad, missing_box=missing_box, margin=margin, labels=labels
@@ -277,7 +285,8 @@ def open_clips(
     _refuse_repeats(path, lines)
     lines = _with_frames(tree, lines, bad, notes)
 
-    faces, bodies = _face_boxes(tree, lines), _body_boxes(tree, lines)
+    faces = _face_boxes(tree, lines)
+    bodies = _body_boxes(tree, lines)
     kept = _decide_missing(path, lines, faces, bodies, missing_box, notes)
     lines = [line for line, own in zip(lines, kept, strict=True) if len(own)]
     used = [own for own in kept if len(own)]
@@ -315,8 +324,9 @@ def open_clips(
 
 
 def split(clips: EmotionClips, names=("train", "val", "test"), say=print) -> dict[str, np.ndarray]:
-    """The indices of the parts `names`: the data's own; where it has no validation part, a fifth of
-    the training part.
+    """The indices of the parts `names`: the data's own.
+
+    Where it has no validation part, that is a fifth of the training part.
 
     That is held out by the clips' parent folders, a lecture's or a person's, where this leaves
     every class on both sides, and else by clip; stratified by class, a function of the names alone,
@@ -367,8 +377,7 @@ def _hold_out(clips: EmotionClips, pool: np.ndarray) -> tuple[np.ndarray, str]:
 
 
 def crop_square(image: Image.Image, box: np.ndarray, side: int) -> Tensor:
-    """The part of an RGB image in `box`, as far as the image goes, stretched to a square: uint8 (3,
-    side, side).
+    """The part of an RGB image in `box`, stretched to a square: uint8 (3, side, side).
 
     A box of NaN is the whole image.
     """
@@ -377,8 +386,9 @@ def crop_square(image: Image.Image, box: np.ndarray, side: int) -> Tensor:
 
 
 def letterbox(image: Image.Image, box: np.ndarray, side: int) -> Tensor:
-    """As `crop_square`, with the part's shape kept: its longer side fills the square, the rest is
-    black on both sides, as beyond a rotated image.
+    """As `crop_square`, with the part's shape kept.
+
+    Its longer side fills the square, the rest is black on both sides, as beyond a rotated image.
     """
     box = _inside(image, box)
     width, height = box[2] - box[0], box[3] - box[1]
@@ -622,7 +632,8 @@ def _box(tree: _Tree, name: str, where: str, value) -> list[float]:
 
 def _face_boxes(tree: _Tree, lines: list[_Line]) -> dict[str, np.ndarray]:
     """(frames, 4) boxes of each clip, NaN where there is none."""
-    content, boxes = _boxes(tree, "face.json"), {}
+    content = _boxes(tree, "face.json")
+    boxes = {}
     for line in lines:
         own = content.get(line.clip) or {}
         if not isinstance(own, dict):
@@ -680,8 +691,10 @@ def _decide_missing(
 def _refuse_degenerate(
     path: str, images: TwoStreams, read, firsts: list[int], workers: int
 ) -> None:
-    """Frames of a clip are taken to have the size of its first; one that differs is found when it
-    is decoded.
+    """Refuse boxes that lie outside of their frame or have no area.
+
+    Frames of a clip are taken to have the size of its first; one that differs is found when it is
+    decoded.
     """
 
     def size(index: int) -> tuple[int, int]:

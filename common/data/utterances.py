@@ -1,5 +1,6 @@
-"""Utterances of dialogues: texts and feature arrays with ids, labels and splits, from three kinds
-of source.
+"""Utterances of dialogues: texts and feature arrays with ids, labels and splits.
+
+They come from three kinds of source.
 
 - `.npz`: every float array of one row per utterance is a modality, (N, D) or (N, L, D) with lengths
 in `<name>_len`. - `.tsv`: one utterance a line under a header that names the columns; `text` is
@@ -80,15 +81,15 @@ class Utterances:
         modalities=None,
         lengths=None,
     ):
-        self.name, self.ids, self.classes, self.texts, self.speakers = (
-            name,
-            list(ids),
-            list(classes),
-            texts,
-            speakers,
-        )
-        self.labels, self.splits = np.asarray(labels, np.int64), np.asarray(splits, dtype=object)
-        self.modalities, self.lengths = dict(modalities or {}), dict(lengths or {})
+        self.name = name
+        self.ids = list(ids)
+        self.classes = list(classes)
+        self.texts = texts
+        self.speakers = speakers
+        self.labels = np.asarray(labels, np.int64)
+        self.splits = np.asarray(splits, dtype=object)
+        self.modalities = dict(modalities or {})
+        self.lengths = dict(lengths or {})
         hasher = hashlib.sha256(
             repr((self.ids, self.classes, list(self.splits), texts, speakers)).encode()
         )
@@ -112,9 +113,7 @@ class Utterances:
         return np.bincount(self.labels[self.labels >= 0], minlength=len(self.classes))
 
     def describe(self) -> str:
-        """`meld_da.tsv: 9989 utterances in 12 classes (s 2994, ...); splits train 7964, test 2025;
-        text`
-        """
+        """One line, such as `meld_da.tsv: 9989 utterances in 12 classes (s 2994, ...); text`."""
         labels = describe_labels(self.labels, self.classes, self.splits)
         parts = [] if self.texts is None else ["raw text"]
         parts += [
@@ -153,7 +152,8 @@ def open_utterances(path: str, max_length: int | None = None) -> Utterances:
             f"{path}: allowed are an .npz, a .tsv, a folder or .zip with train.tsv, or `sample`"
         )
     _check_texts(path, fields.get("texts"))
-    modalities, lengths = fields.pop("modalities", {}), fields.pop("lengths", {})
+    modalities = fields.pop("modalities", {})
+    lengths = fields.pop("lengths", {})
     for name in modalities:
         modalities[name] = _clean(path, name, modalities[name], lengths, max_length, fields["ids"])
     if not modalities and fields.get("texts") is None:
@@ -164,8 +164,9 @@ def open_utterances(path: str, max_length: int | None = None) -> Utterances:
 
 
 def split(utterances: Utterances) -> dict[str, np.ndarray]:
-    """Sorted int64 indices of `train` and `test`; the data's validation split belongs to `train`,
-    as in UMC.
+    """Sorted int64 indices of `train` and `test`.
+
+    The data's validation split belongs to `train`, as in UMC.
 
     Where the data names no test split, 15 % are held out by a hash of their ids. Labels have no say
     in that: which utterances are trained on must not tell anything of them.
@@ -180,8 +181,7 @@ def split(utterances: Utterances) -> dict[str, np.ndarray]:
 
 
 def data_problems(utterances: Utterances) -> dict[str, str]:
-    """What to know of the data before training: finding by name, in the words that are printed and
-    reported.
+    """What to know of the data before training: finding by name, as printed and reported.
 
     Rows, classes, imbalance (largest class over smallest), texts (tokens, empty, repeated), and of
     every modality its scale, rows of zeros, constant columns and values that are not finite. Labels
@@ -231,8 +231,11 @@ def _text_findings(utterances: Utterances) -> dict[str, str]:
 def _scale(values: np.ndarray, lengths: np.ndarray | None) -> str:
     # In chunks: a copy of all frames of a video data set would double its memory.
     width = values.shape[-1]
-    count, not_finite, zeros = 0, 0, 0
-    total, squares = np.zeros(width), np.zeros(width)
+    count = 0
+    not_finite = 0
+    zeros = 0
+    total = np.zeros(width)
+    squares = np.zeros(width)
     low, high = np.full(width, np.inf), np.full(width, -np.inf)
     for start in range(0, len(values), 256):
         chunk = values[start : start + 256]
@@ -243,7 +246,8 @@ def _scale(values: np.ndarray, lengths: np.ndarray | None) -> str:
         not_finite += int((~finite).sum())
         chunk = np.where(finite, chunk, 0).astype(np.float64)
         count += len(chunk)
-        total, squares = total + chunk.sum(0), squares + (chunk**2).sum(0)
+        total = total + chunk.sum(0)
+        squares = squares + (chunk**2).sum(0)
         low, high = np.minimum(low, chunk.min(0)), np.maximum(high, chunk.max(0))
     mean = total / count
     deviation = np.sqrt(np.maximum(squares / count - mean**2, 0))
@@ -382,7 +386,8 @@ def _read_npz(place: Path) -> dict:
             lengths[name] = lengths[name].astype(np.int64)
     label = text_of.get("label")
     if label is None:
-        labels, names = np.full(count, UNLABELED), []
+        labels = np.full(count, UNLABELED)
+        names = []
     elif label.dtype.kind == "U":
         labels, names = _number_labels(label.tolist())
     else:
@@ -539,7 +544,10 @@ def _read_umc(place: Path) -> dict:
             f" test.tsv); {found}"
         )
     base = PurePosixPath(tables[0]).parent
-    ids, texts, names, splits = [], [], [], []
+    ids = []
+    texts = []
+    names = []
+    splits = []
     for part in ("train", "dev", "test"):
         file = (base / f"{part}.tsv").as_posix()
         if file not in files:
@@ -553,7 +561,8 @@ def _read_umc(place: Path) -> dict:
         names += [cells[label].strip() for _, cells in rows]
         splits += [SPLITS[part]] * len(rows)
     labels, classes = _number_labels(names)
-    modalities, lengths = {}, {}
+    modalities = {}
+    lengths = {}
     for name, file in FEATURES.items():
         file = (base / file).as_posix()
         if file in files:
@@ -605,8 +614,9 @@ def _umc_columns(where: str, header: list[str], first: list[str]) -> tuple[list[
 
 
 def _padded(where: str, data: bytes, ids: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(n, l, d) float32 with zeros behind each end, and (n,) lengths, of a pickled dict id ->
-    (frames[, 1], d).
+    """Padded sequences and their lengths, of a pickled dict id -> (frames[, 1], d).
+
+    Returns (n, l, d) float32 with zeros behind each end, and (n,) lengths.
     """
     table = unpickle_arrays(where, data)
     missing = [name for name in ids if name not in table]
@@ -638,8 +648,7 @@ def _padded(where: str, data: bytes, ids: list[str]) -> tuple[np.ndarray, np.nda
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows the few names that a pickled NumPy array refers to, and has stand-ins of its own for
-    each of them.
+    """Knows the few names that a pickled NumPy array refers to, and stands in for each of them.
 
     Not even NumPy's own code runs on the pickle's bytes: a stand-in records what it is given, and
     `_rebuild` makes the array from a checked type, shape and buffer. The stand-ins are made anew
@@ -678,7 +687,10 @@ class _Unpickler(pickle.Unpickler):
         def no_bytes():
             return b""
 
-        self.array, self.buffer, self.scalar, self.type = Array, Buffer, Scalar, Type
+        self.array = Array
+        self.buffer = Buffer
+        self.scalar = Scalar
+        self.type = Type
         self.known = {
             ("multiarray", "_reconstruct"): Array,
             ("multiarray", "scalar"): Scalar,
@@ -700,8 +712,9 @@ class _Unpickler(pickle.Unpickler):
         raise pickle.UnpicklingError("it refers to objects outside the file")
 
     def rebuild(self, value, depth: int = 0):
-        """The value with real arrays in place of the stand-ins; refuses what is no array, dict,
-        text or number.
+        """The value with real arrays in place of the stand-ins.
+
+        Refuses what is no array, dict, text or number.
         """
         kind = type(value)
         if kind in (str, int, float):
@@ -768,7 +781,8 @@ _TOKEN = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*|([^\w\s]|_)\1*")
 
 
 def tokens(text: str) -> list[str]:
-    """Lower-case words, and punctuation: each run of one sign is a token, for `?` and `...` tell
-    much of an act.
+    """Lower-case words, and punctuation.
+
+    Each run of one sign is a token, for `?` and `...` tell much of an act.
     """
     return [match[0] for match in _TOKEN.finditer(text.lower())]

@@ -1,5 +1,6 @@
-"""CLIP's tokenizer from the standard library: byte-pair encoding of words' bytes (Sennrich et al.
-2016, arXiv:1508.07909).
+"""CLIP's tokenizer from the standard library.
+
+It is byte-pair encoding of words' bytes (Sennrich et al. 2016, arXiv:1508.07909).
 
 Texts are cleaned before they are split. The original cleans them with the package ftfy, whose plain
 steps stand here: HTML entities, surrogates, C1 controls as Windows-1252, control characters, Latin
@@ -78,8 +79,9 @@ _REPAIRS = _repairs()
 
 
 def split(text: str) -> list[str]:
-    """The words of a cleaned text: English suffixes such as `'s`, runs of letters, single digits,
-    runs of the rest.
+    """The words of a cleaned text.
+
+    These are English suffixes such as `'s`, runs of letters, single digits, runs of the rest.
     """
     # Letters and numbers by Unicode's categories, which the patterns of `re` cannot name. The mark
     # U+0345 vanishes: the original ignores case, and by its capital, a letter, no run takes it.
@@ -87,7 +89,8 @@ def split(text: str) -> list[str]:
         " " if c in " \u0345" else k if (k := unicodedata.category(c)[0]) in "LN" else "O"
         for c in text
     )
-    words, i = [], 0
+    words = []
+    i = 0
     while i < len(text):
         match = _SUFFIX.match(text, i) or _RUN.match(kinds, i)
         if match:
@@ -97,8 +100,10 @@ def split(text: str) -> list[str]:
 
 
 class Tokenizer:
-    """Texts to token ids: 256 bytes, 256 bytes that end a word, one id per merge, the start and the
-    end token.
+    """Texts to token ids.
+
+    There are 256 ids of bytes, 256 of bytes that end a word, one a merge, the start and the end
+    token.
 
     Args:
         merges: pairs of pieces, the most frequent first.
@@ -114,7 +119,9 @@ class Tokenizer:
         self._ids = {piece: i for i, piece in enumerate(pieces)}
         self._ranks = {pair: i for i, pair in enumerate(merges)}
         self._words: dict[str, list[int]] = {}
-        self.start, self.end, self.vocab_size = len(pieces), len(pieces) + 1, len(pieces) + 2
+        self.start = len(pieces)
+        self.end = len(pieces) + 1
+        self.vocab_size = len(pieces) + 2
 
     @classmethod
     def bytes(cls) -> "Tokenizer":
@@ -158,7 +165,8 @@ class Tokenizer:
                 first, second = min(pairs, key=lambda pair: self._ranks.get(pair, len(self._ranks)))
                 if (first, second) not in self._ranks:
                     break
-                merged, i = [], 0
+                merged = []
+                i = 0
                 while i < len(pieces):
                     both = pieces[i : i + 2] == [first, second]
                     merged.append(first + second if both else pieces[i])
@@ -175,16 +183,18 @@ class Tokenizer:
         return bytes(signs[sign] for sign in text).decode("utf-8", "replace")
 
     def __call__(self, texts: list[str], context: int = 77) -> Tensor:
-        """(n, context) int64: start, ids, end, zeros; a longer text is cut and still ends with the
-        end token.
+        """(n, context) int64: start, ids, end, zeros.
+
+        A longer text is cut and still ends with the end token.
         """
         rows = [[self.start, *self.encode(text)[: context - 2], self.end] for text in texts]
         return torch.tensor([row + [0] * (context - len(row)) for row in rows])
 
 
 def official_vocab(url: str = VOCAB_URL, folder: str | Path | None = None) -> Path:
-    """OpenAI's file of merges in the user's cache folder; the first call fetches it and checks its
-    SHA-256.
+    """OpenAI's file of merges in the user's cache folder.
+
+    The first call fetches it and checks its SHA-256.
 
     Args:
         folder: where it is kept; None: `clip` in $XDG_CACHE_HOME or ~/.cache.

@@ -1,5 +1,6 @@
-"""CLIP's image and text towers (Radford et al. 2021, arXiv:2103.00020), and published weights in
-their four layouts.
+"""CLIP's image and text towers, and published weights in their four layouts.
+
+Radford et al. 2021, arXiv:2103.00020.
 
 A state dict has OpenAI's keys for the image tower (`visual.*`) and the same with the prefix `text.`
 for the text tower; `from_published` maps OpenAI's, open_clip's and Hugging Face's names to these.
@@ -29,7 +30,8 @@ CLIP_MEAN = (
     0.40821073,
 )  # of the pixels in [0, 1] that published weights expect
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-CONTEXT, VOCAB = 77, 49_408
+CONTEXT = 77
+VOCAB = 49_408
 
 
 class QuickGELU(nn.Module):
@@ -104,8 +106,9 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Layers over (n, l, width); keys `resblocks.N.*`. With `recompute` only their inputs are kept
-    for the backward pass.
+    """Layers over (n, l, width); keys `resblocks.N.*`.
+
+    With `recompute` only their inputs are kept for the backward pass.
     """
 
     def __init__(self, width: int, layers: int, heads: int, activation: str):
@@ -129,8 +132,9 @@ class Transformer(nn.Module):
 
 
 class ImageTower(nn.Module):
-    """Maps normalized images (n, 3, image_size, image_size) to features (n, embed_dim), not of unit
-    length.
+    """Maps normalized images (n, 3, image_size, image_size) to features (n, embed_dim).
+
+    The features are not of unit length.
 
     The residual stream and with it every normalization stay fp32 under autocast.
 
@@ -160,7 +164,9 @@ class ImageTower(nn.Module):
                 f"--image-size {image_size}: this tower takes multiples of its patch of"
                 f" {patch} pixels"
             )
-        self.image_size, self.num_features, self.activation = image_size, embed_dim, activation
+        self.image_size = image_size
+        self.num_features = embed_dim
+        self.activation = activation
         self.checkpoint_blocks = False
         scale = width**-0.5
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
@@ -215,7 +221,8 @@ class TextTower(nn.Module):
         activation: str,
     ):
         super().__init__()
-        self.num_features, self.activation = embed_dim, activation
+        self.num_features = embed_dim
+        self.activation = activation
         self.checkpoint_blocks = False
         self.token_embedding = nn.Embedding(vocab, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(context, width))
@@ -233,23 +240,27 @@ class TextTower(nn.Module):
                 words (CoOp, Zhou et al. 2022, arXiv:2109.01134). They take m positions from the
                 words: give ids of at most context - m.
         """
-        x, end = self.token_embedding(ids), ids.argmax(1)
+        x = self.token_embedding(ids)
+        end = ids.argmax(1)
         if learned is not None:
             learned = learned.expand(len(x), -1, -1)
-            x, end = torch.cat([x[:, :1], learned, x[:, 1:]], 1), end + learned.shape[1]
+            x = torch.cat([x[:, :1], learned, x[:, 1:]], 1)
+            end = end + learned.shape[1]
         x = x + self.positional_embedding[: x.shape[1]]
         x = self.ln_final(self.transformer(x, True, self.checkpoint_blocks))
         return x[torch.arange(len(x), device=x.device), end] @ self.text_projection
 
 
 class CLIP(nn.Module):
-    """Both towers and the temperature: `visual`, `text`, `logit_scale` (the logarithm of the
-    factor).
+    """Both towers and the temperature.
+
+    Keys `visual`, `text` and `logit_scale`, the logarithm of the factor.
     """
 
     def __init__(self, visual: ImageTower, text: TextTower):
         super().__init__()
-        self.visual, self.text = visual, text
+        self.visual = visual
+        self.text = text
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     @property
@@ -262,8 +273,9 @@ class CLIP(nn.Module):
 
 
 def cosine_logits(features: Tensor, classes: Tensor, scale: Tensor | float) -> Tensor:
-    """(n, k) fp32: `scale` times the cosines of features (n, d) with class features (k, d); fp32
-    under autocast too, for a scale of 100 would leave bf16 cosines steps of a half.
+    """`scale` times the cosines of features (n, d) with class features (k, d): (n, k) fp32.
+
+    It is fp32 under autocast too, for a scale of 100 would leave bf16 cosines steps of a half.
     """
     with torch.autocast(features.device.type, enabled=False):
         return (
@@ -346,8 +358,9 @@ _HUGGING_FACE = {
 
 
 def from_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict in OpenAI's, open_clip's or Hugging Face's layout under this module's keys,
-    floats as fp32.
+    """A published state dict under this module's keys, floats as fp32.
+
+    It may have OpenAI's, open_clip's or Hugging Face's layout.
 
     Names that belong to no layout stay as they are, for a strict load to refuse.
     """
@@ -375,7 +388,8 @@ def _from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if ".self_attn.q_proj." in name and all(
             p is not None and p.shape == tensor.shape for p in parts
         ):
-            name, tensor = name.replace(".self_attn.q_proj.", ".attn.in_proj_"), torch.cat(parts)
+            name = name.replace(".self_attn.q_proj.", ".attn.in_proj_")
+            tensor = torch.cat(parts)
         elif ".self_attn.k_proj." in name or ".self_attn.v_proj." in name:
             continue
         if name.endswith("_projection.weight") and tensor.ndim == 2:
@@ -387,8 +401,7 @@ def _from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def source_activation(state: dict[str, Tensor], path: str | Path) -> tuple[str | None, str]:
-    """The activation that a file of weights was trained with, or None, and how that is known, in
-    words.
+    """The activation that a file of weights was trained with, or None, and how that is known.
 
     OpenAI's archives are known by numbers in them, Hugging Face's files by the `config.json` beside
     them, open_clip's by `open_clip_config.json` beside them or by `quickgelu` in the name of the
@@ -440,8 +453,9 @@ def _read_config(path: Path) -> dict:
 
 
 def resize_positions(positions: Tensor, grid: int) -> Tensor:
-    """(1 + g * g, width) -> (1 + grid * grid, width): bicubic and antialiased, the class token's
-    row unchanged.
+    """Position embedding (1 + g * g, width) to (1 + grid * grid, width).
+
+    Bicubic and antialiased, the class token's row unchanged.
     """
     old = math.isqrt(len(positions) - 1)
     image = positions[1:].T.reshape(1, -1, old, old)
@@ -452,8 +466,7 @@ def resize_positions(positions: Tensor, grid: int) -> Tensor:
 def read_clip(
     path: str | Path, name: str, image_size: int = 224, activation: str | None = None
 ) -> tuple[CLIP, str]:
-    """CLIP with the published weights in a file, in fp32, and what was done, one line each, to be
-    logged.
+    """CLIP with the published weights in a file, in fp32, and what was done, to be logged.
 
     Args:
         path: OpenAI's `.pt`, a plain state dict, or open_clip's or Hugging Face's `.safetensors` or
@@ -487,7 +500,8 @@ def read_clip(
         f"started from {path} ({len(raw)} tensors, {model.activation} by"
         f" {why if found else 'request'})"
     ]
-    stem, positions = state.get("visual.conv1.weight"), state.get("visual.positional_embedding")
+    stem = state.get("visual.conv1.weight")
+    positions = state.get("visual.positional_embedding")
     if stem is not None and stem.shape != model.visual.conv1.weight.shape:
         rows = [
             row

@@ -1,5 +1,6 @@
-"""MobileNetV4 (Qin et al. 2024, arXiv:2404.10518) with timm's state-dict keys, built from one
-table.
+"""MobileNetV4 with timm's state-dict keys, built from one table.
+
+Qin et al. 2024, arXiv:2404.10518.
 
 A stage of the table is its width and its blocks, `*n` repeats a block:
 
@@ -258,8 +259,9 @@ class UIB(nn.Module):
 
 
 class MultiQueryAttention(nn.Module):
-    """Attention over the pixels of a map whose heads share one key and one value each; keys
-    `query.proj`, `key.*`, `value.*`, `output.proj`.
+    """Attention over the pixels of a map whose heads share one key and one value each.
+
+    Keys `query.proj`, `key.*`, `value.*`, `output.proj`.
     """
 
     def __init__(self, width: int, heads: int, head_width: int, stride: int):
@@ -322,8 +324,7 @@ def _block(token: str, width_in: int, width_out: int, variant: Variant) -> nn.Mo
 
 
 class MobileNetV4(nn.Module):
-    """Maps images (n, 3, s, s) to features (n, 1280), or to logits (n, num_classes) where there are
-    classes.
+    """Maps images (n, 3, s, s) to features (n, 1280), or to logits (n, num_classes).
 
     Args:
         variant: a row of VARIANTS.
@@ -335,11 +336,13 @@ class MobileNetV4(nn.Module):
 
     def __init__(self, variant: Variant, num_classes: int = 0):
         super().__init__()
-        self.variant, self.checkpoint_blocks = variant, False
+        self.variant = variant
+        self.checkpoint_blocks = False
         self.conv_stem = _conv(3, variant.stem, 3, 2)
         self.bn1 = nn.BatchNorm2d(variant.stem)
         self.act = _activation(variant.act)
-        stages, width = [], variant.stem
+        stages = []
+        width = variant.stem
         for stage_width, tokens in variant.stages:
             blocks = []
             for token, count in re.findall(r"([a-z\d]+)(?:\*(\d+))?", tokens):

@@ -39,8 +39,9 @@ _START_SCALE = 1 / 0.07  # what CLIP's own training starts from
 
 
 class Temporal(nn.Module):
-    """Features of T frames (n, T, d) to one (n, d): the output of a class token in a pre-norm
-    transformer.
+    """Features of T frames (n, T, d) to one (n, d).
+
+    It is the output of a class token in a pre-norm transformer.
 
     Features of one tower lie in a narrow cone, most of each is the same for all images, so
     BatchNorm takes that off first: a LayerNorm would keep it.
@@ -61,7 +62,8 @@ class Temporal(nn.Module):
             batch_first=True,
             norm_first=True,
         )
-        self.norm_in, self.norm_out = nn.BatchNorm1d(dim), nn.LayerNorm(dim)
+        self.norm_in = nn.BatchNorm1d(dim)
+        self.norm_out = nn.LayerNorm(dim)
         self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,13 +73,15 @@ class Temporal(nn.Module):
 
 
 class Adapter(nn.Module):
-    """A residual bottleneck on features (..., d) that starts as the identity (CLIP-Adapter,
-    arXiv:2110.04544).
+    """A residual bottleneck on features (..., d) that starts as the identity.
+
+    CLIP-Adapter, arXiv:2110.04544.
     """
 
     def __init__(self, dim: int):
         super().__init__()
-        self.down, self.up = nn.Linear(dim, max(8, dim // 4)), nn.Linear(max(8, dim // 4), dim)
+        self.down = nn.Linear(dim, max(8, dim // 4))
+        self.up = nn.Linear(max(8, dim // 4), dim)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
@@ -86,8 +90,9 @@ class Adapter(nn.Module):
 
 
 class Prompts(nn.Module):
-    """Class features (K, d) of a frozen text tower, from learnable context before the words of each
-    descriptor.
+    """Class features (K, d) of a frozen text tower.
+
+    Learnable context stands before the words of each descriptor.
 
     Args:
         tower: `common.models.clip.TextTower`; its parameters are frozen here.
@@ -104,7 +109,8 @@ class Prompts(nn.Module):
 
     def __init__(self, tower: TextTower, ids: Tensor, num_context: int):
         super().__init__()
-        longest, room = int(ids.argmax(1).max()) + 1, len(tower.positional_embedding)
+        longest = int(ids.argmax(1).max()) + 1
+        room = len(tower.positional_embedding)
         if longest + num_context > room:
             raise InputError(
                 f"--num-context {num_context}: the longest descriptor has {longest} tokens,"
@@ -166,7 +172,10 @@ class RaerModel(nn.Module):
         super().__init__()
         if tune not in TUNES:
             raise ValueError(f"tune={tune!r}, allowed are {', '.join(TUNES)}")
-        self.image, self.tune, self.scale, self.num_classes = image, tune, scale, num_classes
+        self.image = image
+        self.tune = tune
+        self.scale = scale
+        self.num_classes = num_classes
         self.adapter = Adapter(width) if tune == "adapter" else None
         self.temporal = nn.ModuleDict(
             {name: Temporal(width, num_frames, layers, dropout) for name in STREAMS}
@@ -174,7 +183,8 @@ class RaerModel(nn.Module):
         self.fusion = nn.Sequential(
             nn.Linear(2 * width, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, width)
         )
-        self.prompts, self.classes = prompts, None
+        self.prompts = prompts
+        self.classes = None
         if prompts is None:
             self.classes = nn.Linear(width, num_classes, bias=False)
         self.choose_trained(only_classes=False)
@@ -202,8 +212,9 @@ class RaerModel(nn.Module):
         }
 
     def choose_trained(self, only_classes: bool) -> None:
-        """Let everything train that `tune` says, or only what decides where the classes lie, on
-        fixed features.
+        """Let everything train that `tune` says, or only what decides where the classes lie.
+
+        The latter happens on fixed features.
         """
         self.only_classes = only_classes
         self.requires_grad_(not only_classes)
@@ -223,8 +234,9 @@ class RaerModel(nn.Module):
         )
 
     def reset_classes(self, optimizer: torch.optim.Optimizer) -> None:
-        """Draw anew what decides where the classes lie, and forget what `optimizer` has gathered
-        about it.
+        """Draw anew what decides where the classes lie.
+
+        What `optimizer` has gathered about it is forgotten.
         """
         (self.classes.reset_parameters if self.prompts is None else self.prompts.reset)()
         own = self.classes.weight if self.prompts is None else self.prompts.context
@@ -239,8 +251,9 @@ class RaerModel(nn.Module):
         return (self.classes.weight if self.prompts is None else self.prompts()).float()
 
     def encode(self, frames: Tensor) -> Tensor:
-        """Features (n, 2, T, d) of frames (n, 2, T, 3, s, s) by the image tower; without gradient
-        if it is frozen.
+        """Features (n, 2, T, d) of frames (n, 2, T, 3, s, s) by the image tower.
+
+        Without gradient if the tower is frozen.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.tune == "full"):
             return self.image(frames.flatten(0, 2)).unflatten(0, frames.shape[:3])
@@ -256,7 +269,8 @@ class RaerModel(nn.Module):
         return z + math.sqrt(z.shape[1]) * F.normalize(x.float().mean((1, 2)), dim=1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        z, classes = self.clip_features(x).float(), self.class_features()
+        z = self.clip_features(x).float()
+        classes = self.class_features()
         logits = z @ classes.T if self.scale is None else cosine_logits(z, classes, self.scale)
         return logits, classes
 
@@ -279,8 +293,9 @@ class RaerModel(nn.Module):
 
 
 def normalization(backbone: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std) of the pixels in [0, 1] that a tower expects: CLIP's own, and for SimCLR's ResNet
-    ImageNet's.
+    """(mean, std) of the pixels in [0, 1] that a tower expects.
+
+    CLIP's own, and for SimCLR's ResNet ImageNet's.
     """
     return (IMAGENET_MEAN, IMAGENET_STD) if backbone == "resnet18" else (CLIP_MEAN, CLIP_STD)
 
@@ -288,8 +303,9 @@ def normalization(backbone: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 def start(
     args, store_size: int, descriptions: list[str]
 ) -> tuple[nn.Module | None, dict, str | None]:
-    """What `--weights` holds (None without), the facts from which a checkpoint rebuilds the model,
-    and what was done.
+    """Read `--weights`, and gather the facts from which a checkpoint rebuilds the model.
+
+    Returns the published model (None without `--weights`), these facts, and what was done.
 
     Args:
         args: backbone, weights, image_size, activation, clip_vocab, logit_scale, num_context and
@@ -301,7 +317,9 @@ def start(
         InputError: the weights are of another architecture, or the size is one that the tower does
             not take.
     """
-    name, published, said = args.backbone, None, None
+    name = args.backbone
+    published = None
+    said = None
     model_spec = dict(
         activation=None, tokens=None, stem=None, scale=args.logit_scale or _START_SCALE
     )
@@ -341,19 +359,18 @@ def start(
 
 
 def build_raer(model_spec: dict, dropout: float, published: nn.Module | None = None) -> RaerModel:
-    """The model of `model_spec`: of `start`, with backbone, num_frames, tune, num_context,
-    temporal_layers and classes.
+    """The model of `model_spec`, with the weights of `published` where they are given.
 
     Args:
         published: CLIP or a ResNet-18, which is copied; None: random weights.
     """
-    name, size, prompts = model_spec["backbone"], model_spec["image_size"], None
+    name = model_spec["backbone"]
+    size = model_spec["image_size"]
+    prompts = None
     published = copy.deepcopy(published)
     if name == "resnet18":
-        image, width = (
-            published or build_backbone(name, model_spec["stem"]),
-            BACKBONES[name].num_features,
-        )
+        image = published or build_backbone(name, model_spec["stem"])
+        width = BACKBONES[name].num_features
     elif model_spec["tokens"] is None:
         image = (
             published.visual
@@ -363,7 +380,8 @@ def build_raer(model_spec: dict, dropout: float, published: nn.Module | None = N
         width = image.num_features
     else:
         clip = published or build_clip(name, size, model_spec["activation"])
-        image, width = clip.visual, clip.visual.num_features
+        image = clip.visual
+        width = clip.visual.num_features
         prompts = Prompts(clip.text, torch.tensor(model_spec["tokens"]), model_spec["num_context"])
     options = dict(
         num_frames=model_spec["num_frames"],

@@ -1,5 +1,6 @@
-"""Text to vectors: TF-IDF with a truncated SVD, which needs no file at all, and encoders of the
-BERT family.
+"""Text to vectors: TF-IDF with a truncated SVD, and encoders of the BERT family.
+
+The first needs no file at all.
 
 `lsa` is latent semantic analysis (Deerwester et al. 1990) of words, punctuation and character
 n-grams, `encode` the pooled states of a frozen encoder (Devlin et al. 2018, arXiv:1810.04805) whose
@@ -28,9 +29,10 @@ from common.run.checkpoint import load_weights
 
 
 def word_ngrams(text: str, longest: int = 3) -> list[str]:
-    """All runs of 1 to `longest` tokens, joined by blanks; longer runs may begin or end with the
-    utterance's own edge (`^`, `$`): how an utterance opens and closes tells more of the act than
-    what stands in between.
+    """All runs of 1 to `longest` tokens, joined by blanks.
+
+    Longer runs may begin or end with the utterance's own edge (`^`, `$`): how an utterance opens
+    and closes tells more of the act than what stands in between.
     """
     words = tokens(text)
     edged = ["^", *words, "$"]
@@ -50,8 +52,9 @@ def char_ngrams(text: str, shortest: int = 2, longest: int = 4) -> list[str]:
 
 
 class Sparse(NamedTuple):
-    """A matrix in compressed rows: row i has `values[k]` in column `columns[k]` for starts[i] <= k
-    < starts[i + 1].
+    """A matrix in compressed rows.
+
+    Row i has `values[k]` in column `columns[k]` for starts[i] <= k < starts[i + 1].
     """
 
     values: np.ndarray  # (nnz,) float64
@@ -83,8 +86,9 @@ def tfidf(
     idf: np.ndarray | None = None,
     min_df: int = 1,
 ) -> tuple[Sparse, list[str], np.ndarray]:
-    """(n, V) TF-IDF: (1 + ln tf) * idf with idf = 1 + ln((1 + n) / (1 + df)), rows of norm 1, or 0
-    without any term.
+    """TF-IDF of documents: (n, V) (1 + ln tf) * idf, rows of norm 1, or 0 without any term.
+
+    idf = 1 + ln((1 + n) / (1 + df)).
 
     Args:
         documents: n lists of terms.
@@ -117,7 +121,9 @@ def tfidf(
         columns = new[columns]
         order = np.lexsort((columns, owner))
         order = order[columns[order] >= 0]
-        owner, columns, tf = owner[order], columns[order], tf[order]
+        owner = owner[order]
+        columns = columns[order]
+        tf = tf[order]
     values = (1 + np.log(tf)) * idf[columns]
     values /= np.sqrt(np.bincount(owner, values**2, len(documents)))[owner]
     starts = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(documents)))])
@@ -140,13 +146,13 @@ def side_by_side(blocks: list[tuple[float, Sparse]]) -> Sparse:
 
 
 def svd(matrix: Sparse, dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Left singular vectors (n, d) and singular values (d,) of the d = min(dim, n, V) largest,
-    float64.
+    """The d = min(dim, n, V) largest singular values (d,) and their left vectors (n, d), float64.
 
     Randomized block Krylov iteration (Musco and Musco 2015, arXiv:1504.05477). The entry of largest
     magnitude in each vector is positive.
     """
-    n, width = len(matrix.starts) - 1, matrix.num_columns
+    n = len(matrix.starts) - 1
+    width = matrix.num_columns
     dim = min(dim, n, width)
     a, at = matrix.torch(), matrix.transposed().torch()
     generator = torch.Generator().manual_seed(seed)
@@ -182,9 +188,11 @@ class Lsa:
 
     @classmethod
     def fit(cls, texts: list[str], dim: int = 50, char_weight: float = 0.5, seed: int = 0) -> "Lsa":
-        """Fit to texts. No labels enter, so all utterances may take part, those of the test split
-        too (the usual transductive setting of clustering, in which the test utterances are at hand
-        without their labels).
+        """Fit to texts.
+
+        No labels enter, so all utterances may take part, those of the test split too (the usual
+        transductive setting of clustering, in which the test utterances are at hand without their
+        labels).
 
         Args:
             texts: n utterances.
@@ -227,15 +235,17 @@ class Lsa:
 
 
 def lsa(texts: list[str], **options) -> np.ndarray:
-    """(n, d) float32: latent semantic analysis of n texts, fitted to these texts; `options` are
-    those of `Lsa.fit`.
+    """Latent semantic analysis of n texts, fitted to these texts: (n, d) float32.
+
+    `options` are those of `Lsa.fit`.
     """
     return Lsa.fit(texts, **options)(texts)
 
 
 class WordPiece:
-    """The tokenizer of BERT (Devlin et al. 2018): clean, split at blanks and punctuation, longest
-    match first.
+    """The tokenizer of BERT (Devlin et al. 2018).
+
+    It cleans, splits at blanks and punctuation, and takes the longest match first.
 
     Names of special tokens in a text, such as `[MASK]`, are ordinary text here.
 
@@ -257,7 +267,9 @@ class WordPiece:
             raise InputError(
                 f"the vocabulary lacks {', '.join(missing)}: not a WordPiece vocabulary of BERT"
             )
-        self.vocab, self.lower, self.chinese = vocab, lower, chinese
+        self.vocab = vocab
+        self.lower = lower
+        self.chinese = chinese
         self.strip_accents = lower if strip_accents is None else strip_accents
         self.unknown, self.first, self.last, self.pad = (
             vocab[t] for t in ("[UNK]", "[CLS]", "[SEP]", "[PAD]")
@@ -303,7 +315,8 @@ class WordPiece:
         """Ids of a word's longest pieces from left to right; [UNK] alone where it cannot be spelled."""
         if len(word) > 100:
             return [self.unknown]
-        ids, start = [], 0
+        ids = []
+        start = 0
         while start < len(word):
             prefix = "##" if start else ""
             ends = range(len(word), start, -1)
@@ -342,8 +355,9 @@ _SIZES = (
 
 
 class Bert(nn.Module):
-    """The encoder of BERT and of what shares its shape, such as MiniLM, with Hugging Face's keys
-    (no pooler).
+    """The encoder of BERT and of what shares its shape, such as MiniLM.
+
+    It has Hugging Face's keys, and no pooler.
 
     Post-norm layers, exact GELU, learned positions, no dropout.
 
@@ -376,7 +390,8 @@ class Bert(nn.Module):
                 f"hidden_size {width} is not divisible by num_attention_heads {self.num_heads}"
             )
         eps = config.get("layer_norm_eps", 1e-12)
-        self.num_layers, self.width = layers, width
+        self.num_layers = layers
+        self.width = width
         self.embeddings = nn.ModuleDict(
             {
                 "word_embeddings": nn.Embedding(vocab, width),
@@ -390,8 +405,9 @@ class Bert(nn.Module):
         )
 
     def forward(self, ids: Tensor, mask: Tensor, layer: int) -> Tensor:
-        """Hidden states after `layer` layers (0: the embeddings): (b, l) ids and bool mask of
-        tokens -> (b, l, d).
+        """Hidden states (b, l, d) after `layer` layers (0: the embeddings).
+
+        Takes (b, l) ids and the bool mask of tokens.
         """
         parts = self.embeddings
         positions = torch.arange(ids.shape[1], device=ids.device)
@@ -457,8 +473,9 @@ def _weights_file(folder: Path) -> Path:
 
 
 def read_bert(folder: str | Path) -> Bert:
-    """The encoder of a Hugging Face folder: `config.json` and `model.safetensors` or
-    `pytorch_model.bin`.
+    """The encoder of a Hugging Face folder.
+
+    It reads `config.json` and `model.safetensors` or `pytorch_model.bin`.
 
     Keys may have the prefix `bert.`; a pooler and pretraining heads are left out.
 
@@ -497,8 +514,7 @@ def encode(
     device: str | torch.device = "cpu",
     cache: str | Path | None = None,
 ) -> np.ndarray:
-    """(n, d) float32: the states of a frozen encoder after one of its layers, pooled over each
-    text's tokens.
+    """The states of a frozen encoder after one of its layers, pooled over tokens: (n, d) float32.
 
     Each distinct text is encoded once, in batches of like length, so that a text's vector does not
     depend on where it stands in the list.

@@ -1,5 +1,6 @@
-"""Clips to logits: a frame network whose blocks exchange channels in time (TSM, Lin et al. 2019,
-arXiv:1811.08383).
+"""Clips to logits: a frame network whose blocks exchange channels in time.
+
+TSM, Lin et al. 2019, arXiv:1811.08383.
 
 The shift is a function that the script hands in; no module is wrapped, so the backbone keeps the
 keys of its published weights. Sites are the blocks with a shortcut (`shift_sites`), attention
@@ -71,8 +72,9 @@ class Shift:
 
 
 class ClipModel(nn.Module):
-    """Clips (n, T, 3, s, s), or their frames (n * n_segment, 3, s, s), to logits (n, num_classes)
-    and the share of each frame in them (n, T), which sum to 1.
+    """Clips to logits (n, num_classes) and the share of each frame in them (n, T).
+
+    Clips are (n, T, 3, s, s), or their frames (n * n_segment, 3, s, s); the shares sum to 1.
 
     Pixels are normalized floats. T of five-dimensional clips may differ from `n_segment`. The head
     works in its weights' precision, fp32, under autocast too: scores of 8 bits would tie.
@@ -98,8 +100,10 @@ class ClipModel(nn.Module):
         super().__init__()
         if shift.placement not in PLACEMENTS:
             raise ValueError(f"placement={shift.placement!r}, allowed are {', '.join(PLACEMENTS)}")
-        self.backbone, self.shift = backbone, shift
-        self.dropout, self.dropout2d = dropout, dropout2d
+        self.backbone = backbone
+        self.shift = shift
+        self.dropout = dropout
+        self.dropout2d = dropout2d
         self.head = TemporalHead(NUM_FEATURES, num_classes, aggregate)
         self.frozen_bn: list[str] = []
 
@@ -149,8 +153,9 @@ class ClipModel(nn.Module):
 
 
 def start_weights(args) -> tuple[dict[str, Tensor] | None, tuple]:
-    """The backbone's weights in --weights, and the (mean, std) of pixels that they expect; of a
-    run, its own.
+    """The backbone's weights in --weights, and the (mean, std) of pixels that they expect.
+
+    Those of a run come with the run's own.
 
     Raises:
         InputError: the file cannot be read, or is another script's.
@@ -174,8 +179,7 @@ def start_weights(args) -> tuple[dict[str, Tensor] | None, tuple]:
 
 
 def freeze_bn(model: ClipModel, share: float) -> list[str]:
-    """Freeze the first round(share * n) of the backbone's n BatchNorm layers, in the order in which
-    they run.
+    """Freeze the first round(share * n) of the backbone's n BatchNorm layers, as they run.
 
     Their running statistics normalize and stay, and their scales and shifts are not trained,
     whatever `train()` says. Call it after `dist.sync_batchnorm`, which makes new layers, and before
@@ -216,15 +220,17 @@ class Stream:
                 f"{s.padding}"
             )
         assert not model.training, "BatchNorm would use the statistics of one frame"
-        self.model, self.step = model, step
+        self.model = model
+        self.step = step
         self.folds: list[Tensor | None] = [None] * len(shift_sites(model.backbone))
         self.peak = self.total = self.features = None
 
     @torch.no_grad()
     def __call__(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """The next frame of n streams (n, 3, s, s) to logits (n, num_classes) of all frames so far
-        and this frame's score (n,); a softmax over the scores of a sequence gives the frames'
-        shares.
+        """Takes the next frame of n streams (n, 3, s, s).
+
+        Returns logits (n, num_classes) of all frames so far and this frame's score (n,); a softmax
+        over the scores of a sequence gives the frames' shares.
         """
         folds = iter(self.folds)
         self.folds = []
@@ -247,11 +253,14 @@ class Stream:
             features = features.to(head.classifier.weight.dtype)
             score = head.score(features)
             if self.total is None:
-                self.peak, self.total, self.features = score, torch.ones_like(score), features
+                self.peak = score
+                self.total = torch.ones_like(score)
+                self.features = features
             else:
                 peak = torch.maximum(self.peak, score)
                 old, new = (self.peak - peak).exp(), (score - peak).exp()
-                self.peak, self.total = peak, self.total * old + new
+                self.peak = peak
+                self.total = self.total * old + new
                 self.features = self.features * old.unsqueeze(1) + features * new.unsqueeze(1)
             return head.classifier(self.features / self.total.unsqueeze(1)), score
 
@@ -296,12 +305,14 @@ def training_memory(
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    inputs, inside = {}, []
+    inputs = {}
+    inside = []
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         x = twin.stem(x)
         around = dict(kept)
         for block in (block for stage in twin.blocks for block in stage):
-            storage, before = x.untyped_storage(), sum(kept.values())
+            storage = x.untyped_storage()
+            before = sum(kept.values())
             inputs[storage._cdata] = storage.nbytes()
             x = block(x)
             inside.append(sum(kept.values()) - before)

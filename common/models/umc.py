@@ -1,5 +1,6 @@
-"""Fusion of modalities into one embedding (UMC: Zhang et al. 2024, arXiv:2405.12775), with a linear
-path of its own.
+"""Fusion of modalities into one embedding, with a linear path of its own.
+
+UMC: Zhang et al. 2024, arXiv:2405.12775.
 """
 
 import torch
@@ -14,8 +15,9 @@ STARTS, ROUNDS = 3, 10  # of k-means in a metric that follows it
 
 
 class Fusion(nn.Module):
-    """Modalities of an utterance to z (n, base_dim), which is clustered, and h (n, base_dim), which
-    losses compare.
+    """Modalities of an utterance to z (n, base_dim) and h (n, base_dim).
+
+    z is clustered, h is what losses compare.
 
     Each modality is projected to base_dim; a sequence also goes through one causal transformer
     layer, and the state at its last step stands for it. With t, v, ... these vectors: z = W_f
@@ -49,7 +51,9 @@ class Fusion(nn.Module):
         basis=None,
     ):
         super().__init__()
-        self.names, self.sequences, self.padded_last = list(widths), set(sequences), padded_last
+        self.names = list(widths)
+        self.sequences = set(sequences)
+        self.padded_last = padded_last
         self.project = nn.ModuleDict(
             {name: nn.Linear(width, base_dim) for name, width in widths.items()}
         )
@@ -84,12 +88,15 @@ class Fusion(nn.Module):
     def forward(
         self, inputs: dict[str, Tensor], lengths: dict[str, Tensor], keep: Tensor | None = None
     ):
-        """z and h of `inputs`, name -> (n, D) or (n, L, D) with `lengths` (n,); where `keep` (n,
-        modalities) is 0, a modality's part is zero.
+        """z and h of `inputs`, name -> (n, D) or (n, L, D) with `lengths` (n,).
+
+        Where `keep` (n, modalities) is 0, a modality's part is zero.
         """
-        parts, path = [], 0.0
+        parts = []
+        path = 0.0
         for i, name in enumerate(self.names):
-            x, kept = inputs[name], 1.0 if keep is None else keep[:, i, None]
+            x = inputs[name]
+            kept = 1.0 if keep is None else keep[:, i, None]
             if self.linear_path:
                 x = (x - self.get_buffer(f"mean_{name}")) / self.get_buffer(f"scale_{name}")
                 pooled = pool(x, lengths[name]) if name in self.sequences else x
@@ -148,10 +155,12 @@ def weighted_basis(
     Raises:
         InputError: all rows of a modality are equal.
     """
-    basis, found = {}, {}
+    basis = {}
+    found = {}
     for name, x in rows.items():
         x = x.double()
-        mean, spread = x.mean(0), x.std(0, unbiased=False)
+        mean = x.mean(0)
+        spread = x.std(0, unbiased=False)
         scale = torch.where(
             spread > 1e-7 * x.abs().amax(0), spread, torch.inf
         )  # a constant column stays zero
@@ -164,7 +173,8 @@ def weighted_basis(
             scale = torch.full_like(spread, spread.square().sum().sqrt().item())
         x = (x - mean) / scale
         values, vectors = torch.linalg.eigh(x.T @ x / len(x))
-        values, vectors = values.flip(0)[:components], vectors.flip(1)[:, :components]
+        values = values.flip(0)[:components]
+        vectors = vectors.flip(1)[:, :components]
         axes = vectors[:, values > 1e-9 * values[0]] / values.clamp(min=0).sum().sqrt()
         basis[name] = mean, scale, axes
         found[name] = clustering.kmeans((x @ axes).float(), k, seed=seed).labels
@@ -188,8 +198,9 @@ def weighted_basis(
 
 
 def discriminant(z: Tensor, labels: Tensor, shrinkage: float) -> tuple[Tensor, float]:
-    """A metric (D, D) for rows z (n, D): directions in which rows scatter within clusters count
-    less.
+    """A metric (D, D) for rows z (n, D), and the likelihood of their clusters.
+
+    Directions in which rows scatter within clusters count less.
 
     It is the inverse root of S + shrinkage * tr(S^2) / tr(S), S the covariance within clusters (as
     in adaptive dimension reduction by discriminants and k-means, Ding and Li 2007), and keeps the
@@ -216,8 +227,9 @@ def discriminant(z: Tensor, labels: Tensor, shrinkage: float) -> tuple[Tensor, f
 def discriminant_kmeans(
     z: Tensor, k: int, shrinkage: float, seed: int, metric: Tensor, centroids: Tensor | None
 ):
-    """K-means and `discriminant` in turn on rows z (n, D), for two rounds from `centroids` (k, D)
-    in `metric` (D, D).
+    """K-means and `discriminant` in turn on rows z (n, D).
+
+    Two rounds from `centroids` (k, D) in `metric` (D, D).
 
     Without centroids, the best of STARTS starts by the likelihood, each of ROUNDS rounds or until
     no label changes. Returns the KMeans and its metric.
@@ -225,7 +237,8 @@ def discriminant_kmeans(
     # On the principal axes: an untrained network leaves most of the columns empty.
     values, axes = torch.linalg.eigh(torch.cov(z.double().T))
     axes = axes[:, values > 1e-6 * values[-1]].to(z.dtype)
-    x, best = z @ axes, None
+    x = z @ axes
+    best = None
     for start in range(STARTS if centroids is None else 1):
         # Seeds of their own: runs of neighboring --seed must not share their starts.
         own_seed = STARTS * seed + start
