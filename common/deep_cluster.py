@@ -93,10 +93,9 @@ def read_rows(
 ) -> tuple[Rows, Lsa | None]:
     """The rows of `path`, and its text features where there are any.
 
-    The text features are those of the run in the folder `home` if that is given.
-
-    Raw text becomes TF-IDF with SVD, fitted to the training utterances, and with `text_model` also
-    an encoder's states.
+    The text features are those of the run in the folder `home` if that is given. Raw text becomes
+    TF-IDF with SVD, fitted to the training utterances, and with `text_model` also an encoder's
+    states.
     """
     if path == "sample":
         modalities, labels, classes = synthetic.utterances()
@@ -197,9 +196,8 @@ def assign(run: Run, model: umc.Fusion, targets: Targets, raw: Tensor, share: fl
 def fused_basis(args, rows: Rows, train: np.ndarray, k: int | None):
     """The axes that training starts from, and the number of clusters.
 
-    Returns (basis, weights, anchor, k, estimate).
-
-    A modality has k - 1 axes: those hold the relaxed solution of k-means (Ding and He 2004).
+    Returns (basis, weights, anchor, k, estimate). A modality has k - 1 axes: those hold the relaxed
+    solution of k-means (Ding and He 2004).
     """
     own = {name: rows.pooled(name)[torch.from_numpy(train)] for name in rows.names}
     anchor = ANCHOR if ANCHOR in own else None
@@ -317,9 +315,8 @@ def score(
 ) -> dict:
     """Metrics of k-means on rows z (n, d), as `PREFIX/nmi` and `PREFIX/nmi_sd`.
 
-    They are the mean and the deviation over seeds.
-
-    The centroids are those of `smooth` rows; each row, as it is, belongs to the nearest.
+    They are the mean and the deviation over seeds. The centroids are those of `smooth` rows; each
+    row, as it is, belongs to the nearest.
 
     Rows without a label are clustered and left out of the score; without any label there is none.
     """

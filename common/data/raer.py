@@ -136,11 +136,9 @@ class EmotionClips(Videos):
     def train_frames(self, items: np.ndarray, seed: int, epoch: int, num_frames: int) -> np.ndarray:
         """A random frame of each of `num_frames` equal segments: (b, num_frames) positions.
 
-        They are drawn from (seed, epoch, item).
-
-        Items below n are the clips, those above more draws of them: item i is one of clip i % n. A
-        sampler that takes a clip several times in an epoch gives each time another item, and so
-        other frames and augmentation (`redraw`).
+        They are drawn from (seed, epoch, item). Items below n are the clips, those above more draws
+        of them: item i is one of clip i % n. A sampler that takes a clip several times in an epoch
+        gives each time another item, and so other frames and augmentation (`redraw`).
         """
         drawn = uniform(seed, epoch, items, _FRAME_STREAM, num_frames)
         return segment_frames(self.lengths[items % len(self)], num_frames, drawn)
@@ -154,10 +152,9 @@ class EmotionClips(Videos):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The faces and the contexts of each batch of clips.
 
-        Each is uint8 (b, T, 3, store_size, store_size). Threads decode them ahead of use.
-
-        A batch is (clips (b,), positions (b, T)), as `Videos.batches` takes it. A frame is decoded
-        once for both streams; all are kept where they fit in 2 GiB together.
+        Each is uint8 (b, T, 3, store_size, store_size). Threads decode them ahead of use. A batch
+        is (clips (b,), positions (b, T)), as `Videos.batches` takes it. A frame is decoded once for
+        both streams; all are kept where they fit in 2 GiB together.
         """
         for pixels in super().batches(clips, workers):
             yield pixels.unbind(2)
@@ -178,10 +175,8 @@ class EmotionClips(Videos):
 def segment_frames(lengths, num_frames: int, drawn: np.ndarray | None = None) -> np.ndarray:
     """One frame of each of `num_frames` equal segments (TSN, arXiv:1608.00859).
 
-    Returns (n, num_frames) int64 positions.
-
-    Segment t begins at floor(t * length / num_frames). A clip of fewer frames gives each once and
-    repeats the last.
+    Returns (n, num_frames) int64 positions. Segment t begins at floor(t * length / num_frames). A
+    clip of fewer frames gives each once and repeats the last.
 
     Args:
         lengths: (n,) frames of the clips.
@@ -326,11 +321,9 @@ def open_clips(
 def split(clips: EmotionClips, names=("train", "val", "test"), say=print) -> dict[str, np.ndarray]:
     """The indices of the parts `names`: the data's own.
 
-    Where it has no validation part, that is a fifth of the training part.
-
-    That is held out by the clips' parent folders, a lecture's or a person's, where this leaves
-    every class on both sides, and else by clip; stratified by class, a function of the names alone,
-    and said.
+    Where it has no validation part, that is a fifth of the training part. That is held out by the
+    clips' parent folders, a lecture's or a person's, where this leaves every class on both sides,
+    and else by clip; stratified by class, a function of the names alone, and said.
 
     Raises:
         InputError: a part has no clips, or the training part none of some class.

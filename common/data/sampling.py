@@ -25,9 +25,11 @@ def hash_order(ids: list[str], indices: np.ndarray, salt: str) -> list[int]:
 
     It is as good as chance, and always the same.
     """
-    return sorted(
-        indices, key=lambda i: hashlib.blake2b(f"{salt}/{ids[i]}".encode(), digest_size=8).digest()
-    )
+
+    def digest(index: int) -> bytes:
+        return hashlib.blake2b(f"{salt}/{ids[index]}".encode(), digest_size=8).digest()
+
+    return sorted(indices, key=digest)
 
 
 def hold_out(
@@ -62,16 +64,17 @@ def split(images: Images, fraction: float = 1.0) -> dict[str, np.ndarray]:
     """
     ids = images.ids
     labels = images.labels
-    test, own_dev = (np.flatnonzero(images.splits == name) for name in ("test", "val"))
-    candidates = np.setdiff1d(np.flatnonzero(labels != UNLABELED), own_dev)
+    test = np.flatnonzero(images.splits == "test")
+    val = np.flatnonzero(images.splits == "val")
+    candidates = np.setdiff1d(np.flatnonzero(labels != UNLABELED), val)
     if not len(test):
         test = hold_out(ids, labels, candidates, TEST_SHARE, "test")
     rest = np.setdiff1d(np.arange(len(images)), test)
     labeled = rest[labels[rest] != UNLABELED]
     parts = {"rest": rest, "test": test[labels[test] != UNLABELED]}
     for name, share in (("", TEST_SHARE / (1 - TEST_SHARE)), ("finetune_", FINETUNE_DEV_SHARE)):
-        own = np.intersect1d(own_dev, labeled)
-        parts[f"{name}dev"] = own if len(own) else hold_out(ids, labels, labeled, share, "dev")
+        dev = np.intersect1d(val, labeled)
+        parts[f"{name}dev"] = dev if len(dev) else hold_out(ids, labels, labeled, share, "dev")
         parts[f"{name}train"] = np.setdiff1d(labeled, parts[f"{name}dev"])
     parts["finetune_test"] = parts["test"]
     parts["pretrain"] = hold_out(ids, labels, rest, fraction, "fraction")
@@ -92,9 +95,8 @@ def epoch_batches(
 ) -> list[np.ndarray]:
     """An epoch's batches but for the first `done`.
 
-    Each is this process's equal share, as items of `indices`.
-
-    The last, incomplete batch is left out; another epoch's order has other items there.
+    Each is this process's equal share, as items of `indices`. The last, incomplete batch is left
+    out; another epoch's order has other items there.
     """
     return batch_slices(indices[permutation(len(indices), seed, epoch)], bs, done, world)
 
@@ -118,11 +120,10 @@ def balanced_batches(
 ) -> list[np.ndarray]:
     """As `epoch_batches`, but every batch holds as many items of each class, to within one.
 
-    No item is twice in a batch.
-
-    An epoch has as many batches as without balance. Each class is gone through in permutations of
-    its own, from one epoch to the next, so that every item is drawn about equally often within its
-    class. A process's share is balanced too, and so is every chunk of it.
+    No item is twice in a batch. An epoch has as many batches as without balance. Each class is gone
+    through in permutations of its own, from one epoch to the next, so that every item is drawn
+    about equally often within its class. A process's share is balanced too, and so is every chunk
+    of it.
 
     Args:
         indices: (n,) items to draw from.
@@ -138,11 +139,11 @@ def balanced_batches(
     need = -(-bs // len(classes))
     members = [indices[labels == label] for label in classes]
     order_of = functools.lru_cache(maxsize=len(classes))(permutation)
-    for label, own in zip(classes, members, strict=True):
-        if len(own) < need:
+    for label, items in zip(classes, members, strict=True):
+        if len(items) < need:
             raise InputError(
                 f"a balanced batch of {bs} needs {need} items of class {label}, which has"
-                f" {len(own)}"
+                f" {len(items)}"
             )
 
     def drawn(number: int, batch: int) -> np.ndarray:
@@ -152,11 +153,10 @@ def balanced_batches(
 
     batches = []
     for batch in range(epoch * steps + done, (epoch + 1) * steps):
-        columns = np.stack(
-            [drawn(number, batch) for number in range(len(classes))], 1
-        )  # [need, classes]
+        columns = [drawn(number, batch) for number in range(len(classes))]
         # Where the batch does not divide into the classes, another one is short each time.
-        items = np.roll(columns, batch, axis=1).ravel()[:bs]
+        rows = np.roll(np.stack(columns, axis=1), batch, axis=1)  # [need, classes]
+        items = rows.ravel()[:bs]
         batches.append(items[rank * share :][:share])
     return batches
 
@@ -164,9 +164,8 @@ def balanced_batches(
 def class_weights(counts: np.ndarray, cap: float | None) -> np.ndarray:
     """How much more often than by chance to draw each class.
 
-    Returns (K,) float64 min(N / (K n_c), cap).
-
-    Without a cap every class is drawn equally often; a cap leaves rare classes rare, but less so.
+    Returns (K,) float64 min(N / (K n_c), cap). Without a cap every class is drawn equally often; a
+    cap leaves rare classes rare, but less so.
     """
     weights = counts.sum() / (len(counts) * counts)
     return weights if cap is None else np.minimum(weights, cap)

@@ -166,10 +166,9 @@ def open_utterances(path: str, max_length: int | None = None) -> Utterances:
 def split(utterances: Utterances) -> dict[str, np.ndarray]:
     """Sorted int64 indices of `train` and `test`.
 
-    The data's validation split belongs to `train`, as in UMC.
-
-    Where the data names no test split, 15 % are held out by a hash of their ids. Labels have no say
-    in that: which utterances are trained on must not tell anything of them.
+    The data's validation split belongs to `train`, as in UMC. Where the data names no test split,
+    15 % are held out by a hash of their ids. Labels have no say in that: which utterances are
+    trained on must not tell anything of them.
     """
     everything = np.arange(len(utterances))
     test = np.flatnonzero(utterances.splits == "test")

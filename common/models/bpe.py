@@ -1,12 +1,11 @@
 """CLIP's tokenizer from the standard library.
 
-It is byte-pair encoding of words' bytes (Sennrich et al. 2016, arXiv:1508.07909).
-
-Texts are cleaned before they are split. The original cleans them with the package ftfy, whose plain
-steps stand here: HTML entities, surrogates, C1 controls as Windows-1252, control characters, Latin
-ligatures, characters of other width, curly quotes, line ends, NFC. Not here is its repair of text
-that was decoded wrongly (the two signs of U+00C3 U+00A9 instead of one accented e) and of terminal
-escapes: such text gets other ids than the original's.
+It is byte-pair encoding of words' bytes (Sennrich et al. 2016, arXiv:1508.07909). Texts are cleaned
+before they are split. The original cleans them with the package ftfy, whose plain steps stand here:
+HTML entities, surrogates, C1 controls as Windows-1252, control characters, Latin ligatures,
+characters of other width, curly quotes, line ends, NFC. Not here is its repair of text that was
+decoded wrongly (the two signs of U+00C3 U+00A9 instead of one accented e) and of terminal escapes:
+such text gets other ids than the original's.
 
 Names of special tokens in a text are ordinary text.
 """

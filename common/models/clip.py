@@ -1,9 +1,8 @@
 """CLIP's image and text towers, and published weights in their four layouts.
 
-Radford et al. 2021, arXiv:2103.00020.
-
-A state dict has OpenAI's keys for the image tower (`visual.*`) and the same with the prefix `text.`
-for the text tower; `from_published` maps OpenAI's, open_clip's and Hugging Face's names to these.
+Radford et al. 2021, arXiv:2103.00020. A state dict has OpenAI's keys for the image tower
+(`visual.*`) and the same with the prefix `text.` for the text tower; `from_published` maps
+OpenAI's, open_clip's and Hugging Face's names to these.
 
 Activation. OpenAI trained with x * sigmoid(1.702 x), most others with GELU. Weights of the one run
 with the other give features that look right and are not, so `read_clip` takes the activation from
@@ -134,9 +133,8 @@ class Transformer(nn.Module):
 class ImageTower(nn.Module):
     """Maps normalized images (n, 3, image_size, image_size) to features (n, embed_dim).
 
-    The features are not of unit length.
-
-    The residual stream and with it every normalization stay fp32 under autocast.
+    The features are not of unit length. The residual stream and with it every normalization stay
+    fp32 under autocast.
 
     Args:
         image_size: side in pixels, a multiple of the patch.
@@ -360,9 +358,8 @@ _HUGGING_FACE = {
 def from_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A published state dict under this module's keys, floats as fp32.
 
-    It may have OpenAI's, open_clip's or Hugging Face's layout.
-
-    Names that belong to no layout stay as they are, for a strict load to refuse.
+    It may have OpenAI's, open_clip's or Hugging Face's layout. Names that belong to no layout stay
+    as they are, for a strict load to refuse.
     """
     state = {k: t for k, t in state.items() if k.split(".")[-1] not in _UNUSED}
     if _is_hugging_face(state):

@@ -41,10 +41,9 @@ _START_SCALE = 1 / 0.07  # what CLIP's own training starts from
 class Temporal(nn.Module):
     """Features of T frames (n, T, d) to one (n, d).
 
-    It is the output of a class token in a pre-norm transformer.
-
-    Features of one tower lie in a narrow cone, most of each is the same for all images, so
-    BatchNorm takes that off first: a LayerNorm would keep it.
+    It is the output of a class token in a pre-norm transformer. Features of one tower lie in a
+    narrow cone, most of each is the same for all images, so BatchNorm takes that off first: a
+    LayerNorm would keep it.
     """
 
     def __init__(self, dim: int, num_frames: int, layers: int, dropout: float):

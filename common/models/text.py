@@ -1,10 +1,8 @@
 """Text to vectors: TF-IDF with a truncated SVD, and encoders of the BERT family.
 
-The first needs no file at all.
-
-`lsa` is latent semantic analysis (Deerwester et al. 1990) of words, punctuation and character
-n-grams, `encode` the pooled states of a frozen encoder (Devlin et al. 2018, arXiv:1810.04805) whose
-folder the user has.
+The first needs no file at all. `lsa` is latent semantic analysis (Deerwester et al. 1990) of words,
+punctuation and character n-grams, `encode` the pooled states of a frozen encoder (Devlin et al.
+2018, arXiv:1810.04805) whose folder the user has.
 """
 
 import contextlib
@@ -245,9 +243,8 @@ def lsa(texts: list[str], **options) -> np.ndarray:
 class WordPiece:
     """The tokenizer of BERT (Devlin et al. 2018).
 
-    It cleans, splits at blanks and punctuation, and takes the longest match first.
-
-    Names of special tokens in a text, such as `[MASK]`, are ordinary text here.
+    It cleans, splits at blanks and punctuation, and takes the longest match first. Names of special
+    tokens in a text, such as `[MASK]`, are ordinary text here.
 
     Args:
         vocab: token -> id; needs [UNK], [CLS], [SEP] and [PAD].
@@ -357,9 +354,8 @@ _SIZES = (
 class Bert(nn.Module):
     """The encoder of BERT and of what shares its shape, such as MiniLM.
 
-    It has Hugging Face's keys, and no pooler.
-
-    Post-norm layers, exact GELU, learned positions, no dropout.
+    It has Hugging Face's keys, and no pooler. Post-norm layers, exact GELU, learned positions, no
+    dropout.
 
     Args:
         config: the values of the `config.json` beside the weights.
@@ -475,9 +471,8 @@ def _weights_file(folder: Path) -> Path:
 def read_bert(folder: str | Path) -> Bert:
     """The encoder of a Hugging Face folder.
 
-    It reads `config.json` and `model.safetensors` or `pytorch_model.bin`.
-
-    Keys may have the prefix `bert.`; a pooler and pretraining heads are left out.
+    It reads `config.json` and `model.safetensors` or `pytorch_model.bin`. Keys may have the prefix
+    `bert.`; a pooler and pretraining heads are left out.
 
     Raises:
         InputError: a file is missing, damaged, or of another family.

@@ -74,10 +74,9 @@ class Shift:
 class ClipModel(nn.Module):
     """Clips to logits (n, num_classes) and the share of each frame in them (n, T).
 
-    Clips are (n, T, 3, s, s), or their frames (n * n_segment, 3, s, s); the shares sum to 1.
-
-    Pixels are normalized floats. T of five-dimensional clips may differ from `n_segment`. The head
-    works in its weights' precision, fp32, under autocast too: scores of 8 bits would tie.
+    Clips are (n, T, 3, s, s), or their frames (n * n_segment, 3, s, s); the shares sum to 1. Pixels
+    are normalized floats. T of five-dimensional clips may differ from `n_segment`. The head works
+    in its weights' precision, fp32, under autocast too: scores of 8 bits would tie.
 
     Args:
         backbone: without a classifier.

@@ -17,13 +17,12 @@ STARTS, ROUNDS = 3, 10  # of k-means in a metric that follows it
 class Fusion(nn.Module):
     """Modalities of an utterance to z (n, base_dim) and h (n, base_dim).
 
-    z is clustered, h is what losses compare.
-
-    Each modality is projected to base_dim; a sequence also goes through one causal transformer
-    layer, and the state at its last step stands for it. With t, v, ... these vectors: z = W_f
-    dropout(gelu([t; v; ...])) and h = W_h dropout(relu(z)) of unit length. Given a `basis`, the
-    modalities are scaled by it, its coordinates are added to z, W_f starts at zero, and h is z of
-    unit length: training starts from the coordinates, not from a random map.
+    z is clustered, h is what losses compare. Each modality is projected to base_dim; a sequence
+    also goes through one causal transformer layer, and the state at its last step stands for it.
+    With t, v, ... these vectors: z = W_f dropout(gelu([t; v; ...])) and h = W_h dropout(relu(z)) of
+    unit length. Given a `basis`, the modalities are scaled by it, its coordinates are added to z,
+    W_f starts at zero, and h is z of unit length: training starts from the coordinates, not from a
+    random map.
 
     Args:
         widths: name -> D of each modality, in their order.
@@ -200,12 +199,11 @@ def weighted_basis(
 def discriminant(z: Tensor, labels: Tensor, shrinkage: float) -> tuple[Tensor, float]:
     """A metric (D, D) for rows z (n, D), and the likelihood of their clusters.
 
-    Directions in which rows scatter within clusters count less.
-
-    It is the inverse root of S + shrinkage * tr(S^2) / tr(S), S the covariance within clusters (as
-    in adaptive dimension reduction by discriminants and k-means, Ding and Li 2007), and keeps the
-    total variance of z. With it comes the mean log-likelihood of the clusters as normal
-    distributions of that one covariance, up to a constant.
+    Directions in which rows scatter within clusters count less. It is the inverse root of S +
+    shrinkage * tr(S^2) / tr(S), S the covariance within clusters (as in adaptive dimension
+    reduction by discriminants and k-means, Ding and Li 2007), and keeps the total variance of z.
+    With it comes the mean log-likelihood of the clusters as normal distributions of that one
+    covariance, up to a constant.
     """
     x = z.double()
     member = F.one_hot(labels).double()
@@ -229,10 +227,9 @@ def discriminant_kmeans(
 ):
     """K-means and `discriminant` in turn on rows z (n, D).
 
-    Two rounds from `centroids` (k, D) in `metric` (D, D).
-
-    Without centroids, the best of STARTS starts by the likelihood, each of ROUNDS rounds or until
-    no label changes. Returns the KMeans and its metric.
+    Two rounds from `centroids` (k, D) in `metric` (D, D). Without centroids, the best of STARTS
+    starts by the likelihood, each of ROUNDS rounds or until no label changes. Returns the KMeans
+    and its metric.
     """
     # On the principal axes: an untrained network leaves most of the columns empty.
     values, axes = torch.linalg.eigh(torch.cov(z.double().T))
