@@ -1,9 +1,11 @@
 """Inception-ResNet-v2 with the names of timm's `inception_resnet_v2`.
 
-Szegedy et al. 2016, arXiv:1602.07261. The state dict has timm's keys, whose classifier is called
-`classif`; published weights load strictly. It is the network that its authors released: 10, 20 and
-10 residual blocks whose branches are scaled by 0.17, 0.1 and 0.2 before they are added. The last
-block neither scales nor applies a ReLU. Convolutions keep the channels_last layout of their input.
+Szegedy et al. 2016, arXiv:1602.07261.
+
+The state dict has timm's keys, whose classifier is called `classif`; published weights load
+strictly. It is the network that its authors released: 10, 20 and 10 residual blocks whose branches
+are scaled by 0.17, 0.1 and 0.2 before they are added. The last block neither scales nor applies a
+ReLU. Convolutions keep the channels_last layout of their input.
 """
 
 import torch
@@ -30,9 +32,8 @@ class Branches(nn.Module):
             self.add_module(f"branch{index}", branch)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat(
-            [getattr(self, f"branch{index}")(x) for index in range(self.num_branches)], 1
-        )
+        branches = [getattr(self, f"branch{index}") for index in range(self.num_branches)]
+        return torch.cat([branch(x) for branch in branches], 1)
 
 
 class Residual(Branches):
@@ -123,7 +124,7 @@ def block8(scale: float = 0.2, relu: bool = True) -> Residual:
 class InceptionResNetV2(nn.Module):
     """Images (n, 3, s, s) to logits (n, num_classes).
 
-    To features (n, 1536) with `num_classes=0`. `fc`, an identity at first, stands on what comes
+    With `num_classes=0` they go to features (n, 1536). `fc`, an identity at first, stands on what comes
     out: there the scripts put their layer, as on torchvision's models.
     """
 
