@@ -124,8 +124,8 @@ def block8(scale: float = 0.2, relu: bool = True) -> Residual:
 class InceptionResNetV2(nn.Module):
     """Images (n, 3, s, s) to logits (n, num_classes).
 
-    With `num_classes=0` they go to features (n, 1536). `fc`, an identity at first, stands on what comes
-    out: there the scripts put their layer, as on torchvision's models.
+    With `num_classes=0` they go to features (n, 1536). `fc`, an identity at first, stands on what
+    comes out: there the scripts put their layer, as on torchvision's models.
     """
 
     def __init__(self, num_classes: int = 1000):
