@@ -1,7 +1,8 @@
 """Face and context clips against classes that are texts or learned vectors.
 
-    frames (n, 2, T, 3, s, s) -> shared image tower -> (n, 2, T, d) -> a temporal transformer for each stream
-    -> fusion -> z (n, d);   classes (K, d);   logits = scale * cos(z, class)
+    frames (n, 2, T, 3, s, s) -> shared image tower -> (n, 2, T, d)
+    -> a temporal transformer for each stream -> fusion -> z (n, d)
+    logits = scale * cos(z, class) for classes (K, d)
 
 After CLIP-CAER (arXiv:2508.04148) and DFER-CLIP (arXiv:2308.13382). With pretrained text a class is
 the text tower's feature of learnable context (CoOp, arXiv:2109.01134) before the class's
@@ -53,10 +54,10 @@ class Temporal(nn.Module):
         # first.
         self.position = nn.Parameter(torch.randn(1 + num_frames, dim))
         layer = nn.TransformerEncoderLayer(
-            dim,
-            max(1, dim // 64),
-            2 * dim,
-            dropout,
+            d_model=dim,
+            nhead=max(1, dim // 64),
+            dim_feedforward=2 * dim,
+            dropout=dropout,
             activation="gelu",
             batch_first=True,
             norm_first=True,
@@ -113,14 +114,12 @@ class Prompts(nn.Module):
         if longest + num_context > room:
             raise InputError(
                 f"--num-context {num_context}: the longest descriptor has {longest} tokens,"
-                f" together at most {room};"
-                " shorten it or give less context"
+                f" together at most {room}; shorten it or give less context"
             )
         self.tower = tower.requires_grad_(False).eval()
         self.num_context = num_context
-        self.context = nn.Parameter(
-            torch.empty(len(ids), num_context, tower.token_embedding.embedding_dim)
-        )
+        width = tower.token_embedding.embedding_dim
+        self.context = nn.Parameter(torch.empty(len(ids), num_context, width))
         self.reset()
         self.register_buffer("ids", ids[:, :longest], persistent=False)
         with torch.no_grad():
@@ -199,13 +198,9 @@ class RaerModel(nn.Module):
 
     def parts(self) -> dict[str, list[nn.Module]]:
         """The modules by the learning rate that they train with."""
-        temporal = [
-            part
-            for part in (self.temporal, self.fusion, self.adapter, self.classes)
-            if part is not None
-        ]
+        temporal = (self.temporal, self.fusion, self.adapter, self.classes)
         return {
-            "temporal": temporal,
+            "temporal": [part for part in temporal if part is not None],
             "image": [self.image],
             "prompts": [self.prompts] if self.prompts else [],
         }
@@ -237,11 +232,14 @@ class RaerModel(nn.Module):
 
         What `optimizer` has gathered about it is forgotten.
         """
-        (self.classes.reset_parameters if self.prompts is None else self.prompts.reset)()
-        own = self.classes.weight if self.prompts is None else self.prompts.context
-        for value in optimizer.state[
-            own
-        ].values():  # kept at zero: a masked first step must find its buffers
+        if self.prompts is None:
+            self.classes.reset_parameters()
+            parameter = self.classes.weight
+        else:
+            self.prompts.reset()
+            parameter = self.prompts.context
+        # Kept at zero: a masked first step must find its buffers.
+        for value in optimizer.state[parameter].values():
             if isinstance(value, Tensor):
                 value.zero_()
 
@@ -270,24 +268,21 @@ class RaerModel(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         z = self.clip_features(x).float()
         classes = self.class_features()
-        logits = z @ classes.T if self.scale is None else cosine_logits(z, classes, self.scale)
-        return logits, classes
+        if self.scale is None:
+            return z @ classes.T, classes
+        return cosine_logits(z, classes, self.scale), classes
 
     def describe(self) -> str:
-        """`12.3 million parameters, 1.2 million trained; classes are learned vectors; scale 14.3`"""
-        count, trained = (
-            sum(p.numel() for p in self.parameters() if p.requires_grad or not only) / 1e6
-            for only in (False, True)
-        )
-        kind = (
-            "learned vectors"
-            if self.prompts is None
-            else f"texts with {self.prompts.num_context} learnable tokens"
-        )
-        scale = "inner products" if self.scale is None else f"cosines times {self.scale:.4g}"
+        """One line: parameters and those of them that train, what classes are, and the logits."""
+        count = sum(p.numel() for p in self.parameters()) / 1e6
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad) / 1e6
+        classes = "learned vectors"
+        if self.prompts is not None:
+            classes = f"texts with {self.prompts.num_context} learnable tokens"
+        logits = "inner products" if self.scale is None else f"cosines times {self.scale:.4g}"
         return (
-            f"{count:.2f} million parameters, {trained:.2f} million of them trained; classes"
-            f" are {kind}; {scale}"
+            f"{count:.2f} million parameters, {trained:.2f} million of them trained;"
+            f" classes are {classes}; {logits}"
         )
 
 
@@ -316,45 +311,60 @@ def start(
         InputError: the weights are of another architecture, or the size is one that the tower does
             not take.
     """
-    name = args.backbone
-    published = None
-    said = None
-    model_spec = dict(
-        activation=None, tokens=None, stem=None, scale=args.logit_scale or _START_SCALE
-    )
-    if name == "resnet18":
-        kernel = of_backbone(read(args.weights)).get("conv1.weight") if args.weights else None
-        small = store_size < 64 if kernel is None else kernel.shape[-1] == 3
-        model_spec["stem"] = "cifar" if small else "imagenet"
-        size = input_size(name, model_spec["stem"], args.image_size, store_size)
-        model_spec["image_size"] = size
-        if args.weights:
-            published = build_backbone(name, model_spec["stem"])
-            said = load_published(published, args.weights)
+    model_spec = {
+        "activation": None,
+        "tokens": None,
+        "stem": None,
+        "scale": args.logit_scale or _START_SCALE,
+    }
+    if args.backbone == "resnet18":
+        published, note = _start_resnet(args, store_size, model_spec)
     else:
-        if args.weights and not VARIANTS[name].text_width:
-            raise InputError(
-                f"--weights: no weights of {name} are published; leave it out, or another"
-                " --backbone"
-            )
-        patch = VARIANTS[name].patch
-        largest = 224 if args.weights else min(224, store_size)
-        size = args.image_size or max(patch, largest // patch * patch)
-        model_spec["image_size"] = size
-        if args.weights:
-            published, said = read_clip(args.weights, name, size, args.activation)
-            model_spec["activation"] = published.activation
-            model_spec["scale"] = args.logit_scale or published.logit_scale.exp().item()
-            if args.method != "tau-norm":
-                ids = Tokenizer.read(args.clip_vocab)(descriptions)
-                Prompts(copy.deepcopy(published.text), ids, args.num_context)
-                model_spec["tokens"] = ids.tolist()
-        else:
-            build_image_tower(name, size)
+        published, note = _start_clip(args, store_size, descriptions, model_spec)
     if args.method == "tau-norm":
         model_spec["scale"] = None
     model_spec["weights"] = checkpoint.weights_digest(published.state_dict()) if published else None
-    return published, model_spec, said
+    return published, model_spec, note
+
+
+def _start_resnet(args, store_size: int, model_spec: dict) -> tuple[nn.Module | None, str | None]:
+    # Adds `stem` and `image_size` to `model_spec`.
+    name = args.backbone
+    kernel = of_backbone(read(args.weights)).get("conv1.weight") if args.weights else None
+    small = store_size < 64 if kernel is None else kernel.shape[-1] == 3
+    stem = "cifar" if small else "imagenet"
+    model_spec["stem"] = stem
+    model_spec["image_size"] = input_size(name, stem, args.image_size, store_size)
+    if not args.weights:
+        return None, None
+    published = build_backbone(name, stem)
+    return published, load_published(published, args.weights)
+
+
+def _start_clip(
+    args, store_size: int, descriptions: list[str], model_spec: dict
+) -> tuple[nn.Module | None, str | None]:
+    # Adds `image_size` to `model_spec`, and with weights their activation, scale and tokens.
+    name = args.backbone
+    if args.weights and not VARIANTS[name].text_width:
+        raise InputError(
+            f"--weights: no weights of {name} are published; leave it out, or another --backbone"
+        )
+    patch = VARIANTS[name].patch
+    largest = 224 if args.weights else min(224, store_size)
+    size = args.image_size or max(patch, largest // patch * patch)
+    model_spec["image_size"] = size
+    if not args.weights:
+        build_image_tower(name, size)  # refuses a size that the tower does not take
+        return None, None
+    published, note = read_clip(args.weights, name, size, args.activation)
+    model_spec["activation"] = published.activation
+    model_spec["scale"] = args.logit_scale or published.logit_scale.exp().item()
+    if args.method != "tau-norm":
+        ids = Tokenizer.read(args.clip_vocab)(descriptions)
+        Prompts(copy.deepcopy(published.text), ids, args.num_context)  # refuses what is too long
+        model_spec["tokens"] = ids.tolist()
+    return published, note
 
 
 def build_raer(model_spec: dict, dropout: float, published: nn.Module | None = None) -> RaerModel:
@@ -371,22 +381,24 @@ def build_raer(model_spec: dict, dropout: float, published: nn.Module | None = N
         image = published or build_backbone(name, model_spec["stem"])
         width = BACKBONES[name].num_features
     elif model_spec["tokens"] is None:
-        image = (
-            published.visual
-            if published
-            else build_image_tower(name, size, model_spec["activation"])
-        )
+        if published:
+            image = published.visual
+        else:
+            image = build_image_tower(name, size, model_spec["activation"])
         width = image.num_features
     else:
         clip = published or build_clip(name, size, model_spec["activation"])
         image = clip.visual
-        width = clip.visual.num_features
+        width = image.num_features
         prompts = Prompts(clip.text, torch.tensor(model_spec["tokens"]), model_spec["num_context"])
-    options = dict(
+    return RaerModel(
+        image,
+        width,
+        len(model_spec["classes"]),
         num_frames=model_spec["num_frames"],
         tune=model_spec["tune"],
-        scale=model_spec["scale"],
         prompts=prompts,
+        scale=model_spec["scale"],
+        layers=model_spec["temporal_layers"],
+        dropout=dropout,
     )
-    options |= dict(layers=model_spec["temporal_layers"], dropout=dropout)
-    return RaerModel(image, width, len(model_spec["classes"]), **options)
