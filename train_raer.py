@@ -260,7 +260,7 @@ def parse_args(argv: list[str] | None = None):
 
 def build_data(args, path: str, world: dist.Dist, labels: bool = True) -> raer.EmotionClips:
     """The clips of `path`, said in one line."""
-    reading = dict(store_size=args.store_size, bad=args.on_bad_item, workers=args.workers)
+    reading = dict(store_size=args.store_size, on_bad_item=args.on_bad_item, workers=args.workers)
     boxes = dict(missing_box=args.missing_box, margin=args.face_margin)
     return raer.prepare(path, **reading, **boxes, labels=labels, say=world.say)
 

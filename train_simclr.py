@@ -288,7 +288,11 @@ def build_data(args, path: str, world: dist.Dist, targets: list[str] | None, sto
     the cytology protocol).
     """
     images = prepare(
-        path, store_size=args.store_size, bad=args.on_bad_item, workers=args.workers, say=world.say
+        path,
+        store_size=args.store_size,
+        on_bad_item=args.on_bad_item,
+        workers=args.workers,
+        say=world.say,
     )
     if targets is None:
         return (

@@ -288,7 +288,7 @@ def pos_weight(text: str):
 def build_data(args, path: str, world: dist.Dist, labels: bool = True) -> faceforensics.FaceVideos:
     """The videos of `path`, said in one line."""
     reading = dict(
-        store_size=args.store_size, bad=args.on_bad_item, workers=args.workers, fps=args.fps
+        store_size=args.store_size, on_bad_item=args.on_bad_item, workers=args.workers, fps=args.fps
     )
     return faceforensics.prepare(
         path, compression=args.compression, labels=labels, say=world.say, **reading

@@ -1,5 +1,6 @@
-"""What a run that clusters utterances needs beside its loop: its rows and targets, its scores, and
-its findings.
+"""What a run that clusters utterances needs beside its loop.
+
+Rows and targets, scores, and the choices that stability decides.
 """
 
 from pathlib import Path
@@ -24,29 +25,37 @@ ANCHOR = "text"  # the modality that the others are weighed by, where there is o
 DISTANCES = ("discriminant", "euclidean")  # that k-means of stage 2 knows
 SCORES = ("nmi", "ami", "ari", "acc", "fmi", "balanced_accuracy", "minority_recall")
 SHOWN = ("nmi", "ari", "acc")  # on the console
-SEEDS, BASELINE_SEEDS = 10, 3  # k-means runs that score a split
-WATCHED_ROWS, WATCHED_RUNS = 2000, 5  # rows and k-means runs whose agreement is the stability
+SEEDS = 10  # k-means runs that score a split
+BASELINE_SEEDS = 3  # the same for a baseline
+STABILITY_ROWS = 2000  # rows that k-means runs on for the stability
+STABILITY_RUNS = 5  # k-means runs whose agreement is the stability
 METRIC_RUNS = 6  # samples of rows, each with a metric of its own, that --distance auto compares
 
 
 class Rows:
-    """The utterances and what the network reads of them: tensors on the device and lengths by
-    modality.
+    """The utterances and what the network reads of them.
+
+    Inputs are tensors on the device by modality, with the lengths of those that are sequences.
     """
 
     def __init__(
         self, table: utterances.Utterances, only: list[str] | None, lsa: Lsa | None, encoded, device
     ):
-        arrays = {} if lsa is None else {ANCHOR if encoded is None else "words": lsa(table.texts)}
+        arrays = {}
+        if lsa is not None:
+            arrays[ANCHOR if encoded is None else "words"] = lsa(table.texts)
         self.as_is = set(arrays)
-        arrays |= table.modalities if encoded is None else {ANCHOR: encoded} | table.modalities
+        if encoded is not None:
+            arrays[ANCHOR] = encoded
+        arrays.update(table.modalities)
         names = sorted(arrays, key=lambda name: name != ANCHOR)  # the anchor first, as UMC has it
         unknown = set(only or names) - set(names)
         if unknown:
             raise InputError(
                 f"--modalities {','.join(only)}: {table.name} has the modalities {', '.join(names)}"
             )
-        self.table, self.names = table, [name for name in names if only is None or name in only]
+        self.table = table
+        self.names = [name for name in names if only is None or name in only]
         self.inputs = {name: torch.from_numpy(arrays[name]).to(device) for name in self.names}
         self.lengths = {
             name: torch.from_numpy(table.lengths[name]).to(device)
@@ -67,48 +76,54 @@ class Rows:
 
     @staticmethod
     def padding(call: tuple[dict, dict]) -> list[Tensor]:
-        """Of each modality in what `take` gave: where a sequence has ended, bool like the modality."""
+        """Where the sequences in what `take` gave have ended: a bool mask like each modality."""
         inputs, lengths = call[:2]
-        masks = {
-            name: torch.zeros(x.shape, dtype=torch.bool, device=x.device)
-            for name, x in inputs.items()
-        }
-        for name in lengths:
-            steps = torch.arange(inputs[name].shape[1], device=inputs[name].device)
-            masks[name][steps >= lengths[name][:, None]] = True
-        return list(masks.values())
+        masks = []
+        for name, x in inputs.items():
+            mask = torch.zeros(x.shape, dtype=torch.bool, device=x.device)
+            if name in lengths:
+                steps = torch.arange(x.shape[1], device=x.device)
+                mask[steps >= lengths[name][:, None]] = True
+            masks.append(mask)
+        return masks
 
     def take(self, indices: np.ndarray) -> tuple[dict, dict]:
+        """Inputs and lengths of these rows."""
         rows = torch.from_numpy(indices).to(next(iter(self.inputs.values())).device)
-        return tuple(
-            {name: x[rows] for name, x in group.items()} for group in (self.inputs, self.lengths)
-        )
+        inputs = {name: x[rows] for name, x in self.inputs.items()}
+        lengths = {name: x[rows] for name, x in self.lengths.items()}
+        return inputs, lengths
 
 
 def read_rows(
     path: str, reading: dict, device: torch.device, home: Path | None
 ) -> tuple[Rows, Lsa | None]:
-    """The rows of `path` and its text features where there are any; of the run `home` if that is
-    given.
+    """The rows of `path`, and its text features where there are any.
 
-    Raw text becomes TF-IDF with SVD, fitted to the training utterances, and with `text_model` also
-    an encoder's states.
+    The text features are those of the run in the folder `home` if that is given. Raw text becomes
+    TF-IDF with SVD, fitted to the training utterances, and with `text_model` also an encoder's
+    states.
     """
     if path == "sample":
         modalities, labels, classes = synthetic.utterances()
-        ids, name = [f"{i:05d}" for i in range(len(labels))], "sample (embedded, generated)"
-        table = utterances.Utterances(
-            name, ids, labels, classes, [""] * len(ids), modalities=modalities
-        )
+        ids = [f"{i:05d}" for i in range(len(labels))]
+        name = "sample (embedded, generated)"
+        splits = [""] * len(ids)
+        table = utterances.Utterances(name, ids, labels, classes, splits, modalities=modalities)
     else:
         table = utterances.open_utterances(path, reading["max_length"])
-    lsa = encoded = None
+    lsa = None
+    encoded = None
     if reading["text_model"]:
         if table.texts is None:
             raise InputError(f"--text-model: {table.name} has no text to encode; leave it out")
-        options = dict(layer=reading["text_layer"], max_length=reading["max_length"], device=device)
         encoded = encode(
-            reading["text_model"], table.texts, **options, cache=Path("runs") / "texts"
+            reading["text_model"],
+            table.texts,
+            layer=reading["text_layer"],
+            max_length=reading["max_length"],
+            device=device,
+            cache=Path("runs") / "texts",
         )
     if table.texts is not None and (encoded is not None or ANCHOR not in table.modalities):
         if home is None:
@@ -119,14 +134,16 @@ def read_rows(
 
 
 class Targets:
-    """The pseudo-labels of an epoch of stage 2: all that a run resumed inside that epoch must know
-    of its start.
+    """The pseudo-labels of an epoch of stage 2.
+
+    They are all that a run resumed inside that epoch must know of its start.
     """
 
     def __init__(self, count: int):
         self.labels = torch.zeros(count, dtype=torch.int64)
         self.selected = torch.zeros(count, dtype=torch.bool)
-        self.share, self.floor = 0.0, 0
+        self.share = 0.0
+        self.floor = 0
 
     def state_dict(self) -> dict:
         return dict(vars(self))
@@ -149,154 +166,168 @@ def assign(run: Run, model: umc.Fusion, targets: Targets, raw: Tensor, share: fl
     of them that the epoch takes, but at least the floor; with partial transport those that it
     takes, and the floor by its weights.
     """
-    args, model_spec, k = run.args, run.model_spec, run.model_spec["k"]
+    args = run.args
+    model_spec = run.model_spec
+    k = model_spec["k"]
     floor = round(model_spec["min_select_share"] * len(raw) / k)
-
-    def select(labels: Tensor) -> Tensor:
-        options = dict(floor=floor, direction=model_spec["density"], umc=args.mode == "umc")
-        chosen = torch.zeros(len(raw), dtype=torch.bool)
-        chosen[torch.cat(clustering.select(z, labels, k, share, **options).indices)] = True
-        return chosen
-
-    metric, centroids = model.metric.cpu(), model.centroids.cpu() if model.centroids.any() else None
+    metric = model.metric.cpu()
+    centroids = model.centroids.cpu() if model.centroids.any() else None
     if model_spec["distance"] == "discriminant":
-        found, metric = umc.discriminant_kmeans(raw, k, SHRINKAGE, args.seed, metric, centroids)
+        result, metric = umc.discriminant_kmeans(raw, k, SHRINKAGE, args.seed, metric, centroids)
         model.metric.copy_(metric)
     else:
-        found = clustering.kmeans(raw @ metric, k, seed=args.seed, start=centroids)
+        result = clustering.kmeans(raw @ metric, k, seed=args.seed, start=centroids)
     z = raw @ metric
-    labels = found.labels
-    if args.assign == "sinkhorn":
-        labels = clustering.sinkhorn(clustering.relative_costs(z, found.centroids)).labels
     if args.assign == "partial-ot":
-        plan = clustering.partial_transport(clustering.relative_costs(z, found.centroids), share)
-        labels, chosen = plan.labels, plan.weights > 0.5
-        for c in range(k):
-            own = (labels == c).nonzero()[:, 0]
-            chosen[own[plan.weights[own].argsort(descending=True, stable=True)[:floor]]] = True
+        plan = clustering.partial_transport(clustering.relative_costs(z, result.centroids), share)
+        labels = plan.labels
+        selected = plan.weights > 0.5
+        for cluster in range(k):
+            members = (labels == cluster).nonzero()[:, 0]
+            order = plan.weights[members].argsort(descending=True, stable=True)
+            selected[members[order[:floor]]] = True
     else:
-        chosen = select(labels)
-    targets.labels, targets.selected, targets.share, targets.floor = labels, chosen, share, floor
-    model.centroids.copy_(found.centroids)
+        labels = result.labels
+        if args.assign == "sinkhorn":
+            labels = clustering.sinkhorn(clustering.relative_costs(z, result.centroids)).labels
+        densest = clustering.select(
+            z,
+            labels,
+            k,
+            share,
+            floor=floor,
+            direction=model_spec["density"],
+            umc=args.mode == "umc",
+        )
+        selected = torch.zeros(len(raw), dtype=torch.bool)
+        selected[torch.cat(densest.indices)] = True
+    targets.labels = labels
+    targets.selected = selected
+    targets.share = share
+    targets.floor = floor
+    model.centroids.copy_(result.centroids)
 
 
 def fused_basis(args, rows: Rows, train: np.ndarray, k: int | None):
-    """(basis, weights, anchor, k, estimate): the axes that training starts from, and the number of
-    clusters.
+    """The axes that training starts from, and the number of clusters.
 
-    A modality has k - 1 axes: those hold the relaxed solution of k-means (Ding and He 2004).
+    Returns (basis, weights, anchor, k, estimate). A modality has k - 1 axes: those hold the relaxed
+    solution of k-means (Ding and He 2004).
     """
-    own = {name: rows.pooled(name)[torch.from_numpy(train)] for name in rows.names}
-    anchor, estimate = ANCHOR if ANCHOR in own else None, None
+    inputs = {name: rows.pooled(name)[torch.from_numpy(train)] for name in rows.names}
+    anchor = ANCHOR if ANCHOR in inputs else None
+    estimate = None
     if k is None:
         first = anchor or rows.names[0]
-        found, *_ = umc.weighted_basis(
-            {first: own[first]}, rows.as_is, first, 2, FIRST_COMPONENTS, args.seed
+        x = inputs[first]
+        basis, *_ = umc.weighted_basis(
+            {first: x}, rows.as_is, first, 2, FIRST_COMPONENTS, args.seed
         )
-        mean, scale, axes = found[first]
-        estimate = clustering.estimate_k(
-            ((own[first] - mean) / scale @ axes).float(), seed=args.seed
-        )
+        estimate = clustering.estimate_k(umc.coordinates(x, *basis[first]).float(), seed=args.seed)
         k = estimate.k
-    components = max(min(k - 1, args.base_dim // len(own)), 1)
+    components = max(min(k - 1, args.base_dim // len(inputs)), 1)
     # TF-IDF features beside an encoder's states are the same text once more, not another channel to
     # be checked by it.
     peers = rows.as_is if anchor else frozenset()
-    return (
-        *umc.weighted_basis(own, rows.as_is, anchor, k, components, args.seed, peers=peers),
-        k,
-        estimate,
+    basis, weights, anchor = umc.weighted_basis(
+        inputs, rows.as_is, anchor, k, components, args.seed, peers=peers
     )
+    return basis, weights, anchor, k, estimate
 
 
 def metric_stability(
     rows: Rows, train: np.ndarray, basis: dict, k: int, seed: int
 ) -> dict[str, float]:
-    """By metric, how stable the clusters are of the rows `train` in their coordinates on the
-    `basis`: the mean of METRIC_RUNS times `stability`, each in a metric found anew.
+    """How stable the clusters of the rows `train` are in each distance, on the `basis`.
+
+    Each is the mean of METRIC_RUNS times `stability`, every time in a metric found anew.
     """
-    some = torch.from_numpy(train)
-    parts = (
-        ((rows.pooled(n)[some] - mean) / scale @ axes).cpu()
-        for n, (mean, scale, axes) in basis.items()
-    )
-    z = torch.cat([part.float() for part in parts], 1)
-    found = {name: [] for name in DISTANCES}
-    for own_seed in range(METRIC_RUNS * seed, METRIC_RUNS * (seed + 1)):
-        _, metric = umc.discriminant_kmeans(
-            z, k, SHRINKAGE, own_seed, torch.eye(z.shape[1], dtype=z.dtype), None
-        )
-        for name, rows_in in (("discriminant", z @ metric), ("euclidean", z)):
-            found[name].append(stability(rows_in, k, own_seed))
-    return {name: float(np.mean(values)) for name, values in found.items()}
+    indices = torch.from_numpy(train)
+    parts = [
+        umc.coordinates(rows.pooled(name)[indices], *modality).cpu().float()
+        for name, modality in basis.items()
+    ]
+    z = torch.cat(parts, 1)
+    identity = torch.eye(z.shape[1], dtype=z.dtype)
+    runs = {name: [] for name in DISTANCES}
+    for run_seed in range(METRIC_RUNS * seed, METRIC_RUNS * (seed + 1)):
+        _, metric = umc.discriminant_kmeans(z, k, SHRINKAGE, run_seed, identity, None)
+        runs["discriminant"].append(stability(z @ metric, k, run_seed))
+        runs["euclidean"].append(stability(z, k, run_seed))
+    return {name: float(np.mean(values)) for name, values in runs.items()}
 
 
 def principal(z: Tensor) -> Tensor:
-    """Rows z (n, d) on their principal axes, without those of next to no variance: k-means costs
-    less there, and distances are the same.
+    """Rows z (n, d) on their principal axes, without those of next to no variance.
+
+    Distances are the same, and k-means costs less there.
     """
     values, axes = torch.linalg.eigh(torch.cov(z.double().T).reshape(z.shape[1], -1))
     return z @ axes[:, values > 1e-6 * values[-1]].to(z.dtype)
 
 
 def smooth(z: Tensor, k: int, smoothing: float) -> Tensor:
-    """Rows z (n, d) averaged with their nearest: so many as are the share `smoothing` of a cluster
-    of n / k rows.
+    """Rows z (n, d) averaged with their nearest.
+
+    These are as many as the share `smoothing` of a cluster of n / k rows.
     """
     return clustering.smooth(z, max(round(smoothing * len(z) / k), 1))
 
 
 def stability(z: Tensor, k: int, seed: int) -> float:
-    """How well k-means runs from different seeds agree on a fixed sample of the rows z (n, d), in
-    [-1, 1].
+    """How well k-means runs from different seeds agree, in [-1, 1].
+
+    They run on a fixed sample of the rows z (n, d).
     """
-    some = uniform(seed, 0, np.arange(len(z)), 0, 1)[:, 0].argsort(kind="stable")[:WATCHED_ROWS]
-    z = principal(z)[some]
-    runs = [clustering.kmeans(z, k, seed=i, restarts=1).labels for i in range(WATCHED_RUNS)]
+    order = uniform(seed, 0, np.arange(len(z)), 0, 1)[:, 0].argsort(kind="stable")
+    z = principal(z)[order[:STABILITY_ROWS]]
+    runs = [clustering.kmeans(z, k, seed=i, restarts=1).labels for i in range(STABILITY_RUNS)]
     return metrics.stability(runs)
 
 
 def describe(run: Run, z: Tensor, clusters: Tensor, targets: Targets) -> dict:
-    """What an epoch trained on, its `targets`, and what became of it: distances, silhouette and,
-    where there are labels, NMI of the `clusters` (n,) at its end: those of the weights that the
-    epoch's stability speaks of.
+    """What an epoch trained on, its `targets`, and what became of it.
+
+    Distances, silhouette and, where there are labels, NMI of the `clusters` (n,) at its end: those
+    of the weights that the epoch's stability speaks of.
     """
-    k, train = run.model_spec["k"], run.splits["train"]
-    some = slice(WATCHED_ROWS)
+    k = run.model_spec["k"]
+    train = run.splits["train"]
     sizes = targets.sizes(k)
-    values = {"threshold": targets.share, "floor": targets.floor, "selected": int(sizes.sum())}
-    values |= {
+    values = {
+        "threshold": targets.share,
+        "floor": targets.floor,
+        "selected": int(sizes.sum()),
         "min_samples": int(sizes.min()),
         "max_share": targets.labels.bincount().max().item() / len(z),
     }
-    values |= {
-        f"{name}_distance": value for name, value in metrics.cluster_distances(z, clusters).items()
-    }
-    if 1 < len(clusters[some].unique()) < len(z[some]):
-        values["silhouette"] = metrics.silhouette(z[some], clusters[some])
+    for name, value in metrics.cluster_distances(z, clusters).items():
+        values[f"{name}_distance"] = value
+    head = slice(STABILITY_ROWS)
+    if 1 < len(clusters[head].unique()) < len(z[head]):
+        values["silhouette"] = metrics.silhouette(z[head], clusters[head])
     labels = run.data.table.labels[train]
-    if (labels >= 0).sum() > 1:
-        known = np.flatnonzero(labels >= 0)
+    known = np.flatnonzero(labels >= 0)
+    if len(known) > 1:
         values["nmi"] = metrics.clustering(labels[known], clusters[known])["nmi"]
     return values
 
 
 def figures(monitor: Monitor) -> dict:
     """The monitor's report as numbers: the trend is 1 improving, 0 stable, -1 declining."""
-    found = monitor.report()
-    found["performance_trend"] = {"improving": 1, "stable": 0, "declining": -1}[
-        found["performance_trend"]
-    ]
-    return found
+    report = monitor.report()
+    trends = {"improving": 1, "stable": 0, "declining": -1}
+    report["performance_trend"] = trends[report["performance_trend"]]
+    return report
 
 
 def score(
     prefix: str, z: Tensor, labels: np.ndarray, k: int, smoothing: float = 0.0, seeds: int = SEEDS
 ) -> dict:
-    """Metrics of k-means on rows z (n, d), mean and deviation over seeds, as `PREFIX/nmi` and
-    `PREFIX/nmi_sd`.
+    """Metrics of k-means on rows z (n, d), as `PREFIX/nmi` and `PREFIX/nmi_sd`.
 
-    The centroids are those of `smooth` rows; each row, as it is, belongs to the nearest.
+    They are the mean and the deviation over seeds. The centroids are those of `smooth` rows; each
+    row, as it is, belongs to the nearest.
 
     Rows without a label are clustered and left out of the score; without any label there is none.
     """
@@ -305,70 +336,74 @@ def score(
         return {}
     z = principal(z)
     rows = smooth(z, k, smoothing)
-    runs = [clustering.kmeans(rows, k, seed=seed).centroids for seed in range(seeds)]
-    found = [
-        metrics.clustering(labels[known], clustering.nearest(z, c)[0].numpy()[known]) for c in runs
-    ]
-    values = {}
-    for name in found[0]:
-        own = [one[name] for one in found]
-        values |= {
-            f"{prefix}/{name}": float(np.mean(own)),
-            f"{prefix}/{name}_sd": float(np.std(own, ddof=1)),
-        }
-    return values
+    scores = []
+    for seed in range(seeds):
+        centroids = clustering.kmeans(rows, k, seed=seed).centroids
+        clusters = clustering.nearest(z, centroids)[0].numpy()
+        scores.append(metrics.clustering(labels[known], clusters[known]))
+    results = {}
+    for name in scores[0]:
+        values = [by_name[name] for by_name in scores]
+        results[f"{prefix}/{name}"] = float(np.mean(values))
+        results[f"{prefix}/{name}_sd"] = float(np.std(values, ddof=1))
+    return results
 
 
 def baselines(run: Run) -> dict:
-    """The scores of k-means on the test rows of each modality alone and of all of them side by
-    side, and the stability that the choice of a metric rests on.
+    """The scores of k-means on the test rows without any training.
+
+    It runs on each modality alone and on all of them side by side; with them comes the stability
+    that the choice of a distance rests on.
     """
-    train, test, k = run.splits["train"], run.splits["test"], run.model_spec["k"]
+    train = run.splits["train"]
+    test = run.splits["test"]
+    k = run.model_spec["k"]
     parts = {}
     for name in run.data.names:
         x = run.data.pooled(name).cpu()
         spread = x[train].std(0)
-        scale = (
-            spread.square().sum().sqrt()
-            if name in run.data.as_is
-            else torch.where(spread > 0, spread, torch.inf)
-        )
+        if name in run.data.as_is:
+            scale = spread.square().sum().sqrt()
+        else:
+            scale = torch.where(spread > 0, spread, torch.inf)
         parts[name] = ((x - x[train].mean(0)) / scale)[test]
     if len(parts) > 1:
         parts["concatenation"] = torch.cat(list(parts.values()), 1)
     labels = run.data.table.labels[test]
-    found = {
+    results = {
         f"kmeans_{name}/train/stability": value
         for name, value in (run.model_spec["stability"] or {}).items()
     }
     for name, x in parts.items():
-        found |= score(f"kmeans_{name}/test", x, labels, k, seeds=BASELINE_SEEDS)
-    return found
+        results.update(score(f"kmeans_{name}/test", x, labels, k, seeds=BASELINE_SEEDS))
+    return results
 
 
 def tracking(run: Run) -> float | None:
-    """Rank correlation of the stability with the NMI over the epochs of stage 2: how well choosing
-    by the first serves the second. None where there are no labels or fewer than 3 epochs.
+    """Rank correlation of the stability with the NMI over the epochs of stage 2.
+
+    It tells how well choosing by the first serves the second. None where there are no labels or
+    fewer than 3 epochs.
     """
     names = ("cluster/train/stability", "cluster/train/nmi")
     lines = log.read(run.folder) if run.world.is_main else []
-    pairs = np.array(
-        [[line[name] for name in names] for line in lines if all(name in line for name in names)]
-    )
+    complete = [line for line in lines if all(name in line for name in names)]
+    pairs = np.array([[line[name] for name in names] for line in complete])
     if len(pairs) < 3 or not (pairs.max(0) > pairs.min(0)).all():
         return None
-    ranks = np.stack(
-        [[(column < x).mean() + (column <= x).mean() for x in column] for column in pairs.T]
-    )
+    ranks = [[(column < x).mean() + (column <= x).mean() for x in column] for column in pairs.T]
     return float(np.corrcoef(ranks)[0, 1])
 
 
 def membership(z: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of rows z (n, d): the nearest of the centroids (k, d), its distance, the confidence 1 -
-    distance / distance to the next, and shares (n, k) that add up to 1 and fall with the squared
-    distance in units of its mean.
+    """Where the rows z (n, d) belong among the centroids (k, d).
+
+    Returns the nearest centroid, its distance, the confidence 1 - distance / distance to the next,
+    and shares (n, k) that add up to 1 and fall with the squared distance in units of its mean.
     """
     distances = torch.cdist(z.double(), centroids.double())
-    near, clusters = distances.topk(2, dim=1, largest=False)
-    shares = (-distances.square() / near[:, 0].square().mean().clamp(min=1e-30)).softmax(1)
-    return clusters[:, 0], near[:, 0], 1 - near[:, 0] / near[:, 1].clamp(min=1e-30), shares
+    two, clusters = distances.topk(2, dim=1, largest=False)
+    nearest, second = two.unbind(1)
+    confidence = 1 - nearest / second.clamp(min=1e-30)
+    shares = (-distances.square() / nearest.square().mean().clamp(min=1e-30)).softmax(1)
+    return clusters[:, 0], nearest, confidence, shares

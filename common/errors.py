@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import errno
 import sys
+from collections.abc import Sequence
 
 # What the system says where the disk is full, a quota is reached or a file may not grow further.
 DISK_FULL = errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG
@@ -83,6 +84,12 @@ def did_you_mean(word: str, words) -> str:
     """A hint for a misspelled name: `; did you mean X?`, or nothing when no name is near."""
     match = difflib.get_close_matches(word, list(words), n=1)
     return f"; did you mean {match[0]}?" if match else ""
+
+
+def first_few(names: Sequence, most: int = 3) -> str:
+    """`a, b, c and 4 more`: the first of many names, for a message."""
+    shown = ", ".join(str(name) for name in names[:most])
+    return shown + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 AGAIN = "Run the same command again: it resumes from the last checkpoint"

@@ -1,15 +1,23 @@
 """Ways to train on classes of very unequal size: each a schedule, a loss and a rule for the answer.
 
-    three-stage        the schedule below: deferred sampling, logit adjustment and semantic smoothing
+    three-stage        deferred sampling, logit adjustment and semantic smoothing
     ce                 cross-entropy, nothing else
-    post-hoc           ce; the answer is the highest logit - log(prior) (Menon et al. 2021, arXiv:2007.07314)
-    balanced-softmax   cross-entropy on logits + log(prior) from the start (Ren et al. 2020, arXiv:2007.10740)
+    post-hoc           ce; the answer is the highest logit - log(prior)
+                       (Menon et al. 2021, arXiv:2007.07314)
+    balanced-softmax   cross-entropy on logits + log(prior) from the start
+                       (Ren et al. 2020, arXiv:2007.10740)
     ldam-drw           margins, and class weights late (Cao et al. 2019, arXiv:1906.07413)
-    tau-norm           ce on inner products; rows of the classifier divided by |w|^tau (Kang et al., arXiv:1910.09217)
-    crt                ce; then the classifier alone, from random weights, classes drawn equally often (the same paper)
+    tau-norm           ce on inner products; rows of the classifier divided by |w|^tau
+                       (Kang et al. 2020, arXiv:1910.09217)
+    crt                ce; then the classifier alone, from random weights, classes drawn equally
+                       often (the same paper)
 
-The learning rate falls at the same epochs in all of them, but for crt, whose classifier starts anew
-at the full rate.
+First the schedules: a `Schedule` is a table of `Phase`s, one row of settings for some epochs.
+SCHEDULES holds each method's, `read_schedule` takes one from a file. The learning rate falls at the
+same epochs in all of them, but for crt, whose classifier starts anew at the full rate.
+
+Then the methods: `check` refuses what has no effect, `loss_terms` is the loss of a batch, `decide`
+the rule for the answer.
 """
 
 import json
@@ -27,7 +35,8 @@ from common.data import sampling
 from common.errors import InputError, did_you_mean
 from common.models.raer import RaerModel
 
-SAMPLERS = ("random", "weighted")
+DRW_BETA = 0.9999  # of the class weights of ldam-drw
+TAUS = np.linspace(0, 1, 11)  # that tau-norm chooses from
 
 
 @dataclass(frozen=True)
@@ -63,10 +72,6 @@ class Phase:
     trains: str = "all"
 
 
-_ALLOWED = {"sampler": SAMPLERS, "weights": ("none", "effective"), "trains": ("all", "classes")}
-_NUMBERS = {"start": int, "ramp": int}
-
-
 @dataclass(frozen=True)
 class Schedule:
     """Phases in the order of their starts, the first at 0, over `epochs` epochs."""
@@ -85,45 +90,95 @@ class Schedule:
         return replace(phase, mi=phase.mi * risen, dc=phase.dc * risen)
 
     def scaled(self, epochs: int, constant: bool = False) -> "Schedule":
-        """The same table over another number of epochs, or with one rate for all (`constant`); a
-        phase that no epoch is left for is dropped.
+        """The same table over another number of epochs; a phase without an epoch is dropped.
+
+        With `constant` the rate is the same in all phases.
         """
 
         def scale(boundary: int) -> int:
             return round(boundary * epochs / self.epochs)
 
-        phases = [replace(p, start=scale(p.start), ramp=scale(p.ramp)) for p in self.phases]
-        phases = [replace(p, lr=1.0) for p in phases] if constant else phases
-        ends = [p.start for p in phases[1:]] + [epochs]
-        return Schedule(
-            epochs, tuple(p for p, end in zip(phases, ends, strict=True) if p.start < end)
-        )
+        phases = [
+            replace(
+                phase,
+                start=scale(phase.start),
+                ramp=scale(phase.ramp),
+                lr=1.0 if constant else phase.lr,
+            )
+            for phase in self.phases
+        ]
+        ends = [phase.start for phase in phases[1:]] + [epochs]
+        lasting = [phase for phase, end in zip(phases, ends, strict=True) if phase.start < end]
+        return Schedule(epochs, tuple(lasting))
 
     def cells(self) -> list[list[str]]:
         """The table as text: a header, then a row a phase; constant columns left out."""
-        names = [f.name for f in fields(Phase)][1:]
         rows = [asdict(phase) for phase in self.phases]
         # A column that no phase uses says nothing; the sampler always does.
         default = asdict(Phase(0))
-        names = [n for n in names if n == "sampler" or any(row[n] != default[n] for row in rows)]
+        names = [
+            field.name
+            for field in fields(Phase)[1:]
+            if field.name == "sampler"
+            or any(row[field.name] != default[field.name] for row in rows)
+        ]
         ends = [phase.start for phase in self.phases[1:]] + [self.epochs]
-        found = [["epochs", *names]]
+        table = [["epochs", *names]]
         for row, end in zip(rows, ends, strict=True):
-            cells = [
-                f"{row[n]:g}" if isinstance(row[n], (int, float)) else str(row[n] or "none")
-                for n in names
-            ]
-            found.append([f"[{row['start']}, {end})", *cells])
-        return found
+            table.append([f"[{row['start']}, {end})", *(_cell(row[name]) for name in names)])
+        return table
 
     def describe(self) -> str:
         """`cells` as lines of text."""
         lines = self.cells()
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
-            for line in lines
-        )
+        padded = [
+            [cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines
+        ]
+        return "\n".join("  ".join(line).rstrip() for line in padded)
+
+
+def _cell(value) -> str:
+    return f"{value:g}" if isinstance(value, (int, float)) else str(value or "none")
+
+
+_SECOND = Phase(
+    16, "weighted", cap=2.0, tau=0.4, temperature=0.15, smoothing=0.05, mi=0.1, dc=0.1, ramp=10
+)
+_THIRD = replace(_SECOND, start=41, cap=1.5, tau=0.2, temperature=0.12, ramp=0, lr=0.1)
+_CROSS_ENTROPY = (Phase(0), Phase(41, lr=0.1), Phase(51, lr=0.01))
+_PHASES = {
+    "three-stage": (
+        Phase(0, temperature=0.15, smoothing=0.05),
+        _SECOND,
+        _THIRD,
+        replace(_THIRD, start=51, lr=0.01),
+    ),
+    "ce": _CROSS_ENTROPY,
+    "post-hoc": _CROSS_ENTROPY,
+    "balanced-softmax": tuple(replace(phase, tau=1.0) for phase in _CROSS_ENTROPY),
+    # Re-weighted from 80 % of the epochs on, as in the paper: 160 of 200.
+    "ldam-drw": (
+        *_CROSS_ENTROPY[:2],
+        Phase(48, lr=0.1, weights="effective"),
+        Phase(51, lr=0.01, weights="effective"),
+    ),
+    "tau-norm": _CROSS_ENTROPY,
+    "crt": (
+        Phase(0),
+        Phase(41, "weighted", trains="classes"),
+        Phase(51, "weighted", lr=0.1, trains="classes"),
+    ),
+}
+SCHEDULES = {name: Schedule(60, phases) for name, phases in _PHASES.items()}
+
+
+_CHOICES = {
+    "sampler": ("random", "weighted"),
+    "weights": ("none", "effective"),
+    "trains": ("all", "classes"),
+}
+_INTEGERS = ("start", "ramp")
 
 
 def schedule_table(schedule: Schedule) -> dict:
@@ -137,8 +192,9 @@ def schedule_table(schedule: Schedule) -> dict:
 
 
 def read_schedule(path: str) -> Schedule:
-    """A schedule from a TOML or JSON file: `epochs` and `phases`, a list of tables with the
-    attributes of `Phase`.
+    """A schedule from a TOML or JSON file.
+
+    It has `epochs` and `phases`, a list of tables with the attributes of `Phase`.
 
     Raises:
         InputError: it cannot be read, or says something that no schedule has.
@@ -153,11 +209,8 @@ def read_schedule(path: str) -> Schedule:
         raise InputError(f"--schedule {path}: {error.strerror}") from None
     except ValueError as error:
         raise InputError(f"--schedule {path}: {error}") from None
-    if (
-        not isinstance(table, dict)
-        or table.keys() != {"epochs", "phases"}
-        or not isinstance(table["phases"], list)
-    ):
+    complete = isinstance(table, dict) and table.keys() == {"epochs", "phases"}
+    if not complete or not isinstance(table["phases"], list):
         raise InputError(
             f"--schedule {path}: expected epochs, a number, and phases, a list of tables"
         )
@@ -177,32 +230,19 @@ def read_schedule(path: str) -> Schedule:
 
 
 def _phase(row, where: str) -> Phase:
-    known = [f.name for f in fields(Phase)]
+    known = [field.name for field in fields(Phase)]
     if not isinstance(row, dict) or "start" not in row:
         raise InputError(f"{where}: expected a table with start and any of {', '.join(known[1:])}")
     for name, value in row.items():
         if name not in known:
             raise InputError(f"{where}: unknown setting {name!r}{did_you_mean(name, known)}")
-        if name in _ALLOWED:
-            if value not in _ALLOWED[name]:
+        if name in _CHOICES:
+            if value not in _CHOICES[name]:
                 raise InputError(
-                    f"{where}: {name} is {value!r}, allowed {', '.join(_ALLOWED[name])}"
+                    f"{where}: {name} is {value!r}, allowed {', '.join(_CHOICES[name])}"
                 )
-            continue
-        if name == "cap" and value is None:
-            continue
-        kind = _NUMBERS.get(name, (int, float))
-        positive = name in ("cap", "temperature")
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, kind)
-            or not 0 <= value < 1e6
-            or (positive and value == 0)
-        ):
-            wanted = "an integer" if kind is int else "a number"
-            raise InputError(
-                f"{where}: {name} is {value!r}, allowed {wanted} {'> 0' if positive else '>= 0'}"
-            )
+        elif name != "cap" or value is not None:
+            _check_number(name, value, where)
     phase = Phase(**row)
     if phase.smoothing > 1:
         raise InputError(f"{where}: smoothing is {phase.smoothing}, allowed 0 to 1")
@@ -211,41 +251,21 @@ def _phase(row, where: str) -> Phase:
     return phase
 
 
-_SECOND = Phase(
-    16, "weighted", cap=2.0, tau=0.4, temperature=0.15, smoothing=0.05, mi=0.1, dc=0.1, ramp=10
-)
-_THIRD = replace(_SECOND, start=41, cap=1.5, tau=0.2, temperature=0.12, ramp=0, lr=0.1)
-_PLAIN = (Phase(0), Phase(41, lr=0.1), Phase(51, lr=0.01))
-_PHASES = {
-    "three-stage": (
-        Phase(0, temperature=0.15, smoothing=0.05),
-        _SECOND,
-        _THIRD,
-        replace(_THIRD, start=51, lr=0.01),
-    ),
-    "ce": _PLAIN,
-    "post-hoc": _PLAIN,
-    "balanced-softmax": tuple(replace(phase, tau=1.0) for phase in _PLAIN),
-    # Re-weighted from 80 % of the epochs on, as in the paper: 160 of 200.
-    "ldam-drw": (
-        *_PLAIN[:2],
-        *(Phase(e, lr=lr, weights="effective") for e, lr in ((48, 0.1), (51, 0.01))),
-    ),
-    "tau-norm": _PLAIN,
-    "crt": (
-        Phase(0),
-        Phase(41, "weighted", trains="classes"),
-        Phase(51, "weighted", lr=0.1, trains="classes"),
-    ),
-}
-SCHEDULES = {name: Schedule(60, phases) for name, phases in _PHASES.items()}
-_DRW_BETA = 0.9999
-_TAUS = np.linspace(0, 1, 11)  # that tau-norm chooses from
+def _check_number(name: str, value, where: str) -> None:
+    integer = name in _INTEGERS
+    positive = name in ("cap", "temperature")
+    number = isinstance(value, int if integer else (int, float)) and not isinstance(value, bool)
+    if not number or not 0 <= value < 1e6 or (positive and value == 0):
+        wanted = "an integer" if integer else "a number"
+        raise InputError(
+            f"{where}: {name} is {value!r}, allowed {wanted} {'> 0' if positive else '>= 0'}"
+        )
 
 
 def prior(counts: np.ndarray, phase: Phase, which: str) -> Tensor:
-    """The classes' shares (K,) of the training items as they are ("train"), or as a phase draws
-    them ("sampled").
+    """The classes' shares (K,) of the training items.
+
+    As they are (`which` "train"), or as a phase draws them ("sampled").
     """
     weighted = which == "sampled" and phase.sampler == "weighted"
     shares = counts * sampling.class_weights(counts, phase.cap) if weighted else counts
@@ -262,17 +282,16 @@ def check(table: Schedule, counts: np.ndarray, which: str, say) -> None:
     for phase in table.phases:
         if phase.cap is not None and phase.cap >= weights.max():
             say(
-                f"warning: from epoch {phase.start} the cap {phase.cap:g} binds no class: all are"
-                " drawn equally often"
+                f"warning: from epoch {phase.start} the cap {phase.cap:g} binds no class:"
+                " all are drawn equally often"
             )
         if phase.cap is not None and phase.cap <= weights.min():
             say(
-                f"warning: from epoch {phase.start} the cap {phase.cap:g} binds all classes: none"
-                " is drawn more often"
+                f"warning: from epoch {phase.start} the cap {phase.cap:g} binds all classes:"
+                " none is drawn more often"
             )
-    if which == "train" and not any(
-        phase.tau and phase.sampler == "weighted" for phase in table.phases
-    ):
+    adjusted = any(phase.tau and phase.sampler == "weighted" for phase in table.phases)
+    if which == "train" and not adjusted:
         raise InputError(
             "--la-prior train: no phase of --schedule has tau with the weighted sampler;"
             " leave it out"
@@ -298,23 +317,23 @@ def loss_terms(
         output: what `model` gave, (logits (n, K), class features (K, d)).
         targets: (n,) int64.
     """
-    (logits, classes), device = output, targets.device
-    logits, weights = logits.float(), None
+    logits, classes = output
+    logits = logits.float()
+    device = targets.device
+    weights = None
     if phase.weights == "effective":
-        weights = losses.effective_number_weights(torch.from_numpy(counts), _DRW_BETA).float()
-        weights = amp.to_device(
-            weights / (weights @ prior(counts, phase, "sampled")), device
-        )  # 1 on average
+        weights = losses.effective_number_weights(torch.from_numpy(counts), DRW_BETA).float()
+        weights = weights / (weights @ prior(counts, phase, "sampled"))  # 1 on average
+        weights = amp.to_device(weights, device)
     if method == "ldam-drw":
-        sizes = torch.from_numpy(counts)
-        return {
-            "ce": losses.ldam(
-                logits / model.scale, targets, amp.to_device(sizes, device), weights=weights
-            )
-        }
-    texts = model.prompts.fixed if model.prompts else None
-    directions = None if texts is None else F.normalize(texts, dim=1)
-    similarity = None if texts is None else directions @ directions.T
+        sizes = amp.to_device(torch.from_numpy(counts), device)
+        return {"ce": losses.ldam(logits / model.scale, targets, sizes, weights=weights)}
+    texts = None
+    similarity = None
+    if model.prompts:
+        texts = model.prompts.fixed
+        directions = F.normalize(texts, dim=1)
+        similarity = directions @ directions.T
     wanted = losses.smooth_targets(
         targets, len(counts), phase.smoothing, similarity, phase.temperature
     )
@@ -328,8 +347,9 @@ def loss_terms(
 
 
 def decide(method: str, counts: np.ndarray, model: RaerModel, logits: Tensor, tau: float) -> Tensor:
-    """The scores (n, K) whose highest is the answer: the raw logits (n, K) but for post-hoc and
-    tau-norm.
+    """The scores (n, K) whose highest is the answer.
+
+    They are the raw logits (n, K) but for post-hoc and tau-norm.
     """
     if method == "post-hoc":
         return logits - tau * torch.from_numpy(counts / counts.sum()).log().to(logits)
@@ -341,12 +361,14 @@ def decide(method: str, counts: np.ndarray, model: RaerModel, logits: Tensor, ta
 def best_tau(
     method: str, counts: np.ndarray, model: RaerModel, logits: Tensor, labels: np.ndarray
 ) -> float:
-    """The strength of what `decide` does: 1 post hoc; for tau-norm that of the best UAR on these
-    validation items.
+    """The strength of what `decide` does.
+
+    It is 1 for post-hoc; for tau-norm that of the best UAR on these validation items.
     """
     if method != "tau-norm":
         return 1.0
-    found = [decide(method, counts, model, logits, float(tau)).argmax(1) for tau in _TAUS]
-    return float(
-        _TAUS[int(np.argmax([metrics.long_tail(labels, row, len(counts))["uar"] for row in found]))]
-    )
+    recalls = []
+    for tau in TAUS:
+        answers = decide(method, counts, model, logits, float(tau)).argmax(1)
+        recalls.append(metrics.long_tail(labels, answers, len(counts))["uar"])
+    return float(TAUS[int(np.argmax(recalls))])

@@ -11,7 +11,7 @@ from common import amp, config, linear_eval, optim
 from common.data import augment, sampling
 from common.data.open import open_images
 from common.report import page
-from common.run import checkpoint, dist
+from common.run import checkpoint
 from common.run.card import Card
 from common.run.inference import load_run
 from common.run.launch import launch

@@ -185,7 +185,7 @@ def test_a_damaged_image_is_named(tmp_path, pack):
 def test_damaged_images_are_left_out_and_counted_up_to_one_percent(tmp_path):
     root = damaged(tmp_path / "set")
     said = []
-    images = prepare(str(root), store_size=8, bad="skip", workers=2, say=said.append)
+    images = prepare(str(root), store_size=8, on_bad_item="skip", workers=2, say=said.append)
     assert len(images) == 200 and not any("cut" in name for name in images.ids)
     assert "left out 1 damaged images, the first is x/cut.jpg" in said[0]
     assert read(images, range(200)).shape == (200, 3, 8, 8)
@@ -195,7 +195,7 @@ def test_damaged_images_are_left_out_and_counted_up_to_one_percent(tmp_path):
         InputError,
         match=r"3 of 203 images are damaged .* more than --on-bad-item skip allows \(1%\)",
     ):
-        prepare(str(root), store_size=None, bad="skip", workers=2)
+        prepare(str(root), store_size=None, on_bad_item="skip", workers=2)
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_masks_and_other_sources_do_not_disturb(tmp_path):
     assert videos.unlisted == ["FaceForensics++/actors/c23/01__hugging_happy"]
     said = []
     faceforensics.prepare(
-        str(root), store_size=None, bad="error", workers=1, fps=25.0, say=said.append
+        str(root), store_size=None, on_bad_item="error", workers=1, fps=25.0, say=said.append
     )
     assert (
         said[0]
@@ -147,7 +147,7 @@ def test_a_missing_video_is_named_and_left_out_only_on_demand(tmp_path):
         opened(root)
     said = []
     videos = faceforensics.prepare(
-        str(root), store_size=None, bad="skip", workers=1, fps=25.0, say=said.append
+        str(root), store_size=None, on_bad_item="skip", workers=1, fps=25.0, say=said.append
     )
     assert len(videos) == 15 and videos.missing == [
         "FaceForensics++/Deepfakes/c23/001_000 (no frames)"
@@ -166,7 +166,7 @@ def test_a_damaged_frame_is_named_and_takes_its_video_along(tmp_path):
         pixels(videos, videos.ids.index("FaceForensics++/youtube/c23/004"))
     said = []
     videos = faceforensics.prepare(
-        str(root), store_size=None, bad="skip", workers=2, fps=25.0, say=said.append
+        str(root), store_size=None, on_bad_item="skip", workers=2, fps=25.0, say=said.append
     )
     assert (
         len(videos) == 119 == len(videos.keys)
@@ -339,7 +339,7 @@ def test_videos_in_no_split_are_left_out_by_name_where_others_are_in_one(people)
     table(people, rows, "video_id,label,path,method,split")
     said = []
     videos = faceforensics.prepare(
-        str(people), store_size=None, bad="error", workers=1, fps=25.0, say=said.append
+        str(people), store_size=None, on_bad_item="error", workers=1, fps=25.0, say=said.append
     )
     assert len(videos) == 74 and said[0].startswith(
         "left out 6 videos that are in no split: list/web/p0, list/swap/p0"
@@ -479,7 +479,7 @@ def test_video_files_have_their_own_rate_and_bad_ones_are_named(tmp_path, monkey
         InputError, match=r"1 of 4 .*: FaceForensics\+\+/youtube/c23/001 \(invalid literal"
     ):
         opened(root)
-    kept = opened(root, bad="skip")
+    kept = opened(root, on_bad_item="skip")
     assert len(kept) == 3 and sorted(kept.lengths) == [20, 22, 23]
     assert all(pixels(kept, i) == [[n, n]] * n for i, n in enumerate(kept.lengths))
     frames(root / "other" / "a", 2)

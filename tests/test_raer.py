@@ -196,7 +196,7 @@ def test_wrong_frame_counts_are_named_and_taken_as_they_are_on_demand(tmp_path):
         match=r"1 of 8 clips have another number .*t/1 has 4 frames, test\.txt line 1 says 3",
     ):
         opened(root)
-    clips = opened(root, bad="skip", missing_box="full")
+    clips = opened(root, on_bad_item="skip", missing_box="full")
     assert clips.lengths.tolist() == [3] * 7 + [4] and "t/1 has 4 frames" in clips.notes[1]
 
 
@@ -209,7 +209,7 @@ def test_clips_without_frames_are_named_and_left_out_on_demand(tmp_path):
         match="1 of 9 clips have no frames: e/gone; complete the data, or --on-bad-item skip",
     ):
         opened(root)
-    clips = opened(root, bad="skip")
+    clips = opened(root, on_bad_item="skip")
     assert len(clips) == 8 and clips.notes[1] == "left out 1 of 9 clips without frames: e/gone"
 
 
@@ -221,7 +221,7 @@ def test_a_damaged_frame_is_named_and_takes_its_clip_along(tmp_path):
     with pytest.raises(InputError, match=r"image a/77/8\.png in raer cannot be read"):
         shown(clips, clips.ids.index("a/77"), [0])
     said = []
-    options = dict(bad="skip", workers=2, missing_box="error", margin=0.0, store_size=None)
+    options = dict(on_bad_item="skip", workers=2, missing_box="error", margin=0.0, store_size=None)
     clips = raer.prepare(str(root), say=said.append, **options)
     assert len(clips) == 150 and "a/77" not in clips.ids
     assert "left out 1 clips with damaged frames: a/77" in said
@@ -507,7 +507,7 @@ def test_the_fingerprint_follows_boxes_and_labels(tmp_path):
 
 def test_the_embedded_clips_have_raers_classes_and_shares():
     said = []
-    options = dict(store_size=None, bad="error", workers=1, missing_box="error", margin=0.2)
+    options = dict(store_size=None, on_bad_item="error", workers=1, missing_box="error", margin=0.2)
     clips = raer.prepare("sample", say=said.append, **options)
     parts = raer.split(clips)
     assert np.bincount(clips.labels[parts["train"]]).tolist() == [553, 52, 12, 63, 169]

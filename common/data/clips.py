@@ -1,7 +1,7 @@
 """Videos as lists of frames, and the clips that are cut out of them.
 
 Frames lie in folders of images, in a .zip, in video files, or in memory: `Videos` decodes them by
-threads to uint8, as `common.data.Images` does. Which frames form a clip is a pure function: of the
+threads to uint8, as `Images` does. Which frames form a clip is a pure function: of the
 video's length in evaluation, and of (seed, epoch, video) in training.
 
 Interval sampling (TSN, arXiv:1608.00859, and TSM's dense sampling, arXiv:1811.08383): a clip is T
@@ -9,6 +9,7 @@ frames at equal intervals, `seconds` long. A shorter video shrinks the interval,
 frames; a video of fewer than T frames repeats its last.
 """
 
+import functools
 import hashlib
 import re
 from collections import Counter
@@ -20,17 +21,24 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from common.data.images import DECODE_ERRORS, UNLABELED, Images, central_square, describe_labels
+from common.data.images import (
+    DECODE_ERRORS,
+    UNLABELED,
+    Images,
+    central_square,
+    check_damaged,
+    describe_labels,
+    reason,
+)
 from common.errors import InputError
 from common.rng import uniform
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
-_START_STREAM = 2**31 + 1  # beside data's _ORDER_STREAM; no view has this number
+_START_STREAM = 2**31 + 1  # beside sampling's _ORDER_STREAM; no view has this number
 
 
 class Videos:
-    """Videos of one data set: ids, labels, splits, and their frames as uint8 squares of side
-    `store_size`.
+    """Videos of one data set: ids, labels, splits, and where their frames are.
 
     Attributes:
         name: what was read, for messages.
@@ -40,12 +48,12 @@ class Videos:
         frames: n int64 arrays, the positions of each video's frames in `images`, in order of time.
         lengths: (n,) int64, frames of each video.
         rates: (n,) float64, frames a second.
-        images: `common.data.Images` of all frames.
+        images: `Images` of all frames.
         fingerprint: eight digits that stand for the content: names, labels, splits, rates and sizes
             of all frames.
     """
 
-    _called = "videos"
+    _unit = "videos"
 
     def __init__(
         self,
@@ -58,9 +66,13 @@ class Videos:
         rates,
         images: Images,
     ):
-        self.name, self.ids, self.classes = name, list(ids), list(classes)
-        self.labels, self.splits = np.asarray(labels, np.int64), np.asarray(splits, dtype=object)
-        self.frames, self.images = [np.asarray(f, np.int64) for f in frames], images
+        self.name = name
+        self.ids = list(ids)
+        self.classes = list(classes)
+        self.labels = np.asarray(labels, np.int64)
+        self.splits = np.asarray(splits, dtype=object)
+        self.frames = [np.asarray(f, np.int64) for f in frames]
+        self.images = images
         self.lengths = np.array([len(f) for f in self.frames], np.int64)
         self.rates = np.broadcast_to(np.asarray(rates, np.float64), len(self.ids)).copy()
         digest = hashlib.sha256(f"{images.fingerprint}{self.ids}{list(self.splits)}".encode())
@@ -86,32 +98,32 @@ class Videos:
         self.images.resize_store(size)
 
     def describe(self) -> str:
-        """`ffpp_like.zip: 840 videos of 10 frames in 2 classes (fake 560, real 280); splits train
-        540, ...`
-        """
+        """One line, such as `ffpp.zip: 840 videos of 10 frames in 2 classes (fake 560, ...)`."""
         low, high = self.lengths.min(), self.lengths.max()
-        length = (
-            f"{low} frame{'s' if low > 1 else ''}" if low == high else f"{low} to {high} frames"
-        )
-        text = f"{self.name}: {len(self)} {self._called} of {length}"
-        text += describe_labels(self.labels, self.classes, self.splits)
-        return text + f"; {self.native_size} px, stored at {self.store_size} px"
+        length = f"{low} to {high} frames"
+        if low == high:
+            length = f"{low} frame{'s' if low > 1 else ''}"
+        labels = describe_labels(self.labels, self.classes, self.splits)
+        sizes = f"{self.native_size} px, stored at {self.store_size} px"
+        return f"{self.name}: {len(self)} {self._unit} of {length}{labels}; {sizes}"
 
     def describe_clips(self, n_segment: int, seconds: float) -> str:
-        """How clips are cut, in one line: how many videos are shorter than a clip, or have too few
-        frames, by name.
+        """How clips are cut, in one line.
+
+        It says how many videos are shorter than a clip or have too few frames, with the first name.
         """
         text = f"clips of {n_segment} frames over {seconds:g} s"
         needed = (n_segment - 1) * _interval(self.rates, n_segment, seconds) + 1
         few = self.lengths < n_segment
-        for which, said in (
-            ((self.lengths < needed) & ~few, "shrink the interval"),
+        shorter = (self.lengths < needed) & ~few
+        for mask, consequence in (
+            (shorter, "shrink the interval"),
             (few, f"have fewer than {n_segment} frames and repeat the last"),
         ):
-            if which.any():
-                first = self.ids[int(which.argmax())]
+            if mask.any():
+                first = self.ids[int(mask.argmax())]
                 text += (
-                    f"; {int(which.sum())} of {len(self)} videos are shorter and {said}"
+                    f"; {int(mask.sum())} of {len(self)} videos are shorter and {consequence}"
                     f" (first: {first})"
                 )
         return text
@@ -119,12 +131,13 @@ class Videos:
     def train_clips(
         self, items: np.ndarray, seed: int, epoch: int, n_segment: int, seconds: float
     ) -> np.ndarray:
-        """One clip of each item: (b, n_segment) positions, the start drawn from (seed, epoch,
-        item).
+        """One clip of each item: (b, n_segment) positions.
 
-        Items below n are the videos, those above more clips of them: item i is one of video i % n.
+        The start is drawn from (seed, epoch, item). Items below n are the videos, those above more
+        clips of them: item i is one of video i % n.
         """
-        drawn, videos = uniform(seed, epoch, items, _START_STREAM, 1)[:, 0], items % len(self)
+        drawn = uniform(seed, epoch, items, _START_STREAM, 1)[:, 0]
+        videos = items % len(self)
         return train_clips(drawn, self.lengths[videos], self.rates[videos], n_segment, seconds)
 
     def eval_clips(
@@ -136,32 +149,33 @@ class Videos:
     def batches(
         self, clips: Iterable[tuple[np.ndarray, np.ndarray]], workers: int
     ) -> Iterator[Tensor]:
-        """The pixels of each batch of clips, uint8 (b, T, 3, store_size, store_size), decoded by
-        threads ahead of use.
+        """The pixels of each batch of clips, uint8 (b, T, 3, store_size, store_size).
 
-        A batch is (videos (b,), positions (b, T)): positions count a video's frames from 0. Frames
-        that fit in 2 GiB together are decoded once and kept.
+        Threads decode them ahead of use. A batch is (videos (b,), positions (b, T)): positions
+        count a video's frames from 0. Frames that fit in 2 GiB together are decoded once and kept.
         """
-        shapes = []
+        shapes = []  # of the batches that are decoded ahead, the oldest first
 
-        def flat():
+        def frame_batches():
             for videos, positions in clips:
                 shapes.append(positions.shape)
                 rows = zip(videos, positions, strict=True)
-                yield np.concatenate([self.frames[video][chosen] for video, chosen in rows])
+                yield np.concatenate([self.frames[video][row] for video, row in rows])
 
-        for pixels in self.images.batches(flat(), workers):
+        for pixels in self.images.batches(frame_batches(), workers):
             yield pixels.unflatten(0, shapes.pop(0))
 
     def select(self, kept: np.ndarray) -> None:
         """Keep only the videos at these positions."""
-        self.ids, self.frames = [self.ids[i] for i in kept], [self.frames[i] for i in kept]
-        self.labels, self.splits = self.labels[kept], self.splits[kept]
-        self.lengths, self.rates = self.lengths[kept], self.rates[kept]
+        self.ids = [self.ids[i] for i in kept]
+        self.frames = [self.frames[i] for i in kept]
+        self.labels = self.labels[kept]
+        self.splits = self.splits[kept]
+        self.lengths = self.lengths[kept]
+        self.rates = self.rates[kept]
 
     def drop_damaged(self, workers: int, cap: float = 0.01) -> list[str]:
-        """Decode every video once and leave out those with a frame that cannot be read; returns
-        their names.
+        """Leave out the videos with a frame that cannot be decoded; returns their names.
 
         Of a video file only the first and the last frame are tried.
 
@@ -170,8 +184,9 @@ class Videos:
         """
 
         def damaged(frames: np.ndarray) -> bool:
+            tried = frames[[0, -1]] if isinstance(self.images, VideoFiles) else frames
             try:
-                for index in frames[[0, -1]] if isinstance(self.images, VideoFiles) else frames:
+                for index in tried:
                     self.images.decode(int(index))
             except InputError:
                 return True
@@ -181,13 +196,7 @@ class Videos:
             return []
         with ThreadPoolExecutor(workers) as pool:
             bad = np.array(list(pool.map(damaged, self.frames)), bool)
-        names = [self.ids[i] for i in np.flatnonzero(bad)]
-        if bad.sum() > cap * len(self):
-            raise InputError(
-                f"{self.name}: {bad.sum()} of {len(self)} videos are damaged (first: {names[0]}),"
-                " more than"
-                f" --on-bad-item skip allows ({cap:.0%})"
-            )
+        names = check_damaged(self.name, self.ids, bad, cap, "videos")
         self.select(np.flatnonzero(~bad))
         return names
 
@@ -197,11 +206,11 @@ def _interval(rates: np.ndarray, n_segment: int, seconds: float) -> np.ndarray:
 
 
 def clip_offsets(lengths, rates, n_segment: int, seconds: float) -> np.ndarray:
-    """Frames of a clip counted from its first one: (n, n_segment) int64, increasing where the video
-    is long enough.
+    """Frames of a clip counted from its first one: (n, n_segment) int64.
 
-    Frame t lies floor(t * interval) behind the first, where the interval is seconds * rate /
-    n_segment frames, at least 1 and at most what the video's length allows.
+    They increase where the video is long enough. Frame t lies floor(t * interval) behind the first,
+    where the interval is seconds * rate / n_segment frames, at least 1 and at most what the video's
+    length allows.
 
     Args:
         lengths: (n,) frames of the videos.
@@ -218,17 +227,16 @@ def clip_offsets(lengths, rates, n_segment: int, seconds: float) -> np.ndarray:
 
 
 def train_clips(drawn: np.ndarray, lengths, rates, n_segment: int, seconds: float) -> np.ndarray:
-    """One clip of each video, its start where `drawn` (n,) in [0, 1) says: (n, n_segment) int64
-    positions.
-    """
+    """One clip of each video, started where `drawn` says: (n, n_segment) int64 positions."""
     offsets = clip_offsets(lengths, rates, n_segment, seconds)
     starts = np.floor(drawn * (np.asarray(lengths) - offsets[:, -1])).astype(np.int64)
     return starts[:, None] + offsets
 
 
 def eval_clips(lengths, rates, n_segment: int, seconds: float, count: int) -> np.ndarray:
-    """`count` clips of each video, the first at its start, the last at its end, one alone in its
-    middle.
+    """`count` evenly spaced clips of each video.
+
+    The first lies at the video's start, the last at its end, one alone in its middle.
 
     Returns:
         (n, count, n_segment) int64 positions; clips of a short video may be the same.
@@ -251,27 +259,32 @@ def renaming(listed: list[str], there: Iterable[str], least: int = 2) -> Callabl
     for a folder of the tree, at most two deep, below which the most are found; the name itself
     where none is.
     """
-    names, paths = ([PurePosixPath(name).parts for name in some] for some in (listed, there))
+    names = [PurePosixPath(name).parts for name in listed]
+    paths = [PurePosixPath(name).parts for name in there]
     for skipped in range(max(map(len, names), default=0) - least + 1):
         wanted = {parts[skipped:] for parts in names if len(parts) - skipped >= least}
         for depth in range(3):
             tops = Counter(parts[:depth] for parts in paths if parts[depth:] in wanted)
             if tops:
-                top = max(sorted(tops), key=tops.get)
-                return lambda name: "/".join((*top, *PurePosixPath(name).parts[skipped:]))
-    return lambda name: name
+                return functools.partial(_renamed, max(sorted(tops), key=tops.get), skipped)
+    return str
+
+
+def _renamed(top: tuple[str, ...], skipped: int, name: str) -> str:
+    return "/".join((*top, *PurePosixPath(name).parts[skipped:]))
 
 
 def frame_images(name: str, files: list[str], sizes, read) -> Images:
-    """The frames of folders of images; arguments as `common.data.Images` takes them."""
-    return Images(
-        name, files, [UNLABELED] * len(files), [], [""] * len(files), sizes=sizes, read=read
-    )
+    """The frames of folders of images; arguments as `Images` takes them."""
+    labels = [UNLABELED] * len(files)
+    splits = [""] * len(files)
+    return Images(name, files, labels, [], splits, sizes=sizes, read=read)
 
 
 class VideoFiles(Images):
-    """Frames of video files, numbered through: those of one file that a batch needs are decoded in
-    one pass.
+    """Frames of video files, numbered through.
+
+    The frames of one file that a batch needs are decoded in one pass.
 
     Attributes:
         counts: (n,) int64, frames of each file; 0 where it cannot be read, with the reason in
@@ -281,48 +294,45 @@ class VideoFiles(Images):
     """
 
     def __init__(self, name: str, files: list[str], sizes, read, workers: int):
-        self.name, self._read_file = name, read
+        self.name = name
+        self._read_file = read
+        self.counts = np.zeros(len(files), np.int64)
+        self.rates = np.ones(len(files))
+        self.errors: dict[int, str] = {}
+        self._sides: list[int] = []
         with ThreadPoolExecutor(workers) as pool:
-            facts = list(pool.map(self._open, range(len(files))))
-        self.errors = {
-            i: str(fact).split("\n")[0]
-            for i, fact in enumerate(facts)
-            if isinstance(fact, Exception)
-        }
-        self._sides = [fact[2] for i, fact in enumerate(facts) if i not in self.errors]
+            for i, header in enumerate(pool.map(self._read_header, range(len(files)))):
+                if isinstance(header, Exception):
+                    self.errors[i] = reason(header)
+                else:
+                    self.counts[i], self.rates[i], side = header
+                    self._sides.append(side)
         if not self._sides:
             raise InputError(
                 f"{name}: no video file can be read; the first, {files[0]}: {self.errors[0]}"
             )
-        self.counts = np.array(
-            [0 if i in self.errors else fact[0] for i, fact in enumerate(facts)], np.int64
-        )
-        self.rates = np.array(
-            [1.0 if i in self.errors else fact[1] for i, fact in enumerate(facts)]
-        )
         self._firsts = np.cumsum(self.counts) - self.counts
-        ids = [
-            f"{file}#{k}"
-            for file, count in zip(files, self.counts, strict=True)
-            for k in range(count)
-        ]
-        super().__init__(
-            name, ids, [UNLABELED] * len(ids), [], [""] * len(ids), sizes=sizes, read=read
-        )
+        counted = zip(files, self.counts, strict=True)
+        ids = [f"{file}#{frame}" for file, count in counted for frame in range(count)]
+        labels = [UNLABELED] * len(ids)
+        splits = [""] * len(ids)
+        super().__init__(name, ids, labels, [], splits, sizes=sizes, read=read)
 
     def file_frames(self, file: int) -> np.ndarray:
         """The positions of a file's frames."""
         return self._firsts[file] + np.arange(self.counts[file])
 
-    def _open(self, file: int) -> tuple[int, float, int] | Exception:
+    def _read_header(self, file: int) -> tuple[int, float, int] | Exception:
+        # Frames, frames a second, and the shorter side in pixels.
         video_decoder = _video_decoder()
         try:
-            facts = (decoder := video_decoder(self._read_file(file))).metadata
-            if not (len(decoder) and facts.average_fps and facts.height and facts.width):
+            decoder = video_decoder(self._read_file(file))
+            header = decoder.metadata
+            if not (len(decoder) and header.average_fps and header.height and header.width):
                 raise ValueError("it says no number of frames, rate or size")
         except DECODE_ERRORS as error:
             return error
-        return len(decoder), facts.average_fps, min(facts.height, facts.width)
+        return len(decoder), header.average_fps, min(header.height, header.width)
 
     def _probe(self) -> int:
         return int(np.median(self._sides))
@@ -331,19 +341,17 @@ class VideoFiles(Images):
         return np.searchsorted(self._firsts + self.counts, indices, side="right")
 
     def _groups(self, indices: np.ndarray) -> list[np.ndarray]:
-        return (
-            np.split(indices, np.flatnonzero(np.diff(self._files(indices))) + 1)
-            if len(indices)
-            else []
-        )
+        if not len(indices):
+            return []
+        return np.split(indices, np.flatnonzero(np.diff(self._files(indices))) + 1)
 
     def _decode_group(self, indices: np.ndarray) -> list[Tensor]:
-        file, video_decoder = int(self._files(indices[:1])[0]), _video_decoder()
+        file = int(self._files(indices[:1])[0])
+        video_decoder = _video_decoder()
         try:
             decoder = video_decoder(self._read_file(file))
-            frames = decoder.get_frames_at(
-                indices=(indices - self._firsts[file]).tolist()
-            ).data  # [n, 3, H, W]
+            within = (indices - self._firsts[file]).tolist()
+            frames = decoder.get_frames_at(indices=within).data  # [n, 3, H, W]
         except DECODE_ERRORS as error:
             raise self._damaged(f"video {self.ids[indices[0]]}", error) from None
         return [
@@ -363,15 +371,10 @@ class VideoFiles(Images):
 def _video_decoder():
     try:
         from torchcodec.decoders import VideoDecoder
-    except (
-        ImportError,
-        OSError,
-        RuntimeError,
-    ) as error:  # without FFmpeg's libraries some versions fail here
-        reason = str(error).split("\n")[0]
+    # Without FFmpeg's libraries some versions raise the last two.
+    except (ImportError, OSError, RuntimeError) as error:
         raise InputError(
-            f"video files need torchcodec and FFmpeg ({reason}): pip install torchcodec, apt-get"
-            " install ffmpeg; or"
-            " give folders of frames"
+            f"video files need torchcodec and FFmpeg ({reason(error)}): pip install torchcodec,"
+            " apt-get install ffmpeg; or give folders of frames"
         ) from None
     return VideoDecoder

@@ -1,5 +1,6 @@
-"""The data protocol of the cytology experiment: one folder of label folders becomes the sets A1,
-A2, B1 and B2.
+"""The data protocol of the cytology experiment.
+
+One folder of label folders becomes the sets A1, A2, B1 and B2.
 
 | set | images | of | used for |
 | --- | --- | --- | --- |
@@ -24,9 +25,9 @@ from pathlib import Path
 
 import numpy as np
 
-from common.data import sampling
 from common.data.images import Images
-from common.errors import InputError
+from common.data.sampling import FINETUNE_DEV_SHARE, TEST_SHARE, hash_order, hold_out
+from common.errors import InputError, first_few
 from common.run.files import read_json, run_dir_of, write_json
 
 TARGETS = "ASC_H,ASC_US,HSIL,LSIL,SCC"
@@ -61,8 +62,7 @@ def target_labels(text: str) -> list[str]:
 
 
 def draw(images: Images, targets: list[str]) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The sets A1, A2, B1, B2 as sorted indices, and notes on what is smaller than the protocol
-    asks for.
+    """The sets A1, A2, B1, B2 as sorted indices, and notes on what is smaller than asked for.
 
     Raises:
         InputError: a target label is not in the data, or a set would be empty.
@@ -76,18 +76,18 @@ def draw(images: Images, targets: list[str]) -> tuple[dict[str, np.ndarray], lis
         )
     members = {
         name: np.array(
-            sampling.hash_order(images.ids, np.flatnonzero(images.labels == k), "protocol"),
+            hash_order(images.ids, np.flatnonzero(images.labels == k), "protocol"),
             np.int64,
         )
         for k, name in enumerate(images.classes)
     }
     counts = {name: len(rows) for name, rows in members.items()}
     others = sorted(
-        (n for n in counts if n not in targets and counts[n] >= TOO_SMALL),
-        key=lambda n: (-counts[n], n),
+        (name for name in counts if name not in targets and counts[name] >= TOO_SMALL),
+        key=lambda name: (-counts[name], name),
     )
-    own = sorted({str(name) for name in images.splits if name})
-    notes = [f"the data's own splits ({', '.join(own)}) are not used"] if own else []
+    splits = sorted({str(name) for name in images.splits if name})
+    notes = [f"the data's own splits ({', '.join(splits)}) are not used"] if splits else []
     each = SIZES["A2"] // NUM_LABELS["A2"]
     taken = {name: min(each, counts[name] // 2) for name in others[: NUM_LABELS["A2"]]}
     pool = {name: members[name][taken[name] :] for name in others[: NUM_LABELS["A1"]]}
@@ -97,36 +97,36 @@ def draw(images: Images, targets: list[str]) -> tuple[dict[str, np.ndarray], lis
         part: min(SIZES[part], total * SIZES[part] // (SIZES["B1"] + SIZES["B2"]))
         for part in ("B1", "B2")
     }
-    first = _proportional(wanted["B2"], {name: counts[name] for name in targets})
-    second = _proportional(wanted["B1"], {name: counts[name] - first[name] for name in targets})
-    sets = {
+    b2 = _proportional(wanted["B2"], {name: counts[name] for name in targets})
+    b1 = _proportional(wanted["B1"], {name: counts[name] - b2[name] for name in targets})
+    drawn = {
         "A1": [rows[: share[name]] for name, rows in pool.items()],
         "A2": [members[name][:count] for name, count in taken.items()],
-        "B1": [members[name][first[name] : first[name] + second[name]] for name in targets],
-        "B2": [members[name][: first[name]] for name in targets],
+        "B1": [members[name][b2[name] : b2[name] + b1[name]] for name in targets],
+        "B2": [members[name][: b2[name]] for name in targets],
     }
+    nothing = np.empty(0, np.int64)
     sets = {
-        part: np.sort(np.concatenate([*rows, np.empty(0, np.int64)])).astype(np.int64)
-        for part, rows in sets.items()
+        part: np.sort(np.concatenate([*rows, nothing])).astype(np.int64)
+        for part, rows in drawn.items()
     }
     for part, rows in sets.items():
         if not len(rows):
             raise InputError(
-                f"{images.name}: {part} would be empty; --protocol cytology needs labels besides"
-                " the targets"
+                f"{images.name}: {part} would be empty;"
+                " --protocol cytology needs labels besides the targets"
             )
     for part, most in NUM_LABELS.items():
         if len(others) < most:
             notes.append(
-                f"{part} has {len(others)} labels instead of {most}: no more hold"
-                f" {TOO_SMALL} images"
+                f"{part} has {len(others)} labels instead of {most}:"
+                f" no more hold {TOO_SMALL} images"
             )
     few = [name for name, count in taken.items() if count < each]
     if few:
-        names = ", ".join(few[:5]) + (", ..." if len(few) > 5 else "")
         notes.append(
-            f"A2 takes fewer than {each} images of {len(few)} labels, half of what each"
-            f" holds: {names}"
+            f"A2 takes fewer than {each} images of {len(few)} labels,"
+            f" half of what each holds: {first_few(few, 5)}"
         )
     for part, most in SIZES.items():
         if len(sets[part]) < most:
@@ -136,8 +136,9 @@ def draw(images: Images, targets: list[str]) -> tuple[dict[str, np.ndarray], lis
 
 def _even(total: int, holds: dict[str, int]) -> dict[str, int]:
     # Smallest first: what a small label cannot give is shared among the larger ones.
-    share, left = {}, total
-    for done, name in enumerate(sorted(holds, key=lambda n: (holds[n], n))):
+    share = {}
+    left = total
+    for done, name in enumerate(sorted(holds, key=lambda name: (holds[name], name))):
         share[name] = min(holds[name], left // (len(holds) - done))
         left -= share[name]
     return share
@@ -147,16 +148,14 @@ def _proportional(total: int, holds: dict[str, int]) -> dict[str, int]:
     # Largest remainders: the parts add up to `total` and none is larger than what is held.
     exact = {name: total * count / max(sum(holds.values()), 1) for name, count in holds.items()}
     share = {name: int(value) for name, value in exact.items()}
-    for name in sorted(holds, key=lambda n: (share[n] - exact[n], n))[
-        : total - sum(share.values())
-    ]:
+    by_remainder = sorted(holds, key=lambda name: (share[name] - exact[name], name))
+    for name in by_remainder[: total - sum(share.values())]:
         share[name] += 1
     return share
 
 
 def protocol(images: Images, targets: list[str], fraction: float, stored: list[Path], say=print):
-    """The parts of `data.split` for this protocol, and the class names of the stages that have
-    labels.
+    """The parts of `sampling.split` for this protocol, and the classes of the labeled stages.
 
     The sets come from the first split.json in the folders `stored`, so that a run keeps its sets
     when images are added to the data, and a later stage never tests on what an earlier one was
@@ -170,48 +169,29 @@ def protocol(images: Images, targets: list[str], fraction: float, stored: list[P
         InputError: the stored sets are of other target labels, or name images that the data no
             longer has.
     """
-    file = next(
-        (folder / "split.json" for folder in stored if (folder / "split.json").exists()), None
-    )
+    files = [folder / "split.json" for folder in stored]
+    file = next((file for file in files if file.exists()), None)
     if file is None:
         rows, notes = draw(images, targets)
-        record = {"target_labels": targets, "notes": notes}
-        record["sets"] = {part: [images.ids[i] for i in indices] for part, indices in rows.items()}
+        names = {part: [images.ids[i] for i in indices] for part, indices in rows.items()}
+        record = {"target_labels": targets, "notes": notes, "sets": names}
     else:
         record = read_json(file)
-        if record["target_labels"] != targets:
-            raise InputError(
-                f"{file} is of the target labels {', '.join(record['target_labels'])}, not of"
-                f" {targets}"
-            )
-        number = {name: i for i, name in enumerate(images.ids)}
-        gone = next(
-            (name for names in record["sets"].values() for name in names if name not in number),
-            None,
-        )
-        if gone is not None:
-            raise InputError(
-                f"{file} names {gone}, which {images.name} does not have: use the data it was"
-                " made from"
-            )
-        rows = {
-            p: np.sort(np.array([number[n] for n in names], np.int64))
-            for p, names in record["sets"].items()
-        }
+        rows = _stored_rows(file, record, images, targets)
     for note in record["notes"]:
         say(f"protocol: {note}")
     sizes = ", ".join(f"{part} {len(indices):,}" for part, indices in rows.items())
     say(f"protocol: {sizes} images; " + (f"the sets of {file}" if file else "drawn by their names"))
-    ids, labels = images.ids, images.labels
-    test = sampling.hold_out(ids, labels, rows["A2"], sampling.TEST_SHARE, "test")
+    ids = images.ids
+    labels = images.labels
+    dev_share = TEST_SHARE / (1 - TEST_SHARE)
+    test = hold_out(ids, labels, rows["A2"], TEST_SHARE, "test")
     rest = np.setdiff1d(rows["A2"], test)
-    dev = sampling.hold_out(
-        ids, labels, rest, sampling.TEST_SHARE / (1 - sampling.TEST_SHARE), "dev"
-    )
-    finetune_dev = sampling.hold_out(ids, labels, rows["B1"], sampling.FINETUNE_DEV_SHARE, "dev")
+    dev = hold_out(ids, labels, rest, dev_share, "dev")
+    finetune_dev = hold_out(ids, labels, rows["B1"], FINETUNE_DEV_SHARE, "dev")
     parts = {
         "rest": rows["A1"],
-        "pretrain": sampling.hold_out(ids, labels, rows["A1"], fraction, "fraction"),
+        "pretrain": hold_out(ids, labels, rows["A1"], fraction, "fraction"),
         "train": np.setdiff1d(rest, dev),
         "dev": dev,
         "test": test,
@@ -226,27 +206,52 @@ def protocol(images: Images, targets: list[str], fraction: float, stored: list[P
     return parts, classes, record
 
 
-def check_start(source: str, before: dict, targets: list[str] | None, images: Images) -> None:
-    """Refuse to start from a run, whose `model_spec` is `before`, that saw other sets of the same
-    images.
+def _stored_rows(
+    file: Path, record: dict, images: Images, targets: list[str]
+) -> dict[str, np.ndarray]:
+    if record["target_labels"] != targets:
+        raise InputError(
+            f"{file} is of the target labels {', '.join(record['target_labels'])}, not of {targets}"
+        )
+    number = {name: i for i, name in enumerate(images.ids)}
+    gone = [name for names in record["sets"].values() for name in names if name not in number]
+    if gone:
+        raise InputError(
+            f"{file} names {gone[0]}, which {images.name} does not have:"
+            " use the data it was made from"
+        )
+    return {
+        part: np.sort(np.array([number[name] for name in names], np.int64))
+        for part, names in record["sets"].items()
+    }
+
+
+def check_start(source: str, model_spec: dict, targets: list[str] | None, images: Images) -> None:
+    """Refuse to start from a run that saw other sets of the same images.
 
     What it was trained on could be what this one is tested on.
+
+    Args:
+        source: what --from names.
+        model_spec: of that run.
+        targets: the target labels of this run; None without the protocol.
 
     Raises:
         InputError: it did.
     """
-    if before.get("targets", targets) == targets:
+    if model_spec.get("targets", targets) == targets:
         return
     config = read_json(run_dir_of(source) / "config.json") or {}
     if config.get("identity", {}).get("data") == images.fingerprint:
-        theirs, ours = (
-            "none" if names is None else ", ".join(names) for names in (before["targets"], targets)
-        )
         raise InputError(
-            f"--from {source} has the protocol's target labels {theirs}, this command {ours}: it"
-            " may have been trained"
-            " on what this one tests on. Give the same --protocol and --target-labels"
+            f"--from {source} has the protocol's target labels {_listed(model_spec['targets'])},"
+            f" this command {_listed(targets)}: it may have been trained on what this one tests"
+            " on. Give the same --protocol and --target-labels"
         )
+
+
+def _listed(names: list[str] | None) -> str:
+    return "none" if names is None else ", ".join(names)
 
 
 def save(folder: Path, record: dict) -> None:

@@ -1,20 +1,17 @@
-"""Real and manipulated face videos: FaceForensics++, DeepfakeBench's frame folders, a CSV, or the
-embedded sample.
+"""Real and manipulated face videos in the layouts that the field publishes them in.
 
 Layouts, each in a folder or a .zip of one:
 
 1. FaceForensics++ (Rössler et al., arXiv:1901.08971):
-`original_sequences/SOURCE/COMPRESSION/KIND/VIDEO` and
+   `original_sequences/SOURCE/COMPRESSION/KIND/VIDEO` and
    `manipulated_sequences/METHOD/COMPRESSION/KIND/VIDEO`, where KIND is `frames` (VIDEO is a folder
    of images) or `videos` (VIDEO is a file), and `train.json`, `val.json`, `test.json` list pairs of
    videos: each gives two real videos, A and B, and both orders of every manipulation, A_B and B_A.
-2. DeepfakeBench (Yan et al., arXiv:2307.01426): its JSON `{set: {label: {split: {compression:
-{video: {label,
-   frames}}}}}}`, the compression level missing for most sets, beside the frame folders that it
-   names.
+2. DeepfakeBench (Yan et al., arXiv:2307.01426): its JSON
+   `{set: {label: {split: {compression: {video: {label, frames}}}}}}`, the compression level missing
+   for most sets, beside the frame folders that it names.
 3. A CSV with the columns video_id, label (0 or real, 1 or fake) and path (a folder of images or a
-video file, from the
-   CSV's folder), and perhaps split and method.
+   video file, from the CSV's folder), and perhaps split and method.
 
 A video's key is (dataset, method, compression, video), so that the manipulations of one pair, whose
 folders share a name, stay videos of their own. `split` refuses parts that share a person.
@@ -25,6 +22,7 @@ import io
 import json
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -39,10 +37,19 @@ from common.data.clips import (
     natural_order,
     renaming,
 )
-from common.data.images import SPLITS, SUFFIXES, UNLABELED, Images, hidden, is_image, list_files
+from common.data.images import (
+    SPLITS,
+    SUFFIXES,
+    UNLABELED,
+    Images,
+    below_common_folder,
+    hidden,
+    is_image,
+    list_files,
+)
 from common.data.sampling import TEST_SHARE, hold_out
 from common.data.synthetic import face_clips
-from common.errors import InputError, did_you_mean
+from common.errors import InputError, did_you_mean, first_few
 
 REAL, FAKE = 0, 1
 CLASSES = ["real", "fake"]
@@ -53,6 +60,7 @@ SAMPLES = {
 _ROOTS = {"original_sequences": REAL, "manipulated_sequences": FAKE}
 _KINDS = ("frames", "faces", "images", "videos")  # the first that is there is read
 _LABELS = {"0": REAL, "real": REAL, "1": FAKE, "fake": FAKE}
+_LISTS = (".csv", ".json")
 _COLUMNS = ("video_id", "label", "path")
 # Whose faces a video shows: FaceForensics++ (003, 003_017), its DeepFakeDetection part (01__...,
 # 01_02__...), Celeb-DF (id0_0000, id0_id1_0000). Any other name stands for itself.
@@ -70,12 +78,19 @@ class _Record(NamedTuple):
     files: list[str]  # the frames in order of time, or the one video file
     missing: str = ""  # why the video cannot be used
 
+    @property
+    def name(self) -> str:
+        return "/".join(part for part in self.key if part)
+
+    @property
+    def problem(self) -> str:
+        return f"{self.name} ({self.missing})"
+
 
 class _Tree(NamedTuple):
     path: str  # as it was given
-    videos: dict[
-        str, list[str]
-    ]  # by folder of frames, or by video file without its suffix: as in `_Record.files`
+    # By folder of frames, or by video file without its suffix: as in `_Record.files`.
+    videos: dict[str, list[str]]
     lists: dict[str, bytes]  # .csv and .json files by name
 
 
@@ -84,8 +99,10 @@ class FaceVideos(Videos):
 
     Attributes, beside those of `Videos`:
         keys: (dataset, method, compression, video) of each; the method of a real video is its
-        source. missing: "VIDEO (reason)" for each listed video that was left out. unlisted: names
-        of the videos that are there but in no split, though others are, and were left out.
+            source.
+        missing: "VIDEO (reason)" for each listed video that was left out.
+        unlisted: names of the videos that are there but in no split, though others are, and were
+            left out.
     """
 
     def __init__(
@@ -98,11 +115,13 @@ class FaceVideos(Videos):
         missing=(),
         unlisted=(),
     ):
-        ids = [_name(record) for record in records]
-        labels, splits = [record.label for record in records], [record.split for record in records]
+        ids = [record.name for record in records]
+        labels = [record.label for record in records]
+        splits = [record.split for record in records]
         super().__init__(name, ids, labels, CLASSES, splits, frames, rates, images)
         self.keys = [record.key for record in records]
-        self.missing, self.unlisted = list(missing), list(unlisted)
+        self.missing = list(missing)
+        self.unlisted = list(unlisted)
 
     @property
     def methods(self) -> np.ndarray:
@@ -114,53 +133,58 @@ class FaceVideos(Videos):
         self.keys = [self.keys[i] for i in kept]
 
     def describe(self) -> str:
-        counts = Counter(self.methods[self.labels == FAKE])
-        named = ", ".join(f"{method} {count}" for method, count in sorted(counts.items()) if method)
-        return super().describe() + (f"; fakes: {named}" if named else "")
+        counts = sorted(Counter(self.methods[self.labels == FAKE]).items())
+        fakes = ", ".join(f"{method} {count}" for method, count in counts if method)
+        return super().describe() + (f"; fakes: {fakes}" if fakes else "")
 
 
 def prepare(
     path: str,
     *,
     store_size: int | None,
-    bad: str,
+    on_bad_item: str,
     workers: int,
     fps: float,
     compression=None,
     labels=True,
     say=print,
 ) -> FaceVideos:
-    """`open_videos`, decoded to `store_size` where that is given; what was left out and what is
-    there are said.
+    """`open_videos`, decoded to `store_size` where that is given.
+
+    What was left out and what is there goes to `say`.
     """
     videos = open_videos(
-        path, fps=fps, workers=workers, bad=bad, compression=compression, labels=labels
+        path,
+        fps=fps,
+        workers=workers,
+        on_bad_item=on_bad_item,
+        compression=compression,
+        labels=labels,
     )
     if store_size:
         videos.resize_store(store_size)
-    if bad == "skip":
+    if on_bad_item == "skip":
         videos.missing += [f"{name} (damaged)" for name in videos.drop_damaged(workers)]
-        say(f"left out {len(videos.missing)} missing or damaged videos" + _first(videos.missing))
+        names = f": {first_few(videos.missing)}" if videos.missing else ""
+        say(f"left out {len(videos.missing)} missing or damaged videos{names}")
     if videos.unlisted:
-        say(
-            f"left out {len(videos.unlisted)} videos that are in no split" + _first(videos.unlisted)
-        )
+        names = first_few(videos.unlisted)
+        say(f"left out {len(videos.unlisted)} videos that are in no split: {names}")
     say(videos.describe())
     return videos
 
 
 def open_videos(
-    path: str, *, fps: float, workers: int, bad="error", compression=None, labels=True
+    path: str, *, fps: float, workers: int, on_bad_item="error", compression=None, labels=True
 ) -> FaceVideos:
-    """The videos of a folder, of a .zip or of a .csv file, or of an embedded data set (`sample`,
-    `sample-flicker`).
+    """The videos of a folder, a .zip or a .csv file, or of an embedded data set.
 
     Args:
-        path: see the layouts at the top.
+        path: see the layouts at the top; `sample` and `sample-flicker` are embedded.
         fps: frames a second of folders of images; a video file has its own, the embedded data 8.
         workers: threads that open video files.
-        bad: "error" or "skip": whether a listed video that is missing or unreadable ends the run or
-            is left out.
+        on_bad_item: "error" or "skip": whether a listed video that is missing or unreadable ends
+            the run or is left out.
         compression: read this one alone, such as `c23`; unset: all that are there.
         labels: False takes any folders of images and any video files too, as videos without labels.
 
@@ -170,19 +194,20 @@ def open_videos(
     """
     if path in SAMPLES:
         return _sample(path)
-    place, only = Path(path), ""
+    place = Path(path)
+    only = ""
     if place.is_file() and place.suffix.lower() in (".csv", *VIDEO_SUFFIXES):
-        place, only = place.parent, place.name
-    wanted = (*SUFFIXES, *VIDEO_SUFFIXES, ".csv", ".json")
-    files, sizes, read = list_files(
-        str(place), lambda name: name.lower().endswith(wanted) and not hidden(name)
-    )
-    names = files if only else _below_common_folder(files)
+        only = place.name
+        place = place.parent
+    files, sizes, read = list_files(str(place), _is_wanted)
+    names = files
+    if not only:
+        names = ["/".join(parts) for parts in below_common_folder(files, _ROOTS.__contains__)]
     number = {name: i for i, name in enumerate(names)}
     lists = {name: read(number[name]) for name in names if _may_be_list(name)}
     records, unlisted = _records(_Tree(path, _videos(names), lists), only, place, labels)
     if labels and any(record.split for record in records):
-        unlisted += [_name(record) for record in records if not record.split]
+        unlisted += [record.name for record in records if not record.split]
         records = [record for record in records if record.split]
     if compression is not None:
         there = sorted({record.key[2] for record in records})
@@ -191,13 +216,12 @@ def open_videos(
             raise InputError(
                 f"{path}: no videos with compression {compression!r}, there are {there}"
             )
-    twice = [
-        name for (name, _), n in Counter((_name(r), r.split) for r in records).items() if n > 1
-    ]
+    listed = Counter((record.name, record.split) for record in records)
+    twice = [name for (name, _), count in listed.items() if count > 1]
     if twice:
         raise InputError(
-            f"{path}: {len(twice)} videos are listed twice{_first(twice)}; give each a name"
-            " of its own"
+            f"{path}: {len(twice)} videos are listed twice: {first_few(twice)};"
+            " give each a name of its own"
         )
 
     kinds = {_is_video(record.files[0]) for record in records if not record.missing}
@@ -205,80 +229,62 @@ def open_videos(
         raise InputError(f"{path}: folders of frames and video files in one data set; use either")
     used = [record for record in records if not record.missing]
     if not used:
-        raise InputError(
-            f"{path}: no videos there{_first([_reason(record) for record in records])}"
-        )
-    order = {
-        name: i
-        for i, name in enumerate(dict.fromkeys(name for record in used for name in record.files))
-    }
-    place_of = [number[name] for name in order]
-    content = (
-        place.name,
-        list(order),
-        [sizes[i] for i in place_of],
-        lambda index: read(place_of[index]),
-    )
+        problems = [record.problem for record in records]
+        names = f": {first_few(problems)}" if problems else ""
+        raise InputError(f"{path}: no videos there{names}")
+    used_files = list(dict.fromkeys(name for record in used for name in record.files))
+    order = {name: i for i, name in enumerate(used_files)}
+    position = [number[name] for name in used_files]
+    used_sizes = [sizes[i] for i in position]
+
+    def content(index: int) -> bytes:
+        return read(position[index])
+
     rates = fps
     if kinds == {True}:
-        images = VideoFiles(*content, workers)
-        errors = {name: images.errors[i] for name, i in order.items() if i in images.errors}
+        images = VideoFiles(place.name, used_files, used_sizes, content, workers)
+        errors = {used_files[i]: error for i, error in images.errors.items()}
         records = [
-            r if r.missing else r._replace(missing=errors.get(r.files[0], "")) for r in records
+            record if record.missing else record._replace(missing=errors.get(record.files[0], ""))
+            for record in records
         ]
         used = [record for record in records if not record.missing]
         frames = [images.file_frames(order[record.files[0]]) for record in used]
         rates = [images.rates[order[record.files[0]]] for record in used]
     else:
-        images = frame_images(*content)
+        images = frame_images(place.name, used_files, used_sizes, content)
         frames = [[order[name] for name in record.files] for record in used]
-    missing = [_reason(record) for record in records if record.missing]
-    if missing and bad == "error":
+    missing = [record.problem for record in records if record.missing]
+    if missing and on_bad_item == "error":
         raise InputError(
-            f"{path}: {len(missing)} of {len(records)} listed videos cannot be"
-            f" used{_first(missing)}; complete the"
-            " data, or --on-bad-item skip"
+            f"{path}: {len(missing)} of {len(records)} listed videos cannot be used:"
+            f" {first_few(missing)}; complete the data, or --on-bad-item skip"
         )
     return FaceVideos(place.name, used, frames, rates, images, missing, unlisted)
 
 
 def split(videos: FaceVideos, names=("train", "val", "test")) -> dict[str, np.ndarray]:
-    """The indices of the parts `names`: the data's own, or 15 % each for validation and test where
-    it has none.
+    """The indices of the parts `names`.
 
-    Parts are held out by person, in the closure of the pairs: whoever appears with somebody in one
-    video is on his side. They are stratified by what a group holds and depend on the videos' names
-    and splits alone, so a part is the same whichever others are asked for.
+    They are the data's own, or 15 % each for validation and test where it has none. Parts are held
+    out by person, in the closure of the pairs: whoever appears with somebody in one video is on his
+    side. They are stratified by what a group holds and depend on the videos' names and splits
+    alone, so a part is the same whichever others are asked for.
 
     Raises:
         InputError: two of the parts share a person, or a part lacks real or fake videos.
     """
     persons = [[f"{key[0]}/{person}" for person in identities(key[3])] for key in videos.keys]
-    own = {name: np.flatnonzero(videos.splits == name) for name in ("train", "val", "test")}
-    seen: dict[str, dict[str, int]] = defaultdict(dict)  # person -> split -> a video
-    for name in names:
-        for index in own[name]:
-            for person in persons[index]:
-                seen[person].setdefault(name, int(index))
-    shared = {person: found for person, found in seen.items() if len(found) > 1}
-    if shared:
-        examples = [
-            f"{person.split('/', 1)[1]}"
-            f" ({', '.join(f'{videos.ids[i]} in {name}' for name, i in found.items())})"
-            for person, found in shared.items()
-        ]
-        raise InputError(
-            f"{videos.name}: {len(shared)} persons are in two splits{_first(examples)}; fix"
-            " the splits"
-        )
-
+    parts = {name: np.flatnonzero(videos.splits == name) for name in ("train", "val", "test")}
+    _refuse_shared_persons(videos, persons, {name: parts[name] for name in names})
     labeled = videos.labels != UNLABELED
-    pool = own["train"] if any(map(len, own.values())) else np.flatnonzero(labeled)
+    pool = parts["train"] if any(map(len, parts.values())) else np.flatnonzero(labeled)
     for name, share in (("test", TEST_SHARE), ("val", TEST_SHARE / (1 - TEST_SHARE))):
-        if not len(own[name]):
-            own[name] = _hold_out_persons(videos, persons, pool, share, name)
-            pool = np.setdiff1d(pool, own[name])
-    parts = {name: {**own, "train": pool}[name] for name in names}
+        if not len(parts[name]):
+            parts[name] = _hold_out_persons(videos, persons, pool, share, name)
+            pool = np.setdiff1d(pool, parts[name])
+    parts["train"] = pool
+    parts = {name: parts[name] for name in names}
     for name, indices in parts.items():
         counts = np.bincount(videos.labels[indices][labeled[indices]], minlength=2)
         if not counts.all():
@@ -289,9 +295,28 @@ def split(videos: FaceVideos, names=("train", "val", "test")) -> dict[str, np.nd
     return parts
 
 
+def _refuse_shared_persons(videos: FaceVideos, persons, parts: dict[str, np.ndarray]) -> None:
+    seen: dict[str, dict[str, int]] = defaultdict(dict)  # person -> split -> a video
+    for name, indices in parts.items():
+        for index in indices:
+            for person in persons[index]:
+                seen[person].setdefault(name, int(index))
+    examples = []
+    for person, video_in in seen.items():
+        if len(video_in) > 1:
+            places = ", ".join(f"{videos.ids[i]} in {name}" for name, i in video_in.items())
+            examples.append(f"{person.split('/', 1)[1]} ({places})")
+    if examples:
+        raise InputError(
+            f"{videos.name}: {len(examples)} persons are in two splits: {first_few(examples)};"
+            " fix the splits"
+        )
+
+
 def identities(video: str) -> tuple[str, ...]:
-    """The persons in a video, as its name tells them: `003_017` is the face 003 manipulated with
-    017's.
+    """The persons in a video, as its name tells them.
+
+    `003_017` is the face 003 manipulated with 017's.
     """
     for pattern in _PERSONS:
         if match := pattern.match(video):
@@ -313,77 +338,49 @@ def _hold_out_persons(
         roots = sorted(find(person) for person in persons[index])
         for root in roots[1:]:
             leader[find(root)] = find(roots[0])
-    groups = defaultdict(list)
+    groups_of = defaultdict(list)
     for index in pool:
-        groups[find(persons[index][0])].append(index)
-    held = [
-        {(int(videos.labels[i]), videos.keys[i][1]) for i in members} for members in groups.values()
+        groups_of[find(persons[index][0])].append(index)
+    groups = list(groups_of.values())
+    # The labels and methods that a group holds are its stratum.
+    strata = [
+        tuple(sorted({(int(videos.labels[i]), videos.keys[i][1]) for i in group}))
+        for group in groups
     ]
-    kinds = {
-        kind: number for number, kind in enumerate(sorted({tuple(sorted(kind)) for kind in held}))
-    }
-    labels = np.array([kinds[tuple(sorted(kind))] for kind in held], np.int64)
+    number = {stratum: i for i, stratum in enumerate(sorted(set(strata)))}
+    labels = np.array([number[stratum] for stratum in strata], np.int64)
     # A group is known by its first person, whatever the order of the videos.
-    names = [min(person for i in members for person in persons[i]) for members in groups.values()]
+    names = [min(person for i in group for person in persons[i]) for group in groups]
     chosen = hold_out(names, labels, np.arange(len(names)), share, salt)
-    members = list(groups.values())
-    return np.array(sorted(i for group in chosen for i in members[group]), np.int64)
+    return np.array(sorted(i for k in chosen for i in groups[k]), np.int64)
 
 
 def _sample(path: str) -> FaceVideos:
     clips = face_clips(**SAMPLES[path])
-    method = SAMPLES[path]["variant"]
-    records = [
-        _Record(
-            (path, method if "_" in name else "generated", "", name),
-            FAKE if "_" in name else REAL,
-            part,
-            [],
-        )
-        for name, part in zip(clips.names, clips.splits, strict=True)
-    ]
+    records = []
+    for name, part in zip(clips.names, clips.splits, strict=True):
+        fake = "_" in name
+        method = SAMPLES[path]["variant"] if fake else "generated"
+        records.append(_Record((path, method, "", name), FAKE if fake else REAL, part, []))
     ids = [f"{i:06d}" for i in range(len(clips.pixels))]
     pixels = torch.from_numpy(clips.pixels)
     images = Images(path, ids, [UNLABELED] * len(ids), [], [""] * len(ids), pixels=pixels)
     return FaceVideos(f"{path} (embedded, generated)", records, clips.frames, clips.rate, images)
 
 
-def _name(record: _Record) -> str:
-    return "/".join(part for part in record.key if part)
-
-
-def _reason(record: _Record) -> str:
-    return f"{_name(record)} ({record.missing})"
-
-
-def _first(names: list[str]) -> str:
-    return ": " + ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") if names else ""
+def _is_wanted(name: str) -> bool:
+    return name.lower().endswith((*SUFFIXES, *VIDEO_SUFFIXES, *_LISTS)) and not hidden(name)
 
 
 def _is_video(name: str) -> bool:
     return name.lower().endswith(VIDEO_SUFFIXES)
 
 
-def _below_common_folder(files: list[str]) -> list[str]:
-    # As in `data`: the folder that holds everything in an archive is no part of the names.
-    parts = [PurePosixPath(name).parts for name in files]
-    while (
-        all(len(p) > 1 for p in parts)
-        and len({p[0] for p in parts}) == 1
-        and parts[0][0] not in _ROOTS
-    ):
-        parts = [p[1:] for p in parts]
-    return ["/".join(p) for p in parts]
-
-
 def _may_be_list(name: str) -> bool:
     # Beside the videos, not one of the files that tools leave in every video's folder.
     parts = PurePosixPath(name).parts
-    return (
-        name.lower().endswith((".csv", ".json"))
-        and len(parts) <= 3
-        and not _ROOTS.keys() & set(parts)
-    )
+    near = len(parts) <= 3 and not _ROOTS.keys() & set(parts)
+    return near and name.lower().endswith(_LISTS)
 
 
 def _videos(names: list[str]) -> dict[str, list[str]]:
@@ -413,8 +410,8 @@ def _records(tree: _Tree, only: str, place: Path, labels: bool) -> tuple[list[_R
         return _from_official(tree, {name: jsons[name] for name in jsons if _split_of(name)})
     if not labels:
         return [
-            _Record(("", "", "", name or place.stem), UNLABELED, "", files)
-            for name, files in sorted(tree.videos.items(), key=lambda item: natural_order(item[0]))
+            _Record(("", "", "", name or place.stem), UNLABELED, "", tree.videos[name])
+            for name in sorted(tree.videos, key=natural_order)
         ], []
     raise InputError(
         f"{tree.path}: no known layout there; allowed are FaceForensics++ (original_sequences/ and"
@@ -423,17 +420,26 @@ def _records(tree: _Tree, only: str, place: Path, labels: bool) -> tuple[list[_R
     )
 
 
-def _official(tree: _Tree) -> list[tuple[str, ...]]:
-    """(dataset, ROOT, method, compression, kind, video, name) of every video of the official
-    layout.
-    """
-    found = []
+class _OfficialVideo(NamedTuple):
+    dataset: str
+    root: str  # a key of _ROOTS
+    method: str
+    compression: str
+    kind: str  # one of _KINDS
+    video: str
+    name: str  # a key of `_Tree.videos`
+
+
+def _official(tree: _Tree) -> list[_OfficialVideo]:
+    """The videos that lie in the official layout."""
+    videos = []
     for name in tree.videos:
         parts = PurePosixPath(name).parts
         root = next((i for i, part in enumerate(parts) if part in _ROOTS), None)
         if root is not None and len(parts) == root + 5 and parts[root + 2] != "masks":
-            found.append(("/".join(parts[:root]) or "FaceForensics++", *parts[root:], name))
-    return found
+            dataset = "/".join(parts[:root]) or "FaceForensics++"
+            videos.append(_OfficialVideo(dataset, *parts[root:], name))
+    return videos
 
 
 def _split_of(name: str) -> str:
@@ -441,53 +447,59 @@ def _split_of(name: str) -> str:
 
 
 def _from_official(tree: _Tree, lists: dict) -> tuple[list[_Record], list[str]]:
-    found = _official(tree)
-    kind = next((kind for kind in _KINDS if any(video[4] == kind for video in found)), None)
+    official = _official(tree)
+    there = {entry.kind for entry in official}
+    kind = next((kind for kind in _KINDS if kind in there), None)
     if kind is None:
-        there = ", ".join(sorted({video[4] for video in found}))
         raise InputError(
-            f"{tree.path}: below a compression are {there}; allowed are {', '.join(_KINDS)}"
+            f"{tree.path}: below a compression are {', '.join(sorted(there))};"
+            f" allowed are {', '.join(_KINDS)}"
         )
     groups = defaultdict(dict)
-    for dataset, root, method, compression, own_kind, video, name in found:
-        if own_kind == kind:
-            groups[dataset, root, method, compression][video] = tree.videos[name]
-    part_of: dict[str, dict[str, str]] = {root: {} for root in _ROOTS}
+    for entry in official:
+        if entry.kind == kind:
+            group = entry.dataset, entry.root, entry.method, entry.compression
+            groups[group][entry.video] = tree.videos[entry.name]
+    split_of = _official_splits(tree, lists)
+    records = []
+    unlisted = []
+    for (dataset, root, method, compression), videos in sorted(groups.items()):
+        # A source that the lists do not speak of at all, such as `actors`, is missing nothing.
+        listed = split_of[root] if videos.keys() & split_of[root].keys() else {}
+        for video in sorted(videos.keys() | listed.keys(), key=natural_order):
+            key = (dataset, method, compression, video)
+            files = videos.get(video, [])
+            missing = "" if files else f"no {kind}"
+            record = _Record(key, _ROOTS[root], listed.get(video, ""), files, missing)
+            if lists and video not in listed:
+                unlisted.append(record.name)
+            else:
+                records.append(record)
+    return records, unlisted
+
+
+def _official_splits(tree: _Tree, lists: dict) -> dict[str, dict[str, str]]:
+    """The splits of the videos below each of _ROOTS, by name."""
+    split_of: dict[str, dict[str, str]] = {root: {} for root in _ROOTS}
     for name, pairs in lists.items():
         if not isinstance(pairs, list) or not all(_is_pair(pair) for pair in pairs):
             raise InputError(
                 f'{tree.path}: {name} is not a list of pairs of videos such as ["000", "003"]'
             )
+        part = _split_of(name)
         for a, b in pairs:
             for root, video in (
-                ("original_sequences", a), ("original_sequences", b),
-                ("manipulated_sequences", f"{a}_{b}"), ("manipulated_sequences", f"{b}_{a}"),
-            ):  # fmt: skip
-                before = part_of[root].setdefault(video, _split_of(name))
-                if before != _split_of(name):
+                ("original_sequences", a),
+                ("original_sequences", b),
+                ("manipulated_sequences", f"{a}_{b}"),
+                ("manipulated_sequences", f"{b}_{a}"),
+            ):
+                first = split_of[root].setdefault(video, part)
+                if first != part:
                     raise InputError(
-                        f"{tree.path}: {video} is in two splits, {before} and {_split_of(name)};"
-                        " fix them"
+                        f"{tree.path}: {video} is in two splits, {first} and {part}; fix them"
                     )
-    records, unlisted = [], []
-    for (dataset, root, method, compression), videos in sorted(groups.items()):
-        # A source that the lists do not speak of at all, such as `actors`, is missing nothing.
-        listed = part_of[root] if videos.keys() & part_of[root].keys() else {}
-        for video in sorted(videos.keys() | listed.keys(), key=natural_order):
-            files = videos.get(video, [])
-            why = "" if files else f"no {kind}"
-            record = _Record(
-                (dataset, method, compression, video),
-                _ROOTS[root],
-                listed.get(video, ""),
-                files,
-                why,
-            )
-            if lists and video not in listed:
-                unlisted.append(_name(record))
-            else:
-                records.append(record)
-    return records, unlisted
+    return split_of
 
 
 def _is_pair(pair) -> bool:
@@ -508,60 +520,45 @@ def _is_bench(content) -> bool:
         return next(iter(value.values()), None) if isinstance(value, dict) else None
 
     by_split = inner(inner(content))
-    return (
-        isinstance(by_split, dict)
-        and bool(by_split)
-        and all(name.lower() in SPLITS for name in by_split)
-    )
+    if not isinstance(by_split, dict) or not by_split:
+        return False
+    return all(name.lower() in SPLITS for name in by_split)
 
 
 def _from_bench(tree: _Tree, content: dict) -> list[_Record]:
     listed = []
-    for dataset, by_label in content.items():
-        for label, by_split in by_label.items():
-            for part, videos in by_split.items():
-                levels = (
-                    {"": videos} if all("frames" in video for video in videos.values()) else videos
-                )
-                for compression, named in levels.items():
-                    for video, facts in named.items():
-                        if (
-                            not isinstance(facts, dict)
-                            or "frames" not in facts
-                            or part.lower() not in SPLITS
-                        ):
-                            raise InputError(
-                                f"{tree.path}: {dataset}/{label}/{part}/{video}: expected a split"
-                                " (train, val, test)"
-                                " and a video with its frames"
-                            )
-                        # Some of the published lists have Windows' separators, and frames in no
-                        # order.
-                        files = sorted(
-                            (name.replace("\\", "/") for name in facts["frames"]), key=natural_order
-                        )
-                        key = (
-                            dataset,
-                            label,
-                            compression,
-                            PurePosixPath(video.replace("\\", "/")).name,
-                        )
-                        real = "real" in str(facts.get("label", label)).lower()
-                        listed.append(
-                            _Record(key, REAL if real else FAKE, SPLITS[part.lower()], files)
-                        )
+    for dataset, label, part, compression, video, entry in _bench_entries(content):
+        if not isinstance(entry, dict) or "frames" not in entry or part.lower() not in SPLITS:
+            raise InputError(
+                f"{tree.path}: {dataset}/{label}/{part}/{video}: expected a split (train, val,"
+                " test) and a video with its frames"
+            )
+        # Some of the published lists have Windows' separators, and frames in no order.
+        files = sorted((name.replace("\\", "/") for name in entry["frames"]), key=natural_order)
+        key = (dataset, label, compression, PurePosixPath(video.replace("\\", "/")).name)
+        real = "real" in str(entry.get("label", label)).lower()
+        listed.append(_Record(key, REAL if real else FAKE, SPLITS[part.lower()], files))
     there = {name for files in tree.videos.values() for name in files}
     rename = renaming([record.files[0] for record in listed if record.files], there)
     records = []
     for record in listed:
         files = [name for name in map(rename, record.files) if name in there]
-        why = (
-            ""
-            if files and len(files) == len(record.files)
-            else f"{len(files)} of {len(record.files)} frames"
-        )
-        records.append(record._replace(files=files, missing=why))
+        complete = files and len(files) == len(record.files)
+        missing = "" if complete else f"{len(files)} of {len(record.files)} frames"
+        records.append(record._replace(files=files, missing=missing))
     return records
+
+
+def _bench_entries(content: dict) -> Iterator[tuple]:
+    """(dataset, label, split, compression, video, what the list says of it) of every video."""
+    for dataset, by_label in content.items():
+        for label, by_split in by_label.items():
+            for part, videos in by_split.items():
+                flat = all("frames" in video for video in videos.values())
+                by_compression = {"": videos} if flat else videos
+                for compression, entries in by_compression.items():
+                    for video, entry in entries.items():
+                        yield dataset, label, part, compression, video, entry
 
 
 def _from_csv(tree: _Tree, name: str, place: Path) -> list[_Record]:
@@ -572,41 +569,36 @@ def _from_csv(tree: _Tree, name: str, place: Path) -> list[_Record]:
     lacking = [column for column in _COLUMNS if rows and column not in rows[0]]
     if lacking or not rows:
         raise InputError(
-            f"{tree.path}: {name} has no {' or '.join(lacking) or 'rows'}; needed are"
-            f" {','.join(_COLUMNS)}"
+            f"{tree.path}: {name} has no {' or '.join(lacking) or 'rows'};"
+            f" needed are {','.join(_COLUMNS)}"
         )
     records = []
     for line, row in enumerate(rows, 2):
-        label, part = (
-            _LABELS.get(row["label"].strip().lower()),
-            (row.get("split") or "").strip().lower(),
-        )
+        label = _LABELS.get(row["label"].strip().lower())
+        part = (row.get("split") or "").strip().lower()
         if label is None:
             raise InputError(
-                f"{tree.path}: {name} line {line}: label {row['label']!r}, allowed are"
-                f" {', '.join(_LABELS)}"
+                f"{tree.path}: {name} line {line}: label {row['label']!r},"
+                f" allowed are {', '.join(_LABELS)}"
             )
         if part and part not in SPLITS:
             hint = did_you_mean(part, SPLITS)
             raise InputError(
-                f"{tree.path}: {name} line {line}: split {part!r}, allowed are train, val,"
-                f" test{hint}"
+                f"{tree.path}: {name} line {line}: split {part!r},"
+                f" allowed are train, val, test{hint}"
             )
         files = tree.videos.get(_within(row["path"].strip(), name, place), [])
-        key = (
-            PurePosixPath(name).stem,
-            (row.get("method") or "").strip(),
-            "",
-            row["video_id"].strip(),
-        )
-        why = "" if files else f"nothing at {row['path']}"
-        records.append(_Record(key, label, SPLITS.get(part, ""), files, why))
+        method = (row.get("method") or "").strip()
+        key = (PurePosixPath(name).stem, method, "", row["video_id"].strip())
+        missing = "" if files else f"nothing at {row['path']}"
+        records.append(_Record(key, label, SPLITS.get(part, ""), files, missing))
     return records
 
 
 def _within(path: str, table: str, place: Path) -> str:
-    """A CSV's path as the name of a video in the tree: relative to the CSV's folder, or absolute
-    below the data's.
+    """A CSV's path as the name of a video in the tree.
+
+    The path is relative to the CSV's folder, or absolute below the data's.
     """
     given = PurePosixPath(path.replace("\\", "/"))
     if given.is_absolute():

@@ -1,13 +1,13 @@
-"""Images from a folder, a .zip of one, a packed file, or the embedded sample: one list of items,
-decoded by threads to uint8. `python -m common.data pack SRC DST` makes a packed file.
+"""Images from a folder, a .zip of one, a packed file, or the embedded sample.
 
-Order is a function, not state: the permutation of an epoch depends on `(seed, epoch)` alone, so a
-resumed run, another number of threads or of processes sees the same images in the same order.
+They are one list of items, decoded by threads to uint8. `python -m common.data pack SRC DST` makes
+a packed file.
 """
 
 import hashlib
 import io
 import math
+import operator
 import os
 import re
 import threading
@@ -27,9 +27,15 @@ from common.errors import InputError, did_you_mean
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif")
 SPLITS = {
-    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
-    "test": "test", "testing": "test",
-}  # fmt: skip
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "dev": "val",
+    "test": "test",
+    "testing": "test",
+}
 UNLABELED = -1
 # What Pillow and zipfile raise on damaged files.
 DECODE_ERRORS = (
@@ -46,8 +52,7 @@ _CACHE_BYTES = 2 * 2**30
 
 
 class Images:
-    """Images of one data set: ids, labels, splits, and their pixels as uint8 squares of side
-    `store_size`.
+    """Images of one data set: ids, labels, splits, and pixels as uint8 squares.
 
     `pixels`, (n, ..., 3, S, S), are images decoded already.
 
@@ -79,9 +84,14 @@ class Images:
         read=None,
         pixels=None,
     ):
-        self.name, self.ids, self.classes = name, ids, classes
-        self.labels, self.splits = np.asarray(labels, np.int64), np.asarray(splits, dtype=object)
-        self._read_bytes, self._cache, self.keeps = read, pixels, True
+        self.name = name
+        self.ids = ids
+        self.classes = classes
+        self.labels = np.asarray(labels, np.int64)
+        self.splits = np.asarray(splits, dtype=object)
+        self._read_bytes = read
+        self._cache = pixels
+        self.keeps = True
         self.sizes = np.asarray(sizes, np.int64)
         self.num_bytes = sum(sizes) if pixels is None else pixels.nbytes
         self._cached = None if pixels is None else np.ones(len(ids), bool)
@@ -106,26 +116,26 @@ class Images:
 
     def describe(self) -> str:
         """`blood_cells.zip: 4886 images in 3 classes (RBC 4153, ...), ...`"""
-        text = (
-            f"{self.name}: {len(self)}"
-            f" images{describe_labels(self.labels, self.classes, self.splits)}"
-        )
-        return text + f"; {self.native_size} px, stored at {self.store_size} px"
+        labels = describe_labels(self.labels, self.classes, self.splits)
+        sizes = f"{self.native_size} px, stored at {self.store_size} px"
+        return f"{self.name}: {len(self)} images{labels}; {sizes}"
 
     def labels_in(self, classes: list[str], indices: np.ndarray | None = None) -> np.ndarray:
-        """The labels (n,) numbered as in `classes` (a model's); UNLABELED for the images of other
-        classes.
+        """The labels (n,) numbered as in `classes` (a model's).
+
+        UNLABELED for the images of other classes.
 
         Raises:
             InputError: one of the images `indices` has a label that is not in `classes`.
         """
-        known = {name: number for number, name in enumerate(classes)}
-        labels = np.array([known.get(name, UNLABELED) for name in self.classes] + [UNLABELED])[
-            self.labels
-        ]
-        for index in [] if indices is None else indices[labels[indices] != self.labels[indices]]:
-            if labels[index] == UNLABELED:
-                unknown = self.classes[self.labels[index]]
+        number = {name: i for i, name in enumerate(classes)}
+        # The last entry is that of UNLABELED, which is -1.
+        numbers = np.array([number.get(name, UNLABELED) for name in self.classes] + [UNLABELED])
+        labels = numbers[self.labels]
+        if indices is not None:
+            lost = indices[(labels[indices] == UNLABELED) & (self.labels[indices] != UNLABELED)]
+            if len(lost):
+                unknown = self.classes[self.labels[lost[0]]]
                 raise InputError(
                     f"{self.name} has the class {unknown!r}, the model has {', '.join(classes)}"
                 )
@@ -145,8 +155,9 @@ class Images:
         return self._read_bytes(index)
 
     def decode(self, index: int) -> Tensor:
-        """One image as uint8 (3, store_size, store_size): shorter side to store_size, then the
-        center square.
+        """One image as uint8 (3, store_size, store_size).
+
+        The shorter side is resized to store_size, then the center square is cut.
 
         Raises:
             InputError: the file is damaged; the message names it.
@@ -157,9 +168,8 @@ class Images:
             with Image.open(io.BytesIO(self._read_bytes(index))) as image:
                 if self._drafts:
                     image.draft("RGB", (self.store_size, self.store_size))
-                if image.mode.startswith(
-                    "I;16"
-                ):  # Pillow's own conversion clips 16 bits at 255 instead of scaling
+                if image.mode.startswith("I;16"):
+                    # Pillow's own conversion clips 16 bits at 255 instead of scaling.
                     image = Image.fromarray((np.asarray(image, np.uint32) // 257).astype(np.uint8))
                 elif image.mode in ("I", "F"):
                     raise ValueError(
@@ -178,9 +188,9 @@ class Images:
         return (3, self.store_size, self.store_size)
 
     def _damaged(self, item: str, error: Exception) -> InputError:
-        said = reason(error)
         return InputError(
-            f"{item} in {self.name} cannot be read: {said}; fix or remove it, or --on-bad-item skip"
+            f"{item} in {self.name} cannot be read: {reason(error)};"
+            " fix or remove it, or --on-bad-item skip"
         )
 
     def _probe(self) -> int:
@@ -194,17 +204,17 @@ class Images:
                 continue  # decoding it later names the file, or skips it
         if not sides:
             raise InputError(
-                f"{self.name}: none of the images that were tried can be read (first:"
-                f" {self.ids[0]})"
+                f"{self.name}: none of the images that were tried can be read"
+                f" (first: {self.ids[0]})"
             )
         return int(np.median(sides))
 
     def batches(self, index_batches: Iterable[np.ndarray], workers: int) -> Iterator[Tensor]:
-        """The pixels of each batch of indices, uint8 (b, 3, store_size, store_size), decoded by
-        threads ahead of use.
+        """The pixels of each batch of indices, uint8 (b, 3, store_size, store_size).
 
-        A set that fits in 2 GiB is decoded once and kept. Threads, not processes: Pillow decodes
-        and resizes without holding the interpreter lock, and a thread cannot outlive the run.
+        Threads decode them ahead of use. A set that fits in 2 GiB is decoded once and kept.
+        Threads, not processes: Pillow decodes and resizes without holding the interpreter lock, and
+        a thread cannot outlive the run.
         """
         small = len(self) * math.prod(self._shape) <= _CACHE_BYTES
         if self.keeps and small and self._cache is None and self._cached is None:
@@ -238,11 +248,9 @@ class Images:
         return [(group, pool.submit(self._decode_group, group)) for group in self._groups(wanted)]
 
     def _collect(self, indices: np.ndarray, groups: list) -> Tensor:
-        decoded = {
-            int(i): part
-            for group, future in groups
-            for i, part in zip(group, future.result(), strict=True)
-        }
+        decoded: dict[int, Tensor] = {}
+        for group, future in groups:
+            decoded.update(zip(group.tolist(), future.result(), strict=True))
         if self._cache is None:
             return torch.stack([decoded[int(i)] for i in indices])
         for index, pixels in decoded.items():
@@ -268,28 +276,43 @@ class Images:
             return []
         with ThreadPoolExecutor(workers) as pool:
             bad = np.array(list(pool.map(damaged, range(len(self)))), bool)
-        names = [self.ids[i] for i in np.flatnonzero(bad)]
-        if bad.sum() > cap * len(self):
-            raise InputError(
-                f"{self.name}: {bad.sum()} of {len(self)} images are damaged (first: {names[0]}),"
-                " more than"
-                f" --on-bad-item skip allows ({cap:.0%})"
-            )
+        names = check_damaged(self.name, self.ids, bad, cap, "images")
         if names:
-            kept, read = np.flatnonzero(~bad), self._read_bytes
-            self.ids = [self.ids[i] for i in kept]
-            self.labels, self.splits, self.sizes = (
-                self.labels[kept],
-                self.splits[kept],
-                self.sizes[kept],
-            )
-            self._read_bytes = lambda index: read(kept[index])
+            self._select(np.flatnonzero(~bad))
         return names
+
+    def _select(self, kept: np.ndarray) -> None:
+        read_before = self._read_bytes
+
+        def read(index: int) -> bytes:
+            return read_before(kept[index])
+
+        self.ids = [self.ids[i] for i in kept]
+        self.labels = self.labels[kept]
+        self.splits = self.splits[kept]
+        self.sizes = self.sizes[kept]
+        self._read_bytes = read
+
+
+def check_damaged(name: str, ids: list[str], bad: np.ndarray, cap: float, unit: str) -> list[str]:
+    """The names of the damaged items, `bad` (n,) bool of `ids`.
+
+    Raises:
+        InputError: they are more than the share `cap` of all.
+    """
+    damaged = [ids[i] for i in np.flatnonzero(bad)]
+    if len(damaged) > cap * len(ids):
+        raise InputError(
+            f"{name}: {len(damaged)} of {len(ids)} {unit} are damaged (first: {damaged[0]}), more"
+            f" than --on-bad-item skip allows ({cap:.0%})"
+        )
+    return damaged
 
 
 def central_square(image: Image.Image, side: int) -> Tensor:
-    """An RGB image with its shorter side resized to `side` pixels, cut to the square: uint8 (3,
-    side, side).
+    """An RGB image's center square, uint8 (3, side, side).
+
+    The shorter side is resized to `side` pixels before.
     """
     scale = side / min(image.size)
     width, height = (max(side, round(length * scale)) for length in image.size)
@@ -307,23 +330,37 @@ def is_image(name: str) -> bool:
 
 
 def reason(error: Exception) -> str:
-    """The first line of an error's message without addresses of objects, which no two runs share;
-    or else its type.
+    """Why something could not be read: the first line of an error's message, or else its type.
+
+    Addresses of objects, which no two runs share, are left out.
     """
     return re.sub(r" <\S+ object at 0x\w+>", "", str(error).split("\n")[0]) or type(error).__name__
 
 
 def hidden(name: str) -> bool:
-    """Whether a path has a part that starts with a dot, or is macOS's shadow of an archive's file."""
+    """Whether a path has a part that starts with a dot, or is macOS's shadow of a zipped file."""
     return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
 
 
 def list_files(path: str, keep) -> tuple[list[str], list[int], Callable[[int], bytes]]:
-    """The files of a folder or of a .zip whose relative name passes `keep`: sorted names, sizes in
-    bytes, and a function from a position in these lists to the file's content.
+    """The files of a folder or of a .zip whose relative name passes `keep`.
+
+    Returns:
+        Sorted names, sizes in bytes, and a function from a position in these lists to the file's
+        content.
 
     Raises:
         InputError: missing or not readable.
+    """
+    place = existing(path)
+    return _zip_files(place, keep) if place.is_file() else _folder_files(place, keep)
+
+
+def existing(path: str) -> Path:
+    """`path`, a file or folder that --data names.
+
+    Raises:
+        InputError: there is none.
     """
     place = Path(path)
     if not place.exists():
@@ -331,11 +368,12 @@ def list_files(path: str, keep) -> tuple[list[str], list[int], Callable[[int], b
         raise InputError(
             f"{path}: no such file or folder{did_you_mean(place.name, [*siblings, 'sample'])}"
         )
-    return _zip_files(place, keep) if place.is_file() else _folder_files(place, keep)
+    return place
 
 
 def _folder_files(folder: Path, keep):
-    found, seen = [], set()
+    files = []
+    seen = set()
 
     def refuse(error: OSError):
         raise error
@@ -346,12 +384,16 @@ def _folder_files(folder: Path, keep):
             seen.add(base.resolve())
             # A link back up would give every image many times over.
             subfolders[:] = [name for name in subfolders if (base / name).resolve() not in seen]
-            found += [(base / name).relative_to(folder).as_posix() for name in names]
-        files = sorted(name for name in found if keep(name))
+            files += [(base / name).relative_to(folder).as_posix() for name in names]
+        files = sorted(name for name in files if keep(name))
         sizes = [(folder / name).stat().st_size for name in files]
     except OSError as error:
         raise InputError(f"{folder}: {error.strerror}: {error.filename}") from None
-    return files, sizes, lambda index: (folder / files[index]).read_bytes()
+
+    def read(index: int) -> bytes:
+        return (folder / files[index]).read_bytes()
+
+    return files, sizes, read
 
 
 def _zip_files(path: Path, keep):
@@ -359,35 +401,53 @@ def _zip_files(path: Path, keep):
         raise InputError(f"{path}: allowed are a folder, a .zip of one, or `sample`")
     try:
         archive = zipfile.ZipFile(path)  # kept open for the run; closed with the process
-        entries = sorted(
-            (e for e in archive.infolist() if keep(e.filename)), key=lambda e: e.filename
-        )
+        entries = [entry for entry in archive.infolist() if keep(entry.filename)]
     except (OSError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: not a readable zip archive: {error}") from None
+    entries.sort(key=operator.attrgetter("filename"))
     lock = threading.Lock()
 
     def read(index: int) -> bytes:
         with lock:  # one file handle; decompression is short beside decoding
             return archive.read(entries[index])
 
-    return [e.filename for e in entries], [e.file_size for e in entries], read
+    names = [entry.filename for entry in entries]
+    return names, [entry.file_size for entry in entries], read
+
+
+def below_common_folder(files: list[str], is_content) -> list[tuple[str, ...]]:
+    """The parts of the names, without the folder that holds everything.
+
+    So names are the same in a folder and in any archive of it. A folder of which `is_content` is
+    true stays.
+    """
+    paths = [PurePosixPath(name).parts for name in files]
+    while (
+        all(len(parts) > 1 for parts in paths)
+        and len({parts[0] for parts in paths}) == 1
+        and not is_content(paths[0][0])
+    ):
+        paths = [parts[1:] for parts in paths]
+    return paths
 
 
 def describe_labels(labels: np.ndarray, classes: list[str], splits: np.ndarray) -> str:
-    """` in 3 classes (RBC 4153, ...); splits train 10, test 5`, or ` without labels`: what follows
-    a set's size.
+    """What follows a set's size: ` in 3 classes (RBC 4153, ...); splits train 10, test 5`.
+
+    ` without labels` where there are none.
     """
     known = labels[labels != UNLABELED]
     text = " without labels"
     if len(known):
         counts = np.bincount(known, minlength=len(classes))
-        shown = ", ".join(
-            f"{classes[i]} {counts[i]}" for i in np.argsort(-counts, kind="stable")[:10]
-        )
+        largest = np.argsort(-counts, kind="stable")[:10]
+        shown = ", ".join(f"{classes[i]} {counts[i]}" for i in largest)
         text = f" in {len(classes)} classes ({shown}{', ...' if len(classes) > 10 else ''})"
-    named = [
-        f"{name} {int((splits == name).sum())}"
-        for name in ("train", "val", "test")
-        if (splits == name).any()
-    ]
-    return text + (f"; splits {', '.join(named)}" if named else "")
+    parts = count_splits(splits)
+    return text + (f"; splits {parts}" if parts else "")
+
+
+def count_splits(splits: np.ndarray) -> str:
+    """`train 10, test 5`: how many items each split has that is there."""
+    counts = {name: int((splits == name).sum()) for name in ("train", "val", "test")}
+    return ", ".join(f"{name} {count}" for name, count in counts.items() if count)

@@ -1,35 +1,43 @@
 """Open a set of images: a folder, a .zip of one, a packed file, or the embedded sample."""
 
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import torch
 
 from common.data import pack
-from common.data.images import SPLITS, SUFFIXES, UNLABELED, Images, is_image, list_files
+from common.data.images import (
+    SPLITS,
+    SUFFIXES,
+    UNLABELED,
+    Images,
+    below_common_folder,
+    is_image,
+    list_files,
+)
 from common.data.synthetic import cytology
 from common.errors import InputError
 
 
-def prepare(path: str, *, store_size: int | None, bad: str, workers: int, say=print) -> Images:
-    """`open_images`, decoded to `store_size` where that is given; damaged ones are left out where
-    `bad` is "skip".
+def prepare(
+    path: str, *, store_size: int | None, on_bad_item: str, workers: int, say=print
+) -> Images:
+    """`open_images`, decoded to `store_size` where that is given.
+
+    Damaged images are left out where `on_bad_item` is "skip".
     """
     images = open_images(path)
     if store_size:
         images.resize_store(store_size)
-    if bad == "skip":
+    if on_bad_item == "skip":
         dropped = images.drop_damaged(workers)
-        say(
-            f"left out {len(dropped)} damaged images"
-            + (f", the first is {dropped[0]}" if dropped else "")
-        )
+        first = f", the first is {dropped[0]}" if dropped else ""
+        say(f"left out {len(dropped)} damaged images{first}")
     say(images.describe())
     return images
 
 
 def open_images(path: str) -> Images:
-    """The images of a folder, of a .zip, of a packed file (`common.pack`), or of the embedded data
-    set (`sample`).
+    """The images of a folder, a .zip, a packed file, or of the embedded data set (`sample`).
 
     A folder of folders gives the labels; `train/`, `val/` (or dev) and `test/` above them give the
     splits; images in no folder are unlabeled. One folder that holds everything is looked through.
@@ -39,15 +47,10 @@ def open_images(path: str) -> Images:
     """
     if path == "sample":
         pixels, labels, classes = cytology()
+        name = "sample (embedded, generated)"
         ids = [f"{classes[label]}/{i:05d}.png" for i, label in enumerate(labels)]
-        return Images(
-            "sample (embedded, generated)",
-            ids,
-            labels,
-            classes,
-            [""] * len(ids),
-            pixels=torch.from_numpy(pixels),
-        )
+        splits = [""] * len(ids)
+        return Images(name, ids, labels, classes, splits, pixels=torch.from_numpy(pixels))
 
     place = Path(path)
     if place.suffix == pack.SUFFIX and place.is_file():
@@ -63,23 +66,18 @@ def open_images(path: str) -> Images:
 
 
 def _layout(files: list[str], path: str) -> tuple[list[str], list[str], list[str | None]]:
-    # Name below the folder that holds everything (the same in a folder and in any archive of it),
-    # split and class name.
-    parts = [PurePosixPath(name).parts for name in files]
-    while (
-        all(len(p) > 1 for p in parts)
-        and len({p[0] for p in parts}) == 1
-        and parts[0][0].lower() not in SPLITS
-    ):
-        parts = [p[1:] for p in parts]
-    ids = ["/".join(p) for p in parts]
-    splits = [SPLITS.get(p[0].lower(), "") if len(p) > 1 else "" for p in parts]
+    # Name below the folder that holds everything, split and class name of each file.
+    paths = below_common_folder(files, _is_split)
+    ids = ["/".join(parts) for parts in paths]
+    splits = [SPLITS.get(parts[0].lower(), "") if len(parts) > 1 else "" for parts in paths]
     if any(splits):
         if not all(splits):
             stray = ids[splits.index("")]
-            raise InputError(
-                f"{path}: {stray} is in none of the splits"
-                f" {', '.join(sorted(set(splits) - {''}))}; move it"
-            )
-        parts = [p[1:] for p in parts]
-    return ids, splits, [p[0] if len(p) > 1 else None for p in parts]
+            there = ", ".join(sorted(set(splits) - {""}))
+            raise InputError(f"{path}: {stray} is in none of the splits {there}; move it")
+        paths = [parts[1:] for parts in paths]
+    return ids, splits, [parts[0] if len(parts) > 1 else None for parts in paths]
+
+
+def _is_split(folder: str) -> bool:
+    return folder.lower() in SPLITS

@@ -1,5 +1,6 @@
-"""A data set decoded once: `python -m common.data pack SRC DST` writes one file of uint8 pixels
-that is memory-mapped.
+"""A data set decoded once, as one file of uint8 pixels that is memory-mapped.
+
+`python -m common.data pack SRC DST` writes it.
 
 Layout of the file: `_MAGIC`, the pixels (n, 3, S, S), then JSON (names, labels, splits, sizes and
 one CRC-32 an image), and a trailer with the JSON's length and its SHA-256. Pixels come first, so
@@ -30,9 +31,8 @@ from common.errors import InputError
 SUFFIX = ".packed"
 _MAGIC = b"packed uint8 images, version 1\n\0"
 _TRAILER = struct.Struct("<Q32s")  # length and SHA-256 of the JSON in front of it
-_BATCH_BYTES = (
-    16 * 2**20
-)  # of pixels decoded together: bounds the memory, which holds three such batches
+# Of pixels decoded together: bounds the memory, which holds three such batches.
+_BATCH_BYTES = 16 * 2**20
 _FIELDS = {
     "ids",
     "labels",
@@ -47,53 +47,52 @@ _FIELDS = {
 
 
 class PackedImages(Images):
-    """A packed file as `Images`. Nothing is read into memory but what a batch needs; processes
-    share the pages.
+    """A packed file as `Images`.
 
-    Each image's CRC-32 is checked the first time that it is read.
+    Nothing is read into memory but what a batch needs; processes share the pages. Each image's
+    CRC-32 is checked the first time that it is read.
 
     Raises:
         InputError: the file is not a packed set, or it is cut short or damaged.
     """
 
     def __init__(self, path: Path):
-        facts = _read_facts(path)
-        self.name, self.ids, self.classes = path.name, facts["ids"], facts["classes"]
-        self.labels, self.splits = (
-            np.array(facts["labels"], np.int64),
-            np.array(facts["splits"], dtype=object),
-        )
-        self.native_size, self._packed_size, self._source = (
-            facts[key] for key in ("native_size", "store_size", "fingerprint")
-        )
+        index = _read_index(path)
+        self.name = path.name
+        self.ids = index["ids"]
+        self.classes = index["classes"]
+        self.labels = np.array(index["labels"], np.int64)
+        self.splits = np.array(index["splits"], dtype=object)
+        self.native_size = index["native_size"]
+        self._source = index["fingerprint"]
         self.num_bytes = path.stat().st_size
-        side = self._packed_size
+        side = self._packed_size = index["store_size"]
         self._pixels = np.memmap(path, np.uint8, "r", len(_MAGIC), (len(self.ids), 3, side, side))
-        self._crc, self._checked = facts["crc"], np.zeros(len(self.ids), bool)
+        self._crc = index["crc"]
+        self._checked = np.zeros(len(self.ids), bool)
         self._read_bytes = self._cache = self._cached = None
         self.keeps = False
         self.store_size = side
-        self._name_pixels(facts["default_size"])
+        self._set_fingerprint(index["default_size"])
 
-    def _name_pixels(self, asked: int) -> None:
+    def _set_fingerprint(self, asked: int) -> None:
         # The command asks for `asked` pixels, of the source too; only where that is the packed side
         # they are the same.
-        changed = asked != self._packed_size
-        packed = f"{self._source} packed at {self._packed_size}"
-        self.fingerprint = (
-            hashlib.sha256(packed.encode()).hexdigest()[:8] if changed else self._source
-        )
+        self.fingerprint = self._source
+        if asked != self._packed_size:
+            packed = f"{self._source} packed at {self._packed_size}"
+            self.fingerprint = hashlib.sha256(packed.encode()).hexdigest()[:8]
 
     def resize_store(self, size: int) -> None:
         """Read squares of another side, at most the packed one (pixels)."""
         if size > self._packed_size:
             raise InputError(
-                f"--store-size {size}: {self.name} is packed at {self._packed_size} px; give at"
-                " most that, or pack it"
-                f" again with --store-size {size}"
+                f"--store-size {size}: {self.name} is packed at {self._packed_size} px;"
+                f" give at most that, or pack it again with --store-size {size}"
             )
-        self.store_size, self.keeps = size, size != self._packed_size
-        self._name_pixels(size)
+        self.store_size = size
+        self.keeps = size != self._packed_size
+        self._set_fingerprint(size)
 
     def decode(self, index: int) -> Tensor:
         """One image as uint8 (3, store_size, store_size).
@@ -101,9 +100,8 @@ class PackedImages(Images):
         Raises:
             InputError: its bytes are damaged.
         """
-        pixels = np.array(
-            self._pixels[index]
-        )  # read here, in a thread, not where the batch is put together
+        # Read here, in a thread, not where the batch is put together.
+        pixels = np.array(self._pixels[index])
         if not self._checked[index]:
             if zlib.crc32(pixels) != self._crc[index]:
                 raise InputError(
@@ -119,7 +117,7 @@ class PackedImages(Images):
         return np.array_split(indices, -(-len(indices) // 16)) if len(indices) else []
 
 
-def _read_facts(path: Path) -> dict:
+def _read_index(path: Path) -> dict:
     foreign = InputError(
         f"{path}: not a packed data set; make one with python -m common.data pack SRC {path.name}"
     )
@@ -141,16 +139,15 @@ def _read_facts(path: Path) -> dict:
         raise InputError(f"{path}: {error.strerror}") from None
     if hashlib.sha256(text).digest() != digest:
         raise damaged
-    facts = json.loads(text)  # its hash is right: what is wrong with it now was written so
+    index = json.loads(text)  # its hash is right: what is wrong with it now was written so
     pixels = size - _TRAILER.size - length - len(_MAGIC)
-    if not facts.keys() >= _FIELDS or pixels != len(facts["ids"]) * 3 * facts["store_size"] ** 2:
+    if not index.keys() >= _FIELDS or pixels != len(index["ids"]) * 3 * index["store_size"] ** 2:
         raise foreign
-    return facts
+    return index
 
 
 def pack(images: Images, path: Path, *, default_size: int, left_out=(), workers: int) -> None:
-    """Write `images` as they are decoded, so that `path` holds either the old or the whole new
-    file.
+    """Write `images` as they are decoded: `path` holds either the old or the whole new file.
 
     `default_size` is the side that the source is decoded to where no --store-size is given,
     `left_out` the names of damaged images. Memory does not grow with the data set.
@@ -158,7 +155,8 @@ def pack(images: Images, path: Path, *, default_size: int, left_out=(), workers:
     Raises:
         InputError: an image is damaged, or the file cannot be written.
     """
-    side, crc = images.store_size, []
+    side = images.store_size
+    crc = []
     source = images.fingerprint
     if left_out:
         source = hashlib.sha256(f"{source} without {sorted(left_out)}".encode()).hexdigest()[:8]
@@ -172,15 +170,18 @@ def pack(images: Images, path: Path, *, default_size: int, left_out=(), workers:
                 for pixels in batch.contiguous().numpy():
                     crc.append(zlib.crc32(pixels))
                     file.write(pixels)
-            facts = {"ids": images.ids, "labels": images.labels.tolist(), "classes": images.classes}
-            facts |= {
+            index = {
+                "ids": images.ids,
+                "labels": images.labels.tolist(),
+                "classes": images.classes,
                 "splits": images.splits.tolist(),
                 "native_size": images.native_size,
                 "default_size": default_size,
+                "store_size": side,
+                "fingerprint": source,
+                "crc": crc,
             }
-            text = json.dumps(
-                facts | {"store_size": side, "fingerprint": source, "crc": crc}
-            ).encode()
+            text = json.dumps(index).encode()
             file.write(text + _TRAILER.pack(len(text), hashlib.sha256(text).digest()))
             file.flush()
             os.fsync(file.fileno())

@@ -1,19 +1,19 @@
-"""Emotion clips of two streams, a person's face and the scene around: RAER's layout, or the
-embedded sample.
+"""Emotion clips of two streams, a person's face and the scene around.
+
+They come in RAER's layout, or are the embedded sample.
 
 A folder, or a .zip of one, as CLIP-CAER reads RAER (DFER-CLIP's lists are alike, but count labels
 from 0):
 
 - `train.txt`, `test.txt` and perhaps `val.txt`, a line a clip: `CLIP_FOLDER NUM_FRAMES LABEL`. The
-folder may have
-  spaces in its name, and may be absolute: what lies above the data is dropped. Labels count from 1,
-  or from 0 where a 0 occurs.
-- the folders of frames that these name. - `face.json`: `{clip folder: {frame's file name: [left,
-top, right, bottom]}}` and `body.json`: `{clip folder: [left,
-  top, right, bottom]}`, in pixels of the frame. null stands for a box that is missing.
+  folder may have spaces in its name, and may be absolute: what lies above the data is dropped.
+  Labels count from 1, or from 0 where a 0 occurs.
+- the folders of frames that these name.
+- `face.json`: `{clip folder: {frame's file name: [left, top, right, bottom]}}` and `body.json`:
+  `{clip folder: [left, top, right, bottom]}`, in pixels of the frame. null stands for a box that is
+  missing.
 - `classes.txt`, a line a class in the order of the labels: the name, and after a tab a description
-for the text
-  encoder. Without this file they are RAER's five.
+  for the text encoder. Without this file they are RAER's five.
 
 The face stream shows the face's box with a margin, stretched to a square; the context stream the
 body's box, letterboxed in black. One decoding of a frame gives both.
@@ -48,20 +48,27 @@ from common.data.images import (
 )
 from common.data.sampling import hash_order
 from common.data.synthetic import emotion_clips
-from common.errors import InputError
+from common.errors import InputError, first_few
 from common.rng import uniform
 
 CLASSES = {
-    "neutrality": "a student with a calm and relaxed face who follows the lesson without showing"
-    " a feeling",
-    "enjoyment": "a student who smiles, with raised cheeks and bright eyes, and leans towards the"
-    " lesson with pleasure",
-    "confusion": "a student with knitted brows and a tilted head who looks puzzled and stares at"
-    " the task",
-    "fatigue": "a student with drooping eyelids who yawns, rubs the eyes or rests the head"
-    " on a hand",
-    "distraction": "a student who looks away from the lesson, at a phone, at somebody else or out"
-    " of the window",
+    "neutrality": (
+        "a student with a calm and relaxed face who follows the lesson without showing a feeling"
+    ),
+    "enjoyment": (
+        "a student who smiles, with raised cheeks and bright eyes, and leans towards the lesson"
+        " with pleasure"
+    ),
+    "confusion": (
+        "a student with knitted brows and a tilted head who looks puzzled and stares at the task"
+    ),
+    "fatigue": (
+        "a student with drooping eyelids who yawns, rubs the eyes or rests the head on a hand"
+    ),
+    "distraction": (
+        "a student who looks away from the lesson, at a phone, at somebody else or out of the"
+        " window"
+    ),
 }
 MISSING_BOX = ("error", "full", "skip")
 VAL_SHARE = 0.2  # of the training clips, as RAER's own val_20
@@ -97,10 +104,12 @@ class TwoStreams(Images):
         bodies: np.ndarray,
         margin: float,
     ):
-        self.faces, self.bodies, self.margin = faces, bodies, margin
-        super().__init__(
-            name, files, [UNLABELED] * len(files), [], [""] * len(files), sizes=sizes, read=read
-        )
+        self.faces = faces
+        self.bodies = bodies
+        self.margin = margin
+        labels = [UNLABELED] * len(files)
+        splits = [""] * len(files)
+        super().__init__(name, files, labels, [], splits, sizes=sizes, read=read)
         digest = hashlib.sha256(self.fingerprint.encode() + faces.tobytes() + bodies.tobytes())
         self.fingerprint = digest.hexdigest()[:8]
 
@@ -110,50 +119,50 @@ class TwoStreams(Images):
 
     def _cut(self, image: Image.Image, index: int) -> Tensor:
         face = crop_square(image, _grown(self.faces[index], self.margin), self.store_size)
-        return torch.stack([face, letterbox(image, self.bodies[index], self.store_size)])
+        context = letterbox(image, self.bodies[index], self.store_size)
+        return torch.stack([face, context])
 
 
 class EmotionClips(Videos):
     """Clips of two streams.
 
     Attributes, beside those of `Videos`, whose `rates` mean nothing here:
-        descriptions: a sentence for each of `classes`. notes: what opening found, in lines:
-        the label base, missing boxes, clips that were left out.
+        descriptions: a sentence for each of `classes`.
+        notes: what opening found, in lines: the label base, missing boxes, clips that were left
+            out.
     """
 
-    _called = "clips"
+    _unit = "clips"
 
     def __init__(
         self, name, ids, labels, classes, splits, frames, images: Images, descriptions=(), notes=()
     ):
         super().__init__(name, ids, labels, classes, splits, frames, 1.0, images)
-        self.descriptions, self.notes = list(descriptions), list(notes)
+        self.descriptions = list(descriptions)
+        self.notes = list(notes)
 
     def train_frames(self, items: np.ndarray, seed: int, epoch: int, num_frames: int) -> np.ndarray:
-        """A random frame of each of `num_frames` equal segments of each item: (b, num_frames)
-        positions, drawn from (seed, epoch, item).
+        """A random frame of each of `num_frames` equal segments: (b, num_frames) positions.
 
-        Items below n are the clips, those above more draws of them: item i is one of clip i % n. A
-        sampler that takes a clip several times in an epoch gives each time another item, and so
-        other frames and augmentation (`redraw`).
+        They are drawn from (seed, epoch, item). Items below n are the clips, those above more draws
+        of them: item i is one of clip i % n. A sampler that takes a clip several times in an epoch
+        gives each time another item, and so other frames and augmentation (`number_repeats`).
         """
         drawn = uniform(seed, epoch, items, _FRAME_STREAM, num_frames)
         return segment_frames(self.lengths[items % len(self)], num_frames, drawn)
 
     def eval_frames(self, indices: np.ndarray, num_frames: int) -> np.ndarray:
-        """The center frame of each of `num_frames` equal segments of each clip: (b, num_frames)
-        positions.
-        """
+        """The center frame of each of `num_frames` equal segments: (b, num_frames) positions."""
         return segment_frames(self.lengths[indices], num_frames)
 
     def batches(
         self, clips: Iterable[tuple[np.ndarray, np.ndarray]], workers: int
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The faces and the contexts of each batch of clips, each uint8 (b, T, 3, store_size,
-        store_size), decoded by threads ahead of use.
+        """The faces and the contexts of each batch of clips.
 
-        A batch is (clips (b,), positions (b, T)), as `Videos.batches` takes it. A frame is decoded
-        once for both streams; all are kept where they fit in 2 GiB together.
+        Each is uint8 (b, T, 3, store_size, store_size). Threads decode them ahead of use. A batch
+        is (clips (b,), positions (b, T)), as `Videos.batches` takes it. A frame is decoded once for
+        both streams; all are kept where they fit in 2 GiB together.
         """
         for pixels in super().batches(clips, workers):
             yield pixels.unbind(2)
@@ -172,11 +181,10 @@ class EmotionClips(Videos):
 
 
 def segment_frames(lengths, num_frames: int, drawn: np.ndarray | None = None) -> np.ndarray:
-    """One frame of each of `num_frames` equal segments (TSN, arXiv:1608.00859): (n, num_frames)
-    int64 positions.
+    """One frame of each of `num_frames` equal segments (TSN, arXiv:1608.00859).
 
-    Segment t begins at floor(t * length / num_frames). A clip of fewer frames gives each once and
-    repeats the last.
+    Returns (n, num_frames) int64 positions. Segment t begins at floor(t * length / num_frames). A
+    clip of fewer frames gives each once and repeats the last.
 
     Args:
         lengths: (n,) frames of the clips.
@@ -184,7 +192,8 @@ def segment_frames(lengths, num_frames: int, drawn: np.ndarray | None = None) ->
     """
     lengths = np.asarray(lengths, np.int64)[:, None]
     bounds = np.arange(num_frames + 1) * lengths // num_frames
-    starts, sizes = bounds[:, :-1], np.diff(bounds)
+    starts = bounds[:, :-1]
+    sizes = np.diff(bounds)
     within = sizes // 2 if drawn is None else np.floor(drawn * sizes).astype(np.int64)
     return np.where(
         lengths < num_frames, np.minimum(np.arange(num_frames), lengths - 1), starts + within
@@ -192,14 +201,15 @@ def segment_frames(lengths, num_frames: int, drawn: np.ndarray | None = None) ->
 
 
 def number_repeats(clips: np.ndarray, count: int) -> np.ndarray:
-    """Clips drawn with replacement as items: the k-th time that clip i occurs gives i + (k - 1) *
-    count, for a data set of `count` clips.
+    """Clips drawn with replacement as items of a data set of `count` clips.
+
+    The k-th time that clip i occurs gives i + (k - 1) * count.
     """
     order = np.argsort(clips, kind="stable")
     same = clips[order]
-    first = np.searchsorted(same, same)  # where its clip's run begins
+    run_start = np.searchsorted(same, same)
     items = np.empty(len(clips), np.int64)
-    items[order] = same + (np.arange(len(clips)) - first) * count
+    items[order] = same + (np.arange(len(clips)) - run_start) * count
     return items
 
 
@@ -207,24 +217,31 @@ def prepare(
     path: str,
     *,
     store_size: int | None,
-    bad: str,
+    on_bad_item: str,
     workers: int,
     missing_box: str,
     margin: float,
     labels=True,
     say=print,
 ) -> EmotionClips:
-    """`open_clips`, decoded to `store_size` where that is given; what was left out and what is
-    there are said.
+    """`open_clips`, decoded to `store_size` where that is given.
+
+    What was left out and what is there goes to `say`.
     """
     clips = open_clips(
-        path, workers=workers, bad=bad, missing_box=missing_box, margin=margin, labels=labels
+        path,
+        workers=workers,
+        on_bad_item=on_bad_item,
+        missing_box=missing_box,
+        margin=margin,
+        labels=labels,
     )
     if store_size:
         clips.resize_store(store_size)
-    if bad == "skip":
+    if on_bad_item == "skip":
         damaged = clips.drop_damaged(workers)
-        clips.notes.append(f"left out {len(damaged)} clips with damaged frames" + _first(damaged))
+        names = f": {first_few(damaged)}" if damaged else ""
+        clips.notes.append(f"left out {len(damaged)} clips with damaged frames{names}")
     for note in clips.notes:
         say(note)
     say(clips.describe())
@@ -232,15 +249,16 @@ def prepare(
 
 
 def open_clips(
-    path: str, *, workers: int, bad="error", missing_box="error", margin: float, labels=True
+    path: str, *, workers: int, on_bad_item="error", missing_box="error", margin: float, labels=True
 ) -> EmotionClips:
     """The clips of a folder or of a .zip, or the embedded data set (`sample`).
 
     Args:
         path: see the layout at the top.
         workers: threads that read the frames' sizes.
-        bad: "error" or "skip": whether a listed clip without frames ends the run or is left out,
-            and whether one with another number of frames than listed ends it or is taken as it is.
+        on_bad_item: "error" or "skip": whether a listed clip without frames ends the run or is left
+            out, and whether one with another number of frames than listed ends it or is taken as it
+            is.
         missing_box: "error", "full" (the whole frame stands for the box) or "skip" (a frame without
             a face's box, and a clip without a body's or without a frame left, is left out).
         margin: share of its sides by which a face's box grows on each side, as far as the frame
@@ -255,10 +273,7 @@ def open_clips(
     if path == "sample":
         return _sample()
     place = Path(path)
-    wanted = (*SUFFIXES, ".txt", ".json")
-    files, sizes, read = list_files(
-        path, lambda name: name.lower().endswith(wanted) and not hidden(name)
-    )
+    files, sizes, read = list_files(path, _is_wanted)
     tree = _tree(path, files, read)
     lists = _lists(tree) if labels else {}
     names, descriptions = _classes(tree)
@@ -269,58 +284,58 @@ def open_clips(
         notes.append(_check_labels(tree, lines, base, names))
     else:
         lines = [
-            _Line(folder, len(own), UNLABELED, "", folder) for folder, own in tree.folders.items()
+            _Line(folder, len(files), UNLABELED, "", folder)
+            for folder, files in tree.folders.items()
         ]
         base = 0
     rename = renaming([line.clip for line in lines], tree.folders, 1)
     lines = [line._replace(clip=rename(line.clip)) for line in lines]
     _refuse_repeats(path, lines)
-    lines = _with_frames(tree, lines, bad, notes)
+    lines = _with_frames(tree, lines, on_bad_item, notes)
 
-    faces, bodies = _face_boxes(tree, lines), _body_boxes(tree, lines)
-    kept = _decide_missing(path, lines, faces, bodies, missing_box, notes)
-    lines = [line for line, own in zip(lines, kept, strict=True) if len(own)]
-    used = [own for own in kept if len(own)]
-    if not lines:
+    faces_of = _face_boxes(tree, lines)
+    body_of = _body_boxes(tree, lines)
+    kept = _decide_missing(path, lines, faces_of, body_of, missing_box, notes)
+    used = [(line, rows) for line, rows in zip(lines, kept, strict=True) if len(rows)]
+    if not used:
         raise InputError(f"{path}: no clips are left; give boxes, or --missing-box full")
-    position = [
-        tree.folders[line.clip][k] for line, own in zip(lines, used, strict=True) for k in own
-    ]
-    faces = np.concatenate([faces[line.clip][own] for line, own in zip(lines, used, strict=True)])
-    ends = np.cumsum([len(own) for own in used])
+    position = [tree.folders[line.clip][row] for line, rows in used for row in rows]
+    counts = [len(rows) for _, rows in used]
+    ends = np.cumsum(counts)
     frames = np.split(np.arange(ends[-1]), ends[:-1])
-    bodies = np.repeat([bodies[line.clip] for line in lines], [len(own) for own in used], axis=0)
 
     def content(index: int) -> bytes:
         return read(position[index])
 
-    files = [tree.names[i] for i in position]
     images = TwoStreams(
-        place.name, files, [sizes[i] for i in position], content, faces, bodies, margin
+        place.name,
+        [tree.names[i] for i in position],
+        [sizes[i] for i in position],
+        content,
+        faces=np.concatenate([faces_of[line.clip][rows] for line, rows in used]),
+        bodies=np.repeat([body_of[line.clip] for line, _ in used], counts, axis=0),
+        margin=margin,
     )
-    _refuse_degenerate(path, images, content, [own[0] for own in frames], workers)
-    ids = [line.clip or place.stem for line in lines]
-    labels = [line.label - base if line.split else UNLABELED for line in lines]
+    _refuse_degenerate(path, images, content, [indices[0] for indices in frames], workers)
     return EmotionClips(
         place.name,
-        ids,
-        labels,
-        names,
-        [line.split for line in lines],
-        frames,
-        images,
-        descriptions,
-        notes,
+        ids=[line.clip or place.stem for line, _ in used],
+        labels=[line.label - base if line.split else UNLABELED for line, _ in used],
+        classes=names,
+        splits=[line.split for line, _ in used],
+        frames=frames,
+        images=images,
+        descriptions=descriptions,
+        notes=notes,
     )
 
 
 def split(clips: EmotionClips, names=("train", "val", "test"), say=print) -> dict[str, np.ndarray]:
-    """The indices of the parts `names`: the data's own; where it has no validation part, a fifth of
-    the training part.
+    """The indices of the parts `names`: the data's own.
 
-    That is held out by the clips' parent folders, a lecture's or a person's, where this leaves
-    every class on both sides, and else by clip; stratified by class, a function of the names alone,
-    and said.
+    Where it has no validation part, that is a fifth of the training part. That is held out by the
+    clips' parent folders, a lecture's or a person's, where this leaves every class on both sides,
+    and else by clip; stratified by class, a function of the names alone, and said.
 
     Raises:
         InputError: a part has no clips, or the training part none of some class.
@@ -352,23 +367,23 @@ def _hold_out(clips: EmotionClips, pool: np.ndarray) -> tuple[np.ndarray, str]:
         groups = defaultdict(list)
         for index in pool:
             groups[name_of(clips.ids[index])].append(index)
-        held, chosen = np.zeros(len(counts)), []
+        held = np.zeros(len(counts))  # clips of each class that are held out so far
+        chosen = []
         names = list(groups)
         for number in hash_order(names, np.arange(len(names)), "val"):
-            own = np.bincount(clips.labels[groups[names[number]]], minlength=len(counts))
-            nearer = (np.square(held - target) - np.square(held + own - target)) / np.square(
-                np.maximum(target, 1)
-            )
-            if nearer.sum() > 0:
-                held, chosen = held + own, chosen + groups[names[number]]
+            members = groups[names[number]]
+            more = held + np.bincount(clips.labels[members], minlength=len(counts))
+            nearer = np.square(held - target) - np.square(more - target)
+            if (nearer / np.square(np.maximum(target, 1))).sum() > 0:
+                held = more
+                chosen += members
         # By clip every class with two clips or more has one on either side.
         if kind == "clips" or ((held > 0) & (held < counts))[counts > 1].all():
             return np.sort(np.array(chosen, np.int64)), kind
 
 
 def crop_square(image: Image.Image, box: np.ndarray, side: int) -> Tensor:
-    """The part of an RGB image in `box`, as far as the image goes, stretched to a square: uint8 (3,
-    side, side).
+    """The part of an RGB image in `box`, stretched to a square: uint8 (3, side, side).
 
     A box of NaN is the whole image.
     """
@@ -377,8 +392,9 @@ def crop_square(image: Image.Image, box: np.ndarray, side: int) -> Tensor:
 
 
 def letterbox(image: Image.Image, box: np.ndarray, side: int) -> Tensor:
-    """As `crop_square`, with the part's shape kept: its longer side fills the square, the rest is
-    black on both sides, as beyond a rotated image.
+    """As `crop_square`, with the part's shape kept.
+
+    Its longer side fills the square, the rest is black on both sides, as beyond a rotated image.
     """
     box = _inside(image, box)
     width, height = box[2] - box[0], box[3] - box[1]
@@ -405,28 +421,32 @@ def _inside(image: Image.Image, box: np.ndarray) -> tuple[float, ...]:
 
 def _grown(box: np.ndarray, margin: float) -> np.ndarray:
     left, top, right, bottom = box
-    x, y = margin * (right - left), margin * (bottom - top)
+    x = margin * (right - left)
+    y = margin * (bottom - top)
     return np.array([left - x, top - y, right + x, bottom + y])
 
 
 def _sample() -> EmotionClips:
-    made = emotion_clips()
-    count, length = made.face.shape[:2]
-    pixels = torch.from_numpy(np.stack([made.face, made.context], 2)).flatten(
-        0, 1
-    )  # [count * length, 2, 3, S, S]
+    drawn = emotion_clips()
+    count, length = drawn.face.shape[:2]
+    streams = torch.from_numpy(np.stack([drawn.face, drawn.context], 2))
+    pixels = streams.flatten(0, 1)  # [count * length, 2, 3, S, S]
     files = [f"{i:06d}" for i in range(len(pixels))]
     images = Images("sample", files, [UNLABELED] * len(files), [], [""] * len(files), pixels=pixels)
-    ids = [f"{part}/{i:04d}" for i, part in enumerate(made.splits)]
-    frames = np.arange(count * length).reshape(count, length)
-    name = "sample (embedded, generated)"
     return EmotionClips(
-        name, ids, made.labels, list(CLASSES), made.splits, frames, images, CLASSES.values()
+        "sample (embedded, generated)",
+        ids=[f"{part}/{i:04d}" for i, part in enumerate(drawn.splits)],
+        labels=drawn.labels,
+        classes=list(CLASSES),
+        splits=drawn.splits,
+        frames=np.arange(count * length).reshape(count, length),
+        images=images,
+        descriptions=CLASSES.values(),
     )
 
 
-def _first(names: list[str]) -> str:
-    return ": " + ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") if names else ""
+def _is_wanted(name: str) -> bool:
+    return name.lower().endswith((*SUFFIXES, ".txt", ".json")) and not hidden(name)
 
 
 class _Tree(NamedTuple):
@@ -445,66 +465,77 @@ def _tree(path: str, files: list[str], read) -> _Tree:
             folders[posixpath.dirname(name)].append(i)
     if not folders:
         raise InputError(f"{path}: no folders of frames there; allowed are {', '.join(SUFFIXES)}")
-    for own in folders.values():
-        own.sort(key=lambda i: natural_order(names[i]))
+    for frames in folders.values():
+        frames.sort(key=lambda i: natural_order(names[i]))
     return _Tree(path, names, dict(folders), read)
 
 
-def _beside(tree: _Tree, accepted) -> dict[str, int]:
-    """Positions of the files that are no clip's, by what `accepted` makes of their base names."""
-    found: dict[str, int] = {}
+def _beside(tree: _Tree, key_of) -> dict[str, int]:
+    """Positions of the files that are no clip's, by the key that `key_of` gives their base names.
+
+    Files without a key are left out.
+    """
+    positions: dict[str, int] = {}
     for i, name in enumerate(tree.names):
-        key = accepted(posixpath.basename(name).lower())
+        key = key_of(posixpath.basename(name).lower())
         if key and posixpath.dirname(name) not in (tree.folders.keys() - {""}):
-            if key in found:
+            if key in positions:
                 raise InputError(
-                    f"{tree.path}: {tree.names[found[key]]} and {name} say the same; remove one"
+                    f"{tree.path}: {tree.names[positions[key]]} and {name} say the same; remove one"
                 )
-            found[key] = i
-    return found
+            positions[key] = i
+    return positions
+
+
+def _position(tree: _Tree, wanted: str) -> int | None:
+    """The position of the file of that base name that is no clip's."""
+
+    def key_of(base: str) -> str | None:
+        return base if base == wanted else None
+
+    return _beside(tree, key_of).get(wanted)
 
 
 def _lists(tree: _Tree) -> dict[str, int]:
     """The lists' positions by split."""
-    found = _beside(
-        tree, lambda base: SPLITS.get(base.removesuffix(".txt")) if base.endswith(".txt") else None
-    )
-    if not found:
+
+    def split_of(base: str) -> str | None:
+        return SPLITS.get(base.removesuffix(".txt")) if base.endswith(".txt") else None
+
+    positions = _beside(tree, split_of)
+    if not positions:
         raise InputError(
-            f"{tree.path}: no train.txt or test.txt there, with lines `clip_folder"
-            " num_frames label`"
+            f"{tree.path}: no train.txt or test.txt there,"
+            " with lines `clip_folder num_frames label`"
         )
-    return {part: found[part] for part in ("train", "val", "test") if part in found}
+    return {part: positions[part] for part in ("train", "val", "test") if part in positions}
 
 
 def _text(tree: _Tree, position: int) -> str:
     try:
         return tree.read(position).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{tree.path}: {tree.names[position]} is not UTF-8 text: {error}"
-        ) from None
+        name = tree.names[position]
+        raise InputError(f"{tree.path}: {name} is not UTF-8 text: {error}") from None
 
 
 def _classes(tree: _Tree) -> tuple[list[str], list[str]]:
     """Names and descriptions."""
-    position = _beside(tree, lambda base: base if base == "classes.txt" else None).get(
-        "classes.txt"
-    )
+    position = _position(tree, "classes.txt")
     if position is None:
         return list(CLASSES), list(CLASSES.values())
     rows = [line.partition("\t") for line in _text(tree, position).splitlines() if line.strip()]
     names = [name.strip() for name, _, _ in rows]
     if len(set(names)) < max(len(names), 2) or not all(names):
         raise InputError(
-            f"{tree.path}: classes.txt names {names}; needed are two classes or more, a line"
-            " each, all different"
+            f"{tree.path}: classes.txt names {names}; needed are two classes or more,"
+            " a line each, all different"
         )
-    given = (text.strip() for _, _, text in rows)
-    return names, [
-        text or CLASSES.get(name, f"an expression of {name}")
-        for name, text in zip(names, given, strict=True)
+    descriptions = [
+        text.strip() or CLASSES.get(name, f"an expression of {name}")
+        for name, (_, _, text) in zip(names, rows, strict=True)
     ]
+    return names, descriptions
 
 
 def _lines(tree: _Tree, position: int, part: str) -> list[_Line]:
@@ -531,13 +562,10 @@ def _check_labels(tree: _Tree, lines: list[_Line], base: int, names: list[str]) 
         if line.label > last:
             raise InputError(
                 f"{tree.path}: {line.place}: label {line.label}, allowed are {base} to {last}"
-                f" ({', '.join(names)});"
-                " fix it, or name every class in classes.txt"
+                f" ({', '.join(names)}); fix it, or name every class in classes.txt"
             )
-    return (
-        f"labels are counted from {base}:"
-        f" {', '.join(f'{base + i} {name}' for i, name in enumerate(names))}"
-    )
+    numbered = ", ".join(f"{number} {name}" for number, name in enumerate(names, base))
+    return f"labels are counted from {base}: {numbered}"
 
 
 def _refuse_repeats(path: str, lines: list[_Line]) -> None:
@@ -546,15 +574,15 @@ def _refuse_repeats(path: str, lines: list[_Line]) -> None:
         (seen[line.clip], line) for line in lines if seen.setdefault(line.clip, line) is not line
     ]
     across = [pair for pair in twice if pair[0].split != pair[1].split]
-    for pairs, said in ((across, "in two splits"), (twice, "listed twice")):
+    for pairs, fault in ((across, "in two splits"), (twice, "listed twice")):
         if pairs:
-            examples = [f"{a.clip} ({a.place}, {b.place})" for a, b in pairs]
-            raise InputError(
-                f"{path}: {len(pairs)} clips are {said}{_first(examples)}; fix the lists"
-            )
+            examples = first_few([f"{a.clip} ({a.place}, {b.place})" for a, b in pairs])
+            raise InputError(f"{path}: {len(pairs)} clips are {fault}: {examples}; fix the lists")
 
 
-def _with_frames(tree: _Tree, lines: list[_Line], bad: str, notes: list[str]) -> list[_Line]:
+def _with_frames(
+    tree: _Tree, lines: list[_Line], on_bad_item: str, notes: list[str]
+) -> list[_Line]:
     """The lines whose clip has frames; what the lists say wrongly is refused, or noted."""
     absent = [line.clip for line in lines if line.clip not in tree.folders]
     there = [line for line in lines if line.clip in tree.folders]
@@ -563,37 +591,36 @@ def _with_frames(tree: _Tree, lines: list[_Line], bad: str, notes: list[str]) ->
         for line in there
         if len(tree.folders[line.clip]) != line.count
     ]
-    if bad == "error":
-        for found, said, remedy in (
-            (absent, "have no frames", "complete the data, or --on-bad-item skip leaves them out"),
-            (
-                wrong,
-                "have another number of frames than listed",
-                "fix the lists, or --on-bad-item skip takes what is there",
-            ),
-        ):
-            if found:
-                raise InputError(
-                    f"{tree.path}: {len(found)} of {len(lines)} clips {said}{_first(found)};"
-                    f" {remedy}"
-                )
+    if on_bad_item == "error" and absent:
+        raise InputError(
+            f"{tree.path}: {len(absent)} of {len(lines)} clips have no frames: {first_few(absent)};"
+            " complete the data, or --on-bad-item skip leaves them out"
+        )
+    if on_bad_item == "error" and wrong:
+        raise InputError(
+            f"{tree.path}: {len(wrong)} of {len(lines)} clips have another number of frames than"
+            f" listed: {first_few(wrong)};"
+            " fix the lists, or --on-bad-item skip takes what is there"
+        )
     if absent:
-        notes.append(f"left out {len(absent)} of {len(lines)} clips without frames{_first(absent)}")
+        notes.append(
+            f"left out {len(absent)} of {len(lines)} clips without frames: {first_few(absent)}"
+        )
     if wrong:
         notes.append(
-            f"{len(wrong)} of {len(lines)} clips have another number of frames than"
-            f" listed{_first(wrong)}"
+            f"{len(wrong)} of {len(lines)} clips have another number of frames than listed:"
+            f" {first_few(wrong)}"
         )
     if not there:
         raise InputError(
-            f"{tree.path}: none of the {len(lines)} listed clips is there{_first(absent)}"
+            f"{tree.path}: none of the {len(lines)} listed clips is there: {first_few(absent)}"
         )
     return there
 
 
 def _boxes(tree: _Tree, name: str) -> dict:
     """The content of a file of boxes by the clips' folders."""
-    position = _beside(tree, lambda base: base if base == name else None).get(name)
+    position = _position(tree, name)
     if position is None:
         return {}
     try:
@@ -622,24 +649,28 @@ def _box(tree: _Tree, name: str, where: str, value) -> list[float]:
 
 def _face_boxes(tree: _Tree, lines: list[_Line]) -> dict[str, np.ndarray]:
     """(frames, 4) boxes of each clip, NaN where there is none."""
-    content, boxes = _boxes(tree, "face.json"), {}
+    name = "face.json"
+    content = _boxes(tree, name)
+    boxes = {}
     for line in lines:
-        own = content.get(line.clip) or {}
-        if not isinstance(own, dict):
+        by_file = content.get(line.clip) or {}
+        if not isinstance(by_file, dict):
             raise InputError(
-                f"{tree.path}: face.json: {line.clip}: expected {{frame's file name: box}}, got"
-                f" {own!r:.60}"
+                f"{tree.path}: {name}: {line.clip}: expected {{frame's file name: box}},"
+                f" got {by_file!r:.60}"
             )
         files = [posixpath.basename(tree.names[i]) for i in tree.folders[line.clip]]
-        found = [_box(tree, "face.json", f"{line.clip}/{file}", own.get(file)) for file in files]
-        boxes[line.clip] = np.array(found, np.float64)
+        rows = [_box(tree, name, f"{line.clip}/{file}", by_file.get(file)) for file in files]
+        boxes[line.clip] = np.array(rows, np.float64)
     return boxes
 
 
 def _body_boxes(tree: _Tree, lines: list[_Line]) -> dict[str, np.ndarray]:
-    content = _boxes(tree, "body.json")
+    """(4,) box of each clip, NaN where there is none."""
+    name = "body.json"
+    content = _boxes(tree, name)
     return {
-        line.clip: np.array(_box(tree, "body.json", line.clip, content.get(line.clip)), np.float64)
+        line.clip: np.array(_box(tree, name, line.clip, content.get(line.clip)), np.float64)
         for line in lines
     }
 
@@ -650,38 +681,39 @@ def _decide_missing(
     """The frames of each clip that are used, by --missing-box."""
     without_face = {line.clip: np.isnan(faces[line.clip][:, 0]) for line in lines}
     without_body = [line.clip for line in lines if np.isnan(bodies[line.clip][0])]
-    num_faces, num_frames = (
-        int(sum(f(mask) for mask in without_face.values())) for f in (np.sum, len)
-    )
+    num_frames = sum(len(mask) for mask in without_face.values())
+    num_missing = sum(int(mask.sum()) for mask in without_face.values())
     everything = [np.arange(len(faces[line.clip])) for line in lines]
-    if not num_faces and not without_body:
+    if not num_missing and not without_body:
         return everything
-    first = without_body or [clip for clip, mask in without_face.items() if mask.any()]
-    said = (
-        f"{num_faces} of {num_frames} frames have no face box, {len(without_body)} of"
-        f" {len(lines)} clips no body box"
-        f" (first: {first[0]})"
+    clips = without_body or [clip for clip, mask in without_face.items() if mask.any()]
+    missing = (
+        f"{num_missing} of {num_frames} frames have no face box,"
+        f" {len(without_body)} of {len(lines)} clips no body box (first: {clips[0]})"
     )
     if missing_box == "error":
         raise InputError(
-            f"{path}: {said}; complete face.json and body.json, or --missing-box full or skip"
+            f"{path}: {missing}; complete face.json and body.json, or --missing-box full or skip"
         )
     if missing_box == "full":
-        notes.append(f"{said}: the whole frame stands for it")
+        notes.append(f"{missing}: the whole frame stands for it")
         return everything
     kept = [
-        own[~(without_face[line.clip] | np.isnan(bodies[line.clip][0]))]
-        for line, own in zip(lines, everything, strict=True)
+        rows[~(without_face[line.clip] | np.isnan(bodies[line.clip][0]))]
+        for line, rows in zip(lines, everything, strict=True)
     ]
-    notes.append(f"{said}: left out, and with them {sum(not len(own) for own in kept)} whole clips")
+    lost = sum(not len(rows) for rows in kept)
+    notes.append(f"{missing}: left out, and with them {lost} whole clips")
     return kept
 
 
 def _refuse_degenerate(
     path: str, images: TwoStreams, read, firsts: list[int], workers: int
 ) -> None:
-    """Frames of a clip are taken to have the size of its first; one that differs is found when it
-    is decoded.
+    """Refuse boxes that lie outside of their frame or have no area.
+
+    Frames of a clip are taken to have the size of its first; one that differs is found when it is
+    decoded.
     """
 
     def size(index: int) -> tuple[int, int]:
@@ -701,7 +733,6 @@ def _refuse_degenerate(
             i = bad[0]
             raise InputError(
                 f"{path}: {name}: {len(bad)} frames have a degenerate box (first: {images.ids[i]}:"
-                f" {boxes[i].tolist()} in {sizes[i, 0]:.0f} x {sizes[i, 1]:.0f} pixels); fix it,"
-                " or set it to null"
-                " and let --missing-box decide"
+                f" {boxes[i].tolist()} in {sizes[i, 0]:.0f} x {sizes[i, 1]:.0f} pixels);"
+                " fix it, or set it to null and let --missing-box decide"
             )

@@ -13,19 +13,23 @@ from common.data.images import UNLABELED, Images
 from common.errors import InputError
 from common.rng import uniform
 
-TEST_SHARE, FINETUNE_DEV_SHARE = 0.15, 0.15
+TEST_SHARE = 0.15
+FINETUNE_DEV_SHARE = 0.15
 _ORDER_STREAM = 2**31  # no view has this number
 _DRAW_STREAM = 2**31 + 3  # beside the streams of clips
 _CLASS_STREAMS = 2**32  # the first of one a class
 
 
 def hash_order(ids: list[str], indices: np.ndarray, salt: str) -> list[int]:
-    """`indices` in the order of a hash of their items' names: as good as chance, and always the
-    same.
+    """`indices` in the order of a hash of their items' names.
+
+    It is as good as chance, and always the same.
     """
-    return sorted(
-        indices, key=lambda i: hashlib.blake2b(f"{salt}/{ids[i]}".encode(), digest_size=8).digest()
-    )
+
+    def digest(index: int) -> bytes:
+        return hashlib.blake2b(f"{salt}/{ids[index]}".encode(), digest_size=8).digest()
+
+    return sorted(indices, key=digest)
 
 
 def hold_out(
@@ -58,17 +62,19 @@ def split(images: Images, fraction: float = 1.0) -> dict[str, np.ndarray]:
     the rest, used without its labels. Everything is stratified by class and depends on the items'
     names alone, so no stage of any run trains on the test part.
     """
-    ids, labels = images.ids, images.labels
-    test, own_dev = (np.flatnonzero(images.splits == name) for name in ("test", "val"))
-    candidates = np.setdiff1d(np.flatnonzero(labels != UNLABELED), own_dev)
+    ids = images.ids
+    labels = images.labels
+    test = np.flatnonzero(images.splits == "test")
+    val = np.flatnonzero(images.splits == "val")
+    candidates = np.setdiff1d(np.flatnonzero(labels != UNLABELED), val)
     if not len(test):
         test = hold_out(ids, labels, candidates, TEST_SHARE, "test")
     rest = np.setdiff1d(np.arange(len(images)), test)
     labeled = rest[labels[rest] != UNLABELED]
     parts = {"rest": rest, "test": test[labels[test] != UNLABELED]}
     for name, share in (("", TEST_SHARE / (1 - TEST_SHARE)), ("finetune_", FINETUNE_DEV_SHARE)):
-        own = np.intersect1d(own_dev, labeled)
-        parts[f"{name}dev"] = own if len(own) else hold_out(ids, labels, labeled, share, "dev")
+        dev = np.intersect1d(val, labeled)
+        parts[f"{name}dev"] = dev if len(dev) else hold_out(ids, labels, labeled, share, "dev")
         parts[f"{name}train"] = np.setdiff1d(labeled, parts[f"{name}dev"])
     parts["finetune_test"] = parts["test"]
     parts["pretrain"] = hold_out(ids, labels, rest, fraction, "fraction")
@@ -76,8 +82,9 @@ def split(images: Images, fraction: float = 1.0) -> dict[str, np.ndarray]:
 
 
 def permutation(count: int, seed: int, epoch: int, stream: int = _ORDER_STREAM) -> np.ndarray:
-    """The order of an epoch: a permutation of range(count) that is a function of (seed, epoch,
-    stream).
+    """The order of an epoch: a permutation of range(count).
+
+    It is a function of (seed, epoch, stream).
     """
     keys = uniform(seed, epoch, np.arange(count), stream, 1)[:, 0]
     return np.argsort(keys, kind="stable")
@@ -86,10 +93,10 @@ def permutation(count: int, seed: int, epoch: int, stream: int = _ORDER_STREAM) 
 def epoch_batches(
     indices: np.ndarray, bs: int, seed: int, epoch: int, done: int = 0, world=None
 ) -> list[np.ndarray]:
-    """An epoch's batches but for the first `done`: this process's equal share of each, as items of
-    `indices`.
+    """An epoch's batches but for the first `done`.
 
-    The last, incomplete batch is left out; another epoch's order has other items there.
+    Each is this process's equal share, as items of `indices`. The last, incomplete batch is left
+    out; another epoch's order has other items there.
     """
     return batch_slices(indices[permutation(len(indices), seed, epoch)], bs, done, world)
 
@@ -111,12 +118,12 @@ def balanced_batches(
     done: int = 0,
     world=None,
 ) -> list[np.ndarray]:
-    """As `epoch_batches`, but every batch holds as many items of each class, to within one; none
-    twice.
+    """As `epoch_batches`, but every batch holds as many items of each class, to within one.
 
-    An epoch has as many batches as without balance. Each class is gone through in permutations of
-    its own, from one epoch to the next, so that every item is drawn about equally often within its
-    class. A process's share is balanced too, and so is every chunk of it.
+    No item is twice in a batch. An epoch has as many batches as without balance. Each class is gone
+    through in permutations of its own, from one epoch to the next, so that every item is drawn
+    about equally often within its class. A process's share is balanced too, and so is every chunk
+    of it.
 
     Args:
         indices: (n,) items to draw from.
@@ -126,15 +133,17 @@ def balanced_batches(
         InputError: a class has fewer items than a batch needs.
     """
     rank, world_size = (world.rank, world.world_size) if world else (0, 1)
-    classes, share, steps = np.unique(labels), bs // world_size, len(indices) // bs
+    classes = np.unique(labels)
+    share = bs // world_size
+    steps = len(indices) // bs
     need = -(-bs // len(classes))
     members = [indices[labels == label] for label in classes]
     order_of = functools.lru_cache(maxsize=len(classes))(permutation)
-    for label, own in zip(classes, members, strict=True):
-        if len(own) < need:
+    for label, items in zip(classes, members, strict=True):
+        if len(items) < need:
             raise InputError(
                 f"a balanced batch of {bs} needs {need} items of class {label}, which has"
-                f" {len(own)}"
+                f" {len(items)}"
             )
 
     def drawn(number: int, batch: int) -> np.ndarray:
@@ -144,20 +153,19 @@ def balanced_batches(
 
     batches = []
     for batch in range(epoch * steps + done, (epoch + 1) * steps):
-        columns = np.stack(
-            [drawn(number, batch) for number in range(len(classes))], 1
-        )  # [need, classes]
+        columns = [drawn(number, batch) for number in range(len(classes))]
         # Where the batch does not divide into the classes, another one is short each time.
-        items = np.roll(columns, batch, axis=1).ravel()[:bs]
+        rows = np.roll(np.stack(columns, axis=1), batch, axis=1)  # [need, classes]
+        items = rows.ravel()[:bs]
         batches.append(items[rank * share :][:share])
     return batches
 
 
 def class_weights(counts: np.ndarray, cap: float | None) -> np.ndarray:
-    """How much more often than by chance each class is to be drawn: (K,) float64 min(N / (K n_c),
-    cap).
+    """How much more often than by chance to draw each class.
 
-    Without a cap every class is drawn equally often; a cap leaves rare classes rare, but less so.
+    Returns (K,) float64 min(N / (K n_c), cap). Without a cap every class is drawn equally often; a
+    cap leaves rare classes rare, but less so.
     """
     weights = counts.sum() / (len(counts) * counts)
     return weights if cap is None else np.minimum(weights, cap)
@@ -179,9 +187,7 @@ def weighted_order(indices: np.ndarray, weights: np.ndarray, seed: int, epoch: i
 
 
 def check_batch(stage: str, bs: int, count: int, parts: int) -> None:
-    """Refuse a batch that is larger than the data or does not divide into `parts` (processes x
-    chunks).
-    """
+    """Refuse a batch larger than the data, or not divisible by `parts` (processes x chunks)."""
     if bs > count:
         raise InputError(
             f"{stage}: a batch of {bs} is larger than the {count} training items; lower --bs"

@@ -1,13 +1,13 @@
-"""Utterances of dialogues: texts and feature arrays with ids, labels and splits, from three kinds
-of source.
+"""Utterances of dialogues: texts and feature arrays with ids, labels and splits.
+
+They come from three kinds of source.
 
 - `.npz`: every float array of one row per utterance is a modality, (N, D) or (N, L, D) with lengths
-in `<name>_len`. - `.tsv`: one utterance a line under a header that names the columns; `text` is
-required, `id`, `label`, `split` and
-  `speaker` are optional.
+  in `<name>_len`.
+- `.tsv`: one utterance a line under a header that names the columns; `text` is required, `id`,
+  `label`, `split` and `speaker` are optional.
 - a folder, or a .zip of one, in the layout of UMC (github.com/thuiar/UMC): `train.tsv`, `dev.tsv`,
-`test.tsv` of
-  MIntRec, MELD-DA or IEMOCAP-DA, and where they exist `video_data/swin_feats.pkl` and
+  `test.tsv` of MIntRec, MELD-DA or IEMOCAP-DA, and where they exist `video_data/swin_feats.pkl` and
   `audio_data/wavlm_feats.pkl`.
 
 Nothing that a file holds is executed: `.npz` is read without pickles, and the two pickles by an
@@ -16,6 +16,7 @@ unpickler that knows NumPy arrays, dicts, text and numbers.
 
 import hashlib
 import io
+import operator
 import pickle
 import re
 import zipfile
@@ -25,9 +26,16 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from common.data.images import SPLITS, UNLABELED, describe_labels
+from common.data.images import (
+    SPLITS,
+    UNLABELED,
+    count_splits,
+    describe_labels,
+    existing,
+    reason,
+)
 from common.data.sampling import TEST_SHARE, hold_out
-from common.errors import InputError, did_you_mean
+from common.errors import InputError, did_you_mean, first_few
 
 FEATURES = {"video": "video_data/swin_feats.pkl", "audio": "audio_data/wavlm_feats.pkl"}
 # What NumPy, zipfile and pickle raise on damaged or hostile files.
@@ -49,7 +57,9 @@ _READ_ERRORS = (
     pickle.UnpicklingError,
 )
 _ROLES = ("id", "label", "split", "speaker")
+_SHOWN = 5  # names or rows that a message lists
 _MODULE = re.compile(r"numpy\._?core\.(multiarray|numeric)")
+_TOKEN = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*|([^\w\s]|_)\1*")
 
 
 class Utterances:
@@ -80,25 +90,23 @@ class Utterances:
         modalities=None,
         lengths=None,
     ):
-        self.name, self.ids, self.classes, self.texts, self.speakers = (
-            name,
-            list(ids),
-            list(classes),
-            texts,
-            speakers,
-        )
-        self.labels, self.splits = np.asarray(labels, np.int64), np.asarray(splits, dtype=object)
-        self.modalities, self.lengths = dict(modalities or {}), dict(lengths or {})
-        hasher = hashlib.sha256(
-            repr((self.ids, self.classes, list(self.splits), texts, speakers)).encode()
-        )
-        hasher.update(self.labels.tobytes())
-        for key, values in sorted(
-            [*self.modalities.items(), *self.lengths.items()], key=lambda item: item[0]
-        ):
-            hasher.update(f"{key}{values.shape}".encode())
-            hasher.update(np.ascontiguousarray(values))
-        self.fingerprint = hasher.hexdigest()[:8]
+        self.name = name
+        self.ids = list(ids)
+        self.classes = list(classes)
+        self.texts = texts
+        self.speakers = speakers
+        self.labels = np.asarray(labels, np.int64)
+        self.splits = np.asarray(splits, dtype=object)
+        self.modalities = dict(modalities or {})
+        self.lengths = dict(lengths or {})
+        content = repr((self.ids, self.classes, list(self.splits), texts, speakers))
+        digest = hashlib.sha256(content.encode())
+        digest.update(self.labels.tobytes())
+        arrays = [*self.modalities.items(), *self.lengths.items()]
+        for name, values in sorted(arrays, key=operator.itemgetter(0)):
+            digest.update(f"{name}{values.shape}".encode())
+            digest.update(np.ascontiguousarray(values))
+        self.fingerprint = digest.hexdigest()[:8]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -112,15 +120,15 @@ class Utterances:
         return np.bincount(self.labels[self.labels >= 0], minlength=len(self.classes))
 
     def describe(self) -> str:
-        """`meld_da.tsv: 9989 utterances in 12 classes (s 2994, ...); splits train 7964, test 2025;
-        text`
-        """
+        """One line, such as `meld_da.tsv: 9989 utterances in 12 classes (s 2994, ...); text`."""
         labels = describe_labels(self.labels, self.classes, self.splits)
         parts = [] if self.texts is None else ["raw text"]
-        parts += [
-            f"{key} {' x '.join(map(str, x.shape[1:]))}" for key, x in self.modalities.items()
-        ]
+        parts += [f"{name} {_row_shape(values)}" for name, values in self.modalities.items()]
         return f"{self.name}: {len(self)} utterances{labels}; {', '.join(parts)}"
+
+
+def _row_shape(values: np.ndarray) -> str:
+    return " x ".join(map(str, values.shape[1:]))
 
 
 def open_utterances(path: str, max_length: int | None = None) -> Utterances:
@@ -136,16 +144,11 @@ def open_utterances(path: str, max_length: int | None = None) -> Utterances:
             different length, values that are not finite, a header row inside the data, no text at
             all, a pickle that holds anything but arrays.
     """
-    place = Path(path)
-    if not place.exists():
-        siblings = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
-        raise InputError(
-            f"{path}: no such file or folder{did_you_mean(place.name, [*siblings, 'sample'])}"
-        )
+    place = existing(path)
     if place.is_file() and place.suffix.lower() == ".npz":
         fields = _read_npz(place)
     elif place.is_file() and place.suffix.lower() == ".tsv":
-        fields = _read_named(place)
+        fields = _read_tsv(place)
     elif place.is_dir() or place.suffix.lower() == ".zip":
         fields = _read_umc(place)
     else:
@@ -153,7 +156,8 @@ def open_utterances(path: str, max_length: int | None = None) -> Utterances:
             f"{path}: allowed are an .npz, a .tsv, a folder or .zip with train.tsv, or `sample`"
         )
     _check_texts(path, fields.get("texts"))
-    modalities, lengths = fields.pop("modalities", {}), fields.pop("lengths", {})
+    modalities = fields.pop("modalities", {})
+    lengths = fields.pop("lengths", {})
     for name in modalities:
         modalities[name] = _clean(path, name, modalities[name], lengths, max_length, fields["ids"])
     if not modalities and fields.get("texts") is None:
@@ -164,53 +168,46 @@ def open_utterances(path: str, max_length: int | None = None) -> Utterances:
 
 
 def split(utterances: Utterances) -> dict[str, np.ndarray]:
-    """Sorted int64 indices of `train` and `test`; the data's validation split belongs to `train`,
-    as in UMC.
+    """Sorted int64 indices of `train` and `test`.
 
-    Where the data names no test split, 15 % are held out by a hash of their ids. Labels have no say
-    in that: which utterances are trained on must not tell anything of them.
+    The data's validation split belongs to `train`, as in UMC. Where the data names no test split,
+    15 % are held out by a hash of their ids. Labels have no say in that: which utterances are
+    trained on must not tell anything of them.
     """
     everything = np.arange(len(utterances))
     test = np.flatnonzero(utterances.splits == "test")
     if not len(test):
-        test = hold_out(
-            utterances.ids, np.zeros(len(utterances), np.int64), everything, TEST_SHARE, "test"
-        )
+        one_class = np.zeros(len(utterances), np.int64)
+        test = hold_out(utterances.ids, one_class, everything, TEST_SHARE, "test")
     return {"train": np.setdiff1d(everything, test), "test": test}
 
 
 def data_problems(utterances: Utterances) -> dict[str, str]:
-    """What to know of the data before training: finding by name, in the words that are printed and
-    reported.
+    """What to know of the data before training: finding by name, as printed and reported.
 
     Rows, classes, imbalance (largest class over smallest), texts (tokens, empty, repeated), and of
     every modality its scale, rows of zeros, constant columns and values that are not finite. Labels
     are counted here and nowhere used.
     """
-    found = {"utterances": str(len(utterances))}
-    named = [
-        f"{s} {int((utterances.splits == s).sum())}"
-        for s in ("train", "val", "test")
-        if s in utterances.splits
-    ]
-    found["splits"] = ", ".join(named) or "none named"
+    findings = {
+        "utterances": str(len(utterances)),
+        "splits": count_splits(utterances.splits) or "none named",
+    }
     if utterances.labeled:
+        classes = utterances.classes
         counts = utterances.counts()
         order = np.argsort(-counts, kind="stable")
-        found["classes"] = f"{len(counts)}: " + ", ".join(
-            f"{utterances.classes[i]} {counts[i]}" for i in order
-        )
-        few = order[counts[order] > 0][-1]
-        ratio = counts.max() / counts[few]
-        found["imbalance"] = (
-            f"{ratio:.1f} ({utterances.classes[order[0]]} over {utterances.classes[few]})"
-        )
-    found["without label"] = str(int((utterances.labels == UNLABELED).sum()))
+        shown = ", ".join(f"{classes[i]} {counts[i]}" for i in order)
+        rarest = order[counts[order] > 0][-1]
+        ratio = counts.max() / counts[rarest]
+        findings["classes"] = f"{len(counts)}: {shown}"
+        findings["imbalance"] = f"{ratio:.1f} ({classes[order[0]]} over {classes[rarest]})"
+    findings["without label"] = str(int((utterances.labels == UNLABELED).sum()))
     if utterances.texts is not None:
-        found |= _text_findings(utterances)
+        findings.update(_text_findings(utterances))
     for name, values in utterances.modalities.items():
-        found[f"modality {name}"] = _scale(values, utterances.lengths.get(name))
-    return found
+        findings[f"modality {name}"] = _scale(values, utterances.lengths.get(name))
+    return findings
 
 
 def _text_findings(utterances: Utterances) -> dict[str, str]:
@@ -219,21 +216,26 @@ def _text_findings(utterances: Utterances) -> dict[str, str]:
     empty = [utterances.ids[i] for i in np.flatnonzero(sizes == 0)]
     most, times = Counter(texts).most_common(1)[0]
     repeated = len(texts) - len(set(texts))
+    longest = f"{sizes.max()} ({utterances.ids[sizes.argmax()]})"
+    names = f" ({first_few(empty, _SHOWN)})" if empty else ""
+    most_common = f"; {most!r} stands {times} times" if repeated else ""
     return {
-        "tokens per text": f"mean {sizes.mean():.1f}, longest {sizes.max()}"
-        f" ({utterances.ids[sizes.argmax()]})",
-        "empty texts": f"{len(empty)}" + (f" ({_some(empty)})" if empty else ""),
-        "repeated texts": f"{repeated} repeat an earlier one"
-        + (f"; {most!r} stands {times} times" if repeated else ""),
+        "tokens per text": f"mean {sizes.mean():.1f}, longest {longest}",
+        "empty texts": f"{len(empty)}{names}",
+        "repeated texts": f"{repeated} repeat an earlier one{most_common}",
     }
 
 
 def _scale(values: np.ndarray, lengths: np.ndarray | None) -> str:
     # In chunks: a copy of all frames of a video data set would double its memory.
     width = values.shape[-1]
-    count, not_finite, zeros = 0, 0, 0
-    total, squares = np.zeros(width), np.zeros(width)
-    low, high = np.full(width, np.inf), np.full(width, -np.inf)
+    count = 0
+    not_finite = 0
+    zeros = 0
+    total = np.zeros(width)
+    squares = np.zeros(width)
+    low = np.full(width, np.inf)
+    high = np.full(width, -np.inf)
     for start in range(0, len(values), 256):
         chunk = values[start : start + 256]
         zeros += int((chunk.reshape(len(chunk), -1) == 0).all(1).sum())
@@ -243,26 +245,21 @@ def _scale(values: np.ndarray, lengths: np.ndarray | None) -> str:
         not_finite += int((~finite).sum())
         chunk = np.where(finite, chunk, 0).astype(np.float64)
         count += len(chunk)
-        total, squares = total + chunk.sum(0), squares + (chunk**2).sum(0)
-        low, high = np.minimum(low, chunk.min(0)), np.maximum(high, chunk.max(0))
+        total = total + chunk.sum(0)
+        squares = squares + (chunk**2).sum(0)
+        low = np.minimum(low, chunk.min(0))
+        high = np.maximum(high, chunk.max(0))
     mean = total / count
     deviation = np.sqrt(np.maximum(squares / count - mean**2, 0))
-    text = f"{' x '.join(map(str, values.shape[1:]))}"
+    text = _row_shape(values)
     if lengths is not None:
         text += f", lengths {lengths.min()} to {lengths.max()} (mean {lengths.mean():.1f})"
     text += (
-        f"; means {mean.min():.3g} to {mean.max():.3g}, deviations {deviation.min():.3g} to"
-        f" {deviation.max():.3g}"
+        f"; means {mean.min():.3g} to {mean.max():.3g},"
+        f" deviations {deviation.min():.3g} to {deviation.max():.3g}"
+        f"; {zeros} utterances all zero, {int((low == high).sum())} constant columns"
     )
-    text += f"; {zeros} utterances all zero, {int((low == high).sum())} constant columns"
     return text + (f", {not_finite / (count * width):.2%} not finite" if not_finite else "")
-
-
-def _some(items, most: int = 5) -> str:
-    items = list(items)
-    return ", ".join(map(str, items[:most])) + (
-        f" and {len(items) - most} more" if len(items) > most else ""
-    )
 
 
 def _check_texts(path: str, texts: list[str] | None) -> None:
@@ -276,8 +273,8 @@ def _clean(path, name, values, lengths, max_length, ids) -> np.ndarray:
     # float32, finite, and zero behind the end of each sequence; cuts `lengths` along.
     if values.ndim not in (2, 3) or 0 in values.shape:
         raise InputError(
-            f"{path}: modality {name} has the shape {values.shape}; allowed are (N, D) and (N, L,"
-            " D), none of them 0"
+            f"{path}: modality {name} has the shape {values.shape};"
+            " allowed are (N, D) and (N, L, D), none of them 0"
         )
     if values.ndim == 3:
         if max_length is not None:
@@ -290,10 +287,11 @@ def _clean(path, name, values, lengths, max_length, ids) -> np.ndarray:
         values[np.arange(values.shape[1]) >= lengths[name][:, None]] = 0
     bad = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(1))
     if len(bad):
+        rows = first_few(bad, _SHOWN)
+        names = first_few([ids[i] for i in bad], _SHOWN)
         raise InputError(
             f"{path}: modality {name} is NaN or infinite in {len(bad)} of {len(values)} rows:"
-            f" {_some(bad)}"
-            f" (counted from 0; ids {_some([ids[i] for i in bad])}); fix or remove them"
+            f" {rows} (counted from 0; ids {names}); fix or remove them"
         )
     return values
 
@@ -321,8 +319,8 @@ def _split_names(path: str, names: list[str]) -> list[str]:
     if any(known) and not all(known):
         row = known.index("")
         raise InputError(
-            f"{path}: utterance {row} (from 0) is of the split {names[row]!r}; allowed are"
-            f" {', '.join(SPLITS)}"
+            f"{path}: utterance {row} (from 0) is of the split {names[row]!r};"
+            f" allowed are {', '.join(SPLITS)}"
         )
     if any(names) and not any(known):
         raise InputError(f"{path}: unknown split {names[0]!r}; allowed are {', '.join(SPLITS)}")
@@ -335,8 +333,8 @@ def _read_npz(place: Path) -> dict:
             arrays = {name: archive[name] for name in archive.files}
     except _READ_ERRORS as error:
         raise InputError(
-            f"{place}: not a readable .npz: {_reason(error)}; object arrays are refused, save"
-            " numbers and plain text"
+            f"{place}: not a readable .npz: {reason(error)};"
+            " object arrays are refused, save numbers and plain text"
         ) from None
     classes = arrays.pop("classes", None)
     sizes = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
@@ -346,79 +344,85 @@ def _read_npz(place: Path) -> dict:
             f"{place}: every array needs one row per utterance, the lengths are: {shown}"
         )
     count = next(iter(sizes.values()))
-    text_of = {}
-    for name in [*_ROLES, "text"]:
+    columns = _pop_columns(place, arrays)
+    lengths = _pop_lengths(arrays)
+    for name, array in arrays.items():
+        _check_modality(place, name, array, lengths.get(name))
+    label = columns.get("label")
+    if label is None:
+        labels = np.full(count, UNLABELED)
+        names = []
+    elif label.dtype.kind == "U":
+        labels, names = _number_labels(label.tolist())
+    else:
+        labels, names = _integer_labels(place, label, classes)
+    lists = {name: column.tolist() for name, column in columns.items()}
+    return {
+        "ids": _unique(str(place), [str(name) for name in lists.get("id", range(count))]),
+        "labels": labels,
+        "classes": names,
+        "splits": _split_names(str(place), lists.get("split", [""] * count)),
+        "texts": lists.get("text"),
+        "speakers": lists.get("speaker"),
+        "modalities": {
+            name: array[:, None] if array.ndim == 1 else array for name, array in arrays.items()
+        },
+        "lengths": {name: values.astype(np.int64) for name, values in lengths.items()},
+    }
+
+
+def _pop_columns(place: Path, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    # What describes an utterance and is no modality; float arrays called `text` are one.
+    columns = {}
+    for name in (*_ROLES, "text"):
         if name in arrays and (name in _ROLES or arrays[name].dtype.kind == "U"):
             allowed = "Uiu" if name in ("id", "label") else "U"
             if arrays[name].ndim != 1 or arrays[name].dtype.kind not in allowed:
                 wanted = "a text or an integer" if "i" in allowed else "a text"
                 raise InputError(
-                    f"{place}: {name} is {_kind(arrays[name])}; allowed is {wanted} per utterance"
+                    f"{place}: {name} is {_type_and_shape(arrays[name])};"
+                    f" allowed is {wanted} per utterance"
                 )
-            text_of[name] = arrays.pop(name)
+            columns[name] = arrays.pop(name)
+    return columns
+
+
+def _pop_lengths(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    # By the modality that they belong to.
     lengths = {}
-    for name in [
-        n
-        for n, a in arrays.items()
-        if n.endswith("_len") and n[:-4] in arrays and a.dtype.kind in "iu"
-    ]:
-        lengths[name[:-4]] = arrays.pop(name)
-    for name, array in arrays.items():
-        if array.dtype.kind != "f":
-            allowed = ", ".join([*_ROLES, "classes", "text", "<modality>_len"])
-            raise InputError(
-                f"{place}: {name} is {_kind(array)}; modalities are float arrays, and the others"
-                f" are called {allowed}"
-            )
-        if (array.ndim == 3) != (name in lengths):
-            wanted = (
-                f"{name}_len, its sequences' lengths, is missing"
-                if array.ndim == 3
-                else f"{name}_len has no use"
-            )
-            raise InputError(f"{place}: modality {name} is {_kind(array)}: {wanted}")
-        if array.ndim == 3:
-            _check_lengths(place, name, lengths[name], array.shape[1])
-            lengths[name] = lengths[name].astype(np.int64)
-    label = text_of.get("label")
-    if label is None:
-        labels, names = np.full(count, UNLABELED), []
-    elif label.dtype.kind == "U":
-        labels, names = _number_labels(label.tolist())
-    else:
-        labels, names = _integer_labels(place, label, classes)
-    ids = text_of["id"].tolist() if "id" in text_of else range(count)
-    return {
-        "ids": _unique(str(place), [str(name) for name in ids]),
-        "labels": labels,
-        "classes": names,
-        "splits": _split_names(str(place), text_of["split"].tolist())
-        if "split" in text_of
-        else [""] * count,
-        "texts": text_of["text"].tolist() if "text" in text_of else None,
-        "speakers": text_of["speaker"].tolist() if "speaker" in text_of else None,
-        "modalities": {
-            name: array[:, None] if array.ndim == 1 else array for name, array in arrays.items()
-        },
-        "lengths": lengths,
-    }
+    for name in list(arrays):
+        if f"{name}_len" in arrays and arrays[f"{name}_len"].dtype.kind in "iu":
+            lengths[name] = arrays.pop(f"{name}_len")
+    return lengths
 
 
-def _kind(array: np.ndarray) -> str:
+def _check_modality(place: Path, name: str, array: np.ndarray, lengths: np.ndarray | None) -> None:
+    if array.dtype.kind != "f":
+        allowed = ", ".join([*_ROLES, "classes", "text", "<modality>_len"])
+        raise InputError(
+            f"{place}: {name} is {_type_and_shape(array)};"
+            f" modalities are float arrays, and the others are called {allowed}"
+        )
+    if array.ndim == 3 and lengths is None:
+        fault = f"{name}_len, its sequences' lengths, is missing"
+        raise InputError(f"{place}: modality {name} is {_type_and_shape(array)}: {fault}")
+    if array.ndim != 3 and lengths is not None:
+        fault = f"{name}_len has no use"
+        raise InputError(f"{place}: modality {name} is {_type_and_shape(array)}: {fault}")
+    if lengths is not None:
+        _check_lengths(place, name, lengths, array.shape[1])
+
+
+def _type_and_shape(array: np.ndarray) -> str:
     return f"{array.dtype} of shape {array.shape}"
 
 
-def _reason(error: BaseException) -> str:
-    return str(error).split("\n")[0] or type(error).__name__
-
-
-def _check_lengths(place, name: str, lengths: np.ndarray, longest: int) -> None:
+def _check_lengths(place: Path, name: str, lengths: np.ndarray, longest: int) -> None:
     bad = np.flatnonzero((lengths < 1) | (lengths > longest)) if lengths.ndim == 1 else [0]
     if len(bad):
         raise InputError(
-            f"{place}: {name}_len must be integers of shape (N,) in [1, {longest}]; rows"
-            f" {_some(bad)} are not (give an"
-            " empty sequence one row of zeros)"
+            f"{place}: {name}_len must be integers of shape (N,) in [1, {longest}];"
+            f" rows {first_few(bad, _SHOWN)} are not (give an empty sequence one row of zeros)"
         )
 
 
@@ -428,17 +432,17 @@ def _integer_labels(
     label = label.astype(np.int64)
     if classes is None:
         values = np.unique(label[label >= 0])
-        return np.where(label >= 0, np.searchsorted(values, label), UNLABELED), [
-            str(value) for value in values
-        ]
+        labels = np.where(label >= 0, np.searchsorted(values, label), UNLABELED)
+        return labels, [str(value) for value in values]
     if classes.ndim != 1 or classes.dtype.kind != "U":
-        raise InputError(f"{place}: classes is {_kind(classes)}; allowed is one name per class")
+        raise InputError(
+            f"{place}: classes is {_type_and_shape(classes)}; allowed is one name per class"
+        )
     bad = np.flatnonzero((label < UNLABELED) | (label >= len(classes)))
     if len(bad):
         raise InputError(
             f"{place}: label must lie in [0, {len(classes) - 1}], the numbers of classes, or be"
-            f" {UNLABELED} for none;"
-            f" rows {_some(bad)} do not"
+            f" {UNLABELED} for none; rows {first_few(bad, _SHOWN)} do not"
         )
     return label, classes.tolist()
 
@@ -456,9 +460,8 @@ def _table(name: str, data: bytes) -> tuple[list[str], list[tuple[int, list[str]
     for line, cells in enumerate(rows, 2):
         if len(cells) != len(header):
             raise InputError(
-                f"{name}, line {line}: {len(cells)} cells, the header has {len(header)}; a cell"
-                " cannot hold a tab or a"
-                " line break"
+                f"{name}, line {line}: {len(cells)} cells, the header has {len(header)};"
+                " a cell cannot hold a tab or a line break"
             )
         if cells == header:
             raise InputError(f"{name}, line {line}: a second header row inside the data; remove it")
@@ -471,13 +474,9 @@ def _unquote(cell: str) -> str:
     # Spreadsheets and pandas put a cell with quotes in quotes and double those within; other quotes
     # are text.
     inner = cell[1:-1]
-    quoted = (
-        len(cell) > 3
-        and cell[0] == cell[-1] == '"'
-        and '""' in inner
-        and '"' not in inner.replace('""', "")
-    )
-    return inner.replace('""', '"') if quoted else cell
+    in_quotes = len(cell) > 3 and cell[0] == cell[-1] == '"'
+    doubled = '""' in inner and '"' not in inner.replace('""', "")
+    return inner.replace('""', '"') if in_quotes and doubled else cell
 
 
 def _check_labels(name: str, word: str, rows, column: int) -> None:
@@ -486,42 +485,40 @@ def _check_labels(name: str, word: str, rows, column: int) -> None:
     for line, cells in rows:
         if cells[column].strip().lower() == word.strip().lower():
             raise InputError(
-                f"{name}, line {line}: its label is {cells[column]!r}, the header's word: a"
-                " header row inside the data,"
-                " or a first line that is no header; remove the one or add the other"
+                f"{name}, line {line}: its label is {cells[column]!r}, the header's word:"
+                " a header row inside the data, or a first line that is no header;"
+                " remove the one or add the other"
             )
 
 
-def _read_named(place: Path) -> dict:
+def _read_tsv(place: Path) -> dict:
     header, rows = _table(str(place), place.read_bytes())
     columns = [name.strip().lower() for name in header]
     if "text" not in columns:
         raise InputError(
-            f"{place}: no column `text` in the header; its columns are"
-            f" {', '.join(header)}{did_you_mean('text', columns)}"
+            f"{place}: no column `text` in the header;"
+            f" its columns are {', '.join(header)}{did_you_mean('text', columns)}"
         )
-    wanted = {}
+    cells_of = {}
     for name in ("text", *_ROLES):
         if columns.count(name) > 1:
             raise InputError(
                 f"{place}: the column {name} stands {columns.count(name)} times in the header"
             )
         if name in columns:
-            wanted[name] = [cells[columns.index(name)] for _, cells in rows]
-    if "label" in wanted:
+            cells_of[name] = [cells[columns.index(name)] for _, cells in rows]
+    if "label" in cells_of:
         _check_labels(str(place), "label", rows, columns.index("label"))
-    labels, classes = _number_labels(
-        [name.strip() for name in wanted.get("label", [""] * len(rows))]
-    )
+    empty = [""] * len(rows)
+    labels, classes = _number_labels([name.strip() for name in cells_of.get("label", empty)])
+    ids = cells_of.get("id", [str(row) for row in range(len(rows))])
     return {
-        "ids": _unique(
-            str(place), [name.strip() for name in wanted.get("id", map(str, range(len(rows))))]
-        ),
+        "ids": _unique(str(place), [name.strip() for name in ids]),
         "labels": labels,
         "classes": classes,
-        "splits": _split_names(str(place), wanted.get("split", [""] * len(rows))),
-        "texts": wanted["text"],
-        "speakers": wanted.get("speaker"),
+        "splits": _split_names(str(place), cells_of.get("split", empty)),
+        "texts": cells_of["text"],
+        "speakers": cells_of.get("speaker"),
     }
 
 
@@ -529,17 +526,18 @@ def _read_umc(place: Path) -> dict:
     files, read = _members(place)
     tables = [name for name in files if PurePosixPath(name).name == "train.tsv"]
     if len(tables) != 1:
-        found = (
-            f"it holds {_some(tables)}; name one of these folders"
-            if tables
-            else "it holds no train.tsv"
-        )
+        fault = "it holds no train.tsv"
+        if tables:
+            fault = f"it holds {first_few(tables, _SHOWN)}; name one of these folders"
         raise InputError(
-            f"{place}: allowed is a folder or .zip with one train.tsv (and dev.tsv,"
-            f" test.tsv); {found}"
+            f"{place}: allowed is a folder or .zip with one train.tsv (and dev.tsv, test.tsv);"
+            f" {fault}"
         )
     base = PurePosixPath(tables[0]).parent
-    ids, texts, names, splits = [], [], [], []
+    ids = []
+    texts = []
+    names = []
+    splits = []
     for part in ("train", "dev", "test"):
         file = (base / f"{part}.tsv").as_posix()
         if file not in files:
@@ -553,7 +551,8 @@ def _read_umc(place: Path) -> dict:
         names += [cells[label].strip() for _, cells in rows]
         splits += [SPLITS[part]] * len(rows)
     labels, classes = _number_labels(names)
-    modalities, lengths = {}, {}
+    modalities = {}
+    lengths = {}
     for name, file in FEATURES.items():
         file = (base / file).as_posix()
         if file in files:
@@ -573,14 +572,16 @@ def _members(place: Path):
     # Names below the folder or archive, and how to read one.
     if place.is_dir():
         files = sorted(p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file())
-        return files, lambda name: (place / name).read_bytes()
+
+        def read(name: str) -> bytes:
+            return (place / name).read_bytes()
+
+        return files, read
     try:
         archive = zipfile.ZipFile(place)  # closed with the process
-        return [
-            e.filename for e in archive.infolist() if "__MACOSX" not in e.filename
-        ], archive.read
     except (OSError, zipfile.BadZipFile) as error:
         raise InputError(f"{place}: not a readable zip archive: {error}") from None
+    return [name for name in archive.namelist() if "__MACOSX" not in name], archive.read
 
 
 def _umc_columns(where: str, header: list[str], first: list[str]) -> tuple[list[int], int, int]:
@@ -588,31 +589,30 @@ def _umc_columns(where: str, header: list[str], first: list[str]) -> tuple[list[
     # have them.
     names = [name.strip().lower() for name in header]
     if {"season", "episode", "clip", "text", "label"} <= set(names):
-        return (
-            [names.index(n) for n in ("season", "episode", "clip")],
-            names.index("text"),
-            names.index("label"),
-        )
+        key = [names.index(name) for name in ("season", "episode", "clip")]
+        return key, names.index("text"), names.index("label")
     if len(header) >= 4 and first[0].strip().isdigit() and first[1].strip().isdigit():
         return [0, 1], 2, 3
     if len(header) >= 3 and not first[0].strip().isdigit():
         return [0], 1, 2
     raise InputError(
-        f"{where}: columns {', '.join(header)}; known are MIntRec's (season, episode, clip, text,"
-        " label), MELD-DA's"
-        " (dialogue, utterance, text, label) and IEMOCAP-DA's (key, text, label)"
+        f"{where}: columns {', '.join(header)}; known are"
+        " MIntRec's (season, episode, clip, text, label),"
+        " MELD-DA's (dialogue, utterance, text, label) and IEMOCAP-DA's (key, text, label)"
     )
 
 
 def _padded(where: str, data: bytes, ids: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """(n, l, d) float32 with zeros behind each end, and (n,) lengths, of a pickled dict id ->
-    (frames[, 1], d).
+    """Padded sequences and their lengths, of a pickled dict id -> (frames[, 1], d).
+
+    Returns (n, l, d) float32 with zeros behind each end, and (n,) lengths.
     """
     table = unpickle_arrays(where, data)
     missing = [name for name in ids if name not in table]
     if missing:
         raise InputError(
-            f"{where}: no features of {len(missing)} of {len(ids)} utterances ({_some(missing)})"
+            f"{where}: no features of {len(missing)} of {len(ids)} utterances"
+            f" ({first_few(missing, _SHOWN)})"
         )
     arrays = []
     for name in ids:
@@ -626,8 +626,8 @@ def _padded(where: str, data: bytes, ids: list[str]) -> tuple[np.ndarray, np.nda
         if array.ndim != 2 or 0 in array.shape or (arrays and array.shape[1] != arrays[0].shape[1]):
             width = arrays[0].shape[1] if arrays else "d"
             raise InputError(
-                f"{where}: {name} has the shape {array.shape}; allowed is (frames, {width}), at"
-                " least one"
+                f"{where}: {name} has the shape {array.shape};"
+                f" allowed is (frames, {width}), at least one"
             )
         arrays.append(array)
     lengths = np.array([len(array) for array in arrays], np.int64)
@@ -638,8 +638,7 @@ def _padded(where: str, data: bytes, ids: list[str]) -> tuple[np.ndarray, np.nda
 
 
 class _Unpickler(pickle.Unpickler):
-    """Knows the few names that a pickled NumPy array refers to, and has stand-ins of its own for
-    each of them.
+    """Knows the few names that a pickled NumPy array refers to, and stands in for each of them.
 
     Not even NumPy's own code runs on the pickle's bytes: a stand-in records what it is given, and
     `_rebuild` makes the array from a checked type, shape and buffer. The stand-ins are made anew
@@ -678,7 +677,10 @@ class _Unpickler(pickle.Unpickler):
         def no_bytes():
             return b""
 
-        self.array, self.buffer, self.scalar, self.type = Array, Buffer, Scalar, Type
+        self.array = Array
+        self.buffer = Buffer
+        self.scalar = Scalar
+        self.type = Type
         self.known = {
             ("multiarray", "_reconstruct"): Array,
             ("multiarray", "scalar"): Scalar,
@@ -691,17 +693,18 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module, name):
         short = _MODULE.fullmatch(module)
-        found = self.known.get((short[1] if short else module, name))
-        if found is None:
+        stand_in = self.known.get((short[1] if short else module, name))
+        if stand_in is None:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return found
+        return stand_in
 
     def persistent_load(self, pid):
         raise pickle.UnpicklingError("it refers to objects outside the file")
 
     def rebuild(self, value, depth: int = 0):
-        """The value with real arrays in place of the stand-ins; refuses what is no array, dict,
-        text or number.
+        """The value with real arrays in place of the stand-ins.
+
+        Refuses what is no array, dict, text or number.
         """
         kind = type(value)
         if kind in (str, int, float):
@@ -716,23 +719,21 @@ class _Unpickler(pickle.Unpickler):
             return self._view(data, dtype, shape, order)
         if kind is self.scalar and len(value.args) == 2:
             return self._view(value.args[1], value.args[0], (), "C")[()]
-        raise pickle.UnpicklingError(
-            f"it holds {'an object' if kind.__module__ != 'builtins' else kind.__name__}"
-        )
+        held = kind.__name__ if kind.__module__ == "builtins" else "an object"
+        raise pickle.UnpicklingError(f"it holds {held}")
 
     def _view(self, data, dtype, shape, order) -> np.ndarray:
         code = dtype.args[0] if type(dtype) is self.type and dtype.args else None
-        if not isinstance(code, str) or not re.fullmatch(r"[fiu][1248]|b1", code):
-            raise pickle.UnpicklingError(
-                f"it holds an array of type {code if isinstance(code, str) else 'object'!r}"
-            )
-        sizes = type(shape) is tuple and all(type(size) is int and size >= 0 for size in shape)
-        if not sizes or order not in ("C", "F") or type(data) not in (bytes, bytearray):
+        if not isinstance(code, str):
+            code = "object"
+        if not re.fullmatch(r"[fiu][1248]|b1", code):
+            raise pickle.UnpicklingError(f"it holds an array of type {code!r}")
+        plain = type(shape) is tuple and all(type(size) is int and size >= 0 for size in shape)
+        if not plain or order not in ("C", "F") or type(data) not in (bytes, bytearray):
             raise pickle.UnpicklingError("it holds an array without a plain shape and buffer")
-        swapped = isinstance(dtype.state, tuple) and dtype.state[1:2] == (">",)
-        return np.frombuffer(data, np.dtype(code).newbyteorder(">" if swapped else "<")).reshape(
-            shape, order=order
-        )
+        big_endian = isinstance(dtype.state, tuple) and dtype.state[1:2] == (">",)
+        values = np.frombuffer(data, np.dtype(code).newbyteorder(">" if big_endian else "<"))
+        return values.reshape(shape, order=order)
 
 
 def unpickle_arrays(where: str, data: bytes) -> dict:
@@ -753,9 +754,8 @@ def unpickle_arrays(where: str, data: bytes) -> dict:
         value = reader.rebuild(reader.load())
     except _READ_ERRORS as error:
         raise InputError(
-            f"{where}: not a pickle of NumPy arrays: {_reason(error)}; allowed are a dict of"
-            " NumPy arrays, text and"
-            " numbers, or an .npz"
+            f"{where}: not a pickle of NumPy arrays: {reason(error)};"
+            " allowed are a dict of NumPy arrays, text and numbers, or an .npz"
         ) from None
     if not isinstance(value, dict):
         raise InputError(
@@ -764,11 +764,9 @@ def unpickle_arrays(where: str, data: bytes) -> dict:
     return value
 
 
-_TOKEN = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*|([^\w\s]|_)\1*")
-
-
 def tokens(text: str) -> list[str]:
-    """Lower-case words, and punctuation: each run of one sign is a token, for `?` and `...` tell
-    much of an act.
+    """Lower-case words, and punctuation.
+
+    Each run of one sign is a token, for `?` and `...` tell much of an act.
     """
     return [match[0] for match in _TOKEN.finditer(text.lower())]

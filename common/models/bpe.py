@@ -1,5 +1,6 @@
-"""CLIP's tokenizer from the standard library: byte-pair encoding of words' bytes (Sennrich et al.
-2016, arXiv:1508.07909).
+"""CLIP's tokenizer from the standard library.
+
+It is byte-pair encoding of words' bytes (Sennrich et al. 2016, arXiv:1508.07909).
 
 Texts are cleaned before they are split. The original cleans them with the package ftfy, whose plain
 steps stand here: HTML entities, surrogates, C1 controls as Windows-1252, control characters, Latin
@@ -14,6 +15,7 @@ import gzip
 import hashlib
 import html
 import http.client
+import itertools
 import os
 import re
 import unicodedata
@@ -34,8 +36,10 @@ _MAX_BYTES = 32_000_000  # of an unpacked vocabulary; the official one has 3.2 m
 # Bytes stand in the vocabulary as characters: printable ones as themselves, the others in order
 # from U+0100 on.
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-_SIGNS = {byte: chr(byte) for byte in _PRINTABLE}
-_SIGNS |= {byte: chr(256 + i) for i, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))}
+_OTHERS = sorted(set(range(256)) - set(_PRINTABLE))
+_SIGNS = {byte: chr(byte) for byte in _PRINTABLE} | {
+    byte: chr(256 + i) for i, byte in enumerate(_OTHERS)
+}
 _END = "</w>"
 
 _SUFFIX = re.compile("'(?:s|t|re|ve|m|ll|d)", re.IGNORECASE)
@@ -50,44 +54,42 @@ def clean(text: str) -> str:
 
 
 def _repairs() -> dict[int, str]:
-    quotes = dict.fromkeys((0x2BC, *range(0x2018, 0x201C)), "'") | dict.fromkeys(
-        range(0x201C, 0x2020), '"'
-    )
-    table = dict.fromkeys(
-        (*range(32), 0x7F, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD)), ""
-    )
-    table |= dict.fromkeys((9, 10, 12, 13), " ")
-    table |= {
-        code: bytes([code]).decode("cp1252", "ignore") or chr(code) for code in range(0x80, 0xA0)
-    }
+    control = (*range(32), 0x7F, *range(0x206A, 0x2070), 0xFEFF, *range(0xFFF9, 0xFFFD))
+    blank = (9, 10, 12, 13)
     wide = (0x3000, *range(0xFF01, 0xFFF0))
-    ligatures = (
-        0x132,
-        0x133,
-        0x149,
-        *range(0x1C4, 0x1CD),
-        *range(0x1F1, 0x1F4),
-        *range(0xFB00, 0xFB07),
-    )
-    table |= {code: unicodedata.normalize("NFKC", chr(code)) for code in (*wide, *ligatures)}
+    digraphs = (0x132, 0x133, 0x149, *range(0x1C4, 0x1CD), *range(0x1F1, 0x1F4))
+    ligatures = range(0xFB00, 0xFB07)
+    table = dict.fromkeys(control, "") | dict.fromkeys(blank, " ")
+    for code in range(0x80, 0xA0):
+        table[code] = bytes([code]).decode("cp1252", "ignore") or chr(code)
+    for code in (*wide, *digraphs, *ligatures):
+        table[code] = unicodedata.normalize("NFKC", chr(code))
     table[0xFB05] = "\u017ft"  # with a long s, which compatibility forms would lose
+    quotes = dict.fromkeys((0x2BC, *range(0x2018, 0x201C)), "'")
+    quotes.update(dict.fromkeys(range(0x201C, 0x2020), '"'))
     return {code: text.translate(quotes) for code, text in table.items()} | quotes
 
 
 _REPAIRS = _repairs()
 
 
-def split(text: str) -> list[str]:
-    """The words of a cleaned text: English suffixes such as `'s`, runs of letters, single digits,
-    runs of the rest.
-    """
+def _kind(sign: str) -> str:
     # Letters and numbers by Unicode's categories, which the patterns of `re` cannot name. The mark
     # U+0345 vanishes: the original ignores case, and by its capital, a letter, no run takes it.
-    kinds = "".join(
-        " " if c in " \u0345" else k if (k := unicodedata.category(c)[0]) in "LN" else "O"
-        for c in text
-    )
-    words, i = [], 0
+    if sign in " \u0345":
+        return " "
+    category = unicodedata.category(sign)[0]
+    return category if category in "LN" else "O"
+
+
+def split(text: str) -> list[str]:
+    """The words of a cleaned text.
+
+    These are English suffixes such as `'s`, runs of letters, single digits, runs of the rest.
+    """
+    kinds = "".join(map(_kind, text))
+    words = []
+    i = 0
     while i < len(text):
         match = _SUFFIX.match(text, i) or _RUN.match(kinds, i)
         if match:
@@ -97,8 +99,10 @@ def split(text: str) -> list[str]:
 
 
 class Tokenizer:
-    """Texts to token ids: 256 bytes, 256 bytes that end a word, one id per merge, the start and the
-    end token.
+    """Texts to token ids.
+
+    There are 256 ids of bytes, 256 of bytes that end a word, one a merge, the start and the end
+    token.
 
     Args:
         merges: pairs of pieces, the most frequent first.
@@ -114,7 +118,9 @@ class Tokenizer:
         self._ids = {piece: i for i, piece in enumerate(pieces)}
         self._ranks = {pair: i for i, pair in enumerate(merges)}
         self._words: dict[str, list[int]] = {}
-        self.start, self.end, self.vocab_size = len(pieces), len(pieces) + 1, len(pieces) + 2
+        self.start = len(pieces)
+        self.end = len(pieces) + 1
+        self.vocab_size = len(pieces) + 2
 
     @classmethod
     def bytes(cls) -> "Tokenizer":
@@ -136,12 +142,14 @@ class Tokenizer:
         except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
             raise InputError(f"--clip-vocab {path} cannot be read: {error}") from None
         merges = [tuple(line.split()) for line in lines if line.strip()]
-        odd = next((i for i, pair in enumerate(merges) if len(pair) != 2), None)
-        if odd is not None or not merges:
-            what = "no merges" if odd is None else f"{len(merges[odd])} pieces in line {odd + 2}"
+        wrong = next((i for i, pair in enumerate(merges) if len(pair) != 2), None)
+        if wrong is not None or not merges:
+            fault = "no merges"
+            if wrong is not None:
+                fault = f"{len(merges[wrong])} pieces in line {wrong + 2}"
             raise InputError(
-                f"--clip-vocab {path} is no vocabulary of merges: {what}; expected two"
-                " pieces a line"
+                f"--clip-vocab {path} is no vocabulary of merges: {fault};"
+                " expected two pieces a line"
             )
         return cls(merges)
 
@@ -154,11 +162,12 @@ class Tokenizer:
             pieces = [_SIGNS[byte] for byte in word.encode()]
             pieces[-1] += _END
             while len(pieces) > 1:
-                pairs = zip(pieces, pieces[1:], strict=False)
+                pairs = itertools.pairwise(pieces)
                 first, second = min(pairs, key=lambda pair: self._ranks.get(pair, len(self._ranks)))
                 if (first, second) not in self._ranks:
                     break
-                merged, i = [], 0
+                merged = []
+                i = 0
                 while i < len(pieces):
                     both = pieces[i : i + 2] == [first, second]
                     merged.append(first + second if both else pieces[i])
@@ -175,16 +184,18 @@ class Tokenizer:
         return bytes(signs[sign] for sign in text).decode("utf-8", "replace")
 
     def __call__(self, texts: list[str], context: int = 77) -> Tensor:
-        """(n, context) int64: start, ids, end, zeros; a longer text is cut and still ends with the
-        end token.
+        """(n, context) int64: start, ids, end, zeros.
+
+        A longer text is cut and still ends with the end token.
         """
         rows = [[self.start, *self.encode(text)[: context - 2], self.end] for text in texts]
         return torch.tensor([row + [0] * (context - len(row)) for row in rows])
 
 
 def official_vocab(url: str = VOCAB_URL, folder: str | Path | None = None) -> Path:
-    """OpenAI's file of merges in the user's cache folder; the first call fetches it and checks its
-    SHA-256.
+    """OpenAI's file of merges in the user's cache folder.
+
+    The first call fetches it and checks its SHA-256.
 
     Args:
         folder: where it is kept; None: `clip` in $XDG_CACHE_HOME or ~/.cache.
@@ -193,9 +204,9 @@ def official_vocab(url: str = VOCAB_URL, folder: str | Path | None = None) -> Pa
         InputError: it could not be fetched, or is not that file; the line says what to fetch and
             where to put it.
     """
-    folder = Path(
-        folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clip"
-    )
+    if folder is None:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clip"
+    folder = Path(folder)
     path = folder / VOCAB_URL.rpartition("/")[2]
     if path.is_file() and _sha256(path.read_bytes()) == VOCAB_SHA256:
         return path
@@ -212,9 +223,9 @@ def official_vocab(url: str = VOCAB_URL, folder: str | Path | None = None) -> Pa
     except (OSError, http.client.HTTPException) as error:
         fault = f"{getattr(error, 'reason', error)}"
     raise InputError(
-        f"CLIP's vocabulary could not be fetched ({fault}): put {url} (SHA-256 {VOCAB_SHA256}) at"
-        f" {path}, or name your "
-        "copy with --clip-vocab FILE"
+        f"CLIP's vocabulary could not be fetched ({fault}):"
+        f" put {url} (SHA-256 {VOCAB_SHA256}) at {path},"
+        " or name your copy with --clip-vocab FILE"
     )
 
 

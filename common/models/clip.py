@@ -1,5 +1,6 @@
-"""CLIP's image and text towers (Radford et al. 2021, arXiv:2103.00020), and published weights in
-their four layouts.
+"""CLIP's image and text towers, and published weights in their four layouts.
+
+Radford et al. 2021, arXiv:2103.00020.
 
 A state dict has OpenAI's keys for the image tower (`visual.*`) and the same with the prefix `text.`
 for the text tower; `from_published` maps OpenAI's, open_clip's and Hugging Face's names to these.
@@ -23,13 +24,11 @@ from common import weights
 from common.errors import InputError
 from common.run.checkpoint import load_weights
 
-CLIP_MEAN = (
-    0.48145466,
-    0.4578275,
-    0.40821073,
-)  # of the pixels in [0, 1] that published weights expect
+# Of the pixels in [0, 1] that published weights expect.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-CONTEXT, VOCAB = 77, 49_408
+CONTEXT = 77
+VOCAB = 49_408
 
 
 class QuickGELU(nn.Module):
@@ -78,9 +77,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, causal: bool) -> Tensor:
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(
-            2, 0, 3, 1, 4
-        )  # (n, heads, l, width / heads) each
+        # (n, heads, l, width / heads) each
+        q, k, v = qkv.unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
@@ -104,8 +102,9 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Layers over (n, l, width); keys `resblocks.N.*`. With `recompute` only their inputs are kept
-    for the backward pass.
+    """Layers over (n, l, width); keys `resblocks.N.*`.
+
+    With `recompute` only their inputs are kept for the backward pass.
     """
 
     def __init__(self, width: int, layers: int, heads: int, activation: str):
@@ -129,10 +128,10 @@ class Transformer(nn.Module):
 
 
 class ImageTower(nn.Module):
-    """Maps normalized images (n, 3, image_size, image_size) to features (n, embed_dim), not of unit
-    length.
+    """Maps normalized images (n, 3, image_size, image_size) to features (n, embed_dim).
 
-    The residual stream and with it every normalization stay fp32 under autocast.
+    The features are not of unit length. The residual stream and with it every normalization stay
+    fp32 under autocast.
 
     Args:
         image_size: side in pixels, a multiple of the patch.
@@ -157,17 +156,18 @@ class ImageTower(nn.Module):
         super().__init__()
         if image_size < patch or image_size % patch:
             raise InputError(
-                f"--image-size {image_size}: this tower takes multiples of its patch of"
-                f" {patch} pixels"
+                f"--image-size {image_size}: this tower takes multiples of its patch"
+                f" of {patch} pixels"
             )
-        self.image_size, self.num_features, self.activation = image_size, embed_dim, activation
+        self.image_size = image_size
+        self.num_features = embed_dim
+        self.activation = activation
         self.checkpoint_blocks = False
         scale = width**-0.5
+        positions = 1 + (image_size // patch) ** 2
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(width))
-        self.positional_embedding = nn.Parameter(
-            scale * torch.randn(1 + (image_size // patch) ** 2, width)
-        )
+        self.positional_embedding = nn.Parameter(scale * torch.randn(positions, width))
         self.ln_pre = nn.LayerNorm(width)
         self.transformer = Transformer(width, layers, heads, activation)
         self.ln_post = nn.LayerNorm(width)
@@ -175,15 +175,11 @@ class ImageTower(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[1:] != (3, self.image_size, self.image_size):
-            raise ValueError(
-                f"images of shape {tuple(x.shape)}, expected (n, 3, {self.image_size},"
-                f" {self.image_size})"
-            )
+            expected = f"(n, 3, {self.image_size}, {self.image_size})"
+            raise ValueError(f"images of shape {tuple(x.shape)}, expected {expected}")
         x = self.conv1(x).flatten(2).transpose(1, 2)  # (n, patches, width)
-        x = (
-            torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
-            + self.positional_embedding
-        )
+        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
+        x = x + self.positional_embedding
         x = self.transformer(self.ln_pre(x), False, self.checkpoint_blocks)
         return self.ln_post(x[:, 0]) @ self.proj
 
@@ -215,7 +211,8 @@ class TextTower(nn.Module):
         activation: str,
     ):
         super().__init__()
-        self.num_features, self.activation = embed_dim, activation
+        self.num_features = embed_dim
+        self.activation = activation
         self.checkpoint_blocks = False
         self.token_embedding = nn.Embedding(vocab, width)
         self.positional_embedding = nn.Parameter(0.01 * torch.randn(context, width))
@@ -233,23 +230,27 @@ class TextTower(nn.Module):
                 words (CoOp, Zhou et al. 2022, arXiv:2109.01134). They take m positions from the
                 words: give ids of at most context - m.
         """
-        x, end = self.token_embedding(ids), ids.argmax(1)
+        x = self.token_embedding(ids)
+        end = ids.argmax(1)
         if learned is not None:
             learned = learned.expand(len(x), -1, -1)
-            x, end = torch.cat([x[:, :1], learned, x[:, 1:]], 1), end + learned.shape[1]
+            x = torch.cat([x[:, :1], learned, x[:, 1:]], 1)
+            end = end + learned.shape[1]
         x = x + self.positional_embedding[: x.shape[1]]
         x = self.ln_final(self.transformer(x, True, self.checkpoint_blocks))
         return x[torch.arange(len(x), device=x.device), end] @ self.text_projection
 
 
 class CLIP(nn.Module):
-    """Both towers and the temperature: `visual`, `text`, `logit_scale` (the logarithm of the
-    factor).
+    """Both towers and the temperature.
+
+    Keys `visual`, `text` and `logit_scale`, the logarithm of the factor.
     """
 
     def __init__(self, visual: ImageTower, text: TextTower):
         super().__init__()
-        self.visual, self.text = visual, text
+        self.visual = visual
+        self.text = text
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     @property
@@ -257,18 +258,19 @@ class CLIP(nn.Module):
         return self.visual.activation
 
     def forward(self, images: Tensor, ids: Tensor) -> Tensor:
-        """Logits (n, k) of images (n, 3, s, s) over texts (k, l): cosines times exp(logit_scale)."""
+        """Logits (n, k) of images (n, 3, s, s) over texts (k, l)."""
         return cosine_logits(self.visual(images), self.text(ids), self.logit_scale.exp())
 
 
 def cosine_logits(features: Tensor, classes: Tensor, scale: Tensor | float) -> Tensor:
-    """(n, k) fp32: `scale` times the cosines of features (n, d) with class features (k, d); fp32
-    under autocast too, for a scale of 100 would leave bf16 cosines steps of a half.
+    """`scale` times the cosines of features (n, d) with class features (k, d): (n, k) fp32.
+
+    It is fp32 under autocast too, for a scale of 100 would leave bf16 cosines steps of a half.
     """
     with torch.autocast(features.device.type, enabled=False):
-        return (
-            scale * F.normalize(features.float(), dim=-1) @ F.normalize(classes.float(), dim=-1).T
-        )
+        features = F.normalize(features.float(), dim=-1)
+        classes = F.normalize(classes.float(), dim=-1)
+        return scale * features @ classes.T
 
 
 def build_image_tower(name: str, image_size: int, activation: str | None = None) -> ImageTower:
@@ -277,15 +279,15 @@ def build_image_tower(name: str, image_size: int, activation: str | None = None)
     Raises:
         InputError: an unknown name, or a size that the patch does not divide.
     """
-    v = _variant(name)
+    variant = _variant(name)
     return ImageTower(
         image_size,
-        width=v.width,
-        layers=v.layers,
-        heads=v.heads,
-        patch=v.patch,
-        embed_dim=v.embed_dim,
-        activation=activation or v.activation,
+        width=variant.width,
+        layers=variant.layers,
+        heads=variant.heads,
+        patch=variant.patch,
+        embed_dim=variant.embed_dim,
+        activation=activation or variant.activation,
     )
 
 
@@ -298,19 +300,17 @@ def build_clip(
         InputError: an unknown name, one without a text tower, or a size that the patch does not
             divide.
     """
-    v = _variant(name)
-    if not v.text_width:
-        raise InputError(
-            f"{name} has no text tower; allowed are"
-            f" {', '.join(n for n in VARIANTS if VARIANTS[n][5])}"
-        )
+    variant = _variant(name)
+    if not variant.text_width:
+        allowed = ", ".join(row for row in VARIANTS if VARIANTS[row].text_width)
+        raise InputError(f"{name} has no text tower; allowed are {allowed}")
     text = TextTower(
         vocab,
-        width=v.text_width,
-        layers=v.text_layers,
-        heads=v.text_heads,
-        embed_dim=v.embed_dim,
-        activation=activation or v.activation,
+        width=variant.text_width,
+        layers=variant.text_layers,
+        heads=variant.text_heads,
+        embed_dim=variant.embed_dim,
+        activation=activation or variant.activation,
     )
     return CLIP(build_image_tower(name, image_size, activation), text)
 
@@ -346,16 +346,19 @@ _HUGGING_FACE = {
 
 
 def from_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict in OpenAI's, open_clip's or Hugging Face's layout under this module's keys,
-    floats as fp32.
+    """A published state dict under this module's keys, floats as fp32.
 
-    Names that belong to no layout stay as they are, for a strict load to refuse.
+    It may have OpenAI's, open_clip's or Hugging Face's layout. Names that belong to no layout stay
+    as they are, for a strict load to refuse.
     """
-    state = {k: t for k, t in state.items() if k.split(".")[-1] not in _UNUSED}
+    state = {name: tensor for name, tensor in state.items() if name.split(".")[-1] not in _UNUSED}
     if _is_hugging_face(state):
         state = _from_hugging_face(state)
     else:
-        state = {f"text.{k}" if k.startswith(_TEXT) else k: t for k, t in state.items()}
+        state = {
+            f"text.{name}" if name.startswith(_TEXT) else name: tensor
+            for name, tensor in state.items()
+        }
     if state.get("logit_scale", torch.tensor(0)).shape == (1,):
         state["logit_scale"] = state["logit_scale"][0]
     return {
@@ -369,26 +372,25 @@ def _is_hugging_face(state: dict[str, Tensor]) -> bool:
 
 
 def _from_hugging_face(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    made = {}
+    renamed = {}
     for name, tensor in state.items():
         parts = [state.get(name.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
-        if ".self_attn.q_proj." in name and all(
-            p is not None and p.shape == tensor.shape for p in parts
-        ):
-            name, tensor = name.replace(".self_attn.q_proj.", ".attn.in_proj_"), torch.cat(parts)
+        complete = all(part is not None and part.shape == tensor.shape for part in parts)
+        if ".self_attn.q_proj." in name and complete:
+            name = name.replace(".self_attn.q_proj.", ".attn.in_proj_")
+            tensor = torch.cat(parts)
         elif ".self_attn.k_proj." in name or ".self_attn.v_proj." in name:
             continue
         if name.endswith("_projection.weight") and tensor.ndim == 2:
             tensor = tensor.T
         for theirs, ours in _HUGGING_FACE.items():
             name = name.replace(theirs, ours)
-        made[name] = tensor
-    return made
+        renamed[name] = tensor
+    return renamed
 
 
 def source_activation(state: dict[str, Tensor], path: str | Path) -> tuple[str | None, str]:
-    """The activation that a file of weights was trained with, or None, and how that is known, in
-    words.
+    """The activation that a file of weights was trained with, or None, and how that is known.
 
     OpenAI's archives are known by numbers in them, Hugging Face's files by the `config.json` beside
     them, open_clip's by `open_clip_config.json` beside them or by `quickgelu` in the name of the
@@ -404,20 +406,20 @@ def source_activation(state: dict[str, Tensor], path: str | Path) -> tuple[str |
     if _OPENAI in state:
         return "quick_gelu", "OpenAI's archive"
     if _is_hugging_face(state):
-        if not (path.parent / "config.json").exists():
+        file = path.parent / "config.json"
+        if not file.exists():
             return None, f"Hugging Face's config.json is not beside {path.name}"
-        config = _read_config(path.parent / "config.json")
-        found = {
+        config = _read_config(file)
+        activations = {
             (config.get(part) or {}).get("hidden_act", "quick_gelu")
             for part in ("vision_config", "text_config")
         }
-        if len(found) > 1 or not found <= ACTIVATIONS.keys():
+        if len(activations) > 1 or not activations <= ACTIVATIONS.keys():
             raise InputError(
-                f"{path.parent / 'config.json'}: hidden_act is"
-                f" {', '.join(sorted(map(str, found)))}; allowed is one of "
-                f"{', '.join(ACTIVATIONS)} for both towers"
+                f"{file}: hidden_act is {', '.join(sorted(map(str, activations)))};"
+                f" allowed is one of {', '.join(ACTIVATIONS)} for both towers"
             )
-        return found.pop(), "config.json"
+        return activations.pop(), "config.json"
     if (path.parent / "open_clip_config.json").exists():
         config = _read_config(path.parent / "open_clip_config.json").get("model_cfg") or {}
         return "quick_gelu" if config.get("quick_gelu") else "gelu", "open_clip_config.json"
@@ -432,16 +434,18 @@ def _read_config(path: Path) -> dict:
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     parts = ("vision_config", "text_config", "model_cfg")
-    if not isinstance(config, dict) or not all(
+    tables = isinstance(config, dict) and all(
         isinstance(config.get(part), dict | None) for part in parts
-    ):
+    )
+    if not tables:
         raise InputError(f"{path} is not a model's configuration: expected a table of tables")
     return config
 
 
 def resize_positions(positions: Tensor, grid: int) -> Tensor:
-    """(1 + g * g, width) -> (1 + grid * grid, width): bicubic and antialiased, the class token's
-    row unchanged.
+    """Position embedding (1 + g * g, width) to (1 + grid * grid, width).
+
+    Bicubic and antialiased, the class token's row unchanged.
     """
     old = math.isqrt(len(positions) - 1)
     image = positions[1:].T.reshape(1, -1, old, old)
@@ -452,8 +456,7 @@ def resize_positions(positions: Tensor, grid: int) -> Tensor:
 def read_clip(
     path: str | Path, name: str, image_size: int = 224, activation: str | None = None
 ) -> tuple[CLIP, str]:
-    """CLIP with the published weights in a file, in fp32, and what was done, one line each, to be
-    logged.
+    """CLIP with the published weights in a file, in fp32, and what was done, to be logged.
 
     Args:
         path: OpenAI's `.pt`, a plain state dict, or open_clip's or Hugging Face's `.safetensors` or
@@ -469,43 +472,45 @@ def read_clip(
             unknown or differs.
     """
     raw = weights.read(path)
-    found, why = source_activation(raw, path)
-    if found is None and activation is None:
+    source, origin = source_activation(raw, path)
+    if source is None and activation is None:
         raise InputError(
-            f"{path}: GELU or QuickGELU? {why}; give --activation {' or '.join(ACTIVATIONS)}"
+            f"{path}: GELU or QuickGELU? {origin}; give --activation {' or '.join(ACTIVATIONS)}"
         )
-    if None not in (found, activation) and found != activation:
+    if None not in (source, activation) and source != activation:
         raise InputError(
-            f"--activation {activation}: {path} was trained with {found} ({why}); leave the"
-            " flag out"
+            f"--activation {activation}: {path} was trained with {source} ({origin});"
+            " leave the flag out"
         )
     state = from_published(raw)
     with torch.device("meta"):
-        model = build_clip(name, image_size, found or activation)
+        model = build_clip(name, image_size, source or activation)
     model.to_empty(device="cpu")
-    said = [
-        f"started from {path} ({len(raw)} tensors, {model.activation} by"
-        f" {why if found else 'request'})"
-    ]
-    stem, positions = state.get("visual.conv1.weight"), state.get("visual.positional_embedding")
-    if stem is not None and stem.shape != model.visual.conv1.weight.shape:
-        rows = [
-            row
-            for row, v in VARIANTS.items()
-            if stem.shape == (v.width, 3, v.patch, v.patch) and v.text_width
-        ]
-        hint = f"give --backbone {rows[0]}" if rows else f"allowed are {', '.join(VARIANTS)}"
-        raise InputError(f"{path} holds no {name}: its patches are {tuple(stem.shape)}; {hint}")
+    reason = origin if source else "request"
+    notes = [f"started from {path} ({len(raw)} tensors, {model.activation} by {reason})"]
+    _check_patches(state, model, name, path)
+    positions = state.get("visual.positional_embedding")
     grid = image_size // model.visual.conv1.kernel_size[0]
-    old = (
-        math.isqrt(max(len(positions) - 1, 0))
-        if positions is not None and positions.ndim == 2
-        else 0
-    )
+    old = 0
+    if positions is not None and positions.ndim == 2:
+        old = math.isqrt(max(len(positions) - 1, 0))
     if 0 < old != grid and len(positions) == 1 + old * old:
         state["visual.positional_embedding"] = resize_positions(positions, grid)
-        said.append(
+        notes.append(
             f"{path}: the position embedding is resized from {old}x{old} to {grid}x{grid} patches"
         )
     load_weights(model, state, path)
-    return model, "\n".join(said)
+    return model, "\n".join(notes)
+
+
+def _check_patches(state: dict[str, Tensor], model: CLIP, name: str, path: str | Path) -> None:
+    stem = state.get("visual.conv1.weight")
+    if stem is None or stem.shape == model.visual.conv1.weight.shape:
+        return
+    fitting = [
+        row
+        for row, variant in VARIANTS.items()
+        if stem.shape == (variant.width, 3, variant.patch, variant.patch) and variant.text_width
+    ]
+    hint = f"give --backbone {fitting[0]}" if fitting else f"allowed are {', '.join(VARIANTS)}"
+    raise InputError(f"{path} holds no {name}: its patches are {tuple(stem.shape)}; {hint}")

@@ -1,5 +1,6 @@
-"""Inception-ResNet-v2 (Szegedy et al. 2016, arXiv:1602.07261) with the names of timm's
-`inception_resnet_v2`.
+"""Inception-ResNet-v2 with the names of timm's `inception_resnet_v2`.
+
+Szegedy et al. 2016, arXiv:1602.07261.
 
 The state dict has timm's keys, whose classifier is called `classif`; published weights load
 strictly. It is the network that its authors released: 10, 20 and 10 residual blocks whose branches
@@ -31,9 +32,8 @@ class Branches(nn.Module):
             self.add_module(f"branch{index}", branch)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat(
-            [getattr(self, f"branch{index}")(x) for index in range(self.num_branches)], 1
-        )
+        branches = [getattr(self, f"branch{index}") for index in range(self.num_branches)]
+        return torch.cat([branch(x) for branch in branches], 1)
 
 
 class Residual(Branches):
@@ -43,7 +43,9 @@ class Residual(Branches):
         self, channels: int, joined: int, *branches: nn.Module, scale: float, relu: bool = True
     ):
         super().__init__(*branches)
-        self.conv2d, self.scale, self.relu = nn.Conv2d(joined, channels, 1), scale, relu
+        self.conv2d = nn.Conv2d(joined, channels, 1)
+        self.scale = scale
+        self.relu = relu
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.add(x, self.conv2d(super().forward(x)), alpha=self.scale)
@@ -120,11 +122,10 @@ def block8(scale: float = 0.2, relu: bool = True) -> Residual:
 
 
 class InceptionResNetV2(nn.Module):
-    """Images (n, 3, s, s) to logits (n, num_classes), or to features (n, 1536) with
-    `num_classes=0`.
+    """Images (n, 3, s, s) to logits (n, num_classes).
 
-    `fc`, an identity at first, stands on what comes out: there the scripts put their layer, as on
-    torchvision's models.
+    With `num_classes=0` they go to features (n, 1536). `fc`, an identity at first, stands on what
+    comes out: there the scripts put their layer, as on torchvision's models.
     """
 
     def __init__(self, num_classes: int = 1000):

@@ -1,12 +1,14 @@
-"""MobileNetV4 (Qin et al. 2024, arXiv:2404.10518) with timm's state-dict keys, built from one
-table.
+"""MobileNetV4 with timm's state-dict keys, built from one table.
+
+Qin et al. 2024, arXiv:2404.10518.
 
 A stage of the table is its width and its blocks, `*n` repeats a block:
 
     c3s2        convolution 3x3, stride 2 (`o96`: 96 channels instead of the stage's)
-    f3e4s2      fused inverted bottleneck: convolution 3x3 to 4 times the width, stride 2, then 1x1 to the stage's width
-    a3k5e4s2    universal inverted bottleneck: depthwise 3x3 before the expansion by 4, depthwise 5x5 with stride 2
-                after it; a0 and k0 stand for no convolution
+    f3e4s2      fused inverted bottleneck: convolution 3x3 to 4 times the width, stride 2, then 1x1
+                to the stage's width
+    a3k5e4s2    universal inverted bottleneck: depthwise 3x3 before the expansion by 4, depthwise
+                5x5 with stride 2 after it; a0 and k0 stand for no convolution
     h4d64v2     multi-query attention: 4 heads of 64 channels, keys and values at stride 2
 
 Where nothing says otherwise the stride is 1. All modules are registered in the order in which they
@@ -258,8 +260,9 @@ class UIB(nn.Module):
 
 
 class MultiQueryAttention(nn.Module):
-    """Attention over the pixels of a map whose heads share one key and one value each; keys
-    `query.proj`, `key.*`, `value.*`, `output.proj`.
+    """Attention over the pixels of a map whose heads share one key and one value each.
+
+    Keys `query.proj`, `key.*`, `value.*`, `output.proj`.
     """
 
     def __init__(self, width: int, heads: int, head_width: int, stride: int):
@@ -283,13 +286,10 @@ class MultiQueryAttention(nn.Module):
         n, _, h, w = x.shape
         # With one key and value for all heads, a head's queries are just more queries: no copy of
         # keys and values.
-        q = (
-            self.query(x)
-            .reshape(n, self.heads, -1, h * w)
-            .transpose(2, 3)
-            .reshape(n, 1, self.heads * h * w, -1)
-        )
-        k, v = (part(x).flatten(2).transpose(1, 2).unsqueeze(1) for part in (self.key, self.value))
+        q = self.query(x).reshape(n, self.heads, -1, h * w).transpose(2, 3)
+        q = q.reshape(n, 1, self.heads * h * w, -1)
+        k = self.key(x).flatten(2).transpose(1, 2).unsqueeze(1)
+        v = self.value(x).flatten(2).transpose(1, 2).unsqueeze(1)
         y = F.scaled_dot_product_attention(q, k, v)  # [n, 1, heads * h * w, head width]
         y = y.reshape(n, self.heads, h * w, -1).transpose(2, 3).reshape(n, -1, h, w)
         return self.output(y)
@@ -322,8 +322,7 @@ def _block(token: str, width_in: int, width_out: int, variant: Variant) -> nn.Mo
 
 
 class MobileNetV4(nn.Module):
-    """Maps images (n, 3, s, s) to features (n, 1280), or to logits (n, num_classes) where there are
-    classes.
+    """Maps images (n, 3, s, s) to features (n, 1280), or to logits (n, num_classes).
 
     Args:
         variant: a row of VARIANTS.
@@ -335,16 +334,19 @@ class MobileNetV4(nn.Module):
 
     def __init__(self, variant: Variant, num_classes: int = 0):
         super().__init__()
-        self.variant, self.checkpoint_blocks = variant, False
+        self.variant = variant
+        self.checkpoint_blocks = False
         self.conv_stem = _conv(3, variant.stem, 3, 2)
         self.bn1 = nn.BatchNorm2d(variant.stem)
         self.act = _activation(variant.act)
-        stages, width = [], variant.stem
+        stages = []
+        width = variant.stem
         for stage_width, tokens in variant.stages:
             blocks = []
             for token, count in re.findall(r"([a-z\d]+)(?:\*(\d+))?", tokens):
-                own = re.search(r"o(\d+)", token)
-                width_out = _round((int(own[1]) if own else stage_width) * variant.widths)
+                other_width = re.search(r"o(\d+)", token)
+                block_width = int(other_width[1]) if other_width else stage_width
+                width_out = _round(block_width * variant.widths)
                 for _ in range(int(count or 1)):
                     blocks.append(_block(token, width, width_out, variant))
                     width = width_out
@@ -384,19 +386,18 @@ class MobileNetV4(nn.Module):
         for stage in self.blocks:
             for block in stage:
                 hooks = (shift, shift_conv) if isinstance(block, UIB) and block.skip else ()
-                x = (
-                    self._recomputed(block, x, *hooks)
-                    if self.checkpoint_blocks
-                    else block(x, *hooks)
-                )
+                if self.checkpoint_blocks:
+                    x = self._recomputed(block, x, *hooks)
+                else:
+                    x = block(x, *hooks)
         return x
 
     def _recomputed(self, block: nn.Module, *inputs) -> Tensor:
         # Blocks draw no random numbers: no generator's state to keep. The compiler recomputes
         # without running the statistics' update a second time.
-        options = (
-            {} if torch.compiler.is_compiling() else {"context_fn": partial(_recomputation, block)}
-        )
+        options = {}
+        if not torch.compiler.is_compiling():
+            options["context_fn"] = partial(_recomputation, block)
         return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
 
     def pool(self, x: Tensor) -> Tensor:
@@ -427,7 +428,11 @@ def build_mobilenet_v4(name: str, num_classes: int = 0) -> MobileNetV4:
 
 def shift_sites(model: MobileNetV4) -> dict[str, UIB]:
     """The blocks whose branch may read a shifted map, by name, in the order in which they run."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, UIB) and m.skip}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, UIB) and module.skip
+    }
 
 
 def load_published(model: MobileNetV4, state: dict[str, Tensor], source) -> None:
@@ -461,9 +466,8 @@ def normalization(
         half = "e3600_r256" in str(weights)
         if not half and not any(tag in str(weights) for tag in ("e2400_r224", "e1200_r224")):
             raise InputError(
-                f"{weights}: conv_small's published weights differ in the pixels they expect; let"
-                " the path name the "
-                "checkpoint they come from: e1200_r224, e2400_r224 (ImageNet's mean and std) or"
-                " e3600_r256 (0.5)"
+                f"{weights}: conv_small's published weights differ in the pixels they expect;"
+                " let the path name the checkpoint they come from: e1200_r224, e2400_r224"
+                " (ImageNet's mean and std) or e3600_r256 (0.5)"
             )
     return ((0.5,) * 3, (0.5,) * 3) if half else (IMAGENET_MEAN, IMAGENET_STD)

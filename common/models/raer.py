@@ -1,7 +1,8 @@
 """Face and context clips against classes that are texts or learned vectors.
 
-    frames (n, 2, T, 3, s, s) -> shared image tower -> (n, 2, T, d) -> a temporal transformer for each stream
-    -> fusion -> z (n, d);   classes (K, d);   logits = scale * cos(z, class)
+    frames (n, 2, T, 3, s, s) -> shared image tower -> (n, 2, T, d)
+    -> a temporal transformer for each stream -> fusion -> z (n, d)
+    logits = scale * cos(z, class) for classes (K, d)
 
 After CLIP-CAER (arXiv:2508.04148) and DFER-CLIP (arXiv:2308.13382). With pretrained text a class is
 the text tower's feature of learnable context (CoOp, arXiv:2109.01134) before the class's
@@ -39,11 +40,11 @@ _START_SCALE = 1 / 0.07  # what CLIP's own training starts from
 
 
 class Temporal(nn.Module):
-    """Features of T frames (n, T, d) to one (n, d): the output of a class token in a pre-norm
-    transformer.
+    """Features of T frames (n, T, d) to one (n, d).
 
-    Features of one tower lie in a narrow cone, most of each is the same for all images, so
-    BatchNorm takes that off first: a LayerNorm would keep it.
+    It is the output of a class token in a pre-norm transformer. Features of one tower lie in a
+    narrow cone, most of each is the same for all images, so BatchNorm takes that off first: a
+    LayerNorm would keep it.
     """
 
     def __init__(self, dim: int, num_frames: int, layers: int, dropout: float):
@@ -53,15 +54,16 @@ class Temporal(nn.Module):
         # first.
         self.position = nn.Parameter(torch.randn(1 + num_frames, dim))
         layer = nn.TransformerEncoderLayer(
-            dim,
-            max(1, dim // 64),
-            2 * dim,
-            dropout,
+            d_model=dim,
+            nhead=max(1, dim // 64),
+            dim_feedforward=2 * dim,
+            dropout=dropout,
             activation="gelu",
             batch_first=True,
             norm_first=True,
         )
-        self.norm_in, self.norm_out = nn.BatchNorm1d(dim), nn.LayerNorm(dim)
+        self.norm_in = nn.BatchNorm1d(dim)
+        self.norm_out = nn.LayerNorm(dim)
         self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -71,13 +73,15 @@ class Temporal(nn.Module):
 
 
 class Adapter(nn.Module):
-    """A residual bottleneck on features (..., d) that starts as the identity (CLIP-Adapter,
-    arXiv:2110.04544).
+    """A residual bottleneck on features (..., d) that starts as the identity.
+
+    CLIP-Adapter, arXiv:2110.04544.
     """
 
     def __init__(self, dim: int):
         super().__init__()
-        self.down, self.up = nn.Linear(dim, max(8, dim // 4)), nn.Linear(max(8, dim // 4), dim)
+        self.down = nn.Linear(dim, max(8, dim // 4))
+        self.up = nn.Linear(max(8, dim // 4), dim)
         nn.init.zeros_(self.up.weight)
         nn.init.zeros_(self.up.bias)
 
@@ -86,8 +90,9 @@ class Adapter(nn.Module):
 
 
 class Prompts(nn.Module):
-    """Class features (K, d) of a frozen text tower, from learnable context before the words of each
-    descriptor.
+    """Class features (K, d) of a frozen text tower.
+
+    Learnable context stands before the words of each descriptor.
 
     Args:
         tower: `common.models.clip.TextTower`; its parameters are frozen here.
@@ -104,18 +109,17 @@ class Prompts(nn.Module):
 
     def __init__(self, tower: TextTower, ids: Tensor, num_context: int):
         super().__init__()
-        longest, room = int(ids.argmax(1).max()) + 1, len(tower.positional_embedding)
+        longest = int(ids.argmax(1).max()) + 1
+        room = len(tower.positional_embedding)
         if longest + num_context > room:
             raise InputError(
                 f"--num-context {num_context}: the longest descriptor has {longest} tokens,"
-                f" together at most {room};"
-                " shorten it or give less context"
+                f" together at most {room}; shorten it or give less context"
             )
         self.tower = tower.requires_grad_(False).eval()
         self.num_context = num_context
-        self.context = nn.Parameter(
-            torch.empty(len(ids), num_context, tower.token_embedding.embedding_dim)
-        )
+        width = tower.token_embedding.embedding_dim
+        self.context = nn.Parameter(torch.empty(len(ids), num_context, width))
         self.reset()
         self.register_buffer("ids", ids[:, :longest], persistent=False)
         with torch.no_grad():
@@ -166,7 +170,10 @@ class RaerModel(nn.Module):
         super().__init__()
         if tune not in TUNES:
             raise ValueError(f"tune={tune!r}, allowed are {', '.join(TUNES)}")
-        self.image, self.tune, self.scale, self.num_classes = image, tune, scale, num_classes
+        self.image = image
+        self.tune = tune
+        self.scale = scale
+        self.num_classes = num_classes
         self.adapter = Adapter(width) if tune == "adapter" else None
         self.temporal = nn.ModuleDict(
             {name: Temporal(width, num_frames, layers, dropout) for name in STREAMS}
@@ -174,7 +181,8 @@ class RaerModel(nn.Module):
         self.fusion = nn.Sequential(
             nn.Linear(2 * width, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, width)
         )
-        self.prompts, self.classes = prompts, None
+        self.prompts = prompts
+        self.classes = None
         if prompts is None:
             self.classes = nn.Linear(width, num_classes, bias=False)
         self.choose_trained(only_classes=False)
@@ -190,20 +198,17 @@ class RaerModel(nn.Module):
 
     def parts(self) -> dict[str, list[nn.Module]]:
         """The modules by the learning rate that they train with."""
-        temporal = [
-            part
-            for part in (self.temporal, self.fusion, self.adapter, self.classes)
-            if part is not None
-        ]
+        temporal = (self.temporal, self.fusion, self.adapter, self.classes)
         return {
-            "temporal": temporal,
+            "temporal": [part for part in temporal if part is not None],
             "image": [self.image],
             "prompts": [self.prompts] if self.prompts else [],
         }
 
     def choose_trained(self, only_classes: bool) -> None:
-        """Let everything train that `tune` says, or only what decides where the classes lie, on
-        fixed features.
+        """Let everything train that `tune` says, or only what decides where the classes lie.
+
+        The latter happens on fixed features.
         """
         self.only_classes = only_classes
         self.requires_grad_(not only_classes)
@@ -223,14 +228,18 @@ class RaerModel(nn.Module):
         )
 
     def reset_classes(self, optimizer: torch.optim.Optimizer) -> None:
-        """Draw anew what decides where the classes lie, and forget what `optimizer` has gathered
-        about it.
+        """Draw anew what decides where the classes lie.
+
+        What `optimizer` has gathered about it is forgotten.
         """
-        (self.classes.reset_parameters if self.prompts is None else self.prompts.reset)()
-        own = self.classes.weight if self.prompts is None else self.prompts.context
-        for value in optimizer.state[
-            own
-        ].values():  # kept at zero: a masked first step must find its buffers
+        if self.prompts is None:
+            self.classes.reset_parameters()
+            parameter = self.classes.weight
+        else:
+            self.prompts.reset()
+            parameter = self.prompts.context
+        # Kept at zero: a masked first step must find its buffers.
+        for value in optimizer.state[parameter].values():
             if isinstance(value, Tensor):
                 value.zero_()
 
@@ -239,8 +248,9 @@ class RaerModel(nn.Module):
         return (self.classes.weight if self.prompts is None else self.prompts()).float()
 
     def encode(self, frames: Tensor) -> Tensor:
-        """Features (n, 2, T, d) of frames (n, 2, T, 3, s, s) by the image tower; without gradient
-        if it is frozen.
+        """Features (n, 2, T, d) of frames (n, 2, T, 3, s, s) by the image tower.
+
+        Without gradient if the tower is frozen.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.tune == "full"):
             return self.image(frames.flatten(0, 2)).unflatten(0, frames.shape[:3])
@@ -256,31 +266,30 @@ class RaerModel(nn.Module):
         return z + math.sqrt(z.shape[1]) * F.normalize(x.float().mean((1, 2)), dim=1)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        z, classes = self.clip_features(x).float(), self.class_features()
-        logits = z @ classes.T if self.scale is None else cosine_logits(z, classes, self.scale)
-        return logits, classes
+        z = self.clip_features(x).float()
+        classes = self.class_features()
+        if self.scale is None:
+            return z @ classes.T, classes
+        return cosine_logits(z, classes, self.scale), classes
 
     def describe(self) -> str:
-        """`12.3 million parameters, 1.2 million trained; classes are learned vectors; scale 14.3`"""
-        count, trained = (
-            sum(p.numel() for p in self.parameters() if p.requires_grad or not only) / 1e6
-            for only in (False, True)
-        )
-        kind = (
-            "learned vectors"
-            if self.prompts is None
-            else f"texts with {self.prompts.num_context} learnable tokens"
-        )
-        scale = "inner products" if self.scale is None else f"cosines times {self.scale:.4g}"
+        """One line: parameters and those of them that train, what classes are, and the logits."""
+        count = sum(p.numel() for p in self.parameters()) / 1e6
+        trained = sum(p.numel() for p in self.parameters() if p.requires_grad) / 1e6
+        classes = "learned vectors"
+        if self.prompts is not None:
+            classes = f"texts with {self.prompts.num_context} learnable tokens"
+        logits = "inner products" if self.scale is None else f"cosines times {self.scale:.4g}"
         return (
-            f"{count:.2f} million parameters, {trained:.2f} million of them trained; classes"
-            f" are {kind}; {scale}"
+            f"{count:.2f} million parameters, {trained:.2f} million of them trained;"
+            f" classes are {classes}; {logits}"
         )
 
 
 def normalization(backbone: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std) of the pixels in [0, 1] that a tower expects: CLIP's own, and for SimCLR's ResNet
-    ImageNet's.
+    """(mean, std) of the pixels in [0, 1] that a tower expects.
+
+    CLIP's own, and for SimCLR's ResNet ImageNet's.
     """
     return (IMAGENET_MEAN, IMAGENET_STD) if backbone == "resnet18" else (CLIP_MEAN, CLIP_STD)
 
@@ -288,8 +297,9 @@ def normalization(backbone: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
 def start(
     args, store_size: int, descriptions: list[str]
 ) -> tuple[nn.Module | None, dict, str | None]:
-    """What `--weights` holds (None without), the facts from which a checkpoint rebuilds the model,
-    and what was done.
+    """Read `--weights`, and gather the facts from which a checkpoint rebuilds the model.
+
+    Returns the published model (None without `--weights`), these facts, and what was done.
 
     Args:
         args: backbone, weights, image_size, activation, clip_vocab, logit_scale, num_context and
@@ -301,73 +311,94 @@ def start(
         InputError: the weights are of another architecture, or the size is one that the tower does
             not take.
     """
-    name, published, said = args.backbone, None, None
-    model_spec = dict(
-        activation=None, tokens=None, stem=None, scale=args.logit_scale or _START_SCALE
-    )
-    if name == "resnet18":
-        kernel = of_backbone(read(args.weights)).get("conv1.weight") if args.weights else None
-        small = store_size < 64 if kernel is None else kernel.shape[-1] == 3
-        model_spec["stem"] = "cifar" if small else "imagenet"
-        size = input_size(name, model_spec["stem"], args.image_size, store_size)
-        model_spec["image_size"] = size
-        if args.weights:
-            published = build_backbone(name, model_spec["stem"])
-            said = load_published(published, args.weights)
+    model_spec = {
+        "activation": None,
+        "tokens": None,
+        "stem": None,
+        "scale": args.logit_scale or _START_SCALE,
+    }
+    if args.backbone == "resnet18":
+        published, note = _start_resnet(args, store_size, model_spec)
     else:
-        if args.weights and not VARIANTS[name].text_width:
-            raise InputError(
-                f"--weights: no weights of {name} are published; leave it out, or another"
-                " --backbone"
-            )
-        patch = VARIANTS[name].patch
-        largest = 224 if args.weights else min(224, store_size)
-        size = args.image_size or max(patch, largest // patch * patch)
-        model_spec["image_size"] = size
-        if args.weights:
-            published, said = read_clip(args.weights, name, size, args.activation)
-            model_spec["activation"] = published.activation
-            model_spec["scale"] = args.logit_scale or published.logit_scale.exp().item()
-            if args.method != "tau-norm":
-                ids = Tokenizer.read(args.clip_vocab)(descriptions)
-                Prompts(copy.deepcopy(published.text), ids, args.num_context)
-                model_spec["tokens"] = ids.tolist()
-        else:
-            build_image_tower(name, size)
+        published, note = _start_clip(args, store_size, descriptions, model_spec)
     if args.method == "tau-norm":
         model_spec["scale"] = None
     model_spec["weights"] = checkpoint.weights_digest(published.state_dict()) if published else None
-    return published, model_spec, said
+    return published, model_spec, note
+
+
+def _start_resnet(args, store_size: int, model_spec: dict) -> tuple[nn.Module | None, str | None]:
+    # Adds `stem` and `image_size` to `model_spec`.
+    name = args.backbone
+    kernel = of_backbone(read(args.weights)).get("conv1.weight") if args.weights else None
+    small = store_size < 64 if kernel is None else kernel.shape[-1] == 3
+    stem = "cifar" if small else "imagenet"
+    model_spec["stem"] = stem
+    model_spec["image_size"] = input_size(name, stem, args.image_size, store_size)
+    if not args.weights:
+        return None, None
+    published = build_backbone(name, stem)
+    return published, load_published(published, args.weights)
+
+
+def _start_clip(
+    args, store_size: int, descriptions: list[str], model_spec: dict
+) -> tuple[nn.Module | None, str | None]:
+    # Adds `image_size` to `model_spec`, and with weights their activation, scale and tokens.
+    name = args.backbone
+    if args.weights and not VARIANTS[name].text_width:
+        raise InputError(
+            f"--weights: no weights of {name} are published; leave it out, or another --backbone"
+        )
+    patch = VARIANTS[name].patch
+    largest = 224 if args.weights else min(224, store_size)
+    size = args.image_size or max(patch, largest // patch * patch)
+    model_spec["image_size"] = size
+    if not args.weights:
+        build_image_tower(name, size)  # refuses a size that the tower does not take
+        return None, None
+    published, note = read_clip(args.weights, name, size, args.activation)
+    model_spec["activation"] = published.activation
+    model_spec["scale"] = args.logit_scale or published.logit_scale.exp().item()
+    if args.method != "tau-norm":
+        ids = Tokenizer.read(args.clip_vocab)(descriptions)
+        Prompts(copy.deepcopy(published.text), ids, args.num_context)  # refuses what is too long
+        model_spec["tokens"] = ids.tolist()
+    return published, note
 
 
 def build_raer(model_spec: dict, dropout: float, published: nn.Module | None = None) -> RaerModel:
-    """The model of `model_spec`: of `start`, with backbone, num_frames, tune, num_context,
-    temporal_layers and classes.
+    """The model of `model_spec`, with the weights of `published` where they are given.
 
     Args:
         published: CLIP or a ResNet-18, which is copied; None: random weights.
     """
-    name, size, prompts = model_spec["backbone"], model_spec["image_size"], None
+    name = model_spec["backbone"]
+    size = model_spec["image_size"]
+    prompts = None
     published = copy.deepcopy(published)
     if name == "resnet18":
         image = published or build_backbone(name, model_spec["stem"])
         width = image.num_features
     elif model_spec["tokens"] is None:
-        image = (
-            published.visual
-            if published
-            else build_image_tower(name, size, model_spec["activation"])
-        )
+        if published:
+            image = published.visual
+        else:
+            image = build_image_tower(name, size, model_spec["activation"])
         width = image.num_features
     else:
         clip = published or build_clip(name, size, model_spec["activation"])
-        image, width = clip.visual, clip.visual.num_features
+        image = clip.visual
+        width = image.num_features
         prompts = Prompts(clip.text, torch.tensor(model_spec["tokens"]), model_spec["num_context"])
-    options = dict(
+    return RaerModel(
+        image,
+        width,
+        len(model_spec["classes"]),
         num_frames=model_spec["num_frames"],
         tune=model_spec["tune"],
-        scale=model_spec["scale"],
         prompts=prompts,
+        scale=model_spec["scale"],
+        layers=model_spec["temporal_layers"],
+        dropout=dropout,
     )
-    options |= dict(layers=model_spec["temporal_layers"], dropout=dropout)
-    return RaerModel(image, width, len(model_spec["classes"]), **options)

@@ -1,9 +1,8 @@
-"""Text to vectors: TF-IDF with a truncated SVD, which needs no file at all, and encoders of the
-BERT family.
+"""Text to vectors: TF-IDF with a truncated SVD, and encoders of the BERT family.
 
 `lsa` is latent semantic analysis (Deerwester et al. 1990) of words, punctuation and character
-n-grams, `encode` the pooled states of a frozen encoder (Devlin et al. 2018, arXiv:1810.04805) whose
-folder the user has.
+n-grams, and needs no file at all. `encode` gives the pooled states of a frozen encoder (Devlin et
+al. 2018, arXiv:1810.04805) whose folder the user has.
 """
 
 import contextlib
@@ -28,9 +27,10 @@ from common.run.checkpoint import load_weights
 
 
 def word_ngrams(text: str, longest: int = 3) -> list[str]:
-    """All runs of 1 to `longest` tokens, joined by blanks; longer runs may begin or end with the
-    utterance's own edge (`^`, `$`): how an utterance opens and closes tells more of the act than
-    what stands in between.
+    """All runs of 1 to `longest` tokens, joined by blanks.
+
+    Longer runs may begin or end with the utterance's own edge (`^`, `$`): how an utterance opens
+    and closes tells more of the act than what stands in between.
     """
     words = tokens(text)
     edged = ["^", *words, "$"]
@@ -40,18 +40,18 @@ def word_ngrams(text: str, longest: int = 3) -> list[str]:
 
 def char_ngrams(text: str, shortest: int = 2, longest: int = 4) -> list[str]:
     """All runs of `shortest` to `longest` characters of each token with a blank on either side."""
-    padded = [f" {token} " for token in tokens(text)]
-    return [
-        p[i : i + n]
-        for p in padded
-        for n in range(shortest, longest + 1)
-        for i in range(len(p) - n + 1)
-    ]
+    ngrams = []
+    for token in tokens(text):
+        padded = f" {token} "
+        for n in range(shortest, longest + 1):
+            ngrams += [padded[i : i + n] for i in range(len(padded) - n + 1)]
+    return ngrams
 
 
 class Sparse(NamedTuple):
-    """A matrix in compressed rows: row i has `values[k]` in column `columns[k]` for starts[i] <= k
-    < starts[i + 1].
+    """A matrix in compressed rows.
+
+    Row i has `values[k]` in column `columns[k]` for starts[i] <= k < starts[i + 1].
     """
 
     values: np.ndarray  # (nnz,) float64
@@ -71,10 +71,13 @@ class Sparse(NamedTuple):
     def transposed(self) -> "Sparse":
         rows = np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
         order = np.argsort(self.columns, kind="stable")
-        starts = np.concatenate(
-            [[0], np.cumsum(np.bincount(self.columns, minlength=self.num_columns))]
-        )
+        starts = _starts(self.columns, self.num_columns)
         return Sparse(self.values[order], rows[order], starts, len(self.starts) - 1)
+
+
+def _starts(owner: np.ndarray, count: int) -> np.ndarray:
+    """Where each of `count` rows starts, (count + 1,), when entries are sorted by `owner`."""
+    return np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=count))])
 
 
 def tfidf(
@@ -83,8 +86,9 @@ def tfidf(
     idf: np.ndarray | None = None,
     min_df: int = 1,
 ) -> tuple[Sparse, list[str], np.ndarray]:
-    """(n, V) TF-IDF: (1 + ln tf) * idf with idf = 1 + ln((1 + n) / (1 + df)), rows of norm 1, or 0
-    without any term.
+    """TF-IDF of documents: (n, V) (1 + ln tf) * idf, rows of norm 1, or 0 without any term.
+
+    idf = 1 + ln((1 + n) / (1 + df)).
 
     Args:
         documents: n lists of terms.
@@ -97,14 +101,14 @@ def tfidf(
     """
     if terms is None:
         number: dict[str, int] = {}
-        found = [
+        rows = [
             [number.setdefault(term, len(number)) for term in document] for document in documents
         ]
     else:
         number = {term: i for i, term in enumerate(terms)}
-        found = [[number[term] for term in document if term in number] for document in documents]
-    owner = np.repeat(np.arange(len(found)), [len(row) for row in found])
-    columns = np.fromiter((i for row in found for i in row), np.int64, len(owner))
+        rows = [[number[term] for term in document if term in number] for document in documents]
+    owner = np.repeat(np.arange(len(rows)), [len(row) for row in rows])
+    columns = np.fromiter((i for row in rows for i in row), np.int64, len(owner))
     pairs, tf = np.unique(owner * max(len(number), 1) + columns, return_counts=True)
     owner, columns = np.divmod(pairs, max(len(number), 1))
     if terms is None:
@@ -117,36 +121,40 @@ def tfidf(
         columns = new[columns]
         order = np.lexsort((columns, owner))
         order = order[columns[order] >= 0]
-        owner, columns, tf = owner[order], columns[order], tf[order]
+        owner = owner[order]
+        columns = columns[order]
+        tf = tf[order]
     values = (1 + np.log(tf)) * idf[columns]
     values /= np.sqrt(np.bincount(owner, values**2, len(documents)))[owner]
-    starts = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=len(documents)))])
-    return Sparse(values, columns, starts, len(terms)), terms, idf
+    return Sparse(values, columns, _starts(owner, len(documents)), len(terms)), terms, idf
 
 
 def side_by_side(blocks: list[tuple[float, Sparse]]) -> Sparse:
     """Blocks of columns of the same rows, each times its weight."""
-    offsets = np.cumsum([0] + [block.num_columns for _, block in blocks])
-    owner = np.concatenate(
-        [np.repeat(np.arange(len(b.starts) - 1), np.diff(b.starts)) for _, b in blocks]
+    owners = []
+    values = []
+    columns = []
+    num_columns = 0
+    for weight, block in blocks:
+        owners.append(np.repeat(np.arange(len(block.starts) - 1), np.diff(block.starts)))
+        values.append(weight * block.values)
+        columns.append(block.columns + num_columns)
+        num_columns += block.num_columns
+    order = np.argsort(np.concatenate(owners), kind="stable")
+    starts = np.sum([block.starts for _, block in blocks], 0)
+    return Sparse(
+        np.concatenate(values)[order], np.concatenate(columns)[order], starts, num_columns
     )
-    values = np.concatenate([weight * b.values for weight, b in blocks])
-    columns = np.concatenate(
-        [b.columns + offset for (_, b), offset in zip(blocks, offsets, strict=False)]
-    )
-    order = np.argsort(owner, kind="stable")
-    starts = np.sum([b.starts for _, b in blocks], 0)
-    return Sparse(values[order], columns[order], starts, int(offsets[-1]))
 
 
 def svd(matrix: Sparse, dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Left singular vectors (n, d) and singular values (d,) of the d = min(dim, n, V) largest,
-    float64.
+    """The d = min(dim, n, V) largest singular values (d,) and their left vectors (n, d), float64.
 
     Randomized block Krylov iteration (Musco and Musco 2015, arXiv:1504.05477). The entry of largest
     magnitude in each vector is positive.
     """
-    n, width = len(matrix.starts) - 1, matrix.num_columns
+    n = len(matrix.starts) - 1
+    width = matrix.num_columns
     dim = min(dim, n, width)
     a, at = matrix.torch(), matrix.transposed().torch()
     generator = torch.Generator().manual_seed(seed)
@@ -182,9 +190,11 @@ class Lsa:
 
     @classmethod
     def fit(cls, texts: list[str], dim: int = 50, char_weight: float = 0.5, seed: int = 0) -> "Lsa":
-        """Fit to texts. No labels enter, so all utterances may take part, those of the test split
-        too (the usual transductive setting of clustering, in which the test utterances are at hand
-        without their labels).
+        """Fit to texts.
+
+        No labels enter, so all utterances may take part, those of the test split too (the usual
+        transductive setting of clustering, in which the test utterances are at hand without their
+        labels).
 
         Args:
             texts: n utterances.
@@ -197,47 +207,50 @@ class Lsa:
         Raises:
             InputError: no term stands in two utterances.
         """
-        words, chars = (
-            tfidf([f(text) for text in texts], min_df=2) for f in (word_ngrams, char_ngrams)
-        )
-        if not words[1] and not chars[1]:
+        by_words, words, word_idf = tfidf([word_ngrams(text) for text in texts], min_df=2)
+        by_chars, chars, char_idf = tfidf([char_ngrams(text) for text in texts], min_df=2)
+        if not words and not chars:
             raise InputError(
                 "no word stands in two utterances: nothing to compare them by; check the text"
             )
-        state = {"words": words[1], "word_idf": torch.from_numpy(words[2]), "chars": chars[1]}
-        state |= {"char_idf": torch.from_numpy(chars[2]), "char_weight": char_weight}
-        matrix = side_by_side([(1.0, words[0]), (char_weight, chars[0])])
+        matrix = side_by_side([(1.0, by_words), (char_weight, by_chars)])
         u, s = svd(matrix, dim, seed)
         kept = s > s[0] * 1e-9  # the others are rounding
-        state["projection"] = (
-            matrix.transposed().torch() @ torch.from_numpy(u[:, kept])
-        ) / torch.from_numpy(s[kept])
-        return cls(state)
+        projection = matrix.transposed().torch() @ torch.from_numpy(u[:, kept])
+        return cls(
+            {
+                "words": words,
+                "word_idf": torch.from_numpy(word_idf),
+                "chars": chars,
+                "char_idf": torch.from_numpy(char_idf),
+                "char_weight": char_weight,
+                "projection": projection / torch.from_numpy(s[kept]),
+            }
+        )
 
     def __call__(self, texts: list[str]) -> np.ndarray:
-        words, chars = (
-            tfidf([ngrams(text) for text in texts], self.state[terms], self.state[idf].numpy())[0]
-            for ngrams, terms, idf in (
-                (word_ngrams, "words", "word_idf"),
-                (char_ngrams, "chars", "char_idf"),
-            )
-        )
-        matrix = side_by_side([(1.0, words), (self.state["char_weight"], chars)])
-        return (matrix.torch() @ self.state["projection"]).float().numpy()
+        state = self.state
+        words = [word_ngrams(text) for text in texts]
+        chars = [char_ngrams(text) for text in texts]
+        by_words, _, _ = tfidf(words, state["words"], state["word_idf"].numpy())
+        by_chars, _, _ = tfidf(chars, state["chars"], state["char_idf"].numpy())
+        matrix = side_by_side([(1.0, by_words), (state["char_weight"], by_chars)])
+        return (matrix.torch() @ state["projection"]).float().numpy()
 
 
 def lsa(texts: list[str], **options) -> np.ndarray:
-    """(n, d) float32: latent semantic analysis of n texts, fitted to these texts; `options` are
-    those of `Lsa.fit`.
+    """Latent semantic analysis of n texts, fitted to these texts: (n, d) float32.
+
+    `options` are those of `Lsa.fit`.
     """
     return Lsa.fit(texts, **options)(texts)
 
 
 class WordPiece:
-    """The tokenizer of BERT (Devlin et al. 2018): clean, split at blanks and punctuation, longest
-    match first.
+    """The tokenizer of BERT (Devlin et al. 2018).
 
-    Names of special tokens in a text, such as `[MASK]`, are ordinary text here.
+    It cleans, splits at blanks and punctuation, and takes the longest match first. Names of special
+    tokens in a text, such as `[MASK]`, are ordinary text here.
 
     Args:
         vocab: token -> id; needs [UNK], [CLS], [SEP] and [PAD].
@@ -257,38 +270,31 @@ class WordPiece:
             raise InputError(
                 f"the vocabulary lacks {', '.join(missing)}: not a WordPiece vocabulary of BERT"
             )
-        self.vocab, self.lower, self.chinese = vocab, lower, chinese
+        self.vocab = vocab
+        self.lower = lower
+        self.chinese = chinese
         self.strip_accents = lower if strip_accents is None else strip_accents
-        self.unknown, self.first, self.last, self.pad = (
-            vocab[t] for t in ("[UNK]", "[CLS]", "[SEP]", "[PAD]")
-        )
+        self.unknown = vocab["[UNK]"]
+        self.first = vocab["[CLS]"]
+        self.last = vocab["[SEP]"]
+        self.pad = vocab["[PAD]"]
 
     @classmethod
     def read(cls, folder: Path) -> "WordPiece":
         """From a folder's `vocab.txt`, and `tokenizer_config.json` where there is one."""
-        lines = _read_text(folder / "vocab.txt").split("\n")
-        settings = (
-            _read_json(folder / "tokenizer_config.json")
-            if (folder / "tokenizer_config.json").exists()
-            else {}
-        )
+        lines = _read_text(folder / "vocab.txt").removesuffix("\n").split("\n")
+        file = folder / "tokenizer_config.json"
+        settings = _read_json(file) if file.exists() else {}
         return cls(
-            {token: i for i, token in enumerate(lines[:-1] if not lines[-1] else lines)},
-            bool(settings.get("do_lower_case", True)),
-            settings.get("strip_accents"),
-            bool(settings.get("tokenize_chinese_chars", True)),
+            {token: i for i, token in enumerate(lines)},
+            lower=bool(settings.get("do_lower_case", True)),
+            strip_accents=settings.get("strip_accents"),
+            chinese=bool(settings.get("tokenize_chinese_chars", True)),
         )
 
     def words(self, text: str) -> list[str]:
         """The words and single signs of punctuation of a text, cleaned."""
-        # Control, format and private characters vanish; unassigned ones stay, as in the Rust
-        # tokenizers.
-        text = "".join(
-            " " if c in "\t\n\r" or c.isspace() else c
-            for c in text
-            if c in "\t\n\r"
-            or not (c == "\ufffd" or unicodedata.category(c) in ("Cc", "Cf", "Co", "Cs"))
-        )
+        text = "".join(" " if c.isspace() else c for c in text if not _vanishes(c))
         if self.chinese:
             text = "".join(f" {c} " if _is_cjk(ord(c)) else c for c in text)
         if self.strip_accents:
@@ -300,10 +306,11 @@ class WordPiece:
         return "".join(f" {c} " if _is_punctuation(c) else c for c in text).split()
 
     def pieces(self, word: str) -> list[int]:
-        """Ids of a word's longest pieces from left to right; [UNK] alone where it cannot be spelled."""
+        """Ids of a word's longest pieces, left to right; [UNK] alone where it cannot be spelled."""
         if len(word) > 100:
             return [self.unknown]
-        ids, start = [], 0
+        ids = []
+        start = 0
         while start < len(word):
             prefix = "##" if start else ""
             ends = range(len(word), start, -1)
@@ -320,10 +327,23 @@ class WordPiece:
         return [self.first, *ids[: max_length - 2], self.last]
 
 
+def _vanishes(sign: str) -> bool:
+    # Control, format and private characters; unassigned ones stay, as in the Rust tokenizers.
+    if sign in "\t\n\r":
+        return False
+    return sign == "\ufffd" or unicodedata.category(sign) in ("Cc", "Cf", "Co", "Cs")
+
+
 _CJK = (
-    (0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F), (0x2B820, 0x2CEAF),
-    (0xF900, 0xFAFF), (0x2F800, 0x2FA1F),
-)  # fmt: skip
+    (0x4E00, 0x9FFF),
+    (0x3400, 0x4DBF),
+    (0x20000, 0x2A6DF),
+    (0x2A700, 0x2B73F),
+    (0x2B740, 0x2B81F),
+    (0x2B820, 0x2CEAF),
+    (0xF900, 0xFAFF),
+    (0x2F800, 0x2FA1F),
+)
 
 
 def _is_cjk(code: int) -> bool:
@@ -336,16 +356,21 @@ def _is_punctuation(sign: str) -> bool:
 
 
 _SIZES = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-    "max_position_embeddings", "type_vocab_size",
-)  # fmt: skip
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "type_vocab_size",
+)
 
 
 class Bert(nn.Module):
-    """The encoder of BERT and of what shares its shape, such as MiniLM, with Hugging Face's keys
-    (no pooler).
+    """The encoder of BERT and of what shares its shape, such as MiniLM.
 
-    Post-norm layers, exact GELU, learned positions, no dropout.
+    It has Hugging Face's keys, and no pooler. Post-norm layers, exact GELU, learned positions, no
+    dropout.
 
     Args:
         config: the values of the `config.json` beside the weights.
@@ -356,8 +381,8 @@ class Bert(nn.Module):
         missing = [name for name in _SIZES if not isinstance(config.get(name), int)]
         if missing:
             raise InputError(
-                f"the encoder's config.json lacks {', '.join(missing)}: not an encoder of the"
-                " BERT family"
+                f"the encoder's config.json lacks {', '.join(missing)}:"
+                " not an encoder of the BERT family"
             )
         for name, allowed in (
             ("model_type", "bert"),
@@ -368,30 +393,32 @@ class Bert(nn.Module):
                 raise InputError(
                     f"the encoder's config.json has {name} {config[name]!r}; allowed is {allowed}"
                 )
-        vocab, width, layers, self.num_heads, inner, self.max_length, types = (
-            config[name] for name in _SIZES
-        )
+        width = config["hidden_size"]
+        inner = config["intermediate_size"]
+        self.num_heads = config["num_attention_heads"]
+        self.max_length = config["max_position_embeddings"]
         if width % self.num_heads:
             raise InputError(
                 f"hidden_size {width} is not divisible by num_attention_heads {self.num_heads}"
             )
         eps = config.get("layer_norm_eps", 1e-12)
-        self.num_layers, self.width = layers, width
+        self.num_layers = config["num_hidden_layers"]
+        self.width = width
         self.embeddings = nn.ModuleDict(
             {
-                "word_embeddings": nn.Embedding(vocab, width),
+                "word_embeddings": nn.Embedding(config["vocab_size"], width),
                 "position_embeddings": nn.Embedding(self.max_length, width),
-                "token_type_embeddings": nn.Embedding(types, width),
+                "token_type_embeddings": nn.Embedding(config["type_vocab_size"], width),
                 "LayerNorm": nn.LayerNorm(width, eps),
             }
         )
-        self.encoder = nn.ModuleDict(
-            {"layer": nn.ModuleList(_layer(width, inner, eps) for _ in range(layers))}
-        )
+        layers = nn.ModuleList(_layer(width, inner, eps) for _ in range(self.num_layers))
+        self.encoder = nn.ModuleDict({"layer": layers})
 
     def forward(self, ids: Tensor, mask: Tensor, layer: int) -> Tensor:
-        """Hidden states after `layer` layers (0: the embeddings): (b, l) ids and bool mask of
-        tokens -> (b, l, d).
+        """Hidden states (b, l, d) after `layer` layers (0: the embeddings).
+
+        Takes (b, l) ids and the bool mask of tokens.
         """
         parts = self.embeddings
         positions = torch.arange(ids.shape[1], device=ids.device)
@@ -457,10 +484,10 @@ def _weights_file(folder: Path) -> Path:
 
 
 def read_bert(folder: str | Path) -> Bert:
-    """The encoder of a Hugging Face folder: `config.json` and `model.safetensors` or
-    `pytorch_model.bin`.
+    """The encoder of a Hugging Face folder.
 
-    Keys may have the prefix `bert.`; a pooler and pretraining heads are left out.
+    It reads `config.json` and `model.safetensors` or `pytorch_model.bin`. Keys may have the prefix
+    `bert.`; a pooler and pretraining heads are left out.
 
     Raises:
         InputError: a file is missing, damaged, or of another family.
@@ -477,12 +504,14 @@ def read_bert(folder: str | Path) -> Bert:
         }
     # The first published checkpoints name a LayerNorm's parameters as TensorFlow does.
     names = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-    kept = {}
+    encoder = {}
     for key, value in state.items():
         if key.startswith(("embeddings.", "encoder.")) and not key.endswith("position_ids"):
-            old = next((end for end in names if key.endswith(end)), None)
-            kept[key.removesuffix(old) + names[old] if old else key] = value.float()
-    load_weights(model, kept, path)
+            for old, new in names.items():
+                if key.endswith(old):
+                    key = key.removesuffix(old) + new
+            encoder[key] = value.float()
+    load_weights(model, encoder, path)
     return model.eval()
 
 
@@ -497,8 +526,7 @@ def encode(
     device: str | torch.device = "cpu",
     cache: str | Path | None = None,
 ) -> np.ndarray:
-    """(n, d) float32: the states of a frozen encoder after one of its layers, pooled over each
-    text's tokens.
+    """The states of a frozen encoder after one of its layers, pooled over tokens: (n, d) float32.
 
     Each distinct text is encoded once, in batches of like length, so that a text's vector does not
     depend on where it stands in the list.
@@ -530,41 +558,38 @@ def encode(
         )
     if pooling not in ("mean", "cls"):
         raise ValueError(f"pooling must be mean or cls, got {pooling!r}")
-    kept = None
+    cached = None
     if cache is not None:
-        files = [
-            folder / name for name in ("config.json", "vocab.txt", "tokenizer_config.json")
-        ] + [_weights_file(folder)]
+        names = ("config.json", "vocab.txt", "tokenizer_config.json")
+        files = [*(folder / name for name in names), _weights_file(folder)]
         contents = [
             hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.exists()
         ]
         key = repr((contents, texts, layer, pooling, max_length)).encode()
-        kept = Path(cache) / f"text-{hashlib.sha256(key).hexdigest()[:16]}.npy"
-        with contextlib.suppress(
-            OSError, ValueError, EOFError
-        ):  # a missing or damaged file is made anew
-            return np.load(kept, allow_pickle=False)
+        cached = Path(cache) / f"text-{hashlib.sha256(key).hexdigest()[:16]}.npy"
+        # A missing or damaged file is made anew.
+        with contextlib.suppress(OSError, ValueError, EOFError):
+            return np.load(cached, allow_pickle=False)
     model = read_bert(folder).to(device)
     longest = min(max_length or model.max_length, model.max_length)
-    distinct = {text: tokenizer(text, longest) for text in texts}
-    order = sorted(distinct, key=lambda text: (len(distinct[text]), text))
-    row = {text: i for i, text in enumerate(order)}
+    ids_of = {text: tokenizer(text, longest) for text in texts}
+    order = sorted(ids_of, key=lambda text: (len(ids_of[text]), text))
+    position = {text: i for i, text in enumerate(order)}
     pooled = []
     for start in range(0, len(order), batch):
-        rows = [torch.tensor(distinct[text]) for text in order[start : start + batch]]
-        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad).to(
-            device
-        )
-        sizes = torch.tensor([len(ids) for ids in rows], device=device)
+        rows = [torch.tensor(ids_of[text]) for text in order[start : start + batch]]
+        ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad)
+        ids = ids.to(device)
+        sizes = torch.tensor([len(row) for row in rows], device=device)
         mask = torch.arange(ids.shape[1], device=device) < sizes[:, None]
         x = model(ids, mask, layer)
         x = x[:, 0] if pooling == "cls" else (x * mask[..., None]).sum(1) / sizes[:, None]
         pooled.append(x.float().cpu())
-    features = torch.cat(pooled).numpy()[[row[text] for text in texts]]
-    if kept is not None:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        temporary = kept.with_name(f".{kept.name}.{os.getpid()}.tmp")
+    features = torch.cat(pooled).numpy()[[position[text] for text in texts]]
+    if cached is not None:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        temporary = cached.with_name(f".{cached.name}.{os.getpid()}.tmp")
         with open(temporary, "wb") as file:
             np.save(file, features)
-        os.replace(temporary, kept)
+        os.replace(temporary, cached)
     return features

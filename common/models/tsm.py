@@ -1,16 +1,17 @@
-"""Clips to logits: a frame network whose blocks exchange channels in time (TSM, Lin et al. 2019,
-arXiv:1811.08383).
+"""Clips to logits: a frame network whose blocks exchange channels in time.
+
+TSM, Lin et al. 2019, arXiv:1811.08383.
 
 The shift is a function that the script hands in; no module is wrapped, so the backbone keeps the
 keys of its published weights. Sites are the blocks with a shortcut (`shift_sites`), attention
 blocks excepted:
 
-    residual    the branch reads the shifted map, the shortcut the map itself; shifting both would lose channels of the
-                frame for good
-    expand      the branch's expansion convolution reads the shifted map, so that one kernel does both. Where no
-                depthwise convolution comes before it, this is `residual`; elsewhere it differs at a
-                clip's first and last frame only, whose zeros come after instead of before that
-                convolution's normalization
+    residual    the branch reads the shifted map, the shortcut the map itself; shifting both would
+                lose channels of the frame for good
+    expand      the branch's expansion convolution reads the shifted map, so that one kernel does
+                both. Where no depthwise convolution comes before it, this is `residual`; elsewhere
+                it differs at a clip's first and last frame only, whose zeros come after instead of
+                before that convolution's normalization
     none        no shift: a frame network and an average over frames
 
 With `fold_div` 8 an eighth of the channels comes from the next frame and an eighth from the
@@ -61,21 +62,28 @@ class Shift:
     padding: str
 
     def hooks(self, n_segment: int) -> tuple[Callable | None, Callable | None]:
-        """`shift` and `shift_conv` of `MobileNetV4.feature_map`, for clips of `n_segment` frames."""
+        """`shift` and `shift_conv` of `MobileNetV4.feature_map`, for clips of `n_segment`."""
         options = {"fold_div": self.fold_div, "direction": self.direction, "padding": self.padding}
+
+        def shift(x: Tensor) -> Tensor:
+            return self.kernel(x, n_segment, **options)
+
+        def shift_conv(x: Tensor, weight: Tensor) -> Tensor:
+            return self.kernel(x, weight, None, n_segment, **options)
+
         if self.placement == "residual":
-            return lambda x: self.kernel(x, n_segment, **options), None
+            return shift, None
         if self.placement == "expand":
-            return None, lambda x, weight: self.kernel(x, weight, None, n_segment, **options)
+            return None, shift_conv
         return None, None
 
 
 class ClipModel(nn.Module):
-    """Clips (n, T, 3, s, s), or their frames (n * n_segment, 3, s, s), to logits (n, num_classes)
-    and the share of each frame in them (n, T), which sum to 1.
+    """Clips to logits (n, num_classes) and the share of each frame in them (n, T).
 
-    Pixels are normalized floats. T of five-dimensional clips may differ from `n_segment`. The head
-    works in its weights' precision, fp32, under autocast too: scores of 8 bits would tie.
+    Clips are (n, T, 3, s, s), or their frames (n * n_segment, 3, s, s); the shares sum to 1. Pixels
+    are normalized floats. T of five-dimensional clips may differ from `n_segment`. The head works
+    in its weights' precision, fp32, under autocast too: scores of 8 bits would tie.
 
     Args:
         backbone: without a classifier.
@@ -98,8 +106,10 @@ class ClipModel(nn.Module):
         super().__init__()
         if shift.placement not in PLACEMENTS:
             raise ValueError(f"placement={shift.placement!r}, allowed are {', '.join(PLACEMENTS)}")
-        self.backbone, self.shift = backbone, shift
-        self.dropout, self.dropout2d = dropout, dropout2d
+        self.backbone = backbone
+        self.shift = shift
+        self.dropout = dropout
+        self.dropout2d = dropout2d
         self.head = TemporalHead(NUM_FEATURES, num_classes, aggregate)
         self.frozen_bn: list[str] = []
 
@@ -130,31 +140,28 @@ class ClipModel(nn.Module):
         frames = clips.flatten(0, 1) if clips.dim() == 5 else clips
         features = self.frame_features(frames, *self.shift.hooks(n_segment))
         with torch.autocast(features.device.type, enabled=False):
-            return self.head(
-                features.to(self.head.classifier.weight.dtype).unflatten(0, (-1, n_segment))
-            )
+            features = features.to(self.head.classifier.weight.dtype)
+            return self.head(features.unflatten(0, (-1, n_segment)))
 
     def describe(self) -> str:
         """One line: where the shift sits and how much it moves."""
-        s = self.shift
-        if s.placement == "none":
+        shift = self.shift
+        if shift.placement == "none":
             return "shift none"
         widths = [block.pw_proj.conv.out_channels for block in shift_sites(self.backbone).values()]
-        moved = (
-            sum(width // s.fold_div for width in widths)
-            * (2 if s.direction == "both" else 1)
-            / sum(widths)
-        )
+        folds = 2 if shift.direction == "both" else 1
+        moved = folds * sum(width // shift.fold_div for width in widths) / sum(widths)
         return (
-            f"shift {s.placement} at {len(widths)} blocks, {s.n_segment} frames, fold_div"
-            f" {s.fold_div}, "
-            f"direction {s.direction}, padding {s.padding}: {moved:.0%} of their channels move"
+            f"shift {shift.placement} at {len(widths)} blocks, {shift.n_segment} frames,"
+            f" fold_div {shift.fold_div}, direction {shift.direction}, padding {shift.padding}:"
+            f" {moved:.0%} of their channels move"
         )
 
 
 def start_weights(args) -> tuple[dict[str, Tensor] | None, tuple]:
-    """The backbone's weights in --weights, and the (mean, std) of pixels that they expect; of a
-    run, its own.
+    """The backbone's weights in --weights, and the (mean, std) of pixels that they expect.
+
+    Those of a run come with the run's own.
 
     Raises:
         InputError: the file cannot be read, or is another script's.
@@ -162,24 +169,23 @@ def start_weights(args) -> tuple[dict[str, Tensor] | None, tuple]:
     if args.weights is None:
         return None, normalization(args.backbone)
     state = weights.read(args.weights)
-    own = {
-        name.removeprefix("backbone."): t
-        for name, t in state.items()
+    backbone = {
+        name.removeprefix("backbone."): tensor
+        for name, tensor in state.items()
         if name.startswith("backbone.")
     }
-    if own:
+    if backbone:
         model_spec = checkpoint.load_selected(args.weights)["model_spec"]
         if model_spec["script"] != "tsm":
             raise InputError(
                 f"{args.weights} is of train_{model_spec['script']}.py; give a run of this script"
             )
-        return own, model_spec["pixels"]
+        return backbone, model_spec["pixels"]
     return state, normalization(args.backbone, args.weights)
 
 
 def freeze_bn(model: ClipModel, share: float) -> list[str]:
-    """Freeze the first round(share * n) of the backbone's n BatchNorm layers, in the order in which
-    they run.
+    """Freeze the first round(share * n) of the backbone's n BatchNorm layers, as they run.
 
     Their running statistics normalize and stay, and their scales and shifts are not trained,
     whatever `train()` says. Call it after `dist.sync_batchnorm`, which makes new layers, and before
@@ -188,7 +194,11 @@ def freeze_bn(model: ClipModel, share: float) -> list[str]:
     Returns:
         Their names.
     """
-    layers = [n for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    layers = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+    ]
     model.frozen_bn = layers[: round(share * len(layers))]
     for name in model.frozen_bn:
         model.get_submodule(name).requires_grad_(False)
@@ -212,23 +222,25 @@ class Stream:
     """
 
     def __init__(self, model: ClipModel, step: Callable):
-        s = model.shift
-        if s.placement != "none" and (s.direction, s.padding) != ("past", "zero"):
+        shift = model.shift
+        causal = (shift.direction, shift.padding) == ("past", "zero")
+        if shift.placement != "none" and not causal:
             raise InputError(
-                "a stream needs a model trained with --direction past --padding zero: this one"
-                f" has {s.direction} and "
-                f"{s.padding}"
+                "a stream needs a model trained with --direction past --padding zero:"
+                f" this one has {shift.direction} and {shift.padding}"
             )
         assert not model.training, "BatchNorm would use the statistics of one frame"
-        self.model, self.step = model, step
+        self.model = model
+        self.step = step
         self.folds: list[Tensor | None] = [None] * len(shift_sites(model.backbone))
         self.peak = self.total = self.features = None
 
     @torch.no_grad()
     def __call__(self, frames: Tensor) -> tuple[Tensor, Tensor]:
-        """The next frame of n streams (n, 3, s, s) to logits (n, num_classes) of all frames so far
-        and this frame's score (n,); a softmax over the scores of a sequence gives the frames'
-        shares.
+        """Takes the next frame of n streams (n, 3, s, s).
+
+        Returns logits (n, num_classes) of all frames so far and this frame's score (n,); a softmax
+        over the scores of a sequence gives the frames' shares.
         """
         folds = iter(self.folds)
         self.folds = []
@@ -241,21 +253,21 @@ class Stream:
         def shift_conv(x: Tensor, weight: Tensor) -> Tensor:
             return F.conv2d(shift(x), weight)
 
-        placement = self.model.shift.placement
-        hooks = {"residual": (shift, None), "expand": (None, shift_conv), "none": (None, None)}[
-            placement
-        ]
-        features = self.model.frame_features(frames, *hooks)
+        hooks = {"residual": (shift, None), "expand": (None, shift_conv), "none": (None, None)}
+        features = self.model.frame_features(frames, *hooks[self.model.shift.placement])
         head = self.model.head
         with torch.autocast(features.device.type, enabled=False):
             features = features.to(head.classifier.weight.dtype)
             score = head.score(features)
             if self.total is None:
-                self.peak, self.total, self.features = score, torch.ones_like(score), features
+                self.peak = score
+                self.total = torch.ones_like(score)
+                self.features = features
             else:
                 peak = torch.maximum(self.peak, score)
                 old, new = (self.peak - peak).exp(), (score - peak).exp()
-                self.peak, self.total = peak, self.total * old + new
+                self.peak = peak
+                self.total = self.total * old + new
                 self.features = self.features * old.unsqueeze(1) + features * new.unsqueeze(1)
             return head.classifier(self.features / self.total.unsqueeze(1)), score
 
@@ -289,38 +301,42 @@ def training_memory(
         states: tensors that the optimizer keeps per parameter: 2 for AdamW.
     """
     with torch.device("meta"):
-        twin = MobileNetV4(model.backbone.variant).to(dtype)
+        backbone = MobileNetV4(model.backbone.variant).to(dtype)
         x = torch.empty(frames, 3, size, size, dtype=dtype)
-    own = {t.untyped_storage()._cdata for t in [*twin.parameters(), *twin.buffers()]}
-    kept: dict[int, int] = {}
+    weights_and_buffers = [*backbone.parameters(), *backbone.buffers()]
+    own_storages = {tensor.untyped_storage()._cdata for tensor in weights_and_buffers}
+    kept: dict[int, int] = {}  # bytes by storage
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
+        if storage._cdata not in own_storages:
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    inputs, inside = {}, []
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        x = twin.stem(x)
-        around = dict(kept)
-        for block in (block for stage in twin.blocks for block in stage):
-            storage, before = x.untyped_storage(), sum(kept.values())
+    def give_back(tensor: Tensor) -> Tensor:
+        return tensor
+
+    inputs = {}
+    inside = []  # bytes that each block keeps
+    with torch.autograd.graph.saved_tensors_hooks(keep, give_back):
+        x = backbone.stem(x)
+        of_stem = dict(kept)
+        for block in (block for stage in backbone.blocks for block in stage):
+            storage = x.untyped_storage()
+            bytes_before = sum(kept.values())
             inputs[storage._cdata] = storage.nbytes()
             x = block(x)
-            inside.append(sum(kept.values()) - before)
+            inside.append(sum(kept.values()) - bytes_before)
         if model.backbone.checkpoint_blocks:
-            kept = around | inputs
-        features = twin.pool(x)
-    assert (
-        features.requires_grad
-    )  # the graph, and so every storage that was counted, lives until here
+            kept = of_stem | inputs
+        features = backbone.pool(x)
+    # The graph, and so every storage that was counted, lives until here.
+    assert features.requires_grad
     activations = sum(kept.values()) + (max(inside) if model.backbone.checkpoint_blocks else 0)
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     if dtype != torch.float32:
         # Autocast keeps a copy of the weights and the frames as they came.
-        activations += (
-            sum(p.numel() for p in twin.parameters()) * dtype.itemsize + frames * 3 * size**2 * 4
-        )
+        activations += sum(p.numel() for p in backbone.parameters()) * dtype.itemsize
+        activations += frames * 3 * size**2 * 4
     return Memory(parameters, trained, states * trained, activations)

@@ -1,5 +1,6 @@
-"""Fusion of modalities into one embedding (UMC: Zhang et al. 2024, arXiv:2405.12775), with a linear
-path of its own.
+"""Fusion of modalities into one embedding, with a linear path of its own.
+
+UMC: Zhang et al. 2024, arXiv:2405.12775.
 """
 
 import torch
@@ -10,18 +11,20 @@ from common import clustering, metrics
 from common.errors import InputError
 
 HEADS = 8
-STARTS, ROUNDS = 3, 10  # of k-means in a metric that follows it
+# Of k-means in a metric that follows it.
+STARTS = 3
+ROUNDS = 10
 
 
 class Fusion(nn.Module):
-    """Modalities of an utterance to z (n, base_dim), which is clustered, and h (n, base_dim), which
-    losses compare.
+    """Modalities of an utterance to z (n, base_dim) and h (n, base_dim).
 
-    Each modality is projected to base_dim; a sequence also goes through one causal transformer
-    layer, and the state at its last step stands for it. With t, v, ... these vectors: z = W_f
-    dropout(gelu([t; v; ...])) and h = W_h dropout(relu(z)) of unit length. Given a `basis`, the
-    modalities are scaled by it, its coordinates are added to z, W_f starts at zero, and h is z of
-    unit length: training starts from the coordinates, not from a random map.
+    z is clustered, h is what losses compare. Each modality is projected to base_dim; a sequence
+    also goes through one causal transformer layer, and the state at its last step stands for it.
+    With t, v, ... these vectors: z = W_f dropout(gelu([t; v; ...])) and h = W_h dropout(relu(z)) of
+    unit length. Given a `basis`, the modalities are scaled by it, its coordinates are added to z,
+    W_f starts at zero, and h is z of unit length: training starts from the coordinates, not from a
+    random map.
 
     Args:
         widths: name -> D of each modality, in their order.
@@ -49,19 +52,18 @@ class Fusion(nn.Module):
         basis=None,
     ):
         super().__init__()
-        self.names, self.sequences, self.padded_last = list(widths), set(sequences), padded_last
+        self.names = list(widths)
+        self.sequences = set(sequences)
+        self.padded_last = padded_last
         self.project = nn.ModuleDict(
             {name: nn.Linear(width, base_dim) for name, width in widths.items()}
         )
-        self.temporal = nn.ModuleDict(
-            {
-                name: nn.TransformerEncoderLayer(
+        self.temporal = nn.ModuleDict()
+        for name in self.names:
+            if name in self.sequences:
+                self.temporal[name] = nn.TransformerEncoderLayer(
                     base_dim, HEADS, 4 * base_dim, dropout=0.0, batch_first=True
                 )
-                for name in self.names
-                if name in self.sequences
-            }
-        )
         self.dropout = nn.Dropout(dropout)
         self.fuse = nn.Linear(base_dim * len(widths), base_dim)
         self.register_buffer("metric", torch.eye(base_dim))
@@ -75,21 +77,25 @@ class Fusion(nn.Module):
         start = 0
         for name in self.names:
             mean, scale, axes = basis[name]
-            wide = torch.zeros(len(axes), base_dim)
-            wide[:, start : start + axes.shape[1]] = axes
+            padded = torch.zeros(len(axes), base_dim)
+            padded[:, start : start + axes.shape[1]] = axes
             start += axes.shape[1]
-            for kind, value in (("mean", mean), ("scale", scale), ("axes", wide)):
-                self.register_buffer(f"{kind}_{name}", value.float())
+            self.register_buffer(f"mean_{name}", mean.float())
+            self.register_buffer(f"scale_{name}", scale.float())
+            self.register_buffer(f"axes_{name}", padded.float())
 
     def forward(
         self, inputs: dict[str, Tensor], lengths: dict[str, Tensor], keep: Tensor | None = None
     ):
-        """z and h of `inputs`, name -> (n, D) or (n, L, D) with `lengths` (n,); where `keep` (n,
-        modalities) is 0, a modality's part is zero.
+        """z and h of `inputs`, name -> (n, D) or (n, L, D) with `lengths` (n,).
+
+        Where `keep` (n, modalities) is 0, a modality's part is zero.
         """
-        parts, path = [], 0.0
+        parts = []
+        path = 0.0
         for i, name in enumerate(self.names):
-            x, kept = inputs[name], 1.0 if keep is None else keep[:, i, None]
+            x = inputs[name]
+            kept = 1.0 if keep is None else keep[:, i, None]
             if self.linear_path:
                 x = (x - self.get_buffer(f"mean_{name}")) / self.get_buffer(f"scale_{name}")
                 pooled = pool(x, lengths[name]) if name in self.sequences else x
@@ -100,12 +106,10 @@ class Fusion(nn.Module):
                     x.shape[1], device=x.device, dtype=state.dtype
                 )
                 state = self.temporal[name](state, src_mask=causal, is_causal=True)
-                last = (
-                    torch.full_like(lengths[name], x.shape[1])
-                    if self.padded_last
-                    else lengths[name]
-                )
-                state = state[torch.arange(len(x), device=x.device), last - 1]
+                ends = lengths[name]
+                if self.padded_last:
+                    ends = torch.full_like(ends, x.shape[1])
+                state = state[torch.arange(len(x), device=x.device), ends - 1]
             parts.append(kept * state)
         z = path + self.fuse(self.dropout(F.gelu(torch.cat(parts, 1))))
         h = z if self.linear_path else self.head(self.dropout(F.relu(z)))
@@ -116,6 +120,11 @@ def pool(x: Tensor, lengths: Tensor) -> Tensor:
     """Mean (n, D) of the first `lengths` (n,) steps of sequences (n, L, D)."""
     mask = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
     return (x * mask[..., None]).sum(1) / lengths[:, None]
+
+
+def coordinates(x: Tensor, mean: Tensor, scale: Tensor, axes: Tensor) -> Tensor:
+    """(n, C): rows x (n, D) on the axes of one modality of a basis."""
+    return (x - mean) / scale @ axes
 
 
 def weighted_basis(
@@ -148,53 +157,51 @@ def weighted_basis(
     Raises:
         InputError: all rows of a modality are equal.
     """
-    basis, found = {}, {}
+    basis = {}
+    clusters = {}
     for name, x in rows.items():
         x = x.double()
-        mean, spread = x.mean(0), x.std(0, unbiased=False)
-        scale = torch.where(
-            spread > 1e-7 * x.abs().amax(0), spread, torch.inf
-        )  # a constant column stays zero
+        mean = x.mean(0)
+        spread = x.std(0, unbiased=False)
+        # A constant column stays zero.
+        scale = torch.where(spread > 1e-7 * x.abs().amax(0), spread, torch.inf)
         if scale.isinf().all():
             raise InputError(
-                f"modality {name} is the same for all training utterances: leave it out with"
-                " --modalities"
+                f"modality {name} is the same for all training utterances:"
+                " leave it out with --modalities"
             )
         if name in as_is:
             scale = torch.full_like(spread, spread.square().sum().sqrt().item())
         x = (x - mean) / scale
         values, vectors = torch.linalg.eigh(x.T @ x / len(x))
-        values, vectors = values.flip(0)[:components], vectors.flip(1)[:, :components]
+        values = values.flip(0)[:components]
+        vectors = vectors.flip(1)[:, :components]
         axes = vectors[:, values > 1e-9 * values[0]] / values.clamp(min=0).sum().sqrt()
         basis[name] = mean, scale, axes
-        found[name] = clustering.kmeans((x @ axes).float(), k, seed=seed).labels
-    agreement = {
-        a: {
-            b: max(metrics.clustering(found[a].cpu(), found[b].cpu())["ami"], 0.0)
-            for b in found
-            if b != a
-        }
-        for a in found
-    }
+        clusters[name] = clustering.kmeans((x @ axes).float(), k, seed=seed).labels.cpu()
+    agreement = {name: {} for name in clusters}
+    for a in clusters:
+        for b in clusters:
+            if a != b:
+                agreement[a][b] = max(metrics.clustering(clusters[a], clusters[b])["ami"], 0.0)
     anchor = anchor or max(agreement, key=lambda name: sum(agreement[name].values()))
     weights = {
         name: 1.0 if name == anchor or name in peers else agreement[anchor][name] for name in rows
     }
-    return (
-        {n: (mean, scale, weights[n] * axes) for n, (mean, scale, axes) in basis.items()},
-        weights,
-        anchor,
-    )
+    weighted = {
+        name: (mean, scale, weights[name] * axes) for name, (mean, scale, axes) in basis.items()
+    }
+    return weighted, weights, anchor
 
 
 def discriminant(z: Tensor, labels: Tensor, shrinkage: float) -> tuple[Tensor, float]:
-    """A metric (D, D) for rows z (n, D): directions in which rows scatter within clusters count
-    less.
+    """A metric (D, D) for rows z (n, D), and the likelihood of their clusters.
 
-    It is the inverse root of S + shrinkage * tr(S^2) / tr(S), S the covariance within clusters (as
-    in adaptive dimension reduction by discriminants and k-means, Ding and Li 2007), and keeps the
-    total variance of z. With it comes the mean log-likelihood of the clusters as normal
-    distributions of that one covariance, up to a constant.
+    Directions in which rows scatter within clusters count less. It is the inverse root of S +
+    shrinkage * tr(S^2) / tr(S), S the covariance within clusters (as in adaptive dimension
+    reduction by discriminants and k-means, Ding and Li 2007), and keeps the total variance of z.
+    With it comes the mean log-likelihood of the clusters as normal distributions of that one
+    covariance, up to a constant.
     """
     x = z.double()
     member = F.one_hot(labels).double()
@@ -205,47 +212,55 @@ def discriminant(z: Tensor, labels: Tensor, shrinkage: float) -> tuple[Tensor, f
     values = values + shrinkage * values.square().sum() / values.sum().clamp(min=1e-30) + 1e-30
     metric = (vectors / values.sqrt()) @ vectors.T
     share = sizes / len(x)
-    likelihood = (
-        share @ share.log() - values.log().sum() / 2 - (within @ metric).square().sum(1).mean() / 2
-    ).item()
-    return (metric * (x.var(0).sum() / (x @ metric).var(0).sum().clamp(min=1e-30)).sqrt()).to(
-        z.dtype
-    ), likelihood
+    distance = (within @ metric).square().sum(1).mean()
+    likelihood = share @ share.log() - values.log().sum() / 2 - distance / 2
+    scale = (x.var(0).sum() / (x @ metric).var(0).sum().clamp(min=1e-30)).sqrt()
+    return (metric * scale).to(z.dtype), likelihood.item()
 
 
 def discriminant_kmeans(
     z: Tensor, k: int, shrinkage: float, seed: int, metric: Tensor, centroids: Tensor | None
 ):
-    """K-means and `discriminant` in turn on rows z (n, D), for two rounds from `centroids` (k, D)
-    in `metric` (D, D).
+    """K-means and `discriminant` in turn on rows z (n, D).
 
-    Without centroids, the best of STARTS starts by the likelihood, each of ROUNDS rounds or until
-    no label changes. Returns the KMeans and its metric.
+    Two rounds from `centroids` (k, D) in `metric` (D, D). Without centroids, the best of STARTS
+    starts by the likelihood, each of ROUNDS rounds or until no label changes. Returns the KMeans
+    and its metric.
     """
     # On the principal axes: an untrained network leaves most of the columns empty.
     values, axes = torch.linalg.eigh(torch.cov(z.double().T))
     axes = axes[:, values > 1e-6 * values[-1]].to(z.dtype)
-    x, best = z @ axes, None
+    x = z @ axes
+    best_likelihood = -torch.inf
+    best_labels = best_metric = None
     for start in range(STARTS if centroids is None else 1):
         # Seeds of their own: runs of neighboring --seed must not share their starts.
-        own_seed = STARTS * seed + start
-        found = clustering.kmeans(
-            z @ metric, k, seed=own_seed, restarts=1, start=centroids, max_iterations=20
+        result = clustering.kmeans(
+            z @ metric,
+            k,
+            seed=STARTS * seed + start,
+            restarts=1,
+            start=centroids,
+            max_iterations=20,
         )
         for _ in range(ROUNDS if centroids is None else 2):
-            labels, (own, likelihood) = found.labels, discriminant(x, found.labels, shrinkage)
-            y = x @ own
-            means = torch.stack([y[labels == c].mean(0) for c in range(k)])
-            found = clustering.kmeans(y, k, start=means, max_iterations=5)
-            if torch.equal(found.labels, labels):
+            labels = result.labels
+            round_metric, likelihood = discriminant(x, labels, shrinkage)
+            y = x @ round_metric
+            result = clustering.kmeans(y, k, start=_means(y, labels, k), max_iterations=5)
+            if torch.equal(result.labels, labels):
                 break
-        if best is None or likelihood > best[0]:
-            best = likelihood, found.labels, own
-    metric = axes @ best[2] @ axes.T
+        if best_labels is None or likelihood > best_likelihood:
+            best_likelihood = likelihood
+            best_labels = result.labels
+            best_metric = round_metric
+    metric = axes @ best_metric @ axes.T
     y = z @ metric
-    return clustering.kmeans(
-        y, k, start=torch.stack([y[best[1] == c].mean(0) for c in range(k)])
-    ), metric
+    return clustering.kmeans(y, k, start=_means(y, best_labels, k)), metric
+
+
+def _means(x: Tensor, labels: Tensor, k: int) -> Tensor:
+    return torch.stack([x[labels == cluster].mean(0) for cluster in range(k)])
 
 
 def empty_basis(widths: dict[str, int]) -> dict:
