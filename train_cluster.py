@@ -162,7 +162,7 @@ MASK = 0.2  # chance that a view lacks a modality for which another one stands i
 
 def parse_args(argv: list[str] | None = None):
     first_stage = {mode: stages["pretrain"] for mode, stages in STAGES.items()}
-    parser = config.base_parser("cluster", __doc__, first_stage)
+    parser = config.base_parser(CARD.name, __doc__, first_stage)
     parser.aliases.update(ALIASES)
     parser.set_defaults(log_every=50)
     parser.hide("accum", "ensemble", "eval_every", "on_bad_item", "teacher", "workers")

@@ -85,7 +85,7 @@ MODEL_FLAGS = ["backbone", "num_frames", "tune", "num_context", "temporal_layers
 def parse_args(argv: list[str] | None = None):
     method = "three-stage"
     table = STAGE | {"epochs": longtail.SCHEDULES[method].epochs}
-    parser = config.base_parser("raer", __doc__, {"train": table})
+    parser = config.base_parser(CARD.name, __doc__, {"train": table})
     parser.hide("impl")
     parser.set_help(
         data="clips in the layout of RAER: a folder, a .zip of one, or `sample`, the embedded ones",

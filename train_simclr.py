@@ -116,7 +116,7 @@ def parse_args(argv: list[str] | None = None):
         f"lars {LR_OF['lars'](bs):g} * sqrt(bs / {bs}), sgd {LR_OF['sgd'](bs):g} * bs / {bs},"
         f" adamw {LR_OF['adamw'](bs):g}"
     )
-    parser = config.base_parser("simclr", __doc__, STAGES, lr=lr_rule)
+    parser = config.base_parser(CARD.name, __doc__, STAGES, lr=lr_rule)
     parser.aliases["--cell"] = "--grid-index"
     parser.set_help(
         data="images: a folder, a .zip of one, a .packed file, or `sample`, the embedded ones"

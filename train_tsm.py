@@ -100,7 +100,7 @@ EVAL_FRAMES = 256  # at once
 
 
 def parse_args(argv: list[str] | None = None):
-    parser = config.base_parser("tsm", __doc__, {"train": STAGE})
+    parser = config.base_parser(CARD.name, __doc__, {"train": STAGE})
     parser.set_defaults(accum=2, eval_every=2)  # the recipe's
     parser.set_help(
         data="videos in the layout of FaceForensics++: a folder, a .zip of one, or embedded ones:"

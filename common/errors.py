@@ -12,6 +12,7 @@ EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 3
 EXIT_AUDIT = 4
 EXIT_STOPPED = 75
+AGAIN = "Run the same command again: it resumes from the last checkpoint"
 
 
 class InputError(ValueError):
@@ -37,9 +38,13 @@ class Stopped(RuntimeError):
         self.code = code
 
 
+class Finished(Exception):
+    """There is nothing left to do."""
+
+
 @contextlib.contextmanager
 def exit_codes():
-    """Turn the expected endings into one line on stderr and the exit code that README.md lists."""
+    """Turn the expected endings into one line on stderr and the exit code that docs/runs.md lists."""
     try:
         yield
     except InputError as error:
@@ -90,10 +95,3 @@ def first_few(names: Sequence, most: int = 3) -> str:
     """`a, b, c and 4 more`: the first of many names, for a message."""
     shown = ", ".join(str(name) for name in names[:most])
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-AGAIN = "Run the same command again: it resumes from the last checkpoint"
-
-
-class Finished(Exception):
-    """There is nothing left to do."""

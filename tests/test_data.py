@@ -187,7 +187,7 @@ def test_damaged_images_are_left_out_and_counted_up_to_one_percent(tmp_path):
     said = []
     images = prepare(str(root), store_size=8, on_bad_item="skip", workers=2, say=said.append)
     assert len(images) == 200 and not any("cut" in name for name in images.ids)
-    assert "left out 1 damaged images, the first is x/cut.jpg" in said[0]
+    assert "left out 1 damaged image, the first is x/cut.jpg" in said[0]
     assert read(images, range(200)).shape == (200, 3, 8, 8)
     for i in range(2):
         (root / "y" / f"bad{i}.png").write_bytes(b"no image")

@@ -120,7 +120,7 @@ def test_a_damaged_image_ends_the_packing_or_is_left_out(tmp_path, capsys):
     images = open_images(str(target))
     assert len(images) == 119 and "x/003.png" not in images.ids
     assert images.fingerprint not in (before, plain.fingerprint)
-    assert "left out 1 damaged images, the first is x/003.png" in capsys.readouterr().out
+    assert "left out 1 damaged image, the first is x/003.png" in capsys.readouterr().out
 
 
 def test_every_cut_and_every_flipped_byte_is_found(tmp_path):

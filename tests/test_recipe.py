@@ -96,7 +96,7 @@ def test_a_check_does_not_stand_in_the_way_of_the_run(tmp_path, capsys):
         assert path.name == "check.json" or path.read_bytes() == content, path
     assert train_cluster.main(argv) == 0 and "has finished" in capsys.readouterr().out
     found = json.loads((tmp_path / "run" / "check.json").read_text())
-    assert found["script"] == "cluster" and found["command"]
+    assert found["card"]["name"] == "cluster" and found["command"]
     assert [item["item"] for item in found["items"]] == ["loss-at-init", "gradient"] and found[
         "seconds"
     ] >= 0

@@ -184,7 +184,7 @@ def array(cluster, folder):
 
     def runs():
         files = (here / "runs" / "simclr").glob("*/config.json")
-        return {json.loads(file.read_text())["cell"]: file.parent for file in files}
+        return {json.loads(file.read_text())["grid_index"]: file.parent for file in files}
 
     until(lambda: 0 in runs(), "the first cell")
     first = cluster.facts(f"{job}_0")["JobId"]

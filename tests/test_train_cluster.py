@@ -746,7 +746,7 @@ def test_a_mode_is_the_default_of_flags_that_can_be_set_alone():
     )
     assert (
         train_cluster.mode_default(args, "distance") == "discriminant"
-        and train_cluster.mode_default(args, "min_share") == 0
+        and train_cluster.mode_default(args, "min_select_share") == 0
     )
     assert train_cluster.mode_default(args, "smoothing") == 0
     stages = train_cluster.settings(args)

@@ -626,7 +626,11 @@ def test_bad_input_is_one_line_and_exit_code_2(case, cells, tmp_path, capsys, mo
     checkpoint.save(damaged / "best.pt", {"model": {}})
     checkpoint.save(
         damaged / "tsm.pt",
-        {"model": {"x": torch.zeros(1)}, "model_spec": {"script": "tsm", "backbone": "x"}},
+        {
+            "format": 2,
+            "model": {"x": torch.zeros(1)},
+            "model_spec": {"script": "tsm", "backbone": "x"},
+        },
     )
     (damaged / "summary.json").write_text('{"status": "finis')
     argv, said = BAD[case]
@@ -807,7 +811,9 @@ def test_a_cell_is_a_function_of_its_number(cells, tmp_path, monkeypatch, capsys
     )
     with pytest.raises(SystemExit) as stop:
         train_simclr.parse_args(["--grid-index", "3", "--bs", "32"])
-    assert stop.value.code == 2 and "--bs has no effect with --cell" in capsys.readouterr().err
+    assert (
+        stop.value.code == 2 and "--bs has no effect with --grid-index" in capsys.readouterr().err
+    )
     with pytest.raises(SystemExit) as stop:
         train_simclr.parse_args(["--grid-index", "3", "--stage", "linear", "--from", "run"])
     assert (

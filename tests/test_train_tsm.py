@@ -712,6 +712,7 @@ def test_bad_input_is_one_line_and_exit_code_2(case, ffpp, tmp_path, capsys):
         torch.save(
             {
                 "model": {"backbone.conv1.weight": torch.zeros(1)},
+                "format": 2,
                 "model_spec": {"script": "simclr"},
             },
             places["simclr"],

@@ -233,14 +233,13 @@ def main(argv: list[str] | None = None) -> int:
         help="sides of the views, pixels",
     )
     parser.choice(
-        parser,
         "--device",
         ["cpu", "cuda"],
         "cpu",
         "cuda: the augmentation's share of a ResNet-50 step, too",
     )
-    parser.number(parser, "--images", int, 64, "images a round", low=2)
-    parser.number(parser, "--repeats", int, 5, "rounds that count", low=1)
+    parser.number("--images", int, 64, "images a round", low=2)
+    parser.number("--repeats", int, 5, "rounds that count", low=1)
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no GPU is visible")

@@ -49,7 +49,7 @@ from common.data.images import (
 )
 from common.data.sampling import TEST_SHARE, hold_out
 from common.data.synthetic import face_clips
-from common.errors import InputError, did_you_mean, first_few
+from common.errors import InputError, did_you_mean, first_few, plural
 
 REAL, FAKE = 0, 1
 CLASSES = ["real", "fake"]
@@ -166,7 +166,7 @@ def prepare(
     if on_bad_item == "skip":
         videos.missing += [f"{name} (damaged)" for name in videos.drop_damaged(workers)]
         names = f": {first_few(videos.missing)}" if videos.missing else ""
-        say(f"left out {len(videos.missing)} missing or damaged videos{names}")
+        say(f"left out {plural(len(videos.missing), 'missing or damaged video')}{names}")
     if videos.unlisted:
         names = first_few(videos.unlisted)
         say(f"left out {len(videos.unlisted)} videos that are in no split: {names}")

@@ -15,7 +15,7 @@ from common.data.images import (
     list_files,
 )
 from common.data.synthetic import cytology
-from common.errors import InputError
+from common.errors import InputError, plural
 
 
 def prepare(
@@ -31,7 +31,7 @@ def prepare(
     if on_bad_item == "skip":
         dropped = images.drop_damaged(workers)
         first = f", the first is {dropped[0]}" if dropped else ""
-        say(f"left out {len(dropped)} damaged images{first}")
+        say(f"left out {plural(len(dropped), 'damaged image')}{first}")
     say(images.describe())
     return images
 

@@ -48,7 +48,7 @@ from common.data.images import (
 )
 from common.data.sampling import hash_order
 from common.data.synthetic import emotion_clips
-from common.errors import InputError, first_few
+from common.errors import InputError, first_few, plural
 from common.rng import uniform
 
 CLASSES = {
@@ -241,7 +241,7 @@ def prepare(
     if on_bad_item == "skip":
         damaged = clips.drop_damaged(workers)
         names = f": {first_few(damaged)}" if damaged else ""
-        clips.notes.append(f"left out {len(damaged)} clips with damaged frames{names}")
+        clips.notes.append(f"left out {plural(len(damaged), 'clip')} with damaged frames{names}")
     for note in clips.notes:
         say(note)
     say(clips.describe())
