@@ -131,7 +131,7 @@ def test_masks_and_other_sources_do_not_disturb(tmp_path):
     )
     assert (
         said[0]
-        == "left out 1 videos that are in no split: FaceForensics++/actors/c23/01__hugging_happy"
+        == "left out 1 video that are in no split: FaceForensics++/actors/c23/01__hugging_happy"
     )
 
 
@@ -153,7 +153,7 @@ def test_a_missing_video_is_named_and_left_out_only_on_demand(tmp_path):
         "FaceForensics++/Deepfakes/c23/001_000 (no frames)"
     ]
     assert said[0].startswith(
-        "left out 1 missing or damaged videos: FaceForensics++/Deepfakes/c23/001_000"
+        "left out 1 missing or damaged video: FaceForensics++/Deepfakes/c23/001_000"
     )
 
 
@@ -173,7 +173,7 @@ def test_a_damaged_frame_is_named_and_takes_its_video_along(tmp_path):
         and "FaceForensics++/youtube/c23/004" not in videos.ids
     )
     assert (
-        "left out 1 missing or damaged videos: FaceForensics++/youtube/c23/004 (damaged)" in said[0]
+        "left out 1 missing or damaged video: FaceForensics++/youtube/c23/004 (damaged)" in said[0]
     )
 
 

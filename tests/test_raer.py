@@ -224,7 +224,7 @@ def test_a_damaged_frame_is_named_and_takes_its_clip_along(tmp_path):
     options = dict(on_bad_item="skip", workers=2, missing_box="error", margin=0.0, store_size=None)
     clips = raer.prepare(str(root), say=said.append, **options)
     assert len(clips) == 150 and "a/77" not in clips.ids
-    assert "left out 1 clips with damaged frames: a/77" in said
+    assert "left out 1 clip with damaged frames: a/77" in said
 
 
 def lacking(root, **changes):
