@@ -308,39 +308,6 @@ def clusters(text: str):
     return text if text == "auto" else config.number(int, low=2)(text)
 
 
-def build_data(
-    path: str, reading: dict, world: dist.Dist, home: Path | None = None
-) -> tuple[Rows, Lsa | None]:
-    """The rows of `path`, said in a few lines, and its text features where there are any.
-
-    `reading` are the flags READING by name, `home` the run whose fitted text features are used.
-    """
-    rows, lsa = deep_cluster.read_rows(path, reading, world.device, home)
-    if world.is_main:
-        print(rows.table.describe())
-        for finding, words in utterances.data_problems(rows.table).items():
-            print(f"  {finding}: {words}")
-    return rows, lsa
-
-
-def validate(args, world: dist.Dist, rows: Rows, splits: dict, stages: dict, k) -> None:
-    """Refuse what the stages could not use, before anything is written."""
-    train, test = splits["train"], splits["test"]
-    scored = [(test, "test")] if (rows.table.labels[test] >= 0).any() else []
-    for part, name in [(train, "training"), *scored]:
-        if k != "auto" and k > len(part):
-            raise InputError(f"--k {k}: there are {len(part)} {name} utterances; lower --k")
-    for name, stage in stages.items():
-        sampling.check_batch(name, stage.bs, len(train), world.world_size)
-    if args.base_dim < len(rows.names):
-        raise InputError(
-            f"--base-dim {args.base_dim}: each of {len(rows.names)} modalities needs an axis;"
-            " raise it"
-        )
-    with as_input_error("--impl", args.impl):
-        nt_xent(*torch.eye(4, device=world.device).chunk(2), 1.0, impl=args.impl)
-
-
 def settings(args) -> dict[str, config.StageConfig]:
     """Resolved settings of both stages."""
     table = copy.deepcopy(STAGES[args.mode])
@@ -352,19 +319,51 @@ def settings(args) -> dict[str, config.StageConfig]:
     }
 
 
+def build_data(
+    path: str, reading: dict, world: dist.Dist, home: Path | None = None
+) -> tuple[Rows, Lsa | None]:
+    """The rows of `path`, said in a few lines, and its text features where there are any.
+
+    `reading` are the flags READING by name, `home` the run whose fitted text features are used.
+    """
+    rows, lsa = deep_cluster.read_rows(path, reading, world.device, home)
+    world.say(rows.table.describe())
+    for problem, examples in utterances.data_problems(rows.table).items():
+        world.say(f"  {problem}: {examples}")
+    return rows, lsa
+
+
+def validate(args, world: dist.Dist, rows: Rows, splits: dict, stages: dict, k) -> None:
+    """Refuse what the stages could not use, before anything is written."""
+    clustered = {"training": splits["train"]}
+    if (rows.table.labels[splits["test"]] >= 0).any():
+        clustered["test"] = splits["test"]
+    for name, part in clustered.items():
+        if k != "auto" and k > len(part):
+            raise InputError(f"--k {k}: there are {len(part)} {name} utterances; lower --k")
+    for name, stage in stages.items():
+        sampling.check_batch(name, stage.bs, len(splits["train"]), world.world_size)
+    if args.base_dim < len(rows.names):
+        raise InputError(
+            f"--base-dim {args.base_dim}: each of {len(rows.names)} modalities needs an axis;"
+            " raise it"
+        )
+    with as_input_error("--impl", args.impl):
+        nt_xent(*torch.eye(4, device=world.device).chunk(2), 1.0, impl=args.impl)
+
+
 def build_model(run: Run, basis: dict | None) -> umc.Fusion:
     """The fusion network on the device; its random part is a function of --seed."""
-    args, model_spec = run.args, run.model_spec
+    args, spec = run.args, run.model_spec
     torch.manual_seed(args.seed)
-    options = dict(
-        dropout=args.dropout, padded_last=model_spec["last_step"] == "padded", basis=basis
-    )
     model = umc.Fusion(
-        model_spec["widths"],
-        model_spec["sequences"],
-        model_spec["base_dim"],
-        model_spec["k"],
-        **options,
+        spec["widths"],
+        spec["sequences"],
+        spec["base_dim"],
+        spec["k"],
+        dropout=args.dropout,
+        padded_last=spec["last_step"] == "padded",
+        basis=basis,
     ).to(run.world.device)
     if args.compile:
         model.compile()

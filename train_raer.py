@@ -258,24 +258,42 @@ def parse_args(argv: list[str] | None = None):
     return args, parser
 
 
+def written_schedule(args) -> Schedule:
+    """The table of phases of --schedule or --method, over the epochs that it was written for."""
+    return read_schedule(args.schedule) if args.schedule else longtail.SCHEDULES[args.method]
+
+
+def settings(args) -> dict[str, config.StageConfig]:
+    """Resolved settings of the one stage."""
+    defaults = STAGE | {"epochs": written_schedule(args).epochs, "optimizer": args.optimizer}
+    return {"train": config.stage_config(args, "train", defaults, first=True, lr_of=None)}
+
+
 def build_data(args, path: str, world: dist.Dist, labels: bool = True) -> raer.EmotionClips:
     """The clips of `path`, said in one line."""
-    reading = dict(store_size=args.store_size, on_bad_item=args.on_bad_item, workers=args.workers)
-    boxes = dict(missing_box=args.missing_box, margin=args.face_margin)
-    return raer.prepare(path, **reading, **boxes, labels=labels, say=world.say)
+    return raer.prepare(
+        path,
+        store_size=args.store_size,
+        on_bad_item=args.on_bad_item,
+        workers=args.workers,
+        missing_box=args.missing_box,
+        margin=args.face_margin,
+        labels=labels,
+        say=world.say,
+    )
 
 
 def epoch_batches(run: Run, phase: Phase, epoch: int, done: int = 0) -> list[np.ndarray]:
-    """This process's share of an epoch's batches of items, but for the first `done`: item i is clip
-    i % len(clips).
+    """This process's share of an epoch's batches of items, but for the first `done`.
+
+    Item i is clip i % len(clips): a clip that is drawn again has another number.
     """
-    clips, train, seed, bs = run.data, run.splits["train"], run.args.seed, run.stages["train"].bs
+    clips, train, seed = run.data, run.splits["train"], run.args.seed
+    bs = run.stages["train"].bs
     if phase.sampler == "random":
         return sampling.epoch_batches(train, bs, seed, epoch, done, run.world)
-    weights = sampling.class_weights(np.array(run.model_spec["counts"]), phase.cap)[
-        clips.labels[train]
-    ]
-    order = sampling.weighted_order(train, weights, seed, epoch)
+    of_class = sampling.class_weights(np.array(run.model_spec["counts"]), phase.cap)
+    order = sampling.weighted_order(train, of_class[clips.labels[train]], seed, epoch)
     return sampling.batch_slices(raer.number_repeats(order, len(clips)), bs, done, run.world)
 
 
@@ -687,9 +705,9 @@ def run_inference(args, world: dist.Dist) -> None:
 
 def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
     """Train: read the data, settle what the run is, and run its one stage."""
-    written = read_schedule(args.schedule) if args.schedule else longtail.SCHEDULES[args.method]
-    defaults = STAGE | {"epochs": written.epochs, "optimizer": args.optimizer}
-    stage = config.stage_config(args, "train", defaults, first=True, lr_of=None)
+    written = written_schedule(args)
+    stages = settings(args)
+    stage = stages["train"]
     schedule = written.scaled(stage.epochs, constant=args.lr_schedule == "constant")
     clips = build_data(args, args.data, world)
     splits = raer.split(clips, say=world.say)
@@ -717,7 +735,7 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
         clips,
         splits,
         spec,
-        {"train": stage},
+        stages,
         card=CARD,
         chance=chance_levels(args, clips.classes),
         name=f"{args.backbone}-{args.method}-bs{stage.bs}",

@@ -19,6 +19,7 @@ import math
 import sys
 from collections.abc import Iterator
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -104,10 +105,8 @@ SEARCH = {
 }
 STEMS = ["imagenet", "cifar"]
 EVAL_IMAGES = 256  # at once
-DEFAULTS = {
-    "backbone": "resnet50",
-    "stem": STEMS[0],
-}  # where neither a flag nor --from says otherwise
+# Where neither a flag nor --from says otherwise.
+DEFAULTS = {"backbone": "resnet50", "stem": STEMS[0]}
 
 
 def parse_args(argv: list[str] | None = None):
@@ -273,19 +272,39 @@ def parse_args(argv: list[str] | None = None):
     return args, parser
 
 
-def settings(args, name: str) -> config.StageConfig:
-    """Resolved settings of a stage."""
-    first = args.stage == name or (args.stage == "all" and name == "pretrain")
-    defaults = STAGES[name] | ({"optimizer": args.optimizer} if name == "pretrain" else {})
-    return config.stage_config(
-        args, name, defaults, first=first, lr_of=LR_OF[defaults["optimizer"]]
-    )
+def settings(args) -> dict[str, config.StageConfig]:
+    """Resolved settings of the stages to run, in their order."""
+    names = list(STAGES) if args.stage == "all" else [args.stage]
+    stages = {}
+    for name in names:
+        defaults = STAGES[name]
+        if name == "pretrain":
+            defaults = defaults | {"optimizer": args.optimizer}
+        lr_of = LR_OF[defaults["optimizer"]]
+        is_first = name == names[0]
+        stages[name] = config.stage_config(args, name, defaults, first=is_first, lr_of=lr_of)
+    return stages
 
 
-def build_data(args, path: str, world: dist.Dist, targets: list[str] | None, stored: list):
-    """(images, parts, classes, split): the images of `path`, the indices of each part, the class
-    names of the labeled stages, and what split.json holds (None without `targets`, the labels of
-    the cytology protocol).
+class Data(NamedTuple):
+    """The images of a run.
+
+    Attributes:
+        splits: their indices by the names of the parts.
+        classes: the class names of each labeled stage.
+        protocol: what split.json holds; None without the cytology protocol.
+    """
+
+    images: Images
+    splits: dict[str, np.ndarray]
+    classes: dict[str, list[str]]
+    protocol: dict | None
+
+
+def build_data(args, path: str, world: dist.Dist, targets: list[str] | None, stored: list) -> Data:
+    """The images of `path` and their parts.
+
+    `targets` are the labels of the cytology protocol, `stored` the runs whose parts it takes over.
     """
     images = prepare(
         path,
@@ -295,40 +314,35 @@ def build_data(args, path: str, world: dist.Dist, targets: list[str] | None, sto
         say=world.say,
     )
     if targets is None:
-        return (
-            images,
-            sampling.split(images, args.fraction),
-            dict.fromkeys(("linear", "finetune"), images.classes),
-            None,
-        )
-    return images, *cytology.protocol(images, targets, args.fraction, stored, world.say)
+        classes = dict.fromkeys(("linear", "finetune"), images.classes)
+        return Data(images, sampling.split(images, args.fraction), classes, None)
+    return Data(images, *cytology.protocol(images, targets, args.fraction, stored, world.say))
 
 
 def validate(
     args, world: dist.Dist, images: Images, splits: dict, stages: dict[str, config.StageConfig]
 ) -> None:
     """Refuse what the stages could not use, before anything is written."""
-    needs = {
+    needed = {
+        "pretrain": ("pretrain",),
         "linear": ("train", "dev", "test"),
         "finetune": ("finetune_train", "finetune_dev", "finetune_test"),
     }
+    divisors = {
+        "pretrain": world.world_size * args.accum,
+        "linear": 1,  # every process does all of it
+        "finetune": world.world_size,
+    }
     for name, stage in stages.items():
-        parts = needs.get(name, ("pretrain",))
-        if name != "pretrain" and (
-            len(images.classes) < 2 or not all(len(splits[part]) for part in parts)
-        ):
+        parts = [splits[part] for part in needed[name]]
+        if name == "pretrain" and stage.bs < 2:
+            raise InputError("pretrain: a batch of 1 has no negatives; give --bs 2 or more")
+        if name != "pretrain" and (len(images.classes) < 2 or not all(map(len, parts))):
             raise InputError(
                 f"{name} needs labeled images of two classes in train, dev and test:"
                 f" {images.describe()}"
             )
-        if name == "pretrain" and stage.bs < 2:
-            raise InputError("pretrain: a batch of 1 has no negatives; give --bs 2 or more")
-        divisor = {
-            "pretrain": world.world_size * args.accum,
-            "linear": 1,
-            "finetune": world.world_size,
-        }[name]
-        sampling.check_batch(name, stage.bs, len(splits[parts[0]]), divisor)
+        sampling.check_batch(name, stage.bs, len(parts[0]), divisors[name])
     with as_input_error("--impl", args.impl):
         nt_xent(*torch.eye(4, device=world.device).chunk(2), args.temperature, impl=args.impl)
 
@@ -341,20 +355,19 @@ def build_model(run: Run, kind: str, weights: dict | None = None) -> nn.Module:
             anything else the backbone alone.
         weights: the backbone's; None: random.
     """
-    args = run.args
-    model_spec = run.model_spec
+    args, spec = run.args, run.model_spec
     torch.manual_seed(args.seed)
-    model = build_backbone(model_spec["backbone"], model_spec["stem"])
+    model = build_backbone(spec["backbone"], spec["stem"])
     if weights is not None:
         source = args.from_run or args.weights or "this run"
-        checkpoint.load_weights(model, weights, f"{source} ({model_spec['backbone']})")
+        checkpoint.load_weights(model, weights, f"{source} ({spec['backbone']})")
     if kind == "pretrain":
-        model = SimCLR(model, model_spec["proj_dim"])
-    elif kind in model_spec["classes"]:
-        num_classes = len(model_spec["classes"][kind])
+        model = SimCLR(model, spec["proj_dim"])
+    elif kind in spec["classes"]:
+        num_classes = len(spec["classes"][kind])
         model = Classifier(model, nn.Linear(model.num_features, num_classes))
     if run.stages and kind == "finetune" and args.head_bias == "prior":
-        labels = run.data.labels_in(model_spec["classes"][kind])
+        labels = run.data.labels_in(spec["classes"][kind])
         init_bias_to_prior(model.head, labels[run.splits["finetune_train"]])
     model = dist.sync_batchnorm(model, run.world)
     model = model.to(run.world.device, memory_format=torch.channels_last)
@@ -675,7 +688,8 @@ def run_inference(args, world: dist.Dist) -> None:
             " first"
         )
     targets = None if args.predict else spec["targets"]
-    images, splits, _, _ = build_data(args, loaded.path, world, targets, [loaded.home])
+    data = build_data(args, loaded.path, world, targets, [loaded.home])
+    images, splits = data.images, data.splits
     run = loaded.as_run(args, world, images, splits)
     model = build_model(run, kind)
     checkpoint.load_weights(model, loaded.state["model"], loaded.source)
@@ -709,7 +723,7 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
         targets = cytology.target_labels(args.target_labels)
     earlier = [path for path in (args.out, args.resume, args.from_run) if path]
     stored = [run_dir_of(path) for path in earlier if path not in ("auto", "none")]
-    images, splits, classes, split = build_data(args, args.data, world, targets, stored)
+    images, splits, classes, protocol = build_data(args, args.data, world, targets, stored)
     cytology.check_start(args.from_run, source, targets, images)
     backbone, stem = (
         getattr(args, flag) or source.get(flag, default) for flag, default in DEFAULTS.items()
@@ -729,8 +743,7 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
         targets=targets,
         proj_dim=source.get("proj_dim", args.proj_dim),
     )
-    names = STAGES if args.stage == "all" else [args.stage]
-    stages = {stage: settings(args, stage) for stage in names}
+    stages = settings(args)
     validate(args, world, images, splits, stages)
     start = {"weights": checkpoint.weights_digest(weights)} if weights else {}
     teacher, teacher_id = distill.read(args, spec, same=("image_size", "classes"))
@@ -751,8 +764,8 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
         ),
         input_text="\n".join(filter(None, [f"input {spec['image_size']} px", published_text])),
     )
-    if split and world.is_main and not args.check:
-        cytology.save(run.folder, split)
+    if protocol and world.is_main and not args.check:
+        cytology.save(run.folder, protocol)
     run.phases = amp.Phases(world.device) if args.profile else None
     distill.attach_teacher(run, teacher, build_teacher, nn.Module.__call__, evaluate)
     if args.check:

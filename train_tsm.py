@@ -285,6 +285,12 @@ def pos_weight(text: str):
     return text if text in ("none", "auto") else config.number(float, above=0)(text)
 
 
+def settings(args) -> dict[str, config.StageConfig]:
+    """Resolved settings of the one stage."""
+    defaults = STAGE | {"min_lr": args.min_lr}
+    return {"train": config.stage_config(args, "train", defaults, first=True, lr_of=None)}
+
+
 def build_data(args, path: str, world: dist.Dist, labels: bool = True) -> faceforensics.FaceVideos:
     """The videos of `path`, said in one line."""
     reading = dict(
@@ -330,12 +336,13 @@ def validate(
     sampling.check_batch("train", stage.bs, len(items), world.world_size * args.accum)
     epoch_batches(args, videos, items, stage.bs, 0)
     x = torch.zeros(2, 8, 1, 1, device=world.device)
+    weight = x.new_zeros(8, 8, 1, 1)
     with as_input_error("--shift", args.shift):
-        for hook, inputs in zip(
-            shift_of(args, model_spec).hooks(2), ([x], [x, x.new_zeros(8, 8, 1, 1)]), strict=True
-        ):
-            if hook:
-                hook(*inputs)
+        branch, expansion = shift_of(args, model_spec).hooks(2)
+        if branch:
+            branch(x)
+        if expansion:
+            expansion(x, weight)
 
 
 def shift_of(args, model_spec: dict) -> Shift:
@@ -699,8 +706,8 @@ def stream(run: Run, model: ClipModel) -> None:
 
 def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
     """Train: read the data, settle what the run is, and run its one stage."""
-    defaults = STAGE | {"min_lr": args.min_lr}
-    stage = config.stage_config(args, "train", defaults, first=True, lr_of=None)
+    stages = settings(args)
+    stage = stages["train"]
     videos = build_data(args, args.data, world)
     splits = faceforensics.split(videos)
     size = args.image_size or max(min(224, videos.store_size), MIN_SIZE)
@@ -731,7 +738,7 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
         videos,
         splits,
         spec,
-        {"train": stage},
+        stages,
         card=CARD,
         chance=chance_levels(args, spec),
         name=f"{args.backbone}-{args.shift}-bs{stage.bs}",

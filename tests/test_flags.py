@@ -177,7 +177,7 @@ def test_help_shows_the_defaults_that_everybody_looks_for(script, capsys):
 def test_the_learning_rate_that_help_shows_is_the_one_that_is_used():
     for optimizer, factor in (("lars", 1.2 * (64 / 256) ** 0.5), ("sgd", 0.05 * 64 / 256)):
         args, _ = train_simclr.parse_args(["--bs", "64", "--optimizer", optimizer])
-        assert train_simclr.settings(args, "pretrain").lr == pytest.approx(factor)
+        assert train_simclr.settings(args)["pretrain"].lr == pytest.approx(factor)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
