@@ -1,7 +1,7 @@
 """Every kernel compiles ahead of time for five GPUs, without one: no spills, tensor cores used,
 shared memory within limits.
 
-Run as a program (`python tests/test_kernels_aot.py sm_90`) it prints one JSON line per kernel: the
+Run as a program (`python -m tests.test_kernels_aot sm_90`) it prints one JSON line per kernel: the
 tables of kernels/README.md. The compiler refuses to work in a process that has TRITON_INTERPRET
 set, so the tests run it that way too.
 """
@@ -328,7 +328,6 @@ def shift_cases(target, every):
 
 
 def main(target, every):
-    sys.path.insert(0, str(ROOT))
     for cases in (similarity_cases(target, every), loss_cases(target), shift_cases(target, every)):
         for label, kernel, types, constants, warps, stages in cases:
             report = compile_kernel(kernel, types, constants, target, warps, stages)
@@ -339,7 +338,8 @@ def reports(target, *options):
     """What a process of its own says about every kernel."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__, target, *options],
+        [sys.executable, "-W", "ignore", "-m", "tests.test_kernels_aot", target, *options],
+        cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,
