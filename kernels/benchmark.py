@@ -1,5 +1,7 @@
-"""Time the kernels: python -m kernels.benchmark --op all --peers      (GPU)
-                  python -m kernels.benchmark --op nt_xent --cpu      (laptop)
+"""Time the kernels.
+
+    python -m kernels.benchmark --op all --peers     on a GPU
+    python -m kernels.benchmark --op nt_xent --cpu   on a laptop
 
 Every implementation is compared with the fp64 reference first, and nothing is timed if one of ours
 is wrong. Then each runs alone, forward and forward+backward: median and 20/80 quantiles of the time
@@ -66,9 +68,9 @@ def nt_xent_eager(z_a, z_b):
 def sup_con_eager(z, labels):
     z = F.normalize(z, dim=1)
     logits = (z @ z.T).float() / TEMPERATURE
-    own = torch.eye(len(z), dtype=torch.bool, device=z.device)
-    positives = (labels[:, None] == labels[None, :]) & ~own
-    log_prob = logits - logits.masked_fill(own, -math.inf).logsumexp(1, keepdim=True)
+    diagonal = torch.eye(len(z), dtype=torch.bool, device=z.device)
+    positives = (labels[:, None] == labels[None, :]) & ~diagonal
+    log_prob = logits - logits.masked_fill(diagonal, -math.inf).logsumexp(1, keepdim=True)
     return -((log_prob * positives).sum(1) / positives.sum(1)).mean()
 
 
@@ -87,6 +89,14 @@ def shift_conv1x1_without_bias(x, weight, n_segment):
     return shift_conv1x1_reference(x, weight, None, n_segment)
 
 
+REFERENCES = {
+    "nt_xent": functools.partial(nt_xent_reference, temperature=TEMPERATURE),
+    "sup_con": functools.partial(sup_con_reference, temperature=TEMPERATURE),
+    "temporal_shift": temporal_shift_reference,
+    "shift_conv1x1": shift_conv1x1_without_bias,
+}
+
+
 def peers(op):
     """name -> function of the op's inputs, for what is installed."""
     wanted = {
@@ -96,7 +106,7 @@ def peers(op):
         ),
         "sup_con": (("pytorch-metric-learning", "pytorch_metric_learning.losses"),),
     }
-    found = {}
+    functions = {}
     for name, module in wanted.get(op, ()):
         try:
             losses = importlib.import_module(module)
@@ -104,15 +114,20 @@ def peers(op):
             print(f"{name} is not installed and not compared (pip install {name})")
             continue
         if name == "lightly":
-            found[name] = losses.NTXentLoss(temperature=TEMPERATURE)
+            functions[name] = losses.NTXentLoss(temperature=TEMPERATURE)
         elif op == "nt_xent":
-            loss = losses.NTXentLoss(temperature=TEMPERATURE)
-            found[name] = lambda a, b, loss=loss: loss(
-                torch.cat((a, b)), torch.arange(len(a), device=a.device).repeat(2)
-            )
+            functions[name] = _of_two_views(losses.NTXentLoss(temperature=TEMPERATURE))
         else:
-            found[name] = losses.SupConLoss(temperature=TEMPERATURE)
-    return found
+            functions[name] = losses.SupConLoss(temperature=TEMPERATURE)
+    return functions
+
+
+def _of_two_views(loss):
+    def of_two_views(z_a, z_b):
+        labels = torch.arange(len(z_a), device=z_a.device).repeat(2)
+        return loss(torch.cat((z_a, z_b)), labels)
+
+    return of_two_views
 
 
 def cases(op, device, dtype, quick):
@@ -124,7 +139,8 @@ def cases(op, device, dtype, quick):
 
     on_gpu = device.type == "cuda"
     if op in ("nt_xent", "sup_con"):
-        for n in (32,) if quick else (256, 1024, 4096, 16384, 65536) if on_gpu else (256, 8192):
+        sizes = (256, 1024, 4096, 16384, 65536) if on_gpu else (256, 8192)
+        for n in (32,) if quick else sizes:
             z_a, z_b = random(n, 128), random(n, 128)
             if op == "nt_xent":
                 yield f"N={n} D=128", (z_a, z_b), (), 2 * n, 128
@@ -132,18 +148,20 @@ def cases(op, device, dtype, quick):
                 labels = torch.arange(2 * n, device=device) % min(100, n // 4)
                 yield f"M={2 * n} D=128", (torch.cat((z_a, z_b)),), (labels,), 2 * n, 128
         return
-    shapes = (
-        [(256, 32, 112), (256, 64, 56), (256, 96, 28), (256, 160, 14)] if on_gpu else [(64, 64, 28)]
-    )
-    if on_gpu and op == "temporal_shift":
+    if quick:
+        shapes = [(16, 16, 4)]
+    elif not on_gpu:
+        shapes = [(64, 64, 28)]
+    elif op == "temporal_shift":
         shapes = [(256, 32, 112), (256, 64, 56), (256, 160, 14)]
-    for frames, channels, side in [(16, 16, 4)] if quick else shapes:
-        for layout in (
-            ("contiguous", "channels_last") if op == "temporal_shift" else ("channels_last",)
-        ):
-            x = random(frames, channels, side, side).contiguous(
-                memory_format=getattr(torch, f"{layout}_format", torch.channels_last)
-            )
+    else:
+        shapes = [(256, 32, 112), (256, 64, 56), (256, 96, 28), (256, 160, 14)]
+    layouts = {"channels_last": torch.channels_last}
+    if op == "temporal_shift":
+        layouts = {"contiguous": torch.contiguous_format, **layouts}
+    for frames, channels, side in shapes:
+        for layout, memory_format in layouts.items():
+            x = random(frames, channels, side, side).contiguous(memory_format=memory_format)
             name = f"{frames}x{channels}x{side}x{side} {layout}"
             if op == "temporal_shift":
                 yield name, (x,), (8,), 0, 0
@@ -151,91 +169,103 @@ def cases(op, device, dtype, quick):
                 outputs = 4 * channels
                 # No bias: BatchNorm follows these convolutions. The weight lies as the other
                 # kernels want it, too.
-                weight = random(outputs, channels, 1, 1).contiguous(
-                    memory_format=torch.channels_last
-                )
+                weight = random(outputs, channels, 1, 1)
+                weight = weight.contiguous(memory_format=torch.channels_last)
                 yield f"{name} -> {outputs}", (x, weight), (8,), 0, 0
 
 
 def variants(op, case_rows, on_gpu, with_peers):
-    """name -> (function, is it ours). Ours are checked; whole-matrix forms are left out where their
-    matrix would not fit.
+    """name -> function; ours, which is checked, comes last.
+
+    Whole-matrix forms are left out where their matrix would not fit.
     """
-    impl = {"impl": "triton" if on_gpu else "torch"}
-    name = "ours (Triton)" if on_gpu else "ours (chunked)" if case_rows else "ours (reference)"
+    impl = "triton" if on_gpu else "torch"
     can_compile = triton is not None if on_gpu else shutil.which("g++") or shutil.which("clang++")
     if op == "nt_xent":
         eager = nt_xent_eager
-        ours = functools.partial(nt_xent, temperature=TEMPERATURE, **impl)
-        reference = functools.partial(nt_xent_reference, temperature=TEMPERATURE)
+        ours = functools.partial(nt_xent, temperature=TEMPERATURE, impl=impl)
     elif op == "sup_con":
         eager = sup_con_eager
-        ours = functools.partial(sup_con, temperature=TEMPERATURE, **impl)
-        reference = functools.partial(sup_con_reference, temperature=TEMPERATURE)
+        ours = functools.partial(sup_con, temperature=TEMPERATURE, impl=impl)
     elif op == "temporal_shift":
         eager = official_shift
-        ours = functools.partial(temporal_shift, **impl)
-        reference = temporal_shift_reference
+        ours = functools.partial(temporal_shift, impl=impl)
     else:
 
         def eager(x, weight, n_segment):
             return F.conv2d(official_shift(x, n_segment), weight)
 
         def ours(x, weight, n_segment):
-            return shift_conv1x1(x, weight, None, n_segment, **impl)
+            return shift_conv1x1(x, weight, None, n_segment, impl=impl)
 
-        reference = shift_conv1x1_without_bias
-    found = {}
+    def fused_without_shift(x, weight, n_segment):
+        no_channels = x.shape[1] + 1
+        return shift_conv1x1(x, weight, None, n_segment, fold_div=no_channels, impl=impl)
+
+    def convolution_alone(x, weight, n_segment):
+        return F.conv2d(x, weight)
+
+    def shift_then_convolution(x, weight, n_segment):
+        return F.conv2d(temporal_shift(x, n_segment, impl=impl), weight)
+
+    functions = {}
     if case_rows <= 32768:
-        found["eager"] = eager
+        functions["eager"] = eager
         if can_compile:
-            found["torch.compile(eager)"] = torch.compile(eager, dynamic=False)
+            functions["torch.compile(eager)"] = torch.compile(eager, dynamic=False)
     if op == "shift_conv1x1":
-        # A fold of no channels: the fused kernel without its shift.
-        found["fused kernel, no shift"] = lambda x, weight, frames: shift_conv1x1(
-            x, weight, None, frames, fold_div=x.shape[1] + 1, **impl
-        )
-        found["1x1 convolution alone"] = lambda x, weight, _: F.conv2d(x, weight)
+        functions["fused kernel, no shift"] = fused_without_shift
+        functions["1x1 convolution alone"] = convolution_alone
         if on_gpu:
-            found["our shift, then cuDNN"] = lambda x, weight, frames: F.conv2d(
-                temporal_shift(x, frames, **impl), weight
-            )
+            functions["our shift, then cuDNN"] = shift_then_convolution
     if on_gpu and case_rows <= 32768:
-        found["chunked reference" if case_rows else "reference"] = reference
+        functions["chunked reference" if case_rows else "reference"] = REFERENCES[op]
     if with_peers:
         for peer, function in peers(op).items():
-            if case_rows <= (32768 if peer == "lightly" else 512 if op == "nt_xent" else 8192):
-                found[peer] = function
+            most_rows = 8192
+            if peer == "lightly":
+                most_rows = 32768
+            elif op == "nt_xent":
+                most_rows = 512
+            if case_rows <= most_rows:
+                functions[peer] = function
             else:
                 print(
                     f"{peer} is left out at {case_rows} rows: its matrices would not fit or"
                     " take minutes"
                 )
-    return found | {name: ours}
+    if on_gpu:
+        functions["ours (Triton)"] = ours
+    else:
+        functions["ours (chunked)" if case_rows else "ours (reference)"] = ours
+    return functions
 
 
 def gradients(function, inputs, others):
     inputs = [x.detach().requires_grad_() for x in inputs]
     out = function(*inputs, *others)
-    # A fixed upstream gradient that costs nothing: ones, expanded.
-    return out.detach(), torch.autograd.grad(
-        out, inputs, torch.ones_like(out) if out.dim() == 0 else out.detach()
-    )
+    # A fixed upstream gradient that costs nothing to make.
+    upstream = torch.ones_like(out) if out.dim() == 0 else out.detach()
+    return out.detach(), torch.autograd.grad(out, inputs, upstream)
 
 
-def check(op, function, reference, inputs, others, dtype):
-    """The relative error of forward and gradients against fp64, on at most 2,048 rows; above the
-    tolerance it ends the program.
+def check(op, function, inputs, others, dtype):
+    """The relative error of forward and gradients against fp64, on at most 2,048 rows.
+
+    Above the tolerance it ends the program.
     """
     if op in ("nt_xent", "sup_con"):
         inputs = [x[:1024] for x in inputs]
         others = [x[:1024] for x in others]
     out, grads = gradients(function, inputs, others)
-    true_out, true_grads = gradients(reference, [x.double() for x in inputs], others)
-    tolerance = {torch.float32: 1e-4 if op == "shift_conv1x1" else 1e-5}.get(dtype, 2e-2)
+    true_out, true_grads = gradients(REFERENCES[op], [x.double() for x in inputs], others)
+    tolerance = 2e-2
+    if dtype == torch.float32:
+        tolerance = 1e-4 if op == "shift_conv1x1" else 1e-5
     worst = 0.0
     for got, truth in zip((out, *grads), (true_out, *true_grads), strict=True):
-        worst = max(worst, ((got.double() - truth).norm() / truth.norm().clamp_min(1e-12)).item())
+        error = (got.double() - truth).norm() / truth.norm().clamp_min(1e-12)
+        worst = max(worst, error.item())
     if not worst <= tolerance:
         print(
             f"{op}: relative error {worst:.1e} is above {tolerance:.0e}: a wrong kernel is"
@@ -248,20 +278,18 @@ def check(op, function, reference, inputs, others, dtype):
 
 @contextlib.contextmanager
 def peak_memory(device, result):
-    """Peak bytes beyond what was held before, into result["peak_mb"] (None where the system does
-    not tell).
-    """
+    """Peak memory beyond what was held before, into result["peak_mb"]; None if not known."""
     gc.collect()
     result["peak_mb"] = None
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        held = torch.cuda.memory_allocated()
         yield
         torch.cuda.synchronize()
-        result["peak_mb"] = (torch.cuda.max_memory_allocated() - before) / 1e6
+        result["peak_mb"] = (torch.cuda.max_memory_allocated() - held) / 1e6
         return
-    reset, status = pathlib.Path("/proc/self/clear_refs"), pathlib.Path("/proc/self/status")
+    reset = pathlib.Path("/proc/self/clear_refs")
     if not reset.exists():
         yield
         return
@@ -269,11 +297,14 @@ def peak_memory(device, result):
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)  # what earlier calls freed must not hide what this one takes
     reset.write_text("5")  # the resident peak starts again from here
-    before = int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+    held = _peak_kib()
     yield
-    result["peak_mb"] = (
-        (int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) - before) * 1024 / 1e6
-    )
+    result["peak_mb"] = (_peak_kib() - held) * 1024 / 1e6
+
+
+def _peak_kib():
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1])
 
 
 def measure(call, device, calls, idle=True):
@@ -283,7 +314,8 @@ def measure(call, device, calls, idle=True):
     else by the GPU's clock, behind other work that hides the launches. (The GPU's clock cannot tell
     the former: drivers may hand over the first event together with what follows.)
     """
-    times, begin = [], time.perf_counter()
+    times = []
+    begin = time.perf_counter()
     on_gpu = device.type == "cuda"
     flush = torch.empty(2**29, dtype=torch.int8, device=device) if on_gpu else None
     while len(times) < 3 or (time.perf_counter() - begin < 2.0 and len(times) < calls):
@@ -322,9 +354,7 @@ def graphed(call):
 
 
 def loss_bound(rows, dim, backward, device):
-    """Milliseconds that arithmetic alone takes, or None where the device's rates are not written
-    down.
-    """
+    """Milliseconds that arithmetic alone takes; None where the device's rates are not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     if name not in RATES:
         return None
@@ -336,7 +366,8 @@ def loss_bound(rows, dim, backward, device):
 
 
 def bench(op, device, dtype, options):
-    rows, calls = [], 3 if options.quick else options.calls
+    rows = []
+    calls = 3 if options.quick else options.calls
     on_gpu = device.type == "cuda"
     if op == "nt_xent":
         print(f"\nbound of the losses: {LOSS_BOUND}")
@@ -346,37 +377,30 @@ def bench(op, device, dtype, options):
         if options.quick:
             candidates.pop("torch.compile(eager)", None)
         ours = next(name for name in candidates if name.startswith("ours"))
-        reference = {
-            "nt_xent": functools.partial(nt_xent_reference, temperature=TEMPERATURE),
-            "sup_con": functools.partial(sup_con_reference, temperature=TEMPERATURE),
-            "temporal_shift": temporal_shift_reference,
-            "shift_conv1x1": shift_conv1x1_without_bias,
-        }[op]
-        error = check(op, candidates[ours], reference, inputs, others, dtype)
+        error = check(op, candidates[ours], inputs, others, dtype)
         print(
             f"\n{op} {shape} {str(dtype).removeprefix('torch.')}: relative error of ours against"
             f" fp64 {error:.1e}"
         )
-        copy = None
+        copy_ms = None
         if op == "temporal_shift":
-            target = torch.empty_like(inputs[0])
-            copy = statistics.median(
-                measure(functools.partial(target.copy_, inputs[0]), device, calls, idle=False)
-            )
+            copy = functools.partial(torch.empty_like(inputs[0]).copy_, inputs[0])
+            copy_ms = statistics.median(measure(copy, device, calls, idle=False))
             print(
-                f"bound: a copy of the tensor, {copy:.4f} ms forward, twice that forward+backward"
+                f"bound: a copy of the tensor, {copy_ms:.4f} ms forward,"
+                " twice that forward+backward"
             )
         print(
-            f"{'implementation':<34}{'pass':<9}{'median ms':>11}{'20 %':>10}{'80 %':>10}{'peak MB':>10}{'of bound':>10}"
+            f"{'implementation':<34}{'pass':<9}{'median ms':>11}"
+            f"{'20 %':>10}{'80 %':>10}{'peak MB':>10}{'of bound':>10}"
         )
         for name, function in candidates.items():
             for backward in (False, True):
-                detached = [x.detach() for x in inputs]
-                call = (
-                    functools.partial(gradients, function, inputs, others)
-                    if backward
-                    else functools.partial(function, *detached, *others)
-                )
+                if backward:
+                    call = functools.partial(gradients, function, inputs, others)
+                else:
+                    detached = [x.detach() for x in inputs]
+                    call = functools.partial(function, *detached, *others)
                 forms = {name: call}
                 # Of a whole matrix of 32,768 rows a graph would hold tens of gigabytes; launches
                 # cost nothing there.
@@ -391,8 +415,8 @@ def bench(op, device, dtype, options):
                         "dtype": str(dtype),
                         "implementation": label,
                         "error": error,
+                        "pass": "fwd+bwd" if backward else "fwd",
                     }
-                    row["pass"] = "fwd+bwd" if backward else "fwd"
                     with torch.set_grad_enabled(backward):
                         if num_rows < 8192 or on_gpu:
                             timed()
@@ -400,15 +424,19 @@ def bench(op, device, dtype, options):
                             timed()
                         times = measure(timed, device, calls, idle=not label.endswith(", graph"))
                     row["ms"] = statistics.median(times)
-                    row["ms_20"], row["ms_80"] = times[len(times) // 5], times[-1 - len(times) // 5]
-                    bound = loss_bound(num_rows, dim, backward, device) if num_rows else None
-                    bound = copy * (1 + backward) if copy else bound
+                    row["ms_20"] = times[len(times) // 5]
+                    row["ms_80"] = times[-1 - len(times) // 5]
+                    bound = None
+                    if num_rows:
+                        bound = loss_bound(num_rows, dim, backward, device)
+                    elif copy_ms:
+                        bound = copy_ms * (1 + backward)
                     row["share_of_bound"] = bound / row["ms"] if bound else None
                     share = f"{100 * row['share_of_bound']:.0f} %" if bound else "-"
                     memory = "-" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
                     print(
-                        f"{label:<34}{row['pass']:<9}{row['ms']:>11.4f}{row['ms_20']:>10.4f}{row['ms_80']:>10.4f}"
-                        f"{memory:>10}{share:>10}",
+                        f"{label:<34}{row['pass']:<9}{row['ms']:>11.4f}"
+                        f"{row['ms_20']:>10.4f}{row['ms_80']:>10.4f}{memory:>10}{share:>10}",
                         flush=True,
                     )
                     rows.append(row)
@@ -457,10 +485,13 @@ def main(argv=None):
     args = parse_args(argv)
     device = torch.device("cpu" if args.cpu else "cuda")
     dtype = getattr(torch, args.dtype or ("float32" if args.cpu else "bfloat16"))
+    if args.cpu:
+        processor = platform.processor() or platform.machine()
+        device_name = f"{processor}, {torch.get_num_threads()} threads"
+    else:
+        device_name = torch.cuda.get_device_name()
     header = {
-        "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-        if args.cpu
-        else torch.cuda.get_device_name(),
+        "device": device_name,
         "torch": torch.__version__,
         "triton": None if triton is None else triton.__version__,
         "python": platform.python_version(),

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -194,7 +194,9 @@ def normalize_rows(z: torch.Tensor) -> torch.Tensor:
     return torch.where(norm <= NORM_EPS, 0.0, z / norm.clamp_min(NORM_EPS))  # a nan stays a nan
 
 
-def reference_tiles(rows: torch.Tensor, keys: torch.Tensor, pair_shift: int):
+def reference_tiles(
+    rows: torch.Tensor, keys: torch.Tensor, pair_shift: int
+) -> Iterator[tuple[slice, slice, torch.Tensor, bool]]:
     """Yield (row slice, key slice, similarities [rows, keys], mirrored).
 
     Each row's own group is masked to -inf. Where keys are the rows themselves only tiles on and

@@ -53,9 +53,9 @@ def test_scores_equal_scikit_learn():
         counts = metrics._contingency(target, clusters)[2]
         expected["acc"] = counts[optimize.linear_sum_assignment(-counts)].sum() / len(target)
         # Of several best matchings the scores take one; that one is scored here.
-        found = metrics.match_clusters(target, clusters)
-        assert len(found) == len(set(found.values())) == min(counts.shape)
-        predicted = np.array([found.get(k, 999) for k in clusters])
+        matches = metrics.match_clusters(target, clusters)
+        assert len(matches) == len(set(matches.values())) == min(counts.shape)
+        predicted = np.array([matches.get(k, 999) for k in clusters])
         assert (predicted == target).mean() == pytest.approx(expected["acc"], abs=1e-12)
         expected["balanced_accuracy"] = oracle.balanced_accuracy_score(target, predicted)
         sizes = np.bincount(target)
@@ -155,8 +155,8 @@ def test_cluster_distances_are_those_of_loops():
     means = [torch.stack([x[i] for i in range(20) if labels[i] == k]).mean(0) for k in range(4)]
     intra = [(x[i] - means[labels[i]]).norm().item() for i in range(20)]
     inter = [(means[i] - means[j]).norm().item() for i in range(4) for j in range(i)]
-    found = metrics.cluster_distances(x, labels)
-    assert found == pytest.approx({"intra": np.mean(intra), "inter": np.mean(inter)}, abs=1e-12)
+    distances = metrics.cluster_distances(x, labels)
+    assert distances == pytest.approx({"intra": np.mean(intra), "inter": np.mean(inter)}, abs=1e-12)
     assert metrics.cluster_distances(x, [0] * 20)["inter"] == 0
     with pytest.raises(ValueError, match="one length, got 20 and 2"):
         metrics.cluster_distances(x, [0, 1])

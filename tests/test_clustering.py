@@ -46,16 +46,16 @@ def test_inertia_is_within_a_percent_of_scikit_learn(shape):
     cluster = pytest.importorskip("sklearn.cluster", reason=ORACLE)
     x, k = SHAPES[shape]()
     oracle = cluster.KMeans(k, n_init=10, random_state=0).fit(x.double().numpy())
-    found = clustering.kmeans(x, k, restarts=10)
-    assert found.inertia <= 1.01 * oracle.inertia_
+    result = clustering.kmeans(x, k, restarts=10)
+    assert result.inertia <= 1.01 * oracle.inertia_
     # What is returned fits together, to the rounding of the rows' dtype.
-    assert found.labels.dtype == torch.int64 and found.labels.bincount(minlength=k).min() > 0
-    own = (x.double() - found.centroids.double()[found.labels]).square().sum(1)
-    assert found.inertia == pytest.approx(
-        own.sum().item(), rel=1e-3 if shape == "far off" else 1e-5
+    assert result.labels.dtype == torch.int64 and result.labels.bincount(minlength=k).min() > 0
+    squares = (x.double() - result.centroids.double()[result.labels]).square().sum(1)
+    assert result.inertia == pytest.approx(
+        squares.sum().item(), rel=1e-3 if shape == "far off" else 1e-5
     )
-    least = torch.cdist(x.double(), found.centroids.double()).amin(1).square()
-    assert own.sum().item() == pytest.approx(
+    least = torch.cdist(x.double(), result.centroids.double()).amin(1).square()
+    assert squares.sum().item() == pytest.approx(
         least.sum().item(), rel=1e-3 if shape == "far off" else 1e-6
     )
 
@@ -67,20 +67,20 @@ def test_warm_start_follows_scikit_learn(weighted):
     weights = np.random.default_rng(1).integers(0, 4, 500).astype(float) if weighted else None
     settings = dict(n_init=1, tol=1e-8, max_iter=300)
     oracle = cluster.KMeans(6, init=x[:6].numpy(), **settings).fit(x.numpy(), sample_weight=weights)
-    found = clustering.kmeans(x, 6, start=x[:6], weights=weights, tolerance=1e-8)
-    np.testing.assert_array_equal(found.labels, oracle.labels_)
-    np.testing.assert_allclose(found.centroids, oracle.cluster_centers_, atol=1e-10)
-    assert found.inertia == pytest.approx(oracle.inertia_, rel=1e-12)
-    again = clustering.kmeans(x, 6, start=found.centroids, weights=weights)
-    assert again.iterations == 1 and torch.equal(again.labels, found.labels)
+    result = clustering.kmeans(x, 6, start=x[:6], weights=weights, tolerance=1e-8)
+    np.testing.assert_array_equal(result.labels, oracle.labels_)
+    np.testing.assert_allclose(result.centroids, oracle.cluster_centers_, atol=1e-10)
+    assert result.inertia == pytest.approx(oracle.inertia_, rel=1e-12)
+    again = clustering.kmeans(x, 6, start=result.centroids, weights=weights)
+    assert again.iterations == 1 and torch.equal(again.labels, result.labels)
 
 
 def test_a_whole_weight_counts_as_so_many_rows():
     x, _ = mixture(200, 4, 5, 3.0)
     weights = torch.arange(200) % 3
-    found = clustering.kmeans(x, 4, weights=weights)
+    result = clustering.kmeans(x, 4, weights=weights)
     repeated = clustering.kmeans(x.repeat_interleave(weights, 0), 4)
-    assert found.inertia == pytest.approx(repeated.inertia, rel=1e-5)
+    assert result.inertia == pytest.approx(repeated.inertia, rel=1e-5)
 
 
 def test_result_depends_on_the_arguments_alone():
@@ -119,26 +119,28 @@ def test_blocks_and_groups_do_not_change_the_result(monkeypatch):
 @pytest.mark.parametrize("dim", [1, 3, 200, 768])
 def test_as_many_clusters_as_rows(dim):
     x = torch.randn(40, dim, generator=torch.Generator().manual_seed(0))
-    found = clustering.kmeans(x, 40)
-    assert sorted(found.labels.tolist()) == list(range(40)) and found.inertia < 1e-8
+    result = clustering.kmeans(x, 40)
+    assert sorted(result.labels.tolist()) == list(range(40)) and result.inertia < 1e-8
 
 
 @pytest.mark.parametrize("distinct, k", [(1, 4), (3, 5), (5, 5)])
 def test_equal_rows_leave_no_cluster_empty(distinct, k):
     values = torch.randn(distinct, 4, generator=torch.Generator().manual_seed(0)) * 3 + 100
     x = values[torch.arange(60) % distinct]
-    found = clustering.kmeans(x, k)
-    assert found.labels.bincount(minlength=k).min() > 0 and found.inertia < 1e-6
+    result = clustering.kmeans(x, k)
+    assert result.labels.bincount(minlength=k).min() > 0 and result.inertia < 1e-6
     for cluster in range(k):
-        assert (x[found.labels == cluster] == x[found.labels == cluster][0]).all()
+        assert (x[result.labels == cluster] == x[result.labels == cluster][0]).all()
 
 
 def test_an_empty_cluster_takes_the_farthest_row():
     x, _ = mixture(200, 2, 2, 5.0)
     x[17] = torch.tensor([500.0, 500.0])
     start = torch.cat([x[:2], torch.full((1, 2), -1e6)])  # nothing is nearest to the third
-    found = clustering.kmeans(x, 3, start=start)
-    assert (found.labels == found.labels[17]).sum() == 1 and found.labels.bincount().tolist()[2] > 0
+    result = clustering.kmeans(x, 3, start=start)
+    assert (result.labels == result.labels[17]).sum() == 1 and result.labels.bincount().tolist()[
+        2
+    ] > 0
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -148,13 +150,13 @@ def test_spherical_clusters_by_direction(seed):
     labels = torch.arange(600) % 6
     x = directions[labels] + 0.05 * torch.randn(600, 16, generator=rng)
     stretched = x * torch.rand(600, 1, generator=rng).add(0.01) * 50
-    found = clustering.kmeans(stretched, 6, spherical=True)
-    pairs = {(a, b) for a, b in zip(labels.tolist(), found.labels.tolist(), strict=True)}
+    result = clustering.kmeans(stretched, 6, spherical=True)
+    pairs = {(a, b) for a, b in zip(labels.tolist(), result.labels.tolist(), strict=True)}
     assert len(pairs) == 6
-    assert found.centroids.norm(dim=1) == pytest.approx(torch.ones(6), abs=1e-6)
-    cosine = (torch.nn.functional.normalize(x) * found.centroids[found.labels]).sum(1)
-    assert found.inertia == pytest.approx((2 - 2 * cosine).sum().item(), rel=1e-4)
-    assert torch.equal(found.labels, clustering.kmeans(x, 6, spherical=True).labels)
+    assert result.centroids.norm(dim=1) == pytest.approx(torch.ones(6), abs=1e-6)
+    cosine = (torch.nn.functional.normalize(x) * result.centroids[result.labels]).sum(1)
+    assert result.inertia == pytest.approx((2 - 2 * cosine).sum().item(), rel=1e-4)
+    assert torch.equal(result.labels, clustering.kmeans(x, 6, spherical=True).labels)
 
 
 def test_nearest_equals_a_loop():
@@ -276,19 +278,19 @@ def test_selection_equals_brute_force(direction, share, floor, monkeypatch):
     x, labels = mixture(170, 4, 4, 2.0, balance=[0.6, 0.25, 0.13, 0.02])
     x[::9] *= 3  # outliers
     labels[labels == 2] = 5  # 2 is empty
-    found = clustering.select(x, labels, 6, share, floor=floor, direction=direction)
-    assert len(found.indices) == len(found.fractions) == 6
+    result = clustering.select(x, labels, 6, share, floor=floor, direction=direction)
+    assert len(result.indices) == len(result.fractions) == 6
     for cluster in (0, 1, 3, 5):
         rows = np.flatnonzero(labels == cluster)
         expected, fraction = brute_force_selection(x[rows], share, floor, direction)
-        assert found.indices[cluster].tolist() == rows[expected].tolist()
-        assert found.fractions[cluster] == (None if len(expected) == len(rows) else fraction)
-    assert found.indices[2].tolist() == [] and found.fractions[2] is None
+        assert result.indices[cluster].tolist() == rows[expected].tolist()
+        assert result.fractions[cluster] == (None if len(expected) == len(rows) else fraction)
+    assert result.indices[2].tolist() == [] and result.fractions[2] is None
     for limit in ("_TILE", "_GROUP"):  # blocks; blocks that are computed twice
         monkeypatch.setattr(clustering, limit, 500)
         again = clustering.select(x, labels, 6, share, floor=floor, direction=direction)
-        assert again.fractions == found.fractions
-        assert all(torch.equal(a, b) for a, b in zip(again.indices, found.indices, strict=True))
+        assert again.fractions == result.fractions
+        assert all(torch.equal(a, b) for a, b in zip(again.indices, result.indices, strict=True))
 
 
 def test_the_directions_differ_and_more_share_takes_more():
@@ -305,8 +307,8 @@ def test_umc_takes_small_clusters_whole():
     small, large = np.bincount(labels)[::-1]
     assert small < 100 < large
     for umc, sizes in ((True, [large, small]), (False, [1, 1])):
-        found = clustering.select(x, labels, 2, 0.01, umc=umc)
-        assert [len(i) for i in found.indices] == (sizes if umc else [1, 1])
+        result = clustering.select(x, labels, 2, 0.01, umc=umc)
+        assert [len(i) for i in result.indices] == (sizes if umc else [1, 1])
     assert [len(i) for i in clustering.select(x, labels, 2, 0.02, umc=True).indices] == [2, small]
 
 
@@ -434,9 +436,9 @@ def test_partial_transport_is_optimal(mass, relax):
 
 def test_partial_transport_takes_the_sure_rows_first():
     x, labels = mixture(300, 3, 5, 4.0, balance=[0.8, 0.15, 0.05])
-    found = clustering.kmeans(x, 3)
-    cost = clustering.relative_costs(x, found.centroids)
-    exact = torch.cdist(x.double(), found.centroids.double()).square()
+    result = clustering.kmeans(x, 3)
+    cost = clustering.relative_costs(x, result.centroids)
+    exact = torch.cdist(x.double(), result.centroids.double()).square()
     torch.testing.assert_close(cost, exact / exact.mean(), atol=1e-9, rtol=1e-9)
     weights = [
         clustering.partial_transport(cost, mass, relax=0.01).weights for mass in (0.2, 0.6, 1.0)
@@ -449,7 +451,10 @@ def test_partial_transport_takes_the_sure_rows_first():
         clustering.partial_transport(cost, 1.0, relax=relax).labels for relax in (0.01, math.inf)
     )
     assert (
-        (free == found.labels).float().mean() > 0.98 > 0.7 > (equal == found.labels).float().mean()
+        (free == result.labels).float().mean()
+        > 0.98
+        > 0.7
+        > (equal == result.labels).float().mean()
     )
 
 
@@ -476,11 +481,12 @@ def test_assignment_refuses_bad_settings():
 )
 def test_the_number_of_clusters_of_a_mixture_is_found(k, balance, seed):
     x, _ = mixture(600, k, 8, 3.0, seed=seed, balance=balance)
-    found = clustering.estimate_k(x * 40 + 1000, range(1, 13), references=3)
-    assert found.k == k
-    assert [row["k"] for row in found.table] == list(range(1, 13))
+    result = clustering.estimate_k(x * 40 + 1000, range(1, 13), references=3)
+    assert result.k == k
+    assert [row["k"] for row in result.table] == list(range(1, 13))
     assert (
-        found.table[0]["gap"] == pytest.approx(0, abs=1e-5) and found.table[0]["silhouette"] is None
+        result.table[0]["gap"] == pytest.approx(0, abs=1e-5)
+        and result.table[0]["silhouette"] is None
     )
 
 

@@ -1,7 +1,7 @@
 """Every kernel compiles ahead of time for five GPUs, without one: no spills, tensor cores used,
 shared memory within limits.
 
-Run as a program (`python tests/test_kernels_aot.py sm_90`) it prints one JSON line per kernel: the
+Run as a program (`python -m tests.test_kernels_aot sm_90`) it prints one JSON line per kernel: the
 tables of kernels/README.md. The compiler refuses to work in a process that has TRITON_INTERPRET
 set, so the tests run it that way too.
 """
@@ -109,7 +109,7 @@ def argument_types(kernel, element, *, fp32=(), int64=(), aligned=(), scalars=()
     return types
 
 
-def gram_cases(target, every):
+def similarity_cases(target, every):
     """(label, kernel, types, constants, warps, stages) of the tiles."""
 
     chosen = [(1, "bf16", 128), (1, "bf16", 256), (1, "bf16", 512), (2, "fp16", 128)]
@@ -328,8 +328,7 @@ def shift_cases(target, every):
 
 
 def main(target, every):
-    sys.path.insert(0, str(ROOT))
-    for cases in (gram_cases(target, every), loss_cases(target), shift_cases(target, every)):
+    for cases in (similarity_cases(target, every), loss_cases(target), shift_cases(target, every)):
         for label, kernel, types, constants, warps, stages in cases:
             report = compile_kernel(kernel, types, constants, target, warps, stages)
             print(json.dumps({"label": label, **report}), flush=True)
@@ -339,7 +338,8 @@ def reports(target, *options):
     """What a process of its own says about every kernel."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__, target, *options],
+        [sys.executable, "-W", "ignore", "-m", "tests.test_kernels_aot", target, *options],
+        cwd=ROOT,
         env=environment,
         capture_output=True,
         text=True,
@@ -349,16 +349,16 @@ def reports(target, *options):
 
 
 @pytest.fixture(scope="module")
-def found():
+def pending_reports():
     """All targets' reports, made side by side: one compiler is one thread."""
     pytest.importorskip("triton", reason="pip install triton")
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         yield {target: pool.submit(reports, target) for target in TARGETS}
 
 
-def check(target, found):
-    assert len(found) >= 20
-    for report in found:
+def check(target, reports):
+    assert len(reports) >= 20
+    for report in reports:
         assert report["spills"] == 0, report
         assert report["shared"] <= TARGETS[target], report
         products = any(
@@ -368,15 +368,14 @@ def check(target, found):
         assert (report["tensor_cores"] > 0) == products, report
         if report["kernel"] == "temporal_shift_kernel" or "runs of 8" in report["label"]:
             assert report["wide_accesses"] > 0, report
-        if (
-            report["label"] == "shift bf16 replicate"
-        ):  # the frame before and the frame itself, which start out equal
+        if report["label"] == "shift bf16 replicate":
+            # The frame before and the frame itself, which start out equal.
             assert report["carried"] == [2], report
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_kernels_compile_without_spills_and_with_tensor_cores(target, found):
-    check(target, found[target].result())
+def test_kernels_compile_without_spills_and_with_tensor_cores(target, pending_reports):
+    check(target, pending_reports[target].result())
 
 
 @pytest.mark.slow

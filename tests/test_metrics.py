@@ -64,25 +64,25 @@ def test_long_tail_equals_scikit_learn_over_a_fixed_number_of_classes(used):
     oracle = pytest.importorskip("sklearn.metrics", reason=ORACLE)
     rng = np.random.default_rng(used)
     target, predicted = rng.integers(0, used, 60), rng.integers(0, 5, 60)
-    found = metrics.long_tail(target, torch.from_numpy(predicted), 5)
+    result = metrics.long_tail(target, torch.from_numpy(predicted), 5)
     recall = oracle.recall_score(target, predicted, labels=range(5), average=None, zero_division=0)
-    assert found["recall"] == pytest.approx(recall.tolist(), abs=1e-12)
-    assert found["uar"] == pytest.approx(recall.mean(), abs=1e-12)
-    assert found["war"] == pytest.approx(oracle.accuracy_score(target, predicted), abs=1e-12)
+    assert result["recall"] == pytest.approx(recall.tolist(), abs=1e-12)
+    assert result["uar"] == pytest.approx(recall.mean(), abs=1e-12)
+    assert result["war"] == pytest.approx(oracle.accuracy_score(target, predicted), abs=1e-12)
 
 
 def test_the_constant_classifier_scores_as_the_recipes_good_sign():
     target = np.repeat(np.arange(5), [277, 26, 6, 31, 84])
-    found = metrics.long_tail(target, np.zeros(424, int), 5)
-    assert round(100 * found["war"], 2) == 65.33 and found["uar"] == pytest.approx(0.2)
+    result = metrics.long_tail(target, np.zeros(424, int), 5)
+    assert round(100 * result["war"], 2) == 65.33 and result["uar"] == pytest.approx(0.2)
 
 
 def test_recall_intervals_are_those_of_drawing_the_items_of_each_class_again():
     rng = np.random.default_rng(0)
     target = np.repeat(np.arange(3), [200, 40, 7])
     predicted = np.where(rng.random(247) < 0.7, target, rng.integers(0, 3, 247))
-    found = metrics.recall_intervals(target, predicted, 3, seed=0)
-    assert found == metrics.recall_intervals(target, predicted, 3, seed=0)
+    result = metrics.recall_intervals(target, predicted, 3, seed=0)
+    assert result == metrics.recall_intervals(target, predicted, 3, seed=0)
     draws = []
     for _ in range(4000):
         rows = np.concatenate(
@@ -91,7 +91,9 @@ def test_recall_intervals_are_those_of_drawing_the_items_of_each_class_again():
         scores = metrics.long_tail(target[rows], predicted[rows], 3)
         draws.append((scores["uar"], scores["war"]))
     for name, values in zip(("uar", "war"), np.array(draws).T, strict=True):
-        assert found[name] == pytest.approx(np.quantile(values, [0.025, 0.975]).tolist(), abs=0.015)
+        assert result[name] == pytest.approx(
+            np.quantile(values, [0.025, 0.975]).tolist(), abs=0.015
+        )
     perfect = metrics.recall_intervals(target, target, 3, seed=1)
     assert perfect == {"uar": (1.0, 1.0), "war": (1.0, 1.0)}
 
@@ -118,7 +120,7 @@ def test_detection_equals_scikit_learn_with_ties(n, levels, sign):
     optimize = pytest.importorskip("scipy.optimize", reason=ORACLE)
     target, scores = detections(n, levels, n)
     scores = sign * scores
-    found = metrics.detection(torch.from_numpy(target), torch.from_numpy(scores))
+    result = metrics.detection(torch.from_numpy(target), torch.from_numpy(scores))
     fpr, tpr, _ = oracle.roc_curve(target, scores, drop_intermediate=False)
     expected = {
         "auc": oracle.roc_auc_score(target, scores),
@@ -126,11 +128,11 @@ def test_detection_equals_scikit_learn_with_ties(n, levels, sign):
         # Along the curve, where fpr may stand still while tpr jumps.
         "eer": eer_along_the_curve(fpr, tpr, optimize),
     }
-    assert found == pytest.approx(expected, abs=1e-12) and all(
-        type(value) is float for value in found.values()
+    assert result == pytest.approx(expected, abs=1e-12) and all(
+        type(value) is float for value in result.values()
     )
     shuffled = np.random.default_rng(1).permutation(n)
-    assert metrics.detection(target[shuffled], scores[shuffled]) == found
+    assert metrics.detection(target[shuffled], scores[shuffled]) == result
 
 
 def eer_along_the_curve(fpr, tpr, optimize):
@@ -218,8 +220,8 @@ def test_the_roc_curve_is_scikit_learns_and_its_band_holds_what_new_draws_give(t
     true = hits[np.searchsorted(alarms, 0.3, side="right") - 1]
     held = 0
     for seed in range(100):
-        _, found = metrics.roc(*draw(60), seed, rounds=100, places=11)
-        held += found[3, 1] <= true <= found[3, 2]
+        _, result = metrics.roc(*draw(60), seed, rounds=100, places=11)
+        held += result[3, 1] <= true <= result[3, 2]
     assert 84 <= held <= 100
 
 

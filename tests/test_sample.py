@@ -113,9 +113,9 @@ def test_cytology_uses_only_exactly_rounded_operations():
 def test_cytology_no_two_images_are_alike(cells):
     images = cells[0].reshape(len(cells[0]), -1)
     assert len({image.tobytes() for image in images}) == len(images)
-    some = images[:, ::7].astype(np.float32)
-    squares = (some * some).sum(1)
-    distance = (squares[:, None] + squares - 2 * some @ some.T) / some.shape[1]
+    pixels = images[:, ::7].astype(np.float32)
+    squares = (pixels * pixels).sum(1)
+    distance = (squares[:, None] + squares - 2 * pixels @ pixels.T) / pixels.shape[1]
     np.fill_diagonal(distance, np.inf)
     assert (
         distance.min() > 16
@@ -332,11 +332,11 @@ def test_emotion_clips_show_their_class_in_the_order_of_light():
     falls = [(-(stream.mean((2, 3, 4)) @ time) < 0) for stream in (clips.face, clips.context)]
     right = []
     for label, rises in enumerate(((0, 0), (1, 1), (1, 0), (0, 1))):
-        own = clips.labels == label
-        right += [(fall[own] != rise).mean() for fall, rise in zip(falls, rises, strict=True)]
+        of_label = clips.labels == label
+        right += [(fall[of_label] != rise).mean() for fall, rise in zip(falls, rises, strict=True)]
     assert min(right) > 0.75 and np.mean(right) < 0.999, right
-    own = clips.labels == 4
-    assert all(0.3 < fall[own].mean() < 0.7 for fall in falls)
+    of_label = clips.labels == 4
+    assert all(0.3 < fall[of_label].mean() < 0.7 for fall in falls)
 
 
 def test_emotion_clips_bytes_are_the_seed_s_alone(emotions):

@@ -193,8 +193,8 @@ def test_processes_with_equal_rows_and_other_labels(impl):
         )  # rows are equal; statistics serve the gradient
 
     losses = [
-        sup_con(z[own], labels[own], 0.3, gather=gather, impl=impl)
-        for own in (slice(0, 6), slice(6, 12))
+        sup_con(z[rows], labels[rows], 0.3, gather=gather, impl=impl)
+        for rows in (slice(0, 6), slice(6, 12))
     ]
     assert relative(torch.stack(losses).mean().double(), truth) < 1e-5
 

@@ -413,9 +413,12 @@ def small(classes=5):
 def test_a_head_that_fits_is_loaded_and_one_that_does_not_is_left_out_and_said():
     model = small()
     assert weights.load(model, small().state_dict(), "x.pt", head=("fc.",)) == []
-    source, before = small(7), model.fc.weight.clone()
-    said = weights.load(model, source.state_dict(), "x.pt", head=("fc.",))
-    assert said == ["x.pt: the head fc.* is left out (in the file (7, 4), in this model (5, 4))"]
+    source = small(7)
+    before = model.fc.weight.clone()
+    left_out = weights.load(model, source.state_dict(), "x.pt", head=("fc.",))
+    assert left_out == [
+        "x.pt: the head fc.* is left out (in the file (7, 4), in this model (5, 4))"
+    ]
     assert torch.equal(model.fc.weight, before) and torch.equal(
         model.body.weight, source.body.weight
     )
