@@ -126,9 +126,18 @@ def load(path: Path) -> dict:
         raise InputError(
             f"checkpoint {path} is not a file of tensors and plain values: {reason}"
         ) from None
-    if isinstance(state, dict) and state.keys() & {"place", "model_spec", "meta"}:
+    if _is_ours(state):
         check_format(state, path)
     return state
+
+
+def _is_ours(state) -> bool:
+    # Of this project's scripts, in any format: `model_spec` was called `meta` in format 1, a name
+    # that other projects' files have, too.
+    if not isinstance(state, dict):
+        return False
+    specs = [state.get(name) for name in ("model_spec", "meta")]
+    return any(isinstance(spec, dict) and "script" in spec for spec in specs)
 
 
 def load_newest(folder: Path, say=print) -> dict | None:
