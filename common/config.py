@@ -485,7 +485,7 @@ def _config_flags(parser: Parser, file: str) -> list[str]:
         parser.error(
             f"--config {file}: expected a table of flags, received {type(values).__name__}"
         )
-    # A run's own config.json names flags by their attributes and has two derived entries.
+    # A run's own config.json names flags by their attributes and has further entries.
     actions = {}
     for action in parser._actions:
         for option in action.option_strings:
@@ -495,7 +495,7 @@ def _config_flags(parser: Parser, file: str) -> list[str]:
         actions[_attribute(old)] = actions[_attribute(flag)]
     argv = []
     for name, value in values.items():
-        if value is None or name in ("config", "resolved", "identity"):
+        if value is None or name in ("config", "format", "card", "resolved", "identity"):
             continue
         action = actions.get(_attribute(name))
         if action is None:
