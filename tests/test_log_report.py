@@ -14,6 +14,7 @@ from common.errors import InputError
 from common.report import __main__, charts, figures, page
 from common.report.record import Record
 from common.run import log
+from common.run.files import FORMAT
 from common.run.inference import write_predictions
 
 
@@ -148,7 +149,7 @@ def test_a_chart_draws_its_points_where_they_belong():
 
 
 def run_directory(folder):
-    config = {"bs": 8, "resolved": {"pretrain": {"bs": 8}}, "identity": {}}
+    config = {"bs": 8, "format": FORMAT, "resolved": {"pretrain": {"bs": 8}}, "identity": {}}
     summary = {
         "pretrain/train/loss": 1.5,
         "pretrain/train/loss_at_chance": 2.5,

@@ -23,6 +23,7 @@ from common.report import __main__, charts, compare, figures, page
 from common.report.curves import curves_of
 from common.report.record import LIMIT, Record
 from common.run import log
+from common.run.files import FORMAT
 from tests.test_train_tsm import ffpp_tree
 
 CHROMIUM = next(
@@ -573,7 +574,13 @@ def test_runs_that_differ_in_a_setting_get_a_pivot_table(tmp_path, capsys):
             folder.mkdir()
             identity = {"lr": rate, "seed": seed}
             card = {"headlines": {"train/test/uar": "UAR"}}
-            config = {**identity, "identity": identity, "resolved": {}, "card": card}
+            config = {
+                **identity,
+                "format": FORMAT,
+                "identity": identity,
+                "resolved": {},
+                "card": card,
+            }
             (folder / "config.json").write_text(json.dumps(config))
             summary = {"status": "finished", "seconds": 1, "train/test/uar": rate + seed / 10}
             (folder / "summary.json").write_text(json.dumps(summary))

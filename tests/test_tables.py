@@ -9,6 +9,7 @@ import scipy.stats  # comes with scikit-learn
 from common.data.cytology import select_run
 from common.errors import InputError
 from common.report import __main__, tables
+from common.run.files import FORMAT
 
 LOSS = "pretrain/train/loss"
 
@@ -23,7 +24,7 @@ def write_run(folder, backbone, bs, flags, summary):
         "script": "simclr",
         "targets": None,
     }
-    config = {**flags, "resolved": resolved, "identity": flags}
+    config = {**flags, "format": FORMAT, "resolved": resolved, "identity": flags}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "summary.json").write_text(json.dumps(summary))
 

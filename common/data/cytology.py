@@ -28,7 +28,7 @@ import numpy as np
 from common.data.images import Images
 from common.data.sampling import FINETUNE_DEV_SHARE, TEST_SHARE, hash_order, hold_out
 from common.errors import InputError, first_few
-from common.run.files import read_json, run_dir_of, write_json
+from common.run.files import read_config, read_json, run_dir_of, write_json
 
 TARGETS = "ASC_H,ASC_US,HSIL,LSIL,SCC"
 SIZES = {"A1": 30_000, "A2": 3_000, "B1": 15_000, "B2": 7_000}
@@ -241,7 +241,7 @@ def check_start(source: str, model_spec: dict, targets: list[str] | None, images
     """
     if model_spec.get("targets", targets) == targets:
         return
-    config = read_json(run_dir_of(source) / "config.json") or {}
+    config = read_config(run_dir_of(source)) or {}
     if config.get("identity", {}).get("data") == images.fingerprint:
         raise InputError(
             f"--from {source} has the protocol's target labels {_listed(model_spec['targets'])},"

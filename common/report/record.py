@@ -5,7 +5,7 @@ from pathlib import Path
 
 from common.report.curves import charts_of, curves_of
 from common.run import log
-from common.run.files import read_json
+from common.run.files import read_config, read_json
 
 LIMIT = 1_000_000  # bytes of a report
 # Of a run that has none, as those of earlier versions.
@@ -67,7 +67,7 @@ class Record:
 
     def __init__(self, folder: Path, status: str | None = None):
         self.folder = Path(folder)
-        self.settings = read_json(self.folder / "config.json")
+        self.settings = read_config(self.folder)
         self.env = read_json(self.folder / "env.json") or {}
         self.summary = read_json(self.folder / "summary.json")
         self.check = read_json(self.folder / "check.json")

@@ -9,11 +9,12 @@ cell that no finished run fills says what there is instead: the status of the ru
 """
 
 import math
+import sys
 from collections import defaultdict
 from pathlib import Path
 
-from common.errors import InputError, did_you_mean
-from common.run.files import read_json
+from common.errors import InputError, did_you_mean, first_few, plural
+from common.run.files import FORMAT, read_json
 
 # Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom; the normal one beyond.
 _T95 = (
@@ -29,18 +30,28 @@ def read_runs(folder: Path) -> list[dict]:
     `status`, `identity`, `card`.
 
     A setting that stages resolve (`bs`, `epochs`, `lr`) is that of the first stage. A run without a
-    summary has the status "started".
+    summary has the status "started". Runs of another format are named on stderr and left out.
     """
     runs = []
+    of_other_format = []
     for file in sorted(folder.rglob("config.json")):
         flags = read_json(file)
         if "identity" not in flags:
             continue  # a config.json of something else
+        if flags.get("format", 1) != FORMAT:
+            of_other_format.append(str(file.parent))
+            continue
         summary = read_json(file.with_name("summary.json")) or {"status": "started"}
         resolved = flags.pop("resolved")
         stages = [v for v in resolved.values() if isinstance(v, dict) and "epochs" in v]
         first = stages[0] if stages else {}
         runs.append({**flags, **first, **resolved, **summary, "run": str(file.parent)})
+    if of_other_format:
+        print(
+            f"left out {plural(len(of_other_format), 'run')} of another run format than {FORMAT}:"
+            f" {first_few(of_other_format)}",
+            file=sys.stderr,
+        )
     return runs
 
 
