@@ -19,7 +19,7 @@ from common.data.clips import Videos
 from common.data.images import UNLABELED
 from common.data.sampling import hash_order
 from common.errors import InputError, did_you_mean
-from common.run.files import read_json, write_json
+from common.run.files import atomic_write, read_json, write_json
 
 ITEMS, FRAMES, LEAST = 100, 8, 20  # exported; of a clip's strip; answers to score
 SIDE = 128  # pixels; smaller pictures are enlarged in whole pixels
@@ -57,7 +57,7 @@ def export(folder: Path, source, rows: np.ndarray) -> None:
         _picture(source, int(row)).save(folder / f"{number:03d}.png")
     (folder / "classes.txt").write_text("\n".join(source.classes) + "\n")
     write_json(folder / "key.json", {"data": source.fingerprint, "items": len(rows)})
-    with open(folder / "sheet.csv", "w", newline="") as file:
+    with atomic_write(folder / "sheet.csv") as file:
         writer = csv.writer(file)
         writer.writerow(["item", *(["text"] if texts else []), "answer"])
         for number, row in enumerate(rows, 1):
