@@ -23,7 +23,7 @@ from common.run import dist, ensemble
 from common.run.files import run_locks
 from common.run.inference import is_inference
 from common.run.signals import Signals
-from common.search import declared, parse_ranges
+from common.search import drawn_ranges
 
 
 def run_sweep(main, argv: list[str] | None, args, ranges, metric: str | None) -> bool:
@@ -116,10 +116,7 @@ def every(main, argv: list[str] | None, args, ranges: dict) -> None:
             if ending.code != EXIT_DIVERGED:
                 raise
             diverged.append(str(trial))
-    drawn = declared(ranges, args)
-    if args.ranges:
-        drawn = drawn | parse_ranges(args.ranges)
-    names = ",".join(["trial", *drawn])
+    names = ",".join(["trial", *drawn_ranges(ranges, args)])
     left = f"; diverged: {', '.join(diverged)}" if diverged else ""
     # Not search=N: trials that had finished before the search grew keep its earlier number.
     runs = args.out or "runs --where trial=any"
