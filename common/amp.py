@@ -45,7 +45,7 @@ def scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
 
 
 def guarded_step(
-    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, loss: Tensor
+    optimizer: torch.optim.Optimizer, grad_scaler: torch.amp.GradScaler, loss: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Step the optimizer unless a gradient is not finite.
 
@@ -60,10 +60,10 @@ def guarded_step(
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = optim.grad_norm(parameters)
-    if scaler.is_enabled():
-        norm = norm / scaler.scale(torch.ones_like(norm))
-        scaler.step(optimizer)
-        scaler.update()
+    if grad_scaler.is_enabled():
+        norm = norm / grad_scaler.scale(torch.ones_like(norm))
+        grad_scaler.step(optimizer)
+        grad_scaler.update()
         return norm, ~loss.detach().isfinite()
     finite = norm.isfinite()
     if not getattr(optimizer, "_step_supports_amp_scaling", False):

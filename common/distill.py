@@ -101,9 +101,13 @@ def read(args, model_spec: dict, same) -> tuple[dict | None, dict]:
     theirs = state["model_spec"]
     for entry in ["script", *same]:
         if callable(entry):
-            name, ours, other = entry.__name__, entry(model_spec), entry(theirs)
+            name = entry.__name__
+            ours = entry(model_spec)
+            other = entry(theirs)
         else:
-            name, ours, other = entry, model_spec.get(entry), theirs.get(entry)
+            name = entry
+            ours = model_spec.get(entry)
+            other = theirs.get(entry)
         if ours != other:
             raise InputError(
                 f"--teacher {args.teacher} has the {name.replace('_', ' ')} {other}, this run"

@@ -95,8 +95,9 @@ def duplicates(seen: Inspection, folder: Path) -> Result:
         value += f"; {plural(seen.compared, 'file')} compared"
     pairs = []
     for group in groups:
-        other = max(group[1:], key=lambda twin, part=group[0].part: twin.part != part)
-        pairs.append(("exact", group[0], other))
+        first, *others = group
+        other = next((twin for twin in others if twin.part != first.part), others[0])
+        pairs.append(("exact", first, other))
     pairs += [("near", items[i], items[j]) for i, j in near]
     rows = [[kind, f"{a.name} ({a.part})", f"{b.name} ({b.part})"] for kind, a, b in pairs[:WORST]]
     fix = ""

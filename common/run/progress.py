@@ -278,7 +278,8 @@ class Progress:
         late = self.world.is_main and time.monotonic() - self._saved > self.save_seconds
         self._send_flags(bad, late and not due)
         if self.world.world_size == 1:
-            asked, due = self.signals.asked, late
+            asked = self.signals.asked
+            due = late
         if asked:
             self._stop(asked)
         if self.max_steps and self.step >= self.max_steps:
