@@ -1,6 +1,4 @@
-"""What stands around an optimizer step in every script: precision, the masked update, chunks of a
-batch.
-"""
+"""What stands around an optimizer step in every script: precision, the guarded update, its time."""
 
 import contextlib
 import sys
@@ -20,12 +18,15 @@ except ImportError:  # Windows
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
     """Copy a host tensor without waiting for it."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    if device.type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def dtype_of(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype that `--precision` means on a device: `auto` is bf16 on a GPU that has it, fp32
-    elsewhere.
+    """The dtype that `--precision` means on a device.
+
+    `auto` is bf16 on a GPU that has it, fp32 elsewhere.
     """
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
@@ -44,22 +45,25 @@ def scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
 
 
 def guarded_step(
-    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, loss: Tensor
+    optimizer: torch.optim.Optimizer, grad_scaler: torch.amp.GradScaler, loss: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Step the optimizer unless a gradient is not finite; returns (gradient norm, bad), device
-    scalars.
+    """Step the optimizer unless a gradient is not finite.
 
     The decision stays on the device: the optimizers of `common.optim` skip the whole update where
     their `found_inf` is 1, so no host synchronization is needed and a bad step never reaches the
-    weights. `bad` is a boolean; with a loss scaler an overflow of the scaled gradients is no
-    divergence, only a loss that is not finite is.
+    weights.
+
+    Returns:
+        The gradient norm, and whether the step was bad: device scalars, the second a boolean. With
+        a loss scaler an overflow of the scaled gradients is not bad, only a loss that is not finite
+        is.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = optim.grad_norm(parameters)
-    if scaler.is_enabled():
-        norm = norm / scaler.scale(torch.ones_like(norm))
-        scaler.step(optimizer)
-        scaler.update()
+    if grad_scaler.is_enabled():
+        norm = norm / grad_scaler.scale(torch.ones_like(norm))
+        grad_scaler.step(optimizer)
+        grad_scaler.update()
         return norm, ~loss.detach().isfinite()
     finite = norm.isfinite()
     if not getattr(optimizer, "_step_supports_amp_scaling", False):
@@ -73,25 +77,31 @@ def guarded_step(
 
 
 class Phases:
-    """The time that steps spend in each phase: `lap(name)` gives the time since the lap before to a
-    phase, `lap(None)` to none (it was an evaluation).
+    """The time that steps spend in each phase, for --profile.
 
     A lap waits for the device, so the sum is more than an unwatched step takes. The first `skip`
     steps, each ended by `lap("rest")`, do not count: they allocate, compile and choose algorithms.
     """
 
     def __init__(self, device: torch.device, skip: int = 3):
-        self.device, self.seconds, self.left, self.steps = device, {}, skip, 0
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self.left = skip
+        self.steps = 0
         self.last = time.perf_counter()
 
     def lap(self, name: str | None) -> None:
+        """Count the time since the lap before for a phase; None: for none, as an evaluation's."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
         now = time.perf_counter()
         if self.left == 0 and name:
             self.seconds[name] = self.seconds.get(name, 0.0) + now - self.last
         if name == "rest":
-            self.left, self.steps = max(self.left - 1, 0), self.steps + (self.left == 0)
+            if self.left == 0:
+                self.steps += 1
+            else:
+                self.left -= 1
         self.last = now
 
     def describe(self) -> str:
@@ -99,37 +109,37 @@ class Phases:
         total = sum(self.seconds.values())
         if not self.steps:
             return "no step was timed: the first ones do not count"
-        shares = sorted(self.seconds.items(), key=lambda item: -item[1])
-        return f"{total / self.steps * 1e3:.1f} ms a step: " + ", ".join(
-            f"{n} {s / total:.1%}" for n, s in shares
-        )
+        phases = sorted(self.seconds.items(), key=lambda item: -item[1])
+        shares = ", ".join(f"{name} {seconds / total:.1%}" for name, seconds in phases)
+        return f"{total / self.steps * 1e3:.1f} ms a step: {shares}"
 
 
 @contextlib.contextmanager
 def frozen_running_stats(model: nn.Module) -> Iterator[None]:
-    """BatchNorm in training mode whose running statistics stay as they are: for a forward pass that
-    is repeated.
+    """BatchNorm in training mode whose running statistics stay as they are.
+
+    For a forward pass that is repeated.
     """
     layers = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    before = [m.momentum for m in layers]
+    momenta = [m.momentum for m in layers]
     counts = [m.num_batches_tracked.clone() for m in layers]
     for layer in layers:
         layer.momentum = 0.0
     try:
         yield
     finally:
-        for layer, momentum, count in zip(layers, before, counts, strict=True):
+        for layer, momentum, count in zip(layers, momenta, counts, strict=True):
             layer.momentum = momentum
             layer.num_batches_tracked.copy_(count)
 
 
 def peak_bytes(device: torch.device | None = None) -> int | None:
-    """The most memory held so far: of the GPU by tensors, elsewhere by the process; None where
-    nobody counts it.
+    """The most memory held so far: of the GPU by tensors, elsewhere by the process.
 
-    Without a `device`: of the current GPU, where one is in use.
+    None where nobody counts it. Without a `device`: of the current GPU, where one is in use.
     """
-    if device.type == "cuda" if device else torch.cuda.is_initialized():
+    on_gpu = device.type == "cuda" if device else torch.cuda.is_initialized()
+    if on_gpu:
         return torch.cuda.max_memory_allocated(device)
     if resource is None:
         return None
@@ -146,8 +156,10 @@ def peak_memory(device: torch.device) -> str:
 
 
 def reduce_gradients(model: nn.Module, *, last: bool):
-    """Average the gradients over the processes with the last chunk of a batch only."""
-    return contextlib.nullcontext() if last or not hasattr(model, "no_sync") else model.no_sync()
+    """Average the gradients over the ranks with the last chunk of a batch only."""
+    if last or not hasattr(model, "no_sync"):
+        return contextlib.nullcontext()
+    return model.no_sync()
 
 
 def set_lr(
@@ -158,10 +170,12 @@ def set_lr(
     schedule: str,
     factor: float = 1.0,
 ) -> float:
-    """Set and return the learning rate of the step that follows `done` steps: a function of the
-    position alone, times `factor`.
+    """Set and return the learning rate of the step that follows `done` steps.
 
-    `stage` is a `common.config.StageConfig`.
+    It is a function of the position alone, times `factor`.
+
+    Args:
+        stage: a `common.config.StageConfig`.
     """
     lr = optim.lr_at(
         done,

@@ -1,5 +1,6 @@
-"""Distillation (Hinton et al. 2015, arXiv:1503.02531): a student learns a teacher's answers beside
-the labels.
+"""--teacher: a student learns a teacher's answers beside the labels.
+
+That is distillation (Hinton et al. 2015, arXiv:1503.02531).
 """
 
 from collections.abc import Callable
@@ -24,11 +25,15 @@ def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor
         student, teacher: (n, C) logits, or (n,) those of the second of two classes.
         temperature: positive.
     """
-    pair = [
-        torch.stack([torch.zeros_like(x), x], 1) if x.ndim == 1 else x for x in (student, teacher)
-    ]
-    ours, theirs = ((x.float() / temperature).log_softmax(1) for x in pair)
+    ours = _log_softmax(student, temperature)
+    theirs = _log_softmax(teacher, temperature)
     return temperature**2 * F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    if logits.ndim == 1:
+        logits = torch.stack([torch.zeros_like(logits), logits], 1)
+    return (logits.float() / temperature).log_softmax(1)
 
 
 class Teacher:
@@ -60,8 +65,9 @@ class Teacher:
 def add_distillation(
     run, terms: dict[str, Tensor], student: Tensor, x: Tensor, items: np.ndarray | None = None
 ) -> dict[str, Tensor]:
-    """The terms of a loss, by 1 - weight, and the term `teacher` by the weight of --teacher-weight;
-    where the run has no teacher the terms as they are.
+    """The terms of a loss by 1 - weight, and the term `teacher` by --teacher-weight.
+
+    Where the run has no teacher the terms are as they are.
 
     Args:
         student: the student's logits.
@@ -77,8 +83,9 @@ def add_distillation(
 
 
 def read(args, model_spec: dict, same) -> tuple[dict | None, dict]:
-    """The state of --teacher, and what it adds to a run's identity: the digest of its weights;
-    (None, {}) without one.
+    """The state of --teacher, and what it adds to a run's identity: the digest of its weights.
+
+    It is (None, {}) without one.
 
     Args:
         model_spec: the student's.
@@ -92,21 +99,29 @@ def read(args, model_spec: dict, same) -> tuple[dict | None, dict]:
         return None, {}
     state = checkpoint.load_selected(args.teacher)
     theirs = state["model_spec"]
-    for name in ["script", *same]:
-        ours, other = (
-            name(one) if callable(name) else one.get(name) for one in (model_spec, theirs)
-        )
+    for entry in ["script", *same]:
+        if callable(entry):
+            name = entry.__name__
+            ours = entry(model_spec)
+            other = entry(theirs)
+        else:
+            name = entry
+            ours = model_spec.get(entry)
+            other = theirs.get(entry)
         if ours != other:
-            what = (name.__name__ if callable(name) else name).replace("_", " ")
             raise InputError(
-                f"--teacher {args.teacher} has the {what} {other}, this run {ours}: both must see"
-                " and name the same"
+                f"--teacher {args.teacher} has the {name.replace('_', ' ')} {other}, this run"
+                f" {ours}: both must see and name the same"
             )
     return state, {"teacher": checkpoint.weights_digest(state["model"])}
 
 
 def attach_teacher(
-    run, state: dict | None, build_model: Callable[..., nn.Module], outputs: Callable, evaluate=None
+    run,
+    state: dict | None,
+    build_model: Callable[..., nn.Module],
+    outputs: Callable,
+    evaluate: Callable | None = None,
 ) -> None:
     """Make `run.teacher` of a state that `read` gave; None leaves the run without one.
 
@@ -118,11 +133,11 @@ def attach_teacher(
     """
     if state is None:
         return
-    before = checkpoint.rng_state()
-    teachers_run = replace(run, model_spec=state["model_spec"])
-    model = build_model(teachers_run)
-    checkpoint.set_rng_state(before)
     args = run.args
+    teachers_run = replace(run, model_spec=state["model_spec"])
+    rng_state = checkpoint.rng_state()
+    model = build_model(teachers_run)
+    checkpoint.set_rng_state(rng_state)
     checkpoint.load_weights(model, state["model"], args.teacher)
     run.log.say(
         f"teacher {args.teacher}: weight {args.teacher_weight:g}, T {args.teacher_temperature:g}"

@@ -16,7 +16,8 @@ from common.run import dist
 from common.run.files import atomic_write
 from common.run.run import Run
 
-KNN_BANK, KNN_QUERIES = 4096, 1024
+KNN_BANK = 4096  # items among which neighbors are sought, at most
+KNN_QUERIES = 1024  # items whose neighbors are sought, at most
 # What features.npz calls the parts of the data, a later one over an earlier one.
 _SPLITS = {
     "rest": "train",
@@ -24,22 +25,28 @@ _SPLITS = {
     "finetune_train": "train",
     "dev": "val",
     "finetune_dev": "val",
+    "val": "val",
+    "test": "test",
+    "finetune_test": "test",
 }
-_SPLITS |= {"val": "val", "test": "test", "finetune_test": "test"}
 
 
 def stored_features(run: Run, weights: str, compute: Callable[[], Tensor]) -> Tensor:
-    """Features (n, d) float32 of all items in their order: from the run directory's features.npz,
-    or computed and kept.
+    """Features (n, d) float32 of all items in their order.
 
-    `weights` is the digest of the weights that make them: features of other weights, items or sizes
-    are not reused. The file holds `features`, `id`, `label` (-1: none), `split` ("": in no part),
-    `classes`.
+    They are read from the run directory's features.npz, or computed and kept there. The file holds
+    `features`, `id`, `label` (-1: none), `split` ("": in no part), `classes`.
+
+    Args:
+        weights: the digest of the weights that make them: features of other weights, items or sizes
+            are not reused.
+        compute: gives the features.
     """
-    file, items = run.folder / "features.npz", run.data
+    file = run.folder / "features.npz"
+    items = run.data
     key = f"{weights} {items.fingerprint} {items.store_size} {run.model_spec['image_size']}"
     rows = _read_features(file, key, run.log.say)
-    # One process that reads while another computes would wait for it without end.
+    # A rank that reads while another computes would wait for it without end.
     missing = torch.tensor(int(rows is None), device=run.world.device)
     if not dist.all_reduce(missing, "max"):
         return rows
@@ -75,26 +82,30 @@ def _read_features(file: Path, key: str, say) -> Tensor | None:
 def representation(
     run: Run, outputs: Callable[[np.ndarray], Tensor], queries: str, split: str
 ) -> dict:
-    """kNN accuracy of the part `queries`, where there are labels, and the effective rank of its
-    features, as metrics `pretrain/SPLIT/...`.
+    """How good features are without training: kNN accuracy and effective rank.
 
-    `outputs` gives the features (n, d) of items. Neighbors are sought among at most KNN_BANK
-    training items, for at most KNN_QUERIES queries, the same ones every time.
+    Neighbors are sought among at most KNN_BANK training items, for at most KNN_QUERIES queries, the
+    same ones every time. Without labels there is the effective rank alone.
+
+    Args:
+        outputs: gives the features (n, d) of items.
+        queries: the part of the data that the features are judged by.
+        split: what the metrics `pretrain/SPLIT/...` call it.
+
+    Raises:
+        Diverged: a feature is not finite.
     """
-    items, labels = run.data, run.data.labels
+    items = run.data
+    labels = items.labels
 
-    def some(split: str, most: int) -> np.ndarray:
-        indices = run.splits[split]
-        return sampling.hold_out(
-            items.ids, labels, indices, min(1.0, most / max(len(indices), 1)), "knn"
-        )
+    def sample(part: str, most: int) -> np.ndarray:
+        indices = run.splits[part]
+        share = min(1.0, most / max(len(indices), 1))
+        return sampling.hold_out(items.ids, labels, indices, share, "knn")
 
     labeled = len(run.splits[queries]) > 1 and len(run.splits["train"])
-    bank, asked = (
-        (some("train", KNN_BANK), some(queries, KNN_QUERIES))
-        if labeled
-        else ([], some("rest", KNN_QUERIES))
-    )
+    bank = sample("train", KNN_BANK) if labeled else []
+    asked = sample(queries if labeled else "rest", KNN_QUERIES)
     rows = outputs(np.concatenate([bank, asked]).astype(np.int64))
     if not rows.isfinite().all():
         raise Diverged(
@@ -102,12 +113,17 @@ def representation(
         )
     if not labeled:
         return {f"pretrain/{split}/effective_rank": metrics.effective_rank(rows)}
-    near, far = rows[: len(bank)], rows[len(bank) :]
-    accuracy = metrics.knn_accuracy(near, labels[bank], far, labels[asked], len(items.classes))
-    values = {"knn_accuracy": accuracy, "effective_rank": metrics.effective_rank(far)}
-    return {f"pretrain/{split}/{name}": value for name, value in values.items()}
+    in_bank = rows[: len(bank)]
+    of_queries = rows[len(bank) :]
+    accuracy = metrics.knn_accuracy(
+        in_bank, labels[bank], of_queries, labels[asked], len(items.classes)
+    )
+    return {
+        f"pretrain/{split}/knn_accuracy": accuracy,
+        f"pretrain/{split}/effective_rank": metrics.effective_rank(of_queries),
+    }
 
 
 def contrast(z: Tensor) -> dict:
-    """Figures of the embeddings z (2n, d) of a batch on all processes, view a above view b."""
+    """Figures of the embeddings z (2n, d) of a batch on all ranks, view a above view b."""
     return metrics.contrastive(*(dist.all_gather_rows(view) for view in z.float().chunk(2)))

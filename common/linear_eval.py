@@ -22,8 +22,13 @@ PIXELS = 32  # side of the raw-pixel baseline's images
 
 
 class Source(NamedTuple):
-    """Features that the protocol judges: how they are called, the weights that make them, their
-    dimension, and the function that computes them.
+    """Features that the protocol judges.
+
+    Attributes:
+        title: how they are called.
+        weights: those that make them.
+        width: their dimension.
+        features: computes them.
     """
 
     title: str
@@ -39,8 +44,9 @@ def linear(
     width: int,
     features: Callable[[dict[str, Tensor], Progress], Tensor],
 ) -> None:
-    """The linear protocol on a backbone's features and, beside it, on a random-weight backbone's
-    and on raw pixels.
+    """The linear protocol on a backbone's features and, beside it, on two baselines.
+
+    These are a random-weight backbone's features and raw pixels.
 
     Args:
         weights: the backbone's; None: it is the random-weight one.
@@ -68,10 +74,11 @@ def linear(
             rows = source.features(source.weights, progress)
             results = linear_protocol(run, progress, head, optimizer, rows, source.weights)
             run.finish(progress, results)
-        accuracy, f1 = (run.results[f"{name}/test/{metric}"] for metric in ("accuracy", "macro_f1"))
+        accuracy = run.results[f"{name}/test/accuracy"]
+        f1 = run.results[f"{name}/test/macro_f1"]
         run.log.say(
-            f"linear protocol, {source.title + ':':24}test accuracy {accuracy:.4f}, macro F1"
-            f" {f1:.4f}"
+            f"linear protocol, {source.title + ':':24}test accuracy {accuracy:.4f},"
+            f" macro F1 {f1:.4f}"
         )
     labels = run.data.labels_in(classes)
     majority = np.bincount(labels[run.splits["train"]]).argmax()
@@ -95,26 +102,28 @@ def kind_of(stage: str, source: str) -> str:
 
 def raw_pixels(run: Run, _, progress: Progress) -> Tensor:
     """The pixels of all images at PIXELS x PIXELS as features (n, 3 PIXELS**2)."""
+    count = len(run.data)
+    batches = np.array_split(np.arange(count), -(-count // 256))
     rows = []
-    for pixels in run.data.batches(
-        np.array_split(np.arange(len(run.data)), -(-len(run.data) // 256)), run.args.workers
-    ):
+    for pixels in run.data.batches(batches, run.args.workers):
         progress.check_stop()
         rows.append(augment.resize(pixels, PIXELS).flatten(1))
     return torch.cat(rows)
 
 
 def score(prefix: str, logits: Tensor, labels: np.ndarray, num_classes: int) -> dict:
-    """`PREFIX/accuracy`, `/macro_precision`, `/macro_recall`, `/macro_f1` of logits (n,
-    num_classes).
+    """Accuracy and macro precision, recall and F1 of logits (n, num_classes).
+
+    They are named `PREFIX/accuracy`, `PREFIX/macro_f1` and so on.
     """
     values = metrics.classification(labels, logits.argmax(1).numpy(), num_classes)
     return {f"{prefix}/{name}": value for name, value in values.items()}
 
 
 def linear_step(run: Run, head, optimizer, scaler, batch: Batch) -> Step:
-    """One update of the linear layer on standardized features, and the teacher's term where there
-    is one.
+    """One update of the linear layer on standardized features.
+
+    The loss has the teacher's term where there is one.
     """
     optimizer.zero_grad(set_to_none=True)
     logits = head(batch.inputs)
@@ -135,10 +144,9 @@ def linear_protocol(
     rows: Tensor,
     backbone: dict[str, Tensor],
 ) -> dict:
-    """Train a linear layer on frozen features and test the one of the best macro F1 on dev; returns
-    its test metrics.
+    """Train a linear layer on frozen features and test the one of the best macro F1 on dev.
 
-    Training ends after `--patience` epochs without a better macro F1 on dev. Every process does the
+    Training ends after `--patience` epochs without a better macro F1 on dev. Every rank does the
     same small work.
 
     Args:
@@ -147,14 +155,20 @@ def linear_protocol(
             deviation. The stored layer, `head.*` in best.pt beside `backbone.*`, takes them as they
             are.
         backbone: the weights that made the rows.
+
+    Returns:
+        The test metrics.
     """
-    args, name, device = run.args, progress.stage, run.world.device
+    args = run.args
+    device = run.world.device
+    name = progress.stage
     stage = run.settings_of(name)
     train, dev, test = (run.splits[split] for split in ("train", "dev", "test"))
     classes = run.model_spec["classes"]["linear"]
     labels = run.data.labels_in(classes)
     targets = torch.from_numpy(labels)
-    mean, std = rows[train].mean(0), rows[train].std(0)
+    mean = rows[train].mean(0)
+    std = rows[train].std(0)
     std = torch.where(std > 1e-6, std, 1.0)  # a constant feature stays zero, not noise
     stored_backbone = {f"backbone.{key}": tensor for key, tensor in backbone.items()}
 
@@ -175,7 +189,7 @@ def linear_protocol(
         values = {f"{name}/train/loss": progress.mean("loss")}
         layer = unstandardized(head, mean, std)
         values |= score(f"{name}/val", apply(layer, rows[dev]), labels[dev], len(classes))
-        # Rounding may differ between processes; they must agree on when to stop.
+        # Rounding may differ between ranks; they must agree on when to stop.
         f1 = dist.mean(torch.tensor(values[f"{name}/val/macro_f1"], device=device)).item()
         progress.select(f1, stored_backbone | layer, values, higher_is_better=True)
         loop.end_epoch(values)

@@ -185,8 +185,8 @@ def schedule_table(schedule: Schedule) -> dict:
     """The phases as a table of the report; see `common.report.page.own_tables`."""
     header, *rows = schedule.cells()
     text = (
-        "What changes in which epochs (counted from 0): how clips are drawn, the strength tau of the"
-        " logit adjustment, the weights of the losses, and the factor of the learning rate."
+        "What changes in which epochs (counted from 0): how clips are drawn, the strength tau of"
+        " the logit adjustment, the weights of the losses, and the factor of the learning rate."
     )
     return {"header": header, "rows": rows, "text": text}
 

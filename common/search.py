@@ -1,4 +1,4 @@
-"""Random search: each trial is an ordinary run, its settings a function of its number.
+"""--search: random search. Each trial is an ordinary run, its settings a function of its number.
 
 Bergstra and Bengio, Random Search for Hyper-Parameter Optimization, JMLR 2012.
 
@@ -77,17 +77,15 @@ def flags(parser, args, argv: list[str], ranges: dict) -> list[str]:
         if action.option_strings and action.metavar in ("X", "N")
     }
     whole = {action.dest for action in parser._actions if action.metavar == "N"}
-    ranges = declared(ranges, args)
-    if args.ranges:
-        ranges = ranges | parse_ranges(args.ranges)
+    ranges = drawn_ranges(ranges, args)
     unknown = next((name for name in ranges if name not in numbers or name == "seed"), None)
     if unknown is not None:
         raise InputError(f"--ranges: no number is called {unknown}{did_you_mean(unknown, numbers)}")
     for name, (low, high) in ranges.items():
         if name in whole and math.ceil(low) > math.floor(high):
             raise InputError(
-                f"--ranges {name}={low:g}:{high:g} holds no integer, and {numbers[name]}"
-                " takes those"
+                f"--ranges {name}={low:g}:{high:g} holds no integer, which {numbers[name]} takes:"
+                " widen it"
             )
     given = {token.split("=")[0] for token in argv}
     ranges = {name: bounds for name, bounds in ranges.items() if numbers[name] not in given}
@@ -105,9 +103,13 @@ def flags(parser, args, argv: list[str], ranges: dict) -> list[str]:
     return argv_of_trial
 
 
-def declared(ranges: dict, args) -> dict[str, tuple[float, float]]:
-    """A script's ranges, of the named stage or else of the optimizer where it has them by those."""
+def drawn_ranges(ranges: dict, args) -> dict[str, tuple[float, float]]:
+    """What a trial draws: a script's ranges, changed or added to by --ranges.
+
+    The script's are those of the named stage, or else of the optimizer, where it has them by those.
+    """
     for name in (getattr(args, "stage", None), getattr(args, "optimizer", None)):
         if isinstance(ranges.get(name), dict):
-            return ranges[name]
-    return ranges
+            ranges = ranges[name]
+            break
+    return ranges | (parse_ranges(args.ranges) if args.ranges else {})

@@ -1,37 +1,37 @@
-"""Is everything alive? A few steps on a copy of the model show which parameters move and which
-losses they feel.
+"""The audit: does every parameter train, and has every loss term a gradient?
 
-A frozen layer that was meant to train, a loss of weight 0 and a parameter that no optimizer holds
-all train without an error and end in a worse model; the audit ends them before the first step.
+A few steps on a copy of the model show it. A frozen layer that was meant to train, a loss of weight
+0 and a parameter that no optimizer holds all train without an error and end in a worse model; the
+audit ends them before the first step.
 """
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from common.errors import AuditFailed
+from common.errors import AuditFailed, plural
 
 
 def check_groups(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[str]:
-    """What is wrong with an optimizer's groups: a trainable parameter belongs in exactly one, a
-    frozen one in none.
+    """What is wrong with an optimizer's groups.
+
+    A trainable parameter belongs in exactly one, a frozen one in none.
     """
-    held: dict[int, int] = {}
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            held[id(p)] = held.get(id(p), 0) + 1
+    groups_of = Counter(id(p) for group in optimizer.param_groups for p in group["params"])
     problems = []
     for name, p in model.named_parameters():
-        count = held.pop(id(p), 0)
+        count = groups_of.pop(id(p), 0)
         if p.requires_grad and count != 1:
             problems.append(f"{name} is trainable and in {count} optimizer groups")
         if not p.requires_grad and count:
             problems.append(f"{name} is frozen and in an optimizer group")
-    return problems + (
-        [f"the optimizer holds {len(held)} parameters that the model lacks"] if held else []
-    )
+    if groups_of:
+        foreign = plural(len(groups_of), "parameter")
+        problems.append(f"the optimizer holds {foreign} that the model lacks")
+    return problems
 
 
 def check_setting(
@@ -41,8 +41,7 @@ def check_setting(
     terms_of: Callable[[nn.Module, int], dict[str, Tensor]],
     steps: int = 3,
 ) -> list[str]:
-    """What is dead in `steps` steps of a copy of `model`, one line each; the model itself stays as
-    it is.
+    """What is dead in `steps` steps of a copy of `model`; the model itself stays as it is.
 
     Every trainable parameter must be in one optimizer group and must have moved; every frozen
     parameter, and every buffer of a module without trainable parameters, must be as it was; every
@@ -55,56 +54,62 @@ def check_setting(
         steps: how many.
 
     Returns:
-        The problems; empty if all is alive.
+        The problems, one line each; empty if all is alive.
     """
-    twin = copy.deepcopy(model)
-    optimizer = build_optimizer(twin)
-    problems = [f"{name}: {text}" for text in check_groups(twin, optimizer)]
-    trainable = {n: p for n, p in twin.named_parameters() if p.requires_grad}
+    model = copy.deepcopy(model)
+    optimizer = build_optimizer(model)
+    problems = [f"{name}: {text}" for text in check_groups(model, optimizer)]
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if not trainable or problems:
         return problems or [f"{name}: nothing is trainable"]
-    frozen = {n: p for n, p in twin.named_parameters() if not p.requires_grad}
-    for prefix, module in twin.named_modules():
-        if not any(p.requires_grad for p in module.parameters()):
-            frozen |= {f"{prefix}.{n}".lstrip("."): b for n, b in module.named_buffers()}
+    frozen = _frozen_tensors(model)
     # Not on the device: there a copy of a large model may be what a step has no room for.
-    before = {n: t.detach().to("cpu", copy=True) for n, t in (trainable | frozen).items()}
+    initial = {n: t.detach().to("cpu", copy=True) for n, t in (trainable | frozen).items()}
     rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    felt: dict[str, bool] = {}
+    has_gradient: dict[str, bool] = {}
     pushed = dict.fromkeys(trainable, False)
-    state = (
-        torch.get_rng_state(),
-        torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None,
-    )
+    rng_state = torch.get_rng_state()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     for k in range(steps):
-        terms = terms_of(twin, k)
+        terms = terms_of(model, k)
         for term, value in terms.items():
-            grads = [None] * len(trainable)
-            if value.requires_grad:
-                grads = torch.autograd.grad(
-                    value, list(trainable.values()), retain_graph=True, allow_unused=True
-                )
-            felt[term] = felt.get(term, False) or any(
-                g is not None and bool((g != 0).any()) for g in grads
-            )
+            moves = _has_gradient(value, list(trainable.values()))
+            has_gradient[term] = has_gradient.get(term, False) or moves
         optimizer.zero_grad(set_to_none=True)
         sum(terms.values()).backward()
         for n, p in trainable.items():
             pushed[n] = pushed[n] or _below_rounding(p, rates[id(p)])
         optimizer.step()
-    torch.set_rng_state(state[0])
-    if state[1]:
-        torch.cuda.set_rng_state_all(state[1])
-    problems += [
-        f"{name}: the loss term {term} moves no gradient"
-        for term, alive in felt.items()
-        if not alive
-    ]
+    torch.set_rng_state(rng_state)
+    if cuda_states:
+        torch.cuda.set_rng_state_all(cuda_states)
+    for term, moves in has_gradient.items():
+        if not moves:
+            problems.append(f"{name}: the loss term {term} moves no gradient")
     for n, p in trainable.items():
-        if torch.equal(before[n], p.detach().cpu()) and not pushed[n]:
-            problems.append(f"{name}: {n} is trainable and did not move in {steps} steps")
-    moved = (n for n, t in frozen.items() if not torch.equal(before[n], t.detach().cpu()))
-    return problems + [f"{name}: {n} is frozen and moved" for n in moved]
+        if torch.equal(initial[n], p.detach().cpu()) and not pushed[n]:
+            taken = plural(steps, "step")
+            problems.append(f"{name}: {n} is trainable and did not move in {taken}")
+    for n, tensor in frozen.items():
+        if not torch.equal(initial[n], tensor.detach().cpu()):
+            problems.append(f"{name}: {n} is frozen and moved")
+    return problems
+
+
+def _frozen_tensors(model: nn.Module) -> dict[str, Tensor]:
+    # Parameters that do not train, and the buffers of modules in which nothing trains.
+    frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
+    for prefix, module in model.named_modules():
+        if not any(p.requires_grad for p in module.parameters()):
+            frozen |= {f"{prefix}.{n}".lstrip("."): b for n, b in module.named_buffers()}
+    return frozen
+
+
+def _has_gradient(term: Tensor, parameters: list[nn.Parameter]) -> bool:
+    if not term.requires_grad:
+        return False
+    grads = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
+    return any(g is not None and bool((g != 0).any()) for g in grads)
 
 
 def _below_rounding(p: Tensor, lr: float) -> bool:
@@ -113,9 +118,8 @@ def _below_rounding(p: Tensor, lr: float) -> bool:
     if p.grad is None or not lr:
         return False
     step = (lr * p.grad).abs()
-    return bool((step > 0).any()) and bool(
-        (step <= p.detach().abs() * torch.finfo(p.dtype).eps).all()
-    )
+    rounding = p.detach().abs() * torch.finfo(p.dtype).eps
+    return bool((step > 0).any()) and bool((step <= rounding).all())
 
 
 def refuse(problems: list[str]) -> None:

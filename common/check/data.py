@@ -1,433 +1,146 @@
 """Checks of the data set: what `--check` says of the items before anything is trained on them.
 
 Damaged items, duplicates and overlap of the splits, classes, outliers, and labels that the nearest
-neighbors do not share. Of more than `LOOKED` items a part is looked at, chosen by a hash of their
-names; files are compared byte by byte up to `HASHED` of them. Each finding says how many that were.
+neighbors do not share. Each result says how many items were looked at, see
+`common.check.inspection`.
 
 The perceptual hash is that of 63 low frequencies (Zauner 2010, pHash); what it proposes is
 confirmed by the correlation of the pixels.
 """
 
 import functools
-import hashlib
-import io
 import math
 import re
-from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from common import metrics
+from common.check.inspection import PARTS, Duplicate, Inspection, empty_folders, inspect
 from common.check.result import FAIL, PASS, SKIP, WARN, CheckSpec, Result, skip
-from common.data.clips import VideoFiles, Videos
-from common.data.images import DECODE_ERRORS, UNLABELED, hidden, reason
-from common.data.sampling import hash_order
-from common.data.utterances import tokens
-from common.errors import InputError
+from common.data.images import UNLABELED
+from common.errors import first_few, plural
 from common.report import charts, figures
 from common.rng import uniform
 
-PARTS = ("train", "val", "test")
-LOOKED, FRAMES, HASHED = 1000, 3000, 10_000  # items, their frames, files compared byte by byte
-SIDE = 32  # of the thumbnails that are compared, pixels
-NEAR_BITS, NEAR_CORRELATION = (
-    6,
-    0.985,
-)  # different photographs of blood cells or faces stay below 0.98
+NEAR_BITS = 6
+NEAR_CORRELATION = 0.985  # different photographs of blood cells or faces stay below 0.98
 NEAR_COSINE = 0.9999
 NEAR_SHARE = 0.01  # of the test items: a few that are alike do not decide a test
-LONG_TEXT = 8  # words: shorter utterances are said again and again
 RATIO = 10.0  # largest class over smallest
 OUTLIER = 8.0  # robust z-score
-NEIGHBORS, LEAST_LABELED, CERTAIN = 10, 200, 3.0
-WORST = 64
-
-
-@dataclass
-class Inspection:
-    """The items that were looked at, and what was found when they were.
-
-    Attributes:
-        unit: what an item is, in the plural: images, clips, utterances.
-        total: items of the data set that are in some part.
-        ids: (n,) names.
-        labels: (n,) int64 into `classes`; UNLABELED where there is none.
-        parts: (n,) "train", "val" or "test".
-        counts: (4, classes) labeled items of the whole data set in each of PARTS, and in none.
-        classes: names.
-        features: (n, d) float32, what neighbors are sought by.
-        facts: (n,) float64 by name: sizes, brightness and so on.
-        twins: groups of items of the same content.
-        compared: how many were compared for that.
-        thumbs: (n, V, 3, SIDE, SIDE) uint8, V frames of each item; None where there are no
-            pictures.
-        damaged: "NAME (reason)" of the items that cannot be read.
-        doubtful: names of items that can be read, but hold nothing.
-        supervised: whether the run trains on the labels.
-        empty: folders of classes without any file.
-        near_rows: whether items without pictures are alike where their features are.
-    """
-
-    unit: str
-    total: int
-    ids: list[str]
-    labels: np.ndarray
-    parts: np.ndarray
-    counts: np.ndarray
-    classes: list[str]
-    features: Tensor
-    facts: dict[str, np.ndarray]
-    twins: list[list["Duplicate"]]
-    compared: int
-    thumbs: Tensor | None = None
-    damaged: list[str] = field(default_factory=list)
-    doubtful: list[str] = field(default_factory=list)
-    empty: list[str] = field(default_factory=list)
-    near_rows: bool = False
-    supervised: bool = True
-
-    @property
-    def of(self) -> str:
-        """`1000 of 4886 images`, or `576 images` where all were looked at."""
-        seen = len(self.ids) + len(self.damaged)
-        return (
-            f"{seen} {self.unit}" if seen >= self.total else f"{seen} of {self.total} {self.unit}"
-        )
-
-
-@dataclass(frozen=True)
-class Duplicate:
-    """An item that has the content of another one."""
-
-    name: str
-    part: str
-    label: int
-
-
-def parts_of(splits: dict[str, np.ndarray], count: int) -> np.ndarray:
-    """Which part each of `count` items belongs to by a script's splits: "train", "val", "test", or
-    "" for none.
-
-    An item that some stage tests on belongs to the test, whatever else it serves.
-    """
-    parts = np.full(count, "", dtype=object)
-    kinds = {
-        name: "test" if "test" in name else "val" if name.endswith(("val", "dev")) else "train"
-        for name in splits
-    }
-    for kind in PARTS:
-        for name in (name for name, own in kinds.items() if own == kind):
-            parts[splits[name]] = kind
-    return parts
-
-
-def sampled_items(ids: list[str], parts: np.ndarray, most: int) -> np.ndarray:
-    """At most `most` of the items that are in a part, by a hash of their names; a quarter are of
-    the test, as far as it has them: sorted int64.
-    """
-    own = np.flatnonzero(parts != "")
-    if len(own) <= most:
-        return own
-    test, rest = own[parts[own] == "test"], own[parts[own] != "test"]
-    kept = hash_order(ids, test, "check")[: max(most // 4, most - len(rest))]
-    kept += hash_order(ids, rest, "check")[: most - len(kept)]
-    return np.array(sorted(kept), np.int64)
-
-
-def inspect(items, splits: dict[str, np.ndarray], workers: int) -> Inspection:
-    """Look at `common.data.Images` or `common.clips.Videos`.
-
-    Of a clip the first, the middle and the last frame are compared; as many more are decoded as
-    `FRAMES` in all allow.
-    """
-    clips = isinstance(items, Videos)
-    images, parts = items.images if clips else items, parts_of(splits, len(items))
-    rows = sampled_items(items.ids, parts, LOOKED)
-    files = not images.in_memory and not isinstance(images, VideoFiles)
-    each = max(FRAMES // max(len(rows), 1), 3) if files else 3
-
-    def view(row: int):
-        frames = np.array([row])
-        if clips:
-            frames = items.frames[row]
-            frames = frames[
-                np.linspace(0, len(frames) - 1, min(max(each, 3), len(frames))).round().astype(int)
-            ]
-        try:
-            decoded = [images.decode(int(index)) for index in frames]
-            width, height = _size(images.read(int(frames[0]))) if files else decoded[0].shape[-2:]
-        except (InputError, *DECODE_ERRORS) as error:
-            return f"{items.ids[row]} ({reason(error).split('cannot be read: ')[-1].split(';')[0]})"
-        shown = [decoded[0], decoded[len(decoded) // 2], decoded[-1]] if clips else decoded
-        # Of two streams the first, the face, shows what is asked about.
-        pixels = torch.stack([frame[0] if frame.ndim == 4 else frame for frame in shown])
-        gray = pixels[len(pixels) // 2].float().mean(0)
-        share = torch.bincount(gray.long().flatten(), minlength=256).double() / gray.numel()
-        facts = {"shorter side, px": min(width, height), "width / height": width / height}
-        facts |= {"frames": len(items.frames[row])} if clips else {}
-        facts |= {
-            "brightness": float(gray.mean()),
-            "entropy, bits": float(torch.special.entr(share).sum()) / math.log(2),
-        }
-        digest = hashlib.sha256(b"".join(frame.numpy().tobytes() for frame in decoded)).digest()
-        return digest, _small(pixels, SIDE), facts
-
-    with ThreadPoolExecutor(workers) as pool:
-        found = list(pool.map(view, rows))
-        damaged = {
-            int(row): one for row, one in zip(rows, found, strict=True) if isinstance(one, str)
-        }
-        rows = np.array([row for row in rows if row not in damaged], np.int64)
-        found = [one for one in found if not isinstance(one, str)]
-        digests = dict(zip(rows.tolist(), (one[0] for one in found), strict=True))
-        if files and not clips:
-            some = _of_equal_size(images, parts)
-            digests = dict(
-                zip(
-                    some.tolist(),
-                    pool.map(functools.partial(_file_digest, images), some),
-                    strict=True,
-                )
-            )
-            damaged |= {
-                row: text
-                for row, text in digests.items()
-                if isinstance(text, str) and row not in damaged
-            }
-    thumbs = (
-        torch.stack([one[1] for one in found])
-        if found
-        else torch.zeros(0, 1, 3, SIDE, SIDE, dtype=torch.uint8)
-    )
-    return Inspection(
-        unit="clips" if clips else "images",
-        total=int((parts != "").sum()),
-        **_common(items, parts, rows),
-        features=_small(thumbs.flatten(0, 1), SIDE // 2).reshape(len(thumbs), -1).float(),
-        facts={
-            name: np.array([one[2][name] for one in found], float)
-            for name in (found[0][2] if found else ())
-        },
-        twins=_twins(items, parts, {row: d for row, d in digests.items() if row not in damaged}),
-        compared=len(digests),
-        thumbs=thumbs,
-        damaged=[damaged[row] for row in sorted(damaged)],
-    )
-
-
-def inspect_rows(rows, splits: dict[str, np.ndarray]) -> Inspection:
-    """Look at the utterances of `common.discovery.Rows`: their texts and what the network reads of
-    them.
-    """
-    table, parts = rows.table, parts_of(splits, len(rows.table))
-    kept = sampled_items(
-        table.ids, parts, 4 * LOOKED
-    )  # nothing is decoded: an utterance costs little
-    arrays = {name: rows.pooled(name).cpu().float()[torch.from_numpy(kept)] for name in rows.names}
-    given = {name: x for name, x in arrays.items() if name not in rows.as_is}
-    facts = {f"length of {name}": own[kept].astype(float) for name, own in table.lengths.items()}
-    # Zeros stand for what an utterance has not, such as the one before a dialogue's first.
-    for name, x in given.items():
-        norm = x.norm(dim=1).double().numpy()
-        facts[f"norm of {name}"] = np.where(
-            norm > 0, norm, np.median(norm[norm > 0]) if norm.any() else 0.0
-        )
-    words = (
-        None
-        if table.texts is None
-        else [tuple(t for t in tokens(table.texts[i]) if t[0].isalnum()) for i in kept]
-    )
-    if words is not None:
-        facts["words"] = np.array([len(own) for own in words], float)
-    nothing = np.stack([~x.any(1).numpy() for x in arrays.values()]).all(0)
-    raw = list(table.modalities.values())
-    if raw:
-        digests = {
-            int(i): hashlib.sha256(b"".join(x[i].tobytes() for x in raw)).digest() for i in kept
-        }
-    else:
-        digests = {int(i): own for i, own in zip(kept, words, strict=True) if len(own) >= LONG_TEXT}
-    features = [
-        (x - x.mean(0)) / x.std(0).clamp(min=1e-6) / x.shape[1] ** 0.5 for x in arrays.values()
-    ]
-    return Inspection(
-        unit="utterances",
-        total=int((parts != "").sum()),
-        **_common(table, parts, kept),
-        features=torch.cat(features, 1),
-        facts=facts,
-        twins=_twins(table, parts, digests),
-        compared=len(digests),
-        doubtful=[table.ids[kept[i]] for i in np.flatnonzero(nothing)],
-        near_rows=bool(raw),
-    )
-
-
-def _common(items, parts: np.ndarray, rows: np.ndarray) -> dict:
-    known = items.labels != UNLABELED
-    kinds = (*PARTS, "")
-    counts = [
-        np.bincount(items.labels[known & (parts == part)], minlength=len(items.classes))
-        for part in kinds
-    ]
-    ids = [items.ids[i] for i in rows]
-    return dict(
-        ids=ids,
-        labels=items.labels[rows],
-        parts=parts[rows],
-        counts=np.stack(counts),
-        classes=items.classes,
-    )
-
-
-def _small(pixels: Tensor, side: int) -> Tensor:
-    # uint8 (n, 3, side, side), stretched to a square.
-    small = F.interpolate(
-        pixels.float(), (side, side), mode="bilinear", antialias=True, align_corners=False
-    )
-    return small.round().clamp(0, 255).byte()
-
-
-def _size(content: bytes) -> tuple[int, int]:
-    with Image.open(io.BytesIO(content)) as image:
-        return image.size
-
-
-def _file_digest(images, row: int) -> bytes | str:
-    # Reading it all checks an archive's CRC, opening it the header: what that finds is damaged,
-    # decoded or not.
-    try:
-        content = images.read(int(row))
-        _size(content)
-    except DECODE_ERRORS as error:
-        return f"{images.ids[row]} ({reason(error)})"
-    return hashlib.sha256(content).digest()
-
-
-def _of_equal_size(images, parts: np.ndarray) -> np.ndarray:
-    # Files of equal size stay together: of a pair of duplicates both are compared, or none.
-    own = np.flatnonzero(parts != "")
-    if len(own) <= HASHED:
-        return own
-    sizes, where, times = np.unique(images.sizes[own], return_inverse=True, return_counts=True)
-    order = np.argsort(uniform(0, 0, sizes, 0, 1)[:, 0], kind="stable")
-    order = order[times[order] > 1]
-    kept = order[np.cumsum(times[order]) <= HASHED]
-    return own[np.isin(where, kept)]
-
-
-def _twins(items, parts: np.ndarray, digests: dict) -> list[list[Duplicate]]:
-    groups = defaultdict(list)
-    for row, digest in digests.items():
-        groups[digest].append(row)
-    found = sorted(rows for rows in groups.values() if len(rows) > 1)
-    return [
-        [Duplicate(items.ids[row], parts[row], int(items.labels[row])) for row in rows]
-        for rows in found
-    ]
+NEIGHBORS = 10
+LEAST_LABELED = 200  # items, to look at their neighbors
+CERTAIN = 3.0  # standard errors above chance
+WORST = 64  # items shown
 
 
 def corrupt(seen: Inspection, folder: Path) -> Result:
     """FAIL for items that cannot be read, WARN for those that hold nothing."""
-    rows = [["damaged", text] for text in seen.damaged] + [
-        ["empty", text] for text in seen.doubtful
-    ]
-    status = FAIL if seen.damaged else WARN if seen.doubtful else PASS
+    rows = [["damaged", text] for text in seen.damaged]
+    rows += [["empty", text] for text in seen.doubtful]
     empty = f", {len(seen.doubtful)} empty" if seen.doubtful else ""
     value = f"{len(seen.damaged)} damaged{empty} of {seen.of}"
+    status = PASS
     fix = ""
     if seen.damaged:
+        status = FAIL
         fix = f"fix or remove {first_few(seen.damaged)}; or --on-bad-item skip"
     elif seen.doubtful:
+        status = WARN
         fix = f"look at {first_few(seen.doubtful)}: such items teach nothing"
     return Result(status, value, "0", fix, rows=table(["finding", "item"], rows))
 
 
 def duplicates(seen: Inspection, folder: Path) -> Result:
-    """FAIL where a part shares an item with another part, exactly or, for more than `NEAR_SHARE` of
+    """Items that are there more than once.
+
+    FAIL where a part shares an item with another part, exactly or, for more than `NEAR_SHARE` of
     the smaller one, nearly; WARN for fewer, for more than that share within a part, and for one
-    content with two labels.
+    content with more than one label.
     """
-    groups = sorted(seen.twins, key=lambda group: len({twin.part for twin in group}) < 2)
-    across = [group for group in groups if len({twin.part for twin in group}) > 1]
-    unlike = [group for group in groups if len({twin.label for twin in group} - {UNLABELED}) > 1]
+    groups = sorted(seen.duplicates, key=lambda group: not _is_across(group))
+    exact_across = sum(_is_across(group) for group in groups)
     repeated = sum(len(group) - 1 for group in groups)
-    twins = [
-        Duplicate(*row) for row in zip(seen.ids, seen.parts, seen.labels.tolist(), strict=True)
-    ]
+    unlike = [group for group in groups if len({twin.label for twin in group} - {UNLABELED}) > 1]
+    fields = zip(seen.ids, seen.parts, seen.labels.tolist(), strict=True)
+    items = [Duplicate(*row) for row in fields]
     known = {twin for group in groups for twin in group}
-    near = [pair for pair in near_pairs(seen) if not {twins[i] for i in pair} <= known]
+    near = [pair for pair in near_pairs(seen) if not {items[i] for i in pair} <= known]
     near.sort(key=lambda pair: seen.parts[pair[0]] == seen.parts[pair[1]])
     near_across = sum(seen.parts[i] != seen.parts[j] for i, j in near)
-    most = max(
-        NEAR_SHARE * min(int((seen.parts == part).sum()) or len(seen.ids) for part in PARTS), 1
-    )
+    smallest = min(int((seen.parts == part).sum()) or len(seen.ids) for part in PARTS)
+    most = max(NEAR_SHARE * smallest, 1)
     # Rows of features and texts recur in talk; a whole picture does not recur by chance.
-    failed = near_across > most or len(across) > (most if seen.unit == "utterances" else 0)
-    warned = (
-        across
+    most_exact = most if seen.unit == "utterances" else 0
+    status = PASS
+    if near_across > most or exact_across > most_exact:
+        status = FAIL
+    elif (
+        exact_across
         or near_across
         or repeated > NEAR_SHARE * seen.compared
         or (unlike and seen.unit == "images")
-    )
+    ):
+        status = WARN
     value = (
-        f"{len(across)} exact and {near_across} near across splits, {repeated - len(across)}"
-        " exact and"
+        f"{exact_across} exact and {near_across} near across splits,"
+        f" {repeated - exact_across} exact and {len(near) - near_across} near within them,"
+        f" of {seen.of}"
     )
-    value += f" {len(near) - near_across} near within them, of {seen.of}"
-    value += f"; {seen.compared} files compared" if seen.compared > len(seen.ids) else ""
-    pairs = [
-        ("exact", group[0], max(group[1:], key=lambda twin: twin.part != group[0].part))
-        for group in groups
-    ]
-    pairs += [("near", twins[i], twins[j]) for i, j in near]
-    rows = [
-        [kind, *(f"{twin.name} ({twin.part})" for twin in pair)] for kind, *pair in pairs[:WORST]
-    ]
+    if seen.compared > len(seen.ids):
+        value += f"; {plural(seen.compared, 'file')} compared"
+    pairs = []
+    for group in groups:
+        first, *others = group
+        other = next((twin for twin in others if twin.part != first.part), others[0])
+        pairs.append(("exact", first, other))
+    pairs += [("near", items[i], items[j]) for i, j in near]
+    rows = [[kind, f"{a.name} ({a.part})", f"{b.name} ({b.part})"] for kind, a, b in pairs[:WORST]]
     fix = ""
-    if failed or warned:
-        first = next(
-            (row for row, (_, a, b) in zip(rows, pairs, strict=False) if a.part != b.part), None
-        )
+    if status != PASS:
+        # Pairs across splits stand first among the exact and among the near ones.
+        across = [row for row, (_, a, b) in zip(rows, pairs, strict=False) if a.part != b.part]
         fix = f"keep one of each pair, such as {rows[0][1]} and {rows[0][2]}"
-        if first:
-            fix = (
-                f"keep {first[1]} or {first[2]}, and so on: no part may ask what another has shown"
-            )
-        fix += f"; {len(unlike)} groups of equal {seen.unit} have several labels" if unlike else ""
-    pictures = grid(
-        seen, [row for pair in near[: WORST // 2] for row in pair], folder, "check_duplicates"
-    )
-    status = FAIL if failed else WARN if warned else PASS
+        if across:
+            _, one, other = across[0]
+            fix = f"keep {one} or {other}, and so on: no part may ask what another has shown"
+        if unlike:
+            fix += f"; more than one label: {plural(len(unlike), 'group')} of equal {seen.unit}"
+    drawn = [row for pair in near[: WORST // 2] for row in pair]
+    pictures = save_thumbs(seen, drawn, folder, "check_duplicates")
     threshold = f"0 exact, {NEAR_SHARE:.0%} near across splits"
     return Result(status, value, threshold, fix, pictures, table(["alike", "one", "other"], rows))
 
 
+def _is_across(group: list[Duplicate]) -> bool:
+    return len({twin.part for twin in group}) > 1
+
+
 def near_pairs(seen: Inspection) -> list[tuple[int, int]]:
-    """Pairs (i, j), i < j, of items that look the same but for compression, scale, brightness and
-    contrast; of utterances, whose rows of features have a cosine above NEAR_COSINE.
+    """Pairs (i, j), i < j, of items that look the same.
+
+    Compression, scale, brightness and contrast may differ. Utterances are alike where their rows of
+    features have a cosine above NEAR_COSINE.
     """
     if seen.thumbs is None and not seen.near_rows:
         return []
     if seen.thumbs is None:
-        x, found = F.normalize(seen.features, dim=1), []
+        x = F.normalize(seen.features, dim=1)
+        pairs = []
         for start in range(0, len(x), 1024):
             alike = (x[start : start + 1024] @ x.T > NEAR_COSINE).nonzero()
-            found += [(int(i) + start, int(j)) for i, j in alike if i + start < j]
-        return found
+            pairs += [(int(i) + start, int(j)) for i, j in alike if i + start < j]
+        return pairs
     close = None
     for frames in seen.thumbs.float().unbind(1):
         x = frames.flatten(1)
-        x = x - x.mean(1, keepdim=True)
-        # A constant image resembles nothing, not even another one: that is the outliers' finding.
-        alike = F.normalize(x, dim=1) @ F.normalize(x, dim=1).T > NEAR_CORRELATION
+        x = F.normalize(x - x.mean(1, keepdim=True), dim=1)
+        # A constant image resembles nothing, not even another one: the outliers have it.
+        alike = x @ x.T > NEAR_CORRELATION
         bits = perceptual_hash(frames).float()
         alike &= bits.shape[1] - bits @ bits.T - (1 - bits) @ (1 - bits).T <= NEAR_BITS
         close = alike if close is None else close & alike
@@ -435,127 +148,113 @@ def near_pairs(seen: Inspection) -> list[tuple[int, int]]:
 
 
 def perceptual_hash(frames: Tensor) -> Tensor:
-    """63 bits of images (n, 3, s, s): which of the lowest frequencies of their gray values, but for
-    the mean, are above the median of these. bool (n, 63).
+    """63 bits of images (n, 3, s, s): bool (n, 63).
+
+    They say which of the lowest frequencies of their gray values, but for the mean, are above the
+    median of these.
     """
-    gray, k = frames.float().mean(1), torch.arange(frames.shape[-1], dtype=torch.float32)
-    cosines = torch.cos(
-        math.pi * (2 * k + 1) * torch.arange(8).view(-1, 1) / (2 * len(k))
-    )  # [8, s]
+    gray = frames.float().mean(1)
+    k = torch.arange(frames.shape[-1], dtype=torch.float32)
+    frequencies = torch.arange(8).view(-1, 1)
+    cosines = torch.cos(math.pi * (2 * k + 1) * frequencies / (2 * len(k)))  # [8, s]
     low = (cosines @ gray @ cosines.T).flatten(1)[:, 1:]
     return low > low.median(1, keepdim=True).values
 
 
 def imbalance(seen: Inspection, folder: Path) -> Result:
-    """FAIL for a class that training does not have, WARN for a class more than `RATIO` times
-    another; the prior and the bias that it means for the last layer.
+    """The classes' shares, and the bias that they mean for the last layer.
+
+    FAIL for a class that training does not have, WARN for a class more than `RATIO` times another.
     """
     counts, unused = seen.counts[[0, 3]]
     if not seen.counts.any():
-        return Result(
-            SKIP, f"{seen.of}, none labeled", f"{RATIO:g}", "no labels, no classes to compare"
-        )
+        value = f"{seen.of}, none labeled"
+        return Result(SKIP, value, f"{RATIO:g}", "no labels, no classes to compare")
     prior = counts / max(counts.sum(), 1)
     bias = np.log(np.maximum(prior, 1e-12))
     if len(counts) == 2:
         bias = np.array([0.0, bias[1] - bias[0]])
-    rows = [
-        [
-            c,
-            *map(int, seen.counts[:3, i]),
-            f"{prior[i]:.4f}",
-            f"{bias[i]:+.3f}" if counts[i] else "-",
-        ]
-        for i, c in enumerate(seen.classes)
-    ]
+    rows = []
+    for i, name in enumerate(seen.classes):
+        shown_bias = f"{bias[i]:+.3f}" if counts[i] else "-"
+        rows.append([name, *map(int, seen.counts[:3, i]), f"{prior[i]:.4f}", shown_bias])
     missing = [seen.classes[i] for i in np.flatnonzero((counts == 0) & (unused == 0))] + seen.empty
-    lacking = [
-        f"{seen.classes[i]} in {part}"
-        for part, own in zip(PARTS[1:], seen.counts[1:3], strict=True)
-        if own.any()
-        for i in np.flatnonzero((own == 0) & (counts > 0))
-    ]
+    lacking = []
+    for part, part_counts in zip(PARTS[1:], seen.counts[1:3], strict=True):
+        if part_counts.any():
+            absent = np.flatnonzero((part_counts == 0) & (counts > 0))
+            lacking += [f"{seen.classes[i]} in {part}" for i in absent]
     ratio = counts.max() / counts[counts > 0].min() if counts.any() else 1.0
-    most, least = (
-        seen.classes[int(counts.argmax())],
-        seen.classes[int(np.where(counts > 0, counts, np.inf).argmin())],
-    )
-    bad = FAIL if seen.supervised else WARN
-    status = bad if missing else WARN if lacking or ratio > RATIO else PASS
-    value = f"{ratio:.1f}, {most} over {least}"
+    largest = seen.classes[int(counts.argmax())]
+    smallest = seen.classes[int(np.where(counts > 0, counts, np.inf).argmin())]
+    value = f"{ratio:.1f}, {largest} over {smallest}"
     value += f"; no training {seen.unit} of {first_few(missing)}" if missing else ""
     value += f"; none of {first_few(lacking)}" if lacking else ""
+    status = PASS
     fix = ""
     if missing:
+        status = FAIL if seen.supervised else WARN
         fix = f"give {first_few(missing)} training {seen.unit}, or remove the class"
-    elif status == WARN:
-        fix = "report macro averages; balance, adjust or weight by the prior " + ", ".join(
-            f"{p:.3g}" for p in prior
-        )
-    shown = [
-        (c, p, *metrics.share_interval(int(n), int(counts.sum())))
-        for c, p, n in zip(seen.classes, prior, counts, strict=True)
+    elif lacking or ratio > RATIO:
+        status = WARN
+        shares = ", ".join(f"{share:.3g}" for share in prior)
+        fix = f"report macro averages; balance, adjust or weight by the prior {shares}"
+    total = int(counts.sum())
+    bars = [
+        (name, share, *metrics.share_interval(int(count), total))
+        for name, share, count in zip(seen.classes, prior, counts, strict=True)
     ]
-    figure = folder / "figures" / "check_classes.svg"
-    draw_grid(
-        figure,
-        charts.bars("classes of the training part", shown[:40], label="share of the training part"),
+    chart = charts.bars(
+        "classes of the training part", bars[:40], label="share of the training part"
     )
+    picture = save_chart(chart, folder, "check_classes")
     header = ["class", *PARTS, "prior", "bias"]
     threshold = f"at most {RATIO:g}, no empty class"
-    return Result(
-        status, value, threshold, fix, [str(figure.relative_to(folder))], table(header, rows)
-    )
+    return Result(status, value, threshold, fix, [picture], table(header, rows))
 
 
 def outliers(seen: Inspection, folder: Path) -> Result:
-    """WARN for items whose size, brightness, entropy, length or norm lies far from the others': a
-    robust z-score, of the distance from the median in units of the median distance.
+    """WARN for items whose size, brightness, entropy, length or norm lies far from the others'.
+
+    The measure is a robust z-score, see `robust_z`.
     """
     names = list(seen.facts)
-    scores = np.stack(
-        [robust_z(name, seen.facts[name]) for name in names] or [np.zeros(len(seen.ids))], 1
-    )
+    columns = [robust_z(name, seen.facts[name]) for name in names] or [np.zeros(len(seen.ids))]
+    scores = np.stack(columns, 1)
     which = np.abs(scores).argmax(1)
     worst = scores[np.arange(len(scores)), which]
     far = [int(i) for i in np.argsort(-np.abs(worst), kind="stable") if abs(worst[i]) > OUTLIER]
-    rows = [
-        [seen.ids[i], names[which[i]], f"{seen.facts[names[which[i]]][i]:.4g}", f"{worst[i]:+.1f}"]
-        for i in far
-    ]
-    value = f"{len(far)} of {seen.of}" + (
-        f"; the farthest is {rows[0][0]}, {rows[0][1]} {rows[0][2]}" if far else ""
-    )
-    fix = (
-        f"look at {first_few([seen.ids[i] for i in far])}; fix or remove what does not belong there"
-        if far
-        else ""
-    )
-    pictures = grid(seen, far, folder, "check_outliers")
+    rows = []
+    for i in far:
+        name = names[which[i]]
+        rows.append([seen.ids[i], name, f"{seen.facts[name][i]:.4g}", f"{worst[i]:+.1f}"])
+    status = PASS
+    value = f"{len(far)} of {seen.of}"
+    fix = ""
+    if far:
+        status = WARN
+        value += f"; the farthest is {rows[0][0]}, {rows[0][1]} {rows[0][2]}"
+        few = first_few([seen.ids[i] for i in far])
+        fix = f"look at {few}; fix or remove what does not belong there"
+    pictures = save_thumbs(seen, far, folder, "check_outliers")
     for name in names:
         values = np.sort(seen.facts[name])
         if len(values) and values[0] < values[-1]:
-            points = list(
-                zip(
-                    values.tolist(),
-                    (np.arange(1, len(values) + 1) / len(values)).tolist(),
-                    strict=True,
-                )
-            )
-            figure = folder / "figures" / f"check_{file_name(name)}.svg"
-            share = f"share of {seen.unit} up to there"
-            draw_grid(figure, charts.lines(name, {seen.unit: points}, x_label=name, y_label=share))
-            pictures.append(str(figure.relative_to(folder)))
-    status, rows = WARN if far else PASS, table(["item", "of", "value", "z"], rows[:WORST])
-    return Result(status, value, f"|z| at most {OUTLIER:g}", fix, pictures, rows)
+            shares = np.arange(1, len(values) + 1) / len(values)
+            points = list(zip(values.tolist(), shares.tolist(), strict=True))
+            label = f"share of {seen.unit} up to there"
+            chart = charts.lines(name, {seen.unit: points}, x_label=name, y_label=label)
+            pictures.append(save_chart(chart, folder, f"check_{file_name(name)}"))
+    shown = table(["item", "of", "value", "z"], rows[:WORST])
+    return Result(status, value, f"|z| at most {OUTLIER:g}", fix, pictures, shown)
 
 
 def robust_z(name: str, values: np.ndarray) -> np.ndarray:
-    """(n,) distances from the median in units of 1.4826 median distances; of sizes and lengths on a
-    log scale.
+    """(n,) distances from the median in units of 1.4826 median distances.
 
-    The unit is at least a twentieth of what the quantity spans by nature, so that in a set of equal
-    items those that differ a little are none.
+    Those of sizes and lengths are taken on a log scale. The unit is at least a twentieth of what
+    the quantity spans by nature, so that in a set of equal items those that differ a little are
+    none.
     """
     floor = {"brightness": 255 / 20, "entropy, bits": 8 / 20}.get(name)
     if floor is None:
@@ -566,7 +265,7 @@ def robust_z(name: str, values: np.ndarray) -> np.ndarray:
     return away / max(1.4826 * float(np.median(np.abs(away))), floor)
 
 
-def neighbors(seen: Inspection, folder: Path) -> Result:
+def label_noise(seen: Inspection, folder: Path) -> Result:
     """Do the nearest neighbors among the training items share a label more often than by chance?
 
     Where they do not, the labels may be shuffled: FAIL for images that a run trains to classify;
@@ -574,66 +273,76 @@ def neighbors(seen: Inspection, folder: Path) -> Result:
     of five neighbors contradict are drawn.
     """
     threshold = f"{CERTAIN:g} standard errors above chance"
-    own = np.flatnonzero((seen.parts == "train") & (seen.labels != UNLABELED))
-    truth = seen.labels[own]
-    if len(own) < LEAST_LABELED or len(np.unique(truth)) < 2:
-        value = f"{len(own)} labeled training {seen.unit} in {len(np.unique(truth))} classes"
+    labeled = np.flatnonzero((seen.parts == "train") & (seen.labels != UNLABELED))
+    truth = seen.labels[labeled]
+    num_present = len(np.unique(truth))
+    if len(labeled) < LEAST_LABELED or num_present < 2:
+        value = f"{len(labeled)} labeled training {seen.unit} in {plural(num_present, 'class')}"
         return Result(SKIP, value, threshold, f"needs {LEAST_LABELED} of two classes")
-    x = seen.features[torch.from_numpy(own)].double()
-    x = F.normalize(x - x.mean(0), dim=1)
-    near = []
-    for start in range(0, len(x), 1024):
-        alike = x[start : start + 1024] @ x.T
-        alike[torch.arange(len(alike)), start + torch.arange(len(alike))] = -torch.inf
-        near.append(alike.topk(min(NEIGHBORS, len(x) - 1), dim=1).indices)
-    near = torch.cat(near).numpy()
+    near = nearest(seen.features[torch.from_numpy(labeled)].double())
     agreement, z = label_agreement(truth, near)
     rates = np.bincount(truth, minlength=len(seen.classes)) / len(truth)
     votes = np.stack([(truth[near] == c).mean(1) for c in range(len(rates))], 1)  # [n, classes]
-    rows = np.arange(len(own))
+    rows = np.arange(len(labeled))
     rival = np.where(np.arange(len(rates)) == truth[:, None], -1, votes).argmax(1)
     against = votes[rows, rival]
-    doubted = [
-        int(i) for i in np.argsort(votes[rows, truth] - against, kind="stable") if against[i] >= 0.8
-    ][:WORST]
+    order = np.argsort(votes[rows, truth] - against, kind="stable")
+    doubted = [int(i) for i in order if against[i] >= 0.8][:WORST]
+    by_chance = float((rates**2).sum())
     value = (
-        f"neighbors agree {agreement:.3f}, by chance {float((rates**2).sum()):.3f} (z"
-        f" {z:+.1f}), of {len(own)}"
+        f"neighbors agree {agreement:.3f}, by chance {by_chance:.3f} (z {z:+.1f}),"
+        f" of {len(labeled)} training {seen.unit}"
     )
-    value += f" training {seen.unit}"
-    sure = seen.unit == "images" and seen.supervised
-    status = PASS if z > CERTAIN else FAIL if sure else WARN
+    pixels_tell = seen.unit == "images" and seen.supervised
+    status = PASS
     fix = ""
-    if status != PASS:
+    if not z > CERTAIN:
+        status = FAIL if pixels_tell else WARN
         fix = "compare labels with items by eye, they may be shuffled or shifted"
-        fix += (
-            ""
-            if sure
-            else f"; or what tells these classes apart does not show in single {seen.unit}'"
-            " pixels or rows"
-        )
-    header = ["item", "label", "neighbors say", "share of them"]
-    found = [
-        [seen.ids[own[i]], seen.classes[truth[i]], seen.classes[rival[i]], f"{against[i]:.0%}"]
+        if not pixels_tell:
+            fix += (
+                "; or what tells these classes apart does not show in single"
+                f" {seen.unit}' pixels or rows"
+            )
+    contradicted = [
+        [seen.ids[labeled[i]], seen.classes[truth[i]], seen.classes[rival[i]], f"{against[i]:.0%}"]
         for i in doubted
     ]
-    pictures = grid(seen, own[doubted].tolist(), folder, "check_labels")
-    return Result(status, value, threshold, fix, pictures, table(header, found))
+    pictures = save_thumbs(seen, labeled[doubted].tolist(), folder, "check_labels")
+    header = ["item", "label", "neighbors say", "share of them"]
+    return Result(status, value, threshold, fix, pictures, table(header, contradicted))
+
+
+def nearest(features: Tensor) -> np.ndarray:
+    """The nearest NEIGHBORS (n, k) of rows (n, d) by the cosine of the centered rows."""
+    x = F.normalize(features - features.mean(0), dim=1)
+    near = []
+    for start in range(0, len(x), 1024):
+        alike = x[start : start + 1024] @ x.T
+        rows = torch.arange(len(alike))
+        alike[rows, start + rows] = -torch.inf
+        near.append(alike.topk(min(NEIGHBORS, len(x) - 1), dim=1).indices)
+    return torch.cat(near).numpy()
 
 
 def label_agreement(truth: np.ndarray, near: np.ndarray, rounds: int = 100) -> tuple[float, float]:
-    """The share of neighbors (n, k) that have an item's label (n,), and its distance from that of
-    shuffled labels, in their standard deviations.
+    """The share of neighbors (n, k) that have an item's label (n,).
+
+    And its distance from that of shuffled labels, in their standard deviations.
     """
-    found = float((truth[near] == truth[:, None]).mean())
-    orders = [np.argsort(uniform(0, r, np.arange(len(truth)), 0, 1)[:, 0]) for r in range(rounds)]
-    shuffled = [float((truth[order][near] == truth[order][:, None]).mean()) for order in orders]
-    return found, (found - float(np.mean(shuffled))) / max(float(np.std(shuffled)), 1e-9)
+    share = float((truth[near] == truth[:, None]).mean())
+    shuffled = []
+    for k in range(rounds):
+        order = np.argsort(uniform(0, k, np.arange(len(truth)), 0, 1)[:, 0])
+        shuffled.append(float((truth[order][near] == truth[order][:, None]).mean()))
+    return share, (share - float(np.mean(shuffled))) / max(float(np.std(shuffled)), 1e-9)
 
 
-def grid(seen: Inspection, rows: list[int], folder: Path, name: str) -> list[str]:
-    """Draw the items (their middle frames) at `rows`, 8 a line, as figures/NAME.png: its path, or
-    none.
+def save_thumbs(seen: Inspection, rows: list[int], folder: Path, name: str) -> list[str]:
+    """Draw the items (their middle frames) at `rows`, 8 a line, as figures/NAME.png.
+
+    Returns:
+        Its path below `folder`, or nothing where there are no pictures.
     """
     if seen.thumbs is None or not rows:
         return []
@@ -643,21 +352,22 @@ def grid(seen: Inspection, rows: list[int], folder: Path, name: str) -> list[str
     return [str(path.relative_to(folder))]
 
 
-def draw_grid(path: Path, svg: str) -> None:
+def save_chart(svg: str, folder: Path, name: str) -> str:
+    """Write a chart as figures/NAME.svg; returns its path below `folder`."""
+    path = folder / "figures" / f"{name}.svg"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(charts.standalone(svg))
+    return str(path.relative_to(folder))
 
 
 def file_name(name: str) -> str:
+    """`entropy, bits` as `entropy_bits`."""
     return "_".join(re.findall(r"[a-z0-9]+", name.lower()))
 
 
 def table(header: list[str], rows: list[list]) -> list[list[str]]:
+    """A table of texts, the header first; nothing without rows."""
     return [header, *([str(cell) for cell in row] for row in rows)] if rows else []
-
-
-def first_few(names: list[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 CHECKS = {
@@ -665,8 +375,8 @@ CHECKS = {
     "duplicates": duplicates,
     "imbalance": imbalance,
     "outliers": outliers,
+    "label-noise": label_noise,
 }
-CHECKS |= {"label-noise": neighbors}
 
 
 def examine(
@@ -675,14 +385,12 @@ def examine(
     """What all of `CHECKS` find; pictures go to `folder`/figures.
 
     Args:
-        items: `common.data.Images`, `common.clips.Videos` or `common.discovery.Rows`.
+        items: as `inspect` takes them.
         splits: a script's parts.
         supervised: whether the run trains on labels: then a class without items and labels that
             look shuffled FAIL.
     """
-    seen = (
-        inspect_rows(items, splits) if hasattr(items, "table") else inspect(items, splits, workers)
-    )
+    seen = inspect(items, splits, workers)
     seen.supervised = supervised
     return {name: result_of(name, seen, folder) for name in CHECKS}
 
@@ -698,30 +406,11 @@ def result_of(name: str, seen: Inspection, folder: Path) -> Result:
 def cached_inspection(spec: CheckSpec) -> Inspection:
     """The items of a run, looked at once for all checks."""
     run = spec.run
-    seen = (
-        inspect_rows(run.data, run.splits)
-        if hasattr(run.data, "table")
-        else inspect(run.data, run.splits, run.args.workers)
-    )
+    seen = inspect(run.data, run.splits, run.args.workers)
     seen.supervised = spec.labels is not None
-    seen.empty = empty_folders(Path(run.args.data)) if seen.unit == "images" else []
+    if seen.unit == "images":
+        seen.empty = empty_folders(Path(run.args.data))
     return seen
-
-
-def empty_folders(root: Path) -> list[str]:
-    """Folders without any file that lie where the folders of classes lie: classes that were meant
-    to have images.
-    """
-    if not root.is_dir():
-        return []
-    full = {path.parent for path in root.rglob("*") if path.is_file()}
-    beside = {folder.parent for folder in full if folder != root}
-    return sorted(
-        path.relative_to(root).as_posix()
-        for parent in beside
-        for path in parent.iterdir()
-        if path.is_dir() and not hidden(path.name) and not any(path.iterdir())
-    )
 
 
 def item(name: str, spec: CheckSpec) -> Result:

@@ -18,16 +18,26 @@ from common.check.result import PASS, SKIP, CheckSpec, Result, skip
 from common.data.clips import Videos
 from common.data.images import UNLABELED
 from common.data.sampling import hash_order
-from common.errors import InputError, did_you_mean
-from common.run.files import read_json, write_json
+from common.errors import InputError, did_you_mean, plural
+from common.run.files import atomic_write, read_json, write_json
 
-ITEMS, FRAMES, LEAST = 100, 8, 20  # exported; of a clip's strip; answers to score
+ITEMS = 100  # exported
+FRAMES = 8  # of a clip's strip
+LEAST = 20  # answers that are scored
 SIDE = 128  # pixels; smaller pictures are enlarged in whole pixels
+# Of the run, beside the person's.
+_OF_THE_RUN = (
+    "finetune/test/accuracy",
+    "linear/test/accuracy",
+    "train/test/video_accuracy",
+    "train/test/war",
+)
 
 
 def item(spec: CheckSpec) -> Result:
     """Export the items, or score the sheet that is filled."""
-    run, folder = spec.run, spec.run.folder / "human"
+    run = spec.run
+    folder = run.folder / "human"
     source = getattr(run.data, "table", run.data)
     test = run.splits.get("finetune_test", run.splits["test"])
     test = test[source.labels[test] != UNLABELED]
@@ -48,16 +58,19 @@ def item(spec: CheckSpec) -> Result:
 
 
 def export(folder: Path, source, rows: np.ndarray) -> None:
-    """Write the items at `rows` of a data set: 001.png and so on, or their texts; sheet.csv;
-    classes.txt.
+    """Write the items at `rows` of a data set for a person to name.
+
+    These are 001.png and so on, or their texts in sheet.csv; classes.txt; key.json. The sheet comes
+    last: once it is there, it is what will be scored.
     """
     folder.mkdir(parents=True, exist_ok=True)
     texts = getattr(source, "texts", None)
-    for number, row in enumerate(rows, 1) if texts is None else ():
-        _picture(source, int(row)).save(folder / f"{number:03d}.png")
+    if texts is None:
+        for number, row in enumerate(rows, 1):
+            _picture(source, int(row)).save(folder / f"{number:03d}.png")
     (folder / "classes.txt").write_text("\n".join(source.classes) + "\n")
     write_json(folder / "key.json", {"data": source.fingerprint, "items": len(rows)})
-    with open(folder / "sheet.csv", "w", newline="") as file:
+    with atomic_write(folder / "sheet.csv") as file:
         writer = csv.writer(file)
         writer.writerow(["item", *(["text"] if texts else []), "answer"])
         for number, row in enumerate(rows, 1):
@@ -65,37 +78,68 @@ def export(folder: Path, source, rows: np.ndarray) -> None:
 
 
 def _picture(source, row: int) -> Image.Image:
-    if not isinstance(source, Videos):
-        frames = [source.decode(row)]
+    if isinstance(source, Videos):
+        indices = source.frames[row]
+        count = min(FRAMES, len(indices))
+        indices = indices[np.linspace(0, len(indices) - 1, count).round().astype(int)]
+        frames = [source.images.decode(int(index)) for index in indices]
     else:
-        own = source.frames[row]
-        own = own[np.linspace(0, len(own) - 1, min(FRAMES, len(own))).round().astype(int)]
-        frames = [source.images.decode(int(index)) for index in own]
+        frames = [source.decode(row)]
     if frames[0].ndim == 4:  # two streams, one above the other
         frames = [torch.cat(list(frame), 1) for frame in frames]
     strip: Tensor = torch.cat(frames, 2)
     scale = max(1, SIDE // strip.shape[1])
-    return Image.fromarray(
-        strip.repeat_interleave(scale, 1).repeat_interleave(scale, 2).permute(1, 2, 0).numpy()
-    )
+    enlarged = strip.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    return Image.fromarray(enlarged.permute(1, 2, 0).numpy())
 
 
 def score(sheet: Path, source, rows: np.ndarray, run_folder: Path) -> Result:
-    """Accuracy of a filled sheet with its 95 % interval, UAR, and the items that were answered
-    wrongly.
+    """Accuracy of a filled sheet with its 95 % interval, UAR, and the items answered wrongly.
 
     Raises:
-        InputError: the sheet is of other data, lacks a column, or answers an item twice or with no
-            class.
+        InputError: the sheet is of other data, or cannot be read, see `read_sheet`.
     """
     key = read_json(sheet.parent / "key.json")
     if key != {"data": source.fingerprint, "items": len(rows)}:
         raise InputError(f"{sheet} is of other data or splits; move it away, and export again")
-    known = {name.lower(): number for number, name in enumerate(source.classes)}
-    truth, answers, wrong, seen = [], [], [], set()
+    answers = read_sheet(sheet, source.classes, len(rows))
+    count = len(answers)
+    if count < LEAST:
+        value = f"{plural(count, 'answer')} of {len(rows)} items"
+        return Result(SKIP, value, f"{LEAST} answers", f"fill {sheet}")
+    truth = [int(source.labels[rows[number - 1]]) for number, _, _ in answers]
+    named = [label for _, _, label in answers]
+    wrong = [
+        [text, source.classes[label], source.classes[answer]]
+        for label, (_, text, answer) in zip(truth, answers, strict=True)
+        if label != answer
+    ]
+    hits = count - len(wrong)
+    low, high = metrics.share_interval(hits, count)
+    uar = metrics.long_tail(np.array(truth), np.array(named), len(source.classes))["uar"]
+    value = (
+        f"accuracy {hits / count:.3f} ({low:.3f} to {high:.3f}), UAR {uar:.3f}, of {count} items"
+    )
+    summary = read_json(run_folder / "summary.json") or {}
+    for name in _OF_THE_RUN:
+        if name in summary:
+            value += f"; the run's {name} {summary[name]:.3f}"
+    return Result(PASS, value, rows=[["item", "class", "answer"], *wrong] if wrong else [])
+
+
+def read_sheet(sheet: Path, classes: list[str], num_items: int) -> list[tuple[int, str, int]]:
+    """(an item's number, as it is written, the class answered) of each row that has an answer.
+
+    Raises:
+        InputError: the sheet lacks a column, or answers an item twice or with no class.
+    """
+    known = {name.lower(): number for number, name in enumerate(classes)}
+    answers = []
+    answered = set()
     with open(sheet, newline="", encoding="utf-8-sig") as file:
-        first = file.readline()  # a spreadsheet program may have saved it with another delimiter
+        first = file.readline()
         file.seek(0)
+        # A spreadsheet program may have saved it with another delimiter.
         reader = csv.DictReader(file, delimiter=max(",;\t", key=first.count))
         lacking = [name for name in ("item", "answer") if name not in (reader.fieldnames or ())]
         if lacking:
@@ -107,41 +151,18 @@ def score(sheet: Path, source, rows: np.ndarray, run_folder: Path) -> Result:
             answer = (row.get("answer") or "").strip().lower()
             if not answer:
                 continue
-            number = (row["item"] or "").strip()
-            if answer not in known or not number.isdecimal() or not 1 <= int(number) <= len(rows):
+            text = (row["item"] or "").strip()
+            if answer not in known or not text.isdecimal() or not 1 <= int(text) <= num_items:
                 hint = did_you_mean(answer, known)
                 raise InputError(
-                    f"{sheet}, line {line}: {row['answer']!r} for item {number!r}, allowed are 1"
-                    f" to {len(rows)}"
-                    f" and {', '.join(source.classes)}{hint}"
+                    f"{sheet}, line {line}: {row['answer']!r} for item {text!r}, allowed are 1 to"
+                    f" {num_items} and {', '.join(classes)}{hint}"
                 )
-            if int(number) in seen:
+            number = int(text)
+            if number in answered:
                 raise InputError(
-                    f"{sheet}, line {line}: item {number} is answered twice; keep one of"
-                    " the answers"
+                    f"{sheet}, line {line}: item {text} is answered twice; keep one of the answers"
                 )
-            seen.add(int(number))
-            label = int(source.labels[rows[int(number) - 1]])
-            truth.append(label)
-            answers.append(known[answer])
-            if label != known[answer]:
-                wrong.append([number, source.classes[label], source.classes[known[answer]]])
-    if len(truth) < LEAST:
-        return Result(
-            SKIP, f"{len(truth)} answers of {len(rows)} items", f"{LEAST} answers", f"fill {sheet}"
-        )
-    hits, count = len(truth) - len(wrong), len(truth)
-    low, high = metrics.share_interval(hits, count)
-    uar = metrics.long_tail(np.array(truth), np.array(answers), len(source.classes))["uar"]
-    value = (
-        f"accuracy {hits / count:.3f} ({low:.3f} to {high:.3f}), UAR {uar:.3f}, of {count} items"
-    )
-    found = read_json(run_folder / "summary.json") or {}
-    for name in (
-        "finetune/test/accuracy",
-        "linear/test/accuracy",
-        "train/test/video_accuracy",
-        "train/test/war",
-    ):
-        value += f"; the run's {name} {found[name]:.3f}" if name in found else ""
-    return Result(PASS, value, "", "", [], [["item", "class", "answer"], *wrong] if wrong else [])
+            answered.add(number)
+            answers.append((number, text, known[answer]))
+    return answers

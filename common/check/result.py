@@ -1,4 +1,4 @@
-"""What an item of `--check` finds, and what it may ask of a script.
+"""What an item of `--check` gives, and what it may ask of a script.
 
 An item is a function of a `CheckSpec` that returns a `Result`; `common.check.runner.ITEMS` names
 them all, in their order.
@@ -16,7 +16,10 @@ from common.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from common.run.loop import Batch, Step
 from common.run.run import Run
 
-PASS, WARN, FAIL, SKIP = "PASS", "WARN", "FAIL", "SKIP"
+PASS = "PASS"
+WARN = "WARN"
+FAIL = "FAIL"
+SKIP = "SKIP"
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,9 @@ class NetworkView:
         return layer if isinstance(layer, nn.Linear) else None
 
     def augmented_part(self, calls: list[tuple], count: int) -> Tensor:
-        """What of the calls of a step on `count` items depends on the augmentation: (count, views,
-        ...).
+        """What of the calls of a step depends on the augmentation: (count, views, ...).
+
+        `count` is the number of the step's items.
         """
         return calls[0][0].unflatten(0, (-1, count)).transpose(0, 1)
 
@@ -107,8 +111,9 @@ class NetworkView:
         return None
 
     def causal(self, model: nn.Module, x: Tensor) -> Tensor | None:
-        """Outputs (n, T, d) of which the one of frame t may depend on frames up to t alone; None
-        where there is no such promise.
+        """Outputs (n, T, d) of which that of frame t may depend on frames up to t alone.
+
+        None where there is no such promise.
         """
         return None
 

@@ -1,9 +1,8 @@
-"""--check: the training recipe as a verdict, on exactly the data, the network, the loss and the
-flags of a run.
+"""--check: tries ITEMS on exactly the data, the network, the loss and the flags of a run.
 
 After Karpathy, A Recipe for Training Neural Networks (2019): neural networks fail silently, so each
-step of the recipe is tried on a few batches with the script's own functions. ITEMS names the steps;
-each prints one line: PASS, WARN, FAIL or SKIP, what was found, what would pass, what to do.
+of its steps is tried on a few batches with the script's own functions. Each item prints one line:
+PASS, WARN, FAIL or SKIP, what was found, what would pass, what to do.
 """
 
 import contextlib
@@ -13,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from common.check import data, human, model
+from common.check import data, human, model, training
 from common.check.result import FAIL, PASS, SKIP, WARN, CheckSpec, Result, skip
 from common.errors import AuditFailed, InputError, did_you_mean
 from common.report import page
@@ -45,8 +44,9 @@ def chosen_items(text: str) -> list[str]:
 
 
 def check(run: Run, specs: dict[str, CheckSpec]) -> None:
-    """Try the items that --check names on every stage, print a line for each; write check.json and
-    the report.
+    """Try the items that --check names on every stage.
+
+    Prints a line for each; writes check.json and the report.
 
     Args:
         specs: by the stages' names; items about the data alone are tried once, for a stage that
@@ -54,7 +54,7 @@ def check(run: Run, specs: dict[str, CheckSpec]) -> None:
 
     Raises:
         AuditFailed: some item fails.
-        InputError: an unknown item, or several processes.
+        InputError: an unknown item, or more than one process.
     """
     if run.world.world_size > 1:
         raise InputError("--check runs in one process: start it without torchrun or srun")
@@ -62,21 +62,15 @@ def check(run: Run, specs: dict[str, CheckSpec]) -> None:
     start = time.monotonic()
     for picture in (run.folder / "figures").glob("check_*"):  # of an earlier check
         picture.unlink()
-    first = next(iter(specs.values()))
-    of_data = next((spec for spec in specs.values() if spec.labels is not None), first)
-    todo = []
-    for stage, spec in specs.items():
-        for name in names:
-            if name in OF_DATA and spec is first:
-                todo.append((name, name, of_data))
-            elif name not in OF_DATA:
-                todo.append((name if len(specs) == 1 else f"{stage}/{name}", name, spec))
+    todo = _todo(names, specs)
     width = max(len(shown) for shown, _, _ in todo)
     items = []
+    is_damaged = False
     for shown, name, spec in todo:
-        is_damaged = any(i["item"] == "corrupt" and i["status"] == FAIL for i in items)
         with _own_randomness(run.args.seed), _without_teacher(spec.run, name):
             result = _try(name, spec, is_damaged)
+        if name == "corrupt":
+            is_damaged = result.status == FAIL
         if spec.run.teacher and name in WITHOUT_TEACHER and result.status != SKIP:
             result = dataclasses.replace(result, value=f"{result.value}; without the teacher")
         items.append({"item": shown} | dataclasses.asdict(result))
@@ -90,11 +84,26 @@ def check(run: Run, specs: dict[str, CheckSpec]) -> None:
     }
     write_json(run.folder / "check.json", record)
     page.write(run.folder)
-    counts = [f"{sum(i['status'] == v for i in items)} {v}" for v in (PASS, WARN, FAIL, SKIP)]
+    statuses = [item["status"] for item in items]
+    counts = [f"{statuses.count(status)} {status}" for status in (PASS, WARN, FAIL, SKIP)]
     print(f"{', '.join(counts)} in {seconds:.0f} s: {run.folder / 'check.json'}")
     failed = [item["item"] for item in items if item["status"] == FAIL]
     if failed:
         raise AuditFailed(f"--check: {', '.join(failed)}")
+
+
+def _todo(names: list[str], specs: dict[str, CheckSpec]) -> list[tuple[str, str, CheckSpec]]:
+    # (the name that is shown, the item, what it is tried on) in their order.
+    first = next(iter(specs.values()))
+    of_data = next((spec for spec in specs.values() if spec.labels is not None), first)
+    todo = []
+    for stage, spec in specs.items():
+        for name in names:
+            if name not in OF_DATA:
+                todo.append((name if len(specs) == 1 else f"{stage}/{name}", name, spec))
+            elif spec is first:
+                todo.append((name, name, of_data))
+    return todo
 
 
 def _try(name: str, spec: CheckSpec, is_damaged: bool) -> Result:
@@ -108,12 +117,13 @@ def _try(name: str, spec: CheckSpec, is_damaged: bool) -> Result:
 
 def _line(result: Result) -> str:
     passes = f" (passes: {result.threshold})" if result.threshold else ""
-    return f"{result.value}{passes}" + (f". {result.fix}" if result.fix else "")
+    fix = f". {result.fix}" if result.fix else ""
+    return f"{result.value}{passes}{fix}"
 
 
 @contextlib.contextmanager
 def _own_randomness(seed: int) -> Iterator[None]:
-    # An item chosen alone finds what it finds among the others.
+    # An item that is tried alone gives the result that it gives among the others.
     state = torch.get_rng_state()
     torch.manual_seed(seed)
     try:
@@ -145,10 +155,10 @@ ITEMS = {
     "gradient": model.gradient,
     "trainable": model.trainable,
     "leakage": model.leakage,
-    "overfit": model.overfit,
-    "zero-input": model.zero_input,
-    "loss-decreases": model.loss_decreases,
-    "capacity": model.capacity,
+    "overfit": training.overfit,
+    "zero-input": training.zero_input,
+    "loss-decreases": training.loss_decreases,
+    "capacity": training.capacity,
     "first-layer": model.first_layer,
 }
 # Items tried on the labels' loss alone, though a run may have a teacher.

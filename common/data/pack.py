@@ -15,7 +15,6 @@ packed without damaged images.
 
 import hashlib
 import json
-import os
 import struct
 import zlib
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from common.data.images import Images, central_square
 from common.errors import InputError
+from common.run.files import atomic_write
 
 SUFFIX = ".packed"
 _MAGIC = b"packed uint8 images, version 1\n\0"
@@ -162,9 +162,8 @@ def pack(images: Images, path: Path, *, default_size: int, left_out=(), workers:
         source = hashlib.sha256(f"{source} without {sorted(left_out)}".encode()).hexdigest()[:8]
     images.keeps = False
     batches = np.array_split(np.arange(len(images)), -(-len(images) * 3 * side**2 // _BATCH_BYTES))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with atomic_write(path, "wb") as file:
             file.write(_MAGIC)
             for batch in images.batches(batches, workers):
                 for pixels in batch.contiguous().numpy():
@@ -183,10 +182,5 @@ def pack(images: Images, path: Path, *, default_size: int, left_out=(), workers:
             }
             text = json.dumps(index).encode()
             file.write(text + _TRAILER.pack(len(text), hashlib.sha256(text).digest()))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from None
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from common.errors import InputError
+from common.run.files import atomic_write
 
 VOCAB_URL = "https://raw.githubusercontent.com/openai/CLIP/main/clip/bpe_simple_vocab_16e6.txt.gz"
 VOCAB_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
@@ -215,9 +216,8 @@ def official_vocab(url: str = VOCAB_URL, folder: str | Path | None = None) -> Pa
             data = answer.read(_MAX_BYTES)
         if _sha256(data) == VOCAB_SHA256:
             folder.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            temporary.write_bytes(data)
-            os.replace(temporary, path)
+            with atomic_write(path, "wb") as file:
+                file.write(data)
             return path
         fault = "what came has another SHA-256"
     except (OSError, http.client.HTTPException) as error:

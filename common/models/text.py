@@ -8,7 +8,6 @@ al. 2018, arXiv:1810.04805) whose folder the user has.
 import contextlib
 import hashlib
 import json
-import os
 import string
 import unicodedata
 import warnings
@@ -24,6 +23,7 @@ from common import weights
 from common.data.utterances import tokens
 from common.errors import InputError
 from common.run.checkpoint import load_weights
+from common.run.files import atomic_write
 
 
 def word_ngrams(text: str, longest: int = 3) -> list[str]:
@@ -588,8 +588,6 @@ def encode(
     features = torch.cat(pooled).numpy()[[position[text] for text in texts]]
     if cached is not None:
         cached.parent.mkdir(parents=True, exist_ok=True)
-        temporary = cached.with_name(f".{cached.name}.{os.getpid()}.tmp")
-        with open(temporary, "wb") as file:
+        with atomic_write(cached, "wb") as file:
             np.save(file, features)
-        os.replace(temporary, cached)
     return features

@@ -14,7 +14,7 @@ from common.deep_cluster import SCORES, SHOWN, Targets, membership
 from common.monitor import Monitor
 from common.report import figures
 from common.run import log
-from common.run.files import write_json
+from common.run.files import atomic_write, write_json
 from common.run.run import Run
 
 _TYPICAL = 5  # utterances shown of a cluster
@@ -227,7 +227,7 @@ def _write_csv(run: Run, clusters: np.ndarray, confidence: Tensor, distance: Ten
     split = np.full(len(clusters), "train", dtype=object)
     split[run.splits["test"]] = "test"
     columns = (run.data.table.ids, split, clusters, confidence.tolist(), distance.tolist())
-    with open(run.folder / "clusters.csv", "w", newline="") as file:
+    with atomic_write(run.folder / "clusters.csv") as file:
         writer = csv.writer(file)
         writer.writerow(["id", "split", "cluster", "confidence", "distance"])
         for name, part, cluster, sure, far in zip(*columns, strict=True):

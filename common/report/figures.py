@@ -19,6 +19,7 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 from common import metrics
+from common.run.files import atomic_write
 
 SIDE = 96  # of a picture, pixels
 SHOWN = 12  # items of a gallery
@@ -32,10 +33,9 @@ def put(folder: Path, name: str, kind: str, title: str, text: str, **content) ->
     """Write figures/NAME.json, never seen half written."""
     file = folder / "figures" / f"{name}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{name}.tmp")
     figure = {"kind": kind, "title": title, "text": text, **content}
-    temporary.write_text(json.dumps(figure, default=_plain))
-    temporary.replace(file)
+    with atomic_write(file) as stored:
+        stored.write(json.dumps(figure, default=_plain))
 
 
 def _plain(value):
@@ -92,7 +92,7 @@ def classified(
     counts = metrics.confusion_matrix(labels, answers, len(classes))
     rows = [[label, *row] for label, row in zip(classes, counts.tolist(), strict=True)]
     place = run.folder if list(run.stages) == [name] else run.folder / name
-    with open(place / "confusion.csv", "w", newline="") as file:
+    with atomic_write(place / "confusion.csv") as file:
         csv.writer(file).writerows([["true", *classes], *rows])
     if len(classes) <= _MOST_CLASSES:
         put(

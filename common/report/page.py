@@ -20,6 +20,7 @@ from common.report.charts import escape
 from common.report.curves import FIRST, SYSTEM, chart_figure, max_points, title_of
 from common.report.record import LIMIT, Record, interval_text
 from common.run import log
+from common.run.files import atomic_write
 
 _EVERY = 30.0  # seconds between two reports of a run that goes on
 _COST = 50  # times what writing one takes, at least
@@ -347,9 +348,8 @@ def write(folder: Path, status: str | None = None) -> Path:
         if len(content) <= LIMIT:
             break
     path = run.folder / "report.html"
-    temporary = path.with_name(".report.html.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    with atomic_write(path, "wb") as file:
+        file.write(content)
     if status is None:
         figures = run.folder / "figures"
         figures.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Atomic, verified checkpoints; exact resume; signals.
+"""Checkpoints: written whole, verified byte by byte when read; the state of random generators.
 
 A checkpoint is a `torch.save` file whose zip comment holds the SHA-256 of all bytes before it:
 `torch.load` itself accepts flipped bits without a word. Plain `torch.load(path, weights_only=True)`
@@ -20,34 +20,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import DISK_FULL, InputError
+from common.errors import DISK_FULL, InputError, plural
 from common.run.files import atomic_write, check_format, read_config
 
 _MARK = b"sha256:"
 _COMMENT = len(_MARK) + 64
 # What torch.load raises on damaged files, found by damaging them.
 UNREADABLE = (
-    *(
-        ArithmeticError,
-        AssertionError,
-        AttributeError,
-        EOFError,
-        LookupError,
-        MemoryError,
-        OSError,
-        RuntimeError,
-    ),
-    *(TypeError, ValueError, UnpicklingError, struct.error),
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    MemoryError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    UnpicklingError,
+    ValueError,
+    struct.error,
 )
 
 
 def save(path: Path, state: dict, previous: Path | None = None) -> None:
-    """Write `state` so that `path` holds either the old or the new checkpoint, whatever happens in
-    between.
+    """Write `state` so that `path` holds either the old or the new checkpoint, whatever happens.
 
-    The bytes go to a temporary file in the same directory, are forced to the disk and renamed; the
-    old checkpoint becomes `previous`, where that is given, and is not touched before the new one is
-    on the disk.
+    The old checkpoint becomes `previous`, where that is given, and is not touched before the new
+    one is on the disk.
 
     Raises:
         OSError: the disk is full (the message says how many bytes are missing) or not writable.
@@ -59,8 +58,9 @@ def save(path: Path, state: dict, previous: Path | None = None) -> None:
     size = _COMMENT.to_bytes(2, "little")
     hasher = hashlib.sha256(body[:-2])
     hasher.update(size)
-    parts = body[:-2], size, _MARK, hasher.hexdigest().encode()
-    needed, free = sum(map(len, parts)), shutil.disk_usage(path.parent).free
+    parts = (body[:-2], size, _MARK, hasher.hexdigest().encode())
+    needed = sum(len(part) for part in parts)
+    free = shutil.disk_usage(path.parent).free
     if free < needed:
         raise _full(errno.ENOSPC, path, needed, needed - free)
     written = 0
@@ -77,16 +77,15 @@ def save(path: Path, state: dict, previous: Path | None = None) -> None:
 
 
 def _full(number: int, path: Path, needed: int, missing: int) -> OSError:
-    return OSError(
-        number, f"{os.strerror(number)}: it takes {needed} bytes, {missing} are missing", str(path)
-    )
+    text = f"{os.strerror(number)}: it takes {needed} bytes, {missing} are missing"
+    return OSError(number, text, str(path))
 
 
 def is_whole(path: Path) -> bool:
     """Whether a file ends with our mark and every byte before it is as it was written."""
     with open(path, "rb") as file:
-        left = os.fstat(file.fileno()).st_size - _COMMENT
         hasher = hashlib.sha256()
+        left = os.fstat(file.fileno()).st_size - _COMMENT
         while left > 0 and (part := file.read(min(left, 2**20))):
             hasher.update(part)
             left -= len(part)
@@ -94,8 +93,9 @@ def is_whole(path: Path) -> bool:
 
 
 def load(path: Path) -> dict:
-    """Read a checkpoint on the CPU after checking every byte of it; a file without our mark is read
-    unchecked.
+    """Read a checkpoint on the CPU after checking every byte of it.
+
+    A file without our mark is read unchecked.
 
     Raises:
         InputError: missing, damaged, of another run format, or not a file of tensors and plain
@@ -107,10 +107,11 @@ def load(path: Path) -> dict:
     except OSError as error:
         raise InputError(f"checkpoint {path}: {error.strerror}") from None
     mark = data[-_COMMENT:]
-    marked = mark.startswith(_MARK)
-    if marked and hashlib.sha256(data[:-_COMMENT]).hexdigest().encode() != mark[len(_MARK) :]:
-        raise InputError(f"checkpoint {path} is damaged: its SHA-256 does not match")
-    if not marked and path.name in ("last.pt", "best.pt", "last.previous.pt"):
+    if mark.startswith(_MARK):
+        digest = hashlib.sha256(data[:-_COMMENT]).hexdigest().encode()
+        if mark != _MARK + digest:
+            raise InputError(f"checkpoint {path} is damaged: its SHA-256 does not match")
+    elif path.name in ("last.pt", "best.pt", "last.previous.pt"):
         raise InputError(f"checkpoint {path} is damaged: it is cut short")
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -141,41 +142,45 @@ def _is_ours(state) -> bool:
 
 
 def load_newest(folder: Path, say=print) -> dict | None:
-    """The state in `last.pt`, or in the one before it where that is damaged; None where there is
-    neither.
+    """The state in last.pt, or in the one before it where that is damaged.
+
+    None where there is neither.
+
+    Raises:
+        InputError: both are damaged.
     """
-    damaged = None
+    damaged = False
     for name in ("last.pt", "last.previous.pt"):
-        if (folder / name).exists():
-            try:
-                state = load(folder / name)
-            except InputError as error:
-                say(f"{error}; trying the one before it")
-                damaged = error
-                continue
-            return state
+        if not (folder / name).exists():
+            continue
+        try:
+            return load(folder / name)
+        except InputError as error:
+            say(f"{error}; trying the one before it")
+            damaged = True
     if damaged:
         raise InputError(f"no checkpoint in {folder} can be read; start anew with --resume none")
     return None
 
 
 def load_training_state(path: Path, stage: str) -> tuple[dict, dict | None]:
-    """The state of a stage that `--resume PATH` names, a last.pt or the one of a run directory, and
-    its best.pt.
+    """The state of a stage that `--resume PATH` names, and its best.pt.
+
+    PATH is a last.pt, or a run directory that holds one.
 
     Raises:
         InputError: there is none, or the file holds weights only.
     """
     if path.is_dir():
-        names = "last.pt", "last.previous.pt"
-        folder = next(
-            (f for f in (path / stage, path) if any((f / name).exists() for name in names)), path
-        )
+        folder = path
+        if (path / stage / "last.pt").exists() or (path / stage / "last.previous.pt").exists():
+            folder = path / stage
         state = load_newest(folder)
         if state is None:
             raise InputError(f"--resume {path}: there is no last.pt to resume from")
     else:
-        folder, state = path.parent, load(path)
+        folder = path.parent
+        state = load(path)
         if "place" not in state:
             raise InputError(
                 f"--resume {path} holds weights only: give a last.pt or a run directory"
@@ -193,35 +198,41 @@ def load_weights(module: torch.nn.Module, state: dict, source) -> None:
         InputError: some key is missing or unknown, has another shape, or is an integer where the
             module has a float.
     """
-    own = module.state_dict()
+    expected = module.state_dict()
     missing = [
-        name for name in own if name not in state and not name.endswith("num_batches_tracked")
+        name for name in expected if name not in state and not name.endswith("num_batches_tracked")
     ]
-    extra = [name for name in state if name not in own]
-    problems = [f"{len(missing)} keys missing (first: {', '.join(missing[:3])})"] if missing else []
-    problems += [f"{len(extra)} unknown keys (first: {', '.join(extra[:3])})"] if extra else []
-    shapes = [
-        f"{name} is {tuple(state[name].shape)}, the model's is {tuple(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
-    problems += shapes[:2] + ([f"and {len(shapes) - 2} more shapes"] if len(shapes) > 2 else [])
-    kinds = [
-        name
-        for name in own
-        if name in state and state[name].is_floating_point() != own[name].is_floating_point()
-    ]
-    problems += [
-        f"{name} is {state[name].dtype}, the model's is {own[name].dtype}" for name in kinds[:1]
-    ]
+    unknown = [name for name in state if name not in expected]
+    shapes = []
+    dtypes = []
+    for name, tensor in expected.items():
+        if name not in state:
+            continue
+        stored = state[name]
+        if stored.shape != tensor.shape:
+            shapes.append(f"{name} is {tuple(stored.shape)}, the model's is {tuple(tensor.shape)}")
+        if stored.is_floating_point() != tensor.is_floating_point():
+            dtypes.append(f"{name} is {stored.dtype}, the model's is {tensor.dtype}")
+    problems = []
+    if missing:
+        problems.append(f"{plural(len(missing), 'key')} missing (first: {', '.join(missing[:3])})")
+    if unknown:
+        count = plural(len(unknown), "unknown key")
+        problems.append(f"{count} (first: {', '.join(unknown[:3])})")
+    problems += shapes[:2]
+    if len(shapes) > 2:
+        problems.append(f"and {plural(len(shapes) - 2, 'more shape')}")
+    problems += dtypes[:1]
     if problems:
         raise InputError(f"{source} does not fit this model: {'; '.join(problems)}")
-    module.load_state_dict({name: state.get(name, tensor) for name, tensor in own.items()})
+    module.load_state_dict({name: state.get(name, tensor) for name, tensor in expected.items()})
 
 
 def load_selected(source: str) -> dict:
-    """The selected model (best.pt) of a run directory's last stage, or a checkpoint file: `model`,
-    `model_spec`, `epoch`, `metrics`.
+    """The selected model (best.pt) of a run directory's last stage, or a checkpoint file.
+
+    Returns:
+        A dict with `model`, `model_spec`, `epoch` and `metrics`.
 
     Raises:
         InputError: there is none, or the file does not say what model it holds.
@@ -229,9 +240,8 @@ def load_selected(source: str) -> dict:
     path = Path(source)
     if path.is_dir():
         stages = (read_config(path) or {}).get("card", {}).get("stages", [])
-        folders = [*(path / stage for stage in reversed(stages)), path]
-        folder = next((folder for folder in folders if (folder / "best.pt").exists()), path)
-        path = folder / "best.pt"
+        files = [path / stage / "best.pt" for stage in reversed(stages)]
+        path = next((file for file in files if file.exists()), path / "best.pt")
     state = load(path)
     if "place" in state:
         place = state["place"]
@@ -267,18 +277,17 @@ def rng_state() -> dict:
             "pos": int(numpy_state["pos"]),
         },
         "torch": torch.get_rng_state(),
-        # Of this process's device: the others' are their own processes' matter, and go the same
-        # way.
+        # Of this rank's device alone. The other ranks draw equally often, so theirs are the same.
         "cuda": [torch.cuda.get_rng_state()] if torch.cuda.is_available() else [],
     }
 
 
 def set_rng_state(state: dict) -> None:
+    """Put every generator back to where `rng_state` found it."""
     version, keys, gauss = state["python"]
     random.setstate((version, tuple(keys), gauss))
-    np.random.set_state(
-        ("MT19937", state["numpy"]["key"].numpy().astype(np.uint32), state["numpy"]["pos"])
-    )
+    numpy_key = state["numpy"]["key"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", numpy_key, state["numpy"]["pos"]))
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"][0])

@@ -28,21 +28,27 @@ from common.run.files import (
     write_json,
 )
 
+# What --resume none removes.
+_STATE = ("last.pt", "last.previous.pt", "best.pt", "summary.json", "log.jsonl", "resumes.jsonl")
+
 
 def run_dir(args, script: str, name: str, identity: dict) -> Path:
-    """The run directory: --out (of a trial of --search a folder in it), or the one that `--resume
-    PATH` resumes, or runs/SCRIPT/NAME-HASH.
+    """The run directory: --out, or the one that `--resume PATH` resumes, or runs/SCRIPT/NAME-HASH.
+
+    A trial of --search has a folder in --out.
     """
     if args.out:
-        return Path(args.out) if args.trial is None else Path(args.out) / f"trial{args.trial}"
+        folder = Path(args.out)
+        return folder if args.trial is None else folder / f"trial{args.trial}"
     if args.resume not in ("auto", "none"):
         return run_dir_of(args.resume)
     return Path("runs") / script / f"{name}-{config.digest(identity)}"
 
 
 def output_folder(path: str) -> Path:
-    """The folder that results of using a model go to: `path`, or the one of a checkpoint, created
-    where it is missing.
+    """The folder for the results of using a model: `path`, or the one that a checkpoint lies in.
+
+    It is created where it is missing.
 
     Raises:
         InputError: it cannot be created or written.
@@ -62,8 +68,9 @@ def output_folder(path: str) -> Path:
 def create_run_dir(
     folder: Path, args, identity: dict, resolved: dict, card: dict, world: dist.Dist
 ) -> bool:
-    """Create `folder` and write config.json and env.json; or print the summary of the same run and
-    return False, if it has finished.
+    """Create `folder` and write config.json and env.json.
+
+    If the same run has finished there, print its summary and return False.
 
     Args:
         identity: the settings that decide the result.
@@ -75,19 +82,14 @@ def create_run_dir(
             --force-resume is not given, or another format; or the folder cannot be written.
     """
     mode = config.resume_mode(args, (read_json(folder / "env.json") or {}).get("slurm_job"))
-    before = None if mode == "none" else read_config(folder)
-    if before is None and mode not in ("auto", "none"):
-        before = read_config(run_dir_of(mode))
-    if before is not None:
+    stored = None if mode == "none" else read_config(folder)
+    if stored is None and mode not in ("auto", "none"):
+        stored = read_config(run_dir_of(mode))
+    if stored is not None:
         # To go on for longer is what `--resume PATH --epochs MORE` asks for; any other difference
         # makes another run.
         free = set() if mode == "auto" else {"epochs", "warmup_epochs"}
-        there, default = before["identity"], "its default"
-        names = sorted((there.keys() | identity.keys()) - free)
-        pairs = [(name, there.get(name, default), identity.get(name, default)) for name in names]
-        differences = [
-            f"{name} is {old} there and {new} here" for name, old, new in pairs if old != new
-        ]
+        differences = _differences(stored["identity"], identity, free)
         if differences and not args.force_resume:
             longer = f", --resume {folder} for more epochs" if mode == "auto" else ""
             raise InputError(
@@ -99,7 +101,7 @@ def create_run_dir(
             if world.is_main:
                 print(f"{folder} has finished; its summary:\n{json.dumps(summary, indent=2)}")
             return False
-    dist.barrier()  # rank 0 writes when every process has read
+    dist.barrier()  # rank 0 writes when every rank has read
     problem = None
     if world.is_main:
         try:
@@ -112,15 +114,20 @@ def create_run_dir(
             write_json(folder / "config.json", vars(args) | record)
             write_json(folder / "env.json", environment())
         except BlockingIOError:
-            problem = (
-                f"run directory {folder}: another process works there; wait for it, or give"
-                " another --out"
-            )
+            problem = "another process works there; wait for it, or give another --out"
         except OSError as error:
-            problem = f"run directory {folder}: cannot write there: {error.strerror}"
-    if dist.all_reduce(torch.tensor(int(problem is not None), device=world.device), "max"):
-        raise InputError(problem or f"run directory {folder}: process 0 cannot write there")
+            problem = f"cannot write there: {error.strerror}"
+    failed = torch.tensor(int(problem is not None), device=world.device)
+    if dist.all_reduce(failed, "max"):
+        raise InputError(f"run directory {folder}: {problem or 'rank 0 cannot write there'}")
     return True
+
+
+def _differences(stored: dict, identity: dict, free: set[str]) -> list[str]:
+    names = sorted((stored.keys() | identity.keys()) - free)
+    default = "its default"
+    pairs = [(name, stored.get(name, default), identity.get(name, default)) for name in names]
+    return [f"{name} is {old} there and {new} here" for name, old, new in pairs if old != new]
 
 
 def card_record(card: Card, chance: dict[str, tuple[str, float]]) -> dict:
@@ -133,14 +140,7 @@ def _forget(folder: Path) -> None:
     # their own.
     stages = [f for f in folder.iterdir() if f.is_dir() and not (f / "config.json").exists()]
     for place in (folder, *stages):
-        for name in (
-            "last.pt",
-            "last.previous.pt",
-            "best.pt",
-            "summary.json",
-            "log.jsonl",
-            "resumes.jsonl",
-        ):
+        for name in _STATE:
             (place / name).unlink(missing_ok=True)
 
 

@@ -1,4 +1,4 @@
-"""torchrun, Slurm or one process: the same world; gathers and BatchNorm over the processes.
+"""The ranks of a run: torchrun, a Slurm job step or one process; gathers and BatchNorm over them.
 
 Every function also works in one process, where it does nothing.
 """
@@ -22,7 +22,7 @@ import torch.distributed as td
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common.errors import AGAIN, InputError
+from common.errors import AGAIN, InputError, plural
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,10 @@ class Dist:
 
 
 def init(device: str = "auto", timeout_s: float = 1800) -> Dist:
-    """Join the group of processes that the launcher describes: torchrun's variables, a Slurm job
-    step, or neither.
+    """Join the processes that the launcher describes.
 
-    The shell of an sbatch script has Slurm's rank variables too, but only a job step (`srun`) has
-    several processes.
+    That is torchrun by its variables, a Slurm job step, or neither. The shell of an sbatch script
+    has Slurm's rank variables too, but only a job step (`srun`) has more than one process.
 
     Raises:
         InputError: the device is not there, the processes cannot meet, or a signal of the Slurm job
@@ -60,59 +59,57 @@ def init(device: str = "auto", timeout_s: float = 1800) -> Dist:
     _check_signal()
     if torchrun or env.get("SLURM_TASK_PID", str(os.getpid())) != str(os.getpid()):
         _end_with_parent()
+    number = 0
+    world_size = 1
+    local_rank = 0
     if torchrun:
-        rank, world_size, local_rank = (
-            int(env["RANK"]),
-            int(env["WORLD_SIZE"]),
-            int(env.get("LOCAL_RANK", 0)),
-        )
+        number = int(env["RANK"])
+        world_size = int(env["WORLD_SIZE"])
+        local_rank = int(env.get("LOCAL_RANK", 0))
     elif "SLURM_STEP_ID" in env:
-        rank, world_size, local_rank = (
-            int(env[f"SLURM_{n}"]) for n in ("PROCID", "STEP_NUM_TASKS", "LOCALID")
-        )
+        number = int(env["SLURM_PROCID"])
+        world_size = int(env["SLURM_STEP_NUM_TASKS"])
+        local_rank = int(env["SLURM_LOCALID"])
         # On one node nobody has to know its name.
         nodes = hosts(env["SLURM_STEP_NODELIST"])
         env.setdefault("MASTER_ADDR", nodes[0] if len(nodes) > 1 else "127.0.0.1")
-        env.setdefault(
-            "MASTER_PORT", str(port(int(env["SLURM_JOB_ID"]), int(env["SLURM_STEP_ID"])))
-        )
-    else:
-        rank, world_size, local_rank = 0, 1, 0
+        own_port = port(int(env["SLURM_JOB_ID"]), int(env["SLURM_STEP_ID"]))
+        env.setdefault("MASTER_PORT", str(own_port))
     place = _device(device, local_rank)
     if world_size > 1 and not td.is_initialized():
-        backend = "nccl" if place.type == "cuda" else "gloo"
+        on_gpu = place.type == "cuda"
         try:
             td.init_process_group(
-                backend,
-                rank=rank,
+                "nccl" if on_gpu else "gloo",
+                rank=number,
                 world_size=world_size,
                 timeout=timedelta(seconds=timeout_s),
-                device_id=place if place.type == "cuda" else None,
+                device_id=place if on_gpu else None,
             )
         except td.DistError as error:
-            where, reason = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}", str(error).split("\n")[0]
+            address = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
+            reason = str(error).split("\n")[0]
             raise InputError(
-                f"process {rank} cannot meet the others at {where}: {reason}; set MASTER_ADDR or"
-                " MASTER_PORT"
+                f"rank {number} cannot meet the others at {address}: {reason};"
+                " set MASTER_ADDR or MASTER_PORT"
             ) from None
-    return Dist(rank, world_size, local_rank, place)
+    return Dist(number, world_size, local_rank, place)
 
 
 def port(job: int, step: int) -> int:
     """A port of a Slurm job step's own: two jobs or steps on one node do not meet.
 
-    Below 32768, where systems take the ports of outgoing connections from; their number, 12763, is
-    prime.
+    It lies below 32768, from where on systems take the ports of outgoing connections; the count of
+    ports, 12763, is prime.
     """
     return 20000 + (job * 101 + step) % 12763
 
 
 def hosts(nodelist: str) -> list[str]:
-    """The hosts of a Slurm node list, as `scontrol show hostnames` gives them: `n[08-10,3],g` is
-    n08, n09, n10, n3, g.
+    """The hosts of a Slurm node list, as `scontrol show hostnames` gives them.
 
-    With several brackets in a name the last one changes fastest, then the first, the second, and so
-    on.
+    `n[08-10,3],g` is n08, n09, n10, n3, g. With more than one bracket in a name the last one
+    changes fastest, then the first, the second, and so on.
     """
     names = []
     for item in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodelist):
@@ -120,9 +117,8 @@ def hosts(nodelist: str) -> list[str]:
         groups = [_numbers(ranges) for ranges in re.findall(r"\[([^\]]*)\]", item)]
         for digits in itertools.product(*groups[-2::-1], *groups[-1:]):
             in_place = [*digits[-2::-1], *digits[-1:]]
-            names.append(
-                "".join(text + digit for text, digit in zip(texts, in_place, strict=True)) + tail
-            )
+            pairs = zip(texts, in_place, strict=True)
+            names.append("".join(text + digit for text, digit in pairs) + tail)
     return names
 
 
@@ -136,8 +132,7 @@ def _numbers(ranges: str) -> list[str]:
 
 
 def _check_signal() -> None:
-    """Refuse a Slurm job whose `--signal` would kill the program that started Python instead of
-    reaching Python.
+    """Refuse a Slurm job whose `--signal` would kill what started Python, and not reach Python.
 
     Slurm sends it to the batch shell (`B:`), or else to the processes that `srun` starts; a shell
     or torchrun there dies of it before the end of the job and leaves Python behind. Options of the
@@ -146,34 +141,32 @@ def _check_signal() -> None:
     Raises:
         InputError: with what to write instead.
     """
-    env, step = os.environ, "SLURM_STEP_ID" in os.environ
-    started = Path("/proc", env.get("SLURM_TASK_PID", "none"))
-    if (
-        started.name in ("none", str(os.getpid()))
-        or not started.exists()
-        or not shutil.which("scontrol")
-    ):
+    env = os.environ
+    in_step = "SLURM_STEP_ID" in env
+    task_pid = env.get("SLURM_TASK_PID")
+    if task_pid in (None, str(os.getpid())):  # no Slurm job, or nothing stands between
+        return
+    started = Path("/proc", task_pid)
+    if not started.exists() or not shutil.which("scontrol"):
         return
     command = ["scontrol", "write", "batch_script", env["SLURM_JOB_ID"], "-"]
     script = subprocess.run(command, capture_output=True, text=True).stdout
     options = re.findall(r"^#SBATCH.*\s--signal[= ](\S+)", script, re.MULTILINE)
     option = env.get("SBATCH_SIGNAL") or (options[-1] if options else "")
     match = re.fullmatch(r"(?:([RB]+):)?(?:SIG)?(\w+)(?:@\d+)?", option)
-    if not match or ("B" in (match[1] or "")) == step:
+    if not match or ("B" in (match[1] or "")) == in_step:
         return
     number = int(match[2]) if match[2].isdigit() else getattr(signal, f"SIG{match[2]}", 0)
     status = (started / "status").read_text()
-    heeded = sum(
-        int(re.search(rf"^{name}:\s*(\w+)", status, re.MULTILINE)[1], 16)
-        for name in ("SigCgt", "SigIgn")
-    )
+    heeded = 0  # a bit for each signal that does not kill
+    for field in ("SigCgt", "SigIgn"):
+        heeded |= int(re.search(rf"^{field}:\s*(\w+)", status, re.MULTILINE)[1], 16)
     if number and not heeded >> (number - 1) & 1:
-        starter = (started / "comm").read_text().strip() if step else "the batch shell"
+        starter = (started / "comm").read_text().strip() if in_step else "the batch shell"
         raise InputError(
             f"this job's --signal={option} would kill {starter}, which started Python,"
-            " and Python would not get it: write `exec python ...` into the batch script, or"
-            " `srun python ...` with"
-            " --signal=USR1@120"
+            " and Python would not get it: write `exec python ...` into the batch script,"
+            " or `srun python ...` with --signal=USR1@120"
         )
 
 
@@ -185,10 +178,15 @@ def _end_with_parent() -> None:
 
 
 def peer_lost(error: RuntimeError) -> bool:
-    """Whether a collective failed because another process is gone or late; gloo has no exception of
-    its own.
-    """
+    """Whether a collective failed because another rank exited or hangs."""
+    # gloo has no exception of its own.
     return isinstance(error, td.DistError) or "gloo" in str(error).lower()
+
+
+def lost_peer(error: RuntimeError) -> str:
+    """What to tell the user of such a failure."""
+    reason = str(error).split("\n")[0][-120:]
+    return f"another rank exited or hangs ({reason}); its own output says why. {AGAIN}"
 
 
 def close() -> None:
@@ -209,25 +207,25 @@ def _device(name: str, local_rank: int) -> torch.device:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         index = int(name[5:]) if ":" in name else local_rank % max(count, 1)
         if index >= count:
-            raise InputError(
-                f"--device {name}: this process sees {count} GPUs; use --device auto or cpu"
-            )
+            gpus = plural(count, "GPU")
+            raise InputError(f"--device {name}: this process sees {gpus}; use --device auto or cpu")
         torch.cuda.set_device(index)
         return torch.device("cuda", index)
     return torch.device(name)
 
 
 def parallel() -> bool:
+    """Whether there is more than one rank."""
     return td.is_available() and td.is_initialized() and td.get_world_size() > 1
 
 
 def rank() -> int:
-    """This process's number in the group."""
+    """This process's rank."""
     return td.get_rank() if parallel() else 0
 
 
 def all_gather_rows(x: Tensor) -> Tensor:
-    """Rows (n, ...) of every process, in rank order: (world_size * n, ...). Not differentiable."""
+    """Rows (n, ...) of every rank, in their order: (world_size * n, ...). Not differentiable."""
     if not parallel():
         return x
     out = x.new_empty((td.get_world_size() * x.shape[0], *x.shape[1:]))
@@ -236,39 +234,41 @@ def all_gather_rows(x: Tensor) -> Tensor:
 
 
 def all_reduce(x: Tensor, op: str = "sum") -> Tensor:
-    """Sum or maximum of a tensor over the processes, in place."""
+    """Sum or maximum ("max") of a tensor over the ranks, in place."""
     if parallel():
         td.all_reduce(x, td.ReduceOp.MAX if op == "max" else td.ReduceOp.SUM)
     return x
 
 
 def mean(x: Tensor) -> Tensor:
-    """Mean of a tensor over the processes, a new tensor."""
+    """Mean of a tensor over the ranks, a new tensor."""
     return all_reduce(x.detach().clone()) / (td.get_world_size() if parallel() else 1)
 
 
 def barrier() -> None:
+    """Wait for all ranks."""
     if parallel():
         td.barrier()
 
 
 def shard(indices: np.ndarray, world: Dist) -> np.ndarray:
-    """This process's equal share of `indices` (n,): ceil(n / world_size) of them, the last ones
-    repeated.
+    """This rank's equal share of `indices` (n,): ceil(n / world_size) of them.
+
+    Where they do not come out even, the first ones are repeated at the end.
     """
     size = -(-len(indices) // world.world_size)
     return np.resize(indices, size * world.world_size)[world.rank * size :][:size]
 
 
 def unshard(rows: Tensor, count: int) -> Tensor:
-    """Rows computed for `shard(indices)` on each process, back in the order of the `count` indices."""
+    """Rows computed for `shard(indices)` on each rank, in the order of the `count` indices."""
     return all_gather_rows(rows)[:count]
 
 
 def wrap(model: nn.Module, world: Dist) -> nn.Module:
-    """The model whose gradients are averaged over the processes; in one process the model itself.
+    """The model whose gradients are averaged over the ranks; in one process the model itself.
 
-    Buffers are not broadcast: `sync_batchnorm` keeps the statistics equal on all processes.
+    Buffers are not broadcast: `sync_batchnorm` keeps the statistics equal on all ranks.
     """
     if world.world_size == 1:
         return model
@@ -299,10 +299,10 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 class RankBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm whose statistics are those of the batch over all processes, on any device.
+    """BatchNorm whose statistics are those of the batch over all ranks, on any device.
 
     torch.nn.SyncBatchNorm does the same on GPUs and refuses CPU tensors. Mean first, then the
-    squared deviations: two small reductions, and no cancellation in E[x^2] - E[x]^2. Every process
+    squared deviations: two small reductions, and no cancellation in E[x^2] - E[x]^2. Every rank
     must hold the same number of rows.
     """
 
@@ -316,24 +316,21 @@ class RankBatchNorm(nn.modules.batchnorm._BatchNorm):
         axes = [0, *range(2, x.dim())]
         shape = [1, -1] + [1] * (x.dim() - 2)
         count = x.numel() // x.shape[1] * td.get_world_size()
-        mean = (
-            _SumOverRanks.apply(x.float().sum(axes) if x.dtype.itemsize < 4 else x.sum(axes))
-            / count
-        )
-        centered = x - mean.view(shape)
+        own_sum = x.float().sum(axes) if x.dtype.itemsize < 4 else x.sum(axes)
+        batch_mean = _SumOverRanks.apply(own_sum) / count
+        centered = x - batch_mean.view(shape)
         var = _SumOverRanks.apply(centered.square().sum(axes)) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_(
-                (var * count / (count - 1)).to(self.running_var.dtype), self.momentum
-            )
+            self.running_mean.lerp_(batch_mean.to(self.running_mean.dtype), self.momentum)
+            unbiased = var * count / (count - 1)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
         scale = (var + self.eps).rsqrt() * self.weight
         return (centered * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
 
 
 def sync_batchnorm(module: nn.Module, world: Dist) -> nn.Module:
-    """The module with every BatchNorm taken over all processes; state-dict keys do not change."""
+    """The module with every BatchNorm taken over all ranks; state-dict keys do not change."""
     if world.world_size == 1:
         return module
     if world.device.type == "cuda":
@@ -347,8 +344,3 @@ def sync_batchnorm(module: nn.Module, world: Dist) -> nn.Module:
         else:
             sync_batchnorm(child, world)
     return module
-
-
-def lost_peer(error: RuntimeError) -> str:
-    said = str(error).split("\n")[0][-120:]
-    return f"another rank exited or hangs ({said}); its own output says why. {AGAIN}"

@@ -1,7 +1,7 @@
-"""--ensemble A B C: the averaged predictions of runs on the test split, beside each of them.
+"""--ensemble A B C: runs as one model, their averaged predictions on the test split beside each.
 
-Every member is evaluated as --eval does it, one after another; what they say of each test item is
-averaged as probabilities, with equal weight.
+Every member is evaluated as --eval does it, one after another; what they predict for each test item
+is averaged as probabilities, with equal weight.
 """
 
 import csv
@@ -21,63 +21,66 @@ FILE = "eval.csv"  # what --eval leaves of each test item
 
 
 def judge(main, argv: list[str] | None, args, metric: str) -> None:
-    """Evaluate the runs of --ensemble through a script's `main` and their average; prints and
-    writes ensemble.json and ensemble.csv in --out, or in runs/ensemble-HASH.
+    """Evaluate the runs of --ensemble through a script's `main`, and their average.
+
+    Prints the scores and writes ensemble.json and ensemble.csv in --out, or in runs/ensemble-HASH.
 
     Args:
         metric: of `scores`, by which the ensemble is compared with its members.
 
     Raises:
-        SystemExit: 2, a member cannot be evaluated, or members answer different questions.
+        SystemExit: 2, a member cannot be evaluated, or members have other items or classes.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     names = args.ensemble
     with exit_codes():
         if len(names) < 2:
             raise InputError(f"--ensemble {names[0]}: give two runs or more")
-    first = not int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+    is_main = not int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
     folder = Path(args.out or Path("runs") / f"ensemble-{config.digest(names)}")
     for i, name in enumerate(names):
-        if first:  # what another run left there is no answer of this one
-            (folder / f"member{i}" / FILE).unlink(missing_ok=True)
-        main([*_without(argv, names), "--eval", name, "--out", str(folder / f"member{i}")])
-    if not first:  # the group of processes has ended
+        member = folder / f"member{i}"
+        if is_main:  # what another run left there is no answer of this one
+            (member / FILE).unlink(missing_ok=True)
+        main([*_without(argv, names), "--eval", name, "--out", str(member)])
+    if not is_main:  # the group of processes has ended
         return
     with exit_codes():
         members = [read(folder / f"member{i}" / FILE, name) for i, name in enumerate(names)]
         ids, labels, classes, _ = members[0]
-        for name, other in zip(names, members, strict=True):
-            if other[2] != classes or other[0] != ids:
+        for name, (member_ids, _, member_classes, _) in zip(names, members, strict=True):
+            if member_classes != classes or member_ids != ids:
                 raise InputError(
                     f"--ensemble: {name} and {names[0]} have other test items or classes"
                 )
         mean = np.mean([probabilities for *_, probabilities in members], 0)
-        found = [scores(labels, p) for *_, p in members] + [scores(labels, mean)]
-        shown = list(found[0])
-        for name, own in zip([*names, "ensemble"], found, strict=True):
-            print(f"{name}: " + ", ".join(f"{key} {own[key]:.4f}" for key in shown))
-        member = float(np.mean([own[metric] for own in found[:-1]]))
-        best, own = max(one[metric] for one in found[:-1]), found[-1][metric]
-        verdict = (
-            "worse than" if own < member else "no better than" if own == member else "better than"
-        )
+        of_members = [scores(labels, probabilities) for *_, probabilities in members]
+        of_mean = scores(labels, mean)
+        for name, values in zip([*names, "ensemble"], [*of_members, of_mean], strict=True):
+            print(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in values.items()))
+        results = {f"ensemble/test/{key}": value for key, value in of_mean.items()}
+        for key in of_mean:
+            average = float(np.mean([values[key] for values in of_members]))
+            results[f"ensemble/test/member_{key}"] = average
+        value = of_mean[metric]
+        average = results[f"ensemble/test/member_{metric}"]
+        comparison = "no better than"
+        if value != average:
+            comparison = "worse than" if value < average else "better than"
+        best = max(values[metric] for values in of_members)
         print(
-            f"the ensemble's {metric} is {verdict} its mean member's ({own:.4f}, {member:.4f};"
-            f" the best {best:.4f})"
+            f"the ensemble's {metric} is {comparison} its mean member's"
+            f" ({value:.4f}, {average:.4f}; the best {best:.4f})"
         )
-        results = {f"ensemble/test/{key}": value for key, value in found[-1].items()}
-        results |= {
-            f"ensemble/test/member_{key}": float(np.mean([one[key] for one in found[:-1]]))
-            for key in shown
-        }
         write_json(folder / "ensemble.json", results | {"members": names})
         write_predictions(folder / "ensemble.csv", ids, classes, torch.from_numpy(mean))
 
 
 def _without(argv: list[str], names: list[str]) -> list[str]:
     # The flags but for --ensemble with its runs and --out with its folder.
-    kept, skip = [], 0
-    for i, token in enumerate(argv):
+    kept = []
+    skip = 0
+    for token in argv:
         if token == "--ensemble":
             skip = len(names) + 1
         elif token == "--out":
@@ -85,7 +88,7 @@ def _without(argv: list[str], names: list[str]) -> list[str]:
         if skip:
             skip -= 1
         elif not token.startswith("--out="):
-            kept.append(argv[i])
+            kept.append(token)
     return kept
 
 
@@ -101,23 +104,27 @@ def read(path: Path, source: str) -> tuple[list[str], np.ndarray, list[str], np.
         )
     with open(path, newline="") as file:
         (_, _, *classes), *rows = csv.reader(file)
+    ids = [row[0] for row in rows]
     labels = np.array([classes.index(row[1]) for row in rows], np.int64)
-    return (
-        [row[0] for row in rows],
-        labels,
-        classes,
-        np.array([row[2:] for row in rows], np.float64),
-    )
+    probabilities = np.array([row[2:] for row in rows], np.float64)
+    return ids, labels, classes, probabilities
 
 
 def scores(labels: np.ndarray, probabilities: np.ndarray) -> dict[str, float]:
-    """Accuracy, macro F1, UAR and negative log-likelihood of probabilities (n, C); of two classes
-    also AUC, average precision and equal error rate.
+    """Accuracy, macro F1, UAR and negative log-likelihood of probabilities (n, C).
+
+    Of two classes also AUC, average precision and equal error rate.
     """
     count = probabilities.shape[1]
-    found = metrics.classification(labels, probabilities.argmax(1), count)
-    values = {name: found[name] for name in ("accuracy", "macro_f1")}
-    values["uar"] = metrics.long_tail(labels, probabilities.argmax(1), count)["uar"]
-    own = probabilities[np.arange(len(labels)), labels]
-    values["nll"] = float(-np.log(np.maximum(own, 1e-12)).mean())
-    return values | (metrics.detection(labels, probabilities[:, 1]) if count == 2 else {})
+    predicted = probabilities.argmax(1)
+    per_class = metrics.classification(labels, predicted, count)
+    of_truth = probabilities[np.arange(len(labels)), labels]
+    values = {
+        "accuracy": per_class["accuracy"],
+        "macro_f1": per_class["macro_f1"],
+        "uar": metrics.long_tail(labels, predicted, count)["uar"],
+        "nll": float(-np.log(np.maximum(of_truth, 1e-12)).mean()),
+    }
+    if count == 2:
+        values |= metrics.detection(labels, probabilities[:, 1])
+    return values

@@ -1,4 +1,4 @@
-"""Files of a run directory: atomic writes, JSON, locks."""
+"""Files that a run leaves: written whole or not at all, JSON, the format's number, the lock."""
 
 import contextlib
 import errno
@@ -18,29 +18,32 @@ except ImportError:  # Windows has no locks of this kind
 ROOT = Path(__file__).resolve().parents[2]
 # Of config.json and of checkpoints. CHANGELOG.md says what each number means.
 FORMAT = 2
+# What `flock` answers where the file system knows no locks.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
 run_locks = contextlib.ExitStack()
 
 
 def run_dir_of(path: str) -> Path:
-    """The run directory that a path means: itself, or the one that holds the checkpoint or the
-    stage's folder.
-    """
+    """The run directory that a path means: itself, or that of a checkpoint or a stage's folder."""
     folders = [Path(path), *Path(path).parents][:3]
     return next((folder for folder in folders if (folder / "config.json").exists()), folders[0])
 
 
 def lock_folder(folder: Path) -> None:
-    # Held until the end of the process or of `launch`. A file system without locks is none the
-    # worse.
+    """Lock a run directory until the end of `launch` or of the process.
+
+    A file system without locks is taken as it is.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+    """
     if fcntl is None:
         return
     file = run_locks.enter_context(open(folder / ".lock", "w"))  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
+        if error.errno not in _NO_LOCKS:
             raise
 
 
@@ -49,8 +52,11 @@ def atomic_write(path: Path, mode: str = "w", *, keep: Path | None = None) -> It
     """A file whose content takes the place of `path` in one piece, or never appears.
 
     The bytes go to a temporary file in the same directory, are forced to the disk and renamed: a
-    process or a machine that dies leaves the old content. The old file becomes `keep`, where that
-    is given, once the new one is on the disk.
+    process or a machine that dies leaves the old content.
+
+    Args:
+        mode: "w" for text, whose line ends are written as they are (as csv needs it), or "wb".
+        keep: what the old file is renamed to, once the new one is on the disk; `path` must exist.
 
     Raises:
         OSError: the disk is full or not writable.
@@ -76,8 +82,9 @@ def atomic_write(path: Path, mode: str = "w", *, keep: Path | None = None) -> It
 
 def remove_orphans(folder: Path) -> None:
     """Delete the temporary files of a process that was killed while it wrote."""
-    for orphan in folder.glob(".*.tmp*"):
-        orphan.unlink()
+    for place in (folder, folder / "figures"):
+        for orphan in place.glob(".*.tmp*"):
+            orphan.unlink()
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -118,9 +125,9 @@ def check_format(record: dict, source) -> None:
     Raises:
         InputError: with both formats.
     """
-    found = record.get("format", 1)
-    if found != FORMAT:
+    written = record.get("format", 1)
+    if written != FORMAT:
         raise InputError(
-            f"{source} is of run format {found}, this version reads and writes format {FORMAT}: use"
-            " the version that wrote it (CHANGELOG.md), or start anew with another --out"
+            f"{source} is of run format {written}, this version reads and writes format {FORMAT}:"
+            " use the version that wrote it (CHANGELOG.md), or start anew with another --out"
         )

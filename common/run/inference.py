@@ -1,6 +1,7 @@
-"""Use a trained run: --eval, --predict, --stream."""
+"""What --eval, --predict and --stream do with a trained run: load it, write what it answers."""
 
 import csv
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,17 +19,22 @@ from common.run.run import Run
 
 
 def write_predictions(
-    path: Path, ids: list[str], classes: list[str], scores: Tensor, chosen=None
+    path: Path,
+    ids: list[str],
+    classes: list[str],
+    scores: Tensor,
+    chosen: Iterable[int] | None = None,
 ) -> None:
     """Write predictions.csv: id, the class, and the score (a probability) of every class.
 
     `chosen` are the classes' numbers; unset: the classes of the highest scores.
     """
-    best = scores.argmax(1).tolist() if chosen is None else chosen
+    if chosen is None:
+        chosen = scores.argmax(1).tolist()
     with atomic_write(path) as file:
         writer = csv.writer(file)
         writer.writerow(["id", "class", *(f"score_{name}" for name in classes)])
-        for name, index, row in zip(ids, best, scores.tolist(), strict=True):
+        for name, index, row in zip(ids, chosen, scores.tolist(), strict=True):
             writer.writerow([name, classes[index], *(f"{value:.6f}" for value in row)])
 
 
@@ -55,15 +61,17 @@ class LoadedRun:
         return self.state["model_spec"]
 
     def as_run(self, args, world: dist.Dist, data, splits: dict[str, np.ndarray]) -> Run:
-        """A run that trains nothing, of the model's own settings."""
+        """A run that trains nothing, with the settings of the loaded model."""
         log = Log(None, main=world.is_main)
         return Run(args, world, data, splits, self.folder, log, self.model_spec)
 
     def write(self, results: dict, world: dist.Dist, answers: tuple | None = None) -> None:
         """Write eval.json: the test metrics, named `eval/test/...`, and print them.
 
-        `answers`, of a classifier, for eval.csv: the data set, the positions (n,) of the test items
-        in it, the classes and their probabilities (n, C), or (n,) those of the second of two.
+        Args:
+            answers: of a classifier, for eval.csv: the data set, the positions (n,) of the test
+                items in it, the classes and their probabilities (n, C), or (n,) those of the second
+                of two.
         """
         results = {f"eval/{name.split('/', 1)[1]}": value for name, value in results.items()}
         if not world.is_main:
@@ -89,8 +97,9 @@ def is_inference(args) -> bool:
 
 
 def load_run(args, card: Card) -> LoadedRun:
-    """The selected model that --eval, --predict or --stream names; --eval without --data reads what
-    it was trained on.
+    """The selected model that --eval, --predict or --stream names.
+
+    --eval without --data reads what it was trained on.
 
     Raises:
         InputError: there is none, it is another script's, or results cannot be written.
@@ -108,8 +117,14 @@ def load_run(args, card: Card) -> LoadedRun:
 
 
 def restore_data_flags(parser: config.Parser, argv: list[str] | None, args, names: list[str]):
-    """The flags `args`, but with --eval, --predict or --stream those of `names` (attribute names),
-    which say how data are read, are by default what the run was trained with.
+    """The flags with which a trained run is used: those that say how data are read are its own.
+
+    Args:
+        names: the attributes of these flags. With --eval, --predict or --stream their default is
+            what the run was trained with; a flag that is given wins.
+
+    Returns:
+        `args` as they are, or parsed again with these defaults.
     """
     if not is_inference(args):
         return args

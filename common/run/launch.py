@@ -1,4 +1,4 @@
-"""The frame of every script's `main`: one run, or the runs of a sweep or an ensemble."""
+"""The frame of every script's `main`: one run, or the runs of --search and --ensemble."""
 
 import contextlib
 import os
@@ -10,23 +10,32 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.errors import EXIT_DIVERGED, EXIT_STOPPED, Finished, InputError, Stopped, exit_codes
+from common.errors import (
+    EXIT_DIVERGED,
+    EXIT_STOPPED,
+    Finished,
+    InputError,
+    Stopped,
+    exit_codes,
+    plural,
+)
 from common.run import dist, ensemble
 from common.run.files import run_locks
 from common.run.inference import is_inference
 from common.run.signals import Signals
-from common.search import declared, parse_ranges
+from common.search import drawn_ranges
 
 
 def run_sweep(main, argv: list[str] | None, args, ranges, metric: str | None) -> bool:
-    """Do what --search without --trial, or --ensemble, asks a script's `main` for several times;
-    False without them.
+    """Call a script's `main` for every run of --search without --trial, or of --ensemble.
 
     Args:
         ranges: the script's, as `config.parse` takes them.
         metric: of `ensemble.scores`, by which an ensemble is compared with its members.
-    """
 
+    Returns:
+        Whether the flags ask for either; if not, nothing is done.
+    """
     if args.search and args.trial is None:
         every(main, argv, args, ranges)
     elif args.ensemble:
@@ -37,10 +46,14 @@ def run_sweep(main, argv: list[str] | None, args, ranges, metric: str | None) ->
 
 
 def launch(args, run_inference: Callable, run_training: Callable) -> int:
-    """The frame of every script: `run_inference(args, world)` with --eval, --predict or --stream,
-    else `run_training(args, world, signals)`.
+    """Do what the flags ask for, with the signals caught and the ranks joined.
 
-    Returns 0; the other exit codes leave as SystemExit.
+    Args:
+        run_inference: takes (args, world); called with --eval, --predict or --stream.
+        run_training: takes (args, world, signals); called without them.
+
+    Returns:
+        0; the other exit codes leave as SystemExit.
     """
     with exit_codes(), Signals() as signals, run_locks:
         # The watchdog, which is to come first, names more than a collective does.
@@ -81,17 +94,20 @@ def seed_process(args) -> None:
 
 
 def every(main, argv: list[str] | None, args, ranges: dict) -> None:
-    """Run all trials through a script's `main`; those that have finished are not repeated, those
-    that diverge are left.
+    """Run all trials of --search through a script's `main`.
+
+    Those that have finished are not repeated, those that diverge are left.
 
     Raises:
+        InputError: --max-steps would end the search with its first trial.
         SystemExit: a trial ended otherwise: it was stopped, or cannot run at all.
     """
     if args.max_steps:
         raise InputError(
             "--search: --max-steps would end it with the first trial; give --epochs, or --trial"
         )
-    argv, diverged = list(sys.argv[1:] if argv is None else argv), []
+    argv = list(sys.argv[1:] if argv is None else argv)
+    diverged = []
     for trial in range(args.search):
         print(f"trial {trial} of {args.search}", flush=True)
         try:
@@ -99,12 +115,10 @@ def every(main, argv: list[str] | None, args, ranges: dict) -> None:
         except SystemExit as ending:
             if ending.code != EXIT_DIVERGED:
                 raise
-            diverged.append(trial)
-    names = ",".join(
-        ["trial", *(declared(ranges, args) | (parse_ranges(args.ranges) if args.ranges else {}))]
-    )
-    left = f"; diverged: {', '.join(map(str, diverged))}" if diverged else ""
+            diverged.append(str(trial))
+    names = ",".join(["trial", *drawn_ranges(ranges, args)])
+    left = f"; diverged: {', '.join(diverged)}" if diverged else ""
     # Not search=N: trials that had finished before the search grew keep its earlier number.
     runs = args.out or "runs --where trial=any"
     table = f"python -m common.report {runs} --rows {names} --value best_value --compact"
-    print(f"{args.search} trials{left}. The table: {table}")
+    print(f"{plural(args.search, 'trial')}{left}. The table: {table}")

@@ -13,7 +13,7 @@ from statistics import median
 import torch
 
 from common.amp import peak_bytes, peak_memory
-from common.errors import InputError
+from common.errors import InputError, plural
 from common.run.files import atomic_write
 
 # Fields that differ between two runs of the same command: the only ones.
@@ -31,30 +31,37 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes}m"
     hours = minutes // 60
-    return f"{hours}h{minutes % 60:02d}m" if hours < 48 else f"{hours // 24}d{hours % 24:02d}h"
+    if hours < 48:
+        return f"{hours}h{minutes % 60:02d}m"
+    return f"{hours // 24}d{hours % 24:02d}h"
 
 
 class Pace:
-    """Rate and remaining time of a loop, from the median of its recent steps (the first one, a
-    warm-up, left out).
+    """Rate and remaining time of a loop.
+
+    Both come from its recent steps; the first one, a warm-up, is left out.
     """
 
     def __init__(self, items_per_step: int, total_steps: int, unit: str = "item"):
-        self.items_per_step, self.total_steps, self.unit = items_per_step, total_steps, unit
-        self.recent, self.last, self.steps = deque(maxlen=50), time.monotonic(), 0
-        self.waits: deque = deque(maxlen=50)
+        self.items_per_step = items_per_step
+        self.total_steps = total_steps
+        self.unit = unit
+        self.steps = 0
+        self.recent: deque = deque(maxlen=50)  # seconds of the last steps
+        self.waits: deque = deque(maxlen=50)  # of these, the seconds without a batch
+        self.last = time.monotonic()
 
     def tick(self) -> None:
+        """The end of a step."""
         now = time.monotonic()
         self.steps += 1
-        if (
-            self.steps != 2
-        ):  # the second step replaces the first, which paid for allocation and compilation
-            self.recent.append(now - self.last)
-        else:
+        if self.steps == 2:
+            # It replaces the first, which paid for allocation and compilation.
             self.recent[0] = now - self.last
             if len(self.waits) > 1:
                 self.waits.popleft()
+        else:
+            self.recent.append(now - self.last)
         self.last = now
 
     def pause(self) -> None:
@@ -63,25 +70,31 @@ class Pace:
 
     def waiting(self, batches: Iterable) -> Iterator:
         """The batches of a loop as they are; how long each is waited for is what `wait` tells."""
-        batches, begun = iter(batches), time.monotonic()
-        for batch in batches:
+        iterator = iter(batches)
+        begun = time.monotonic()
+        for batch in iterator:
             self.waits.append(time.monotonic() - begun)
             yield batch
             begun = time.monotonic()
 
     def wait(self) -> float:
         """The share of the recent steps' time that was spent waiting for data."""
-        return min(sum(self.waits) / max(sum(self.recent), 1e-9), 1.0) if self.recent else 0.0
+        if not self.recent:
+            return 0.0
+        return min(sum(self.waits) / max(sum(self.recent), 1e-9), 1.0)
 
     @property
     def seconds_per_step(self) -> float:
+        """The median of the recent steps."""
         return median(self.recent) if self.recent else 0.0
 
     def rate(self) -> float:
+        """Items a second, over the recent steps."""
         mean = sum(self.recent) / max(len(self.recent), 1)
         return self.items_per_step / mean if mean else 0.0
 
     def eta(self, step: int) -> float:
+        """Seconds that the steps after `step` will take."""
         return self.seconds_per_step * max(self.total_steps - step, 0)
 
 
@@ -94,9 +107,12 @@ class Log:
     """
 
     def __init__(self, folder: Path | None, *, main: bool, tensorboard: bool = False):
-        self.main, self.start, self.counts = main, time.monotonic(), Counter()
+        self.main = main
         self.live = main and sys.stdout.isatty()
-        self.path, self.file = folder / "log.jsonl" if main and folder else None, None
+        self.start = time.monotonic()
+        self.counts: Counter = Counter()  # lines of each stage
+        self.path = folder / "log.jsonl" if main and folder else None
+        self.file = None
         if self.path:
             lines = read(folder) if self.path.exists() else []
             # A line torn by a killed process must not meet the next one.
@@ -115,32 +131,32 @@ class Log:
             print(text, flush=True)
 
     def due(self, step: int, every: int) -> bool:
-        """Whether a step has its line: the first ones do, so that a slow run shows its pace at
-        once.
+        """Whether a step has its line.
+
+        The first ones do, so that a slow run shows its pace at once.
         """
         return step <= FIRST_STEPS or step % every == 0
 
     def cost(
         self, stage: str, steps_per_epoch: int, epochs: int, pace: Pace, device: torch.device
     ) -> None:
-        """Say the memory that a step takes and, on a CPU, what an epoch costs: a user may have
-        meant a GPU.
+        """Say the memory that a step takes and, on a CPU, what an epoch costs.
+
+        A user may have meant a GPU.
         """
         self.say(f"{stage}: peak memory {peak_memory(device)}")
         if device.type == "cpu":
-            epoch = pace.seconds_per_step * steps_per_epoch
+            seconds = pace.seconds_per_step * steps_per_epoch
             self.say(
-                f"{stage}: on this CPU an epoch costs about {duration(epoch)}, {epochs}"
-                " epochs about"
-                f" {duration(epoch * epochs)}; a GPU, a smaller model or input, fewer --epochs"
-                " cost less"
+                f"{stage}: on this CPU an epoch costs about {duration(seconds)},"
+                f" {plural(epochs, 'epoch')} about {duration(seconds * epochs)};"
+                " a GPU, a smaller model or input, fewer --epochs cost less"
             )
 
     def progress(self, stage: str, step: int, pace: Pace) -> None:
         """On a terminal: rewrite the live line. Reads nothing from the device."""
         if self.live:
-            rate, eta = f"{pace.rate():.0f} {pace.unit}/s", duration(pace.eta(step))
-            text = f"{stage} step {step}/{pace.total_steps} | {rate} | eta {eta}"
+            text = f"{stage} step {step}/{pace.total_steps} | {_speed(pace, step)}"
             print("\r" + text.ljust(self._width), end="", flush=True)
             self._width = len(text)
 
@@ -149,44 +165,37 @@ class Log:
         width = len(str(pace.total_steps))
         shown = " | ".join(f"{name} {_number(name, value)}" for name, value in values.items())
         self.say(
-            f"{stage} step {step:0{width}d}/{pace.total_steps} | {shown} | {pace.rate():.0f}"
-            f" {pace.unit}/s"
-            f" | eta {duration(pace.eta(step))}"
+            f"{stage} step {step:0{width}d}/{pace.total_steps} | {shown} | {_speed(pace, step)}"
         )
         timing = {
             "rate": round(pace.rate(), 2),
             "eta_s": round(pace.eta(step), 1),
             "wait": round(pace.wait(), 4),
+            "memory_gb": round((peak_bytes() or 0) / 1e9, 3),
         }
-        timing["memory_gb"] = round((peak_bytes() or 0) / 1e9, 3)
         self._write(stage, step, epoch, values | timing)
 
     def metrics(
         self, stage: str, step: int, epoch: int, values: dict, *, quiet: bool = False
     ) -> None:
-        """Metrics of an epoch or of the end of a stage, named `stage/split/metric`; `quiet`: in the
-        file alone.
+        """Metrics of an epoch or of the end of a stage, named `stage/split/metric`.
+
+        `quiet`: in the file alone.
         """
-        shown = " | ".join(
-            f"{name.removeprefix(stage + '/')} {_number(name, value)}"
-            for name, value in values.items()
-        )
         if not quiet:
+            shown = " | ".join(
+                f"{name.removeprefix(stage + '/')} {_number(name, value)}"
+                for name, value in values.items()
+            )
             self.say(f"{stage} epoch {epoch} | {shown}")
         self._write(stage, step, epoch, values)
 
     def _write(self, stage: str, step: int, epoch: int, values: dict) -> None:
         if self.file:
-            known = {
-                name: value if math.isfinite(value) else None for name, value in values.items()
-            }
-            line = {
-                "stage": stage,
-                "step": step,
-                "epoch": epoch,
-                **known,
-                "time": round(self.seconds, 2),
-            }
+            line = {"stage": stage, "step": step, "epoch": epoch}
+            for name, value in values.items():
+                line[name] = value if math.isfinite(value) else None  # JSON has no NaN
+            line["time"] = round(self.seconds, 2)
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
             self.counts[stage] += 1
@@ -197,7 +206,7 @@ class Log:
             self.watcher()
 
     def resumed(self, stage: str, step: int, epoch: int) -> None:
-        """Note that a stage goes on from a checkpoint: a mark in the report's curves."""
+        """Note that a stage resumes from a checkpoint: a mark in the report's curves."""
         if self.path:
             with open(self.path.with_name(RESUMES), "a") as file:
                 file.write(json.dumps({"stage": stage, "step": step, "epoch": epoch}) + "\n")
@@ -219,7 +228,8 @@ class Log:
         """Drop a stage's lines after the first `count`, which a resumed run writes again."""
         if not self.file or self.counts[stage] <= count:
             return
-        seen, kept = 0, []
+        seen = 0
+        kept = []
         for line in read(self.path.parent):
             seen += line["stage"] == stage
             if line["stage"] != stage or seen <= count:
@@ -240,6 +250,7 @@ class Log:
             os.fsync(self.file.fileno())
 
     def close(self) -> None:
+        """End the live line, and close the files."""
         self._clear()
         for sink in (self.file, self.board):
             if sink:
@@ -249,6 +260,10 @@ class Log:
         if self.live and self._width:
             print("\r" + " " * self._width + "\r", end="")
             self._width = 0
+
+
+def _speed(pace: Pace, step: int) -> str:
+    return f"{pace.rate():.0f} {pace.unit}/s | eta {duration(pace.eta(step))}"
 
 
 def _number(name: str, value) -> str:
@@ -272,7 +287,7 @@ def _text(lines: list[dict]) -> str:
 
 
 def read(folder: Path, name: str = "log.jsonl") -> list[dict]:
-    """The lines of a run's `log.jsonl`, or of another such file; a torn last line is left out."""
+    """The lines of a run's log.jsonl, or of another such file; a torn last line is left out."""
     lines = []
     for text in (Path(folder) / name).read_text().splitlines():
         try:

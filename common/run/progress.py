@@ -1,26 +1,20 @@
-"""Where one stage of a run stands: exact resume, the best model, when to save and stop."""
+"""Where one stage of a run stands: exact resume, the best model, when to save and to stop."""
 
 import math
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from common.errors import Diverged, InputError, Stopped
-from common.run import dist
-from common.run.checkpoint import (
-    is_whole,
-    load,
-    load_weights,
-    rng_state,
-    save,
-    set_rng_state,
-)
+from common.errors import Diverged, InputError, Stopped, plural
+from common.run import checkpoint, dist
 from common.run.files import FORMAT, remove_orphans
 from common.run.log import Log
 from common.run.signals import Signals
 
+# What a checkpoint keeps of the position.
 _PLACE = (
     "step",
     "epoch",
@@ -39,7 +33,7 @@ class Progress:
     """Where one stage of a run stands; what makes resuming exact, and where it may stop.
 
     `parts` are the objects whose `state_dict` makes up the stage (model, optimizer, scaler); they
-    must be equal on all processes, and rank 0 writes them. Position: `step` optimizer steps done,
+    must be equal on all ranks, and rank 0 writes them. Position: `step` optimizer steps done,
     of which `batch` in `epoch`. `sums` are device tensors accumulated over the epoch. `best`
     follows the selection metric. `model_spec` goes into every file and says what is needed to
     rebuild the model; `start` names what the stage started from: a state with another start is not
@@ -70,29 +64,34 @@ class Progress:
         self.start = start
         self.save_seconds = save_every * 60
         self.max_steps = max_steps
-        self.step = self.epoch = self.batch = self.best_epoch = self.evals_without_gain = 0
+        self.step = 0
+        self.epoch = 0
+        self.batch = 0
         self.best: float | None = None
+        self.best_epoch = 0
         self.confident_best: float | None = None
+        self.evals_without_gain = 0
         self.sums: dict[str, Tensor] = {}
         self.results: dict[str, float] = {}
-        self.finished, self.planned = False, 0
+        self.finished = False
+        self.planned = 0
+        self.heartbeat = 0
         self._best_state: dict | None = None
         self._stored_best: dict | None = None
         self._flags: Tensor | None = None
-        self._flags_ready = None
+        self._flags_ready: torch.cuda.Event | None = None
         self._saved = time.monotonic()
         self._wrote = False
-        self.heartbeat = 0
         self._layers: dict[int, str] = {}
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             remove_orphans(folder)
 
     def restore(self, state: dict | None, best: dict | None = None) -> None:
-        """Take the stage to where `state` was saved; None starts it. Cuts the log's lines that came
-        later.
+        """Take the stage to where `state` was saved; None starts it.
 
-        `best` is the best.pt that belongs to a state of another directory.
+        The log's lines that came later are cut. `best` is the best.pt that belongs to a state of
+        another directory.
 
         Raises:
             InputError: the state is of another model or optimizer.
@@ -112,20 +111,20 @@ class Progress:
                     f" {type(part).__name__}"
                 )
             if isinstance(part, torch.nn.Module):
-                load_weights(part, state["parts"][name], f"{self.folder}/last.pt")
+                source = f"{self.folder}/last.pt"
+                checkpoint.load_weights(part, state["parts"][name], source)
             else:
                 part.load_state_dict(state["parts"][name])
         place = state["place"]
         for name in _PLACE:
             setattr(self, name, place[name])
         for name, value in state["sums"].items():
-            rows = value.to(self.world.device).reshape(-1)  # one of each process that wrote it
-            self.sums[name] = (
-                rows[self.world.rank] if len(rows) == self.world.world_size else rows.mean()
-            )
+            rows = value.to(self.world.device).reshape(-1)  # one of each rank that wrote it
+            same_ranks = len(rows) == self.world.world_size
+            self.sums[name] = rows[self.world.rank] if same_ranks else rows.mean()
         self._best_state = best
         self._check_best()
-        set_rng_state(state["rng"])
+        checkpoint.set_rng_state(state["rng"])
         self.log.go_on_from(place["seconds"])
         self.log.cut(self.stage, place["log_lines"])
         if not self.finished:
@@ -135,23 +134,23 @@ class Progress:
 
     def _check_best(self) -> None:
         # Found out now, not after the training that is left.
-        file = self.folder / "best.pt"
         if not self.best_epoch or self._best_state is not None:
             return
-        if not (file.exists() and is_whole(file)):
+        file = self.folder / "best.pt"
+        if not (file.exists() and checkpoint.is_whole(file)):
             raise InputError(
                 f"checkpoint {file} is damaged or missing, so the best model so far is lost:"
-                " start anew with"
-                " --resume none, or resume a copy of the run"
+                " start anew with --resume none, or resume a copy of the run"
             )
-        stored = load(file)
+        stored = checkpoint.load(file)
         if stored["epoch"] != self.best_epoch and "value" in stored:
-            # Of a later epoch than the state: a run killed between the two. What the file holds is
-            # what is the best.
-            self.best, self.best_epoch = stored["value"], stored["epoch"]
+            # Of a later epoch than the state: the run was killed between the two files. The best is
+            # what best.pt holds.
+            self.best = stored["value"]
+            self.best_epoch = stored["epoch"]
 
     def save(self) -> None:
-        """Write best.pt and last.pt, keeping the last.pt before it. Every process must call this.
+        """Write best.pt and last.pt, keeping the last.pt before it. Every rank must call this.
 
         Raises:
             Diverged: instead of storing a state that is not finite or whose last update was masked.
@@ -165,11 +164,14 @@ class Progress:
             return
         self.log.sync()
         if self._best_state is not self._stored_best:
-            save(self.folder / "best.pt", self._best_state)
+            checkpoint.save(self.folder / "best.pt", self._best_state)
             self._stored_best = self._best_state
         last = self.folder / "last.pt"
-        place = {"log_lines": self.log.count(self.stage), "seconds": self.log.seconds}
-        place |= {name: getattr(self, name) for name in _PLACE}
+        place = {
+            "log_lines": self.log.count(self.stage),
+            "seconds": self.log.seconds,
+            **{name: getattr(self, name) for name in _PLACE},
+        }
         state = {
             "format": FORMAT,
             "stage": self.stage,
@@ -179,103 +181,88 @@ class Progress:
             "kinds": {name: type(part).__name__ for name, part in self.parts.items()},
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
             "sums": sums,
-            "rng": rng_state(),
+            "rng": checkpoint.rng_state(),
         }
         # A damaged last.pt, which this run did not start from, must not take the place of the one
         # it did start from.
-        keep = last.exists() and (self._wrote or is_whole(last))
-        save(last, state, self.folder / "last.previous.pt" if keep else None)
-        self._wrote, self._saved = True, time.monotonic()
+        keep = last.exists() and (self._wrote or checkpoint.is_whole(last))
+        checkpoint.save(last, state, self.folder / "last.previous.pt" if keep else None)
+        self._wrote = True
+        self._saved = time.monotonic()
+
+    def _modules(self) -> list[torch.nn.Module]:
+        return [part for part in self.parts.values() if isinstance(part, torch.nn.Module)]
 
     def _finite(self) -> bool:
-        modules = [part for part in self.parts.values() if isinstance(part, torch.nn.Module)]
-        found = [p.detach().isfinite().all() for module in modules for p in module.parameters()]
-        return not found or bool(torch.stack(found).all())
+        finite = [p.detach().isfinite().all() for m in self._modules() for p in m.parameters()]
+        return not finite or bool(torch.stack(finite).all())
 
     def add(self, **values: Tensor) -> None:
-        """Accumulate detached device scalars over the epoch."""
+        """Accumulate device scalars over the epoch, in float64 where the device has it."""
         for name, value in values.items():
-            value = value.detach().double() if value.device.type != "mps" else value.detach()
+            value = value.detach()
+            if value.device.type != "mps":
+                value = value.double()
             self.sums[name] = self.sums[name] + value if name in self.sums else value
 
     def mean(self, name: str) -> float:
-        """Mean over the epoch's batches and over the processes of something added at every step.
+        """Mean over the epoch's batches and over the ranks of something added at every step.
 
         Raises:
             Diverged: the last step was masked; what follows, an evaluation, would be of no use.
         """
         if self._peek()[0]:
             self._diverge()
-        return dist.all_reduce(self.sums[name].clone()).item() / (
-            self.batch * self.world.world_size
-        )
+        total = dist.all_reduce(self.sums[name].clone()).item()
+        return total / (self.batch * self.world.world_size)
 
     def watch_for_nonfinite(self) -> None:
-        """From now on end the run at the first layer that gives a value which is not finite, by its
-        name.
-        """
-        for part in self.parts.values():
-            if isinstance(part, torch.nn.Module):
-                # By identity in one hook for all modules: a hook of a layer's own would go into its
-                # copies.
-                self._layers |= {
-                    id(layer): name or "the model" for name, layer in part.named_modules()
-                }
+        """From now on end the run at the first layer whose output is not finite, naming it."""
+        # By identity in one hook for all modules: a hook of a layer's own would go into its copies.
+        for module in self._modules():
+            for name, layer in module.named_modules():
+                self._layers[id(layer)] = name or "the model"
         self._hook = torch.nn.modules.module.register_module_forward_hook(self._check_layer)
 
     def stop_watching(self) -> None:
-        """The end of `name_layers`."""
+        """The end of `watch_for_nonfinite`."""
         self._hook.remove()
 
     def _check_layer(self, layer: torch.nn.Module, inputs, output) -> None:
         if id(layer) not in self._layers:
             return
-
-        def bad(values) -> list[Tensor]:
-            values = values if isinstance(values, (tuple, list)) else [values]
-            return [
-                x
-                for x in values
-                if isinstance(x, Tensor) and x.is_floating_point() and not x.isfinite().all()
-            ]
-
-        if found := bad(output):
-            wrong = ~found[0].detach().isfinite()
-            rows = wrong.flatten(1).any(1).nonzero().flatten().tolist() if wrong.dim() > 1 else []
-            raise Diverged(
-                f"{self.stage} step {self.step + 1}: the first value that is not finite is in the"
-                " output of"
-                f" {self._layers[id(layer)]} ({type(layer).__name__}): {int(wrong.sum())} of"
-                f" {wrong.numel()} values,"
-                f" rows {', '.join(map(str, rows[:8]))}{', ...' if len(rows) > 8 else ''} of"
-                f" {len(wrong)}; its input is"
-                f" {'not ' if bad(inputs) else ''}finite"
-            )
-
-    def _name_gradients(self) -> None:
-        modules = [part for part in self.parts.values() if isinstance(part, torch.nn.Module)]
-        named = [
-            (name, p)
-            for module in modules
-            for name, p in module.named_parameters()
-            if p.grad is not None
-        ]
-        bad = [name for name, p in named if not p.grad.isfinite().all()]
+        bad_outputs = _not_finite(output)
+        if not bad_outputs:
+            return
+        wrong = ~bad_outputs[0].detach().isfinite()
+        where = f"{int(wrong.sum())} of {plural(wrong.numel(), 'value')}"
+        if wrong.dim() > 1:
+            rows = wrong.flatten(1).any(1).nonzero().flatten().tolist()
+            dots = ", ..." if len(rows) > 8 else ""
+            where += f", rows {', '.join(map(str, rows[:8]))}{dots} of {len(wrong)}"
         raise Diverged(
-            f"{self.stage} step {self.step}: every layer's output is finite;"
-            + (
-                f" the gradients of {len(bad)} tensors are not, the last is {bad[-1]}"
-                if bad
-                else " the loss is not"
-            )
+            f"{self.stage} step {self.step + 1}: the first value that is not finite is in the"
+            f" output of {self._layers[id(layer)]} ({type(layer).__name__}): {where};"
+            f" its input is {'not ' if _not_finite(inputs) else ''}finite"
         )
 
-    def end_step(self, bad: Tensor) -> None:
-        """Count a step whose update was masked where `bad` (a boolean device scalar); save or stop
-        where it is time.
+    def _name_gradients(self) -> NoReturn:
+        bad = [
+            name
+            for module in self._modules()
+            for name, p in module.named_parameters()
+            if p.grad is not None and not p.grad.isfinite().all()
+        ]
+        text = "the loss is not"
+        if bad:
+            text = f"the gradients of {plural(len(bad), 'tensor')} are not, the last is {bad[-1]}"
+        raise Diverged(f"{self.stage} step {self.step}: every layer's output is finite; {text}")
 
-        The flags are read one step late, so that the host never waits for the step that it has just
-        queued.
+    def end_step(self, bad: Tensor) -> None:
+        """Count a step; save or stop where it is time.
+
+        Its update was masked where `bad`, a boolean device scalar, is true. The flags are read one
+        step late, so that the host never waits for the step that it has just queued.
 
         Raises:
             Diverged, Stopped.
@@ -291,7 +278,8 @@ class Progress:
         late = self.world.is_main and time.monotonic() - self._saved > self.save_seconds
         self._send_flags(bad, late and not due)
         if self.world.world_size == 1:
-            asked, due = self.signals.asked, late
+            asked = self.signals.asked
+            due = late
         if asked:
             self._stop(asked)
         if self.max_steps and self.step >= self.max_steps:
@@ -309,7 +297,7 @@ class Progress:
     def check_stop(self) -> None:
         """Stop inside an evaluation: the state is that before it, which a resumed run repeats.
 
-        In several processes every one must call this equally often.
+        Every rank must call this equally often.
         """
         self.heartbeat += 1
         asked = self.signals.asked
@@ -320,12 +308,13 @@ class Progress:
 
     def _stop(self, asked: int) -> None:
         self.save()
-        dist.barrier()  # the other processes leave when the state is on the disk
+        dist.barrier()  # the other ranks leave when the state is on the disk
         raise Signals.leave(asked, f"saved at {self.stage} step {self.step}")
 
     def _send_flags(self, bad: Tensor, due: bool) -> None:
-        own = [bad.new_full((), value, dtype=torch.int32) for value in (self.signals.asked, due)]
-        flags = torch.stack([bad.to(torch.int32), *own])
+        asked = bad.new_full((), self.signals.asked, dtype=torch.int32)
+        is_due = bad.new_full((), due, dtype=torch.int32)
+        flags = torch.stack([bad.to(torch.int32), asked, is_due])
         dist.all_reduce(flags, "max")
         if flags.device.type == "cuda":
             self._flags = torch.empty(3, dtype=torch.int32, pin_memory=True)
@@ -337,25 +326,22 @@ class Progress:
 
     def _peek(self) -> list[int]:
         # (a step was masked, a signal asks to stop, rank 0's clock asks to save), agreed among the
-        # processes, of the last step that was counted.
+        # ranks, of the last step that was counted.
         if self._flags is None:
             return [0, 0, 0]
         if self._flags_ready is not None:
             self._flags_ready.synchronize()
         return self._flags.tolist()
 
-    def _diverge(self):
+    def _diverge(self) -> NoReturn:
         last = self.folder / "last.pt"
-        good = (
-            f"the last good checkpoint is {last}"
-            if last.exists()
-            else "no checkpoint was written yet"
-        )
+        good = f"the last good checkpoint is {last}"
+        if not last.exists():
+            good = "no checkpoint was written yet"
         raise Diverged(
             f"{self.stage}: the loss or a gradient was not finite near step {self.step}; {good}."
             " Try a lower --lr, more --warmup-epochs or --precision fp32; --detect-anomaly added"
-            " to the same command"
-            " repeats the step and names the layer"
+            " to the same command repeats the step and names the layer"
         )
 
     def select(
@@ -372,27 +358,36 @@ class Progress:
         `evals_without_gain` counts the evaluations since one that was better beyond doubt: whose
         `confident_value`, what can be relied on of its value (unset: all of it), was better than
         the value of the last such evaluation.
+
+        Args:
+            metrics: what is stored with the weights.
         """
 
         def better(new: float, old: float | None) -> bool:
-            return math.isfinite(new) and (
-                old is None or (new > old if higher_is_better else new < old)
-            )
+            if not math.isfinite(new):
+                return False
+            if old is None:
+                return True
+            return new > old if higher_is_better else new < old
 
-        if better(value if confident_value is None else confident_value, self.confident_best):
-            self.confident_best, self.evals_without_gain = value, 0
+        if confident_value is None:
+            confident_value = value
+        if better(confident_value, self.confident_best):
+            self.confident_best = value
+            self.evals_without_gain = 0
         else:
             self.evals_without_gain += 1
         if not better(value, self.best):
             return
-        self.best, self.best_epoch = value, self.epoch + 1
+        self.best = value
+        self.best_epoch = self.epoch + 1
         copies = {name: tensor.detach().clone() for name, tensor in weights.items()}
         self._best_state = {
             "format": FORMAT,
             "model": copies,
             "model_spec": self.model_spec,
             "metrics": metrics,
-            "epoch": self.epoch + 1,
+            "epoch": self.best_epoch,
             "value": value,
         }
 
@@ -405,17 +400,29 @@ class Progress:
         return self._best()["metrics"]
 
     def _best(self) -> dict:
-        return self._best_state or load(self.folder / "best.pt")
+        return self._best_state or checkpoint.load(self.folder / "best.pt")
 
     def end_epoch(self) -> None:
+        """Go on to the next epoch."""
         self.epoch += 1
         self.batch = 0
         self.sums = {}
 
     def finish(self, results: dict, planned: int) -> None:
-        """Store the stage's final metrics: a later start reads them instead of training, unless
-        more than the `planned` epochs are asked for.
+        """Store the stage's final metrics.
+
+        A later start reads them instead of training, unless more than the `planned` epochs are
+        asked for.
         """
-        self.results, self.finished, self.planned = results, True, planned
+        self.results = results
+        self.finished = True
+        self.planned = planned
         self.save()
         dist.barrier()
+
+
+def _not_finite(values) -> list[Tensor]:
+    if not isinstance(values, (tuple, list)):
+        values = [values]
+    floats = [x for x in values if isinstance(x, Tensor) and x.is_floating_point()]
+    return [x for x in floats if not x.isfinite().all()]

@@ -11,26 +11,29 @@ from common.run import dist
 
 
 class Signals:
-    """USR1 and USR2 (time limit, preemption) ask for a save and a requeue; TERM and Ctrl-C for a
-    save and an end.
+    """What the signals ask of a run.
 
-    The handler only sets a flag: saving inside it could tear the step that it interrupts. A second
-    Ctrl-C leaves at once. Until `defer` there is nothing to save: USR1 and USR2 requeue at once,
-    the others end the process as usual. A context, after which the handlers are those from before.
+    USR1 and USR2 (time limit, preemption) ask for a save and a requeue; TERM and Ctrl-C for a save
+    and an end. A second Ctrl-C leaves at once.
+
+    The handler only sets a flag: saving inside it could tear the step that it interrupts. Until
+    `defer` there is nothing to save: USR1 and USR2 requeue at once, the others end the process as
+    usual. A context, after which the handlers are those from before.
     """
 
-    REQUEUE, END = 1, 2
+    REQUEUE = 1
+    END = 2
 
     def __init__(self):
         self.asked = 0
-        self._before = {}
+        self._earlier_handlers = {}
 
     def __enter__(self) -> "Signals":
         self._handle_by(self._leave_now, "SIGUSR1", "SIGUSR2")
         return self
 
     def __exit__(self, *_) -> None:
-        for code, handler in self._before.items():
+        for code, handler in self._earlier_handlers.items():
             signal.signal(code, handler)
 
     def defer(self) -> None:
@@ -42,8 +45,8 @@ class Signals:
         for name in names:
             code = getattr(signal, name, None)  # Windows has no USR1
             if code is not None:
-                before = signal.signal(code, handler)
-                self._before.setdefault(code, before)
+                earlier = signal.signal(code, handler)
+                self._earlier_handlers.setdefault(code, earlier)
 
     def _leave_now(self, number: int, frame) -> None:
         stop = self.leave(self.REQUEUE, "nothing to save yet")
@@ -63,18 +66,21 @@ class Signals:
     def leave(asked: int, saved: str) -> Stopped:
         """Requeue the Slurm job where that was asked, and say how the run ended."""
         job = os.environ.get("SLURM_JOB_ID")
-        if asked == Signals.REQUEUE and job and shutil.which("scontrol"):
-            if dist.rank() == 0:
-                command = ["scontrol", "requeue", job]
-                try:
-                    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-                    problem = done.stderr.strip() if done.returncode else None
-                except subprocess.TimeoutExpired:
-                    problem = "no answer within 20 s"
-                if problem is not None:
-                    return Stopped(f"{saved}; {' '.join(command)}: {problem}", EXIT_STOPPED)
-            return Stopped(f"{saved}; job {job} is requeued and resumes there", 0)
-        return Stopped(
-            f"{saved}; run the same command again to go on (with --resume auto, the default)",
-            EXIT_STOPPED,
-        )
+        if asked != Signals.REQUEUE or not job or not shutil.which("scontrol"):
+            again = "run the same command again to go on (with --resume auto, the default)"
+            return Stopped(f"{saved}; {again}", EXIT_STOPPED)
+        problem = None
+        if dist.rank() == 0:
+            problem = _requeue(job)
+        if problem is not None:
+            return Stopped(f"{saved}; scontrol requeue {job}: {problem}", EXIT_STOPPED)
+        return Stopped(f"{saved}; job {job} is requeued and resumes there", 0)
+
+
+def _requeue(job: str) -> str | None:
+    command = ["scontrol", "requeue", job]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except subprocess.TimeoutExpired:
+        return "no answer within 20 s"
+    return done.stderr.strip() if done.returncode else None
