@@ -53,6 +53,7 @@ from common.models.tsm import (
 from common.report import figures, page
 from common.run import checkpoint, dist
 from common.run.card import Card
+from common.run.files import atomic_write
 from common.run.inference import load_run, restore_data_flags, write_predictions
 from common.run.launch import launch, run_sweep
 from common.run.loop import Batch, Loop, Step
@@ -700,7 +701,8 @@ def stream(run: Run, model: ClipModel) -> None:
         score_fake = logits.double().sigmoid().item()
         lines.append(f"{t},{score_fake:.6f}")
     file = run.folder / "stream.csv"
-    file.write_text("\n".join(lines) + "\n")
+    with atomic_write(file) as out:
+        out.write("\n".join(lines) + "\n")
     print(f"{file}: {plural(len(frames), 'frame')}, the last score is {score_fake:.6f}")
 
 

@@ -92,7 +92,7 @@ class Run:
     ) -> "Run":
         """The run in its directory, said in one line.
 
-        With --check nothing there is claimed or changed: the check only adds its own files.
+        With --check nothing there is created or changed: the check only adds its own files.
 
         Args:
             name, identity: what names the directory, see `run_dir`.
@@ -235,7 +235,7 @@ class Run:
         Raises:
             InputError: for whatever the data or the disk refuses, with the process and the step
                 that met it.
-            Stopped: another process is gone.
+            Stopped: another rank exited or hangs.
         """
         status = "failed"
         self.signals.defer()
@@ -264,7 +264,7 @@ class Run:
             status = "stopped"
             # Where the other one obeyed the signal before this one.
             if self.signals.asked == Signals.REQUEUE:
-                text = f"{self._where()}another process left"
+                text = f"{self._where()}another rank left"
                 raise Signals.leave(self.signals.asked, text) from None
             raise Stopped(self._where() + dist.lost_peer(error), EXIT_STOPPED) from None
         finally:
@@ -305,7 +305,7 @@ class Run:
                     frames = traceback.extract_stack(sys._current_frames()[main_thread])
                     at = _deepest_of_ours(frames)
                     what = f"no step in {minutes:g} minutes (--timeout), it waits in {at}"
-                    why = "the data, another process or the device stalls"
+                    why = "the data, another rank or the device stalls"
                     print(f"{self._where()}{what}: {why}. {AGAIN}", file=sys.stderr, flush=True)
                     os._exit(EXIT_STOPPED)  # a thread that hangs could not be waited for
 
