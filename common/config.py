@@ -425,7 +425,8 @@ def parse(
 ) -> argparse.Namespace:
     """Parse flags: built-in defaults, then --demo's, then --config, then the command line.
 
-    `ranges` are those of the script's flags that a trial of --search draws; see `search.drawn_ranges`.
+    `ranges` are those of the script's flags that a trial of --search draws; see
+    `search.drawn_ranges`.
     """
     argv = parser.without_aliases(sys.argv[1:] if argv is None else argv)
     finder = Parser(add_help=False)

@@ -44,7 +44,7 @@ class Finished(Exception):
 
 @contextlib.contextmanager
 def exit_codes():
-    """Turn the expected endings into one line on stderr and the exit code that docs/runs.md lists."""
+    """Turn the expected endings into one line on stderr and the exit code of docs/runs.md."""
     try:
         yield
     except InputError as error:
