@@ -27,20 +27,10 @@ from common import amp, losses, optim
 from common.data import augment, sampling
 from common.data.images import Images
 from common.models import heads, raer, tsm, umc
+from tests.runs import flags
 
 SCRIPTS = {"simclr": train_simclr, "tsm": train_tsm, "raer": train_raer, "cluster": train_cluster}
-IMAGES = [
-    "--data",
-    "{images}",
-    "--backbone",
-    "resnet18",
-    "--stem",
-    "cifar",
-    "--image-size",
-    "8",
-    "--bs",
-    "16",
-]
+IMAGES = flags("--data {images} --backbone resnet18 --stem cifar --image-size 8 --bs 16")
 CLIPS = ["--backbone", "conv_small_035", "--image-size", "32", "--bs", "16"]
 FACES = ["--backbone", "vit_tiny", "--num-frames", "4", "--bs", "16"]
 # Ten ways to run the scripts in which nothing is wrong.
@@ -54,31 +44,11 @@ HEALTHY = {
     "clips": ("tsm", CLIPS),
     "past": (
         "tsm",
-        [
-            *CLIPS,
-            "--shift",
-            "expand",
-            "--direction",
-            "past",
-            "--sampler",
-            "balanced",
-            "--loss",
-            "bce",
-        ],
+        flags(CLIPS, "--shift expand --direction past --sampler balanced --loss bce"),
     ),
     "flicker": (
         "tsm",
-        [
-            *CLIPS,
-            "--data",
-            "sample-flicker",
-            "--shift",
-            "none",
-            "--aggregate",
-            "mean",
-            "--alpha",
-            "0.2",
-        ],
+        flags(CLIPS, "--data sample-flicker --shift none --aggregate mean --alpha 0.2"),
     ),
     "features": ("raer", [*FACES, "--cache-features"]),
     "tower": ("raer", [*FACES, "--tune", "full", "--method", "ldam-drw"]),
@@ -600,16 +570,16 @@ def sequences(path: Path) -> Path:
 
 def statuses(base: str, folder: Path, items: str, argv=()) -> tuple[int, dict[str, dict]]:
     """(exit code, items by name) of `--check` on one of HEALTHY, in a new folder."""
-    script, flags = HEALTHY[base]
+    script, extra = HEALTHY[base]
     places = {
         "{images}": lambda: images(folder / "images"),
         "{sequences}": lambda: sequences(folder / "rows.npz"),
     }
-    flags = [str(places[flag]()) if flag in places else flag for flag in flags]
+    extra = [str(places[flag]()) if flag in places else flag for flag in extra]
     code = 0
     try:
         SCRIPTS[script].main(
-            [*flags, *argv, "--device", "cpu", "--check", items, "--out", str(folder / "run")]
+            flags(extra, argv, "--device cpu --check", items, "--out", folder / "run")
         )
     except SystemExit as ending:
         code = ending.code

@@ -8,6 +8,21 @@ import torch
 from common.run import checkpoint, log
 
 
+def flags(*parts) -> list[str]:
+    """The words of a command line: text that begins with "--" is split, lists are spliced in,
+    and anything else is one word.
+    """
+    words = []
+    for part in parts:
+        if isinstance(part, (list, tuple)):
+            words += part
+        elif isinstance(part, str) and part.startswith("--"):
+            words += part.split()
+        else:
+            words.append(str(part))
+    return words
+
+
 def summary(folder):
     return json.loads((folder / "summary.json").read_text())
 

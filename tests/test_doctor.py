@@ -15,6 +15,7 @@ from common.check import data as check_data
 from common.data import clips, sampling, synthetic, utterances
 from common.data.images import UNLABELED, Images
 from common.data.open import open_images
+from tests.runs import flags
 
 PIXELS, LABELS, CLASSES = synthetic.cytology(num_images=400, size=32)
 
@@ -385,29 +386,10 @@ def test_a_check_ends_with_the_damaged_file_and_trains_on_nothing(tmp_path, caps
     copy = write(tmp_path / "cells", count=60)
     victim = sorted((copy / "train").rglob("*.png"))[3]
     victim.write_bytes(victim.read_bytes()[:300])
-    argv = [
-        "--data",
-        str(copy),
-        "--backbone",
-        "resnet18",
-        "--stem",
-        "cifar",
-        "--image-size",
-        "8",
-        "--bs",
-        "8",
-    ]
+    argv = flags("--data", copy, "--backbone resnet18 --stem cifar --image-size 8 --bs 8")
     with pytest.raises(SystemExit) as ending:
         train_simclr.main(
-            [
-                *argv,
-                "--check",
-                "corrupt,outliers,gradient",
-                "--device",
-                "cpu",
-                "--out",
-                str(tmp_path / "r"),
-            ]
+            flags(argv, "--check corrupt,outliers,gradient --device cpu --out", tmp_path / "r")
         )
     assert ending.value.code == 4 and "--check: corrupt" in capsys.readouterr().err
     items = json.loads((tmp_path / "r" / "check.json").read_text())["items"]

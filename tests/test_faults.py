@@ -36,7 +36,7 @@ from common.models import Backbone
 from common.run import checkpoint, dist
 from common.run.log import Log
 from common.run.progress import Progress
-from tests.runs import equal_runs, summary
+from tests.runs import equal_runs, flags, summary
 from tests.test_train_simclr import cells_tree
 from tests.test_train_tsm import ffpp_tree
 
@@ -45,8 +45,10 @@ SHORT = (
     "--kills 6 --signals 3 --flips 40 --full-disk 3 --rank-deaths 1 --stalls 1 --hangs 1"
     " --equality 1 --worlds 1"
 )
-FLAGS = ["--backbone", "resnet18", "--stem", "cifar", "--image-size", "8", "--device", "cpu", "--bs", "16",
-         "--save-every", "0", "--workers", "1"]  # fmt: skip
+FLAGS = flags(
+    "--backbone resnet18 --stem cifar --image-size 8",
+    "--device cpu --bs 16 --save-every 0 --workers 1",
+)
 
 
 @pytest.mark.parametrize("script", ["simclr", "tsm", "raer", "cluster"])
@@ -201,9 +203,7 @@ def test_a_state_goes_on_with_and_without_compile(first, small, tmp_path, monkey
     monkeypatch.setattr(nn.Module, "compile", eagerly)
     argv = [*FLAGS, "--data", str(cells_tree(tmp_path / "cells")), "--epochs", "2", "--out"]
     with pytest.raises(SystemExit):
-        train_simclr.main(
-            [*argv, str(tmp_path / "run"), "--max-steps", "4", *["--compile"] * first]
-        )
+        train_simclr.main(flags(argv, tmp_path / "run", "--max-steps 4", ["--compile"] * first))
     assert train_simclr.main([*argv, str(tmp_path / "run"), *["--compile"] * (not first)]) == 0
     assert train_simclr.main([*argv, str(tmp_path / "whole")]) == 0 and len(compiled) == 1
     one, two = (
@@ -298,9 +298,12 @@ def test_an_early_stop_is_said_and_more_epochs_do_not_pass_for_training(
         lambda self, value, *rest, **more: select(self, 0.5, *rest, **more | {"certain": 0.4}),
     )
     data = ffpp_tree(tmp_path / "ffpp", pairs=(2, 1, 1), count=2)
-    argv = ["--backbone", "conv_small_035", "--image-size", "32", "--n-segment", "2", "--device", "cpu", "--bs", "4",
-            "--clips", "1", "--eval-every", "1", "--data", str(data), "--lr", "0", "--min-lr", "0",
-            "--patience"]  # fmt: skip
+    argv = flags(
+        "--backbone conv_small_035 --image-size 32 --n-segment 2",
+        "--device cpu --bs 4 --clips 1 --eval-every 1 --data",
+        data,
+        "--lr 0 --min-lr 0 --patience",
+    )
     run = str(tmp_path / "run")
     assert train_tsm.main([*argv, "1", "--out", run, "--epochs", "5"]) == 0
     assert re.search(
@@ -318,8 +321,14 @@ def test_an_early_stop_is_said_and_more_epochs_do_not_pass_for_training(
 @pytest.mark.parametrize("how", ["cut", "flip", "empty", "foreign"])
 def test_damaged_features_are_computed_again(how, small, tmp_path, capsys):
     cells, run = cells_tree(tmp_path / "cells"), tmp_path / "run"
-    argv = [*FLAGS, "--data", str(cells), "--epochs", "1", "--stage", "all", "--linear-bs", "16", "--linear-epochs",
-            "1", "--finetune-bs", "16", "--finetune-epochs", "1", "--out", str(run)]  # fmt: skip
+    argv = flags(
+        FLAGS,
+        "--data",
+        cells,
+        "--epochs 1 --stage all --linear-bs 16 --linear-epochs 1",
+        "--finetune-bs 16 --finetune-epochs 1 --out",
+        run,
+    )
     assert train_simclr.main(argv) == 0
     file, good = run / "features.npz", (run / "features.npz").read_bytes()
     changed = {

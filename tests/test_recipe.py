@@ -18,6 +18,7 @@ from common.check.runner import ITEMS
 from common.models.heads import init_bias_to_prior
 from common.run.loop import Step
 from tests import bugs
+from tests.runs import flags
 
 QUICK = bugs.BUGS[1::6]  # the others take minutes
 SMALL = ["--device", "cpu", "--epochs", "1", "--cluster-epochs", "1", "--k", "12"]
@@ -85,7 +86,7 @@ def test_a_check_does_not_stand_in_the_way_of_the_run(tmp_path, capsys):
     files = {path: path.read_bytes() for path in kept}
     capsys.readouterr()
     assert (
-        train_cluster.main([*argv, "--check", "gradient,loss-at-init"]) == 0
+        train_cluster.main(flags(argv, "--check gradient,loss-at-init")) == 0
     )  # beside a finished run
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines if line.startswith("PASS")] == [
@@ -137,17 +138,10 @@ def test_an_item_alone_finds_what_it_finds_among_the_others(tmp_path):
 
 
 def test_stages_are_checked_one_after_the_other(tmp_path):
-    flags = [*bugs.IMAGES, "--stage", "all", "--linear-bs", "16", "--finetune-bs", "16"]
-    flags[1] = str(bugs.images(tmp_path / "images"))
-    out = [
-        "--device",
-        "cpu",
-        "--check",
-        "loss-at-init,head-bias,first-layer",
-        "--out",
-        str(tmp_path / "run"),
-    ]
-    assert train_simclr.main([*flags, *out]) == 0
+    argv = [*bugs.IMAGES, "--stage", "all", "--linear-bs", "16", "--finetune-bs", "16"]
+    argv[1] = str(bugs.images(tmp_path / "images"))
+    out = flags("--device cpu --check loss-at-init,head-bias,first-layer --out", tmp_path / "run")
+    assert train_simclr.main([*argv, *out]) == 0
     found = {
         i["item"]: i for i in json.loads((tmp_path / "run" / "check.json").read_text())["items"]
     }
@@ -178,15 +172,9 @@ def test_images_without_labels_are_checked_on_what_there_is(tmp_path):
     (tmp_path / "images").mkdir()
     for k, file in enumerate(files):
         file.rename(tmp_path / "images" / f"{k}.png")
-    flags = [
-        *bugs.IMAGES,
-        "--check",
-        "inputs,eval-invariance,leakage,zero-input",
-        "--device",
-        "cpu",
-    ]
-    flags[1] = str(tmp_path / "images")
-    assert train_simclr.main([*flags, "--out", str(tmp_path / "run")]) == 0
+    argv = flags(bugs.IMAGES, "--check inputs,eval-invariance,leakage,zero-input --device cpu")
+    argv[1] = str(tmp_path / "images")
+    assert train_simclr.main([*argv, "--out", str(tmp_path / "run")]) == 0
     found = {
         i["item"]: i["status"]
         for i in json.loads((tmp_path / "run" / "check.json").read_text())["items"]
@@ -200,26 +188,20 @@ def test_images_without_labels_are_checked_on_what_there_is(tmp_path):
 
 
 def test_a_teacher_is_not_asked_where_the_labels_are_tried(tmp_path, monkeypatch):
-    flags = [*bugs.HEALTHY["finetune"][1], "--device", "cpu", "--epochs", "1"]
-    flags[1] = str(bugs.images(tmp_path / "images"))
-    assert train_simclr.main([*flags, "--out", str(tmp_path / "teacher")]) == 0
+    argv = [*bugs.HEALTHY["finetune"][1], "--device", "cpu", "--epochs", "1"]
+    argv[1] = str(bugs.images(tmp_path / "images"))
+    assert train_simclr.main([*argv, "--out", str(tmp_path / "teacher")]) == 0
     asked, logits = [], distill.Teacher.logits
     monkeypatch.setattr(
         distill.Teacher,
         "logits",
         lambda self, *given: (asked.append(0), -9 * logits(self, *given))[1],
     )
-    student = [
-        *flags,
-        "--teacher",
-        str(tmp_path / "teacher"),
-        "--teacher-weight",
-        "1",
-        "--out",
-        str(tmp_path / "run"),
-    ]
+    student = flags(
+        argv, "--teacher", tmp_path / "teacher", "--teacher-weight 1 --out", tmp_path / "run"
+    )
     assert (
-        train_simclr.main([*student, "--check", "loss-at-init,overfit,loss-decreases"]) == 0
+        train_simclr.main(flags(student, "--check loss-at-init,overfit,loss-decreases")) == 0
         and not asked
     )
     items = json.loads((tmp_path / "run" / "check.json").read_text())["items"]

@@ -23,6 +23,7 @@ from common.report import __main__, charts, compare, figures, page
 from common.report.curves import curves_of
 from common.report.record import LIMIT, Record
 from common.run import log
+from tests.runs import flags
 from tests.test_train_tsm import ffpp_tree
 
 CHROMIUM = next(
@@ -85,7 +86,7 @@ def acts(path):
     return path
 
 
-def flags(text, data, out):
+def command_line(text, data, out):
     return [*text.split(), "--data", str(data), "--out", str(out), *CPU]
 
 
@@ -93,7 +94,7 @@ def flags(text, data, out):
 def runs(tmp_path_factory):
     """A finished run of each script by its name, that of SimCLR interrupted and resumed."""
     root = tmp_path_factory.mktemp("runs")
-    simclr = flags(
+    simclr = command_line(
         "--backbone resnet18 --stem cifar --image-size 8 --stage all --bs 16 --epochs 3"
         " --linear-bs 16 --linear-epochs 4 --finetune-bs 16 --finetune-epochs 2 --log-every 1",
         cells(root / "cells"),
@@ -102,20 +103,20 @@ def runs(tmp_path_factory):
     with pytest.raises(SystemExit):
         train_simclr.main([*simclr, "--max-steps", "4"])
     assert train_simclr.main(simclr) == 0
-    tsm = flags(
+    tsm = command_line(
         "--backbone conv_small_035 --image-size 32 --n-segment 4 --bs 8 --epochs 3"
         " --eval-every 1 --clips 2",
         ffpp_tree(root / "ffpp"),
         root / "tsm",
     )
     assert train_tsm.main(tsm) == 0
-    raer = flags(
+    raer = command_line(
         "--backbone vit_tiny --num-frames 2 --bs 8 --epochs 4 --cache-features",
         emotions(root / "emotions"),
         root / "raer",
     )
     assert train_raer.main(raer) == 0
-    cluster = flags(
+    cluster = command_line(
         "--base-dim 16 --bs 32 --epochs 2 --cluster-bs 32 --cluster-epochs 3",
         acts(root / "acts.tsv"),
         root / "cluster",
@@ -188,17 +189,13 @@ def measured(file, folder):
         f'{frames}<pre id="found"></pre>'
         f"<script>addEventListener('load', () => {{{MEASURE}}})</script>"
     )
-    command = [
+    command = flags(
         CHROMIUM,
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--enable-logging=stderr",
-        "--window-size=1900,2000",
+        "--headless --no-sandbox --disable-gpu --enable-logging=stderr --window-size=1900,2000",
         f"--user-data-dir={folder / 'profile'}",
         "--dump-dom",
         harness.as_uri(),
-    ]
+    )
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     result = re.search(r'<pre id="found">(.*?)</pre>', done.stdout)[1]

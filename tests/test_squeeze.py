@@ -15,14 +15,20 @@ import train_tsm
 from common import distill
 from common.run import checkpoint, ensemble, log
 from tests import bugs
-from tests.runs import equal_runs, summary
+from tests.runs import equal_runs, flags, summary
 
-TSM = ["--backbone", "conv_small_035", "--image-size", "32", "--bs", "24", "--accum", "2", "--epochs", "1",
-       "--eval-every", "1", "--clips", "1", "--n-segment", "2", "--data", "sample-flicker"]  # fmt: skip
-RAER = ["--backbone", "vit_tiny", "--num-frames", "2", "--bs", "32", "--epochs", "1", "--cache-features",
-        "--optimizer", "adamw", "--lr", "1e-3", "--device", "cpu"]  # fmt: skip
-SIMCLR = ["--backbone", "resnet18", "--stem", "cifar", "--image-size", "8", "--device", "cpu", "--stage", "finetune",
-          "--from", "none", "--bs", "16", "--epochs", "2"]  # fmt: skip
+TSM = flags(
+    "--backbone conv_small_035 --image-size 32 --bs 24 --accum 2 --epochs 1",
+    "--eval-every 1 --clips 1 --n-segment 2 --data sample-flicker",
+)
+RAER = flags(
+    "--backbone vit_tiny --num-frames 2 --bs 32 --epochs 1 --cache-features",
+    "--optimizer adamw --lr 1e-3 --device cpu",
+)
+SIMCLR = flags(
+    "--backbone resnet18 --stem cifar --image-size 8 --device cpu",
+    "--stage finetune --from none --bs 16 --epochs 2",
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +41,7 @@ def images(cells, tmp_path_factory):
     """Two runs of fine-tuning."""
     folder = tmp_path_factory.mktemp("simclr")
     for seed in (0, 1):
-        argv = [
-            *SIMCLR,
-            "--data",
-            str(cells),
-            "--seed",
-            str(seed),
-            "--out",
-            str(folder / f"run{seed}"),
-        ]
+        argv = flags(SIMCLR, "--data", cells, "--seed", seed, "--out", folder / f"run{seed}")
         assert train_simclr.main(argv) == 0
     return folder
 
@@ -146,7 +144,7 @@ def test_what_an_earlier_run_left_is_no_answer_and_one_run_is_not_evaluated(tmp_
         Args.ensemble = names
         with pytest.raises(SystemExit) as ending:
             ensemble.judge(
-                evaluated.append, ["--ensemble", *names, "--out", str(tmp_path)], Args, "uar"
+                evaluated.append, flags("--ensemble", names, "--out", tmp_path), Args, "uar"
             )
         assert ending.value.code == 2
     said = capsys.readouterr().err.splitlines()
@@ -192,14 +190,7 @@ def test_a_student_of_full_weight_learns_the_teacher_not_the_labels(cells, image
     assert train_simclr.main(again) == 0  # the same run: the teacher's content counts
     with pytest.raises(SystemExit) as ending:
         train_simclr.main(
-            [
-                *argv[:-1],
-                str(images / "run0"),
-                "--teacher-weight",
-                "1",
-                "--out",
-                str(tmp_path / "a"),
-            ]
+            flags(argv[:-1], images / "run0", "--teacher-weight 1 --out", tmp_path / "a")
         )
     assert ending.value.code == 2  # another teacher is another run
 
@@ -216,17 +207,7 @@ def test_an_interrupted_student_equals_a_whole_one(cells, images, tmp_path):
 def test_the_linear_protocol_learns_from_a_teacher_but_its_baselines_do_not(
     cells, images, tmp_path
 ):
-    common = [
-        *SIMCLR[:8],
-        "--stage",
-        "linear",
-        "--from",
-        str(images / "run0"),
-        "--bs",
-        "16",
-        "--epochs",
-        "2",
-    ]
+    common = flags(SIMCLR[:8], "--stage linear --from", images / "run0", "--bs 16 --epochs 2")
     losses = []
     for extra in ([], ["--teacher", str(images / "run1")]):
         out = tmp_path / f"run{len(extra)}"
@@ -241,11 +222,11 @@ def test_the_linear_protocol_learns_from_a_teacher_but_its_baselines_do_not(
 @pytest.mark.parametrize(
     ("script", "flags"), [(train_tsm, TSM), (train_raer, RAER)], ids=["tsm", "raer"]
 )
-def test_the_video_scripts_have_both(script, flags, tmp_path, capsys):
+def test_the_video_scripts_have_both(script, argv, tmp_path, capsys):
     runs = [str(tmp_path / name) for name in "ab"]
     for seed, run in enumerate(runs):
-        assert script.main([*flags, "--seed", str(seed), "--out", run]) == 0
-    student = [*flags, "--seed", "2", "--out", str(tmp_path / "s"), "--teacher", runs[0]]
+        assert script.main([*argv, "--seed", str(seed), "--out", run]) == 0
+    student = [*argv, "--seed", "2", "--out", str(tmp_path / "s"), "--teacher", runs[0]]
     assert script.main([*student, "--teacher-weight", "1", "--teacher-temperature", "1"]) == 0
     line = log.read(tmp_path / "s")[0]
     assert line["loss"] > 0

@@ -24,10 +24,12 @@ from common.monitor import Monitor
 from common.run import checkpoint, log
 from common.run.loop import Batch
 from common.run.progress import Progress
-from tests.runs import equal_runs, same, summary
+from tests.runs import equal_runs, flags, same, summary
 
-SMALL = ["--device", "cpu", "--base-dim", "16", "--bs", "32", "--epochs", "2", "--cluster-bs", "32",
-         "--cluster-epochs", "3", "--seed", "3", "--log-every", "1"]  # fmt: skip
+SMALL = flags(
+    "--device cpu --base-dim 16 --bs 32 --epochs 2 --cluster-bs 32",
+    "--cluster-epochs 3 --seed 3 --log-every 1",
+)
 WORDS = {
     "ask": "what are you doing ?",
     "tell": "i was there last week .",
@@ -158,8 +160,7 @@ def test_labels_enter_neither_weights_nor_clusters(whole, acts, tmp_path):
     for name, more in (("permuted", []), ("bare", ["--k", "4"])):
         folder = tmp_path / name
         assert (
-            train_cluster.main([*SMALL, *more, "--data", f"{folder}.npz", "--out", str(folder)])
-            == 0
+            train_cluster.main(flags(SMALL, more, "--data", f"{folder}.npz", "--out", folder)) == 0
         )
         for stage in ("pretrain", "cluster"):
             ours, theirs = (
@@ -313,9 +314,7 @@ def test_a_process_that_leaves_early_ends_the_other_with_75(acts, tmp_path):
 
 
 def test_eval_repeats_the_test_and_predict_needs_no_labels(whole, acts, tmp_path, capsys):
-    assert (
-        train_cluster.main(["--eval", str(whole), "--device", "cpu", "--out", str(tmp_path)]) == 0
-    )
+    assert train_cluster.main(flags("--eval", whole, "--device cpu --out", tmp_path)) == 0
     result = json.loads((tmp_path / "eval.json").read_text())
     for metric in ("nmi", "ari", "acc"):
         assert result[f"eval/test/{metric}"] == pytest.approx(
@@ -323,16 +322,9 @@ def test_eval_repeats_the_test_and_predict_needs_no_labels(whole, acts, tmp_path
         )
     bare = {name: x[:9] for name, x in arrays().items() if name not in ("label", "classes")}
     np.savez(tmp_path / "bare.npz", **bare)
-    argv = [
-        "--predict",
-        str(tmp_path / "bare.npz"),
-        "--resume",
-        str(whole),
-        "--device",
-        "cpu",
-        "--out",
-        str(tmp_path),
-    ]
+    argv = flags(
+        "--predict", tmp_path / "bare.npz", "--resume", whole, "--device cpu --out", tmp_path
+    )
     assert train_cluster.main(argv) == 0
     rows = list(csv.DictReader((tmp_path / "predictions.csv").open()))
     known = {row["id"]: row["cluster"] for row in csv.DictReader((whole / "clusters.csv").open())}
@@ -348,26 +340,14 @@ def test_eval_repeats_the_test_and_predict_needs_no_labels(whole, acts, tmp_path
     np.savez(tmp_path / "other.npz", text=bare["text"][:, :5])
     argv = ["--predict", str(tmp_path / "other.npz"), "--resume", str(whole), "--device", "cpu"]
     assert "the model reads" in refused(argv, capsys)
-    argv = [
-        "--config",
-        str(whole / "config.json"),
-        "--modalities",
-        "text,room",
-        "--out",
-        str(tmp_path / "run"),
-    ]
+    argv = flags(
+        "--config", whole / "config.json", "--modalities text,room --out", tmp_path / "run"
+    )
     assert train_cluster.main(argv) == 0
     capsys.readouterr()
     assert train_cluster.main(["--config", str(tmp_path / "run" / "config.json")]) == 0
     assert "has finished" in capsys.readouterr().out
-    argv = [
-        "--predict",
-        str(acts),
-        "--resume",
-        str(whole / "pretrain" / "best.pt"),
-        "--device",
-        "cpu",
-    ]
+    argv = flags("--predict", acts, "--resume", whole / "pretrain" / "best.pt", "--device cpu")
     assert "has no clusters yet" in refused(argv, capsys)
 
 
@@ -381,16 +361,7 @@ def test_text_is_read_clustered_and_explained(lines, tmp_path):
     assert all("(u" in nearest for *_, nearest in rows)
     bare = tmp_path / "bare.tsv"
     bare.write_text("text\n" + "\n".join(WORDS.values()) + "\n")
-    argv = [
-        "--predict",
-        str(bare),
-        "--resume",
-        str(folder),
-        "--device",
-        "cpu",
-        "--out",
-        str(tmp_path),
-    ]
+    argv = flags("--predict", bare, "--resume", folder, "--device cpu --out", tmp_path)
     assert train_cluster.main(argv) == 0
     assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 5
 
@@ -401,9 +372,7 @@ def test_the_number_of_clusters_is_estimated_without_labels(tmp_path):
     text = centers[rng.integers(0, 5, 300)] + rng.normal(size=(300, 12))
     np.savez(tmp_path / "bare.npz", text=text.astype(np.float32))
     assert (
-        train_cluster.main(
-            [*SMALL, "--data", str(tmp_path / "bare.npz"), "--out", str(tmp_path / "run")]
-        )
+        train_cluster.main(flags(SMALL, "--data", tmp_path / "bare.npz", "--out", tmp_path / "run"))
         == 0
     )
     titles = json.loads((tmp_path / "run" / "tables.json").read_text())
@@ -413,33 +382,15 @@ def test_the_number_of_clusters_is_estimated_without_labels(tmp_path):
 
 @pytest.mark.parametrize("assign", ["sinkhorn", "partial-ot"])
 def test_every_assignment_finds_the_classes(assign, acts, tmp_path):
-    argv = [
-        *SMALL,
-        "--assign",
-        assign,
-        "--select-share",
-        "0.5",
-        "--data",
-        str(acts),
-        "--out",
-        str(tmp_path / "run"),
-    ]
+    argv = flags(
+        SMALL, "--assign", assign, "--select-share 0.5 --data", acts, "--out", tmp_path / "run"
+    )
     assert train_cluster.main(argv) == 0
     assert summary(tmp_path / "run")["cluster/test/nmi"] > 0.8
 
 
 def test_the_method_beats_every_modality_and_their_concatenation_on_the_embedded_data(tmp_path):
-    argv = [
-        "--demo",
-        "--device",
-        "cpu",
-        "--epochs",
-        "1",
-        "--cluster-epochs",
-        "5",
-        "--out",
-        str(tmp_path / "run"),
-    ]
+    argv = flags("--demo --device cpu --epochs 1 --cluster-epochs 5 --out", tmp_path / "run")
     assert train_cluster.main(argv) == 0
     result = summary(tmp_path / "run")
     plain = max(
@@ -570,10 +521,7 @@ def test_auto_is_the_metric_it_names(metric, acts, tmp_path, monkeypatch, capsys
     scores = {name: 0.875 if name == metric else 0.25 for name in deep_cluster.DISTANCES}
     monkeypatch.setattr(deep_cluster, "metric_stability", lambda *_: scores)
     for name, argv in (("auto", []), ("given", ["--distance", metric])):
-        assert (
-            train_cluster.main([*SMALL, *argv, "--data", str(acts), "--out", str(tmp_path / name)])
-            == 0
-        )
+        assert train_cluster.main(flags(SMALL, argv, "--data", acts, "--out", tmp_path / name)) == 0
         said = f"metric: {metric}, by the stability of clusters before training: discriminant"
         assert (said in capsys.readouterr().out) == (name == "auto")
     auto, given = (
@@ -742,7 +690,7 @@ def test_a_mode_is_the_default_of_flags_that_can_be_set_alone():
         args, _ = train_cluster.parse_args(argv)
         assert train_cluster.mode_default(args, "distance") == expected
     args, _ = train_cluster.parse_args(
-        ["--mode", "umc", "--distance", "discriminant", "--min-select-share", "0"]
+        flags("--mode umc --distance discriminant --min-select-share 0")
     )
     assert (
         train_cluster.mode_default(args, "distance") == "discriminant"
@@ -765,8 +713,8 @@ BAD = {
     "layer without a model": (["--text-layer", "3"], "--text-layer has no" " effect without" " --text-model"),
     "width not divisible": (["--base-dim", "12"], "not a multiple of 8"),
     "batch larger than the data": (["--bs", "200"], "larger than the 136 training items"),
-    "plateau without a score": (["--select-epoch", "last", "--on-plateau", "share"], "no effect with" " --select-epoch last"),
-    "direction of a" " transport": (["--assign", "partial-ot", "--density", "largest"], "no effect with" " --assign"),
+    "plateau without a score": (flags("--select-epoch last --on-plateau share"), "no effect with" " --select-epoch last"),
+    "direction of a" " transport": (flags("--assign partial-ot --density largest"), "no effect with" " --assign"),
     "unknown mode": (["--mode", "ums"], "did you mean umc?"),
     "no growth": (["--mode", "umc", "--select-growth", "0"], "--select-growth 0"),
     "accumulation": (["--accum", "2"], "--accum has no effect"),
@@ -776,14 +724,9 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_and_exit_code_2(case, acts, tmp_path, capsys):
     argv, said = BAD[case]
-    argv = [
-        *(SMALL if case != "no growth" else SMALL[:8]),
-        "--data",
-        str(acts),
-        "--out",
-        str(tmp_path / "out"),
-        *argv,
-    ]
+    argv = flags(
+        SMALL if case != "no growth" else SMALL[:8], "--data", acts, "--out", tmp_path / "out", argv
+    )
     assert said in refused([a.format(tmp=tmp_path) for a in argv], capsys)
     assert not (tmp_path / "out").exists()
 
@@ -793,9 +736,7 @@ def test_one_class_is_no_number_of_clusters(tmp_path):
         tmp_path / "one.npz", **arrays() | {"label": np.zeros(160, int), "classes": np.array(["a"])}
     )
     assert (
-        train_cluster.main(
-            [*SMALL, "--data", str(tmp_path / "one.npz"), "--out", str(tmp_path / "run")]
-        )
+        train_cluster.main(flags(SMALL, "--data", tmp_path / "one.npz", "--out", tmp_path / "run"))
         == 0
     )
     assert len(json.loads((tmp_path / "run" / "tables.json").read_text())["Clusters"]["rows"]) > 1
@@ -807,16 +748,9 @@ def test_test_utterances_limit_the_clusters_only_where_they_are_scored(tmp_path,
     """
     found = arrays() | {"split": np.array(["train"] * 157 + ["test"] * 3)}
     np.savez(tmp_path / "few.npz", **found)
-    argv = [
-        *SMALL,
-        "--modalities",
-        "text",
-        "--data",
-        str(tmp_path / "few.npz"),
-        "--out",
-        str(tmp_path / "run"),
-        "--k",
-    ]
+    argv = flags(
+        SMALL, "--modalities text --data", tmp_path / "few.npz", "--out", tmp_path / "run", "--k"
+    )
     for k in ("4", "auto"):
         assert ": there are 3 test utterances" in refused([*argv, k], capsys)
         assert not (tmp_path / "run").exists()
@@ -834,15 +768,7 @@ def test_a_modality_that_says_nothing_is_refused(tmp_path, capsys):
     assert "modality room is the same for all training utterances" in refused(argv, capsys)
     (tmp_path / "flat.tsv").write_text("text\n" + "thanks so much\n" * 80)
     for k in ("2", "auto"):
-        argv = [
-            *SMALL,
-            "--data",
-            str(tmp_path / "flat.tsv"),
-            "--k",
-            k,
-            "--out",
-            str(tmp_path / "run"),
-        ]
+        argv = flags(SMALL, "--data", tmp_path / "flat.tsv", "--k", k, "--out", tmp_path / "run")
         assert "modality text is the same" in refused(argv, capsys)
 
 
@@ -874,5 +800,5 @@ def test_values_that_are_not_finite_are_refused_by_row(tmp_path, capsys):
     found["text"][7, 2] = np.nan
     np.savez(tmp_path / "bad.npz", **found)
     assert "7" in refused(
-        [*SMALL, "--data", str(tmp_path / "bad.npz"), "--out", str(tmp_path / "out")], capsys
+        flags(SMALL, "--data", tmp_path / "bad.npz", "--out", tmp_path / "out"), capsys
     )

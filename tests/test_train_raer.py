@@ -24,23 +24,11 @@ from common.models.clip import TextTower
 from common.run import checkpoint, dist, log
 from common.run.loop import Batch
 from common.run.progress import Progress
-from tests.runs import equal_runs, summary
+from tests.runs import equal_runs, flags, summary
 
 CLASSES = ["calm", "glad", "puzzled"]
 NET = ["--backbone", "vit_tiny", "--device", "cpu", "--num-frames", "3", "--bs", "8"]
-SMALL = [
-    *NET,
-    "--epochs",
-    "4",
-    "--seed",
-    "3",
-    "--eval-every",
-    "2",
-    "--tune",
-    "full",
-    "--dropout",
-    "0.2",
-]
+SMALL = flags(NET, "--epochs 4 --seed 3 --eval-every 2 --tune full --dropout 0.2")
 
 
 def raer_tree(root):
@@ -135,7 +123,7 @@ def test_a_run_leaves_what_the_readme_promises(whole, tree, capsys):
     before = (whole / "log.jsonl").read_bytes()
     capsys.readouterr()
     assert (
-        train_raer.main([*SMALL, "--data", str(tree), "--out", str(whole)]) == 0
+        train_raer.main(flags(SMALL, "--data", tree, "--out", whole)) == 0
     )  # finished: nothing is repeated
     assert (
         "has finished" in capsys.readouterr().out and (whole / "log.jsonl").read_bytes() == before
@@ -151,18 +139,7 @@ def test_a_run_interrupted_anywhere_equals_a_whole_one(
     """
     argv = [*SMALL, "--data", str(tree)]
     if cache:
-        argv = [
-            *NET,
-            "--data",
-            str(tree),
-            "--epochs",
-            "4",
-            "--cache-features",
-            "--method",
-            "crt",
-            "--eval-every",
-            "2",
-        ]
+        argv = flags(NET, "--data", tree, "--epochs 4 --cache-features --method crt --eval-every 2")
         whole = tmp_path / "cached"
         assert train_raer.main([*argv, "--out", str(whole)]) == 0
     rng, calls = random.Random(5), 0
@@ -186,9 +163,7 @@ def test_a_run_interrupted_anywhere_equals_a_whole_one(
     folder, stopped = tmp_path / "run", 0
     while True:
         try:
-            assert (
-                train_raer.main([*argv, "--out", str(folder), "--workers", str(stopped + 1)]) == 0
-            )
+            assert train_raer.main(flags(argv, "--out", folder, "--workers", stopped + 1)) == 0
             break
         except SystemExit as ending:
             assert ending.code == 75
@@ -212,9 +187,7 @@ def test_a_run_goes_on_for_longer_and_at_another_rate(tree, tmp_path):
     assert [line["epoch"] for line in log.read(folder) if "train/train/loss" in line] == [1, 2]
     stopped_after([*argv, "--epochs", "2", "--out", str(tmp_path / "other")], 2)
     before = checkpoint.load(tmp_path / "other" / "last.pt")["parts"]["model"]
-    stopped_after(
-        [*argv, "--epochs", "2", "--out", str(tmp_path / "other"), "--lr", "0", "--force-resume"], 5
-    )
+    stopped_after(flags(argv, "--epochs 2 --out", tmp_path / "other", "--lr 0 --force-resume"), 5)
     after = checkpoint.load(tmp_path / "other" / "last.pt")["parts"]["model"]
     moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
     assert moved and all("norm_in" in name for name in moved)  # the running statistics alone
@@ -223,16 +196,7 @@ def test_a_run_goes_on_for_longer_and_at_another_rate(tree, tmp_path):
 def test_features_of_other_crops_are_encoded_again(tree, tmp_path):
     features = []
     for margin in ("0", "0.5"):
-        argv = [
-            *NET,
-            "--data",
-            str(tree),
-            "--epochs",
-            "1",
-            "--cache-features",
-            "--out",
-            str(tmp_path / "run"),
-        ]
+        argv = flags(NET, "--data", tree, "--epochs 1 --cache-features --out", tmp_path / "run")
         stopped_after([*argv, "--face-margin", margin, "--resume", "none"], 1)
         with np.load(tmp_path / "run" / "features.npz") as stored:
             features.append(stored["features"].reshape(52, 2, -1))
@@ -262,18 +226,9 @@ def test_crt_draws_its_classifier_anew_once(tree, tmp_path, monkeypatch):
 @pytest.mark.parametrize("method", list(longtail.SCHEDULES))
 def test_every_method_trains_on_cached_features(tree, tmp_path, method):
     folder = tmp_path / method
-    argv = [
-        *NET,
-        "--data",
-        str(tree),
-        "--epochs",
-        "6",
-        "--cache-features",
-        "--method",
-        method,
-        "--out",
-        str(folder),
-    ]
+    argv = flags(
+        NET, "--data", tree, "--epochs 6 --cache-features --method", method, "--out", folder
+    )
     # Cosines at CLIP's scale want smaller steps than the default on so few clips, inner products
     # (tau-norm) do not.
     rate = [] if method == "tau-norm" else ["--lr", "5e-3"]
@@ -383,9 +338,7 @@ def test_a_model_with_a_dead_part_ends_with_4_and_its_name(tree, tmp_path, monke
         lambda self: parts(self) | {"temporal": parts(self)["temporal"][:1]},
     )
     with pytest.raises(SystemExit) as ending:
-        train_raer.main(
-            [*NET, "--data", str(tree), "--epochs", "1", "--out", str(tmp_path / "run")]
-        )
+        train_raer.main(flags(NET, "--data", tree, "--epochs 1 --out", tmp_path / "run"))
     error = capsys.readouterr().err
     assert ending.value.code == 4 and error.startswith(
         "audit failed: epochs from 0: fusion.0.weight is trainable and in 0"
@@ -521,9 +474,7 @@ def test_a_constant_answer_raises_the_alarm_beside_the_majority_class(capsys):
 
 def test_eval_and_predict_repeat_what_the_run_found(whole, tree, tmp_path, capsys):
     assert (
-        train_raer.main(
-            ["--data", str(tree), "--eval", str(whole), "--out", str(tmp_path), "--device", "cpu"]
-        )
+        train_raer.main(flags("--data", tree, "--eval", whole, "--out", tmp_path, "--device cpu"))
         == 0
     )
     found = json.loads((tmp_path / "eval.json").read_text())
@@ -532,16 +483,9 @@ def test_eval_and_predict_repeat_what_the_run_found(whole, tree, tmp_path, capsy
         found["eval/test/uar"] == result["train/test/uar"]
         and found["eval/test/war_low"] == result["train/test/war_low"]
     )
-    argv = [
-        "--predict",
-        str(tree / "test"),
-        "--resume",
-        str(whole),
-        "--out",
-        str(tmp_path),
-        "--missing-box",
-        "full",
-    ]
+    argv = flags(
+        "--predict", tree / "test", "--resume", whole, "--out", tmp_path, "--missing-box full"
+    )
     assert train_raer.main([*argv, "--device", "cpu"]) == 0
     with open(tmp_path / "predictions.csv") as file:
         rows = list(csv.DictReader(file))
@@ -569,28 +513,8 @@ def test_a_run_from_clips_weights_learns_prompts_and_is_used_without_them(
     weights, vocab, folder = tmp_path / "clip.pt", tmp_path / "merges.txt", tmp_path / "run"
     torch.save({name.removeprefix("text."): tensor for name, tensor in state.items()}, weights)
     vocab.write_text("#version\na c\nf a\nc e</w>\n")
-    argv = [
-        "--backbone",
-        "vit_b_32",
-        "--weights",
-        str(weights),
-        "--clip-vocab",
-        str(vocab),
-        "--image-size",
-        "16",
-    ]
-    argv += [
-        "--activation",
-        "quick_gelu",
-        "--device",
-        "cpu",
-        "--num-frames",
-        "3",
-        "--bs",
-        "8",
-        "--epochs",
-        "6",
-    ]
+    argv = flags("--backbone vit_b_32 --weights", weights, "--clip-vocab", vocab, "--image-size 16")
+    argv += flags("--activation quick_gelu --device cpu --num-frames 3 --bs 8 --epochs 6")
     argv += ["--data", str(tree), "--out", str(folder), "--tune", tune]
     if tune == "full":
         argv += ["--checkpoint-blocks", "--accum", "2", "--precision", "bf16"]
@@ -643,18 +567,7 @@ def test_a_run_from_clips_weights_learns_prompts_and_is_used_without_them(
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(tree, tmp_path, capsys, argv, message):
-    base = [
-        "--backbone",
-        "vit_tiny",
-        "--data",
-        str(tree),
-        "--out",
-        str(tmp_path / "run"),
-        "--epochs",
-        "2",
-        "--bs",
-        "8",
-    ]
+    base = flags("--backbone vit_tiny --data", tree, "--out", tmp_path / "run", "--epochs 2 --bs 8")
     with pytest.raises(SystemExit) as ending:
         train_raer.main([*base, *argv])
     error = capsys.readouterr().err
@@ -699,14 +612,7 @@ def test_an_inert_cap_warns(tree, tmp_path, capsys):
         "phases": [{"start": 0}, {"start": 1, "sampler": "weighted", "cap": 50.0, "tau": 0.1}],
     }
     (tmp_path / "table.json").write_text(json.dumps(table))
-    argv = [
-        *NET,
-        "--data",
-        str(tree),
-        "--cache-features",
-        "--schedule",
-        str(tmp_path / "table.json"),
-    ]
+    argv = flags(NET, "--data", tree, "--cache-features --schedule", tmp_path / "table.json")
     assert train_raer.main([*argv, "--out", str(tmp_path / "run")]) == 0
     out = capsys.readouterr().out
     assert (
@@ -730,16 +636,7 @@ def test_an_inert_cap_warns(tree, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_two_thousand_steps_stay_finite_without_a_clamp(tree, tmp_path, precision):
-    argv = [
-        *NET,
-        "--data",
-        str(tree),
-        "--epochs",
-        "500",
-        "--cache-features",
-        "--precision",
-        precision,
-    ]
+    argv = flags(NET, "--data", tree, "--epochs 500 --cache-features --precision", precision)
     assert train_raer.main([*argv, "--eval-every", "100", "--out", str(tmp_path / "run")]) == 0
     lines = [line for line in log.read(tmp_path / "run") if "train/train/loss" in line]
     assert len(lines) == 500 and all(np.isfinite(line["train/train/loss"]) for line in lines)

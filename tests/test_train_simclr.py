@@ -24,12 +24,15 @@ from common.data import cytology
 from common.run import checkpoint, dist, log
 from common.run.loop import Batch
 from common.run.progress import Progress
-from tests.runs import equal_runs, same, summary
+from tests.runs import equal_runs, flags, same, summary
 
 ROOT = Path(__file__).parent.parent
 NET = ["--backbone", "resnet18", "--stem", "cifar", "--image-size", "8", "--device", "cpu"]
-SMALL = [*NET, "--stage", "all", "--bs", "16", "--epochs", "3", "--linear-bs", "16", "--linear-epochs", "4",
-         "--finetune-bs", "16", "--finetune-epochs", "2", "--seed", "3"]  # fmt: skip
+SMALL = flags(
+    NET,
+    "--stage all --bs 16 --epochs 3 --linear-bs 16 --linear-epochs 4",
+    "--finetune-bs 16 --finetune-epochs 2 --seed 3",
+)
 
 
 def cells_tree(root, per_class=24):
@@ -99,7 +102,7 @@ def test_a_run_leaves_what_the_readme_promises(whole, cells, capsys):
     before = (whole / "log.jsonl").read_bytes()
     capsys.readouterr()
     assert (
-        train_simclr.main([*SMALL, "--data", str(cells), "--out", str(whole)]) == 0
+        train_simclr.main(flags(SMALL, "--data", cells, "--out", whole)) == 0
     )  # finished: nothing is repeated
     assert (
         "has finished" in capsys.readouterr().out and (whole / "log.jsonl").read_bytes() == before
@@ -161,15 +164,7 @@ def test_a_run_interrupted_in_every_stage_equals_a_whole_one(
         try:
             assert (
                 train_simclr.main(
-                    [
-                        *SMALL,
-                        "--data",
-                        str(cells),
-                        "--out",
-                        str(folder),
-                        "--workers",
-                        str(stopped + 1),
-                    ]
+                    flags(SMALL, "--data", cells, "--out", folder, "--workers", stopped + 1)
                 )
                 == 0
             )
@@ -217,25 +212,11 @@ def test_a_killed_process_goes_on_from_its_last_checkpoint(cells, tmp_path):
 
 
 def test_two_processes_train_the_same_model_as_one(cells, tmp_path):
-    argv = [
-        *NET,
-        "--data",
-        str(cells),
-        "--bs",
-        "16",
-        "--epochs",
-        "1",
-        "--max-steps",
-        "1",
-        "--optimizer",
-        "sgd",
-    ]
+    argv = flags(NET, "--data", cells, "--bs 16 --epochs 1 --max-steps 1 --optimizer sgd")
     port = str(random.randrange(20000, 50000))
     env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     both = [
-        launch(
-            [*argv, "--out", str(tmp_path / "two")], env | {"RANK": str(r), "LOCAL_RANK": str(r)}
-        )
+        launch(flags(argv, "--out", tmp_path / "two"), env | {"RANK": str(r), "LOCAL_RANK": str(r)})
         for r in (0, 1)
     ]
     for process in both:
@@ -254,29 +235,14 @@ def test_two_processes_train_the_same_model_as_one(cells, tmp_path):
 
 
 def test_training_goes_on_for_more_epochs(whole, cells, tmp_path):
-    argv = [
-        *NET,
-        "--data",
-        str(cells),
-        "--bs",
-        "16",
-        "--lr-schedule",
-        "constant",
-        "--warmup-epochs",
-        "0",
-    ]
+    argv = flags(NET, "--data", cells, "--bs 16 --lr-schedule constant --warmup-epochs 0")
     first, second, third = (tmp_path / name for name in ("first", "second", "third"))
     assert train_simclr.main([*argv, "--epochs", "2", "--out", str(first)]) == 0
-    assert (
-        train_simclr.main([*argv, "--epochs", "3", "--resume", str(first), "--out", str(second)])
-        == 0
-    )
+    assert train_simclr.main(flags(argv, "--epochs 3 --resume", first, "--out", second)) == 0
     assert train_simclr.main([*argv, "--epochs", "3", "--out", str(third)]) == 0
     a, b = (checkpoint.load(f / "last.pt") for f in (second, third))
     same(a["parts"], b["parts"], "parts")
-    assert (
-        train_simclr.main([*argv, "--epochs", "3", "--resume", str(first)]) == 0
-    )  # in its own directory
+    assert train_simclr.main(flags(argv, "--epochs 3 --resume", first)) == 0  # in its own directory
     same(checkpoint.load(first / "last.pt")["parts"], b["parts"], "parts")
 
 
@@ -299,9 +265,7 @@ def test_a_longer_run_of_all_stages_keeps_every_line_of_its_log(cells, tmp_path)
         assert steps and steps == sorted(set(steps))
     assert summary(tmp_path / "run")["pretrain/train/loss"] != before["pretrain/train/loss"]
     with pytest.raises(SystemExit) as ending:
-        train_simclr.main(
-            [*base, "--epochs", "4", "--resume", run, "--out", str(tmp_path / "elsewhere")]
-        )
+        train_simclr.main(flags(base, "--epochs 4 --resume", run, "--out", tmp_path / "elsewhere"))
     assert ending.value.code == 2
 
 
@@ -323,30 +287,19 @@ def test_starting_anew_forgets_this_run_alone(cells, tmp_path, capsys):
     assert (tmp_path / "a" / "inner" / "last.pt").exists() and len(log.read(tmp_path / "a")) == 2
     with pytest.raises(SystemExit):
         train_simclr.main(
-            [*argv, "--resume", "none", "--out", str(tmp_path)]
+            flags(argv, "--resume none --out", tmp_path)
         )  # a folder of runs, itself no run
     assert (tmp_path / "b" / "last.pt").exists() and (tmp_path / "a" / "last.pt").exists()
 
 
 def test_a_state_of_other_settings_is_not_continued(whole, cells, tmp_path, capsys):
-    argv = [
-        *NET,
-        "--data",
-        str(cells),
-        "--epochs",
-        "1",
-        "--max-steps",
-        "1",
-        "--out",
-        str(tmp_path / "run"),
-    ]
+    argv = flags(NET, "--data", cells, "--epochs 1 --max-steps 1 --out", tmp_path / "run")
     with pytest.raises(SystemExit):
         train_simclr.main([*argv, "--bs", "16"])
     cases = {
-        "bs is 16 there" " and 8 here": [*argv[:-1], str(tmp_path / "x"), "--bs", "8", "--resume", str(tmp_path / "run")],
+        "bs is 16 there" " and 8 here": flags(argv[:-1], tmp_path / "x", "--bs 8 --resume", tmp_path / "run"),
         "its optimizer is LARS": [*argv, "--bs", "16", "--optimizer", "adamw", "--force-resume"],
-        "of another start": [*argv[:-1], str(tmp_path / "y"), "--bs", "16", "--stage", "finetune", "--from", "none",
-                             "--force-resume", "--resume", str(tmp_path / "run")],
+        "of another start": flags(argv[:-1], tmp_path / "y", "--bs 16 --stage finetune --from none --force-resume --resume", tmp_path / "run"),
     }  # fmt: skip
     for said, command in cases.items():
         capsys.readouterr()
@@ -362,30 +315,12 @@ def test_stages_start_from_a_run_and_refuse_another_identity(whole, cells, tmp_p
         SystemExit
     ) as ending:  # whole's backbone.pt has no model_spec: its stem must be said
         train_simclr.main(
-            [
-                *base,
-                "--stage",
-                "linear",
-                "--from",
-                str(whole / "backbone.pt"),
-                "--backbone",
-                "resnet18",
-            ]
+            flags(base, "--stage linear --from", whole / "backbone.pt", "--backbone resnet18")
         )
     assert ending.value.code == 2 and "does not fit this model" in capsys.readouterr().err
-    argv = [
-        *base,
-        "--stage",
-        "linear",
-        "--from",
-        str(whole),
-        "--epochs",
-        "4",
-        "--out",
-        str(tmp_path / "run"),
-        "--image-size",
-        "8",
-    ]
+    argv = flags(
+        base, "--stage linear --from", whole, "--epochs 4 --out", tmp_path / "run", "--image-size 8"
+    )
     assert train_simclr.main([*argv, "--seed", "3"]) == 0
     assert (
         summary(tmp_path / "run")["linear/test/accuracy"] == summary(whole)["linear/test/accuracy"]
@@ -413,9 +348,7 @@ def test_eval_repeats_the_test_and_predict_needs_no_labels(whole, cells, tmp_pat
                 summary(whole)[f"{stage}/test/{metric}"], abs=1e-9
             )
     assert (
-        train_simclr.main(
-            [*argv, "--eval", str(whole / "pretrain" / "best.pt"), "--out", str(tmp_path)]
-        )
+        train_simclr.main(flags(argv, "--eval", whole / "pretrain" / "best.pt", "--out", tmp_path))
         == 0
     )
     result = json.loads((tmp_path / "eval.json").read_text())
@@ -425,16 +358,7 @@ def test_eval_repeats_the_test_and_predict_needs_no_labels(whole, cells, tmp_pat
     loose.mkdir()
     for i, path in enumerate(sorted(cells.rglob("*.png"))[:5]):
         (loose / f"{i}.png").write_bytes(path.read_bytes())
-    linear = [
-        "--predict",
-        str(loose),
-        "--resume",
-        str(whole / "linear"),
-        "--device",
-        "cpu",
-        "--out",
-        str(tmp_path),
-    ]
+    linear = flags("--predict", loose, "--resume", whole / "linear", "--device cpu --out", tmp_path)
     assert train_simclr.main(linear) == 0
     rows = list(csv.DictReader((tmp_path / "predictions.csv").read_text().splitlines()))
     assert [row["id"] for row in rows] == [f"{i}.png" for i in range(5)]
@@ -445,9 +369,7 @@ def test_eval_repeats_the_test_and_predict_needs_no_labels(whole, cells, tmp_pat
         ) == pytest.approx(1, abs=1e-5)
     capsys.readouterr()
     with pytest.raises(SystemExit) as ending:
-        train_simclr.main(
-            ["--predict", str(loose), "--resume", str(whole / "pretrain"), "--device", "cpu"]
-        )
+        train_simclr.main(flags("--predict", loose, "--resume", whole / "pretrain", "--device cpu"))
     assert ending.value.code == 2 and "has no classifier" in capsys.readouterr().err
 
 
@@ -516,19 +438,7 @@ def test_divergence_ends_with_exit_code_3_and_a_finite_checkpoint(
 
     poisoned.calls = 0
     monkeypatch.setattr(train_simclr, "train_step", poisoned)
-    argv = [
-        *NET,
-        "--data",
-        str(cells),
-        "--bs",
-        "16",
-        "--epochs",
-        "4",
-        "--save-every",
-        "0",
-        "--out",
-        str(tmp_path),
-    ]
+    argv = flags(NET, "--data", cells, "--bs 16 --epochs 4 --save-every 0 --out", tmp_path)
     with pytest.raises(SystemExit) as ending:
         train_simclr.main(argv)
     error = capsys.readouterr().err
@@ -541,19 +451,7 @@ def test_divergence_ends_with_exit_code_3_and_a_finite_checkpoint(
 
 
 def test_divergence_in_the_last_step_of_an_epoch_is_divergence(cells, tmp_path, capsys):
-    argv = [
-        *NET,
-        "--data",
-        str(cells),
-        "--bs",
-        "60",
-        "--optimizer",
-        "sgd",
-        "--lr",
-        "1e30",
-        "--warmup-epochs",
-        "0",
-    ]
+    argv = flags(NET, "--data", cells, "--bs 60 --optimizer sgd --lr 1e30 --warmup-epochs 0")
     with pytest.raises(SystemExit) as ending:
         train_simclr.main([*argv, "--epochs", "3", "--out", str(tmp_path / "run")])
     assert ending.value.code == 3 and "not finite" in capsys.readouterr().err
@@ -564,17 +462,7 @@ def test_divergence_in_the_last_step_of_an_epoch_is_divergence(cells, tmp_path, 
 )
 def test_a_foreign_checkpoint_is_refused(cells, tmp_path, content, capsys):
     torch.save(content, tmp_path / "foreign.pt")
-    argv = [
-        *NET,
-        "--data",
-        str(cells),
-        "--bs",
-        "16",
-        "--stage",
-        "finetune",
-        "--from",
-        str(tmp_path / "foreign.pt"),
-    ]
+    argv = flags(NET, "--data", cells, "--bs 16 --stage finetune --from", tmp_path / "foreign.pt")
     with pytest.raises(SystemExit) as ending:
         train_simclr.main(argv)
     assert ending.value.code == 2 and "holds no state dict of tensors" in capsys.readouterr().err
@@ -592,20 +480,20 @@ BAD = {
     "missing resume": (["--resume", "{tmp}/nothing"], "no such file or directory"),
     "a stage without its start": (["--stage", "linear"], "--from RUN"),
     "a start that is no run": (["--stage", "linear", "--from", "{empty}"], "not a finished run"),
-    "a start of a" " damaged run": (["--stage", "linear", "--from", "{damaged}"], "summary.json" " cannot be read"),
-    "a start of" " another script": (["--stage", "linear", "--from", "{damaged}/tsm.pt"], "is of train_tsm.py"),
+    "a start of a" " damaged run": (flags("--stage linear --from", "{damaged}"), "summary.json" " cannot be read"),
+    "a start of" " another script": (flags("--stage linear --from", "{damaged}/tsm.pt"), "is of train_tsm.py"),
     "a start without effect": (["--from", "none"], "--from has no effect with --stage pretrain"),
     "a folder as weights": (["--weights", "{empty}"], "a folder; give a file"),
     "missing checkpoint": (["--stage", "linear", "--from", "{tmp}/x.pt"], "No such file"),
     "a flag of another stage": (["--linear-lr", "1"], "--linear-lr has no effect"),
     "patience without early stopping": (["--patience", "3"], "--patience has no effect"),
-    "colors without" " augmentation": (["--augment", "none", "--color-strength", "2"], "no effect with" " --augment none"),
-    "warm-up longer than" " training": (["--epochs", "2", "--warmup-epochs", "5"], "more than the" " 2 epochs"),
+    "colors without" " augmentation": (flags("--augment none --color-strength 2"), "no effect with" " --augment none"),
+    "warm-up longer than" " training": (flags("--epochs 2 --warmup-epochs 5"), "more than the" " 2 epochs"),
     "predict without a run": (["--predict", "{cells}"], "unknown"),
     "a device that is not there": (["--device", "cuda:77"], "cuda:77"),
     "a batch without negatives": (["--bs", "1"], "has no negatives"),
-    "too few images": (["--data", "{few}", "--stage", "linear", "--from", "none", "--bs", "2"], "two classes"),
-    "labels of" " one class": (["--data", "{one}", "--stage", "all", "--bs", "8"], "labeled images of" " two classes"),
+    "too few images": (flags("--data", "{few}", "--stage linear --from none --bs 2"), "two classes"),
+    "labels of" " one class": (flags("--data", "{one}", "--stage all --bs 8"), "labeled images of" " two classes"),
 }  # fmt: skip
 
 
@@ -649,17 +537,7 @@ def test_bad_input_is_one_line_and_exit_code_2(case, cells, tmp_path, capsys, mo
 
 
 def test_triton_without_a_gpu_is_refused_before_training(cells, tmp_path):
-    argv = [
-        *NET,
-        "--data",
-        str(cells),
-        "--bs",
-        "16",
-        "--impl",
-        "triton",
-        "--out",
-        str(tmp_path / "out"),
-    ]
+    argv = flags(NET, "--data", cells, "--bs 16 --impl triton --out", tmp_path / "out")
     process = launch(argv, {"TRITON_INTERPRET": "0"})
     _, err = process.communicate(timeout=120)
     assert (
@@ -677,19 +555,7 @@ def test_a_damaged_image_ends_the_run_by_name(cells, tmp_path, capsys):
         (root / path.parent.name / path.name).write_bytes(path.read_bytes())
     (root / "long" / "05.png").write_bytes((root / "long" / "05.png").read_bytes()[:-80])
     with pytest.raises(SystemExit) as ending:
-        train_simclr.main(
-            [
-                *NET,
-                "--data",
-                str(root),
-                "--bs",
-                "16",
-                "--epochs",
-                "1",
-                "--out",
-                str(tmp_path / "out"),
-            ]
-        )
+        train_simclr.main(flags(NET, "--data", root, "--bs 16 --epochs 1 --out", tmp_path / "out"))
     assert ending.value.code == 2 and "long/05.png" in capsys.readouterr().err
 
 
@@ -717,28 +583,26 @@ def labels49(tmp_path_factory):
 
 def test_a_check_leaves_no_cytology_split(labels49, tmp_path, monkeypatch):
     monkeypatch.setattr(cytology, "TOO_SMALL", 4)
-    flags = [
-        *NET,
-        "--protocol",
-        "cytology",
-        "--data",
-        str(labels49),
-        "--bs",
-        "16",
-        "--check",
-        "gradient",
-    ]
-    assert train_simclr.main([*flags, "--out", str(tmp_path)]) == 0
+    argv = flags(NET, "--protocol cytology --data", labels49, "--bs 16 --check gradient")
+    assert train_simclr.main([*argv, "--out", str(tmp_path)]) == 0
     assert (tmp_path / "check.json").exists() and not (tmp_path / "split.json").exists()
 
 
 def test_the_cytology_protocol_runs_through_all_stages(labels49, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(cytology, "TOO_SMALL", 4)
     run, again = tmp_path / "run", tmp_path / "again"
-    flags = [*NET, "--protocol", "cytology", "--data", str(labels49)]
-    assert train_simclr.main([*flags, "--stage", "all", "--bs", "16", "--epochs", "1", "--linear-bs", "16",
-                              "--linear-epochs", "20", "--finetune-bs", "16", "--finetune-epochs", "3",
-                              "--finetune-lr", "3e-3", "--out", str(run)]) == 0  # fmt: skip
+    argv = [*NET, "--protocol", "cytology", "--data", str(labels49)]
+    assert (
+        train_simclr.main(
+            flags(
+                argv,
+                "--stage all --bs 16 --epochs 1 --linear-bs 16 --linear-epochs 20",
+                "--finetune-bs 16 --finetune-epochs 3 --finetune-lr 3e-3 --out",
+                run,
+            )
+        )
+        == 0
+    )
     assert "A1 has" in capsys.readouterr().out
     sets = json.loads((run / "split.json").read_text())["sets"]
     targets = set(cytology.TARGETS.split(","))
@@ -760,35 +624,20 @@ def test_the_cytology_protocol_runs_through_all_stages(labels49, tmp_path, monke
     # A later stage of another run takes the sets of the run it starts from, although the data has
     # grown.
     Image.new("RGB", (8, 8)).save(labels49 / "HSIL" / "new.png")
-    alone = [
-        *flags,
-        "--stage",
-        "finetune",
-        "--from",
-        str(run),
-        "--bs",
-        "16",
-        "--epochs",
-        "1",
-        "--out",
-        str(again),
-    ]
+    alone = flags(argv, "--stage finetune --from", run, "--bs 16 --epochs 1 --out", again)
     assert train_simclr.main(alone) == 0
     (labels49 / "HSIL" / "new.png").unlink()
     assert json.loads((again / "split.json").read_text())["sets"] == sets
     # Without the protocol the test part would hold images that the run was trained on.
-    flags = [*NET, "--data", str(labels49), "--stage", "linear", "--from", str(run), "--bs", "16"]
+    argv = [*NET, "--data", str(labels49), "--stage", "linear", "--from", str(run), "--bs", "16"]
     with pytest.raises(SystemExit) as stop:
-        train_simclr.main([*flags, "--out", str(tmp_path / "other")])
+        train_simclr.main([*argv, "--out", str(tmp_path / "other")])
     assert stop.value.code == 2 and "the protocol's target labels ASC_H" in capsys.readouterr().err
     # --eval repeats the test on B2, --predict names the target labels.
     assert train_simclr.main(["--eval", str(run), "--device", "cpu"]) == 0
     evaluated = json.loads((run / "eval.json").read_text())
     assert evaluated["eval/test/accuracy"] == summary(run)["finetune/test/accuracy"]
-    assert (
-        train_simclr.main(["--predict", str(labels49), "--resume", str(run), "--device", "cpu"])
-        == 0
-    )
+    assert train_simclr.main(flags("--predict", labels49, "--resume", run, "--device cpu")) == 0
     with open(run / "predictions.csv") as file:
         assert {row["class"] for row in csv.DictReader(file)} <= targets
 
@@ -826,23 +675,12 @@ def test_a_cell_is_a_function_of_its_number(cells, tmp_path, monkeypatch, capsys
     monkeypatch.setitem(train_simclr.CELLS[1], "backbone", "resnet18")
     monkeypatch.setitem(train_simclr.CELLS[1], "bs", 16)
     monkeypatch.chdir(tmp_path)
-    small = [
-        "--image-size",
-        "8",
-        "--stem",
-        "cifar",
-        "--device",
-        "cpu",
-        "--data",
-        str(cells),
-        "--epochs",
-        "1",
-    ]
+    small = flags("--image-size 8 --stem cifar --device cpu --data", cells, "--epochs 1")
     for extra in (
         ["--grid-index", "0"],
         ["--grid-index", "0"],
         ["--grid-index", "1"],
-        ["--grid-index", "0", "--seed", "1"],
+        flags("--grid-index 0 --seed 1"),
     ):
         assert train_simclr.main([*small, *extra]) == 0
     assert len(list((tmp_path / "runs" / "simclr").iterdir())) == 3
@@ -854,11 +692,10 @@ def test_published_weights_start_every_stage(cells, tmp_path, capsys):
     model = torchvision.models.resnet18()
     file = tmp_path / "published.pth"
     torch.save(model.state_dict(), file)
-    flags = ["--backbone", "resnet18", "--image-size", "32", "--device", "cpu", "--data", str(cells), "--bs", "16",
-             "--weights", str(file), "--epochs", "1", "--lr", "0"]  # fmt: skip
+    argv = flags("--backbone resnet18 --image-size 32 --device cpu --data", cells, "--bs 16 --weights", file, "--epochs 1 --lr 0")  # fmt: skip
     for stage in ("pretrain", "linear", "finetune"):
         out = tmp_path / stage
-        assert train_simclr.main([*flags, "--stage", stage, "--out", str(out)]) == 0
+        assert train_simclr.main([*argv, "--stage", stage, "--out", str(out)]) == 0
         said = capsys.readouterr().out
         assert f"started from {file}" in said and "the head fc." in said
         stored = checkpoint.load(out / "best.pt")["model"]
@@ -866,37 +703,25 @@ def test_published_weights_start_every_stage(cells, tmp_path, capsys):
             if not name.startswith("fc."):
                 assert torch.equal(stored[f"backbone.{name}"], tensor), name
     with pytest.raises(SystemExit) as stop:
-        train_simclr.main([*flags, "--backbone", "resnet50", "--out", str(tmp_path / "other")])
+        train_simclr.main([*argv, "--backbone", "resnet50", "--out", str(tmp_path / "other")])
     assert stop.value.code == 2 and "holds weights of resnet18" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
-        train_simclr.main([*flags, "--stage", "linear", "--from", str(tmp_path / "pretrain")])
+        train_simclr.main([*argv, "--stage", "linear", "--from", str(tmp_path / "pretrain")])
     assert (
         stop.value.code == 2
         and "either --from RUN, --weights FILE or --from none" in capsys.readouterr().err
     )
     copy = tmp_path / "copy.pth"
     copy.write_bytes(file.read_bytes())
-    flags[flags.index(str(file))] = str(copy)  # the same weights elsewhere mean the same run
-    assert train_simclr.main([*flags, "--stage", "linear", "--out", str(tmp_path / "linear")]) == 0
+    argv[argv.index(str(file))] = str(copy)  # the same weights elsewhere mean the same run
+    assert train_simclr.main([*argv, "--stage", "linear", "--out", str(tmp_path / "linear")]) == 0
     assert "has finished" in capsys.readouterr().out
 
 
 def test_a_baseline_of_the_linear_protocol_can_be_evaluated(cells, tmp_path, capsys):
     run = tmp_path / "random"
-    flags = [
-        *NET,
-        "--data",
-        str(cells),
-        "--stage",
-        "linear",
-        "--from",
-        "none",
-        "--bs",
-        "16",
-        "--epochs",
-        "3",
-    ]
-    assert train_simclr.main([*flags, "--out", str(run)]) == 0
+    argv = flags(NET, "--data", cells, "--stage linear --from none --bs 16 --epochs 3")
+    assert train_simclr.main([*argv, "--out", str(run)]) == 0
     assert train_simclr.main(["--eval", str(run), "--device", "cpu"]) == 0
     evaluated = json.loads((run / "eval.json").read_text())
     assert evaluated["eval/test/accuracy"] == summary(run)["linear/test/accuracy"]

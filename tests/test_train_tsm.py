@@ -24,37 +24,12 @@ from common.run import checkpoint, dist, log
 from common.run.loop import Batch
 from common.run.progress import Progress
 from common.run.run import Run
-from tests.runs import equal_runs, same, summary
+from tests.runs import equal_runs, flags, same, summary
 
 ROOT = Path(__file__).parent.parent
 ORACLE = "pip install -r tests/requirements.txt"
-NET = [
-    "--backbone",
-    "conv_small_035",
-    "--image-size",
-    "32",
-    "--n-segment",
-    "4",
-    "--device",
-    "cpu",
-    "--workers",
-    "2",
-]
-SMALL = [
-    *NET,
-    "--bs",
-    "8",
-    "--accum",
-    "2",
-    "--epochs",
-    "4",
-    "--eval-every",
-    "1",
-    "--clips",
-    "2",
-    "--seed",
-    "3",
-]
+NET = flags("--backbone conv_small_035 --image-size 32 --n-segment 4 --device cpu --workers 2")
+SMALL = flags(NET, "--bs 8 --accum 2 --epochs 4 --eval-every 1 --clips 2 --seed 3")
 METHODS = ("Deepfakes", "FaceSwap")
 
 
@@ -135,18 +110,7 @@ def test_a_run_leaves_what_the_readme_promises(whole, ffpp, capsys):
 
 def test_metrics_are_scikit_learns_of_the_scores_that_predict_writes(whole, ffpp, tmp_path):
     oracle = pytest.importorskip("sklearn.metrics", reason=ORACLE)
-    argv = [
-        "--predict",
-        str(ffpp),
-        "--resume",
-        str(whole),
-        "--clips",
-        "2",
-        "--out",
-        str(tmp_path),
-        "--device",
-        "cpu",
-    ]
+    argv = flags("--predict", ffpp, "--resume", whole, "--clips 2 --out", tmp_path, "--device cpu")
     assert train_tsm.main(argv) == 0
     rows = list(csv.DictReader((tmp_path / "predictions.csv").read_text().splitlines()))
     assert (
@@ -196,9 +160,7 @@ def test_data_are_read_as_in_training_unless_the_command_line_says_otherwise(who
         == 2
         != train_tsm.parse_args([])[0].clips
     )
-    assert (
-        train_tsm.parse_args(["--predict", "x", "--resume", str(whole / "best.pt")])[0].clips == 2
-    )
+    assert train_tsm.parse_args(flags("--predict x --resume", whole / "best.pt"))[0].clips == 2
     assert train_tsm.parse_args(["--eval", str(whole), "--clips", "4"])[0].clips == 4
 
 
@@ -293,19 +255,7 @@ def test_accumulation_equals_the_large_batch_where_batchnorm_is_frozen(shift, fr
 
 def test_two_processes_train_the_same_model_as_one(ffpp, tmp_path):
     # BatchNorm of chunks is that of other clips; over processes alone it is proven in test_dist.py.
-    argv = [
-        *NET,
-        "--data",
-        str(ffpp),
-        "--bs",
-        "8",
-        "--accum",
-        "2",
-        "--dropout",
-        "0",
-        "--freeze-bn",
-        "1",
-    ]
+    argv = flags(NET, "--data", ffpp, "--bs 8 --accum 2 --dropout 0 --freeze-bn 1")
     port = str(random.randrange(20000, 50000))
     env = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_")}
     env |= {
@@ -347,17 +297,7 @@ def test_two_processes_train_the_same_model_as_one(ffpp, tmp_path):
 
 def test_frozen_batchnorm_is_named_and_stays(ffpp, tmp_path, capsys):
     stopped_at(
-        [
-            *NET,
-            "--data",
-            str(ffpp),
-            "--bs",
-            "8",
-            "--freeze-bn",
-            "0.33",
-            "--out",
-            str(tmp_path / "run"),
-        ],
+        flags(NET, "--data", ffpp, "--bs 8 --freeze-bn 0.33 --out", tmp_path / "run"),
         2,
     )
     assert (
@@ -369,17 +309,7 @@ def test_frozen_batchnorm_is_named_and_stays(ffpp, tmp_path, capsys):
     assert counts == [0] * 15 + [4] * 31  # two steps of two chunks
     with pytest.raises(SystemExit) as ending:
         train_tsm.main(
-            [
-                *NET,
-                "--data",
-                str(ffpp),
-                "--bs",
-                "8",
-                "--freeze-bn",
-                "0.01",
-                "--out",
-                str(tmp_path / "none"),
-            ]
+            flags(NET, "--data", ffpp, "--bs 8 --freeze-bn 0.01 --out", tmp_path / "none")
         )
     assert ending.value.code == 2 and "freezes no BatchNorm layer" in capsys.readouterr().err
     assert torch.equal(model["backbone.bn1.running_mean"], torch.zeros(32))
@@ -412,9 +342,9 @@ LIVE = {
 def test_every_flag_of_training_changes_the_run(ffpp, tmp_path):
     argv = [*NET, "--data", str(ffpp), "--bs", "8", "--epochs", "2", "--fps", "4"]
     digests = {}
-    for name, flags in {"none": [], **LIVE}.items():
+    for name, extra in {"none": [], **LIVE}.items():
         out = tmp_path / name.replace(" ", "_")
-        stopped_at([*argv, *flags, "--out", str(out)], 2)
+        stopped_at([*argv, *extra, "--out", str(out)], 2)
         digests[name] = checkpoint.weights_digest(
             checkpoint.load(out / "last.pt")["parts"]["model"]
         )
@@ -453,31 +383,8 @@ def ordered(tmp_path_factory):
 
 @pytest.mark.parametrize("shift", ["residual", "expand", "none"])
 def test_only_the_shift_learns_the_order_of_frames(ordered, tmp_path, shift):
-    argv = [
-        *NET,
-        "--data",
-        str(ordered / "videos.csv"),
-        "--bs",
-        "16",
-        "--accum",
-        "1",
-        "--lr",
-        "3e-3",
-        "--fps",
-        "2",
-    ]
-    argv += [
-        "--epochs",
-        "16",
-        "--eval-every",
-        "4",
-        "--clips",
-        "1",
-        "--augment",
-        "none",
-        "--dropout",
-        "0",
-    ]
+    argv = flags(NET, "--data", ordered / "videos.csv", "--bs 16 --accum 1 --lr 3e-3 --fps 2")
+    argv += flags("--epochs 16 --eval-every 4 --clips 1 --augment none --dropout 0")
     assert train_tsm.main([*argv, "--shift", shift, "--out", str(tmp_path)]) == 0
     auc = summary(tmp_path)["train/test/video_auc"]
     assert auc <= 0.55 if shift == "none" else auc >= 0.99
@@ -486,28 +393,16 @@ def test_only_the_shift_learns_the_order_of_frames(ordered, tmp_path, shift):
 @pytest.mark.slow
 @pytest.mark.parametrize("shift", ["residual", "none"])
 def test_the_demo_needs_the_shift(tmp_path, shift):
-    assert (
-        train_tsm.main(["--demo", "--device", "cpu", "--shift", shift, "--out", str(tmp_path)]) == 0
-    )
+    assert train_tsm.main(flags("--demo --device cpu --shift", shift, "--out", tmp_path)) == 0
     auc = summary(tmp_path)["train/test/video_auc"]
     assert auc <= 0.55 if shift == "none" else auc >= 0.99
 
 
 @pytest.mark.parametrize("shift", ["residual", "expand"])
 def test_a_stream_gives_the_scores_of_the_offline_path(ordered, tmp_path, shift, capsys):
-    argv = [
-        *NET,
-        "--data",
-        str(ordered / "videos.csv"),
-        "--bs",
-        "16",
-        "--epochs",
-        "1",
-        "--shift",
-        shift,
-        "--lr",
-        "3e-3",
-    ]
+    argv = flags(
+        NET, "--data", ordered / "videos.csv", "--bs 16 --epochs 1 --shift", shift, "--lr 3e-3"
+    )
     run = str(tmp_path / "run")
     assert train_tsm.main([*argv, "--direction", "past", "--out", run]) == 0
     use = ["--resume", run, "--device", "cpu", "--out", str(tmp_path)]
@@ -526,9 +421,7 @@ def test_a_stream_gives_the_scores_of_the_offline_path(ordered, tmp_path, shift,
 
 def test_a_stream_of_a_model_that_reads_later_frames_is_refused(whole, ordered, tmp_path, capsys):
     with pytest.raises(SystemExit) as ending:
-        train_tsm.main(
-            ["--stream", str(ordered / "test03"), "--resume", str(whole), "--out", str(tmp_path)]
-        )
+        train_tsm.main(flags("--stream", ordered / "test03", "--resume", whole, "--out", tmp_path))
     assert ending.value.code == 2 and "--direction past" in capsys.readouterr().err
 
 
@@ -547,7 +440,7 @@ SERIES = {  # flags -> validations until 3 of them in a row brought nothing
 
 @pytest.mark.parametrize("case", SERIES)
 def test_training_stops_early_and_keeps_the_best(ffpp, tmp_path, monkeypatch, case):
-    flags, series, validations, best = SERIES[case]
+    extra, series, validations, best = SERIES[case]
     given, original = iter(series), train_tsm.score
 
     def scripted(run, prefix, *rest):
@@ -558,23 +451,8 @@ def test_training_stops_early_and_keeps_the_best(ffpp, tmp_path, monkeypatch, ca
         return values
 
     monkeypatch.setattr(train_tsm, "score", scripted)
-    argv = [
-        *NET,
-        "--data",
-        str(ffpp),
-        "--bs",
-        "24",
-        "--accum",
-        "1",
-        "--epochs",
-        "30",
-        "--eval-every",
-        "2",
-    ]
-    assert (
-        train_tsm.main([*argv, "--patience", "3", "--clips", "1", *flags, "--out", str(tmp_path)])
-        == 0
-    )
+    argv = flags(NET, "--data", ffpp, "--bs 24 --accum 1 --epochs 30 --eval-every 2")
+    assert train_tsm.main(flags(argv, "--patience 3 --clips 1", extra, "--out", tmp_path)) == 0
     assert next(given, None) is None
     assert checkpoint.load(tmp_path / "last.pt")["place"]["epoch"] == 2 * validations
     assert summary(tmp_path)["best_epoch"] == 2 * best
@@ -585,9 +463,7 @@ def test_published_weights_are_loaded_strictly(ffpp, tmp_path, capsys):
     published = build_mobilenet_v4("conv_small_035", num_classes=1000).state_dict()
     torch.save(published, tmp_path / "weights.pt")
     argv = [*NET, "--data", str(ffpp), "--bs", "8", "--lr", "0", "--min-lr", "0", "--weights"]
-    stopped_at(
-        [*argv, str(tmp_path / "weights.pt"), "--freeze-bn", "1", "--out", str(tmp_path / "run")], 1
-    )
+    stopped_at(flags(argv, tmp_path / "weights.pt", "--freeze-bn 1 --out", tmp_path / "run"), 1)
     model = checkpoint.load(tmp_path / "run" / "last.pt")["parts"]["model"]
     for name, value in published.items():
         if not name.startswith("classifier."):
@@ -603,19 +479,7 @@ def test_published_weights_are_loaded_strictly(ffpp, tmp_path, capsys):
 
 
 def test_a_run_gives_its_backbone_to_another(whole, ffpp, tmp_path):
-    argv = [
-        *NET,
-        "--data",
-        str(ffpp),
-        "--bs",
-        "8",
-        "--lr",
-        "0",
-        "--min-lr",
-        "0",
-        "--freeze-bn",
-        "1",
-    ]
+    argv = flags(NET, "--data", ffpp, "--bs 8 --lr 0 --min-lr 0 --freeze-bn 1")
     stopped_at([*argv, "--weights", str(whole / "best.pt"), "--out", str(tmp_path / "run")], 1)
     model, first = (
         checkpoint.load(tmp_path / "run" / "last.pt")["parts"]["model"],
@@ -732,19 +596,7 @@ def test_a_damaged_frame_ends_the_run_by_name(tmp_path, capsys):
     file = root / "manipulated_sequences/FaceSwap/c23/frames/001_000/0001.png"
     file.write_bytes(file.read_bytes()[:-200])
     with pytest.raises(SystemExit) as ending:
-        train_tsm.main(
-            [
-                *NET,
-                "--data",
-                str(root),
-                "--bs",
-                "6",
-                "--epochs",
-                "1",
-                "--out",
-                str(tmp_path / "out"),
-            ]
-        )
+        train_tsm.main(flags(NET, "--data", root, "--bs 6 --epochs 1 --out", tmp_path / "out"))
     error = capsys.readouterr().err
     assert (
         ending.value.code == 2
