@@ -16,7 +16,6 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 import train_cluster
@@ -27,6 +26,7 @@ from common import amp, losses, optim
 from common.data import augment, sampling
 from common.data.images import Images
 from common.models import heads, raer, tsm, umc
+from tests.data import cells_tree, sequences_npz
 from tests.runs import flags
 
 SCRIPTS = {"simclr": train_simclr, "tsm": train_tsm, "raer": train_raer, "cluster": train_cluster}
@@ -543,37 +543,12 @@ BUGS = [
 ]
 
 
-def images(root: Path) -> Path:
-    """72 images of 16 px in three classes that differ in color."""
-    rng = np.random.default_rng(0)
-    for k, name in enumerate(("round", "long", "split")):
-        (root / name).mkdir(parents=True)
-        for i in range(24):
-            pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-            pixels[..., k] = pixels[..., k] // 2 + 100
-            Image.fromarray(pixels).save(root / name / f"{i:02d}.png")
-    return root
-
-
-def sequences(path: Path) -> Path:
-    """160 utterances in four classes: one modality of rows and one of sequences, padded with noise."""
-    rng = np.random.default_rng(0)
-    labels = np.arange(160) % 4
-    rows = rng.normal(size=(4, 16))[labels] + 0.3 * rng.normal(size=(160, 16))
-    steps = rng.normal(size=(4, 1, 8))[labels] + 0.3 * rng.normal(size=(160, 6, 8))
-    lengths = rng.integers(2, 6, 160)
-    np.savez(
-        path, text=rows.astype("f4"), audio=steps.astype("f4"), audio_len=lengths, label=labels
-    )
-    return path
-
-
 def statuses(base: str, folder: Path, items: str, argv=()) -> tuple[int, dict[str, dict]]:
     """(exit code, items by name) of `--check` on one of HEALTHY, in a new folder."""
     script, extra = HEALTHY[base]
     places = {
-        "{images}": lambda: images(folder / "images"),
-        "{sequences}": lambda: sequences(folder / "rows.npz"),
+        "{images}": lambda: cells_tree(folder / "images"),
+        "{sequences}": lambda: sequences_npz(folder / "rows.npz"),
     }
     extra = [str(places[flag]()) if flag in places else flag for flag in extra]
     code = 0

@@ -3,7 +3,6 @@ functions of the names.
 """
 
 import io
-import zipfile
 
 import numpy as np
 import pytest
@@ -15,48 +14,22 @@ from common.data import sampling
 from common.data.open import open_images, prepare
 from common.errors import InputError
 from common.run.dist import Dist
-
-
-def picture(seed, width=20, height=20, mode="RGB"):
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels).convert(mode)
-
-
-def folder(root, names, **size):
-    for i, name in enumerate(names):
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture(i, **size).save(path)
-    return root
-
-
-def zipped(root, prefix=""):
-    archive = root.with_suffix(".zip")
-    with zipfile.ZipFile(archive, "w") as file:
-        for path in sorted(root.rglob("*")):
-            if path.is_file():
-                file.write(path, prefix + path.relative_to(root).as_posix())
-    return archive
-
+from tests.data import image_folder, picture, read_pixels, zipped
 
 CLASSES = [f"{name}/{i}.png" for name in ("b", "a", "c") for i in range(4)]
 
 
-def read(images, indices, workers=2):
-    return torch.cat(list(images.batches([np.array(indices)], workers)))
-
-
 @pytest.mark.parametrize("prefix", ["", "cells/", "some/where/"])
 def test_folder_and_zip_are_the_same_data(tmp_path, prefix):
-    root = folder(tmp_path / "set", CLASSES)
+    root = image_folder(tmp_path / "set", CLASSES)
     (root / "notes.txt").write_text("not an image")
     (root / ".hidden.png").write_text("not an image")
     plain, packed = open_images(str(root)), open_images(str(zipped(root, prefix)))
     assert plain.classes == packed.classes == ["a", "b", "c"]
     assert plain.labels.tolist() == packed.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    assert torch.equal(read(plain, range(12)), read(packed, range(12)))
+    assert torch.equal(read_pixels(plain, range(12)), read_pixels(packed, range(12)))
     first = np.array(picture(4))  # a/0.png was written fifth
-    assert torch.equal(read(plain, [0])[0], torch.from_numpy(first).permute(2, 0, 1))
+    assert torch.equal(read_pixels(plain, [0])[0], torch.from_numpy(first).permute(2, 0, 1))
 
 
 def test_splits_are_recognized_and_may_hold_a_prefix(tmp_path):
@@ -66,7 +39,7 @@ def test_splits_are_recognized_and_may_hold_a_prefix(tmp_path):
         for c in "xy"
         for i in range(n)
     ]
-    root = folder(tmp_path / "set", names)
+    root = image_folder(tmp_path / "set", names)
     for source in (str(root), str(zipped(root, "top/"))):
         images = open_images(source)
         assert images.classes == ["x", "y"]
@@ -82,7 +55,7 @@ def test_splits_are_recognized_and_may_hold_a_prefix(tmp_path):
 
 
 def test_a_file_beside_the_splits_is_refused(tmp_path):
-    root = folder(
+    root = image_folder(
         tmp_path / "set", ["train/a/0.png", "train/b/0.png", "test/a/0.png", "preview.png"]
     )
     with pytest.raises(InputError, match="preview.png is in none of the splits test, train"):
@@ -90,14 +63,14 @@ def test_a_file_beside_the_splits_is_refused(tmp_path):
 
 
 def test_the_held_out_part_does_not_depend_on_the_packaging(tmp_path):
-    root = folder(tmp_path / "set", [f"{c}/{i}.png" for c in "ab" for i in range(30)])
+    root = image_folder(tmp_path / "set", [f"{c}/{i}.png" for c in "ab" for i in range(30)])
     sources = [open_images(str(source)) for source in (root, zipped(root, "top/"))]
     assert sources[0].ids == sources[1].ids and sources[0].fingerprint == sources[1].fingerprint
     assert np.array_equal(*(sampling.split(images)["test"] for images in sources))
 
 
 def test_a_link_to_a_folder_above_is_not_followed(tmp_path):
-    root = folder(tmp_path / "set", CLASSES)
+    root = image_folder(tmp_path / "set", CLASSES)
     (root / "a" / "loop").symlink_to(root)
     assert len(open_images(str(root))) == 12
 
@@ -108,18 +81,18 @@ def test_sixteen_bits_are_scaled_and_thirty_two_refused(tmp_path, suffix):
     root.mkdir()
     levels = (np.arange(400, dtype=np.uint16).reshape(20, 20) * 164).astype(np.uint16)
     Image.fromarray(levels).save(root / f"0.{suffix}")
-    image = read(open_images(str(root)), [0])[0, 0].numpy()
+    image = read_pixels(open_images(str(root)), [0])[0, 0].numpy()
     assert np.abs(image.astype(int) - levels / 257).max() <= 1 and len(np.unique(image)) > 200
     Image.fromarray(levels.astype(np.float32)).save(root / "0.tiff")
     (root / f"0.{suffix}").unlink(missing_ok=suffix == "png")
     if suffix == "tiff":
         Image.fromarray(levels.astype(np.float32)).save(root / "0.tiff")
     with pytest.raises(InputError, match="32-bit"):
-        read(open_images(str(root)), [0])
+        read_pixels(open_images(str(root)), [0])
 
 
 def test_images_in_no_folder_have_no_label_and_are_all_for_pretraining(tmp_path):
-    images = open_images(str(folder(tmp_path / "flat", [f"{i}.png" for i in range(6)])))
+    images = open_images(str(image_folder(tmp_path / "flat", [f"{i}.png" for i in range(6)])))
     assert not images.labeled and images.classes == []
     parts = sampling.split(images)
     assert len(parts["pretrain"]) == 6 and all(
@@ -129,10 +102,10 @@ def test_images_in_no_folder_have_no_label_and_are_all_for_pretraining(tmp_path)
 
 @pytest.mark.parametrize(("width", "height"), [(40, 25), (25, 40), (16, 16), (300, 17)])
 def test_decoding_resizes_the_shorter_side_and_cuts_the_center(tmp_path, width, height):
-    root = folder(tmp_path / "set", ["a/0.png", "b/0.png"], width=width, height=height)
+    root = image_folder(tmp_path / "set", ["a/0.png", "b/0.png"], width=width, height=height)
     images = open_images(str(root))
     images.resize_store(16)
-    image = read(images, [0])[0]
+    image = read_pixels(images, [0])[0]
     scale = 16 / min(width, height)
     size = [max(16, round(height * scale)), max(16, round(width * scale))]
     expected = F.center_crop(
@@ -152,11 +125,11 @@ def test_other_modes_become_rgb(tmp_path, mode):
     root.mkdir()
     for i in range(2):
         picture(i).convert("L" if mode == "LA" else mode).convert(mode).save(root / f"{i}.{suffix}")
-    assert read(open_images(str(root)), [0, 1]).shape == (2, 3, 20, 20)
+    assert read_pixels(open_images(str(root)), [0, 1]).shape == (2, 3, 20, 20)
 
 
 def test_batches_do_not_depend_on_threads_or_on_the_cache(tmp_path, monkeypatch):
-    root = folder(tmp_path / "set", CLASSES)
+    root = image_folder(tmp_path / "set", CLASSES)
     order = [np.array([3, 1, 4]), np.array([1, 5, 9]), np.array([2, 6, 5]), np.array([3, 5, 8])]
     cached = list(open_images(str(root)).batches(order, 3))
     monkeypatch.setattr("common.data.images._CACHE_BYTES", 0)
@@ -167,7 +140,7 @@ def test_batches_do_not_depend_on_threads_or_on_the_cache(tmp_path, monkeypatch)
 
 
 def damaged(root):
-    folder(root, [f"{c}/{i:03d}.png" for c in "xy" for i in range(100)])
+    image_folder(root, [f"{c}/{i:03d}.png" for c in "xy" for i in range(100)])
     whole = io.BytesIO()
     picture(0, 60, 60).save(whole, "JPEG")
     (root / "x" / "cut.jpg").write_bytes(whole.getvalue()[:-200])
@@ -179,7 +152,7 @@ def test_a_damaged_image_is_named(tmp_path, pack):
     root = damaged(tmp_path / "set")
     images = open_images(str(zipped(root) if pack else root))
     with pytest.raises(InputError, match=r"x/cut\.jpg in set"):
-        read(images, range(len(images)))
+        read_pixels(images, range(len(images)))
 
 
 def test_damaged_images_are_left_out_and_counted_up_to_one_percent(tmp_path):
@@ -188,7 +161,7 @@ def test_damaged_images_are_left_out_and_counted_up_to_one_percent(tmp_path):
     images = prepare(str(root), store_size=8, on_bad_item="skip", workers=2, say=said.append)
     assert len(images) == 200 and not any("cut" in name for name in images.ids)
     assert "left out 1 damaged image, the first is x/cut.jpg" in said[0]
-    assert read(images, range(200)).shape == (200, 3, 8, 8)
+    assert read_pixels(images, range(200)).shape == (200, 3, 8, 8)
     for i in range(2):
         (root / "y" / f"bad{i}.png").write_bytes(b"no image")
     with pytest.raises(
@@ -216,7 +189,7 @@ def test_data_that_cannot_be_used_is_refused(tmp_path, make, said):
 
 
 def test_a_misspelled_path_gets_the_nearest_name(tmp_path):
-    folder(tmp_path / "cells", ["a/0.png"])
+    image_folder(tmp_path / "cells", ["a/0.png"])
     with pytest.raises(InputError, match="did you mean cells?"):
         open_images(str(tmp_path / "cels"))
 
@@ -364,7 +337,7 @@ def test_the_sample_is_as_large_as_promised():
 
 
 def test_fingerprint_follows_the_content(tmp_path):
-    root = folder(tmp_path / "set", CLASSES)
+    root = image_folder(tmp_path / "set", CLASSES)
     before = open_images(str(root)).fingerprint
     assert open_images(str(root)).fingerprint == before
     picture(99, 30, 30).save(root / "a" / "0.png")
@@ -372,7 +345,7 @@ def test_fingerprint_follows_the_content(tmp_path):
 
 
 def test_labels_are_renumbered_to_the_models_classes(tmp_path):
-    images = open_images(str(folder(tmp_path / "set", ["b/0.png", "b/1.png", "a/0.png"])))
+    images = open_images(str(image_folder(tmp_path / "set", ["b/0.png", "b/1.png", "a/0.png"])))
     assert images.labels_in(["z", "b", "a"]).tolist() == [2, 1, 1]
     assert images.labels_in(["b"]).tolist() == [-1, 0, 0]
     every = np.arange(3)

@@ -12,30 +12,22 @@ from PIL import Image
 import train_simclr
 from common import deep_cluster
 from common.check import data as check_data
-from common.data import clips, sampling, synthetic, utterances
+from common.data import clips, sampling, utterances
 from common.data.images import UNLABELED, Images
 from common.data.open import open_images
+from tests.data import sample_cells, split_cells
 from tests.runs import flags
 
-PIXELS, LABELS, CLASSES = synthetic.cytology(num_images=400, size=32)
+PIXELS, LABELS, CLASSES = sample_cells()
 
 
 def picture(index):
     return Image.fromarray(PIXELS[index].transpose(1, 2, 0))
 
 
-def write(folder, labels=LABELS, count=400):
-    """The first images as PNG files, three of four in train/, the others in test/."""
-    for i in range(count):
-        path = folder / ("test" if i % 4 == 0 else "train") / CLASSES[labels[i]] / f"{i:04d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture(i).save(path)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write(tmp_path_factory.mktemp("data") / "cells")
+    return split_cells(tmp_path_factory.mktemp("data") / "cells")
 
 
 def examine(path, out, splits=None, supervised=True):
@@ -61,7 +53,7 @@ def test_healthy_images_pass(healthy):
 
 
 def test_the_same_file_in_train_and_test_fails_by_name(folder, tmp_path):
-    copy = write(tmp_path / "cells", count=200)
+    copy = split_cells(tmp_path / "cells", count=200)
     train = next((copy / "train" / CLASSES[0]).iterdir())
     (copy / "test" / CLASSES[0] / "again.png").write_bytes(train.read_bytes())
     found = examine(copy, tmp_path)["duplicates"]
@@ -74,7 +66,7 @@ def test_the_same_file_in_train_and_test_fails_by_name(folder, tmp_path):
 
 
 def test_a_copy_beyond_the_items_that_are_decoded_is_found_too(folder, tmp_path, monkeypatch):
-    copy = write(tmp_path / "cells")
+    copy = split_cells(tmp_path / "cells")
     train = next((copy / "train" / CLASSES[1]).iterdir())
     (copy / "test" / CLASSES[1] / "again.png").write_bytes(train.read_bytes())
     monkeypatch.setattr(check_data, "LOOKED", 8)
@@ -88,7 +80,7 @@ def test_a_copy_beyond_the_items_that_are_decoded_is_found_too(folder, tmp_path,
 
 @pytest.mark.parametrize("change", ["jpeg", "larger", "brighter"])
 def test_a_changed_copy_in_the_test_is_near(change, tmp_path):
-    copy = write(tmp_path / "cells", count=160)
+    copy = split_cells(tmp_path / "cells", count=160)
     for path in sorted((copy / "train").rglob("*.png"))[:4]:
         image = Image.open(path)
         if change == "larger":
@@ -104,7 +96,7 @@ def test_a_changed_copy_in_the_test_is_near(change, tmp_path):
 
 
 def test_one_near_pair_in_a_large_test_warns(folder, tmp_path):
-    copy = write(tmp_path / "cells")
+    copy = split_cells(tmp_path / "cells")
     path = next((copy / "train").rglob("*.png"))
     Image.open(path).save(copy / "test" / path.parent.name / "near.jpg", quality=80)
     found = examine(copy, tmp_path)["duplicates"]
@@ -123,7 +115,7 @@ def test_perceptual_hash_is_the_sign_of_low_frequencies():
 
 def test_shuffled_labels_fail_where_a_run_trains_on_them(tmp_path):
     rng = np.random.default_rng(0)
-    copy = write(tmp_path / "cells", rng.permutation(LABELS))
+    copy = split_cells(tmp_path / "cells", rng.permutation(LABELS))
     found = examine(copy, tmp_path)["label-noise"]
     assert found.status == "FAIL" and "shuffled" in found.fix
     assert examine(copy, tmp_path, supervised=False)["label-noise"].status == "WARN"
@@ -161,7 +153,7 @@ def test_agreement_is_that_of_scikit_learns_neighbors():
 
 
 def test_damaged_images_are_named_decoded_or_not(tmp_path, monkeypatch):
-    copy = write(tmp_path / "cells", count=80)
+    copy = split_cells(tmp_path / "cells", count=80)
     victim = sorted((copy / "train").rglob("*.png"))[3]
     victim.write_bytes(victim.read_bytes()[:300])
     name = victim.relative_to(copy).as_posix()
@@ -217,7 +209,7 @@ def test_classes_have_their_prior_and_an_empty_one_fails(tmp_path):
 
 
 def test_what_differs_from_all_others_is_an_outlier(tmp_path):
-    copy = write(tmp_path / "cells", count=120)
+    copy = split_cells(tmp_path / "cells", count=120)
     Image.new("RGB", (32, 32)).save(copy / "train" / CLASSES[0] / "black.png")
     picture(0).resize((200, 32)).save(copy / "train" / CLASSES[0] / "wide.png")
     found = examine(copy, tmp_path)["outliers"]
@@ -370,7 +362,7 @@ def test_rows_of_features_have_their_own_findings(tmp_path):
 
 
 def test_a_folder_without_images_is_an_empty_class(tmp_path):
-    copy = write(tmp_path / "cells", count=40)
+    copy = split_cells(tmp_path / "cells", count=40)
     images = open_images(str(copy))
     assert check_data.empty_folders(copy) == []
     (copy / "train" / "unseen").mkdir()
@@ -383,7 +375,7 @@ def test_a_folder_without_images_is_an_empty_class(tmp_path):
 
 
 def test_a_check_ends_with_the_damaged_file_and_trains_on_nothing(tmp_path, capsys):
-    copy = write(tmp_path / "cells", count=60)
+    copy = split_cells(tmp_path / "cells", count=60)
     victim = sorted((copy / "train").rglob("*.png"))[3]
     victim.write_bytes(victim.read_bytes()[:300])
     argv = flags("--data", copy, "--backbone resnet18 --stem cifar --image-size 8 --bs 8")

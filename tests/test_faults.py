@@ -36,9 +36,8 @@ from common.models import Backbone
 from common.run import checkpoint, dist
 from common.run.log import Log
 from common.run.progress import Progress
+from tests.data import cells_tree, ffpp_tree
 from tests.runs import equal_runs, flags, summary
-from tests.test_train_simclr import cells_tree
-from tests.test_train_tsm import ffpp_tree
 
 ROOT = Path(__file__).parent.parent
 SHORT = (

@@ -18,6 +18,7 @@ from common.check.runner import ITEMS
 from common.models.heads import init_bias_to_prior
 from common.run.loop import Step
 from tests import bugs
+from tests.data import cells_tree
 from tests.runs import flags
 
 QUICK = bugs.BUGS[1::6]  # the others take minutes
@@ -139,7 +140,7 @@ def test_an_item_alone_finds_what_it_finds_among_the_others(tmp_path):
 
 def test_stages_are_checked_one_after_the_other(tmp_path):
     argv = [*bugs.IMAGES, "--stage", "all", "--linear-bs", "16", "--finetune-bs", "16"]
-    argv[1] = str(bugs.images(tmp_path / "images"))
+    argv[1] = str(cells_tree(tmp_path / "images"))
     out = flags("--device cpu --check loss-at-init,head-bias,first-layer --out", tmp_path / "run")
     assert train_simclr.main([*argv, *out]) == 0
     found = {
@@ -168,7 +169,7 @@ def test_a_last_layer_that_starts_at_the_prior_predicts_it():
 
 
 def test_images_without_labels_are_checked_on_what_there_is(tmp_path):
-    files = sorted(bugs.images(tmp_path / "labeled").rglob("*.png"))
+    files = sorted(cells_tree(tmp_path / "labeled").rglob("*.png"))
     (tmp_path / "images").mkdir()
     for k, file in enumerate(files):
         file.rename(tmp_path / "images" / f"{k}.png")
@@ -189,7 +190,7 @@ def test_images_without_labels_are_checked_on_what_there_is(tmp_path):
 
 def test_a_teacher_is_not_asked_where_the_labels_are_tried(tmp_path, monkeypatch):
     argv = [*bugs.HEALTHY["finetune"][1], "--device", "cpu", "--epochs", "1"]
-    argv[1] = str(bugs.images(tmp_path / "images"))
+    argv[1] = str(cells_tree(tmp_path / "images"))
     assert train_simclr.main([*argv, "--out", str(tmp_path / "teacher")]) == 0
     asked, logits = [], distill.Teacher.logits
     monkeypatch.setattr(

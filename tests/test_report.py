@@ -23,67 +23,23 @@ from common.report import __main__, charts, compare, figures, page
 from common.report.curves import curves_of
 from common.report.record import LIMIT, Record
 from common.run import log
+from tests.data import cells_tree, ffpp_tree, raer_tree, utterances_tsv
 from tests.runs import flags
-from tests.test_train_tsm import ffpp_tree
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
 EVIL = '<script>alert("x")<b>'  # a class's name
+CLASSES = ("round", EVIL, "a class with quite a long name, as labels are")
+EMOTIONS = {"train": (14, 6, 4), "val": (2, 2, 2), "test": (4, 4, 4)}
+WORDS = {
+    "ask": "what are you doing",
+    "tell": "i was there last week",
+    EVIL: "<img src=x onerror=alert(1)> hello",
+}
 SVG = "{http://www.w3.org/2000/svg}"
 SCRIPTS = ("simclr", "tsm", "raer", "cluster")
 CPU = ["--device", "cpu", "--seed", "3"]
-
-
-def noise(rng, side, channel):
-    pixels = rng.integers(0, 120, (side, side, 3), dtype=np.uint8)
-    pixels[..., channel] += 100
-    return Image.fromarray(pixels)
-
-
-def cells(root):
-    rng = np.random.default_rng(0)
-    for k, name in enumerate(("round", EVIL, "a class with quite a long name, as labels are")):
-        (root / name).mkdir(parents=True)
-        for i in range(24):
-            noise(rng, 16, k).save(root / name / f"{i:02d}.png")
-    return root
-
-
-def emotions(root):
-    rng, boxes, bodies = np.random.default_rng(0), {}, {}
-    for part, counts in (("train", (14, 6, 4)), ("val", (2, 2, 2)), ("test", (4, 4, 4))):
-        lines = []
-        for label, count in enumerate(counts):
-            for i in range(count):
-                clip = f"{part}/{label}-{i}"
-                (root / clip).mkdir(parents=True)
-                for t in range(3):
-                    noise(rng, 24, label).save(root / clip / f"{t}.png")
-                boxes[clip] = {f"{t}.png": [4, 2, 20, 18] for t in range(3)}
-                bodies[clip] = [0, 0, 24, 24]
-                lines.append(f"{clip} 3 {label + 1}\n")
-        (root / f"{part}.txt").write_text("".join(lines))
-    (root / "face.json").write_text(json.dumps(boxes))
-    (root / "body.json").write_text(json.dumps(bodies))
-    (root / "classes.txt").write_text(
-        f"calm\ta calm face\n{EVIL}\ta face\npuzzled\ta puzzled face\n"
-    )
-    return root
-
-
-def acts(path):
-    words = {
-        "ask": "what are you doing",
-        "tell": "i was there last week",
-        EVIL: "<img src=x onerror=alert(1)> hello",
-    }
-    rows = ["id\ttext\tlabel"]
-    rows += [
-        f"u{i}\t{words[label]} name{i % 7}\t{label}" for i, label in enumerate(list(words) * 40)
-    ]
-    path.write_text("\n".join(rows) + "\n")
-    return path
 
 
 def command_line(text, data, out):
@@ -97,7 +53,7 @@ def runs(tmp_path_factory):
     simclr = command_line(
         "--backbone resnet18 --stem cifar --image-size 8 --stage all --bs 16 --epochs 3"
         " --linear-bs 16 --linear-epochs 4 --finetune-bs 16 --finetune-epochs 2 --log-every 1",
-        cells(root / "cells"),
+        cells_tree(root / "cells", classes=CLASSES),
         root / "simclr",
     )
     with pytest.raises(SystemExit):
@@ -112,13 +68,13 @@ def runs(tmp_path_factory):
     assert train_tsm.main(tsm) == 0
     raer = command_line(
         "--backbone vit_tiny --num-frames 2 --bs 8 --epochs 4 --cache-features",
-        emotions(root / "emotions"),
+        raer_tree(root / "emotions", EMOTIONS, ("calm", EVIL, "puzzled")),
         root / "raer",
     )
     assert train_raer.main(raer) == 0
     cluster = command_line(
         "--base-dim 16 --bs 32 --epochs 2 --cluster-bs 32 --cluster-epochs 3",
-        acts(root / "acts.tsv"),
+        utterances_tsv(root / "acts.tsv", WORDS),
         root / "cluster",
     )
     assert train_cluster.main(cluster) == 0

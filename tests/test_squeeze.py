@@ -14,7 +14,7 @@ import train_simclr
 import train_tsm
 from common import distill
 from common.run import checkpoint, ensemble, log
-from tests import bugs
+from tests.data import cells_tree
 from tests.runs import equal_runs, flags, summary
 
 TSM = flags(
@@ -33,7 +33,7 @@ SIMCLR = flags(
 
 @pytest.fixture(scope="module")
 def cells(tmp_path_factory):
-    return bugs.images(tmp_path_factory.mktemp("data") / "cells")
+    return cells_tree(tmp_path_factory.mktemp("data") / "cells")
 
 
 @pytest.fixture(scope="module")

@@ -24,55 +24,23 @@ from common.monitor import Monitor
 from common.run import checkpoint, log
 from common.run.loop import Batch
 from common.run.progress import Progress
+from tests.data import WORDS, utterance_arrays, utterances_npz, utterances_tsv
 from tests.runs import equal_runs, flags, same, summary
 
 SMALL = flags(
     "--device cpu --base-dim 16 --bs 32 --epochs 2 --cluster-bs 32",
     "--cluster-epochs 3 --seed 3 --log-every 1",
 )
-WORDS = {
-    "ask": "what are you doing ?",
-    "tell": "i was there last week .",
-    "greet": "hi , hello !",
-    "thank": "thanks so much",
-}
-
-
-def arrays(seed=0, count=160):
-    """Four classes in three modalities, one of them sequences."""
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(0, 4, count)
-    lengths = rng.integers(1, 6, count)
-    audio = rng.normal(size=(count, 5, 6)).astype(np.float32) + 3 * np.eye(4, 6)[labels][:, None]
-    found = {
-        "text": rng.normal(size=(count, 8)) + 4 * np.eye(4, 8)[labels],
-        "room": rng.normal(size=(count, 3)),
-    }
-    found = {name: x.astype(np.float32) for name, x in found.items()} | {
-        "audio": audio,
-        "audio_len": lengths,
-    }
-    return found | {"label": labels, "classes": np.array(["a", "b", "c", "d"])}
 
 
 @pytest.fixture(scope="module")
 def acts(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "acts.npz"
-    np.savez(path, **arrays())
-    return path
+    return utterances_npz(tmp_path_factory.mktemp("data") / "acts.npz")
 
 
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory):
-    """A .tsv of 120 utterances in four classes."""
-    rng, path = random.Random(0), tmp_path_factory.mktemp("text") / "acts.tsv"
-    rows = ["id\ttext\tlabel"]
-    for i in range(120):
-        label = list(WORDS)[i % 4]
-        words = WORDS[label].split()
-        rows.append(f"u{i}\t{' '.join(rng.sample(words, 3) + [f'name{i % 7}'])}\t{label}")
-    path.write_text("\n".join(rows) + "\n")
-    return path
+    return utterances_tsv(tmp_path_factory.mktemp("text") / "acts.tsv")
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +118,7 @@ def test_labels_enter_neither_weights_nor_clusters(whole, acts, tmp_path):
     """With permuted labels, and with none, every stored weight and every cluster is bitwise the
     same.
     """
-    found = arrays()
+    found = utterance_arrays()
     found["label"] = np.random.default_rng(1).permutation(found["label"])
     np.savez(tmp_path / "permuted.npz", **found)
     np.savez(
@@ -320,7 +288,9 @@ def test_eval_repeats_the_test_and_predict_needs_no_labels(whole, acts, tmp_path
         assert result[f"eval/test/{metric}"] == pytest.approx(
             summary(whole)[f"cluster/test/{metric}"], abs=1e-9
         )
-    bare = {name: x[:9] for name, x in arrays().items() if name not in ("label", "classes")}
+    bare = {
+        name: x[:9] for name, x in utterance_arrays().items() if name not in ("label", "classes")
+    }
     np.savez(tmp_path / "bare.npz", **bare)
     argv = flags(
         "--predict", tmp_path / "bare.npz", "--resume", whole, "--device cpu --out", tmp_path
@@ -733,7 +703,8 @@ def test_bad_input_is_one_line_and_exit_code_2(case, acts, tmp_path, capsys):
 
 def test_one_class_is_no_number_of_clusters(tmp_path):
     np.savez(
-        tmp_path / "one.npz", **arrays() | {"label": np.zeros(160, int), "classes": np.array(["a"])}
+        tmp_path / "one.npz",
+        **utterance_arrays() | {"label": np.zeros(160, int), "classes": np.array(["a"])},
     )
     assert (
         train_cluster.main(flags(SMALL, "--data", tmp_path / "one.npz", "--out", tmp_path / "run"))
@@ -746,7 +717,7 @@ def test_test_utterances_limit_the_clusters_only_where_they_are_scored(tmp_path,
     """Also where the number of clusters is an estimate; the refusal comes before anything is
     written.
     """
-    found = arrays() | {"split": np.array(["train"] * 157 + ["test"] * 3)}
+    found = utterance_arrays() | {"split": np.array(["train"] * 157 + ["test"] * 3)}
     np.savez(tmp_path / "few.npz", **found)
     argv = flags(
         SMALL, "--modalities text --data", tmp_path / "few.npz", "--out", tmp_path / "run", "--k"
@@ -762,7 +733,7 @@ def test_test_utterances_limit_the_clusters_only_where_they_are_scored(tmp_path,
 
 
 def test_a_modality_that_says_nothing_is_refused(tmp_path, capsys):
-    found = arrays()
+    found = utterance_arrays()
     np.savez(tmp_path / "flat.npz", **found | {"room": np.full((160, 3), 0.1, np.float32)})
     argv = [*SMALL, "--data", str(tmp_path / "flat.npz"), "--out", str(tmp_path / "run")]
     assert "modality room is the same for all training utterances" in refused(argv, capsys)
@@ -796,7 +767,7 @@ def test_runs_of_neighboring_seeds_share_no_start(monkeypatch):
 
 
 def test_values_that_are_not_finite_are_refused_by_row(tmp_path, capsys):
-    found = arrays()
+    found = utterance_arrays()
     found["text"][7, 2] = np.nan
     np.savez(tmp_path / "bad.npz", **found)
     assert "7" in refused(

@@ -11,7 +11,6 @@ import signal
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import train_raer
 from common import longtail, metrics, optim
@@ -24,38 +23,11 @@ from common.models.clip import TextTower
 from common.run import checkpoint, dist, log
 from common.run.loop import Batch
 from common.run.progress import Progress
+from tests.data import RAER_CLASSES, raer_tree
 from tests.runs import equal_runs, flags, summary
 
-CLASSES = ["calm", "glad", "puzzled"]
 NET = ["--backbone", "vit_tiny", "--device", "cpu", "--num-frames", "3", "--bs", "8"]
 SMALL = flags(NET, "--epochs 4 --seed 3 --eval-every 2 --tune full --dropout 0.2")
-
-
-def raer_tree(root):
-    """A miniature RAER of 24 px: 34 training, 9 validation and 9 test clips of three classes that
-    differ in color.
-    """
-    rng = np.random.default_rng(0)
-    faces, bodies = {}, {}
-    for part, counts in (("train", (22, 8, 4)), ("val", (3, 3, 3)), ("test", (3, 3, 3))):
-        lines = []
-        for label, count in enumerate(counts):
-            for i in range(count):
-                clip, length = f"{part}/clip {label}-{i}", 2 + (label + i) % 4
-                for t in range(length):
-                    pixels = rng.integers(0, 90, (24, 32, 3), dtype=np.uint8)
-                    pixels[..., label] += 120
-                    file = root / clip / f"{t:03d}.png"
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    Image.fromarray(pixels).save(file)
-                faces[clip] = {f"{t:03d}.png": [8, 2, 24, 18] for t in range(length)}
-                bodies[clip] = [2, 0, 30, 24]
-                lines.append(f"{clip} {length} {label + 1}\n")
-        (root / f"{part}.txt").write_text("".join(lines))
-    (root / "face.json").write_text(json.dumps(faces))
-    (root / "body.json").write_text(json.dumps(bodies))
-    (root / "classes.txt").write_text("".join(f"{name}\ta {name} face\n" for name in CLASSES))
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +81,11 @@ def test_a_run_leaves_what_the_readme_promises(whole, tree, capsys):
     with open(whole / "confusion.csv") as file:
         rows = list(csv.reader(file))
     counts = np.array([row[1:] for row in rows[1:]], int)
-    assert [row[0] for row in rows] == ["true", *CLASSES] and counts.sum(1).tolist() == [3, 3, 3]
+    assert [row[0] for row in rows] == ["true", *RAER_CLASSES] and counts.sum(1).tolist() == [
+        3,
+        3,
+        3,
+    ]
     assert (counts.diagonal() / 3).mean() == pytest.approx(result["train/test/uar"])
     epochs = [line for line in log.read(whole) if "train/train/loss" in line]
     table = longtail.SCHEDULES["three-stage"].scaled(4)
@@ -492,10 +468,11 @@ def test_eval_and_predict_repeat_what_the_run_found(whole, tree, tmp_path, capsy
     assert len(rows) == 9 and set(rows[0]) == {
         "id",
         "class",
-        *(f"score_{name}" for name in CLASSES),
+        *(f"score_{name}" for name in RAER_CLASSES),
     }
     assert all(
-        sum(float(row[f"score_{n}"]) for n in CLASSES) == pytest.approx(1, abs=1e-5) for row in rows
+        sum(float(row[f"score_{n}"]) for n in RAER_CLASSES) == pytest.approx(1, abs=1e-5)
+        for row in rows
     )
 
 

@@ -24,6 +24,7 @@ from common.data import cytology
 from common.run import checkpoint, dist, log
 from common.run.loop import Batch
 from common.run.progress import Progress
+from tests.data import cells_tree, cytology_tree
 from tests.runs import equal_runs, flags, same, summary
 
 ROOT = Path(__file__).parent.parent
@@ -33,18 +34,6 @@ SMALL = flags(
     "--stage all --bs 16 --epochs 3 --linear-bs 16 --linear-epochs 4",
     "--finetune-bs 16 --finetune-epochs 2 --seed 3",
 )
-
-
-def cells_tree(root, per_class=24):
-    """Images of 16 px in three classes that differ in color."""
-    rng = np.random.default_rng(0)
-    for k, name in enumerate(("round", "long", "split")):
-        (root / name).mkdir(parents=True)
-        for i in range(per_class):
-            pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-            pixels[..., k] = pixels[..., k] // 2 + 100
-            Image.fromarray(pixels).save(root / name / f"{i:02d}.png")
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -569,16 +558,7 @@ def test_importing_the_script_does_no_work():
 
 @pytest.fixture(scope="module")
 def labels49(tmp_path_factory):
-    """The five target labels and 44 others, four to 24 images of 8 px each, colored by label."""
-    root, rng = tmp_path_factory.mktemp("data") / "labels49", np.random.default_rng(0)
-    names = [*cytology.TARGETS.split(","), *(f"label{k:02d}" for k in range(44))]
-    for k, name in enumerate(names):
-        (root / name).mkdir(parents=True)
-        color = rng.integers(0, 256, 3)
-        for i in range(20 if k < 5 else 4 + k % 40 // 2):
-            pixels = np.clip(color + rng.integers(-20, 21, (8, 8, 3)), 0, 255).astype(np.uint8)
-            Image.fromarray(pixels).save(root / name / f"{i:02d}.png")
-    return root
+    return cytology_tree(tmp_path_factory.mktemp("data") / "labels49")
 
 
 def test_a_check_leaves_no_cytology_split(labels49, tmp_path, monkeypatch):

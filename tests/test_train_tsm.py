@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import train_tsm
 from common.data.augment import IMAGENET_MEAN, IMAGENET_STD
@@ -24,42 +23,13 @@ from common.run import checkpoint, dist, log
 from common.run.loop import Batch
 from common.run.progress import Progress
 from common.run.run import Run
+from tests.data import clip_folders, ffpp_tree, ordered_clips, write_clip
 from tests.runs import equal_runs, flags, same, summary
 
 ROOT = Path(__file__).parent.parent
 ORACLE = "pip install -r tests/requirements.txt"
 NET = flags("--backbone conv_small_035 --image-size 32 --n-segment 4 --device cpu --workers 2")
 SMALL = flags(NET, "--bs 8 --accum 2 --epochs 4 --eval-every 1 --clips 2 --seed 3")
-METHODS = ("Deepfakes", "FaceSwap")
-
-
-def write_clip(folder, rng, tint, count=6):
-    folder.mkdir(parents=True)
-    for t in range(count):
-        pixels = rng.integers(0, 160, (32, 32, 3), dtype=np.uint8)
-        pixels[..., 0] += np.uint8(tint)
-        Image.fromarray(pixels).save(folder / f"{t:04d}.png")
-
-
-def ffpp_tree(root, pairs=(4, 2, 2), count=6):
-    """FaceForensics++'s layout: fakes are redder, each pair gives two real and two fake videos a
-    method.
-    """
-    rng, first = np.random.default_rng(0), 0
-    for split, number in zip(("train", "val", "test"), pairs, strict=True):
-        listed = [[f"{first + 2 * k:03d}", f"{first + 2 * k + 1:03d}"] for k in range(number)]
-        first += 2 * number
-        (root / "splits").mkdir(parents=True, exist_ok=True)
-        (root / "splits" / f"{split}.json").write_text(json.dumps(listed))
-        for a, b in listed:
-            for name in (a, b):
-                write_clip(root / f"original_sequences/youtube/c23/frames/{name}", rng, 0, count)
-            for method, tint in zip(METHODS, (60, 90), strict=True):
-                for name in (f"{a}_{b}", f"{b}_{a}"):
-                    write_clip(
-                        root / f"manipulated_sequences/{method}/c23/frames/{name}", rng, tint, count
-                    )
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +91,7 @@ def test_metrics_are_scikit_learns_of_the_scores_that_predict_writes(whole, ffpp
     }
     rows = [row for row in rows if Path(row["id"]).name.split("_")[0] in test]
     threshold = checkpoint.load(whole / "best.pt")["metrics"]["train/val/threshold"]
-    for method in (*METHODS, ""):
+    for method in ("Deepfakes", "FaceSwap", ""):
         kept = [row for row in rows if "_" not in Path(row["id"]).name or method in row["id"]]
         labels = np.array(["_" in Path(row["id"]).name for row in kept])
         scores = np.array([float(row["score_fake"]) for row in kept])
@@ -355,30 +325,9 @@ def test_every_flag_of_training_changes_the_run(ffpp, tmp_path):
     )
 
 
-def clip_folders(root, tables):
-    """Clips of color fields by name: root/NAME/NNNN.png, and a CSV of (video, label, split)."""
-    lines = ["video_id,label,path,split"]
-    for name, label, split, colors in tables:
-        (root / name).mkdir(parents=True)
-        for t, color in enumerate(colors):
-            Image.fromarray(np.full((32, 32, 3), color, np.uint8)).save(
-                root / name / f"{t:04d}.png"
-            )
-        lines.append(f"{name},{label},{name},{split}")
-    (root / "videos.csv").write_text("\n".join(lines) + "\n")
-    return root
-
-
 @pytest.fixture(scope="module")
 def ordered(tmp_path_factory):
-    """A real clip brightens; its manipulated one has the same frames backwards."""
-    rng, tables = np.random.default_rng(0), []
-    for split, count in (("train", 24), ("val", 12), ("test", 12)):
-        for k in range(count):
-            levels = rng.integers(5, 80) + np.cumsum(rng.integers(20, 45, 4))
-            tables.append((f"{split}{k:02d}", "real", split, levels))
-            tables.append((f"{split}{k:02d}r", "fake", split, levels[::-1]))
-    return clip_folders(tmp_path_factory.mktemp("ordered") / "clips", tables)
+    return ordered_clips(tmp_path_factory.mktemp("ordered") / "clips")
 
 
 @pytest.mark.parametrize("shift", ["residual", "expand", "none"])
