@@ -82,10 +82,8 @@ def test_masks_and_other_sources_do_not_disturb(tmp_path):
     faceforensics.prepare(
         str(root), store_size=None, on_bad_item="error", workers=1, fps=25.0, say=said.append
     )
-    assert (
-        said[0]
-        == "left out 1 video that are in no split: FaceForensics++/actors/c23/01__hugging_happy"
-    )
+    assert "left out 1 video" in said[0]
+    assert "FaceForensics++/actors/c23/01__hugging_happy" in said[0]
 
 
 def test_a_missing_video_is_named_and_left_out_only_on_demand(tmp_path):

@@ -1,4 +1,4 @@
-"""The doctor names what is wrong with the data, and finds nothing in data that is right."""
+"""--check names what is wrong with the data, and finds nothing in data that is right."""
 
 import json
 import math
