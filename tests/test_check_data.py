@@ -374,6 +374,7 @@ def test_a_folder_without_images_is_an_empty_class(tmp_path):
     assert found.status == "FAIL" and "train/unseen" in found.fix
 
 
+@pytest.mark.e2e
 def test_a_check_ends_with_the_damaged_file_and_trains_on_nothing(tmp_path, capsys):
     copy = split_cells(tmp_path / "cells", count=60)
     victim = sorted((copy / "train").rglob("*.png"))[3]

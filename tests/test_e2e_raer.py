@@ -15,6 +15,8 @@ from common.run import checkpoint, log
 from tests.data import RAER_CLASSES, raer_tree
 from tests.runs import flags, summary
 
+pytestmark = pytest.mark.e2e
+
 NET = ["--backbone", "vit_tiny", "--device", "cpu", "--num-frames", "3", "--bs", "8"]
 SMALL = flags(NET, "--epochs 4 --seed 3 --eval-every 2 --tune full --dropout 0.2")
 

@@ -26,6 +26,8 @@ from common.run import log
 from tests.data import cells_tree, ffpp_tree, raer_tree, utterances_tsv
 from tests.runs import flags
 
+pytestmark = pytest.mark.e2e
+
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )

@@ -10,12 +10,15 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
+from torch import nn
 
 import train_simclr
 from common.data import cytology
 from common.run import checkpoint, log
 from tests.data import cells_tree, cytology_tree
 from tests.runs import ended, flags, same, start, start_ranks, succeed, summary
+
+pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).parent.parent
 NET = ["--backbone", "resnet18", "--stem", "cifar", "--image-size", "8", "--device", "cpu"]
@@ -551,3 +554,27 @@ def test_a_baseline_of_the_linear_protocol_can_be_evaluated(cells, tmp_path, cap
     with pytest.raises(SystemExit) as stop:
         train_simclr.main(["--eval", str(run / "linear_pixels" / "best.pt"), "--device", "cpu"])
     assert stop.value.code == 2 and "baseline on raw pixels" in capsys.readouterr().err
+
+
+def test_a_run_with_a_torchvision_classifier_is_evaluated_and_predicts(tmp_path, capsys):
+    run = tmp_path / "run"
+    flags = (
+        "--backbone mobilenet_v3_large --image-size 32 --device cpu --stage all --bs 544 --epochs 1"
+        " --linear-bs 400 --linear-epochs 1 --finetune-bs 400 --finetune-epochs 1"
+    )
+    assert train_simclr.main([*flags.split(), "--out", str(run)]) == 0
+    assert "2 steps of 544 an epoch" in capsys.readouterr().out
+    plain = torchvision.models.mobilenet_v3_large(weights=None)
+    plain.classifier[3] = nn.Identity()
+    plain.load_state_dict(torch.load(run / "backbone.pt", weights_only=True), strict=True)
+    for stage in ("linear", "finetune"):
+        source = run / stage / "best.pt"
+        stored = checkpoint.load(source)["model"]
+        assert stored["head.weight"].shape == (8, 1280) and "backbone.classifier.0.weight" in stored
+        argv = ["--eval", str(source), "--device", "cpu", "--out", str(tmp_path)]
+        assert train_simclr.main(argv) == 0
+        repeated = json.loads((tmp_path / "eval.json").read_text())["eval/test/accuracy"]
+        assert repeated == pytest.approx(summary(run)[f"{stage}/test/accuracy"])
+    assert train_simclr.main(["--predict", "sample", "--resume", str(run), "--device", "cpu"]) == 0
+    with open(run / "predictions.csv") as file:
+        assert len(list(csv.DictReader(file))) == 1280

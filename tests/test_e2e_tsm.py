@@ -16,6 +16,8 @@ from common.run import checkpoint, log
 from tests.data import clip_folders, ffpp_tree, ordered_clips, write_clip
 from tests.runs import flags, same, start_ranks, succeed, summary
 
+pytestmark = pytest.mark.e2e
+
 ROOT = Path(__file__).parent.parent
 ORACLE = "pip install -r tests/requirements.txt"
 NET = flags("--backbone conv_small_035 --image-size 32 --n-segment 4 --device cpu --workers 2")

@@ -50,6 +50,7 @@ FLAGS = flags(
 )
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("script", ["simclr", "tsm", "raer", "cluster"])
 def test_whatever_befalls_a_run_the_same_command_ends_it_as_if_nothing_had(script):
     env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
@@ -88,6 +89,7 @@ def ends(argv, capsys) -> tuple[int, str]:
     return ending.value.code, error
 
 
+@pytest.mark.e2e
 def test_an_image_that_is_damaged_at_a_late_step_ends_the_run_by_name_and_step(
     small, tmp_path, monkeypatch, capsys
 ):
@@ -117,6 +119,7 @@ def test_an_image_that_is_damaged_at_a_late_step_ends_the_run_by_name_and_step(
     equal_runs(tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.mark.e2e
 def test_a_data_folder_that_vanishes_ends_the_run(small, tmp_path, monkeypatch, capsys):
     cells, end_step = cells_tree(tmp_path / "cells"), Progress.end_step
     monkeypatch.setattr("common.data.images._CACHE_BYTES", 0)
@@ -139,6 +142,7 @@ def test_a_data_folder_that_vanishes_ends_the_run(small, tmp_path, monkeypatch, 
     assert train_simclr.main(argv) == 0
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("number", ["ENOSPC", "EDQUOT", "EROFS", "EIO"])
 def test_what_the_disk_refuses_ends_the_run_and_leaves_the_last_checkpoint(
     number, small, tmp_path, monkeypatch, capsys
@@ -172,6 +176,7 @@ def test_a_disk_that_is_too_small_is_found_before_writing(tmp_path, monkeypatch)
     assert needed - missing == 1000 and os.listdir(tmp_path) == ["last.pt"]
 
 
+@pytest.mark.e2e
 def test_a_damaged_checkpoint_does_not_push_out_the_valid_one(small, tmp_path, monkeypatch, capsys):
     cells = cells_tree(tmp_path / "cells")
     argv = [*FLAGS, "--data", str(cells), "--epochs", "3", "--out", str(tmp_path / "run")]
@@ -191,6 +196,7 @@ def test_a_damaged_checkpoint_does_not_push_out_the_valid_one(small, tmp_path, m
     assert "trying the one before it" in capsys.readouterr().out and kept and all(kept)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("first", [True, False])
 def test_a_state_goes_on_with_and_without_compile(first, small, tmp_path, monkeypatch):
     compile_, compiled = nn.Module.compile, []
@@ -212,6 +218,7 @@ def test_a_state_goes_on_with_and_without_compile(first, small, tmp_path, monkey
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.e2e
 def test_a_damaged_best_model_is_found_at_the_start_not_at_the_end(small, tmp_path, capsys):
     cells = cells_tree(tmp_path / "cells")
     argv = [*FLAGS, "--data", str(cells), "--epochs", "3", "--out", str(tmp_path / "run")]
@@ -242,6 +249,7 @@ def test_weights_that_are_not_finite_are_never_stored(tmp_path):
     assert steps == [1, 2]
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("where", ["layer", "gradient", "loss"])
 def test_the_same_command_repeats_a_diverged_step_and_names_what_is_not_finite(
     where, small, tmp_path, monkeypatch, capsys
@@ -287,6 +295,7 @@ def test_the_same_command_repeats_a_diverged_step_and_names_what_is_not_finite(
     )
 
 
+@pytest.mark.e2e
 def test_an_early_stop_is_said_and_more_epochs_do_not_pass_for_training(
     tmp_path, monkeypatch, capsys
 ):
@@ -317,6 +326,7 @@ def test_an_early_stop_is_said_and_more_epochs_do_not_pass_for_training(
     assert "stopped early after epoch 4 of 9, the best is epoch 1\n" in capsys.readouterr().out
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("how", ["cut", "flip", "empty", "foreign"])
 def test_damaged_features_are_computed_again(how, small, tmp_path, capsys):
     cells, run = cells_tree(tmp_path / "cells"), tmp_path / "run"

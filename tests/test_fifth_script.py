@@ -40,6 +40,7 @@ def script(tmp_path_factory):
     return start
 
 
+@pytest.mark.e2e
 def test_a_fifth_script_runs_resumes_reports_and_evaluates(script, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     script("--out", whole)
@@ -57,6 +58,7 @@ def test_a_fifth_script_runs_resumes_reports_and_evaluates(script, tmp_path):
     assert "has finished" in script("--out", whole)
 
 
+@pytest.mark.e2e
 def test_its_run_is_not_taken_for_another_script_s(script, tmp_path, capsys):
     import train_tsm
 

@@ -9,6 +9,8 @@ import torch
 
 import kernels.benchmark
 
+pytestmark = pytest.mark.kernels
+
 
 @pytest.fixture(autouse=True)
 def one_thread():

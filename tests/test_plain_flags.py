@@ -12,6 +12,8 @@ import train_tsm
 from common.run import log
 from tests.data import cells_tree
 
+pytestmark = pytest.mark.e2e
+
 TSM = shlex.split(
     "--backbone conv_small_035 --image-size 32 --bs 24 --accum 1 --epochs 2 --clips 1 --n-segment 2"
     " --data sample-flicker --device cpu"

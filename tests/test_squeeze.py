@@ -83,6 +83,7 @@ def test_scores_are_those_of_the_named_metrics():
     assert found["uar"] == pytest.approx(metrics.balanced_accuracy_score(labels, p > 0.5))
 
 
+@pytest.mark.e2e
 def test_an_ensemble_averages_probabilities(images, tmp_path, capsys):
     runs = [str(images / f"run{seed}") for seed in (0, 1)]
     capsys.readouterr()
@@ -152,6 +153,7 @@ def test_what_an_earlier_run_left_is_no_answer_and_one_run_is_not_evaluated(tmp_
     assert len(evaluated) == 2 and not list(tmp_path.rglob("eval.csv"))
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
@@ -167,6 +169,7 @@ def test_bad_ensembles_are_refused(argv, said, images, tmp_path, capsys):
     assert ending.value.code == 2 and said in capsys.readouterr().err
 
 
+@pytest.mark.e2e
 def test_clusters_have_neither(capsys):
     for argv in (["--ensemble", "A", "B"], ["--teacher", "A"]):
         with pytest.raises(SystemExit) as ending:
@@ -174,6 +177,7 @@ def test_clusters_have_neither(capsys):
         assert ending.value.code == 2 and argv[0] in capsys.readouterr().err
 
 
+@pytest.mark.e2e
 def test_a_student_of_full_weight_learns_the_teacher_not_the_labels(cells, images, tmp_path):
     teacher = checkpoint.load(images / "run1" / "best.pt")
     argv = [*SIMCLR, "--data", str(cells), "--seed", "2", "--teacher", str(images / "run1")]
@@ -195,6 +199,7 @@ def test_a_student_of_full_weight_learns_the_teacher_not_the_labels(cells, image
     assert ending.value.code == 2  # another teacher is another run
 
 
+@pytest.mark.e2e
 def test_the_linear_protocol_learns_from_a_teacher_but_its_baselines_do_not(
     cells, images, tmp_path
 ):
@@ -210,6 +215,7 @@ def test_the_linear_protocol_learns_from_a_teacher_but_its_baselines_do_not(
     assert all(losses[0][name] == losses[1][name] for name in ("linear_random", "linear_pixels"))
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("script", "argv"), [(train_tsm, TSM), (train_raer, RAER)], ids=["tsm", "raer"]
 )
