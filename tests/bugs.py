@@ -1,7 +1,8 @@
 """Seeded bugs: each is put into a script or into common, and the item of --check that should catch
 it is named.
 
-python -m tests.bugs [NAME ...]     tries them, or those whose names hold a word, and prints the table of bugs.md
+`python -m tests.bugs [NAME ...]` tries them, or those whose names hold a word, and prints the table
+of bugs.md.
 """
 
 import json

@@ -304,7 +304,7 @@ def utterances_tsv(path, words=None, num_words=3) -> Path:
 
 
 def sequences_npz(path) -> Path:
-    """160 utterances in four classes: a modality of rows and one of sequences, padded with noise."""
+    """160 utterances in four classes: a modality of rows, one of sequences padded with noise."""
     rng = np.random.default_rng(0)
     labels = np.arange(160) % 4
     rows = rng.normal(size=(4, 16))[labels] + 0.3 * rng.normal(size=(160, 16))

@@ -183,8 +183,11 @@ def test_random_number_states_return(tmp_path):
 def test_digest_tells_values_names_and_dtypes_apart():
     base = {"a": torch.ones(3), "b": torch.tensor(1)}
     same = {"b": torch.tensor(1), "a": torch.ones(3)}
-    others = [{"a": torch.ones(3), "b": torch.tensor(2)}, {"a": torch.ones(3), "c": torch.tensor(1)},
-              {"a": torch.ones(3).bfloat16(), "b": torch.tensor(1)}]  # fmt: skip
+    others = [
+        {"a": torch.ones(3), "b": torch.tensor(2)},
+        {"a": torch.ones(3), "c": torch.tensor(1)},
+        {"a": torch.ones(3).bfloat16(), "b": torch.tensor(1)},
+    ]
     digest = checkpoint.weights_digest
     assert digest(base) == digest(same)
     assert len({digest(base), *map(digest, others)}) == 4

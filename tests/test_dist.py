@@ -1,4 +1,4 @@
-"""Several gloo processes compute what one computes; launcher variables; BatchNorm over processes."""
+"""Several gloo processes compute what one does; launcher variables; BatchNorm over processes."""
 
 import socket
 

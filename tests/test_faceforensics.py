@@ -1,4 +1,4 @@
-"""The layouts of face-manipulation data, missing and damaged videos, and splits that share nobody."""
+"""Layouts of face-manipulation data, missing and damaged videos, and splits that share nobody."""
 
 import json
 import sys

@@ -233,8 +233,18 @@ def test_a_damaged_best_model_is_found_at_the_start_not_at_the_end(small, tmp_pa
 def test_weights_that_are_not_finite_are_never_stored(tmp_path):
     world = dist.Dist(0, 1, 0, torch.device("cpu"))
     model, log = nn.Linear(2, 2), Log(tmp_path, main=True)
-    progress = Progress(tmp_path, "s", parts={"model": model}, log=log, world=world, signals=None, model_spec={},
-                                   start="", save_every=1, max_steps=None)  # fmt: skip
+    progress = Progress(
+        tmp_path,
+        "s",
+        parts={"model": model},
+        log=log,
+        world=world,
+        signals=None,
+        model_spec={},
+        start="",
+        save_every=1,
+        max_steps=None,
+    )
     for step in (1, 2):
         progress.step = step
         progress.save()
@@ -407,7 +417,7 @@ class Runs:
 
 
 def hostile(trap: Path) -> dict:
-    """Objects whose reading would create `trap`, or would run something else, by what they abuse."""
+    """Objects whose reading would create `trap` or run something else, by what they abuse."""
     touch, shell = f"open({str(trap)!r}, 'w').close()", ["touch", str(trap)]
     return {
         "open": Runs(open, str(trap), "w"),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import equal_runs, summary
+from tests.runs import equal_runs, refused, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 # The modules of one task, which may name their script.
@@ -63,9 +63,7 @@ def test_its_run_is_not_taken_for_another_script_s(script, tmp_path, capsys):
     import train_tsm
 
     script("--out", tmp_path / "run", "--max-steps", "1")
-    with pytest.raises(SystemExit) as ending:
-        train_tsm.main(["--eval", str(tmp_path / "run" / "last.pt")])
-    assert ending.value.code == 2 and "train_fifth.py" in capsys.readouterr().err
+    refused(train_tsm.main, ["--eval", str(tmp_path / "run" / "last.pt")], capsys, "train_fifth.py")
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "common").rglob("*.py")), ids=lambda f: f.stem)

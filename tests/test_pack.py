@@ -16,6 +16,7 @@ from common.data import __main__, pack, sampling
 from common.data.open import open_images
 from common.errors import InputError
 from tests.data import image_folder, picture, read_pixels, zipped
+from tests.runs import refused
 
 NAMES = [
     f"{split}/{name}/{i}.png"
@@ -112,9 +113,7 @@ def test_a_damaged_image_ends_the_packing_or_is_left_out(tmp_path, capsys):
     (root / "x" / "003.png").write_bytes((root / "x" / "003.png").read_bytes()[:-60])
     plain = open_images(str(root))
     target = tmp_path / "set.packed"
-    with pytest.raises(SystemExit) as error:
-        __main__.main(["pack", str(root), str(target)])
-    assert error.value.code == 2 and "x/003.png" in capsys.readouterr().err
+    refused(__main__.main, ["pack", str(root), str(target)], capsys, "x/003.png")
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
     packed(root, "--on-bad-item", "skip")
     images = open_images(str(target))

@@ -157,7 +157,7 @@ RAER_COUNTS = np.array([1106, 103, 24, 126, 338])
     ],
 )
 def test_capped_weights_draw_each_class_as_often_as_derived(cap, shares):
-    """RAER's counts: min(N / (K n_c), cap) n_c, normalized; 100,000 draws within three deviations."""
+    """RAER's counts: min(N / (K n_c), cap) n_c, normalized; draws within three deviations."""
     labels = np.repeat(np.arange(5), RAER_COUNTS)
     weights = sampling.class_weights(RAER_COUNTS, cap)
     exact = weights * RAER_COUNTS / (weights * RAER_COUNTS).sum()

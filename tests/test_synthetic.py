@@ -67,7 +67,7 @@ def test_cytology_bytes_are_the_seed_s_alone(cells):
     first = digest(*cytology(40, seed=5)[:2])
     np.random.seed(0)  # the global generator has no say
     assert first == digest(*cytology(40, seed=5)[:2])
-    code = "from tests.test_synthetic import digest, cytology; print(digest(*cytology(40, seed=5)[:2]))"
+    code = "from tests import test_synthetic as t; print(t.digest(*t.cytology(40, seed=5)[:2]))"
     other = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
