@@ -23,9 +23,13 @@ from tests.data import image_folder, rows_npz
 from tests.runs import equal_runs
 from tests.slurm_cluster import until
 
-pytestmark = pytest.mark.skipif(
-    bool(slurm_cluster.missing()), reason=f"needs a real Slurm, as root: {slurm_cluster.INSTALL}"
-)
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(
+        bool(slurm_cluster.missing()),
+        reason=f"needs a real Slurm, as root: {slurm_cluster.INSTALL}",
+    ),
+]
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text().split("## In Slurm")[1].split("\n## ")[0]
 
