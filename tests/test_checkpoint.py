@@ -14,12 +14,14 @@ import torch
 
 from common.errors import InputError
 from common.run import checkpoint, dist
+from common.run.files import FORMAT
 from common.run.progress import Progress
 from common.run.signals import Signals
 
 
 def state():
     return {
+        "format": FORMAT,
         "weights": torch.arange(1000.0),
         "place": {"step": 3, "best": None, "done": False},
         "names": ["a", "b"],
@@ -133,7 +135,7 @@ def test_patience_counts_from_the_last_certain_gain_and_selection_does_not(tmp_p
     stale, best = [], []
     for epoch, value in enumerate([0.50, 0.505, 0.51, 0.515, 0.53, 0.52, float("nan")]):
         progress.epoch = epoch
-        progress.select(value, {}, {}, higher_is_better=True, certain=value - 0.01)
+        progress.select(value, {}, {}, higher_is_better=True, confident_value=value - 0.01)
         stale.append(progress.evals_without_gain)
         best.append(progress.best_epoch)
     assert stale == [0, 1, 2, 0, 0, 1, 2]  # 0.51 - 0.01 is not above 0.50; 0.515 - 0.01 is

@@ -23,6 +23,7 @@ from common.models import (
 from common.models.heads import Classifier, SimCLR, projector
 from common.models.inception_resnet_v2 import InceptionResNetV2
 from common.run import checkpoint
+from common.run.files import FORMAT
 
 
 @pytest.mark.parametrize("name", [name for name in BACKBONES if name != "inception_resnet_v2"])
@@ -210,6 +211,7 @@ def test_own_backbones_start_unchanged(tmp_path):
     sources = {name: build_backbone(name) for name in ("resnet18", "inception_resnet_v2")}
     torch.save(sources["inception_resnet_v2"].state_dict(), tmp_path / "inception_resnet_v2.pt")
     state = {
+        "format": FORMAT,
         "model": SimCLR(sources["resnet18"], 8).state_dict(),
         "model_spec": {},
         "epoch": 1,

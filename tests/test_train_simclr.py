@@ -47,7 +47,7 @@ def test_accumulation_keeps_the_negatives_and_the_gradient():
         assert (gradients[1][name] - value).abs().max().item() <= 1e-4 * scale, name
 
 
-def test_views_are_functions_of_seed_epoch_and_image(cells):
+def test_views_are_functions_of_seed_epoch_and_image():
     args, _ = train_simclr.parse_args([*NET, "--seed", "5"])
     run = train_simclr.Run(args, None, None, {}, Path(), None, {"image_size": 8})
     pixels = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
