@@ -324,7 +324,7 @@ BAD = {  # flags -> the flag, file or value that the refusal names
     "text model without text": ("--text-model {tmp}", "text"),
     "layer without a model": ("--text-layer 3", "--text-layer"),
     "width not divisible": ("--base-dim 12", "--base-dim 12"),
-    "batch larger than the data": ("--bs 200", "--bs 200"),
+    "batch larger than the data": ("--bs 200", "--bs"),
     "plateau without a score": ("--select-epoch last --on-plateau share", "--on-plateau"),
     "direction of a transport": ("--assign partial-ot --density largest", "--density"),
     "unknown mode": ("--mode ums", "umc"),

@@ -6,7 +6,6 @@ import shutil
 import pytest
 
 import train_simclr
-from common.report import __main__ as report
 from common.run import checkpoint
 from common.run.files import FORMAT
 from tests.data import cells_tree
@@ -71,13 +70,6 @@ def test_a_run_of_a_later_format_is_refused(data, run, tmp_path, capsys):
     new = of_format(run, tmp_path / "new", FORMAT + 1)
     argv = flags("--data", data, "--device cpu --eval", new, "--out", tmp_path / "out")
     refused(train_simclr.main, argv, capsys, f"format {FORMAT + 1}", f"format {FORMAT}")
-
-
-def test_the_report_refuses_the_format_before(run, tmp_path, capsys):
-    old = of_format(run, tmp_path / "old", None)
-    untouched = content(tmp_path)
-    refused(report.main, [str(old)], capsys, old, *NUMBERS)
-    assert content(tmp_path) == untouched
 
 
 @pytest.mark.parametrize("way", ["--eval", "--from", "--teacher", "--predict", "--resume"])

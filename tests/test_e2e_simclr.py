@@ -311,8 +311,8 @@ def test_a_foreign_checkpoint_is_refused(cells, tmp_path, content, capsys):
 BAD = {  # flags -> the flag, file or value that the refusal names
     "missing folder": ("--data {tmp}/absent", "absent"),
     "empty folder": ("--data {empty}", "empty"),
-    "batch larger than the data": ("--bs 64", "--bs 64"),
-    "batch not divisible by chunks": ("--bs 10 --accum 4", "--accum"),
+    "batch larger than the data": ("--bs 64", "--bs"),
+    "batch not divisible by chunks": ("--bs 10 --accum 4", "--bs"),
     "unknown backbone": ("--backbone resnet5O", "resnet50"),
     "unknown flag": ("--bachsize 3", "--bachsize"),
     "too small an image": ("--image-size 7", "--image-size 7"),
@@ -330,7 +330,7 @@ BAD = {  # flags -> the flag, file or value that the refusal names
     "colors without augmentation": ("--augment none --color-strength 2", "--color-strength"),
     "warm-up longer than training": ("--epochs 2 --warmup-epochs 5", "--warmup-epochs 5"),
     "a device that is not there": ("--device cuda:77", "cuda:77"),
-    "a batch without negatives": ("--bs 1", "--bs 1"),
+    "a batch without negatives": ("--bs 1", "--bs"),
     "too few images": ("--data {few} --stage linear --from none --bs 2", "few"),
     "labels of one class": ("--data {one} --stage all --bs 8", "two classes"),
 }

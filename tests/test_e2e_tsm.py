@@ -338,11 +338,11 @@ BAD = {  # flags -> the flag, file or value that the refusal names
     "missing folder": ("--data {tmp}/absent", "absent"),
     "unknown layout": ("--data {pictures}", "pictures"),
     "a listed video that is missing": ("--data {missing}", "016_017"),
-    "one class": ("--data {one}/videos.csv", "videos.csv"),
+    "one class": ("--data {one}/videos.csv", "0 fake videos"),
     "persons in two splits": ("--data {leak}", "leak"),
-    "batch larger than the data": ("--bs 64", "--bs 64"),
-    "batch not divisible by chunks": ("--bs 10 --accum 4", "--accum"),
-    "too few real videos for a balanced batch": ("--bs 20 --sampler balanced", "--bs 20"),
+    "batch larger than the data": ("--bs 64", "--bs"),
+    "batch not divisible by chunks": ("--bs 10 --accum 4", "--bs"),
+    "too few real videos for a balanced batch": ("--bs 20 --sampler balanced", "class 0"),
     "too small an image": ("--image-size 31", "--image-size 31"),
     "unknown backbone": ("--backbone conv_smal", "conv_small"),
     "a fold that moves too much": ("--bs 8 --fold-div 1", "fold_div=1"),
@@ -366,7 +366,7 @@ BAD = {  # flags -> the flag, file or value that the refusal names
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_and_exit_code_2(case, ffpp, tmp_path, capsys):
-    wanted, name = BAD[case]
+    wanted, named = BAD[case]
     places = {name: tmp_path / name for name in ("pictures", "missing", "one", "leak", "simclr")}
     if "{pictures}" in wanted:
         write_clip(places["pictures"] / "some", np.random.default_rng(0), 0)
@@ -399,7 +399,7 @@ def test_bad_input_is_one_line_and_exit_code_2(case, ffpp, tmp_path, capsys):
         )
     argv = flags(wanted.format(tmp=tmp_path / "nothing_here", **places))
     base = [] if {"--stream", "--predict"} & set(argv) else flags(NET, "--data", ffpp)
-    refused(train_tsm.main, flags(base, "--out", tmp_path / "out", argv), capsys, name)
+    refused(train_tsm.main, flags(base, "--out", tmp_path / "out", argv), capsys, named)
     assert not (tmp_path / "out").exists()
 
 

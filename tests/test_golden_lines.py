@@ -42,11 +42,15 @@ def test_lines_of_a_run_that_stops_goes_on_and_finishes(acts, tmp_path, capsys):
     argv = flags(SMALL, "--data", acts, "--out", tmp_path / "run")
     out, err = printed([*argv, "--max-steps", "3"], capsys)
     holds(out, rf"run directory {folder}; device cpu, 1 process, .*")
-    holds(out, r"pretrain step 01/10 \| .*loss \d\.\d{4} \| .*lr \S+ \| .*eta \S+.*")
+    holds(
+        out,
+        r"pretrain step 1/8 \| loss \d\.\d{4} \| lr \d\.\de-05 \| grad_norm \d+\.\d{4}"
+        r" \| \d+ utterance/s \| eta \S+",
+    )
     out, err = printed(argv, capsys)
     holds(out, r"pretrain: resuming from step 3, epoch 1")
     out, err = printed(argv, capsys)
-    assert out[0] == f"{tmp_path / 'run'} has finished; its summary:" and err == []
+    assert f"{tmp_path / 'run'} has finished; its summary:" in out and err == []
     out, err = printed([*argv, "--seed", "4"], capsys, code=2)
     assert err == [
         f"error: {tmp_path / 'run'} holds another run: seed is 3 there and 4 here. Another --out,"
