@@ -207,7 +207,7 @@ def test_stages_start_from_a_run_and_refuse_another_identity(whole, cells, tmp_p
         train_simclr.main(
             flags(base, "--stage linear --from", whole / "backbone.pt", "--backbone resnet18")
         )
-    assert ending.value.code == 2 and "--stem" in capsys.readouterr().err
+    assert ending.value.code == 2 and "conv1.weight" in capsys.readouterr().err
     argv = flags(
         base, "--stage linear --from", whole, "--epochs 4 --out", tmp_path / "run", "--image-size 8"
     )
