@@ -48,7 +48,9 @@ def test_a_fifth_script_runs_resumes_reports_and_evaluates(script, tmp_path):
     assert "resuming from step 7" in script("--out", cut)
     equal_runs(whole, cut)
     found = summary(whole)
-    assert found["status"] == "finished" and found["train/test/accuracy"] > 0.5
+    assert found["status"] == "finished"
+    # The largest class holds a sixth; pixels tell the classes only partly apart, on purpose.
+    assert found["train/test/accuracy"] > 0.25
     page = (whole / "report.html").read_text()
     assert "Which class is an image of" in page and "accuracy on the test split" in page
     assert "images a second" in page and "a guess" in page
