@@ -310,11 +310,12 @@ def test_an_early_stop_is_said_and_more_epochs_do_not_pass_for_training(
     tmp_path, monkeypatch, capsys
 ):
     select = Progress.select
-    monkeypatch.setattr(
-        Progress,
-        "select",
-        lambda self, value, *rest, **more: select(self, 0.5, *rest, **more | {"certain": 0.4}),
-    )
+
+    def select_the_same(self, value, *rest, **more):
+        more["confident_value"] = 0.4
+        select(self, 0.5, *rest, **more)
+
+    monkeypatch.setattr(Progress, "select", select_the_same)
     data = ffpp_tree(tmp_path / "ffpp", pairs=(2, 1, 1), count=2)
     argv = flags(
         "--backbone conv_small_035 --image-size 32 --n-segment 2",
