@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import train_tsm
 from tests.runs import equal_runs, refused, summary
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,8 +63,6 @@ def test_a_fifth_script_runs_resumes_reports_and_evaluates(script, tmp_path):
 
 @pytest.mark.e2e
 def test_its_run_is_not_taken_for_another_script_s(script, tmp_path, capsys):
-    import train_tsm
-
     script("--out", tmp_path / "run", "--max-steps", "1")
     refused(train_tsm.main, ["--eval", str(tmp_path / "run" / "last.pt")], capsys, "train_fifth.py")
 

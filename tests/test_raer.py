@@ -2,6 +2,7 @@
 out by folder.
 """
 
+import io
 import json
 import zipfile
 
@@ -299,8 +300,6 @@ def test_the_face_is_stretched_with_its_margin_as_far_as_the_frame_goes():
 
 
 def _png(image):
-    import io
-
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
