@@ -1,7 +1,8 @@
 """Seeded bugs: each is put into a script or into common, and the item of --check that should catch
 it is named.
 
-python -m tests.bugs [NAME ...]     tries them, or those whose names hold a word, and prints the table of bugs.md
+`python -m tests.bugs [NAME ...]` tries them, or those whose names hold a word, and prints the table
+of bugs.md.
 """
 
 import json
@@ -16,7 +17,6 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 import train_cluster
@@ -27,20 +27,11 @@ from common import amp, losses, optim
 from common.data import augment, sampling
 from common.data.images import Images
 from common.models import heads, raer, tsm, umc
+from tests.data import cells_tree, sequences_npz
+from tests.runs import flags
 
 SCRIPTS = {"simclr": train_simclr, "tsm": train_tsm, "raer": train_raer, "cluster": train_cluster}
-IMAGES = [
-    "--data",
-    "{images}",
-    "--backbone",
-    "resnet18",
-    "--stem",
-    "cifar",
-    "--image-size",
-    "8",
-    "--bs",
-    "16",
-]
+IMAGES = flags("--data {images} --backbone resnet18 --stem cifar --image-size 8 --bs 16")
 CLIPS = ["--backbone", "conv_small_035", "--image-size", "32", "--bs", "16"]
 FACES = ["--backbone", "vit_tiny", "--num-frames", "4", "--bs", "16"]
 # Ten ways to run the scripts in which nothing is wrong.
@@ -54,31 +45,11 @@ HEALTHY = {
     "clips": ("tsm", CLIPS),
     "past": (
         "tsm",
-        [
-            *CLIPS,
-            "--shift",
-            "expand",
-            "--direction",
-            "past",
-            "--sampler",
-            "balanced",
-            "--loss",
-            "bce",
-        ],
+        flags(CLIPS, "--shift expand --direction past --sampler balanced --loss bce"),
     ),
     "flicker": (
         "tsm",
-        [
-            *CLIPS,
-            "--data",
-            "sample-flicker",
-            "--shift",
-            "none",
-            "--aggregate",
-            "mean",
-            "--alpha",
-            "0.2",
-        ],
+        flags(CLIPS, "--data sample-flicker --shift none --aggregate mean --alpha 0.2"),
     ),
     "features": ("raer", [*FACES, "--cache-features"]),
     "tower": ("raer", [*FACES, "--tune", "full", "--method", "ldam-drw"]),
@@ -558,7 +529,7 @@ BUGS = [
         "a layer that is dead from the start",
         "finetune",
         "first-layer",
-        wrap(train_simclr, "build_model", _built(lambda m: m.bn1.bias.fill_(-9.0))),
+        wrap(train_simclr, "build_model", _built(lambda m: m.backbone.bn1.bias.fill_(-9.0))),
     ),
     Bug(
         "last bias far from the classes' shares",
@@ -573,43 +544,18 @@ BUGS = [
 ]
 
 
-def images(root: Path) -> Path:
-    """72 images of 16 px in three classes that differ in color."""
-    rng = np.random.default_rng(0)
-    for k, name in enumerate(("round", "long", "split")):
-        (root / name).mkdir(parents=True)
-        for i in range(24):
-            pixels = rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-            pixels[..., k] = pixels[..., k] // 2 + 100
-            Image.fromarray(pixels).save(root / name / f"{i:02d}.png")
-    return root
-
-
-def sequences(path: Path) -> Path:
-    """160 utterances in four classes: one modality of rows and one of sequences, padded with noise."""
-    rng = np.random.default_rng(0)
-    labels = np.arange(160) % 4
-    rows = rng.normal(size=(4, 16))[labels] + 0.3 * rng.normal(size=(160, 16))
-    steps = rng.normal(size=(4, 1, 8))[labels] + 0.3 * rng.normal(size=(160, 6, 8))
-    lengths = rng.integers(2, 6, 160)
-    np.savez(
-        path, text=rows.astype("f4"), audio=steps.astype("f4"), audio_len=lengths, label=labels
-    )
-    return path
-
-
 def statuses(base: str, folder: Path, items: str, argv=()) -> tuple[int, dict[str, dict]]:
     """(exit code, items by name) of `--check` on one of HEALTHY, in a new folder."""
-    script, flags = HEALTHY[base]
+    script, extra = HEALTHY[base]
     places = {
-        "{images}": lambda: images(folder / "images"),
-        "{sequences}": lambda: sequences(folder / "rows.npz"),
+        "{images}": lambda: cells_tree(folder / "images"),
+        "{sequences}": lambda: sequences_npz(folder / "rows.npz"),
     }
-    flags = [str(places[flag]()) if flag in places else flag for flag in flags]
+    extra = [str(places[flag]()) if flag in places else flag for flag in extra]
     code = 0
     try:
         SCRIPTS[script].main(
-            [*flags, *argv, "--device", "cpu", "--check", items, "--out", str(folder / "run")]
+            flags(extra, argv, "--device cpu --check", items, "--out", folder / "run")
         )
     except SystemExit as ending:
         code = ending.code

@@ -1,11 +1,79 @@
-"""Run directories compared: what the tests of the four scripts share."""
+"""Runs started, refused and compared: what the tests of the four scripts share."""
 
 import json
+import os
+import random
+import subprocess
+import sys
 
 import numpy as np
 import torch
 
 from common.run import checkpoint, log
+
+
+def flags(*parts) -> list[str]:
+    """The words of a command line: text that begins with "--" is split, lists are spliced in,
+    and anything else is one word.
+    """
+    words = []
+    for part in parts:
+        if isinstance(part, (list, tuple)):
+            words += part
+        elif isinstance(part, str) and part.startswith("--"):
+            words += part.split()
+        else:
+            words.append(str(part))
+    return words
+
+
+def ended(main, argv) -> int:
+    """The exit code of main(argv), returned or raised."""
+    try:
+        return main(argv)
+    except SystemExit as ending:
+        return ending.code
+
+
+def refused(main, argv, capsys, *names) -> str:
+    """main(argv) ends with code 2 and one line that holds each of `names`: the line."""
+    capsys.readouterr()
+    code = ended(main, argv)
+    error = capsys.readouterr().err
+    assert code == 2, error
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    for name in names:
+        assert str(name) in error, error
+    return error
+
+
+def start(script, argv, env=None) -> subprocess.Popen:
+    """A script in a process of its own, outside of Slurm."""
+    environment = {name: v for name, v in os.environ.items() if not name.startswith("SLURM_")}
+    environment |= {"OMP_NUM_THREADS": "1"} | (env or {})
+    command = [sys.executable, script.__file__, *argv]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
+
+
+def start_ranks(script, argvs) -> list[subprocess.Popen]:
+    """One process of a distributed run for each command line."""
+    env = {"WORLD_SIZE": str(len(argvs)), "MASTER_ADDR": "127.0.0.1"}
+    env["MASTER_PORT"] = str(random.randrange(20000, 30000))  # below the ephemeral ones
+    return [
+        start(script, argv, env | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank, argv in enumerate(argvs)
+    ]
+
+
+def succeed(*processes) -> list[str]:
+    """What processes printed that must end with code 0."""
+    printed = []
+    for process in processes:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        printed.append(out)
+    return printed
 
 
 def summary(folder):

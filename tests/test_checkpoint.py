@@ -14,12 +14,14 @@ import torch
 
 from common.errors import InputError
 from common.run import checkpoint, dist
+from common.run.files import FORMAT
 from common.run.progress import Progress
 from common.run.signals import Signals
 
 
 def state():
     return {
+        "format": FORMAT,
         "weights": torch.arange(1000.0),
         "place": {"step": 3, "best": None, "done": False},
         "names": ["a", "b"],
@@ -110,8 +112,8 @@ def test_weights_that_do_not_fit_are_named():
     text = str(error.value)
     assert (
         "x.pt" in text
-        and "1 keys missing (first: 0.bias)" in text
-        and "1 unknown keys (first: 1.bias)" in text
+        and "1 key missing (first: 0.bias)" in text
+        and "1 unknown key (first: 1.bias)" in text
     )
     assert "0.weight is (4, 5), the model's is (4, 3)" in text
 
@@ -133,7 +135,7 @@ def test_patience_counts_from_the_last_certain_gain_and_selection_does_not(tmp_p
     stale, best = [], []
     for epoch, value in enumerate([0.50, 0.505, 0.51, 0.515, 0.53, 0.52, float("nan")]):
         progress.epoch = epoch
-        progress.select(value, {}, {}, higher_is_better=True, certain=value - 0.01)
+        progress.select(value, {}, {}, higher_is_better=True, confident_value=value - 0.01)
         stale.append(progress.evals_without_gain)
         best.append(progress.best_epoch)
     assert stale == [0, 1, 2, 0, 0, 1, 2]  # 0.51 - 0.01 is not above 0.50; 0.515 - 0.01 is
@@ -183,8 +185,11 @@ def test_random_number_states_return(tmp_path):
 def test_digest_tells_values_names_and_dtypes_apart():
     base = {"a": torch.ones(3), "b": torch.tensor(1)}
     same = {"b": torch.tensor(1), "a": torch.ones(3)}
-    others = [{"a": torch.ones(3), "b": torch.tensor(2)}, {"a": torch.ones(3), "c": torch.tensor(1)},
-              {"a": torch.ones(3).bfloat16(), "b": torch.tensor(1)}]  # fmt: skip
+    others = [
+        {"a": torch.ones(3), "b": torch.tensor(2)},
+        {"a": torch.ones(3), "c": torch.tensor(1)},
+        {"a": torch.ones(3).bfloat16(), "b": torch.tensor(1)},
+    ]
     digest = checkpoint.weights_digest
     assert digest(base) == digest(same)
     assert len({digest(base), *map(digest, others)}) == 4

@@ -192,15 +192,26 @@ def hugging_face(folder, activation, **text):
     v = SMALL
     config = transformers.CLIPConfig(
         text_config=dict(
-            hidden_size=v.text_width, intermediate_size=4 * v.text_width, num_hidden_layers=v.text_layers,
-            num_attention_heads=v.text_heads, hidden_act=activation, bos_token_id=49_406, eos_token_id=49_407,
-        ) | text,
+            hidden_size=v.text_width,
+            intermediate_size=4 * v.text_width,
+            num_hidden_layers=v.text_layers,
+            num_attention_heads=v.text_heads,
+            hidden_act=activation,
+            bos_token_id=49_406,
+            eos_token_id=49_407,
+        )
+        | text,
         vision_config=dict(
-            hidden_size=v.width, intermediate_size=4 * v.width, num_hidden_layers=v.layers, image_size=32,
-            num_attention_heads=v.heads, patch_size=v.patch, hidden_act=activation,
+            hidden_size=v.width,
+            intermediate_size=4 * v.width,
+            num_hidden_layers=v.layers,
+            image_size=32,
+            num_attention_heads=v.heads,
+            patch_size=v.patch,
+            hidden_act=activation,
         ),
         projection_dim=v.embed_dim,
-    )  # fmt: skip
+    )
     torch.manual_seed(4)
     model = randomize(transformers.CLIPModel(config))
     model.save_pretrained(folder)
@@ -299,8 +310,8 @@ def test_weights_of_another_architecture_are_refused(tmp_path, small, monkeypatc
         {"visual.conv1.weight": torch.zeros(9, 3, 8, 8)},
         "patches are .9, 3, 8, 8.; allowed are vit_b_32, ",
     )
-    refused({"visual.proj": None}, "1 keys missing .first: visual.proj")
-    refused({"visual.extra": torch.zeros(1)}, "1 unknown keys .first: visual.extra")
+    refused({"visual.proj": None}, "1 key missing .first: visual.proj")
+    refused({"visual.extra": torch.zeros(1)}, "1 unknown key .first: visual.extra")
     refused(
         {"token_embedding.weight": torch.zeros(99, 32)}, "text.token_embedding.weight is .99, 32."
     )

@@ -85,8 +85,14 @@ def test_the_draw_depends_on_names_alone():
     counts = dict.fromkeys(TARGETS, 40) | {f"label{k:02d}": 60 + k for k in range(44)}
     images = tree(counts)
     order = np.random.default_rng(0).permutation(len(images))
-    shuffled = Images("other", [images.ids[i] for i in order], images.labels[order], images.classes,
-                           [""] * len(order), pixels=torch.zeros(len(order), 3, 1, 1).byte())  # fmt: skip
+    shuffled = Images(
+        "other",
+        [images.ids[i] for i in order],
+        images.labels[order],
+        images.classes,
+        [""] * len(order),
+        pixels=torch.zeros(len(order), 3, 1, 1).byte(),
+    )
     ours, theirs = (cytology.draw(x, TARGETS)[0] for x in (images, shuffled))
     for part in ours:
         assert {images.ids[i] for i in ours[part]} == {shuffled.ids[i] for i in theirs[part]}

@@ -1,4 +1,4 @@
-"""Several gloo processes compute what one computes; launcher variables; BatchNorm over processes."""
+"""Several gloo processes compute what one does; launcher variables; BatchNorm over processes."""
 
 import socket
 
@@ -188,5 +188,5 @@ def test_processes_that_do_not_come_are_waited_for_and_named(monkeypatch):
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     for name, value in (where | {"RANK": "0", "WORLD_SIZE": "2"}).items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match=r"process 0 cannot meet the others at 127\.0\.0\.1"):
+    with pytest.raises(InputError, match=r"rank 0 cannot meet the others at 127\.0\.0\.1"):
         dist.init("cpu", timeout_s=1)

@@ -1,65 +1,16 @@
-"""The layouts of face-manipulation data, missing and damaged videos, and splits that share nobody."""
+"""Layouts of face-manipulation data, missing and damaged videos, and splits that share nobody."""
 
 import json
 import sys
 import types
-import zipfile
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from common.data import faceforensics
 from common.errors import InputError
-
-PAIRS = {
-    "train": [["000", "001"], ["002", "003"]],
-    "val": [["004", "005"]],
-    "test": [["006", "007"]],
-}
-METHODS = ("Deepfakes", "Face2Face", "FaceSwap", "NeuralTextures")
-
-
-def frames(folder, count=3, value=0, start=0):
-    folder.mkdir(parents=True, exist_ok=True)
-    for k in range(count):  # names whose alphabetical order is not their order in time
-        Image.new("RGB", (10, 10), (value, k, 0)).save(folder / f"{start + k}.png")
-
-
-def official(root, pairs=PAIRS, methods=METHODS, compressions=("c23",), splits=True):
-    """A miniature FaceForensics++: every video's pixels hold (its number, the frame's number)."""
-    (root / "splits").mkdir(parents=True)
-    number = 0
-    for name, listed in pairs.items():
-        if splits:
-            (root / "splits" / f"{name}.json").write_text(json.dumps(listed))
-        for a, b in listed:
-            for compression in compressions:
-                for video in (a, b):
-                    frames(
-                        root / "original_sequences" / "youtube" / compression / "frames" / video,
-                        11,
-                        number,
-                    )
-                    number += 1
-                for method in methods:
-                    for video in (f"{a}_{b}", f"{b}_{a}"):
-                        folder = (
-                            root / "manipulated_sequences" / method / compression / "frames" / video
-                        )
-                        frames(folder, 11, number)
-                        number += 1
-    return root
-
-
-def zipped(root, prefix=""):
-    archive = root.with_suffix(".zip")
-    with zipfile.ZipFile(archive, "w") as file:
-        for path in sorted(root.rglob("*")):
-            if path.is_file():
-                file.write(path, prefix + path.relative_to(root).as_posix())
-    return archive
+from tests.data import METHODS, PAIRS, numbered_ffpp, numbered_frames, zipped
 
 
 def opened(path, **changes):
@@ -74,7 +25,7 @@ def pixels(videos, index):
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    return official(tmp_path_factory.mktemp("data") / "ffpp")
+    return numbered_ffpp(tmp_path_factory.mktemp("data") / "ffpp")
 
 
 @pytest.mark.parametrize("prefix", ["", "ffpp/", "some/where/"])
@@ -110,7 +61,9 @@ def test_the_manipulations_of_one_pair_stay_videos_of_their_own(tree):
 
 
 def test_compressions_are_kept_apart_and_chosen(tmp_path):
-    root = official(tmp_path / "two", {"train": [["000", "001"]]}, ("Deepfakes",), ("c23", "c40"))
+    root = numbered_ffpp(
+        tmp_path / "two", {"train": [["000", "001"]]}, ("Deepfakes",), ("c23", "c40")
+    )
     assert len(opened(root)) == 8 == len(set(opened(root).ids))
     chosen = opened(root, compression="c40")
     assert len(chosen) == 4 and {key[2] for key in chosen.keys} == {"c40"}
@@ -119,9 +72,9 @@ def test_compressions_are_kept_apart_and_chosen(tmp_path):
 
 
 def test_masks_and_other_sources_do_not_disturb(tmp_path):
-    root = official(tmp_path / "more", methods=("Deepfakes",))
-    frames(root / "manipulated_sequences" / "Deepfakes" / "masks" / "frames" / "000_001")
-    frames(root / "original_sequences" / "actors" / "c23" / "frames" / "01__hugging_happy")
+    root = numbered_ffpp(tmp_path / "more", methods=("Deepfakes",))
+    numbered_frames(root / "manipulated_sequences" / "Deepfakes" / "masks" / "frames" / "000_001")
+    numbered_frames(root / "original_sequences" / "actors" / "c23" / "frames" / "01__hugging_happy")
     videos = opened(root)
     assert len(videos) == 16
     assert videos.unlisted == ["FaceForensics++/actors/c23/01__hugging_happy"]
@@ -129,14 +82,12 @@ def test_masks_and_other_sources_do_not_disturb(tmp_path):
     faceforensics.prepare(
         str(root), store_size=None, on_bad_item="error", workers=1, fps=25.0, say=said.append
     )
-    assert (
-        said[0]
-        == "left out 1 video that are in no split: FaceForensics++/actors/c23/01__hugging_happy"
-    )
+    assert "left out 1 video" in said[0]
+    assert "FaceForensics++/actors/c23/01__hugging_happy" in said[0]
 
 
 def test_a_missing_video_is_named_and_left_out_only_on_demand(tmp_path):
-    root = official(tmp_path / "gap", methods=("Deepfakes",))
+    root = numbered_ffpp(tmp_path / "gap", methods=("Deepfakes",))
     gone = root / "manipulated_sequences" / "Deepfakes" / "c23" / "frames" / "001_000"
     for file in gone.iterdir():
         file.unlink()
@@ -159,7 +110,7 @@ def test_a_missing_video_is_named_and_left_out_only_on_demand(tmp_path):
 
 def test_a_damaged_frame_is_named_and_takes_its_video_along(tmp_path):
     pairs = {"train": [[f"{2 * i:03d}", f"{2 * i + 1:03d}"] for i in range(30)]}
-    root = official(tmp_path / "bad", pairs, ("Deepfakes",))
+    root = numbered_ffpp(tmp_path / "bad", pairs, ("Deepfakes",))
     (root / "original_sequences/youtube/c23/frames/004/2.png").write_bytes(b"no image")
     videos = opened(root)
     with pytest.raises(InputError, match=r"youtube/c23/frames/004/2\.png in bad cannot be read"):
@@ -180,7 +131,7 @@ def test_a_damaged_frame_is_named_and_takes_its_video_along(tmp_path):
 def test_splits_that_share_a_person_are_refused_by_name(tmp_path):
     leaking = PAIRS | {"test": [["006", "000"]]}
     with pytest.raises(InputError, match="000 is in two splits"):
-        opened(official(tmp_path / "leak", leaking))
+        opened(numbered_ffpp(tmp_path / "leak", leaking))
 
 
 def bench(root, change=None):
@@ -197,7 +148,7 @@ def bench(root, change=None):
                 video[2]
             ]
             path = f"FaceForensics++/{folder}/c23/frames/{video}"
-            frames(root / path, 12)
+            numbered_frames(root / path, 12)
             names = [f"{path}/{k}.png".replace("/", "\\") for k in sorted(range(12), key=str)]
             by_split.setdefault(part, {}).setdefault("c23", {})[video] = {
                 "label": label,
@@ -272,7 +223,7 @@ def people(tmp_path):
     root, rows = tmp_path / "people", []
     for i in range(40):
         for kind in ("real", "fake"):
-            frames(root / kind / f"p{i}", 2)
+            numbered_frames(root / kind / f"p{i}", 2)
             rows.append(f"p{i},{kind},{kind}/p{i}," + ("swap" if kind == "fake" else "web"))
     return table(root, rows, "video_id,label,path,method")
 
@@ -349,13 +300,13 @@ def test_videos_in_no_split_are_left_out_by_name_where_others_are_in_one(people)
 
 def test_pairs_are_held_out_in_their_closure(tmp_path):
     """001 is a target in one fake and a source in another: all three persons stay together."""
-    root = official(
+    root = numbered_ffpp(
         tmp_path / "chain",
         {"train": [[f"{i:03d}", f"{i + 1:03d}"] for i in range(0, 40, 2)]},
         ("Deepfakes",),
     )
     (root / "splits" / "train.json").unlink()
-    frames(root / "manipulated_sequences/Deepfakes/c23/frames/001_002", 2)
+    numbered_frames(root / "manipulated_sequences/Deepfakes/c23/frames/001_002", 2)
     videos = opened(root)
     parts = faceforensics.split(videos)
     side = {}
@@ -408,7 +359,7 @@ def test_names_tell_the_persons(video, persons):
 )
 def test_a_csv_that_cannot_be_used_is_refused(tmp_path, rows, header, said):
     for name in "ab":
-        frames(tmp_path / "set" / name)
+        numbered_frames(tmp_path / "set" / name)
     with pytest.raises(InputError, match=said):
         opened(table(tmp_path / "set", rows, header))
 
@@ -417,7 +368,7 @@ def test_one_class_alone_is_refused(tmp_path):
     root = tmp_path / "set"
     rows = []
     for i in range(10):
-        frames(root / f"v{i}", 1)
+        numbered_frames(root / f"v{i}", 1)
         rows.append(f"v{i},fake,v{i}")
     with pytest.raises(InputError, match=r"has 0 real and \d fake videos; both are needed"):
         faceforensics.split(opened(table(root, rows)))
@@ -426,7 +377,7 @@ def test_one_class_alone_is_refused(tmp_path):
 def test_an_unknown_layout_is_refused_but_can_be_predicted(tmp_path):
     root = tmp_path / "plain"
     for name in ("b", "a"):
-        frames(root / "clips" / name, 3)
+        numbered_frames(root / "clips" / name, 3)
     with pytest.raises(InputError, match="no known layout there; allowed are FaceForensics"):
         opened(root)
     videos = opened(root, labels=False)
@@ -482,7 +433,7 @@ def test_video_files_have_their_own_rate_and_bad_ones_are_named(tmp_path, monkey
     kept = opened(root, on_bad_item="skip")
     assert len(kept) == 3 and sorted(kept.lengths) == [20, 22, 23]
     assert all(pixels(kept, i) == [[n, n]] * n for i, n in enumerate(kept.lengths))
-    frames(root / "other" / "a", 2)
+    numbered_frames(root / "other" / "a", 2)
     table(root, ["a,real,other/a", "b,fake,original_sequences/youtube/c23/videos/000.mp4"])
     with pytest.raises(InputError, match="folders of frames and video files in one data set"):
         opened(root / "list.csv")
@@ -497,7 +448,7 @@ def test_video_files_have_their_own_rate_and_bad_ones_are_named(tmp_path, monkey
     ],
 )
 def test_split_lists_that_cannot_be_read_are_named(tmp_path, content, said):
-    root = official(tmp_path / "set", methods=("Deepfakes",))
+    root = numbered_ffpp(tmp_path / "set", methods=("Deepfakes",))
     (root / "splits" / "train.json").write_text(content)
     with pytest.raises(InputError, match=said):
         opened(root)

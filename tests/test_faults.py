@@ -36,19 +36,21 @@ from common.models import Backbone
 from common.run import checkpoint, dist
 from common.run.log import Log
 from common.run.progress import Progress
-from tests.runs import equal_runs, summary
-from tests.test_train_simclr import cells_tree
-from tests.test_train_tsm import ffpp_tree
+from tests.data import cells_tree, ffpp_tree
+from tests.runs import equal_runs, flags, summary
 
 ROOT = Path(__file__).parent.parent
 SHORT = (
     "--kills 6 --signals 3 --flips 40 --full-disk 3 --rank-deaths 1 --stalls 1 --hangs 1"
     " --equality 1 --worlds 1"
 )
-FLAGS = ["--backbone", "resnet18", "--stem", "cifar", "--image-size", "8", "--device", "cpu", "--bs", "16",
-         "--save-every", "0", "--workers", "1"]  # fmt: skip
+FLAGS = flags(
+    "--backbone resnet18 --stem cifar --image-size 8",
+    "--device cpu --bs 16 --save-every 0 --workers 1",
+)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("script", ["simclr", "tsm", "raer", "cluster"])
 def test_whatever_befalls_a_run_the_same_command_ends_it_as_if_nothing_had(script):
     env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
@@ -87,6 +89,7 @@ def ends(argv, capsys) -> tuple[int, str]:
     return ending.value.code, error
 
 
+@pytest.mark.e2e
 def test_an_image_that_is_damaged_at_a_late_step_ends_the_run_by_name_and_step(
     small, tmp_path, monkeypatch, capsys
 ):
@@ -116,6 +119,7 @@ def test_an_image_that_is_damaged_at_a_late_step_ends_the_run_by_name_and_step(
     equal_runs(tmp_path / "whole", tmp_path / "run")
 
 
+@pytest.mark.e2e
 def test_a_data_folder_that_vanishes_ends_the_run(small, tmp_path, monkeypatch, capsys):
     cells, end_step = cells_tree(tmp_path / "cells"), Progress.end_step
     monkeypatch.setattr("common.data.images._CACHE_BYTES", 0)
@@ -138,6 +142,7 @@ def test_a_data_folder_that_vanishes_ends_the_run(small, tmp_path, monkeypatch, 
     assert train_simclr.main(argv) == 0
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("number", ["ENOSPC", "EDQUOT", "EROFS", "EIO"])
 def test_what_the_disk_refuses_ends_the_run_and_leaves_the_last_checkpoint(
     number, small, tmp_path, monkeypatch, capsys
@@ -171,6 +176,7 @@ def test_a_disk_that_is_too_small_is_found_before_writing(tmp_path, monkeypatch)
     assert needed - missing == 1000 and os.listdir(tmp_path) == ["last.pt"]
 
 
+@pytest.mark.e2e
 def test_a_damaged_checkpoint_does_not_push_out_the_valid_one(small, tmp_path, monkeypatch, capsys):
     cells = cells_tree(tmp_path / "cells")
     argv = [*FLAGS, "--data", str(cells), "--epochs", "3", "--out", str(tmp_path / "run")]
@@ -190,6 +196,7 @@ def test_a_damaged_checkpoint_does_not_push_out_the_valid_one(small, tmp_path, m
     assert "trying the one before it" in capsys.readouterr().out and kept and all(kept)
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("first", [True, False])
 def test_a_state_goes_on_with_and_without_compile(first, small, tmp_path, monkeypatch):
     compile_, compiled = nn.Module.compile, []
@@ -201,9 +208,7 @@ def test_a_state_goes_on_with_and_without_compile(first, small, tmp_path, monkey
     monkeypatch.setattr(nn.Module, "compile", eagerly)
     argv = [*FLAGS, "--data", str(cells_tree(tmp_path / "cells")), "--epochs", "2", "--out"]
     with pytest.raises(SystemExit):
-        train_simclr.main(
-            [*argv, str(tmp_path / "run"), "--max-steps", "4", *["--compile"] * first]
-        )
+        train_simclr.main(flags(argv, tmp_path / "run", "--max-steps 4", ["--compile"] * first))
     assert train_simclr.main([*argv, str(tmp_path / "run"), *["--compile"] * (not first)]) == 0
     assert train_simclr.main([*argv, str(tmp_path / "whole")]) == 0 and len(compiled) == 1
     one, two = (
@@ -213,6 +218,7 @@ def test_a_state_goes_on_with_and_without_compile(first, small, tmp_path, monkey
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.e2e
 def test_a_damaged_best_model_is_found_at_the_start_not_at_the_end(small, tmp_path, capsys):
     cells = cells_tree(tmp_path / "cells")
     argv = [*FLAGS, "--data", str(cells), "--epochs", "3", "--out", str(tmp_path / "run")]
@@ -227,8 +233,18 @@ def test_a_damaged_best_model_is_found_at_the_start_not_at_the_end(small, tmp_pa
 def test_weights_that_are_not_finite_are_never_stored(tmp_path):
     world = dist.Dist(0, 1, 0, torch.device("cpu"))
     model, log = nn.Linear(2, 2), Log(tmp_path, main=True)
-    progress = Progress(tmp_path, "s", parts={"model": model}, log=log, world=world, signals=None, model_spec={},
-                                   start="", save_every=1, max_steps=None)  # fmt: skip
+    progress = Progress(
+        tmp_path,
+        "s",
+        parts={"model": model},
+        log=log,
+        world=world,
+        signals=None,
+        model_spec={},
+        start="",
+        save_every=1,
+        max_steps=None,
+    )
     for step in (1, 2):
         progress.step = step
         progress.save()
@@ -243,6 +259,7 @@ def test_weights_that_are_not_finite_are_never_stored(tmp_path):
     assert steps == [1, 2]
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("where", ["layer", "gradient", "loss"])
 def test_the_same_command_repeats_a_diverged_step_and_names_what_is_not_finite(
     where, small, tmp_path, monkeypatch, capsys
@@ -288,19 +305,24 @@ def test_the_same_command_repeats_a_diverged_step_and_names_what_is_not_finite(
     )
 
 
+@pytest.mark.e2e
 def test_an_early_stop_is_said_and_more_epochs_do_not_pass_for_training(
     tmp_path, monkeypatch, capsys
 ):
     select = Progress.select
-    monkeypatch.setattr(
-        Progress,
-        "select",
-        lambda self, value, *rest, **more: select(self, 0.5, *rest, **more | {"certain": 0.4}),
-    )
+
+    def select_the_same(self, value, *rest, **more):
+        more["confident_value"] = 0.4
+        select(self, 0.5, *rest, **more)
+
+    monkeypatch.setattr(Progress, "select", select_the_same)
     data = ffpp_tree(tmp_path / "ffpp", pairs=(2, 1, 1), count=2)
-    argv = ["--backbone", "conv_small_035", "--image-size", "32", "--n-segment", "2", "--device", "cpu", "--bs", "4",
-            "--clips", "1", "--eval-every", "1", "--data", str(data), "--lr", "0", "--min-lr", "0",
-            "--patience"]  # fmt: skip
+    argv = flags(
+        "--backbone conv_small_035 --image-size 32 --n-segment 2",
+        "--device cpu --bs 4 --clips 1 --eval-every 1 --data",
+        data,
+        "--lr 0 --min-lr 0 --patience",
+    )
     run = str(tmp_path / "run")
     assert train_tsm.main([*argv, "1", "--out", run, "--epochs", "5"]) == 0
     assert re.search(
@@ -315,11 +337,18 @@ def test_an_early_stop_is_said_and_more_epochs_do_not_pass_for_training(
     assert "stopped early after epoch 4 of 9, the best is epoch 1\n" in capsys.readouterr().out
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("how", ["cut", "flip", "empty", "foreign"])
 def test_damaged_features_are_computed_again(how, small, tmp_path, capsys):
     cells, run = cells_tree(tmp_path / "cells"), tmp_path / "run"
-    argv = [*FLAGS, "--data", str(cells), "--epochs", "1", "--stage", "all", "--linear-bs", "16", "--linear-epochs",
-            "1", "--finetune-bs", "16", "--finetune-epochs", "1", "--out", str(run)]  # fmt: skip
+    argv = flags(
+        FLAGS,
+        "--data",
+        cells,
+        "--epochs 1 --stage all --linear-bs 16 --linear-epochs 1",
+        "--finetune-bs 16 --finetune-epochs 1 --out",
+        run,
+    )
     assert train_simclr.main(argv) == 0
     file, good = run / "features.npz", (run / "features.npz").read_bytes()
     changed = {
@@ -389,7 +418,7 @@ class Runs:
 
 
 def hostile(trap: Path) -> dict:
-    """Objects whose reading would create `trap`, or would run something else, by what they abuse."""
+    """Objects whose reading would create `trap` or run something else, by what they abuse."""
     touch, shell = f"open({str(trap)!r}, 'w').close()", ["touch", str(trap)]
     return {
         "open": Runs(open, str(trap), "w"),

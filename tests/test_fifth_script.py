@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from common.run import log
-from tests.runs import equal_runs, summary
+import train_tsm
+from tests.runs import equal_runs, refused, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 # The modules of one task, which may name their script.
@@ -41,6 +41,7 @@ def script(tmp_path_factory):
     return start
 
 
+@pytest.mark.e2e
 def test_a_fifth_script_runs_resumes_reports_and_evaluates(script, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     script("--out", whole)
@@ -48,8 +49,9 @@ def test_a_fifth_script_runs_resumes_reports_and_evaluates(script, tmp_path):
     assert "resuming from step 7" in script("--out", cut)
     equal_runs(whole, cut)
     found = summary(whole)
-    losses = [line["train/train/loss"] for line in log.read(whole) if "train/train/loss" in line]
-    assert found["status"] == "finished" and losses[-1] < losses[0]
+    assert found["status"] == "finished"
+    # The largest class holds a sixth; pixels tell the classes only partly apart, on purpose.
+    assert found["train/test/accuracy"] > 0.25
     page = (whole / "report.html").read_text()
     assert "Which class is an image of" in page and "accuracy on the test split" in page
     assert "images a second" in page and "a guess" in page
@@ -59,13 +61,10 @@ def test_a_fifth_script_runs_resumes_reports_and_evaluates(script, tmp_path):
     assert "has finished" in script("--out", whole)
 
 
+@pytest.mark.e2e
 def test_its_run_is_not_taken_for_another_script_s(script, tmp_path, capsys):
-    import train_tsm
-
     script("--out", tmp_path / "run", "--max-steps", "1")
-    with pytest.raises(SystemExit) as ending:
-        train_tsm.main(["--eval", str(tmp_path / "run" / "last.pt")])
-    assert ending.value.code == 2 and "train_fifth.py" in capsys.readouterr().err
+    refused(train_tsm.main, ["--eval", str(tmp_path / "run" / "last.pt")], capsys, "train_fifth.py")
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "common").rglob("*.py")), ids=lambda f: f.stem)

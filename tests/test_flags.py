@@ -13,6 +13,7 @@ import train_simclr
 import train_tsm
 from common import config
 from common.data.cytology import CELLS
+from tests.runs import flags
 
 SCRIPTS = {
     "simclr": train_simclr,
@@ -112,9 +113,7 @@ def test_an_alias_reaches_the_script_as_its_flag(tmp_path):
         assert args.backbone == CELLS[3]["backbone"]
     file.write_text("thres = 0.5\ndelta = 0.25\nmode = 'umc'\n")
     args, _ = train_cluster.parse_args(["--config", str(file)])
-    typed, _ = train_cluster.parse_args(
-        ["--mode", "umc", "--select-share", "0.5", "--select-growth", "0.25"]
-    )
+    typed, _ = train_cluster.parse_args(flags("--mode umc --select-share 0.5 --select-growth 0.25"))
     assert vars(args) | {"config": None} == vars(typed)
 
 
@@ -257,10 +256,10 @@ def test_what_is_no_flag_at_all_says_why(script, capsys):
 
 
 def test_every_name_of_another_project_leads_to_a_flag_of_some_script():
-    flags = {flag for script in SCRIPTS for flag in parser_of(script).flags()}
+    known = {flag for script in SCRIPTS for flag in parser_of(script).flags()}
     for name, ours in config.NAMES_ELSEWHERE.items():
-        assert name not in flags
-        assert ours.split()[0].strip(",;") in flags, name
+        assert name not in known
+        assert ours.split()[0].strip(",;") in known, name
 
 
 def test_a_config_file_gets_the_same_hints(tmp_path, capsys):

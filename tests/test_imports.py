@@ -4,6 +4,7 @@ The same floors stand in CONTRIBUTING.md, one line a room.
 """
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
@@ -110,6 +111,13 @@ def test_only_optional_packages_are_imported_inside_a_function(name):
                 assert imported in OPTIONAL, (
                     f"{name}:{node.lineno} imports {imported} in a function"
                 )
+
+
+def test_importing_the_scripts_does_no_work():
+    code = f"import {', '.join(SCRIPTS)}, torch; assert not torch.cuda.is_initialized()"
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_the_kernels_need_torch_and_triton_alone():

@@ -20,6 +20,8 @@ import pytest
 from kernels import similarity
 from kernels.temporal_shift import temporal_shift_kernel
 
+pytestmark = pytest.mark.kernels
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Shared memory per block in bytes: CUDA programming guide, compute capabilities; CDNA3 ISA (64 KB
 # of LDS).

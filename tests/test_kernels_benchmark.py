@@ -8,6 +8,9 @@ import pytest
 import torch
 
 import kernels.benchmark
+from tests.runs import ended
+
+pytestmark = pytest.mark.kernels
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +65,5 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch, capsys):
 
 def test_without_a_gpu_it_says_what_to_do(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit) as stop:
-        kernels.benchmark.main([])
-    assert stop.value.code == 2 and "--cpu" in capsys.readouterr().err
+    assert ended(kernels.benchmark.main, []) == 2
+    assert "--cpu" in capsys.readouterr().err

@@ -139,7 +139,7 @@ def test_published_weights_lose_their_classifier_and_nothing_else():
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
     del state["blocks.2.0.pw_exp.bn.weight"]
     with pytest.raises(
-        InputError, match=r"w\.pt does not fit .*1 keys missing \(first: blocks\.2\.0\.pw_exp"
+        InputError, match=r"w\.pt does not fit .*1 key missing \(first: blocks\.2\.0\.pw_exp"
     ):
         load_published(model, state, "w.pt")
     with pytest.raises(InputError, match="classifier.weight is"):

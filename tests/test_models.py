@@ -3,8 +3,6 @@
 The heads that stand on them, and a run with one of them.
 """
 
-import csv
-import json
 from functools import partial
 
 import pytest
@@ -12,7 +10,6 @@ import torch
 import torchvision
 from torch import nn
 
-import train_simclr
 from common.data.augment import normalize
 from common.errors import InputError
 from common.models import (
@@ -26,7 +23,7 @@ from common.models import (
 from common.models.heads import Classifier, SimCLR, projector
 from common.models.inception_resnet_v2 import InceptionResNetV2
 from common.run import checkpoint
-from tests.runs import summary
+from common.run.files import FORMAT
 
 
 @pytest.mark.parametrize("name", [name for name in BACKBONES if name != "inception_resnet_v2"])
@@ -214,6 +211,7 @@ def test_own_backbones_start_unchanged(tmp_path):
     sources = {name: build_backbone(name) for name in ("resnet18", "inception_resnet_v2")}
     torch.save(sources["inception_resnet_v2"].state_dict(), tmp_path / "inception_resnet_v2.pt")
     state = {
+        "format": FORMAT,
         "model": SimCLR(sources["resnet18"], 8).state_dict(),
         "model_spec": {},
         "epoch": 1,
@@ -336,27 +334,3 @@ def test_a_classifier_is_its_head_on_its_backbone():
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(model(x), head(backbone(x)))
-
-
-def test_a_run_with_a_torchvision_classifier_is_evaluated_and_predicts(tmp_path, capsys):
-    run = tmp_path / "run"
-    flags = (
-        "--backbone mobilenet_v3_large --image-size 32 --device cpu --stage all --bs 544 --epochs 1"
-        " --linear-bs 400 --linear-epochs 1 --finetune-bs 400 --finetune-epochs 1"
-    )
-    assert train_simclr.main([*flags.split(), "--out", str(run)]) == 0
-    assert "2 steps of 544 an epoch" in capsys.readouterr().out
-    plain = torchvision.models.mobilenet_v3_large(weights=None)
-    plain.classifier[3] = nn.Identity()
-    plain.load_state_dict(torch.load(run / "backbone.pt", weights_only=True), strict=True)
-    for stage in ("linear", "finetune"):
-        source = run / stage / "best.pt"
-        stored = checkpoint.load(source)["model"]
-        assert stored["head.weight"].shape == (8, 1280) and "backbone.classifier.0.weight" in stored
-        argv = ["--eval", str(source), "--device", "cpu", "--out", str(tmp_path)]
-        assert train_simclr.main(argv) == 0
-        repeated = json.loads((tmp_path / "eval.json").read_text())["eval/test/accuracy"]
-        assert repeated == pytest.approx(summary(run)[f"{stage}/test/accuracy"])
-    assert train_simclr.main(["--predict", "sample", "--resume", str(run), "--device", "cpu"]) == 0
-    with open(run / "predictions.csv") as file:
-        assert len(list(csv.DictReader(file))) == 1280

@@ -19,6 +19,8 @@ import kernels.dispatch
 import kernels.similarity
 from kernels import nt_xent, nt_xent_reference
 
+pytestmark = pytest.mark.kernels
+
 
 def double_loop(z_a, z_b, temperature, decoupled=False):
     """The formula of the paper, term by term."""

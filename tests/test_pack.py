@@ -15,7 +15,8 @@ from PIL import Image
 from common.data import __main__, pack, sampling
 from common.data.open import open_images
 from common.errors import InputError
-from tests.test_data import folder, picture, read, zipped
+from tests.data import image_folder, picture, read_pixels, zipped
+from tests.runs import refused
 
 NAMES = [
     f"{split}/{name}/{i}.png"
@@ -45,7 +46,7 @@ def same(a, b):
 
 @pytest.mark.parametrize("archive", [False, True])
 def test_a_packed_set_is_its_source(tmp_path, archive, capsys):
-    root = folder(tmp_path / "set", NAMES, width=30, height=24)
+    root = image_folder(tmp_path / "set", NAMES, width=30, height=24)
     source = zipped(root, "top/") if archive else root
     target = packed(source)
     plain, one = open_images(str(source)), open_images(str(target))
@@ -70,7 +71,7 @@ def test_the_embedded_set_can_be_packed(tmp_path):
 def test_the_fingerprint_is_the_sources_exactly_where_the_same_command_reads_the_same_pixels(
     tmp_path,
 ):
-    root = folder(tmp_path / "set", NAMES, width=40, height=40)
+    root = image_folder(tmp_path / "set", NAMES, width=40, height=40)
     target = packed(root, "--store-size", "16")
 
     def opened(path, size):
@@ -91,13 +92,13 @@ def test_the_fingerprint_is_the_sources_exactly_where_the_same_command_reads_the
 
 
 def test_a_smaller_side_is_resized_and_a_larger_one_refused(tmp_path):
-    root = folder(tmp_path / "set", NAMES, width=32, height=32)
+    root = image_folder(tmp_path / "set", NAMES, width=32, height=32)
     images = open_images(str(packed(root)))
     images.resize_store(16)
     expected = picture(0, 32, 32).resize((16, 16), Image.Resampling.BILINEAR)
     first = images.ids.index("train/b/0.png")
     assert torch.equal(
-        read(images, [first])[0], torch.from_numpy(np.array(expected)).permute(2, 0, 1)
+        read_pixels(images, [first])[0], torch.from_numpy(np.array(expected)).permute(2, 0, 1)
     )
     with pytest.raises(
         InputError,
@@ -107,14 +108,12 @@ def test_a_smaller_side_is_resized_and_a_larger_one_refused(tmp_path):
 
 
 def test_a_damaged_image_ends_the_packing_or_is_left_out(tmp_path, capsys):
-    root = folder(tmp_path / "set", [f"{c}/{i:03d}.png" for c in "xy" for i in range(60)])
+    root = image_folder(tmp_path / "set", [f"{c}/{i:03d}.png" for c in "xy" for i in range(60)])
     before = open_images(str(root)).fingerprint
     (root / "x" / "003.png").write_bytes((root / "x" / "003.png").read_bytes()[:-60])
     plain = open_images(str(root))
     target = tmp_path / "set.packed"
-    with pytest.raises(SystemExit) as error:
-        __main__.main(["pack", str(root), str(target)])
-    assert error.value.code == 2 and "x/003.png" in capsys.readouterr().err
+    refused(__main__.main, ["pack", str(root), str(target)], capsys, "x/003.png")
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
     packed(root, "--on-bad-item", "skip")
     images = open_images(str(target))
@@ -124,7 +123,7 @@ def test_a_damaged_image_ends_the_packing_or_is_left_out(tmp_path, capsys):
 
 
 def test_every_cut_and_every_flipped_byte_is_found(tmp_path):
-    target = packed(folder(tmp_path / "set", NAMES, width=8, height=8))
+    target = packed(image_folder(tmp_path / "set", NAMES, width=8, height=8))
     whole = target.read_bytes()
     for size in [*range(0, 100, 7), len(whole) // 2, len(whole) - 1]:
         target.write_bytes(whole[:size])
@@ -133,7 +132,7 @@ def test_every_cut_and_every_flipped_byte_is_found(tmp_path):
     for place in range(0, len(whole), 97):
         target.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
         with pytest.raises(InputError, match="pack it again|not a packed data set"):
-            read(open_images(str(target)), range(20))
+            read_pixels(open_images(str(target)), range(20))
     target.write_bytes(whole)
     target.write_bytes(whole + b"more")
     with pytest.raises(InputError, match="pack it again"):
@@ -141,16 +140,16 @@ def test_every_cut_and_every_flipped_byte_is_found(tmp_path):
 
 
 def test_an_image_that_is_damaged_is_named(tmp_path):
-    target = packed(folder(tmp_path / "set", NAMES, width=8, height=8))
+    target = packed(image_folder(tmp_path / "set", NAMES, width=8, height=8))
     content = bytearray(target.read_bytes())
     content[len(pack._MAGIC) + 7 * 3 * 64 + 5] ^= 1
     target.write_bytes(content)
     images = open_images(str(target))
-    assert read(images, range(7)).shape == (7, 3, 8, 8)
+    assert read_pixels(images, range(7)).shape == (7, 3, 8, 8)
     with pytest.raises(
         InputError, match=f"set.packed is damaged at image {images.ids[7]}; pack it again"
     ):
-        read(images, [7])
+        read_pixels(images, [7])
 
 
 @pytest.mark.parametrize(
@@ -158,7 +157,7 @@ def test_an_image_that_is_damaged_is_named(tmp_path):
     [("set.zip", "must end in .packed"), ("no/set.packed", "No such file or directory")],
 )
 def test_a_target_that_cannot_be_written_is_one_line(tmp_path, target, said, capsys):
-    root = folder(tmp_path / "set", NAMES[:4])
+    root = image_folder(tmp_path / "set", NAMES[:4])
     with pytest.raises(SystemExit) as error:
         __main__.main(["pack", str(root), str(tmp_path / target)])
     text = capsys.readouterr().err
@@ -166,7 +165,7 @@ def test_a_target_that_cannot_be_written_is_one_line(tmp_path, target, said, cap
 
 
 def test_an_old_file_stays_when_packing_fails(tmp_path):
-    root = folder(tmp_path / "set", NAMES)
+    root = image_folder(tmp_path / "set", NAMES)
     target = packed(root)
     before = target.read_bytes()
     (root / NAMES[3]).write_bytes(b"no image")
@@ -176,7 +175,7 @@ def test_an_old_file_stays_when_packing_fails(tmp_path):
 
 
 def test_packing_and_reading_take_little_memory(tmp_path, monkeypatch):
-    root = folder(tmp_path / "set", [f"{i}.png" for i in range(64)], width=64, height=64)
+    root = image_folder(tmp_path / "set", [f"{i}.png" for i in range(64)], width=64, height=64)
     monkeypatch.setattr(pack, "_BATCH_BYTES", 4 * 3 * 64 * 64)
     made = []
     monkeypatch.setattr(
@@ -196,7 +195,7 @@ def test_packing_and_reading_take_little_memory(tmp_path, monkeypatch):
 
 
 def test_the_module_is_a_command(tmp_path):
-    root = folder(tmp_path / "set", NAMES)
+    root = image_folder(tmp_path / "set", NAMES)
     command = [sys.executable, "-m", "common.data", "pack", str(root), str(tmp_path / "set.packed")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "wrote" in done.stdout and len(open_images(str(tmp_path / "set.packed"))) == 20

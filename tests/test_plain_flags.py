@@ -4,13 +4,15 @@ import shlex
 
 import numpy as np
 import pytest
-from PIL import Image
 
 import train_cluster
 import train_raer
 import train_simclr
 import train_tsm
 from common.run import log
+from tests.data import cells_tree
+
+pytestmark = pytest.mark.e2e
 
 TSM = shlex.split(
     "--backbone conv_small_035 --image-size 32 --bs 24 --accum 1 --epochs 2 --clips 1 --n-segment 2"
@@ -48,13 +50,7 @@ def test_a_constant_learning_rate_is_one(script, flags, tmp_path):
 
 
 def test_fine_tuning_without_augmentation_sees_the_images_themselves(tmp_path):
-    rng = np.random.default_rng(0)
-    for k, name in enumerate("ab"):
-        (tmp_path / "data" / name).mkdir(parents=True)
-        for i in range(20):
-            pixels = rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)
-            pixels[..., k] //= 3
-            Image.fromarray(pixels).save(tmp_path / "data" / name / f"{i:02d}.png")
+    cells_tree(tmp_path / "data", per_class=20, classes="ab")
     argv = [*SIMCLR, "--data", str(tmp_path / "data")]
     losses = {}
     for kind in ("simclr", "none"):

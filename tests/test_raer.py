@@ -2,6 +2,7 @@
 out by folder.
 """
 
+import io
 import json
 import zipfile
 
@@ -13,48 +14,7 @@ from PIL import Image
 from common.data import raer
 from common.data.images import UNLABELED
 from common.errors import InputError
-
-SIZE = (40, 24)  # of a frame, width and height
-FACE, BODY = [10, 4, 20, 14], [4, 0, 34, 24]
-
-
-def frame(path, value=0, k=0, size=SIZE):
-    """A frame whose red is the clip's number, whose green is the frame's, and whose blue tells the
-    place.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.zeros((size[1], size[0], 3), np.uint8)
-    pixels[:] = (value, k, 0)
-    pixels[..., 2] = np.arange(size[0]) * 5
-    Image.fromarray(pixels).save(path)
-
-
-def tree(root, lists, *, faces=None, bodies=None, classes=None, length=3):
-    """A miniature RAER: `lists` gives (clip, label) by file, each clip has `length` frames and both
-    boxes.
-    """
-    root.mkdir(parents=True, exist_ok=True)
-    face_boxes, body_boxes = {}, {}
-    for number, (clip, _) in enumerate(
-        dict.fromkeys(line for lines in lists.values() for line in lines)
-    ):
-        names = [f"{k}.png" for k in range(8, 8 + length)]  # 10.png comes after 9.png
-        for k, name in enumerate(names):
-            frame(root / clip / name, number, k)
-        face_boxes[clip] = dict.fromkeys(names, FACE)
-        body_boxes[clip] = BODY
-    for part, lines in lists.items():
-        (root / f"{part}.txt").write_text(
-            "".join(f"{clip} {length} {label}\n" for clip, label in lines)
-        )
-    (root / "face.json").write_text(json.dumps(face_boxes if faces is None else faces(face_boxes)))
-    (root / "body.json").write_text(
-        json.dumps(body_boxes if bodies is None else bodies(body_boxes))
-    )
-    if classes:
-        (root / "classes.txt").write_text(classes)
-    return root
-
+from tests.data import FACE_BOX, numbered_raer, numbered_raer_frame
 
 LISTS = {
     "train": [
@@ -94,7 +54,7 @@ def shown(clips, index, positions):
 
 @pytest.mark.parametrize("prefix", ["", "RAER/", "some where/RAER/"])
 def test_a_folder_and_a_zip_read_alike_and_names_may_have_spaces(tmp_path, prefix):
-    root = tree(tmp_path / "raer", LISTS)
+    root = numbered_raer(tmp_path / "raer", LISTS)
     plain, packed = opened(root), opened(zipped(root, prefix))
     assert plain.ids == packed.ids and plain.fingerprint == packed.fingerprint
     assert plain.ids == [clip for part in ("train", "val", "test") for clip, _ in LISTS[part]]
@@ -111,7 +71,7 @@ def test_a_folder_and_a_zip_read_alike_and_names_may_have_spaces(tmp_path, prefi
 
 
 def test_absolute_and_foreign_folders_in_the_lists_are_found(tmp_path):
-    root = tree(tmp_path / "raer", LISTS)
+    root = numbered_raer(tmp_path / "raer", LISTS)
     for name in ("train.txt", "val.txt", "test.txt"):
         lines = (root / name).read_text().splitlines()
         (root / name).write_text("".join(f"/home/some body/RAER/{line}\n" for line in lines))
@@ -123,26 +83,29 @@ def test_absolute_and_foreign_folders_in_the_lists_are_found(tmp_path):
     clips = opened(root)
     assert clips.ids == [clip for part in LISTS.values() for clip, _ in part]
     assert (
-        np.array_equal(clips.images.faces, np.tile(FACE, (24, 1)))
+        np.array_equal(clips.images.faces, np.tile(FACE_BOX, (24, 1)))
         and not np.isnan(clips.images.bodies).any()
     )
 
 
 def test_labels_from_zero_are_told_by_a_zero_in_any_list(tmp_path):
     shifted = {part: [(clip, label - 1) for clip, label in lines] for part, lines in LISTS.items()}
-    zero, one = opened(tree(tmp_path / "zero", shifted)), opened(tree(tmp_path / "one", LISTS))
+    zero, one = (
+        opened(numbered_raer(tmp_path / "zero", shifted)),
+        opened(numbered_raer(tmp_path / "one", LISTS)),
+    )
     assert np.array_equal(zero.labels, one.labels)
     assert zero.notes[0].startswith("labels are counted from 0: 0 neutrality")
     assert one.notes[0].startswith("labels are counted from 1: 1 neutrality")
     # A list that lacks the first class counts as the others do.
     shifted["test"] = [("t/1", 4)]
-    assert opened(tree(tmp_path / "more", shifted)).labels[-1] == 4
+    assert opened(numbered_raer(tmp_path / "more", shifted)).labels[-1] == 4
 
 
 def test_classes_and_descriptions_come_from_the_file(tmp_path):
     classes = "calm\tsomebody calm\nenjoyment\n\nbored"
     lists = {"train": [("a/1", 1), ("a/2", 2)], "test": [("t/1", 3)]}
-    clips = opened(tree(tmp_path / "raer", lists, classes=classes))
+    clips = opened(numbered_raer(tmp_path / "raer", lists, classes=classes))
     assert clips.classes == ["calm", "enjoyment", "bored"]
     assert clips.descriptions == [
         "somebody calm",
@@ -150,7 +113,7 @@ def test_classes_and_descriptions_come_from_the_file(tmp_path):
         "an expression of bored",
     ]
     with pytest.raises(InputError, match=r"classes\.txt names \['calm', 'calm'\]"):
-        opened(tree(tmp_path / "twice", lists, classes="calm\ncalm\n"))
+        opened(numbered_raer(tmp_path / "twice", lists, classes="calm\ncalm\n"))
 
 
 def test_labels_beyond_the_classes_are_refused_by_line(tmp_path):
@@ -159,15 +122,15 @@ def test_labels_beyond_the_classes_are_refused_by_line(tmp_path):
         InputError,
         match=r"test\.txt line 1: label 6, allowed are 1 to 5 \(neutrality, .*classes\.txt",
     ):
-        opened(tree(tmp_path / "raer", lists))
+        opened(numbered_raer(tmp_path / "raer", lists))
     lists = LISTS | {"test": [("t/1", 0)]}
     with pytest.raises(InputError, match=r"train\.txt line 5: label 5, allowed are 0 to 4"):
-        opened(tree(tmp_path / "mixed", lists))
+        opened(numbered_raer(tmp_path / "mixed", lists))
 
 
 @pytest.mark.parametrize("line", ["a/1 3", "a/1 three 1", "a/1 3 -1", "a/1 3 1.5", "1"])
 def test_lines_of_another_form_are_refused_by_number(tmp_path, line):
-    root = tree(tmp_path / "raer", LISTS)
+    root = numbered_raer(tmp_path / "raer", LISTS)
     (root / "val.txt").write_text(f"\nv/1 3 2\n{line}\n")
     with pytest.raises(
         InputError, match=r"val\.txt line 3: .*expected `clip_folder num_frames label`"
@@ -181,16 +144,16 @@ def test_clips_in_two_splits_or_listed_twice_are_refused(tmp_path):
         InputError,
         match=r"1 clips are in two splits: d/c 3 \(train\.txt line 3, test\.txt line 2\)",
     ):
-        opened(tree(tmp_path / "leak", leak))
+        opened(numbered_raer(tmp_path / "leak", leak))
     with pytest.raises(
         InputError, match=r"1 clips are listed twice: v/1 \(val\.txt line 1, val\.txt line 2\)"
     ):
-        opened(tree(tmp_path / "twice", LISTS | {"val": [("v/1", 2), ("v/1", 2)]}))
+        opened(numbered_raer(tmp_path / "twice", LISTS | {"val": [("v/1", 2), ("v/1", 2)]}))
 
 
 def test_wrong_frame_counts_are_named_and_taken_as_they_are_on_demand(tmp_path):
-    root = tree(tmp_path / "raer", LISTS)
-    frame(root / "t/1/11.png", 7, 3)
+    root = numbered_raer(tmp_path / "raer", LISTS)
+    numbered_raer_frame(root / "t/1/11.png", 7, 3)
     with pytest.raises(
         InputError,
         match=r"1 of 8 clips have another number .*t/1 has 4 frames, test\.txt line 1 says 3",
@@ -201,7 +164,7 @@ def test_wrong_frame_counts_are_named_and_taken_as_they_are_on_demand(tmp_path):
 
 
 def test_clips_without_frames_are_named_and_left_out_on_demand(tmp_path):
-    root = tree(tmp_path / "raer", LISTS)
+    root = numbered_raer(tmp_path / "raer", LISTS)
     with (root / "train.txt").open("a") as file:
         file.write("e/gone 3 2\n")
     with pytest.raises(
@@ -215,7 +178,7 @@ def test_clips_without_frames_are_named_and_left_out_on_demand(tmp_path):
 
 def test_a_damaged_frame_is_named_and_takes_its_clip_along(tmp_path):
     lists = {"train": [(f"a/{i}", 1 + i % 5) for i in range(150)], "test": [("t/1", 3)]}
-    root = tree(tmp_path / "raer", lists, length=1)
+    root = numbered_raer(tmp_path / "raer", lists, length=1)
     (root / "a/77/8.png").write_bytes(b"no image")
     clips = opened(root)
     with pytest.raises(InputError, match=r"image a/77/8\.png in raer cannot be read"):
@@ -234,7 +197,9 @@ def lacking(root, **changes):
         boxes["a b/c  1"] = without(boxes["a b/c  1"], "9.png")
         return boxes
 
-    return tree(root, LISTS, faces=faces, bodies=lambda boxes: boxes | {"t/1": None}, **changes)
+    return numbered_raer(
+        root, LISTS, faces=faces, bodies=lambda boxes: boxes | {"t/1": None}, **changes
+    )
 
 
 def test_missing_boxes_are_counted_and_refused(tmp_path):
@@ -264,11 +229,11 @@ def test_frames_and_clips_without_boxes_are_left_out(tmp_path):
     face, _ = shown(clips, 0, [0, 1])
     assert face[:, 1, 12, 12].tolist() == [0, 2]
     with pytest.raises(InputError, match="no clips are left"):
-        opened(tree(tmp_path / "none", LISTS, faces=lambda boxes: {}), missing_box="skip")
+        opened(numbered_raer(tmp_path / "none", LISTS, faces=lambda boxes: {}), missing_box="skip")
 
 
 def test_without_any_file_of_boxes_they_are_all_missing(tmp_path):
-    root = tree(tmp_path / "raer", LISTS)
+    root = numbered_raer(tmp_path / "raer", LISTS)
     (root / "face.json").unlink()
     with pytest.raises(
         InputError, match="24 of 24 frames have no face box, 0 of 8 clips no body box"
@@ -288,9 +253,9 @@ def test_degenerate_boxes_are_named(tmp_path, box):
         InputError,
         match=r"face\.json: 1 frames have a degenerate box \(first: t/1/9\.png: .*40 x 24",
     ):
-        opened(tree(tmp_path / "face", LISTS, faces=faces), missing_box="skip")
+        opened(numbered_raer(tmp_path / "face", LISTS, faces=faces), missing_box="skip")
     with pytest.raises(InputError, match=r"body\.json: 3 frames have a degenerate box"):
-        opened(tree(tmp_path / "body", LISTS, bodies=lambda boxes: boxes | {"t/1": box}))
+        opened(numbered_raer(tmp_path / "body", LISTS, bodies=lambda boxes: boxes | {"t/1": box}))
 
 
 @pytest.mark.parametrize(
@@ -300,11 +265,11 @@ def test_what_is_no_box_is_refused(tmp_path, box):
     with pytest.raises(
         InputError, match=r"body\.json: t/1: .*expected \[left, top, right, bottom\] or null"
     ):
-        opened(tree(tmp_path / "raer", LISTS, bodies=lambda boxes: boxes | {"t/1": box}))
+        opened(numbered_raer(tmp_path / "raer", LISTS, bodies=lambda boxes: boxes | {"t/1": box}))
 
 
 def test_files_of_boxes_of_another_form_are_refused(tmp_path):
-    root = tree(tmp_path / "raer", LISTS, faces=lambda boxes: boxes | {"t/1": FACE})
+    root = numbered_raer(tmp_path / "raer", LISTS, faces=lambda boxes: boxes | {"t/1": FACE_BOX})
     with pytest.raises(InputError, match=r"face\.json: t/1: expected \{frame's file name: box\}"):
         opened(root)
     (root / "face.json").write_text("{")
@@ -335,8 +300,6 @@ def test_the_face_is_stretched_with_its_margin_as_far_as_the_frame_goes():
 
 
 def _png(image):
-    import io
-
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
@@ -384,7 +347,7 @@ def test_training_draws_each_frame_of_each_segment_alike(tmp_path):
 
 def test_draws_follow_seed_epoch_and_item(tmp_path):
     lists = {"train": [(f"a/{i}", 1 + i % 5) for i in range(5)], "test": [("t/1", 3)]}
-    clips = opened(tree(tmp_path / "raer", lists, length=9))
+    clips = opened(numbered_raer(tmp_path / "raer", lists, length=9))
     items = np.array([0, 1, 2, 3, 4, 6, 12])  # 6 and 12 are clip 0 once and twice more
     whole = clips.train_frames(items, 1, 2, 3)
     assert np.array_equal(clips.train_frames(items[[5, 2]], 1, 2, 3), whole[[5, 2]])
@@ -404,7 +367,7 @@ def test_a_clip_that_is_drawn_again_becomes_another_item():
 
 
 def test_frames_are_decoded_once_for_both_streams_and_kept(tmp_path, monkeypatch):
-    clips, reads = opened(tree(tmp_path / "raer", LISTS)), []
+    clips, reads = opened(numbered_raer(tmp_path / "raer", LISTS)), []
     read = clips.images._read_bytes
     clips.images._read_bytes = lambda index: reads.append(index) or read(index)
     everything = [(np.arange(8), clips.eval_frames(np.arange(8), 3))]
@@ -414,7 +377,7 @@ def test_frames_are_decoded_once_for_both_streams_and_kept(tmp_path, monkeypatch
     assert len(reads) == 24 and torch.equal(face, again)
     # Beyond the cap nothing is kept.
     monkeypatch.setattr("common.data.images._CACHE_BYTES", 24 * 2 * 3 * 24 * 24 - 1)
-    fresh = opened(tree(tmp_path / "again", LISTS))
+    fresh = opened(numbered_raer(tmp_path / "again", LISTS))
     ((face, other),) = fresh.batches(everything, 1)
     assert fresh.images._cache is None and torch.equal(face, again) and torch.equal(other, context)
 
@@ -427,7 +390,7 @@ def lectures(root, per_folder=6, folders=20):
         for p in range(folders)
         for i in range(6)
     ]
-    return tree(root, {"train": lines, "test": [("t/1", 3)]}, length=1)
+    return numbered_raer(root, {"train": lines, "test": [("t/1", 3)]}, length=1)
 
 
 def test_validation_is_held_out_by_folder_and_stratified(tmp_path):
@@ -460,7 +423,9 @@ def test_the_held_out_clips_depend_on_names_alone(tmp_path):
 @pytest.mark.parametrize("parent", ["clips/train", "class{label}"])
 def test_folders_that_hold_whole_classes_are_no_people(tmp_path, parent):
     lines = [(f"{parent.format(label=1 + i % 5)}/c{i}", 1 + i % 5) for i in range(100)]
-    clips = opened(tree(tmp_path / "raer", {"train": lines, "test": [("t/1", 3)]}, length=1))
+    clips = opened(
+        numbered_raer(tmp_path / "raer", {"train": lines, "test": [("t/1", 3)]}, length=1)
+    )
     said = []
     parts = raer.split(clips, say=said.append)
     assert np.bincount(clips.labels[parts["val"]]).tolist() == [4] * 5
@@ -468,17 +433,17 @@ def test_folders_that_hold_whole_classes_are_no_people(tmp_path, parent):
 
 
 def test_parts_that_training_cannot_use_are_refused(tmp_path):
-    only = opened(tree(tmp_path / "test", {"test": [("t/1", 3)]}))
+    only = opened(numbered_raer(tmp_path / "test", {"test": [("t/1", 3)]}))
     assert raer.split(only, ["test"])["test"].tolist() == [0]
     with pytest.raises(InputError, match=r"no clips in train; needed is train\.txt"):
         raer.split(only)
     few = {"train": [("a/1", 1), ("a/2", 2)], "test": [("t/1", 3)]}
     with pytest.raises(InputError, match="train has no clips of confusion"):
-        raer.split(opened(tree(tmp_path / "few", few)))
+        raer.split(opened(numbered_raer(tmp_path / "few", few)))
 
 
 def test_folders_without_lists_are_clips_without_labels(tmp_path):
-    root = tree(tmp_path / "raer", LISTS)
+    root = numbered_raer(tmp_path / "raer", LISTS)
     for part in LISTS:
         (root / f"{part}.txt").unlink()
     with pytest.raises(InputError, match=r"no train\.txt or test\.txt there"):
@@ -498,10 +463,13 @@ def test_nothing_there_is_refused(tmp_path):
 
 def test_the_fingerprint_follows_boxes_and_labels(tmp_path):
     moved = opened(
-        tree(tmp_path / "moved", LISTS, bodies=lambda boxes: boxes | {"t/1": [0, 0, 9, 9]})
+        numbered_raer(tmp_path / "moved", LISTS, bodies=lambda boxes: boxes | {"t/1": [0, 0, 9, 9]})
     )
-    other = opened(tree(tmp_path / "other", LISTS | {"test": [("t/1", 4)]}))
-    prints = {clips.fingerprint for clips in (opened(tree(tmp_path / "raer", LISTS)), moved, other)}
+    other = opened(numbered_raer(tmp_path / "other", LISTS | {"test": [("t/1", 4)]}))
+    prints = {
+        clips.fingerprint
+        for clips in (opened(numbered_raer(tmp_path / "raer", LISTS)), moved, other)
+    }
     assert len(prints) == 3
 
 

@@ -7,6 +7,7 @@ import train_tsm
 from common import config, search
 from common.errors import EXIT_DIVERGED, EXIT_STOPPED
 from common.run.launch import every, run_sweep
+from tests.runs import flags
 
 RANGES = {"lr": (1e-4, 1e-1), "wd": (1e-6, 1e-2)}
 
@@ -33,8 +34,8 @@ def test_a_trial_is_a_function_of_its_number_and_the_seed():
     again, _ = parse(["--search", "500", "--trial", "7"])
     assert (args.lr, args.wd) == (again.lr, again.wd)
     others = [
-        parse(["--search", "20", "--trial", "8"]),
-        parse(["--search", "20", "--trial", "7", "--seed", "1"]),
+        parse(flags("--search 20 --trial 8")),
+        parse(flags("--search 20 --trial 7 --seed 1")),
     ]
     assert all(args.lr != other.lr and args.wd != other.wd for other, _ in others)
     assert args.lr == float(f"{args.lr:.3g}")  # as it would be typed

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 from kernels import shift_conv1x1, shift_conv1x1_reference, temporal_shift_reference
 
+pytestmark = pytest.mark.kernels
+
 
 def run(fn, x, weight, bias, *args, dy, **kwargs):
     inputs = [t.detach().clone().requires_grad_() for t in (x, weight, bias) if t is not None]

@@ -15,18 +15,21 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from signal import SIGCONT, SIGKILL, SIGSTOP
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from common.run import dist
 from tests import slurm_cluster
+from tests.data import image_folder, rows_npz
 from tests.runs import equal_runs
 from tests.slurm_cluster import until
 
-pytestmark = pytest.mark.skipif(
-    bool(slurm_cluster.missing()), reason=f"needs a real Slurm, as root: {slurm_cluster.INSTALL}"
-)
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.skipif(
+        bool(slurm_cluster.missing()),
+        reason=f"needs a real Slurm, as root: {slurm_cluster.INSTALL}",
+    ),
+]
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text().split("## In Slurm")[1].split("\n## ")[0]
 
@@ -54,20 +57,11 @@ def command(folder):
     """A run of some seconds: 600 steps in two stages, saved often, so that whatever stops it finds
     a checkpoint.
     """
-    rng = np.random.default_rng(0)
-    label = np.arange(200) % 4
-    centers = rng.normal(size=(4, 16))
-    np.savez(
-        folder / "tiny.npz",
-        text=(centers[label] + rng.normal(size=(200, 16))).astype("f4"),
-        timing=(centers[label, :8] + 2 * rng.normal(size=(200, 8))).astype("f4"),
-        label=label,
-    )
     flags = (
         "--bs 32 --cluster-bs 32 --base-dim 16 --epochs 96 --cluster-epochs 24 --log-every 1"
         " --save-every 0.001"
     )
-    return ["train_cluster.py", "--data", str(folder / "tiny.npz"), *flags.split()]
+    return ["train_cluster.py", "--data", str(rows_npz(folder / "tiny.npz")), *flags.split()]
 
 
 def alone(cluster, out, *command):
@@ -164,11 +158,8 @@ def array(cluster, folder):
     """The README's array of cells on tiny images, the first one requeued on its way: [(run, the
     same cell alone)].
     """
-    rng, data = np.random.default_rng(0), folder / "images"
-    for number in range(120):
-        file = data / "ab"[number % 2] / f"{number}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(file)
+    names = [f"{'ab'[number % 2]}/{number}.png" for number in range(120)]
+    data = image_folder(folder / "images", names, width=32, height=32)
     flags = f"--data {data} --epochs 1 --workers 1"
     here = (
         folder / "here"

@@ -14,20 +14,26 @@ import train_simclr
 import train_tsm
 from common import distill
 from common.run import checkpoint, ensemble, log
-from tests import bugs
-from tests.runs import equal_runs, summary
+from tests.data import cells_tree
+from tests.runs import flags, refused, summary
 
-TSM = ["--backbone", "conv_small_035", "--image-size", "32", "--bs", "24", "--accum", "2", "--epochs", "1",
-       "--eval-every", "1", "--clips", "1", "--n-segment", "2", "--data", "sample-flicker"]  # fmt: skip
-RAER = ["--backbone", "vit_tiny", "--num-frames", "2", "--bs", "32", "--epochs", "1", "--cache-features",
-        "--optimizer", "adamw", "--lr", "1e-3", "--device", "cpu"]  # fmt: skip
-SIMCLR = ["--backbone", "resnet18", "--stem", "cifar", "--image-size", "8", "--device", "cpu", "--stage", "finetune",
-          "--from", "none", "--bs", "16", "--epochs", "2"]  # fmt: skip
+TSM = flags(
+    "--backbone conv_small_035 --image-size 32 --bs 24 --accum 2 --epochs 1",
+    "--eval-every 1 --clips 1 --n-segment 2 --data sample-flicker",
+)
+RAER = flags(
+    "--backbone vit_tiny --num-frames 2 --bs 32 --epochs 1 --cache-features",
+    "--optimizer adamw --lr 1e-3 --device cpu",
+)
+SIMCLR = flags(
+    "--backbone resnet18 --stem cifar --image-size 8 --device cpu",
+    "--stage finetune --from none --bs 16 --epochs 2",
+)
 
 
 @pytest.fixture(scope="module")
 def cells(tmp_path_factory):
-    return bugs.images(tmp_path_factory.mktemp("data") / "cells")
+    return cells_tree(tmp_path_factory.mktemp("data") / "cells")
 
 
 @pytest.fixture(scope="module")
@@ -35,15 +41,7 @@ def images(cells, tmp_path_factory):
     """Two runs of fine-tuning."""
     folder = tmp_path_factory.mktemp("simclr")
     for seed in (0, 1):
-        argv = [
-            *SIMCLR,
-            "--data",
-            str(cells),
-            "--seed",
-            str(seed),
-            "--out",
-            str(folder / f"run{seed}"),
-        ]
+        argv = flags(SIMCLR, "--data", cells, "--seed", seed, "--out", folder / f"run{seed}")
         assert train_simclr.main(argv) == 0
     return folder
 
@@ -85,6 +83,7 @@ def test_scores_are_those_of_the_named_metrics():
     assert found["uar"] == pytest.approx(metrics.balanced_accuracy_score(labels, p > 0.5))
 
 
+@pytest.mark.e2e
 def test_an_ensemble_averages_probabilities(images, tmp_path, capsys):
     runs = [str(images / f"run{seed}") for seed in (0, 1)]
     capsys.readouterr()
@@ -146,7 +145,7 @@ def test_what_an_earlier_run_left_is_no_answer_and_one_run_is_not_evaluated(tmp_
         Args.ensemble = names
         with pytest.raises(SystemExit) as ending:
             ensemble.judge(
-                evaluated.append, ["--ensemble", *names, "--out", str(tmp_path)], Args, "uar"
+                evaluated.append, flags("--ensemble", names, "--out", tmp_path), Args, "uar"
             )
         assert ending.value.code == 2
     said = capsys.readouterr().err.splitlines()
@@ -154,6 +153,7 @@ def test_what_an_earlier_run_left_is_no_answer_and_one_run_is_not_evaluated(tmp_
     assert len(evaluated) == 2 and not list(tmp_path.rglob("eval.csv"))
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
@@ -164,18 +164,16 @@ def test_what_an_earlier_run_left_is_no_answer_and_one_run_is_not_evaluated(tmp_
 )
 def test_bad_ensembles_are_refused(argv, said, images, tmp_path, capsys):
     argv = [str(images / "run0") if token == "A" else token for token in argv]
-    with pytest.raises(SystemExit) as ending:
-        train_simclr.main([*argv, "--out", str(tmp_path)])
-    assert ending.value.code == 2 and said in capsys.readouterr().err
+    refused(train_simclr.main, [*argv, "--out", str(tmp_path)], capsys, said)
 
 
+@pytest.mark.e2e
 def test_clusters_have_neither(capsys):
     for argv in (["--ensemble", "A", "B"], ["--teacher", "A"]):
-        with pytest.raises(SystemExit) as ending:
-            train_cluster.main(argv)
-        assert ending.value.code == 2 and argv[0] in capsys.readouterr().err
+        refused(train_cluster.main, argv, capsys, argv[0])
 
 
+@pytest.mark.e2e
 def test_a_student_of_full_weight_learns_the_teacher_not_the_labels(cells, images, tmp_path):
     teacher = checkpoint.load(images / "run1" / "best.pt")
     argv = [*SIMCLR, "--data", str(cells), "--seed", "2", "--teacher", str(images / "run1")]
@@ -192,60 +190,39 @@ def test_a_student_of_full_weight_learns_the_teacher_not_the_labels(cells, image
     assert train_simclr.main(again) == 0  # the same run: the teacher's content counts
     with pytest.raises(SystemExit) as ending:
         train_simclr.main(
-            [
-                *argv[:-1],
-                str(images / "run0"),
-                "--teacher-weight",
-                "1",
-                "--out",
-                str(tmp_path / "a"),
-            ]
+            flags(argv[:-1], images / "run0", "--teacher-weight 1 --out", tmp_path / "a")
         )
     assert ending.value.code == 2  # another teacher is another run
 
 
-def test_an_interrupted_student_equals_a_whole_one(cells, images, tmp_path):
-    argv = [*SIMCLR, "--data", str(cells), "--teacher", str(images / "run1")]
-    assert train_simclr.main([*argv, "--out", str(tmp_path / "whole")]) == 0
-    with pytest.raises(SystemExit):
-        train_simclr.main([*argv, "--out", str(tmp_path / "cut"), "--max-steps", "4"])
-    assert train_simclr.main([*argv, "--out", str(tmp_path / "cut")]) == 0
-    equal_runs(tmp_path / "whole", tmp_path / "cut")
-
-
+@pytest.mark.e2e
 def test_the_linear_protocol_learns_from_a_teacher_but_its_baselines_do_not(
     cells, images, tmp_path
 ):
-    common = [
-        *SIMCLR[:8],
-        "--stage",
-        "linear",
-        "--from",
-        str(images / "run0"),
-        "--bs",
-        "16",
-        "--epochs",
-        "2",
-    ]
+    common = flags(SIMCLR[:8], "--stage linear --from", images / "run0", "--bs 16 --epochs 2")
     losses = []
     for extra in ([], ["--teacher", str(images / "run1")]):
         out = tmp_path / f"run{len(extra)}"
         assert train_simclr.main([*common, "--data", str(cells), *extra, "--out", str(out)]) == 0
         lines = log.read(out)
-        losses.append({name: next(x[f"{name}/train/loss"] for x in lines if f"{name}/train/loss" in x)
-                       for name in ("linear", "linear_random", "linear_pixels")})  # fmt: skip
+        first = {}
+        for stage in ("linear", "linear_random", "linear_pixels"):
+            key = f"{stage}/train/loss"
+            first[stage] = next(line[key] for line in lines if key in line)
+        losses.append(first)
     assert losses[0]["linear"] != losses[1]["linear"]
     assert all(losses[0][name] == losses[1][name] for name in ("linear_random", "linear_pixels"))
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize(
-    ("script", "flags"), [(train_tsm, TSM), (train_raer, RAER)], ids=["tsm", "raer"]
+    ("script", "argv"), [(train_tsm, TSM), (train_raer, RAER)], ids=["tsm", "raer"]
 )
-def test_the_video_scripts_have_both(script, flags, tmp_path, capsys):
+def test_the_video_scripts_have_both(script, argv, tmp_path, capsys):
     runs = [str(tmp_path / name) for name in "ab"]
     for seed, run in enumerate(runs):
-        assert script.main([*flags, "--seed", str(seed), "--out", run]) == 0
-    student = [*flags, "--seed", "2", "--out", str(tmp_path / "s"), "--teacher", runs[0]]
+        assert script.main([*argv, "--seed", str(seed), "--out", run]) == 0
+    student = [*argv, "--seed", "2", "--out", str(tmp_path / "s"), "--teacher", runs[0]]
     assert script.main([*student, "--teacher-weight", "1", "--teacher-temperature", "1"]) == 0
     line = log.read(tmp_path / "s")[0]
     assert line["loss"] > 0

@@ -10,6 +10,8 @@ import torch.distributed
 
 from kernels import nt_xent_reference, sup_con, sup_con_reference
 
+pytestmark = pytest.mark.kernels
+
 
 def double_loop(z, labels, temperature):
     """Equation 2 of the paper, term by term, over the rows that have positives."""

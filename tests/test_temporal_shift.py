@@ -7,6 +7,8 @@ import torch
 
 from kernels import shift_step, temporal_shift, temporal_shift_reference
 
+pytestmark = pytest.mark.kernels
+
 
 def loops(x, n_segment, fold_div, direction, padding):
     """The definition, frame by frame and channel by channel."""

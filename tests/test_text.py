@@ -43,7 +43,8 @@ def dense(matrix: Sparse) -> np.ndarray:
 
 def test_tokens_keep_words_and_runs_of_punctuation():
     assert tokens("I'm NOT sure... really?! \u00c9t\u00e9, l\u2019eau_2") == [
-        "i'm", "not", "sure", "...", "really", "?", "!", "\u00e9t\u00e9", ",", "l\u2019eau", "_", "2",
+        "i'm", "not", "sure", "...", "really", "?", "!",
+        "\u00e9t\u00e9", ",", "l\u2019eau", "_", "2",
     ]  # fmt: skip
     assert tokens(" \t") == []
     pairs = ["^ oh", "oh ,", ", no", "no !", "! $"]
@@ -267,8 +268,8 @@ def test_a_vocabulary_without_its_special_pieces_is_refused(tmp_path):
 
 SMALL = {
     "vocab_size": len(PIECES), "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "intermediate_size": 80, "max_position_embeddings": 40, "type_vocab_size": 2, "layer_norm_eps": 1e-12,
-    "hidden_act": "gelu", "model_type": "bert",
+    "intermediate_size": 80, "max_position_embeddings": 40, "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12, "hidden_act": "gelu", "model_type": "bert",
 }  # fmt: skip
 
 

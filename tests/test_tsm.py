@@ -395,7 +395,8 @@ def test_a_stream_gives_the_scores_of_the_whole_sequence(placement, aggregate):
             if t == 6:
                 torch.testing.assert_close(logits, early, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(torch.stack(scores, 1).softmax(1), weights, rtol=0, atol=1e-5)
+    # Float32 of a frame alone and of forty: up to 2e-5 apart, by the number of threads.
+    torch.testing.assert_close(torch.stack(scores, 1).softmax(1), weights, rtol=0, atol=5e-5)
     if placement != "none":
         windows = model(sequence.unflatten(1, (10, 4)).flatten(0, 1))[0]
         assert (

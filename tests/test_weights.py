@@ -16,6 +16,7 @@ from torch import nn
 from common import weights
 from common.errors import InputError
 from common.run import checkpoint
+from common.run.files import FORMAT
 
 
 def oracle():
@@ -219,7 +220,7 @@ def test_own_checkpoints_containers_and_prefixes_are_opened(tmp_path):
         "plain": state,
         "timm": {"epoch": 3, "arch": "resnet18", "state_dict": state, "optimizer": {"state": {}}},
         "torchvision": {"model": state, "lr_scheduler": {}},
-        "own last.pt": {"parts": {"model": state, "optimizer": {}}, "place": {"step": 1}},
+        "own last.pt": {"format": FORMAT, "parts": {"model": state}, "place": {"step": 1}},
         "ddp": {"state_dict": {f"module.{n}": t for n, t in state.items()}},
         "ddp of compiled": {f"module._orig_mod.{n}": t for n, t in state.items()},
         "compiled ddp": {f"_orig_mod.module.{n}": t for n, t in state.items()},
@@ -443,7 +444,7 @@ def test_all_but_the_head_must_fit():
         InputError, match=r"x.pt does not fit .* 2 unknown keys \(first: aux.weight, aux.bias\)"
     ):
         weights.load(model, state | extra, "x.pt", head=("fc.",))
-    with pytest.raises(InputError, match=r"1 keys missing \(first: body.bias\)"):
+    with pytest.raises(InputError, match=r"1 key missing \(first: body.bias\)"):
         weights.load(
             model, {n: t for n, t in state.items() if n != "body.bias"}, "x.pt", head=("fc.",)
         )

@@ -44,11 +44,8 @@ from common.run import checkpoint, dist
 from common.run.log import Log
 from common.run.progress import Progress
 from common.run.signals import Signals
+from tests.data import cells_tree, ffpp_tree, raer_tree, utterance_arrays
 from tests.runs import equal_runs
-from tests.test_train_cluster import arrays
-from tests.test_train_raer import raer_tree
-from tests.test_train_simclr import cells_tree
-from tests.test_train_tsm import ffpp_tree
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process with threads of OpenMP cannot be forked
 
@@ -81,7 +78,7 @@ class Victim:
         self.root.mkdir()
         place = self.root / ("data.npz" if name == "cluster" else "data")
         if name == "cluster":
-            np.savez(place, **arrays(count=120))
+            np.savez(place, **utterance_arrays(count=120))
         else:
             {"simclr": cells_tree, "tsm": small_ffpp, "raer": raer_tree}[name](place)
         self.argv = [*FLAGS[name].split(), *COMMON, "--data", str(place)]

@@ -84,7 +84,7 @@ def test_a_parameter_in_two_groups_and_a_strange_one_are_named():
     optimizer.param_groups.append({"params": [model.head.bias, nn.Parameter(torch.zeros(1))]})
     found = audit.check_groups(model, optimizer)
     assert found[0] == "head.bias is trainable and in 2 optimizer groups"
-    assert found[1:] == ["the optimizer holds 1 parameters that the model lacks"]
+    assert found[1:] == ["the optimizer holds 1 parameter that the model lacks"]
 
 
 def test_a_step_that_rounding_swallows_is_alive():

@@ -67,9 +67,7 @@ def test_cytology_bytes_are_the_seed_s_alone(cells):
     first = digest(*cytology(40, seed=5)[:2])
     np.random.seed(0)  # the global generator has no say
     assert first == digest(*cytology(40, seed=5)[:2])
-    code = (
-        "from tests.test_sample import digest, cytology; print(digest(*cytology(40, seed=5)[:2]))"
-    )
+    code = "from tests import test_synthetic as t; print(t.digest(*t.cytology(40, seed=5)[:2]))"
     other = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -364,3 +362,17 @@ def test_emotion_clips_bytes_are_the_seed_s_alone(emotions):
 def test_emotion_clips_refuse_what_they_cannot_draw(changed):
     with pytest.raises(ValueError, match=next(iter(changed))):
         emotion_clips(**changed)
+
+
+def test_the_embedded_data_is_as_imbalanced_as_promised_and_pure():
+    modalities, labels, classes = synthetic.utterances()
+    counts = np.bincount(labels)
+    assert len(classes) == len(counts) == 12 and counts.max() / counts.min() == pytest.approx(
+        38.8, abs=1
+    )
+    again = synthetic.utterances()
+    assert np.array_equal(labels, again[1]) and all(
+        np.array_equal(x, again[0][n]) for n, x in modalities.items()
+    )
+    with pytest.raises(ValueError, match="num_utterances=100"):
+        synthetic.utterances(100)

@@ -1,4 +1,4 @@
-"""The doctor names what is wrong with the data, and finds nothing in data that is right."""
+"""--check names what is wrong with the data, and finds nothing in data that is right."""
 
 import json
 import math
@@ -12,29 +12,23 @@ from PIL import Image
 import train_simclr
 from common import deep_cluster
 from common.check import data as check_data
-from common.data import clips, sampling, synthetic, utterances
+from common.check import inspection
+from common.data import clips, sampling, utterances
 from common.data.images import UNLABELED, Images
 from common.data.open import open_images
+from tests.data import sample_cells, split_cells
+from tests.runs import flags
 
-PIXELS, LABELS, CLASSES = synthetic.cytology(num_images=400, size=32)
+PIXELS, LABELS, CLASSES = sample_cells()
 
 
 def picture(index):
     return Image.fromarray(PIXELS[index].transpose(1, 2, 0))
 
 
-def write(folder, labels=LABELS, count=400):
-    """The first images as PNG files, three of four in train/, the others in test/."""
-    for i in range(count):
-        path = folder / ("test" if i % 4 == 0 else "train") / CLASSES[labels[i]] / f"{i:04d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture(i).save(path)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return write(tmp_path_factory.mktemp("data") / "cells")
+    return split_cells(tmp_path_factory.mktemp("data") / "cells")
 
 
 def examine(path, out, splits=None, supervised=True):
@@ -60,7 +54,7 @@ def test_healthy_images_pass(healthy):
 
 
 def test_the_same_file_in_train_and_test_fails_by_name(folder, tmp_path):
-    copy = write(tmp_path / "cells", count=200)
+    copy = split_cells(tmp_path / "cells", count=200)
     train = next((copy / "train" / CLASSES[0]).iterdir())
     (copy / "test" / CLASSES[0] / "again.png").write_bytes(train.read_bytes())
     found = examine(copy, tmp_path)["duplicates"]
@@ -73,21 +67,22 @@ def test_the_same_file_in_train_and_test_fails_by_name(folder, tmp_path):
 
 
 def test_a_copy_beyond_the_items_that_are_decoded_is_found_too(folder, tmp_path, monkeypatch):
-    copy = write(tmp_path / "cells")
+    copy = split_cells(tmp_path / "cells")
     train = next((copy / "train" / CLASSES[1]).iterdir())
     (copy / "test" / CLASSES[1] / "again.png").write_bytes(train.read_bytes())
-    monkeypatch.setattr(check_data, "LOOKED", 8)
-    monkeypatch.setattr(check_data, "HASHED", 200)
-    seen = check_data.inspect(images := open_images(str(copy)), sampling.split(images), 2)
+    monkeypatch.setattr(inspection, "LOOKED", 8)
+    monkeypatch.setattr(inspection, "HASHED", 200)
+    seen = inspection.inspect(images := open_images(str(copy)), sampling.split(images), 2)
     assert seen.of == "8 of 401 images" and seen.compared <= 200
     assert any(
-        {twin.name for twin in group} >= {f"test/{CLASSES[1]}/again.png"} for group in seen.twins
+        {twin.name for twin in group} >= {f"test/{CLASSES[1]}/again.png"}
+        for group in seen.duplicates
     )
 
 
 @pytest.mark.parametrize("change", ["jpeg", "larger", "brighter"])
 def test_a_changed_copy_in_the_test_is_near(change, tmp_path):
-    copy = write(tmp_path / "cells", count=160)
+    copy = split_cells(tmp_path / "cells", count=160)
     for path in sorted((copy / "train").rglob("*.png"))[:4]:
         image = Image.open(path)
         if change == "larger":
@@ -103,7 +98,7 @@ def test_a_changed_copy_in_the_test_is_near(change, tmp_path):
 
 
 def test_one_near_pair_in_a_large_test_warns(folder, tmp_path):
-    copy = write(tmp_path / "cells")
+    copy = split_cells(tmp_path / "cells")
     path = next((copy / "train").rglob("*.png"))
     Image.open(path).save(copy / "test" / path.parent.name / "near.jpg", quality=80)
     found = examine(copy, tmp_path)["duplicates"]
@@ -122,7 +117,7 @@ def test_perceptual_hash_is_the_sign_of_low_frequencies():
 
 def test_shuffled_labels_fail_where_a_run_trains_on_them(tmp_path):
     rng = np.random.default_rng(0)
-    copy = write(tmp_path / "cells", rng.permutation(LABELS))
+    copy = split_cells(tmp_path / "cells", rng.permutation(LABELS))
     found = examine(copy, tmp_path)["label-noise"]
     assert found.status == "FAIL" and "shuffled" in found.fix
     assert examine(copy, tmp_path, supervised=False)["label-noise"].status == "WARN"
@@ -160,7 +155,7 @@ def test_agreement_is_that_of_scikit_learns_neighbors():
 
 
 def test_damaged_images_are_named_decoded_or_not(tmp_path, monkeypatch):
-    copy = write(tmp_path / "cells", count=80)
+    copy = split_cells(tmp_path / "cells", count=80)
     victim = sorted((copy / "train").rglob("*.png"))[3]
     victim.write_bytes(victim.read_bytes()[:300])
     name = victim.relative_to(copy).as_posix()
@@ -168,8 +163,8 @@ def test_damaged_images_are_named_decoded_or_not(tmp_path, monkeypatch):
     assert found.status == "FAIL" and found.value == "1 damaged of 80 images" and name in found.fix
     shapeless = copy / "train" / victim.parent.name / "shapeless.png"
     shapeless.write_bytes(b"no picture")
-    for looked in (check_data.LOOKED, 1):  # decoded, or its header read alone
-        monkeypatch.setattr(check_data, "LOOKED", looked)
+    for looked in (inspection.LOOKED, 1):  # decoded, or its header read alone
+        monkeypatch.setattr(inspection, "LOOKED", looked)
         shown = str(examine(copy, tmp_path)["corrupt"].rows)
         assert "shapeless.png (cannot identify image file)" in shown
     shapeless.unlink()
@@ -185,7 +180,7 @@ def test_damaged_images_are_named_decoded_or_not(tmp_path, monkeypatch):
         entry = source.infolist()[40]
     content[entry.header_offset + 30 + len(entry.filename) + entry.file_size // 2] ^= 1  # one bit
     archive.write_bytes(content)
-    monkeypatch.setattr(check_data, "LOOKED", 1)
+    monkeypatch.setattr(inspection, "LOOKED", 1)
     found = examine(archive, tmp_path)["corrupt"]
     assert found.status == "FAIL" and entry.filename in found.fix
 
@@ -216,7 +211,7 @@ def test_classes_have_their_prior_and_an_empty_one_fails(tmp_path):
 
 
 def test_what_differs_from_all_others_is_an_outlier(tmp_path):
-    copy = write(tmp_path / "cells", count=120)
+    copy = split_cells(tmp_path / "cells", count=120)
     Image.new("RGB", (32, 32)).save(copy / "train" / CLASSES[0] / "black.png")
     picture(0).resize((200, 32)).save(copy / "train" / CLASSES[0] / "wide.png")
     found = examine(copy, tmp_path)["outliers"]
@@ -240,12 +235,12 @@ def test_the_choice_is_a_function_of_names_with_a_quarter_of_the_test():
     ids = [f"item{i}" for i in range(5000)]
     parts = np.full(5000, "train", dtype=object)
     parts[:500], parts[500:600] = "test", ""
-    kept = check_data.sampled_items(ids, parts, 1000)
+    kept = inspection.sampled_items(ids, parts, 1000)
     assert len(kept) == 1000 and (parts[kept] == "test").sum() == 250 and (parts[kept] != "").all()
     order = np.random.default_rng(0).permutation(5000)
-    again = check_data.sampled_items([ids[i] for i in order], parts[order], 1000)
+    again = inspection.sampled_items([ids[i] for i in order], parts[order], 1000)
     assert {ids[order[i]] for i in again} == {ids[i] for i in kept}
-    assert len(check_data.sampled_items(ids, parts, 10_000)) == 4900
+    assert len(inspection.sampled_items(ids, parts, 10_000)) == 4900
 
 
 def test_parts_are_those_of_the_strictest_use():
@@ -254,7 +249,7 @@ def test_parts_are_those_of_the_strictest_use():
         "finetune_dev": np.array([6]),
         "finetune_test": np.array([7]),
     }
-    assert check_data.parts_of(splits, 9).tolist() == ["train"] * 6 + ["val", "test", ""]
+    assert inspection.parts_of(splits, 9).tolist() == ["train"] * 6 + ["val", "test", ""]
 
 
 def videos(sequences, splits, labels=None):
@@ -369,45 +364,27 @@ def test_rows_of_features_have_their_own_findings(tmp_path):
 
 
 def test_a_folder_without_images_is_an_empty_class(tmp_path):
-    copy = write(tmp_path / "cells", count=40)
+    copy = split_cells(tmp_path / "cells", count=40)
     images = open_images(str(copy))
-    assert check_data.empty_folders(copy) == []
+    assert inspection.empty_folders(copy) == []
     (copy / "train" / "unseen").mkdir()
     (copy / "train" / ".cache").mkdir()
-    assert check_data.empty_folders(copy) == ["train/unseen"]
-    seen = check_data.inspect(images, sampling.split(images), 2)
+    assert inspection.empty_folders(copy) == ["train/unseen"]
+    seen = inspection.inspect(images, sampling.split(images), 2)
     seen.empty = ["train/unseen"]
     found = check_data.result_of("imbalance", seen, tmp_path)
     assert found.status == "FAIL" and "train/unseen" in found.fix
 
 
+@pytest.mark.e2e
 def test_a_check_ends_with_the_damaged_file_and_trains_on_nothing(tmp_path, capsys):
-    copy = write(tmp_path / "cells", count=60)
+    copy = split_cells(tmp_path / "cells", count=60)
     victim = sorted((copy / "train").rglob("*.png"))[3]
     victim.write_bytes(victim.read_bytes()[:300])
-    argv = [
-        "--data",
-        str(copy),
-        "--backbone",
-        "resnet18",
-        "--stem",
-        "cifar",
-        "--image-size",
-        "8",
-        "--bs",
-        "8",
-    ]
+    argv = flags("--data", copy, "--backbone resnet18 --stem cifar --image-size 8 --bs 8")
     with pytest.raises(SystemExit) as ending:
         train_simclr.main(
-            [
-                *argv,
-                "--check",
-                "corrupt,outliers,gradient",
-                "--device",
-                "cpu",
-                "--out",
-                str(tmp_path / "r"),
-            ]
+            flags(argv, "--check corrupt,outliers,gradient --device cpu --out", tmp_path / "r")
         )
     assert ending.value.code == 4 and "--check: corrupt" in capsys.readouterr().err
     items = json.loads((tmp_path / "r" / "check.json").read_text())["items"]

@@ -18,6 +18,8 @@ from common.check.runner import ITEMS
 from common.models.heads import init_bias_to_prior
 from common.run.loop import Step
 from tests import bugs
+from tests.data import cells_tree
+from tests.runs import flags
 
 QUICK = bugs.BUGS[1::6]  # the others take minutes
 SMALL = ["--device", "cpu", "--epochs", "1", "--cluster-epochs", "1", "--k", "12"]
@@ -27,6 +29,7 @@ def name(bug):
     return bug.name.replace(" ", "-")
 
 
+@pytest.mark.e2e
 @pytest.mark.parametrize("bug", QUICK, ids=name)
 def test_a_seeded_bug_is_caught_by_its_item(bug, tmp_path):
     item = bugs.try_bug(bug, tmp_path)
@@ -34,6 +37,7 @@ def test_a_seeded_bug_is_caught_by_its_item(bug, tmp_path):
     assert item["fix"] and item["threshold"]
 
 
+@pytest.mark.e2e
 @pytest.mark.slow
 def test_at_least_95_percent_of_the_seeded_bugs_are_caught(tmp_path):
     caught = [
@@ -49,6 +53,7 @@ def passes(base, folder, items="all"):
     return found
 
 
+@pytest.mark.e2e
 def test_the_items_of_the_quick_bugs_pass_without_them(tmp_path):
     for base in {bug.base for bug in QUICK}:
         items = {bug.item for bug in QUICK if bug.base == base}
@@ -58,6 +63,7 @@ def test_the_items_of_the_quick_bugs_pass_without_them(tmp_path):
         ) == len(items)
 
 
+@pytest.mark.e2e
 def test_a_healthy_clustering_passes_every_item(tmp_path):
     found = passes("rows", tmp_path)
     assert list(found) == list(ITEMS)
@@ -66,6 +72,7 @@ def test_a_healthy_clustering_passes_every_item(tmp_path):
         assert (tmp_path / "run" / picture).stat().st_size > 0
 
 
+@pytest.mark.e2e
 @pytest.mark.slow
 @pytest.mark.parametrize("base", bugs.HEALTHY)
 def test_nothing_fails_on_a_healthy_run(base, tmp_path):
@@ -74,6 +81,7 @@ def test_nothing_fails_on_a_healthy_run(base, tmp_path):
         assert found["zero-input"]["status"] == "PASS"
 
 
+@pytest.mark.e2e
 def test_a_check_does_not_stand_in_the_way_of_the_run(tmp_path, capsys):
     argv = [*SMALL, "--out", str(tmp_path / "run")]
     assert train_cluster.main([*argv, "--check", "loss-at-init"]) == 0
@@ -85,7 +93,7 @@ def test_a_check_does_not_stand_in_the_way_of_the_run(tmp_path, capsys):
     files = {path: path.read_bytes() for path in kept}
     capsys.readouterr()
     assert (
-        train_cluster.main([*argv, "--check", "gradient,loss-at-init"]) == 0
+        train_cluster.main(flags(argv, "--check gradient,loss-at-init")) == 0
     )  # beside a finished run
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines if line.startswith("PASS")] == [
@@ -102,6 +110,7 @@ def test_a_check_does_not_stand_in_the_way_of_the_run(tmp_path, capsys):
     ] >= 0
 
 
+@pytest.mark.e2e
 def test_a_new_check_removes_the_pictures_of_the_one_before(tmp_path):
     argv = [*SMALL, "--out", str(tmp_path), "--check"]
     figures = tmp_path / "figures"
@@ -114,6 +123,7 @@ def test_a_new_check_removes_the_pictures_of_the_one_before(tmp_path):
     assert [path.name for path in figures.glob("*.png")] == ["views.png"]
 
 
+@pytest.mark.e2e
 def test_bad_use_is_refused_in_one_line(tmp_path, capsys):
     cases = {
         "did you mean overfit?": [*SMALL, "--check", "overfti"],
@@ -128,6 +138,7 @@ def test_bad_use_is_refused_in_one_line(tmp_path, capsys):
     assert not (tmp_path / "run" / "check.json").exists()
 
 
+@pytest.mark.e2e
 def test_an_item_alone_finds_what_it_finds_among_the_others(tmp_path):
     alone = passes("rows", tmp_path / "a", "loss-decreases")["loss-decreases"]
     among = passes("rows", tmp_path / "b", "seed,eval-invariance,loss-decreases,overfit")[
@@ -136,18 +147,12 @@ def test_an_item_alone_finds_what_it_finds_among_the_others(tmp_path):
     assert alone == among
 
 
+@pytest.mark.e2e
 def test_stages_are_checked_one_after_the_other(tmp_path):
-    flags = [*bugs.IMAGES, "--stage", "all", "--linear-bs", "16", "--finetune-bs", "16"]
-    flags[1] = str(bugs.images(tmp_path / "images"))
-    out = [
-        "--device",
-        "cpu",
-        "--check",
-        "loss-at-init,head-bias,first-layer",
-        "--out",
-        str(tmp_path / "run"),
-    ]
-    assert train_simclr.main([*flags, *out]) == 0
+    argv = [*bugs.IMAGES, "--stage", "all", "--linear-bs", "16", "--finetune-bs", "16"]
+    argv[1] = str(cells_tree(tmp_path / "images"))
+    out = flags("--device cpu --check loss-at-init,head-bias,first-layer --out", tmp_path / "run")
+    assert train_simclr.main([*argv, *out]) == 0
     found = {
         i["item"]: i for i in json.loads((tmp_path / "run" / "check.json").read_text())["items"]
     }
@@ -173,20 +178,15 @@ def test_a_last_layer_that_starts_at_the_prior_predicts_it():
     torch.testing.assert_close(one.bias.sigmoid(), torch.tensor([0.4]))
 
 
+@pytest.mark.e2e
 def test_images_without_labels_are_checked_on_what_there_is(tmp_path):
-    files = sorted(bugs.images(tmp_path / "labeled").rglob("*.png"))
+    files = sorted(cells_tree(tmp_path / "labeled").rglob("*.png"))
     (tmp_path / "images").mkdir()
     for k, file in enumerate(files):
         file.rename(tmp_path / "images" / f"{k}.png")
-    flags = [
-        *bugs.IMAGES,
-        "--check",
-        "inputs,eval-invariance,leakage,zero-input",
-        "--device",
-        "cpu",
-    ]
-    flags[1] = str(tmp_path / "images")
-    assert train_simclr.main([*flags, "--out", str(tmp_path / "run")]) == 0
+    argv = flags(bugs.IMAGES, "--check inputs,eval-invariance,leakage,zero-input --device cpu")
+    argv[1] = str(tmp_path / "images")
+    assert train_simclr.main([*argv, "--out", str(tmp_path / "run")]) == 0
     found = {
         i["item"]: i["status"]
         for i in json.loads((tmp_path / "run" / "check.json").read_text())["items"]
@@ -199,27 +199,22 @@ def test_images_without_labels_are_checked_on_what_there_is(tmp_path):
     }
 
 
+@pytest.mark.e2e
 def test_a_teacher_is_not_asked_where_the_labels_are_tried(tmp_path, monkeypatch):
-    flags = [*bugs.HEALTHY["finetune"][1], "--device", "cpu", "--epochs", "1"]
-    flags[1] = str(bugs.images(tmp_path / "images"))
-    assert train_simclr.main([*flags, "--out", str(tmp_path / "teacher")]) == 0
+    argv = [*bugs.HEALTHY["finetune"][1], "--device", "cpu", "--epochs", "1"]
+    argv[1] = str(cells_tree(tmp_path / "images"))
+    assert train_simclr.main([*argv, "--out", str(tmp_path / "teacher")]) == 0
     asked, logits = [], distill.Teacher.logits
     monkeypatch.setattr(
         distill.Teacher,
         "logits",
         lambda self, *given: (asked.append(0), -9 * logits(self, *given))[1],
     )
-    student = [
-        *flags,
-        "--teacher",
-        str(tmp_path / "teacher"),
-        "--teacher-weight",
-        "1",
-        "--out",
-        str(tmp_path / "run"),
-    ]
+    student = flags(
+        argv, "--teacher", tmp_path / "teacher", "--teacher-weight 1 --out", tmp_path / "run"
+    )
     assert (
-        train_simclr.main([*student, "--check", "loss-at-init,overfit,loss-decreases"]) == 0
+        train_simclr.main(flags(student, "--check loss-at-init,overfit,loss-decreases")) == 0
         and not asked
     )
     items = json.loads((tmp_path / "run" / "check.json").read_text())["items"]

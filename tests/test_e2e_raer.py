@@ -1,0 +1,327 @@
+"""train_raer.py as its users run it: whole runs, every method, use of a model, bad input."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import train_raer
+from common import longtail
+from common.models import clip
+from common.models import raer as models
+from common.run import checkpoint, log
+from tests.data import RAER_CLASSES, raer_tree
+from tests.runs import flags, refused, summary
+
+pytestmark = pytest.mark.e2e
+
+NET = ["--backbone", "vit_tiny", "--device", "cpu", "--num-frames", "3", "--bs", "8"]
+SMALL = flags(NET, "--epochs 4 --seed 3 --eval-every 2 --tune full --dropout 0.2")
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    return raer_tree(tmp_path_factory.mktemp("data") / "raer")
+
+
+@pytest.fixture(scope="module")
+def whole(tree, tmp_path_factory):
+    """A finished run whose image tower trains too."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert train_raer.main([*SMALL, "--data", str(tree), "--out", str(folder)]) == 0
+    return folder
+
+
+def test_a_run_leaves_what_the_readme_promises(whole, tree, capsys):
+    result = summary(whole)
+    for name in ("uar", "war", "recall_calm", "recall_puzzled", "uar_low", "uar_high"):
+        assert 0 <= result[f"train/test/{name}"] <= 1 and f"train/test/{name}_last_epoch" in result
+    assert result["train/test/uar_low"] <= result["train/test/uar"] <= result["train/test/uar_high"]
+    assert (
+        result["train/test/majority_uar"]
+        == pytest.approx(1 / 3)
+        == result["train/test/majority_war"]
+    )
+    assert result["status"] == "finished" and result["best_model_path"] == str(whole / "best.pt")
+    for name in ("config.json", "env.json", "report.html"):
+        assert (whole / name).stat().st_size > 0
+    with open(whole / "confusion.csv") as file:
+        rows = list(csv.reader(file))
+    counts = np.array([row[1:] for row in rows[1:]], int)
+    assert [row[0] for row in rows] == ["true", *RAER_CLASSES] and counts.sum(1).tolist() == [
+        3,
+        3,
+        3,
+    ]
+    assert (counts.diagonal() / 3).mean() == pytest.approx(result["train/test/uar"])
+    epochs = [line for line in log.read(whole) if "train/train/loss" in line]
+    table = longtail.SCHEDULES["three-stage"].scaled(4)
+    assert [line["train/schedule/tau"] for line in epochs] == [
+        table.at(epoch).tau for epoch in range(4)
+    ]
+    assert [line.get("train/schedule/cap") for line in epochs] == [
+        table.at(epoch).cap for epoch in range(4)
+    ]
+    assert ["train/val/uar" in line for line in epochs] == [False, True, False, True]
+    before = (whole / "log.jsonl").read_bytes()
+    capsys.readouterr()
+    assert (
+        train_raer.main(flags(SMALL, "--data", tree, "--out", whole)) == 0
+    )  # finished: nothing is repeated
+    assert (
+        "has finished" in capsys.readouterr().out and (whole / "log.jsonl").read_bytes() == before
+    )
+
+
+def stopped_after(argv, steps):
+    with pytest.raises(SystemExit) as ending:
+        train_raer.main([*argv, "--max-steps", str(steps)])
+    assert ending.value.code == 0
+
+
+def test_a_run_goes_on_for_longer_and_at_another_rate(tree, tmp_path):
+    folder = tmp_path / "run"
+    argv = [*NET, "--data", str(tree), "--cache-features"]
+    assert train_raer.main([*argv, "--epochs", "1", "--out", str(folder)]) == 0
+    assert train_raer.main([*argv, "--epochs", "2", "--resume", str(folder)]) == 0
+    assert checkpoint.load(folder / "last.pt")["place"]["step"] == 8
+    assert [line["epoch"] for line in log.read(folder) if "train/train/loss" in line] == [1, 2]
+    stopped_after([*argv, "--epochs", "2", "--out", str(tmp_path / "other")], 2)
+    before = checkpoint.load(tmp_path / "other" / "last.pt")["parts"]["model"]
+    stopped_after(flags(argv, "--epochs 2 --out", tmp_path / "other", "--lr 0 --force-resume"), 5)
+    after = checkpoint.load(tmp_path / "other" / "last.pt")["parts"]["model"]
+    moved = {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+    assert moved and all("norm_in" in name for name in moved)  # the running statistics alone
+
+
+def test_features_of_other_crops_are_encoded_again(tree, tmp_path):
+    features = []
+    for margin in ("0", "0.5"):
+        argv = flags(NET, "--data", tree, "--epochs 1 --cache-features --out", tmp_path / "run")
+        stopped_after([*argv, "--face-margin", margin, "--resume", "none"], 1)
+        with np.load(tmp_path / "run" / "features.npz") as stored:
+            features.append(stored["features"].reshape(52, 2, -1))
+    assert not np.allclose(features[0][:, 0], features[1][:, 0])
+    np.testing.assert_allclose(features[0][:, 1], features[1][:, 1], rtol=1e-5)
+
+
+def test_crt_draws_its_classifier_anew_once(tree, tmp_path, monkeypatch):
+    drawn, reset = [], models.RaerModel.reset_classes
+
+    def recorded(self, optimizer):
+        before = self.classes.weight.detach().clone()
+        reset(self, optimizer)
+        momentum = {p: state["momentum_buffer"] for p, state in optimizer.state.items()}
+        assert not momentum.pop(self.classes.weight).any() and all(
+            buffer.any() for buffer in momentum.values()
+        )
+        drawn.append(not torch.equal(before, self.classes.weight))
+
+    monkeypatch.setattr(models.RaerModel, "reset_classes", recorded)
+    argv = [*NET, "--data", str(tree), "--epochs", "5", "--cache-features", "--method", "crt"]
+    stopped_after([*argv, "--out", str(tmp_path / "run")], 13)
+    assert drawn == [True]  # at step 12 of 20
+    assert train_raer.main([*argv, "--out", str(tmp_path / "run")]) == 0 and drawn == [True]
+
+
+@pytest.mark.parametrize("method", list(longtail.SCHEDULES))
+def test_every_method_trains_on_cached_features(tree, tmp_path, method):
+    folder = tmp_path / method
+    argv = flags(
+        NET, "--data", tree, "--epochs 6 --cache-features --method", method, "--out", folder
+    )
+    # Cosines at CLIP's scale want smaller steps than the default on so few clips, inner products
+    # (tau-norm) do not.
+    rate = [] if method == "tau-norm" else ["--lr", "5e-3"]
+    assert train_raer.main([*argv, *rate, "--dropout", "0"]) == 0
+    result = summary(folder)
+    assert result["train/test/uar"] > 0.5  # the classes differ in color
+    tau = result["train/val/tau"]
+    assert tau in {round(0.1 * i, 1) for i in range(11)} if method == "tau-norm" else tau == 1.0
+    state = checkpoint.load(folder / "best.pt")
+    assert state["model_spec"]["counts"] == [22, 8, 4] and (
+        state["model_spec"]["scale"] is None
+    ) == (method == "tau-norm")
+    capped = [
+        line.get("train/schedule/cap") for line in log.read(folder) if "train/schedule/lr" in line
+    ]
+    assert (capped == [None] * 6) == (method != "three-stage")
+
+
+def test_a_model_with_a_dead_part_ends_with_4_and_its_name(tree, tmp_path, monkeypatch, capsys):
+    parts = models.RaerModel.parts
+    monkeypatch.setattr(
+        models.RaerModel,
+        "parts",
+        lambda self: parts(self) | {"temporal": parts(self)["temporal"][:1]},
+    )
+    with pytest.raises(SystemExit) as ending:
+        train_raer.main(flags(NET, "--data", tree, "--epochs 1 --out", tmp_path / "run"))
+    error = capsys.readouterr().err
+    assert ending.value.code == 4 and error.startswith(
+        "audit failed: epochs from 0: fusion.0.weight is trainable and in 0"
+    )
+    assert error.count("\n") == 1
+
+
+def test_eval_and_predict_repeat_what_the_run_found(whole, tree, tmp_path, capsys):
+    assert (
+        train_raer.main(flags("--data", tree, "--eval", whole, "--out", tmp_path, "--device cpu"))
+        == 0
+    )
+    found = json.loads((tmp_path / "eval.json").read_text())
+    result = summary(whole)
+    assert (
+        found["eval/test/uar"] == result["train/test/uar"]
+        and found["eval/test/war_low"] == result["train/test/war_low"]
+    )
+    argv = flags(
+        "--predict", tree / "test", "--resume", whole, "--out", tmp_path, "--missing-box full"
+    )
+    assert train_raer.main([*argv, "--device", "cpu"]) == 0
+    with open(tmp_path / "predictions.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 9 and set(rows[0]) == {
+        "id",
+        "class",
+        *(f"score_{name}" for name in RAER_CLASSES),
+    }
+    assert all(
+        sum(float(row[f"score_{n}"]) for n in RAER_CLASSES) == pytest.approx(1, abs=1e-5)
+        for row in rows
+    )
+
+
+@pytest.mark.parametrize("tune", ["none", "full"])
+def test_a_run_from_clips_weights_learns_prompts_and_is_used_without_them(
+    tree, tmp_path, monkeypatch, capsys, tune
+):
+    """A CLIP of the published layout, small and random: both towers, MI loss, smoothing by texts,
+    --eval, --predict.
+    """
+    small = clip.Variant(16, 2, 2, 8, 24, text_width=16, text_layers=2, text_heads=2)
+    monkeypatch.setitem(clip.VARIANTS, "vit_b_32", small)
+    torch.manual_seed(0)
+    state = clip.build_clip("vit_b_32", 16).state_dict()
+    weights, vocab, folder = tmp_path / "clip.pt", tmp_path / "merges.txt", tmp_path / "run"
+    torch.save({name.removeprefix("text."): tensor for name, tensor in state.items()}, weights)
+    vocab.write_text("#version\na c\nf a\nc e</w>\n")
+    argv = flags("--backbone vit_b_32 --weights", weights, "--clip-vocab", vocab, "--image-size 16")
+    argv += flags("--activation quick_gelu --device cpu --num-frames 3 --bs 8 --epochs 6")
+    argv += ["--data", str(tree), "--out", str(folder), "--tune", tune]
+    if tune == "full":
+        argv += ["--checkpoint-blocks", "--accum", "2", "--precision", "bf16"]
+    assert train_raer.main(argv) == 0
+    out = capsys.readouterr().out
+    assert (
+        "texts with 8 learnable tokens; cosines times 14.29" in out
+        and "no pretrained text" not in out
+    )
+    lines = [line for line in log.read(folder) if "train/train/ce" in line]
+    assert [line.get("train/train/mi", 0.0) > 0 for line in lines] == [False] * 2 + [True] * 4
+    best = checkpoint.load(folder / "best.pt")
+    moved = {name for name, tensor in best["model"].items() if name.startswith("image.")}
+    moved = {
+        name for name in moved if not torch.equal(best["model"][name], state["visual" + name[5:]])
+    }
+    assert bool(moved) == (tune == "full")
+    weights.unlink(), vocab.unlink()
+    capsys.readouterr()
+    used = ["--data", str(tree), "--eval", str(folder), "--out", str(tmp_path), "--device", "cpu"]
+    assert train_raer.main([*used, "--precision", "bf16" if tune == "full" else "auto"]) == 0
+    found = json.loads((tmp_path / "eval.json").read_text())
+    assert found["eval/test/uar"] == summary(folder)["train/test/uar"]
+
+
+BAD = {  # flags -> the flag, file or value that the refusal names
+    "--backbone vit_b": "vit_b_",
+    "--method focal": "three-stage",
+    "--impl torch": "--impl",
+    "--cache-features --tune full": "--cache-features",
+    "--cache-features --augment clip": "--augment",
+    "--method ce --la-prior train": "--la-prior",
+    "--method ce --schedule x.json": "--schedule",
+    "--num-context 4": "--num-context",
+    "--clip-vocab x": "--clip-vocab",
+    "--image-lr 1": "--image-lr",
+    "--method tau-norm --logit-scale 3": "--logit-scale",
+    "--method ldam-drw --logit-scale 3": "--logit-scale",
+    "--num-frames 1 --accum 8": "--accum 8",
+    "--schedule none.json": "none.json",
+    "--image-size 13": "--image-size 13",
+    "--bs 100": "--bs",
+    "--bs 8 --accum 3": "--bs",
+    "--weights none.pt --backbone resnet18": "none.pt",
+    "--weights none.pt": "vit_tiny",
+    "--data nowhere": "nowhere",
+    "--missing-box zero": "--missing-box",
+}
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_bad_input_is_one_line_and_exit_2(tree, tmp_path, capsys, text):
+    base = flags("--backbone vit_tiny --data", tree, "--out", tmp_path / "run", "--epochs 2 --bs 8")
+    refused(train_raer.main, flags(base, text), capsys, BAD[text])
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_damaged_trees_and_other_models_are_refused_in_one_line(tree, whole, tmp_path, capsys):
+    def changed(name, edit):
+        copy = tmp_path / f"tree{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(tree, copy)
+        (copy / name).write_text(edit((copy / name).read_text()))
+        return [*NET, "--epochs", "1", "--data", str(copy), "--out", str(tmp_path / "run")]
+
+    def refuses(argv, name):
+        refused(train_raer.main, [*argv, "--device", "cpu"], capsys, name)
+
+    refuses(changed("train.txt", lambda text: text.replace(" 1\n", " 7\n", 1)), "label 7")
+    refuses(changed("test.txt", lambda text: text + "train/clip 0-0 2 1\n"), "train/clip 0-0")
+    longer = changed("train.txt", lambda text: text.replace("clip 0-0 2 ", "clip 0-0 9 "))
+    refuses(longer, "clip 0-0")
+    empty = changed("body.json", lambda text: text.replace("[2, 0, 30, 24]", "[9, 0, 9, 24]", 1))
+    refuses(empty, "[9")
+    refuses(flags("--eval", whole, "--data", tree, "--epochs 3"), "--epochs")
+    refuses(["--eval", str(tmp_path)], "best.pt")
+    other = flags(SMALL, "--data", tree, "--out", whole, "--temporal-layers 2")
+    refuses(other, "temporal_layers is 1 there and 2 here")
+    refuses([*other, "--force-resume"], "temporal")
+
+
+def test_an_inert_cap_warns(tree, tmp_path, capsys):
+    table = {
+        "epochs": 2,
+        "phases": [{"start": 0}, {"start": 1, "sampler": "weighted", "cap": 50.0, "tau": 0.1}],
+    }
+    (tmp_path / "table.json").write_text(json.dumps(table))
+    argv = flags(NET, "--data", tree, "--cache-features --schedule", tmp_path / "table.json")
+    assert train_raer.main([*argv, "--out", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "warning: from epoch 1 the cap 50 binds no class" in out and "[1, 2)  weighted  50" in out
+    )
+    assert "2 epochs at most" in out  # the file's, as no --epochs is given
+    table["phases"][1] |= {"cap": 0.01, "tau": 0}
+    (tmp_path / "table.json").write_text(json.dumps(table))
+    argv += ["--out", str(tmp_path / "low")]
+    with pytest.raises(SystemExit):
+        train_raer.main([*argv, "--max-steps", "1"])
+    assert "the cap 0.01 binds all classes" in capsys.readouterr().out
+    refused(
+        train_raer.main,
+        [*argv, "--la-prior", "train"],
+        capsys,
+        "--schedule",
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_two_thousand_steps_stay_finite_without_a_clamp(tree, tmp_path, precision):
+    argv = flags(NET, "--data", tree, "--epochs 500 --cache-features --precision", precision)
+    assert train_raer.main([*argv, "--eval-every", "100", "--out", str(tmp_path / "run")]) == 0
+    lines = [line for line in log.read(tmp_path / "run") if "train/train/loss" in line]
+    assert len(lines) == 500 and all(np.isfinite(line["train/train/loss"]) for line in lines)

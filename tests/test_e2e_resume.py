@@ -1,0 +1,155 @@
+"""A run that is interrupted anywhere and started again equals the run that nothing interrupted."""
+
+import os
+import random
+import signal
+import time
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+import train_cluster
+import train_raer
+import train_simclr
+import train_tsm
+from common.run import checkpoint
+from common.run.progress import Progress
+from tests.data import cells_tree, ffpp_tree, raer_tree, utterances_npz
+from tests.runs import ended, equal_runs, flags, start, succeed, summary
+
+pytestmark = pytest.mark.e2e
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIMCLR = flags("--backbone resnet18 --stem cifar --image-size 8 --device cpu --bs 16")
+STAGES = flags(
+    "--stage all --epochs 3 --linear-bs 16 --linear-epochs 4",
+    "--finetune-bs 16 --finetune-epochs 2 --seed 3",
+)
+FINETUNE = flags("--stage finetune --from none --epochs 2")
+TSM = flags(
+    "--backbone conv_small_035 --image-size 32 --n-segment 4 --device cpu --bs 4 --accum 2",
+    "--epochs 4 --eval-every 1 --clips 2 --seed 3 --sampler balanced --patience 2",
+)
+RAER = flags(
+    "--backbone vit_tiny --device cpu --num-frames 3 --bs 8 --epochs 4 --eval-every 2 --seed 3"
+)
+CLUSTER = flags(
+    "--device cpu --base-dim 16 --bs 32 --epochs 2 --cluster-bs 32",
+    "--cluster-epochs 3 --seed 3 --log-every 1",
+)
+
+
+class Case(NamedTuple):
+    """A way to run a script, and where it is cut: `many` places in a range of steps and stops."""
+
+    script: Any
+    argv: list[str]
+    cuts: list[tuple[int, int, int]]  # first, past the last, many
+    workers: bool = True  # another number of workers after each cut
+
+
+CASES = {
+    "simclr": Case(train_simclr, [*SIMCLR, *STAGES], [(1, 9, 2), (10, 20, 2), (20, 60, 3)]),
+    "simclr student": Case(train_simclr, [*SIMCLR, *FINETUNE], [(1, 9, 3)]),
+    "tsm accumulation, growing loss scale": Case(train_tsm, TSM, [(1, 24, 5)]),
+    "raer": Case(train_raer, [*RAER, "--tune", "full", "--dropout", "0.2"], [(1, 24, 5)]),
+    "raer cached features": Case(
+        train_raer, [*RAER, "--cache-features", "--method", "crt"], [(1, 24, 5)]
+    ),
+    "cluster": Case(train_cluster, CLUSTER, [(2, 34, 6)], False),
+    "cluster umc": Case(train_cluster, [*CLUSTER, "--mode", "umc"], [(2, 34, 6)], False),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The data of each script, by its name."""
+    root = tmp_path_factory.mktemp("data")
+    return {
+        "simclr": cells_tree(root / "cells"),
+        "tsm": ffpp_tree(root / "ffpp"),
+        "raer": raer_tree(root / "raer"),
+        "cluster": utterances_npz(root / "acts.npz"),
+    }
+
+
+def interrupt(monkeypatch, rng, cuts):
+    """At each of `cuts`, counted in steps and in looks for a stop, the process gets a signal."""
+    calls = 0
+
+    def counted(original):
+        def call(self, *args):
+            nonlocal calls
+            calls += 1
+            if cuts and calls >= cuts[0]:
+                cuts.pop(0)
+                os.kill(os.getpid(), rng.choice(SIGNALS))
+            return original(self, *args)
+
+        return call
+
+    for name in ("end_step", "check_stop"):
+        monkeypatch.setattr(Progress, name, counted(getattr(Progress, name)))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_interrupted_anywhere_equals_a_whole_one(name, data, tmp_path, monkeypatch, capsys):
+    """Steps and evaluations are cut short at random places by a real signal, and the same command
+    goes on.
+    """
+    case = CASES[name]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    argv = flags(case.argv, "--data", data[name.split()[0]])
+    if name == "simclr student":
+        assert case.script.main(flags(argv, "--seed 1 --out", tmp_path / "teacher")) == 0
+        argv += flags("--teacher", tmp_path / "teacher")
+    if case.script is train_tsm:
+        # fp16 itself takes minutes on a CPU; its scaler is what has a state.
+        grows = partial(torch.amp.GradScaler, "cpu", init_scale=8.0, growth_interval=3)
+        monkeypatch.setattr(train_tsm.amp, "scaler", lambda *_: grows())
+    assert case.script.main(flags(argv, "--out", whole)) == 0
+
+    rng = random.Random(7 if name == "simclr" else 5)
+    cuts = sorted(sum((rng.sample(range(a, b), many) for a, b, many in case.cuts), []))
+    wanted = len(cuts)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    interrupt(monkeypatch, rng, cuts)
+    stopped, stages = 0, set()
+    while True:
+        capsys.readouterr()
+        workers = flags("--workers", stopped + 1) if case.workers else []
+        code = ended(case.script.main, flags(argv, workers, "--out", cut))
+        if code == 0:
+            break
+        assert code == 75 and summary(cut)["status"] == "stopped"
+        stages.add(capsys.readouterr().err.split()[2])
+        stopped += 1
+    assert stopped == wanted
+    equal_runs(whole, cut)
+    if name == "simclr":
+        assert {"pretrain", "finetune"} <= stages
+        assert any(stage.startswith("linear") for stage in stages)
+    if case.script is train_tsm:
+        assert checkpoint.load(cut / "last.pt")["parts"]["scaler"]["scale"] > 8
+        assert {"best_epoch", "train/test/video_auc"} <= summary(cut).keys()
+    if case.script is train_cluster:
+        assert (cut / "clusters.csv").read_bytes() == (whole / "clusters.csv").read_bytes()
+
+
+def test_a_killed_process_goes_on_from_its_last_checkpoint(data, tmp_path):
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    argv = flags(SIMCLR, "--data", data["simclr"], "--epochs 3 --save-every 0 --out")
+    process = start(train_simclr, flags(argv, killed))
+    for _ in range(600):
+        if (killed / "last.previous.pt").exists():
+            break
+        time.sleep(0.1)
+    process.kill()
+    process.communicate()
+    assert not (killed / "summary.json").exists()
+    (printed,) = succeed(start(train_simclr, flags(argv, killed)))
+    assert "pretrain: resuming from step" in printed
+    succeed(start(train_simclr, flags(argv, whole)))
+    equal_runs(whole, killed)

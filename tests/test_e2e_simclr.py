@@ -1,0 +1,590 @@
+"""train_simclr.py as its users run it: whole runs, stages, use of a model, bad input."""
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torch import nn
+
+import train_simclr
+from common.data import cytology
+from common.run import checkpoint, log
+from tests.data import cells_tree, cytology_tree
+from tests.runs import ended, flags, refused, same, start, start_ranks, succeed, summary
+
+pytestmark = pytest.mark.e2e
+
+ROOT = Path(__file__).parent.parent
+NET = ["--backbone", "resnet18", "--stem", "cifar", "--image-size", "8", "--device", "cpu"]
+SMALL = flags(
+    NET,
+    "--stage all --bs 16 --epochs 3 --linear-bs 16 --linear-epochs 4",
+    "--finetune-bs 16 --finetune-epochs 2 --seed 3",
+)
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory):
+    return cells_tree(tmp_path_factory.mktemp("data") / "cells")
+
+
+@pytest.fixture(scope="module")
+def whole(cells, tmp_path_factory):
+    """A finished run of all three stages."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert train_simclr.main([*SMALL, "--data", str(cells), "--out", str(folder)]) == 0
+    return folder
+
+
+def test_a_run_leaves_what_the_readme_promises(whole, cells, capsys):
+    result = summary(whole)
+    for stage in ("linear", "linear_random", "linear_pixels", "finetune"):
+        for metric in ("accuracy", "macro_precision", "macro_recall", "macro_f1"):
+            assert 0 <= result[f"{stage}/test/{metric}"] <= 1
+    assert result["majority/test/accuracy"] == pytest.approx(1 / 3)
+    assert result["linear_pixels/test/accuracy"] > 0.9  # the classes differ in color
+    assert result["pretrain/train/loss_at_chance"] == pytest.approx(math.log(31))
+    ratio = result["pretrain/train/loss"] / math.log(31)
+    assert result["pretrain/train/loss_over_chance"] == pytest.approx(ratio)
+    assert result["status"] == "finished" and result["best_model_path"] == str(
+        whole / "finetune" / "best.pt"
+    )
+    for name in (
+        "config.json",
+        "env.json",
+        "log.jsonl",
+        "report.html",
+        "figures/views.png",
+        "figures/pretrain_loss.svg",
+    ):
+        assert (whole / name).stat().st_size > 0
+    steps = [line for line in log.read(whole) if line["stage"] == "pretrain" and "top1" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    assert {
+        "loss",
+        "loss_over_chance",
+        "top1",
+        "top5",
+        "alignment",
+        "uniformity",
+        "lr",
+        "grad_norm",
+    } <= steps[0].keys()
+    epochs = [line for line in log.read(whole) if "pretrain/train/loss" in line]
+    assert (
+        len(epochs) == 3
+        and {"pretrain/val/knn_accuracy", "pretrain/val/effective_rank"} <= epochs[0].keys()
+    )
+    before = (whole / "log.jsonl").read_bytes()
+    capsys.readouterr()
+    assert (
+        train_simclr.main(flags(SMALL, "--data", cells, "--out", whole)) == 0
+    )  # finished: nothing is repeated
+    assert (
+        "has finished" in capsys.readouterr().out and (whole / "log.jsonl").read_bytes() == before
+    )
+
+
+def test_backbone_loads_into_plain_torchvision_and_gives_the_stored_features(whole, cells):
+    plain = torchvision.models.resnet18(weights=None)
+    plain.conv1, plain.maxpool = (
+        torch.nn.Conv2d(3, 64, 3, padding=1, bias=False),
+        torch.nn.Identity(),
+    )
+    plain.fc = torch.nn.Identity()
+    plain.load_state_dict(torch.load(whole / "backbone.pt", weights_only=True), strict=True)
+    with np.load(whole / "features.npz") as stored:
+        assert stored["features"].shape == (72, 512) and set(stored["split"]) == {
+            "train",
+            "val",
+            "test",
+        }
+        assert stored["classes"][stored["label"][0]] == str(stored["id"][0]).split("/")[0]
+        pixels = np.array(Image.open(cells / str(stored["id"][0])))
+        image = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
+        image = torch.nn.functional.interpolate(image, (8, 8), mode="bilinear", antialias=True)
+        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 1, 3, 1, 1)
+        with torch.no_grad():
+            features = plain.eval()((image - mean) / std)[0]
+        np.testing.assert_allclose(features.numpy(), stored["features"][0], rtol=1e-4, atol=1e-4)
+
+
+def test_two_processes_train_the_same_model_as_one(cells, tmp_path):
+    argv = flags(NET, "--data", cells, "--bs 16 --epochs 1 --max-steps 1 --optimizer sgd")
+    succeed(*start_ranks(train_simclr, 2 * [flags(argv, "--out", tmp_path / "two")]))
+    assert ended(train_simclr.main, flags(argv, "--out", tmp_path / "one")) == 0
+    two, one = (checkpoint.load(tmp_path / name / "last.pt") for name in ("two", "one"))
+    assert one["place"]["step"] == two["place"]["step"] == 1
+    torch.testing.assert_close(two["parts"]["model"], one["parts"]["model"], rtol=1e-4, atol=1e-6)
+    lines = [[line["loss"] for line in log.read(tmp_path / name)] for name in ("two", "one")]
+    assert lines[0][0] == pytest.approx(
+        lines[1][0], rel=0.2
+    )  # rank 0 logs its own half of the batch
+
+
+def test_training_goes_on_for_more_epochs(whole, cells, tmp_path):
+    argv = flags(NET, "--data", cells, "--bs 16 --lr-schedule constant --warmup-epochs 0")
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    assert train_simclr.main([*argv, "--epochs", "2", "--out", str(first)]) == 0
+    assert train_simclr.main(flags(argv, "--epochs 3 --resume", first, "--out", second)) == 0
+    assert train_simclr.main([*argv, "--epochs", "3", "--out", str(third)]) == 0
+    a, b = (checkpoint.load(f / "last.pt") for f in (second, third))
+    same(a["parts"], b["parts"], "parts")
+    assert train_simclr.main(flags(argv, "--epochs 3 --resume", first)) == 0  # in its own directory
+    same(checkpoint.load(first / "last.pt")["parts"], b["parts"], "parts")
+
+
+def test_a_longer_run_of_all_stages_keeps_every_line_of_its_log(cells, tmp_path):
+    base = [*SMALL, "--data", str(cells)]
+    run = str(tmp_path / "run")
+    assert train_simclr.main([*base, "--epochs", "1", "--out", run]) == 0
+    before = summary(tmp_path / "run")
+    assert train_simclr.main([*base, "--epochs", "4", "--resume", run]) == 0
+    lines = log.read(tmp_path / "run")
+    epochs = [line["epoch"] for line in lines if "pretrain/train/loss" in line]
+    assert epochs == [1, 2, 3, 4]
+    for stage in (
+        "linear",
+        "linear_random",
+        "linear_pixels",
+        "finetune",
+    ):  # the later stages start from new weights
+        steps = [line["step"] for line in lines if f"{stage}/train/loss" in line]
+        assert steps and steps == sorted(set(steps))
+    assert summary(tmp_path / "run")["pretrain/train/loss"] != before["pretrain/train/loss"]
+    with pytest.raises(SystemExit) as ending:
+        train_simclr.main(flags(base, "--epochs 4 --resume", run, "--out", tmp_path / "elsewhere"))
+    assert ending.value.code == 2
+
+
+def test_starting_anew_forgets_this_run_alone(cells, tmp_path, capsys):
+    argv = [*NET, "--data", str(cells), "--bs", "16", "--epochs", "1", "--max-steps", "2"]
+    for name in ("a", "a/inner", "b"):
+        with pytest.raises(SystemExit):
+            train_simclr.main([*argv, "--out", str(tmp_path / name)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ending:  # --max-steps are done: nothing is trained
+        train_simclr.main([*argv, "--out", str(tmp_path / "a")])
+    assert (
+        ending.value.code == 0 and checkpoint.load(tmp_path / "a" / "last.pt")["place"]["step"] == 2
+    )
+    assert "resuming from step 2" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        train_simclr.main([*argv, "--resume", "none", "--out", str(tmp_path / "a")])
+    assert "going on" not in capsys.readouterr().out
+    assert (tmp_path / "a" / "inner" / "last.pt").exists() and len(log.read(tmp_path / "a")) == 2
+    with pytest.raises(SystemExit):
+        train_simclr.main(
+            flags(argv, "--resume none --out", tmp_path)
+        )  # a folder of runs, itself no run
+    assert (tmp_path / "b" / "last.pt").exists() and (tmp_path / "a" / "last.pt").exists()
+
+
+def test_a_state_of_other_settings_is_not_continued(whole, cells, tmp_path, capsys):
+    argv = flags(NET, "--data", cells, "--epochs 1 --max-steps 1 --out", tmp_path / "run")
+    with pytest.raises(SystemExit):
+        train_simclr.main([*argv, "--bs", "16"])
+    run = tmp_path / "run"
+    other = flags(argv[:-1], tmp_path / "x", "--bs 8 --resume", run)
+    refused(train_simclr.main, other, capsys, "bs is 16 there and 8 here")
+    other = flags(argv, "--bs 16 --optimizer adamw --force-resume")
+    refused(train_simclr.main, other, capsys, "LARS")
+    other = flags(argv[:-1], tmp_path / "y", "--bs 16 --stage finetune --from none")
+    refused(train_simclr.main, flags(other, "--force-resume --resume", run), capsys, "start")
+
+
+def test_stages_start_from_a_run_and_refuse_another_identity(whole, cells, tmp_path, capsys):
+    base = ["--data", str(cells), "--device", "cpu", "--bs", "16"]
+    with pytest.raises(
+        SystemExit
+    ) as ending:  # whole's backbone.pt has no model_spec: its stem must be said
+        train_simclr.main(
+            flags(base, "--stage linear --from", whole / "backbone.pt", "--backbone resnet18")
+        )
+    assert ending.value.code == 2 and "conv1.weight" in capsys.readouterr().err
+    argv = flags(
+        base, "--stage linear --from", whole, "--epochs 4 --out", tmp_path / "run", "--image-size 8"
+    )
+    assert train_simclr.main([*argv, "--seed", "3"]) == 0
+    assert (
+        summary(tmp_path / "run")["linear/test/accuracy"] == summary(whole)["linear/test/accuracy"]
+    )
+    with pytest.raises(SystemExit) as ending:
+        train_simclr.main([*argv, "--seed", "4"])
+    assert (
+        ending.value.code == 2
+        and "seed is 3 there and 4 here" in capsys.readouterr().err.replace("None", "0")
+    )
+    assert train_simclr.main([*argv, "--seed", "4", "--force-resume"]) == 0
+
+
+def test_eval_repeats_the_test_and_predict_needs_no_labels(whole, cells, tmp_path, capsys):
+    argv = ["--data", str(cells), "--device", "cpu"]
+    for source, stage in (
+        (whole, "finetune"),
+        (whole / "linear", "linear"),
+        (whole / "linear" / "best.pt", "linear"),
+    ):
+        assert train_simclr.main([*argv, "--eval", str(source), "--out", str(tmp_path)]) == 0
+        result = json.loads((tmp_path / "eval.json").read_text())
+        for metric in ("accuracy", "macro_f1"):
+            assert result[f"eval/test/{metric}"] == pytest.approx(
+                summary(whole)[f"{stage}/test/{metric}"], abs=1e-9
+            )
+    assert (
+        train_simclr.main(flags(argv, "--eval", whole / "pretrain" / "best.pt", "--out", tmp_path))
+        == 0
+    )
+    result = json.loads((tmp_path / "eval.json").read_text())
+    assert result["eval/test/knn_accuracy"] == summary(whole)["pretrain/test/knn_accuracy"]
+
+    loose = tmp_path / "loose"
+    loose.mkdir()
+    for i, path in enumerate(sorted(cells.rglob("*.png"))[:5]):
+        (loose / f"{i}.png").write_bytes(path.read_bytes())
+    linear = flags("--predict", loose, "--resume", whole / "linear", "--device cpu --out", tmp_path)
+    assert train_simclr.main(linear) == 0
+    rows = list(csv.DictReader((tmp_path / "predictions.csv").read_text().splitlines()))
+    assert [row["id"] for row in rows] == [f"{i}.png" for i in range(5)]
+    for row in rows:
+        scores = {name: float(row[f"score_{name}"]) for name in ("long", "round", "split")}
+        assert row["class"] == max(scores, key=scores.get) and sum(
+            scores.values()
+        ) == pytest.approx(1, abs=1e-5)
+    capsys.readouterr()
+    refused(
+        train_simclr.main,
+        flags("--predict", loose, "--resume", whole / "pretrain", "--device cpu"),
+        capsys,
+        "pretrain",
+    )
+
+
+def test_divergence_ends_with_exit_code_3_and_a_finite_checkpoint(
+    cells, tmp_path, monkeypatch, capsys
+):
+    original = train_simclr.train_step
+
+    def poisoned(run, model, optimizer, *rest):
+        if int(poisoned.calls) == 4:
+            with torch.no_grad():
+                next(model.parameters()).fill_(float("nan"))
+        poisoned.calls += 1
+        return original(run, model, optimizer, *rest)
+
+    poisoned.calls = 0
+    monkeypatch.setattr(train_simclr, "train_step", poisoned)
+    argv = flags(NET, "--data", cells, "--bs 16 --epochs 4 --save-every 0 --out", tmp_path)
+    with pytest.raises(SystemExit) as ending:
+        train_simclr.main(argv)
+    error = capsys.readouterr().err
+    assert ending.value.code == 3 and error.count("\n") == 1
+    assert "not finite" in error and "step 5" in error and str(tmp_path / "last.pt") in error
+    stored = checkpoint.load(tmp_path / "last.pt")
+    assert stored["place"]["step"] == 4
+    assert all(t.isfinite().all() for t in stored["parts"]["model"].values())
+    assert summary(tmp_path)["status"] == "diverged"
+
+
+def test_divergence_in_the_last_step_of_an_epoch_is_divergence(cells, tmp_path, capsys):
+    argv = flags(NET, "--data", cells, "--bs 60 --optimizer sgd --lr 1e30 --warmup-epochs 0")
+    with pytest.raises(SystemExit) as ending:
+        train_simclr.main([*argv, "--epochs", "3", "--out", str(tmp_path / "run")])
+    assert ending.value.code == 3 and "not finite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content", [[1, 2], {"epoch": 3}, {"state_dict": {}}, {"head": {"weight": torch.zeros(2)}}]
+)
+def test_a_foreign_checkpoint_is_refused(cells, tmp_path, content, capsys):
+    torch.save(content, tmp_path / "foreign.pt")
+    argv = flags(NET, "--data", cells, "--bs 16 --stage finetune --from", tmp_path / "foreign.pt")
+    refused(train_simclr.main, argv, capsys, "foreign.pt")
+
+
+BAD = {  # flags -> the flag, file or value that the refusal names
+    "missing folder": ("--data {tmp}/absent", "absent"),
+    "empty folder": ("--data {empty}", "empty"),
+    "batch larger than the data": ("--bs 64", "--bs"),
+    "batch not divisible by chunks": ("--bs 10 --accum 4", "--bs"),
+    "unknown backbone": ("--backbone resnet5O", "resnet50"),
+    "unknown flag": ("--bachsize 3", "--bachsize"),
+    "too small an image": ("--image-size 7", "--image-size 7"),
+    "a stem that the backbone has not": ("--backbone inception_v3", "--stem cifar"),
+    "missing resume": ("--resume {tmp}/nothing", "nothing"),
+    "a stage without its start": ("--stage linear", "--from RUN"),
+    "a start that is no run": ("--stage linear --from {empty}", "empty"),
+    "a start of a damaged run": ("--stage linear --from {damaged}", "summary.json"),
+    "a start of another script": ("--stage linear --from {damaged}/tsm.pt", "train_tsm.py"),
+    "a start without effect": ("--from none", "--from"),
+    "a folder as weights": ("--weights {empty}", "empty"),
+    "missing checkpoint": ("--stage linear --from {tmp}/x.pt", "x.pt"),
+    "a flag of another stage": ("--linear-lr 1", "--linear-lr"),
+    "patience without early stopping": ("--patience 3", "--patience"),
+    "colors without augmentation": ("--augment none --color-strength 2", "--color-strength"),
+    "warm-up longer than training": ("--epochs 2 --warmup-epochs 5", "--warmup-epochs 5"),
+    "a device that is not there": ("--device cuda:77", "cuda:77"),
+    "a batch without negatives": ("--bs 1", "--bs"),
+    "too few images": ("--data {few} --stage linear --from none --bs 2", "few"),
+    "labels of one class": ("--data {one} --stage all --bs 8", "two classes"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(case, cells, tmp_path, capsys, monkeypatch):
+    one = tmp_path / "one_class"
+    if "{one}" in BAD[case][0]:
+        one.mkdir()
+        for i, path in enumerate(sorted((cells / "long").iterdir())):
+            (one / f"{i}.png").write_bytes(path.read_bytes())
+    empty, few = tmp_path / "empty", tmp_path / "few"
+    empty.mkdir()
+    for name in ("long", "round"):
+        (few / name).mkdir(parents=True)
+        (few / name / "0.png").write_bytes((cells / name / "00.png").read_bytes())
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    checkpoint.save(damaged / "best.pt", {"model": {}})
+    checkpoint.save(
+        damaged / "tsm.pt",
+        {
+            "format": 2,
+            "model": {"x": torch.zeros(1)},
+            "model_spec": {"script": "tsm", "backbone": "x"},
+        },
+    )
+    (damaged / "summary.json").write_text('{"status": "finis')
+    text, name = BAD[case]
+    places = {"cells": cells, "one": one, "few": few, "empty": empty, "damaged": damaged}
+    text = text.format(tmp=tmp_path / "nothing_here", **places)
+    argv = flags(NET, "--data", cells, "--out", tmp_path / "out", text)
+    refused(train_simclr.main, argv, capsys, name)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_prediction_without_a_run_is_refused(cells, capsys):
+    refused(train_simclr.main, ["--predict", str(cells)], capsys, "--resume RUN")
+
+
+def test_triton_without_a_gpu_is_refused_before_training(cells, tmp_path):
+    argv = flags(NET, "--data", cells, "--bs 16 --impl triton --out", tmp_path / "out")
+    process = start(train_simclr, argv, {"TRITON_INTERPRET": "0"})
+    _, err = process.communicate(timeout=120)
+    assert (
+        process.returncode == 2
+        and err.count("\n") == 1
+        and err.startswith("error: --impl triton: ")
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_image_ends_the_run_by_name(cells, tmp_path, capsys):
+    root = tmp_path / "cells"
+    for path in cells.rglob("*.png"):
+        (root / path.parent.name).mkdir(parents=True, exist_ok=True)
+        (root / path.parent.name / path.name).write_bytes(path.read_bytes())
+    (root / "long" / "05.png").write_bytes((root / "long" / "05.png").read_bytes()[:-80])
+    refused(
+        train_simclr.main,
+        flags(NET, "--data", root, "--bs 16 --epochs 1 --out", tmp_path / "out"),
+        capsys,
+        "long/05.png",
+    )
+
+
+@pytest.fixture(scope="module")
+def labels49(tmp_path_factory):
+    return cytology_tree(tmp_path_factory.mktemp("data") / "labels49")
+
+
+def test_a_check_leaves_no_cytology_split(labels49, tmp_path, monkeypatch):
+    monkeypatch.setattr(cytology, "TOO_SMALL", 4)
+    argv = flags(NET, "--protocol cytology --data", labels49, "--bs 16 --check gradient")
+    assert train_simclr.main([*argv, "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "check.json").exists() and not (tmp_path / "split.json").exists()
+
+
+def test_the_cytology_protocol_runs_through_all_stages(labels49, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cytology, "TOO_SMALL", 4)
+    run, again = tmp_path / "run", tmp_path / "again"
+    argv = [*NET, "--protocol", "cytology", "--data", str(labels49)]
+    assert (
+        train_simclr.main(
+            flags(
+                argv,
+                "--stage all --bs 16 --epochs 1 --linear-bs 16 --linear-epochs 20",
+                "--finetune-bs 16 --finetune-epochs 3 --finetune-lr 3e-3 --out",
+                run,
+            )
+        )
+        == 0
+    )
+    assert "A1 has" in capsys.readouterr().out
+    sets = json.loads((run / "split.json").read_text())["sets"]
+    targets = set(cytology.TARGETS.split(","))
+    assert (
+        {name.split("/")[0] for name in sets["B1"]}
+        == targets
+        == {name.split("/")[0] for name in sets["B2"]}
+    )
+    for stage, num_classes in (("linear", 30), ("finetune", 5)):
+        best = checkpoint.load(run / stage / "best.pt")
+        assert (
+            len(best["model_spec"]["classes"][stage])
+            == num_classes
+            == len(best["model"]["head.weight"])
+        )
+    assert (
+        summary(run)["linear_pixels/test/accuracy"] > 0.5 > summary(run)["majority/test/accuracy"]
+    )
+    # A later stage of another run takes the sets of the run it starts from, although the data has
+    # grown.
+    Image.new("RGB", (8, 8)).save(labels49 / "HSIL" / "new.png")
+    alone = flags(argv, "--stage finetune --from", run, "--bs 16 --epochs 1 --out", again)
+    assert train_simclr.main(alone) == 0
+    (labels49 / "HSIL" / "new.png").unlink()
+    assert json.loads((again / "split.json").read_text())["sets"] == sets
+    # Without the protocol the test part would hold images that the run was trained on.
+    argv = [*NET, "--data", str(labels49), "--stage", "linear", "--from", str(run), "--bs", "16"]
+    refused(
+        train_simclr.main,
+        [*argv, "--out", str(tmp_path / "other")],
+        capsys,
+        "ASC_H",
+    )
+    # --eval repeats the test on B2, --predict names the target labels.
+    assert train_simclr.main(["--eval", str(run), "--device", "cpu"]) == 0
+    evaluated = json.loads((run / "eval.json").read_text())
+    assert evaluated["eval/test/accuracy"] == summary(run)["finetune/test/accuracy"]
+    assert train_simclr.main(flags("--predict", labels49, "--resume", run, "--device cpu")) == 0
+    with open(run / "predictions.csv") as file:
+        assert {row["class"] for row in csv.DictReader(file)} <= targets
+
+
+def test_a_cell_is_a_function_of_its_number(cells, tmp_path, monkeypatch, capsys):
+    parsed = [train_simclr.parse_args(["--grid-index", str(k)])[0] for k in range(108)]
+    settings = [(a.backbone, a.bs, a.fraction, a.proj_dim) for a in parsed]
+    assert len(set(settings)) == 108
+    assert {s[0] for s in settings} == {
+        "resnet50",
+        "resnet101",
+        "inception_v3",
+        "inception_resnet_v2",
+    }
+    assert settings[0] == ("resnet50", 64, 1.0, 32) and settings[-1] == (
+        "inception_resnet_v2",
+        256,
+        0.4,
+        128,
+    )
+    refused(
+        train_simclr.parse_args,
+        ["--grid-index", "3", "--bs", "32"],
+        capsys,
+        "--bs",
+        "--grid-index",
+    )
+    refused(
+        train_simclr.parse_args,
+        ["--grid-index", "3", "--stage", "linear", "--from", "run"],
+        capsys,
+        "--grid-index",
+        "--stage linear",
+    )
+    # Run twice, a cell finds its own directory; other flags or another cell have another one.
+    monkeypatch.setitem(train_simclr.CELLS[0], "backbone", "resnet18")
+    monkeypatch.setitem(train_simclr.CELLS[0], "bs", 16)
+    monkeypatch.setitem(train_simclr.CELLS[1], "backbone", "resnet18")
+    monkeypatch.setitem(train_simclr.CELLS[1], "bs", 16)
+    monkeypatch.chdir(tmp_path)
+    small = flags("--image-size 8 --stem cifar --device cpu --data", cells, "--epochs 1")
+    for extra in (
+        ["--grid-index", "0"],
+        ["--grid-index", "0"],
+        ["--grid-index", "1"],
+        flags("--grid-index 0 --seed 1"),
+    ):
+        assert train_simclr.main([*small, *extra]) == 0
+    assert len(list((tmp_path / "runs" / "simclr").iterdir())) == 3
+    assert capsys.readouterr().out.count("has finished; its summary") == 1
+
+
+def test_published_weights_start_every_stage(cells, tmp_path, capsys):
+    torch.manual_seed(1)
+    model = torchvision.models.resnet18()
+    file = tmp_path / "published.pth"
+    torch.save(model.state_dict(), file)
+    argv = flags("--backbone resnet18 --image-size 32 --device cpu --data", cells)
+    argv += flags("--bs 16 --epochs 1 --lr 0 --weights", file)
+    for stage in ("pretrain", "linear", "finetune"):
+        out = tmp_path / stage
+        assert train_simclr.main([*argv, "--stage", stage, "--out", str(out)]) == 0
+        said = capsys.readouterr().out
+        assert f"started from {file}" in said and "the head fc." in said
+        stored = checkpoint.load(out / "best.pt")["model"]
+        for name, tensor in model.named_parameters():  # nothing moves at a learning rate of 0
+            if not name.startswith("fc."):
+                assert torch.equal(stored[f"backbone.{name}"], tensor), name
+    refused(
+        train_simclr.main,
+        [*argv, "--backbone", "resnet50", "--out", str(tmp_path / "other")],
+        capsys,
+        "resnet18",
+    )
+    refused(
+        train_simclr.main,
+        [*argv, "--stage", "linear", "--from", str(tmp_path / "pretrain")],
+        capsys,
+        "--from",
+        "--weights",
+    )
+    copy = tmp_path / "copy.pth"
+    copy.write_bytes(file.read_bytes())
+    argv[argv.index(str(file))] = str(copy)  # the same weights elsewhere mean the same run
+    assert train_simclr.main([*argv, "--stage", "linear", "--out", str(tmp_path / "linear")]) == 0
+    assert "has finished" in capsys.readouterr().out
+
+
+def test_a_baseline_of_the_linear_protocol_can_be_evaluated(cells, tmp_path, capsys):
+    run = tmp_path / "random"
+    argv = flags(NET, "--data", cells, "--stage linear --from none --bs 16 --epochs 3")
+    assert train_simclr.main([*argv, "--out", str(run)]) == 0
+    assert train_simclr.main(["--eval", str(run), "--device", "cpu"]) == 0
+    evaluated = json.loads((run / "eval.json").read_text())
+    assert evaluated["eval/test/accuracy"] == summary(run)["linear/test/accuracy"]
+    refused(
+        train_simclr.main,
+        ["--eval", str(run / "linear_pixels" / "best.pt"), "--device", "cpu"],
+        capsys,
+        "linear_pixels",
+    )
+
+
+def test_a_run_with_a_torchvision_classifier_is_evaluated_and_predicts(tmp_path, capsys):
+    run = tmp_path / "run"
+    flags = (
+        "--backbone mobilenet_v3_large --image-size 32 --device cpu --stage all --bs 544 --epochs 1"
+        " --linear-bs 400 --linear-epochs 1 --finetune-bs 400 --finetune-epochs 1"
+    )
+    assert train_simclr.main([*flags.split(), "--out", str(run)]) == 0
+    assert "2 steps of 544 an epoch" in capsys.readouterr().out
+    plain = torchvision.models.mobilenet_v3_large(weights=None)
+    plain.classifier[3] = nn.Identity()
+    plain.load_state_dict(torch.load(run / "backbone.pt", weights_only=True), strict=True)
+    for stage in ("linear", "finetune"):
+        source = run / stage / "best.pt"
+        stored = checkpoint.load(source)["model"]
+        assert stored["head.weight"].shape == (8, 1280) and "backbone.classifier.0.weight" in stored
+        argv = ["--eval", str(source), "--device", "cpu", "--out", str(tmp_path)]
+        assert train_simclr.main(argv) == 0
+        repeated = json.loads((tmp_path / "eval.json").read_text())["eval/test/accuracy"]
+        assert repeated == pytest.approx(summary(run)[f"{stage}/test/accuracy"])
+    assert train_simclr.main(["--predict", "sample", "--resume", str(run), "--device", "cpu"]) == 0
+    with open(run / "predictions.csv") as file:
+        assert len(list(csv.DictReader(file))) == 1280

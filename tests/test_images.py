@@ -1,0 +1,113 @@
+"""Decoding, batches, damaged files and labels of image sets."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as F
+
+from common.data.open import open_images, prepare
+from common.errors import InputError
+from tests.data import image_folder, picture, read_pixels, zipped
+
+CLASSES = [f"{name}/{i}.png" for name in ("b", "a", "c") for i in range(4)]
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+def test_sixteen_bits_are_scaled_and_thirty_two_refused(tmp_path, suffix):
+    root = tmp_path / "set"
+    root.mkdir()
+    levels = (np.arange(400, dtype=np.uint16).reshape(20, 20) * 164).astype(np.uint16)
+    Image.fromarray(levels).save(root / f"0.{suffix}")
+    image = read_pixels(open_images(str(root)), [0])[0, 0].numpy()
+    assert np.abs(image.astype(int) - levels / 257).max() <= 1 and len(np.unique(image)) > 200
+    Image.fromarray(levels.astype(np.float32)).save(root / "0.tiff")
+    (root / f"0.{suffix}").unlink(missing_ok=suffix == "png")
+    if suffix == "tiff":
+        Image.fromarray(levels.astype(np.float32)).save(root / "0.tiff")
+    with pytest.raises(InputError, match="32-bit"):
+        read_pixels(open_images(str(root)), [0])
+
+
+@pytest.mark.parametrize(("width", "height"), [(40, 25), (25, 40), (16, 16), (300, 17)])
+def test_decoding_resizes_the_shorter_side_and_cuts_the_center(tmp_path, width, height):
+    root = image_folder(tmp_path / "set", ["a/0.png", "b/0.png"], width=width, height=height)
+    images = open_images(str(root))
+    images.resize_store(16)
+    image = read_pixels(images, [0])[0]
+    scale = 16 / min(width, height)
+    size = [max(16, round(height * scale)), max(16, round(width * scale))]
+    expected = F.center_crop(
+        F.resize(F.pil_to_tensor(picture(0, width, height)), size, antialias=True), [16, 16]
+    )
+    assert image.dtype == torch.uint8 and image.shape == (3, 16, 16)
+    # Pillow and torchvision round differently at ties, and odd margins may be cut on either side by
+    # one pixel.
+    if (size[0] - 16) % 2 == 0 and (size[1] - 16) % 2 == 0:
+        assert (image.int() - expected.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK", "LA"])
+def test_other_modes_become_rgb(tmp_path, mode):
+    suffix = "tif" if mode == "CMYK" else "png"
+    root = tmp_path / "set"
+    root.mkdir()
+    for i in range(2):
+        picture(i).convert("L" if mode == "LA" else mode).convert(mode).save(root / f"{i}.{suffix}")
+    assert read_pixels(open_images(str(root)), [0, 1]).shape == (2, 3, 20, 20)
+
+
+def test_batches_do_not_depend_on_threads_or_on_the_cache(tmp_path, monkeypatch):
+    root = image_folder(tmp_path / "set", CLASSES)
+    order = [np.array([3, 1, 4]), np.array([1, 5, 9]), np.array([2, 6, 5]), np.array([3, 5, 8])]
+    cached = list(open_images(str(root)).batches(order, 3))
+    monkeypatch.setattr("common.data.images._CACHE_BYTES", 0)
+    single = open_images(str(root))
+    decoded = list(single.batches(order, 1))
+    assert all(torch.equal(a, b) for a, b in zip(cached, decoded, strict=True))
+    assert single._cache is None
+
+
+def damaged(root):
+    image_folder(root, [f"{c}/{i:03d}.png" for c in "xy" for i in range(100)])
+    whole = io.BytesIO()
+    picture(0, 60, 60).save(whole, "JPEG")
+    (root / "x" / "cut.jpg").write_bytes(whole.getvalue()[:-200])
+    return root
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_damaged_image_is_named(tmp_path, pack):
+    root = damaged(tmp_path / "set")
+    images = open_images(str(zipped(root) if pack else root))
+    with pytest.raises(InputError, match=r"x/cut\.jpg in set"):
+        read_pixels(images, range(len(images)))
+
+
+def test_damaged_images_are_left_out_and_counted_up_to_one_percent(tmp_path):
+    root = damaged(tmp_path / "set")
+    said = []
+    images = prepare(str(root), store_size=8, on_bad_item="skip", workers=2, say=said.append)
+    assert len(images) == 200 and not any("cut" in name for name in images.ids)
+    assert "left out 1 damaged image, the first is x/cut.jpg" in said[0]
+    assert read_pixels(images, range(200)).shape == (200, 3, 8, 8)
+    for i in range(2):
+        (root / "y" / f"bad{i}.png").write_bytes(b"no image")
+    with pytest.raises(
+        InputError,
+        match=r"3 of 203 images are damaged .* more than --on-bad-item skip allows \(1%\)",
+    ):
+        prepare(str(root), store_size=None, on_bad_item="skip", workers=2)
+
+
+def test_labels_are_renumbered_to_the_models_classes(tmp_path):
+    images = open_images(str(image_folder(tmp_path / "set", ["b/0.png", "b/1.png", "a/0.png"])))
+    assert images.labels_in(["z", "b", "a"]).tolist() == [2, 1, 1]
+    assert images.labels_in(["b"]).tolist() == [-1, 0, 0]
+    every = np.arange(3)
+    assert images.labels_in(["z", "b", "a"], every).tolist() == [2, 1, 1]
+    assert images.labels_in(["b"], every[1:]).tolist() == [-1, 0, 0]
+    with pytest.raises(InputError, match="has the class 'a', the model has b"):
+        images.labels_in(["b"], every)

@@ -1,0 +1,117 @@
+"""The run's log: what a reader of log.jsonl and of the console relies on."""
+
+import re
+
+import pytest
+
+from common.errors import InputError
+from common.run import log
+
+
+def test_log_lines_hold_the_same_fields_as_the_console(tmp_path, capsys):
+    book = log.Log(tmp_path, main=True)
+    pace = log.Pace(32, 100, "img")
+    for _ in range(3):
+        pace.tick()
+    book.interval("train", 7, 1, {"loss": 4.8123, "lr": 0.24}, pace)
+    book.metrics("train", 7, 1, {"train/val/accuracy": 0.5, "train/val/loss": float("nan")})
+    book.close()
+    console = capsys.readouterr().out.splitlines()
+    line = r"train step 007/100 \| loss 4\.8123 \| lr 2\.4e-01 \| \d+ img/s \| eta \S+"
+    assert re.fullmatch(line, console[0])
+    assert console[1] == "train epoch 1 | val/accuracy 0.5000 | val/loss nan"
+    first, second = log.read(tmp_path)
+    assert (first["stage"], first["step"], first["epoch"]) == ("train", 7, 1)
+    assert (first["loss"], first["lr"]) == (4.8123, 0.24)
+    assert set(log.TIMING) <= first.keys()
+    assert second["train/val/accuracy"] == 0.5
+    assert second["train/val/loss"] is None  # strict JSON has no NaN
+
+
+def test_other_ranks_are_silent(tmp_path, capsys):
+    book = log.Log(tmp_path, main=False)
+    book.say("hello")
+    book.metrics("train", 1, 1, {"train/train/loss": 1.0})
+    book.close()
+    assert capsys.readouterr().out == "" and not (tmp_path / "log.jsonl").exists()
+
+
+def test_lines_after_a_checkpoint_are_cut_and_a_torn_line_is_dropped(tmp_path):
+    book = log.Log(tmp_path, main=True)
+    for stage in ("train", "late"):
+        book.metrics(stage, 1, 1, {f"{stage}/train/loss": 1.0})
+    count = book.count("train")
+    book.metrics("train", 2, 1, {"train/train/loss": 0.5})
+    book.metrics("late", 2, 1, {"late/train/loss": 2.0})
+    book.close()
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"stage": "tr')
+    book = log.Log(tmp_path, main=True)
+    book.cut("train", count)  # an earlier stage goes on: the later one's lines stay
+    book.metrics("train", 2, 1, {"train/train/loss": 0.25})
+    book.cut("late", 9)
+    book.close()
+    lines = log.read(tmp_path)
+    assert [line["train/train/loss"] for line in lines if line["stage"] == "train"] == [1.0, 0.25]
+    assert [line["late/train/loss"] for line in lines if line["stage"] == "late"] == [1.0, 2.0]
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0s"),
+        (41.4, "41s"),
+        (59.6, "1m"),
+        (720, "12m"),
+        (3599, "1h00m"),
+        (11100, "3h05m"),
+        (187200, "2d04h"),
+    ],
+)
+def test_durations(seconds, text):
+    assert log.duration(seconds) == text
+
+
+def test_pace_leaves_out_the_warm_up_step_and_pauses(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
+    pace = log.Pace(10, 12)
+    for seconds in (100, 2, 2):
+        now[0] += seconds
+        pace.tick()
+    now[0] += 1000  # an evaluation
+    pace.pause()
+    now[0] += 2
+    pace.tick()
+    assert (pace.seconds_per_step, pace.rate(), pace.eta(4)) == (2, 5, 16)
+
+
+def test_time_counts_on_after_a_resume(monkeypatch):
+    now = [50.0]
+    monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
+    book = log.Log(None, main=False)
+    book.go_on_from(1000)
+    now[0] += 5
+    assert book.seconds == 1005
+
+
+def test_a_missing_tensorboard_is_an_error_with_the_install_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    with pytest.raises(InputError, match="pip install tensorboard"):
+        log.Log(tmp_path, main=True, tensorboard=True)
+
+
+def test_tensorboard_gets_the_same_values(tmp_path):
+    events = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator",
+        reason="pip install -r tests/requirements.txt",
+    )
+    book = log.Log(tmp_path, main=True, tensorboard=True)
+    book.metrics("train", 5, 1, {"train/val/accuracy": 0.25})
+    book.metrics("train", 9, 2, {"train/val/accuracy": 0.75})
+    book.close()
+    board = events.EventAccumulator(str(tmp_path))
+    board.Reload()
+    values = [(e.step, e.value) for e in board.Scalars("train/val/accuracy")]
+    assert values == [(5, 0.25), (9, 0.75)]

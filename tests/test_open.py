@@ -1,0 +1,115 @@
+"""Folders and archives of images, their layouts, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+
+from common.data import sampling
+from common.data.open import open_images
+from common.errors import InputError
+from tests.data import image_folder, picture, read_pixels, zipped
+
+CLASSES = [f"{name}/{i}.png" for name in ("b", "a", "c") for i in range(4)]
+
+
+@pytest.mark.parametrize("prefix", ["", "cells/", "some/where/"])
+def test_folder_and_zip_are_the_same_data(tmp_path, prefix):
+    root = image_folder(tmp_path / "set", CLASSES)
+    (root / "notes.txt").write_text("not an image")
+    (root / ".hidden.png").write_text("not an image")
+    plain, packed = open_images(str(root)), open_images(str(zipped(root, prefix)))
+    assert plain.classes == packed.classes == ["a", "b", "c"]
+    assert plain.labels.tolist() == packed.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert torch.equal(read_pixels(plain, range(12)), read_pixels(packed, range(12)))
+    first = np.array(picture(4))  # a/0.png was written fifth
+    assert torch.equal(read_pixels(plain, [0])[0], torch.from_numpy(first).permute(2, 0, 1))
+
+
+def test_splits_are_recognized_and_may_hold_a_prefix(tmp_path):
+    names = [
+        f"{s}/{c}/{i}.png"
+        for s, n in (("Train", 5), ("dev", 2), ("test", 3))
+        for c in "xy"
+        for i in range(n)
+    ]
+    root = image_folder(tmp_path / "set", names)
+    for source in (str(root), str(zipped(root, "top/"))):
+        images = open_images(source)
+        assert images.classes == ["x", "y"]
+        assert [int((images.splits == s).sum()) for s in ("train", "val", "test")] == [10, 4, 6]
+        parts = sampling.split(images)
+        assert set(parts["test"]) == set(np.flatnonzero(images.splits == "test"))
+        assert (
+            set(parts["dev"])
+            == set(parts["finetune_dev"])
+            == set(np.flatnonzero(images.splits == "val"))
+        )
+        assert set(parts["train"]) == set(np.flatnonzero(images.splits == "train"))
+
+
+def test_a_file_beside_the_splits_is_refused(tmp_path):
+    root = image_folder(
+        tmp_path / "set", ["train/a/0.png", "train/b/0.png", "test/a/0.png", "preview.png"]
+    )
+    with pytest.raises(InputError, match="preview.png is in none of the splits test, train"):
+        open_images(str(root))
+
+
+def test_the_held_out_part_does_not_depend_on_the_packaging(tmp_path):
+    root = image_folder(tmp_path / "set", [f"{c}/{i}.png" for c in "ab" for i in range(30)])
+    sources = [open_images(str(source)) for source in (root, zipped(root, "top/"))]
+    assert sources[0].ids == sources[1].ids and sources[0].fingerprint == sources[1].fingerprint
+    assert np.array_equal(*(sampling.split(images)["test"] for images in sources))
+
+
+def test_a_link_to_a_folder_above_is_not_followed(tmp_path):
+    root = image_folder(tmp_path / "set", CLASSES)
+    (root / "a" / "loop").symlink_to(root)
+    assert len(open_images(str(root))) == 12
+
+
+def test_images_in_no_folder_have_no_label_and_are_all_for_pretraining(tmp_path):
+    images = open_images(str(image_folder(tmp_path / "flat", [f"{i}.png" for i in range(6)])))
+    assert not images.labeled and images.classes == []
+    parts = sampling.split(images)
+    assert len(parts["pretrain"]) == 6 and all(
+        len(parts[name]) == 0 for name in ("train", "dev", "test")
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda p: p / "absent", "no such file or folder"),
+        (lambda p: (p / "empty").mkdir() or p / "empty", "no images there"),
+        (
+            lambda p: (p / "text.tar").write_text("x") and p / "text.tar",
+            "allowed are a folder, a .zip",
+        ),
+        (lambda p: (p / "broken.zip").write_text("x") and p / "broken.zip", "not a readable zip"),
+    ],
+)
+def test_data_that_cannot_be_used_is_refused(tmp_path, make, said):
+    with pytest.raises(InputError, match=said):
+        open_images(str(make(tmp_path)))
+
+
+def test_a_misspelled_path_gets_the_nearest_name(tmp_path):
+    image_folder(tmp_path / "cells", ["a/0.png"])
+    with pytest.raises(InputError, match="did you mean cells?"):
+        open_images(str(tmp_path / "cels"))
+
+
+def test_the_sample_is_as_large_as_promised():
+    images = open_images("sample")
+    assert len(images) >= 1024 and images.store_size == 64 and images.labeled
+    with pytest.raises(InputError, match="stored at 64 px"):
+        images.resize_store(32)
+
+
+def test_fingerprint_follows_the_content(tmp_path):
+    root = image_folder(tmp_path / "set", CLASSES)
+    before = open_images(str(root)).fingerprint
+    assert open_images(str(root)).fingerprint == before
+    picture(99, 30, 30).save(root / "a" / "0.png")
+    assert open_images(str(root)).fingerprint != before
