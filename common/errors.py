@@ -22,6 +22,10 @@ class InputError(ValueError):
     """
 
 
+class OtherFormat(InputError):
+    """A file or folder that another version of this project wrote in another format."""
+
+
 class Diverged(RuntimeError):
     """The loss or a gradient is not finite: training cannot go on."""
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from common.errors import InputError
 from common.run import checkpoint
-from common.run.files import read_json
+from common.run.files import read_config, read_json
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -346,6 +346,7 @@ def load_backbone(source: str, script: str) -> tuple[dict[str, Tensor], dict]:
     """
     path = Path(source)
     if path.is_dir():
+        read_config(path)  # refuses a run of another format
         folder = next((f for f in (path / "pretrain", path) if (f / "best.pt").exists()), None)
         summary = read_json(path / "summary.json") or {}
         if folder is None or summary.get("status") != "finished":

@@ -293,7 +293,7 @@ def test_videos_in_no_split_are_left_out_by_name_where_others_are_in_one(people)
         str(people), store_size=None, on_bad_item="error", workers=1, fps=25.0, say=said.append
     )
     assert len(videos) == 74 and said[0].startswith(
-        "left out 6 videos that are in no split: list/web/p0, list/swap/p0"
+        "left out 6 videos that no split lists: list/web/p0, list/swap/p0"
     )
     assert len(opened(people, labels=False)) == 80
 

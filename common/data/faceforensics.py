@@ -169,7 +169,7 @@ def prepare(
         say(f"left out {plural(len(videos.missing), 'missing or damaged video')}{names}")
     if videos.unlisted:
         names = first_few(videos.unlisted)
-        say(f"left out {len(videos.unlisted)} videos that are in no split: {names}")
+        say(f"left out {plural(len(videos.unlisted), 'video')} that no split lists: {names}")
     say(videos.describe())
     return videos
 

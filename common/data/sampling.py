@@ -142,8 +142,8 @@ def balanced_batches(
     for label, items in zip(classes, members, strict=True):
         if len(items) < need:
             raise InputError(
-                f"a balanced batch of {bs} needs {need} items of class {label}, which has"
-                f" {len(items)}"
+                f"--sampler balanced: a batch of {bs} needs {need} items of class {label}, which"
+                f" has {len(items)}; lower --bs, or give --sampler none"
             )
 
     def drawn(number: int, batch: int) -> np.ndarray:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import DISK_FULL, InputError, plural
+from common.errors import DISK_FULL, InputError, OtherFormat, plural
 from common.run.files import atomic_write, check_format, read_config
 
 _MARK = b"sha256:"
@@ -147,7 +147,7 @@ def load_newest(folder: Path, say=print) -> dict | None:
     None where there is neither.
 
     Raises:
-        InputError: both are damaged.
+        InputError: both are damaged, or of another format.
     """
     damaged = False
     for name in ("last.pt", "last.previous.pt"):
@@ -155,6 +155,8 @@ def load_newest(folder: Path, say=print) -> dict | None:
             continue
         try:
             return load(folder / name)
+        except OtherFormat:
+            raise
         except InputError as error:
             say(f"{error}; trying the one before it")
             damaged = True

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from common.errors import InputError
+from common.errors import InputError, OtherFormat
 
 try:
     import fcntl
@@ -123,11 +123,11 @@ def check_format(record: dict, source) -> None:
     """Refuse what another version wrote in another format, before any of it is misread.
 
     Raises:
-        InputError: with both formats.
+        OtherFormat: with both formats.
     """
     written = record.get("format", 1)
     if written != FORMAT:
-        raise InputError(
+        raise OtherFormat(
             f"{source} is of run format {written}, this version reads and writes format {FORMAT}:"
             " use the version that wrote it (CHANGELOG.md), or start anew with another --out"
         )
