@@ -34,7 +34,7 @@ from common.check.result import CheckSpec, NetworkView
 from common.check.runner import check
 from common.data import sampling, utterances
 from common.deep_cluster import DISTANCES, Rows, Targets, score
-from common.errors import Diverged, InputError, as_input_error, plural
+from common.errors import InputError, as_input_error, plural
 from common.models import umc
 from common.models.text import Lsa
 from common.monitor import Monitor
@@ -43,7 +43,7 @@ from common.report.clusters import log_choices, log_scores, write_cluster_report
 from common.rng import uniform
 from common.run import checkpoint, dist
 from common.run.card import Card
-from common.run.inference import load_run, write_predictions
+from common.run.inference import LoadedRun, load_run
 from common.run.launch import launch, run_sweep
 from common.run.loop import Batch, Loop, Step
 from common.run.run import Run, test_best_and_last
@@ -225,7 +225,7 @@ def parse_args(argv: list[str] | None = None):
     group = parser.add_argument_group("clusters")
     group.add_argument(
         "--k",
-        type=clusters,
+        type=cluster_count,
         metavar="{auto,N}",
         help="number of clusters; auto estimates it; unset: that of the labels, or auto without"
         " labels",
@@ -271,13 +271,13 @@ def parse_args(argv: list[str] | None = None):
     )
     refuse(
         ["accum", "on_bad_item", "eval_every", "workers"],
-        "on utterances: batches are whole, every epoch is watched",
+        "on utterances: batches are whole, every epoch is evaluated",
     )
     if args.text_model is None:
         refuse(["text_layer"], "without --text-model")
     keeps_last = mode_default(args, "select_epoch") == "last"
     if keeps_last:
-        refuse(["on_plateau", "min_epochs"], "with --select-epoch last, which watches no score")
+        refuse(["on_plateau", "min_epochs"], "with --select-epoch last, which follows no score")
     if args.assign == "partial-ot":
         refuse(["density"], "with --assign partial-ot, which takes the rows of least cost")
     if args.mode == "umc" and args.select_growth == 0 and args.cluster_epochs is None:
@@ -303,7 +303,7 @@ def mode_default(args, name: str):
     return MODE_DEFAULTS[name][args.mode == "umc"] if value is None else value
 
 
-def clusters(text: str):
+def cluster_count(text: str):
     """--k: `auto` or a number."""
     return text if text == "auto" else config.number(int, low=2)(text)
 
@@ -451,22 +451,23 @@ def evaluate(
     network gives it), float32 (n, base_dim), on the CPU.
     """
     model.eval()
-    # The attention within a sequence of L steps takes L * L numbers.
-    cost = max(x.shape[1] ** 2 if x.ndim == 3 else 1024 for x in run.data.inputs.values())
-    size = 2**20 // cost or 1
     rows = []
-    for batch in fetch(run, np.array_split(indices, -(-len(indices) // size))):
+    for batch in fetch(run, np.array_split(indices, -(-len(indices) // eval_batch_of(run.data)))):
         if progress:
             progress.check_stop()
         with amp.autocast(run.args.precision, run.world.device):
             z, _ = model(*batch.inputs)
         rows.append(z.float() if raw else z.float() @ model.metric)
     z = torch.cat(rows).cpu()
-    if not z.isfinite().all():
-        raise Diverged(
-            "the embedding is not finite: the weights have grown too large. Try a lower --lr"
-        )
+    amp.require_finite(z, "embeddings")
     return z
+
+
+def eval_batch_of(rows: Rows) -> int:
+    """How many utterances evaluation takes at once."""
+    # The attention within a sequence of L steps takes L * L numbers.
+    cost = max(x.shape[1] ** 2 if x.ndim == 3 else 1024 for x in rows.inputs.values())
+    return 2**20 // cost or 1
 
 
 def eval_stability(
@@ -494,9 +495,10 @@ def epoch_passes(
     """The batches of an epoch and their pseudo-labels; in stage 2 the selected rows come first,
     then the others without labels.
     """
-    train, world, seed = run.splits["train"], run.world, run.args.seed
+    train_split = run.splits["train"]
+    world, seed = run.world, run.args.seed
     if targets is None:
-        batches = sampling.epoch_batches(train, stage.bs, seed, epoch, 0, world)
+        batches = sampling.epoch_batches(train_split, stage.bs, seed, epoch, 0, world)
         return batches, [None] * len(batches)
     batches, labels = [], []
     for selected in (True, False):
@@ -507,7 +509,7 @@ def epoch_passes(
             continue
         order = 2 * epoch + selected
         for rows in sampling.epoch_batches(rows_of_part, bs, seed, order, 0, world):
-            batches.append(train[rows])
+            batches.append(train_split[rows])
             labels.append(targets.labels[rows] if selected else None)
     return batches, labels
 
@@ -608,7 +610,8 @@ def loss_band(run: Run, name: str) -> str:
             f" {2 / spec['unsup_temperature']:.4f} on the others"
         )
     return (
-        f"{name}: n = {views} views x {bs} - 1, the loss lies in ln n ± 2/τ = {chance:.4f} ± {band}"
+        f"{name}: n = {views} views x {bs} - 1, the loss lies in ln n ± 2/tau = {chance:.4f} ±"
+        f" {band}"
     )
 
 
@@ -667,7 +670,7 @@ class RowView(NetworkView):
 def check_spec(run: Run, basis: dict | None) -> CheckSpec:
     """Stage 1 in the terms of --check: stage 2 takes the same steps on labels of its own making."""
     spec, stage = run.model_spec, run.stages["pretrain"]
-    view = RowView(run, size=min(64, stage.bs))
+    view = RowView(run, size=min(64, stage.bs), eval_batch=eval_batch_of(run.data))
     middle = math.log(view_count(spec) * view.size - 1)
     larger = run.with_spec(base_dim=2 * spec["base_dim"])
     return CheckSpec(
@@ -702,7 +705,7 @@ def run_inference(args, world: dist.Dist) -> None:
     model = build_model(run, umc.empty_basis(widths) if weighted else None)
     checkpoint.load_weights(model, loaded.state["model"], loaded.source)
     if args.predict:
-        predict(run, model, loaded.source)
+        predict(loaded, run, model)
         return
     test = run.splits["test"]
     z = evaluate(run, model, test)
@@ -713,18 +716,17 @@ def run_inference(args, world: dist.Dist) -> None:
     loaded.write(results, world)
 
 
-def predict(run: Run, model: umc.Fusion, source: str) -> None:
+def predict(loaded: LoadedRun, run: Run, model: umc.Fusion) -> None:
     """Write predictions.csv: the cluster of each utterance."""
     spec, table = run.model_spec, run.data.table
     if spec["stage"] != "cluster":
-        raise InputError(f"{source} has no clusters yet: name the run, or its cluster/best.pt")
+        raise InputError(
+            f"{loaded.source} has no clusters yet: name the run, or its cluster/best.pt"
+        )
     z = evaluate(run, model, np.arange(len(table)))
     clusters, _, _, scores = deep_cluster.membership(z, model.centroids.cpu())
-    if run.world.is_main:
-        file = run.folder / "predictions.csv"
-        classes = [str(c) for c in range(spec["k"])]
-        write_predictions(file, table.ids, classes, scores, clusters.tolist())
-        print(f"{plural(len(table), 'prediction')} in {file}")
+    classes = [str(c) for c in range(spec["k"])]
+    loaded.write_predictions(run.world, table.ids, classes, scores, clusters.tolist())
 
 
 def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:

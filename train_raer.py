@@ -36,7 +36,7 @@ from common.check.result import CheckSpec, NetworkView
 from common.check.runner import check
 from common.data import augment, raer, sampling
 from common.distill import add_distillation
-from common.errors import Diverged, InputError, plural
+from common.errors import InputError, plural
 from common.features import stored_features
 from common.longtail import Phase, Schedule, read_schedule
 from common.models.clip import ACTIVATIONS, VARIANTS
@@ -45,7 +45,7 @@ from common.report import figures, page
 from common.run import checkpoint, dist
 from common.run.card import Card
 from common.run.files import write_json
-from common.run.inference import load_run, restore_data_flags, write_predictions
+from common.run.inference import load_run, restore_data_flags
 from common.run.launch import launch, run_sweep
 from common.run.loop import Batch, Loop, Step
 from common.run.run import Run, test_best_and_last
@@ -64,7 +64,9 @@ CARD = Card(
 )
 STAGE = {"bs": 32, "lr": 1e-2, "wd": 1e-4, "optimizer": "sgd", "warmup_epochs": 0.0}
 PRETRAINED_IMAGE_LR = 1e-5  # CLIP-CAER's; a tower that does not start from CLIP trains at --lr
-JITTER, DEGREES, CROP = (0.3, 0.3, 0.3, 0.1), 15, (0.5, 1.0)
+JITTER = (0.3, 0.3, 0.3, 0.1)  # brightness, contrast, saturation, hue
+DEGREES = 15
+CROP = (0.5, 1.0)  # of the area
 DEMO = {
     "backbone": "vit_tiny",
     "num_frames": 8,
@@ -288,12 +290,13 @@ def epoch_batches(run: Run, phase: Phase, epoch: int, done: int = 0) -> list[np.
 
     Item i is clip i % len(clips): a clip that is drawn again has another number.
     """
-    clips, train, seed = run.data, run.splits["train"], run.args.seed
+    clips, seed = run.data, run.args.seed
+    train_split = run.splits["train"]
     bs = run.stages["train"].bs
     if phase.sampler == "random":
-        return sampling.epoch_batches(train, bs, seed, epoch, done, run.world)
+        return sampling.epoch_batches(train_split, bs, seed, epoch, done, run.world)
     of_class = sampling.class_weights(np.array(run.model_spec["counts"]), phase.cap)
-    order = sampling.weighted_order(train, of_class[clips.labels[train]], seed, epoch)
+    order = sampling.weighted_order(train_split, of_class[clips.labels[train_split]], seed, epoch)
     return sampling.batch_slices(raer.number_repeats(order, len(clips)), bs, done, run.world)
 
 
@@ -462,10 +465,7 @@ def evaluate(
         with amp.autocast(run.args.precision, run.world.device):
             rows.append((outputs(x) if outputs else model(x)[0]).float())
     rows = dist.unshard(torch.cat(rows), len(indices)).cpu()
-    if not rows.isfinite().all():
-        raise Diverged(
-            "the outputs are not finite: the weights have grown too large. Try a lower --lr"
-        )
+    amp.require_finite(rows, "outputs")
     return rows
 
 
@@ -557,10 +557,11 @@ def train(run: Run, published) -> None:
         phase = run.schedule.at(epoch)
         if phase.trains != trains:
             model.choose_trained(phase.trains == "classes")
-            before = run.schedule.at(max(epoch - 1, 0)).trains
-            if progress.batch == 0 and (before, phase.trains) == ("all", "classes"):
+            trained_before = run.schedule.at(max(epoch - 1, 0)).trains
+            if progress.batch == 0 and (trained_before, phase.trains) == ("all", "classes"):
                 model.reset_classes(optimizer)
-            trained, trains = dist.wrap(model, world), phase.trains
+            trained = dist.wrap(model, world)
+            trains = phase.trains
         model.train()
         batches = epoch_batches(run, phase, epoch, progress.batch)
         for batch in loop.batches(fetch(run, batches, epoch, cached)):
@@ -697,10 +698,7 @@ def run_inference(args, world: dist.Dist) -> None:
         values = score(run, "eval/test", indices, scores, run.log.say)
         loaded.write(values, world, (clips, indices, spec["classes"], scores.softmax(1)))
         return
-    if world.is_main:
-        file = run.folder / "predictions.csv"
-        write_predictions(file, clips.ids, spec["classes"], scores.softmax(1))
-        print(f"{plural(len(clips), 'prediction')} in {file}")
+    loaded.write_predictions(world, clips.ids, spec["classes"], scores.softmax(1))
 
 
 def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
@@ -745,7 +743,7 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
         input_text=f"input {spec['image_size']} px",
     )
     run.schedule = schedule
-    distill.attach_teacher(run, teacher, build_model, student_logits, evaluate)
+    distill.attach_teacher(run, teacher, build_model, teacher_logits, evaluate)
     notes = filter(None, [weights_text, clips.describe_frames(args.num_frames)])
     run.log.say("\n".join(notes))
     if args.check:
@@ -756,7 +754,7 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
         train(run, published)
 
 
-def student_logits(model: RaerModel, x: Tensor) -> Tensor:
+def teacher_logits(model: RaerModel, x: Tensor) -> Tensor:
     """Logits (n, K) of a teacher on the student's own input."""
     return model(x)[0]
 

@@ -41,7 +41,7 @@ from common.report import figures, page
 from common.run import checkpoint, dist
 from common.run.card import Card
 from common.run.files import run_dir_of
-from common.run.inference import load_run, restore_data_flags, write_predictions
+from common.run.inference import load_run, restore_data_flags
 from common.run.launch import launch, run_sweep
 from common.run.loop import Batch, Loop, Step
 from common.run.run import Run, test_best_and_last
@@ -78,11 +78,24 @@ STAGES = {
     },
     "finetune": {"epochs": 50, "bs": 256, "lr": 1e-4, "wd": 1e-4, "optimizer": "adamw"},
 }
-LR_OF = {
-    "lars": lambda bs: 0.075 * math.sqrt(bs),  # SimCLR, appendix B.1
-    "sgd": lambda bs: 0.05 * bs / 256,  # SimSiam, arXiv:2011.10566
-    "adamw": lambda bs: 1e-3,
-}
+
+
+def lars_lr(bs: int) -> float:
+    """SimCLR's rule, appendix B.1."""
+    return 0.075 * math.sqrt(bs)
+
+
+def sgd_lr(bs: int) -> float:
+    """SimSiam's rule, arXiv:2011.10566."""
+    return 0.05 * bs / 256
+
+
+def adamw_lr(bs: int) -> float:
+    """The same rate for every batch."""
+    return 1e-3
+
+
+LR_OF = {"lars": lars_lr, "sgd": sgd_lr, "adamw": adamw_lr}
 # Color strength 0.5 is the paper's for small images (appendix B.9).
 DEMO = {
     "backbone": "resnet18",
@@ -536,7 +549,7 @@ def pretrain(run: Run, weights: dict | None) -> None:
         + f"; loss at chance ln(2N-1) = {chance:.4f}"
     )
     step_of = train_step if args.accum == 1 else gradcache_step
-    loop = Loop(run, progress, steps=steps, unit="img", chance=chance)
+    loop = Loop(run, progress, steps=steps, unit="img", chance=chance, phases=run.phases)
     for epoch in loop.epochs():
         model.train()
         batches = sampling.epoch_batches(indices, stage.bs, args.seed, epoch, progress.batch, world)
@@ -695,10 +708,7 @@ def run_inference(args, world: dist.Dist) -> None:
     checkpoint.load_weights(model, loaded.state["model"], loaded.source)
     if args.predict:
         scores = evaluate(run, model, np.arange(len(images))).softmax(1)
-        if world.is_main:
-            file = run.folder / "predictions.csv"
-            write_predictions(file, images.ids, classes, scores)
-            print(f"{plural(len(images), 'prediction')} in {file}")
+        loaded.write_predictions(world, images.ids, classes, scores)
         return
     if kind == "pretrain":
         outputs = partial(evaluate, run, model.backbone)
@@ -715,7 +725,8 @@ def run_inference(args, world: dist.Dist) -> None:
 
 def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
     """Train: read the data, settle what the run is, and run its stages."""
-    weights, source = None, {}
+    weights = None
+    source = {}
     if args.from_run not in (None, "none"):
         weights, source = load_backbone(args.from_run, CARD.name)
     targets = None

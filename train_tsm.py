@@ -37,7 +37,7 @@ from common.check.result import CheckSpec, NetworkView
 from common.check.runner import check
 from common.data import augment, faceforensics, sampling
 from common.distill import add_distillation
-from common.errors import Diverged, InputError, as_input_error, plural
+from common.errors import InputError, as_input_error, plural
 from common.losses import focal_bce, focal_guess
 from common.models.heads import AGGREGATES, HEAD_BIAS, init_bias_to_prior
 from common.models.mobilenet_v4 import VARIANTS, build_mobilenet_v4, load_published
@@ -54,7 +54,7 @@ from common.report import figures, page
 from common.run import checkpoint, dist
 from common.run.card import Card
 from common.run.files import atomic_write
-from common.run.inference import load_run, restore_data_flags, write_predictions
+from common.run.inference import load_run, restore_data_flags
 from common.run.launch import launch, run_sweep
 from common.run.loop import Batch, Loop, Step
 from common.run.run import Run, test_best_and_last
@@ -209,7 +209,7 @@ def parse_args(argv: list[str] | None = None):
     )
     group.add_argument(
         "--pos-weight",
-        type=pos_weight,
+        type=parse_pos_weight,
         metavar="{none,auto,X}",
         default="none",
         help="weight of fake in the loss; auto: real videos / fake videos",
@@ -281,7 +281,7 @@ def parse_args(argv: list[str] | None = None):
     return args, parser
 
 
-def pos_weight(text: str):
+def parse_pos_weight(text: str):
     """--pos-weight: `none`, `auto` or a positive number."""
     return text if text in ("none", "auto") else config.number(float, above=0)(text)
 
@@ -484,10 +484,7 @@ def evaluate(
             logits, shares = model(frames_of(run, batch))
         rows.append(torch.cat([logits, shares], 1).float())
     rows = dist.unshard(torch.cat(rows), len(items)).cpu().unflatten(0, (-1, clips))
-    if not rows.isfinite().all():
-        raise Diverged(
-            "the scores are not finite: the weights have grown too large. Try a lower --lr"
-        )
+    amp.require_finite(rows, "scores")
     return rows[..., 0], rows[..., 1:]
 
 
@@ -672,15 +669,10 @@ def run_inference(args, world: dist.Dist) -> None:
         return
     logits, _ = evaluate(run, model, np.arange(len(videos)))
     scores = metrics.video_scores(logits)
-    if world.is_main:
-        file = run.folder / "predictions.csv"
-        shares = torch.from_numpy(np.stack([1 - scores, scores], 1))
-        chosen = (scores >= threshold).astype(int)
-        write_predictions(file, videos.ids, classes, shares, chosen)
-        print(
-            f"{plural(len(videos), 'prediction')} in {file}; fake from a score of"
-            f" {threshold:.4f} on"
-        )
+    shares = torch.from_numpy(np.stack([1 - scores, scores], 1))
+    chosen = (scores >= threshold).astype(int)
+    note = f"; fake from a score of {threshold:.4f} on"
+    loaded.write_predictions(world, videos.ids, classes, shares, chosen, note)
 
 
 def stream(run: Run, model: ClipModel) -> None:
@@ -700,10 +692,11 @@ def stream(run: Run, model: ClipModel) -> None:
             logits, _ = flow(x)
         score_fake = logits.double().sigmoid().item()
         lines.append(f"{t},{score_fake:.6f}")
-    file = run.folder / "stream.csv"
-    with atomic_write(file) as out:
-        out.write("\n".join(lines) + "\n")
-    print(f"{file}: {plural(len(frames), 'frame')}, the last score is {score_fake:.6f}")
+    if run.world.is_main:
+        file = run.folder / "stream.csv"
+        with atomic_write(file) as out:
+            out.write("\n".join(lines) + "\n")
+        print(f"{file}: {plural(len(frames), 'frame')}, the last score is {score_fake:.6f}")
 
 
 def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
@@ -749,7 +742,7 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
         ),
         input_text=f"input {size} px",
     )
-    distill.attach_teacher(run, teacher, build_model, student_logits)
+    distill.attach_teacher(run, teacher, build_model, teacher_logits)
     run.log.say(videos.describe_clips(args.n_segment, args.clip_seconds))
     if args.check:
         return check(run, {"train": check_spec(run, published)})
@@ -757,7 +750,7 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
         train(run, published)
 
 
-def student_logits(model: ClipModel, x: Tensor) -> Tensor:
+def teacher_logits(model: ClipModel, x: Tensor) -> Tensor:
     """Logits (n,) of a teacher on the student's own input."""
     return model(x)[0].squeeze(1)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from common import optim
+from common.errors import Diverged
 
 try:
     import resource
@@ -74,6 +75,18 @@ def guarded_step(
     optimizer.step()
     del optimizer.found_inf
     return norm, ~(finite & loss.detach().isfinite())
+
+
+def require_finite(rows: Tensor, what: str) -> None:
+    """Refuse outputs with a value that is not finite.
+
+    Raises:
+        Diverged: of what.
+    """
+    if not rows.isfinite().all():
+        raise Diverged(
+            f"the {what} are not finite: the weights have grown too large. Try a lower --lr"
+        )
 
 
 class Phases:

@@ -389,7 +389,7 @@ def base_parser(
     tuning.add_argument(
         "--ranges",
         metavar="FLAG=LOW:HIGH,..",
-        help="what --search draws, on a log scale, as lr=1e-4:1e-2; unset: see README.md",
+        help="what --search draws, on a log scale, as lr=1e-4:1e-2; unset: see docs/check.md",
     )
     tuning.add_argument(
         "--teacher",

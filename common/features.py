@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import metrics
+from common import amp, metrics
 from common.data import sampling
-from common.errors import Diverged
 from common.run import dist
 from common.run.files import atomic_write
 from common.run.run import Run
@@ -107,10 +106,7 @@ def representation(
     bank = sample("train", KNN_BANK) if labeled else []
     asked = sample(queries if labeled else "rest", KNN_QUERIES)
     rows = outputs(np.concatenate([bank, asked]).astype(np.int64))
-    if not rows.isfinite().all():
-        raise Diverged(
-            "the features are not finite: the weights have grown too large. Try a lower --lr"
-        )
+    amp.require_finite(rows, "features")
     if not labeled:
         return {f"pretrain/{split}/effective_rank": metrics.effective_rank(rows)}
     in_bank = rows[: len(bank)]

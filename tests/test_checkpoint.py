@@ -119,7 +119,7 @@ def test_weights_that_do_not_fit_are_named():
 
 
 def test_patience_counts_from_the_last_certain_gain_and_selection_does_not(tmp_path):
-    world = dist.Dist(0, 1, 0, torch.device("cpu"))
+    world = dist.Dist(0, 1, torch.device("cpu"))
     progress = Progress(
         tmp_path,
         "s",
@@ -146,7 +146,7 @@ def test_a_best_model_newer_than_the_state_is_known_as_the_best(tmp_path):
     """A process killed between best.pt and last.pt: what follows must not take the file for an
     older epoch's.
     """
-    world, model = dist.Dist(0, 1, 0, torch.device("cpu")), torch.nn.Linear(2, 1)
+    world, model = dist.Dist(0, 1, torch.device("cpu")), torch.nn.Linear(2, 1)
     said = types.SimpleNamespace(
         **dict.fromkeys(("sync", "cut", "go_on_from", "say", "resumed"), lambda *_: None),
         count=lambda _: 0,
@@ -218,13 +218,13 @@ def test_a_signal_before_there_is_anything_to_save_ends_the_process_at_once(monk
         assert signal.getsignal(signal.SIGTERM) is before  # which ends it
         with pytest.raises(SystemExit) as end:
             os.kill(os.getpid(), signal.SIGUSR1)
-    assert end.value.code == 75 and "run the same command again" in capsys.readouterr().err
+    assert end.value.code == 75 and "Run the same command again" in capsys.readouterr().err
 
 
 def test_an_end_without_requeue_tells_what_to_do(monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     stop = Signals.leave(Signals.REQUEUE, "step 5")
-    assert stop.code == 75 and "step 5" in str(stop) and "run the same command again" in str(stop)
+    assert stop.code == 75 and "step 5" in str(stop) and "Run the same command again" in str(stop)
 
 
 def test_usr1_requeues_the_slurm_job(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ def ranks(tmp_path, world_size, work, *args):
 def _rank(rank, world_size, rendezvous, folder, work, args):
     torch.set_num_threads(1)
     td.init_process_group("gloo", rendezvous, rank=rank, world_size=world_size)
-    world = dist.Dist(rank, world_size, rank, torch.device("cpu"))
+    world = dist.Dist(rank, world_size, torch.device("cpu"))
     torch.save(work(world, *args), folder / f"out{rank}.pt")
     td.destroy_process_group()
 
@@ -65,7 +65,7 @@ def test_processes_give_the_gradients_of_one(tmp_path, world_size, dtype, tolera
     views = torch.randn(
         2, 8, 3, 9, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64
     )
-    alone = contrastive_gradients(dist.Dist(0, 1, 0, torch.device("cpu")), views, dtype)
+    alone = contrastive_gradients(dist.Dist(0, 1, torch.device("cpu")), views, dtype)
     for result in ranks(tmp_path, world_size, contrastive_gradients, views, dtype):
         assert result.keys() == alone.keys()
         for name, value in alone.items():
@@ -113,14 +113,14 @@ def video_metrics(world, target, scores):
 def test_metrics_of_uneven_data_are_bitwise_those_of_one_process(tmp_path):
     target = np.arange(7) % 2
     scores = np.round(np.random.default_rng(0).random((7, 5)), 1)  # 35 clips, with ties
-    alone = video_metrics(dist.Dist(0, 1, 0, torch.device("cpu")), target, scores)
+    alone = video_metrics(dist.Dist(0, 1, torch.device("cpu")), target, scores)
     for world_size in (2, 3):
         for result in ranks(tmp_path, world_size, video_metrics, target, scores):
             assert result == alone
 
 
 def test_rank_batchnorm_keeps_the_keys_and_evaluates_as_torch_does():
-    world = dist.Dist(0, 2, 0, torch.device("cpu"))
+    world = dist.Dist(0, 2, torch.device("cpu"))
     plain = Net()
     synced = dist.sync_batchnorm(Net(), world)
     assert list(synced.state_dict()) == list(plain.state_dict())
@@ -131,7 +131,7 @@ def test_rank_batchnorm_keeps_the_keys_and_evaluates_as_torch_does():
 
 
 def test_one_process_needs_no_group():
-    world = dist.Dist(0, 1, 0, torch.device("cpu"))
+    world = dist.Dist(0, 1, torch.device("cpu"))
     x = torch.randn(3, 2)
     model = Net()
     assert (
@@ -152,7 +152,7 @@ def test_the_shell_of_an_sbatch_script_is_one_process(monkeypatch):
         ("SLURM_LOCALID", "0"),
     ):
         monkeypatch.setenv(name, value)
-    assert dist.init("cpu") == dist.Dist(0, 1, 0, torch.device("cpu"))
+    assert dist.init("cpu") == dist.Dist(0, 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_an_image_that_is_damaged_at_a_late_step_ends_the_run_by_name_and_step(
     argv = [*FLAGS, "--data", str(cells), "--epochs", "4", "--out", str(tmp_path / "run")]
     code, said = ends(argv, capsys)
     assert code == 2 and re.search(
-        r"process 0 of 1, pretrain step [5-9]: image long/05.png .* cannot be read", said
+        r"rank 0 of 1, pretrain step [5-9]: image long/05.png .* cannot be read", said
     )
     assert "--on-bad-item skip" in said and summary(tmp_path / "run")["status"] == "failed"
     monkeypatch.setattr(Progress, "end_step", end_step)
@@ -133,9 +133,7 @@ def test_a_data_folder_that_vanishes_ends_the_run(small, tmp_path, monkeypatch, 
     argv = [*FLAGS, "--data", str(cells), "--epochs", "4", "--out", str(tmp_path / "run")]
     code, said = ends(argv, capsys)
     assert (
-        code == 2
-        and "process 0 of 1, pretrain step " in said
-        and "No such file or directory" in said
+        code == 2 and "rank 0 of 1, pretrain step " in said and "No such file or directory" in said
     )
     (tmp_path / "gone").rename(cells)
     monkeypatch.setattr(Progress, "end_step", end_step)
@@ -159,7 +157,7 @@ def test_what_the_disk_refuses_ends_the_run_and_leaves_the_last_checkpoint(
     monkeypatch.setattr(os, "fsync", refuse)
     code, said = ends(argv, capsys)
     monkeypatch.setattr(os, "fsync", fsync)
-    assert code == 2 and re.search(r"process 0 of 1, pretrain step \d", said)
+    assert code == 2 and re.search(r"rank 0 of 1, pretrain step \d", said)
     assert os.strerror(getattr(errno, number)) in said and "Run the same command again" in said
     step = checkpoint.load_newest(tmp_path / "run")["place"]["step"]
     assert step >= 1 and not list((tmp_path / "run").glob(".*.tmp*"))
@@ -231,7 +229,7 @@ def test_a_damaged_best_model_is_found_at_the_start_not_at_the_end(small, tmp_pa
 
 
 def test_weights_that_are_not_finite_are_never_stored(tmp_path):
-    world = dist.Dist(0, 1, 0, torch.device("cpu"))
+    world = dist.Dist(0, 1, torch.device("cpu"))
     model, log = nn.Linear(2, 2), Log(tmp_path, main=True)
     progress = Progress(
         tmp_path,
@@ -393,7 +391,7 @@ def test_features_that_one_process_cannot_read_are_computed_by_all(small, tmp_pa
         {"folder": tmp_path, "data": items(), "model_spec": {"image_size": 8}, "splits": {}},
     )()
     run.world, run.log = (
-        dist.Dist(0, 2, 0, torch.device("cpu")),
+        dist.Dist(0, 2, torch.device("cpu")),
         type("L", (), {"say": print})(),
     )
     computed = []

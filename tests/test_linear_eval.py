@@ -51,7 +51,7 @@ def setting(folder, count=600, classes=3):
     stage = config.StageConfig(
         "linear", epochs=30, bs=64, lr=0.2, wd=0.0, optimizer="sgd", warmup_epochs=0.0
     )
-    world = dist.Dist(0, 1, 0, torch.device("cpu"))
+    world = dist.Dist(0, 1, torch.device("cpu"))
     model_spec = {"classes": {"linear": items.classes}, "image_size": 8}
     signals = SimpleNamespace(asked=0)
     return Run(

@@ -67,7 +67,7 @@ def test_batches_of_an_epoch_resume_and_are_shared_by_processes():
     rest = sampling.epoch_batches(indices, 8, 3, 2, done=4)
     assert all(np.array_equal(a, b) for a, b in zip(whole[4:], rest, strict=True))
     shares = [
-        sampling.epoch_batches(indices, 8, 3, 2, 0, Dist(rank, 2, rank, torch.device("cpu")))
+        sampling.epoch_batches(indices, 8, 3, 2, 0, Dist(rank, 2, torch.device("cpu")))
         for rank in (0, 1)
     ]
     for batch, left, right in zip(whole, *shares, strict=True):
@@ -120,9 +120,7 @@ def test_balanced_batches_are_functions_of_seed_and_epoch_and_shared_by_processe
             whole[0], sampling.balanced_batches(indices, labels, 12, seed, epoch)[0]
         )
     shares = [
-        sampling.balanced_batches(
-            indices, labels, 12, 3, 2, 0, Dist(rank, 3, rank, torch.device("cpu"))
-        )
+        sampling.balanced_batches(indices, labels, 12, 3, 2, 0, Dist(rank, 3, torch.device("cpu")))
         for rank in range(3)
     ]
     for batch, *parts in zip(whole, *shares, strict=True):
@@ -191,7 +189,7 @@ def test_a_weighted_order_is_a_function_of_seed_and_epoch_and_is_shared_out_whol
         for a, b in zip(batches[1:], sampling.batch_slices(orders[0], 2, done=1), strict=True)
     )
     ranks = [
-        sampling.batch_slices(orders[0], 2, 0, Dist(rank, 2, rank, torch.device("cpu")))
+        sampling.batch_slices(orders[0], 2, 0, Dist(rank, 2, torch.device("cpu")))
         for rank in (0, 1)
     ]
     assert all(

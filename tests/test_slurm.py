@@ -322,7 +322,7 @@ def test_without_scontrol_a_chain_of_jobs_goes_on(cluster, folder, command, one_
     assert cluster.wait(first, "FAILED")["ExitCode"] == "75:0"
     cluster.wait(second, "COMPLETED")
     cluster.wait(third, "CANCELED", "COMPLETED")
-    assert "run the same command again" in said(out)
+    assert "Run the same command again" in said(out)
     equal_runs(out, one_process)
 
 

@@ -13,7 +13,7 @@ def test_one_draw_a_clip_serves_all_frames_of_both_streams():
     class Fake:
         args = type("Args", (), {"augment": None, "seed": 0, "cache_features": False})
         model_spec = {"image_size": 16, "backbone": "vit_tiny"}
-        world = dist.Dist(0, 1, 0, torch.device("cpu"))
+        world = dist.Dist(0, 1, torch.device("cpu"))
 
     frame = torch.randint(0, 256, (3, 1, 3, 20, 20), dtype=torch.uint8).expand(3, 4, 3, 20, 20)
     both = (frame, frame)

@@ -21,7 +21,7 @@ def test_accumulation_keeps_the_negatives_and_the_gradient():
     gradients = []
     for accum in (1, 4):
         args, _ = train_simclr.parse_args([*NET, "--accum", str(accum)])
-        world = dist.Dist(0, 1, 0, torch.device("cpu"))
+        world = dist.Dist(0, 1, torch.device("cpu"))
         model_spec = {
             "backbone": "resnet18",
             "stem": "cifar",

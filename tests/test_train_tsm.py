@@ -19,7 +19,7 @@ NET = flags("--backbone conv_small_035 --image-size 32 --n-segment 4 --device cp
 def a_run(*argv):
     """What a step needs, without data or a directory."""
     args, _ = train_tsm.parse_args([*NET, "--dropout", "0", *argv])
-    world = dist.Dist(0, 1, 0, torch.device("cpu"))
+    world = dist.Dist(0, 1, torch.device("cpu"))
     model_spec = {name: getattr(args, name) for name in train_tsm.MODEL_FLAGS} | {"image_size": 32}
     quiet = log.Log(None, main=False)
     model_spec |= {"pixels": [list(IMAGENET_MEAN), list(IMAGENET_STD)], "pos_weight": 0.2}

@@ -633,7 +633,7 @@ def cost() -> None:
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
-    world = dist.Dist(0, 1, 0, torch.device("cpu"))
+    world = dist.Dist(0, 1, torch.device("cpu"))
     with tempfile.TemporaryDirectory(prefix="torture-") as folder, Signals() as asked:
         parts, log = {"model": model, "optimizer": optimizer}, Log(Path(folder), main=True)
         options = dict(

@@ -219,7 +219,7 @@ def eval_invariance(spec: CheckSpec) -> Result:
         return skip(NOTHING_HELD_OUT)
     model = spec.build()
     few = spec.held_out[:8]
-    many = spec.held_out[: spec.view.eval_batch + 2]
+    many = spec.held_out[: max(len(few), spec.view.eval_batch) + 2]  # in more than one piece
     trial = Trial(spec, model=model)
     # Fresh running statistics would hide a network that is left in training mode.
     trial.go(small_batches(spec, 1)[0])

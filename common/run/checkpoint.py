@@ -66,8 +66,12 @@ def save(path: Path, state: dict, previous: Path | None = None) -> None:
     written = 0
     try:
         with atomic_write(path, "wb", keep=previous) as file:
-            for part in parts:
-                written += file.write(part)
+            try:
+                file.writelines(parts)
+                file.flush()
+            except OSError:
+                written = os.fstat(file.fileno()).st_size
+                raise
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise

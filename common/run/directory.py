@@ -79,8 +79,12 @@ def create_run_dir(
 
     Raises:
         InputError: the run there, or the one of --resume PATH, has another identity and
-            --force-resume is not given, or another format; or the folder cannot be written.
+            --force-resume is not given, or another format; or the folder is another program's, or
+            cannot be written.
     """
+    there = read_json(folder / "config.json")
+    if there is not None and "identity" not in there:
+        raise InputError(f"{folder}: the config.json there is of no run; choose another --out")
     mode = config.resume_mode(args, (read_json(folder / "env.json") or {}).get("slurm_job"))
     stored = None if mode == "none" else read_config(folder)
     if stored is None and mode not in ("auto", "none"):

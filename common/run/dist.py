@@ -31,7 +31,6 @@ class Dist:
 
     rank: int
     world_size: int
-    local_rank: int
     device: torch.device
 
     @property
@@ -93,7 +92,7 @@ def init(device: str = "auto", timeout_s: float = 1800) -> Dist:
                 f"rank {number} cannot meet the others at {address}: {reason};"
                 " set MASTER_ADDR or MASTER_PORT"
             ) from None
-    return Dist(number, world_size, local_rank, place)
+    return Dist(number, world_size, place)
 
 
 def port(job: int, step: int) -> int:

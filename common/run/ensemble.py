@@ -102,7 +102,7 @@ def read(path: Path, source: str) -> tuple[list[str], np.ndarray, list[str], np.
         raise InputError(
             f"--ensemble: {source} has no classifier; name runs of stages that classify"
         )
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         (_, _, *classes), *rows = csv.reader(file)
     ids = [row[0] for row in rows]
     labels = np.array([classes.index(row[1]) for row in rows], np.int64)

@@ -55,7 +55,7 @@ def atomic_write(path: Path, mode: str = "w", *, keep: Path | None = None) -> It
     process or a machine that dies leaves the old content.
 
     Args:
-        mode: "w" for text, whose line ends are written as they are (as csv needs it), or "wb".
+        mode: "w" for UTF-8 text with the line ends as they are (csv needs that), or "wb".
         keep: what the old file is renamed to, once the new one is on the disk; `path` must exist.
 
     Raises:
@@ -63,7 +63,8 @@ def atomic_write(path: Path, mode: str = "w", *, keep: Path | None = None) -> It
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, mode, newline=None if "b" in mode else "") as file:
+        text = {} if "b" in mode else {"newline": "", "encoding": "utf-8"}
+        with open(temporary, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from common import config
-from common.errors import InputError
+from common.errors import InputError, plural
 from common.run import checkpoint, dist
 from common.run.card import Card
 from common.run.directory import output_folder
@@ -89,6 +89,21 @@ class LoadedRun:
             writer.writerow(["id", "label", *classes])
             for i, shares in zip(rows, scores.tolist(), strict=True):
                 writer.writerow([data.ids[i], data.classes[data.labels[i]], *shares])
+
+    def write_predictions(
+        self,
+        world: dist.Dist,
+        ids: list[str],
+        classes: list[str],
+        scores: Tensor,
+        chosen: Iterable[int] | None = None,
+        note: str = "",
+    ) -> None:
+        """Write predictions.csv, see `write_predictions`, and say where it is; `note` follows."""
+        if world.is_main:
+            file = self.folder / "predictions.csv"
+            write_predictions(file, ids, classes, scores, chosen)
+            print(f"{plural(len(ids), 'prediction')} in {file}{note}")
 
 
 def is_inference(args) -> bool:

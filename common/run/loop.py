@@ -79,6 +79,7 @@ class Loop:
         unit: the word for the items of a step in a rate: "img".
         patience: evaluations without a gain after which the stage ends; None: it runs to its end.
         chance: the loss of a guess; lines then show `loss_over_chance`.
+        phases: the clock of --profile, for the stage that it times.
         quiet: the console gets no lines of steps and epochs, `log.jsonl` those of epochs alone.
     """
 
@@ -91,6 +92,7 @@ class Loop:
         unit: str,
         patience: int | None = None,
         chance: float | None = None,
+        phases: amp.Phases | None = None,
         quiet: bool = False,
     ):
         self.run = run
@@ -99,6 +101,7 @@ class Loop:
         self.steps = steps
         self.patience = patience
         self.chance = chance
+        self.phases = phases
         self.quiet = quiet
         self.pace = Pace(self.settings.bs, self.settings.epochs * steps, unit)
 
@@ -114,8 +117,12 @@ class Loop:
     def batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches of an epoch as they are; how long each is waited for is counted."""
         for batch in self.pace.waiting(batches):
-            self.run.lap("input")
+            self._lap("input")
             yield batch
+
+    def _lap(self, phase: str | None) -> None:
+        if self.phases:
+            self.phases.lap(phase)
 
     def set_lr(
         self, optimizer: torch.optim.Optimizer, place: int | None = None, factor: float = 1.0
@@ -134,7 +141,8 @@ class Loop:
         Raises:
             Diverged, Stopped: see `Progress.end_step`.
         """
-        run, progress, stage = self.run, self.progress, self.progress.stage
+        run, progress = self.run, self.progress
+        stage = progress.stage
         progress.add(**step.terms)
         self.pace.tick()
         done = progress.step + 1
@@ -150,7 +158,7 @@ class Loop:
         if not self.quiet and self.pace.steps == 2:
             run.log.cost(stage, self.steps, self.settings.epochs, self.pace, run.world.device)
         progress.end_step(step.bad)
-        run.lap("rest")
+        self._lap("rest")
 
     def is_eval_epoch(self) -> bool:
         """Whether an evaluation follows this epoch: by --eval-every, and after the last one."""
@@ -164,4 +172,4 @@ class Loop:
         run.log.metrics(progress.stage, progress.step, progress.epoch + 1, values, quiet=quiet)
         progress.end_epoch()
         self.pace.pause()
-        run.lap(None)
+        self._lap(None)

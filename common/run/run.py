@@ -128,8 +128,8 @@ class Run:
         """The settings of a stage; a stage's baselines (`linear_random`) have the stage's own."""
         return self.stages[stage.split("_")[0]]
 
-    def lap(self, phase: str | None) -> None:
-        """The end of a phase of a training step, for --profile; None: of what is no part of one."""
+    def lap(self, phase: str) -> None:
+        """The end of a phase of a training step, for --profile."""
         if self.phases:
             self.phases.lap(phase)
 
@@ -177,7 +177,7 @@ class Run:
         steps = dist.all_gather_rows(step).tolist()
         if len(set(steps)) > 1:
             raise InputError(
-                f"the processes read different states in {folder} (steps {steps}, -1: none): it"
+                f"the ranks read different states in {folder} (steps {steps}, -1: none): it"
                 " must lie on a file system that they share"
             )
         progress.restore(state, best)
@@ -298,9 +298,9 @@ class Run:
             last = None
             idle = 0.0
             while not over.wait(seconds):
-                beat = self.current and (self.current.stage, self.current.heartbeat)
-                idle = idle + seconds if beat == last else 0.0
-                last = beat
+                heartbeat = self.current and (self.current.stage, self.current.heartbeat)
+                idle = idle + seconds if heartbeat == last else 0.0
+                last = heartbeat
                 if idle >= 60 * minutes:
                     frames = traceback.extract_stack(sys._current_frames()[main_thread])
                     at = _deepest_of_ours(frames)
@@ -319,7 +319,7 @@ class Run:
 
     def _where(self) -> str:
         at = f", {self.current.stage} step {self.current.step}" if self.current else ""
-        return f"process {self.world.rank} of {self.world.world_size}{at}: "
+        return f"rank {self.world.rank} of {self.world.world_size}{at}: "
 
     def _conclude(self, status: str, report) -> None:
         record = {"status": status, "seconds": round(self.log.seconds, 1)}

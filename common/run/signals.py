@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 
-from common.errors import EXIT_STOPPED, Stopped
+from common.errors import AGAIN, EXIT_STOPPED, Stopped
 from common.run import dist
 
 
@@ -67,8 +67,7 @@ class Signals:
         """Requeue the Slurm job where that was asked, and say how the run ended."""
         job = os.environ.get("SLURM_JOB_ID")
         if asked != Signals.REQUEUE or not job or not shutil.which("scontrol"):
-            again = "run the same command again to go on (with --resume auto, the default)"
-            return Stopped(f"{saved}; {again}", EXIT_STOPPED)
+            return Stopped(f"{saved}. {AGAIN} (--resume auto, the default)", EXIT_STOPPED)
         problem = None
         if dist.rank() == 0:
             problem = _requeue(job)
