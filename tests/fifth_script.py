@@ -28,14 +28,28 @@ CARD = Card(
 STAGE = {"epochs": 4, "bs": 64, "lr": 1e-3, "wd": 1e-2, "optimizer": "adamw"}
 
 
+# What a script of this size does without. Take a name out when you add what it does.
+ABSENT = [
+    *("accum", "check", "demo", "ensemble", "impl", "predict", "ranges", "search", "teacher"),
+    *("teacher_temperature", "teacher_weight", "trial"),
+]
+
+
 def parse_args(argv=None):
-    parser = config.base_parser(CARD.name, __doc__)
-    return config.parse(parser, argv, {}), parser
+    parser = config.base_parser(CARD.name, __doc__, {"train": STAGE})
+    parser.hide(*ABSENT)
+    args = config.parse(parser, argv, {})
+    config.reject_unused_flags(parser, args, ABSENT, "in this script")
+    config.check_inference_flags(parser, args)
+    return args, parser
 
 
 def build_model(run):
     torch.manual_seed(run.args.seed)
-    return nn.Linear(3 * 16 * 16, len(run.model_spec["classes"])).to(run.world.device)
+    model = nn.Linear(3 * 16 * 16, len(run.model_spec["classes"])).to(run.world.device)
+    if run.args.compile:
+        model.compile()
+    return model
 
 
 def fetch(run, batches, epoch=None):
@@ -50,7 +64,9 @@ def rows_of(batch):
 
 def train_step(run, model, optimizer, scaler, batch):
     optimizer.zero_grad(set_to_none=True)
-    loss = nn.functional.cross_entropy(model(rows_of(batch)), batch.labels)
+    with amp.autocast(run.args.precision, run.world.device):
+        logits = model(rows_of(batch))
+    loss = nn.functional.cross_entropy(logits.float(), batch.labels)
     scaler.scale(loss).backward()
     return Step({"loss": loss.detach()}, *amp.guarded_step(optimizer, scaler, loss))
 
@@ -79,10 +95,11 @@ def train(run):
             lr = loop.set_lr(optimizer)
             loop.end_step(train_step(run, model, optimizer, scaler, batch), lr)
         values = {"train/train/loss": progress.mean("loss")}
-        values |= evaluate(run, model, "train/val", "dev")
-        accuracy = values["train/val/accuracy"]
-        progress.select(accuracy, model.state_dict(), values, higher_is_better=True)
-        progress.results = values
+        if loop.is_eval_epoch():
+            values |= evaluate(run, model, "train/val", "dev")
+            accuracy = values["train/val/accuracy"]
+            progress.select(accuracy, model.state_dict(), values, higher_is_better=True)
+            progress.results = values
         loop.end_epoch(values)
 
     def test(network, _):
@@ -105,13 +122,15 @@ def run_inference(args, world):
 def run_training(parser, args, world, signals):
     images = open_images(args.data)
     stage = config.stage_config(args, "train", STAGE, first=True, lr_of=None)
+    splits = sampling.split(images)
+    sampling.check_batch("train", stage.bs, len(splits["train"]), world.world_size)
     spec = dict(script=CARD.name, classes=images.classes)
     run = Run.open(
         args,
         world,
         signals,
         images,
-        sampling.split(images),
+        splits,
         spec,
         {"train": stage},
         card=CARD,

@@ -4,6 +4,7 @@ The heads that stand on them, and a run with one of them.
 """
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,6 +109,11 @@ def randomize(model):
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.1)
     return model
+
+
+def test_the_manual_names_every_backbone():
+    manual = (Path(__file__).parents[1] / "docs" / "simclr.md").read_text()
+    assert [name for name in BACKBONES if f"`{name}`" not in manual] == []
 
 
 def test_inception_resnet_v2_is_timms():

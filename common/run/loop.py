@@ -2,7 +2,7 @@
 follows it.
 
 The loop itself stays in the script. `Loop` iterates, counts, sets rates, logs and saves; it never
-calls the model, the loss, backward or the optimizer.
+calls the model, the loss or backward, and never steps the optimizer.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -41,6 +41,7 @@ class Batch(NamedTuple):
 
     def slices(self, count: int) -> list[slice]:
         """Where the rows of each of the `chunks` lie."""
+        assert len(self.items) % count == 0  # `sampling.check_batch` sees to it
         size = len(self.items) // count
         return [slice(k * size, (k + 1) * size) for k in range(count)]
 
@@ -57,9 +58,11 @@ class Step(NamedTuple):
     """What one optimizer step gives; nothing of it has been read from the device.
 
     Attributes:
-        terms: the terms of the loss by name, detached device scalars; `loss` is their sum.
+        terms: the loss by the name `loss` and, where a script logs them, the terms that it is the
+            sum of; detached device scalars.
         norm: the gradient's norm, a device scalar.
-        bad: whether the update was masked, a boolean device scalar.
+        bad: whether the loss or, without a loss scaler, the gradient is not finite, a boolean
+            device scalar. A run ends at it; a gradient that is not finite moves no weight.
         extra: what else a script's line or figure is made of.
     """
 
@@ -75,7 +78,7 @@ class Loop:
     Args:
         run: the `common.run.run.Run`.
         progress: the stage's position, which a resumed run has restored.
-        steps: optimizer steps of an epoch.
+        steps: optimizer steps of an epoch; what is left over after the last whole batch is dropped.
         unit: the word for the items of a step in a rate: "img".
         patience: evaluations without a gain after which the stage ends; None: it runs to its end.
         chance: the loss of a guess; lines then show `loss_over_chance`.
@@ -106,7 +109,10 @@ class Loop:
         self.pace = Pace(self.settings.bs, self.settings.epochs * steps, unit)
 
     def epochs(self) -> Iterator[int]:
-        """Epochs from the one that a resumed run stands in to the last, or until patience ends."""
+        """Epochs from the one that a resumed run stands in to the last, or until patience ends.
+
+        The body must call `end_epoch`: it is what moves on.
+        """
         progress = self.progress
         while progress.epoch < self.settings.epochs and not self._out_of_patience():
             yield progress.epoch
