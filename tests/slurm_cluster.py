@@ -139,7 +139,7 @@ class Cluster:
 
     def wait(self, job: str, *states: str) -> dict[str, str]:
         """Wait until a job is in one of the states; returns its facts."""
-        ended = {"COMPLETED", "FAILED", "CANCELED", "TIMEOUT", "NODE_FAIL"}
+        ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
         until(lambda: self.facts(job)["JobState"] in ended | set(states), f"job {job}")
         facts = self.facts(job)
         assert facts["JobState"] in states, facts

@@ -254,7 +254,7 @@ def test_a_requeued_job_goes_on(cluster, folder, command, one_process):
         assert requeued == (form != "nodes")
     equal_runs(folder / "train", one_process)
     equal_runs(folder / "node", folder / "nodes")
-    assert "2 process(es)" in said(folder / "nodes")
+    assert "2 processes" in said(folder / "nodes")
 
 
 def test_slurm_takes_the_commands_of_the_readme(cluster):
@@ -287,7 +287,7 @@ def test_a_job_that_is_ended_goes_on(cluster, folder, command, one_process):
             cluster.run(*ends[name].split(), job)
     cluster.start_again(jobs["requeue"])
     for name in ("cancel", "kill"):
-        assert cluster.wait(jobs[name], "CANCELED", "FAILED")["Restarts"] == "0"
+        assert cluster.wait(jobs[name], "CANCELLED", "FAILED")["Restarts"] == "0"
         assert not cluster.processes(jobs[name])
         jobs[name] = submit(
             cluster, outs[name], "slurm/train.sbatch", *command, "--out", outs[name]
@@ -321,7 +321,7 @@ def test_without_scontrol_a_chain_of_jobs_goes_on(cluster, folder, command, one_
         cluster.run("scancel", "--batch", "--signal=USR1", first)
     assert cluster.wait(first, "FAILED")["ExitCode"] == "75:0"
     cluster.wait(second, "COMPLETED")
-    cluster.wait(third, "CANCELED", "COMPLETED")
+    cluster.wait(third, "CANCELLED", "COMPLETED")
     assert "Run the same command again" in said(out)
     equal_runs(out, one_process)
 
