@@ -332,7 +332,10 @@ def test_a_signal_that_would_not_reach_python_is_refused(cluster, folder):
     """
     program = folder / "start.py"
     program.write_text(
-        "from common import config, dist\nwith config.exit_codes():\n    dist.init('cpu')\n"
+        "from common.errors import exit_codes\n"
+        "from common.run import dist\n"
+        "with exit_codes():\n"
+        "    dist.init('cpu')\n"
     )
     start = f"python {program}"
     torchrun = (
