@@ -295,7 +295,7 @@ def test_the_same_command_repeats_a_diverged_step_and_names_what_is_not_finite(
     assert code == 3 and f"pretrain step {step + 1}: " in said
     told = {
         "layer": "output of backbone.conv (Conv2d): 16 of",
-        "gradient": "the gradients of 1 tensors are not, the last is backbone.conv.weight",
+        "gradient": "the gradients of 1 tensor are not, the last is backbone.conv.weight",
         "loss": "every layer's output is finite; the loss is not",
     }
     assert told[where] in said and (

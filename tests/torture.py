@@ -428,7 +428,7 @@ def rank_deaths(victim: Victim, count: int) -> dict:
             said = victim.said(folder, str(1 - dead)).strip().split("\n")[-1]
             assert codes[1 - dead] == 75, f"{codes}: {victim.said(folder, str(1 - dead))}"
             assert (
-                f"process {1 - dead} of 2, " in said and " step " in said and "same command" in said
+                f"rank {1 - dead} of 2, " in said and " step " in said and "same command" in said
             ), said
         assert [ended(pid) for pid in together(victim, folder, 2)] == [0, 0], victim.said(
             folder, "0"
@@ -457,7 +457,7 @@ def stalls(victim: Victim, count: int) -> dict:
         said = victim.said(folder, str(1 - still)).strip().split("\n")[-1]
         assert (
             code == 75
-            and f"process {1 - still} of 2, " in said
+            and f"rank {1 - still} of 2, " in said
             and f"no step in {limit / 60:g} minutes" in said
         ), f"{code}: {said}"
         assert [ended(pid) for pid in together(victim, folder, 2)] == [0, 0], victim.said(

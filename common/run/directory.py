@@ -103,6 +103,7 @@ def create_run_dir(
         summary = read_json(folder / "summary.json")
         if mode == "auto" and not differences and summary and summary["status"] == "finished":
             if world.is_main:
+                remove_orphans(folder)  # of a process that was killed at its last report
                 print(f"{folder} has finished; its summary:\n{json.dumps(summary, indent=2)}")
             return False
     dist.barrier()  # rank 0 writes when every rank has read
