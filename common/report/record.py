@@ -20,15 +20,15 @@ _NOTHING = type(None)
 # What the reports rely on in a run's files, with the types that it may have.
 _KEYS = {
     "config.json": {
-        "resolved": dict,
+        "resolved": (dict,),
         "identity": (dict, _NOTHING),
         "card": (dict, _NOTHING),
     },
     "env.json": {"command": (str, _NOTHING), "commit": (str, _NOTHING)},
-    "summary.json": {"status": str, "seconds": (*_NUMBER, _NOTHING)},
-    "check.json": {"command": str, "items": list, "seconds": _NUMBER},
-    "the card": {"headlines": dict, "chance": dict},
-    "a line": {"stage": str, "step": _NUMBER, "epoch": _NUMBER},
+    "summary.json": {"status": (str,), "seconds": (*_NUMBER, _NOTHING)},
+    "check.json": {"command": (str,), "items": (list,), "seconds": _NUMBER},
+    "card": {"headlines": (dict,), "chance": (dict,)},
+    "line": {"stage": (str,), "step": _NUMBER, "epoch": _NUMBER},
 }
 
 
@@ -60,11 +60,12 @@ def checked(path: Path, kind: str, value) -> dict:
     """
     if not isinstance(value, dict):
         found = reprlib.repr(value)
-        raise InputError(f"{path}: {kind} is {found}, not an object; restore or remove it")
+        raise InputError(f"{path} holds {found}, expected an object; restore or remove it")
     for key, types in _KEYS[kind].items():
         if not isinstance(value.get(key), types):
             found = reprlib.repr(value[key]) if key in value else "missing"
-            raise InputError(f"{path}: {key} of {kind} is {found}; restore or remove it")
+            expected = " or ".join(t.__name__ for t in types if t is not _NOTHING)
+            raise InputError(f"{path}: {key} is {found}, expected {expected}; restore or remove it")
     return value
 
 
@@ -110,7 +111,7 @@ def state_text(status: str, lines: list[dict], settings: dict, seconds: float | 
     if lines:
         last = lines[-1]
         stage = settings["resolved"].get(last["stage"].split("_")[0])
-        planned = f" of {stage['epochs']}" if isinstance(stage, dict) else ""
+        planned = f" of {stage['epochs']}" if isinstance(stage, dict) and "epochs" in stage else ""
         where = f" in {last['stage']}, step {last['step']}, epoch {last['epoch']}{planned}"
         where += f", after {log.duration(last['time'])}" if "time" in last else ""
         eta = next((line["eta_s"] for line in reversed(lines) if "eta_s" in line), None)
@@ -148,7 +149,7 @@ class Record:
             self.env = {"command": self.check["command"]}
             status = "checked, not trained"
         card = NO_CARD | (self.settings.get("card") or {})
-        self.card = checked(self.folder / "config.json", "the card", card)
+        self.card = checked(self.folder / "config.json", "card", card)
         self.lines = self._lines("log.jsonl")
         self.resumes = self._lines(log.RESUMES)
         summary = self.summary if status is None else None
@@ -171,7 +172,7 @@ class Record:
         if not path.exists():
             return []
         with naming(path):
-            return [checked(path, "a line", line) for line in log.read(self.folder, name)]
+            return [checked(path, "line", line) for line in log.read(self.folder, name)]
 
     @functools.cached_property
     def curves(self) -> dict[str, dict[str, dict]]:
