@@ -279,6 +279,14 @@ def test_pages_and_figures_are_whole_or_not_there(tmp_path, monkeypatch):
         assert file in renamed and file.read_bytes() != b"old"
 
 
+def test_points_that_are_not_finite_are_left_out_of_a_scatter_plot():
+    labels = dict(x_label="x", y_label="y")
+    points = [[0, 1], [float("nan"), 1], [1, 2], [1, float("inf")], [1e300, 0]]
+    svg = charts.scatter("t", points, [0, 0, 1, 1, 1], ["a", "b"], **labels)
+    assert svg == charts.scatter("t", [points[0], points[2]], [0, 1], ["a", "b"], **labels)
+    assert charts.scatter("t", [[float("nan"), 0]], [0], ["a"], **labels) == ""
+
+
 def test_a_log_does_not_say_where_a_chart_is_written(tmp_path):
     run = tmp_path / "run"
     run.mkdir()

@@ -48,7 +48,8 @@ def naming(path) -> Iterator[None]:
         raise InputError(described(error) if error.filename else f"{path}: {error}") from error
     except Exception as error:
         raise InputError(
-            f"{path} is not as a run writes it ({described(error)}); restore or remove it"
+            f"{path} cannot be shown ({described(error)}): restore or remove it; if nobody has"
+            " changed it, that is a bug"
         ) from error
 
 
