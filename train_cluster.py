@@ -39,7 +39,12 @@ from common.models import umc
 from common.models.text import Lsa
 from common.monitor import Monitor
 from common.report import page
-from common.report.clusters import log_choices, log_scores, write_cluster_report
+from common.report.clusters import (
+    log_choices,
+    log_scores,
+    write_cluster_report,
+    write_clusters,
+)
 from common.rng import uniform
 from common.run import checkpoint, dist
 from common.run.card import Card
@@ -641,8 +646,8 @@ def finish_clustering(
         results["cluster/train/stability_tracks_nmi"] = correlation
     run.log.metrics("cluster", progress.step, progress.epoch, results, quiet=True)
     log_scores(run, results)
-    if run.world.is_main:
-        write_cluster_report(run, z, centroids, monitor, targets, results)
+    write_clusters(run, z, centroids)
+    write_cluster_report(run, z, centroids, monitor, targets, results)
     return results
 
 

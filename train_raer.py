@@ -44,7 +44,6 @@ from common.models.raer import TUNES, RaerModel, build_raer, normalization, star
 from common.report import figures, page
 from common.run import checkpoint, dist
 from common.run.card import Card
-from common.run.files import write_json
 from common.run.inference import load_run, restore_data_flags
 from common.run.launch import launch, run_sweep
 from common.run.loop import Batch, Loop, Step
@@ -748,8 +747,7 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
     run.log.say("\n".join(notes))
     if args.check:
         return check(run, {"train": check_spec(run, published)})
-    if world.is_main:
-        write_json(run.folder / "tables.json", {"Schedule": longtail.schedule_table(schedule)})
+    figures.put_tables(run, {"Schedule": longtail.schedule_table(schedule)})
     with run.session(page):
         train(run, published)
 

@@ -554,7 +554,7 @@ def pretrain(run: Run, weights: dict | None) -> None:
         model.train()
         batches = sampling.epoch_batches(indices, stage.bs, args.seed, epoch, progress.batch, world)
         for batch in loop.batches(fetch(run, batches, epoch)):
-            if progress.step == 0 and world.is_main:
+            if progress.step == 0:
                 save_views(run, batch)
             lr = loop.set_lr(optimizer)
             step = step_of(run, trained, optimizer, scaler, batch)
@@ -586,6 +586,7 @@ def pretrain(run: Run, weights: dict | None) -> None:
     run.finish(progress, progress.results | results | {"pretrain/train/loss_at_chance": chance})
 
 
+@figures.for_report
 def save_views(run: Run, batch: Batch) -> None:
     """Write figures/views.png: the first images of the run as the network sees them."""
     first = Batch(batch.inputs[:8], batch.items[:8], None, batch.epoch)

@@ -563,12 +563,13 @@ def train(run: Run, published: dict | None) -> None:
 
     results, (logits, shares, threshold) = test_best_and_last(progress, model, test)
     figures.detected(run, test_split, metrics.video_scores(logits), threshold)
-    if world.is_main and args.aggregate == "attention":
+    if args.aggregate == "attention":
         attention_gallery(run, test_split, logits, shares)
     log.metrics("train", progress.step, progress.epoch, results)
     run.finish(progress, progress.results | results)
 
 
+@figures.for_report
 def attention_gallery(run: Run, indices: np.ndarray, logits: Tensor, shares: Tensor) -> None:
     """Leave the middle clips of three real and three fake videos for the report, and how much each
     frame counts.

@@ -4,7 +4,9 @@ import contextlib
 import difflib
 import errno
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 # What the system says where the disk is full, a quota is reached or a file may not grow further.
 DISK_FULL = errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG
@@ -52,7 +54,7 @@ def exit_codes():
     try:
         yield
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(EXIT_BAD_INPUT) from None
     except OSError as error:
         if error.errno not in DISK_FULL:
@@ -77,6 +79,36 @@ def as_input_error(flag: str, value):
         yield
     except ValueError as error:
         raise InputError(f"{flag} {value}: {error}") from None
+
+
+@contextlib.contextmanager
+def only_warn(say: Callable[[str], None], what: str) -> Iterator[None]:
+    """Whatever fails inside is one WARN line: a report or a figure is not worth a run.
+
+    `Stopped` passes, as do KeyboardInterrupt and SystemExit.
+    """
+    try:
+        yield
+    except Stopped:
+        raise
+    except Exception as error:
+        say(f"WARN {what}: {described(error)}; the run goes on without it")
+
+
+def described(error: Exception) -> str:
+    """What an exception says, in one line; with its kind and place where nobody expected it."""
+    if isinstance(error, InputError):
+        return one_line(error)
+    if isinstance(error, OSError) and error.strerror:
+        return one_line(": ".join(str(part) for part in (error.strerror, error.filename) if part))
+    frame = traceback.extract_tb(error.__traceback__, -1)[0]
+    place = f"{Path(frame.filename).name}:{frame.lineno}"
+    return one_line(f"{type(error).__name__} at {place}: {error}")
+
+
+def one_line(text) -> str:
+    """A text for a terminal: line ends, control characters and broken ones are written out."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
 def plural(count: int, noun: str) -> str:

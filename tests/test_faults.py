@@ -8,6 +8,7 @@ docstring.
 import errno
 import functools
 import importlib
+import inspect
 import io
 import os
 import pickle
@@ -33,9 +34,12 @@ from common.data import utterances
 from common.errors import Diverged, InputError
 from common.features import _read_features, stored_features
 from common.models import Backbone
+from common.report import figures, page, record
+from common.report.clusters import write_cluster_report
 from common.run import checkpoint, dist
 from common.run.log import Log
 from common.run.progress import Progress
+from tests import fifth_script
 from tests.data import cells_tree, ffpp_tree
 from tests.runs import equal_runs, flags, summary
 
@@ -255,6 +259,105 @@ def test_weights_that_are_not_finite_are_never_stored(tmp_path):
         for name in ("last.previous.pt", "last.pt")
     ]
     assert steps == [1, 2]
+
+
+@pytest.mark.e2e
+def test_a_report_that_fails_ends_no_run(tmp_path, monkeypatch, capsys):
+    argv = flags("--device cpu --epochs 1 --bs 256 --workers 1 --out")
+    assert fifth_script.main([*argv, str(tmp_path / "whole")]) == 0
+    written, page_of, calls = page.write, page.page_of, []
+
+    def first_fails(*given):
+        calls.append(1)
+        if len(calls) == 1:
+            raise MemoryError
+        return page_of(*given)
+
+    def cut_picture(folder, status=None):
+        (folder / "figures").mkdir(exist_ok=True)
+        (folder / "figures" / "views.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+        return written(folder, status)
+
+    def no_room(file, *_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+
+    for said_of, *replaced in (
+        ("MemoryError", page, "page_of", first_fails),
+        ("views.png", page, "write", cut_picture),
+        ("No space left", page, "atomic_write", no_room),
+        ("TypeError", record, "charts_of", None),  # a bug
+    ):
+        run = tmp_path / said_of
+        monkeypatch.setattr(*replaced)
+        capsys.readouterr()
+        assert fifth_script.main([*argv, str(run)]) == 0
+        monkeypatch.undo()
+        said = capsys.readouterr()
+        warned = [line for line in said.out.splitlines() if "WARN" in line]
+        assert said.err == "" and len(warned) == 1 + (said_of != "MemoryError"), said
+        for line in warned:  # of the report while the run goes on, and of the one at its end
+            assert said_of in line and "report.html" in line and "the run goes on" in line
+        assert f"finished: {run}" in said.out and summary(run)["status"] == "finished"
+        assert (run / "report.html").exists() == (said_of == "MemoryError")
+        equal_runs(tmp_path / "whole", run)
+
+
+@pytest.mark.parametrize(
+    "leave",
+    [
+        figures.classified,
+        figures.detected,
+        figures.attention_frames,
+        figures.representation,
+        figures.put_tables,
+        write_cluster_report,
+        train_simclr.save_views,
+        train_tsm.attention_gallery,
+    ],
+)
+def test_what_a_script_leaves_for_its_report_may_fail(leave):
+    said = []
+    for world in (dist.Dist(1, 2, torch.device("cpu")), dist.Dist(0, 2, torch.device("cpu"))):
+        run = types.SimpleNamespace(world=world, log=types.SimpleNamespace(say=said.append))
+        leave(run, *[None] * (len(inspect.signature(leave).parameters) - 1))
+    (line,) = said  # rank 0's
+    assert line.startswith(f"WARN figures ({leave.__name__}): ") and "the run goes on" in line
+
+
+@pytest.mark.e2e
+def test_figures_that_fail_end_no_run(small, tmp_path, monkeypatch, capsys):
+    cells = cells_tree(tmp_path / "cells")
+    argv = flags(FLAGS, "--stage all --linear-bs 16 --finetune-bs 16 --epochs 1 --data", cells)
+    argv = flags(argv, "--linear-epochs 1 --finetune-epochs 1 --out")
+    assert train_simclr.main([*argv, str(tmp_path / "whole")]) == 0
+
+    def fails(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(figures, "put", fails)
+    monkeypatch.setattr(figures, "save_grid", fails)
+    capsys.readouterr()
+    assert train_simclr.main([*argv, str(tmp_path / "run")]) == 0
+    said = capsys.readouterr()
+    warned = re.findall(r"^WARN figures \((\w+)\): No space left", said.out, re.MULTILINE)
+    assert warned == ["save_views", "representation", "classified", "classified"]
+    assert said.err == ""
+    equal_runs(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.e2e
+def test_a_report_that_fails_changes_no_verdict_of_a_check(small, tmp_path, monkeypatch, capsys):
+    argv = flags(FLAGS, "--check seed,inputs,imbalance --data", cells_tree(tmp_path / "cells"))
+
+    def fails(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(figures, "save_grid", fails)
+    monkeypatch.setattr(page, "page_of", fails)
+    assert train_simclr.main([*argv, "--out", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "check_inputs.png: MemoryError" in said and "report.html: MemoryError" in said
+    assert "0 FAIL" in said
 
 
 @pytest.mark.e2e

@@ -1,10 +1,18 @@
-"""What a run writes is whole or not there at all."""
+"""What a run writes is whole or not there at all, also after a power failure."""
 
+import json
 import os
+import shutil
 
 import pytest
+import torch
+from torch import nn
 
-from common.run.files import atomic_write, remove_orphans
+from common.run import checkpoint, dist, files, log
+from common.run.files import atomic_write, make_folder, remove_orphans, write_json
+from common.run.progress import Progress
+from tests import fifth_script
+from tests.runs import equal_runs, flags, summary
 
 
 def names(folder):
@@ -70,3 +78,217 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     remove_orphans(tmp_path)
     assert all(path.exists() for path in kept)
     assert not any(path.exists() for path in orphans)
+
+
+class Disk:
+    """A folder, and what a power failure would leave of it at any moment.
+
+    Of a file that is what was there when it was last synced, and the names in a folder are those of
+    when that was synced; a system may also be early with the names, and with the cutting of a file
+    that is written anew. `check`, where there is one, is called with a folder of either kind after
+    every sync and every renaming.
+    """
+
+    def __init__(self, root, monkeypatch):
+        self.root = root / "disk"
+        self.copies = root / "copies"
+        self.root.mkdir()
+        self.synced = {}  # inode -> the bytes of a file
+        self.names = {self.root.stat().st_ino: {}}  # inode -> a folder's names and their inodes
+        self.held = []  # or an inode would be used again
+        self.check = None
+        fsync, replace = os.fsync, os.replace
+
+        def watched_fsync(descriptor):
+            fsync(descriptor)
+            inode = os.fstat(descriptor).st_ino
+            path = self._inodes().get(inode)
+            if path is None:  # elsewhere
+                return
+            self.held.append(os.dup(descriptor))
+            if path.is_dir():
+                self.names[inode] = self._listed(path)
+            else:
+                self.synced[inode] = path.read_bytes()
+            self.look()
+
+        def watched_replace(source, target):
+            replace(source, target)
+            self.look()
+
+        monkeypatch.setattr(os, "fsync", watched_fsync)
+        monkeypatch.setattr(os, "replace", watched_replace)
+
+    def _inodes(self):
+        return {path.stat().st_ino: path for path in (self.root, *self.root.rglob("*"))}
+
+    @staticmethod
+    def _listed(folder):
+        return {path.name: path.stat().st_ino for path in folder.iterdir()}
+
+    def left(self, early):
+        """A folder with what a power failure would leave now."""
+        shutil.rmtree(self.copies, ignore_errors=True)
+        inodes = self._inodes()
+
+        def copy(inode, place):
+            path = inodes.get(inode)
+            if path is not None and path.is_dir():
+                place.mkdir()
+                names = self._listed(path) if early else self.names.get(inode, {})
+                for name, child in names.items():
+                    copy(child, place / name)
+                return
+            content = self.synced.get(inode, b"")
+            if early and path is not None and not path.read_bytes().startswith(content):
+                content = b""
+            place.write_bytes(content)
+
+        copy(self.root.stat().st_ino, self.copies)
+        return self.copies
+
+    def look(self):
+        if self.check is not None:
+            for early in (False, True):
+                self.check(self.left(early))
+
+    def close(self):
+        for descriptor in self.held:
+            os.close(descriptor)
+
+
+@pytest.fixture
+def disk(tmp_path, monkeypatch):
+    disk = Disk(tmp_path, monkeypatch)
+    yield disk
+    disk.close()
+
+
+posix = pytest.mark.skipif(os.name != "posix", reason="folders are synced on POSIX alone")
+
+
+@posix
+def test_a_file_in_a_new_folder_survives_a_power_failure(disk):
+    make_folder(disk.root / "runs" / "script" / "run")
+    versions = []
+
+    def old_or_new(root):
+        file = root / "runs" / "script" / "run" / "config.json"
+        found = json.loads(file.read_text()) if file.exists() else None
+        assert found in versions[-2:]
+
+    disk.check = old_or_new
+    for version in ({"epochs": 1}, {"epochs": 2}):
+        versions[:] = [*(versions[-1:] or [None]), version]
+        write_json(disk.root / "runs" / "script" / "run" / "config.json", version)
+        versions[:] = [version]
+        disk.look()
+
+
+@posix
+def test_the_log_survives_a_power_failure_before_its_first_line_and_while_it_is_cut(disk):
+    counts = {0}
+
+    def whole(root):
+        assert len(log.read(root)) in counts
+
+    book = log.Log(disk.root, main=True)
+    disk.check = whole
+    disk.look()
+    for step in (1, 2, 3):
+        book.metrics("train", step, 1, {"train/train/loss": 1.0})
+    counts |= {3}
+    book.sync()
+    counts = {3}
+    disk.look()
+    counts = {2, 3}
+    book.cut("train", 2)
+    counts = {2}
+    disk.look()
+    book.close()
+
+
+def resumable(folder):
+    """The step that a run goes on from, where all that its state needs is there."""
+    state = checkpoint.load_newest(folder)
+    if state is None:
+        return 0
+    place = state["place"]
+    assert len(log.read(folder)) >= place["log_lines"]
+    if place["best_epoch"]:
+        assert checkpoint.load(folder / "best.pt")["epoch"] >= place["best_epoch"]
+    return place["step"]
+
+
+@posix
+def test_a_power_failure_at_any_moment_of_a_save_leaves_a_state_to_go_on_from(disk):
+    model = nn.Linear(2, 2)
+    book = log.Log(disk.root, main=True)
+    progress = Progress(
+        disk.root,
+        "train",
+        parts={"model": model},
+        log=book,
+        world=dist.Dist(0, 1, torch.device("cpu")),
+        signals=None,
+        model_spec={},
+        start="",
+        save_every=1,
+        max_steps=None,
+    )
+    steps = [0]
+
+    def check(root):
+        assert resumable(root) in steps
+
+    disk.check = check
+    for step in (1, 2, 3):
+        progress.step = step
+        book.metrics("train", step, step, {"train/val/accuracy": step / 10})
+        progress.select(step / 10, model.state_dict(), {}, higher_is_better=True)
+        progress.end_epoch()
+        steps.append(step)
+        progress.save()
+        steps[:] = [step]
+        disk.look()
+    book.close()
+
+
+@posix
+@pytest.mark.e2e
+def test_a_run_goes_on_as_if_nothing_had_happened_after_a_power_failure(disk, tmp_path):
+    argv = flags("--device cpu --epochs 2 --bs 256 --save-every 0 --workers 1 --log-every 1 --out")
+    folder = disk.root / "new" / "run"
+    reached = []  # steps, at every sync and renaming
+    kept = []
+
+    def check(root):
+        reached.append(resumable(root / "new" / "run"))
+        if len(reached) in (20, 61, 101):
+            kept.append(shutil.copytree(root, tmp_path / f"kept{len(kept)}"))
+
+    disk.check = check
+    assert fifth_script.main([*argv, str(folder)]) == 0
+    disk.check = None
+    last = resumable(folder)
+    assert {0, 1, last} <= set(reached)
+    assert summary(disk.left(False) / "new" / "run")["status"] == "finished"
+    assert len(kept) == 3
+    for root in kept:
+        assert fifth_script.main([*argv, str(root / "new" / "run")]) == 0
+        equal_runs(folder, root / "new" / "run")
+
+
+@posix
+@pytest.mark.parametrize("number", ["EACCES", "EINVAL"])
+def test_a_folder_that_cannot_be_synced_is_taken_as_it_is(tmp_path, monkeypatch, number):
+    fsync = os.fsync
+
+    def refuse(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(getattr(files.errno, number), number)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    write_json(tmp_path / "config.json", {"epochs": 1})
+    assert json.loads((tmp_path / "config.json").read_text()) == {"epochs": 1}

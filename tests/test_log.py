@@ -102,6 +102,27 @@ def test_a_missing_tensorboard_is_an_error_with_the_install_line(tmp_path, monke
         log.Log(tmp_path, main=True, tensorboard=True)
 
 
+def test_a_board_that_fails_is_said_once_and_ends_no_run(tmp_path, capsys):
+    class Board:
+        def add_scalar(self, *_):
+            raise OSError(28, "No space left on device")
+
+        close = add_scalar
+
+    book = log.Log(tmp_path, main=True)
+    for _ in range(2):
+        book.board = Board() if not book.count("train") else book.board
+        book.metrics("train", 1, 1, {"train/val/accuracy": 0.5}, quiet=True)
+    book.close()
+    said = capsys.readouterr().out
+    assert said == "WARN TensorBoard: No space left on device; the run goes on without it\n"
+    assert len(log.read(tmp_path)) == 2
+    book = log.Log(tmp_path, main=True)
+    book.board = Board()
+    book.close()
+    assert "WARN TensorBoard" in capsys.readouterr().out
+
+
 def test_tensorboard_gets_the_same_values(tmp_path):
     events = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator",

@@ -1,18 +1,22 @@
 """Charts, tables and pages of the report from small records."""
 
 import json
+import os
 import re
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from common.errors import Stopped
 from common.report import __main__, charts, figures, page
-from common.report.record import Record
+from common.report.record import Record, naming
 from common.run import log
 from common.run.files import FORMAT
+from tests.runs import ended, refused
 
 
 @pytest.mark.parametrize(
@@ -119,3 +123,223 @@ def test_an_interval_is_drawn_in_the_chart_of_its_metric(tmp_path):
     drawings = Record(tmp_path).charts(1.0)["train"]
     assert list(drawings) == ["video_auc"]
     assert ">val 0.7 (0.6 to 0.8)<" in drawings["video_auc"]
+
+
+def damaged_run(folder, name, content):
+    """A run with a check and figures, one of whose files holds `content`."""
+    folder.mkdir(exist_ok=True)
+    run_directory(folder)
+    figures.save_grid(folder / "figures" / "views.png", torch.rand(4, 3, 10, 10), 2)
+    config = json.loads((folder / "config.json").read_text()) | {"identity": {"bs": 8}}
+    (folder / "config.json").write_text(json.dumps(config))
+    file = folder / name
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+DEEP = "[" * 100_000
+DAMAGED = {
+    "config.json": ("7", '{"identity": {}}', '{"resolved": [], "identity": {}}', DEEP),
+    "env.json": ("[1]", '{"command": {"a": 1}}', '{"torch": "2", "commit": 5}', DEEP),
+    "summary.json": ('"finished"', '{"seconds": 1}', '{"status": "finished", "seconds": "x"}'),
+    "check.json": ("{}", '{"command": "x", "seconds": 1, "items": [1]}', DEEP),
+    "tables.json": ("[1]", '{"a": {"rows": []}}', '{"a": {"rows": [1], "header": 2}}', DEEP),
+    "figures/roc.json": ('{"kind": "lines", "title": "t", "text": ""}', "[", DEEP),
+    "figures/views.png": (b"\x89PNG\r\n\x1a\n", b""),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [(name, one) for name, contents in DAMAGED.items() for one in contents]
+)
+def test_a_file_that_is_not_as_a_run_writes_it_is_named(name, content, tmp_path, capsys):
+    run = damaged_run(tmp_path / "run", name, content)
+    refused(__main__.main, [str(run)], capsys, run.name)
+    said = []
+    page.Live(run, said.append)()
+    (line,) = said
+    assert line.startswith("WARN ") and "the run goes on" in line and "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("log.jsonl", "[1]"),
+        ("log.jsonl", '{"stage": 5, "step": 1, "epoch": 1}'),
+        ("log.jsonl", '{"step": 1, "epoch": 1}'),
+        ("log.jsonl", '{"stage": "pretrain", "step": 1, "epoch": 0, "loss": {"a": 1}}'),
+        ("log.jsonl", DEEP),
+        ("resumes.jsonl", '{"stage": "pretrain"}'),
+        ("resumes.jsonl", "null"),
+    ],
+)
+def test_a_line_that_no_run_writes_ends_a_report_in_one_line_or_is_left_out(
+    name, line, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    run.mkdir()
+    run_directory(run)
+    with open(run / name, "a") as file:
+        file.write(line + "\n")
+    capsys.readouterr()
+    code = ended(__main__.main, [str(run)])
+    error = capsys.readouterr().err
+    assert (code, error.count("\n")) in ((0, 0), (2, 1)), error
+    assert code == 0 or name in error
+    assert (code == 0) == (run / "report.html").exists()
+
+
+def test_a_damaged_run_among_others_is_named_and_left_out(tmp_path, capsys):
+    for name in ("a", "b"):
+        damaged_run(tmp_path / name, "check.json", "null")
+    damaged_run(tmp_path / "bad", "summary.json", "[1]")
+    table = ["--rows", "bs", "--value", "linear/test/accuracy"]
+    assert __main__.main([str(tmp_path), *table]) == 0
+    said = capsys.readouterr()
+    assert "0.7500 ± 0.0000 (2)" in said.out
+    assert said.err.count("\n") == 1 and "left out 1 damaged run: " in said.err
+    assert str(tmp_path / "bad" / "summary.json") in said.err
+    # What a table does not read, a comparison does.
+    damaged_run(tmp_path / "bad", "env.json", "[1]")
+    assert __main__.main([str(tmp_path), "--out", str(tmp_path / "page.html")]) == 0
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1 and str(tmp_path / "bad" / "env.json") in said.err
+    assert "2 runs compared" in (tmp_path / "page.html").read_text()
+    refused(__main__.main, [str(tmp_path / "bad"), "--rows", "x", "--value", "y"], capsys, "no run")
+
+
+def test_control_characters_of_names_do_not_reach_the_terminal(tmp_path, capsys):
+    name = "a\n\x1b[31m"
+    run = damaged_run(tmp_path / name, "summary.json", json.dumps({"status": f"{name}\r"}))
+    page_of_all = ["--out", tmp_path / "page.html"]
+    for argv in (
+        [run, "--text"],
+        [run],
+        [run, run, "--text"],
+        [run, tmp_path / "no\nrun", *page_of_all],
+    ):
+        assert __main__.main(list(map(str, argv))) == 0
+        said = capsys.readouterr()
+        assert "\x1b" not in said.out + said.err and "\r" not in said.out
+    refused(__main__.main, [str(tmp_path / "no\nrun")], capsys, r"no\nrun: no run there")
+    (run / "summary.json").write_text("[1]")
+    refused(__main__.main, [str(run)], capsys, r"a\n\x1b[31m")
+
+
+def test_a_report_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys):
+    run = damaged_run(tmp_path / "run", "check.json", "null")
+    replace = os.replace
+
+    def refuse(source, target):
+        if Path(target).suffix == ".html":
+            raise PermissionError(13, "Permission denied", str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    refused(__main__.main, [str(run)], capsys, "Permission denied", "report.html")
+    flags = [str(run), str(run), "--out", str(tmp_path / "page.html")]
+    refused(__main__.main, flags, capsys, "Permission denied", "--out")
+    monkeypatch.undo()
+    for target in (tmp_path, tmp_path / "absent" / "page.html", ".", "/"):
+        refused(__main__.main, [*flags[:3], str(target)], capsys, "--out")
+    assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".tmp")]
+
+
+def test_pages_and_figures_are_whole_or_not_there(tmp_path, monkeypatch):
+    run = damaged_run(tmp_path / "run", "check.json", "null")
+    other = damaged_run(tmp_path / "other", "check.json", "null")
+    writers = {
+        run / "report.html": lambda: __main__.main([str(run)]),
+        run / "figures" / "pretrain_loss.svg": lambda: __main__.main([str(run)]),
+        run / "figures" / "views.png": lambda: figures.save_grid(
+            run / "figures" / "views.png", torch.rand(4, 3, 10, 10), 2
+        ),
+        tmp_path / "page.html": lambda: __main__.main(
+            [str(run), str(other), "--out", str(tmp_path / "page.html")]
+        ),
+    }
+    replace = os.replace
+    renamed = []
+
+    def watched(source, target):
+        if Path(target) in writers:
+            assert Path(target).read_text() == "old"
+            renamed.append(Path(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    for file, write in writers.items():
+        for one in writers:
+            one.write_text("old")
+        if file.suffix != ".png":  # a report would read it
+            (run / "figures" / "views.png").unlink()
+            figures.save_grid(run / "figures" / "again.png", torch.rand(4, 3, 10, 10), 2)
+        renamed.clear()
+        write()
+        assert file in renamed and file.read_bytes() != b"old"
+
+
+def test_points_that_are_not_finite_are_left_out_of_a_scatter_plot():
+    labels = dict(x_label="x", y_label="y")
+    points = [[0, 1], [float("nan"), 1], [1, 2], [1, float("inf")], [1e300, 0]]
+    svg = charts.scatter("t", points, [0, 0, 1, 1, 1], ["a", "b"], **labels)
+    assert svg == charts.scatter("t", [points[0], points[2]], [0, 1], ["a", "b"], **labels)
+    assert charts.scatter("t", [[float("nan"), 0]], [0], ["a"], **labels) == ""
+
+
+def test_a_log_does_not_say_where_a_chart_is_written(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    run_directory(run)
+    line = {"stage": "../../evil", "step": 1, "epoch": 1, "time": 1, "loss": 1.0}
+    with open(run / "log.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
+    before = {path for path in tmp_path.rglob("*") if run not in path.parents}
+    page.write(run)
+    assert before == {path for path in tmp_path.rglob("*") if run not in path.parents}
+    assert list((run / "figures").glob("*evil*.svg"))
+
+
+@pytest.mark.parametrize(
+    "failure", [MemoryError(), KeyError("x"), RecursionError("deep\nline"), OSError(28, "No space")]
+)
+def test_a_report_that_fails_is_one_warning_and_the_next_one_is_tried(
+    failure, tmp_path, monkeypatch
+):
+    run = damaged_run(tmp_path / "run", "check.json", "null")
+    now = [0.0]
+    monkeypatch.setattr(page.time, "monotonic", lambda: now[0])
+
+    def fails(*_):
+        raise failure
+
+    said = []
+    live = page.Live(run, said.append)
+    monkeypatch.setattr(page, "page_of", fails)
+    for _ in range(3):  # at the third it is still the same failure
+        live()
+        now[0] += 1000
+    assert len(said) == 1 and said[0].startswith("WARN ") and "\n" not in said[0]
+    assert str(run / "report.html") in said[0] and "the run goes on" in said[0]
+    assert not (run / "report.html").exists()
+    monkeypatch.undo()
+    live.due = 0.0
+    live()
+    assert (run / "report.html").exists() and len(said) == 1, said
+    monkeypatch.setattr(page, "page_of", fails)
+    live.due = 0.0
+    live()
+    assert len(said) == 2  # it fails anew
+
+
+@pytest.mark.parametrize("ending", [KeyboardInterrupt(), SystemExit(75), Stopped("saved", 75)])
+def test_an_end_that_was_asked_for_passes_a_report(ending, tmp_path, monkeypatch):
+    def ends(*_):
+        raise ending
+
+    monkeypatch.setattr(page, "write", ends)
+    monkeypatch.setattr(page, "page_of", ends)
+    with pytest.raises(type(ending)):
+        page.Live(tmp_path, print)()
+    with pytest.raises(type(ending)), naming(tmp_path):
+        ends()

@@ -22,9 +22,10 @@ from common import metrics
 from common.check.inspection import PARTS, Duplicate, Inspection, empty_folders, inspect
 from common.check.result import FAIL, PASS, SKIP, WARN, CheckSpec, Result, skip
 from common.data.images import UNLABELED
-from common.errors import first_few, plural
+from common.errors import first_few, only_warn, plural
 from common.report import charts, figures
 from common.rng import uniform
+from common.run.files import atomic_write
 
 NEAR_BITS = 6
 NEAR_CORRELATION = 0.985  # different photographs of blood cells or faces stay below 0.98
@@ -348,15 +349,18 @@ def save_thumbs(seen: Inspection, rows: list[int], folder: Path, name: str) -> l
         return []
     thumbs = seen.thumbs[torch.tensor(rows[:WORST])]
     path = folder / "figures" / f"{name}.png"
-    figures.save_grid(path, thumbs[:, thumbs.shape[1] // 2] / 255, 8)
+    with only_warn(print, str(path)):
+        figures.save_grid(path, thumbs[:, thumbs.shape[1] // 2] / 255, 8)
     return [str(path.relative_to(folder))]
 
 
 def save_chart(svg: str, folder: Path, name: str) -> str:
     """Write a chart as figures/NAME.svg; returns its path below `folder`."""
     path = folder / "figures" / f"{name}.svg"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(charts.standalone(svg))
+    with only_warn(print, str(path)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as file:
+            file.write(charts.standalone(svg))
     return str(path.relative_to(folder))
 
 

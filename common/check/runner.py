@@ -14,7 +14,7 @@ import torch
 
 from common.check import data, human, model, training
 from common.check.result import FAIL, PASS, SKIP, WARN, CheckSpec, Result, skip
-from common.errors import AuditFailed, InputError, did_you_mean
+from common.errors import AuditFailed, InputError, did_you_mean, only_warn
 from common.report import page
 from common.run.directory import card_record, environment
 from common.run.files import write_json
@@ -83,7 +83,8 @@ def check(run: Run, specs: dict[str, CheckSpec]) -> None:
         "items": items,
     }
     write_json(run.folder / "check.json", record)
-    page.write(run.folder)
+    with only_warn(print, str(run.folder / "report.html")):
+        page.write(run.folder)
     statuses = [item["status"] for item in items]
     counts = [f"{statuses.count(status)} {status}" for status in (PASS, WARN, FAIL, SKIP)]
     print(f"{', '.join(counts)} in {seconds:.0f} s: {run.folder / 'check.json'}")

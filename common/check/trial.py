@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from common import amp, optim
 from common.check.result import CheckSpec
 from common.data import sampling
+from common.errors import only_warn
 from common.report import figures
 
 NOTHING_HELD_OUT = "no sample is held out to evaluate on"
@@ -138,5 +139,6 @@ def save_images(spec: CheckSpec, name: str, images: Tensor, columns: int) -> str
     """Write images as figures/check_NAME.png; returns its path below the run directory."""
     stage = f"{spec.stage}_" if len(spec.run.stages) > 1 else ""
     path = f"figures/check_{stage}{name}.png"
-    figures.save_grid(spec.run.folder / path, images, columns)
+    with only_warn(print, str(spec.run.folder / path)):
+        figures.save_grid(spec.run.folder / path, images, columns)
     return path

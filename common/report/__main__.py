@@ -16,9 +16,9 @@ import torch
 
 from common import config
 from common.data.cytology import select_run
-from common.errors import InputError, exit_codes
+from common.errors import InputError, exit_codes, one_line
 from common.report import compare, page, tables
-from common.report.record import Record
+from common.report.record import Record, naming
 
 
 def build_parser() -> config.Parser:
@@ -79,7 +79,11 @@ def find_runs(folders: list[Path]) -> list[dict]:
     by_folder = {}
     without = []
     for folder in folders:
-        runs = {Path(run["run"]).resolve(): run for run in tables.read_runs(folder)}
+        try:
+            runs = {Path(run["run"]).resolve(): run for run in tables.read_runs(folder)}
+        except InputError as error:
+            without.append(str(error))
+            continue
         by_folder |= runs  # a run that is given twice, in its folder and by name, counts once
         if not runs:
             checked = (folder / "check.json").exists()
@@ -87,7 +91,7 @@ def find_runs(folders: list[Path]) -> list[dict]:
     if not by_folder:
         raise InputError(f"{'; '.join(without)}; a run directory holds a config.json")
     for text in without:
-        print(f"{text}; left out", file=sys.stderr)
+        print(one_line(f"{text}; left out"), file=sys.stderr)
     return list(by_folder.values())
 
 
@@ -98,14 +102,14 @@ def main(argv: list[str] | None = None) -> int:
     single_run = len(folders) == 1 and any(
         (folders[0] / name).exists() for name in ("config.json", "check.json")
     )
-    with exit_codes():
+    with exit_codes(), naming(", ".join(args.folders)):
         validate(parser, args, single_run)
         prints_table = args.rows is not None or args.select
         if single_run and not prints_table:
             if args.text:
                 print(compare.text_of(Record(folders[0])))
             else:
-                print(page.write(folders[0]))
+                print(one_line(page.write(folders[0])))
             return 0
         runs = tables.where(find_runs(folders), args.where)
         if args.rows is not None:
@@ -124,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
             if args.text:
                 print(compare.text(runs))
             else:
-                print(compare.write(runs, Path(args.out or "compare.html")))
+                print(one_line(compare.write(runs, Path(args.out or "compare.html"))))
     return 0
 
 

@@ -359,13 +359,17 @@ def scatter(
     """Points as SVG, a color and a shape for each group.
 
     Args:
-        points: (n, 2) numbers.
+        points: (n, 2) numbers; those that are not finite, or absurd, are left out.
         groups: (n,) indices into `names`; -1: of no group.
         names: of the groups, for the legend; or, with `labels`, written where each group's median
             lies.
     """
     points = np.asarray(points, float)
-    groups = np.asarray(groups)
+    usable = (np.abs(points) < 1e100).all(1)
+    points = points[usable]
+    groups = np.asarray(groups)[usable]
+    if not len(points):
+        return ""
     low, high = np.quantile(points, [0.01, 0.99], axis=0)
     frame = [_padded(a, b, 0.06) for a, b in zip(low.tolist(), high.tolist(), strict=True)]
     axes = _Axes(*frame, x_label, y_label, height=300)

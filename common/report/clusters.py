@@ -169,11 +169,29 @@ def mistakes(
     }
 
 
+def write_clusters(run: Run, z: Tensor, centroids: Tensor) -> None:
+    """Write clusters.csv: the cluster of every utterance by its row of z (n, base_dim).
+
+    Does nothing but on the main process.
+    """
+    if not run.world.is_main:
+        return
+    clusters, distance, confidence, _ = membership(z, centroids)
+    split = np.full(len(clusters), "train", dtype=object)
+    split[run.splits["test"]] = "test"
+    columns = (x.tolist() for x in (clusters, confidence, distance))
+    with atomic_write(run.folder / "clusters.csv") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "split", "cluster", "confidence", "distance"])
+        for name, part, cluster, sure, far in zip(run.data.table.ids, split, *columns, strict=True):
+            writer.writerow([name, part, cluster, f"{sure:.6f}", f"{far:.6f}"])
+
+
+@figures.for_report
 def write_cluster_report(
     run: Run, z: Tensor, centroids: Tensor, monitor: Monitor, targets: Targets, results: dict
 ) -> None:
-    """Write what a person looks at: clusters.csv, figures/scatter.json, and the tables of the
-    report.
+    """Leave what a person looks at: figures/scatter.json, and the tables of the report.
 
     z (n, base_dim) are all utterances as the chosen model gives them, `results` the run's metrics.
     """
@@ -182,7 +200,6 @@ def write_cluster_report(
     clusters, distance, confidence, _ = membership(z, centroids)
     clusters = clusters.numpy()
     test = run.splits["test"]
-    _write_csv(run, clusters, confidence, distance)
     sample = np.arange(len(z))[:: -(-len(z) // figures.POINTS)]
     scatter(run, z[sample], clusters[sample], centroids)
 
@@ -221,17 +238,6 @@ def write_cluster_report(
         }
     tables["Seconds of each stage"] = _times_table(run)
     write_json(run.folder / "tables.json", tables)
-
-
-def _write_csv(run: Run, clusters: np.ndarray, confidence: Tensor, distance: Tensor) -> None:
-    split = np.full(len(clusters), "train", dtype=object)
-    split[run.splits["test"]] = "test"
-    columns = (run.data.table.ids, split, clusters, confidence.tolist(), distance.tolist())
-    with atomic_write(run.folder / "clusters.csv") as file:
-        writer = csv.writer(file)
-        writer.writerow(["id", "split", "cluster", "confidence", "distance"])
-        for name, part, cluster, sure, far in zip(*columns, strict=True):
-            writer.writerow([name, part, cluster, f"{sure:.6f}", f"{far:.6f}"])
 
 
 def _clusters_table(

@@ -1,12 +1,13 @@
 """Runs side by side, on a page or as text."""
 
+import sys
 from pathlib import Path
 
-from common.errors import InputError
+from common.errors import InputError, first_few, one_line
 from common.report import charts, page, tables
-from common.report.curves import FIRST, chart_figure, curves_of, label_of, title_of
+from common.report.curves import FIRST, chart_figure, label_of, title_of
 from common.report.record import LIMIT, Record, interval_text
-from common.run import log
+from common.run.files import atomic_write
 
 DRAWN = 10  # runs whose curves are drawn together; tables hold all of them
 _PIVOT_VALUES = 3  # headline metrics in the pivot table
@@ -45,10 +46,9 @@ def setting(run: dict, name: str) -> str:
     return charts.cut(str(value), 480)
 
 
-def headlines_of(runs: list[dict]) -> list[str]:
+def headlines_of(records: list[Record]) -> list[str]:
     """The metrics that matter by the cards of the runs' scripts, the most telling first."""
-    cards = [run.get("card") or {} for run in runs]
-    return list(dict.fromkeys(name for card in cards for name in card.get("headlines", {})))
+    return list(dict.fromkeys(name for record in records for name in record.card["headlines"]))
 
 
 def metric_names(scores: list[dict], headlines: list[str]) -> list[str]:
@@ -72,22 +72,43 @@ def metric_names(scores: list[dict], headlines: list[str]) -> list[str]:
     return first + tests + [name for name in rest if name not in tests]
 
 
-def cells(runs: list[dict]) -> tuple[list, list, list, list]:
+def with_records(runs: list[dict]) -> tuple[list[dict], list[Record]]:
+    """The runs with all of their files; those with a damaged one are named on stderr and left out.
+
+    Raises:
+        InputError: every run has one.
+    """
+    kept = []
+    records = []
+    damaged = []
+    for run in runs:
+        try:
+            records.append(Record(Path(run["run"])))
+            kept.append(run)
+        except InputError as error:
+            damaged.append(str(error))
+    if not kept:
+        raise InputError(first_few(damaged))
+    for text in damaged:
+        print(one_line(f"{text}; left out"), file=sys.stderr)
+    return kept, records
+
+
+def cells(runs: list[dict], records: list[Record]) -> tuple[list, list, list, list]:
     """(states, flags, metrics, header): the tables of a comparison, a row for each thing and a
     column for each run.
     """
     header = ["", *names_of(runs)]
-    records = [Record(Path(run["run"])) for run in runs]
     states = [["state", *(record.state for record in records)]]
     flags = [[name, *(setting(run, name) for run in runs)] for name in differing(runs)]
-    names = metric_names([record.scores for record in records], headlines_of(runs))
+    names = metric_names([record.scores for record in records], headlines_of(records))
     metrics = [
         [name, *(interval_text(record.scores, name) for record in records)] for name in names
     ]
     return states, flags, metrics, header
 
 
-def groups(runs: list[dict]) -> str | None:
+def groups(runs: list[dict], headlines: list[str]) -> str | None:
     """The pivot table of the runs by the settings in which they differ, seeds aside; None where
     that says no more than the table of metrics.
     """
@@ -95,7 +116,6 @@ def groups(runs: list[dict]) -> str | None:
         name for name in differing(runs) if name != "seed" and any(name in run for run in runs)
     ]
     finished = [run for run in runs if run["status"] == "finished"]
-    headlines = headlines_of(runs)
     values = [name for name in metric_names(finished, headlines) if name in headlines]
     if not values or not 1 <= len(names) <= 4 or len(finished) < 3:
         return None
@@ -105,7 +125,8 @@ def groups(runs: list[dict]) -> str | None:
 
 def text(runs: list[dict]) -> str:
     """The comparison for a terminal."""
-    states, flags, metrics, header = cells(runs)
+    runs, records = with_records(runs)
+    states, flags, metrics, header = cells(runs, records)
     parts = [tables.aligned([header, *states])]
     if flags:
         parts.append("Settings that differ\n" + tables.aligned([header, *flags]))
@@ -114,7 +135,7 @@ def text(runs: list[dict]) -> str:
     if metrics:
         title = "Metrics of the selected epoch (95 % interval or ± deviation where there is one)"
         parts.append(f"{title}\n{tables.aligned([header, *metrics])}")
-    pivot = groups(runs)
+    pivot = groups(runs, headlines_of(records))
     if pivot:
         title = "Runs that share settings: mean ± half a 95 % interval (number of runs)"
         parts.append(f"{title}\n{pivot}")
@@ -123,7 +144,8 @@ def text(runs: list[dict]) -> str:
 
 def text_of(run: Record) -> str:
     """One run for a terminal: how it stands, its metrics, its checks."""
-    parts = [f"{run.folder}: {run.state}\npython {run.env.get('command', '')}"]
+    command = f"python {run.env.get('command', '')}"
+    parts = [f"{one_line(f'{run.folder}: {run.state}')}\n{one_line(command)}"]
     rows = [
         [name, interval_text(run.scores, name), interval_text(run.scores, f"{name}_last_epoch")]
         for name in metric_names([run.scores], list(run.card["headlines"]))
@@ -143,7 +165,8 @@ def write(runs: list[dict], path: Path) -> Path:
     Raises:
         InputError: it cannot be written.
     """
-    states, flags, metrics, header = cells(runs)
+    runs, records = with_records(runs)
+    states, flags, metrics, header = cells(runs, records)
     parts = {"Runs": page.table(states, header)}
     if flags:
         note = page.paragraph("Of the settings that decide the result.")
@@ -156,7 +179,7 @@ def write(runs: list[dict], path: Path) -> Path:
             " the deviation, where the run has one."
         )
         parts["Metrics"] = note + page.table(metrics, header)
-    pivot = groups(runs)
+    pivot = groups(runs, headlines_of(records))
     if pivot:
         note = page.paragraph(
             "Mean of the runs in a row, half the 95 % interval of that mean over the runs, and how"
@@ -169,25 +192,24 @@ def write(runs: list[dict], path: Path) -> Path:
         ]
         parts["Runs that share settings"] = note + page.table(rows, names)
     for max_points in (300, 150, 75, 30):
-        parts["Curves"] = curves(runs, header[1:], max_points)
+        parts["Curves"] = curves(records, header[1:], max_points)
         head = [f"<h1>{len(runs)} runs compared</h1>"]
         content = page.document("Comparison of runs", head, parts)
         if len(content) <= LIMIT:
             break
     try:
-        path.write_bytes(content)
+        with atomic_write(path, "wb") as file:
+            file.write(content)
     except OSError as error:
         raise InputError(f"--out {path}: {error.strerror}") from None
     return path
 
 
-def curves(runs: list[dict], names: list[str], max_points: int) -> str:
+def curves(records: list[Record], names: list[str], max_points: int) -> str:
     """The curves of up to DRAWN runs, each metric of each stage in one chart."""
     drawn: dict[tuple[str, str], dict[str, list]] = {}  # (metric, stage) -> run -> points
-    for run, name in zip(runs[:DRAWN], names, strict=False):
-        folder = Path(run["run"])
-        lines = log.read(folder) if (folder / "log.jsonl").exists() else []
-        for stage, charts_of_stage in curves_of(lines).items():
+    for record, name in zip(records[:DRAWN], names, strict=False):
+        for stage, charts_of_stage in record.curves.items():
             for metric, chart in charts_of_stage.items():
                 splits = [s for s in ("val", "train", *chart["series"]) if s in chart["series"]]
                 if splits and metric in FIRST:
@@ -205,7 +227,7 @@ def curves(runs: list[dict], names: list[str], max_points: int) -> str:
         figures.append(chart_figure(f"{stage}: {title_of(metric)}", metric, svg))
     if not figures:
         return ""
-    left_out = len(runs) - DRAWN
+    left_out = len(records) - DRAWN
     note = ""
     if left_out > 0:
         note = page.paragraph(f"Of the first {DRAWN} runs; {left_out} more stand in the tables.")

@@ -95,8 +95,8 @@ def curves_of(lines: list[dict]) -> dict[str, dict[str, dict]]:
         stage = line["stage"].partition("_")[0]
         step = line["step"]
         for key, value in line.items():
-            place = None if isinstance(value, str) else _place(key, line["stage"])
-            if place is None:
+            place = _place(key, line["stage"])
+            if place is None or not isinstance(value, (int, float, type(None))):
                 continue
             metric, kind, name = place
             charts_of_stage = stages.setdefault(stage, {})

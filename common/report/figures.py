@@ -1,12 +1,12 @@
 """What a run leaves for its report beside the log: figures/NAME.json, numbers and small pictures.
 
 Each file holds `kind`, how the report draws it, `title`, `text` for whoever has never seen the
-project, and the content. The same numbers are there for any other tool. Functions that need the
-data on every process say so.
+project, and the content. The same numbers are there for any other tool.
 """
 
 import base64
 import csv
+import functools
 import io
 import json
 from collections.abc import Callable, Iterable
@@ -19,7 +19,8 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 from common import metrics
-from common.run.files import atomic_write
+from common.errors import only_warn
+from common.run.files import atomic_write, write_json
 
 SIDE = 96  # of a picture, pixels
 SHOWN = 12  # items of a gallery
@@ -29,6 +30,20 @@ _QUERIES = 8  # images whose neighbors are shown
 _NEIGHBORS = 6
 
 
+def for_report(leave: Callable) -> Callable:
+    """`leave`(run, ...), which leaves something for the report, on the main process alone; where it
+    fails, that is said, and the run goes on.
+    """
+
+    @functools.wraps(leave)
+    def on_main(run, *args, **kwargs) -> None:
+        if run.world.is_main:
+            with only_warn(run.log.say, f"figures ({leave.__name__})"):
+                leave(run, *args, **kwargs)
+
+    return on_main
+
+
 def put(folder: Path, name: str, kind: str, title: str, text: str, **content) -> None:
     """Write figures/NAME.json, never seen half written."""
     file = folder / "figures" / f"{name}.json"
@@ -36,6 +51,12 @@ def put(folder: Path, name: str, kind: str, title: str, text: str, **content) ->
     figure = {"kind": kind, "title": title, "text": text, **content}
     with atomic_write(file) as stored:
         stored.write(json.dumps(figure, default=_plain))
+
+
+@for_report
+def put_tables(run, tables: dict) -> None:
+    """Write tables.json; see `common.report.page` for what is in it."""
+    write_json(run.folder / "tables.json", tables)
 
 
 def _plain(value):
@@ -71,6 +92,7 @@ def pictures(run, items: np.ndarray) -> list[str]:
     return [picture(torch.cat([face[1], scene[1]], 2)) for face, scene in zip(*clips, strict=True)]
 
 
+@for_report
 def classified(
     run, name: str, indices: np.ndarray, scores: Tensor, labels: np.ndarray, classes: list[str]
 ) -> None:
@@ -82,11 +104,8 @@ def classified(
         scores: (n, K) logits.
         labels: (n,) int64 into `classes`.
 
-    Does nothing but on the main process. Also writes the matrix as confusion.csv, where the stage's
-    checkpoints are.
+    Also writes the matrix as confusion.csv, where the stage's checkpoints are.
     """
-    if not run.world.is_main:
-        return
     probabilities = scores.double().softmax(1).numpy()
     answers = probabilities.argmax(1)
     counts = metrics.confusion_matrix(labels, answers, len(classes))
@@ -179,6 +198,7 @@ def _errors(
     )
 
 
+@for_report
 def detected(run, indices: np.ndarray, scores: np.ndarray, threshold: float) -> None:
     """ROC curve, table of methods and the worst errors of a detector of fakes on videos `indices`
     (n,).
@@ -186,11 +206,7 @@ def detected(run, indices: np.ndarray, scores: np.ndarray, threshold: float) -> 
     Args:
         scores: (n,) probabilities of fake.
         threshold: from which on a video is called fake.
-
-    Does nothing but on the main process.
     """
-    if not run.world.is_main:
-        return
     labels = run.data.labels[indices]
     methods = run.data.methods[indices]
     _methods(run, labels, methods, scores, threshold)
@@ -285,6 +301,7 @@ def _methods(
     )
 
 
+@for_report
 def attention_frames(run, items: np.ndarray, clips: Tensor, shares: Tensor, scores: Tensor) -> None:
     """How much each frame of some clips counts in the score.
 
@@ -292,11 +309,7 @@ def attention_frames(run, items: np.ndarray, clips: Tensor, shares: Tensor, scor
         clips: (n, T, 3, h, w) uint8, of the videos `items` (n,).
         shares: (n, T) weights that add up to 1 in each clip.
         scores: (n,) probabilities of fake.
-
-    Does nothing but on the main process.
     """
-    if not run.world.is_main:
-        return
     num_frames = clips.shape[1]
     rows = []
     for item, clip, weights, score in zip(
@@ -321,14 +334,11 @@ def attention_frames(run, items: np.ndarray, clips: Tensor, shares: Tensor, scor
     )
 
 
+@for_report
 def representation(run, features: Tensor) -> None:
     """Nearest neighbors of some images, and all of them on two principal axes, by features (n, d)
     of all items.
-
-    Does nothing but on the main process.
     """
-    if not run.world.is_main:
-        return
     centered = features - features.mean(0)
     _principal_axes(run, centered)
     _neighbors(run, centered)
@@ -416,4 +426,5 @@ def save_grid(path: Path, images: Tensor, columns: int) -> None:
         images.detach().float().cpu().clamp(0, 1), nrow=columns, padding=2, pad_value=1.0
     )
     scale = max(1, SIDE // images.shape[-1])  # small images are enlarged in whole pixels
-    save_image(grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2), path)
+    with atomic_write(path, "wb") as file:
+        save_image(grid.repeat_interleave(scale, 1).repeat_interleave(scale, 2), file, format="png")

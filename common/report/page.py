@@ -8,6 +8,7 @@ import base64
 import io
 import json
 import math
+import re
 import time
 from collections.abc import Callable
 from datetime import datetime
@@ -15,10 +16,11 @@ from pathlib import Path
 
 from PIL import Image
 
+from common.errors import only_warn
 from common.report import charts
 from common.report.charts import escape
 from common.report.curves import FIRST, SYSTEM, chart_figure, max_points, title_of
-from common.report.record import LIMIT, Record, interval_text
+from common.report.record import LIMIT, Record, interval_text, naming
 from common.run import log
 from common.run.files import atomic_write
 
@@ -142,28 +144,30 @@ summary{cursor:pointer;color:var(--s0)}
 class Live:
     """Rewrites the report of a run that goes on, at most every 30 seconds and for at most a
     fiftieth of its time.
+
+    What keeps it from that is said once, and tried again.
     """
 
     def __init__(self, folder: Path, say: Callable[[str], None]):
         self.folder = folder
         self.say = say
         self.due = 0.0
+        self.said = ""
 
     def __call__(self) -> None:
         begun = time.monotonic()
         if begun < self.due:
             return
-        try:
+        with only_warn(self._say_once, str(self.folder / "report.html")):
             write(self.folder, "running")
-        except OSError as error:  # a full disk: the run itself may yet go on
-            self.say(
-                f"{self.folder / 'report.html'} cannot be written: {error.strerror}; the run goes"
-                " on without it"
-            )
-            self.due = math.inf
-            return
+            self.said = ""
         now = time.monotonic()
         self.due = now + max(_EVERY, _COST * (now - begun))
+
+    def _say_once(self, text: str) -> None:
+        if text != self.said:
+            self.say(text)
+        self.said = text
 
 
 def _number(value) -> bool:
@@ -231,7 +235,7 @@ def gallery(rows: list[dict], columns: int | None = None) -> str:
         form = ""
         if columns:
             named = any(len(line) > 6 for card in row["cards"] for line in card["lines"])
-            form = f' k{" named" if named else ""}" style="--k:{columns}'
+            form = f' k{" named" if named else ""}" style="--k:{int(columns)}'
         if row["title"]:
             out.append(f"<h4>{escape(row['title'])}</h4>")
         out.append(f'<div class="cards{form}">{cards}</div>')
@@ -319,10 +323,13 @@ def embedded(path: Path, detail: float) -> str:
     """A picture's file as a data: address.
 
     SVG as it is, others as PNG or JPEG, what is smaller, at most 1000 pixels wide at full detail.
+
+    Raises:
+        InputError: it is damaged.
     """
     if path.suffix == ".svg":
         return f"data:image/svg+xml;base64,{base64.b64encode(path.read_bytes()).decode()}"
-    with Image.open(path) as image:
+    with naming(path), Image.open(path) as image:
         image = image.convert("RGB")
         widest = max(int(_WIDEST * min(detail, 1.0)), 100)
         if image.width > widest:
@@ -341,6 +348,10 @@ def write(folder: Path, status: str | None = None) -> Path:
     `status` is that of a run that goes on; unset: summary.json says how it ended, and the curves
     are written as files to figures/ too. A directory that holds but check.json gets a report of
     that.
+
+    Raises:
+        InputError: a file of the run is not as a run writes it.
+        OSError: the disk is full or not writable.
     """
     run = Record(folder, status)
     for detail in (1.0, 0.4, 0.15, 0.05, 0.0):
@@ -355,7 +366,9 @@ def write(folder: Path, status: str | None = None) -> Path:
         figures.mkdir(exist_ok=True)
         for stage, drawings in run.charts(1.0).items():
             for metric, drawn in drawings.items():
-                (figures / f"{stage}_{metric}.svg").write_text(charts.standalone(drawn))
+                name = re.sub(r"[^\w.-]", "_", f"{stage}_{metric}")  # a log may say ../../name
+                with atomic_write(figures / f"{name}.svg") as file:
+                    file.write(charts.standalone(drawn))
     return path
 
 
@@ -543,21 +556,25 @@ def own_tables(folder: Path, part: str) -> str:
     file = folder / "tables.json"
     if not file.exists():
         return ""
-    out = []
-    for title, content in json.loads(file.read_text()).items():
-        if content.get("part", "findings") != part:
-            continue
-        header = content["header"]
-        rows = content["rows"]
-        form = content.get("as")
-        if form == "cards":
-            drawn = text_cards(header, rows)
-        elif form == "matrix":
-            drawn = matrix(header[0], header[1:], rows)
-        else:
-            drawn = table(rows, header)
-        out.append(f"<h3>{escape(title)}</h3>{paragraph(content.get('text', ''))}{drawn}")
-    return "".join(out)
+    with naming(file):
+        return "".join(
+            _own_table(title, content)
+            for title, content in json.loads(file.read_text()).items()
+            if content.get("part", "findings") == part
+        )
+
+
+def _own_table(title: str, content: dict) -> str:
+    header = content["header"]
+    rows = content["rows"]
+    form = content.get("as")
+    if form == "cards":
+        drawn = text_cards(header, rows)
+    elif form == "matrix":
+        drawn = matrix(header[0], header[1:], rows)
+    else:
+        drawn = table(rows, header)
+    return f"<h3>{escape(title)}</h3>{paragraph(content.get('text', ''))}{drawn}"
 
 
 def check_part(run: Record, detail: float) -> str:
@@ -644,11 +661,12 @@ def findings_part(run: Record, detail: float) -> str:
             pictures.append(f"<h3>{title}</h3>{caption}{image}")
     sections = []
     for file in sorted(folder.glob("*.json"), key=_rank):
-        figure = json.loads(file.read_text())
-        if "kind" in figure:  # else it is another tool's
-            form = ' class="half"' if figure["kind"] in _HALF else ""
-            head = f"<h3>{escape(figure['title'])}</h3>{paragraph(figure['text'])}"
-            sections.append(f"<section{form}>{head}{draw_figure(figure, detail)}</section>")
+        with naming(file):
+            figure = json.loads(file.read_text())
+            if "kind" in figure:  # else it is another tool's
+                form = ' class="half"' if figure["kind"] in _HALF else ""
+                head = f"<h3>{escape(figure['title'])}</h3>{paragraph(figure['text'])}"
+                sections.append(f"<section{form}>{head}{draw_figure(figure, detail)}</section>")
     body = "".join(pictures)
     if sections:
         body += f'<div class="found">{"".join(sections)}</div>'

@@ -1,8 +1,12 @@
 """A run directory as the reports read it."""
 
+import contextlib
 import functools
+import reprlib
+from collections.abc import Iterator
 from pathlib import Path
 
+from common.errors import InputError, Stopped, described
 from common.report.curves import charts_of, curves_of
 from common.run import log
 from common.run.files import read_config, read_json
@@ -10,6 +14,72 @@ from common.run.files import read_config, read_json
 LIMIT = 1_000_000  # bytes of a report
 # Of a run that has none, as those of earlier versions.
 NO_CARD = {"about": "", "items": "items", "headlines": {}, "chance": {}}
+
+_NUMBER = (int, float)
+_NOTHING = type(None)
+# What the reports rely on in a run's files, with the types that it may have.
+_KEYS = {
+    "config.json": {
+        "resolved": (dict,),
+        "identity": (dict, _NOTHING),
+        "card": (dict, _NOTHING),
+    },
+    "env.json": {"command": (str, _NOTHING), "commit": (str, _NOTHING)},
+    "summary.json": {"status": (str,), "seconds": (*_NUMBER, _NOTHING)},
+    "check.json": {"command": (str,), "items": (list,), "seconds": _NUMBER},
+    "card": {"headlines": (dict,), "chance": (dict,)},
+    "line": {"stage": (str,), "step": _NUMBER, "epoch": _NUMBER},
+}
+
+
+@contextlib.contextmanager
+def naming(path) -> Iterator[None]:
+    """Name the file, or the folder, that makes our code raise whatever it may be: nobody knows who
+    has changed it.
+
+    Raises:
+        InputError: instead of it.
+    """
+    try:
+        yield
+    except (InputError, Stopped):
+        raise
+    except OSError as error:
+        raise InputError(described(error) if error.filename else f"{path}: {error}") from error
+    except Exception as error:
+        raise InputError(
+            f"{path} cannot be shown ({described(error)}): restore or remove it; if nobody has"
+            " changed it, that is a bug"
+        ) from error
+
+
+def checked(path: Path, kind: str, value) -> dict:
+    """What was read of a file, where it has the keys and the types of its `kind` in _KEYS.
+
+    Raises:
+        InputError: it has not.
+    """
+    if not isinstance(value, dict):
+        found = reprlib.repr(value)
+        raise InputError(f"{path} holds {found}, expected an object; restore or remove it")
+    for key, types in _KEYS[kind].items():
+        if not isinstance(value.get(key), types):
+            found = reprlib.repr(value[key]) if key in value else "missing"
+            expected = " or ".join(t.__name__ for t in types if t is not _NOTHING)
+            raise InputError(f"{path}: {key} is {found}, expected {expected}; restore or remove it")
+    return value
+
+
+def read_part(folder: Path, name: str) -> dict | None:
+    """One of a run's JSON files, checked; None where there is none.
+
+    Raises:
+        InputError: it cannot be read, or is not as a run writes it.
+    """
+    path = folder / name
+    with naming(path):
+        value = read_config(folder) if name == "config.json" else read_json(path)
+        return None if value is None else checked(path, name, value)
 
 
 def interval_text(scores: dict, name: str) -> str:
@@ -25,9 +95,9 @@ def interval_text(scores: dict, name: str) -> str:
     stem = name.removesuffix("_last_epoch")
     suffix = name.removeprefix(stem)
     low, high, deviation = (scores.get(f"{stem}_{end}{suffix}") for end in ("low", "high", "sd"))
-    if low is not None and high is not None:
+    if isinstance(low, _NUMBER) and isinstance(high, _NUMBER):
         return f"{value:.4f} ({low:.4f} to {high:.4f})"
-    if deviation is not None:
+    if isinstance(deviation, _NUMBER):
         return f"{value:.4f} ± {deviation:.4f}"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
@@ -36,15 +106,15 @@ def state_text(status: str, lines: list[dict], settings: dict, seconds: float | 
     """How a run stands, in one sentence: finished, or where it is and how long its stage still
     takes.
     """
-    if status == "finished":
+    if status == "finished" and seconds is not None:
         return f"finished after {log.duration(seconds)}"
     where = ""
     if lines:
         last = lines[-1]
         stage = settings["resolved"].get(last["stage"].split("_")[0])
-        planned = f" of {stage['epochs']}" if isinstance(stage, dict) else ""
+        planned = f" of {stage['epochs']}" if isinstance(stage, dict) and "epochs" in stage else ""
         where = f" in {last['stage']}, step {last['step']}, epoch {last['epoch']}{planned}"
-        where += f", after {log.duration(last['time'])}"
+        where += f", after {log.duration(last['time'])}" if "time" in last else ""
         eta = next((line["eta_s"] for line in reversed(lines) if "eta_s" in line), None)
         if status in ("running", "not ended") and eta is not None:
             where += f"; this stage takes about {log.duration(eta)} more"
@@ -63,24 +133,31 @@ class Record:
         lines, resumes: of log.jsonl and resumes.jsonl; check: check.json.
         scores: the summary's metrics, or of a run that goes on the last value of each in the log.
         status: `finished`, `stopped`, ..., `running`, or `not ended` where nobody says.
+        state: the same in a sentence, see `state_text`.
+
+    Raises:
+        InputError: one of the files is not as a run writes it.
     """
 
     def __init__(self, folder: Path, status: str | None = None):
         self.folder = Path(folder)
-        self.settings = read_config(self.folder)
-        self.env = read_json(self.folder / "env.json") or {}
-        self.summary = read_json(self.folder / "summary.json")
-        self.check = read_json(self.folder / "check.json")
+        self.settings = read_part(self.folder, "config.json")
+        self.env = read_part(self.folder, "env.json") or {}
+        self.summary = read_part(self.folder, "summary.json")
+        self.check = read_part(self.folder, "check.json")
         if self.settings is None:  # --check was there before any run
             self.settings = {"resolved": {}, "card": self.check.get("card")}
             self.env = {"command": self.check["command"]}
             status = "checked, not trained"
-        self.card = NO_CARD | (self.settings.get("card") or {})
+        card = NO_CARD | (self.settings.get("card") or {})
+        self.card = checked(self.folder / "config.json", "card", card)
         self.lines = self._lines("log.jsonl")
         self.resumes = self._lines(log.RESUMES)
         summary = self.summary if status is None else None
         self.status = status or (summary["status"] if summary else "not ended")
-        self.seconds = summary["seconds"] if summary else None
+        self.seconds = summary.get("seconds") if summary else None
+        with naming(self.folder):
+            self.state = state_text(self.status, self.lines, self.settings, self.seconds)
         if summary:
             self.scores = {name: value for name, value in summary.items() if "/" in name}
         else:
@@ -92,15 +169,16 @@ class Record:
             }
 
     def _lines(self, name: str) -> list[dict]:
-        return log.read(self.folder, name) if (self.folder / name).exists() else []
+        path = self.folder / name
+        if not path.exists():
+            return []
+        with naming(path):
+            return [checked(path, "line", line) for line in log.read(self.folder, name)]
 
     @functools.cached_property
     def curves(self) -> dict[str, dict[str, dict]]:
         return curves_of(self.lines)
 
     def charts(self, detail: float) -> dict[str, dict[str, str]]:
-        return charts_of(self.curves, self.lines, self.resumes, self.card, detail)
-
-    @property
-    def state(self) -> str:
-        return state_text(self.status, self.lines, self.settings, self.seconds)
+        with naming(self.folder / "log.jsonl"):
+            return charts_of(self.curves, self.lines, self.resumes, self.card, detail)

@@ -13,8 +13,9 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from common.errors import InputError, did_you_mean, first_few, plural
-from common.run.files import FORMAT, read_json
+from common.errors import InputError, OtherFormat, did_you_mean, first_few, one_line, plural
+from common.report.record import checked, naming, read_part
+from common.run.files import FORMAT, read_config
 
 # Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom; the normal one beyond.
 _T95 = (
@@ -30,28 +31,41 @@ def read_runs(folder: Path) -> list[dict]:
     `status`, `identity`, `card`.
 
     A setting that stages resolve (`bs`, `epochs`, `lr`) is that of the first stage. A run without a
-    summary has the status "started". Runs of another format are named on stderr and left out.
+    summary has the status "started". Runs of another format, and those whose files are damaged, are
+    named on stderr and left out.
+
+    Raises:
+        InputError: the files of every run there are damaged.
     """
     runs = []
     of_other_format = []
+    damaged = []
     for file in sorted(folder.rglob("config.json")):
-        flags = read_json(file)
-        if "identity" not in flags:
-            continue  # a config.json of something else
-        if flags.get("format", 1) != FORMAT:
+        try:
+            with naming(file):
+                flags = read_config(file.parent)
+            if not isinstance(flags, dict) or flags.get("identity") is None:
+                continue  # of something else
+            checked(file, "config.json", flags)
+            summary = read_part(file.parent, "summary.json") or {"status": "started"}
+        except OtherFormat:
             of_other_format.append(str(file.parent))
             continue
-        summary = read_json(file.with_name("summary.json")) or {"status": "started"}
+        except InputError as error:
+            damaged.append(str(error))
+            continue
         resolved = flags.pop("resolved")
         stages = [v for v in resolved.values() if isinstance(v, dict) and "epochs" in v]
         first = stages[0] if stages else {}
         runs.append({**flags, **first, **resolved, **summary, "run": str(file.parent)})
+    if damaged and not runs:
+        raise InputError(first_few(damaged))
+    if damaged:
+        text = f"left out {plural(len(damaged), 'damaged run')}: {first_few(damaged)}"
+        print(one_line(text), file=sys.stderr)
     if of_other_format:
-        print(
-            f"left out {plural(len(of_other_format), 'run')} of another run format than {FORMAT}:"
-            f" {first_few(of_other_format)}",
-            file=sys.stderr,
-        )
+        text = f"{plural(len(of_other_format), 'run')} of another run format than {FORMAT}"
+        print(one_line(f"left out {text}: {first_few(of_other_format)}"), file=sys.stderr)
     return runs
 
 
@@ -195,7 +209,7 @@ def pivot(
 
 
 def _markdown(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+    return f"| {' | '.join(map(one_line, cells))} |"
 
 
 def differences(group: list[dict]) -> set[str]:
@@ -208,7 +222,7 @@ def differences(group: list[dict]) -> set[str]:
 
 def aligned(rows: list[list]) -> str:
     """Rows of cells as lines of text, each column as wide as its widest cell."""
-    texts = [[str(cell) for cell in row] for row in rows]
+    texts = [[one_line(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     lines = (
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

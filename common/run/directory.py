@@ -21,6 +21,7 @@ from common.run.files import (
     FORMAT,
     ROOT,
     lock_folder,
+    make_folder,
     read_config,
     read_json,
     remove_orphans,
@@ -110,7 +111,7 @@ def create_run_dir(
     problem = None
     if world.is_main:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             lock_folder(folder)
             remove_orphans(folder)
             if mode == "none" and (folder / "config.json").exists():

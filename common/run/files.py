@@ -61,7 +61,7 @@ def atomic_write(path: Path, mode: str = "w", *, keep: Path | None = None) -> It
     Raises:
         OSError: the disk is full or not writable.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
         text = {} if "b" in mode else {"newline": "", "encoding": "utf-8"}
         with open(temporary, mode, **text) as file:
@@ -73,12 +73,40 @@ def atomic_write(path: Path, mode: str = "w", *, keep: Path | None = None) -> It
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Force the names in a folder to the disk: a power failure could undo what is new there.
+
+    A folder that may not be read, and a file system that cannot do it, are taken as they are.
+
+    Raises:
+        OSError: the disk fails.
+    """
+    if os.name != "posix":
+        return
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(folder)  # or a power failure could undo the renaming
+            os.fsync(descriptor)
         finally:
-            os.close(folder)
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EINVAL, errno.ENOTSUP):
+            raise
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and those above it, where they are missing, to survive a power failure.
+
+    Raises:
+        OSError: it cannot be created.
+    """
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in missing:
+        sync_folder(place.parent)
 
 
 def remove_orphans(folder: Path) -> None:

@@ -13,7 +13,7 @@ from statistics import median
 import torch
 
 from common.amp import peak_bytes, peak_memory
-from common.errors import InputError, plural
+from common.errors import InputError, only_warn, plural
 from common.run.files import atomic_write
 
 # Fields that differ between two runs of the same command: the only ones.
@@ -199,9 +199,12 @@ class Log:
             self.file.write(json.dumps(line) + "\n")
             self.file.flush()
             self.counts[stage] += 1
-        if self.board:
-            for name, value in values.items():
-                self.board.add_scalar(name if "/" in name else f"{stage}/step/{name}", value, step)
+        board, self.board = self.board, None
+        if board:
+            with only_warn(self.say, "TensorBoard"):
+                for name, value in values.items():
+                    board.add_scalar(name if "/" in name else f"{stage}/step/{name}", value, step)
+                self.board = board
         if self.watcher:
             self.watcher()
 
@@ -252,9 +255,11 @@ class Log:
     def close(self) -> None:
         """End the live line, and close the files."""
         self._clear()
-        for sink in (self.file, self.board):
-            if sink:
-                sink.close()
+        if self.board:
+            with only_warn(self.say, "TensorBoard"):
+                self.board.close()
+        if self.file:
+            self.file.close()
 
     def _clear(self) -> None:
         if self.live and self._width:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common.errors import Diverged, InputError, Stopped, plural
 from common.run import checkpoint, dist
-from common.run.files import FORMAT, remove_orphans
+from common.run.files import FORMAT, make_folder, remove_orphans
 from common.run.log import Log
 from common.run.signals import Signals
 
@@ -84,7 +84,7 @@ class Progress:
         self._wrote = False
         self._layers: dict[int, str] = {}
         if world.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             remove_orphans(folder)
 
     def restore(self, state: dict | None, best: dict | None = None) -> None:

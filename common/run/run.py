@@ -17,7 +17,16 @@ import torch
 from torch import nn
 
 from common import amp, config
-from common.errors import AGAIN, EXIT_STOPPED, Diverged, Finished, InputError, Stopped, plural
+from common.errors import (
+    AGAIN,
+    EXIT_STOPPED,
+    Diverged,
+    Finished,
+    InputError,
+    Stopped,
+    only_warn,
+    plural,
+)
 from common.run import checkpoint, dist
 from common.run.card import Card
 from common.run.directory import card_record, create_run_dir, output_folder, run_dir
@@ -331,10 +340,12 @@ class Run:
             if self.world.is_main:
                 write_json(self.folder / "summary.json", self.results | record)
                 self.log.watcher = None
-                report.write(self.folder)
+                page = self.folder
+                with only_warn(self.log.say, str(self.folder / "report.html")):
+                    page = report.write(self.folder)
                 if self.phases:
                     self.log.say(f"profile: {self.phases.describe()}")
-                self.log.say(f"{status}: {self.folder / 'report.html'}")
+                self.log.say(f"{status}: {page}")
         finally:
             self.log.close()
 
