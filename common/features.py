@@ -12,6 +12,7 @@ from torch import Tensor
 from common import amp, metrics
 from common.data import sampling
 from common.run import dist
+from common.run.content import content_of
 from common.run.files import atomic_write
 from common.run.run import Run
 
@@ -37,19 +38,27 @@ def stored_features(run: Run, weights: str, compute: Callable[[], Tensor]) -> Te
     `features`, `id`, `label` (-1: none), `split` ("": in no part), `classes`.
 
     Args:
-        weights: the digest of the weights that make them: features of other weights, items or sizes
-            are not reused.
+        weights: the digest of the weights that make them: features of other weights, items, bytes
+            or sizes are not reused.
         compute: gives the features.
     """
     file = run.folder / "features.npz"
     items = run.data
-    key = f"{weights} {items.fingerprint} {items.store_size} {run.model_spec['image_size']}"
-    rows = _read_features(file, key, run.log.say)
+    content = content_of(items)
+
+    def key() -> str | None:
+        # A fingerprint is of names and sizes; None where some of the bytes are not known.
+        known = content.summary(run.world) if content else ""
+        made_of = f"{weights} {items.fingerprint} {items.store_size} {run.model_spec['image_size']}"
+        return None if known is None else f"{made_of} {known}"
+
+    rows = _read_features(file, key(), run.log.say)
     # A rank that reads while another computes would wait for it without end.
     missing = torch.tensor(int(rows is None), device=run.world.device)
     if not dist.all_reduce(missing, "max"):
         return rows
     rows = compute()
+    made_of = key()  # of all that was read for them
     if run.world.is_main:
         splits = np.full(len(items), "", dtype="<U5")
         for part, name in _SPLITS.items():
@@ -62,13 +71,13 @@ def stored_features(run: Run, weights: str, compute: Callable[[], Tensor]) -> Te
                 label=items.labels,
                 split=splits,
                 classes=np.array(items.classes, dtype=str),
-                key=key,
+                key=str(made_of),
             )
     return rows
 
 
-def _read_features(file: Path, key: str, say) -> Tensor | None:
-    if not file.exists():
+def _read_features(file: Path, key: str | None, say) -> Tensor | None:
+    if key is None or not file.exists():
         return None
     try:
         with np.load(file) as stored:

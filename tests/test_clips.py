@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import functional as F
 from common.data import augment, clips
 from common.data.images import Images
 from common.errors import InputError
+from common.run import content, dist
 
 
 def videos(lengths, size=8, rates=25.0, labels=None):
@@ -274,6 +275,28 @@ def test_a_video_that_breaks_off_is_named(torchcodec, monkeypatch):
         InputError, match=r"video c\.mp4#3 in made cannot be read: could not seek; fix"
     ):
         list(images.batches([np.array([33])], 1))
+
+
+def test_a_video_file_of_other_bytes_is_refused_when_it_is_decoded(
+    torchcodec, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(content, "_TRIED", 0)
+    world = dist.Dist(0, 1, torch.device("cpu"))
+
+    def start():
+        images = video_files()
+        record = content.load(tmp_path, print)
+        images.content.take_over(record, tmp_path, world, force=False, workers=1)
+        return images
+
+    images = start()
+    list(images.batches([np.array([3, 33])], 1))
+    images.content.save(world, print)
+    monkeypatch.setattr(sys.modules[__name__], "FILES", [b"30 24", *FILES[1:]])
+    images = start()
+    images.decode(33)
+    with pytest.raises(InputError, match=r"^a\.mp4 has other content than when the run in"):
+        images.decode(3)
 
 
 @pytest.mark.parametrize("content", [b"0 25", b"12 0"])

@@ -32,6 +32,7 @@ from common.data.images import (
 )
 from common.errors import InputError
 from common.rng import uniform
+from common.run.content import Content, codes
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
 _START_STREAM = 2**31 + 1  # beside sampling's _ORDER_STREAM; no view has this number
@@ -49,7 +50,7 @@ class Videos:
         lengths: (n,) int64, frames of each video.
         rates: (n,) float64, frames a second.
         images: `Images` of all frames.
-        fingerprint: eight digits that stand for the content: names, labels, splits, rates and sizes
+        fingerprint: eight digits that stand for the listing: names, labels, splits, rates and sizes
             of all frames.
     """
 
@@ -79,9 +80,24 @@ class Videos:
         for part in (self.labels, self.rates, self.lengths, *self.frames):
             digest.update(part.tobytes())
         self.fingerprint = digest.hexdigest()[:8]
+        if images.content:
+            files = images.files_of(np.concatenate(self.frames))
+            names = [*self.classes, ""]  # the last is that of UNLABELED, which is -1
+            for fact, values in (
+                ("label", codes(names)[self.labels]),
+                ("split", codes(self.splits)),
+            ):
+                of_files = np.zeros(len(images.content.names), np.int64)
+                of_files[files] = np.repeat(values, self.lengths)
+                images.content.facts[fact] = of_files
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def content(self) -> Content | None:
+        """What is known of the bytes of the frames' files."""
+        return self.images.content
 
     @property
     def native_size(self) -> int:
@@ -274,11 +290,11 @@ def _renamed(top: tuple[str, ...], skipped: int, name: str) -> str:
     return "/".join((*top, *PurePosixPath(name).parts[skipped:]))
 
 
-def frame_images(name: str, files: list[str], sizes, read) -> Images:
+def frame_images(name: str, files: list[str], sizes, read, keys=()) -> Images:
     """The frames of folders of images; arguments as `Images` takes them."""
     labels = [UNLABELED] * len(files)
     splits = [""] * len(files)
-    return Images(name, files, labels, [], splits, sizes=sizes, read=read)
+    return Images(name, files, labels, [], splits, sizes=sizes, keys=keys, read=read)
 
 
 class VideoFiles(Images):
@@ -293,7 +309,7 @@ class VideoFiles(Images):
         errors: reasons by position.
     """
 
-    def __init__(self, name: str, files: list[str], sizes, read, workers: int):
+    def __init__(self, name: str, files: list[str], sizes, read, workers: int, keys=()):
         self.name = name
         self._read_file = read
         self.counts = np.zeros(len(files), np.int64)
@@ -317,6 +333,8 @@ class VideoFiles(Images):
         labels = [UNLABELED] * len(ids)
         splits = [""] * len(ids)
         super().__init__(name, ids, labels, [], splits, sizes=sizes, read=read)
+        self.content = Content(files, read, keys=keys, facts={"size": self.sizes})
+        self._read_file = self.content.read
 
     def file_frames(self, file: int) -> np.ndarray:
         """The positions of a file's frames."""
@@ -337,21 +355,23 @@ class VideoFiles(Images):
     def _probe(self) -> int:
         return int(np.median(self._sides))
 
-    def _files(self, indices: np.ndarray) -> np.ndarray:
+    def files_of(self, indices: np.ndarray) -> np.ndarray:
         return np.searchsorted(self._firsts + self.counts, indices, side="right")
 
     def _groups(self, indices: np.ndarray) -> list[np.ndarray]:
         if not len(indices):
             return []
-        return np.split(indices, np.flatnonzero(np.diff(self._files(indices))) + 1)
+        return np.split(indices, np.flatnonzero(np.diff(self.files_of(indices))) + 1)
 
     def _decode_group(self, indices: np.ndarray) -> list[Tensor]:
-        file = int(self._files(indices[:1])[0])
+        file = int(self.files_of(indices[:1])[0])
         video_decoder = _video_decoder()
         try:
             decoder = video_decoder(self._read_file(file))
             within = (indices - self._firsts[file]).tolist()
             frames = decoder.get_frames_at(indices=within).data  # [n, 3, H, W]
+        except InputError:
+            raise
         except DECODE_ERRORS as error:
             raise self._damaged(f"video {self.ids[indices[0]]}", error) from None
         return [

@@ -199,7 +199,7 @@ def open_videos(
     if place.is_file() and place.suffix.lower() in (".csv", *VIDEO_SUFFIXES):
         only = place.name
         place = place.parent
-    files, sizes, read = list_files(str(place), _is_wanted)
+    files, sizes, keys, read = list_files(str(place), _is_wanted)
     names = files
     if not only:
         names = ["/".join(parts) for parts in below_common_folder(files, _ROOTS.__contains__)]
@@ -236,13 +236,14 @@ def open_videos(
     order = {name: i for i, name in enumerate(used_files)}
     position = [number[name] for name in used_files]
     used_sizes = [sizes[i] for i in position]
+    used_keys = [keys[i] for i in position]
 
     def content(index: int) -> bytes:
         return read(position[index])
 
     rates = fps
     if kinds == {True}:
-        images = VideoFiles(place.name, used_files, used_sizes, content, workers)
+        images = VideoFiles(place.name, used_files, used_sizes, content, workers, used_keys)
         errors = {used_files[i]: error for i, error in images.errors.items()}
         records = [
             record if record.missing else record._replace(missing=errors.get(record.files[0], ""))
@@ -252,7 +253,7 @@ def open_videos(
         frames = [images.file_frames(order[record.files[0]]) for record in used]
         rates = [images.rates[order[record.files[0]]] for record in used]
     else:
-        images = frame_images(place.name, used_files, used_sizes, content)
+        images = frame_images(place.name, used_files, used_sizes, content, used_keys)
         frames = [[order[name] for name in record.files] for record in used]
     missing = [record.problem for record in records if record.missing]
     if missing and on_bad_item == "error":

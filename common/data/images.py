@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from common.errors import InputError, did_you_mean
+from common.run.content import Content, file_key
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif")
 SPLITS = {
@@ -66,7 +67,8 @@ class Images:
         sizes: (n,) int64, bytes of the items' files; empty where there are none.
         num_bytes: what the items take where they lie.
         keeps: whether `batches` may keep what it has decoded.
-        fingerprint: eight digits that stand for the content: names and sizes of all items.
+        fingerprint: eight digits that stand for the listing: names and sizes of all items.
+        content: what is known of the bytes of the items' files; None where there are none.
     """
 
     # JPEG is decoded at a fraction of its size where that is enough for the squares.
@@ -81,6 +83,7 @@ class Images:
         splits,
         *,
         sizes=(),
+        keys=(),
         read=None,
         pixels=None,
     ):
@@ -89,10 +92,13 @@ class Images:
         self.classes = classes
         self.labels = np.asarray(labels, np.int64)
         self.splits = np.asarray(splits, dtype=object)
-        self._read_bytes = read
+        self.sizes = np.asarray(sizes, np.int64)
+        self.content = None
+        if pixels is None:
+            self.content = Content(ids, read, keys=keys, facts={"size": self.sizes})
+        self._read_bytes = self.content and self.content.read
         self._cache = pixels
         self.keeps = True
-        self.sizes = np.asarray(sizes, np.int64)
         self.num_bytes = sum(sizes) if pixels is None else pixels.nbytes
         self._cached = None if pixels is None else np.ones(len(ids), bool)
         content = f"{ids}{list(sizes)}".encode()
@@ -176,6 +182,8 @@ class Images:
                         "32-bit pixels have no known range; save them with 8 or 16 bits"
                     )
                 return self._cut(image.convert("RGB"), index)
+        except InputError:
+            raise
         except DECODE_ERRORS as error:
             raise self._damaged(f"image {self.ids[index]}", error) from None
 
@@ -186,6 +194,10 @@ class Images:
     def _shape(self) -> tuple[int, ...]:
         # Of what `_cut` gives.
         return (3, self.store_size, self.store_size)
+
+    def files_of(self, indices: np.ndarray) -> np.ndarray:
+        """Where in `content` items are."""
+        return indices
 
     def _damaged(self, item: str, error: Exception) -> InputError:
         return InputError(
@@ -342,12 +354,12 @@ def hidden(name: str) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
 
 
-def list_files(path: str, keep) -> tuple[list[str], list[int], Callable[[int], bytes]]:
+def list_files(path: str, keep) -> tuple[list[str], list[int], list[int], Callable[[int], bytes]]:
     """The files of a folder or of a .zip whose relative name passes `keep`.
 
     Returns:
-        Sorted names, sizes in bytes, and a function from a position in these lists to the file's
-        content.
+        Sorted names, sizes in bytes, keys as `Content` takes them, and a function from a position
+        in these lists to the file's content.
 
     Raises:
         InputError: missing or not readable.
@@ -386,14 +398,15 @@ def _folder_files(folder: Path, keep):
             subfolders[:] = [name for name in subfolders if (base / name).resolve() not in seen]
             files += [(base / name).relative_to(folder).as_posix() for name in names]
         files = sorted(name for name in files if keep(name))
-        sizes = [(folder / name).stat().st_size for name in files]
+        stats = [(folder / name).stat() for name in files]
     except OSError as error:
         raise InputError(f"{folder}: {error.strerror}: {error.filename}") from None
 
     def read(index: int) -> bytes:
         return (folder / files[index]).read_bytes()
 
-    return files, sizes, read
+    keys = [file_key(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for s in stats]
+    return files, [s.st_size for s in stats], keys, read
 
 
 def _zip_files(path: Path, keep):
@@ -412,7 +425,9 @@ def _zip_files(path: Path, keep):
             return archive.read(entries[index])
 
     names = [entry.filename for entry in entries]
-    return names, [entry.file_size for entry in entries], read
+    sizes = [entry.file_size for entry in entries]
+    # Its own checksum, which reading verifies, goes with every copy of the archive.
+    return names, sizes, [file_key(entry.file_size, entry.CRC) for entry in entries], read
 
 
 def below_common_folder(files: list[str], is_content) -> list[tuple[str, ...]]:

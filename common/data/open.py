@@ -55,14 +55,14 @@ def open_images(path: str) -> Images:
     place = Path(path)
     if place.suffix == pack.SUFFIX and place.is_file():
         return pack.PackedImages(place)
-    files, sizes, read = list_files(path, is_image)
+    files, sizes, keys, read = list_files(path, is_image)
     if not files:
         raise InputError(f"{path}: no images there; allowed are {', '.join(SUFFIXES)}")
     ids, splits, names = _layout(files, path)
     classes = sorted({name for name in names if name is not None})
     number = {name: i for i, name in enumerate(classes)}
     labels = [UNLABELED if name is None else number[name] for name in names]
-    return Images(place.name, ids, labels, classes, splits, sizes=sizes, read=read)
+    return Images(place.name, ids, labels, classes, splits, sizes=sizes, keys=keys, read=read)
 
 
 def _layout(files: list[str], path: str) -> tuple[list[str], list[str], list[str | None]]:

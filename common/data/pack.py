@@ -2,9 +2,10 @@
 
 `python -m common.data pack SRC DST` writes it.
 
-Layout of the file: `_MAGIC`, the pixels (n, 3, S, S), then JSON (names, labels, splits, sizes and
-one CRC-32 an image), and a trailer with the JSON's length and its SHA-256. Pixels come first, so
-that packing streams; what is known only at the end is at the end.
+Layout of the file: `_MAGIC`, the pixels (n, 3, S, S), then JSON (names, labels, splits, sizes, one
+CRC-32 an image and one digest of each file that they come from), and a trailer with the JSON's
+length and its SHA-256. Pixels come first, so that packing streams; what is known only at the end is
+at the end.
 
 A packed set is the set that it was made of: the same ids, labels, splits and, at the side it was
 packed at, the same batches. So a run is the same run on either: the fingerprint is the source's. It
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from common.data.images import Images, central_square
 from common.errors import InputError
+from common.run.content import Content
 from common.run.files import atomic_write
 
 SUFFIX = ".packed"
@@ -68,7 +70,12 @@ class PackedImages(Images):
         self.num_bytes = path.stat().st_size
         side = self._packed_size = index["store_size"]
         self._pixels = np.memmap(path, np.uint8, "r", len(_MAGIC), (len(self.ids), 3, side, side))
-        self._crc = index["crc"]
+        self._crc = np.array(index["crc"], np.int64)
+        # Files of an earlier version have no digests.
+        digests = np.frombuffer(bytes.fromhex(index.get("digests", "")), "<i8")
+        self.content = Content(
+            self.ids, None, digests=digests if len(digests) else None, crc=self._crc
+        )
         self._checked = np.zeros(len(self.ids), bool)
         self._read_bytes = self._cache = self._cached = None
         self.keeps = False
@@ -117,6 +124,14 @@ class PackedImages(Images):
         return np.array_split(indices, -(-len(indices) // 16)) if len(indices) else []
 
 
+def _digests(images: Images) -> np.ndarray:
+    # (n,) int64 of the files that the images were read from; empty where there are none.
+    if images.content is None:
+        return np.zeros(0, np.int64)
+    rows = {name: row for row, name in enumerate(images.content.names)}
+    return images.content.digests()[[rows[name] for name in images.ids]]
+
+
 def _read_index(path: Path) -> dict:
     foreign = InputError(
         f"{path}: not a packed data set; make one with python -m common.data pack SRC {path.name}"
@@ -142,6 +157,8 @@ def _read_index(path: Path) -> dict:
     index = json.loads(text)  # its hash is right: what is wrong with it now was written so
     pixels = size - _TRAILER.size - length - len(_MAGIC)
     if not index.keys() >= _FIELDS or pixels != len(index["ids"]) * 3 * index["store_size"] ** 2:
+        raise foreign
+    if len(index.get("digests", "")) not in (0, 16 * len(index["ids"])):
         raise foreign
     return index
 
@@ -179,6 +196,7 @@ def pack(images: Images, path: Path, *, default_size: int, left_out=(), workers:
                 "store_size": side,
                 "fingerprint": source,
                 "crc": crc,
+                "digests": _digests(images).tobytes().hex(),
             }
             text = json.dumps(index).encode()
             file.write(text + _TRAILER.pack(len(text), hashlib.sha256(text).digest()))

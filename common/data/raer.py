@@ -50,6 +50,7 @@ from common.data.sampling import hash_order
 from common.data.synthetic import emotion_clips
 from common.errors import InputError, first_few, plural
 from common.rng import uniform
+from common.run.content import codes
 
 CLASSES = {
     "neutrality": (
@@ -103,13 +104,15 @@ class TwoStreams(Images):
         faces: np.ndarray,
         bodies: np.ndarray,
         margin: float,
+        keys=(),
     ):
         self.faces = faces
         self.bodies = bodies
         self.margin = margin
         labels = [UNLABELED] * len(files)
         splits = [""] * len(files)
-        super().__init__(name, files, labels, [], splits, sizes=sizes, read=read)
+        super().__init__(name, files, labels, [], splits, sizes=sizes, keys=keys, read=read)
+        self.content.facts["box"] = codes(np.concatenate([faces, bodies], 1))
         digest = hashlib.sha256(self.fingerprint.encode() + faces.tobytes() + bodies.tobytes())
         self.fingerprint = digest.hexdigest()[:8]
 
@@ -273,7 +276,7 @@ def open_clips(
     if path == "sample":
         return _sample()
     place = Path(path)
-    files, sizes, read = list_files(path, _is_wanted)
+    files, sizes, keys, read = list_files(path, _is_wanted)
     tree = _tree(path, files, read)
     lists = _lists(tree) if labels else {}
     names, descriptions = _classes(tree)
@@ -315,6 +318,7 @@ def open_clips(
         faces=np.concatenate([faces_of[line.clip][rows] for line, rows in used]),
         bodies=np.repeat([body_of[line.clip] for line, _ in used], counts, axis=0),
         margin=margin,
+        keys=[keys[i] for i in position],
     )
     _refuse_degenerate(path, images, content, [indices[0] for indices in frames], workers)
     return EmotionClips(

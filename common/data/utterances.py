@@ -36,6 +36,7 @@ from common.data.images import (
 )
 from common.data.sampling import TEST_SHARE, hold_out
 from common.errors import InputError, did_you_mean, first_few
+from common.run.content import Content, codes
 
 FEATURES = {"video": "video_data/swin_feats.pkl", "audio": "audio_data/wavlm_feats.pkl"}
 # What NumPy, zipfile and pickle raise on damaged or hostile files.
@@ -75,6 +76,7 @@ class Utterances:
         modalities: name -> float32, (n, d), or (n, l, d) with zeros behind each sequence's end.
         lengths: name -> (n,) int64 in [1, l], for the modalities of three dimensions.
         fingerprint: eight digits that stand for the content.
+        content: the utterances as `Content` knows them, for the words of what has changed.
     """
 
     def __init__(
@@ -107,6 +109,19 @@ class Utterances:
             digest.update(f"{name}{values.shape}".encode())
             digest.update(np.ascontiguousarray(values))
         self.fingerprint = digest.hexdigest()[:8]
+        names = [*self.classes, ""]  # the last is that of UNLABELED, which is -1
+        facts = {"label": codes(names)[self.labels], "split": codes(self.splits)}
+        self.content = Content(self.ids, self._row, facts=facts, in_memory=True, unit="utterance")
+
+    def _row(self, index: int) -> bytes:
+        texts = [column and column[index] for column in (self.texts, self.speakers)]
+        parts = [repr(texts).encode()]
+        for name, values in sorted(self.modalities.items()):
+            row = values[index]
+            if name in self.lengths:
+                row = row[: self.lengths[name][index]]
+            parts.append(name.encode() + row.tobytes())
+        return b"".join(parts)
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -115,7 +115,7 @@ def load(path: Path) -> dict:
         digest = hashlib.sha256(data[:-_COMMENT]).hexdigest().encode()
         if mark != _MARK + digest:
             raise InputError(f"checkpoint {path} is damaged: its SHA-256 does not match")
-    elif path.name in ("last.pt", "best.pt", "last.previous.pt"):
+    elif path.name in ("last.pt", "best.pt", "last.previous.pt", "content.pt"):
         raise InputError(f"checkpoint {path} is damaged: it is cut short")
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)

@@ -1,5 +1,6 @@
 """The directory of a run: its name, who may work in it, what it says of how it was made."""
 
+import glob
 import json
 import os
 import platform
@@ -15,8 +16,10 @@ import torchvision
 
 from common import config
 from common.errors import InputError
+from common.run import content as contents
 from common.run import dist
 from common.run.card import Card
+from common.run.content import Content
 from common.run.files import (
     FORMAT,
     ROOT,
@@ -30,7 +33,10 @@ from common.run.files import (
 )
 
 # What --resume none removes.
-_STATE = ("last.pt", "last.previous.pt", "best.pt", "summary.json", "log.jsonl", "resumes.jsonl")
+_STATE = (
+    "last.pt", "last.previous.pt", "best.pt", "summary.json", "log.jsonl", "resumes.jsonl",
+    contents.FILE,
+)  # fmt: skip
 
 
 def run_dir(args, script: str, name: str, identity: dict) -> Path:
@@ -67,7 +73,13 @@ def output_folder(path: str) -> Path:
 
 
 def create_run_dir(
-    folder: Path, args, identity: dict, resolved: dict, card: dict, world: dist.Dist
+    folder: Path,
+    args,
+    identity: dict,
+    resolved: dict,
+    card: dict,
+    world: dist.Dist,
+    content: Content | None,
 ) -> bool:
     """Create `folder` and write config.json and env.json.
 
@@ -77,30 +89,44 @@ def create_run_dir(
         identity: the settings that decide the result.
         resolved: the settings of the stages and the model as they came out.
         card: what the script says of itself, see `card_record`.
+        content: what is known of the bytes of the data's files, where there are any.
 
     Raises:
-        InputError: the run there, or the one of --resume PATH, has another identity and
-            --force-resume is not given, or another format; or the folder is another program's, or
-            cannot be written.
+        InputError: the run there, or the one of --resume PATH, has another identity or has read
+            other data and --force-resume is not given, or another format; or the folder is another
+            program's, or cannot be written.
     """
     there = read_json(folder / "config.json")
     if there is not None and "identity" not in there:
         raise InputError(f"{folder}: the config.json there is of no run; choose another --out")
     mode = config.resume_mode(args, (read_json(folder / "env.json") or {}).get("slurm_job"))
     stored = None if mode == "none" else read_config(folder)
+    home = folder
     if stored is None and mode not in ("auto", "none"):
-        stored = read_config(run_dir_of(mode))
+        home = run_dir_of(mode)
+        stored = read_config(home)
+    record = None
+    if stored is None and mode == "auto" and not args.out and world.is_main:
+        _say_beside(folder, args, identity, content, world)
     if stored is not None:
+        record = contents.load(home, world.say) if content else None
         # To go on for longer is what `--resume PATH --epochs MORE` asks for; any other difference
         # makes another run.
         free = set() if mode == "auto" else {"epochs", "warmup_epochs"}
-        differences = _differences(stored["identity"], identity, free)
+        differences = _differences(stored["identity"], identity, free, record, content)
         if differences and not args.force_resume:
             longer = f", --resume {folder} for more epochs" if mode == "auto" else ""
             raise InputError(
                 f"{folder} holds another run: {'; '.join(differences)}. Another --out{longer}, or"
                 " --force-resume"
             )
+        if differences:
+            world.say(f"--force-resume goes on although {'; '.join(differences)}")
+    if content is not None:
+        content.take_over(
+            record, folder, world, force=args.force_resume, workers=getattr(args, "workers", 1)
+        )
+    if stored is not None:
         summary = read_json(folder / "summary.json")
         if mode == "auto" and not differences and summary and summary["status"] == "finished":
             if world.is_main:
@@ -129,11 +155,45 @@ def create_run_dir(
     return True
 
 
-def _differences(stored: dict, identity: dict, free: set[str]) -> list[str]:
+def _differences(
+    stored: dict, identity: dict, free: set[str], record: dict | None, content: Content | None
+) -> list[str]:
     names = sorted((stored.keys() | identity.keys()) - free)
     default = "its default"
     pairs = [(name, stored.get(name, default), identity.get(name, default)) for name in names]
-    return [f"{name} is {old} there and {new} here" for name, old, new in pairs if old != new]
+    texts = {
+        name: f"{name} is {old} there and {new} here" for name, old, new in pairs if old != new
+    }
+    if "data" in texts and record:
+        words = content.differences(record)
+        if words:
+            texts["data"] = f"the data has changed: {words}"
+    return list(texts.values())
+
+
+def _say_beside(
+    folder: Path, args, identity: dict, content: Content | None, world: dist.Dist
+) -> None:
+    """Say where the newest run of the same flags on other data lies, if it is beside `folder`."""
+    free = config.NOT_IN_RUN_ID - {"from_run", "teacher"}
+    flags = json.loads(json.dumps(vars(args), default=str))
+    beside = []
+    for file in folder.parent.glob(f"{glob.escape(folder.name.rpartition('-')[0])}-*/config.json"):
+        try:
+            there = read_config(file.parent) or {}
+        except InputError:
+            continue  # it is not that run that was asked for
+        same = all(there.get(name, flags[name]) == flags[name] for name in flags.keys() - free)
+        if same and there.get("identity", {}).get("data") not in (None, identity["data"]):
+            beside.append((file.stat().st_mtime, str(file.parent)))
+    if beside:
+        path = max(beside)[1]
+        record = contents.load(Path(path), world.say) if content else None
+        words = f" ({content.differences(record)})" if record else ""
+        world.say(
+            f"a run of the same flags on other data lies beside it in {path}{words};"
+            f" --resume {path} --force-resume goes on with that one"
+        )
 
 
 def card_record(card: Card, chance: dict[str, tuple[str, float]]) -> dict:

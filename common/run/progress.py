@@ -10,6 +10,7 @@ from torch import Tensor
 
 from common.errors import Diverged, InputError, Stopped, plural
 from common.run import checkpoint, dist
+from common.run.content import Content
 from common.run.files import FORMAT, make_folder, remove_orphans
 from common.run.log import Log
 from common.run.signals import Signals
@@ -37,7 +38,8 @@ class Progress:
     of which `batch` in `epoch`. `sums` are device tensors accumulated over the epoch. `best`
     follows the selection metric. `model_spec` goes into every file and says what is needed to
     rebuild the model; `start` names what the stage started from: a state with another start is not
-    continued. `heartbeat` grows while the stage lives.
+    continued. `content` is that of the data, whose record is kept up with the state. `heartbeat`
+    grows while the stage lives.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Progress:
         start: str,
         save_every: float,
         max_steps: int | None,
+        content: Content | None = None,
     ):
         self.folder = folder
         self.stage = stage
@@ -64,6 +67,7 @@ class Progress:
         self.start = start
         self.save_seconds = save_every * 60
         self.max_steps = max_steps
+        self.content = content
         self.step = 0
         self.epoch = 0
         self.batch = 0
@@ -160,6 +164,9 @@ class Progress:
             self._diverge()
         sums = {name: dist.all_gather_rows(value.reshape(1)) for name, value in self.sums.items()}
         self._saved = time.monotonic()
+        if self.content is not None:
+            # First, so that it knows of everything that a stored state has learned from.
+            self.content.save(self.world, self.log.say)
         if not self.world.is_main:
             return
         self.log.sync()

@@ -24,11 +24,13 @@ from common.errors import (
     Finished,
     InputError,
     Stopped,
+    first_few,
     only_warn,
     plural,
 )
 from common.run import checkpoint, dist
 from common.run.card import Card
+from common.run.content import content_of
 from common.run.directory import card_record, create_run_dir, output_folder, run_dir
 from common.run.files import ROOT, read_json, write_json
 from common.run.log import Log
@@ -108,9 +110,10 @@ class Run:
             input_text: what the line says of the model's input.
 
         Raises:
-            InputError: see `create_run_dir`.
+            InputError: see `create_run_dir`; or the ranks read different data.
             Finished: the same run has finished; its summary is printed.
         """
+        _require_same_data(world, data, identity["data"])
         folder = run_dir(args, card.name, name, identity)
         run = cls(args, world, data, splits, folder, None, model_spec, card, chance, stages)
         if args.check:
@@ -121,7 +124,9 @@ class Run:
             run.log.say(f"check for {folder}; device {world.device}, {input_text}")
             return run
         resolved = {stage: vars(values) for stage, values in stages.items()} | model_spec
-        if not create_run_dir(folder, args, identity, resolved, card_record(card, chance), world):
+        record = card_record(card, chance)
+        content = content_of(data)
+        if not create_run_dir(folder, args, identity, resolved, record, world, content):
             raise Finished
         run.signals = signals
         run.log = Log(folder, main=world.is_main, tensorboard=args.tensorboard)
@@ -169,6 +174,7 @@ class Run:
             start=start,
             save_every=args.save_every,
             max_steps=args.max_steps,
+            content=content_of(self.data),
         )
         state = checkpoint.load_newest(folder, self.log.say)
         best = None
@@ -352,6 +358,26 @@ class Run:
     def describe_data(self) -> str:
         """The data in one line."""
         return getattr(self.data, "table", self.data).describe()
+
+
+def _require_same_data(world: dist.Dist, data, fingerprint: str) -> None:
+    # The directory's name would differ too, and a rank with fewer batches would leave the others.
+    if world.world_size == 1:
+        return
+    own = torch.tensor([[int(fingerprint, 16), len(getattr(data, "table", data))]])
+    rows = dist.all_gather_rows(own.to(world.device)).tolist()
+    ranks: dict[tuple, list[int]] = {}
+    for rank, row in enumerate(rows):
+        ranks.setdefault(tuple(row), []).append(rank)
+    if len(ranks) > 1:
+        texts = [
+            f"{plural(count, 'item')} ({digits:08x}) on rank {first_few(of)}"
+            for (digits, count), of in ranks.items()
+        ]
+        raise InputError(
+            f"the ranks read different data: {'; '.join(texts)}; give all of them the same --data,"
+            " or complete the copies of it"
+        )
 
 
 def _deepest_of_ours(frames: traceback.StackSummary) -> str:
