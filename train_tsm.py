@@ -22,6 +22,7 @@ with 4, the recipe's choice, it is half of the channels. It costs no arithmetic,
 traffic.
 """
 
+import common  # noqa: F401  # isort: skip  (it refuses an older Python)
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -460,7 +461,7 @@ def train_step(run: Run, model, optimizer, scaler, batch: Batch) -> Step:
             loss = sum(add_distillation(run, terms, logits, x).values()) / accum
             scaler.scale(loss).backward()
         total += loss.detach()
-    norm, bad = amp.guarded_step(optimizer, scaler, total)
+    norm, bad = amp.guarded_step(optimizer, scaler, total, run.args.clip_grad)
     return Step({"loss": total}, norm, bad)
 
 

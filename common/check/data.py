@@ -356,7 +356,7 @@ def save_chart(svg: str, folder: Path, name: str) -> str:
     """Write a chart as figures/NAME.svg; returns its path below `folder`."""
     path = folder / "figures" / f"{name}.svg"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(charts.standalone(svg))
+    path.write_text(charts.standalone(svg), encoding="utf-8")
     return str(path.relative_to(folder))
 
 

@@ -68,7 +68,7 @@ def export(folder: Path, source, rows: np.ndarray) -> None:
     if texts is None:
         for number, row in enumerate(rows, 1):
             _picture(source, int(row)).save(folder / f"{number:03d}.png")
-    (folder / "classes.txt").write_text("\n".join(source.classes) + "\n")
+    (folder / "classes.txt").write_text("\n".join(source.classes) + "\n", encoding="utf-8")
     write_json(folder / "key.json", {"data": source.fingerprint, "items": len(rows)})
     with atomic_write(folder / "sheet.csv") as file:
         writer = csv.writer(file)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from common.data.images import upright
 from common.report import charts
 from common.report.charts import escape
 from common.report.curves import FIRST, SYSTEM, chart_figure, max_points, title_of
@@ -323,7 +324,7 @@ def embedded(path: Path, detail: float) -> str:
     if path.suffix == ".svg":
         return f"data:image/svg+xml;base64,{base64.b64encode(path.read_bytes()).decode()}"
     with Image.open(path) as image:
-        image = image.convert("RGB")
+        image = upright(image).convert("RGB")
         widest = max(int(_WIDEST * min(detail, 1.0)), 100)
         if image.width > widest:
             size = (widest, max(1, round(image.height * widest / image.width)))
@@ -355,7 +356,9 @@ def write(folder: Path, status: str | None = None) -> Path:
         figures.mkdir(exist_ok=True)
         for stage, drawings in run.charts(1.0).items():
             for metric, drawn in drawings.items():
-                (figures / f"{stage}_{metric}.svg").write_text(charts.standalone(drawn))
+                (figures / f"{stage}_{metric}.svg").write_text(
+                    charts.standalone(drawn), encoding="utf-8"
+                )
     return path
 
 
@@ -544,7 +547,7 @@ def own_tables(folder: Path, part: str) -> str:
     if not file.exists():
         return ""
     out = []
-    for title, content in json.loads(file.read_text()).items():
+    for title, content in json.loads(file.read_text(encoding="utf-8")).items():
         if content.get("part", "findings") != part:
             continue
         header = content["header"]
@@ -644,7 +647,7 @@ def findings_part(run: Record, detail: float) -> str:
             pictures.append(f"<h3>{title}</h3>{caption}{image}")
     sections = []
     for file in sorted(folder.glob("*.json"), key=_rank):
-        figure = json.loads(file.read_text())
+        figure = json.loads(file.read_text(encoding="utf-8"))
         if "kind" in figure:  # else it is another tool's
             form = ' class="half"' if figure["kind"] in _HALF else ""
             head = f"<h3>{escape(figure['title'])}</h3>{paragraph(figure['text'])}"
