@@ -691,7 +691,7 @@ def stream(run: Run, model: ClipModel) -> None:
         x = frames_of(run, Batch(amp.to_device(pixels, run.world.device), video, None, None))
         with amp.autocast(run.args.precision, run.world.device):
             logits, _ = flow(x)
-        score_fake = logits.double().sigmoid().item()
+        score_fake = logits.cpu().double().sigmoid().item()
         lines.append(f"{t},{score_fake:.6f}")
     if run.world.is_main:
         file = run.folder / "stream.csv"

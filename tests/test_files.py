@@ -1,14 +1,43 @@
 """What a run writes is whole or not there at all."""
 
+import ast
 import os
+from pathlib import Path
 
 import pytest
 
 from common.run.files import atomic_write, remove_orphans
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
+
+
+def in_the_locales_encoding(call: ast.Call) -> bool:
+    """Whether a call reads or writes text in an encoding that it does not name."""
+    keywords = {keyword.arg for keyword in call.keywords}  # None: **options
+    name = ast.unparse(call.func)
+    if name == "open" or (name.endswith(".open") and name.startswith(("path", "file", "folder"))):
+        binary = any(isinstance(arg, ast.Constant) and "b" in str(arg.value) for arg in call.args)
+        return not binary and not keywords & {"encoding", None}
+    if name.endswith((".read_text", ".write_text")):
+        return "encoding" not in keywords
+    return name.startswith("subprocess.") and "text" in keywords
+
+
+def test_no_text_is_in_the_encoding_of_the_locale():
+    found = []
+    for path in [
+        *ROOT.glob("train_*.py"),
+        *ROOT.glob("common/**/*.py"),
+        *ROOT.glob("kernels/*.py"),
+    ]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and in_the_locales_encoding(node):
+                found.append(f"{path.relative_to(ROOT)} line {node.lineno}: {ast.unparse(node)}")
+    assert not found
 
 
 def test_a_writer_that_fails_half_way_leaves_the_old_content(tmp_path):
