@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from common import amp, config, optim
+from common.run import dist
+from common.run.launch import launch
 
 CPU = torch.device("cpu")
 
@@ -152,6 +154,21 @@ def test_auto_takes_no_emulated_bf16(capability, hip, dtype, monkeypatch):
     assert asked == ([] if hip else [device])  # of this GPU, not of the current one
     for name in ("fp32", "bf16", "fp16"):  # what is asked for is done
         assert amp.dtype_of(name, device) == amp.dtype_of(name, CPU)
+
+
+@pytest.mark.parametrize(
+    ("precision", "capability", "warned"),
+    [("bf16", (7, 5), True), ("auto", (7, 5), False), ("bf16", (9, 0), False)],
+)
+def test_emulated_bf16_is_warned_of(precision, capability, warned, monkeypatch, capsys):
+    world = dist.Dist(0, 1, torch.device("cuda", 0))
+    monkeypatch.setattr(dist, "init", lambda *_: world)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    args = config.base_parser("x", "A script.").parse_args(["--precision", precision])
+    ran = []
+    assert launch(args, None, lambda *given: ran.append(given[1])) == 0
+    assert ran == [world]
+    assert capsys.readouterr().out.startswith("WARN --precision bf16: ") == warned
 
 
 def test_the_learning_rate_is_a_function_of_the_position():

@@ -46,11 +46,11 @@ class OnDevice(torch.Tensor):
             seen[id(x.held)] = x
             return x.held
 
-        kwargs = tree_map(held, kwargs or {})
+        args, kwargs = tree_map(held, args), tree_map(held, kwargs or {})
         device = kwargs.get("device") or torch.device("mps" if seen else "cpu")
         if "device" in kwargs:
             kwargs["device"] = torch.device("cpu")
-        result = function(*tree_map(held, args), **kwargs)
+        result = function(*args, **kwargs)
         if device.type == "cpu":
             return result
         # What is changed in place stays the tensor that it was.

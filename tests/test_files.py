@@ -61,6 +61,18 @@ def test_nothing_stands_at_the_path_before_all_is_written(tmp_path):
     assert names(tmp_path) == ["table.csv"]
 
 
+def test_a_folder_is_opened_where_the_system_can(tmp_path, monkeypatch):
+    opened, path = [], tmp_path / "table.csv"
+    monkeypatch.setattr(os, "open", lambda place, _: opened.append(place) or os.dup(1))
+    for system in ("posix", "nt"):
+        monkeypatch.setattr(os, "name", system)
+        with atomic_write(path) as file:
+            file.write(system)
+        monkeypatch.undo()
+        assert opened == [tmp_path] and path.read_text() == system
+        monkeypatch.setattr(os, "open", lambda place, _: opened.append(place))
+
+
 def test_the_old_file_is_kept_under_another_name(tmp_path):
     path = tmp_path / "last.pt"
     previous = tmp_path / "last.previous.pt"
