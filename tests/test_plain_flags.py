@@ -80,7 +80,7 @@ def test_patience_ends_what_no_longer_improves(tmp_path):
         (train_simclr, [*SIMCLR[:6], "--bs", "28", "--lr", "0.1", "--accum", "2"]),
         (train_tsm, [*TSM, "--accum", "2"]),
         (train_raer, [*RAER[:4], "--bs", "8", "--method", "ce", "--device", "cpu"]),
-        (train_cluster, [*CLUSTER, "--base-dim", "16", "--bs", "32"]),
+        (train_cluster, [*CLUSTER, *shlex.split("--base-dim 16 --bs 32 --cluster-bs 32")]),
     ],
     ids=["finetune", "linear", "pretrain", "gradcache", "tsm", "raer", "cluster"],
 )
