@@ -18,6 +18,7 @@ Labels, where there are any, are counted and scored against. They enter no loss,
 schedule.
 """
 
+import common  # noqa: F401  # isort: skip  (it refuses an older Python)
 import copy
 import math
 import sys
@@ -444,7 +445,7 @@ def train_step(run: Run, model, optimizer, scaler, batch: Batch) -> Step:
             labels = torch.from_numpy(batch.items).to(world.device)
         loss = sup_con(torch.cat(h), labels.repeat(len(h)), temperature, gather=gather, impl=impl)
     scaler.scale(loss).backward()
-    norm, bad = amp.guarded_step(optimizer, scaler, loss)
+    norm, bad = amp.guarded_step(optimizer, scaler, loss, run.args.clip_grad)
     return Step({"loss": loss.detach()}, norm, bad)
 
 

@@ -20,6 +20,7 @@ adjust the logits; cool down. It is one table, in common/longtail.py, and printe
 --schedule FILE replaces it.
 """
 
+import common  # noqa: F401  # isort: skip  (it refuses an older Python)
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -436,7 +437,7 @@ def train_step(run: Run, model, optimizer, scaler, batch: Batch) -> Step:
             scaler.scale(loss).backward()
         for name, value in (terms | {"loss": loss}).items():
             totals[name] = totals.get(name, 0) + value.detach()
-    norm, bad = amp.guarded_step(optimizer, scaler, totals["loss"])
+    norm, bad = amp.guarded_step(optimizer, scaler, totals["loss"], run.args.clip_grad)
     return Step(totals, norm, bad)
 
 

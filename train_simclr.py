@@ -15,6 +15,7 @@ Everything, small, in minutes on two CPU cores:
   python train_simclr.py --demo
 """
 
+import common  # noqa: F401  # isort: skip  (it refuses an older Python)
 import math
 import sys
 from collections.abc import Iterator
@@ -452,7 +453,7 @@ def train_step(run: Run, model, optimizer, scaler, batch: Batch) -> Step:
     run.lap("loss")
     scaler.scale(loss).backward()
     run.lap("backward")
-    norm, bad = amp.guarded_step(optimizer, scaler, loss)
+    norm, bad = amp.guarded_step(optimizer, scaler, loss, run.args.clip_grad)
     run.lap("optimizer")
     return Step({"loss": loss.detach()}, norm, bad, extra=z.detach())
 
@@ -467,11 +468,8 @@ def gradcache_step(run: Run, model, optimizer, scaler, batch: Batch) -> Step:
     """
     args, device = run.args, run.world.device
     optimizer.zero_grad(set_to_none=True)
-    with (
-        torch.no_grad(),
-        amp.frozen_running_stats(model),
-        amp.autocast(args.precision, device),
-    ):
+    frozen, autocast = amp.frozen_running_stats(model), amp.autocast(args.precision, device)
+    with torch.no_grad(), frozen, autocast:
         parts = [model(two_views(run, chunk)).chunk(2) for chunk in batch.chunks(args.accum)]
     z_a, z_b = (torch.cat(side).requires_grad_() for side in zip(*parts, strict=True))
     run.lap("forward")
@@ -485,7 +483,7 @@ def gradcache_step(run: Run, model, optimizer, scaler, batch: Batch) -> Step:
                 z = model(two_views(run, chunk))
             z.backward(torch.cat([z_a.grad[rows], z_b.grad[rows]]))
     run.lap("backward")
-    norm, bad = amp.guarded_step(optimizer, scaler, loss)
+    norm, bad = amp.guarded_step(optimizer, scaler, loss, run.args.clip_grad)
     run.lap("optimizer")
     return Step({"loss": loss.detach()}, norm, bad, extra=torch.cat([z_a, z_b]).detach())
 
@@ -505,7 +503,7 @@ def finetune_step(run: Run, model, optimizer, scaler, batch: Batch) -> Step:
     terms = {"ce": nn.functional.cross_entropy(logits.float(), batch.labels)}
     loss = sum(add_distillation(run, terms, logits, x).values())
     scaler.scale(loss).backward()
-    norm, bad = amp.guarded_step(optimizer, scaler, loss)
+    norm, bad = amp.guarded_step(optimizer, scaler, loss, run.args.clip_grad)
     return Step({"loss": loss.detach()}, norm, bad)
 
 

@@ -22,6 +22,7 @@ with 4, the recipe's choice, it is half of the channels. It costs no arithmetic,
 traffic.
 """
 
+import common  # noqa: F401  # isort: skip  (it refuses an older Python)
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -460,7 +461,7 @@ def train_step(run: Run, model, optimizer, scaler, batch: Batch) -> Step:
             loss = sum(add_distillation(run, terms, logits, x).values()) / accum
             scaler.scale(loss).backward()
         total += loss.detach()
-    norm, bad = amp.guarded_step(optimizer, scaler, total)
+    norm, bad = amp.guarded_step(optimizer, scaler, total, run.args.clip_grad)
     return Step({"loss": total}, norm, bad)
 
 
@@ -691,7 +692,7 @@ def stream(run: Run, model: ClipModel) -> None:
         x = frames_of(run, Batch(amp.to_device(pixels, run.world.device), video, None, None))
         with amp.autocast(run.args.precision, run.world.device):
             logits, _ = flow(x)
-        score_fake = logits.double().sigmoid().item()
+        score_fake = logits.cpu().double().sigmoid().item()
         lines.append(f"{t},{score_fake:.6f}")
     if run.world.is_main:
         file = run.folder / "stream.csv"

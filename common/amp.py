@@ -24,13 +24,23 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     return x.to(device)
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether a GPU computes in bf16 itself; older ones emulate it, slower than fp32.
+
+    `torch.cuda.is_bf16_supported` counts the emulation, and asks the current GPU alone.
+    """
+    return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def dtype_of(precision: str, device: torch.device) -> torch.dtype:
     """The dtype that `--precision` means on a device.
 
-    `auto` is bf16 on a GPU that has it, fp32 elsewhere.
+    `auto` is bf16 on a GPU that has it, fp16 on an older one, fp32 elsewhere.
     """
     if precision == "auto":
-        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        precision = "fp32"
+        if device.type == "cuda":
+            precision = "bf16" if has_bf16(device) else "fp16"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
@@ -46,7 +56,10 @@ def scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
 
 
 def guarded_step(
-    optimizer: torch.optim.Optimizer, grad_scaler: torch.amp.GradScaler, loss: Tensor
+    optimizer: torch.optim.Optimizer,
+    grad_scaler: torch.amp.GradScaler,
+    loss: Tensor,
+    clip_grad: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Step the optimizer unless a gradient is not finite.
 
@@ -54,15 +67,23 @@ def guarded_step(
     their `found_inf` is 1, so no host synchronization is needed and a bad step never reaches the
     weights.
 
+    Args:
+        clip_grad: the longest that the gradient of all parameters together may be, without the
+            loss scale; a longer one is scaled down to it. None: no limit.
+
     Returns:
-        The gradient norm, and whether the step was bad: device scalars, the second a boolean. With
-        a loss scaler an overflow of the scaled gradients is not bad, only a loss that is not finite
-        is.
+        The gradient norm before it is clipped, and whether the step was bad: device scalars, the
+        second a boolean. With a loss scaler an overflow of the scaled gradients is not bad, only a
+        loss that is not finite is.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = optim.grad_norm(parameters)
     if grad_scaler.is_enabled():
         norm = norm / grad_scaler.scale(torch.ones_like(norm))
+    if clip_grad is not None:
+        # A gradient that is NaN leaves the others as they are: --detect-anomaly names it.
+        nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm.nan_to_num())
+    if grad_scaler.is_enabled():
         grad_scaler.step(optimizer)
         grad_scaler.update()
         return norm, ~loss.detach().isfinite()

@@ -6,6 +6,7 @@ nowhere else. `args` is never changed after parsing: derived values get names of
 
 import argparse
 import hashlib
+import io
 import json
 import os
 import re
@@ -50,6 +51,7 @@ NAMES_ELSEWHERE = {
     "--amp": "--precision",
     "--arch": "--backbone",
     "--checkpoint": "--resume PATH, or --eval CHECKPOINT",
+    "--clip-grad-norm": "--clip-grad",
     "--data-dir": "--data",
     "--data-path": "--data",
     "--devices": "--device; torchrun starts one process for each GPU",
@@ -57,10 +59,13 @@ NAMES_ELSEWHERE = {
     "--eval-interval": "--eval-every",
     "--fp16": "--precision fp16",
     "--gpus": "--device; torchrun starts one process for each GPU",
+    "--grad-clip": "--clip-grad",
     "--gradient-accumulation-steps": "--accum",
+    "--gradient-clip-val": "--clip-grad",
     "--img-size": "--image-size",
     "--log-interval": "--log-every",
     "--max-epochs": "--epochs",
+    "--max-grad-norm": "--clip-grad",
     "--max-iters": "--max-steps",
     "--model": "--backbone",
     "--num-workers": "--workers",
@@ -189,6 +194,9 @@ class Parser(_Flags, argparse.ArgumentParser):
         self.set_help(**dict.fromkeys(names, argparse.SUPPRESS))
 
     def parse_known_args(self, args=None, namespace=None):
+        # Before a program prints its first line: what the console has no sign for must not end it.
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="backslashreplace")
         given = sys.argv[1:] if args is None else args
         return super().parse_known_args(self.without_aliases(given), namespace)
 
@@ -294,6 +302,13 @@ def base_parser(
         f"weight decay of all parameters but biases and normalization{default_of('wd')}",
         low=0,
     )
+    optim.number(
+        "--clip-grad",
+        float,
+        None,
+        "largest L2 norm of the gradient of all parameters, in every stage; unset: no limit",
+        above=0,
+    )
     optim.choice(
         "--lr-schedule",
         ["cosine", "constant"],
@@ -318,7 +333,8 @@ def base_parser(
         "--precision",
         ["auto", "fp32", "bf16", "fp16"],
         "auto",
-        "number format of the forward pass; auto: bf16 on a GPU that has it, fp32 elsewhere",
+        "number format of the forward pass; auto: bf16 on a GPU that has it, fp16 on an older"
+        " one, fp32 elsewhere",
     )
     machine.switch("--compile", "compile the model with torch.compile")
     machine.choice(
@@ -476,7 +492,7 @@ def _config_flags(parser: Parser, file: str) -> list[str]:
     if path.suffix not in (".toml", ".json"):
         parser.error(f"--config {file}: allowed are .toml and .json")
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8-sig")
         values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     except OSError as error:
         parser.error(f"--config {file}: {error.strerror}")

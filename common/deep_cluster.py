@@ -67,12 +67,12 @@ class Rows:
         return len(self.table)
 
     def pooled(self, name: str) -> Tensor:
-        """(n, D): a modality, a sequence's mean."""
+        """(n, D): a modality, a sequence's mean; on the CPU where the device has no float64."""
         x = self.inputs[name]
-        if name not in self.lengths:
-            return x
-        parts = zip(x.split(256), self.lengths[name].split(256), strict=True)
-        return torch.cat([umc.pool(*part) for part in parts])
+        if name in self.lengths:
+            parts = zip(x.split(256), self.lengths[name].split(256), strict=True)
+            x = torch.cat([umc.pool(*part) for part in parts])
+        return x.cpu() if x.device.type == "mps" else x
 
     @staticmethod
     def padding(call: tuple[dict, dict]) -> list[Tensor]:

@@ -132,7 +132,7 @@ def linear_step(run: Run, head, optimizer, scaler, batch: Batch) -> Step:
         terms = add_distillation(run, terms, logits, batch.inputs, batch.items)
     loss = sum(terms.values())
     loss.backward()
-    norm, bad = amp.guarded_step(optimizer, scaler, loss)
+    norm, bad = amp.guarded_step(optimizer, scaler, loss, run.args.clip_grad)
     return Step({"loss": loss.detach()}, norm, bad)
 
 

@@ -203,7 +203,7 @@ def read_schedule(path: str) -> Schedule:
     if place.suffix not in (".toml", ".json"):
         raise InputError(f"--schedule {path}: allowed are .toml and .json")
     try:
-        text = place.read_text()
+        text = place.read_text(encoding="utf-8-sig")
         table = tomllib.loads(text) if place.suffix == ".toml" else json.loads(text)
     except OSError as error:
         raise InputError(f"--schedule {path}: {error.strerror}") from None

@@ -3,6 +3,13 @@
 Needs torch; triton where there is a GPU.
 """
 
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036
+    found = ".".join(map(str, sys.version_info[:3]))
+    print("error: Python 3.11 or newer is needed, this is " + found, file=sys.stderr)
+    raise SystemExit(2)
+
 from .nt_xent import nt_xent, nt_xent_reference
 from .shift_conv1x1 import shift_conv1x1, shift_conv1x1_reference
 from .sup_con import sup_con, sup_con_reference

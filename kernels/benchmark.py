@@ -296,14 +296,14 @@ def peak_memory(device, result):
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)  # what earlier calls freed must not hide what this one takes
-    reset.write_text("5")  # the resident peak starts again from here
+    reset.write_text("5", encoding="utf-8")  # the resident peak starts again from here
     held = _peak_kib()
     yield
     result["peak_mb"] = (_peak_kib() - held) * 1024 / 1e6
 
 
 def _peak_kib():
-    status = pathlib.Path("/proc/self/status").read_text()
+    status = pathlib.Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
     return int(re.search(r"VmHWM:\s+(\d+)", status)[1])
 
 
@@ -447,7 +447,7 @@ def commit():
     if shutil.which("git") is None:
         return None
     command = ["git", "-C", str(pathlib.Path(__file__).parent), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    return subprocess.run(command, capture_output=True, encoding="utf-8").stdout.strip() or None
 
 
 def parse_args(argv):

@@ -127,7 +127,7 @@ def _ascending(original):
 
 
 def _no_update(original):
-    return lambda optimizer, scaler, loss: (
+    return lambda optimizer, scaler, loss, clip_grad: (
         optim.grad_norm(optimizer.param_groups[0]["params"]),
         ~loss.isfinite(),
     )

@@ -1,5 +1,6 @@
 """A linear classifier on pixels: the smallest script of this project's shape, to copy from."""
 
+import common  # noqa: F401  # isort: skip  (it refuses an older Python)
 import sys
 from functools import partial
 
@@ -68,7 +69,9 @@ def train_step(run, model, optimizer, scaler, batch):
         logits = model(rows_of(batch))
     loss = nn.functional.cross_entropy(logits.float(), batch.labels)
     scaler.scale(loss).backward()
-    return Step({"loss": loss.detach()}, *amp.guarded_step(optimizer, scaler, loss))
+    return Step(
+        {"loss": loss.detach()}, *amp.guarded_step(optimizer, scaler, loss, run.args.clip_grad)
+    )
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
-"""A step that must not happen leaves everything as it was; chunks of a batch; precision."""
+"""A step that must not happen leaves everything as it was; clipping; precision."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from torch import nn
 
 from common import amp, config, optim
+from common.run import dist
+from common.run.launch import launch
 
 CPU = torch.device("cpu")
 
@@ -67,6 +70,44 @@ def test_an_fp16_overflow_is_skipped_but_is_no_divergence(name):
     assert not bad and not torch.equal(before[0], next(model.parameters()))
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("limit", [0.01, 1e6])
+@pytest.mark.parametrize("name", ["lars", "sgd", "adamw"])
+def test_a_gradient_is_clipped_as_torch_clips_it(name, limit, scaled):
+    model, optimizer = setting(name)
+    oracle = copy.deepcopy(model)
+    steps = optim.build_optimizer(name, optim.param_groups([oracle], 1e-2), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=scaled)
+    for _ in range(3):
+        x = torch.randn(8, 4)
+        for each in (optimizer, steps):
+            each.zero_grad()
+        scaler.scale(loss := model(x).square().mean()).backward()
+        oracle(x).square().mean().backward()
+        true = nn.utils.clip_grad_norm_(oracle.parameters(), limit)
+        steps.step()
+        norm, bad = amp.guarded_step(optimizer, scaler, loss, limit)
+        assert not bad and (norm > limit) == (limit == 0.01)
+        torch.testing.assert_close(norm, true)  # logged as it was before
+        for ours, theirs in zip(model.parameters(), oracle.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_clipping_neither_hides_nor_spreads_what_is_not_finite(poison, scaled):
+    model, optimizer = setting("sgd")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0, enabled=scaled)
+    before = snapshot(model, optimizer)
+    scaler.scale(loss := model(torch.randn(8, 4)).square().mean()).backward()
+    model[0].weight.grad[0, 0] = poison
+    _, bad = amp.guarded_step(optimizer, scaler, loss, 0.5)
+    assert bad != scaled and scaler.get_scale() == 1.0  # an overflow halves the scale
+    assert all(torch.equal(a, b) for a, b in zip(before, snapshot(model, optimizer), strict=True))
+    finite = [bool(p.grad.isfinite().all()) for p in model.parameters()]
+    assert finite == [False] + [True] * (len(finite) - 1)
+
+
 def test_a_repeated_forward_pass_leaves_the_running_statistics():
     model, _ = setting("sgd")
     model.train()
@@ -89,6 +130,45 @@ def test_autocast_follows_the_flag(precision, dtype):
         out = nn.Linear(4, 4)(torch.randn(2, 4))
     assert out.dtype == (dtype or torch.float32)
     assert not amp.scaler(precision, CPU).is_enabled() and amp.scaler("fp16", CPU).is_enabled()
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "dtype"),
+    [
+        ((7, 0), None, torch.float16),  # V100
+        ((7, 5), None, torch.float16),  # T4, RTX 2060 Super
+        ((8, 0), None, torch.bfloat16),
+        ((12, 0), None, torch.bfloat16),
+        (None, "6.4", torch.bfloat16),  # ROCm
+    ],
+)
+def test_auto_takes_no_emulated_bf16(capability, hip, dtype, monkeypatch):
+    device = torch.device("cuda", 1)
+    asked = []
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda of: asked.append(of) or capability
+    )
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)  # emulation too
+    assert amp.dtype_of("auto", device) == dtype
+    assert asked == ([] if hip else [device])  # of this GPU, not of the current one
+    for name in ("fp32", "bf16", "fp16"):  # what is asked for is done
+        assert amp.dtype_of(name, device) == amp.dtype_of(name, CPU)
+
+
+@pytest.mark.parametrize(
+    ("precision", "capability", "warned"),
+    [("bf16", (7, 5), True), ("auto", (7, 5), False), ("bf16", (9, 0), False)],
+)
+def test_emulated_bf16_is_warned_of(precision, capability, warned, monkeypatch, capsys):
+    world = dist.Dist(0, 1, torch.device("cuda", 0))
+    monkeypatch.setattr(dist, "init", lambda *_: world)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    args = config.base_parser("x", "A script.").parse_args(["--precision", precision])
+    ran = []
+    assert launch(args, None, lambda *given: ran.append(given[1])) == 0
+    assert ran == [world]
+    assert capsys.readouterr().out.startswith("WARN --precision bf16: ") == warned
 
 
 def test_the_learning_rate_is_a_function_of_the_position():

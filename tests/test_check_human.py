@@ -126,6 +126,9 @@ def test_a_sheet_as_spreadsheets_save_it_is_read_and_a_spoilt_one_refused(tmp_pa
         sheet.write_text("\n".join(spoilt))
         with pytest.raises(InputError, match=said):
             check_human.item(task_of(source, tmp_path))
+    sheet.write_bytes("item,answer\n001,größe\n".encode("cp1252"))
+    with pytest.raises(InputError, match=r"sheet\.csv is not UTF-8 text: .*position 18"):
+        check_human.item(task_of(source, tmp_path))
 
 
 def test_clips_are_strips_and_utterances_are_texts(tmp_path):

@@ -1,7 +1,10 @@
 """Flags, config files, one-line errors, and what makes two commands the same run."""
 
+import io
 import json
+import os
 import shlex
+import sys
 
 import pytest
 
@@ -91,6 +94,32 @@ def test_config_file_errors_name_the_file_or_the_flag(tmp_path, text, message, c
         parse(["--config", str(file)])
     assert ending.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", ["toml", "json"])
+def test_a_config_file_is_utf_8_whatever_the_locale(tmp_path, suffix, monkeypatch, capsys):
+    monkeypatch.setattr("locale.getencoding", lambda: "cp1252")
+    file = tmp_path / f"flags.{suffix}"
+    text = 'data = "zellen/größe"' if suffix == "toml" else '{"data": "zellen/größe"}'
+    file.write_bytes(text.encode("utf-8-sig"))  # with the mark that Windows' Notepad writes
+    assert parse(["--config", str(file)]).data == "zellen/größe"
+    file.write_bytes(text.encode("cp1252"))
+    with pytest.raises(SystemExit) as ending:
+        parse(["--config", str(file)])
+    error = capsys.readouterr().err
+    assert ending.value.code == 2 and error.count("\n") == 1
+    assert str(file) in error and f"position {text.index('ö')}" in error
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_a_console_shows_what_it_has_no_sign_for_otherwise(encoding, monkeypatch):
+    shown = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", shown)
+    parse([])
+    print("± τ \udce9", flush=True)  # the last is what a name holds that is not UTF-8
+    text = shown.buffer.getvalue().decode(encoding)
+    possible = {"ascii": "\\xb1 \\u03c4", "cp1252": "± \\u03c4", "utf-8": "± τ"}[encoding]
+    assert text == f"{possible} \\udce9\n".replace("\n", os.linesep)
 
 
 def test_a_runs_own_config_repeats_its_flags(tmp_path):

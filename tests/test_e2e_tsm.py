@@ -140,7 +140,7 @@ def test_clips_that_are_longer_than_a_batch_of_frames_are_evaluated_one_by_one(
 
 def test_two_processes_train_the_same_model_as_one(ffpp, tmp_path):
     # BatchNorm of chunks is that of other clips; over processes alone it is proven in test_dist.py.
-    argv = flags(NET, "--data", ffpp, "--bs 8 --accum 2 --dropout 0 --freeze-bn 1")
+    argv = flags(NET, "--data", ffpp, "--bs 8 --accum 2 --dropout 0 --freeze-bn 1 --clip-grad 0.01")
     two = flags(argv, "--max-steps 1 --out", tmp_path / "two")
     succeed(*start_ranks(train_tsm, [two, two]))
     stopped_at([*argv, "--out", str(tmp_path / "one")], 1)

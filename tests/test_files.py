@@ -1,8 +1,10 @@
 """What a run writes is whole or not there at all, also after a power failure."""
 
+import ast
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +16,36 @@ from common.run.progress import Progress
 from tests import fifth_script
 from tests.runs import equal_runs, flags, summary
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
+
+
+def in_the_locales_encoding(call: ast.Call) -> bool:
+    """Whether a call reads or writes text in an encoding that it does not name."""
+    keywords = {keyword.arg for keyword in call.keywords}  # None: **options
+    name = ast.unparse(call.func)
+    if name == "open" or (name.endswith(".open") and name.startswith(("path", "file", "folder"))):
+        binary = any(isinstance(arg, ast.Constant) and "b" in str(arg.value) for arg in call.args)
+        return not binary and not keywords & {"encoding", None}
+    if name.endswith((".read_text", ".write_text")):
+        return "encoding" not in keywords
+    return name.startswith("subprocess.") and "text" in keywords
+
+
+def test_no_text_is_in_the_encoding_of_the_locale():
+    found = []
+    for path in [
+        *ROOT.glob("train_*.py"),
+        *ROOT.glob("common/**/*.py"),
+        *ROOT.glob("kernels/*.py"),
+    ]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and in_the_locales_encoding(node):
+                found.append(f"{path.relative_to(ROOT)} line {node.lineno}: {ast.unparse(node)}")
+    assert not found
 
 
 def test_a_writer_that_fails_half_way_leaves_the_old_content(tmp_path):
@@ -38,6 +67,18 @@ def test_nothing_stands_at_the_path_before_all_is_written(tmp_path):
         assert not path.exists()
     assert path.read_bytes() == b"a,b\r\n"  # line ends as they were written
     assert names(tmp_path) == ["table.csv"]
+
+
+def test_a_folder_is_opened_where_the_system_can(tmp_path, monkeypatch):
+    opened, path = [], tmp_path / "table.csv"
+    monkeypatch.setattr(os, "open", lambda place, _: opened.append(place) or os.dup(1))
+    for system in ("posix", "nt"):
+        monkeypatch.setattr(os, "name", system)
+        with atomic_write(path) as file:
+            file.write(system)
+        monkeypatch.undo()
+        assert opened == [tmp_path] and path.read_text() == system
+        monkeypatch.setattr(os, "open", lambda place, _: opened.append(place))
 
 
 def test_the_old_file_is_kept_under_another_name(tmp_path):

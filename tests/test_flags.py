@@ -206,6 +206,8 @@ ELSEWHERE = [
     ("--gpus", "--device; torchrun starts one process for each GPU"),
     ("--fp16", "--precision fp16"),
     ("--amp", "--precision"),
+    ("--grad-clip", "--clip-grad"),
+    ("--max-grad-norm", "--clip-grad"),
     ("--max-epochs", "--epochs"),
     ("--max_epochs", "--epochs"),
     ("--warmup-steps", "--warmup-epochs"),

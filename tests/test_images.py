@@ -5,10 +5,12 @@ import io
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageFile, PngImagePlugin
 from torchvision.transforms.v2 import functional as F
 
+from common.data.images import upright_size
 from common.data.open import open_images, prepare
+from common.data.pack import pack
 from common.errors import InputError
 from tests.data import image_folder, picture, read_pixels, zipped
 
@@ -47,6 +49,93 @@ def test_decoding_resizes_the_shorter_side_and_cuts_the_center(tmp_path, width, 
     # one pixel.
     if (size[0] - 16) % 2 == 0 and (size[1] - 16) % 2 == 0:
         assert (image.int() - expected.int()).abs().max() <= 1
+
+
+ORIENTATIONS = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,  # the camera turned what is shown turned back
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+def photograph(path, image, orientation, **options):
+    """An image as a camera stores it that is held that way."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    turn = ORIENTATIONS[orientation]
+    (image if turn is None else image.transpose(turn)).save(path, exif=exif, **options)
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+@pytest.mark.parametrize(
+    ("suffix", "mode"),
+    [
+        ("png", "RGB"),
+        ("png", "P"),
+        ("png", "I;16"),
+        ("tiff", "RGB"),
+        ("tiff", "I;16"),
+        ("webp", "RGB"),
+        ("jpg", "RGB"),
+    ],
+)
+def test_a_photograph_is_turned_upright(tmp_path, orientation, suffix, mode):
+    if mode == "I;16":
+        noise = np.random.default_rng(0).integers(0, 65536, (24, 40), dtype=np.uint16)
+        image = Image.fromarray(noise)
+    else:  # smooth, or a JPEG that was turned would differ
+        image = picture(0, 3, 2).resize((40, 24), Image.Resampling.BICUBIC).convert(mode)
+    for name in ("plain", "turned", "packed"):
+        (tmp_path / name).mkdir()
+    options = {"webp": {"lossless": True}, "jpg": {"quality": 100, "subsampling": 0}}.get(
+        suffix, {}
+    )
+    image.save(tmp_path / "plain" / f"0.{suffix}", **options)
+    photograph(tmp_path / "turned" / f"0.{suffix}", image, orientation, **options)
+    plain, turned = (open_images(str(tmp_path / name)) for name in ("plain", "turned"))
+    assert plain.native_size == turned.native_size == 24
+    with Image.open(io.BytesIO(turned.read(0))) as opened:
+        assert upright_size(opened) == (40, 24)
+    for images in (plain, turned):
+        images.resize_store(9)  # a JPEG's draft of half its size is enough
+    pack(turned, tmp_path / "packed" / "0.packed", default_size=9, left_out=[], workers=1)
+    expected = plain.decode(0).int()
+    packed = open_images(str(tmp_path / "packed" / "0.packed"))
+    for images in (turned, open_images(str(zipped(tmp_path / "turned"))), packed):
+        images.resize_store(9)
+        assert (images.decode(0).int() - expected).abs().max() <= (4 if suffix == "jpg" else 0)
+
+
+def test_a_damaged_exif_block_does_not_cost_the_image(tmp_path):
+    profile = PngImagePlugin.PngInfo()
+    profile.add_text("Raw profile type exif", "\nexif\n4\nno digits")
+    picture(0).save(tmp_path / "0.png", pnginfo=profile)
+    picture(0).save(tmp_path / "1.webp", lossless=True, exif=b"no TIFF header")
+    picture(0).save(tmp_path / "2.png", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff")
+    images = open_images(str(tmp_path))
+    for i, path in enumerate(sorted(tmp_path.iterdir())):
+        with Image.open(path) as opened:
+            assert upright_size(opened) == (20, 20)
+        assert np.array_equal(images.decode(i).permute(1, 2, 0), np.asarray(picture(0)))
+
+
+def test_sizes_come_from_headers(tmp_path, monkeypatch):
+    for suffix in ("png", "jpg", "webp", "tiff"):
+        photograph(tmp_path / f"turned.{suffix}", picture(0, 40, 25), 6)
+        picture(0, 40, 25).save(tmp_path / f"plain.{suffix}")
+
+    decoded = []
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: decoded.append(image))
+    assert open_images(str(tmp_path)).native_size == 25
+    for path in sorted(tmp_path.iterdir()):
+        with Image.open(path) as opened:
+            assert upright_size(opened) == (40, 25), path
+    assert not decoded
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK", "LA"])

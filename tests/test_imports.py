@@ -60,6 +60,32 @@ def imports(name: str, tree: ast.Module, known) -> set[str]:
     return {one for one in found if one.split(".")[0] in ("common", "kernels", *SCRIPTS)}
 
 
+def parse(path: Path, version: tuple[int, int]) -> ast.Module:
+    return ast.parse((ROOT / path).read_text(encoding="utf-8"), feature_version=version)
+
+
+@pytest.mark.parametrize("package", ["common", "kernels"])
+def test_an_older_python_is_refused_in_one_line(package, monkeypatch, capsys):
+    # Before anything that an older one could not import: docstring, `import sys`, the question.
+    head = parse(Path(package, "__init__.py"), (3, 7)).body[:3]
+    assert [type(node) for node in head] == [ast.Expr, ast.Import, ast.If]
+    code = compile(ast.Module(head, []), package, "exec")
+    exec(code)  # this Python is new enough
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys, "version_info", (3, 10, 13, "final", 0))
+    with pytest.raises(SystemExit) as ending:
+        exec(code)
+    error = capsys.readouterr().err
+    assert ending.value.code == 2
+    assert error == "error: Python 3.11 or newer is needed, this is 3.10.13\n"
+
+
+@pytest.mark.parametrize("script", [*(f"{name}.py" for name in SCRIPTS), "tests/fifth_script.py"])
+def test_a_script_asks_for_the_version_first(script):
+    docstring, first, *_ = parse(Path(script), (3, 7)).body
+    assert ast.unparse(first) == "import common"
+
+
 MODULES = modules()
 ARROWS = {name: imports(name, tree, MODULES) - {name} for name, tree in MODULES.items()}
 

@@ -45,7 +45,13 @@ def setting(folder, count=600, classes=3):
         "train": np.setdiff1d(rest, dev),
     }
     args = SimpleNamespace(
-        seed=0, lr_schedule="cosine", patience=5, save_every=10, max_steps=None, resume="auto"
+        clip_grad=None,
+        seed=0,
+        lr_schedule="cosine",
+        patience=5,
+        save_every=10,
+        max_steps=None,
+        resume="auto",
     )
     args.workers, args.detect_anomaly = 1, False
     stage = config.StageConfig(

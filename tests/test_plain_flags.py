@@ -1,4 +1,4 @@
-"""The recipe's plain advice as flags: no augmentation, one learning rate, early stopping."""
+"""The recipe's plain advice as flags: no augmentation, one rate, early stopping, clipping."""
 
 import shlex
 
@@ -9,8 +9,10 @@ import train_cluster
 import train_raer
 import train_simclr
 import train_tsm
+from common import amp, optim
 from common.run import log
-from tests.data import cells_tree
+from tests.data import cells_tree, raer_tree, utterances_npz
+from tests.runs import ended
 
 pytestmark = pytest.mark.e2e
 
@@ -67,6 +69,49 @@ def test_patience_ends_what_no_longer_improves(tmp_path):
     assert train_raer.main([*argv, "--patience", "2", "--out", str(tmp_path)]) == 0
     # One epoch that sets the mark, two that do not pass it.
     assert max(line["epoch"] for line in log.read(tmp_path)) == 3
+
+
+@pytest.mark.parametrize(
+    ("script", "argv"),
+    [
+        (train_simclr, [*SIMCLR, "--lr", "0.1"]),
+        (train_simclr, [*SIMCLR, "--stage", "linear", "--lr", "0.1"]),
+        (train_simclr, [*SIMCLR[:6], "--bs", "28", "--lr", "0.1"]),
+        (train_simclr, [*SIMCLR[:6], "--bs", "28", "--lr", "0.1", "--accum", "2"]),
+        (train_tsm, [*TSM, "--accum", "2"]),
+        (train_raer, [*RAER[:4], "--bs", "8", "--method", "ce", "--device", "cpu"]),
+        (train_cluster, [*CLUSTER, *shlex.split("--base-dim 16 --bs 32 --cluster-bs 32")]),
+    ],
+    ids=["finetune", "linear", "pretrain", "gradcache", "tsm", "raer", "cluster"],
+)
+def test_every_step_is_clipped(script, argv, tmp_path, monkeypatch):
+    if script is train_simclr:
+        cells_tree(tmp_path / "data", per_class=20, classes="ab")
+        argv = [*argv, "--data", str(tmp_path / "data"), "--device", "cpu"]
+    elif script is train_cluster:
+        argv = [*argv, "--data", str(utterances_npz(tmp_path / "acts.npz"))]
+    elif script is train_raer:
+        argv = [*argv, "--data", str(raer_tree(tmp_path / "raer"))]
+    guarded_step, seen = amp.guarded_step, []
+
+    def watched(optimizer, *rest):
+        norm, bad = guarded_step(optimizer, *rest)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        seen.append((norm.item(), optim.grad_norm(parameters).item()))
+        return norm, bad
+
+    monkeypatch.setattr(amp, "guarded_step", watched)
+    argv = [*argv, "--max-steps", "2"]
+    for limit in (None, 1e-3):
+        out = tmp_path / str(limit)
+        clip = [] if limit is None else ["--clip-grad", str(limit)]
+        assert ended(script.main, [*argv, *clip, "--out", str(out)]) == 0
+        norms, left = zip(*seen, strict=True)
+        seen.clear()
+        assert len(norms) == 2 and min(norms) > 1e-3
+        assert left == pytest.approx(norms if limit is None else [limit, limit], rel=2e-3)
+        logged = [line["grad_norm"] for line in log.read(out) if "grad_norm" in line]
+        assert logged in (list(norms), [])  # as they were before; the linear stage logs epochs
 
 
 def test_a_last_rate_needs_a_schedule_that_falls(capsys):

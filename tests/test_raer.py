@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from common.data import raer
 from common.data.images import UNLABELED
@@ -266,6 +266,23 @@ def test_what_is_no_box_is_refused(tmp_path, box):
         InputError, match=r"body\.json: t/1: .*expected \[left, top, right, bottom\] or null"
     ):
         opened(numbered_raer(tmp_path / "raer", LISTS, bodies=lambda boxes: boxes | {"t/1": box}))
+
+
+def test_boxes_count_pixels_of_the_upright_frame(tmp_path):
+    def right(boxes):  # beyond the width of the frame as it is stored
+        return {clip: dict.fromkeys(frames, [28, 4, 38, 14]) for clip, frames in boxes.items()}
+
+    root = numbered_raer(tmp_path / "raer", LISTS, faces=right)
+    expected = shown(opened(root), 0, [0, 1])
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    for path in root.rglob("*.png"):
+        with Image.open(path) as frame:
+            turned = frame.transpose(Image.Transpose.ROTATE_90)
+        assert turned.size == (24, 40)
+        turned.save(path, exif=exif)
+    for one, other in zip(shown(opened(root), 0, [0, 1]), expected, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_files_of_boxes_of_another_form_are_refused(tmp_path):

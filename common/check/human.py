@@ -6,6 +6,7 @@ Which items they are follows from their names, so nothing in the folder gives an
 """
 
 import csv
+import io
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,7 @@ def export(folder: Path, source, rows: np.ndarray) -> None:
     if texts is None:
         for number, row in enumerate(rows, 1):
             _picture(source, int(row)).save(folder / f"{number:03d}.png")
-    (folder / "classes.txt").write_text("\n".join(source.classes) + "\n")
+    (folder / "classes.txt").write_text("\n".join(source.classes) + "\n", encoding="utf-8")
     write_json(folder / "key.json", {"data": source.fingerprint, "items": len(rows)})
     with atomic_write(folder / "sheet.csv") as file:
         writer = csv.writer(file)
@@ -131,38 +132,42 @@ def read_sheet(sheet: Path, classes: list[str], num_items: int) -> list[tuple[in
     """(an item's number, as it is written, the class answered) of each row that has an answer.
 
     Raises:
-        InputError: the sheet lacks a column, or answers an item twice or with no class.
+        InputError: the sheet is not UTF-8, lacks a column, or answers an item twice or with no
+            class.
     """
     known = {name.lower(): number for number, name in enumerate(classes)}
     answers = []
     answered = set()
-    with open(sheet, newline="", encoding="utf-8-sig") as file:
-        first = file.readline()
-        file.seek(0)
-        # A spreadsheet program may have saved it with another delimiter.
-        reader = csv.DictReader(file, delimiter=max(",;\t", key=first.count))
-        lacking = [name for name in ("item", "answer") if name not in (reader.fieldnames or ())]
-        if lacking:
+    try:
+        file = io.StringIO(sheet.read_bytes().decode("utf-8-sig"), newline="")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{sheet} is not UTF-8 text: {error}; save it as UTF-8") from None
+    first = file.readline()
+    file.seek(0)
+    # A spreadsheet program may have saved it with another delimiter.
+    reader = csv.DictReader(file, delimiter=max(",;\t", key=first.count))
+    lacking = [name for name in ("item", "answer") if name not in (reader.fieldnames or ())]
+    if lacking:
+        raise InputError(
+            f"{sheet} begins with {first.strip()!r}, without the column"
+            f" {' and '.join(lacking)}; name it there"
+        )
+    for line, row in enumerate(reader, 2):
+        answer = (row.get("answer") or "").strip().lower()
+        if not answer:
+            continue
+        text = (row["item"] or "").strip()
+        if answer not in known or not text.isdecimal() or not 1 <= int(text) <= num_items:
+            hint = did_you_mean(answer, known)
             raise InputError(
-                f"{sheet} begins with {first.strip()!r}, without the column"
-                f" {' and '.join(lacking)}; name it there"
+                f"{sheet}, line {line}: {row['answer']!r} for item {text!r}, allowed are 1 to"
+                f" {num_items} and {', '.join(classes)}{hint}"
             )
-        for line, row in enumerate(reader, 2):
-            answer = (row.get("answer") or "").strip().lower()
-            if not answer:
-                continue
-            text = (row["item"] or "").strip()
-            if answer not in known or not text.isdecimal() or not 1 <= int(text) <= num_items:
-                hint = did_you_mean(answer, known)
-                raise InputError(
-                    f"{sheet}, line {line}: {row['answer']!r} for item {text!r}, allowed are 1 to"
-                    f" {num_items} and {', '.join(classes)}{hint}"
-                )
-            number = int(text)
-            if number in answered:
-                raise InputError(
-                    f"{sheet}, line {line}: item {text} is answered twice; keep one of the answers"
-                )
-            answered.add(number)
-            answers.append((number, text, known[answer]))
+        number = int(text)
+        if number in answered:
+            raise InputError(
+                f"{sheet}, line {line}: item {text} is answered twice; keep one of the answers"
+            )
+        answered.add(number)
+        answers.append((number, text, known[answer]))
     return answers

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from common.data.clips import VideoFiles, Videos
-from common.data.images import DECODE_ERRORS, UNLABELED, hidden, reason
+from common.data.images import DECODE_ERRORS, UNLABELED, hidden, reason, upright_size
 from common.data.sampling import hash_order
 from common.data.utterances import tokens
 from common.errors import InputError
@@ -313,7 +313,7 @@ def _resized(pixels: Tensor, side: int) -> Tensor:
 
 def _size(content: bytes) -> tuple[int, int]:
     with Image.open(io.BytesIO(content)) as image:
-        return image.size
+        return upright_size(image)
 
 
 def _file_digest(images, row: int) -> bytes | str:

@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from common.errors import InputError, did_you_mean
@@ -50,6 +50,16 @@ DECODE_ERRORS = (
     zlib.error,
 )
 _CACHE_BYTES = 2 * 2**30
+# What turns an image of each EXIF orientation upright; 1 is upright.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class Images:
@@ -163,7 +173,8 @@ class Images:
     def decode(self, index: int) -> Tensor:
         """One image as uint8 (3, store_size, store_size).
 
-        The shorter side is resized to store_size, then the center square is cut.
+        The image is turned as its EXIF orientation says, the shorter side is resized to store_size,
+        then the center square is cut.
 
         Raises:
             InputError: the file is damaged; the message names it.
@@ -174,6 +185,7 @@ class Images:
             with Image.open(io.BytesIO(self._read_bytes(index))) as image:
                 if self._drafts:
                     image.draft("RGB", (self.store_size, self.store_size))
+                image = upright(image)
                 if image.mode.startswith("I;16"):
                     # Pillow's own conversion clips 16 bits at 255 instead of scaling.
                     image = Image.fromarray((np.asarray(image, np.uint32) // 257).astype(np.uint8))
@@ -334,6 +346,27 @@ def central_square(image: Image.Image, side: int) -> Tensor:
     if (width, height) != (side, side):
         image = image.crop((left, top, left + side, top + side))
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An image turned as its EXIF orientation says; itself where it says nothing."""
+    image.load()  # then Pillow has turned a TIFF itself, and has read an EXIF behind a PNG's pixels
+    turn = _TURNS.get(_orientation(image))
+    return image if turn is None else image.transpose(turn)
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """The width and height of `upright`, from what an opened file's header says."""
+    on_its_side = image.format != "TIFF" and _orientation(image) in (5, 6, 7, 8)
+    return image.size[::-1] if on_its_side else image.size
+
+
+def _orientation(image: Image.Image):
+    try:
+        # The base class's method does not decode a PNG whose header has no EXIF.
+        return Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    except Exception:  # Pillow has many for a damaged EXIF block; the pixels may be whole
+        return None
 
 
 def is_image(name: str) -> bool:

@@ -10,7 +10,8 @@ from 0):
   Labels count from 1, or from 0 where a 0 occurs.
 - the folders of frames that these name.
 - `face.json`: `{clip folder: {frame's file name: [left, top, right, bottom]}}` and `body.json`:
-  `{clip folder: [left, top, right, bottom]}`, in pixels of the frame. null stands for a box that is
+  `{clip folder: [left, top, right, bottom]}`, in pixels of the frame, turned by its EXIF
+  orientation where it has one, as OpenCV's `imread` gives it. null stands for a box that is
   missing.
 - `classes.txt`, a line a class in the order of the labels: the name, and after a tab a description
   for the text encoder. Without this file they are RAER's five.
@@ -45,6 +46,7 @@ from common.data.images import (
     hidden,
     is_image,
     list_files,
+    upright_size,
 )
 from common.data.sampling import hash_order
 from common.data.synthetic import emotion_clips
@@ -88,8 +90,9 @@ class TwoStreams(Images):
     """Frames as uint8 (2, 3, store_size, store_size): the face's square, and the context's.
 
     Attributes:
-        faces, bodies: (n, 4) float64 boxes left, top, right, bottom in pixels of each frame; NaN
-            where there is none, which stands for the whole frame.
+        faces, bodies: (n, 4) float64 boxes left, top, right, bottom in pixels of each frame as it
+            is seen, turned by its EXIF orientation; NaN where there is none, which stands for the
+            whole frame.
         margin: by how much of its width and height a face's box grows on each side.
     """
 
@@ -723,7 +726,7 @@ def _refuse_degenerate(
     def size(index: int) -> tuple[int, int]:
         try:
             with Image.open(io.BytesIO(read(index))) as image:
-                return image.size
+                return upright_size(image)
         except DECODE_ERRORS:
             return (10**6, 10**6)  # decoding it later names the file, or skips it
 

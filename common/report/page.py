@@ -16,6 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from common.data.images import upright
 from common.errors import only_warn
 from common.report import charts
 from common.report.charts import escape
@@ -330,7 +331,7 @@ def embedded(path: Path, detail: float) -> str:
     if path.suffix == ".svg":
         return f"data:image/svg+xml;base64,{base64.b64encode(path.read_bytes()).decode()}"
     with naming(path), Image.open(path) as image:
-        image = image.convert("RGB")
+        image = upright(image).convert("RGB")
         widest = max(int(_WIDEST * min(detail, 1.0)), 100)
         if image.width > widest:
             size = (widest, max(1, round(image.height * widest / image.width)))
@@ -559,7 +560,7 @@ def own_tables(folder: Path, part: str) -> str:
     with naming(file):
         return "".join(
             _own_table(title, content)
-            for title, content in json.loads(file.read_text()).items()
+            for title, content in json.loads(file.read_text(encoding="utf-8")).items()
             if content.get("part", "findings") == part
         )
 
@@ -662,7 +663,7 @@ def findings_part(run: Record, detail: float) -> str:
     sections = []
     for file in sorted(folder.glob("*.json"), key=_rank):
         with naming(file):
-            figure = json.loads(file.read_text())
+            figure = json.loads(file.read_text(encoding="utf-8"))
             if "kind" in figure:  # else it is another tool's
                 form = ' class="half"' if figure["kind"] in _HALF else ""
                 head = f"<h3>{escape(figure['title'])}</h3>{paragraph(figure['text'])}"

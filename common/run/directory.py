@@ -214,7 +214,9 @@ def environment() -> dict:
     """Versions, hardware, commit and command: what a figure needs beside it to mean something."""
 
     def git(*command):
-        result = subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True)
+        result = subprocess.run(
+            ["git", "-C", ROOT, *command], capture_output=True, encoding="utf-8", errors="replace"
+        )
         return result.stdout.strip() if result.returncode == 0 else None
 
     try:

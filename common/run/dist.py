@@ -149,19 +149,21 @@ def _check_signal() -> None:
     if not started.exists() or not shutil.which("scontrol"):
         return
     command = ["scontrol", "write", "batch_script", env["SLURM_JOB_ID"], "-"]
-    script = subprocess.run(command, capture_output=True, text=True).stdout
+    script = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace").stdout
     options = re.findall(r"^#SBATCH.*\s--signal[= ](\S+)", script, re.MULTILINE)
     option = env.get("SBATCH_SIGNAL") or (options[-1] if options else "")
     match = re.fullmatch(r"(?:([RB]+):)?(?:SIG)?(\w+)(?:@\d+)?", option)
     if not match or ("B" in (match[1] or "")) == in_step:
         return
     number = int(match[2]) if match[2].isdigit() else getattr(signal, f"SIG{match[2]}", 0)
-    status = (started / "status").read_text()
+    status = (started / "status").read_text(encoding="utf-8", errors="replace")
     heeded = 0  # a bit for each signal that does not kill
     for field in ("SigCgt", "SigIgn"):
         heeded |= int(re.search(rf"^{field}:\s*(\w+)", status, re.MULTILINE)[1], 16)
     if number and not heeded >> (number - 1) & 1:
-        starter = (started / "comm").read_text().strip() if in_step else "the batch shell"
+        starter = "the batch shell"
+        if in_step:
+            starter = (started / "comm").read_text(encoding="utf-8", errors="replace").strip()
         raise InputError(
             f"this job's --signal={option} would kill {starter}, which started Python,"
             " and Python would not get it: write `exec python ...` into the batch script,"

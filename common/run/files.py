@@ -39,7 +39,7 @@ def lock_folder(folder: Path) -> None:
     """
     if fcntl is None:
         return
-    file = run_locks.enter_context(open(folder / ".lock", "w"))  # noqa: SIM115
+    file = run_locks.enter_context(open(folder / ".lock", "wb"))  # noqa: SIM115
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -129,7 +129,7 @@ def read_json(path: Path) -> dict | None:
         InputError: the file cannot be read.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

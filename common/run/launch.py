@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from common import amp
 from common.errors import (
     EXIT_DIVERGED,
     EXIT_STOPPED,
@@ -59,6 +60,11 @@ def launch(args, run_inference: Callable, run_training: Callable) -> int:
         # The watchdog, which is to come first, names more than a collective does.
         world = dist.init(args.device, max(1800, 120 * args.timeout))
         seed_process(args)
+        on_gpu = world.device.type == "cuda"
+        if args.precision == "bf16" and on_gpu and not amp.has_bf16(world.device):
+            world.say(
+                "WARN --precision bf16: this GPU only emulates bf16, which is slow; auto takes fp16"
+            )
         try:
             if is_inference(args):
                 run_inference(args, world)

@@ -116,9 +116,9 @@ class Log:
         if self.path:
             lines = read(folder) if self.path.exists() else []
             # A line torn by a killed process must not meet the next one.
-            if not lines or self.path.read_text() != _text(lines):
+            if not lines or self.path.read_text(encoding="utf-8") != _text(lines):
                 self._rewrite(lines)
-            self.file = open(self.path, "a")  # noqa: SIM115
+            self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
             self.counts.update(line["stage"] for line in lines)
         self.board = _summary_writer(folder) if main and tensorboard else None
         self.watcher = None
@@ -211,7 +211,7 @@ class Log:
     def resumed(self, stage: str, step: int, epoch: int) -> None:
         """Note that a stage resumes from a checkpoint: a mark in the report's curves."""
         if self.path:
-            with open(self.path.with_name(RESUMES), "a") as file:
+            with open(self.path.with_name(RESUMES), "a", encoding="utf-8") as file:
                 file.write(json.dumps({"stage": stage, "step": step, "epoch": epoch}) + "\n")
 
     @property
@@ -239,7 +239,7 @@ class Log:
                 kept.append(line)
         self.file.close()
         self._rewrite(kept)
-        self.file = open(self.path, "a")  # noqa: SIM115
+        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
         self.counts[stage] = count
 
     def _rewrite(self, lines: list[dict]) -> None:
@@ -294,7 +294,7 @@ def _text(lines: list[dict]) -> str:
 def read(folder: Path, name: str = "log.jsonl") -> list[dict]:
     """The lines of a run's log.jsonl, or of another such file; a torn last line is left out."""
     lines = []
-    for text in (Path(folder) / name).read_text().splitlines():
+    for text in (Path(folder) / name).read_text(encoding="utf-8").splitlines():
         try:
             lines.append(json.loads(text))
         except ValueError:

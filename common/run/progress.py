@@ -123,6 +123,8 @@ class Progress:
         for name in _PLACE:
             setattr(self, name, place[name])
         for name, value in state["sums"].items():
+            if self.world.device.type == "mps":
+                value = value.float()  # as `add` sums there, in whatever another device did
             rows = value.to(self.world.device).reshape(-1)  # one of each rank that wrote it
             same_ranks = len(rows) == self.world.world_size
             self.sums[name] = rows[self.world.rank] if same_ranks else rows.mean()

@@ -79,7 +79,9 @@ class Signals:
 def _requeue(job: str) -> str | None:
     command = ["scontrol", "requeue", job]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=20
+        )
     except subprocess.TimeoutExpired:
         return "no answer within 20 s"
     return done.stderr.strip() if done.returncode else None
