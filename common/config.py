@@ -523,7 +523,7 @@ def resume_mode(args: argparse.Namespace, job: str | None) -> str:
     """--resume, but `auto` where Slurm has requeued a job whose command says `none`, and what is
     there is the work of this `job` already: it is not thrown away.
     """
-    requeued = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+    requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
     same_job = job == os.environ.get("SLURM_JOB_ID")
     return "auto" if args.resume == "none" and requeued and same_job else args.resume
 

@@ -3,16 +3,21 @@
 import contextlib
 import difflib
 import errno
+import os
 import sys
 from collections.abc import Sequence
 
 # What the system says where the disk is full, a quota is reached or a file may not grow further.
 DISK_FULL = errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG
+AGAIN = "Run the same command again: it resumes from the last checkpoint"
+THREAD_LIMIT = (
+    "the system allows this user no more threads or processes: raise the limit (`ulimit -u`, in a"
+    f" container that of its processes) or give fewer --workers. {AGAIN}"
+)
 EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 3
 EXIT_AUDIT = 4
 EXIT_STOPPED = 75
-AGAIN = "Run the same command again: it resumes from the last checkpoint"
 
 
 class InputError(ValueError):
@@ -46,6 +51,17 @@ class Finished(Exception):
     """There is nothing left to do."""
 
 
+def thread_limit(error: Exception) -> bool:
+    """Whether the system refused another thread or process, in Python, in C++ or at a fork.
+
+    A file that is busy has the same number, but a name.
+    """
+    if isinstance(error, OSError):
+        return error.errno == errno.EAGAIN and error.filename is None
+    text = str(error)
+    return "can't start new thread" in text or os.strerror(errno.EAGAIN) in text
+
+
 @contextlib.contextmanager
 def exit_codes():
     """Turn the expected endings into one line on stderr and the exit code of docs/runs.md."""
@@ -55,9 +71,13 @@ def exit_codes():
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_BAD_INPUT) from None
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        if thread_limit(error):
+            text = THREAD_LIMIT
+        elif error.errno in DISK_FULL:
+            text = f"{error.strerror}; make room and run the same command again"
+        else:
             raise
-        print(f"error: {error.strerror}; make room and run the same command again", file=sys.stderr)
+        print(f"error: {text}", file=sys.stderr)
         raise SystemExit(EXIT_BAD_INPUT) from None
     except Diverged as error:
         print(f"diverged: {error}", file=sys.stderr)
@@ -68,6 +88,11 @@ def exit_codes():
     except Stopped as stop:
         print(stop, file=sys.stderr)
         raise SystemExit(stop.code) from None
+    except RuntimeError as error:
+        if not thread_limit(error):
+            raise
+        print(f"error: {THREAD_LIMIT}", file=sys.stderr)
+        raise SystemExit(EXIT_BAD_INPUT) from None
 
 
 @contextlib.contextmanager

@@ -57,7 +57,7 @@ def launch(args, run_inference: Callable, run_training: Callable) -> int:
     """
     with exit_codes(), Signals() as signals, run_locks:
         # The watchdog, which is to come first, names more than a collective does.
-        world = dist.init(args.device, max(1800, 120 * args.timeout))
+        world = dist.init(args.device, max(1800, 120 * args.timeout), 60 * args.timeout)
         seed_process(args)
         try:
             if is_inference(args):

@@ -17,7 +17,16 @@ import torch
 from torch import nn
 
 from common import amp, config
-from common.errors import AGAIN, EXIT_STOPPED, Diverged, Finished, InputError, Stopped, plural
+from common.errors import (
+    AGAIN,
+    EXIT_STOPPED,
+    Diverged,
+    Finished,
+    InputError,
+    Stopped,
+    plural,
+    thread_limit,
+)
 from common.run import checkpoint, dist
 from common.run.card import Card
 from common.run.directory import card_record, create_run_dir, output_folder, run_dir
@@ -255,6 +264,8 @@ class Run:
         except InputError as error:
             raise InputError(f"{self._where() if self.current else ''}{error}") from None
         except OSError as error:
+            if thread_limit(error):
+                raise
             parts = (error.strerror or error, error.filename)
             what = ": ".join(str(part) for part in parts if part)
             raise InputError(f"{self._where()}{what}; make room or fix it. {AGAIN}") from None
