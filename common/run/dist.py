@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common.errors import AGAIN, EXIT_BAD_INPUT, InputError, first_few, plural, thread_limit
 
 _MOST_RANKS = 2**20
+_GRACE = 5  # seconds after the limit of a meeting in which it can still say what is wrong
 _meetings = itertools.count()  # of this process: the trials of --search meet one after another
 
 
@@ -96,7 +97,7 @@ def init(device: str = "auto", timeout_s: float = 1800, meet_s: float = 1800) ->
             raise InputError("MASTER_ADDR is not set: give the host of rank 0, or use torchrun")
         _variable("MASTER_PORT", 1, 65535)
         on_gpu = place.type == "cuda"
-        with _limit(meet_s + 5, f"rank {number} of {world_size}"):
+        with _limit(meet_s + _GRACE, f"rank {number} of {world_size}"):
             store = _meet(number, world_size, timeout_s, meet_s)
             try:
                 td.init_process_group(
@@ -190,8 +191,8 @@ def _meet(number: int, world_size: int, timeout_s: float, meet_s: float) -> td.S
         pause = 0.02
         while not problem and not store.check(marks):
             if store.check(["problem"]):
-                raise _apart(number, world_size, store.get("problem").decode())
-            if time.monotonic() > end:
+                problem = store.get("problem").decode()
+            elif time.monotonic() > end:
                 absent = [rank for rank, mark in enumerate(marks) if not store.check([mark])]
                 came = f"{world_size - len(absent)} of {world_size} came within {limit}"
                 problem = f"{came}, missing: rank {first_few(absent, 8)}"
