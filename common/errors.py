@@ -9,6 +9,12 @@ from collections.abc import Sequence
 
 # What the system says where the disk is full, a quota is reached or a file may not grow further.
 DISK_FULL = errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG
+# What it says where a network file system, its server or the way there is gone for a moment.
+_TRANSIENT = (
+    "EIO EREMOTEIO ENXIO ENODEV ESTALE EAGAIN EINTR ETIMEDOUT ENOTCONN ESHUTDOWN ECONNRESET"
+    " ECONNABORTED ECONNREFUSED EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH ENETRESET"
+)
+TRANSIENT = {getattr(errno, name) for name in _TRANSIENT.split() if hasattr(errno, name)}
 AGAIN = "Run the same command again: it resumes from the last checkpoint"
 THREAD_LIMIT = (
     "the system allows this user no more threads or processes: raise the limit (`ulimit -u`, in a"
@@ -75,6 +81,8 @@ def exit_codes():
             text = THREAD_LIMIT
         elif error.errno in DISK_FULL:
             text = f"{error.strerror}; make room and run the same command again"
+        elif error.errno in TRANSIENT:
+            text = f"{error.filename}: {error.strerror}; --io-retry waits longer. {AGAIN}"
         else:
             raise
         print(f"error: {text}", file=sys.stderr)

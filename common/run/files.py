@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from common.errors import InputError, OtherFormat
+from common.run.retry import retried
 
 try:
     import fcntl
@@ -48,37 +50,60 @@ def lock_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path, mode: str = "w", *, keep: Path | None = None) -> Iterator[IO]:
+def atomic_write(
+    path: Path, mode: str = "w", *, keep: Path | None = None, stream: bool = False
+) -> Iterator[IO]:
     """A file whose content takes the place of `path` in one piece, or never appears.
 
     The bytes go to a temporary file in the same directory, are forced to the disk and renamed: a
-    process or a machine that dies leaves the old content.
+    process or a machine that dies leaves the old content. What fails for a moment is done again.
 
     Args:
         mode: "w" for UTF-8 text with the line ends as they are (csv needs that), or "wb".
         keep: what the old file is renamed to, once the new one is on the disk; `path` must exist.
+        stream: write the bytes as they come, for what is large: they are not gathered in memory,
+            so the writing itself is done once.
 
     Raises:
         OSError: the disk is full or not writable.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    text = {} if "b" in mode else {"newline": "", "encoding": "utf-8"}
     try:
-        text = {} if "b" in mode else {"newline": "", "encoding": "utf-8"}
-        with open(temporary, mode, **text) as file:
+        if stream:
+            with open(temporary, mode, **text) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+        else:
+            gathered = io.BytesIO()
+            file = io.TextIOWrapper(gathered, **text) if text else gathered
             yield file
             file.flush()
-            os.fsync(file.fileno())
+
+            def write():
+                with open(temporary, "wb") as target:
+                    target.write(gathered.getbuffer())
+                    target.flush()
+                    os.fsync(target.fileno())
+
+            retried(write, path, was_there=True)
         if keep is not None:
-            os.replace(path, keep)
-        os.replace(temporary, path)
+            retried(lambda: os.replace(path, keep), path, was_there=True)
+        retried(lambda: os.replace(temporary, path), path, was_there=True)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the next start removes it
+            temporary.unlink(missing_ok=True)
     if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # or a power failure could undo the renaming
-        finally:
-            os.close(folder)
+        retried(lambda: _sync_folder(path.parent), path, was_there=True)
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # or a power failure could undo the renaming
+    finally:
+        os.close(folder)
 
 
 def remove_orphans(folder: Path) -> None:
@@ -101,7 +126,7 @@ def read_json(path: Path) -> dict | None:
         InputError: the file cannot be read.
     """
     try:
-        return json.loads(path.read_text())
+        return json.loads(retried(path.read_text, path))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
