@@ -22,15 +22,15 @@ from common.errors import EXIT_BAD_INPUT, InputError, did_you_mean, plural
 # its content (`fingerprint`), so that a copy on a node's local disk continues the same run.
 NOT_IN_RUN_ID = {
     "check", "compile", "config", "data", "demo", "detect_anomaly", "deterministic", "device",
-    "eval", "force_resume", "from_run", "impl", "log_every", "max_steps", "out", "predict",
-    "profile", "ranges", "resume", "save_every", "search", "teacher", "tensorboard", "timeout",
-    "trial", "workers",
+    "eval", "force_resume", "from_run", "impl", "io_retry", "log_every", "max_steps", "out",
+    "predict", "profile", "ranges", "resume", "save_every", "search", "teacher", "tensorboard",
+    "timeout", "trial", "workers",
 }  # fmt: skip
 
 # What --eval, --predict and --ensemble heed.
 INFERENCE_FLAGS = {
-    "on_bad_item", "compile", "config", "data", "deterministic", "device", "eval", "out",
-    "precision", "predict", "resume", "seed", "store_size", "workers",
+    "on_bad_item", "compile", "config", "data", "deterministic", "device", "eval", "io_retry",
+    "out", "precision", "predict", "resume", "seed", "store_size", "workers",
 }  # fmt: skip
 
 # Earlier names of shared flags, and what other projects call them: accepted without being shown.
@@ -365,6 +365,13 @@ def base_parser(
     running.number(
         "--timeout", float, 30.0, "minutes without a step after which the run is ended", above=0
     )
+    running.number(
+        "--io-retry",
+        float,
+        2.0,
+        "minutes in which reading and writing is tried again where a file system is gone",
+        low=0,
+    )
     running.switch("--detect-anomaly", "stop at the first layer whose output is not finite; slow")
     running.switch("--tensorboard", "write TensorBoard events too")
     running.add_argument(
@@ -539,7 +546,7 @@ def resume_mode(args: argparse.Namespace, job: str | None) -> str:
     """--resume, but `auto` where Slurm has requeued a job whose command says `none`, and what is
     there is the work of this `job` already: it is not thrown away.
     """
-    requeued = int(os.environ.get("SLURM_RESTART_COUNT", 0)) > 0
+    requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
     same_job = job == os.environ.get("SLURM_JOB_ID")
     return "auto" if args.resume == "none" and requeued and same_job else args.resume
 

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import errno
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -10,11 +11,21 @@ from pathlib import Path
 
 # What the system says where the disk is full, a quota is reached or a file may not grow further.
 DISK_FULL = errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG
+# What it says where a network file system, its server or the way there is gone for a moment.
+_TRANSIENT = (
+    "EIO EREMOTEIO ENXIO ENODEV ESTALE EAGAIN EINTR ETIMEDOUT ENOTCONN ESHUTDOWN ECONNRESET"
+    " ECONNABORTED ECONNREFUSED EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH ENETRESET"
+)
+TRANSIENT = {getattr(errno, name) for name in _TRANSIENT.split() if hasattr(errno, name)}
+AGAIN = "Run the same command again: it resumes from the last checkpoint"
+THREAD_LIMIT = (
+    "the system allows this user no more threads or processes: raise the limit (`ulimit -u`, in a"
+    f" container that of its processes) or give fewer --workers. {AGAIN}"
+)
 EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 3
 EXIT_AUDIT = 4
 EXIT_STOPPED = 75
-AGAIN = "Run the same command again: it resumes from the last checkpoint"
 
 
 class InputError(ValueError):
@@ -48,6 +59,17 @@ class Finished(Exception):
     """There is nothing left to do."""
 
 
+def thread_limit(error: Exception) -> bool:
+    """Whether the system refused another thread or process, in Python, in C++ or at a fork.
+
+    A file that is busy has the same number, but a name.
+    """
+    if isinstance(error, OSError):
+        return error.errno == errno.EAGAIN and error.filename is None
+    text = str(error)
+    return "can't start new thread" in text or os.strerror(errno.EAGAIN) in text
+
+
 @contextlib.contextmanager
 def exit_codes():
     """Turn the expected endings into one line on stderr and the exit code of docs/runs.md."""
@@ -57,9 +79,15 @@ def exit_codes():
         print(f"error: {one_line(error)}", file=sys.stderr)
         raise SystemExit(EXIT_BAD_INPUT) from None
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        if thread_limit(error):
+            text = THREAD_LIMIT
+        elif error.errno in DISK_FULL:
+            text = f"{error.strerror}; make room and run the same command again"
+        elif error.errno in TRANSIENT:
+            text = f"{error.filename}: {error.strerror}; --io-retry waits longer. {AGAIN}"
+        else:
             raise
-        print(f"error: {error.strerror}; make room and run the same command again", file=sys.stderr)
+        print(f"error: {text}", file=sys.stderr)
         raise SystemExit(EXIT_BAD_INPUT) from None
     except Diverged as error:
         print(f"diverged: {error}", file=sys.stderr)
@@ -70,6 +98,11 @@ def exit_codes():
     except Stopped as stop:
         print(stop, file=sys.stderr)
         raise SystemExit(stop.code) from None
+    except RuntimeError as error:
+        if not thread_limit(error):
+            raise
+        print(f"error: {THREAD_LIMIT}", file=sys.stderr)
+        raise SystemExit(EXIT_BAD_INPUT) from None
 
 
 @contextlib.contextmanager

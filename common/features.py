@@ -14,6 +14,7 @@ from common.data import sampling
 from common.run import dist
 from common.run.content import content_of
 from common.run.files import atomic_write
+from common.run.retry import retried
 from common.run.run import Run
 
 KNN_BANK = 4096  # items among which neighbors are sought, at most
@@ -63,16 +64,20 @@ def stored_features(run: Run, weights: str, compute: Callable[[], Tensor]) -> Te
         splits = np.full(len(items), "", dtype="<U5")
         for part, name in _SPLITS.items():
             splits[run.splits.get(part, [])] = name
-        with atomic_write(file, "wb") as stored:
-            np.savez(
-                stored,
-                features=rows.numpy(),
-                id=np.array(items.ids),
-                label=items.labels,
-                split=splits,
-                classes=np.array(items.classes, dtype=str),
-                key=str(made_of),
-            )
+
+        def store():
+            with atomic_write(file, "wb", stream=True) as stored:
+                np.savez(
+                    stored,
+                    features=rows.numpy(),
+                    id=np.array(items.ids),
+                    label=items.labels,
+                    split=splits,
+                    classes=np.array(items.classes, dtype=str),
+                    key=str(made_of),
+                )
+
+        retried(store, file, was_there=True)
     return rows
 
 

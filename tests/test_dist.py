@@ -1,6 +1,11 @@
 """Several gloo processes compute what one does; launcher variables; BatchNorm over processes."""
 
+import errno
+import os
+import re
 import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +15,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from common import metrics
-from common.errors import InputError
+from common.errors import InputError, exit_codes
 from common.run import dist
 from kernels import nt_xent
 
@@ -182,11 +187,124 @@ def test_a_device_that_is_not_there_is_refused(device, monkeypatch):
         dist.init(device)
 
 
-def test_processes_that_do_not_come_are_waited_for_and_named(monkeypatch):
+@pytest.fixture
+def launcher(monkeypatch):
+    """Sets the variables of a launcher, and no others, with a free port for rank 0."""
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "MASTER_", "TORCHELASTIC_")) or name.endswith(RANKS):
+            monkeypatch.delenv(name)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    for name, value in (where | {"RANK": "0", "WORLD_SIZE": "2"}).items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match=r"rank 0 cannot meet the others at 127\.0\.0\.1"):
-        dist.init("cpu", timeout_s=1)
+        own_port = free.getsockname()[1]
+
+    def describe(text):
+        for pair in f"MASTER_ADDR=127.0.0.1 MASTER_PORT={own_port} {text}".split():
+            name, _, value = pair.partition("=")
+            monkeypatch.setenv(name, value)
+
+    return describe
+
+
+RANKS = ("RANK", "WORLD_SIZE")
+STEP = "SLURM_JOB_ID=7 SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=4 SLURM_PROCID=0 SLURM_LOCALID=0"
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ("RANK=0", "WORLD_SIZE is not set"),
+        ("WORLD_SIZE=2", "RANK is not set, allowed 0 to 1"),
+        ("RANK=2 WORLD_SIZE=2", "RANK received '2', allowed 0 to 1"),
+        ("RANK=-1 WORLD_SIZE=2", "RANK received '-1'"),
+        ("RANK=1.5 WORLD_SIZE=2", "RANK received '1.5'"),
+        ("RANK= WORLD_SIZE=2", "RANK received ''"),
+        ("RANK=0 WORLD_SIZE=0", "WORLD_SIZE received '0'"),
+        ("RANK=0 WORLD_SIZE=two", "WORLD_SIZE received 'two'"),
+        ("RANK=0 WORLD_SIZE=" + 30 * "9", "WORLD_SIZE received '999"),
+        ("RANK=0 WORLD_SIZE=2 LOCAL_RANK=a", "LOCAL_RANK received 'a'"),
+        ("RANK=0 WORLD_SIZE=2 LOCAL_RANK=2", "LOCAL_RANK received '2'"),
+        ("RANK=0 WORLD_SIZE=2 MASTER_ADDR=", "MASTER_ADDR is not set"),
+        ("RANK=0 WORLD_SIZE=2 MASTER_PORT=", "MASTER_PORT received ''"),
+        ("RANK=0 WORLD_SIZE=2 MASTER_PORT=http", "MASTER_PORT received 'http'"),
+        ("RANK=0 WORLD_SIZE=2 MASTER_PORT=70000", "MASTER_PORT received '70000'"),
+        ("SLURM_STEP_ID=0", "SLURM_STEP_NUM_TASKS is not set"),
+        ("SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=2", "SLURM_PROCID is not set"),
+        (f"{STEP} SLURM_PROCID=4", "SLURM_PROCID received '4', allowed 0 to 3"),
+        (f"{STEP} SLURM_STEP_NUM_TASKS=x", "SLURM_STEP_NUM_TASKS received 'x'"),
+        (f"{STEP} SLURM_LOCALID=x", "SLURM_LOCALID received 'x'"),
+        (f"{STEP} SLURM_TASK_PID=1 SLURM_PTY_PORT=4", "one of 4 tasks of `srun --pty`"),
+    ],
+)
+def test_variables_of_a_launcher_that_make_no_sense_are_refused_by_name(variables, said, launcher):
+    launcher(variables)
+    with pytest.raises(InputError, match=re.escape(said)):
+        dist.init("cpu", meet_s=0.1)
+
+
+@pytest.mark.parametrize("variables", ["RANK=0 WORLD_SIZE=4", STEP])
+def test_processes_that_do_not_come_are_waited_for_and_named(variables, launcher):
+    launcher(variables)
+    with pytest.raises(InputError) as error:
+        dist.init("cpu", meet_s=0.1)
+    said = str(error.value)
+    assert re.search(r"rank 0 of 4 cannot meet the others at 127\.0\.0\.1:\d+: 1 of 4 came", said)
+    assert "missing: rank 1, 2, 3;" in said and "--timeout" in said and "\n" not in said
+
+
+def test_a_rank_that_finds_no_rank_0_says_where_it_looked(launcher, capfd):
+    launcher("RANK=1 WORLD_SIZE=2")
+    with pytest.raises(InputError, match=r"rank 1 of 2 .* 127\.0\.0\.1:\d+: no answer .*refused"):
+        dist.init("cpu", meet_s=0.1)
+    assert capfd.readouterr().err == ""  # no trace of C++
+
+
+def _init(process, numbers, folder):
+    os.environ["RANK"] = numbers[process]
+    try:
+        dist.init("cpu", meet_s=1 if len(set(numbers)) == len(numbers) else 60)
+    except InputError as error:
+        (folder / f"said{process}").write_text(str(error))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "heard"), [("01", "2 of 3 came"), ("011", "two processes are rank 1")]
+)
+def test_ranks_that_are_there_hear_what_is_wrong(numbers, heard, launcher, tmp_path, capfd):
+    launcher("WORLD_SIZE=3")
+    mp.start_processes(_init, (numbers, tmp_path), len(numbers), start_method="fork")
+    said = [(tmp_path / f"said{process}").read_text() for process in range(len(numbers))]
+    assert all(heard in text and "\n" not in text for text in said), said
+    assert capfd.readouterr().err == ""  # no trace of C++
+
+
+def test_what_answers_at_the_port_and_is_no_rank_0_is_left_in_time(launcher, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        launcher(f"RANK=1 WORLD_SIZE=2 MASTER_PORT={other.getsockname()[1]}")
+        code = "from common.run import dist; dist._GRACE = 0; dist.init('cpu', meet_s=1)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "error: rank 1 of 2 has not joined the others" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("can't start new thread"),
+        RuntimeError("gloo: Resource temporarily unavailable"),
+        BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)),
+    ],
+)
+def test_a_limit_of_processes_is_named_as_that(error, launcher, monkeypatch, capsys):
+    """As root no such limit holds: what Python and torch raise there is raised in their place."""
+    launcher("RANK=0 WORLD_SIZE=2")
+
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(dist, "_meet", lambda *_: None)
+    monkeypatch.setattr(td, "init_process_group", refuse)
+    with pytest.raises(SystemExit) as ending, exit_codes():
+        dist.init("cpu")
+    said = capsys.readouterr().err
+    assert ending.value.code == 2 and said.count("\n") == 1
+    assert "ulimit -u" in said and "--workers" in said

@@ -24,7 +24,7 @@ TOOLS = [
 ]  # fmt: skip
 OF_SLURM = {
     "--array", "--dependency", "--kill-on-invalid-dep", "--open-mode", "--parsable", "--partition",
-    "--requeue", "--signal", "--time",
+    "--pty", "--requeue", "--signal", "--time",
 }  # fmt: skip
 # Bash expands the loops of a page. Nothing runs: there is no PATH, and what would start Python
 # writes its words to file descriptor 3 instead.

@@ -15,9 +15,11 @@ import pickle
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import types
 import zipfile
 from pathlib import Path
@@ -36,7 +38,7 @@ from common.features import _read_features, stored_features
 from common.models import Backbone
 from common.report import figures, page, record
 from common.report.clusters import write_cluster_report
-from common.run import checkpoint, dist
+from common.run import checkpoint, dist, retry
 from common.run.log import Log
 from common.run.progress import Progress
 from tests import fifth_script
@@ -135,13 +137,120 @@ def test_a_data_folder_that_vanishes_ends_the_run(small, tmp_path, monkeypatch, 
 
     monkeypatch.setattr(Progress, "end_step", vanish)
     argv = [*FLAGS, "--data", str(cells), "--epochs", "4", "--out", str(tmp_path / "run")]
-    code, said = ends(argv, capsys)
+    code, said = ends([*argv, "--io-retry", "0.001"], capsys)
     assert (
         code == 2 and "rank 0 of 1, pretrain step " in said and "No such file or directory" in said
     )
     (tmp_path / "gone").rename(cells)
     monkeypatch.setattr(Progress, "end_step", end_step)
     assert train_simclr.main(argv) == 0
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("what", ["data", "run"])
+def test_a_file_system_that_is_gone_for_a_moment_changes_nothing(
+    what, small, tmp_path, monkeypatch, capsys
+):
+    cells, end_step, sleep = cells_tree(tmp_path / "cells"), Progress.end_step, retry._sleep
+    monkeypatch.setattr("common.data.images._CACHE_BYTES", 0)
+    argv = [*FLAGS, "--data", str(cells), "--epochs", "2", "--out"]
+    assert train_simclr.main([*argv, str(tmp_path / "whole")]) == 0
+    folder = cells if what == "data" else tmp_path / "run"
+    away, left = tmp_path / "away", []
+
+    def vanish(self, bad):
+        if self.step == 2:
+            folder.rename(away)
+            left.append(1)
+        end_step(self, bad)
+
+    def come_back(seconds, asked):
+        if away.exists() and len(left) > 2:
+            away.rename(folder)
+        left.append(1)
+        sleep(0.01, asked)
+
+    monkeypatch.setattr(Progress, "end_step", vanish)
+    monkeypatch.setattr(retry, "_sleep", come_back)
+    capsys.readouterr()
+    assert train_simclr.main([*argv, str(tmp_path / "run")]) == 0
+    out, err = capsys.readouterr()
+    assert len(left) > 3 and out.count("trying again for 2 min (--io-retry)") == 1 and err == ""
+    equal_runs(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_the_wait_for_a_file_system(number, small, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    cells, end_step, sleep = cells_tree(tmp_path / "cells"), Progress.end_step, retry._sleep
+    monkeypatch.setattr("common.data.images._CACHE_BYTES", 0)
+    main_thread = threading.main_thread().ident
+
+    def vanish(self, bad):
+        end_step(self, bad)
+        if self.step == 3:
+            cells.rename(tmp_path / "gone")
+
+    def wait(seconds, asked):
+        signal.pthread_kill(main_thread, number)
+        sleep(seconds, asked)
+
+    monkeypatch.setattr(Progress, "end_step", vanish)
+    monkeypatch.setattr(retry, "_sleep", wait)
+    argv = [*FLAGS, "--data", str(cells), "--epochs", "2", "--out", str(tmp_path / "run")]
+    code, said = ends([*argv, "--io-retry", "60"], capsys)
+    assert code == 75 and "No such file or directory" in said and "same command again" in said
+    assert summary(tmp_path / "run")["status"] == "stopped"
+    (tmp_path / "gone").rename(cells)
+    monkeypatch.setattr(Progress, "end_step", end_step)
+    assert train_simclr.main(argv) == 0
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("where", ["thread", "fork"])
+def test_a_limit_of_processes_ends_a_run_with_what_helps(
+    where, small, tmp_path, monkeypatch, capsys
+):
+    """As root no such limit holds: what Python raises there is raised in its place."""
+    end_step = Progress.end_step
+
+    def refuse(*_, **__):
+        if where == "thread":
+            raise RuntimeError("can't start new thread")
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    def at_limit(self, bad):
+        end_step(self, bad)
+        if self.step == 3 and where == "thread":
+            monkeypatch.setattr(threading.Thread, "start", refuse)
+
+    monkeypatch.setattr(Progress, "end_step", at_limit)
+    if where == "fork":
+        monkeypatch.setattr(Progress, "save", refuse)
+        monkeypatch.setattr(subprocess, "run", refuse)  # git's, of env.json, which can be missed
+    cells = cells_tree(tmp_path / "cells")
+    argv = [*FLAGS, "--data", str(cells), "--epochs", "2", "--out", str(tmp_path / "run")]
+    code, said = ends(argv, capsys)
+    assert code == 2 and "ulimit -u" in said and "--workers" in said
+
+
+@pytest.mark.e2e
+def test_a_wait_for_a_file_system_is_no_stall(small, tmp_path, monkeypatch, capsys):
+    cells, end_step = cells_tree(tmp_path / "cells"), Progress.end_step
+    monkeypatch.setattr("common.data.images._CACHE_BYTES", 0)
+
+    def vanish(self, bad):
+        end_step(self, bad)
+        if self.step == 3:
+            cells.rename(tmp_path / "gone")
+
+    exits = []
+    monkeypatch.setattr(Progress, "end_step", vanish)
+    monkeypatch.setattr(os, "_exit", exits.append)
+    argv = [*FLAGS, "--data", str(cells), "--epochs", "2", "--out", str(tmp_path / "run")]
+    code, _ = ends([*argv, "--io-retry", "0.05", "--timeout", "0.02"], capsys)
+    assert code == 2 and exits == []
 
 
 @pytest.mark.e2e
@@ -159,7 +268,7 @@ def test_what_the_disk_refuses_ends_the_run_and_leaves_the_last_checkpoint(
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", refuse)
-    code, said = ends(argv, capsys)
+    code, said = ends([*argv, "--io-retry", "0.001"], capsys)
     monkeypatch.setattr(os, "fsync", fsync)
     assert code == 2 and re.search(r"rank 0 of 1, pretrain step \d", said)
     assert os.strerror(getattr(errno, number)) in said and "Run the same command again" in said

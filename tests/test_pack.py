@@ -2,6 +2,7 @@
 refused.
 """
 
+import errno
 import os
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from PIL import Image
 from common.data import __main__, pack, sampling
 from common.data.open import open_images
 from common.errors import InputError
+from common.run.retry import io_retry
 from tests.data import image_folder, picture, read_pixels, zipped
 from tests.runs import refused
 
@@ -199,3 +201,29 @@ def test_the_module_is_a_command(tmp_path):
     command = [sys.executable, "-m", "common.data", "pack", str(root), str(tmp_path / "set.packed")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "wrote" in done.stdout and len(open_images(str(tmp_path / "set.packed"))) == 20
+
+
+def test_a_packed_file_that_cannot_be_read_for_a_moment_is_opened_again(tmp_path, monkeypatch):
+    target = packed(image_folder(tmp_path / "set", NAMES, width=16, height=16))
+    images, plain = open_images(str(target)), open_images(str(tmp_path / "set"))
+    assert torch.equal(images.decode(0), plain.decode(0))
+    before, preadv, numbers = images._file, os.preadv, [errno.ESTALE, errno.EIO]
+
+    def read_some(descriptor, buffers, offset):
+        if numbers:
+            raise OSError(numbers.pop(), "gone")
+        return preadv(descriptor, [buffers[0][:100]], offset)  # a network may give less than asked
+
+    monkeypatch.setattr(os, "preadv", read_some)
+    with io_retry(1, lambda: 0):
+        assert torch.equal(images.decode(1), plain.decode(1))
+    assert images._file is not before and not numbers
+
+
+def test_a_packed_file_that_is_cut_short_while_it_is_read_is_named(tmp_path):
+    """With a memory map this would be a SIGBUS."""
+    target = packed(image_folder(tmp_path / "set", NAMES, width=16, height=16))
+    images = open_images(str(target))
+    os.truncate(target, 1000)
+    with pytest.raises(InputError, match=r"set\.packed is cut short"):
+        images.decode(19)

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from common.errors import InputError, did_you_mean
 from common.run.content import Content, file_key
+from common.run.retry import retried
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif")
 SPLITS = {
@@ -417,13 +418,12 @@ def existing(path: str) -> Path:
 
 
 def _folder_files(folder: Path, keep):
-    files = []
-    seen = set()
-
     def refuse(error: OSError):
         raise error
 
-    try:
+    def listed() -> tuple[list[str], list[os.stat_result]]:
+        files = []
+        seen = set()
         for directory, subfolders, names in os.walk(folder, followlinks=True, onerror=refuse):
             base = Path(directory)
             seen.add(base.resolve())
@@ -431,12 +431,16 @@ def _folder_files(folder: Path, keep):
             subfolders[:] = [name for name in subfolders if (base / name).resolve() not in seen]
             files += [(base / name).relative_to(folder).as_posix() for name in names]
         files = sorted(name for name in files if keep(name))
-        stats = [(folder / name).stat() for name in files]
+        return files, [(folder / name).stat() for name in files]
+
+    try:
+        files, stats = retried(listed, folder)
     except OSError as error:
         raise InputError(f"{folder}: {error.strerror}: {error.filename}") from None
 
     def read(index: int) -> bytes:
-        return (folder / files[index]).read_bytes()
+        file = folder / files[index]
+        return retried(file.read_bytes, file, was_there=True)
 
     keys = [file_key(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for s in stats]
     return files, [s.st_size for s in stats], keys, read
@@ -446,21 +450,47 @@ def _zip_files(path: Path, keep):
     if path.suffix.lower() != ".zip":
         raise InputError(f"{path}: allowed are a folder, a .zip of one, or `sample`")
     try:
-        archive = zipfile.ZipFile(path)  # kept open for the run; closed with the process
+        archive = retried(lambda: ReopenedZip(path), path)
         entries = [entry for entry in archive.infolist() if keep(entry.filename)]
     except (OSError, zipfile.BadZipFile) as error:
         raise InputError(f"{path}: not a readable zip archive: {error}") from None
     entries.sort(key=operator.attrgetter("filename"))
-    lock = threading.Lock()
 
     def read(index: int) -> bytes:
-        with lock:  # one file handle; decompression is short beside decoding
-            return archive.read(entries[index])
+        return archive.read(entries[index])
 
     names = [entry.filename for entry in entries]
     sizes = [entry.file_size for entry in entries]
     # Its own checksum, which reading verifies, goes with every copy of the archive.
     return names, sizes, [file_key(entry.file_size, entry.CRC) for entry in entries], read
+
+
+class ReopenedZip:
+    """A .zip that is kept open for the run and opened again after a failure.
+
+    It is closed with the process.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._archive = zipfile.ZipFile(path)
+        self._lock = threading.Lock()
+        self.infolist = self._archive.infolist
+        self.namelist = self._archive.namelist
+
+    def read(self, entry) -> bytes:
+        """The content of a member, given by its name or its `ZipInfo`."""
+        return retried(lambda: self._read(entry), self.path, was_there=True)
+
+    def _read(self, entry) -> bytes:
+        with self._lock:  # one file handle; decompression is short beside decoding
+            if self._archive is None:
+                self._archive = zipfile.ZipFile(self.path)
+            try:
+                return self._archive.read(entry)
+            except OSError:
+                self._archive = None  # a stale handle stays stale
+                raise
 
 
 def below_common_folder(files: list[str], is_content) -> list[tuple[str, ...]]:

@@ -1,4 +1,4 @@
-"""A data set decoded once, as one file of uint8 pixels that is memory-mapped.
+"""A data set decoded once, as one file of uint8 pixels.
 
 `python -m common.data pack SRC DST` writes it.
 
@@ -16,7 +16,9 @@ packed without damaged images.
 
 import hashlib
 import json
+import os
 import struct
+import threading
 import zlib
 from pathlib import Path
 
@@ -29,6 +31,7 @@ from common.data.images import Images, central_square
 from common.errors import InputError
 from common.run.content import Content
 from common.run.files import atomic_write
+from common.run.retry import retried
 
 SUFFIX = ".packed"
 _MAGIC = b"packed uint8 images, version 1\n\0"
@@ -51,8 +54,8 @@ _FIELDS = {
 class PackedImages(Images):
     """A packed file as `Images`.
 
-    Nothing is read into memory but what a batch needs; processes share the pages. Each image's
-    CRC-32 is checked the first time that it is read.
+    Nothing is read into memory but what a batch needs. Each image's CRC-32 is checked the first
+    time that it is read.
 
     Raises:
         InputError: the file is not a packed set, or it is cut short or damaged.
@@ -69,7 +72,9 @@ class PackedImages(Images):
         self._source = index["fingerprint"]
         self.num_bytes = path.stat().st_size
         side = self._packed_size = index["store_size"]
-        self._pixels = np.memmap(path, np.uint8, "r", len(_MAGIC), (len(self.ids), 3, side, side))
+        self._path = path
+        self._lock = threading.Lock()
+        self._file = None
         self._crc = np.array(index["crc"], np.int64)
         # Files of an earlier version have no digests.
         digests = np.frombuffer(bytes.fromhex(index.get("digests", "")), "<i8")
@@ -107,8 +112,13 @@ class PackedImages(Images):
         Raises:
             InputError: its bytes are damaged.
         """
-        # Read here, in a thread, not where the batch is put together.
-        pixels = np.array(self._pixels[index])
+        pixels = np.empty((3, self._packed_size, self._packed_size), np.uint8)
+        try:
+            whole = retried(lambda: self._read(pixels, index), self._path, was_there=True)
+        except OSError as error:
+            raise self._damaged(f"image {self.ids[index]}", error) from None
+        if not whole:
+            raise InputError(f"{self._path} is cut short; pack it again")
         if not self._checked[index]:
             if zlib.crc32(pixels) != self._crc[index]:
                 raise InputError(
@@ -118,6 +128,33 @@ class PackedImages(Images):
         if self.store_size == self._packed_size:
             return torch.from_numpy(pixels)
         return central_square(Image.fromarray(pixels.transpose(1, 2, 0)), self.store_size)
+
+    def _read(self, pixels: np.ndarray, index: int) -> bool:
+        # Fills `pixels`; False where the file ends before. A memory map would be no faster, and
+        # where it cannot read it ends the process.
+        with self._lock:
+            if self._file is None:
+                self._file = open(self._path, "rb", buffering=0)  # noqa: SIM115
+                self._checked[:] = False  # it may be another file now
+            file = self._file
+        left = memoryview(pixels).cast("B")
+        offset = len(_MAGIC) + index * len(left)
+        try:
+            while len(left):
+                if hasattr(os, "preadv"):
+                    count = os.preadv(file.fileno(), [left], offset)
+                else:  # Windows
+                    with self._lock:
+                        file.seek(offset)
+                        count = file.readinto(left)
+                if not count:
+                    return False
+                left = left[count:]
+                offset += count
+        except OSError:
+            self._file = None  # a stale handle stays stale; another thread may still read from it
+            raise
+        return True
 
     def _groups(self, indices: np.ndarray) -> list[np.ndarray]:
         # A copy is too short a task for a thread.
@@ -180,7 +217,7 @@ def pack(images: Images, path: Path, *, default_size: int, left_out=(), workers:
     images.keeps = False
     batches = np.array_split(np.arange(len(images)), -(-len(images) * 3 * side**2 // _BATCH_BYTES))
     try:
-        with atomic_write(path, "wb") as file:
+        with atomic_write(path, "wb", stream=True) as file:
             file.write(_MAGIC)
             for batch in images.batches(batches, workers):
                 for pixels in batch.contiguous().numpy():

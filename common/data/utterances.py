@@ -29,6 +29,7 @@ import numpy as np
 from common.data.images import (
     SPLITS,
     UNLABELED,
+    ReopenedZip,
     count_splits,
     describe_labels,
     existing,
@@ -37,6 +38,7 @@ from common.data.images import (
 from common.data.sampling import TEST_SHARE, hold_out
 from common.errors import InputError, did_you_mean, first_few
 from common.run.content import Content, codes
+from common.run.retry import retried
 
 FEATURES = {"video": "video_data/swin_feats.pkl", "audio": "audio_data/wavlm_feats.pkl"}
 # What NumPy, zipfile and pickle raise on damaged or hostile files.
@@ -343,9 +345,12 @@ def _split_names(path: str, names: list[str]) -> list[str]:
 
 
 def _read_npz(place: Path) -> dict:
-    try:
+    def read() -> dict:
         with np.load(place, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
+            return {name: archive[name] for name in archive.files}
+
+    try:
+        arrays = retried(read, place)
     except _READ_ERRORS as error:
         raise InputError(
             f"{place}: not a readable .npz: {reason(error)};"
@@ -507,7 +512,7 @@ def _check_labels(name: str, word: str, rows, column: int) -> None:
 
 
 def _read_tsv(place: Path) -> dict:
-    header, rows = _table(str(place), place.read_bytes())
+    header, rows = _table(str(place), retried(place.read_bytes, place))
     columns = [name.strip().lower() for name in header]
     if "text" not in columns:
         raise InputError(
@@ -589,11 +594,11 @@ def _members(place: Path):
         files = sorted(p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file())
 
         def read(name: str) -> bytes:
-            return (place / name).read_bytes()
+            return retried((place / name).read_bytes, place / name, was_there=True)
 
         return files, read
     try:
-        archive = zipfile.ZipFile(place)  # closed with the process
+        archive = retried(lambda: ReopenedZip(place), place)
     except (OSError, zipfile.BadZipFile) as error:
         raise InputError(f"{place}: not a readable zip archive: {error}") from None
     return [name for name in archive.namelist() if "__MACOSX" not in name], archive.read

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from common.errors import DISK_FULL, InputError, OtherFormat, plural
 from common.run.files import atomic_write, check_format, read_config
+from common.run.retry import retried
 
 _MARK = b"sha256:"
 _COMMENT = len(_MARK) + 64
@@ -60,18 +61,23 @@ def save(path: Path, state: dict, previous: Path | None = None) -> None:
     hasher.update(size)
     parts = (body[:-2], size, _MARK, hasher.hexdigest().encode())
     needed = sum(len(part) for part in parts)
-    free = shutil.disk_usage(path.parent).free
+    free = retried(lambda: shutil.disk_usage(path.parent).free, path, was_there=True)
     if free < needed:
         raise _full(errno.ENOSPC, path, needed, needed - free)
     written = 0
-    try:
-        with atomic_write(path, "wb", keep=previous) as file:
+
+    def write():
+        nonlocal written
+        with atomic_write(path, "wb", keep=previous, stream=True) as file:
             try:
                 file.writelines(parts)
                 file.flush()
             except OSError:
                 written = os.fstat(file.fileno()).st_size
                 raise
+
+    try:
+        retried(write, path, was_there=True)
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
@@ -87,6 +93,10 @@ def _full(number: int, path: Path, needed: int, missing: int) -> OSError:
 
 def is_whole(path: Path) -> bool:
     """Whether a file ends with our mark and every byte before it is as it was written."""
+    return retried(lambda: _is_whole(path), path)
+
+
+def _is_whole(path: Path) -> bool:
     with open(path, "rb") as file:
         hasher = hashlib.sha256()
         left = os.fstat(file.fileno()).st_size - _COMMENT
@@ -107,7 +117,7 @@ def load(path: Path) -> dict:
     """
     path = Path(path)
     try:
-        data = path.read_bytes()
+        data = retried(path.read_bytes, path)
     except OSError as error:
         raise InputError(f"checkpoint {path}: {error.strerror}") from None
     mark = data[-_COMMENT:]
@@ -155,7 +165,7 @@ def load_newest(folder: Path, say=print) -> dict | None:
     """
     damaged = False
     for name in ("last.pt", "last.previous.pt"):
-        if not (folder / name).exists():
+        if not retried((folder / name).exists, folder / name):
             continue
         try:
             return load(folder / name)

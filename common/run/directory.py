@@ -222,7 +222,7 @@ def environment() -> dict:
     try:
         commit = git("rev-parse", "HEAD")
         changes = git("status", "--porcelain", "--untracked-files=no")
-    except FileNotFoundError:  # no git on the machine
+    except OSError:  # no git on the machine, or no process to be had
         commit = changes = None
     return {
         "python": platform.python_version(),

@@ -3,6 +3,7 @@
 Every function also works in one process, where it does nothing.
 """
 
+import contextlib
 import ctypes
 import inspect
 import itertools
@@ -10,8 +11,12 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +27,11 @@ import torch.distributed as td
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common.errors import AGAIN, InputError, plural
+from common.errors import AGAIN, EXIT_BAD_INPUT, InputError, first_few, plural, thread_limit
+
+_MOST_RANKS = 2**20
+_GRACE = 5  # seconds after the limit of a meeting in which it can still say what is wrong
+_meetings = itertools.count()  # of this process: the trials of --search meet one after another
 
 
 @dataclass(frozen=True)
@@ -43,18 +52,23 @@ class Dist:
             print(text)
 
 
-def init(device: str = "auto", timeout_s: float = 1800) -> Dist:
+def init(device: str = "auto", timeout_s: float = 1800, meet_s: float = 1800) -> Dist:
     """Join the processes that the launcher describes.
 
     That is torchrun by its variables, a Slurm job step, or neither. The shell of an sbatch script
     has Slurm's rank variables too, but only a job step (`srun`) has more than one process.
 
+    Args:
+        timeout_s: seconds that a collective waits for the other ranks.
+        meet_s: seconds in which all processes must have come.
+
     Raises:
-        InputError: the device is not there, the processes cannot meet, or a signal of the Slurm job
-            would not arrive.
+        InputError: a variable of the launcher is missing or makes no sense, the device is not
+            there, the processes do not meet, or a signal of the Slurm job would not arrive.
     """
     env = os.environ
-    torchrun = "RANK" in env and "WORLD_SIZE" in env
+    # In a job step some export WORLD_SIZE for other programs; RANK is what torchrun alone sets.
+    torchrun = "RANK" in env or ("WORLD_SIZE" in env and "SLURM_STEP_ID" not in env)
     _check_signal()
     if torchrun or env.get("SLURM_TASK_PID", str(os.getpid())) != str(os.getpid()):
         _end_with_parent()
@@ -62,37 +76,154 @@ def init(device: str = "auto", timeout_s: float = 1800) -> Dist:
     world_size = 1
     local_rank = 0
     if torchrun:
-        number = int(env["RANK"])
-        world_size = int(env["WORLD_SIZE"])
-        local_rank = int(env.get("LOCAL_RANK", 0))
+        world_size = _variable("WORLD_SIZE", 1, _MOST_RANKS)
+        number = _variable("RANK", 0, world_size - 1)
+        local_rank = _variable("LOCAL_RANK", 0, world_size - 1) if "LOCAL_RANK" in env else 0
     elif "SLURM_STEP_ID" in env:
-        number = int(env["SLURM_PROCID"])
-        world_size = int(env["SLURM_STEP_NUM_TASKS"])
-        local_rank = int(env["SLURM_LOCALID"])
-        # On one node nobody has to know its name.
-        nodes = hosts(env["SLURM_STEP_NODELIST"])
-        env.setdefault("MASTER_ADDR", nodes[0] if len(nodes) > 1 else "127.0.0.1")
-        own_port = port(int(env["SLURM_JOB_ID"]), int(env["SLURM_STEP_ID"]))
-        env.setdefault("MASTER_PORT", str(own_port))
+        world_size = _variable("SLURM_STEP_NUM_TASKS", 1, _MOST_RANKS)
+        number = _variable("SLURM_PROCID", 0, world_size - 1)
+        local_rank = _variable("SLURM_LOCALID", 0, world_size - 1)
+        if world_size > 1:
+            _check_terminal(world_size)
+            # On one node nobody has to know its name.
+            nodes = hosts(env.get("SLURM_STEP_NODELIST", ""))
+            env.setdefault("MASTER_ADDR", nodes[0] if len(nodes) > 1 else "127.0.0.1")
+            if "MASTER_PORT" not in env:
+                own_port = port(_variable("SLURM_JOB_ID", 0), _variable("SLURM_STEP_ID", 0))
+                env["MASTER_PORT"] = str(own_port)
     place = _device(device, local_rank)
     if world_size > 1 and not td.is_initialized():
+        if not env.get("MASTER_ADDR"):
+            raise InputError("MASTER_ADDR is not set: give the host of rank 0, or use torchrun")
+        _variable("MASTER_PORT", 1, 65535)
         on_gpu = place.type == "cuda"
-        try:
-            td.init_process_group(
-                "nccl" if on_gpu else "gloo",
-                rank=number,
-                world_size=world_size,
-                timeout=timedelta(seconds=timeout_s),
-                device_id=place if on_gpu else None,
-            )
-        except td.DistError as error:
-            address = f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}"
-            reason = str(error).split("\n")[0]
-            raise InputError(
-                f"rank {number} cannot meet the others at {address}: {reason};"
-                " set MASTER_ADDR or MASTER_PORT"
-            ) from None
+        with _limit(meet_s + _GRACE, f"rank {number} of {world_size}"):
+            store = _meet(number, world_size, timeout_s, meet_s)
+            try:
+                td.init_process_group(
+                    "nccl" if on_gpu else "gloo",
+                    store=store,
+                    rank=number,
+                    world_size=world_size,
+                    timeout=timedelta(seconds=timeout_s),
+                    device_id=place if on_gpu else None,
+                )
+            except RuntimeError as error:
+                if thread_limit(error):
+                    raise
+                raise _apart(number, world_size, str(error).split("\n")[0]) from None
     return Dist(number, world_size, place)
+
+
+def _variable(name: str, low: int, high: int = 10**9) -> int:
+    """A whole number that the launcher has put into the environment.
+
+    Raises:
+        InputError: it is missing, no number, or out of bounds.
+    """
+    received = os.environ.get(name)
+    text = (received or "").strip()
+    if re.fullmatch("[0-9]{1,18}", text) and low <= int(text) <= high:
+        return int(text)
+    what = "is not set" if received is None else f"received {received!r}"
+    raise InputError(
+        f"the environment variable {name} {what}, allowed {low} to {high}: start with torchrun or"
+        " srun, which set it, or for one process unset RANK, WORLD_SIZE and SLURM_STEP_ID"
+    )
+
+
+def _check_terminal(world_size: int) -> None:
+    # `srun --pty bash`: the shell of the first task alone lives, and what it starts has no peers.
+    env = os.environ
+    if "SLURM_PTY_PORT" in env and env.get("SLURM_TASK_PID") != str(os.getpid()):
+        raise InputError(
+            f"this shell is one of {world_size} tasks of `srun --pty`, which gives a terminal to"
+            " the first alone: use `srun -n1 --pty` for one process, or srun without --pty"
+        )
+
+
+def _apart(number: int, world_size: int, reason: str) -> InputError:
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    return InputError(
+        f"rank {number} of {world_size} cannot meet the others at {address}: {reason}; check that"
+        " all were started, that rank 0 runs on MASTER_ADDR and that MASTER_PORT is free there"
+    )
+
+
+def _meet(number: int, world_size: int, timeout_s: float, meet_s: float) -> td.Store:
+    """The store, hosted by rank 0 or by torchrun, in which every process has left its mark.
+
+    torch's own meeting waits in C++, where no signal is heard, and prints a trace when it fails.
+
+    Raises:
+        InputError: after `meet_s` seconds, with the ranks that have not come.
+    """
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    is_host = number == 0 and not hosted
+    end = time.monotonic() + meet_s
+    limit = f"{meet_s / 60:g} minutes (--timeout)"
+    while not is_host:
+        try:
+            socket.create_connection(address, timeout=5).close()
+            break
+        except OSError as error:
+            if time.monotonic() > end:
+                reason = f"no answer within {limit}: {error.strerror or error}"
+                raise _apart(number, world_size, reason) from None
+            time.sleep(min(0.2, meet_s))
+    try:
+        server = td.TCPStore(
+            "localhost" if is_host else address[0],
+            address[1],
+            world_size,
+            is_host,
+            timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = td.PrefixStore(f"attempt{attempt}/meeting{next(_meetings)}", server)
+        marks = [f"rank{rank}" for rank in range(world_size)]
+        problem = ""
+        if store.add(marks[number], 1) > 1:
+            problem = f"two processes are rank {number}"
+        pause = 0.02
+        while not problem and not store.check(marks):
+            if store.check(["problem"]):
+                problem = store.get("problem").decode()
+            elif time.monotonic() > end:
+                absent = [rank for rank, mark in enumerate(marks) if not store.check([mark])]
+                came = f"{world_size - len(absent)} of {world_size} came within {limit}"
+                problem = f"{came}, missing: rank {first_few(absent, 8)}"
+            time.sleep(pause)
+            pause = min(2 * pause, 0.5)
+        if problem:
+            store.set("problem", problem)
+            if is_host:
+                time.sleep(2)  # the store ends with this process: the others read why
+            raise _apart(number, world_size, problem)
+    except td.DistError as error:
+        raise _apart(number, world_size, str(error).split("\n")[0]) from None
+    return store
+
+
+@contextlib.contextmanager
+def _limit(seconds: float, who: str) -> Iterator[None]:
+    # A port on which something else answers, or a peer that dies while it joins, hangs in C++.
+    def end():
+        text = f"error: {who} has not joined the others within {seconds / 60:.2g} minutes"
+        print(f"{text} (--timeout); what the other ranks print says why", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(EXIT_BAD_INPUT)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def port(job: int, step: int) -> int:
@@ -148,8 +279,12 @@ def _check_signal() -> None:
     started = Path("/proc", task_pid)
     if not started.exists() or not shutil.which("scontrol"):
         return
-    command = ["scontrol", "write", "batch_script", env["SLURM_JOB_ID"], "-"]
-    script = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace").stdout
+    command = ["scontrol", "write", "batch_script", env.get("SLURM_JOB_ID", ""), "-"]
+    text = {"encoding": "utf-8", "errors": "replace"}
+    try:
+        script = subprocess.run(command, capture_output=True, timeout=20, **text).stdout
+    except subprocess.TimeoutExpired:  # the controller is down: nothing is known
+        script = ""
     options = re.findall(r"^#SBATCH.*\s--signal[= ](\S+)", script, re.MULTILINE)
     option = env.get("SBATCH_SIGNAL") or (options[-1] if options else "")
     match = re.fullmatch(r"(?:([RB]+):)?(?:SIG)?(\w+)(?:@\d+)?", option)
@@ -181,7 +316,8 @@ def _end_with_parent() -> None:
 def peer_lost(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank exited or hangs."""
     # gloo has no exception of its own.
-    return isinstance(error, td.DistError) or "gloo" in str(error).lower()
+    of_group = isinstance(error, td.DistError) or "gloo" in str(error).lower()
+    return of_group and not thread_limit(error)
 
 
 def lost_peer(error: RuntimeError) -> str:

@@ -2,13 +2,16 @@
 
 import contextlib
 import errno
+import io
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO
 
 from common.errors import InputError, OtherFormat
+from common.run.retry import retried
 
 try:
     import fcntl
@@ -48,31 +51,50 @@ def lock_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path, mode: str = "w", *, keep: Path | None = None) -> Iterator[IO]:
+def atomic_write(
+    path: Path, mode: str = "w", *, keep: Path | None = None, stream: bool = False
+) -> Iterator[IO]:
     """A file whose content takes the place of `path` in one piece, or never appears.
 
     The bytes go to a temporary file in the same directory, are forced to the disk and renamed: a
-    process or a machine that dies leaves the old content.
+    process or a machine that dies leaves the old content. What fails for a moment is done again.
 
     Args:
         mode: "w" for UTF-8 text with the line ends as they are (csv needs that), or "wb".
         keep: what the old file is renamed to, once the new one is on the disk; `path` must exist.
+        stream: write the bytes as they come, for what is large: they are not gathered in memory,
+            so the writing itself is done once.
 
     Raises:
         OSError: the disk is full or not writable.
     """
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    text = {} if "b" in mode else {"newline": "", "encoding": "utf-8"}
     try:
-        text = {} if "b" in mode else {"newline": "", "encoding": "utf-8"}
-        with open(temporary, mode, **text) as file:
+        if stream:
+            with open(temporary, mode, **text) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+        else:
+            gathered = io.BytesIO()
+            file = io.TextIOWrapper(gathered, **text) if text else gathered
             yield file
             file.flush()
-            os.fsync(file.fileno())
+
+            def write():
+                with open(temporary, "wb") as target:
+                    target.write(gathered.getbuffer())
+                    target.flush()
+                    os.fsync(target.fileno())
+
+            retried(write, path, was_there=True)
         if keep is not None:
-            os.replace(path, keep)
-        os.replace(temporary, path)
+            retried(lambda: os.replace(path, keep), path, was_there=True)
+        retried(lambda: os.replace(temporary, path), path, was_there=True)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the next start removes it
+            temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
@@ -84,14 +106,18 @@ def sync_folder(folder: Path) -> None:
     Raises:
         OSError: the disk fails.
     """
-    if os.name != "posix":
-        return
-    try:
+
+    def sync():
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+    if os.name != "posix":
+        return
+    try:
+        retried(sync, folder, was_there=True)
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EINVAL, errno.ENOTSUP):
             raise
@@ -129,7 +155,7 @@ def read_json(path: Path) -> dict | None:
         InputError: the file cannot be read.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(retried(partial(path.read_text, encoding="utf-8"), path))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

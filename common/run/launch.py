@@ -23,6 +23,7 @@ from common.errors import (
 from common.run import dist, ensemble
 from common.run.files import run_locks
 from common.run.inference import is_inference
+from common.run.retry import io_retry
 from common.run.signals import Signals
 from common.search import drawn_ranges
 
@@ -56,9 +57,14 @@ def launch(args, run_inference: Callable, run_training: Callable) -> int:
     Returns:
         0; the other exit codes leave as SystemExit.
     """
-    with exit_codes(), Signals() as signals, run_locks:
+    with (
+        exit_codes(),
+        Signals() as signals,
+        run_locks,
+        io_retry(args.io_retry, lambda: signals.asked),
+    ):
         # The watchdog, which is to come first, names more than a collective does.
-        world = dist.init(args.device, max(1800, 120 * args.timeout))
+        world = dist.init(args.device, max(1800, 120 * args.timeout), 60 * args.timeout)
         seed_process(args)
         on_gpu = world.device.type == "cuda"
         if args.precision == "bf16" and on_gpu and not amp.has_bf16(world.device):

@@ -1,5 +1,6 @@
 """One console line and one JSON line per interval; TensorBoard where asked for."""
 
+import contextlib
 import json
 import math
 import os
@@ -7,14 +8,16 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 import torch
 
 from common.amp import peak_bytes, peak_memory
-from common.errors import InputError, only_warn, plural
+from common.errors import TRANSIENT, InputError, only_warn, plural
 from common.run.files import atomic_write
+from common.run.retry import retried
 
 # Fields that differ between two runs of the same command: the only ones.
 TIMING = ("time", "rate", "eta_s", "wait", "memory_gb")
@@ -118,7 +121,7 @@ class Log:
             # A line torn by a killed process must not meet the next one.
             if not lines or self.path.read_text(encoding="utf-8") != _text(lines):
                 self._rewrite(lines)
-            self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+            self._open()
             self.counts.update(line["stage"] for line in lines)
         self.board = _summary_writer(folder) if main and tensorboard else None
         self.watcher = None
@@ -196,8 +199,9 @@ class Log:
             for name, value in values.items():
                 line[name] = value if math.isfinite(value) else None  # JSON has no NaN
             line["time"] = round(self.seconds, 2)
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
+            text = json.dumps(line) + "\n"
+            retried(lambda: self._append(text), self.path, was_there=True)
+            self._length += len(text)
             self.counts[stage] += 1
         board, self.board = self.board, None
         if board:
@@ -211,8 +215,10 @@ class Log:
     def resumed(self, stage: str, step: int, epoch: int) -> None:
         """Note that a stage resumes from a checkpoint: a mark in the report's curves."""
         if self.path:
-            with open(self.path.with_name(RESUMES), "a", encoding="utf-8") as file:
-                file.write(json.dumps({"stage": stage, "step": step, "epoch": epoch}) + "\n")
+            path = self.path.with_name(RESUMES)
+            lines = read(path.parent, RESUMES) if path.exists() else []
+            with atomic_write(path) as file:
+                file.write(_text([*lines, {"stage": stage, "step": step, "epoch": epoch}]))
 
     @property
     def seconds(self) -> float:
@@ -239,8 +245,25 @@ class Log:
                 kept.append(line)
         self.file.close()
         self._rewrite(kept)
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
+        self._open()
         self.counts[stage] = count
+
+    def _open(self) -> None:
+        self.file = open(self.path, "r+", newline="", encoding="utf-8")  # noqa: SIM115
+        self._length = self.file.seek(0, os.SEEK_END)
+
+    def _append(self, text: str) -> None:
+        if self.file.closed:  # after a failure: what is half written is cut
+            self.file = open(self.path, "r+", newline="", encoding="utf-8")  # noqa: SIM115
+            self.file.truncate(self._length)
+            self.file.seek(0, os.SEEK_END)
+        try:
+            self.file.write(text)
+            self.file.flush()
+        except OSError:
+            with contextlib.suppress(OSError):
+                self.file.close()
+            raise
 
     def _rewrite(self, lines: list[dict]) -> None:
         # In one piece: a process killed here must not lose the lines of hours.
@@ -249,8 +272,17 @@ class Log:
 
     def sync(self) -> None:
         """Force the lines so far to the disk: a checkpoint counts on them."""
-        if self.file:
+        if not self.file:
+            return
+        try:
             os.fsync(self.file.fileno())
+        except OSError as error:
+            if error.errno not in TRANSIENT:
+                raise
+            # Another call would say that all is well with what this one has lost.
+            self.file.close()
+            self._rewrite(read(self.path.parent))
+            self._open()
 
     def close(self) -> None:
         """End the live line, and close the files."""
@@ -294,7 +326,8 @@ def _text(lines: list[dict]) -> str:
 def read(folder: Path, name: str = "log.jsonl") -> list[dict]:
     """The lines of a run's log.jsonl, or of another such file; a torn last line is left out."""
     lines = []
-    for text in (Path(folder) / name).read_text(encoding="utf-8").splitlines():
+    path = Path(folder) / name
+    for text in retried(partial(path.read_text, encoding="utf-8"), path).splitlines():
         try:
             lines.append(json.loads(text))
         except ValueError:

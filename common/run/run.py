@@ -27,6 +27,7 @@ from common.errors import (
     first_few,
     only_warn,
     plural,
+    thread_limit,
 )
 from common.run import checkpoint, dist
 from common.run.card import Card
@@ -35,6 +36,7 @@ from common.run.directory import card_record, create_run_dir, output_folder, run
 from common.run.files import ROOT, read_json, write_json
 from common.run.log import Log
 from common.run.progress import Progress
+from common.run.retry import patience
 from common.run.signals import Signals
 
 
@@ -267,12 +269,21 @@ class Run:
         except Diverged:
             status = "diverged"
             raise
-        except InputError as error:
-            raise InputError(f"{self._where() if self.current else ''}{error}") from None
-        except OSError as error:
-            parts = (error.strerror or error, error.filename)
-            what = ": ".join(str(part) for part in parts if part)
-            raise InputError(f"{self._where()}{what}; make room or fix it. {AGAIN}") from None
+        except (InputError, OSError) as error:
+            what = str(error)
+            if isinstance(error, OSError):
+                if thread_limit(error):
+                    raise
+                parts = (error.strerror or error, error.filename)
+                what = ": ".join(str(part) for part in parts if part)
+            if self.current or isinstance(error, OSError):
+                what = self._where() + what
+            if patience.interrupted:
+                status = "stopped"
+                raise Signals.leave(self.signals.asked, what) from None
+            if isinstance(error, OSError):
+                what += f"; make room or fix it. {AGAIN}"
+            raise InputError(what) from None
         except RuntimeError as error:
             if not dist.peer_lost(error):
                 raise
@@ -313,7 +324,8 @@ class Run:
             last = None
             idle = 0.0
             while not over.wait(seconds):
-                heartbeat = self.current and (self.current.stage, self.current.heartbeat)
+                place = self.current and (self.current.stage, self.current.heartbeat)
+                heartbeat = place, patience.heartbeat
                 idle = idle + seconds if heartbeat == last else 0.0
                 last = heartbeat
                 if idle >= 60 * minutes:

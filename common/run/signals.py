@@ -84,4 +84,6 @@ def _requeue(job: str) -> str | None:
         )
     except subprocess.TimeoutExpired:
         return "no answer within 20 s"
+    except OSError as error:  # no process to be had
+        return error.strerror
     return done.stderr.strip() if done.returncode else None
