@@ -44,7 +44,7 @@ def state_text(status: str, lines: list[dict], settings: dict, seconds: float | 
         stage = settings["resolved"].get(last["stage"].split("_")[0])
         planned = f" of {stage['epochs']}" if isinstance(stage, dict) else ""
         where = f" in {last['stage']}, step {last['step']}, epoch {last['epoch']}{planned}"
-        where += f", after {log.duration(last['time'])}"
+        where += f", after {log.duration(last.get('time', 0))}"
         eta = next((line["eta_s"] for line in reversed(lines) if "eta_s" in line), None)
         if status in ("running", "not ended") and eta is not None:
             where += f"; this stage takes about {log.duration(eta)} more"

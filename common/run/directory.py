@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,15 @@ import torch
 import torchvision
 
 from common import config
-from common.errors import InputError
-from common.run import dist
+from common.errors import InputError, OtherFormat
+from common.run import checkpoint, dist
 from common.run.card import Card
 from common.run.files import (
-    FORMAT,
+    LAST,
     ROOT,
+    STATE,
+    WRITTEN,
+    is_run,
     lock_folder,
     read_config,
     read_json,
@@ -28,12 +32,17 @@ from common.run.files import (
     write_json,
 )
 
-# What --resume none removes.
-_STATE = ("last.pt", "last.previous.pt", "best.pt", "summary.json", "log.jsonl", "resumes.jsonl")
+# What of the environment may change what a run computes: said where it differs at a resume.
+_VERSIONS = ("commit", "uncommitted_changes", "torch", "cuda", "gpu")
+# What else a start of a run is told by.
+_START = ("command", "device", "processes")
+# What env.json holds that is read, see `read_json`.
+_ENV = {"starts": [dict]}
 
 
 def run_dir(args, script: str, name: str, identity: dict) -> Path:
-    """The run directory: --out, or the one that `--resume PATH` resumes, or runs/SCRIPT/NAME-HASH.
+    """The run directory: --out, or the one that `--resume PATH` resumes, or runs/SCRIPT/NAME-HASH:
+    that also for a checkpoint that lies in no run.
 
     A trial of --search has a folder in --out.
     """
@@ -41,7 +50,9 @@ def run_dir(args, script: str, name: str, identity: dict) -> Path:
         folder = Path(args.out)
         return folder if args.trial is None else folder / f"trial{args.trial}"
     if args.resume not in ("auto", "none"):
-        return run_dir_of(args.resume)
+        folder = run_dir_of(args.resume)
+        if folder.is_dir():
+            return folder
     return Path("runs") / script / f"{name}-{config.digest(identity)}"
 
 
@@ -53,7 +64,7 @@ def output_folder(path: str) -> Path:
     Raises:
         InputError: it cannot be created or written.
     """
-    folder = Path(path).parent if Path(path).suffix == ".pt" else Path(path)
+    folder = Path(path).parent if Path(path).is_file() else Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
@@ -65,31 +76,48 @@ def output_folder(path: str) -> Path:
     return folder
 
 
-def create_run_dir(
-    folder: Path, args, identity: dict, resolved: dict, card: dict, world: dist.Dist
-) -> bool:
+def create_run_dir(folder: Path, args, record: dict, world: dist.Dist) -> dict | None:
     """Create `folder` and write config.json and env.json.
 
-    If the same run has finished there, print its summary and return False.
+    If the same run has finished there, print its summary. What differs in the versions from the
+    start before is said in one line.
 
     Args:
-        identity: the settings that decide the result.
-        resolved: the settings of the stages and the model as they came out.
-        card: what the script says of itself, see `card_record`.
+        record: what config.json holds beside the flags: `format`, `card` (see `card_record`),
+            `identity`, the settings that decide the result, and `resolved`, the settings of the
+            stages and the model as they came out.
+
+    Returns:
+        What env.json holds; its list `starts`, newest last, has for each start its time, its Slurm
+        job, the `stage` and the `step` that it took up work at (None until that is known), and of
+        versions, command, device and processes what differs from the start before. None where the
+        run has finished.
 
     Raises:
         InputError: the run there, or the one of --resume PATH, has another identity and
-            --force-resume is not given, or another format; or the folder is another program's, or
-            cannot be written.
+            --force-resume is not given, or another format; or the folder is no run's and holds
+            files that a run would take for its own, or cannot be written.
     """
-    there = read_json(folder / "config.json")
-    if there is not None and "identity" not in there:
-        raise InputError(f"{folder}: the config.json there is of no run; choose another --out")
-    mode = config.resume_mode(args, (read_json(folder / "env.json") or {}).get("slurm_job"))
-    stored = None if mode == "none" else read_config(folder)
-    if stored is None and mode not in ("auto", "none"):
-        stored = read_config(run_dir_of(mode))
-    if stored is not None:
+    try:
+        there = read_config(folder)
+    except OtherFormat:
+        raise
+    except InputError as error:
+        raise InputError(
+            f"{error}; choose another --out, with --resume {folder / LAST[0]} to go on from there"
+        ) from None
+    if there is None or "identity" not in there:
+        _refuse_foreign(folder, record["card"])
+        there = None
+    env = read_json(folder / "env.json", _ENV, world.say) or {}
+    mode = config.resume_mode(args, env.get("slurm_job"))
+    elsewhere = there is None and mode not in ("auto", "none")
+    stored = None if mode == "none" else there
+    if elsewhere:
+        stored = _config_elsewhere(mode, args)
+        env = read_json(run_dir_of(mode) / "env.json", _ENV, world.say) or {}
+    identity = record["identity"]
+    if stored:
         # To go on for longer is what `--resume PATH --epochs MORE` asks for; any other difference
         # makes another run.
         free = set() if mode == "auto" else {"epochs", "warmup_epochs"}
@@ -97,27 +125,36 @@ def create_run_dir(
         if differences and not args.force_resume:
             longer = f", --resume {folder} for more epochs" if mode == "auto" else ""
             raise InputError(
-                f"{folder} holds another run: {'; '.join(differences)}. Another --out{longer}, or"
-                " --force-resume"
+                f"{mode if elsewhere else folder} holds another run: {'; '.join(differences)}."
+                f" Another --out{longer}, or --force-resume"
             )
-        summary = read_json(folder / "summary.json")
-        if mode == "auto" and not differences and summary and summary["status"] == "finished":
+        summary = read_json(folder / "summary.json", say=world.say) or {}
+        if mode == "auto" and not differences and summary.get("status") == "finished":
             if world.is_main:
                 remove_orphans(folder)  # of a process that was killed at its last report
                 print(f"{folder} has finished; its summary:\n{json.dumps(summary, indent=2)}")
-            return False
+                try:
+                    checkpoint.load_selected(str(folder))  # says what is damaged
+                except InputError as error:
+                    print(error)
+            return None
+    now = environment() | {"device": str(world.device), "processes": world.world_size}
+    if mode == "none":
+        env = {}
+    elif env:
+        _say_changes(env, now, world)
     dist.barrier()  # rank 0 writes when every rank has read
     problem = None
+    now["starts"] = [*env.get("starts", []), _start_entry(env, now)]
     if world.is_main:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock_folder(folder)
             remove_orphans(folder)
-            if mode == "none" and (folder / "config.json").exists():
-                _forget(folder)
-            record = {"format": FORMAT, "card": card, "resolved": resolved, "identity": identity}
+            if mode == "none" and there is not None:
+                _forget(folder, there.get("card", {}), record["card"])
             write_json(folder / "config.json", vars(args) | record)
-            write_json(folder / "env.json", environment())
+            write_json(folder / "env.json", now)
         except BlockingIOError:
             problem = "another process works there; wait for it, or give another --out"
         except OSError as error:
@@ -125,7 +162,80 @@ def create_run_dir(
     failed = torch.tensor(int(problem is not None), device=world.device)
     if dist.all_reduce(failed, "max"):
         raise InputError(f"run directory {folder}: {problem or 'rank 0 cannot write there'}")
-    return True
+    return now
+
+
+def _config_elsewhere(path: str, args) -> dict:
+    # Of what --resume PATH names, which is no part of the run directory.
+    if Path(path).is_file():
+        checkpoint.load_state(Path(path))
+    elif not is_run(Path(path)) and not is_run(run_dir_of(path)):
+        _refuse_foreign(Path(path), {})
+        raise InputError(f"--resume {path}: there is no run")
+    stored = checkpoint.config_of(path)
+    if "identity" not in stored and not args.force_resume:
+        raise InputError(
+            f"--resume {path} does not say what run it is of: resume its run directory, or"
+            " --force-resume"
+        )
+    return stored if "identity" in stored else {}
+
+
+def _refuse_foreign(folder: Path, card: dict) -> None:
+    # What a run finds in its directory it goes on from or writes over: it must be its own.
+    ours = {name for name in ("report.html", "figures") if (folder / "check.json").exists()}
+    stages = [folder / name for name in _stage_names(card)]
+    files = [folder / name for name in (*WRITTEN, "figures") if name not in ours]
+    files += [stage / name for stage in stages for name in STATE]
+    found = next((file for file in files if os.path.lexists(file)), None)
+    if found is None:
+        return
+    what = "is of no run" if found.name == "config.json" else "lies beside no config.json of a run"
+    alone = ""
+    if found.name in LAST:
+        alone = f", to go on from it --resume {found} with another --out,"
+    raise InputError(
+        f"{folder}: the {found.relative_to(folder)} there {what}, so nothing is continued or"
+        f" overwritten; choose another --out{alone} or move it away"
+    )
+
+
+def _stage_names(*cards: dict) -> set[str]:
+    return {name for card in cards for key in ("stages", "baselines") for name in card.get(key, ())}
+
+
+def _start_entry(env: dict, now: dict) -> dict:
+    entry = {
+        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "stage": None,
+        "step": None,
+        "slurm_job": now["slurm_job"],
+    }
+    changed = [name for name in (*_VERSIONS, *_START) if name not in env or env[name] != now[name]]
+    return entry | {name: now[name] for name in changed}
+
+
+def _say_changes(env: dict, now: dict, world: dist.Dist) -> None:
+    changes = []
+    for name in _VERSIONS:
+        if name in env and env[name] != now[name]:
+            old, new = (str(value or "none")[:40] for value in (env[name], now[name]))
+            if name == "commit":
+                old, new = old[:12], new[:12]
+            changes.append(f"{name.replace('_', ' ')} {old} -> {new}")
+    if changes:
+        world.say(f"other versions than at the start before: {', '.join(changes)}")
+
+
+def kept_config(args, about: dict) -> dict:
+    """What a checkpoint keeps of config.json: what its use needs, and no more than decides it.
+
+    Args:
+        about: `format`, `card` and `identity`.
+    """
+    flags = {name: value for name, value in vars(args).items() if name not in config.NOT_IN_RUN_ID}
+    record = flags | {"data": args.data} | about
+    return json.loads(json.dumps(record, default=str))  # as it is read from config.json
 
 
 def _differences(stored: dict, identity: dict, free: set[str]) -> list[str]:
@@ -140,25 +250,26 @@ def card_record(card: Card, chance: dict[str, tuple[str, float]]) -> dict:
     return asdict(card) | {"chance": chance}
 
 
-def _forget(folder: Path) -> None:
-    # The state of this run alone: its folder and its stages' folders, which have no config.json of
-    # their own.
-    stages = [f for f in folder.iterdir() if f.is_dir() and not (f / "config.json").exists()]
+def _forget(folder: Path, *cards: dict) -> None:
+    # What the run itself wrote, in its folder and in those of its stages: what else lies there is a
+    # copy of the user's.
+    stages = [folder / name for name in os.listdir(folder) if name in _stage_names(*cards)]
     for place in (folder, *stages):
-        for name in _STATE:
-            (place / name).unlink(missing_ok=True)
+        if place == folder or not (place / "config.json").exists():
+            for name in STATE:
+                (place / name).unlink(missing_ok=True)
 
 
 def environment() -> dict:
     """Versions, hardware, commit and command: what a figure needs beside it to mean something."""
 
     def git(*command):
-        result = subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True)
-        return result.stdout.strip() if result.returncode == 0 else None
+        result = subprocess.run(["git", "-C", ROOT, *command], capture_output=True)
+        return result.stdout.decode(errors="replace").strip() if result.returncode == 0 else None
 
     try:
         commit = git("rev-parse", "HEAD")
-        changes = git("status", "--porcelain", "--untracked-files=no")
+        changes = git("diff", "--no-ext-diff", "HEAD")
     except FileNotFoundError:  # no git on the machine
         commit = changes = None
     return {
@@ -173,6 +284,6 @@ def environment() -> dict:
         "platform": platform.platform(),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "commit": commit,
-        "uncommitted_changes": None if changes is None else bool(changes),
+        "uncommitted_changes": changes and config.digest(changes) if changes != "" else False,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
