@@ -459,7 +459,7 @@ def settings_part(run: Record) -> str:
 
 
 def starts_of(env: dict) -> list[tuple[str, str]]:
-    """Each start of a run: its time; where it took up work, and what differed from the one before."""
+    """Of each start of a run its time; where it took up work, and what differs from the last."""
     starts = env.get("starts")
     rows = []
     for start in starts if isinstance(starts, list) else []:

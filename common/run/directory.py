@@ -36,6 +36,8 @@ from common.run.files import (
 _VERSIONS = ("commit", "uncommitted_changes", "torch", "cuda", "gpu")
 # What else a start of a run is told by.
 _START = ("command", "device", "processes")
+# What `--resume PATH` may change.
+_LENGTH = {"epochs", "warmup_epochs"}
 # What env.json holds that is read, see `read_json`.
 _ENV = {"starts": [dict]}
 
@@ -120,7 +122,7 @@ def create_run_dir(folder: Path, args, record: dict, world: dist.Dist) -> dict |
     if stored:
         # To go on for longer is what `--resume PATH --epochs MORE` asks for; any other difference
         # makes another run.
-        free = set() if mode == "auto" else {"epochs", "warmup_epochs"}
+        free = set() if mode == "auto" else _LENGTH
         differences = _differences(stored["identity"], identity, free)
         if differences and not args.force_resume:
             longer = f", --resume {folder} for more epochs" if mode == "auto" else ""
@@ -233,8 +235,12 @@ def kept_config(args, about: dict) -> dict:
     Args:
         about: `format`, `card` and `identity`.
     """
-    flags = {name: value for name, value in vars(args).items() if name not in config.NOT_IN_RUN_ID}
-    record = flags | {"data": args.data} | about
+
+    def kept(values: dict, without: set[str]) -> dict:
+        return {name: value for name, value in values.items() if name not in without}
+
+    record = kept(vars(args), config.NOT_IN_RUN_ID | _LENGTH) | {"data": args.data} | about
+    record["identity"] = kept(about["identity"], _LENGTH)
     return json.loads(json.dumps(record, default=str))  # as it is read from config.json
 
 
