@@ -587,15 +587,17 @@ def pretrain(run: Run, weights: dict | None) -> None:
 
 
 def trained_backbone(run: Run) -> dict:
-    """The backbone that pretraining has left: in backbone.pt, and in its best.pt where that is
-    damaged.
+    """The backbone that pretraining has left in backbone.pt; where that is damaged, it is written
+    again from best.pt.
     """
     try:
         return checkpoint.load(run.folder / "backbone.pt")
     except InputError as error:
         run.log.say(f"{error}; pretrain/best.pt is used")
-        best = checkpoint.load(run.folder / "pretrain" / "best.pt")
-        return of_backbone(best["model"])
+        weights = of_backbone(checkpoint.load(run.folder / "pretrain" / "best.pt")["model"])
+        if run.world.is_main:
+            checkpoint.save(run.folder / "backbone.pt", weights)
+        return weights
 
 
 def save_views(run: Run, batch: Batch) -> None:

@@ -22,7 +22,15 @@ from torch import Tensor
 
 from common.errors import DISK_FULL, InputError, OtherFormat, plural
 from common.run import dist
-from common.run.files import BEST, LAST, atomic_write, check_format, read_config, run_dir_of
+from common.run.files import (
+    BEST,
+    LAST,
+    atomic_write,
+    check_config,
+    check_format,
+    read_config,
+    run_dir_of,
+)
 
 _MARK = b"sha256:"
 _COMMENT = len(_MARK) + 64
@@ -355,13 +363,13 @@ def config_of(source: str | Path) -> dict:
         InputError: the run or the file cannot be read.
     """
     path = Path(source)
-    held = load(path) if path.is_file() else {}
-    held = held.get("config") if _is_ours(held) else None
-    if held is None:
+    state = load(path) if path.is_file() else {}
+    if not _is_ours(state) or "config" not in state:
         held = read_config(run_dir_of(source))
-    if held is None and path.is_dir():
-        held = load_selected(source, lambda _: None).get("config")
-    return held or {}
+        if held is not None or not path.is_dir():
+            return held or {}
+        state = load_selected(source, lambda _: None)
+    return check_config(state.get("config", {}), source)
 
 
 def weights_digest(weights: dict[str, Tensor]) -> str:

@@ -164,13 +164,27 @@ def read_json(
 def _check_types(value, wanted, name: str) -> None:
     kind = wanted if isinstance(wanted, type) else type(wanted)
     if not isinstance(value, kind):
-        raise ValueError(f"{name} is {_JSON[type(value)]}, not {_JSON[kind]}")
+        found = _JSON.get(type(value), type(value).__name__)
+        raise ValueError(f"{name} is {found}, not {_JSON[kind]}")
     if isinstance(wanted, dict):
         for entry in wanted.keys() & value.keys():
             _check_types(value[entry], wanted[entry], f"its {entry!r}")
     elif isinstance(wanted, list):
         for item in value:
             _check_types(item, wanted[0], f"an item of {name}")
+
+
+def check_config(config, source) -> dict:
+    """What a checkpoint holds of a config.json, after a look at the types of its entries.
+
+    Raises:
+        InputError: some are others than a run's.
+    """
+    try:
+        _check_types(config, _CONFIG, "it")
+    except ValueError as error:
+        raise InputError(f"the config in {source} cannot be read: {error}") from None
+    return config
 
 
 def read_config(folder: Path) -> dict | None:

@@ -151,7 +151,7 @@ class Progress:
                 self._best_state = None  # best.pt holds it
         checkpoint.set_rng_state(state["rng"])
         self.log.go_on_from(place["seconds"])
-        self.log.cut(self.stage, place["log_lines"], self.step)
+        self.log.cut(self.stage, 0 if source else place["log_lines"], self.step)
         if not self.finished:
             self.log.say(f"{self.stage}: resuming from step {self.step}, epoch {self.epoch + 1}")
             self.log.resumed(self.stage, self.step, self.epoch)
