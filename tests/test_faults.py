@@ -454,6 +454,11 @@ def test_starting_anew_removes_the_state_of_the_run_and_nothing_else(small, tmp_
         shutil.copytree(run / "linear", copy)
     for name in (".mine.tmp", ".notes.7.tmp", "linear/mine.pt", "linear/.x.tmp", "mine.pt"):
         (run / name).write_text("x")
+    config = json.loads((run / "config.json").read_text())
+    config["card"]["stages"] += ["../outside", "..", ""]
+    (run / "config.json").write_text(json.dumps(config))
+    shutil.copytree(run / "linear", tmp_path / "outside")
+    kept.append(tmp_path / "outside")
     mine = {file: file.read_bytes() for copy in kept for file in copy.iterdir()}
     mine |= {file: b"x" for file in run.rglob("*") if file.is_file() and file.stat().st_size == 1}
     assert len(mine) >= 9

@@ -105,9 +105,7 @@ def create_run_dir(folder: Path, args, record: dict, world: dist.Dist) -> dict |
     except OtherFormat:
         raise
     except InputError as error:
-        raise InputError(
-            f"{error}; choose another --out, with --resume {folder / LAST[0]} to go on from there"
-        ) from None
+        raise InputError(f"{error}; {_elsewhere(folder, record['card'])}") from None
     if there is None or "identity" not in there:
         _refuse_foreign(folder, record["card"])
         there = None
@@ -116,7 +114,7 @@ def create_run_dir(folder: Path, args, record: dict, world: dist.Dist) -> dict |
     elsewhere = there is None and mode not in ("auto", "none")
     stored = None if mode == "none" else there
     if elsewhere:
-        stored = _config_elsewhere(mode, args)
+        stored = _config_elsewhere(mode, args, record["card"])
         env = read_json(run_dir_of(mode) / "env.json", _ENV, world.say) or {}
     identity = record["identity"]
     if stored:
@@ -167,12 +165,12 @@ def create_run_dir(folder: Path, args, record: dict, world: dist.Dist) -> dict |
     return now
 
 
-def _config_elsewhere(path: str, args) -> dict:
+def _config_elsewhere(path: str, args, card: dict) -> dict:
     # Of what --resume PATH names, which is no part of the run directory.
     if Path(path).is_file():
         checkpoint.load_state(Path(path))
     elif not is_run(Path(path)) and not is_run(run_dir_of(path)):
-        _refuse_foreign(Path(path), {})
+        _refuse_foreign(Path(path), card)
         raise InputError(f"--resume {path}: there is no run")
     stored = checkpoint.config_of(path)
     if "identity" not in stored and not args.force_resume:
@@ -186,24 +184,34 @@ def _config_elsewhere(path: str, args) -> dict:
 def _refuse_foreign(folder: Path, card: dict) -> None:
     # What a run finds in its directory it goes on from or writes over: it must be its own.
     ours = {name for name in ("report.html", "figures") if (folder / "check.json").exists()}
-    stages = [folder / name for name in _stage_names(card)]
-    files = [folder / name for name in (*WRITTEN, "figures") if name not in ours]
-    files += [stage / name for stage in stages for name in STATE]
+    files = [place / name for place in _places(folder, card) for name in STATE]
+    files += [folder / name for name in (*WRITTEN, "figures") if name not in ours]
     found = next((file for file in files if os.path.lexists(file)), None)
     if found is None:
         return
     what = "is of no run" if found.name == "config.json" else "lies beside no config.json of a run"
-    alone = ""
-    if found.name in LAST:
-        alone = f", to go on from it --resume {found} with another --out,"
     raise InputError(
         f"{folder}: the {found.relative_to(folder)} there {what}, so nothing is continued or"
-        f" overwritten; choose another --out{alone} or move it away"
+        f" overwritten; move it away, or {_elsewhere(folder, card)}"
     )
 
 
-def _stage_names(*cards: dict) -> set[str]:
-    return {name for card in cards for key in ("stages", "baselines") for name in card.get(key, ())}
+def _elsewhere(folder: Path, card: dict) -> str:
+    states = [place / name for place in _places(folder, card) for name in LAST]
+    state = next(filter(Path.is_file, states), None)
+    return "choose another --out" + (
+        f", with --resume {state} to go on from there" if state else ""
+    )
+
+
+def _places(folder: Path, *cards: dict) -> list[Path]:
+    # Where a run has checkpoints: its folder and those of its stages. A name that leads out of it,
+    # on a card that somebody else wrote, is none of them.
+    names = [
+        name for card in cards for key in ("stages", "baselines") for name in card.get(key, ())
+    ]
+    inside = {path.name: path for path in folder.glob("*") if path.is_dir()}
+    return [folder, *(inside[name] for name in dict.fromkeys(names) if name in inside)]
 
 
 def _start_entry(env: dict, now: dict) -> dict:
@@ -259,8 +267,7 @@ def card_record(card: Card, chance: dict[str, tuple[str, float]]) -> dict:
 def _forget(folder: Path, *cards: dict) -> None:
     # What the run itself wrote, in its folder and in those of its stages: what else lies there is a
     # copy of the user's.
-    stages = [folder / name for name in os.listdir(folder) if name in _stage_names(*cards)]
-    for place in (folder, *stages):
+    for place in _places(folder, *cards):
         if place == folder or not (place / "config.json").exists():
             for name in STATE:
                 (place / name).unlink(missing_ok=True)
