@@ -139,10 +139,10 @@ def create_run_dir(folder: Path, args, record: dict, world: dist.Dist) -> dict |
                     print(error)
             return None
     now = environment() | {"device": str(world.device), "processes": world.world_size}
-    if mode == "none":
-        env = {}
-    elif env:
+    if mode != "none":
         _say_changes(env, now, world)
+    if mode == "none" or elsewhere:
+        env = {}  # the history is that of the folder
     dist.barrier()  # rank 0 writes when every rank has read
     problem = None
     now["starts"] = [*env.get("starts", []), _start_entry(env, now)]
