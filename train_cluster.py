@@ -24,7 +24,6 @@ import math
 import sys
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -326,13 +325,13 @@ def settings(args) -> dict[str, config.StageConfig]:
 
 
 def build_data(
-    path: str, reading: dict, world: dist.Dist, home: Path | None = None
+    path: str, reading: dict, world: dist.Dist, fitted: dict | None = None
 ) -> tuple[Rows, Lsa | None]:
     """The rows of `path`, said in a few lines, and its text features where there are any.
 
-    `reading` are the flags READING by name, `home` the run whose fitted text features are used.
+    `reading` are the flags READING by name, `fitted` the checkpoint whose text features are used.
     """
-    rows, lsa = deep_cluster.read_rows(path, reading, world.device, home)
+    rows, lsa = deep_cluster.read_rows(path, reading, world.device, fitted)
     world.say(rows.table.describe())
     for problem, examples in utterances.data_problems(rows.table).items():
         world.say(f"  {problem}: {examples}")
@@ -520,9 +519,9 @@ def epoch_passes(
     return batches, labels
 
 
-def train(run: Run, name: str, model: umc.Fusion, start: str) -> None:
+def train(run: Run, name: str, model: umc.Fusion, start: str) -> str:
     """A stage: epochs of `epoch_passes`, each evaluated; keeps the epoch of the most stable
-    clusters, or the last one.
+    clusters, or the last one. Returns the digest of its weights.
 
     The start counts as an epoch of stage 1: where contrastive learning blurs the clusters, it is
     what stage 2 gets.
@@ -541,7 +540,7 @@ def train(run: Run, name: str, model: umc.Fusion, start: str) -> None:
     progress = run.open_stage(name, parts, start=start)
     if run.is_done(progress):
         model.load_state_dict(progress.best_weights())
-        return
+        return progress.digest_of_best()
     trained = dist.wrap(model, world)
     steps = len(run.splits["train"]) // stage.bs
     log.say(stage.describe(plural(len(run.splits["train"]), "utterance"), steps))
@@ -601,6 +600,7 @@ def train(run: Run, name: str, model: umc.Fusion, start: str) -> None:
         results |= finish_clustering(run, model, progress, monitor, targets)
     run.finish(progress, results)
     model.load_state_dict(progress.best_weights())
+    return progress.digest_of_best()
 
 
 def loss_band(run: Run, name: str) -> str:
@@ -700,7 +700,7 @@ def run_inference(args, world: dist.Dist) -> None:
     """
     loaded = load_run(args, CARD)
     spec = loaded.model_spec
-    rows, _ = build_data(loaded.path, spec["reading"], world, loaded.home)
+    rows, _ = build_data(loaded.path, spec["reading"], world, loaded.state)
     widths = {name: rows.inputs[name].shape[-1] for name in rows.names}
     if widths != spec["widths"] or sorted(rows.lengths) != spec["sequences"]:
         raise InputError(
@@ -779,17 +779,16 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
         name=f"{args.mode}-k{k}-dim{args.base_dim}",
         identity=config.run_id(parser, args, data=table.fingerprint, k=k, modalities=rows.names),
         input_text=plural(k, "cluster"),
+        kept={"text": lsa.state} if lsa else None,
     )
-    if lsa and world.is_main:
-        checkpoint.save(run.folder / "text.pt", lsa.state)
     log_choices(run)
     basis = basis if spec["input_weighting"] == "weighted" else None
     if args.check:
         return check(run, {"pretrain": check_spec(run, basis)})
     with run.session(page):
         model = build_model(run, basis)
-        train(run, "pretrain", model, "scratch")
-        train(run, "cluster", model, checkpoint.weights_digest(model.state_dict()))
+        start = train(run, "pretrain", model, "scratch")
+        train(run, "cluster", model, start)
 
 
 def chance_levels(stages: dict, spec: dict) -> dict[str, tuple[str, float]]:

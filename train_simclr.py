@@ -41,13 +41,12 @@ from common.models.heads import HEAD_BIAS, Classifier, SimCLR, init_bias_to_prio
 from common.report import figures, page
 from common.run import checkpoint, dist
 from common.run.card import Card
-from common.run.files import run_dir_of
 from common.run.inference import load_run, restore_data_flags
 from common.run.launch import launch, run_sweep
 from common.run.loop import Batch, Loop, Step
 from common.run.run import Run, test_best_and_last
 from common.run.signals import Signals
-from common.weights import load_backbone
+from common.weights import load_backbone, of_backbone
 from kernels import nt_xent
 
 CARD = Card(
@@ -63,6 +62,7 @@ CARD = Card(
         "pretrain/test/knn_accuracy": "kNN accuracy on the test split",
         "pretrain/train/loss_over_chance": "contrastive loss over its chance level",
     },
+    baselines=("linear_random", "linear_pixels"),
 )
 # The batch and the learning rate of the linear protocol and of fine-tuning are the cytology
 # recipe's; their epochs only bound the early stopping. A learning rate of None follows from the
@@ -584,6 +584,20 @@ def pretrain(run: Run, weights: dict | None) -> None:
     run.finish(progress, progress.results | results | {"pretrain/train/loss_at_chance": chance})
 
 
+def trained_backbone(run: Run) -> dict:
+    """The backbone that pretraining has left in backbone.pt; where that is damaged, it is written
+    again from best.pt.
+    """
+    try:
+        return checkpoint.load(run.folder / "backbone.pt")
+    except InputError as error:
+        run.log.say(f"{error}; pretrain/best.pt is used")
+        weights = of_backbone(checkpoint.load(run.folder / "pretrain" / "best.pt")["model"])
+        if run.world.is_main:
+            checkpoint.save(run.folder / "backbone.pt", weights)
+        return weights
+
+
 @figures.for_report
 def save_views(run: Run, batch: Batch) -> None:
     """Write figures/views.png: the first images of the run as the network sees them."""
@@ -700,7 +714,7 @@ def run_inference(args, world: dist.Dist) -> None:
             " first"
         )
     targets = None if args.predict else spec["targets"]
-    data = build_data(args, loaded.path, world, targets, [loaded.home])
+    data = build_data(args, loaded.path, world, targets, [loaded.source])
     images, splits = data.images, data.splits
     run = loaded.as_run(args, world, images, splits)
     model = build_model(run, kind)
@@ -732,7 +746,7 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
     if args.protocol == "cytology":
         targets = cytology.target_labels(args.target_labels)
     earlier = [path for path in (args.out, args.resume, args.from_run) if path]
-    stored = [run_dir_of(path) for path in earlier if path not in ("auto", "none")]
+    stored = [path for path in earlier if path not in ("auto", "none")]
     images, splits, classes, protocol = build_data(args, args.data, world, targets, stored)
     cytology.check_start(args.from_run, source, targets, images)
     backbone, stem = (
@@ -773,6 +787,7 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
             parser, args, data=images.fingerprint, stage=args.stage, **spec, **start, **teacher_id
         ),
         input_text="\n".join(filter(None, [f"input {spec['image_size']} px", published_text])),
+        kept=protocol and {"split": protocol},
     )
     if protocol and world.is_main and not args.check:
         cytology.save(run.folder, protocol)
@@ -784,7 +799,7 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
     with run.session(page):
         if "pretrain" in stages:
             pretrain(run, weights)
-            weights = checkpoint.load(run.folder / "backbone.pt")
+            weights = trained_backbone(run)
         if "linear" in stages:
             linear(run, weights)
         if "finetune" in stages:

@@ -193,6 +193,22 @@ class Parser(_Flags, argparse.ArgumentParser):
         """Leave shared flags (attribute names) that the script refuses out of --help."""
         self.set_help(**dict.fromkeys(names, argparse.SUPPRESS))
 
+    def checked(self, values: dict, source: str) -> dict:
+        """Stored values of flags (attribute names), as the flags themselves would take them.
+
+        None stays: the flag was not given.
+        """
+        actions = {action.dest: action for action in self._actions}
+        taken = {}
+        for name, value in values.items():
+            try:
+                taken[name] = value
+                if value is not None:
+                    taken[name] = self._get_value(actions[name], str(value))
+            except argparse.ArgumentError as error:
+                self.error(f"{source}: {error}")
+        return taken
+
     def parse_known_args(self, args=None, namespace=None):
         # Before a program prints its first line: what the console has no sign for must not end it.
         if isinstance(sys.stdout, io.TextIOWrapper):

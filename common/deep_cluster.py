@@ -16,7 +16,7 @@ from common.models import umc
 from common.models.text import Lsa, encode
 from common.monitor import Monitor
 from common.rng import uniform
-from common.run import checkpoint, log
+from common.run import log
 from common.run.run import Run
 
 FIRST_COMPONENTS = 20  # principal axes that the number of clusters is estimated on
@@ -96,13 +96,13 @@ class Rows:
 
 
 def read_rows(
-    path: str, reading: dict, device: torch.device, home: Path | None
+    path: str, reading: dict, device: torch.device, fitted: dict | None
 ) -> tuple[Rows, Lsa | None]:
     """The rows of `path`, and its text features where there are any.
 
-    The text features are those of the run in the folder `home` if that is given. Raw text becomes
-    TF-IDF with SVD, fitted to the training utterances, and with `text_model` also an encoder's
-    states.
+    Raw text becomes TF-IDF with SVD, fitted to the training utterances, and with `text_model` also
+    an encoder's states. The text features are those that the checkpoint `fitted` holds if that is
+    given.
     """
     if path == "sample":
         modalities, labels, classes = synthetic.utterances()
@@ -126,10 +126,10 @@ def read_rows(
             cache=Path("runs") / "texts",
         )
     if table.texts is not None and (encoded is not None or ANCHOR not in table.modalities):
-        if home is None:
+        if fitted is None:
             lsa = Lsa.fit([table.texts[i] for i in utterances.split(table)["train"]])
-        elif (home / "text.pt").exists():  # a run on features alone has none and heeds no text
-            lsa = Lsa(checkpoint.load(home / "text.pt"))
+        elif "text" in fitted:  # a run on features alone has none and heeds no text
+            lsa = Lsa(fitted["text"])
     return Rows(table, reading["modalities"], lsa, encoded, device), lsa
 
 

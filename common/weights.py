@@ -347,15 +347,18 @@ def load_backbone(source: str, script: str) -> tuple[dict[str, Tensor], dict]:
     path = Path(source)
     if path.is_dir():
         read_config(path)  # refuses a run of another format
-        folder = next((f for f in (path / "pretrain", path) if (f / "best.pt").exists()), None)
         summary = read_json(path / "summary.json") or {}
-        if folder is None or summary.get("status") != "finished":
+        state = None
+        if summary.get("status") == "finished":
+            selected = (checkpoint.load_selected_in(folder) for folder in (path / "pretrain", path))
+            state = next(filter(None, selected), None)
+        if state is None:
             raise InputError(
                 f"--from {path} is not a finished run: run it to its end, or name a checkpoint"
                 " file in it"
             )
-        path = folder / "best.pt"
-    state = checkpoint.load(path)
+    else:
+        state = checkpoint.load(path)
     model_spec = state.get("model_spec", {}) if isinstance(state, dict) else {}
     if model_spec.get("script", script) != script:
         raise InputError(

@@ -9,6 +9,7 @@ import torch
 from common.data import cytology
 from common.data.images import Images
 from common.errors import InputError
+from common.run import checkpoint
 
 TARGETS = cytology.TARGETS.split(",")
 
@@ -142,6 +143,10 @@ def test_a_stored_split_is_reused_and_checked(tmp_path):
     }
     # More images would make another draw; the stored one stands.
     grown = tree({name: count + 30 for name, count in counts.items()})
+    checkpoint.save(tmp_path / "m.pt", {"split": record})  # a checkpoint alone holds it, too
+    alone, _, _ = cytology.protocol(images, TARGETS, 1.0, [tmp_path / "m.pt"], lines.append)
+    assert f"the sets of {tmp_path / 'm.pt'}" in lines[-1]
+    assert all(np.array_equal(alone[part], parts[part]) for part in parts)
     again, _, _ = cytology.protocol(
         grown, TARGETS, 1.0, [tmp_path / "absent", tmp_path], lines.append
     )

@@ -278,16 +278,16 @@ def test_a_run_on_other_data_beside_a_new_one_is_said(tmp_path, monkeypatch, cap
 def test_a_damaged_record_is_said_and_counts_as_none(tmp_path, capsys):
     root, out = cells(tmp_path / "cells"), tmp_path / "run"
     assert ended(train_simclr.main, simclr(root, out, *STOP)) == 0
-    good = (out / content.FILE).read_bytes()
+    good = (out / content.CONTENT).read_bytes()
     for number, bad in enumerate((good[:-9], good[:99] + b"?" + good[100:], b"", b"{}"), 5):
-        (out / content.FILE).write_bytes(bad)
+        (out / content.CONTENT).write_bytes(bad)
         capsys.readouterr()
         argv = simclr(root, out, "--max-steps", str(number))
         assert ended(train_simclr.main, argv) == 0, capsys.readouterr().err
         said = capsys.readouterr().out
-        assert said.count(f"{out / content.FILE}") == 1 and "is not known" in said
-        assert checkpoint.is_whole(out / content.FILE)
-    checkpoint.save(out / content.FILE, {"foreign": 1})
+        assert said.count(f"{out / content.CONTENT}") == 1 and "is not known" in said
+        assert checkpoint.is_whole(out / content.CONTENT)
+    checkpoint.save(out / content.CONTENT, {"foreign": 1})
     assert train_simclr.main(simclr(root, out)) == 0
     assert "no record of a data set's content" in capsys.readouterr().out
 
@@ -445,10 +445,10 @@ def test_bytes_are_hashed_once_and_trusted_by_key(tmp_path, monkeypatch):
             known.read(index)
         found = [name for name in hashed if name in files]
         known.save(world, print)
-        (tmp_path / content.FILE).rename(tmp_path / "moved")
+        (tmp_path / content.CONTENT).rename(tmp_path / "moved")
         known.save(world, print)  # nothing is new: nothing is written
-        assert not (tmp_path / content.FILE).exists()
-        (tmp_path / "moved").rename(tmp_path / content.FILE)
+        assert not (tmp_path / content.CONTENT).exists()
+        (tmp_path / "moved").rename(tmp_path / content.CONTENT)
         return found
 
     assert start(keys) == [b"a", b"b"]

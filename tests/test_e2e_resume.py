@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import time
 from functools import partial
@@ -16,7 +17,7 @@ import train_simclr
 import train_tsm
 from common.run import checkpoint
 from common.run.progress import Progress
-from tests.data import cells_tree, ffpp_tree, raer_tree, utterances_npz
+from tests.data import cells_tree, ffpp_tree, raer_tree, utterances_npz, utterances_tsv
 from tests.runs import ended, equal_runs, flags, start, succeed, summary
 
 pytestmark = pytest.mark.e2e
@@ -153,3 +154,73 @@ def test_a_killed_process_goes_on_from_its_last_checkpoint(data, tmp_path):
     assert "pretrain: resuming from step" in printed
     succeed(start(train_simclr, flags(argv, whole)))
     equal_runs(whole, killed)
+
+
+ALONE = {  # the flags of a short run, and what is used of it
+    "simclr": (
+        train_simclr,
+        flags(SIMCLR, "--stage all --epochs 1 --linear-bs 16 --linear-epochs 1 --store-size 12"),
+        ["--eval", "--predict", "--from", "--weights", "--teacher"],
+    ),
+    "tsm": (
+        train_tsm,
+        flags(TSM, "--epochs 2 --fps 6 --store-size 48 --direction past"),
+        ["--eval", "--predict", "--stream", "--weights", "--teacher"],
+    ),
+    "raer": (
+        train_raer,
+        flags(RAER, "--epochs 2 --face-margin 0.5 --store-size 24"),
+        ["--eval", "--predict", "--teacher"],
+    ),
+    "cluster": (train_cluster, CLUSTER, ["--eval", "--predict"]),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_a_checkpoint_alone_answers_as_in_its_run(name, data, tmp_path, capsys):
+    script, argv, ways = ALONE[name]
+    source, run, alone = data[name], tmp_path / "run", tmp_path / "alone"
+    if name == "cluster":  # whose text features are fitted in the run
+        source = utterances_tsv(tmp_path / "texts.tsv")
+    train = flags(argv, "--data", source, "--device cpu")
+    if name == "simclr":
+        train += flags("--finetune-bs 16 --finetune-epochs 1")
+    assert script.main(flags(train, "--out", run)) == 0
+    alone.mkdir()
+    last = {"simclr": "finetune", "cluster": "cluster"}.get(name, "")
+    for kind in ("best", "last"):
+        shutil.copy(run / last / f"{kind}.pt", alone / f"{kind}_of_it.pt")
+    (alone / "config.json").write_text('{"architectures": ["BertModel"]}')
+    short = flags(train, "--epochs 1 --seed 5")
+    if name == "simclr":
+        short = flags(SIMCLR, "--data", source, "--stage finetune --epochs 1 --seed 5")
+    use = {
+        "--eval": flags("--device cpu --eval"),
+        "--predict": flags("--device cpu --predict", source, "--resume"),
+        "--from": [*short, "--from"],
+        "--weights": [*short, "--weights"],
+        "--teacher": [*short, *flags("--from none")[: 2 * (name == "simclr")], "--teacher"],
+    }
+    if name == "tsm":
+        frames = next(path.parent for path in sorted(source.rglob("*.png")))
+        use["--stream"] = flags("--device cpu --stream", frames, "--resume")
+    for way in ways:
+        for kind in ("best", "last") if way in ("--eval", "--predict", "--stream") else ("best",):
+            answers = []
+            for file in (run / last / f"{kind}.pt", alone / f"{kind}_of_it.pt"):
+                out = tmp_path / f"{way}-{kind}-{file.stem}"
+                assert script.main(flags(use[way], file, "--out", out)) == 0, way
+                names = ("eval.json", "eval.csv", "predictions.csv", "stream.csv")
+                found = {n: (out / n).read_bytes() for n in names if (out / n).exists()}
+                if (out / "last.pt").exists():
+                    weights = checkpoint.load(out / "last.pt")["parts"]["model"]
+                    found = checkpoint.weights_digest(weights)
+                answers.append(found)
+            assert answers[0] and answers[0] == answers[1], (way, kind)
+    # Without --out results lie beside the file, and nothing else does.
+    before = set(os.listdir(alone))
+    assert script.main(flags(use["--eval"], alone / "best_of_it.pt")) == 0
+    assert (
+        set(os.listdir(alone)) - before <= {"eval.json", "eval.csv"}
+        and (alone / "eval.json").exists()
+    )

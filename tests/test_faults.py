@@ -10,6 +10,7 @@ import functools
 import importlib
 import inspect
 import io
+import json
 import os
 import pickle
 import re
@@ -29,6 +30,7 @@ import pytest
 import torch
 from torch import nn
 
+import train_cluster
 import train_simclr
 import train_tsm
 from common import linear_eval, weights
@@ -38,12 +40,12 @@ from common.features import _read_features, stored_features
 from common.models import Backbone
 from common.report import figures, page, record
 from common.report.clusters import write_cluster_report
-from common.run import checkpoint, dist, retry
+from common.run import checkpoint, directory, dist, retry
 from common.run.log import Log
 from common.run.progress import Progress
 from tests import fifth_script
-from tests.data import cells_tree, ffpp_tree
-from tests.runs import equal_runs, flags, summary
+from tests.data import cells_tree, ffpp_tree, utterances_npz
+from tests.runs import equal_runs, flags, same, summary
 
 ROOT = Path(__file__).parent.parent
 SHORT = (
@@ -329,16 +331,327 @@ def test_a_state_goes_on_with_and_without_compile(first, small, tmp_path, monkey
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
+def flip(file: Path) -> None:
+    """Turn one bit in the middle of a file."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+@pytest.fixture
+def improving(monkeypatch):
+    """Every evaluation selects its epoch."""
+    select = Progress.select
+
+    def select_this(self, value, *rest, **more):
+        value = self.epoch if more["higher_is_better"] else -self.epoch
+        select(self, float(value), *rest, **more)
+
+    monkeypatch.setattr(Progress, "select", select_this)
+
+
+LOST = {  # which of best.pt and the one before it are damaged or gone; what is said
+    "damaged": (["best.pt"], [], r"best.pt is damaged: .*; best.previous.pt is used, epoch 1\n"),
+    "gone": ([], ["best.pt"], r"best.pt: No such .*; best.previous.pt is used, epoch 1\n"),
+    "the only one": (["best.pt"], ["best.previous.pt"], r"best.pt is damaged: .*; the best so far"),
+    "both damaged": (["best.pt", "best.previous.pt"], [], r"previous.pt is damaged: .*; the best"),
+    "both gone": ([], ["best.pt", "best.previous.pt"], r"best.pt: No such .*; the best so far is"),
+    "the one before": (["best.previous.pt"], [], r"resuming from step"),
+}
+
+
 @pytest.mark.e2e
-def test_a_damaged_best_model_is_found_at_the_start_not_at_the_end(small, tmp_path, capsys):
-    cells = cells_tree(tmp_path / "cells")
-    argv = [*FLAGS, "--data", str(cells), "--epochs", "3", "--out", str(tmp_path / "run")]
+@pytest.mark.parametrize("case", LOST)
+def test_a_lost_best_model_costs_no_training(case, small, improving, tmp_path, capsys):
+    damaged, gone, said = LOST[case]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    argv = [*FLAGS, "--data", str(cells_tree(tmp_path / "cells")), "--epochs", "3", "--out"]
+    assert train_simclr.main([*argv, str(whole)]) == 0
+    each = checkpoint.load(whole / "last.pt")["place"]["step"] // 3
     with pytest.raises(SystemExit):
-        train_simclr.main([*argv, "--max-steps", "5"])
-    best = tmp_path / "run" / "best.pt"
-    best.write_bytes(best.read_bytes()[:-1])
-    code, said = ends(argv, capsys)
-    assert code == 2 and "best.pt is damaged" in said and "--resume none" in said
+        train_simclr.main(flags(argv, run, "--max-steps", 2 * each + 1))
+    assert [checkpoint.load(run / name)["epoch"] for name in ("best.pt", "best.previous.pt")] == [
+        2,
+        1,
+    ]
+    for name in damaged:
+        flip(run / name)
+    for name in gone:
+        (run / name).unlink()
+    capsys.readouterr()
+    assert train_simclr.main([*argv, str(run)]) == 0
+    assert re.search(said, capsys.readouterr().out)
+    equal_runs(whole, run)  # its third epoch is selected, as in the other
+    assert all(map(checkpoint.is_whole, run.glob("*.pt")))
+
+
+@pytest.mark.e2e
+def test_a_lost_best_model_without_an_evaluation_left_is_the_last(small, tmp_path, capsys):
+    run = tmp_path / "run"
+    argv = [*FLAGS, "--data", str(cells_tree(tmp_path / "cells")), "--epochs", "2", "--out"]
+    assert train_simclr.main([*argv, str(run)]) == 0
+    # As a run that is killed in its last test.
+    state = checkpoint.load(run / "last.pt")
+    state["place"]["finished"] = False
+    checkpoint.save(run / "last.pt", state)
+    (run / "summary.json").unlink()
+    for file in run.glob("best*.pt"):
+        flip(file)
+    assert train_simclr.main([*argv, str(run)]) == 0
+    assert "stands in until" in capsys.readouterr().out
+    best, last = checkpoint.load(run / "best.pt"), checkpoint.load(run / "last.pt")
+    same(best["model"], last["parts"]["model"])
+    assert summary(run)["best_epoch"] == 2
+
+
+@pytest.mark.e2e
+def test_a_finished_run_says_what_stands_in_for_its_best(small, improving, tmp_path, capsys):
+    run, cells = tmp_path / "run", cells_tree(tmp_path / "cells")
+    argv = flags(FLAGS, "--data", cells, "--epochs 2 --out", run)
+    use = flags("--device cpu --eval", run, "--out", tmp_path / "out")
+    assert train_simclr.main(argv) == 0
+    for name, instead in (
+        ("best.pt", "best.previous.pt is used, epoch 1"),
+        ("best.previous.pt", "the model of last.pt is used, epoch 2"),
+    ):
+        flip(run / name)
+        for command in (argv, use):
+            capsys.readouterr()
+            assert train_simclr.main(command) == 0
+            lines = [line for line in capsys.readouterr().out.splitlines() if "damaged" in line]
+            assert len(lines) == 1 and "best.pt is damaged" in lines[0] and instead in lines[0]
+    assert train_simclr.main([*argv, "--epochs", "3", "--resume", str(run)]) == 0
+    assert "stands in until" in capsys.readouterr().out
+    assert checkpoint.load(run / "best.pt")["epoch"] == 3
+
+
+@pytest.mark.e2e
+def test_a_linear_layer_whose_best_is_lost_is_trained_again(small, tmp_path, capsys):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    argv = flags(
+        "--backbone resnet18 --stem cifar --image-size 8 --device cpu --bs 16 --save-every 0",
+        "--stage linear --from none --epochs 4 --data",
+        cells_tree(tmp_path / "cells"),
+        "--out",
+    )
+    assert train_simclr.main([*argv, str(whole)]) == 0
+    with pytest.raises(SystemExit):
+        train_simclr.main(flags(argv, run, "--max-steps 4"))
+    for file in run.glob("best*.pt"):
+        flip(file)
+    capsys.readouterr()
+    assert train_simclr.main([*argv, str(run)]) == 0
+    assert "the stage starts anew" in capsys.readouterr().out
+    equal_runs(whole, run)
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("name", ["best.pt", "best.previous.pt"])
+def test_damage_in_a_stage_that_has_ended_does_not_touch_the_next(name, tmp_path, capsys):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    argv = flags(
+        "--device cpu --base-dim 8 --bs 32 --epochs 3 --cluster-bs 32 --cluster-epochs 2",
+        "--select-epoch last --save-every 0 --data",
+        utterances_npz(tmp_path / "acts.npz"),
+        "--out",
+    )
+    assert train_cluster.main([*argv, str(whole)]) == 0
+    assert train_cluster.main([*argv, str(run)]) == 0
+    for file in [*(run / "cluster").glob("last*.pt"), run / "summary.json"]:
+        state = None if file.suffix == ".json" else checkpoint.load(file)
+        if state is None:
+            file.unlink()
+        else:
+            state["place"]["finished"] = False
+            checkpoint.save(file, state)
+    flip(run / "pretrain" / name)
+    capsys.readouterr()
+    assert train_cluster.main([*argv, str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "cluster: resuming from step" in out and "starting anew" not in out
+    assert (name == "best.pt") == ("best.previous.pt is used, epoch 2" in out)
+    same(*(checkpoint.load(f / "cluster" / "best.pt") for f in (whole, run)))
+
+
+@pytest.mark.e2e
+def test_a_damaged_backbone_is_taken_from_the_best_model(small, tmp_path, capsys):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    argv = flags(
+        FLAGS,
+        "--epochs 1 --stage all --linear-bs 16 --linear-epochs 1 --finetune-bs 16",
+        "--finetune-epochs 1 --data",
+        cells_tree(tmp_path / "cells"),
+        "--out",
+    )
+    assert train_simclr.main([*argv, str(whole)]) == 0
+    shutil.copytree(whole, run)
+    flip(run / "backbone.pt")
+    shutil.rmtree(run / "finetune")
+    (run / "summary.json").unlink()
+    capsys.readouterr()
+    assert train_simclr.main([*argv, str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "backbone.pt is damaged" in out and "pretrain/best.pt is used" in out
+    equal_runs(whole, run)
+
+
+CONFIGS = {  # what stands in config.json -> what the refusal names
+    "a list": ("[1]", "it is a list"),
+    "a text": ('"x"', "it is a text"),
+    "half": ('{"identity": {', "cannot be read"),
+    "a number as identity": ('{"identity": 3}', "its 'identity' is a number"),
+    "a list as card": ('{"identity": {}, "card": []}', "its 'card' is a list"),
+    "another program's": ('{"model_type": "bert"}', "is of no run"),
+    "none": (None, "lies beside no config.json"),
+}
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("case", CONFIGS)
+def test_nothing_goes_on_without_the_config_of_a_run(case, small, tmp_path, capsys):
+    text, named = CONFIGS[case]
+    run, cells = tmp_path / "run", cells_tree(tmp_path / "cells")
+    argv = flags(FLAGS, "--data", cells, "--epochs 2 --out", run)
+    with pytest.raises(SystemExit):
+        train_simclr.main([*argv, "--max-steps", "2"])
+    if text is None:
+        (run / "config.json").unlink()
+    else:
+        (run / "config.json").write_text(text)
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    for flag in ("auto", "none", str(run)):
+        code, said = ends([*argv, "--resume", flag], capsys)
+        assert code == 2 and str(run) in said and "--out" in said, said
+        assert named in said or "last.pt there lies beside no config.json" in said
+        assert before == {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    # What the line says goes on.
+    argv[-1] = str(tmp_path / "new")
+    assert train_simclr.main([*argv, "--resume", str(run / "last.pt")]) == 0
+    assert "resuming from step 2" in capsys.readouterr().out
+
+
+@pytest.mark.e2e
+def test_files_that_only_inform_do_not_end_a_run(small, tmp_path, capsys):
+    run = tmp_path / "run"
+    argv = flags(FLAGS, "--data", cells_tree(tmp_path / "cells"), "--epochs 2 --out", run)
+    with pytest.raises(SystemExit):
+        train_simclr.main([*argv, "--max-steps", "2"])
+    (run / "env.json").write_text("[]")
+    (run / "resumes.jsonl").write_text("[1]\n{]\n3\n")
+    (run / "summary.json").write_text('"finished"')
+    capsys.readouterr()
+    assert train_simclr.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "env.json cannot be read: it is a list" in out and "resuming from step 2" in out
+    assert "summary.json cannot be read" in out and "lines 1, 2, 3 are damaged" in out
+    (run / "summary.json").write_text("{}")  # without a status
+    assert train_simclr.main(argv) == 0 and summary(run)["status"] == "finished"
+
+
+@pytest.mark.e2e
+def test_starting_anew_removes_the_state_of_the_run_and_nothing_else(small, tmp_path, capsys):
+    run = tmp_path / "run"
+    argv = flags(
+        FLAGS,
+        "--epochs 1 --stage all --linear-bs 16 --linear-epochs 1 --finetune-bs 16",
+        "--finetune-epochs 1 --data",
+        cells_tree(tmp_path / "cells"),
+        "--out",
+        run,
+    )
+    assert train_simclr.main(argv) == 0
+    stages = {"pretrain", "linear", "linear_random", "linear_pixels", "finetune"}
+    assert {path.parent.name for path in run.glob("*/last.pt")} == stages
+    kept = [run / "kept", run / "linear_old"]
+    for copy in kept:
+        shutil.copytree(run / "linear", copy)
+    for name in (".mine.tmp", ".notes.7.tmp", "linear/mine.pt", "linear/.x.tmp", "mine.pt"):
+        (run / name).write_text("x")
+    config = json.loads((run / "config.json").read_text())
+    config["card"]["stages"] += ["../outside", "..", ""]
+    (run / "config.json").write_text(json.dumps(config))
+    shutil.copytree(run / "linear", tmp_path / "outside")
+    kept.append(tmp_path / "outside")
+    mine = {file: file.read_bytes() for copy in kept for file in copy.iterdir()}
+    mine |= {file: b"x" for file in run.rglob("*") if file.is_file() and file.stat().st_size == 1}
+    assert len(mine) >= 9
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        train_simclr.main([*argv, "--resume", "none", "--max-steps", "1"])
+    assert "resuming" not in capsys.readouterr().out
+    assert {path.parent.name for path in run.glob("*/last.pt")} == {
+        "kept",
+        "linear_old",
+        "pretrain",
+    }
+    assert {file: file.read_bytes() for file in mine} == mine
+
+
+@pytest.mark.parametrize("found", ["last.pt", "pretrain/best.pt", "report.html", "figures/x.png"])
+@pytest.mark.parametrize("mode", ["auto", "none"])
+def test_a_folder_that_is_no_run_is_left_alone(found, mode, small, tmp_path, capsys):
+    folder = tmp_path / "mine"
+    (folder / found).parent.mkdir(parents=True)
+    (folder / found).write_text("mine")
+    data = cells_tree(tmp_path / "cells")
+    code, said = ends(flags(FLAGS, "--data", data, "--resume", mode, "--out", folder), capsys)
+    assert code == 2 and found.split("/")[0] in said and "another --out" in said
+    assert [file for file in folder.rglob("*") if file.is_file()] == [folder / found]
+
+
+@pytest.mark.e2e
+def test_starts_are_kept_and_other_versions_said(small, tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    argv = flags(FLAGS, "--data", cells_tree(tmp_path / "cells"), "--epochs 2 --out", run)
+    real, change = directory.environment, {}
+    monkeypatch.setattr(directory, "environment", lambda: real() | change)
+    for step, changed in enumerate(({}, {}, {"torch": "9.9", "gpu": "H200"}), 1):
+        change = changed
+        with pytest.raises(SystemExit):
+            train_simclr.main([*argv, "--max-steps", str(step)])
+        lines = [line for line in capsys.readouterr().out.splitlines() if "other versions" in line]
+        assert len(lines) == (step == 3)
+    assert f"torch {torch.__version__} -> 9.9" in lines[0] and "gpu none -> H200" in lines[0]
+    starts = json.loads((run / "env.json").read_text())["starts"]
+    assert [(start["stage"], start["step"]) for start in starts] == [
+        ("pretrain", 0),
+        ("pretrain", 1),
+        ("pretrain", 2),
+    ]
+    assert {"torch", "commit", "command", "device"} <= starts[0].keys()
+    assert starts[2]["torch"] == "9.9" and "torch" not in starts[1]
+    page = (run / "report.html").read_text()
+    assert "Starts (3)" in page and "pretrain step 2; " in page and "torch 9.9" in page
+
+
+@pytest.mark.e2e
+def test_a_state_alone_goes_on_as_its_run_does(small, improving, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    whole, run, alone = (tmp_path / name for name in ("whole", "run", "alone"))
+    argv = flags(FLAGS, "--data", cells_tree(tmp_path / "cells"), "--epochs 3")
+    assert train_simclr.main(flags(argv, "--out", whole)) == 0
+    each = checkpoint.load(whole / "last.pt")["place"]["step"] // 3
+    with pytest.raises(SystemExit):
+        train_simclr.main(flags(argv, "--out", run, "--max-steps", each + 1))
+    alone.mkdir()
+    shutil.copy(run / "last.pt", alone / "m.pt")
+    shutil.copy(whole / "best.pt", alone / "best.pt")  # of another epoch: not this state's
+    (alone / "config.json").write_text('{"model_type": "bert"}')
+    shutil.rmtree(run)
+    resume = ["--resume", str(alone / "m.pt")]
+    code, said = ends([*argv, *resume, "--lr", "0.5"], capsys)
+    assert code == 2 and "m.pt holds another run: lr is" in said and not Path("runs").exists()
+    capsys.readouterr()
+    assert train_simclr.main([*argv, *resume]) == 0
+    out = capsys.readouterr().out
+    assert f"resuming from step {each + 1}" in out and "stands in until" in out
+    (default,) = Path("runs/simclr").iterdir()
+    for name in ("last.pt", "best.pt"):
+        ours, theirs = (checkpoint.load(folder / name) for folder in (default, whole))
+        same(*({**state, "place": None} for state in (ours, theirs)))
+    assert sorted(os.listdir(alone)) == ["best.pt", "config.json", "m.pt"]
+    code, said = ends([*argv, "--resume", str(alone / "best.pt"), "--out", "x"], capsys)
+    assert code == 2 and "best.pt holds no state of training" in said and not Path("x").exists()
 
 
 def test_weights_that_are_not_finite_are_never_stored(tmp_path):

@@ -10,8 +10,17 @@ import pytest
 import torch
 from torch import nn
 
+from common.errors import InputError
 from common.run import checkpoint, dist, files, log
-from common.run.files import atomic_write, make_folder, remove_orphans, write_json
+from common.run.files import (
+    atomic_write,
+    make_folder,
+    read_config,
+    read_json,
+    remove_orphans,
+    run_dir_of,
+    write_json,
+)
 from common.run.progress import Progress
 from tests import fifth_script
 from tests.runs import equal_runs, flags, summary
@@ -112,8 +121,11 @@ def test_a_disk_that_does_not_take_the_bytes_leaves_the_old_content(tmp_path, mo
 
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     (tmp_path / "figures").mkdir()
-    kept = [tmp_path / "last.pt", tmp_path / "figures" / "roc.json"]
-    orphans = [tmp_path / ".last.pt.12.tmp", tmp_path / "figures" / ".roc.json.12.tmp"]
+    orphans = [".last.pt.12.tmp", ".best.previous.pt.7.tmp", "figures/.roc.json.12.tmp"]
+    # The last five are another program's, an editor's, the user's.
+    kept = ["last.pt", "figures/roc.json", ".notes.12.tmp", ".last.pt.tmp", ".last.pt.12.tmp~"]
+    kept += [".tmp", "figures/.draft.tmp"]
+    orphans, kept = ([tmp_path / name for name in some] for some in (orphans, kept))
     for path in kept + orphans:
         path.write_text("x")
     remove_orphans(tmp_path)
@@ -257,7 +269,8 @@ def resumable(folder):
     place = state["place"]
     assert len(log.read(folder)) >= place["log_lines"]
     if place["best_epoch"]:
-        assert checkpoint.load(folder / "best.pt")["epoch"] >= place["best_epoch"]
+        best = next(folder / name for name in files.BEST if (folder / name).exists())
+        assert checkpoint.load(best)["epoch"] >= place["best_epoch"]
     return place["step"]
 
 
@@ -333,3 +346,48 @@ def test_a_folder_that_cannot_be_synced_is_taken_as_it_is(tmp_path, monkeypatch,
     monkeypatch.setattr(os, "fsync", refuse)
     write_json(tmp_path / "config.json", {"epochs": 1})
     assert json.loads((tmp_path / "config.json").read_text()) == {"epochs": 1}
+
+
+BROKEN = {
+    "a list": "[1]",
+    "a text": '"x"',
+    "null": "null",
+    "a number as the identity": '{"identity": 3}',
+    "a list as the card": '{"identity": {}, "card": []}',
+    "numbers as stages": '{"identity": {}, "card": {"stages": [1, 2]}}',
+    "a number as the data": '{"identity": {}, "data": 4}',
+    "half of it": '{"identity": {',
+    "nothing": "",
+    "deep nesting": "[" * 100_000,
+    "no text": b"\xff\xfe{}",
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_config_of_other_types_is_one_line_with_its_name(case, tmp_path):
+    text = BROKEN[case]
+    path = tmp_path / "config.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError, match="config.json cannot be read: ") as error:
+        read_config(tmp_path)
+    assert "\n" not in str(error.value) and len(str(error.value)) < len(str(path)) + 120
+
+
+def test_a_file_that_only_informs_is_said_and_counts_as_absent(tmp_path):
+    said = []
+    (tmp_path / "env.json").write_text('{"starts": [1]}')
+    assert read_json(tmp_path / "env.json", {"starts": [dict]}, said.append) is None
+    assert len(said) == 1 and "an item of its 'starts' is a number, not an object" in said[0]
+    assert read_json(tmp_path / "absent.json", say=said.append) is None and len(said) == 1
+
+
+def test_a_run_is_told_by_its_own_config_alone(tmp_path):
+    run = tmp_path / "run"
+    (run / "pretrain").mkdir(parents=True)
+    (run / "config.json").write_text('{"identity": {}}')
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "m.pt").write_text("")
+    assert run_dir_of(run / "pretrain" / "best.pt") == run
+    assert run_dir_of(tmp_path / "m.pt") == tmp_path / "m.pt"
+    (run / "config.json").write_text("[")
+    assert run_dir_of(run) == run

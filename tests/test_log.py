@@ -57,6 +57,96 @@ def test_lines_after_a_checkpoint_are_cut_and_a_torn_line_is_dropped(tmp_path):
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 4
 
 
+def filled(folder, stage="train", steps=range(1, 7)):
+    """A log with a line a step."""
+    book = log.Log(folder, main=True)
+    for step in steps:
+        book.metrics(stage, step, 1, {f"{stage}/train/loss": float(step)}, quiet=True)
+    book.close()
+    return folder / "log.jsonl"
+
+
+DAMAGE = {
+    "cut": b'{"stage": "tr',
+    "a flipped bit": b'{"stage": "train", "step": 3, "epoch": 1, "loss": 3n0, "time": 0}',
+    "no text": b"\xff\xfe\x00",
+    "zeros": bytes(80),
+    "a list": b"[1, 2]",
+    "a stage that is a number": b'{"stage": 3, "step": 3, "epoch": 1, "time": 0}',
+    "a step that is a text": b'{"stage": "train", "step": "3", "epoch": 1, "time": 0}',
+    "a lost key": b'{"stage": "train", "stop": 3, "epoch": 1, "time": 0}',
+    "a value that is a list": b'{"stage": "train", "step": 3, "epoch": 1, "loss": [], "time": 0}',
+    "deep nesting": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_a_damaged_line_is_lost_alone_and_said(case, tmp_path, capsys):
+    path = filled(tmp_path)
+    lines = path.read_bytes().splitlines()
+    lines[2] = DAMAGE[case]
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    assert [line["step"] for line in log.read(tmp_path)] == [1, 2, 4, 5, 6]
+    book = log.Log(tmp_path, main=True)
+    assert capsys.readouterr().out == f"{path}: line 3 is damaged and left out\n"
+    book.cut("train", 5, 5)  # a checkpoint after five lines, of which one is lost
+    assert capsys.readouterr().out == ""
+    assert book.count("train") == 4
+    book.metrics("train", 6, 1, {"train/train/loss": 6.0}, quiet=True)
+    book.close()
+    assert [line["step"] for line in log.read(tmp_path)] == [1, 2, 4, 5, 6]
+
+
+def test_a_line_is_missed_in_its_own_stage(tmp_path, capsys):
+    filled(tmp_path, "first", range(1, 4))
+    path = filled(tmp_path, "second", range(1, 5))
+    lines = path.read_text().splitlines()
+    lines[1] = lines[4] = "x"
+    path.write_text("\n".join(lines) + "\n")
+    book = log.Log(tmp_path, main=True)
+    assert "lines 2, 5 are damaged" in capsys.readouterr().out
+    book.cut("first", 3, 3)
+    book.cut("second", 3, 3)
+    book.close()
+    steps = [(line["stage"], line["step"]) for line in log.read(tmp_path)]
+    assert steps == [("first", 1), ("first", 3), ("second", 1), ("second", 3)]
+
+
+def test_lines_that_are_missing_without_a_trace_are_said(tmp_path, capsys):
+    path = filled(tmp_path)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]))
+    book = log.Log(tmp_path, main=True)
+    book.cut("train", 6, 6)
+    assert f"{path} has 4 of the 6 lines of train" in capsys.readouterr().out
+    assert book.count("train") == 4
+    book.close()
+
+
+def test_two_lines_that_became_one_leave_none_of_a_later_step(tmp_path):
+    path = filled(tmp_path)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([lines[0], lines[1].replace("\n", "x"), *lines[2:]]))
+    book = log.Log(tmp_path, main=True)
+    book.cut("train", 5, 5)
+    book.close()
+    assert [line["step"] for line in log.read(tmp_path)] == [1, 4, 5]
+
+
+def test_garbage_in_the_resumes_is_left_behind(tmp_path, capsys):
+    (tmp_path / log.RESUMES).write_text('{"stage": "train", "step": 1, "epoch": 0}\n[]\n{"sta')
+    book = log.Log(tmp_path, main=True)
+    book.resumed("train", 2, 0)
+    book.close()
+    assert "line 2 is damaged" in capsys.readouterr().out
+    assert [line["step"] for line in log.read(tmp_path, log.RESUMES)] == [1, 2]
+
+
+def test_a_log_that_is_a_folder_is_refused_in_one_line(tmp_path):
+    (tmp_path / "log.jsonl").mkdir()
+    with pytest.raises(InputError, match="log.jsonl: Is a directory"):
+        log.Log(tmp_path, main=True)
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [

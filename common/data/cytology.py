@@ -28,7 +28,8 @@ import numpy as np
 from common.data.images import Images
 from common.data.sampling import FINETUNE_DEV_SHARE, TEST_SHARE, hash_order, hold_out
 from common.errors import InputError, first_few
-from common.run.files import read_config, read_json, run_dir_of, write_json
+from common.run import checkpoint
+from common.run.files import read_json, run_dir_of, write_json
 
 TARGETS = "ASC_H,ASC_US,HSIL,LSIL,SCC"
 SIZES = {"A1": 30_000, "A2": 3_000, "B1": 15_000, "B2": 7_000}
@@ -154,12 +155,14 @@ def _proportional(total: int, holds: dict[str, int]) -> dict[str, int]:
     return share
 
 
-def protocol(images: Images, targets: list[str], fraction: float, stored: list[Path], say=print):
+def protocol(
+    images: Images, targets: list[str], fraction: float, stored: list[str | Path], say=print
+):
     """The parts of `sampling.split` for this protocol, and the classes of the labeled stages.
 
-    The sets come from the first split.json in the folders `stored`, so that a run keeps its sets
-    when images are added to the data, and a later stage never tests on what an earlier one was
-    trained on; else they are drawn.
+    The sets come from the first of the runs and checkpoints `stored` that has any, so that a run
+    keeps its sets when images are added to the data, and a later stage never tests on what an
+    earlier one was trained on; else they are drawn.
 
     Returns:
         (parts, classes, sets): index arrays by part name; {"linear": [...], "finetune": [...]};
@@ -169,16 +172,14 @@ def protocol(images: Images, targets: list[str], fraction: float, stored: list[P
         InputError: the stored sets are of other target labels, or name images that the data no
             longer has.
     """
-    files = [folder / "split.json" for folder in stored]
-    file = next((file for file in files if file.exists()), None)
+    file, record = next(filter(all, map(_stored_sets, stored)), (None, None))
     if file is None:
         rows, notes = draw(images, targets)
         names = {part: [images.ids[i] for i in indices] for part, indices in rows.items()}
         record = {"target_labels": targets, "notes": notes, "sets": names}
     else:
-        record = read_json(file)
         rows = _stored_rows(file, record, images, targets)
-    for note in record["notes"]:
+    for note in record.get("notes", []):
         say(f"protocol: {note}")
     sizes = ", ".join(f"{part} {len(indices):,}" for part, indices in rows.items())
     say(f"protocol: {sizes} images; " + (f"the sets of {file}" if file else "drawn by their names"))
@@ -206,9 +207,21 @@ def protocol(images: Images, targets: list[str], fraction: float, stored: list[P
     return parts, classes, record
 
 
+def _stored_sets(source: str | Path) -> tuple[Path, dict | None]:
+    # What `save` wrote, in a checkpoint or in the run directory; and where that was.
+    path = Path(source)
+    if path.is_file() and "split" in (held := checkpoint.load(path)):
+        return path, held["split"]
+    file = run_dir_of(source) / "split.json"
+    sets = {name: [str] for name in SIZES}
+    return file, read_json(file, {"target_labels": [str], "notes": [str], "sets": sets})
+
+
 def _stored_rows(
     file: Path, record: dict, images: Images, targets: list[str]
 ) -> dict[str, np.ndarray]:
+    if not {"target_labels", "sets"} <= record.keys() or record["sets"].keys() != SIZES.keys():
+        raise InputError(f"{file} holds no target labels or not the sets {', '.join(SIZES)}")
     if record["target_labels"] != targets:
         raise InputError(
             f"{file} is of the target labels {', '.join(record['target_labels'])}, not of {targets}"
@@ -241,8 +254,7 @@ def check_start(source: str, model_spec: dict, targets: list[str] | None, images
     """
     if model_spec.get("targets", targets) == targets:
         return
-    config = read_config(run_dir_of(source)) or {}
-    if config.get("identity", {}).get("data") == images.fingerprint:
+    if checkpoint.config_of(source).get("identity", {}).get("data") == images.fingerprint:
         raise InputError(
             f"--from {source} has the protocol's target labels {_listed(model_spec['targets'])},"
             f" this command {_listed(targets)}: it may have been trained on what this one tests"

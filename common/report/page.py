@@ -462,13 +462,27 @@ def settings_part(run: Record) -> str:
         "All metrics": sorted(metrics.items()),
         "Flags": sorted(flags.items()),
         "Resolved settings": list(run.settings["resolved"].items()),
-        "Environment": list(run.env.items()),
+        "Environment": [(name, value) for name, value in run.env.items() if name != "starts"],
+        "Starts": starts_of(run.env),
     }
     return "".join(
         f"<details><summary>{title} ({len(rows)})</summary>{table(rows)}</details>"
         for title, rows in tables.items()
         if rows
     )
+
+
+def starts_of(env: dict) -> list[tuple[str, str]]:
+    """Of each start of a run its time; where it took up work, and what differs from the last."""
+    starts = env.get("starts")
+    rows = []
+    for start in starts if isinstance(starts, list) else []:
+        if isinstance(start, dict):
+            began = f"{start.get('stage') or 'no stage'} step {start.get('step') or 0}"
+            others = [name for name in start if name not in ("time", "stage", "step")]
+            texts = [f"{name.replace('_', ' ')} {start[name]}" for name in others if start[name]]
+            rows.append((str(start.get("time")), "; ".join([began, *texts])))
+    return rows
 
 
 def results_part(run: Record) -> str:

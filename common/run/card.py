@@ -16,6 +16,7 @@ class Card:
         items: what it trains on, in the plural: "images".
         stages: all of its stages in their order; the last one trained gives the model to use.
         headlines: the metrics that matter, the most telling first, each with its title.
+        baselines: what else is trained, beside the stages, in folders of their own.
     """
 
     name: str
@@ -23,3 +24,4 @@ class Card:
     items: str
     stages: tuple[str, ...]
     headlines: dict[str, str] = field(default_factory=dict)
+    baselines: tuple[str, ...] = ()

@@ -21,7 +21,17 @@ import torch
 from torch import Tensor
 
 from common.errors import DISK_FULL, InputError, OtherFormat, plural
-from common.run.files import atomic_write, check_format, read_config
+from common.run import dist
+from common.run.files import (
+    BEST,
+    CONTENT,
+    LAST,
+    atomic_write,
+    check_config,
+    check_format,
+    read_config,
+    run_dir_of,
+)
 from common.run.retry import retried
 
 _MARK = b"sha256:"
@@ -125,7 +135,7 @@ def load(path: Path) -> dict:
         digest = hashlib.sha256(data[:-_COMMENT]).hexdigest().encode()
         if mark != _MARK + digest:
             raise InputError(f"checkpoint {path} is damaged: its SHA-256 does not match")
-    elif path.name in ("last.pt", "best.pt", "last.previous.pt", "content.pt"):
+    elif path.name in (*LAST, *BEST, CONTENT):
         raise InputError(f"checkpoint {path} is damaged: it is cut short")
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -164,11 +174,11 @@ def load_newest(folder: Path, say=print) -> dict | None:
         InputError: both are damaged, or of another format.
     """
     damaged = False
-    for name in ("last.pt", "last.previous.pt"):
+    for name in LAST:
         if not retried((folder / name).exists, folder / name):
             continue
         try:
-            return load(folder / name)
+            return load_state(folder / name)
         except OtherFormat:
             raise
         except InputError as error:
@@ -179,30 +189,65 @@ def load_newest(folder: Path, say=print) -> dict | None:
     return None
 
 
-def load_training_state(path: Path, stage: str) -> tuple[dict, dict | None]:
-    """The state of a stage that `--resume PATH` names, and its best.pt.
+def load_state(path: Path) -> dict:
+    """The state of training in a last.pt.
+
+    Raises:
+        InputError: it cannot be read, or holds something else.
+    """
+    state = load(path)
+    if not isinstance(state, dict) or "place" not in state:
+        raise InputError(f"{path} holds no state of training: give a last.pt or a run directory")
+    return state
+
+
+def load_training_state(path: Path, stage: str) -> tuple[dict, Path]:
+    """The state of a stage that `--resume PATH` names, and the folder that it lies in.
 
     PATH is a last.pt, or a run directory that holds one.
 
     Raises:
         InputError: there is none, or the file holds weights only.
     """
-    if path.is_dir():
-        folder = path
-        if (path / stage / "last.pt").exists() or (path / stage / "last.previous.pt").exists():
-            folder = path / stage
-        state = load_newest(folder)
-        if state is None:
-            raise InputError(f"--resume {path}: there is no last.pt to resume from")
-    else:
-        folder = path.parent
-        state = load(path)
-        if "place" not in state:
-            raise InputError(
-                f"--resume {path} holds weights only: give a last.pt or a run directory"
-            )
-    best = folder / "best.pt"
-    return state, load(best) if best.exists() else None
+    if not path.is_dir():
+        return load_state(path), path.parent
+    folder = path
+    if any((path / stage / name).exists() for name in LAST):
+        folder = path / stage
+    state = load_newest(folder)
+    if state is None:
+        raise InputError(f"--resume {path}: there is no last.pt to resume from")
+    return state, folder
+
+
+def load_best(folder: Path, **wanted) -> tuple[dict | None, str]:
+    """The selected model in best.pt, or in the one before it where that cannot be used.
+
+    Args:
+        wanted: entries that it must have, if it has them at all.
+
+    Returns:
+        It, or None; and what is wrong with best.pt, in words, empty where nothing is.
+
+    Raises:
+        OtherFormat: one of them is of another format.
+    """
+    problems = []
+    for name in BEST:
+        path = folder / name
+        if problems and not path.exists():
+            break
+        try:
+            best = load(path)
+        except OtherFormat:
+            raise
+        except InputError as error:
+            problems.append(str(error))
+            continue
+        if _is_of(best, wanted):
+            return best, f"{problems[0]}; {name} is used, epoch {best['epoch']}" if problems else ""
+        problems.append(f"checkpoint {path} is of another state")
+    return None, "; ".join(problems)
 
 
 def load_weights(module: torch.nn.Module, state: dict, source) -> None:
@@ -244,8 +289,27 @@ def load_weights(module: torch.nn.Module, state: dict, source) -> None:
     module.load_state_dict({name: state.get(name, tensor) for name, tensor in expected.items()})
 
 
-def load_selected(source: str) -> dict:
+def has_best(place: dict) -> bool:
+    """Whether a model was selected before a state was saved; epoch 0 is the start."""
+    return bool(place["best_epoch"]) or place["best"] is not None
+
+
+def _is_of(best, wanted: dict) -> bool:
+    if not isinstance(best, dict) or not {"model", "metrics", "epoch"} <= best.keys():
+        return False
+    return all(best.get(name, value) == value for name, value in wanted.items())
+
+
+def say_once(text: str) -> None:
+    """A line on the console, from one process."""
+    if dist.rank() == 0:
+        print(text, flush=True)
+
+
+def load_selected(source: str, say=say_once) -> dict:
     """The selected model (best.pt) of a run directory's last stage, or a checkpoint file.
+
+    Where a run's best.pt cannot be read, what is used instead is said.
 
     Returns:
         A dict with `model`, `model_spec`, `epoch` and `metrics`.
@@ -254,24 +318,69 @@ def load_selected(source: str) -> dict:
         InputError: there is none, or the file does not say what model it holds.
     """
     path = Path(source)
-    if path.is_dir():
-        stages = (read_config(path) or {}).get("card", {}).get("stages", [])
-        files = [path / stage / "best.pt" for stage in reversed(stages)]
-        path = next((file for file in files if file.exists()), path / "best.pt")
-    state = load(path)
-    if "place" in state:
+    if not path.is_dir():
+        return _with_model(load(path), path)
+    stages = (read_config(path) or {}).get("card", {}).get("stages", [])
+    for folder in (*(path / stage for stage in reversed(stages)), path):
+        state = load_selected_in(folder, say)
+        if state is not None:
+            return state
+    raise InputError(f"{path} holds no selected model (best.pt) yet")
+
+
+def load_selected_in(folder: Path, say=say_once) -> dict | None:
+    """As `load_selected`, of the folder of one stage; None where no model was selected yet."""
+    state = None
+    if not any((folder / name).exists() for name in BEST):
+        state = load_newest(folder, say)
+        if state is None or not has_best(state["place"]):
+            return None
+    best, problem = load_best(folder)
+    if problem and best is not None:
+        say(problem)
+    if best is not None:
+        return _with_model(best, folder / BEST[0])
+    state = state or load_newest(folder, say)
+    if state is None:
+        raise InputError(problem)
+    state = _with_model(state, folder / LAST[0])
+    say(f"{problem}; the model of {LAST[0]} is used, epoch {state['epoch']}")
+    return state
+
+
+def _with_model(state, path: Path) -> dict:
+    # The model of a state of training is that of its last step.
+    if _is_ours(state) and "place" in state:
         place = state["place"]
         state |= {
             "model": state["parts"].get("model"),
             "epoch": place["epoch"],
             "metrics": place["results"],
         }
-    if not state.get("model") or "model_spec" not in state:
+    if not _is_ours(state) or not state.get("model") or "model_spec" not in state:
         raise InputError(
             f"{path} does not say what model it holds: give a run directory, its best.pt or"
             " its last.pt"
         )
     return state
+
+
+def config_of(source: str | Path) -> dict:
+    """What the config.json of a run says, and of a checkpoint file what it says itself.
+
+    A checkpoint works as well alone: it holds the part of config.json that its use needs.
+
+    Raises:
+        InputError: the run or the file cannot be read.
+    """
+    path = Path(source)
+    state = load(path) if path.is_file() else {}
+    if not _is_ours(state) or "config" not in state:
+        held = read_config(run_dir_of(source))
+        if held is not None or not path.is_dir():
+            return held or {}
+        state = load_selected(source, lambda _: None)
+    return check_config(state.get("config", {}), source)
 
 
 def weights_digest(weights: dict[str, Tensor]) -> str:

@@ -18,8 +18,8 @@ import torch
 
 from common.errors import InputError, first_few, plural
 from common.run import checkpoint, dist
+from common.run.files import CONTENT
 
-FILE = "content.pt"
 # Files whose keys have changed are read again before the first step: at most so many, and bytes.
 _TRIED = 256
 _TRIED_BYTES = 256 * 2**20
@@ -144,7 +144,7 @@ class Content:
         Raises:
             InputError: content has changed, on any rank, and `force` does not allow it.
         """
-        self._file = folder / FILE
+        self._file = folder / CONTENT
         self._allowed = force
         changed, tried = np.zeros(0, np.int64), 0
         if record is not None:
@@ -319,7 +319,7 @@ def content_of(data) -> Content | None:
 
 def load(folder: Path, say) -> dict | None:
     """The record of the run in `folder`; None where there is none, or where it is damaged."""
-    file = folder / FILE
+    file = folder / CONTENT
     if not file.exists():
         return None
     try:

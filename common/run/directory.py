@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +16,17 @@ import torch
 import torchvision
 
 from common import config
-from common.errors import InputError
+from common.errors import InputError, OtherFormat
+from common.run import checkpoint, dist
 from common.run import content as contents
-from common.run import dist
 from common.run.card import Card
 from common.run.content import Content
 from common.run.files import (
-    FORMAT,
+    LAST,
     ROOT,
+    STATE,
+    WRITTEN,
+    is_run,
     lock_folder,
     make_folder,
     read_config,
@@ -32,15 +36,19 @@ from common.run.files import (
     write_json,
 )
 
-# What --resume none removes.
-_STATE = (
-    "last.pt", "last.previous.pt", "best.pt", "summary.json", "log.jsonl", "resumes.jsonl",
-    contents.FILE,
-)  # fmt: skip
+# What of the environment may change what a run computes: said where it differs at a resume.
+_VERSIONS = ("commit", "uncommitted_changes", "torch", "cuda", "gpu")
+# What else a start of a run is told by.
+_START = ("command", "device", "processes")
+# What `--resume PATH` may change.
+_LENGTH = {"epochs", "warmup_epochs"}
+# What env.json holds that is read, see `read_json`.
+_ENV = {"starts": [dict]}
 
 
 def run_dir(args, script: str, name: str, identity: dict) -> Path:
-    """The run directory: --out, or the one that `--resume PATH` resumes, or runs/SCRIPT/NAME-HASH.
+    """The run directory: --out, or the one that `--resume PATH` resumes, or runs/SCRIPT/NAME-HASH:
+    that also for a checkpoint that lies in no run.
 
     A trial of --search has a folder in --out.
     """
@@ -48,7 +56,9 @@ def run_dir(args, script: str, name: str, identity: dict) -> Path:
         folder = Path(args.out)
         return folder if args.trial is None else folder / f"trial{args.trial}"
     if args.resume not in ("auto", "none"):
-        return run_dir_of(args.resume)
+        folder = run_dir_of(args.resume)
+        if folder.is_dir():
+            return folder
     return Path("runs") / script / f"{name}-{config.digest(identity)}"
 
 
@@ -60,7 +70,7 @@ def output_folder(path: str) -> Path:
     Raises:
         InputError: it cannot be created or written.
     """
-    folder = Path(path).parent if Path(path).suffix == ".pt" else Path(path)
+    folder = Path(path).parent if Path(path).is_file() else Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
@@ -73,78 +83,99 @@ def output_folder(path: str) -> Path:
 
 
 def create_run_dir(
-    folder: Path,
-    args,
-    identity: dict,
-    resolved: dict,
-    card: dict,
-    world: dist.Dist,
-    content: Content | None,
-) -> bool:
+    folder: Path, args, record: dict, world: dist.Dist, content: Content | None
+) -> dict | None:
     """Create `folder` and write config.json and env.json.
 
-    If the same run has finished there, print its summary and return False.
+    If the same run has finished there, print its summary. What differs in the versions from the
+    start before is said in one line.
 
     Args:
-        identity: the settings that decide the result.
-        resolved: the settings of the stages and the model as they came out.
-        card: what the script says of itself, see `card_record`.
+        record: what config.json holds beside the flags: `format`, `card` (see `card_record`),
+            `identity`, the settings that decide the result, and `resolved`, the settings of the
+            stages and the model as they came out.
         content: what is known of the bytes of the data's files, where there are any.
+
+    Returns:
+        What env.json holds; its list `starts`, newest last, has for each start its time, its Slurm
+        job, the `stage` and the `step` that it took up work at (None until that is known), and of
+        versions, command, device and processes what differs from the start before. None where the
+        run has finished.
 
     Raises:
         InputError: the run there, or the one of --resume PATH, has another identity or has read
-            other data and --force-resume is not given, or another format; or the folder is another
-            program's, or cannot be written.
+            other data and --force-resume is not given, or another format; or the folder is no run's
+            and holds files that a run would take for its own, or cannot be written.
     """
-    there = read_json(folder / "config.json")
-    if there is not None and "identity" not in there:
-        raise InputError(f"{folder}: the config.json there is of no run; choose another --out")
-    mode = config.resume_mode(args, (read_json(folder / "env.json") or {}).get("slurm_job"))
-    stored = None if mode == "none" else read_config(folder)
+    try:
+        there = read_config(folder)
+    except OtherFormat:
+        raise
+    except InputError as error:
+        raise InputError(f"{error}; {_elsewhere(folder, record['card'])}") from None
+    if there is None or "identity" not in there:
+        _refuse_foreign(folder, record["card"])
+        there = None
+    env = read_json(folder / "env.json", _ENV, world.say) or {}
+    mode = config.resume_mode(args, env.get("slurm_job"))
+    elsewhere = there is None and mode not in ("auto", "none")
+    stored = None if mode == "none" else there
     home = folder
-    if stored is None and mode not in ("auto", "none"):
+    if elsewhere:
+        stored = _config_elsewhere(mode, args, record["card"])
         home = run_dir_of(mode)
-        stored = read_config(home)
-    record = None
+        env = read_json(home / "env.json", _ENV, world.say) or {}
+    identity = record["identity"]
     if stored is None and mode == "auto" and not args.out and world.is_main:
         _say_beside(folder, args, identity, content, world)
-    if stored is not None:
-        record = contents.load(home, world.say) if content else None
+    known = None
+    differences = []
+    if stored:
+        known = contents.load(home, world.say) if content else None
         # To go on for longer is what `--resume PATH --epochs MORE` asks for; any other difference
         # makes another run.
-        free = set() if mode == "auto" else {"epochs", "warmup_epochs"}
-        differences = _differences(stored["identity"], identity, free, record, content)
+        free = set() if mode == "auto" else _LENGTH
+        differences = _differences(stored["identity"], identity, free, known, content)
         if differences and not args.force_resume:
             longer = f", --resume {folder} for more epochs" if mode == "auto" else ""
             raise InputError(
-                f"{folder} holds another run: {'; '.join(differences)}. Another --out{longer}, or"
-                " --force-resume"
+                f"{mode if elsewhere else folder} holds another run: {'; '.join(differences)}."
+                f" Another --out{longer}, or --force-resume"
             )
         if differences:
             world.say(f"--force-resume goes on although {'; '.join(differences)}")
     if content is not None:
         content.take_over(
-            record, folder, world, force=args.force_resume, workers=getattr(args, "workers", 1)
+            known, folder, world, force=args.force_resume, workers=getattr(args, "workers", 1)
         )
-    if stored is not None:
-        summary = read_json(folder / "summary.json")
-        if mode == "auto" and not differences and summary and summary["status"] == "finished":
+    if stored:
+        summary = read_json(folder / "summary.json", say=world.say) or {}
+        if mode == "auto" and not differences and summary.get("status") == "finished":
             if world.is_main:
                 remove_orphans(folder)  # of a process that was killed at its last report
                 print(f"{folder} has finished; its summary:\n{json.dumps(summary, indent=2)}")
-            return False
+                try:
+                    checkpoint.load_selected(str(folder))  # says what is damaged
+                except InputError as error:
+                    print(error)
+            return None
+    now = environment() | {"device": str(world.device), "processes": world.world_size}
+    if mode != "none":
+        _say_changes(env, now, world)
+    if mode == "none" or elsewhere:
+        env = {}  # the history is that of the folder
     dist.barrier()  # rank 0 writes when every rank has read
     problem = None
+    now["starts"] = [*env.get("starts", []), _start_entry(env, now)]
     if world.is_main:
         try:
             make_folder(folder)
             lock_folder(folder)
             remove_orphans(folder)
-            if mode == "none" and (folder / "config.json").exists():
-                _forget(folder)
-            record = {"format": FORMAT, "card": card, "resolved": resolved, "identity": identity}
+            if mode == "none" and there is not None:
+                _forget(folder, there.get("card", {}), record["card"])
             write_json(folder / "config.json", vars(args) | record)
-            write_json(folder / "env.json", environment())
+            write_json(folder / "env.json", now)
         except BlockingIOError:
             problem = "another process works there; wait for it, or give another --out"
         except OSError as error:
@@ -152,7 +183,94 @@ def create_run_dir(
     failed = torch.tensor(int(problem is not None), device=world.device)
     if dist.all_reduce(failed, "max"):
         raise InputError(f"run directory {folder}: {problem or 'rank 0 cannot write there'}")
-    return True
+    return now
+
+
+def _config_elsewhere(path: str, args, card: dict) -> dict:
+    # Of what --resume PATH names, which is no part of the run directory.
+    if Path(path).is_file():
+        checkpoint.load_state(Path(path))
+    elif not is_run(Path(path)) and not is_run(run_dir_of(path)):
+        _refuse_foreign(Path(path), card)
+        raise InputError(f"--resume {path}: there is no run")
+    stored = checkpoint.config_of(path)
+    if "identity" not in stored and not args.force_resume:
+        raise InputError(
+            f"--resume {path} does not say what run it is of: resume its run directory, or"
+            " --force-resume"
+        )
+    return stored if "identity" in stored else {}
+
+
+def _refuse_foreign(folder: Path, card: dict) -> None:
+    # What a run finds in its directory it goes on from or writes over: it must be its own.
+    ours = {name for name in ("report.html", "figures") if (folder / "check.json").exists()}
+    files = [place / name for place in _places(folder, card) for name in STATE]
+    files += [folder / name for name in (*WRITTEN, "figures") if name not in ours]
+    found = next((file for file in files if os.path.lexists(file)), None)
+    if found is None:
+        return
+    what = "is of no run" if found.name == "config.json" else "lies beside no config.json of a run"
+    raise InputError(
+        f"{folder}: the {found.relative_to(folder)} there {what}, so nothing is continued or"
+        f" overwritten; move it away, or {_elsewhere(folder, card)}"
+    )
+
+
+def _elsewhere(folder: Path, card: dict) -> str:
+    states = [place / name for place in _places(folder, card) for name in LAST]
+    state = next(filter(Path.is_file, states), None)
+    return "choose another --out" + (
+        f", with --resume {state} to go on from there" if state else ""
+    )
+
+
+def _places(folder: Path, *cards: dict) -> list[Path]:
+    # Where a run has checkpoints: its folder and those of its stages. A name that leads out of it,
+    # on a card that somebody else wrote, is none of them.
+    names = [
+        name for card in cards for key in ("stages", "baselines") for name in card.get(key, ())
+    ]
+    inside = {path.name: path for path in folder.glob("*") if path.is_dir()}
+    return [folder, *(inside[name] for name in dict.fromkeys(names) if name in inside)]
+
+
+def _start_entry(env: dict, now: dict) -> dict:
+    entry = {
+        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "stage": None,
+        "step": None,
+        "slurm_job": now["slurm_job"],
+    }
+    changed = [name for name in (*_VERSIONS, *_START) if name not in env or env[name] != now[name]]
+    return entry | {name: now[name] for name in changed}
+
+
+def _say_changes(env: dict, now: dict, world: dist.Dist) -> None:
+    changes = []
+    for name in _VERSIONS:
+        if name in env and env[name] != now[name]:
+            old, new = (str(value or "none")[:40] for value in (env[name], now[name]))
+            if name == "commit":
+                old, new = old[:12], new[:12]
+            changes.append(f"{name.replace('_', ' ')} {old} -> {new}")
+    if changes:
+        world.say(f"other versions than at the start before: {', '.join(changes)}")
+
+
+def kept_config(args, about: dict) -> dict:
+    """What a checkpoint keeps of config.json: what its use needs, and no more than decides it.
+
+    Args:
+        about: `format`, `card` and `identity`.
+    """
+
+    def kept(values: dict, without: set[str]) -> dict:
+        return {name: value for name, value in values.items() if name not in without}
+
+    record = kept(vars(args), config.NOT_IN_RUN_ID | _LENGTH) | {"data": args.data} | about
+    record["identity"] = kept(about["identity"], _LENGTH)
+    return json.loads(json.dumps(record, default=str))  # as it is read from config.json
 
 
 def _differences(
@@ -201,13 +319,13 @@ def card_record(card: Card, chance: dict[str, tuple[str, float]]) -> dict:
     return asdict(card) | {"chance": chance}
 
 
-def _forget(folder: Path) -> None:
-    # The state of this run alone: its folder and its stages' folders, which have no config.json of
-    # their own.
-    stages = [f for f in folder.iterdir() if f.is_dir() and not (f / "config.json").exists()]
-    for place in (folder, *stages):
-        for name in _STATE:
-            (place / name).unlink(missing_ok=True)
+def _forget(folder: Path, *cards: dict) -> None:
+    # What the run itself wrote, in its folder and in those of its stages: what else lies there is a
+    # copy of the user's.
+    for place in _places(folder, *cards):
+        if place == folder or not (place / "config.json").exists():
+            for name in STATE:
+                (place / name).unlink(missing_ok=True)
 
 
 def environment() -> dict:
@@ -221,7 +339,7 @@ def environment() -> dict:
 
     try:
         commit = git("rev-parse", "HEAD")
-        changes = git("status", "--porcelain", "--untracked-files=no")
+        changes = git("diff", "--no-ext-diff", "HEAD")
     except OSError:  # no git on the machine, or no process to be had
         commit = changes = None
     return {
@@ -236,6 +354,6 @@ def environment() -> dict:
         "platform": platform.platform(),
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "commit": commit,
-        "uncommitted_changes": None if changes is None else bool(changes),
+        "uncommitted_changes": changes and config.digest(changes) if changes != "" else False,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }

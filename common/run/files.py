@@ -5,7 +5,8 @@ import errno
 import io
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -21,6 +22,36 @@ except ImportError:  # Windows has no locks of this kind
 ROOT = Path(__file__).resolve().parents[2]
 # Of config.json and of checkpoints. CHANGELOG.md says what each number means.
 FORMAT = 2
+LAST = ("last.pt", "last.previous.pt")
+BEST = ("best.pt", "best.previous.pt")
+CONTENT = "content.pt"
+# What training writes into a run directory: first its state, which --resume none removes, there and
+# in the folders of stages. Beside these stand its figures, whose names are the script's.
+STATE = (*LAST, *BEST, CONTENT, "summary.json", "log.jsonl", "resumes.jsonl")
+WRITTEN = (
+    *STATE,
+    *("config.json", "env.json", "report.html", "backbone.pt", "features.npz", "split.json"),
+    *("tables.json", "clusters.csv"),
+)
+# A temporary file of `atomic_write`.
+_ORPHAN = re.compile(rf"\.({'|'.join(map(re.escape, WRITTEN))})\.\d+\.tmp")
+_ORPHAN_FIGURE = re.compile(r"\.[^.].*\.(csv|json|png|svg)\.\d+\.tmp")
+# The entries that are read of a config.json, with their types, see `read_json`.
+_CONFIG = {
+    "identity": dict,
+    "resolved": dict,
+    "card": {"stages": [str], "baselines": [str]},
+    "data": str,
+}
+_JSON = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    int: "a number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
 # What `flock` answers where the file system knows no locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
 run_locks = contextlib.ExitStack()
@@ -29,7 +60,15 @@ run_locks = contextlib.ExitStack()
 def run_dir_of(path: str) -> Path:
     """The run directory that a path means: itself, or that of a checkpoint or a stage's folder."""
     folders = [Path(path), *Path(path).parents][:3]
-    return next((folder for folder in folders if (folder / "config.json").exists()), folders[0])
+    return next((folder for folder in folders if is_run(folder)), folders[0])
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds the config.json of a run, in any format."""
+    try:
+        return "identity" in (read_json(folder / "config.json") or {})
+    except InputError:
+        return False
 
 
 def lock_folder(folder: Path) -> None:
@@ -136,10 +175,11 @@ def make_folder(folder: Path) -> None:
 
 
 def remove_orphans(folder: Path) -> None:
-    """Delete the temporary files of a process that was killed while it wrote."""
-    for place in (folder, folder / "figures"):
-        for orphan in place.glob(".*.tmp*"):
-            orphan.unlink()
+    """Delete the temporary files of a training that was killed while it wrote, and no others."""
+    for place, ours in ((folder, _ORPHAN), (folder / "figures", _ORPHAN_FIGURE)):
+        for file in place.glob(".*.tmp"):
+            if ours.fullmatch(file.name):
+                file.unlink()
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -148,27 +188,68 @@ def write_json(path: Path, value: dict) -> None:
         file.write(json.dumps(value, indent=2, default=str) + "\n")
 
 
-def read_json(path: Path) -> dict | None:
-    """A JSON file; None where there is none.
+def read_json(
+    path: Path, types: dict | None = None, say: Callable[[str], None] | None = None
+) -> dict | None:
+    """The object in a JSON file; None where there is no file.
+
+    Args:
+        types: of the entries that are used, any of which may be absent: `str`, `[str]` for a list
+            of them, or a dict of the entries of an entry.
+        say: of a file that only informs: takes the line that says what is wrong with it, and the
+            file counts as absent.
 
     Raises:
-        InputError: the file cannot be read.
+        InputError: the file cannot be read, holds no object, or an entry is of another type.
     """
     try:
-        return json.loads(retried(partial(path.read_text, encoding="utf-8"), path))
-    except FileNotFoundError:
+        value = json.loads(retried(partial(path.read_text, encoding="utf-8"), path))
+        _check_types(value, types or {}, "it")
+        return value
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        problem = f"{path} cannot be read: {getattr(error, 'strerror', None) or error}"
+    if say is None:
+        raise InputError(problem)
+    say(f"{problem}; going on without it")
+    return None
+
+
+def _check_types(value, wanted, name: str) -> None:
+    kind = wanted if isinstance(wanted, type) else type(wanted)
+    if not isinstance(value, kind):
+        found = _JSON.get(type(value), type(value).__name__)
+        raise ValueError(f"{name} is {found}, not {_JSON[kind]}")
+    if isinstance(wanted, dict):
+        for entry in wanted.keys() & value.keys():
+            _check_types(value[entry], wanted[entry], f"its {entry!r}")
+    elif isinstance(wanted, list):
+        for item in value:
+            _check_types(item, wanted[0], f"an item of {name}")
+
+
+def check_config(config, source) -> dict:
+    """What a checkpoint holds of a config.json, after a look at the types of its entries.
+
+    Raises:
+        InputError: some are others than a run's.
+    """
+    try:
+        _check_types(config, _CONFIG, "it")
+    except ValueError as error:
+        raise InputError(f"the config in {source} cannot be read: {error}") from None
+    return config
 
 
 def read_config(folder: Path) -> dict | None:
     """A run directory's config.json; None where there is none.
 
     Raises:
-        InputError: it cannot be read, or is of another format.
+        InputError: it cannot be read, holds entries of other types than a run's, or is of another
+            format.
     """
-    config = read_json(folder / "config.json")
+    config = read_json(folder / "config.json", _CONFIG)
     if config is not None and "identity" in config:
         check_format(config, folder)
     return config

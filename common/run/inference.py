@@ -13,7 +13,7 @@ from common.errors import InputError, plural
 from common.run import checkpoint, dist
 from common.run.card import Card
 from common.run.directory import output_folder
-from common.run.files import atomic_write, read_config, run_dir_of, write_json
+from common.run.files import atomic_write, write_json
 from common.run.log import Log
 from common.run.run import Run
 
@@ -46,14 +46,12 @@ class LoadedRun:
         state: the checkpoint.
         source: where it is from, for messages.
         folder: where results go.
-        home: the run directory.
         path: the data to read.
     """
 
     state: dict
     source: str
     folder: Path
-    home: Path
     path: str
 
     @property
@@ -124,11 +122,10 @@ def load_run(args, card: Card) -> LoadedRun:
     script = state["model_spec"]["script"]
     if script != card.name:
         raise InputError(f"{source} is of train_{script}.py; use that script")
-    home = run_dir_of(source)
     path = args.predict or getattr(args, "stream", None) or args.data
     if args.eval and args.data == "sample":
-        path = (read_config(home) or {}).get("data", args.data)
-    return LoadedRun(state, source, output_folder(args.out or source), home, path)
+        path = checkpoint.config_of(source).get("data", args.data)
+    return LoadedRun(state, source, output_folder(args.out or source), path)
 
 
 def restore_data_flags(parser: config.Parser, argv: list[str] | None, args, names: list[str]):
@@ -143,9 +140,11 @@ def restore_data_flags(parser: config.Parser, argv: list[str] | None, args, name
     """
     if not is_inference(args):
         return args
+    source = args.eval or args.resume
     try:
-        stored = read_config(run_dir_of(args.eval or args.resume)) or {}
+        stored = checkpoint.config_of(source)
     except InputError as error:
         parser.error(str(error))
-    parser.set_defaults(**{name: stored[name] for name in names if name in stored})
+    values = {name: stored[name] for name in names if name in stored}
+    parser.set_defaults(**parser.checked(values, f"config.json of {source}"))
     return config.parse(parser, argv, {})

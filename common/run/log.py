@@ -6,16 +6,15 @@ import math
 import os
 import sys
 import time
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator
-from functools import partial
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import median
 
 import torch
 
 from common.amp import peak_bytes, peak_memory
-from common.errors import TRANSIENT, InputError, only_warn, plural
+from common.errors import TRANSIENT, InputError, first_few, only_warn, plural
 from common.run.files import atomic_write
 from common.run.retry import retried
 
@@ -114,18 +113,33 @@ class Log:
         self.live = main and sys.stdout.isatty()
         self.start = time.monotonic()
         self.counts: Counter = Counter()  # lines of each stage
+        self.lost: defaultdict[str, list[int]] = defaultdict(list)  # the damaged ones among them
         self.path = folder / "log.jsonl" if main and folder else None
         self.file = None
         if self.path:
-            lines = read(folder) if self.path.exists() else []
-            # A line torn by a killed process must not meet the next one.
-            if not lines or self.path.read_text(encoding="utf-8") != _text(lines):
-                self._rewrite(lines)
-            self._open()
-            self.counts.update(line["stage"] for line in lines)
+            try:
+                self._take_over()
+            except OSError as error:
+                raise InputError(f"{self.path}: {error.strerror}") from None
         self.board = _summary_writer(folder) if main and tensorboard else None
         self.watcher = None
         self._width = 0
+
+    def _take_over(self) -> None:
+        parsed = _parse(self.path, self.say)
+        # Where a damaged line stood in its stage, which is taken to be that of the line before.
+        stage = next((line["stage"] for line in parsed if line), "")
+        for line in parsed:
+            if line is None:
+                self.lost[stage].append(self.counts[stage] + len(self.lost[stage]))
+            else:
+                stage = line["stage"]
+                self.counts[stage] += 1
+        lines = [line for line in parsed if line]
+        # A line torn by a killed process must not meet the next one.
+        if not lines or self.path.read_bytes() != _text(lines).encode():
+            self._rewrite(lines)
+        self._open()
 
     def say(self, text: str) -> None:
         """One plain line on the console."""
@@ -215,10 +229,10 @@ class Log:
     def resumed(self, stage: str, step: int, epoch: int) -> None:
         """Note that a stage resumes from a checkpoint: a mark in the report's curves."""
         if self.path:
-            path = self.path.with_name(RESUMES)
-            lines = read(path.parent, RESUMES) if path.exists() else []
-            with atomic_write(path) as file:
-                file.write(_text([*lines, {"stage": stage, "step": step, "epoch": epoch}]))
+            lines = read(self.path.parent, RESUMES, self.say)
+            lines.append({"stage": stage, "step": step, "epoch": epoch})
+            with atomic_write(self.path.with_name(RESUMES)) as file:
+                file.write(_text(lines))
 
     @property
     def seconds(self) -> float:
@@ -233,20 +247,33 @@ class Log:
         """Lines of a stage in `log.jsonl` so far: a checkpoint stores it."""
         return self.counts[stage]
 
-    def cut(self, stage: str, count: int) -> None:
-        """Drop a stage's lines after the first `count`, which a resumed run writes again."""
-        if not self.file or self.counts[stage] <= count:
+    def cut(self, stage: str, count: int, step: int | None = None) -> None:
+        """Drop a stage's lines after the first `count`, which a resumed run writes again.
+
+        `step` is where it resumes: what is of a later step goes, also where damaged lines leave the
+        count in doubt. Lines that are missing without a trace are said.
+        """
+        if not self.file:
             return
-        seen = 0
-        kept = []
-        for line in read(self.path.parent):
-            seen += line["stage"] == stage
-            if line["stage"] != stage or seen <= count:
+        lost = sum(place < count for place in self.lost.pop(stage, []))
+        if self.counts[stage] > count - lost or lost:
+            seen = 0
+            kept = []
+            for line in read(self.path.parent):
+                if line["stage"] == stage:
+                    if seen == count - lost or (step is not None and line["step"] > step):
+                        continue
+                    seen += 1
                 kept.append(line)
-        self.file.close()
-        self._rewrite(kept)
-        self._open()
-        self.counts[stage] = count
+            self.file.close()
+            self._rewrite(kept)
+            self._open()
+            self.counts[stage] = seen
+        if self.counts[stage] + lost < count:
+            self.say(
+                f"{self.path} has {self.counts[stage]} of the {plural(count, 'line')} of {stage}"
+                " that the checkpoint counts; the others are lost"
+            )
 
     def _open(self) -> None:
         self.file = open(self.path, "r+", newline="", encoding="utf-8")  # noqa: SIM115
@@ -323,13 +350,46 @@ def _text(lines: list[dict]) -> str:
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
-def read(folder: Path, name: str = "log.jsonl") -> list[dict]:
-    """The lines of a run's log.jsonl, or of another such file; a torn last line is left out."""
-    lines = []
-    path = Path(folder) / name
-    for text in retried(partial(path.read_text, encoding="utf-8"), path).splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
+def read(
+    folder: Path, name: str = "log.jsonl", say: Callable[[str], None] | None = None
+) -> list[dict]:
+    """The lines of a run's log.jsonl, or of its resumes.jsonl; none where there is no file.
+
+    Damaged ones are left out, and `say` told of them; so is a torn last one, which a killed process
+    leaves.
+    """
+    return [line for line in _parse(Path(folder) / name, say) if line]
+
+
+def _parse(path: Path, say: Callable[[str], None] | None) -> list[dict | None]:
+    # None stands for a damaged line.
+    try:
+        texts = retried(path.read_bytes, path).split(b"\n")
+    except FileNotFoundError:
+        return []
+    lines = [_line(text) for text in texts]
+    if lines[-1] is None:
+        del lines[-1]  # torn, or nothing after the last end of a line
+    damaged = [str(number) for number, line in enumerate(lines, 1) if line is None]
+    if damaged and say:
+        word, verb = ("line", "is") if len(damaged) == 1 else ("lines", "are")
+        say(f"{path}: {word} {first_few(damaged)} {verb} damaged and left out")
     return lines
+
+
+def _line(text: bytes) -> dict | None:
+    # As `Log` writes it: a stage, a step, an epoch, and more numbers or nulls; else None.
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(line, dict) or not isinstance(line.get("stage"), str):
+        return None
+    values = {name: value for name, value in line.items() if name != "stage"}
+    if not all(isinstance(values.get(name), int) for name in ("step", "epoch")):
+        return None
+    for value in values.values():
+        # A NaN is below nothing, and no integer is too large to compare.
+        if value is not None and not (isinstance(value, (int, float)) and abs(value) < 1e300):
+            return None
+    return line

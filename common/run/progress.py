@@ -11,7 +11,7 @@ from torch import Tensor
 from common.errors import Diverged, InputError, Stopped, plural
 from common.run import checkpoint, dist
 from common.run.content import Content
-from common.run.files import FORMAT, make_folder, remove_orphans
+from common.run.files import BEST, FORMAT, LAST, make_folder, remove_orphans
 from common.run.log import Log
 from common.run.signals import Signals
 
@@ -27,6 +27,7 @@ _PLACE = (
     "results",
     "finished",
     "planned",
+    "best_digest",
 )
 
 
@@ -37,9 +38,9 @@ class Progress:
     must be equal on all ranks, and rank 0 writes them. Position: `step` optimizer steps done,
     of which `batch` in `epoch`. `sums` are device tensors accumulated over the epoch. `best`
     follows the selection metric. `model_spec` goes into every file and says what is needed to
-    rebuild the model; `start` names what the stage started from: a state with another start is not
-    continued. `content` is that of the data, whose record is kept up with the state. `heartbeat`
-    grows while the stage lives.
+    rebuild the model, and `kept` what else a file needs to be of use alone; `start` names what the
+    stage started from: a state with another start is not continued. `content` is that of the data,
+    whose record is kept up with the state. `heartbeat` grows while the stage lives.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Progress:
         save_every: float,
         max_steps: int | None,
         content: Content | None = None,
+        kept: dict | None = None,
     ):
         self.folder = folder
         self.stage = stage
@@ -64,6 +66,7 @@ class Progress:
         self.world = world
         self.signals = signals
         self.model_spec = model_spec
+        self.kept = kept or {}
         self.start = start
         self.save_seconds = save_every * 60
         self.max_steps = max_steps
@@ -79,23 +82,28 @@ class Progress:
         self.results: dict[str, float] = {}
         self.finished = False
         self.planned = 0
+        self.best_digest: str | None = None
         self.heartbeat = 0
         self._best_state: dict | None = None
         self._stored_best: dict | None = None
         self._flags: Tensor | None = None
         self._flags_ready: torch.cuda.Event | None = None
         self._saved = time.monotonic()
-        self._wrote = False
+        self._wrote: set[str] = set()
         self._layers: dict[int, str] = {}
         if world.is_main:
             make_folder(folder)
             remove_orphans(folder)
 
-    def restore(self, state: dict | None, best: dict | None = None) -> None:
+    def restore(self, state: dict | None, source: Path | None = None, **wanted) -> None:
         """Take the stage to where `state` was saved; None starts it.
 
-        The log's lines that came later are cut. `best` is the best.pt that belongs to a state of
-        another directory.
+        The log's lines that came later are cut. Where best.pt is lost, the best model before it or,
+        until an evaluation selects another, the state's own stands in: that is said.
+
+        Args:
+            source: the folder that the state is from, where that is another.
+            wanted: entries that the best.pt there must have to belong to the state.
 
         Raises:
             InputError: the state is of another model or optimizer.
@@ -104,6 +112,20 @@ class Progress:
         if state is not None and (state["stage"], state["start"]) != (self.stage, self.start):
             self.log.say(f"{self.stage}: the saved state began from other weights; starting anew")
             state = None
+        has_best = state is not None and checkpoint.has_best(state["place"])
+        # Found out now, not after the training that is left.
+        if has_best:
+            best, problem = checkpoint.load_best(source or self.folder, start=self.start, **wanted)
+            if best is None and "model" not in self.parts:
+                self.log.say(f"{self.stage}: {problem}; the stage starts anew")
+                state = None
+            elif best is None:
+                self.log.say(
+                    f"{self.stage}: {problem}; the best so far is lost, the model of the state"
+                    " stands in until the next evaluation selects again"
+                )
+            elif problem:
+                self.log.say(f"{self.stage}: {problem}")
         if state is None:
             self.log.cut(self.stage, 0)
             return
@@ -115,45 +137,43 @@ class Progress:
                     f" {type(part).__name__}"
                 )
             if isinstance(part, torch.nn.Module):
-                source = f"{self.folder}/last.pt"
-                checkpoint.load_weights(part, state["parts"][name], source)
+                file = f"{source or self.folder}/last.pt"
+                checkpoint.load_weights(part, state["parts"][name], file)
             else:
                 part.load_state_dict(state["parts"][name])
         place = state["place"]
         for name in _PLACE:
-            setattr(self, name, place[name])
+            setattr(self, name, place.get(name, getattr(self, name)))
         for name, value in state["sums"].items():
             if self.world.device.type == "mps":
                 value = value.float()  # as `add` sums there, in whatever another device did
             rows = value.to(self.world.device).reshape(-1)  # one of each rank that wrote it
             same_ranks = len(rows) == self.world.world_size
             self.sums[name] = rows[self.world.rank] if same_ranks else rows.mean()
-        self._best_state = best
-        self._check_best()
+        if has_best:
+            self._take_best(best)
+            if not problem and source is None:
+                self._best_state = None  # best.pt holds it
         checkpoint.set_rng_state(state["rng"])
         self.log.go_on_from(place["seconds"])
-        self.log.cut(self.stage, place["log_lines"])
+        self.log.cut(self.stage, 0 if source else place["log_lines"], self.step)
         if not self.finished:
             self.log.say(f"{self.stage}: resuming from step {self.step}, epoch {self.epoch + 1}")
             self.log.resumed(self.stage, self.step, self.epoch)
             self._check_max_steps()
 
-    def _check_best(self) -> None:
-        # Found out now, not after the training that is left.
-        if not self.best_epoch or self._best_state is not None:
-            return
-        file = self.folder / "best.pt"
-        if not (file.exists() and checkpoint.is_whole(file)):
-            raise InputError(
-                f"checkpoint {file} is damaged or missing, so the best model so far is lost:"
-                " start anew with --resume none, or resume a copy of the run"
-            )
-        stored = checkpoint.load(file)
-        if stored["epoch"] != self.best_epoch and "value" in stored:
-            # Of a later epoch than the state: the run was killed between the two files. The best is
-            # what best.pt holds.
-            self.best = stored["value"]
-            self.best_epoch = stored["epoch"]
+    def _take_best(self, best: dict | None) -> None:
+        if best is None:
+            self.best = None
+            self.best_epoch = self.epoch
+            model = self.parts["model"].state_dict()
+            best = self._selected(model, self.results)
+        elif best["epoch"] != self.best_epoch and "value" in best:
+            # Of a later epoch than the state: the run was killed between the two files. Or of an
+            # earlier one that stands in. The best is what is stored.
+            self.best = best["value"]
+            self.best_epoch = best["epoch"]
+        self._best_state = best
 
     def save(self) -> None:
         """Write best.pt and last.pt, keeping the last.pt before it. Every rank must call this.
@@ -173,9 +193,8 @@ class Progress:
             return
         self.log.sync()
         if self._best_state is not self._stored_best:
-            checkpoint.save(self.folder / "best.pt", self._best_state)
+            self._write(BEST, self._best_state)
             self._stored_best = self._best_state
-        last = self.folder / "last.pt"
         place = {
             "log_lines": self.log.count(self.stage),
             "seconds": self.log.seconds,
@@ -191,13 +210,18 @@ class Progress:
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
             "sums": sums,
             "rng": checkpoint.rng_state(),
+            **self.kept,
         }
-        # A damaged last.pt, which this run did not start from, must not take the place of the one
-        # it did start from.
-        keep = last.exists() and (self._wrote or checkpoint.is_whole(last))
-        checkpoint.save(last, state, self.folder / "last.previous.pt" if keep else None)
-        self._wrote = True
+        self._write(LAST, state)
         self._saved = time.monotonic()
+
+    def _write(self, names: tuple[str, str], state: dict) -> None:
+        file, previous = (self.folder / name for name in names)
+        # A damaged file, which this run did not start from, must not take the place of the one it
+        # did start from.
+        keep = file.exists() and (file.name in self._wrote or checkpoint.is_whole(file))
+        checkpoint.save(file, state, previous if keep else None)
+        self._wrote.add(file.name)
 
     def _modules(self) -> list[torch.nn.Module]:
         return [part for part in self.parts.values() if isinstance(part, torch.nn.Module)]
@@ -390,14 +414,18 @@ class Progress:
             return
         self.best = value
         self.best_epoch = self.epoch + 1
-        copies = {name: tensor.detach().clone() for name, tensor in weights.items()}
-        self._best_state = {
+        self._best_state = self._selected(weights, metrics)
+
+    def _selected(self, weights: dict, metrics: dict) -> dict:
+        return {
             "format": FORMAT,
-            "model": copies,
+            "model": {name: tensor.detach().clone() for name, tensor in weights.items()},
             "model_spec": self.model_spec,
+            "start": self.start,
             "metrics": metrics,
             "epoch": self.best_epoch,
-            "value": value,
+            "value": self.best,
+            **self.kept,
         }
 
     def best_weights(self) -> dict:
@@ -407,6 +435,10 @@ class Progress:
     def best_metrics(self) -> dict:
         """The `metrics` that were given with the selected model."""
         return self._best()["metrics"]
+
+    def digest_of_best(self) -> str:
+        """Of the selected weights of a finished stage, also where another model stands in."""
+        return self.best_digest or checkpoint.weights_digest(self.best_weights())
 
     def _best(self) -> dict:
         return self._best_state or checkpoint.load(self.folder / "best.pt")
@@ -426,6 +458,7 @@ class Progress:
         self.results = results
         self.finished = True
         self.planned = planned
+        self.best_digest = checkpoint.weights_digest(self.best_weights())
         self.save()
         dist.barrier()
 

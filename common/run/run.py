@@ -32,8 +32,14 @@ from common.errors import (
 from common.run import checkpoint, dist
 from common.run.card import Card
 from common.run.content import content_of
-from common.run.directory import card_record, create_run_dir, output_folder, run_dir
-from common.run.files import ROOT, read_json, write_json
+from common.run.directory import (
+    card_record,
+    create_run_dir,
+    kept_config,
+    output_folder,
+    run_dir,
+)
+from common.run.files import FORMAT, ROOT, write_json
 from common.run.log import Log
 from common.run.progress import Progress
 from common.run.retry import patience
@@ -64,6 +70,9 @@ class Run:
         current: the stage at work.
         at_end: what is to be undone when the stages have ended.
         reopened: the epoch at which it had ended before it was asked for more; -1: it had not.
+        env: what env.json holds; the last of its `starts` is this one.
+        began: whether it is known where this start took up work.
+        kept: what every checkpoint holds beside its state, so that it is of use alone.
     """
 
     args: argparse.Namespace
@@ -85,6 +94,9 @@ class Run:
     current: Progress | None = None
     reopened: int = -1
     at_end: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    env: dict = field(default_factory=dict)
+    began: bool = False
+    kept: dict = field(default_factory=dict)
 
     @classmethod
     def open(
@@ -102,6 +114,7 @@ class Run:
         name: str,
         identity: dict,
         input_text: str,
+        kept: dict | None = None,
     ) -> "Run":
         """The run in its directory, said in one line.
 
@@ -110,6 +123,7 @@ class Run:
         Args:
             name, identity: what names the directory, see `run_dir`.
             input_text: what the line says of the model's input.
+            kept: what a checkpoint needs beside the flags and the model to be of use alone.
 
         Raises:
             InputError: see `create_run_dir`; or the ranks read different data.
@@ -126,10 +140,13 @@ class Run:
             run.log.say(f"check for {folder}; device {world.device}, {input_text}")
             return run
         resolved = {stage: vars(values) for stage, values in stages.items()} | model_spec
-        record = card_record(card, chance)
-        content = content_of(data)
-        if not create_run_dir(folder, args, identity, resolved, record, world, content):
+        about = {"format": FORMAT, "card": card_record(card, chance), "identity": identity}
+        record = about | {"resolved": resolved}
+        env = create_run_dir(folder, args, record, world, content_of(data))
+        if env is None:
             raise Finished
+        run.env = env
+        run.kept = {"config": kept_config(args, about), **(kept or {})}
         run.signals = signals
         run.log = Log(folder, main=world.is_main, tensorboard=args.tensorboard)
         processes = plural(world.world_size, "process")
@@ -177,18 +194,29 @@ class Run:
             save_every=args.save_every,
             max_steps=args.max_steps,
             content=content_of(self.data),
+            kept=self.kept,
         )
         state = checkpoint.load_newest(folder, self.log.say)
-        best = None
+        source = None
+        wanted = {}
         is_first = name == next(iter(self.stages))
         elsewhere = state is None and is_first and args.resume not in ("auto", "none")
+        if args.resume not in ("auto", "none") and not elsewhere and is_first:
+            here = {path.resolve() for path in (self.folder, folder, folder / "last.pt")}
+            if Path(args.resume).resolve() not in here:
+                self.log.say(
+                    f"{folder} holds a state, which goes on; --resume {args.resume} began it"
+                )
         if elsewhere:
-            state, best = checkpoint.load_training_state(Path(args.resume), name)
+            state, source = checkpoint.load_training_state(Path(args.resume), name)
             if (state["stage"], state["start"]) != (name, start):
                 raise InputError(
                     f"--resume {args.resume} is a {state['stage']} state of another start, not of"
                     f" this {name}"
                 )
+            if Path(args.resume).is_file():  # beside which any best.pt may lie
+                place = state["place"]
+                wanted = {"epoch": place["best_epoch"], "value": place["best"]}
         # All processes take part, so nobody writes before everybody has read.
         step = torch.tensor([state["place"]["step"] if state else -1], device=self.world.device)
         steps = dist.all_gather_rows(step).tolist()
@@ -197,24 +225,37 @@ class Run:
                 f"the ranks read different states in {folder} (steps {steps}, -1: none): it"
                 " must lie on a file system that they share"
             )
-        progress.restore(state, best)
+        progress.restore(state, source, **wanted)
+        self._note_start(progress)
         self.current = progress
         if args.detect_anomaly:
             progress.watch_for_nonfinite()
             self.at_end.callback(progress.stop_watching)
-        if elsewhere and progress.finished and progress.planned >= self.stages[name].epochs:
+        if elsewhere and self._has_ended(progress):
             raise InputError(
                 f"--resume {args.resume} has finished its {plural(progress.planned, 'epoch')}; give"
                 " more --epochs"
             )
         return progress
 
+    def _note_start(self, progress: Progress) -> None:
+        # A start takes up work in the first stage that has not ended.
+        if self.began or not self.env:
+            return
+        self.began = not self._has_ended(progress)
+        self.env["starts"][-1].update(stage=progress.stage, step=progress.step)
+        if self.world.is_main:
+            write_json(self.folder / "env.json", self.env)
+
+    def _has_ended(self, progress: Progress) -> bool:
+        return progress.finished and progress.planned >= self.settings_of(progress.stage).epochs
+
     def is_done(self, progress: Progress) -> bool:
         """Whether a stage has nothing left to do: its results are taken over.
 
         More epochs than before reopen it.
         """
-        if progress.finished and progress.planned >= self.settings_of(progress.stage).epochs:
+        if self._has_ended(progress):
             self._take(progress)
             return True
         self.reopened = progress.epoch if progress.finished else -1
@@ -302,12 +343,8 @@ class Run:
     def _begin(self, report) -> None:
         # A summary would be of an earlier start: this one has not ended.
         (self.folder / "summary.json").unlink(missing_ok=True)
-        record = dict(
-            data_read=self.describe_data(),
-            device=str(self.world.device),
-            processes=self.world.world_size,
-        )
-        write_json(self.folder / "env.json", (read_json(self.folder / "env.json") or {}) | record)
+        self.env["data_read"] = self.describe_data()
+        write_json(self.folder / "env.json", self.env)
         self.log.watcher = report.Live(self.folder, self.log.say)
 
     @contextlib.contextmanager
