@@ -1,7 +1,6 @@
 """A linear classifier on pixels: the smallest script of this project's shape, to copy from."""
 
 import sys
-from functools import partial
 
 import numpy as np
 import torch
@@ -145,7 +144,7 @@ def run_training(parser, args, world, signals):
 
 def main(argv=None):
     args, parser = parse_args(argv)
-    return launch(args, run_inference, partial(run_training, parser))
+    return launch(parser, args, run_inference, run_training)
 
 
 if __name__ == "__main__":

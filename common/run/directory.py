@@ -113,11 +113,12 @@ def create_run_dir(
             folder.mkdir(parents=True, exist_ok=True)
             lock_folder(folder)
             remove_orphans(folder)
+            starts = [] if mode == "none" else earlier_starts(folder)
             if mode == "none" and (folder / "config.json").exists():
                 _forget(folder)
             record = {"format": FORMAT, "card": card, "resolved": resolved, "identity": identity}
             write_json(folder / "config.json", vars(args) | record)
-            write_json(folder / "env.json", environment())
+            write_json(folder / "env.json", environment() | {"starts": starts})
         except BlockingIOError:
             problem = "another process works there; wait for it, or give another --out"
         except OSError as error:
@@ -126,6 +127,30 @@ def create_run_dir(
     if dist.all_reduce(failed, "max"):
         raise InputError(f"run directory {folder}: {problem or 'rank 0 cannot write there'}")
     return True
+
+
+def earlier_starts(folder: Path) -> list[dict]:
+    """The starts of a run so far, the newest last.
+
+    Of each its `time`, the `stage`, `step` and `evaluated` batches where it began, and the status
+    that it `ended` with, which a process that was killed has not left.
+    """
+    starts = (read_json(folder / "env.json") or {}).get("starts", [])
+    summary = read_json(folder / "summary.json")
+    if starts and summary:
+        starts[-1].setdefault("ended", summary.get("status"))
+    return starts
+
+
+def starts_in_vain(starts: list[dict]) -> int:
+    """How many of the last starts began where the newest one did, and were stopped or killed."""
+    count = 0
+    for start in reversed(starts):
+        same = all(start.get(key) == starts[-1].get(key) for key in ("stage", "step", "evaluated"))
+        if not same or start.get("ended", "stopped") != "stopped":
+            break
+        count += 1
+    return count
 
 
 def _differences(stored: dict, identity: dict, free: set[str]) -> list[str]:

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -20,11 +21,17 @@ from common import amp, config
 from common.errors import AGAIN, EXIT_STOPPED, Diverged, Finished, InputError, Stopped, plural
 from common.run import checkpoint, dist
 from common.run.card import Card
-from common.run.directory import card_record, create_run_dir, output_folder, run_dir
+from common.run.directory import (
+    card_record,
+    create_run_dir,
+    output_folder,
+    run_dir,
+    starts_in_vain,
+)
 from common.run.files import ROOT, read_json, write_json
 from common.run.log import Log
 from common.run.progress import Progress
-from common.run.signals import Signals
+from common.run.signals import MOST_RESTARTS, Interrupted, Signals
 
 
 @dataclass
@@ -50,6 +57,7 @@ class Run:
         teacher: the model of --teacher, a `common.distill.Teacher`.
         current: the stage at work.
         at_end: what is to be undone when the stages have ended.
+        started: whether env.json has where this start began.
         reopened: the epoch at which it had ended before it was asked for more; -1: it had not.
     """
 
@@ -70,6 +78,7 @@ class Run:
     phases: amp.Phases | None = None
     teacher: object = None
     current: Progress | None = None
+    started: bool = False
     reopened: int = -1
     at_end: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
@@ -182,6 +191,9 @@ class Run:
             )
         progress.restore(state, best)
         self.current = progress
+        if not progress.finished and not self.started:
+            self.started = True
+            self._count_start(progress)
         if args.detect_anomaly:
             progress.watch_for_nonfinite()
             self.at_end.callback(progress.stop_watching)
@@ -191,6 +203,25 @@ class Run:
                 " more --epochs"
             )
         return progress
+
+    def _count_start(self, progress: Progress) -> None:
+        # A time limit shorter than what comes before the first step would requeue for ever.
+        in_vain = 0
+        if self.world.is_main:
+            env = read_json(self.folder / "env.json") or {}
+            place = {"stage": progress.stage, "step": progress.step}
+            place |= {"time": round(time.time()), "evaluated": progress.batches_found}
+            env["starts"] = [*env.get("starts", []), place]
+            write_json(self.folder / "env.json", env)
+            if not (sys.stdin and sys.stdin.isatty()):  # a person sees what happens
+                in_vain = starts_in_vain(env["starts"]) - 1
+        in_vain = int(dist.all_reduce(torch.tensor(in_vain, device=self.world.device), "max"))
+        if in_vain >= MOST_RESTARTS:
+            raise InputError(
+                f"the last {in_vain} starts ended before they gained a step: the time limit is"
+                " shorter than reading the data and what comes before the next step; give more"
+                " (sbatch --time), or less to read. The next start tries again"
+            )
 
     def is_done(self, progress: Progress) -> bool:
         """Whether a stage has nothing left to do: its results are taken over.
@@ -242,12 +273,16 @@ class Run:
         try:
             if self.world.is_main:
                 self._begin(report)
-            with self.at_end, self._watchdog():
+            with self.at_end, self._watchdog(), self._full_memory():
                 yield
             status = "finished"
             self._conclude(status, report)
         except Stopped:
             status = "stopped"
+            raise
+        except Interrupted:
+            status = "stopped"
+            self.signals.obeyed.set()
             raise
         except Diverged:
             status = "diverged"
@@ -272,6 +307,17 @@ class Run:
                 # What ended the run is worth more than its summary.
                 with contextlib.suppress(OSError):
                     self._conclude(status, report)
+
+    @contextlib.contextmanager
+    def _full_memory(self) -> Iterator[None]:
+        # `launch` adds what helps.
+        try:
+            yield
+        except (MemoryError, OSError, RuntimeError) as error:
+            full = amp.out_of_memory(error, self.world.device)
+            if not full:
+                raise
+            raise amp.OutOfMemory(f"{self._where()}{full}") from None
 
     def _begin(self, report) -> None:
         # A summary would be of an earlier start: this one has not ended.
