@@ -54,9 +54,9 @@ CASES = {
     "simclr": Case(train_simclr, [*SIMCLR, *STAGES], [(1, 9, 2), (10, 20, 2), (20, 60, 3)]),
     "simclr student": Case(train_simclr, [*SIMCLR, *FINETUNE], [(1, 9, 3)]),
     "tsm accumulation, growing loss scale": Case(train_tsm, TSM, [(1, 24, 5)]),
-    "raer": Case(train_raer, [*RAER, "--tune", "full", "--dropout", "0.2"], [(1, 24, 5)]),
+    "raer": Case(train_raer, [*RAER, "--tune", "full", "--dropout", "0.2"], [(1, 20, 5)]),
     "raer cached features": Case(
-        train_raer, [*RAER, "--cache-features", "--method", "crt"], [(1, 24, 5)]
+        train_raer, [*RAER, "--cache-features", "--method", "crt"], [(1, 20, 5)]
     ),
     "cluster": Case(train_cluster, CLUSTER, [(2, 34, 6)], False),
     "cluster umc": Case(train_cluster, [*CLUSTER, "--mode", "umc"], [(2, 34, 6)], False),

@@ -26,6 +26,8 @@ import pytest
 import torch
 from torch import nn
 
+import train_cluster
+import train_raer
 import train_simclr
 import train_tsm
 from common import linear_eval, weights
@@ -163,6 +165,115 @@ def test_what_the_disk_refuses_ends_the_run_and_leaves_the_last_checkpoint(
     assert step >= 1 and not list((tmp_path / "run").glob(".*.tmp*"))
     assert train_simclr.main(argv) == 0
     assert f"resuming from step {step}," in capsys.readouterr().out
+
+
+FULL = {
+    "torch": (lambda: torch.empty(1 << 59, dtype=torch.uint8), "at 576460752.30 GB more"),
+    "numpy": (lambda: np.empty(1 << 59, np.uint8), "at 512. PiB more"),
+    "cuda": (
+        lambda: fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")),
+        "at 2.00 GiB more",
+    ),
+    "cublas": (
+        lambda: fail(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling x")),
+        "out of memory, the peak",
+    ),
+    "system": (lambda: fail(OSError(errno.ENOMEM, "Cannot allocate memory")), "out of memory, the"),
+}
+
+
+def fail(error):
+    raise error
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("where", ["step", "worker"])
+@pytest.mark.parametrize("kind", FULL)
+def test_full_memory_ends_in_one_line_with_what_helps(
+    kind, where, small, tmp_path, monkeypatch, capsys
+):
+    cells, calls = cells_tree(tmp_path / "cells"), []
+    argv = [*FLAGS, "--data", str(cells), "--epochs", "3", "--out", str(tmp_path / "run")]
+    allocate, asked = FULL[kind]
+    name = "contrastive_loss" if where == "step" else "_cut"
+    owner = train_simclr if where == "step" else train_simclr.Images
+    work = getattr(owner, name)
+
+    def fills(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            allocate()
+        return work(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, fills)
+        code, said = ends(argv, capsys)
+    assert code == 2 and "out of memory" in said and re.search(asked, said), said
+    assert re.search(r"rank 0 of 1, pretrain step [0-4]: ", said) and "the peak is 0." in said
+    assert "a higher --accum, a lower --bs, a smaller --image-size" in said
+    assert "checkpoint-blocks" not in said  # which this script does not have
+    assert train_simclr.main(argv) == 0
+    assert train_simclr.main([*argv[:-1], str(tmp_path / "whole")]) == 0
+    equal_runs(tmp_path / "whole", tmp_path / "run")
+
+
+def test_what_helps_against_full_memory_is_heeded_by_the_command(monkeypatch, capsys):
+    def advice(script, *argv):
+        full = functools.partial(fail, MemoryError())
+        monkeypatch.setattr(script, "build_data", lambda *_, **__: full())
+        with pytest.raises(SystemExit) as ending:
+            script.main([*argv, "--device", "cpu"])
+        assert ending.value.code == 2
+        return capsys.readouterr().err.split("what helps: ")[1]
+
+    said = advice(train_cluster)
+    assert said.startswith("a lower --bs. Run") and "accum" not in said
+    assert "--checkpoint-blocks" in advice(train_tsm)
+    assert "--checkpoint-blocks" not in advice(train_tsm, "--checkpoint-blocks")
+    assert "--checkpoint-blocks" not in advice(train_raer, "--tune", "none")
+    assert "--checkpoint-blocks" in advice(train_raer, "--tune", "full")
+    assert "--accum" not in advice(train_simclr, "--stage", "finetune", "--from", "none")
+
+
+@pytest.mark.parametrize("descriptors", ["1", "2", "1 2", "0 1 2"])
+def test_a_closed_descriptor_is_not_given_to_a_file(descriptors, tmp_path):
+    program = (
+        "import sys\n"
+        "from common.errors import exit_codes\n"
+        "with exit_codes():\n"
+        "    file = open(sys.argv[1], 'w')\n"
+        "    print('lost', flush=True)\n"
+        "    print('lost', file=sys.stderr, flush=True)\n"
+        "    file.write('kept'); file.close()\n"
+    )
+    close = " ".join(f"{number}>&-" for number in descriptors.split())
+    command = f'exec "{sys.executable}" -c "$1" "$2" {close}'
+    done = subprocess.run(["sh", "-c", command, "sh", program, str(tmp_path / "file")], cwd=ROOT)
+    assert done.returncode == 0 and (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_reader_that_leaves_does_not_end_what_prints(tmp_path):
+    program = (
+        "import sys\n"
+        "from common.errors import exit_codes\n"
+        "with exit_codes():\n"
+        "    for i in range(3):\n"
+        "        sys.stdin.readline()\n"
+        "        print(i, flush=True)\n"
+        "    print('the end', file=sys.stderr)\n"
+        "print('unflushed')\n"
+    )
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=pipe, stdout=pipe, stderr=pipe, cwd=ROOT, text=True
+    )
+    process.stdin.write("\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "0\n"
+    process.stdout.close()
+    process.stdin.write("\n\n")
+    process.stdin.close()
+    assert process.wait() == 0 and process.stderr.read() == "the end\n"
 
 
 def test_a_disk_that_is_too_small_is_found_before_writing(tmp_path, monkeypatch):

@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from common import amp
 from common.errors import InputError, did_you_mean
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif")
@@ -188,6 +189,9 @@ class Images:
         return (3, self.store_size, self.store_size)
 
     def _damaged(self, item: str, error: Exception) -> InputError:
+        full = amp.out_of_memory(error, torch.device("cpu"))
+        if full:  # nothing is wrong with the item
+            raise amp.OutOfMemory(f"{item}: {full}") from None
         return InputError(
             f"{item} in {self.name} cannot be read: {reason(error)};"
             " fix or remove it, or --on-bad-item skip"
