@@ -14,9 +14,11 @@ import pickle
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 import types
 import zipfile
 from pathlib import Path
@@ -31,14 +33,16 @@ import train_raer
 import train_simclr
 import train_tsm
 from common import linear_eval, weights
+from common.check import runner
 from common.data import utterances
 from common.errors import Diverged, InputError
 from common.features import _read_features, stored_features
 from common.models import Backbone
 from common.run import checkpoint, dist
+from common.run.directory import starts_in_vain
 from common.run.log import Log
 from common.run.progress import Progress
-from tests.data import cells_tree, ffpp_tree
+from tests.data import cells_tree, ffpp_tree, raer_tree
 from tests.runs import equal_runs, flags, summary
 
 ROOT = Path(__file__).parent.parent
@@ -233,6 +237,140 @@ def test_what_helps_against_full_memory_is_heeded_by_the_command(monkeypatch, ca
     assert "--checkpoint-blocks" not in advice(train_raer, "--tune", "none")
     assert "--checkpoint-blocks" in advice(train_raer, "--tune", "full")
     assert "--accum" not in advice(train_simclr, "--stage", "finetune", "--from", "none")
+
+
+def stop(number=signal.SIGTERM):
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.e2e
+def test_three_starts_in_a_row_without_a_step_are_the_last(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    cells, end_step = cells_tree(tmp_path / "cells"), Progress.end_step
+    argv = [*FLAGS, "--data", str(cells), "--epochs", "2", "--out", str(tmp_path / "run")]
+
+    def stopped_while_waiting():
+        def batches(*_):
+            stop()
+            yield
+
+        with monkeypatch.context() as patched:
+            patched.setattr(train_simclr, "fetch", batches)
+            return ends(argv, capsys)
+
+    def stopped_after_a_step():
+        def step(self, bad):
+            end_step(self, bad)
+            stop()
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Progress, "end_step", step)
+            return ends(argv, capsys)
+
+    def refused():
+        code, said = stopped_while_waiting()
+        return code == 2 and re.search(r"the last [34] starts ended before they gained", said)
+
+    for _ in range(3):
+        assert stopped_while_waiting() == (75, "nothing to save yet. Run the same command again\n")
+    assert refused()
+    # After that line they are counted anew.
+    for _ in range(2):
+        assert stopped_while_waiting()[0] == 75
+    for step in (1, 2, 3):
+        code, said = stopped_after_a_step()
+        assert code == 75 and f"saved at pretrain step {step}." in said
+    for _ in range(2):
+        assert stopped_while_waiting()[0] == 75
+    assert stopped_after_a_step()[0] == 75
+    for _ in range(3):
+        assert stopped_while_waiting()[0] == 75
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: True))
+    assert stopped_while_waiting()[0] == 75  # a person at a terminal does as they like
+    monkeypatch.setattr(sys, "stdin", None)
+    assert refused()
+    assert train_simclr.main(argv) == 0
+    assert train_simclr.main([*argv[:-1], str(tmp_path / "whole")]) == 0
+    equal_runs(tmp_path / "whole", tmp_path / "run")
+
+
+def test_only_starts_that_were_stopped_at_one_place_are_in_vain():
+    first, later = {"stage": "a", "step": 0, "evaluated": 0}, {"stage": "a", "step": 4}
+    assert starts_in_vain([]) == 0 and starts_in_vain([first, first, first]) == 3
+    assert starts_in_vain([first, first, later, later]) == 2
+    assert starts_in_vain([first | {"ended": "diverged"}, first]) == 1
+    assert starts_in_vain([first | {"ended": "stopped"}, first]) == 2
+    assert starts_in_vain([first, first | {"evaluated": 3}]) == 1
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("where", ["skip", "check", "predict", "audit", "second"])
+def test_a_signal_is_obeyed_where_there_is_nothing_to_save(
+    where, small, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    cells, decode, decoded = cells_tree(tmp_path / "cells"), train_simclr.Images.decode, []
+    argv = [*FLAGS, "--data", str(cells), "--epochs", "1", "--out", str(tmp_path / "run")]
+    why = "nothing to save yet"
+
+    def slow(self, index):
+        decoded.append(index)
+        if len(decoded) == 3:
+            stop()
+        time.sleep(0.02)
+        return decode(self, index)
+
+    if where == "skip":
+        monkeypatch.setattr(train_simclr.Images, "decode", slow)
+        argv += ["--on-bad-item", "skip"]
+    elif where == "check":
+        monkeypatch.setattr(runner, "_try", lambda *_: stop())
+        argv += ["--check"]
+    elif where == "predict":
+        assert train_simclr.main(argv) == 0
+        monkeypatch.setattr(train_simclr, "fetch", lambda *_: stop())
+        argv = ["--eval", argv[-1], "--device", "cpu"]
+    elif where == "audit":
+        monkeypatch.setattr(train_raer.audit, "check_setting", lambda *_: stop())
+        data = raer_tree(tmp_path / "raer")
+        argv = flags("--backbone vit_tiny --num-frames 2 --bs 8 --device cpu --data", data)
+        argv += ["--out", str(tmp_path / "run")]
+    else:
+        monkeypatch.setattr(train_simclr, "train_step", lambda *_: stop() or stop(signal.SIGINT))
+        why = "left at the second Ctrl-C, without saving"
+    with pytest.raises(SystemExit) as ending:
+        (train_raer if where == "audit" else train_simclr).main(argv)
+    assert ending.value.code == 75
+    assert capsys.readouterr().err == f"{why}. Run the same command again\n"
+    assert len(decoded) < 20
+    if where in ("audit", "second"):
+        assert summary(tmp_path / "run")["status"] == "stopped"
+
+
+@pytest.mark.e2e
+def test_data_that_do_not_come_do_not_hold_a_signal_up(small, tmp_path, monkeypatch, capsys):
+    """Between two steps of an epoch the state is whole: it is saved while the next batch is waited
+    for.
+    """
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    cells, collect = cells_tree(tmp_path / "cells"), train_simclr.Images._collect
+    argv = [*FLAGS, "--data", str(cells), "--epochs", "2", "--save-every", "60", "--out"]
+    calls = []
+
+    def stalls(self, *rest):
+        calls.append(1)
+        if len(calls) == 4:
+            stop()
+            raise AssertionError("waited on")
+        return collect(self, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_simclr.Images, "_collect", stalls)
+        code, said = ends([*argv, str(tmp_path / "run")], capsys)
+    assert code == 75 and "saved at pretrain step 3." in said
+    assert train_simclr.main([*argv, str(tmp_path / "run")]) == 0
+    assert train_simclr.main([*argv, str(tmp_path / "whole")]) == 0
+    equal_runs(tmp_path / "whole", tmp_path / "run")
 
 
 @pytest.mark.parametrize("descriptors", ["1", "2", "1 2", "0 1 2"])
