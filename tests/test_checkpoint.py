@@ -236,6 +236,21 @@ def test_the_first_signal_decides(numbers, asked):
         assert signals.asked == asked
 
 
+def test_what_comes_while_a_stopped_process_ends_is_not_heard():
+    program = (
+        "import os, signal\n"
+        "from common.run.signals import Signals\n"
+        "with Signals(ends_with=True) as signals:\n"
+        "    signals.defer()\n"
+        "    os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+        "print('not reached')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (75, "", "")
+
+
 def test_nohup_keeps_ignoring_hup():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

@@ -58,7 +58,8 @@ def launch(parser, args, run_inference: Callable, run_training: Callable) -> int
     Returns:
         0; the other exit codes leave as SystemExit.
     """
-    with exit_codes(), Signals() as signals, run_locks:
+    is_script = run_training.__module__ == "__main__"
+    with exit_codes(), Signals(ends_with=is_script) as signals, run_locks:
         device = torch.device("cpu")
         try:
             # The watchdog, which is to come first, names more than a collective does.

@@ -39,7 +39,8 @@ class Signals:
 
     The handler sets a flag: saving inside it could tear the step that it interrupts. It raises
     `Interrupted` only where `urgency` says so: until `defer`, as there is nothing to save yet, and
-    where nothing of the state changes. A context, after which the handlers are those from before.
+    where nothing of the state changes. A context, after which the handlers are those from before;
+    where the process `ends_with` it and was asked to, what comes late is not heard any more.
     """
 
     REQUEUE = 1
@@ -48,7 +49,8 @@ class Signals:
     # that does not come to that within seconds is ended.
     WAIT, RAISE, LEAVE = range(3)
 
-    def __init__(self):
+    def __init__(self, *, ends_with: bool = False):
+        self.ends_with = ends_with
         self.asked = 0
         self.urgency = self.LEAVE
         self.obeyed = threading.Event()
@@ -71,7 +73,7 @@ class Signals:
     def __exit__(self, *_) -> None:
         self.obeyed.set()
         for code, handler in self._earlier_handlers.items():
-            signal.signal(code, handler)
+            signal.signal(code, self._too_late if self.asked and self.ends_with else handler)
         signal.set_wakeup_fd(self._earlier_fd)
         self._writer.close()
         self._watcher.join()
@@ -99,6 +101,11 @@ class Signals:
             self._raise("nothing to save yet")
         if again:
             self._raise("left at the second Ctrl-C, without saving")
+
+    @staticmethod
+    def _too_late(number: int, frame) -> None:
+        if number == signal.SIGINT:
+            os._exit(EXIT_STOPPED)  # it waits for a thread that hangs
 
     def _raise(self, text: str) -> None:
         self._raised = True
