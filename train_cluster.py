@@ -48,6 +48,7 @@ from common.report.clusters import (
 from common.rng import uniform
 from common.run import checkpoint, dist
 from common.run.card import Card
+from common.run.evaluation import Evaluation
 from common.run.inference import LoadedRun, load_run
 from common.run.launch import launch, run_sweep
 from common.run.loop import Batch, Loop, Step
@@ -456,14 +457,13 @@ def evaluate(
     network gives it), float32 (n, base_dim), on the CPU.
     """
     model.eval()
-    rows = []
-    for batch in fetch(run, np.array_split(indices, -(-len(indices) // eval_batch_of(run.data)))):
-        if progress:
-            progress.check_stop()
-        with amp.autocast(run.args.precision, run.world.device):
-            z, _ = model(*batch.inputs)
-        rows.append(z.float() if raw else z.float() @ model.metric)
-    z = torch.cat(rows).cpu()
+    parts = np.array_split(indices, -(-len(indices) // eval_batch_of(run.data)))
+    with Evaluation(progress, model, parts, "raw" if raw else "") as done:
+        for batch in fetch(run, done.left):
+            with amp.autocast(run.args.precision, run.world.device):
+                z, _ = model(*batch.inputs)
+            done.add(z.float() if raw else z.float() @ model.metric)
+    z = done.rows()
     amp.require_finite(z, "embeddings")
     return z
 
@@ -483,14 +483,17 @@ def eval_stability(
     """
     k, smoothing = run.model_spec["k"], run.model_spec["smoothing"]
     z = evaluate(run, model, run.splits["train"], progress)
-    stable = deep_cluster.stability(z, k, run.args.seed)
-    values = {"stability": stable}
-    if targets:  # what the run leaves behind are the clusters of the epoch's end
-        rows = deep_cluster.smooth(z, k, smoothing)
-        result = clustering.kmeans(rows, k, start=model.centroids.cpu())
-        model.centroids.copy_(result.centroids)
-        clusters, _ = clustering.nearest(z, model.centroids.cpu())
-        values |= deep_cluster.describe(run, z, clusters, targets)
+    with progress.interruptible():
+        stable = deep_cluster.stability(z, k, run.args.seed)
+        values = {"stability": stable}
+        if targets:  # what the run leaves behind are the clusters of the epoch's end
+            rows = deep_cluster.smooth(z, k, smoothing)
+            centroids = clustering.kmeans(rows, k, start=model.centroids.cpu()).centroids
+            centroids = centroids.to(model.centroids.dtype)
+            clusters, _ = clustering.nearest(z, centroids)
+            values |= deep_cluster.describe(run, z, clusters, targets)
+    if targets:
+        model.centroids.copy_(centroids)
     return stable, {f"{name}/train/{key}": value for key, value in values.items()}
 
 
@@ -637,11 +640,13 @@ def finish_clustering(
 
     def test(network, _):
         z = evaluate(run, network, np.arange(len(table)), progress)
-        scores = score("cluster/test", z[test_split], table.labels[test_split], k, smoothing)
+        with progress.interruptible():
+            scores = score("cluster/test", z[test_split], table.labels[test_split], k, smoothing)
         return scores, (z, network.centroids.cpu())
 
     results, (z, centroids) = test_best_and_last(progress, model, test)
-    results = deep_cluster.baselines(run) | results
+    with progress.interruptible():
+        results = deep_cluster.baselines(run) | results
     correlation = deep_cluster.tracking(run)
     if correlation is not None:
         results["cluster/train/stability_tracks_nmi"] = correlation
@@ -805,7 +810,7 @@ def main(argv: list[str] | None = None) -> int:
     args, parser = parse_args(argv)
     if run_sweep(main, argv, args, SEARCH, None):
         return 0
-    return launch(args, run_inference, partial(run_training, parser))
+    return launch(parser, args, run_inference, run_training)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ from common.models.raer import TUNES, RaerModel, build_raer, normalization, star
 from common.report import figures, page
 from common.run import checkpoint, dist
 from common.run.card import Card
+from common.run.evaluation import Evaluation
 from common.run.inference import load_run, restore_data_flags
 from common.run.launch import launch, run_sweep
 from common.run.loop import Batch, Loop, Step
@@ -457,14 +458,14 @@ def evaluate(
     shard = dist.shard(indices, run.world)
     frames = 2 * run.model_spec["num_frames"]
     parts = np.array_split(shard, -(-len(shard) * frames // EVAL_FRAMES))
-    rows = []
-    for batch in fetch(run, [part for part in parts if len(part)], None, cached):
-        if progress:
-            progress.check_stop()
-        x = frames_of(run, batch)
-        with amp.autocast(run.args.precision, run.world.device):
-            rows.append((outputs(x) if outputs else model(x)[0]).float())
-    rows = dist.unshard(torch.cat(rows), len(indices)).cpu()
+    parts = [part for part in parts if len(part)]
+    with Evaluation(progress, model, parts, "other outputs" if outputs else "") as done:
+        for batch in fetch(run, done.left, None, cached):
+            x = frames_of(run, batch)
+            with amp.autocast(run.args.precision, run.world.device):
+                y = (outputs(x) if outputs else model(x)[0]).float()
+            done.add(y)
+    rows = done.rows(len(indices))
     amp.require_finite(rows, "outputs")
     return rows
 
@@ -545,7 +546,8 @@ def train(run: Run, published) -> None:
         )
     cached = encode(run, model, progress) if args.cache_features else None
     if progress.step == 0:
-        audit.refuse(audit_phases(run, model, cached))
+        with run.signals.at_once():
+            audit.refuse(audit_phases(run, model, cached))
         log.say(
             f"audit of {plural(len(run.schedule.phases), 'phase')}, 3 steps each: what is to train"
             " moves, every loss term has a gradient"
@@ -774,7 +776,7 @@ def main(argv: list[str] | None = None) -> int:
     args, parser = parse_args(argv)
     if run_sweep(main, argv, args, SEARCH, "uar"):
         return 0
-    return launch(args, run_inference, partial(run_training, parser))
+    return launch(parser, args, run_inference, run_training)
 
 
 if __name__ == "__main__":

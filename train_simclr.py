@@ -41,6 +41,7 @@ from common.models.heads import HEAD_BIAS, Classifier, SimCLR, init_bias_to_prio
 from common.report import figures, page
 from common.run import checkpoint, dist
 from common.run.card import Card
+from common.run.evaluation import Evaluation
 from common.run.inference import load_run, restore_data_flags
 from common.run.launch import launch, run_sweep
 from common.run.loop import Batch, Loop, Step
@@ -514,14 +515,14 @@ def evaluate(run: Run, model: nn.Module, indices: np.ndarray, progress=None) -> 
     """
     model.eval()
     shard = dist.shard(indices, run.world)
-    rows = []
-    for batch in fetch(run, np.array_split(shard, -(-len(shard) // EVAL_IMAGES))):
-        if progress:
-            progress.check_stop()
-        x = one_view(run, batch)
-        with amp.autocast(run.args.precision, run.world.device):
-            rows.append(model(x).float())
-    return dist.unshard(torch.cat(rows), len(indices)).cpu()
+    parts = np.array_split(shard, -(-len(shard) // EVAL_IMAGES))
+    with Evaluation(progress, model, parts) as done:
+        for batch in fetch(run, done.left):
+            x = one_view(run, batch)
+            with amp.autocast(run.args.precision, run.world.device):
+                outputs = model(x).float()
+            done.add(outputs)
+    return done.rows(len(indices))
 
 
 def pretrain(run: Run, weights: dict | None) -> None:
@@ -827,7 +828,7 @@ def main(argv: list[str] | None = None) -> int:
     args, parser = parse_args(argv)
     if run_sweep(main, argv, args, SEARCH, "macro_f1"):
         return 0
-    return launch(args, run_inference, partial(run_training, parser))
+    return launch(parser, args, run_inference, run_training)
 
 
 if __name__ == "__main__":

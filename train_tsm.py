@@ -54,6 +54,7 @@ from common.models.tsm import (
 from common.report import figures, page
 from common.run import checkpoint, dist
 from common.run.card import Card
+from common.run.evaluation import Evaluation
 from common.run.files import atomic_write
 from common.run.inference import load_run, restore_data_flags
 from common.run.launch import launch, run_sweep
@@ -477,14 +478,12 @@ def evaluate(
     items = (indices[:, None] + np.arange(clips) * len(run.data)).reshape(-1)
     shard = dist.shard(items, run.world)
     pieces = min(len(shard), -(-len(shard) * length // EVAL_FRAMES))
-    rows = []
-    for batch in fetch(run, np.array_split(shard, pieces)):
-        if progress:
-            progress.check_stop()
-        with amp.autocast(args.precision, run.world.device):
-            logits, shares = model(frames_of(run, batch))
-        rows.append(torch.cat([logits, shares], 1).float())
-    rows = dist.unshard(torch.cat(rows), len(items)).cpu().unflatten(0, (-1, clips))
+    with Evaluation(progress, model, np.array_split(shard, pieces)) as done:
+        for batch in fetch(run, done.left):
+            with amp.autocast(args.precision, run.world.device):
+                logits, shares = model(frames_of(run, batch))
+            done.add(torch.cat([logits, shares], 1).float())
+    rows = done.rows(len(items)).unflatten(0, (-1, clips))
     amp.require_finite(rows, "scores")
     return rows[..., 0], rows[..., 1:]
 
@@ -777,7 +776,7 @@ def main(argv: list[str] | None = None) -> int:
     args, parser = parse_args(argv)
     if run_sweep(main, argv, args, SEARCH, "auc"):
         return 0
-    return launch(args, run_inference, partial(run_training, parser))
+    return launch(parser, args, run_inference, run_training)
 
 
 if __name__ == "__main__":

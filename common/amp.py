@@ -1,6 +1,8 @@
 """What stands around an optimizer step in every script: precision, the guarded update, its time."""
 
 import contextlib
+import errno
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -15,6 +17,17 @@ try:
     import resource
 except ImportError:  # Windows
     resource = None
+
+# What torch, cuBLAS and cuDNN say of full memory in a RuntimeError, and how much they wanted.
+_FULL = re.compile(
+    r"out of memory|can(no|')t allocate memory|not enough memory|ALLOC(ATION)?_FAILED|bad_alloc",
+    re.I,
+)
+_ASKED = re.compile(r"(?:tried to|unable to) allocate ([\d.]+ \w+)", re.I)
+
+
+class OutOfMemory(MemoryError):
+    """Memory is full; the message says where and what was asked for."""
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
@@ -179,6 +192,26 @@ def peak_bytes(device: torch.device | None = None) -> int | None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def out_of_memory(error: Exception, device: torch.device) -> str | None:
+    """What was asked for in vain and the peak, where an error is that of full memory; else None.
+
+    The errors are those of Python and NumPy, of torch's allocators, of cuBLAS and cuDNN, and of the
+    system.
+    """
+    if isinstance(error, OutOfMemory):
+        return str(error)
+    full = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    if not full and not (isinstance(error, RuntimeError) and _FULL.search(str(error))):
+        return None
+    asked = _ASKED.search(str(error))
+    size = f" at {asked[1]} more" if asked else ""
+    if asked and asked[1].endswith("bytes"):
+        size = f" at {int(asked[1].split()[0]) / 1e9:.2f} GB more"
+    on_gpu = isinstance(error, torch.OutOfMemoryError) or "CU" in str(error)
+    peak = peak_memory(device if on_gpu else torch.device("cpu"))
+    return f"out of memory{size}, the peak is {peak}"
 
 
 def peak_memory(device: torch.device) -> str:

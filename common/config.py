@@ -173,11 +173,14 @@ class Parser(_Flags, argparse.ArgumentParser):
     Attributes:
         aliases: other spellings of flags, accepted on the command line and in --config, without a
             place in --help.
+        without_effect: flags (attribute names) that the others on the command line leave without
+            one.
     """
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
         self.aliases: dict[str, str] = {}
+        self.without_effect: set[str] = set()
 
     def add_argument_group(self, *args, **kwargs) -> _Group:
         group = _Group(self, *args, **kwargs)
@@ -569,6 +572,7 @@ def resume_mode(args: argparse.Namespace, job: str | None) -> str:
 
 def reject_unused_flags(parser: Parser, args: argparse.Namespace, names, reason: str) -> None:
     """Exit 2 if one of the flags `names` (attribute names) is set but would change nothing."""
+    parser.without_effect.update(names)
     flags = {
         action.dest: action.option_strings[0] for action in parser._actions if action.option_strings
     }

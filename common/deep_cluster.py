@@ -172,39 +172,44 @@ def assign(run: Run, model: umc.Fusion, targets: Targets, raw: Tensor, share: fl
     floor = round(model_spec["min_select_share"] * len(raw) / k)
     metric = model.metric.cpu()
     centroids = model.centroids.cpu() if model.centroids.any() else None
-    if model_spec["distance"] == "discriminant":
-        result, metric = umc.discriminant_kmeans(raw, k, SHRINKAGE, args.seed, metric, centroids)
-        model.metric.copy_(metric)
-    else:
-        result = clustering.kmeans(raw @ metric, k, seed=args.seed, start=centroids)
-    z = raw @ metric
-    if args.assign == "partial-ot":
-        plan = clustering.partial_transport(clustering.relative_costs(z, result.centroids), share)
-        labels = plan.labels
-        selected = plan.weights > 0.5
-        for cluster in range(k):
-            members = (labels == cluster).nonzero()[:, 0]
-            order = plan.weights[members].argsort(descending=True, stable=True)
-            selected[members[order[:floor]]] = True
-    else:
-        labels = result.labels
-        if args.assign == "sinkhorn":
-            labels = clustering.sinkhorn(clustering.relative_costs(z, result.centroids)).labels
-        densest = clustering.select(
-            z,
-            labels,
-            k,
-            share,
-            floor=floor,
-            direction=model_spec["density"],
-            umc=args.mode == "umc",
-        )
-        selected = torch.zeros(len(raw), dtype=torch.bool)
-        selected[torch.cat(densest.indices)] = True
+    with run.current.interruptible():
+        if model_spec["distance"] == "discriminant":
+            result, metric = umc.discriminant_kmeans(
+                raw, k, SHRINKAGE, args.seed, metric, centroids
+            )
+        else:
+            result = clustering.kmeans(raw @ metric, k, seed=args.seed, start=centroids)
+        z = raw @ metric
+        if args.assign == "partial-ot":
+            plan = clustering.partial_transport(
+                clustering.relative_costs(z, result.centroids), share
+            )
+            labels = plan.labels
+            selected = plan.weights > 0.5
+            for cluster in range(k):
+                members = (labels == cluster).nonzero()[:, 0]
+                order = plan.weights[members].argsort(descending=True, stable=True)
+                selected[members[order[:floor]]] = True
+        else:
+            labels = result.labels
+            if args.assign == "sinkhorn":
+                labels = clustering.sinkhorn(clustering.relative_costs(z, result.centroids)).labels
+            densest = clustering.select(
+                z,
+                labels,
+                k,
+                share,
+                floor=floor,
+                direction=model_spec["density"],
+                umc=args.mode == "umc",
+            )
+            selected = torch.zeros(len(raw), dtype=torch.bool)
+            selected[torch.cat(densest.indices)] = True
     targets.labels = labels
     targets.selected = selected
     targets.share = share
     targets.floor = floor
+    model.metric.copy_(metric)
     model.centroids.copy_(result.centroids)
 
 

@@ -52,13 +52,16 @@ class Teacher:
         self.table: Tensor | None = None
 
     @torch.no_grad()
-    def logits(self, x: Tensor, items: np.ndarray | None) -> Tensor:
-        """The teacher's logits for a batch x, or for the features x of the items (n,)."""
+    def logits(self, x: Tensor, items: np.ndarray | None, progress=None) -> Tensor:
+        """The teacher's logits for a batch x, or for the features x of the items (n,); `progress`
+        is that of the student's stage.
+        """
         if items is None:
             with amp.autocast(self.run.args.precision, self.run.world.device):
                 return self.outputs(self.model, x)
         if self.table is None:
-            self.table = self.evaluate(self.run, self.model, np.arange(len(self.run.data)))
+            everything = np.arange(len(self.run.data))
+            self.table = self.evaluate(self.run, self.model, everything, progress=progress)
         return amp.to_device(self.table[items % len(self.table)], x.device)
 
 
@@ -76,7 +79,7 @@ def add_distillation(
     if run.teacher is None:
         return terms
     weight = run.args.teacher_weight
-    answers = run.teacher.logits(x, items)
+    answers = run.teacher.logits(x, items, run.current)
     shares = {name: (1 - weight) * value for name, value in terms.items()}
     shares["teacher"] = weight * distillation(student, answers, run.args.teacher_temperature)
     return shares

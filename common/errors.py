@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import errno
+import io
 import os
 import sys
 import traceback
@@ -72,7 +73,11 @@ def thread_limit(error: Exception) -> bool:
 
 @contextlib.contextmanager
 def exit_codes():
-    """Turn the expected endings into one line on stderr and the exit code of docs/runs.md."""
+    """Turn the expected endings into one line on stderr and the exit code of docs/runs.md.
+
+    From here on whoever reads the output may leave: what is said then is lost, the run is not.
+    """
+    _keep_console()
     try:
         yield
     except InputError as error:
@@ -103,6 +108,43 @@ def exit_codes():
             raise
         print(f"error: {THREAD_LIMIT}", file=sys.stderr)
         raise SystemExit(EXIT_BAD_INPUT) from None
+
+
+class _Console(io.FileIO):
+    """A standard stream; once its reader or its terminal has gone, nobody listens."""
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            return len(data)
+
+
+def _keep_console() -> None:
+    # A closed descriptor would be the next file's that is opened, and what is printed end there.
+    while (lowest := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(lowest)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif stream is getattr(sys, f"__{name}__") and stream.fileno() == number:
+            with contextlib.suppress(OSError):
+                stream.flush()
+            kept = io.TextIOWrapper(
+                io.BufferedWriter(_Console(number, "w", closefd=False)),
+                encoding=stream.encoding,
+                errors=stream.errors,
+                line_buffering=stream.line_buffering,
+                write_through=stream.write_through,
+            )
+            setattr(sys, name, kept)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from common.distill import add_distillation
 from common.errors import InputError
 from common.report import figures
 from common.run import checkpoint, dist
+from common.run.evaluation import Evaluation
 from common.run.loop import Batch, Loop, Step
 from common.run.progress import Progress
 from common.run.run import Run
@@ -104,11 +105,10 @@ def raw_pixels(run: Run, _, progress: Progress) -> Tensor:
     """The pixels of all images at PIXELS x PIXELS as features (n, 3 PIXELS**2)."""
     count = len(run.data)
     batches = np.array_split(np.arange(count), -(-count // 256))
-    rows = []
-    for pixels in run.data.batches(batches, run.args.workers):
-        progress.check_stop()
-        rows.append(augment.resize(pixels, PIXELS).flatten(1))
-    return torch.cat(rows)
+    with Evaluation(progress, None, batches) as done:
+        for pixels in run.data.batches(done.left, run.args.workers):
+            done.add(augment.resize(pixels, PIXELS).flatten(1))
+    return done.rows()
 
 
 def score(prefix: str, logits: Tensor, labels: np.ndarray, num_classes: int) -> dict:

@@ -2,7 +2,6 @@
 
 import common  # noqa: F401  # isort: skip  (it refuses an older Python)
 import sys
-from functools import partial
 
 import numpy as np
 import torch
@@ -148,7 +147,7 @@ def run_training(parser, args, world, signals):
 
 def main(argv=None):
     args, parser = parse_args(argv)
-    return launch(args, run_inference, partial(run_training, parser))
+    return launch(parser, args, run_inference, run_training)
 
 
 if __name__ == "__main__":

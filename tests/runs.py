@@ -56,9 +56,9 @@ def start(script, argv, env=None) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment)
 
 
-def start_ranks(script, argvs) -> list[subprocess.Popen]:
-    """One process of a distributed run for each command line."""
-    env = {"WORLD_SIZE": str(len(argvs)), "MASTER_ADDR": "127.0.0.1"}
+def start_ranks(script, argvs, more=None) -> list[subprocess.Popen]:
+    """One process of a distributed run for each command line, with `more` environment."""
+    env = {"WORLD_SIZE": str(len(argvs)), "MASTER_ADDR": "127.0.0.1"} | (more or {})
     env["MASTER_PORT"] = str(random.randrange(20000, 30000))  # below the ephemeral ones
     return [
         start(script, argv, env | {"RANK": str(rank), "LOCAL_RANK": str(rank)})

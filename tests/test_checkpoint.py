@@ -6,6 +6,8 @@ import os
 import pickle
 import random
 import signal
+import subprocess
+import sys
 import types
 
 import numpy as np
@@ -16,7 +18,7 @@ from common.errors import InputError
 from common.run import checkpoint, dist
 from common.run.files import FORMAT
 from common.run.progress import Progress
-from common.run.signals import Signals
+from common.run.signals import Interrupted, Signals
 
 
 def state():
@@ -197,7 +199,14 @@ def test_digest_tells_values_names_and_dtypes_apart():
 
 @pytest.mark.parametrize(
     ("number", "asked"),
-    [(signal.SIGUSR1, 1), (signal.SIGUSR2, 1), (signal.SIGTERM, 2), (signal.SIGINT, 2)],
+    [
+        (signal.SIGUSR1, 1),
+        (signal.SIGUSR2, 1),
+        (signal.SIGTERM, 2),
+        (signal.SIGINT, 2),
+        (signal.SIGHUP, 2),
+        (signal.SIGXCPU, 2),
+    ],
 )
 def test_signals_set_a_flag_and_are_given_back(number, asked):
     before = signal.getsignal(number)
@@ -206,19 +215,98 @@ def test_signals_set_a_flag_and_are_given_back(number, asked):
         os.kill(os.getpid(), number)
         assert signals.asked == asked
         if number == signal.SIGINT:
-            with pytest.raises(KeyboardInterrupt):
+            with pytest.raises(Interrupted, match="second Ctrl-C"):
                 os.kill(os.getpid(), number)
     assert signal.getsignal(number) is before
 
 
-def test_a_signal_before_there_is_anything_to_save_ends_the_process_at_once(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("numbers", "asked"),
+    [
+        ((signal.SIGUSR1, signal.SIGTERM), Signals.REQUEUE),  # the time limit after its warning
+        ((signal.SIGTERM, signal.SIGUSR1), Signals.END),
+        ((signal.SIGTERM, signal.SIGHUP), Signals.END),
+    ],
+)
+def test_the_first_signal_decides(numbers, asked):
+    with Signals() as signals:
+        signals.defer()
+        for number in numbers:
+            os.kill(os.getpid(), number)
+        assert signals.asked == asked
+
+
+def test_what_comes_while_a_stopped_process_ends_is_not_heard():
+    program = (
+        "import os, signal\n"
+        "from common.run.signals import Signals\n"
+        "with Signals(ends_with=True) as signals:\n"
+        "    signals.defer()\n"
+        "    os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+        "print('not reached')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (75, "", "")
+
+
+def test_nohup_keeps_ignoring_hup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Signals():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_is_raised_where_there_is_nothing_to_save(number):
+    with Signals() as signals:
+        with pytest.raises(Interrupted, match="nothing to save yet"):
+            os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number if number != signal.SIGINT else signal.SIGTERM)  # only once
+    with Signals() as signals:
+        signals.defer()
+        os.kill(os.getpid(), number)
+        with pytest.raises(Interrupted), signals.at_once():
+            raise AssertionError("it was asked before")
+        assert signals.urgency == Signals.WAIT
+
+
+def test_a_process_that_does_not_hear_is_ended(tmp_path):
+    """A call of minutes in which Python runs no handler: here a mutex that nobody gives back."""
+    program = """
+import ctypes, os, signal, threading
+from common.run import signals
+
+signals._PATIENCE = 0.1
+with signals.Signals() as asked:
+    asked._raised = True  # not even between this line and the mutex
+    print("begun", flush=True)
+    room = ctypes.create_string_buffer(256)
+    libc = ctypes.CDLL(None)
+    libc.pthread_mutex_lock(room)
+    libc.pthread_mutex_lock(room)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75
+    assert said == "nothing was saved. Run the same command again\n"
+
+
+def test_a_job_that_never_comes_to_train_is_not_requeued_for_ever(monkeypatch):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "2")
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    before = signal.getsignal(signal.SIGTERM)
-    with Signals():
-        assert signal.getsignal(signal.SIGTERM) is before  # which ends it
-        with pytest.raises(SystemExit) as end:
-            os.kill(os.getpid(), signal.SIGUSR1)
-    assert end.value.code == 75 and "Run the same command again" in capsys.readouterr().err
+    assert Signals.leave_early(Signals.REQUEUE, "x").code == 75
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    ending = Signals.leave_early(Signals.REQUEUE, "x")
+    assert ending.code == 2 and "sbatch --time" in str(ending) and "restart 3" in str(ending)
+    assert Signals.leave_early(Signals.END, "x").code == 75
 
 
 def test_an_end_without_requeue_tells_what_to_do(monkeypatch):

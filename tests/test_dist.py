@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,8 +16,12 @@ import torch.multiprocessing as mp
 from torch import nn
 
 from common import metrics
-from common.errors import InputError, exit_codes
-from common.run import dist
+from common.errors import InputError, Stopped, exit_codes
+from common.run import checkpoint, dist
+from common.run.evaluation import Evaluation
+from common.run.log import Log
+from common.run.progress import Progress
+from common.run.signals import Signals
 from kernels import nt_xent
 
 
@@ -122,6 +127,56 @@ def test_metrics_of_uneven_data_are_bitwise_those_of_one_process(tmp_path):
     for world_size in (2, 3):
         for result in ranks(tmp_path, world_size, video_metrics, target, scores):
             assert result == alone
+
+
+def evaluates(world, folder, stop_at):
+    """Rows of 11 items by this start, and how many batches each of two evaluations was left with.
+
+    Both are the same on all ranks, where rank 1 alone is signaled at its batch `stop_at`; the first
+    is of shares, the second every rank does in whole.
+    """
+    torch.manual_seed(0)
+    model, log, asked = nn.Linear(1, 2), Log(folder, main=world.is_main), Signals()
+    asked.defer()
+    parts = {"model": model}
+    options = dict(model_spec={}, start="", save_every=10, max_steps=None)
+    progress = Progress(folder, "s", parts=parts, log=log, world=world, signals=asked, **options)
+    progress.restore(checkpoint.load_newest(folder))
+    indices, left, rows, done = np.arange(11), [], [], 0
+    dist.barrier()
+    try:
+        for share, count in ((dist.shard(indices, world), len(indices)), (indices, None)):
+            with Evaluation(progress, model, np.array_split(share, 3)) as evaluation:
+                left.append(len(evaluation.left))
+                for items in evaluation.left:
+                    done += 1
+                    if world.rank == world.world_size - 1 and done == stop_at:
+                        asked.asked = Signals.END
+                    evaluation.add(model(torch.from_numpy(items).float()[:, None]).detach())
+            rows.append(evaluation.rows(count))
+    except Stopped as stop:
+        assert stop.code == 75
+    return {"left": torch.tensor(left), "rows": torch.stack(rows) if len(rows) == 2 else None}
+
+
+@pytest.mark.parametrize(("stop_at", "left"), [(2, [1, 3]), (3, [0, 3]), (5, [0, 1]), (6, [0, 0])])
+def test_an_evaluation_of_several_ranks_goes_on_on_all_of_them(tmp_path, stop_at, left):
+    def run(world_size, folder, stop_at=0):
+        (tmp_path / f"rendezvous{world_size}").unlink(missing_ok=True)
+        (tmp_path / folder).mkdir(exist_ok=True)
+        results = ranks(tmp_path, world_size, evaluates, tmp_path / folder, stop_at)
+        assert all(torch.equal(results[0]["left"], result["left"]) for result in results)
+        return results
+
+    whole = run(2, "whole")[0]
+    assert whole["left"].tolist() == [3, 3] and whole["rows"].shape == (2, 11, 2)
+    assert run(2, "cut", stop_at)[1]["rows"] is None
+    shutil.copytree(tmp_path / "cut", tmp_path / "other")
+    for result in run(2, "cut"):
+        assert result["left"].tolist() == left and torch.equal(result["rows"], whole["rows"])
+    for result in run(3, "other"):  # its shares are others; what all do in whole goes on
+        assert result["left"].tolist() == [3, left[1]]
+        assert torch.equal(result["rows"], whole["rows"])
 
 
 def test_rank_batchnorm_keeps_the_keys_and_evaluates_as_torch_does():

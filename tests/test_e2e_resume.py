@@ -16,6 +16,7 @@ import train_raer
 import train_simclr
 import train_tsm
 from common.run import checkpoint
+from common.run.evaluation import Evaluation
 from common.run.progress import Progress
 from tests.data import cells_tree, ffpp_tree, raer_tree, utterances_npz, utterances_tsv
 from tests.runs import ended, equal_runs, flags, start, succeed, summary
@@ -55,9 +56,9 @@ CASES = {
     "simclr": Case(train_simclr, [*SIMCLR, *STAGES], [(1, 9, 2), (10, 20, 2), (20, 60, 3)]),
     "simclr student": Case(train_simclr, [*SIMCLR, *FINETUNE], [(1, 9, 3)]),
     "tsm accumulation, growing loss scale": Case(train_tsm, TSM, [(1, 24, 5)]),
-    "raer": Case(train_raer, [*RAER, "--tune", "full", "--dropout", "0.2"], [(1, 24, 5)]),
+    "raer": Case(train_raer, [*RAER, "--tune", "full", "--dropout", "0.2"], [(1, 20, 5)]),
     "raer cached features": Case(
-        train_raer, [*RAER, "--cache-features", "--method", "crt"], [(1, 24, 5)]
+        train_raer, [*RAER, "--cache-features", "--method", "crt"], [(1, 20, 5)]
     ),
     "cluster": Case(train_cluster, CLUSTER, [(2, 34, 6)], False),
     "cluster umc": Case(train_cluster, [*CLUSTER, "--mode", "umc"], [(2, 34, 6)], False),
@@ -137,6 +138,47 @@ def test_a_run_interrupted_anywhere_equals_a_whole_one(name, data, tmp_path, mon
         assert {"best_epoch", "train/test/video_auc"} <= summary(cut).keys()
     if case.script is train_cluster:
         assert (cut / "clusters.csv").read_bytes() == (whole / "clusters.csv").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "name", ["simclr", "tsm accumulation, growing loss scale", "raer cached features", "cluster"]
+)
+def test_a_run_stopped_in_evaluations_computes_none_of_their_batches_twice(
+    name, data, tmp_path, monkeypatch
+):
+    """A signal comes at the end of many a batch of evaluations, of all stages."""
+    case, add, done = CASES[name], Evaluation.add, []
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    argv = flags(case.argv, "--data", data[name.split()[0]])
+    monkeypatch.setattr(train_simclr, "EVAL_IMAGES", 16)
+    for script in (train_tsm, train_raer):
+        monkeypatch.setattr(script, "EVAL_FRAMES", 24)
+    monkeypatch.setattr(train_cluster, "eval_batch_of", lambda _: 50)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+
+    def counted(self, rows):
+        done.append(len(rows))
+        add(self, rows)
+
+    def signaled(self):
+        if len(done) in stops:
+            os.kill(os.getpid(), signal.SIGTERM)
+        check_stop(self)
+
+    stops, check_stop = set(), Progress.check_stop
+    monkeypatch.setattr(Progress, "check_stop", signaled)
+    monkeypatch.setattr(Evaluation, "add", counted)
+    assert case.script.main(flags(argv, "--out", whole)) == 0
+    wanted, batches = len(done), done.copy()
+    assert wanted > 8
+    done.clear()
+    stops = {*range(2, wanted, max(wanted // 5, 1)), wanted}
+    codes = []
+    while not codes or codes[-1] == 75:
+        codes.append(ended(case.script.main, flags(argv, "--out", cut)))
+    assert codes == [*[75] * len(stops), 0]
+    assert done == batches
+    equal_runs(whole, cut)
 
 
 def test_a_killed_process_goes_on_from_its_last_checkpoint(data, tmp_path):

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tarfile
 import threading
+import time
 import types
 import zipfile
 from pathlib import Path
@@ -31,9 +32,11 @@ import torch
 from torch import nn
 
 import train_cluster
+import train_raer
 import train_simclr
 import train_tsm
 from common import linear_eval, weights
+from common.check import runner
 from common.data import utterances
 from common.errors import Diverged, InputError
 from common.features import _read_features, stored_features
@@ -41,10 +44,11 @@ from common.models import Backbone
 from common.report import figures, page, record
 from common.report.clusters import write_cluster_report
 from common.run import checkpoint, directory, dist, retry
+from common.run.directory import starts_in_vain
 from common.run.log import Log
 from common.run.progress import Progress
 from tests import fifth_script
-from tests.data import cells_tree, ffpp_tree, utterances_npz
+from tests.data import cells_tree, ffpp_tree, raer_tree, utterances_npz
 from tests.runs import equal_runs, flags, same, summary
 
 ROOT = Path(__file__).parent.parent
@@ -278,6 +282,249 @@ def test_what_the_disk_refuses_ends_the_run_and_leaves_the_last_checkpoint(
     assert step >= 1 and not list((tmp_path / "run").glob(".*.tmp*"))
     assert train_simclr.main(argv) == 0
     assert f"resuming from step {step}," in capsys.readouterr().out
+
+
+FULL = {
+    "torch": (lambda: torch.empty(1 << 59, dtype=torch.uint8), "at 576460752.30 GB more"),
+    "numpy": (lambda: np.empty(1 << 59, np.uint8), "at 512. PiB more"),
+    "cuda": (
+        lambda: fail(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")),
+        "at 2.00 GiB more",
+    ),
+    "cublas": (
+        lambda: fail(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling x")),
+        "out of memory, the peak",
+    ),
+    "system": (lambda: fail(OSError(errno.ENOMEM, "Cannot allocate memory")), "out of memory, the"),
+}
+
+
+def fail(error):
+    raise error
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("where", ["step", "worker"])
+@pytest.mark.parametrize("kind", FULL)
+def test_full_memory_ends_in_one_line_with_what_helps(
+    kind, where, small, tmp_path, monkeypatch, capsys
+):
+    cells, calls = cells_tree(tmp_path / "cells"), []
+    argv = [*FLAGS, "--data", str(cells), "--epochs", "3", "--out", str(tmp_path / "run")]
+    allocate, asked = FULL[kind]
+    name = "contrastive_loss" if where == "step" else "_cut"
+    owner = train_simclr if where == "step" else train_simclr.Images
+    work = getattr(owner, name)
+
+    def fills(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            allocate()
+        return work(*args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, name, fills)
+        code, said = ends(argv, capsys)
+    assert code == 2 and "out of memory" in said and re.search(asked, said), said
+    assert re.search(r"rank 0 of 1, pretrain step [0-4]: ", said) and "the peak is 0." in said
+    assert "a higher --accum, a lower --bs, a smaller --image-size" in said
+    assert "checkpoint-blocks" not in said  # which this script does not have
+    assert train_simclr.main(argv) == 0
+    assert train_simclr.main([*argv[:-1], str(tmp_path / "whole")]) == 0
+    equal_runs(tmp_path / "whole", tmp_path / "run")
+
+
+def test_what_helps_against_full_memory_is_heeded_by_the_command(monkeypatch, capsys):
+    def advice(script, *argv):
+        full = functools.partial(fail, MemoryError())
+        monkeypatch.setattr(script, "build_data", lambda *_, **__: full())
+        with pytest.raises(SystemExit) as ending:
+            script.main([*argv, "--device", "cpu"])
+        assert ending.value.code == 2
+        return capsys.readouterr().err.split("what helps: ")[1]
+
+    said = advice(train_cluster)
+    assert said.startswith("a lower --bs. Run") and "accum" not in said
+    assert "--checkpoint-blocks" in advice(train_tsm)
+    assert "--checkpoint-blocks" not in advice(train_tsm, "--checkpoint-blocks")
+    assert "--checkpoint-blocks" not in advice(train_raer, "--tune", "none")
+    assert "--checkpoint-blocks" in advice(train_raer, "--tune", "full")
+    assert "--accum" not in advice(train_simclr, "--stage", "finetune", "--from", "none")
+
+
+def stop(number=signal.SIGTERM):
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.e2e
+def test_three_starts_in_a_row_without_a_step_are_the_last(small, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    cells, end_step = cells_tree(tmp_path / "cells"), Progress.end_step
+    argv = [*FLAGS, "--data", str(cells), "--epochs", "2", "--out", str(tmp_path / "run")]
+
+    def stopped_while_waiting():
+        def batches(*_):
+            stop()
+            yield
+
+        with monkeypatch.context() as patched:
+            patched.setattr(train_simclr, "fetch", batches)
+            return ends(argv, capsys)
+
+    def stopped_after_a_step():
+        def step(self, bad):
+            end_step(self, bad)
+            stop()
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Progress, "end_step", step)
+            return ends(argv, capsys)
+
+    def refused():
+        code, said = stopped_while_waiting()
+        return code == 2 and re.search(r"the last [34] starts ended before they gained", said)
+
+    for _ in range(3):
+        assert stopped_while_waiting() == (75, "nothing to save yet. Run the same command again\n")
+    assert refused()
+    # After that line they are counted anew.
+    for _ in range(2):
+        assert stopped_while_waiting()[0] == 75
+    for step in (1, 2, 3):
+        code, said = stopped_after_a_step()
+        assert code == 75 and f"saved at pretrain step {step}." in said
+    for _ in range(2):
+        assert stopped_while_waiting()[0] == 75
+    assert stopped_after_a_step()[0] == 75
+    for _ in range(3):
+        assert stopped_while_waiting()[0] == 75
+    monkeypatch.setattr(sys, "stdin", types.SimpleNamespace(isatty=lambda: True))
+    assert stopped_while_waiting()[0] == 75  # a person at a terminal does as they like
+    monkeypatch.setattr(sys, "stdin", None)
+    assert refused()
+    assert train_simclr.main(argv) == 0
+    assert train_simclr.main([*argv[:-1], str(tmp_path / "whole")]) == 0
+    equal_runs(tmp_path / "whole", tmp_path / "run")
+
+
+def test_only_starts_that_were_stopped_at_one_place_are_in_vain():
+    first, later = {"stage": "a", "step": 0, "evaluated": 0}, {"stage": "a", "step": 4}
+    assert starts_in_vain([]) == 0 and starts_in_vain([first, first, first]) == 3
+    assert starts_in_vain([first, first, later, later]) == 2
+    assert starts_in_vain([first | {"ended": "diverged"}, first]) == 1
+    assert starts_in_vain([first | {"ended": "stopped"}, first]) == 2
+    assert starts_in_vain([first, first | {"evaluated": 3}]) == 1
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("where", ["skip", "check", "predict", "audit", "second"])
+def test_a_signal_is_obeyed_where_there_is_nothing_to_save(
+    where, small, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    cells, decode, decoded = cells_tree(tmp_path / "cells"), train_simclr.Images.decode, []
+    argv = [*FLAGS, "--data", str(cells), "--epochs", "1", "--out", str(tmp_path / "run")]
+    why = "nothing to save yet"
+
+    def slow(self, index):
+        decoded.append(index)
+        if len(decoded) == 3:
+            stop()
+        time.sleep(0.02)
+        return decode(self, index)
+
+    if where == "skip":
+        monkeypatch.setattr(train_simclr.Images, "decode", slow)
+        argv += ["--on-bad-item", "skip"]
+    elif where == "check":
+        monkeypatch.setattr(runner, "_try", lambda *_: stop())
+        argv += ["--check"]
+    elif where == "predict":
+        assert train_simclr.main(argv) == 0
+        monkeypatch.setattr(train_simclr, "fetch", lambda *_: stop())
+        argv = ["--eval", argv[-1], "--device", "cpu"]
+    elif where == "audit":
+        monkeypatch.setattr(train_raer.audit, "check_setting", lambda *_: stop())
+        data = raer_tree(tmp_path / "raer")
+        argv = flags("--backbone vit_tiny --num-frames 2 --bs 8 --device cpu --data", data)
+        argv += ["--out", str(tmp_path / "run")]
+    else:
+        monkeypatch.setattr(train_simclr, "train_step", lambda *_: stop() or stop(signal.SIGINT))
+        why = "left at the second Ctrl-C, without saving"
+    with pytest.raises(SystemExit) as ending:
+        (train_raer if where == "audit" else train_simclr).main(argv)
+    assert ending.value.code == 75
+    assert capsys.readouterr().err == f"{why}. Run the same command again\n"
+    assert len(decoded) < 20
+    if where in ("audit", "second"):
+        assert summary(tmp_path / "run")["status"] == "stopped"
+
+
+@pytest.mark.e2e
+def test_data_that_do_not_come_do_not_hold_a_signal_up(small, tmp_path, monkeypatch, capsys):
+    """Between two steps of an epoch the state is whole: it is saved while the next batch is waited
+    for.
+    """
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    cells, collect = cells_tree(tmp_path / "cells"), train_simclr.Images._collect
+    argv = [*FLAGS, "--data", str(cells), "--epochs", "2", "--save-every", "60", "--out"]
+    calls = []
+
+    def stalls(self, *rest):
+        calls.append(1)
+        if len(calls) == 4:
+            stop()
+            raise AssertionError("waited on")
+        return collect(self, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train_simclr.Images, "_collect", stalls)
+        code, said = ends([*argv, str(tmp_path / "run")], capsys)
+    assert code == 75 and "saved at pretrain step 3." in said
+    assert train_simclr.main([*argv, str(tmp_path / "run")]) == 0
+    assert train_simclr.main([*argv, str(tmp_path / "whole")]) == 0
+    equal_runs(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("descriptors", ["1", "2", "1 2", "0 1 2"])
+def test_a_closed_descriptor_is_not_given_to_a_file(descriptors, tmp_path):
+    program = (
+        "import sys\n"
+        "from common.errors import exit_codes\n"
+        "with exit_codes():\n"
+        "    file = open(sys.argv[1], 'w')\n"
+        "    print('lost', flush=True)\n"
+        "    print('lost', file=sys.stderr, flush=True)\n"
+        "    file.write('kept'); file.close()\n"
+    )
+    close = " ".join(f"{number}>&-" for number in descriptors.split())
+    command = f'exec "{sys.executable}" -c "$1" "$2" {close}'
+    done = subprocess.run(["sh", "-c", command, "sh", program, str(tmp_path / "file")], cwd=ROOT)
+    assert done.returncode == 0 and (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_reader_that_leaves_does_not_end_what_prints(tmp_path):
+    program = (
+        "import sys\n"
+        "from common.errors import exit_codes\n"
+        "with exit_codes():\n"
+        "    for i in range(3):\n"
+        "        sys.stdin.readline()\n"
+        "        print(i, flush=True)\n"
+        "    print('the end', file=sys.stderr)\n"
+        "print('unflushed')\n"
+    )
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=pipe, stdout=pipe, stderr=pipe, cwd=ROOT, text=True
+    )
+    process.stdin.write("\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "0\n"
+    process.stdout.close()
+    process.stdin.write("\n\n")
+    process.stdin.close()
+    assert process.wait() == 0 and process.stderr.read() == "the end\n"
 
 
 def test_a_disk_that_is_too_small_is_found_before_writing(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from common.data import sampling
 from common.features import representation, stored_features
 from common.run import dist, log
 from common.run.run import Run
+from common.run.signals import Signals
 
 
 class Items:
@@ -59,7 +60,7 @@ def setting(folder, count=600, classes=3):
     )
     world = dist.Dist(0, 1, torch.device("cpu"))
     model_spec = {"classes": {"linear": items.classes}, "image_size": 8}
-    signals = SimpleNamespace(asked=0)
+    signals = Signals()
     return Run(
         args,
         world,

@@ -23,6 +23,7 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
+from common import amp
 from common.errors import InputError, did_you_mean
 from common.run.content import Content, file_key
 from common.run.retry import retried
@@ -213,6 +214,9 @@ class Images:
         return indices
 
     def _damaged(self, item: str, error: Exception) -> InputError:
+        full = amp.out_of_memory(error, torch.device("cpu"))
+        if full:  # nothing is wrong with the item
+            raise amp.OutOfMemory(f"{item}: {full}") from None
         return InputError(
             f"{item} in {self.name} cannot be read: {reason(error)};"
             " fix or remove it, or --on-bad-item skip"

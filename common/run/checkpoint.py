@@ -140,6 +140,8 @@ def load(path: Path) -> dict:
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except UNREADABLE as error:
+        if isinstance(error, MemoryError) and mark.startswith(_MARK):
+            raise  # the file is whole, the memory is full
         # torch's own text advises to run what the file asks for.
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         if wanted:

@@ -166,7 +166,7 @@ def create_run_dir(
         env = {}  # the history is that of the folder
     dist.barrier()  # rank 0 writes when every rank has read
     problem = None
-    now["starts"] = [*env.get("starts", []), _start_entry(env, now)]
+    now["starts"] = [*_ended_starts(folder, env), _start_entry(env, now)]
     if world.is_main:
         try:
             make_folder(folder)
@@ -271,6 +271,26 @@ def kept_config(args, about: dict) -> dict:
     record = kept(vars(args), config.NOT_IN_RUN_ID | _LENGTH) | {"data": args.data} | about
     record["identity"] = kept(about["identity"], _LENGTH)
     return json.loads(json.dumps(record, default=str))  # as it is read from config.json
+
+
+def _ended_starts(folder: Path, env: dict) -> list[dict]:
+    # With the status that the last one ended with, which a process that was killed has not left.
+    starts = env.get("starts", [])
+    status = (read_json(folder / "summary.json", say=str) or {}).get("status")
+    if starts and status:
+        starts[-1].setdefault("ended", status)
+    return starts
+
+
+def starts_in_vain(starts: list[dict]) -> int:
+    """How many of the last starts began where the newest one did, and were stopped or killed."""
+    count = 0
+    for start in reversed(starts):
+        same = all(start.get(key) == starts[-1].get(key) for key in ("stage", "step", "evaluated"))
+        if not same or start.get("ended", "stopped") != "stopped":
+            break
+        count += 1
+    return count
 
 
 def _differences(

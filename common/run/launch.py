@@ -12,6 +12,7 @@ import torch
 
 from common import amp
 from common.errors import (
+    AGAIN,
     EXIT_DIVERGED,
     EXIT_STOPPED,
     Finished,
@@ -24,7 +25,7 @@ from common.run import dist, ensemble
 from common.run.files import run_locks
 from common.run.inference import is_inference
 from common.run.retry import io_retry
-from common.run.signals import Signals
+from common.run.signals import Interrupted, Signals
 from common.search import drawn_ranges
 
 
@@ -47,44 +48,67 @@ def run_sweep(main, argv: list[str] | None, args, ranges, metric: str | None) ->
     return True
 
 
-def launch(args, run_inference: Callable, run_training: Callable) -> int:
+def launch(parser, args, run_inference: Callable, run_training: Callable) -> int:
     """Do what the flags ask for, with the signals caught and the ranks joined.
 
     Args:
+        parser: the script's; it knows which flags have an effect.
         run_inference: takes (args, world); called with --eval, --predict or --stream.
-        run_training: takes (args, world, signals); called without them.
+        run_training: takes (parser, args, world, signals); called without them.
 
     Returns:
         0; the other exit codes leave as SystemExit.
     """
+    is_script = run_training.__module__ == "__main__"
     with (
         exit_codes(),
-        Signals() as signals,
+        Signals(ends_with=is_script) as signals,
         run_locks,
         io_retry(args.io_retry, lambda: signals.asked),
     ):
-        # The watchdog, which is to come first, names more than a collective does.
-        world = dist.init(args.device, max(1800, 120 * args.timeout), 60 * args.timeout)
-        seed_process(args)
-        on_gpu = world.device.type == "cuda"
-        if args.precision == "bf16" and on_gpu and not amp.has_bf16(world.device):
-            world.say(
-                "WARN --precision bf16: this GPU only emulates bf16, which is slow; auto takes fp16"
-            )
+        device = torch.device("cpu")
         try:
+            # The watchdog, which is to come first, names more than a collective does.
+            world = dist.init(args.device, max(1800, 120 * args.timeout), 60 * args.timeout)
+            device = world.device
+            seed_process(args)
+            if args.precision == "bf16" and device.type == "cuda" and not amp.has_bf16(device):
+                world.say(
+                    "WARN --precision bf16: this GPU only emulates bf16, which is slow; auto takes"
+                    " fp16"
+                )
             if is_inference(args):
                 run_inference(args, world)
             else:
                 with contextlib.suppress(Finished):
-                    run_training(args, world, signals)
+                    run_training(parser, args, world, signals)
         except Stopped:
             raise
-        except RuntimeError as error:
-            if not dist.peer_lost(error):
+        except Interrupted as interruption:
+            signals.obeyed.set()
+            raise Signals.leave_early(signals.asked, str(interruption)) from None
+        except (MemoryError, OSError, RuntimeError) as error:
+            full = amp.out_of_memory(error, device)
+            if full:
+                raise InputError(f"{full}; {_memory_savers(parser, args)}. {AGAIN}") from None
+            if not (isinstance(error, RuntimeError) and dist.peer_lost(error)):
                 raise
             raise Stopped(dist.lost_peer(error), EXIT_STOPPED) from None
         dist.close()
     return 0
+
+
+def _memory_savers(parser, args) -> str:
+    # Of the flags that this command heeds.
+    texts = {
+        "accum": "a higher --accum",
+        "bs": "a lower --bs",
+        "checkpoint_blocks": "--checkpoint-blocks",
+        "image_size": "a smaller --image-size",
+    }
+    heeded = vars(args).keys() - parser.without_effect
+    helps = [texts[name] for name in texts if name in heeded and getattr(args, name) is not True]
+    return f"what helps: {', '.join(helps or ['a device with more memory, --device cpu'])}"
 
 
 def seed_process(args) -> None:

@@ -122,8 +122,17 @@ class Loop:
 
     def batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches of an epoch as they are; how long each is waited for is counted."""
-        for batch in self.pace.waiting(batches):
+        for batch in self.pace.waiting(self._fetched(batches)):
             self._lap("input")
+            yield batch
+
+    def _fetched(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        iterator = iter(batches)
+        while True:
+            with self.progress.waiting():
+                batch = next(iterator, None)
+            if batch is None:
+                return
             yield batch
 
     def _lap(self, phase: str | None) -> None:

@@ -1,7 +1,9 @@
 """Where one stage of a run stands: exact resume, the best model, when to save and to stop."""
 
+import contextlib
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -13,7 +15,7 @@ from common.run import checkpoint, dist
 from common.run.content import Content
 from common.run.files import BEST, FORMAT, LAST, make_folder, remove_orphans
 from common.run.log import Log
-from common.run.signals import Signals
+from common.run.signals import Interrupted, Signals
 
 # What a checkpoint keeps of the position.
 _PLACE = (
@@ -40,7 +42,8 @@ class Progress:
     follows the selection metric. `model_spec` goes into every file and says what is needed to
     rebuild the model, and `kept` what else a file needs to be of use alone; `start` names what the
     stage started from: a state with another start is not continued. `content` is that of the data,
-    whose record is kept up with the state. `heartbeat` grows while the stage lives.
+    whose record is kept up with the state. `heartbeat` grows while the stage lives. `evaluated` are
+    the rows of the evaluations since the last step, by batches; see `Evaluation`.
     """
 
     def __init__(
@@ -79,6 +82,8 @@ class Progress:
         self.confident_best: float | None = None
         self.evals_without_gain = 0
         self.sums: dict[str, Tensor] = {}
+        self.evaluated: dict[int, list[Tensor]] = {}
+        self._found: dict[int, list[Tensor]] = {}  # `evaluated` of the state, of all its ranks
         self.results: dict[str, float] = {}
         self.finished = False
         self.planned = 0
@@ -150,6 +155,7 @@ class Progress:
             rows = value.to(self.world.device).reshape(-1)  # one of each rank that wrote it
             same_ranks = len(rows) == self.world.world_size
             self.sums[name] = rows[self.world.rank] if same_ranks else rows.mean()
+        self._found = state.get("evaluated", {})
         if has_best:
             self._take_best(best)
             if not problem and source is None:
@@ -185,6 +191,7 @@ class Progress:
         if self._peek()[0] or not self._finite():
             self._diverge()
         sums = {name: dist.all_gather_rows(value.reshape(1)) for name, value in self.sums.items()}
+        evaluated = self._all_evaluated()
         self._saved = time.monotonic()
         if self.content is not None:
             # First, so that it knows of everything that a stored state has learned from.
@@ -209,6 +216,7 @@ class Progress:
             "kinds": {name: type(part).__name__ for name, part in self.parts.items()},
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
             "sums": sums,
+            "evaluated": evaluated,
             "rng": checkpoint.rng_state(),
             **self.kept,
         }
@@ -222,6 +230,43 @@ class Progress:
         keep = file.exists() and (file.name in self._wrote or checkpoint.is_whole(file))
         checkpoint.save(file, state, previous if keep else None)
         self._wrote.add(file.name)
+
+    @property
+    def batches_found(self) -> int:
+        """Batches of evaluations that the state had."""
+        return sum(map(len, self._found.values()))
+
+    def evaluated_rows(self, key: int) -> list[Tensor]:
+        """The rows of the evaluation `key`, batch by batch, to which the next ones are appended.
+
+        Every rank must call this equally often.
+        """
+        if key not in self.evaluated:
+            found = self._found.get(key, [])
+            if self._found:  # of another number of ranks: not all have theirs
+                missing = torch.tensor(int(not found), device=self.world.device)
+                found = [] if dist.all_reduce(missing, "max") else found
+            self.evaluated[key] = list(found)
+        return self.evaluated[key]
+
+    def _forget_evaluated(self) -> None:
+        self.evaluated = {}
+        self._found = {}
+
+    def _all_evaluated(self) -> dict[int, list[Tensor]]:
+        # Of all ranks. A key stands for the items, so that each rank finds its own again; what all
+        # compute alike is there once.
+        evaluated = dict(self._found)
+        device = self.world.device
+        for key, parts in self.evaluated.items():
+            keys = dist.all_gather_rows(torch.tensor([key], device=device)).tolist()
+            if len(set(keys)) == 1:
+                evaluated[key] = [part.cpu() for part in parts]
+                continue
+            gathered = [dist.all_gather_rows(part.to(device)).cpu() for part in parts]
+            for i, key_of_rank in enumerate(keys):
+                evaluated[key_of_rank] = [part.chunk(len(keys))[i].clone() for part in gathered]
+        return evaluated
 
     def _modules(self) -> list[torch.nn.Module]:
         return [part for part in self.parts.values() if isinstance(part, torch.nn.Module)]
@@ -303,6 +348,7 @@ class Progress:
         self.heartbeat += 1
         self.step += 1
         self.batch += 1
+        self._forget_evaluated()
         if self._layers and bad:
             self._name_gradients()
         bad_before, asked, due = self._peek()
@@ -328,16 +374,53 @@ class Progress:
             )
 
     def check_stop(self) -> None:
-        """Stop inside an evaluation: the state is that before it, which a resumed run repeats.
+        """Save or stop inside an evaluation, where it is time.
 
-        Every rank must call this equally often.
+        The state is that before the evaluation, with the batches that are done. Every rank must
+        call this equally often.
+
+        Raises:
+            Stopped.
         """
         self.heartbeat += 1
         asked = self.signals.asked
+        due = self.world.is_main and time.monotonic() - self._saved > self.save_seconds
         if self.world.world_size > 1:
-            asked = int(dist.all_reduce(torch.tensor(asked, device=self.world.device), "max"))
+            flags = torch.tensor([asked, int(due)], device=self.world.device)
+            asked, due = dist.all_reduce(flags, "max").tolist()
         if asked:
             self._stop(asked)
+        if due:
+            self.save()
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Where nothing of the state changes, and a signal need not wait for a boundary.
+
+        With several ranks it does: they must agree.
+
+        Raises:
+            Stopped.
+        """
+        if self.world.world_size > 1:
+            yield
+            return
+        try:
+            with self.signals.at_once(Signals.RAISE):
+                yield
+        except Interrupted:
+            self.signals.obeyed.set()
+            self._stop(self.signals.asked)
+
+    def waiting(self) -> contextlib.AbstractContextManager:
+        """Around the wait for a batch: the data may not come for a long time.
+
+        What a script does at the beginning of an epoch must not be done twice: at its first batch a
+        signal waits, or leaves without saving where there is no step to save.
+        """
+        if self.batch:
+            return self.interruptible()
+        return contextlib.nullcontext() if self.step else self.signals.at_once()
 
     def _stop(self, asked: int) -> None:
         self.save()
@@ -448,6 +531,7 @@ class Progress:
         self.epoch += 1
         self.batch = 0
         self.sums = {}
+        self._forget_evaluated()
 
     def finish(self, results: dict, planned: int) -> None:
         """Store the stage's final metrics.
@@ -459,6 +543,7 @@ class Progress:
         self.finished = True
         self.planned = planned
         self.best_digest = checkpoint.weights_digest(self.best_weights())
+        self._forget_evaluated()
         self.save()
         dist.barrier()
 

@@ -38,12 +38,13 @@ from common.run.directory import (
     kept_config,
     output_folder,
     run_dir,
+    starts_in_vain,
 )
 from common.run.files import FORMAT, ROOT, write_json
 from common.run.log import Log
 from common.run.progress import Progress
 from common.run.retry import patience
-from common.run.signals import Signals
+from common.run.signals import MOST_RESTARTS, Interrupted, Signals
 
 
 @dataclass
@@ -243,9 +244,27 @@ class Run:
         if self.began or not self.env:
             return
         self.began = not self._has_ended(progress)
-        self.env["starts"][-1].update(stage=progress.stage, step=progress.step)
+        starts = self.env["starts"]
+        starts[-1].update(
+            stage=progress.stage, step=progress.step, evaluated=progress.batches_found
+        )
         if self.world.is_main:
             write_json(self.folder / "env.json", self.env)
+        if self.began:
+            self._end_in_vain(starts)
+
+    def _end_in_vain(self, starts: list[dict]) -> None:
+        # A time limit shorter than what comes before the first step would requeue for ever.
+        in_vain = 0
+        if self.world.is_main and not (sys.stdin and sys.stdin.isatty()):  # a person sees it
+            in_vain = starts_in_vain(starts) - 1
+        in_vain = int(dist.all_reduce(torch.tensor(in_vain, device=self.world.device), "max"))
+        if in_vain >= MOST_RESTARTS:
+            raise InputError(
+                f"the last {in_vain} starts ended before they gained a step: the time limit is"
+                " shorter than reading the data and what comes before the next step; give more"
+                " (sbatch --time), or less to read. The next start tries again"
+            )
 
     def _has_ended(self, progress: Progress) -> bool:
         return progress.finished and progress.planned >= self.settings_of(progress.stage).epochs
@@ -300,12 +319,16 @@ class Run:
         try:
             if self.world.is_main:
                 self._begin(report)
-            with self.at_end, self._watchdog():
+            with self.at_end, self._watchdog(), self._full_memory():
                 yield
             status = "finished"
             self._conclude(status, report)
         except Stopped:
             status = "stopped"
+            raise
+        except Interrupted:
+            status = "stopped"
+            self.signals.obeyed.set()
             raise
         except Diverged:
             status = "diverged"
@@ -339,6 +362,17 @@ class Run:
                 # What ended the run is worth more than its summary.
                 with contextlib.suppress(OSError):
                     self._conclude(status, report)
+
+    @contextlib.contextmanager
+    def _full_memory(self) -> Iterator[None]:
+        # `launch` adds what helps.
+        try:
+            yield
+        except (MemoryError, OSError, RuntimeError) as error:
+            full = amp.out_of_memory(error, self.world.device)
+            if not full:
+                raise
+            raise amp.OutOfMemory(f"{self._where()}{full}") from None
 
     def _begin(self, report) -> None:
         # A summary would be of an earlier start: this one has not ended.
