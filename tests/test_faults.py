@@ -54,7 +54,8 @@ from tests.runs import equal_runs, flags, same, summary
 ROOT = Path(__file__).parent.parent
 SHORT = (
     "--kills 6 --signals 3 --flips 40 --full-disk 3 --rank-deaths 1 --stalls 1 --hangs 1"
-    " --equality 1 --worlds 1"
+    " --equality 1 --worlds 1 --damages 6 --other-data 2 --broken-reports 1 --stale 1"
+    " --full-memory 1"
 )
 FLAGS = flags(
     "--backbone resnet18 --stem cifar --image-size 8",

@@ -12,7 +12,9 @@ disturbed, bit by bit. Any failure is an exception and exit code 1.
 
 import argparse
 import contextlib
+import errno
 import fcntl
+import itertools
 import json
 import mmap
 import os
@@ -28,9 +30,11 @@ import time
 import traceback
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 import train_cluster
@@ -40,12 +44,13 @@ import train_tsm
 from common import deep_cluster, optim
 from common.data import augment, sampling
 from common.models import Backbone, clip, mobilenet_v4
-from common.run import checkpoint, dist, run
+from common.report import page
+from common.run import checkpoint, content, dist, log, retry, run
 from common.run.log import Log
 from common.run.progress import Progress
 from common.run.signals import Signals
 from tests.data import cells_tree, ffpp_tree, raer_tree, utterance_arrays
-from tests.runs import equal_runs
+from tests.runs import equal_runs, same
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process with threads of OpenMP cannot be forked
 
@@ -500,6 +505,253 @@ def hangs(victim: Victim, count: int) -> dict:
     return {"hanging reads": count, "slowest exit at 6 s": round(slowest, 2)}
 
 
+def damages(victim: Victim, count: int) -> dict:
+    """`count` times one file of a stopped run has a bit flipped, is cut, or is filled with other
+    bytes. It is said, and the same command ends the run; where config.json is lost it does so when
+    that is put back.
+    """
+    folder, rng, refused = stopped(victim), victim.rng, 0
+    # Of last.pt see `flips`; features.npz is an export that a later stage does not read again.
+    files = [
+        path.relative_to(folder)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+        and path.name != ".lock"
+        and not path.name.startswith(("last.", "features."))
+    ]
+    for i in range(count):
+        copy = victim.fresh()
+        shutil.copytree(folder, copy)
+        file = copy / files[i % len(files)]
+        good = file.read_bytes()
+        file.write_bytes(damaged(good, file.suffix == ".jsonl", rng))
+        code = victim.run(copy)
+        said = victim.said(copy).strip()
+        if file.name == "config.json" and code == 2:
+            refused += 1
+            assert said.split("\n")[-1].startswith("error: "), said
+            file.write_bytes(good)
+            code = victim.run(copy)
+        assert code == 0, f"{victim.name}: {file.name}: exit code {code}\n{victim.said(copy)}"
+        if file.name == "best.pt":
+            assert "best.pt" in said and "damaged" in said, said
+        if file.name == "best.pt":
+            equal_states(victim.whole / file.parent.relative_to(copy), file.parent)
+        elif file.name == "log.jsonl":
+            for stage in (copy, *filter(Path.is_dir, copy.iterdir())):
+                equal_states(victim.whole / stage.relative_to(copy), stage)
+            lines, kept = (untimed(run) for run in (victim.whole, copy))
+            assert sum(line not in kept for line in lines) <= 1
+            assert all(line in lines for line in kept)
+        else:
+            equal_runs(victim.whole, copy)
+        shutil.rmtree(copy)
+    shutil.rmtree(folder)
+    return {"damaged files": count, "of them config.json, refused": refused, "lost": 0}
+
+
+def damaged(good: bytes, is_log: bool, rng: random.Random) -> bytes:
+    """Content with one thing wrong; of a log one line, for a digit there has no checksum."""
+    if is_log:
+        lines = good.split(b"\n")
+        lines[rng.randrange(max(len(lines) - 1, 1))] = rng.choice([b"", b"{", b"[1]", b"\xff\0"])
+        return b"\n".join(lines)
+    bad = bytearray(good)
+    what = rng.randrange(3)
+    if what == 0 and bad:
+        bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
+    elif what == 1:
+        del bad[rng.randrange(len(bad) + 1) :]
+    else:
+        bad = bytearray(rng.randbytes(min(len(bad), 100)))
+    return bytes(bad)
+
+
+def equal_states(whole: Path, folder: Path) -> None:
+    """The last states of two stages are the same, where there are any."""
+    if (whole / "last.pt").exists():
+        ours, theirs = (checkpoint.load(place / "last.pt")["parts"] for place in (folder, whole))
+        same(ours, theirs, str(folder))
+
+
+def untimed(run: Path) -> list[dict]:
+    """The lines of a run's log without what differs between two runs."""
+    return [{k: v for k, v in line.items() if k not in log.TIMING} for line in log.read(run)]
+
+
+def other_data(victim: Victim, count: int) -> dict:
+    """`count` times data that a stopped run has read change under their names, or two processes
+    have different data: the first names or the counts are said, exit code 2; put back, it ends.
+    """
+    place, rng = Path(victim.argv[-1]), victim.rng
+    folder = stopped(victim)
+    record = content.load(folder, print)
+    known = set(record["names"][record["digests"] != 0].tolist())
+    changed = 0
+    for i in range(count):
+        kept = victim.root / f"kept{i}{place.suffix}"
+        copy_data = shutil.copytree if place.is_dir() else shutil.copy
+        copy_data(place, kept)
+        if i % 2:
+            resize_item(kept, rng)
+            codes, texts = [], []
+            run = victim.fresh()
+            port = free_port()
+            pids = [
+                victim.start(
+                    run,
+                    env=rank_env(rank, 2, port),
+                    argv=[*victim.argv[:-1], str(kept if rank else place)],
+                )
+                for rank in range(2)
+            ]
+            codes = [ended(pid) for pid in pids]
+            texts = [victim.said(run, str(rank)).strip().split("\n")[-1] for rank in range(2)]
+            assert codes == [2, 2], f"{codes}: {texts}"
+            assert all("the ranks read different data" in text for text in texts), texts
+        else:
+            copy = victim.fresh()
+            shutil.copytree(folder, copy)
+            change_item(place, known, rng)
+            code = victim.run(copy)
+            said = victim.said(copy).strip().split("\n")[-1]
+            assert code == 2 and said.startswith("error: "), f"{code}: {said}"
+            assert "content" in said or "data has changed" in said, said
+            shutil.rmtree(place) if place.is_dir() else place.unlink()
+            copy_data(kept, place)
+            victim.finish(copy)
+            changed += 1
+        shutil.rmtree(kept) if kept.is_dir() else kept.unlink()
+    shutil.rmtree(folder)
+    return {"changed data": changed, "ranks with other data": count - changed, "unnoticed": 0}
+
+
+def change_item(place: Path, known: set[int], rng: random.Random) -> None:
+    """Give one file that the run knows, or one row of a table, other content of the same size."""
+    if place.is_file():
+        arrays = dict(np.load(place))
+        arrays["text"][rng.randrange(len(arrays["text"]))] += 1
+        np.savez(place, **arrays)
+        return
+    files = sorted(path for path in place.rglob("*.png"))
+    read = [f for f in files if content.digest(f.relative_to(place).as_posix().encode()) in known]
+    file = rng.choice(read)
+    with Image.open(file, formats=["PNG"]) as image:
+        pixels = np.array(image)
+    Image.fromarray(255 - pixels).save(file)
+
+
+def resize_item(place: Path, rng: random.Random) -> None:
+    """Make one file, or a table, of a data set another one that can be read as well."""
+    if place.is_file():
+        arrays = dict(np.load(place))
+        count = len(arrays["text"])
+        row = rng.randrange(count)
+        fewer = {k: np.delete(v, row, 0) if len(v) == count else v for k, v in arrays.items()}
+        np.savez(place, **fewer)
+    else:
+        with open(rng.choice(sorted(place.rglob("*.png"))), "ab") as file:
+            file.write(b"\0")
+
+
+def broken_reports(victim: Victim, count: int) -> dict:
+    """`count` runs whose reports fail now and then, in whatever way, and end as they would have."""
+    errors = (
+        MemoryError(),
+        KeyError("x"),
+        OSError(28, "No space left on device"),
+        SyntaxError("cut"),
+    )
+    said = 0
+    for _ in range(count):
+        folder, seed = victim.fresh(), victim.rng.random()
+
+        def fail(seed=seed):
+            write, rng = page.write, random.Random(seed)
+
+            def failing(*args, **more):
+                if rng.random() < 0.7:
+                    raise rng.choice(errors)
+                return write(*args, **more)
+
+            page.write = failing
+
+        victim.run(folder, before=fail, at=(SAVES, max(victim.saves // 2, 1), signal.SIGTERM))
+        code = victim.run(folder, before=fail)
+        assert code == 0, f"{victim.name}: exit code {code}\n{victim.said(folder)}"
+        said += "WARN" in victim.said(folder)
+        equal_runs(victim.whole, folder)
+        shutil.rmtree(folder)
+    return {"runs with failing reports": count, "of them with a WARN": said, "lost": 0}
+
+
+def stale(victim: Victim, count: int) -> dict:
+    """`count` runs in which reading, writing, renaming and syncing fail for moments (ESTALE, EIO,
+    EAGAIN); each goes on by itself.
+    """
+    numbers = (errno.ESTALE, errno.EIO, errno.EAGAIN)
+    said = 0
+    for _ in range(count):
+        folder, seed = victim.fresh(), victim.rng.random()
+
+        def fail(seed=seed):
+            rng = random.Random(seed)
+
+            def unreliable(work):
+                def worked(*args, **more):
+                    if rng.random() < 0.02:
+                        raise OSError(number := rng.choice(numbers), os.strerror(number), "a file")
+                    return work(*args, **more)
+
+                return worked
+
+            for name in ("fsync", "replace", "preadv"):
+                setattr(os, name, unreliable(getattr(os, name)))
+            Path.read_bytes = unreliable(Path.read_bytes)
+            retry.time = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: None)
+
+        code = victim.run(folder, before=fail)
+        assert code == 0, f"{victim.name}: exit code {code}\n{victim.said(folder)}"
+        said += "trying again" in victim.said(folder)
+        equal_runs(victim.whole, folder)
+        shutil.rmtree(folder)
+    return {"runs on an unreliable file system": count, "of them that waited": said, "lost": 0}
+
+
+def full_memory(victim: Victim, count: int) -> dict:
+    """`count` times the memory of the host or of a GPU is full in a step; the run ends in one line,
+    and goes on.
+    """
+    errors = (
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    )
+    for i in range(count):
+        folder, left = victim.fresh(), victim.rng.randint(1, 8)
+
+        error = errors[i % len(errors)]
+
+        def fail(error=error, left=left):
+            backward = torch.Tensor.backward
+            calls = itertools.count(1)
+
+            def limited(self, *args, **more):
+                if next(calls) == left:
+                    raise error
+                backward(self, *args, **more)
+
+            torch.Tensor.backward = limited
+
+        code = victim.run(folder, before=fail)
+        said = victim.said(folder).strip().split("\n")[-1]
+        assert code == 2 and said.startswith("error: ") and "out of memory" in said, (
+            f"{code}: {victim.said(folder)}"
+        )
+        victim.finish(folder)
+    return {"full memories": count, "lost": 0}
+
+
 ALONE = {
     "simclr": "",
     "tsm": "--dropout 0 --accum 1",
@@ -670,8 +922,16 @@ def main(argv: list[str] | None = None) -> int:
         "flips": flips,
         "full-disk": full_disk,
         "rank-deaths": rank_deaths,
+        "damages": damages,
+        "other-data": other_data,
+        "broken-reports": broken_reports,
+        "stale": stale,
+        "full-memory": full_memory,
+        "stalls": stalls,
+        "hangs": hangs,
+        "equality": equality,
+        "worlds": worlds,
     }
-    kinds |= {"stalls": stalls, "hangs": hangs, "equality": equality, "worlds": worlds}
     for name in kinds:
         parser.add_argument(
             f"--{name}", type=int, default=0, metavar="N", help="over all chosen scripts together"

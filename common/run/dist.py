@@ -322,7 +322,7 @@ def peer_lost(error: RuntimeError) -> bool:
 
 def lost_peer(error: RuntimeError) -> str:
     """What to tell the user of such a failure."""
-    reason = str(error).split("\n")[0][-120:]
+    reason = str(error).split("\n")[0].split(". ")[0][-120:]  # gloo goes on with advice
     return f"another rank exited or hangs ({reason}); its own output says why. {AGAIN}"
 
 
