@@ -46,20 +46,20 @@ def stored_features(run: Run, weights: str, compute: Callable[[], Tensor]) -> Te
     file = run.folder / "features.npz"
     items = run.data
     content = content_of(items)
+    form = content.form if content else ""
+    made_of = f"{weights} {items.fingerprint} {items.store_size} {run.model_spec['image_size']}"
+    key = f"{made_of} {form}"
 
-    def key() -> str | None:
-        # A fingerprint is of names and sizes; None where some of the bytes are not known.
-        known = content.summary(run.world) if content else ""
-        made_of = f"{weights} {items.fingerprint} {items.store_size} {run.model_spec['image_size']}"
-        return None if known is None else f"{made_of} {known}"
+    def digests() -> np.ndarray:
+        return content.verified(run.world) if content else np.zeros(0, np.int64)
 
-    rows = _read_features(file, key(), run.log.say)
+    rows = _read_features(file, key, digests(), run.log.say)
     # A rank that reads while another computes would wait for it without end.
     missing = torch.tensor(int(rows is None), device=run.world.device)
     if not dist.all_reduce(missing, "max"):
         return rows
     rows = compute()
-    made_of = key()  # of all that was read for them
+    read = digests()  # of all that was read for them
     if run.world.is_main:
         splits = np.full(len(items), "", dtype="<U5")
         for part, name in _SPLITS.items():
@@ -74,19 +74,23 @@ def stored_features(run: Run, weights: str, compute: Callable[[], Tensor]) -> Te
                     label=items.labels,
                     split=splits,
                     classes=np.array(items.classes, dtype=str),
-                    key=str(made_of),
+                    key=key,
+                    content=read,
                 )
 
         retried(store, file, was_there=True)
     return rows
 
 
-def _read_features(file: Path, key: str | None, say) -> Tensor | None:
-    if key is None or not file.exists():
+def _read_features(file: Path, key: str, digests: np.ndarray, say) -> Tensor | None:
+    # Of another key, or made of other bytes than are there now: None.
+    if not file.exists():
         return None
     try:
         with np.load(file) as stored:
-            return torch.from_numpy(stored["features"]) if str(stored["key"]) == key else None
+            read = stored["content"]
+            same = str(stored["key"]) == key and ((read == 0) | (read == digests)).all()
+            return torch.from_numpy(stored["features"]) if same else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         say(f"{file} is damaged ({str(error) or type(error).__name__}): computing it again")
         return None

@@ -239,17 +239,17 @@ class Content:
         }
         checkpoint.save(self._file, _as_tensors(record))
 
-    def summary(self, world) -> str | None:
-        """Digits that stand for all bytes; None where they are not known for certain. All ranks
-        call this.
+    def verified(self, world) -> np.ndarray:
+        """(n,) int64 digests of the bytes that are there now, 0 where they are not known for
+        certain. All ranks call this.
         """
         own, _ = self._merged(world)
-        hasher = hashlib.blake2b(np.where(own, own, self._stored).tobytes(), digest_size=8)
-        if self._crc is not None:
-            hasher.update(self._crc.tobytes())
-        elif not ((own != 0) | self._trusted).all():
-            return None
-        return hasher.hexdigest()
+        return np.where(own, own, np.where(self._trusted, self._stored, 0))
+
+    @property
+    def form(self) -> str:
+        """Digits that stand for a packed file's images, which its source's digests do not."""
+        return "" if self._crc is None else hashlib.blake2b(self._crc, digest_size=8).hexdigest()
 
     def _merged(self, world) -> tuple[np.ndarray, np.ndarray]:
         # What all ranks have read: digests and the keys of the files then.
