@@ -689,7 +689,8 @@ def run_inference(args, world: dist.Dist) -> None:
         there, known = (", ".join(names) for names in (clips.classes, spec["classes"]))
         raise InputError(f"{clips.name} has the classes {there}, the model {known}")
     run = loaded.as_run(args, world, clips, {})
-    model = build_model(run)
+    with checkpoint.foreign(loaded.source):
+        model = build_model(run)
     checkpoint.load_weights(model, loaded.state["model"], loaded.source)
     indices = raer.split(clips, ["test"])["test"] if args.eval else np.arange(len(clips))
     logits = evaluate(run, model, indices)

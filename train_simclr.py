@@ -704,7 +704,8 @@ def run_inference(args, world: dist.Dist) -> None:
     data = build_data(args, loaded.path, world, targets, [loaded.home])
     images, splits = data.images, data.splits
     run = loaded.as_run(args, world, images, splits)
-    model = build_model(run, kind)
+    with checkpoint.foreign(loaded.source):
+        model = build_model(run, kind)
     checkpoint.load_weights(model, loaded.state["model"], loaded.source)
     if args.predict:
         scores = evaluate(run, model, np.arange(len(images))).softmax(1)
@@ -739,6 +740,8 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
     backbone, stem = (
         getattr(args, flag) or source.get(flag, default) for flag, default in DEFAULTS.items()
     )
+    if backbone not in list(BACKBONES) or stem not in STEMS:
+        raise InputError(f"--from {args.from_run} has the unknown backbone {backbone}, {stem}")
     published_text = None
     if args.weights:
         published = build_backbone(backbone, stem)

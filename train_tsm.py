@@ -656,7 +656,8 @@ def run_inference(args, world: dist.Dist) -> None:
         )
     videos = build_data(args, loaded.path, world, labels=bool(args.eval))
     run = loaded.as_run(args, world, videos, {})
-    model = build_model(run)
+    with checkpoint.foreign(loaded.source):
+        model = build_model(run)
     checkpoint.load_weights(model, loaded.state["model"], loaded.source)
     if args.stream:
         stream(run, model)

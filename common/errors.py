@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import errno
+import re
 import sys
 from collections.abc import Sequence
 
@@ -12,6 +13,8 @@ EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 3
 EXIT_AUDIT = 4
 EXIT_STOPPED = 75
+# What moves the cursor, splits a line, reverses text or stands for a byte that is no text.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 AGAIN = "Run the same command again: it resumes from the last checkpoint"
 
 
@@ -52,22 +55,37 @@ def exit_codes():
     try:
         yield
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_BAD_INPUT) from None
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        if error.errno in DISK_FULL:
+            text = f"{error.strerror}; make room and run the same command again"
+        elif error.filename is not None:  # a name that is too long, a folder of another user
+            text = f"{error.filename}: {error.strerror}"
+        else:
             raise
-        print(f"error: {error.strerror}; make room and run the same command again", file=sys.stderr)
+        say(f"error: {text}", file=sys.stderr)
         raise SystemExit(EXIT_BAD_INPUT) from None
     except Diverged as error:
-        print(f"diverged: {error}", file=sys.stderr)
+        say(f"diverged: {error}", file=sys.stderr)
         raise SystemExit(EXIT_DIVERGED) from None
     except AuditFailed as error:
-        print(f"audit failed: {error}", file=sys.stderr)
+        say(f"audit failed: {error}", file=sys.stderr)
         raise SystemExit(EXIT_AUDIT) from None
     except Stopped as stop:
-        print(stop, file=sys.stderr)
+        say(f"{stop}", file=sys.stderr)
         raise SystemExit(stop.code) from None
+
+
+def printable(text: str) -> str:
+    """A text with its control characters, and bytes that are no text, as escapes: one line."""
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def say(*lines: str, file=None) -> None:
+    """Print lines, each as one: names of the user's files and classes are not trusted."""
+    for line in lines:
+        print(printable(line), file=file, flush=True)
 
 
 @contextlib.contextmanager

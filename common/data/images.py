@@ -23,8 +23,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.errors import InputError, did_you_mean
+from common import reading
+from common.errors import InputError, did_you_mean, printable
 
+# What Pillow may take a file for, whatever its name: other formats start programs of their own.
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM", "GIF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif")
 SPLITS = {
     "train": "train",
@@ -49,6 +52,7 @@ DECODE_ERRORS = (
     zlib.error,
 )
 _CACHE_BYTES = 2 * 2**30
+Image.MAX_IMAGE_PIXELS = None  # `check_pixels` bounds what is decoded, by --max-item-mb
 
 
 class Images:
@@ -165,9 +169,12 @@ class Images:
         if self.in_memory:
             return self._cache[index]
         try:
-            with Image.open(io.BytesIO(self._read_bytes(index))) as image:
+            content = self._read_bytes(index)
+            with open_image(content) as image:
+                size = image.size
                 if self._drafts:
                     image.draft("RGB", (self.store_size, self.store_size))
+                check_pixels(image, size, len(content))
                 if image.mode.startswith("I;16"):
                     # Pillow's own conversion clips 16 bits at 255 instead of scaling.
                     image = Image.fromarray((np.asarray(image, np.uint32) // 257).astype(np.uint8))
@@ -175,7 +182,9 @@ class Images:
                     raise ValueError(
                         "32-bit pixels have no known range; save them with 8 or 16 bits"
                     )
-                return self._cut(image.convert("RGB"), index)
+                if image.mode != "RGB":
+                    image = image.convert("RGB")
+                return self._cut(image, index)
         except DECODE_ERRORS as error:
             raise self._damaged(f"image {self.ids[index]}", error) from None
 
@@ -198,7 +207,7 @@ class Images:
         sides = []
         for index in np.unique(np.linspace(0, len(self) - 1, 64).astype(int)):
             try:
-                with Image.open(io.BytesIO(self._read_bytes(index))) as image:
+                with open_image(self._read_bytes(index)) as image:
                     sides.append(min(image.size))
             except DECODE_ERRORS:
                 continue  # decoding it later names the file, or skips it
@@ -309,6 +318,39 @@ def check_damaged(name: str, ids: list[str], bad: np.ndarray, cap: float, unit: 
     return damaged
 
 
+def open_image(content: bytes) -> Image.Image:
+    """An image whose header is read, in one of FORMATS.
+
+    Raises:
+        One of DECODE_ERRORS: it is none.
+    """
+    return Image.open(io.BytesIO(content), formats=FORMATS)
+
+
+def check_pixels(image: Image.Image, size: tuple[int, int], held: int = 0) -> None:
+    """Refuse an image, before it is decoded, that would take more than --max-item-mb.
+
+    Args:
+        image: as it will be decoded, perhaps at a fraction of its size.
+        size: its own width and height.
+        held: bytes of its file that are in memory.
+
+    Raises:
+        InputError: it would.
+    """
+    if not all(image.size):
+        raise InputError("it has no pixels")
+    # Pillow stores four bytes a pixel, and a copy of another mode beside; its WebP decoder stores
+    # canvases. A progressive JPEG is held whole, as coefficients of two bytes.
+    each = 4 if image.mode == "RGB" else 8
+    if image.format == "WEBP" or image.mode.startswith("I;16"):
+        each = 16
+    needed = held + each * math.prod(image.size)
+    if image.info.get("progressive"):
+        needed += 6 * math.prod(size)
+    reading.within(needed, f"{size[0]} x {size[1]} pixels")
+
+
 def central_square(image: Image.Image, side: int) -> Tensor:
     """An RGB image's center square, uint8 (3, side, side).
 
@@ -316,6 +358,7 @@ def central_square(image: Image.Image, side: int) -> Tensor:
     """
     scale = side / min(image.size)
     width, height = (max(side, round(length * scale)) for length in image.size)
+    reading.within(4 * width * height, f"{image.width} x {image.height} pixels")
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = (width - side) // 2, (height - side) // 2
@@ -334,7 +377,8 @@ def reason(error: Exception) -> str:
 
     Addresses of objects, which no two runs share, are left out.
     """
-    return re.sub(r" <\S+ object at 0x\w+>", "", str(error).split("\n")[0]) or type(error).__name__
+    text = getattr(error, "strerror", None) or str(error)
+    return re.sub(r" <\S+ object at 0x\w+>", "", text.split("\n")[0]) or type(error).__name__
 
 
 def hidden(name: str) -> bool:
@@ -346,14 +390,15 @@ def list_files(path: str, keep) -> tuple[list[str], list[int], Callable[[int], b
     """The files of a folder or of a .zip whose relative name passes `keep`.
 
     Returns:
-        Sorted names, sizes in bytes, and a function from a position in these lists to the file's
-        content.
+        Sorted names, `printable`; sizes in bytes; and a function from a position in these lists to
+        the file's content.
 
     Raises:
-        InputError: missing or not readable.
+        InputError: missing, not readable, or no regular file.
     """
     place = existing(path)
-    return _zip_files(place, keep) if place.is_file() else _folder_files(place, keep)
+    files, sizes, read = (_folder_files if place.is_dir() else _zip_files)(place, keep)
+    return [printable(name) for name in files], sizes, read
 
 
 def existing(path: str) -> Path:
@@ -363,35 +408,47 @@ def existing(path: str) -> Path:
         InputError: there is none.
     """
     place = Path(path)
-    if not place.exists():
+    try:
+        os.stat(place)
+    except FileNotFoundError:
         siblings = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
         raise InputError(
             f"{path}: no such file or folder{did_you_mean(place.name, [*siblings, 'sample'])}"
-        )
+        ) from None
+    except (OSError, ValueError) as error:  # a folder of another user; a name that none can have
+        raise InputError(f"{path}: {reason(error)}") from None
     return place
 
 
 def _folder_files(folder: Path, keep):
-    files = []
+    found = []
     seen = set()
 
     def refuse(error: OSError):
         raise error
 
+    walk = os.walk(folder, followlinks=True, onerror=refuse)
     try:
-        for directory, subfolders, names in os.walk(folder, followlinks=True, onerror=refuse):
-            base = Path(directory)
-            seen.add(base.resolve())
-            # A link back up would give every image many times over.
-            subfolders[:] = [name for name in subfolders if (base / name).resolve() not in seen]
-            files += [(base / name).relative_to(folder).as_posix() for name in names]
-        files = sorted(name for name in files if keep(name))
-        sizes = [(folder / name).stat().st_size for name in files]
+        while True:
+            with reading.pending(folder):
+                directory, subfolders, names = next(walk, (None, [], []))
+                if directory is None:
+                    break
+                base = Path(directory)
+                seen.add(base.resolve())
+                # A link back up would give every image many times over.
+                subfolders[:] = [name for name in subfolders if (base / name).resolve() not in seen]
+                names = [(base / name).relative_to(folder).as_posix() for name in names]
+                kept = [name for name in names if keep(name)]
+                found += [(name, reading.regular_size(folder / name)) for name in kept]
     except OSError as error:
         raise InputError(f"{folder}: {error.strerror}: {error.filename}") from None
+    found.sort()
+    files = [name for name, _ in found]
+    sizes = [size for _, size in found]
 
     def read(index: int) -> bytes:
-        return (folder / files[index]).read_bytes()
+        return reading.read_bytes(folder / files[index])
 
     return files, sizes, read
 
@@ -400,16 +457,16 @@ def _zip_files(path: Path, keep):
     if path.suffix.lower() != ".zip":
         raise InputError(f"{path}: allowed are a folder, a .zip of one, or `sample`")
     try:
-        archive = zipfile.ZipFile(path)  # kept open for the run; closed with the process
-        entries = [entry for entry in archive.infolist() if keep(entry.filename)]
-    except (OSError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: not a readable zip archive: {error}") from None
+        archive = reading.open_zip(path)  # kept open for the run; closed with the process
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    entries = [entry for entry in archive.infolist() if keep(entry.filename)]
     entries.sort(key=operator.attrgetter("filename"))
     lock = threading.Lock()
 
     def read(index: int) -> bytes:
         with lock:  # one file handle; decompression is short beside decoding
-            return archive.read(entries[index])
+            return reading.read_member(archive, entries[index])
 
     names = [entry.filename for entry in entries]
     return names, [entry.file_size for entry in entries], read

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from common.data.images import open_image
 from common.report import charts
 from common.report.charts import escape
 from common.report.curves import FIRST, SYSTEM, chart_figure, max_points, title_of
@@ -322,7 +323,7 @@ def embedded(path: Path, detail: float) -> str:
     """
     if path.suffix == ".svg":
         return f"data:image/svg+xml;base64,{base64.b64encode(path.read_bytes()).decode()}"
-    with Image.open(path) as image:
+    with open_image(path.read_bytes()) as image:
         image = image.convert("RGB")
         widest = max(int(_WIDEST * min(detail, 1.0)), 100)
         if image.width > widest:

@@ -5,14 +5,19 @@ A checkpoint is a `torch.save` file whose zip comment holds the SHA-256 of all b
 reads the file as usual.
 """
 
+import contextlib
 import errno
 import hashlib
 import io
+import math
 import os
 import random
 import re
 import shutil
 import struct
+import zipfile
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -20,11 +25,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import DISK_FULL, InputError, OtherFormat, plural
+from common import reading
+from common.errors import DISK_FULL, Diverged, InputError, OtherFormat, Stopped, plural
 from common.run.files import atomic_write, check_format, read_config
 
 _MARK = b"sha256:"
 _COMMENT = len(_MARK) + 64
+# What a training state and its position must be, to be continued.
+_STATE = {
+    "stage": str, "start": str, "place": dict, "kinds": dict, "parts": dict, "sums": dict,
+    "rng": dict,
+}  # fmt: skip
+_COUNTS = ("step", "epoch", "batch", "best_epoch", "evals_without_gain", "planned", "log_lines")
 # What torch.load raises on damaged files, found by damaging them.
 UNREADABLE = (
     ArithmeticError,
@@ -39,6 +51,8 @@ UNREADABLE = (
     UnpicklingError,
     ValueError,
     struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
 )
 
 
@@ -87,7 +101,7 @@ def _full(number: int, path: Path, needed: int, missing: int) -> OSError:
 
 def is_whole(path: Path) -> bool:
     """Whether a file ends with our mark and every byte before it is as it was written."""
-    with open(path, "rb") as file:
+    with reading.pending(path), reading.open_file(path) as file:
         hasher = hashlib.sha256()
         left = os.fstat(file.fileno()).st_size - _COMMENT
         while left > 0 and (part := file.read(min(left, 2**20))):
@@ -107,7 +121,8 @@ def load(path: Path) -> dict:
     """
     path = Path(path)
     try:
-        data = path.read_bytes()
+        with reading.pending(path), reading.open_file(path) as file:
+            data = file.read()
     except OSError as error:
         raise InputError(f"checkpoint {path}: {error.strerror}") from None
     mark = data[-_COMMENT:]
@@ -118,7 +133,11 @@ def load(path: Path) -> dict:
     elif path.name in ("last.pt", "best.pt", "last.previous.pt"):
         raise InputError(f"checkpoint {path} is damaged: it is cut short")
     try:
+        _refuse_bombs(data, path)
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        _check_sizes(state, len(data), path)
+    except InputError:
+        raise
     except UNREADABLE as error:
         # torch's own text advises to run what the file asks for.
         wanted = re.search(r"GLOBAL (\S+)", str(error))
@@ -133,6 +152,99 @@ def load(path: Path) -> dict:
         ) from None
     if _is_ours(state):
         check_format(state, path)
+    return state
+
+
+def _refuse_bombs(data: bytes, path: Path) -> None:
+    # What is small here and large once it is read: torch.save never compresses, and stores no bytes
+    # but those of tensors.
+    pickled = data
+    try:
+        archive = zipfile.ZipFile(io.BytesIO(data))
+    except zipfile.BadZipFile:  # a pickle without an archive
+        pass
+    else:
+        entries = archive.infolist()
+        if sum(entry.file_size for entry in entries) > len(data):
+            raise InputError(
+                f"checkpoint {path} is not a file of torch.save: its entries are compressed"
+            )
+        names = [e.filename for e in entries if e.filename.endswith("/data.pkl")]
+        pickled = b"".join(map(archive.read, names))
+    if b"bytearray" in pickled:
+        raise InputError(f"checkpoint {path} holds raw bytes; store its state dict alone")
+
+
+def _check_sizes(state, size: int, path: Path) -> None:
+    """Refuse tensors that need much more memory than the `size` bytes of their file.
+
+    Raises:
+        InputError: by more than --max-item-mb.
+    """
+    total = 0
+    pending = [state]
+    seen = set()
+    while pending:
+        value = pending.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict):
+            pending += value.values()
+        elif isinstance(value, list | tuple | set):
+            pending += value
+        elif isinstance(value, Tensor) and value.layout is torch.strided:
+            storage = value.untyped_storage()
+            needed = value.numel() * value.itemsize
+            if value.device.type == "cpu":
+                reading.within(needed - storage.nbytes(), f"checkpoint {path}: one of its tensors")
+                if storage.data_ptr() not in seen:
+                    seen.add(storage.data_ptr())
+                    total += storage.nbytes()
+    reading.within(total - size, f"checkpoint {path}: its tensors")
+
+
+@contextlib.contextmanager
+def foreign(source) -> Iterator[None]:
+    """Around what reads the facts in somebody's checkpoint: whatever is wrong there is one line.
+
+    Raises:
+        InputError: in place of what Python raises where a value is missing or of another type.
+    """
+    try:
+        yield
+    except (InputError, Stopped, Diverged):
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        reason = f"{type(e).__name__} {e}".split("\n")[0][:200]
+        raise InputError(f"{source} does not hold what a checkpoint holds: {reason}") from None
+
+
+class _Spec(dict):
+    """A model_spec that was read; what it lacks is the file's fault."""
+
+    def __init__(self, values: dict, path: Path):
+        super().__init__(values)
+        self._path = path
+
+    def __missing__(self, name):
+        raise InputError(f"checkpoint {self._path}: its model_spec has no {name}")
+
+
+def check_state(state, path: Path) -> dict:
+    """A training state.
+
+    Raises:
+        InputError: it is none.
+    """
+    if not isinstance(state, dict) or "place" not in state:
+        raise InputError(f"{path} holds weights only: give a last.pt or a run directory")
+    wrong = [name for name, kind in _STATE.items() if not isinstance(state.get(name), kind)]
+    if not wrong:
+        place = state["place"]
+        wrong = [name for name in _COUNTS if type(place.get(name)) is not int or place[name] < 0]
+    if wrong:
+        raise InputError(f"checkpoint {path} holds no training state: it lacks {', '.join(wrong)}")
     return state
 
 
@@ -177,7 +289,7 @@ def load_training_state(path: Path, stage: str) -> tuple[dict, dict | None]:
     Raises:
         InputError: there is none, or the file holds weights only.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         folder = path
         if (path / stage / "last.pt").exists() or (path / stage / "last.previous.pt").exists():
             folder = path / stage
@@ -187,10 +299,7 @@ def load_training_state(path: Path, stage: str) -> tuple[dict, dict | None]:
     else:
         folder = path.parent
         state = load(path)
-        if "place" not in state:
-            raise InputError(
-                f"--resume {path} holds weights only: give a last.pt or a run directory"
-            )
+    check_state(state, path)
     best = folder / "best.pt"
     return state, load(best) if best.exists() else None
 
@@ -202,9 +311,12 @@ def load_weights(module: torch.nn.Module, state: dict, source) -> None:
 
     Raises:
         InputError: some key is missing or unknown, has another shape, or is an integer where the
-            module has a float.
+            module has a float; some value is NaN or infinite.
     """
     expected = module.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
+            raise InputError(f"{source}: {name!r:.100} is no tensor of values")
     missing = [
         name for name in expected if name not in state and not name.endswith("num_batches_tracked")
     ]
@@ -231,7 +343,23 @@ def load_weights(module: torch.nn.Module, state: dict, source) -> None:
     problems += dtypes[:1]
     if problems:
         raise InputError(f"{source} does not fit this model: {'; '.join(problems)}")
+    bad = next((name for name in expected if name in state and not _is_finite(state[name])), None)
+    if bad is not None:
+        raise InputError(
+            f"{source} holds values that are NaN or infinite (first: {bad}): no model can start"
+            " from it; take an earlier checkpoint, or fetch the file again"
+        )
     module.load_state_dict({name: state.get(name, tensor) for name, tensor in expected.items()})
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    # The extremes are NaN where any value is; no mask of all values is made.
+    extremes = (tensor.float() if tensor.itemsize == 1 else tensor).aminmax()
+    return all(math.isfinite(value) for value in extremes)
 
 
 def load_selected(source: str) -> dict:
@@ -244,24 +372,30 @@ def load_selected(source: str) -> dict:
         InputError: there is none, or the file does not say what model it holds.
     """
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):
         stages = (read_config(path) or {}).get("card", {}).get("stages", [])
         files = [path / stage / "best.pt" for stage in reversed(stages)]
         path = next((file for file in files if file.exists()), path / "best.pt")
     state = load(path)
-    if "place" in state:
-        place = state["place"]
+    if isinstance(state, dict) and "place" in state:
+        place = check_state(state, path)["place"]
         state |= {
             "model": state["parts"].get("model"),
             "epoch": place["epoch"],
-            "metrics": place["results"],
+            "metrics": place.get("results"),
         }
-    if not state.get("model") or "model_spec" not in state:
+    if (
+        not isinstance(state, dict)
+        or not isinstance(state.get("model"), dict)
+        or not isinstance(state.get("model_spec"), dict)
+        or not isinstance(state["model_spec"].get("script"), str)
+        or not isinstance(state.setdefault("metrics", {}), dict)
+    ):
         raise InputError(
             f"{path} does not say what model it holds: give a run directory, its best.pt or"
             " its last.pt"
         )
-    return state
+    return state | {"model_spec": _Spec(state["model_spec"], path)}
 
 
 def weights_digest(weights: dict[str, Tensor]) -> str:

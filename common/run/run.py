@@ -172,6 +172,8 @@ class Run:
                     f"--resume {args.resume} is a {state['stage']} state of another start, not of"
                     f" this {name}"
                 )
+        if state is not None:
+            checkpoint.check_state(state, folder)
         # All processes take part, so nobody writes before everybody has read.
         step = torch.tensor([state["place"]["step"] if state else -1], device=self.world.device)
         steps = dist.all_gather_rows(step).tolist()
@@ -180,7 +182,8 @@ class Run:
                 f"the ranks read different states in {folder} (steps {steps}, -1: none): it"
                 " must lie on a file system that they share"
             )
-        progress.restore(state, best)
+        with checkpoint.foreign(args.resume if elsewhere else folder):
+            progress.restore(state, best)
         self.current = progress
         if args.detect_anomaly:
             progress.watch_for_nonfinite()
