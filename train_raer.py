@@ -534,8 +534,8 @@ def train(run: Run, published) -> None:
         return
     steps = len(run.splits["train"]) // stage.bs
     log.say(
-        stage.describe(plural(len(run.splits["train"]), "clip"), steps)
-        + f"; {args.method}:\n{run.schedule.describe()}"
+        stage.describe(plural(len(run.splits["train"]), "clip"), steps) + f"; {args.method}:",
+        *run.schedule.describe().split("\n"),
     )
     log.say(model.describe())
     if model.prompts is None and any(p.mi or p.smoothing for p in run.schedule.phases):
@@ -745,8 +745,8 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
     )
     run.schedule = schedule
     distill.attach_teacher(run, teacher, build_model, teacher_logits, evaluate)
-    notes = filter(None, [weights_text, clips.describe_frames(args.num_frames)])
-    run.log.say("\n".join(notes))
+    weights_notes = weights_text.split("\n") if weights_text else []
+    run.log.say(*weights_notes, clips.describe_frames(args.num_frames))
     if args.check:
         return check(run, {"train": check_spec(run, published)})
     if world.is_main:

@@ -742,10 +742,10 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
     )
     if backbone not in list(BACKBONES) or stem not in STEMS:
         raise InputError(f"--from {args.from_run} has the unknown backbone {backbone}, {stem}")
-    published_text = None
+    published_notes = []
     if args.weights:
         published = build_backbone(backbone, stem)
-        published_text = load_published(published, args.weights)
+        published_notes = load_published(published, args.weights).split("\n")
         weights = published.state_dict()
     size = args.image_size or source.get("image_size")
     spec = dict(
@@ -776,7 +776,8 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
         identity=config.run_id(
             parser, args, data=images.fingerprint, stage=args.stage, **spec, **start, **teacher_id
         ),
-        input_text="\n".join(filter(None, [f"input {spec['image_size']} px", published_text])),
+        input_text=f"input {spec['image_size']} px",
+        notes=published_notes,
     )
     if protocol and world.is_main and not args.check:
         cytology.save(run.folder, protocol)

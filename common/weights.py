@@ -11,7 +11,6 @@ import io
 import math
 import os
 import pickle
-import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -188,9 +187,7 @@ def _read_torch(path: Path):
     code = next((e.filename for e in entries if e.filename.endswith("/constants.pkl")), None)
     if code:
         return read_torchscript(path, code.removesuffix("constants.pkl"))
-    # About old pickles: what cannot be read is refused.
-    with warnings.catch_warnings(action="ignore"):
-        return checkpoint.load(path)
+    return checkpoint.load(path)
 
 
 def read_torchscript(path: Path, root: str) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ al. 2018, arXiv:1810.04805) whose folder the user has.
 
 import contextlib
 import hashlib
-import json
 import string
 import unicodedata
 import warnings
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import weights
+from common import reading, weights
 from common.data.utterances import tokens
 from common.errors import InputError
 from common.run.checkpoint import load_weights
@@ -458,15 +457,14 @@ def _layer(width: int, inner: int, eps: float) -> nn.ModuleDict:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return reading.read_bytes(path, reading.CONFIG_BYTES).decode()
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}; an encoder's folder needs it") from None
 
 
 def _read_json(path: Path) -> dict:
-    text = _read_text(path)
     try:
-        value = json.loads(text)
+        value = reading.parse_json(_read_text(path).encode(), path)
     except ValueError as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     if not isinstance(value, dict):
@@ -562,9 +560,10 @@ def encode(
     if cache is not None:
         names = ("config.json", "vocab.txt", "tokenizer_config.json")
         files = [*(folder / name for name in names), _weights_file(folder)]
-        contents = [
-            hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.exists()
-        ]
+        contents = []
+        for file in filter(Path.exists, files):
+            with reading.open_file(file) as content:
+                contents.append(hashlib.file_digest(content, "sha256").hexdigest())
         key = repr((contents, texts, layer, pooling, max_length)).encode()
         cached = Path(cache) / f"text-{hashlib.sha256(key).hexdigest()[:16]}.npy"
         # A missing or damaged file is made anew.

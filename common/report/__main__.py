@@ -16,7 +16,7 @@ import torch
 
 from common import config
 from common.data.cytology import select_run
-from common.errors import InputError, exit_codes
+from common.errors import InputError, exit_codes, say
 from common.report import compare, page, tables
 from common.report.record import Record
 
@@ -87,7 +87,7 @@ def find_runs(folders: list[Path]) -> list[dict]:
     if not by_folder:
         raise InputError(f"{'; '.join(without)}; a run directory holds a config.json")
     for text in without:
-        print(f"{text}; left out", file=sys.stderr)
+        say(f"{text}; left out", file=sys.stderr)
     return list(by_folder.values())
 
 
@@ -103,9 +103,9 @@ def main(argv: list[str] | None = None) -> int:
         prints_table = args.rows is not None or args.select
         if single_run and not prints_table:
             if args.text:
-                print(compare.text_of(Record(folders[0])))
+                say(*compare.text_of(Record(folders[0])).split("\n"))
             else:
-                print(page.write(folders[0]))
+                say(f"{page.write(folders[0])}")
             return 0
         runs = tables.where(find_runs(folders), args.where)
         if args.rows is not None:
@@ -117,14 +117,14 @@ def main(argv: list[str] | None = None) -> int:
                 interval=args.interval,
                 compact=args.compact,
             )
-            print(table)
+            say(*table.split("\n"))
         if args.select:
-            print(select_run(runs))
+            say(*select_run(runs).split("\n"))
         if not prints_table:
             if args.text:
-                print(compare.text(runs))
+                say(*compare.text(runs).split("\n"))
             else:
-                print(compare.write(runs, Path(args.out or "compare.html")))
+                say(f"{compare.write(runs, Path(args.out or 'compare.html'))}")
     return 0
 
 

@@ -14,7 +14,7 @@ import torch
 import torchvision
 
 from common import config
-from common.errors import InputError
+from common.errors import InputError, say
 from common.run import dist
 from common.run.card import Card
 from common.run.files import (
@@ -104,7 +104,8 @@ def create_run_dir(
         if mode == "auto" and not differences and summary and summary["status"] == "finished":
             if world.is_main:
                 remove_orphans(folder)  # of a process that was killed at its last report
-                print(f"{folder} has finished; its summary:\n{json.dumps(summary, indent=2)}")
+                say(f"{folder} has finished; its summary:")
+                print(json.dumps(summary, indent=2))
             return False
     dist.barrier()  # rank 0 writes when every rank has read
     problem = None

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from common import reading
 from common.errors import InputError, OtherFormat
 
 try:
@@ -26,7 +27,7 @@ run_locks = contextlib.ExitStack()
 def run_dir_of(path: str) -> Path:
     """The run directory that a path means: itself, or that of a checkpoint or a stage's folder."""
     folders = [Path(path), *Path(path).parents][:3]
-    return next((folder for folder in folders if (folder / "config.json").exists()), folders[0])
+    return next((f for f in folders if os.path.exists(f / "config.json")), folders[0])
 
 
 def lock_folder(folder: Path) -> None:
@@ -63,7 +64,9 @@ def atomic_write(path: Path, mode: str = "w", *, keep: Path | None = None) -> It
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        text = {} if "b" in mode else {"newline": "", "encoding": "utf-8"}
+        # Names of files need not be text in UTF-8.
+        utf8 = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
+        text = {} if "b" in mode else utf8
         with open(temporary, mode, **text) as file:
             yield file
             file.flush()
@@ -101,7 +104,7 @@ def read_json(path: Path) -> dict | None:
         InputError: the file cannot be read.
     """
     try:
-        return json.loads(path.read_text())
+        return reading.parse_json(reading.read_bytes(path), path)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

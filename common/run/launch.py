@@ -5,11 +5,11 @@ import os
 import random
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 
+from common import reading
 from common.errors import (
     EXIT_DIVERGED,
     EXIT_STOPPED,
@@ -18,10 +18,12 @@ from common.errors import (
     Stopped,
     exit_codes,
     plural,
+    say,
 )
 from common.run import dist, ensemble
 from common.run.files import run_locks
 from common.run.inference import is_inference
+from common.run.run import watchdog
 from common.run.signals import Signals
 from common.search import drawn_ranges
 
@@ -55,16 +57,28 @@ def launch(args, run_inference: Callable, run_training: Callable) -> int:
     Returns:
         0; the other exit codes leave as SystemExit.
     """
+    reading.limit_items(args.max_item_mb)
     with exit_codes(), Signals() as signals, run_locks:
         # The watchdog, which is to come first, names more than a collective does.
         world = dist.init(args.device, max(1800, 120 * args.timeout))
         seed_process(args)
+
+        def heartbeat():
+            # In a session a step is what is waited for.
+            waiting = None if signals.deferred else reading.oldest_pending()
+            return waiting or object()
+
+        def stalled() -> str:
+            _, name = reading.oldest_pending() or (None, "a file")
+            return f"{world.where}{name} is not read in {args.timeout:g} minutes (--timeout)"
+
         try:
-            if is_inference(args):
-                run_inference(args, world)
-            else:
-                with contextlib.suppress(Finished):
-                    run_training(args, world, signals)
+            with watchdog(args.timeout, heartbeat, stalled):
+                if is_inference(args):
+                    run_inference(args, world)
+                else:
+                    with contextlib.suppress(Finished):
+                        run_training(args, world, signals)
         except Stopped:
             raise
         except RuntimeError as error:
@@ -81,7 +95,7 @@ def seed_process(args) -> None:
     Raises:
         InputError: there is nothing at the path that --resume names.
     """
-    if args.resume not in ("auto", "none") and not Path(args.resume).exists():
+    if args.resume not in ("auto", "none") and not os.path.lexists(args.resume):
         raise InputError(f"--resume {args.resume}: no such file or directory")
     random.seed(args.seed)
     np.random.seed(args.seed)
@@ -121,4 +135,4 @@ def every(main, argv: list[str] | None, args, ranges: dict) -> None:
     # Not search=N: trials that had finished before the search grew keep its earlier number.
     runs = args.out or "runs --where trial=any"
     table = f"python -m common.report {runs} --rows {names} --value best_value --compact"
-    print(f"{plural(args.search, 'trial')}{left}. The table: {table}")
+    say(f"{plural(args.search, 'trial')}{left}. The table: {table}")

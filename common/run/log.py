@@ -13,7 +13,7 @@ from statistics import median
 import torch
 
 from common.amp import peak_bytes, peak_memory
-from common.errors import InputError, plural
+from common.errors import InputError, plural, say
 from common.run.files import atomic_write
 
 # Fields that differ between two runs of the same command: the only ones.
@@ -124,11 +124,11 @@ class Log:
         self.watcher = None
         self._width = 0
 
-    def say(self, text: str) -> None:
-        """One plain line on the console."""
+    def say(self, *lines: str) -> None:
+        """Plain lines on the console; what is not printable in them shows as escapes."""
         if self.main:
             self._clear()
-            print(text, flush=True)
+            say(*lines)
 
     def due(self, step: int, every: int) -> bool:
         """Whether a step has its line.

@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from common import amp, config
-from common.errors import AGAIN, EXIT_STOPPED, Diverged, Finished, InputError, Stopped, plural
+from common.errors import AGAIN, EXIT_STOPPED, Diverged, Finished, InputError, Stopped, plural, say
 from common.run import checkpoint, dist
 from common.run.card import Card
 from common.run.directory import card_record, create_run_dir, output_folder, run_dir
@@ -89,6 +89,7 @@ class Run:
         name: str,
         identity: dict,
         input_text: str,
+        notes: Sequence[str] = (),
     ) -> "Run":
         """The run in its directory, said in one line.
 
@@ -97,6 +98,7 @@ class Run:
         Args:
             name, identity: what names the directory, see `run_dir`.
             input_text: what the line says of the model's input.
+            notes: lines that follow it.
 
         Raises:
             InputError: see `create_run_dir`.
@@ -109,7 +111,7 @@ class Run:
             run.args = argparse.Namespace(**{**vars(args), "accum": 1})
             run.folder = output_folder(folder)
             run.log = Log(None, main=world.is_main)
-            run.log.say(f"check for {folder}; device {world.device}, {input_text}")
+            run.log.say(f"check for {folder}; device {world.device}, {input_text}", *notes)
             return run
         resolved = {stage: vars(values) for stage, values in stages.items()} | model_spec
         if not create_run_dir(folder, args, identity, resolved, card_record(card, chance), world):
@@ -117,7 +119,9 @@ class Run:
         run.signals = signals
         run.log = Log(folder, main=world.is_main, tensorboard=args.tensorboard)
         processes = plural(world.world_size, "process")
-        run.log.say(f"run directory {folder}; device {world.device}, {processes}, {input_text}")
+        run.log.say(
+            f"run directory {folder}; device {world.device}, {processes}, {input_text}", *notes
+        )
         return run
 
     def with_spec(self, **changed) -> "Run":
@@ -245,7 +249,7 @@ class Run:
         try:
             if self.world.is_main:
                 self._begin(report)
-            with self.at_end, self._watchdog():
+            with self.at_end, watchdog(self.args.timeout, self._heartbeat, self._stalled):
                 yield
             status = "finished"
             self._conclude(status, report)
@@ -287,38 +291,12 @@ class Run:
         write_json(self.folder / "env.json", (read_json(self.folder / "env.json") or {}) | record)
         self.log.watcher = report.Live(self.folder, self.log.say)
 
-    @contextlib.contextmanager
-    def _watchdog(self) -> Iterator[None]:
-        # A read that hangs, a process that stopped, a dead GPU: nothing raises, so a thread counts
-        # the time without a step or a batch of an evaluation. Counts, so that a job which is
-        # suspended as a whole has not stalled.
-        over = threading.Event()
-        minutes = self.args.timeout
-        main_thread = threading.main_thread().ident
+    def _heartbeat(self):
+        # Of steps, and of batches of an evaluation.
+        return self.current and (self.current.stage, self.current.heartbeat)
 
-        def watch():
-            seconds = min(6 * minutes, 5.0)
-            last = None
-            idle = 0.0
-            while not over.wait(seconds):
-                heartbeat = self.current and (self.current.stage, self.current.heartbeat)
-                idle = idle + seconds if heartbeat == last else 0.0
-                last = heartbeat
-                if idle >= 60 * minutes:
-                    frames = traceback.extract_stack(sys._current_frames()[main_thread])
-                    at = _deepest_of_ours(frames)
-                    what = f"no step in {minutes:g} minutes (--timeout), it waits in {at}"
-                    why = "the data, another rank or the device stalls"
-                    print(f"{self._where()}{what}: {why}. {AGAIN}", file=sys.stderr, flush=True)
-                    os._exit(EXIT_STOPPED)  # a thread that hangs could not be waited for
-
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        try:
-            yield
-        finally:
-            over.set()
-            watcher.join(5)  # a thread that runs when the interpreter ends can abort it
+    def _stalled(self) -> str:
+        return f"{self._where()}no step in {self.args.timeout:g} minutes (--timeout)"
 
     def _where(self) -> str:
         at = f", {self.current.stage} step {self.current.step}" if self.current else ""
@@ -344,6 +322,45 @@ class Run:
     def describe_data(self) -> str:
         """The data in one line."""
         return getattr(self.data, "table", self.data).describe()
+
+
+@contextlib.contextmanager
+def watchdog(
+    minutes: float, heartbeat: Callable[[], object], stalled: Callable[[], str]
+) -> Iterator[None]:
+    """End the process with code 75 where `heartbeat()` stays the same for `minutes`.
+
+    A read that hangs, a process that stopped, a dead GPU: nothing raises, so a thread counts.
+    Counts, so that a job which is suspended as a whole has not stalled.
+
+    Args:
+        stalled: gives the beginning of the line to end with.
+    """
+    over = threading.Event()
+    main_thread = threading.main_thread().ident
+
+    def watch():
+        seconds = min(6 * minutes, 5.0)
+        last = None
+        idle = 0.0
+        while not over.wait(seconds):
+            now = heartbeat()
+            idle = idle + seconds if now == last else 0.0
+            last = now
+            if idle >= 60 * minutes:
+                frames = traceback.extract_stack(sys._current_frames()[main_thread])
+                why = "the data, another rank or the device stalls"
+                text = f"{stalled()}, it waits in {_deepest_of_ours(frames)}: {why}. {AGAIN}"
+                say(text, file=sys.stderr)
+                os._exit(EXIT_STOPPED)  # a thread that hangs could not be waited for
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join(5)  # a thread that runs when the interpreter ends can abort it
 
 
 def _deepest_of_ours(frames: traceback.StackSummary) -> str:

@@ -26,6 +26,7 @@ class Signals:
 
     def __init__(self):
         self.asked = 0
+        self.deferred = False
         self._earlier_handlers = {}
 
     def __enter__(self) -> "Signals":
@@ -38,6 +39,7 @@ class Signals:
 
     def defer(self) -> None:
         """From now on a signal waits for the next boundary of a step."""
+        self.deferred = True
         self._handle_by(self._ask_requeue, "SIGUSR1", "SIGUSR2")
         self._handle_by(self._ask_end, "SIGTERM", "SIGINT")
 
