@@ -83,9 +83,14 @@ def printable(text: str) -> str:
 
 
 def say(*lines: str, file=None) -> None:
-    """Print lines, each as one: names of the user's files and classes are not trusted."""
-    for line in lines:
-        print(printable(line), file=file, flush=True)
+    """Print lines, each as one: names of the user's files and classes are not trusted.
+
+    A line of more than 2000 characters, which no one reads, is cut in its middle.
+    """
+    for line in map(printable, lines):
+        if len(line) > 2000:
+            line = f"{line[:1000]} ... {line[-800:]}"
+        print(line, file=file, flush=True)
 
 
 @contextlib.contextmanager

@@ -168,7 +168,7 @@ def _is_index(index) -> bool:
     sizes = [index[name] for name in ("native_size", "default_size", "store_size")]
     return (
         len(ids) == len(splits) == len(labels) == len(crc) > 0
-        and all(type(name) is str for name in (*ids, *classes, index["fingerprint"]))
+        and all(type(name) is str for name in (*ids, *classes, *splits, index["fingerprint"]))
         and len(set(classes)) == len(classes)
         and set(splits) <= {"", "train", "val", "test"}
         and all(type(label) is int and UNLABELED <= label < len(classes) for label in labels)

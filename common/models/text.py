@@ -373,14 +373,16 @@ class Bert(nn.Module):
 
     Args:
         config: the values of the `config.json` beside the weights.
+        most_layers: more are refused.
     """
 
-    def __init__(self, config: dict):
+    def __init__(self, config: dict, most_layers: int = 1000):
         super().__init__()
-        missing = [name for name in _SIZES if not isinstance(config.get(name), int)]
-        if missing:
+        missing = [name for name in _SIZES if type(config.get(name)) is not int]
+        missing += [name for name in _SIZES if name not in missing and not 0 < config[name] < 2**24]
+        if missing or not isinstance(config.get("layer_norm_eps", 0.0), float | int):
             raise InputError(
-                f"the encoder's config.json lacks {', '.join(missing)}:"
+                f"the encoder's config.json lacks {', '.join(missing) or 'layer_norm_eps'}:"
                 " not an encoder of the BERT family"
             )
         for name, allowed in (
@@ -392,6 +394,11 @@ class Bert(nn.Module):
                 raise InputError(
                     f"the encoder's config.json has {name} {config[name]!r}; allowed is {allowed}"
                 )
+        if config["num_hidden_layers"] > most_layers:
+            raise InputError(
+                f"the encoder's config.json has {config['num_hidden_layers']} layers, its weights"
+                f" are of {most_layers} at most"
+            )
         width = config["hidden_size"]
         inner = config["intermediate_size"]
         self.num_heads = config["num_attention_heads"]
@@ -491,9 +498,16 @@ def read_bert(folder: str | Path) -> Bert:
         InputError: a file is missing, damaged, or of another family.
     """
     folder = Path(folder)
-    model = Bert(_read_json(folder / "config.json"))
+    config = _read_json(folder / "config.json")
     path = _weights_file(folder)
     state = weights.read(path)
+    # What the settings declare is not allocated before it is known to fit the weights.
+    held = sum(tensor.numel() for tensor in state.values())
+    with torch.device("meta"):
+        model = Bert(config, most_layers=len(state))
+    if sum(p.numel() for p in model.parameters()) > 2 * held:
+        raise InputError(f"{folder / 'config.json'} describes a larger encoder than {path} holds")
+    model.to_empty(device="cpu")
     if any(key.startswith("bert.") for key in state):
         state = {
             key.removeprefix("bert."): value
@@ -548,7 +562,8 @@ def encode(
     folder = Path(folder)
     config = _read_json(folder / "config.json")
     tokenizer = WordPiece.read(folder)
-    num_layers = config.get("num_hidden_layers", 0)
+    num_layers = config.get("num_hidden_layers")
+    num_layers = num_layers if type(num_layers) is int else 0  # refused where it is built
     layer = num_layers if layer is None else layer
     if not 0 <= layer <= num_layers:
         raise InputError(
