@@ -61,8 +61,10 @@ def read(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if os.path.isdir(path):
         raise InputError(f"weights {path}: a folder; give a file, of a run its best.pt")
-    if not os.path.lexists(path):
-        raise InputError(f"weights {path}: there is no such file")
+    try:
+        os.stat(path)
+    except OSError as error:
+        raise InputError(f"weights {path}: {error.strerror.lower()}") from None
     if path.suffix == ".safetensors":
         state = read_safetensors(path)
     else:

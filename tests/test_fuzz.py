@@ -378,7 +378,7 @@ def value(rng, data):
     """Another value somewhere in JSON."""
     try:
         root = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return digits(rng, data)
     holder, node = None, root
     while isinstance(node, dict | list) and node and (holder is None or rng.random() < 0.8):

@@ -205,16 +205,16 @@ class Images:
     def _probe(self) -> int:
         # Headers only: the sizes of up to 64 images spread over the set.
         sides = []
+        why = ""
         for index in np.unique(np.linspace(0, len(self) - 1, 64).astype(int)):
             try:
                 with open_image(self._read_bytes(index)) as image:
                     sides.append(min(image.size))
-            except DECODE_ERRORS:
-                continue  # decoding it later names the file, or skips it
+            except DECODE_ERRORS as error:  # decoding it later names the file, or skips it
+                why = why or f"{self.ids[index]}: {reason(error)}"
         if not sides:
             raise InputError(
-                f"{self.name}: none of the images that were tried can be read"
-                f" (first: {self.ids[0]})"
+                f"{self.name}: none of the images that were tried can be read (first: {why})"
             )
         return int(np.median(sides))
 

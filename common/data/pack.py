@@ -169,6 +169,7 @@ def _is_index(index) -> bool:
     return (
         len(ids) == len(splits) == len(labels) == len(crc) > 0
         and all(type(name) is str for name in (*ids, *classes, *splits, index["fingerprint"]))
+        and index["fingerprint"].isascii()
         and len(set(classes)) == len(classes)
         and set(splits) <= {"", "train", "val", "test"}
         and all(type(label) is int and UNLABELED <= label < len(classes) for label in labels)

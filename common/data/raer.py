@@ -554,7 +554,8 @@ def _lines(tree: _Tree, position: int, part: str) -> list[_Line]:
         place = f"{tree.names[position]} line {number}"
         if not fields:
             continue
-        if len(fields) < 3 or not all(field.isdecimal() for field in fields[1:]):
+        numbers = all(field.isdecimal() and len(field) < 18 for field in fields[1:])
+        if len(fields) < 3 or not numbers:
             raise InputError(
                 f"{tree.path}: {place}: {line!r}, expected `clip_folder num_frames label`"
             )

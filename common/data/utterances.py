@@ -20,6 +20,7 @@ import math
 import operator
 import pickle
 import re
+import tokenize
 import zipfile
 import zlib
 from collections import Counter
@@ -57,6 +58,7 @@ _READ_ERRORS = (
     zipfile.BadZipFile,
     zlib.error,
     pickle.UnpicklingError,
+    tokenize.TokenError,
 )
 _ROLES = ("id", "label", "split", "speaker")
 _SHOWN = 5  # names or rows that a message lists
@@ -147,9 +149,9 @@ def open_utterances(path: str, max_length: int | None = None) -> Utterances:
             all, a pickle that holds anything but arrays.
     """
     place = existing(path)
-    if place.is_file() and place.suffix.lower() == ".npz":
+    if not place.is_dir() and place.suffix.lower() == ".npz":
         fields = _read_npz(place)
-    elif place.is_file() and place.suffix.lower() == ".tsv":
+    elif not place.is_dir() and place.suffix.lower() == ".tsv":
         fields = _read_tsv(place)
     elif place.is_dir() or place.suffix.lower() == ".zip":
         fields = _read_umc(place, max_length)

@@ -95,8 +95,11 @@ def seed_process(args) -> None:
     Raises:
         InputError: there is nothing at the path that --resume names.
     """
-    if args.resume not in ("auto", "none") and not os.path.lexists(args.resume):
-        raise InputError(f"--resume {args.resume}: no such file or directory")
+    if args.resume not in ("auto", "none"):
+        try:
+            os.stat(args.resume)
+        except OSError as error:
+            raise InputError(f"--resume {args.resume}: {error.strerror.lower()}") from None
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
