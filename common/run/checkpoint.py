@@ -11,6 +11,7 @@ import hashlib
 import io
 import math
 import os
+import pickletools
 import random
 import re
 import shutil
@@ -158,9 +159,10 @@ def load(path: Path) -> dict:
 
 
 def _refuse_bombs(data: bytes, path: Path) -> None:
-    # What is small here and large once it is read: torch.save never compresses, and stores no bytes
-    # but those of tensors.
+    # What is small here and large, or endless, once it is read: torch.save never compresses, and
+    # stores no bytes but those of tensors.
     pickled = data
+    count = 4  # pickles of a file before PyTorch 1.6
     try:
         archive = zipfile.ZipFile(io.BytesIO(data))
     except zipfile.BadZipFile:  # a pickle without an archive
@@ -173,8 +175,14 @@ def _refuse_bombs(data: bytes, path: Path) -> None:
             )
         names = [e.filename for e in entries if e.filename.endswith("/data.pkl")]
         pickled = b"".join(map(archive.read, names))
-    if b"bytearray" in pickled:
-        raise InputError(f"checkpoint {path} holds raw bytes; store its state dict alone")
+        count = len(names)
+    stream = io.BytesIO(pickled)
+    for _ in range(count):
+        for op, name, _ in pickletools.genops(stream):
+            if op.name == "GLOBAL" and name.endswith(" bytearray"):
+                raise InputError(f"checkpoint {path} holds raw bytes; store its state dict alone")
+            if op.name == "GLOBAL" and len(name) > 500:  # torch's message would take hours
+                raise ValueError("an absurd name")
 
 
 def _check_sizes(state, size: int, path: Path) -> None:
