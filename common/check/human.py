@@ -6,6 +6,7 @@ Which items they are follows from their names, so nothing in the folder gives an
 """
 
 import csv
+import io
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common import metrics
+from common import metrics, reading
 from common.check.result import PASS, SKIP, CheckSpec, Result, skip
 from common.data.clips import Videos
 from common.data.images import UNLABELED
@@ -136,7 +137,11 @@ def read_sheet(sheet: Path, classes: list[str], num_items: int) -> list[tuple[in
     known = {name.lower(): number for number, name in enumerate(classes)}
     answers = []
     answered = set()
-    with open(sheet, newline="", encoding="utf-8-sig") as file:
+    try:
+        text = reading.decode_table(reading.read_bytes(sheet), sheet)
+    except UnicodeDecodeError:
+        raise InputError(f"{sheet}: not UTF-8; save the file as UTF-8") from None
+    with io.StringIO(text, newline="") as file:
         first = file.readline()
         file.seek(0)
         # A spreadsheet program may have saved it with another delimiter.
