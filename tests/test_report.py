@@ -102,7 +102,7 @@ def test_a_grid_enlarges_small_images_in_whole_pixels(tmp_path):
     images = torch.zeros(2, 3, 8, 8)
     images[1] = 1
     figures.save_grid(tmp_path / "grid.png", images, 2)
-    pixels = np.array(Image.open(tmp_path / "grid.png"))
+    pixels = np.array(Image.open(tmp_path / "grid.png", formats=["PNG"]))
     scale = 96 // 8
     assert pixels.shape == ((8 + 4) * scale, (2 * 8 + 6) * scale, 3)
     assert pixels[4 * scale, 6 * scale].tolist() == [0, 0, 0]

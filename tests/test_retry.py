@@ -7,11 +7,11 @@ import zipfile
 
 import pytest
 
+from common import reading, retry
 from common.data.images import list_files
-from common.run import retry
+from common.retry import io_retry, retried
 from common.run.files import atomic_write, read_json
 from common.run.log import Log, read
-from common.run.retry import io_retry, retried
 
 
 class Fails:
@@ -175,8 +175,8 @@ def test_an_archive_is_opened_again(tmp_path, monkeypatch, pauses):
     monkeypatch.setattr(
         zipfile.ZipFile, "__init__", lambda self, *a, **k: opened.append(1) or init(self, *a, **k)
     )
-    fails = Fails(zipfile.ZipFile.read, errno.ESTALE)
-    monkeypatch.setattr(zipfile.ZipFile, "read", lambda self, entry: fails(self, entry))
+    fails = Fails(zipfile.ZipFile.open, errno.ESTALE)
+    monkeypatch.setattr(zipfile.ZipFile, "open", lambda self, entry: fails(self, entry))
     with patiently():
         assert content(0) == b"pixels" and content(0) == b"pixels"
     assert len(opened) == 1 and fails.calls == 3
@@ -186,11 +186,10 @@ def test_a_file_of_a_run_that_cannot_be_read_for_a_moment_is_not_taken_for_missi
     tmp_path, monkeypatch, pauses
 ):
     (tmp_path / "config.json").write_text('{"epochs": 3}')
-    path = type(tmp_path)
-    fails = Fails(path.read_text, errno.ESTALE)
-    monkeypatch.setattr(path, "read_text", lambda self, *a, **k: fails(self, *a, **k))
+    fails = Fails(reading.regular_status, errno.ESTALE)
+    monkeypatch.setattr(reading, "regular_status", fails)
     with patiently():
-        assert read_json(tmp_path / "config.json") == {"epochs": 3}
+        assert read_json(tmp_path / "config.json") == {"epochs": 3} and fails.calls == 2
         assert read_json(tmp_path / "summary.json") is None
 
 
