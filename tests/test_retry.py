@@ -9,9 +9,11 @@ import pytest
 
 from common import reading, retry
 from common.data.images import list_files
+from common.errors import InputError
 from common.retry import io_retry, retried
 from common.run.files import atomic_write, read_json
 from common.run.log import Log, read
+from common.run.run import watchdog
 
 
 class Fails:
@@ -82,6 +84,30 @@ def test_without_a_run_nothing_is_tried_again(pauses):
     with pytest.raises(OSError, match=r"Input/output error: 'here'"):
         retried(fails, "here")
     assert fails.calls == 1
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_what_is_no_regular_file_is_refused_without_a_wait(large, tmp_path, pauses, capsys):
+    os.mkfifo(tmp_path / "x")
+    with patiently(), pytest.raises(InputError, match="is a FIFO, not a regular file"):
+        reading.read_bytes(tmp_path / "x", large=large, was_there=True)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_wait_for_a_file_system_is_no_stall(waits, monkeypatch):
+    exits, polls, enough = [], [], threading.Event()
+    monkeypatch.setattr(os, "_exit", exits.append)
+
+    def heartbeat():
+        retry.patience.heartbeat += waits
+        polls.append(1)
+        if len(polls) > 30:
+            enough.set()
+
+    with watchdog(0.0002, heartbeat, lambda: "no step"):
+        assert enough.wait(60)
+    assert not exits if waits else set(exits) == {75}
 
 
 def test_when_the_time_is_over_the_error_has_its_file(monkeypatch, pauses):
