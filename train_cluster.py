@@ -713,7 +713,8 @@ def run_inference(args, world: dist.Dist) -> None:
         )
     run = loaded.as_run(args, world, rows, utterances.split(rows.table))
     weighted = spec["input_weighting"] == "weighted"
-    model = build_model(run, umc.empty_basis(widths) if weighted else None)
+    with checkpoint.foreign(loaded.source):
+        model = build_model(run, umc.empty_basis(widths) if weighted else None)
     checkpoint.load_weights(model, loaded.state["model"], loaded.source)
     if args.predict:
         predict(loaded, run, model)

@@ -535,8 +535,8 @@ def train(run: Run, published) -> None:
         return
     steps = len(run.splits["train"]) // stage.bs
     log.say(
-        stage.describe(plural(len(run.splits["train"]), "clip"), steps)
-        + f"; {args.method}:\n{run.schedule.describe()}"
+        stage.describe(plural(len(run.splits["train"]), "clip"), steps) + f"; {args.method}:",
+        *run.schedule.describe().split("\n"),
     )
     log.say(model.describe())
     if model.prompts is None and any(p.mi or p.smoothing for p in run.schedule.phases):
@@ -691,7 +691,8 @@ def run_inference(args, world: dist.Dist) -> None:
         there, known = (", ".join(names) for names in (clips.classes, spec["classes"]))
         raise InputError(f"{clips.name} has the classes {there}, the model {known}")
     run = loaded.as_run(args, world, clips, {})
-    model = build_model(run)
+    with checkpoint.foreign(loaded.source):
+        model = build_model(run)
     checkpoint.load_weights(model, loaded.state["model"], loaded.source)
     indices = raer.split(clips, ["test"])["test"] if args.eval else np.arange(len(clips))
     logits = evaluate(run, model, indices)
@@ -746,8 +747,8 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
     )
     run.schedule = schedule
     distill.attach_teacher(run, teacher, build_model, teacher_logits, evaluate)
-    notes = filter(None, [weights_text, clips.describe_frames(args.num_frames)])
-    run.log.say("\n".join(notes))
+    weights_notes = weights_text.split("\n") if weights_text else []
+    run.log.say(*weights_notes, clips.describe_frames(args.num_frames))
     if args.check:
         return check(run, {"train": check_spec(run, published)})
     figures.put_tables(run, {"Schedule": longtail.schedule_table(schedule)})

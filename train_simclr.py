@@ -718,7 +718,8 @@ def run_inference(args, world: dist.Dist) -> None:
     data = build_data(args, loaded.path, world, targets, [loaded.source])
     images, splits = data.images, data.splits
     run = loaded.as_run(args, world, images, splits)
-    model = build_model(run, kind)
+    with checkpoint.foreign(loaded.source):
+        model = build_model(run, kind)
     checkpoint.load_weights(model, loaded.state["model"], loaded.source)
     if args.predict:
         scores = evaluate(run, model, np.arange(len(images))).softmax(1)
@@ -753,10 +754,12 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
     backbone, stem = (
         getattr(args, flag) or source.get(flag, default) for flag, default in DEFAULTS.items()
     )
-    published_text = None
+    if backbone not in list(BACKBONES) or stem not in STEMS:
+        raise InputError(f"--from {args.from_run} has the unknown backbone {backbone}, {stem}")
+    published_notes = []
     if args.weights:
         published = build_backbone(backbone, stem)
-        published_text = load_published(published, args.weights)
+        published_notes = load_published(published, args.weights).split("\n")
         weights = published.state_dict()
     size = args.image_size or source.get("image_size")
     spec = dict(
@@ -787,7 +790,8 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
         identity=config.run_id(
             parser, args, data=images.fingerprint, stage=args.stage, **spec, **start, **teacher_id
         ),
-        input_text="\n".join(filter(None, [f"input {spec['image_size']} px", published_text])),
+        input_text=f"input {spec['image_size']} px",
+        notes=published_notes,
         kept=protocol and {"split": protocol},
     )
     if protocol and world.is_main and not args.check:

@@ -38,7 +38,7 @@ from common.check.result import CheckSpec, NetworkView
 from common.check.runner import check
 from common.data import augment, faceforensics, sampling
 from common.distill import add_distillation
-from common.errors import InputError, as_input_error, plural
+from common.errors import InputError, as_input_error, plural, say
 from common.losses import focal_bce, focal_guess
 from common.models.heads import AGGREGATES, HEAD_BIAS, init_bias_to_prior
 from common.models.mobilenet_v4 import VARIANTS, build_mobilenet_v4, load_published
@@ -657,7 +657,8 @@ def run_inference(args, world: dist.Dist) -> None:
         )
     videos = build_data(args, loaded.path, world, labels=bool(args.eval))
     run = loaded.as_run(args, world, videos, {})
-    model = build_model(run)
+    with checkpoint.foreign(loaded.source):
+        model = build_model(run)
     checkpoint.load_weights(model, loaded.state["model"], loaded.source)
     if args.stream:
         stream(run, model)
@@ -697,7 +698,7 @@ def stream(run: Run, model: ClipModel) -> None:
         file = run.folder / "stream.csv"
         with atomic_write(file) as out:
             out.write("\n".join(lines) + "\n")
-        print(f"{file}: {plural(len(frames), 'frame')}, the last score is {score_fake:.6f}")
+        say(f"{file}: {plural(len(frames), 'frame')}, the last score is {score_fake:.6f}")
 
 
 def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:

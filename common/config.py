@@ -11,26 +11,26 @@ import json
 import os
 import re
 import sys
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import search
-from common.errors import EXIT_BAD_INPUT, InputError, did_you_mean, plural
+from common import reading, search
+from common.errors import EXIT_BAD_INPUT, InputError, did_you_mean, plural, say
 
 # What may differ between two commands that mean the same run. The data set enters the identity by
 # its content (`fingerprint`), so that a copy on a node's local disk continues the same run.
 NOT_IN_RUN_ID = {
     "check", "compile", "config", "data", "demo", "detect_anomaly", "deterministic", "device",
-    "eval", "force_resume", "from_run", "impl", "io_retry", "log_every", "max_steps", "out",
-    "predict", "profile", "ranges", "resume", "save_every", "search", "teacher", "tensorboard",
-    "timeout", "trial", "workers",
+    "eval", "force_resume", "from_run", "impl", "io_retry", "log_every", "max_item_mb", "max_steps",
+    "out", "predict", "profile", "ranges", "resume", "save_every", "search", "teacher",
+    "tensorboard", "timeout", "trial", "workers",
 }  # fmt: skip
 
 # What --eval, --predict and --ensemble heed.
 INFERENCE_FLAGS = {
     "on_bad_item", "compile", "config", "data", "deterministic", "device", "eval", "io_retry",
-    "out", "precision", "predict", "resume", "seed", "store_size", "workers",
+    "max_item_mb", "out", "precision", "predict", "resume", "seed", "store_size", "timeout",
+    "workers",
 }  # fmt: skip
 
 # Earlier names of shared flags, and what other projects call them: accepted without being shown.
@@ -245,7 +245,7 @@ class Parser(_Flags, argparse.ArgumentParser):
         if unknown != message:
             first = unknown.split()[0].split("=")[0]
             message = f"unknown flag {first}{self.hint(first)}"
-        print(f"error: {message} (see --help)", file=sys.stderr)
+        say(f"error: {message} (see --help)", file=sys.stderr)
         raise SystemExit(EXIT_BAD_INPUT)
 
 
@@ -382,7 +382,11 @@ def base_parser(
     running.number("--eval-every", int, 1, "epochs between two evaluations", low=1)
     running.number("--save-every", float, 10.0, "minutes between two checkpoints", low=0)
     running.number(
-        "--timeout", float, 30.0, "minutes without a step after which the run is ended", above=0
+        "--timeout",
+        float,
+        30.0,
+        "minutes without a step, or waiting for one read, after which the run is ended",
+        above=0,
     )
     running.number(
         "--io-retry",
@@ -460,6 +464,15 @@ def reading_flags(group: _Group | Parser) -> None:
         "error",
         "what a damaged image does: end the run, or be left out and counted (at most 1 %% of them)",
     )
+    group.number(
+        "--max-item-mb",
+        float,
+        reading.DEFAULT_MB,
+        "memory that reading one item may take, MB: a file or an image that declares more is"
+        " refused",
+        above=0,
+        high=2**20,
+    )
 
 
 def parse(
@@ -518,10 +531,7 @@ def _config_flags(parser: Parser, file: str) -> list[str]:
     if path.suffix not in (".toml", ".json"):
         parser.error(f"--config {file}: allowed are .toml and .json")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except OSError as error:
-        parser.error(f"--config {file}: {error.strerror}")
+        values = reading.read_settings(path)
     except ValueError as error:
         parser.error(f"--config {file}: {error}")
     if not isinstance(values, dict):
@@ -550,11 +560,24 @@ def _config_flags(parser: Parser, file: str) -> list[str]:
         if value is False:
             continue
         argv.append(action.option_strings[0])
-        if isinstance(value, list):
-            argv.append(",".join(map(str, value)))
-        elif value is not True:
-            argv.append(str(value))
+        if value is True:
+            continue
+        argv.append(_word(value))
+        if argv[-1] is None:
+            parser.error(f"--config {file}: {name} has a value that no flag takes")
     return argv
+
+
+def _word(value) -> str | None:
+    # None for a table, a list of lists and the like, and for what no command line can hold.
+    items = value if isinstance(value, list) else [value]
+    if not all(isinstance(item, str | int | float) for item in items):
+        return None
+    try:
+        text = ",".join(map(str, items))
+    except ValueError:  # a number of thousands of digits
+        return None
+    return None if "\0" in text else text
 
 
 def _attribute(option: str) -> str:

@@ -139,7 +139,8 @@ def attach_teacher(
     args = run.args
     teachers_run = replace(run, model_spec=state["model_spec"])
     rng_state = checkpoint.rng_state()
-    model = build_model(teachers_run)
+    with checkpoint.foreign(args.teacher):
+        model = build_model(teachers_run)
     checkpoint.set_rng_state(rng_state)
     checkpoint.load_weights(model, state["model"], args.teacher)
     run.log.say(

@@ -5,6 +5,7 @@ import difflib
 import errno
 import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,8 @@ EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 3
 EXIT_AUDIT = 4
 EXIT_STOPPED = 75
+# What moves the cursor, splits a line, reverses text or stands for a byte that is no text.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class InputError(ValueError):
@@ -81,7 +84,7 @@ def exit_codes():
     try:
         yield
     except InputError as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        say(f"error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_BAD_INPUT) from None
     except OSError as error:
         if thread_limit(error):
@@ -90,23 +93,25 @@ def exit_codes():
             text = f"{error.strerror}; make room and run the same command again"
         elif error.errno in TRANSIENT:
             text = f"{error.filename}: {error.strerror}; --io-retry waits longer. {AGAIN}"
+        elif error.filename is not None:  # a name that is too long, a folder of another user
+            text = f"{error.filename}: {error.strerror}"
         else:
             raise
-        print(f"error: {text}", file=sys.stderr)
+        say(f"error: {text}", file=sys.stderr)
         raise SystemExit(EXIT_BAD_INPUT) from None
     except Diverged as error:
-        print(f"diverged: {error}", file=sys.stderr)
+        say(f"diverged: {error}", file=sys.stderr)
         raise SystemExit(EXIT_DIVERGED) from None
     except AuditFailed as error:
-        print(f"audit failed: {error}", file=sys.stderr)
+        say(f"audit failed: {error}", file=sys.stderr)
         raise SystemExit(EXIT_AUDIT) from None
     except Stopped as stop:
-        print(stop, file=sys.stderr)
+        say(f"{stop}", file=sys.stderr)
         raise SystemExit(stop.code) from None
     except RuntimeError as error:
         if not thread_limit(error):
             raise
-        print(f"error: {THREAD_LIMIT}", file=sys.stderr)
+        say(f"error: {THREAD_LIMIT}", file=sys.stderr)
         raise SystemExit(EXIT_BAD_INPUT) from None
 
 
@@ -147,6 +152,22 @@ def _keep_console() -> None:
             setattr(sys, name, kept)
 
 
+def printable(text) -> str:
+    """A text with its control characters, and bytes that are no text, as escapes: one line."""
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), str(text))
+
+
+def say(*lines, file=None) -> None:
+    """Print lines, each as one: names of the user's files and classes are not trusted.
+
+    A line of more than 2000 characters, which no one reads, is cut in its middle.
+    """
+    for line in map(printable, lines):
+        if len(line) > 2000:
+            line = f"{line[:1000]} ... {line[-800:]}"
+        print(line, file=file, flush=True)
+
+
 @contextlib.contextmanager
 def as_input_error(flag: str, value):
     """Turn a ValueError about a flag's value into an `InputError` that names the flag."""
@@ -173,17 +194,12 @@ def only_warn(say: Callable[[str], None], what: str) -> Iterator[None]:
 def described(error: Exception) -> str:
     """What an exception says, in one line; with its kind and place where nobody expected it."""
     if isinstance(error, InputError):
-        return one_line(error)
+        return printable(error)
     if isinstance(error, OSError) and error.strerror:
-        return one_line(": ".join(str(part) for part in (error.strerror, error.filename) if part))
+        return printable(": ".join(str(part) for part in (error.strerror, error.filename) if part))
     frame = traceback.extract_tb(error.__traceback__, -1)[0]
     place = f"{Path(frame.filename).name}:{frame.lineno}"
-    return one_line(f"{type(error).__name__} at {place}: {error}")
-
-
-def one_line(text) -> str:
-    """A text for a terminal: line ends, control characters and broken ones are written out."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+    return printable(f"{type(error).__name__} at {place}: {error}")
 
 
 def plural(count: int, noun: str) -> str:

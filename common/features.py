@@ -11,10 +11,10 @@ from torch import Tensor
 
 from common import amp, metrics
 from common.data import sampling
+from common.retry import retried
 from common.run import dist
 from common.run.content import content_of
 from common.run.files import atomic_write
-from common.run.retry import retried
 from common.run.run import Run
 
 KNN_BANK = 4096  # items among which neighbors are sought, at most

@@ -20,8 +20,6 @@ Then the methods: `check` refuses what has no effect, `loss_terms` is the loss o
 the rule for the answer.
 """
 
-import json
-import tomllib
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -30,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import amp, losses, metrics
+from common import amp, losses, metrics, reading
 from common.data import sampling
 from common.errors import InputError, did_you_mean
 from common.models.raer import RaerModel
@@ -203,10 +201,7 @@ def read_schedule(path: str) -> Schedule:
     if place.suffix not in (".toml", ".json"):
         raise InputError(f"--schedule {path}: allowed are .toml and .json")
     try:
-        text = place.read_text(encoding="utf-8-sig")
-        table = tomllib.loads(text) if place.suffix == ".toml" else json.loads(text)
-    except OSError as error:
-        raise InputError(f"--schedule {path}: {error.strerror}") from None
+        table = reading.read_settings(place)
     except ValueError as error:
         raise InputError(f"--schedule {path}: {error}") from None
     complete = isinstance(table, dict) and table.keys() == {"epochs", "phases"}

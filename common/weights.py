@@ -8,11 +8,9 @@ TorchScript archives give up their tensors, and none of their code runs. Other f
 """
 
 import io
-import json
 import math
+import os
 import pickle
-import pickletools
-import warnings
 import zipfile
 import zlib
 from pathlib import Path
@@ -21,6 +19,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
+from common import reading
 from common.errors import InputError
 from common.run import checkpoint
 from common.run.files import read_config, read_json
@@ -60,10 +59,12 @@ def read(path: str | Path) -> dict[str, Tensor]:
             file and the fault.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise InputError(f"weights {path}: a folder; give a file, of a run its best.pt")
-    if not path.is_file():
-        raise InputError(f"weights {path}: there is no such file")
+    try:
+        os.stat(path)
+    except OSError as error:
+        raise InputError(f"weights {path}: {error.strerror.lower()}") from None
     if path.suffix == ".safetensors":
         state = read_safetensors(path)
     else:
@@ -91,18 +92,17 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         return InputError(f"weights {path} is not a valid safetensors file: {what}")
 
     try:
-        with open(path, "rb") as file:
-            size = path.stat().st_size
+        with reading.pending(path), reading.open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 10 or not 2 <= length <= min(size - 8, _MAX_HEADER):
                 raise wrong(
                     f"a header of {length} bytes in a file of {size} (allowed: 2 to {_MAX_HEADER})"
                 )
             try:
-                header = json.loads(file.read(length), object_pairs_hook=_object)
+                text = file.read(length)
+                header = reading.parse_json(text, "its header", object_pairs_hook=_object)
                 entries = _entries(header, size - 8 - length)
-            except RecursionError:
-                raise wrong("its header is nested too deeply") from None
             except ValueError as error:  # JSONDecodeError and UnicodeDecodeError among them
                 raise wrong(f"{error}"[:300]) from None
             tensors = {}
@@ -121,10 +121,10 @@ def _object(pairs: list[tuple]) -> dict:
     """A JSON object; the format forbids a name that stands twice."""
     made = dict(pairs)
     if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(
-            f"{next(name for name in made if names.count(name) > 1)!r} stands twice in its header"
-        )
+        for name, _ in pairs:
+            if name not in made:
+                raise ValueError(f"{name!r} stands twice in its header")
+            del made[name]
     return made
 
 
@@ -181,21 +181,15 @@ def _entries(header, size: int) -> list[tuple[str, torch.dtype, list[int], int]]
 def _read_torch(path: Path):
     """What `torch.load(weights_only=True)` gives, after refusing what it has no good answer to."""
     try:
-        entries = []
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                entries = archive.infolist()
-    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
-        raise InputError(f"weights {path} is damaged: {error}") from None
+        with reading.open_file(path) as file:
+            is_archive = zipfile.is_zipfile(file)
+        entries = reading.open_zip(path).infolist() if is_archive else []
+    except (OSError, InputError, zipfile.BadZipFile) as error:
+        raise InputError(f"weights {path}: {error}") from None
     code = next((e.filename for e in entries if e.filename.endswith("/constants.pkl")), None)
     if code:
         return read_torchscript(path, code.removesuffix("constants.pkl"))
-    # torch.save never compresses: a small file that would unpack to a huge one is not its work.
-    if sum(entry.file_size for entry in entries) > path.stat().st_size:
-        raise InputError(f"weights {path} is not a file of torch.save: its entries are compressed")
-    # About old pickles: what cannot be read is refused.
-    with warnings.catch_warnings(action="ignore"):
-        return checkpoint.load(path)
+    return checkpoint.load(path)
 
 
 def read_torchscript(path: Path, root: str) -> dict[str, Tensor]:
@@ -208,7 +202,7 @@ def read_torchscript(path: Path, root: str) -> dict[str, Tensor]:
         InputError: the archive is damaged or asks for anything but modules and plain tensors.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with reading.pending(path), reading.open_zip(path) as archive:
             pending = [("", _TorchScriptUnpickler(archive, root).load())]
             state = {}
             for _ in range(_MAX_MODULES):
@@ -220,7 +214,9 @@ def read_torchscript(path: Path, root: str) -> dict[str, Tensor]:
                         pending.append((f"{prefix}{name}.", value))
                     elif isinstance(value, Tensor):
                         state[prefix + name] = value
-            raise pickle.UnpicklingError(f"more than {_MAX_MODULES} modules")
+                if len(state) > _MAX_MODULES:
+                    break
+            raise pickle.UnpicklingError(f"more than {_MAX_MODULES} modules or tensors")
     except (
         *checkpoint.UNREADABLE,
         RecursionError,
@@ -243,10 +239,7 @@ class _TorchScriptUnpickler(pickle.Unpickler):
 
     def __init__(self, archive: zipfile.ZipFile, root: str):
         data = self._stored(archive, f"{root}data.pkl")
-        for op, arg, _ in pickletools.genops(data):
-            # A memo is allocated up to its highest index.
-            if op.name.endswith("PUT") and int(arg) > len(data):
-                raise pickle.UnpicklingError("an absurd memo index")
+        reading.check_memo(data)
         super().__init__(io.BytesIO(data))
         self._archive = archive
         self._root = root
@@ -345,7 +338,7 @@ def load_backbone(source: str, script: str) -> tuple[dict[str, Tensor], dict]:
         InputError: there is none, the run has not finished, or it is another script's.
     """
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):
         read_config(path)  # refuses a run of another format
         summary = read_json(path / "summary.json") or {}
         state = None
@@ -360,6 +353,11 @@ def load_backbone(source: str, script: str) -> tuple[dict[str, Tensor], dict]:
     else:
         state = checkpoint.load(path)
     model_spec = state.get("model_spec", {}) if isinstance(state, dict) else {}
+    sizes = ("image_size", "proj_dim")
+    if not isinstance(model_spec, dict) or not all(
+        type(model_spec.get(name, 1)) is int for name in sizes
+    ):
+        raise InputError(f"--from {source}: its model_spec is none of train_{script}.py")
     if model_spec.get("script", script) != script:
         raise InputError(
             f"--from {source} is of train_{model_spec['script']}.py, allowed are runs of"

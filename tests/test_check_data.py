@@ -84,7 +84,7 @@ def test_a_copy_beyond_the_items_that_are_decoded_is_found_too(folder, tmp_path,
 def test_a_changed_copy_in_the_test_is_near(change, tmp_path):
     copy = split_cells(tmp_path / "cells", count=160)
     for path in sorted((copy / "train").rglob("*.png"))[:4]:
-        image = Image.open(path)
+        image = Image.open(path, formats=["PNG"])
         if change == "larger":
             image = image.resize((48, 48), Image.Resampling.BICUBIC)
         if change == "brighter":
@@ -100,7 +100,9 @@ def test_a_changed_copy_in_the_test_is_near(change, tmp_path):
 def test_one_near_pair_in_a_large_test_warns(folder, tmp_path):
     copy = split_cells(tmp_path / "cells")
     path = next((copy / "train").rglob("*.png"))
-    Image.open(path).save(copy / "test" / path.parent.name / "near.jpg", quality=80)
+    Image.open(path, formats=["PNG"]).save(
+        copy / "test" / path.parent.name / "near.jpg", quality=80
+    )
     found = examine(copy, tmp_path)["duplicates"]
     assert (
         found.status == "WARN" and "1 near across splits" in found.value and "near.jpg" in found.fix

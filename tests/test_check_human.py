@@ -65,7 +65,9 @@ def test_a_hundred_items_go_out_without_a_hint_of_their_class(tmp_path):
     assert not any(name in key for name in CLASSES)
     rows = order(source)
     for i in (0, 57):
-        shown = np.array(Image.open(tmp_path / "human" / f"{i + 1:03d}.png"))[::5, ::5]
+        shown = np.array(Image.open(tmp_path / "human" / f"{i + 1:03d}.png", formats=["PNG"]))[
+            ::5, ::5
+        ]
         assert np.array_equal(shown, PIXELS[rows[i]].transpose(1, 2, 0))
 
 
@@ -147,7 +149,9 @@ def test_clips_are_strips_and_utterances_are_texts(tmp_path):
     )
     check_human.item(task_of(own, tmp_path / "clips", test=range(40)))
     first = order(own, range(40))[0]
-    strip = np.array(Image.open(tmp_path / "clips" / "human" / "001.png"))[::5, ::5]
+    strip = np.array(Image.open(tmp_path / "clips" / "human" / "001.png", formats=["PNG"]))[
+        ::5, ::5
+    ]
     assert np.array_equal(
         strip, np.concatenate(list(PIXELS[4 * first : 4 * first + 4]), 2).transpose(1, 2, 0)
     )

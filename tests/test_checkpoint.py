@@ -25,7 +25,10 @@ def state():
     return {
         "format": FORMAT,
         "weights": torch.arange(1000.0),
-        "place": {"step": 3, "best": None, "done": False},
+        "stage": "train",
+        "start": "",
+        "place": dict.fromkeys(checkpoint._COUNTS, 3) | {"best": None, "done": False},
+        **dict.fromkeys(("kinds", "parts", "sums", "rng"), {}),
         "names": ["a", "b"],
     }
 

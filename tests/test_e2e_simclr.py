@@ -106,7 +106,7 @@ def test_backbone_loads_into_plain_torchvision_and_gives_the_stored_features(who
             "test",
         }
         assert stored["classes"][stored["label"][0]] == str(stored["id"][0]).split("/")[0]
-        pixels = np.array(Image.open(cells / str(stored["id"][0])))
+        pixels = np.array(Image.open(cells / str(stored["id"][0]), formats=["PNG"]))
         image = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
         image = torch.nn.functional.interpolate(image, (8, 8), mode="bilinear", antialias=True)
         mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 1, 3, 1, 1)

@@ -35,7 +35,7 @@ import train_cluster
 import train_raer
 import train_simclr
 import train_tsm
-from common import linear_eval, weights
+from common import linear_eval, retry, weights
 from common.check import runner
 from common.data import utterances
 from common.errors import Diverged, InputError
@@ -43,7 +43,7 @@ from common.features import _read_features, stored_features
 from common.models import Backbone
 from common.report import figures, page, record
 from common.report.clusters import write_cluster_report
-from common.run import checkpoint, directory, dist, retry
+from common.run import checkpoint, directory, dist
 from common.run.directory import starts_in_vain
 from common.run.log import Log
 from common.run.progress import Progress

@@ -16,7 +16,7 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("train_*.py"))
 # no circle closes. A name without a dot is a file, one that ends with a dot a room.
 FLOORS = (
     ("errors",),
-    ("rng",),
+    ("rng", "retry", "reading"),
     ("search", "losses", "optim", "metrics", "monitor"),
     ("amp", "clustering"),
     ("config",),

@@ -16,7 +16,7 @@ from PIL import Image
 from common.data import __main__, pack, sampling
 from common.data.open import open_images
 from common.errors import InputError
-from common.run.retry import io_retry
+from common.retry import io_retry
 from tests.data import image_folder, picture, read_pixels, zipped
 from tests.runs import refused
 

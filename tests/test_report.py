@@ -102,7 +102,7 @@ def test_a_grid_enlarges_small_images_in_whole_pixels(tmp_path):
     images = torch.zeros(2, 3, 8, 8)
     images[1] = 1
     figures.save_grid(tmp_path / "grid.png", images, 2)
-    pixels = np.array(Image.open(tmp_path / "grid.png"))
+    pixels = np.array(Image.open(tmp_path / "grid.png", formats=["PNG"]))
     scale = 96 // 8
     assert pixels.shape == ((8 + 4) * scale, (2 * 8 + 6) * scale, 3)
     assert pixels[4 * scale, 6 * scale].tolist() == [0, 0, 0]
@@ -191,7 +191,7 @@ def test_a_line_that_no_run_writes_ends_a_report_in_one_line_or_is_left_out(
 
 def test_a_damaged_run_among_others_is_named_and_left_out(tmp_path, capsys):
     for name in ("a", "b"):
-        damaged_run(tmp_path / name, "check.json", "null")
+        damaged_run(tmp_path / name, "notes.txt", "")
     damaged_run(tmp_path / "bad", "summary.json", "[1]")
     table = ["--rows", "bs", "--value", "linear/test/accuracy"]
     assert __main__.main([str(tmp_path), *table]) == 0
@@ -227,7 +227,7 @@ def test_control_characters_of_names_do_not_reach_the_terminal(tmp_path, capsys)
 
 
 def test_a_report_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, capsys):
-    run = damaged_run(tmp_path / "run", "check.json", "null")
+    run = damaged_run(tmp_path / "run", "notes.txt", "")
     replace = os.replace
 
     def refuse(source, target):
@@ -246,8 +246,8 @@ def test_a_report_that_cannot_be_written_is_one_line(tmp_path, monkeypatch, caps
 
 
 def test_pages_and_figures_are_whole_or_not_there(tmp_path, monkeypatch):
-    run = damaged_run(tmp_path / "run", "check.json", "null")
-    other = damaged_run(tmp_path / "other", "check.json", "null")
+    run = damaged_run(tmp_path / "run", "notes.txt", "")
+    other = damaged_run(tmp_path / "other", "notes.txt", "")
     writers = {
         run / "report.html": lambda: __main__.main([str(run)]),
         run / "figures" / "pretrain_loss.svg": lambda: __main__.main([str(run)]),
@@ -306,7 +306,7 @@ def test_a_log_does_not_say_where_a_chart_is_written(tmp_path):
 def test_a_report_that_fails_is_one_warning_and_the_next_one_is_tried(
     failure, tmp_path, monkeypatch
 ):
-    run = damaged_run(tmp_path / "run", "check.json", "null")
+    run = damaged_run(tmp_path / "run", "notes.txt", "")
     now = [0.0]
     monkeypatch.setattr(page.time, "monotonic", lambda: now[0])
 

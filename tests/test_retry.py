@@ -7,11 +7,13 @@ import zipfile
 
 import pytest
 
+from common import reading, retry
 from common.data.images import list_files
-from common.run import retry
+from common.errors import InputError
+from common.retry import io_retry, retried
 from common.run.files import atomic_write, read_json
 from common.run.log import Log, read
-from common.run.retry import io_retry, retried
+from common.run.run import watchdog
 
 
 class Fails:
@@ -82,6 +84,30 @@ def test_without_a_run_nothing_is_tried_again(pauses):
     with pytest.raises(OSError, match=r"Input/output error: 'here'"):
         retried(fails, "here")
     assert fails.calls == 1
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_what_is_no_regular_file_is_refused_without_a_wait(large, tmp_path, pauses, capsys):
+    os.mkfifo(tmp_path / "x")
+    with patiently(), pytest.raises(InputError, match="is a FIFO, not a regular file"):
+        reading.read_bytes(tmp_path / "x", large=large, was_there=True)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_a_wait_for_a_file_system_is_no_stall(waits, monkeypatch):
+    exits, polls, enough = [], [], threading.Event()
+    monkeypatch.setattr(os, "_exit", exits.append)
+
+    def heartbeat():
+        retry.patience.heartbeat += waits
+        polls.append(1)
+        if len(polls) > 30:
+            enough.set()
+
+    with watchdog(0.0002, heartbeat, lambda: "no step"):
+        assert enough.wait(60)
+    assert not exits if waits else set(exits) == {75}
 
 
 def test_when_the_time_is_over_the_error_has_its_file(monkeypatch, pauses):
@@ -175,8 +201,8 @@ def test_an_archive_is_opened_again(tmp_path, monkeypatch, pauses):
     monkeypatch.setattr(
         zipfile.ZipFile, "__init__", lambda self, *a, **k: opened.append(1) or init(self, *a, **k)
     )
-    fails = Fails(zipfile.ZipFile.read, errno.ESTALE)
-    monkeypatch.setattr(zipfile.ZipFile, "read", lambda self, entry: fails(self, entry))
+    fails = Fails(zipfile.ZipFile.open, errno.ESTALE)
+    monkeypatch.setattr(zipfile.ZipFile, "open", lambda self, entry: fails(self, entry))
     with patiently():
         assert content(0) == b"pixels" and content(0) == b"pixels"
     assert len(opened) == 1 and fails.calls == 3
@@ -186,11 +212,10 @@ def test_a_file_of_a_run_that_cannot_be_read_for_a_moment_is_not_taken_for_missi
     tmp_path, monkeypatch, pauses
 ):
     (tmp_path / "config.json").write_text('{"epochs": 3}')
-    path = type(tmp_path)
-    fails = Fails(path.read_text, errno.ESTALE)
-    monkeypatch.setattr(path, "read_text", lambda self, *a, **k: fails(self, *a, **k))
+    fails = Fails(reading.regular_status, errno.ESTALE)
+    monkeypatch.setattr(reading, "regular_status", fails)
     with patiently():
-        assert read_json(tmp_path / "config.json") == {"epochs": 3}
+        assert read_json(tmp_path / "config.json") == {"epochs": 3} and fails.calls == 2
         assert read_json(tmp_path / "summary.json") is None
 
 

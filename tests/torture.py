@@ -41,7 +41,7 @@ import train_cluster
 import train_raer
 import train_simclr
 import train_tsm
-from common import deep_cluster, optim
+from common import deep_cluster, optim, reading
 from common.data import augment, sampling
 from common.models import Backbone, clip, mobilenet_v4
 from common.report import page
@@ -478,21 +478,23 @@ def stalls(victim: Victim, count: int) -> dict:
 
 
 def hangs(victim: Victim, count: int) -> dict:
-    """`count` times a loader thread hangs in the read of an image (of a pipe that nobody writes
-    to).
-    """
+    """`count` times a loader thread hangs in the read of an image, as on a dead file system."""
     if victim.name != "simclr":
         return {"hanging reads": 0}
-    image, slowest = (
-        Path(victim.argv[-1]) / "long" / "08.png",
-        0.0,
-    )  # not one of those that are read before training
-    content = image.read_bytes()
+    slowest = 0.0
+    read_bytes = reading.read_bytes
+
+    def hang(path, *most, **how):
+        if str(path).endswith("long/08.png"):  # not one that is read before training
+            time.sleep(1000)
+        return read_bytes(path, *most, **how)
+
+    def before():
+        reading.read_bytes = hang
+
     for _ in range(count):
         folder, begun = victim.fresh(), time.monotonic()
-        image.unlink()
-        os.mkfifo(image)
-        code = victim.run(folder, "--timeout", "0.1")
+        code = victim.run(folder, "--timeout", "0.1", before=before)
         slowest = max(slowest, time.monotonic() - begun)
         said = victim.said(folder).strip().split("\n")[-1]
         assert (
@@ -500,8 +502,6 @@ def hangs(victim: Victim, count: int) -> dict:
             and "waits in common/data/images.py" in said
             and "Run the same command" in said
         ), f"{code}: {said}"
-        image.unlink()
-        image.write_bytes(content)
     return {"hanging reads": count, "slowest exit at 6 s": round(slowest, 2)}
 
 

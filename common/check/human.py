@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common import metrics
+from common import metrics, reading
 from common.check.result import PASS, SKIP, CheckSpec, Result, skip
 from common.data.clips import Videos
 from common.data.images import UNLABELED
@@ -139,9 +139,10 @@ def read_sheet(sheet: Path, classes: list[str], num_items: int) -> list[tuple[in
     answers = []
     answered = set()
     try:
-        file = io.StringIO(sheet.read_bytes().decode("utf-8-sig"), newline="")
+        text = reading.decode_table(reading.read_bytes(sheet), sheet)
     except UnicodeDecodeError as error:
         raise InputError(f"{sheet} is not UTF-8 text: {error}; save it as UTF-8") from None
+    file = io.StringIO(text, newline="")
     first = file.readline()
     file.seek(0)
     # A spreadsheet program may have saved it with another delimiter.

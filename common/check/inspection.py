@@ -6,7 +6,6 @@ byte by byte up to `HASHED` of them.
 
 import functools
 import hashlib
-import io
 import math
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -17,14 +16,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from common.data.clips import VideoFiles, Videos
-from common.data.images import DECODE_ERRORS, UNLABELED, hidden, reason, upright_size
+from common.data.images import DECODE_ERRORS, UNLABELED, hidden, open_image, reason, upright_size
 from common.data.sampling import hash_order
 from common.data.utterances import tokens
-from common.errors import InputError
+from common.errors import InputError, printable
 from common.rng import uniform
 
 PARTS = ("train", "val", "test")
@@ -276,7 +274,7 @@ def empty_folders(root: Path) -> list[str]:
     full = {path.parent for path in root.rglob("*") if path.is_file()}
     beside = {folder.parent for folder in full if folder != root}
     return sorted(
-        path.relative_to(root).as_posix()
+        printable(path.relative_to(root).as_posix())
         for parent in beside
         for path in parent.iterdir()
         if path.is_dir() and not hidden(path.name) and not any(path.iterdir())
@@ -312,7 +310,7 @@ def _resized(pixels: Tensor, side: int) -> Tensor:
 
 
 def _size(content: bytes) -> tuple[int, int]:
-    with Image.open(io.BytesIO(content)) as image:
+    with open_image(content) as image:
         return upright_size(image)
 
 

@@ -14,7 +14,7 @@ import torch
 
 from common.check import data, human, model, training
 from common.check.result import FAIL, PASS, SKIP, WARN, CheckSpec, Result, skip
-from common.errors import AuditFailed, InputError, did_you_mean, only_warn
+from common.errors import AuditFailed, InputError, did_you_mean, only_warn, say
 from common.report import page
 from common.run.directory import card_record, environment
 from common.run.files import write_json
@@ -74,7 +74,7 @@ def check(run: Run, specs: dict[str, CheckSpec]) -> None:
         if spec.run.teacher and name in WITHOUT_TEACHER and result.status != SKIP:
             result = dataclasses.replace(result, value=f"{result.value}; without the teacher")
         items.append({"item": shown} | dataclasses.asdict(result))
-        print(f"{result.status:4} {shown:{width}}  {_line(result)}", flush=True)
+        say(f"{result.status:4} {shown:{width}}  {_line(result)}")
     seconds = time.monotonic() - start
     record = {
         "card": card_record(run.card, run.chance),
@@ -83,11 +83,11 @@ def check(run: Run, specs: dict[str, CheckSpec]) -> None:
         "items": items,
     }
     write_json(run.folder / "check.json", record)
-    with only_warn(print, str(run.folder / "report.html")):
+    with only_warn(say, str(run.folder / "report.html")):
         page.write(run.folder)
     statuses = [item["status"] for item in items]
     counts = [f"{statuses.count(status)} {status}" for status in (PASS, WARN, FAIL, SKIP)]
-    print(f"{', '.join(counts)} in {seconds:.0f} s: {run.folder / 'check.json'}")
+    say(f"{', '.join(counts)} in {seconds:.0f} s: {run.folder / 'check.json'}")
     failed = [item["item"] for item in items if item["status"] == FAIL]
     if failed:
         raise AuditFailed(f"--check: {', '.join(failed)}")

@@ -3,10 +3,10 @@
 import time
 from pathlib import Path
 
-from common import config
+from common import config, reading
 from common.data.open import open_images
 from common.data.pack import SUFFIX, pack
-from common.errors import InputError, exit_codes, plural
+from common.errors import InputError, exit_codes, plural, say
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     config.reading_flags(parser)
     args = parser.parse_args(argv)
     with exit_codes():
+        reading.limit_items(args.max_item_mb)
         target = Path(args.dst)
         if target.suffix != SUFFIX or target.is_dir():
             raise InputError(f"{target}: the packed file's name must end in {SUFFIX}")
@@ -39,12 +40,12 @@ def main(argv: list[str] | None = None) -> int:
         if args.on_bad_item == "skip":
             left_out = images.drop_damaged(args.workers)
             first = f", the first is {left_out[0]}" if left_out else ""
-            print(f"left out {plural(len(left_out), 'damaged image')}{first}")
-        print(images.describe(), flush=True)
+            say(f"left out {plural(len(left_out), 'damaged image')}{first}")
+        say(images.describe())
         pack(images, target, default_size=default_size, left_out=left_out, workers=args.workers)
         seconds = time.perf_counter() - begun
         written = target.stat().st_size
-        print(
+        say(
             f"read {images.num_bytes / 1e6:.1f} MB, wrote {written / 1e6:.1f} MB to {target} in"
             f" {seconds:.1f} s ({len(images) / seconds:.0f} images/s)"
         )

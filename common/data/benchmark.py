@@ -28,7 +28,7 @@ from torchvision.transforms import v2
 
 from common import config
 from common.data import augment, pack
-from common.data.images import Images
+from common.data.images import Images, open_image
 from common.data.open import open_images
 from common.run.directory import environment
 
@@ -92,7 +92,7 @@ def pipelines(
 
     def per_image(transform):
         def run(epoch):
-            images = (Image.open(io.BytesIO(content)).convert("RGB") for content in files)
+            images = (open_image(content).convert("RGB") for content in files)
             return torch.stack([view for image in images for view in transform(image)])
 
         return run

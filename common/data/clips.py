@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from common import reading
 from common.data.images import (
     DECODE_ERRORS,
     UNLABELED,
@@ -32,7 +33,7 @@ from common.data.images import (
 )
 from common.errors import InputError
 from common.rng import uniform
-from common.run.content import Content, codes
+from common.run.content import Content, OtherContent, codes
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
 _START_STREAM = 2**31 + 1  # beside sampling's _ORDER_STREAM; no view has this number
@@ -265,7 +266,8 @@ def eval_clips(lengths, rates, n_segment: int, seconds: float, count: int) -> np
 
 def natural_order(name: str) -> list:
     """A sort key with numbers by value: 2.png comes before 10.png."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+    # Python converts no more digits than 4300 at once.
+    return [int(part[:4000]) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def renaming(listed: list[str], there: Iterable[str], least: int = 2) -> Callable[[str], str]:
@@ -348,6 +350,9 @@ class VideoFiles(Images):
             header = decoder.metadata
             if not (len(decoder) and header.average_fps and header.height and header.width):
                 raise ValueError("it says no number of frames, rate or size")
+            reading.within(
+                4 * header.height * header.width, f"{header.width} x {header.height} pixels"
+            )
         except DECODE_ERRORS as error:
             return error
         return len(decoder), header.average_fps, min(header.height, header.width)
@@ -370,7 +375,7 @@ class VideoFiles(Images):
             decoder = video_decoder(self._read_file(file))
             within = (indices - self._firsts[file]).tolist()
             frames = decoder.get_frames_at(indices=within).data  # [n, 3, H, W]
-        except InputError:
+        except OtherContent:
             raise
         except DECODE_ERRORS as error:
             raise self._damaged(f"video {self.ids[indices[0]]}", error) from None

@@ -19,7 +19,6 @@ folders share a name, stay videos of their own. `split` refuses parts that share
 
 import csv
 import io
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from common import reading
 from common.data.clips import (
     VIDEO_SUFFIXES,
     VideoFiles,
@@ -38,14 +38,17 @@ from common.data.clips import (
     renaming,
 )
 from common.data.images import (
+    DECODE_ERRORS,
     SPLITS,
     SUFFIXES,
     UNLABELED,
     Images,
     below_common_folder,
+    existing,
     hidden,
     is_image,
     list_files,
+    reason,
 )
 from common.data.sampling import TEST_SHARE, hold_out
 from common.data.synthetic import face_clips
@@ -194,9 +197,9 @@ def open_videos(
     """
     if path in SAMPLES:
         return _sample(path)
-    place = Path(path)
+    place = existing(path)
     only = ""
-    if place.is_file() and place.suffix.lower() in (".csv", *VIDEO_SUFFIXES):
+    if not place.is_dir() and place.suffix.lower() in (".csv", *VIDEO_SUFFIXES):
         only = place.name
         place = place.parent
     files, sizes, keys, read = list_files(str(place), _is_wanted)
@@ -204,7 +207,7 @@ def open_videos(
     if not only:
         names = ["/".join(parts) for parts in below_common_folder(files, _ROOTS.__contains__)]
     number = {name: i for i, name in enumerate(names)}
-    lists = {name: read(number[name]) for name in names if _may_be_list(name)}
+    lists = {name: _content(path, name, read, number[name]) for name in filter(_may_be_list, names)}
     records, unlisted = _records(_Tree(path, _videos(names), lists), only, place, labels)
     if labels and any(record.split for record in records):
         unlisted += [record.name for record in records if not record.split]
@@ -369,6 +372,13 @@ def _sample(path: str) -> FaceVideos:
     return FaceVideos(f"{path} (embedded, generated)", records, clips.frames, clips.rate, images)
 
 
+def _content(path: str, name: str, read, position: int) -> bytes:
+    try:
+        return read(position)
+    except DECODE_ERRORS as error:
+        raise InputError(f"{path}: {name} cannot be read: {reason(error)}") from None
+
+
 def _is_wanted(name: str) -> bool:
     return name.lower().endswith((*SUFFIXES, *VIDEO_SUFFIXES, *_LISTS)) and not hidden(name)
 
@@ -511,7 +521,9 @@ def _is_pair(pair) -> bool:
 
 def _parsed(tree: _Tree, name: str):
     try:
-        return json.loads(tree.lists[name])
+        return reading.parse_json(tree.lists[name], name)
+    except InputError as error:
+        raise InputError(f"{tree.path}: {error}") from None
     except ValueError as error:
         raise InputError(f"{tree.path}: {name} is not JSON: {error}") from None
 
@@ -528,14 +540,16 @@ def _is_bench(content) -> bool:
 
 def _from_bench(tree: _Tree, content: dict) -> list[_Record]:
     listed = []
-    for dataset, label, part, compression, video, entry in _bench_entries(content):
-        if not isinstance(entry, dict) or "frames" not in entry or part.lower() not in SPLITS:
+    for dataset, label, part, compression, video, entry in _bench_entries(tree, content):
+        names = entry.get("frames") if isinstance(entry, dict) else None
+        listed_well = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        if not listed_well or part.lower() not in SPLITS:
             raise InputError(
                 f"{tree.path}: {dataset}/{label}/{part}/{video}: expected a split (train, val,"
                 " test) and a video with its frames"
             )
         # Some of the published lists have Windows' separators, and frames in no order.
-        files = sorted((name.replace("\\", "/") for name in entry["frames"]), key=natural_order)
+        files = sorted((name.replace("\\", "/") for name in names), key=natural_order)
         key = (dataset, label, compression, PurePosixPath(video.replace("\\", "/")).name)
         real = "real" in str(entry.get("label", label)).lower()
         listed.append(_Record(key, REAL if real else FAKE, SPLITS[part.lower()], files))
@@ -550,21 +564,29 @@ def _from_bench(tree: _Tree, content: dict) -> list[_Record]:
     return records
 
 
-def _bench_entries(content: dict) -> Iterator[tuple]:
+def _bench_entries(tree: _Tree, content: dict) -> Iterator[tuple]:
     """(dataset, label, split, compression, video, what the list says of it) of every video."""
+
+    def table(value, *where: str) -> dict:
+        if not isinstance(value, dict):
+            raise InputError(f"{tree.path}: {'/'.join(where)}: expected a table of videos")
+        return value
+
     for dataset, by_label in content.items():
-        for label, by_split in by_label.items():
-            for part, videos in by_split.items():
-                flat = all("frames" in video for video in videos.values())
+        for label, by_split in table(by_label, dataset).items():
+            for part, videos in table(by_split, dataset, label).items():
+                videos = table(videos, dataset, label, part)
+                flat = all("frames" in table(v, dataset, label, part) for v in videos.values())
                 by_compression = {"": videos} if flat else videos
                 for compression, entries in by_compression.items():
-                    for video, entry in entries.items():
+                    for video, entry in table(entries, dataset, label, part).items():
                         yield dataset, label, part, compression, video, entry
 
 
 def _from_csv(tree: _Tree, name: str, place: Path) -> list[_Record]:
     try:
-        rows = list(csv.DictReader(io.StringIO(tree.lists[name].decode("utf-8-sig")), restval=""))
+        text = reading.decode_table(tree.lists[name], f"{tree.path}: {name}")
+        rows = list(csv.DictReader(io.StringIO(text), restval=""))
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{tree.path}: {name} is not a readable .csv file: {error}") from None
     lacking = [column for column in _COLUMNS if rows and column not in rows[0]]

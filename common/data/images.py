@@ -23,11 +23,13 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from common import amp
-from common.errors import InputError, did_you_mean
-from common.run.content import Content, file_key
-from common.run.retry import retried
+from common import amp, reading
+from common.errors import InputError, did_you_mean, printable
+from common.retry import retried
+from common.run.content import Content, OtherContent, file_key
 
+# What Pillow may take a file for, whatever its name: other formats start programs of their own.
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM", "GIF")
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif")
 SPLITS = {
     "train": "train",
@@ -62,6 +64,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+Image.MAX_IMAGE_PIXELS = None  # `check_pixels` bounds what is decoded, by --max-item-mb
 
 
 class Images:
@@ -184,9 +187,12 @@ class Images:
         if self.in_memory:
             return self._cache[index]
         try:
-            with Image.open(io.BytesIO(self._read_bytes(index))) as image:
+            content = self._read_bytes(index)
+            with open_image(content) as image:
+                size = image.size
                 if self._drafts:
                     image.draft("RGB", (self.store_size, self.store_size))
+                check_pixels(image, size, len(content))
                 image = upright(image)
                 if image.mode.startswith("I;16"):
                     # Pillow's own conversion clips 16 bits at 255 instead of scaling.
@@ -195,8 +201,10 @@ class Images:
                     raise ValueError(
                         "32-bit pixels have no known range; save them with 8 or 16 bits"
                     )
-                return self._cut(image.convert("RGB"), index)
-        except InputError:
+                if image.mode != "RGB":
+                    image = image.convert("RGB")
+                return self._cut(image, index)
+        except OtherContent:
             raise
         except DECODE_ERRORS as error:
             raise self._damaged(f"image {self.ids[index]}", error) from None
@@ -225,16 +233,16 @@ class Images:
     def _probe(self) -> int:
         # Headers only: the sizes of up to 64 images spread over the set.
         sides = []
+        why = ""
         for index in np.unique(np.linspace(0, len(self) - 1, 64).astype(int)):
             try:
-                with Image.open(io.BytesIO(self._read_bytes(index))) as image:
+                with open_image(self._read_bytes(index)) as image:
                     sides.append(min(image.size))
-            except DECODE_ERRORS:
-                continue  # decoding it later names the file, or skips it
+            except DECODE_ERRORS as error:  # decoding it later names the file, or skips it
+                why = why or f"{self.ids[index]}: {reason(error)}"
         if not sides:
             raise InputError(
-                f"{self.name}: none of the images that were tried can be read"
-                f" (first: {self.ids[0]})"
+                f"{self.name}: none of the images that were tried can be read (first: {why})"
             )
         return int(np.median(sides))
 
@@ -338,6 +346,41 @@ def check_damaged(name: str, ids: list[str], bad: np.ndarray, cap: float, unit: 
     return damaged
 
 
+def open_image(content: bytes) -> Image.Image:
+    """An image whose header is read, in one of FORMATS.
+
+    Raises:
+        One of DECODE_ERRORS: it is none.
+    """
+    return Image.open(io.BytesIO(content), formats=FORMATS)
+
+
+def check_pixels(image: Image.Image, size: tuple[int, int], held: int = 0) -> None:
+    """Refuse an image, before it is decoded, that would take more than --max-item-mb.
+
+    Args:
+        image: as it will be decoded, perhaps at a fraction of its size.
+        size: its own width and height.
+        held: bytes of its file that are in memory.
+
+    Raises:
+        InputError: it would.
+    """
+    if not all(image.size):
+        raise InputError("it has no pixels")
+    # Pillow stores four bytes a pixel, and a copy of another mode beside; its WebP decoder stores
+    # canvases. A progressive JPEG is held whole, as coefficients of two bytes. Turning copies.
+    each = 4 if image.mode == "RGB" else 8
+    if image.format == "WEBP" or image.mode.startswith("I;16"):
+        each = 16
+    if _orientation(image) in _TURNS:
+        each += 4
+    needed = held + each * math.prod(image.size)
+    if image.info.get("progressive"):
+        needed += 6 * math.prod(size)
+    reading.within(needed, f"{size[0]} x {size[1]} pixels")
+
+
 def central_square(image: Image.Image, side: int) -> Tensor:
     """An RGB image's center square, uint8 (3, side, side).
 
@@ -345,6 +388,7 @@ def central_square(image: Image.Image, side: int) -> Tensor:
     """
     scale = side / min(image.size)
     width, height = (max(side, round(length * scale)) for length in image.size)
+    reading.within(4 * width * height, f"{image.width} x {image.height} pixels")
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = (width - side) // 2, (height - side) // 2
@@ -384,7 +428,8 @@ def reason(error: Exception) -> str:
 
     Addresses of objects, which no two runs share, are left out.
     """
-    return re.sub(r" <\S+ object at 0x\w+>", "", str(error).split("\n")[0]) or type(error).__name__
+    text = getattr(error, "strerror", None) or str(error)
+    return re.sub(r" <\S+ object at 0x\w+>", "", text.split("\n")[0]) or type(error).__name__
 
 
 def hidden(name: str) -> bool:
@@ -396,14 +441,15 @@ def list_files(path: str, keep) -> tuple[list[str], list[int], list[int], Callab
     """The files of a folder or of a .zip whose relative name passes `keep`.
 
     Returns:
-        Sorted names, sizes in bytes, keys as `Content` takes them, and a function from a position
-        in these lists to the file's content.
+        Sorted names, `printable`; sizes in bytes; keys as `Content` takes them; and a function from
+        a position in these lists to the file's content.
 
     Raises:
-        InputError: missing or not readable.
+        InputError: missing, not readable, or no regular file.
     """
     place = existing(path)
-    return _zip_files(place, keep) if place.is_file() else _folder_files(place, keep)
+    files, sizes, keys, read = (_folder_files if place.is_dir() else _zip_files)(place, keep)
+    return [printable(name) for name in files], sizes, keys, read
 
 
 def existing(path: str) -> Path:
@@ -413,11 +459,15 @@ def existing(path: str) -> Path:
         InputError: there is none.
     """
     place = Path(path)
-    if not place.exists():
+    try:
+        os.stat(place)
+    except FileNotFoundError:
         siblings = [p.name for p in place.parent.iterdir()] if place.parent.is_dir() else []
         raise InputError(
             f"{path}: no such file or folder{did_you_mean(place.name, [*siblings, 'sample'])}"
-        )
+        ) from None
+    except (OSError, ValueError) as error:  # a folder of another user; a name that none can have
+        raise InputError(f"{path}: {reason(error)}") from None
     return place
 
 
@@ -425,27 +475,32 @@ def _folder_files(folder: Path, keep):
     def refuse(error: OSError):
         raise error
 
-    def listed() -> tuple[list[str], list[os.stat_result]]:
-        files = []
+    def listed() -> list[tuple[str, os.stat_result]]:
+        found = []
         seen = set()
-        for directory, subfolders, names in os.walk(folder, followlinks=True, onerror=refuse):
-            base = Path(directory)
-            seen.add(base.resolve())
-            # A link back up would give every image many times over.
-            subfolders[:] = [name for name in subfolders if (base / name).resolve() not in seen]
-            files += [(base / name).relative_to(folder).as_posix() for name in names]
-        files = sorted(name for name in files if keep(name))
-        return files, [(folder / name).stat() for name in files]
+        walk = os.walk(folder, followlinks=True, onerror=refuse)
+        while True:
+            with reading.pending(folder):
+                directory, subfolders, names = next(walk, (None, [], []))
+                if directory is None:
+                    return sorted(found)
+                base = Path(directory)
+                seen.add(base.resolve())
+                # A link back up would give every image many times over.
+                subfolders[:] = [name for name in subfolders if (base / name).resolve() not in seen]
+                names = [(base / name).relative_to(folder).as_posix() for name in names]
+                kept = [name for name in names if keep(name)]
+                found += [(name, reading.regular_status(folder / name)) for name in kept]
 
     try:
-        files, stats = retried(listed, folder)
+        found = retried(listed, folder)
     except OSError as error:
         raise InputError(f"{folder}: {error.strerror}: {error.filename}") from None
 
     def read(index: int) -> bytes:
-        file = folder / files[index]
-        return retried(file.read_bytes, file, was_there=True)
+        return reading.read_bytes(folder / found[index][0], was_there=True)
 
+    files, stats = zip(*found, strict=True) if found else ((), ())
     keys = [file_key(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for s in stats]
     return files, [s.st_size for s in stats], keys, read
 
@@ -454,10 +509,10 @@ def _zip_files(path: Path, keep):
     if path.suffix.lower() != ".zip":
         raise InputError(f"{path}: allowed are a folder, a .zip of one, or `sample`")
     try:
-        archive = retried(lambda: ReopenedZip(path), path)
-        entries = [entry for entry in archive.infolist() if keep(entry.filename)]
-    except (OSError, zipfile.BadZipFile) as error:
-        raise InputError(f"{path}: not a readable zip archive: {error}") from None
+        archive = ReopenedZip(path)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    entries = [entry for entry in archive.infolist() if keep(entry.filename)]
     entries.sort(key=operator.attrgetter("filename"))
 
     def read(index: int) -> bytes:
@@ -477,21 +532,20 @@ class ReopenedZip:
 
     def __init__(self, path: Path):
         self.path = path
-        self._archive = zipfile.ZipFile(path)
+        self._archive = retried(lambda: reading.open_zip(path), path)
         self._lock = threading.Lock()
         self.infolist = self._archive.infolist
-        self.namelist = self._archive.namelist
 
-    def read(self, entry) -> bytes:
-        """The content of a member, given by its name or its `ZipInfo`."""
-        return retried(lambda: self._read(entry), self.path, was_there=True)
+    def read(self, entry: zipfile.ZipInfo, large: bool = False) -> bytes:
+        """The content of a member; arguments as `read_member` takes them."""
+        return retried(lambda: self._read(entry, large), self.path, was_there=True)
 
-    def _read(self, entry) -> bytes:
+    def _read(self, entry: zipfile.ZipInfo, large: bool) -> bytes:
         with self._lock:  # one file handle; decompression is short beside decoding
             if self._archive is None:
-                self._archive = zipfile.ZipFile(self.path)
+                self._archive = reading.open_zip(self.path)
             try:
-                return self._archive.read(entry)
+                return reading.read_member(self._archive, entry, large)
             except OSError:
                 self._archive = None  # a stale handle stays stale
                 raise

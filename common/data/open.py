@@ -1,7 +1,5 @@
 """Open a set of images: a folder, a .zip of one, a packed file, or the embedded sample."""
 
-from pathlib import Path
-
 import torch
 
 from common.data import pack
@@ -11,6 +9,7 @@ from common.data.images import (
     UNLABELED,
     Images,
     below_common_folder,
+    existing,
     is_image,
     list_files,
 )
@@ -52,8 +51,8 @@ def open_images(path: str) -> Images:
         splits = [""] * len(ids)
         return Images(name, ids, labels, classes, splits, pixels=torch.from_numpy(pixels))
 
-    place = Path(path)
-    if place.suffix == pack.SUFFIX and place.is_file():
+    place = existing(path)
+    if place.suffix == pack.SUFFIX and not place.is_dir():
         return pack.PackedImages(place)
     files, sizes, keys, read = list_files(path, is_image)
     if not files:

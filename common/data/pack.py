@@ -27,17 +27,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common.data.images import Images, central_square
+from common import reading
+from common.data.images import UNLABELED, Images, central_square
 from common.errors import InputError
+from common.retry import retried
 from common.run.content import Content
 from common.run.files import atomic_write
-from common.run.retry import retried
 
 SUFFIX = ".packed"
 _MAGIC = b"packed uint8 images, version 1\n\0"
 _TRAILER = struct.Struct("<Q32s")  # length and SHA-256 of the JSON in front of it
 # Of pixels decoded together: bounds the memory, which holds three such batches.
 _BATCH_BYTES = 16 * 2**20
+_MAX_LISTS = 100  # of an index; it has five
 _FIELDS = {
     "ids",
     "labels",
@@ -114,7 +116,8 @@ class PackedImages(Images):
         """
         pixels = np.empty((3, self._packed_size, self._packed_size), np.uint8)
         try:
-            whole = retried(lambda: self._read(pixels, index), self._path, was_there=True)
+            with reading.pending(self._path):
+                whole = retried(lambda: self._read(pixels, index), self._path, was_there=True)
         except OSError as error:
             raise self._damaged(f"image {self.ids[index]}", error) from None
         if not whole:
@@ -175,8 +178,8 @@ def _read_index(path: Path) -> dict:
     )
     damaged = InputError(f"{path} is cut short or damaged; pack it again")
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
+        size = reading.regular_status(path).st_size
+        with reading.pending(path), reading.open_file(path) as file:
             if file.read(len(_MAGIC)) != _MAGIC:
                 raise foreign
             if size < len(_MAGIC) + _TRAILER.size:
@@ -185,19 +188,47 @@ def _read_index(path: Path) -> dict:
             length, digest = _TRAILER.unpack(file.read())
             if length > size - _TRAILER.size - len(_MAGIC):
                 raise damaged
+            reading.within(length, f"{path}: the list of its images")
             file.seek(size - _TRAILER.size - length)
             text = file.read(length)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     if hashlib.sha256(text).digest() != digest:
         raise damaged
-    index = json.loads(text)  # its hash is right: what is wrong with it now was written so
+    # Its hash is right: what is wrong with it now was written so.
     pixels = size - _TRAILER.size - length - len(_MAGIC)
-    if not index.keys() >= _FIELDS or pixels != len(index["ids"]) * 3 * index["store_size"] ** 2:
+    if text.count(b"[") + text.count(b"{") > _MAX_LISTS + text.count(b'"'):
+        raise foreign
+    try:
+        index = json.loads(text)
+    except (ValueError, RecursionError):
+        raise foreign from None
+    if not _is_index(index) or pixels != len(index["ids"]) * 3 * index["store_size"] ** 2:
         raise foreign
     if len(index.get("digests", "")) not in (0, 16 * len(index["ids"])):
         raise foreign
     return index
+
+
+def _is_index(index) -> bool:
+    """Whether an index has what `pack` writes, and numbers that stand for something."""
+    if not isinstance(index, dict) or not index.keys() >= _FIELDS:
+        return False
+    lists = [index[name] for name in ("ids", "splits", "classes", "labels", "crc")]
+    if not all(isinstance(values, list) for values in lists):
+        return False
+    ids, splits, classes, labels, crc = lists
+    sizes = [index[name] for name in ("native_size", "default_size", "store_size")]
+    return (
+        len(ids) == len(splits) == len(labels) == len(crc) > 0
+        and all(type(name) is str for name in (*ids, *classes, *splits, index["fingerprint"]))
+        and index["fingerprint"].isascii()
+        and len(set(classes)) == len(classes)
+        and set(splits) <= {"", "train", "val", "test"}
+        and all(type(label) is int and UNLABELED <= label < len(classes) for label in labels)
+        and all(type(value) is int and 0 <= value < 2**32 for value in crc)
+        and all(type(side) is int and 1 <= side < 2**16 for side in sizes)
+    )
 
 
 def pack(images: Images, path: Path, *, default_size: int, left_out=(), workers: int) -> None:

@@ -21,8 +21,6 @@ body's box, letterboxed in black. One decoding of a frame gives both.
 """
 
 import hashlib
-import io
-import json
 import math
 import posixpath
 from collections import defaultdict
@@ -36,6 +34,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from common import reading
 from common.data.clips import Videos, natural_order, renaming
 from common.data.images import (
     DECODE_ERRORS,
@@ -46,6 +45,8 @@ from common.data.images import (
     hidden,
     is_image,
     list_files,
+    open_image,
+    reason,
     upright_size,
 )
 from common.data.sampling import hash_order
@@ -520,10 +521,18 @@ def _lists(tree: _Tree) -> dict[str, int]:
 
 def _text(tree: _Tree, position: int) -> str:
     try:
-        return tree.read(position).decode("utf-8-sig")
+        return reading.decode_table(_content(tree, position), tree.names[position])
     except UnicodeDecodeError as error:
         name = tree.names[position]
         raise InputError(f"{tree.path}: {name} is not UTF-8 text: {error}") from None
+
+
+def _content(tree: _Tree, position: int) -> bytes:
+    try:
+        return tree.read(position)
+    except DECODE_ERRORS as error:
+        name = tree.names[position]
+        raise InputError(f"{tree.path}: {name} cannot be read: {reason(error)}") from None
 
 
 def _classes(tree: _Tree) -> tuple[list[str], list[str]]:
@@ -552,7 +561,8 @@ def _lines(tree: _Tree, position: int, part: str) -> list[_Line]:
         place = f"{tree.names[position]} line {number}"
         if not fields:
             continue
-        if len(fields) < 3 or not all(field.isdecimal() for field in fields[1:]):
+        numbers = all(field.isdecimal() and len(field) < 18 for field in fields[1:])
+        if len(fields) < 3 or not numbers:
             raise InputError(
                 f"{tree.path}: {place}: {line!r}, expected `clip_folder num_frames label`"
             )
@@ -631,7 +641,9 @@ def _boxes(tree: _Tree, name: str) -> dict:
     if position is None:
         return {}
     try:
-        content = json.loads(_text(tree, position))
+        content = reading.parse_json(_content(tree, position), name)
+    except InputError as error:
+        raise InputError(f"{tree.path}: {error}") from None
     except ValueError as error:
         raise InputError(f"{tree.path}: {name} is not JSON: {error}") from None
     if not isinstance(content, dict):
@@ -647,9 +659,10 @@ def _box(tree: _Tree, name: str, where: str, value) -> list[float]:
     if value is None:
         return [math.nan] * 4
     numbers = isinstance(value, list) and len(value) == 4
-    if not numbers or not all(type(x) in (int, float) and math.isfinite(x) for x in value):
+    if not numbers or not all(type(x) in (int, float) and abs(x) < 1e9 for x in value):
         raise InputError(
-            f"{tree.path}: {name}: {where}: {value!r}, expected [left, top, right, bottom] or null"
+            f"{tree.path}: {name}: {where}: {value!r:.60},"
+            " expected [left, top, right, bottom] or null"
         )
     return value
 
@@ -725,7 +738,7 @@ def _refuse_degenerate(
 
     def size(index: int) -> tuple[int, int]:
         try:
-            with Image.open(io.BytesIO(read(index))) as image:
+            with open_image(read(index)) as image:
                 return upright_size(image)
         except DECODE_ERRORS:
             return (10**6, 10**6)  # decoding it later names the file, or skips it

@@ -27,7 +27,8 @@ def hash_order(ids: list[str], indices: np.ndarray, salt: str) -> list[int]:
     """
 
     def digest(index: int) -> bytes:
-        return hashlib.blake2b(f"{salt}/{ids[index]}".encode(), digest_size=8).digest()
+        name = f"{salt}/{ids[index]}"
+        return hashlib.blake2b(name.encode(errors="backslashreplace"), digest_size=8).digest()
 
     return sorted(indices, key=digest)
 

@@ -16,9 +16,11 @@ unpickler that knows NumPy arrays, dicts, text and numbers.
 
 import hashlib
 import io
+import math
 import operator
 import pickle
 import re
+import tokenize
 import zipfile
 import zlib
 from collections import Counter
@@ -26,6 +28,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from common import reading
 from common.data.images import (
     SPLITS,
     UNLABELED,
@@ -37,8 +40,8 @@ from common.data.images import (
 )
 from common.data.sampling import TEST_SHARE, hold_out
 from common.errors import InputError, did_you_mean, first_few
+from common.retry import retried
 from common.run.content import Content, codes
-from common.run.retry import retried
 
 FEATURES = {"video": "video_data/swin_feats.pkl", "audio": "audio_data/wavlm_feats.pkl"}
 # What NumPy, zipfile and pickle raise on damaged or hostile files.
@@ -58,6 +61,7 @@ _READ_ERRORS = (
     zipfile.BadZipFile,
     zlib.error,
     pickle.UnpicklingError,
+    tokenize.TokenError,
 )
 _ROLES = ("id", "label", "split", "speaker")
 _SHOWN = 5  # names or rows that a message lists
@@ -162,12 +166,12 @@ def open_utterances(path: str, max_length: int | None = None) -> Utterances:
             all, a pickle that holds anything but arrays.
     """
     place = existing(path)
-    if place.is_file() and place.suffix.lower() == ".npz":
+    if not place.is_dir() and place.suffix.lower() == ".npz":
         fields = _read_npz(place)
-    elif place.is_file() and place.suffix.lower() == ".tsv":
+    elif not place.is_dir() and place.suffix.lower() == ".tsv":
         fields = _read_tsv(place)
     elif place.is_dir() or place.suffix.lower() == ".zip":
-        fields = _read_umc(place)
+        fields = _read_umc(place, max_length)
     else:
         raise InputError(
             f"{path}: allowed are an .npz, a .tsv, a folder or .zip with train.tsv, or `sample`"
@@ -346,8 +350,12 @@ def _split_names(path: str, names: list[str]) -> list[str]:
 
 def _read_npz(place: Path) -> dict:
     def read() -> dict:
-        with np.load(place, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+        with reading.open_zip(place) as archive:
+            entries = [entry for entry in archive.infolist() if entry.filename.endswith(".npy")]
+            reading.check_unpacked(entries, f"{place}, which is compressed")
+            return {
+                entry.filename.removesuffix(".npy"): _read_npy(archive, entry) for entry in entries
+            }
 
     try:
         arrays = retried(read, place)
@@ -389,6 +397,25 @@ def _read_npz(place: Path) -> dict:
         },
         "lengths": {name: values.astype(np.int64) for name, values in lengths.items()},
     }
+
+
+def _read_npy(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> np.ndarray:
+    # What np.load gives, after comparing the shape in its header with the bytes that are there.
+    header = np.lib.format
+    readers = {(1, 0): header.read_array_header_1_0, (2, 0): header.read_array_header_2_0}
+    with reading.pending(archive.filename), archive.open(entry) as file:
+        version = header.read_magic(file)
+        if version not in readers:
+            raise ValueError(f"{entry.filename} is of the .npy version {version}")
+        shape, _, dtype = readers[version](file)
+        if dtype.hasobject:
+            raise ValueError(f"{entry.filename} holds objects")
+        if math.prod(shape) * dtype.itemsize > entry.file_size:
+            raise ValueError(
+                f"{entry.filename} declares {dtype} of shape {shape}, more than it holds"
+            )
+    with reading.pending(archive.filename), archive.open(entry) as file:
+        return header.read_array(file, allow_pickle=False)
 
 
 def _pop_columns(place: Path, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -470,7 +497,7 @@ def _integer_labels(
 def _table(name: str, data: bytes) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """The header's cells, and (line number, cells) of every further line of a .tsv."""
     try:
-        text = data.decode("utf-8-sig")
+        text = reading.decode_table(data, name)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise InputError(f"{name}, line {line}: not UTF-8; save the file as UTF-8") from None
@@ -512,7 +539,11 @@ def _check_labels(name: str, word: str, rows, column: int) -> None:
 
 
 def _read_tsv(place: Path) -> dict:
-    header, rows = _table(str(place), retried(place.read_bytes, place))
+    try:
+        data = reading.read_bytes(place)
+    except OSError as error:
+        raise InputError(f"{place}: {error.strerror}") from None
+    header, rows = _table(str(place), data)
     columns = [name.strip().lower() for name in header]
     if "text" not in columns:
         raise InputError(
@@ -542,7 +573,7 @@ def _read_tsv(place: Path) -> dict:
     }
 
 
-def _read_umc(place: Path) -> dict:
+def _read_umc(place: Path, max_length: int | None) -> dict:
     files, read = _members(place)
     tables = [name for name in files if PurePosixPath(name).name == "train.tsv"]
     if len(tables) != 1:
@@ -571,14 +602,17 @@ def _read_umc(place: Path) -> dict:
         names += [cells[label].strip() for _, cells in rows]
         splits += [SPLITS[part]] * len(rows)
     labels, classes = _number_labels(names)
+    _unique(str(place), ids)
     modalities = {}
     lengths = {}
     for name, file in FEATURES.items():
         file = (base / file).as_posix()
         if file in files:
-            modalities[name], lengths[name] = _padded(f"{place}: {file}", read(file), ids)
+            where = f"{place}: {file}"
+            data = read(file, features=True)
+            modalities[name], lengths[name] = _padded(where, data, ids, max_length)
     return {
-        "ids": _unique(str(place), ids),
+        "ids": ids,
         "labels": labels,
         "classes": classes,
         "splits": splits,
@@ -589,19 +623,34 @@ def _read_umc(place: Path) -> dict:
 
 
 def _members(place: Path):
-    # Names below the folder or archive, and how to read one.
+    # Names below the folder or archive, and how to read one. Features are as large as they are.
     if place.is_dir():
         files = sorted(p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file())
 
-        def read(name: str) -> bytes:
-            return retried((place / name).read_bytes, place / name, was_there=True)
+        def read_file(name: str, features: bool = False) -> bytes:
+            return reading.read_bytes(place / name, large=features, was_there=True)
 
-        return files, read
+        return files, _refusing(place, read_file)
     try:
-        archive = retried(lambda: ReopenedZip(place), place)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise InputError(f"{place}: not a readable zip archive: {error}") from None
-    return [name for name in archive.namelist() if "__MACOSX" not in name], archive.read
+        archive = ReopenedZip(place)
+    except OSError as error:
+        raise InputError(f"{place}: {error.strerror}") from None
+    entries = {e.filename: e for e in archive.infolist() if "__MACOSX" not in e.filename}
+
+    def read_entry(name: str, features: bool = False) -> bytes:
+        return archive.read(entries[name], features)
+
+    return list(entries), _refusing(place, read_entry)
+
+
+def _refusing(place: Path, read):
+    def refusing(name: str, **options) -> bytes:
+        try:
+            return read(name, **options)
+        except _READ_ERRORS as error:
+            raise InputError(f"{place}: {name} cannot be read: {reason(error)}") from None
+
+    return refusing
 
 
 def _umc_columns(where: str, header: list[str], first: list[str]) -> tuple[list[int], int, int]:
@@ -622,10 +671,13 @@ def _umc_columns(where: str, header: list[str], first: list[str]) -> tuple[list[
     )
 
 
-def _padded(where: str, data: bytes, ids: list[str]) -> tuple[np.ndarray, np.ndarray]:
+def _padded(
+    where: str, data: bytes, ids: list[str], max_length: int | None
+) -> tuple[np.ndarray, np.ndarray]:
     """Padded sequences and their lengths, of a pickled dict id -> (frames[, 1], d).
 
-    Returns (n, l, d) float32 with zeros behind each end, and (n,) lengths.
+    Of each the first `max_length` frames; None: all. Returns (n, l, d) float32 with zeros behind
+    each end, and (n,) lengths.
     """
     table = unpickle_arrays(where, data)
     missing = [name for name in ids if name not in table]
@@ -649,8 +701,11 @@ def _padded(where: str, data: bytes, ids: list[str]) -> tuple[np.ndarray, np.nda
                 f"{where}: {name} has the shape {array.shape};"
                 f" allowed is (frames, {width}), at least one"
             )
-        arrays.append(array)
+        arrays.append(array[:max_length])
     lengths = np.array([len(array) for array in arrays], np.int64)
+    # Zeros for what a few long sequences alone have: sixteen times the data is no data set's share.
+    padded = 4 * len(ids) * int(lengths.max()) * arrays[0].shape[1]
+    reading.within(padded - 16 * len(data), f"{where}: padding to {lengths.max()} frames")
     values = np.zeros((len(ids), lengths.max(), arrays[0].shape[1]), np.float32)
     for row, array in zip(values, arrays, strict=True):
         row[: len(array)] = array
@@ -770,6 +825,7 @@ def unpickle_arrays(where: str, data: bytes) -> dict:
         InputError: damaged, or it holds anything else.
     """
     try:
+        reading.check_memo(data)
         reader = _Unpickler(io.BytesIO(data))
         value = reader.rebuild(reader.load())
     except _READ_ERRORS as error:

@@ -12,7 +12,7 @@ from torchvision.ops import StochasticDepth
 
 from common import weights
 from common.data.augment import IMAGENET_MEAN, IMAGENET_STD
-from common.errors import InputError
+from common.errors import InputError, printable
 from common.models.inception_resnet_v2 import InceptionResNetV2
 
 
@@ -165,7 +165,8 @@ def load_published(model: nn.Module, path: str | Path) -> str:
             f"{path}: the first convolution now takes inputs normalized by ImageNet's mean and"
             " deviation"
         )
-    return "\n".join([f"started from {path} ({len(model.state_dict())} tensors)", *notes])
+    notes.insert(0, f"started from {path} ({len(model.state_dict())} tensors)")
+    return "\n".join(map(printable, notes))
 
 
 def _refuse_other_architecture(

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from common import reading
 from common.errors import InputError
 from common.run.files import atomic_write
 
@@ -137,10 +138,11 @@ class Tokenizer:
         """
         path = Path(path) if path is not None else official_vocab()
         try:
-            with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-                data = file.read(_MAX_BYTES)
+            with reading.pending(path), reading.open_file(path) as file:
+                packed = path.suffix == ".gz"
+                data = (gzip.GzipFile(fileobj=file) if packed else file).read(_MAX_BYTES)
             lines = data.decode("utf-8").split("\n")[1 : _MERGES + 1]
-        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        except (OSError, EOFError, zlib.error, ValueError) as error:
             raise InputError(f"--clip-vocab {path} cannot be read: {error}") from None
         merges = [tuple(line.split()) for line in lines if line.strip()]
         wrong = next((i for i, pair in enumerate(merges) if len(pair) != 2), None)
@@ -209,7 +211,7 @@ def official_vocab(url: str = VOCAB_URL, folder: str | Path | None = None) -> Pa
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clip"
     folder = Path(folder)
     path = folder / VOCAB_URL.rpartition("/")[2]
-    if path.is_file() and _sha256(path.read_bytes()) == VOCAB_SHA256:
+    if path.is_file() and _sha256(reading.read_bytes(path, _MAX_BYTES)) == VOCAB_SHA256:
         return path
     try:
         with urllib.request.urlopen(url, timeout=30) as answer:

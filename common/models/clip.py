@@ -10,7 +10,6 @@ with the other give features that look right and are not, so `read_clip` takes t
 the source or from its caller, and never guesses.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -20,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from common import weights
-from common.errors import InputError
+from common import reading, weights
+from common.errors import InputError, printable
 from common.run.checkpoint import load_weights
 
 # Of the pixels in [0, 1] that published weights expect.
@@ -430,8 +429,8 @@ def source_activation(state: dict[str, Tensor], path: str | Path) -> tuple[str |
 
 def _read_config(path: Path) -> dict:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = reading.read_settings(path)
+    except ValueError as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     parts = ("vision_config", "text_config", "model_cfg")
     tables = isinstance(config, dict) and all(
@@ -500,7 +499,7 @@ def read_clip(
             f"{path}: the position embedding is resized from {old}x{old} to {grid}x{grid} patches"
         )
     load_weights(model, state, path)
-    return model, "\n".join(notes)
+    return model, "\n".join(map(printable, notes))
 
 
 def _check_patches(state: dict[str, Tensor], model: CLIP, name: str, path: str | Path) -> None:

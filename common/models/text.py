@@ -7,7 +7,6 @@ al. 2018, arXiv:1810.04805) whose folder the user has.
 
 import contextlib
 import hashlib
-import json
 import string
 import unicodedata
 import warnings
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import weights
+from common import reading, weights
 from common.data.utterances import tokens
 from common.errors import InputError
 from common.run.checkpoint import load_weights
@@ -374,14 +373,16 @@ class Bert(nn.Module):
 
     Args:
         config: the values of the `config.json` beside the weights.
+        most_layers: more are refused.
     """
 
-    def __init__(self, config: dict):
+    def __init__(self, config: dict, most_layers: int = 1000):
         super().__init__()
-        missing = [name for name in _SIZES if not isinstance(config.get(name), int)]
-        if missing:
+        missing = [name for name in _SIZES if type(config.get(name)) is not int]
+        missing += [name for name in _SIZES if name not in missing and not 0 < config[name] < 2**24]
+        if missing or not isinstance(config.get("layer_norm_eps", 0.0), float | int):
             raise InputError(
-                f"the encoder's config.json lacks {', '.join(missing)}:"
+                f"the encoder's config.json lacks {', '.join(missing) or 'layer_norm_eps'}:"
                 " not an encoder of the BERT family"
             )
         for name, allowed in (
@@ -393,6 +394,11 @@ class Bert(nn.Module):
                 raise InputError(
                     f"the encoder's config.json has {name} {config[name]!r}; allowed is {allowed}"
                 )
+        if config["num_hidden_layers"] > most_layers:
+            raise InputError(
+                f"the encoder's config.json has {config['num_hidden_layers']} layers, its weights"
+                f" are of {most_layers} at most"
+            )
         width = config["hidden_size"]
         inner = config["intermediate_size"]
         self.num_heads = config["num_attention_heads"]
@@ -458,15 +464,14 @@ def _layer(width: int, inner: int, eps: float) -> nn.ModuleDict:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return reading.read_bytes(path, reading.CONFIG_BYTES).decode()
+    except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}; an encoder's folder needs it") from None
 
 
 def _read_json(path: Path) -> dict:
-    text = _read_text(path)
     try:
-        value = json.loads(text)
+        value = reading.parse_json(_read_text(path).encode(), path)
     except ValueError as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     if not isinstance(value, dict):
@@ -493,9 +498,16 @@ def read_bert(folder: str | Path) -> Bert:
         InputError: a file is missing, damaged, or of another family.
     """
     folder = Path(folder)
-    model = Bert(_read_json(folder / "config.json"))
+    config = _read_json(folder / "config.json")
     path = _weights_file(folder)
     state = weights.read(path)
+    # What the settings declare is not allocated before it is known to fit the weights.
+    held = sum(tensor.numel() for tensor in state.values())
+    with torch.device("meta"):
+        model = Bert(config, most_layers=len(state))
+    if sum(p.numel() for p in model.parameters()) > 2 * held:
+        raise InputError(f"{folder / 'config.json'} describes a larger encoder than {path} holds")
+    model.to_empty(device="cpu")
     if any(key.startswith("bert.") for key in state):
         state = {
             key.removeprefix("bert."): value
@@ -550,7 +562,8 @@ def encode(
     folder = Path(folder)
     config = _read_json(folder / "config.json")
     tokenizer = WordPiece.read(folder)
-    num_layers = config.get("num_hidden_layers", 0)
+    num_layers = config.get("num_hidden_layers")
+    num_layers = num_layers if type(num_layers) is int else 0  # refused where it is built
     layer = num_layers if layer is None else layer
     if not 0 <= layer <= num_layers:
         raise InputError(
@@ -562,9 +575,10 @@ def encode(
     if cache is not None:
         names = ("config.json", "vocab.txt", "tokenizer_config.json")
         files = [*(folder / name for name in names), _weights_file(folder)]
-        contents = [
-            hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.exists()
-        ]
+        contents = []
+        for file in filter(Path.exists, files):
+            with reading.open_file(file) as content:
+                contents.append(hashlib.file_digest(content, "sha256").hexdigest())
         key = repr((contents, texts, layer, pooling, max_length)).encode()
         cached = Path(cache) / f"text-{hashlib.sha256(key).hexdigest()[:16]}.npy"
         # A missing or damaged file is made anew.

@@ -16,7 +16,7 @@ import torch
 
 from common import config
 from common.data.cytology import select_run
-from common.errors import InputError, exit_codes, one_line
+from common.errors import InputError, exit_codes, printable, say
 from common.report import compare, page, tables
 from common.report.record import Record, naming
 
@@ -91,8 +91,13 @@ def find_runs(folders: list[Path]) -> list[dict]:
     if not by_folder:
         raise InputError(f"{'; '.join(without)}; a run directory holds a config.json")
     for text in without:
-        print(one_line(f"{text}; left out"), file=sys.stderr)
+        say(f"{text}; left out", file=sys.stderr)
     return list(by_folder.values())
+
+
+def _show(text: str) -> None:
+    # Not `say`, which cuts: a wide table goes into a file.
+    print(*map(printable, text.split("\n")), sep="\n")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,9 +112,9 @@ def main(argv: list[str] | None = None) -> int:
         prints_table = args.rows is not None or args.select
         if single_run and not prints_table:
             if args.text:
-                print(compare.text_of(Record(folders[0])))
+                _show(compare.text_of(Record(folders[0])))
             else:
-                print(one_line(page.write(folders[0])))
+                say(page.write(folders[0]))
             return 0
         runs = tables.where(find_runs(folders), args.where)
         if args.rows is not None:
@@ -121,14 +126,14 @@ def main(argv: list[str] | None = None) -> int:
                 interval=args.interval,
                 compact=args.compact,
             )
-            print(table)
+            _show(table)
         if args.select:
-            print(select_run(runs))
+            _show(select_run(runs))
         if not prints_table:
             if args.text:
-                print(compare.text(runs))
+                _show(compare.text(runs))
             else:
-                print(one_line(compare.write(runs, Path(args.out or "compare.html"))))
+                say(compare.write(runs, Path(args.out or "compare.html")))
     return 0
 
 

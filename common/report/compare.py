@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from common.errors import InputError, first_few, one_line
+from common.errors import InputError, first_few, printable, say
 from common.report import charts, page, tables
 from common.report.curves import FIRST, chart_figure, label_of, title_of
 from common.report.record import LIMIT, Record, interval_text
@@ -90,7 +90,7 @@ def with_records(runs: list[dict]) -> tuple[list[dict], list[Record]]:
     if not kept:
         raise InputError(first_few(damaged))
     for text in damaged:
-        print(one_line(f"{text}; left out"), file=sys.stderr)
+        say(f"{text}; left out", file=sys.stderr)
     return kept, records
 
 
@@ -145,7 +145,7 @@ def text(runs: list[dict]) -> str:
 def text_of(run: Record) -> str:
     """One run for a terminal: how it stands, its metrics, its checks."""
     command = f"python {run.env.get('command', '')}"
-    parts = [f"{one_line(f'{run.folder}: {run.state}')}\n{one_line(command)}"]
+    parts = [f"{printable(f'{run.folder}: {run.state}')}\n{printable(command)}"]
     rows = [
         [name, interval_text(run.scores, name), interval_text(run.scores, f"{name}_last_epoch")]
         for name in metric_names([run.scores], list(run.card["headlines"]))

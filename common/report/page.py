@@ -16,7 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from common.data.images import upright
+from common.data.images import open_image, upright
 from common.errors import only_warn
 from common.report import charts
 from common.report.charts import escape
@@ -330,7 +330,7 @@ def embedded(path: Path, detail: float) -> str:
     """
     if path.suffix == ".svg":
         return f"data:image/svg+xml;base64,{base64.b64encode(path.read_bytes()).decode()}"
-    with naming(path), Image.open(path) as image:
+    with naming(path), open_image(path.read_bytes()) as image:
         image = upright(image).convert("RGB")
         widest = max(int(_WIDEST * min(detail, 1.0)), 100)
         if image.width > widest:

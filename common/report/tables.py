@@ -13,7 +13,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from common.errors import InputError, OtherFormat, did_you_mean, first_few, one_line, plural
+from common.errors import InputError, OtherFormat, did_you_mean, first_few, plural, printable, say
 from common.report.record import checked, naming, read_part
 from common.run.files import FORMAT, read_config
 
@@ -62,10 +62,10 @@ def read_runs(folder: Path) -> list[dict]:
         raise InputError(first_few(damaged))
     if damaged:
         text = f"left out {plural(len(damaged), 'damaged run')}: {first_few(damaged)}"
-        print(one_line(text), file=sys.stderr)
+        say(text, file=sys.stderr)
     if of_other_format:
         text = f"{plural(len(of_other_format), 'run')} of another run format than {FORMAT}"
-        print(one_line(f"left out {text}: {first_few(of_other_format)}"), file=sys.stderr)
+        say(f"left out {text}: {first_few(of_other_format)}", file=sys.stderr)
     return runs
 
 
@@ -209,7 +209,7 @@ def pivot(
 
 
 def _markdown(cells: list[str]) -> str:
-    return f"| {' | '.join(map(one_line, cells))} |"
+    return f"| {' | '.join(map(printable, cells))} |"
 
 
 def differences(group: list[dict]) -> set[str]:
@@ -222,7 +222,7 @@ def differences(group: list[dict]) -> set[str]:
 
 def aligned(rows: list[list]) -> str:
     """Rows of cells as lines of text, each column as wide as its widest cell."""
-    texts = [[one_line(cell) for cell in row] for row in rows]
+    texts = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
     lines = (
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -5,14 +5,21 @@ A checkpoint is a `torch.save` file whose zip comment holds the SHA-256 of all b
 reads the file as usual.
 """
 
+import contextlib
 import errno
 import hashlib
 import io
+import math
 import os
+import pickletools
 import random
 import re
 import shutil
 import struct
+import warnings
+import zipfile
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -20,7 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.errors import DISK_FULL, InputError, OtherFormat, plural
+from common import amp, reading
+from common.errors import DISK_FULL, Diverged, InputError, OtherFormat, Stopped, plural, say
+from common.retry import retried
 from common.run import dist
 from common.run.files import (
     BEST,
@@ -32,10 +41,15 @@ from common.run.files import (
     read_config,
     run_dir_of,
 )
-from common.run.retry import retried
 
 _MARK = b"sha256:"
 _COMMENT = len(_MARK) + 64
+# What a training state and its position must be, to be continued.
+_STATE = {
+    "stage": str, "start": str, "place": dict, "kinds": dict, "parts": dict, "sums": dict,
+    "rng": dict,
+}  # fmt: skip
+_COUNTS = ("step", "epoch", "batch", "best_epoch", "evals_without_gain", "planned", "log_lines")
 # What torch.load raises on damaged files, found by damaging them.
 UNREADABLE = (
     ArithmeticError,
@@ -50,6 +64,8 @@ UNREADABLE = (
     UnpicklingError,
     ValueError,
     struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
 )
 
 
@@ -107,7 +123,7 @@ def is_whole(path: Path) -> bool:
 
 
 def _is_whole(path: Path) -> bool:
-    with open(path, "rb") as file:
+    with reading.pending(path), reading.open_file(path) as file:
         hasher = hashlib.sha256()
         left = os.fstat(file.fileno()).st_size - _COMMENT
         while left > 0 and (part := file.read(min(left, 2**20))):
@@ -127,7 +143,7 @@ def load(path: Path) -> dict:
     """
     path = Path(path)
     try:
-        data = retried(path.read_bytes, path)
+        data = reading.read_bytes(path, large=True)
     except OSError as error:
         raise InputError(f"checkpoint {path}: {error.strerror}") from None
     mark = data[-_COMMENT:]
@@ -138,7 +154,12 @@ def load(path: Path) -> dict:
     elif path.name in (*LAST, *BEST, CONTENT):
         raise InputError(f"checkpoint {path} is damaged: it is cut short")
     try:
-        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        _refuse_bombs(data, path)
+        with warnings.catch_warnings(action="ignore"):  # what cannot be read is refused
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        _check_sizes(state, len(data), path)
+    except InputError:
+        raise
     except UNREADABLE as error:
         if isinstance(error, MemoryError) and mark.startswith(_MARK):
             raise  # the file is whole, the memory is full
@@ -158,6 +179,110 @@ def load(path: Path) -> dict:
     return state
 
 
+def _refuse_bombs(data: bytes, path: Path) -> None:
+    # What is small here and large, or endless, once it is read: torch.save never compresses, and
+    # stores no bytes but those of tensors.
+    pickled = data
+    count = 4  # pickles of a file before PyTorch 1.6
+    try:
+        archive = zipfile.ZipFile(io.BytesIO(data))
+    except zipfile.BadZipFile:  # a pickle without an archive
+        pass
+    else:
+        entries = archive.infolist()
+        if sum(entry.file_size for entry in entries) > len(data):
+            raise InputError(
+                f"checkpoint {path} is not a file of torch.save: its entries are compressed"
+            )
+        names = [e.filename for e in entries if e.filename.endswith("/data.pkl")]
+        pickled = b"".join(map(archive.read, names))
+        count = len(names)
+    stream = io.BytesIO(pickled)
+    for _ in range(count):
+        for op, name, _ in pickletools.genops(stream):
+            if op.name == "GLOBAL" and name.endswith(" bytearray"):
+                raise InputError(f"checkpoint {path} holds raw bytes; store its state dict alone")
+            if op.name == "GLOBAL" and len(name) > 500:  # torch's message would take hours
+                raise ValueError("an absurd name")
+
+
+def _check_sizes(state, size: int, path: Path) -> None:
+    """Refuse tensors that need much more memory than the `size` bytes of their file.
+
+    Raises:
+        InputError: by more than --max-item-mb.
+    """
+    total = 0
+    pending = [state]
+    seen = set()
+    while pending:
+        value = pending.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict):
+            pending += value.values()
+        elif isinstance(value, list | tuple | set):
+            pending += value
+        elif isinstance(value, Tensor) and value.layout is torch.strided:
+            storage = value.untyped_storage()
+            needed = value.numel() * value.itemsize
+            if value.device.type == "cpu":
+                reading.within(needed - storage.nbytes(), f"checkpoint {path}: one of its tensors")
+                if storage.data_ptr() not in seen:
+                    seen.add(storage.data_ptr())
+                    total += storage.nbytes()
+    reading.within(total - size, f"checkpoint {path}: its tensors")
+
+
+@contextlib.contextmanager
+def foreign(source) -> Iterator[None]:
+    """Around what reads the facts in somebody's checkpoint: whatever is wrong there is one line.
+
+    Raises:
+        InputError: in place of what Python raises where a value is missing or of another type.
+    """
+    try:
+        yield
+    except (InputError, Stopped, Diverged):
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        if isinstance(e, RuntimeError) and dist.peer_lost(e):
+            raise
+        if amp.out_of_memory(e, torch.device("cpu")):
+            raise
+        reason = f"{type(e).__name__} {e}".split("\n")[0][:200]
+        raise InputError(f"{source} does not hold what a checkpoint holds: {reason}") from None
+
+
+class _Spec(dict):
+    """A model_spec that was read; what it lacks is the file's fault."""
+
+    def __init__(self, values: dict, path: Path):
+        super().__init__(values)
+        self._path = path
+
+    def __missing__(self, name):
+        raise InputError(f"checkpoint {self._path}: its model_spec has no {name}")
+
+
+def check_state(state, path: Path) -> dict:
+    """A training state.
+
+    Raises:
+        InputError: it is none.
+    """
+    if not isinstance(state, dict) or "place" not in state:
+        raise InputError(f"{path} holds weights only: give a last.pt or a run directory")
+    wrong = [name for name, kind in _STATE.items() if not isinstance(state.get(name), kind)]
+    if not wrong:
+        place = state["place"]
+        wrong = [name for name in _COUNTS if type(place.get(name)) is not int or place[name] < 0]
+    if wrong:
+        raise InputError(f"checkpoint {path} holds no training state: it lacks {', '.join(wrong)}")
+    return state
+
+
 def _is_ours(state) -> bool:
     # Of this project's scripts, in any format: `model_spec` was called `meta` in format 1, a name
     # that other projects' files have, too.
@@ -167,7 +292,7 @@ def _is_ours(state) -> bool:
     return any(isinstance(spec, dict) and "script" in spec for spec in specs)
 
 
-def load_newest(folder: Path, say=print) -> dict | None:
+def load_newest(folder: Path, say=say) -> dict | None:
     """The state in last.pt, or in the one before it where that is damaged.
 
     None where there is neither.
@@ -197,10 +322,7 @@ def load_state(path: Path) -> dict:
     Raises:
         InputError: it cannot be read, or holds something else.
     """
-    state = load(path)
-    if not isinstance(state, dict) or "place" not in state:
-        raise InputError(f"{path} holds no state of training: give a last.pt or a run directory")
-    return state
+    return check_state(load(path), path)
 
 
 def load_training_state(path: Path, stage: str) -> tuple[dict, Path]:
@@ -211,7 +333,7 @@ def load_training_state(path: Path, stage: str) -> tuple[dict, Path]:
     Raises:
         InputError: there is none, or the file holds weights only.
     """
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return load_state(path), path.parent
     folder = path
     if any((path / stage / name).exists() for name in LAST):
@@ -259,9 +381,12 @@ def load_weights(module: torch.nn.Module, state: dict, source) -> None:
 
     Raises:
         InputError: some key is missing or unknown, has another shape, or is an integer where the
-            module has a float.
+            module has a float; some value is NaN or infinite.
     """
     expected = module.state_dict()
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
+            raise InputError(f"{source}: {name!r:.100} is no tensor of values")
     missing = [
         name for name in expected if name not in state and not name.endswith("num_batches_tracked")
     ]
@@ -288,12 +413,28 @@ def load_weights(module: torch.nn.Module, state: dict, source) -> None:
     problems += dtypes[:1]
     if problems:
         raise InputError(f"{source} does not fit this model: {'; '.join(problems)}")
+    bad = next((name for name in expected if name in state and not _is_finite(state[name])), None)
+    if bad is not None:
+        raise InputError(
+            f"{source} holds values that are NaN or infinite (first: {bad}): no model can start"
+            " from it; take an earlier checkpoint, or fetch the file again"
+        )
     module.load_state_dict({name: state.get(name, tensor) for name, tensor in expected.items()})
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    # The extremes are NaN where any value is; no mask of all values is made.
+    extremes = (tensor.float() if tensor.itemsize == 1 else tensor).aminmax()
+    return all(math.isfinite(value) for value in extremes)
 
 
 def has_best(place: dict) -> bool:
     """Whether a model was selected before a state was saved; epoch 0 is the start."""
-    return bool(place["best_epoch"]) or place["best"] is not None
+    return bool(place["best_epoch"]) or place.get("best") is not None
 
 
 def _is_of(best, wanted: dict) -> bool:
@@ -305,7 +446,7 @@ def _is_of(best, wanted: dict) -> bool:
 def say_once(text: str) -> None:
     """A line on the console, from one process."""
     if dist.rank() == 0:
-        print(text, flush=True)
+        say(text)
 
 
 def load_selected(source: str, say=say_once) -> dict:
@@ -320,7 +461,7 @@ def load_selected(source: str, say=say_once) -> dict:
         InputError: there is none, or the file does not say what model it holds.
     """
     path = Path(source)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         return _with_model(load(path), path)
     stages = (read_config(path) or {}).get("card", {}).get("stages", [])
     for folder in (*(path / stage for stage in reversed(stages)), path):
@@ -353,18 +494,24 @@ def load_selected_in(folder: Path, say=say_once) -> dict | None:
 def _with_model(state, path: Path) -> dict:
     # The model of a state of training is that of its last step.
     if _is_ours(state) and "place" in state:
-        place = state["place"]
+        place = check_state(state, path)["place"]
         state |= {
             "model": state["parts"].get("model"),
             "epoch": place["epoch"],
-            "metrics": place["results"],
+            "metrics": place.get("results"),
         }
-    if not _is_ours(state) or not state.get("model") or "model_spec" not in state:
+    if (
+        not isinstance(state, dict)
+        or not isinstance(state.get("model"), dict)
+        or not isinstance(state.get("model_spec"), dict)
+        or not isinstance(state["model_spec"].get("script"), str)
+        or not isinstance(state.setdefault("metrics", {}), dict)
+    ):
         raise InputError(
             f"{path} does not say what model it holds: give a run directory, its best.pt or"
             " its last.pt"
         )
-    return state
+    return state | {"model_spec": _Spec(state["model_spec"], path)}
 
 
 def config_of(source: str | Path) -> dict:
@@ -376,10 +523,10 @@ def config_of(source: str | Path) -> dict:
         InputError: the run or the file cannot be read.
     """
     path = Path(source)
-    state = load(path) if path.is_file() else {}
+    state = load(path) if os.path.isfile(path) else {}
     if not _is_ours(state) or "config" not in state:
         held = read_config(run_dir_of(source))
-        if held is not None or not path.is_dir():
+        if held is not None or not os.path.isdir(path):
             return held or {}
         state = load_selected(source, lambda _: None)
     return check_config(state.get("config", {}), source)

@@ -45,6 +45,10 @@ def codes(texts) -> np.ndarray:
     return np.array([zlib.crc32(part) for part in parts], np.int64)
 
 
+class OtherContent(InputError):
+    """A file has other bytes than when the run first read it: it is not damaged."""
+
+
 class Content:
     """The content of a data set's n files, or rows of a table, as far as it is known.
 
@@ -96,7 +100,7 @@ class Content:
         """The bytes of a file.
 
         Raises:
-            InputError: they are others than when the run first read them.
+            OtherContent: they are others than when the run first read them.
         """
         content = self._read(index)
         if not self._own[index] and not self._trusted[index]:
@@ -278,8 +282,8 @@ class Content:
                 f" {self._count(new)} ({self._first(new)})"
             )
 
-    def _refusal(self, what: str) -> InputError:
-        return InputError(
+    def _refusal(self, what: str) -> OtherContent:
+        return OtherContent(
             f"{what} other content than when the run in {self._file.parent} read the data: put it"
             " back, give another --out, or --force-resume goes on with what is there"
         )

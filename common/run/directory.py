@@ -16,7 +16,7 @@ import torch
 import torchvision
 
 from common import config
-from common.errors import InputError, OtherFormat
+from common.errors import InputError, OtherFormat, say
 from common.run import checkpoint, dist
 from common.run import content as contents
 from common.run.card import Card
@@ -153,11 +153,12 @@ def create_run_dir(
         if mode == "auto" and not differences and summary.get("status") == "finished":
             if world.is_main:
                 remove_orphans(folder)  # of a process that was killed at its last report
-                print(f"{folder} has finished; its summary:\n{json.dumps(summary, indent=2)}")
+                say(f"{folder} has finished; its summary:")
+                print(json.dumps(summary, indent=2))
                 try:
                     checkpoint.load_selected(str(folder))  # says what is damaged
                 except InputError as error:
-                    print(error)
+                    say(error)
             return None
     now = environment() | {"device": str(world.device), "processes": world.world_size}
     if mode != "none":

@@ -27,7 +27,7 @@ import torch.distributed as td
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common.errors import AGAIN, EXIT_BAD_INPUT, InputError, first_few, plural, thread_limit
+from common.errors import AGAIN, EXIT_BAD_INPUT, InputError, first_few, plural, say, thread_limit
 
 _MOST_RANKS = 2**20
 _GRACE = 5  # seconds after the limit of a meeting in which it can still say what is wrong
@@ -46,10 +46,15 @@ class Dist:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def say(self, text: str) -> None:
-        """Print a line, from one process."""
+    @property
+    def where(self) -> str:
+        """What the lines of an ending begin with: `rank 0 of 2: `."""
+        return f"rank {self.rank} of {self.world_size}: "
+
+    def say(self, *lines: str) -> None:
+        """Print lines, from one process."""
         if self.is_main:
-            print(text)
+            say(*lines)
 
 
 def init(device: str = "auto", timeout_s: float = 1800, meet_s: float = 1800) -> Dist:

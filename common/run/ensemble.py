@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from common import config, metrics
-from common.errors import InputError, exit_codes
+from common.errors import InputError, exit_codes, say
 from common.run.files import write_json
 from common.run.inference import write_predictions
 
@@ -57,7 +57,7 @@ def judge(main, argv: list[str] | None, args, metric: str) -> None:
         of_members = [scores(labels, probabilities) for *_, probabilities in members]
         of_mean = scores(labels, mean)
         for name, values in zip([*names, "ensemble"], [*of_members, of_mean], strict=True):
-            print(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in values.items()))
+            say(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in values.items()))
         results = {f"ensemble/test/{key}": value for key, value in of_mean.items()}
         for key in of_mean:
             average = float(np.mean([values[key] for values in of_members]))

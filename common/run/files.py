@@ -7,12 +7,12 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import IO
 
+from common import reading
 from common.errors import InputError, OtherFormat
-from common.run.retry import retried
+from common.retry import retried
 
 try:
     import fcntl
@@ -108,7 +108,9 @@ def atomic_write(
         OSError: the disk is full or not writable.
     """
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    text = {} if "b" in mode else {"newline": "", "encoding": "utf-8"}
+    # Names of files need not be text in UTF-8.
+    utf8 = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
+    text = {} if "b" in mode else utf8
     try:
         if stream:
             with open(temporary, mode, **text) as file:
@@ -203,12 +205,12 @@ def read_json(
         InputError: the file cannot be read, holds no object, or an entry is of another type.
     """
     try:
-        value = json.loads(retried(partial(path.read_text, encoding="utf-8"), path))
+        value = reading.parse_json(reading.read_bytes(path), path)
         _check_types(value, types or {}, "it")
         return value
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         problem = f"{path} cannot be read: {getattr(error, 'strerror', None) or error}"
     if say is None:
         raise InputError(problem)

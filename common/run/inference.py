@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from common import config
-from common.errors import InputError, plural
+from common.errors import InputError, plural, say
 from common.run import checkpoint, dist
 from common.run.card import Card
 from common.run.directory import output_folder
@@ -75,7 +75,7 @@ class LoadedRun:
         if not world.is_main:
             return
         write_json(self.folder / "eval.json", results)
-        print("\n".join(f"{name} {value:.4f}" for name, value in results.items()))
+        say(*(f"{name} {value:.4f}" for name, value in results.items()))
         if answers is None:
             return
         data, rows, classes, scores = answers
@@ -101,7 +101,7 @@ class LoadedRun:
         if world.is_main:
             file = self.folder / "predictions.csv"
             write_predictions(file, ids, classes, scores, chosen)
-            print(f"{plural(len(ids), 'prediction')} in {file}{note}")
+            say(f"{plural(len(ids), 'prediction')} in {file}{note}")
 
 
 def is_inference(args) -> bool:

@@ -5,12 +5,11 @@ import os
 import random
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from common import amp
+from common import amp, reading
 from common.errors import (
     AGAIN,
     EXIT_DIVERGED,
@@ -20,11 +19,13 @@ from common.errors import (
     Stopped,
     exit_codes,
     plural,
+    say,
 )
+from common.retry import io_retry
 from common.run import dist, ensemble
 from common.run.files import run_locks
 from common.run.inference import is_inference
-from common.run.retry import io_retry
+from common.run.run import watchdog
 from common.run.signals import Interrupted, Signals
 from common.search import drawn_ranges
 
@@ -59,6 +60,7 @@ def launch(parser, args, run_inference: Callable, run_training: Callable) -> int
     Returns:
         0; the other exit codes leave as SystemExit.
     """
+    reading.limit_items(args.max_item_mb)
     is_script = run_training.__module__ == "__main__"
     with (
         exit_codes(),
@@ -77,11 +79,22 @@ def launch(parser, args, run_inference: Callable, run_training: Callable) -> int
                     "WARN --precision bf16: this GPU only emulates bf16, which is slow; auto takes"
                     " fp16"
                 )
-            if is_inference(args):
-                run_inference(args, world)
-            else:
-                with contextlib.suppress(Finished):
-                    run_training(parser, args, world, signals)
+
+            def heartbeat():
+                # In a session a step is what is waited for.
+                waiting = None if signals.deferred else reading.oldest_pending()
+                return waiting or object()
+
+            def stalled() -> str:
+                _, name = reading.oldest_pending() or (None, "a file")
+                return f"{world.where}{name} is not read in {args.timeout:g} minutes (--timeout)"
+
+            with watchdog(args.timeout, heartbeat, stalled):
+                if is_inference(args):
+                    run_inference(args, world)
+                else:
+                    with contextlib.suppress(Finished):
+                        run_training(parser, args, world, signals)
         except Stopped:
             raise
         except Interrupted as interruption:
@@ -117,8 +130,11 @@ def seed_process(args) -> None:
     Raises:
         InputError: there is nothing at the path that --resume names.
     """
-    if args.resume not in ("auto", "none") and not Path(args.resume).exists():
-        raise InputError(f"--resume {args.resume}: no such file or directory")
+    if args.resume not in ("auto", "none"):
+        try:
+            os.stat(args.resume)
+        except OSError as error:
+            raise InputError(f"--resume {args.resume}: {error.strerror.lower()}") from None
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
@@ -157,4 +173,4 @@ def every(main, argv: list[str] | None, args, ranges: dict) -> None:
     # Not search=N: trials that had finished before the search grew keep its earlier number.
     runs = args.out or "runs --where trial=any"
     table = f"python -m common.report {runs} --rows {names} --value best_value --compact"
-    print(f"{plural(args.search, 'trial')}{left}. The table: {table}")
+    say(f"{plural(args.search, 'trial')}{left}. The table: {table}")

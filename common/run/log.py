@@ -14,9 +14,9 @@ from statistics import median
 import torch
 
 from common.amp import peak_bytes, peak_memory
-from common.errors import TRANSIENT, InputError, first_few, only_warn, plural
+from common.errors import TRANSIENT, InputError, first_few, only_warn, plural, say
+from common.retry import retried
 from common.run.files import atomic_write
-from common.run.retry import retried
 
 # Fields that differ between two runs of the same command: the only ones.
 TIMING = ("time", "rate", "eta_s", "wait", "memory_gb")
@@ -141,11 +141,11 @@ class Log:
             self._rewrite(lines)
         self._open()
 
-    def say(self, text: str) -> None:
-        """One plain line on the console."""
+    def say(self, *lines: str) -> None:
+        """Plain lines on the console; what is not printable in them shows as escapes."""
         if self.main:
             self._clear()
-            print(text, flush=True)
+            say(*lines)
 
     def due(self, step: int, every: int) -> bool:
         """Whether a step has its line.

@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,8 +27,10 @@ from common.errors import (
     first_few,
     only_warn,
     plural,
+    say,
     thread_limit,
 )
+from common.retry import patience
 from common.run import checkpoint, dist
 from common.run.card import Card
 from common.run.content import content_of
@@ -43,7 +45,6 @@ from common.run.directory import (
 from common.run.files import FORMAT, ROOT, write_json
 from common.run.log import Log
 from common.run.progress import Progress
-from common.run.retry import patience
 from common.run.signals import MOST_RESTARTS, Interrupted, Signals
 
 
@@ -116,6 +117,7 @@ class Run:
         identity: dict,
         input_text: str,
         kept: dict | None = None,
+        notes: Sequence[str] = (),
     ) -> "Run":
         """The run in its directory, said in one line.
 
@@ -125,6 +127,7 @@ class Run:
             name, identity: what names the directory, see `run_dir`.
             input_text: what the line says of the model's input.
             kept: what a checkpoint needs beside the flags and the model to be of use alone.
+            notes: lines that follow it.
 
         Raises:
             InputError: see `create_run_dir`; or the ranks read different data.
@@ -138,7 +141,7 @@ class Run:
             run.args = argparse.Namespace(**{**vars(args), "accum": 1})
             run.folder = output_folder(folder)
             run.log = Log(None, main=world.is_main)
-            run.log.say(f"check for {folder}; device {world.device}, {input_text}")
+            run.log.say(f"check for {folder}; device {world.device}, {input_text}", *notes)
             return run
         resolved = {stage: vars(values) for stage, values in stages.items()} | model_spec
         about = {"format": FORMAT, "card": card_record(card, chance), "identity": identity}
@@ -151,7 +154,9 @@ class Run:
         run.signals = signals
         run.log = Log(folder, main=world.is_main, tensorboard=args.tensorboard)
         processes = plural(world.world_size, "process")
-        run.log.say(f"run directory {folder}; device {world.device}, {processes}, {input_text}")
+        run.log.say(
+            f"run directory {folder}; device {world.device}, {processes}, {input_text}", *notes
+        )
         return run
 
     def with_spec(self, **changed) -> "Run":
@@ -215,9 +220,9 @@ class Run:
                     f"--resume {args.resume} is a {state['stage']} state of another start, not of"
                     f" this {name}"
                 )
-            if Path(args.resume).is_file():  # beside which any best.pt may lie
+            if os.path.isfile(args.resume):  # beside which any best.pt may lie
                 place = state["place"]
-                wanted = {"epoch": place["best_epoch"], "value": place["best"]}
+                wanted = {"epoch": place["best_epoch"], "value": place.get("best")}
         # All processes take part, so nobody writes before everybody has read.
         step = torch.tensor([state["place"]["step"] if state else -1], device=self.world.device)
         steps = dist.all_gather_rows(step).tolist()
@@ -226,7 +231,8 @@ class Run:
                 f"the ranks read different states in {folder} (steps {steps}, -1: none): it"
                 " must lie on a file system that they share"
             )
-        progress.restore(state, source, **wanted)
+        with checkpoint.foreign(args.resume if elsewhere else folder):
+            progress.restore(state, source, **wanted)
         self._note_start(progress)
         self.current = progress
         if args.detect_anomaly:
@@ -319,7 +325,8 @@ class Run:
         try:
             if self.world.is_main:
                 self._begin(report)
-            with self.at_end, self._watchdog(), self._full_memory():
+            watched = watchdog(self.args.timeout, self._heartbeat, self._stalled)
+            with self.at_end, watched, self._full_memory():
                 yield
             status = "finished"
             self._conclude(status, report)
@@ -381,39 +388,12 @@ class Run:
         write_json(self.folder / "env.json", self.env)
         self.log.watcher = report.Live(self.folder, self.log.say)
 
-    @contextlib.contextmanager
-    def _watchdog(self) -> Iterator[None]:
-        # A read that hangs, a process that stopped, a dead GPU: nothing raises, so a thread counts
-        # the time without a step or a batch of an evaluation. Counts, so that a job which is
-        # suspended as a whole has not stalled.
-        over = threading.Event()
-        minutes = self.args.timeout
-        main_thread = threading.main_thread().ident
+    def _heartbeat(self):
+        # Of steps, and of batches of an evaluation.
+        return self.current and (self.current.stage, self.current.heartbeat)
 
-        def watch():
-            seconds = min(6 * minutes, 5.0)
-            last = None
-            idle = 0.0
-            while not over.wait(seconds):
-                place = self.current and (self.current.stage, self.current.heartbeat)
-                heartbeat = place, patience.heartbeat
-                idle = idle + seconds if heartbeat == last else 0.0
-                last = heartbeat
-                if idle >= 60 * minutes:
-                    frames = traceback.extract_stack(sys._current_frames()[main_thread])
-                    at = _deepest_of_ours(frames)
-                    what = f"no step in {minutes:g} minutes (--timeout), it waits in {at}"
-                    why = "the data, another rank or the device stalls"
-                    print(f"{self._where()}{what}: {why}. {AGAIN}", file=sys.stderr, flush=True)
-                    os._exit(EXIT_STOPPED)  # a thread that hangs could not be waited for
-
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
-        try:
-            yield
-        finally:
-            over.set()
-            watcher.join(5)  # a thread that runs when the interpreter ends can abort it
+    def _stalled(self) -> str:
+        return f"{self._where()}no step in {self.args.timeout:g} minutes (--timeout)"
 
     def _where(self) -> str:
         at = f", {self.current.stage} step {self.current.step}" if self.current else ""
@@ -461,6 +441,46 @@ def _require_same_data(world: dist.Dist, data, fingerprint: str) -> None:
             f"the ranks read different data: {'; '.join(texts)}; give all of them the same --data,"
             " or complete the copies of it"
         )
+
+
+@contextlib.contextmanager
+def watchdog(
+    minutes: float, heartbeat: Callable[[], object], stalled: Callable[[], str]
+) -> Iterator[None]:
+    """End the process with code 75 where `heartbeat()` stays the same for `minutes`.
+
+    A read that hangs, a process that stopped, a dead GPU: nothing raises, so a thread counts.
+    Counts, so that a job which is suspended as a whole has not stalled. Whoever waits in `retried`
+    has not, either.
+
+    Args:
+        stalled: gives the beginning of the line to end with.
+    """
+    over = threading.Event()
+    main_thread = threading.main_thread().ident
+
+    def watch():
+        seconds = min(6 * minutes, 5.0)
+        last = None
+        idle = 0.0
+        while not over.wait(seconds):
+            now = heartbeat(), patience.heartbeat
+            idle = idle + seconds if now == last else 0.0
+            last = now
+            if idle >= 60 * minutes:
+                frames = traceback.extract_stack(sys._current_frames()[main_thread])
+                why = "the data, another rank or the device stalls"
+                text = f"{stalled()}, it waits in {_deepest_of_ours(frames)}: {why}. {AGAIN}"
+                say(text, file=sys.stderr)
+                os._exit(EXIT_STOPPED)  # a thread that hangs could not be waited for
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join(5)  # a thread that runs when the interpreter ends can abort it
 
 
 def _deepest_of_ours(frames: traceback.StackSummary) -> str:

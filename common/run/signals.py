@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Iterator
 
-from common.errors import AGAIN, EXIT_BAD_INPUT, EXIT_STOPPED, Stopped
+from common.errors import AGAIN, EXIT_BAD_INPUT, EXIT_STOPPED, Stopped, say
 from common.run import dist
 
 # Of a time limit or a preemption; the others mean stop.
@@ -53,6 +53,7 @@ class Signals:
         self.ends_with = ends_with
         self.asked = 0
         self.urgency = self.LEAVE
+        self.deferred = False
         self.obeyed = threading.Event()
         self._raised = False
         self._earlier_handlers = {}
@@ -82,6 +83,7 @@ class Signals:
     def defer(self) -> None:
         """From now on a signal waits for the next boundary of a step."""
         self.urgency = self.WAIT
+        self.deferred = True
 
     @contextlib.contextmanager
     def at_once(self, urgency: int = LEAVE) -> Iterator[None]:
@@ -126,7 +128,7 @@ class Signals:
             asked = asked or self._meaning(code)
             if leaves and not self.obeyed.wait(_PATIENCE):
                 ending = self.leave_early(asked, "nothing was saved")
-                print(ending, file=sys.stderr, flush=True)
+                say(ending, file=sys.stderr)
                 os._exit(ending.code)
 
     @staticmethod

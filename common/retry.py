@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from common.errors import TRANSIENT
+from common.errors import TRANSIENT, say
 
 Result = TypeVar("Result")
 
@@ -86,7 +86,7 @@ def retried(work: Callable[[], Result], path, *, was_there: bool = False) -> Res
             # A console that is gone must not pass for a file that is.
             with contextlib.suppress(OSError, ValueError):
                 limit = f"{patience.minutes:g} min (--io-retry)"
-                print(f"{path}: {first.strerror}; trying again for {limit}", flush=True)
+                say(f"{path}: {first.strerror}; trying again for {limit}")
     try:
         while True:
             patience.interrupted |= patience.asked() != asked
