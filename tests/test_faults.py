@@ -1270,7 +1270,8 @@ def test_twenty_five_hostile_pickles_execute_nothing(form, tmp_path):
                     archive.writestr(f"{member}.npy", array.getvalue())
         if form == "npz":
             said = []
-            assert _read_features(file, "key", said.append) is None and "damaged" in said[0], name
+            rows = _read_features(file, "key", np.zeros(0), said.append)
+            assert rows is None and "damaged" in said[0], name
             with pytest.raises(InputError):
                 utterances.open_utterances(str(file))
         else:

@@ -41,11 +41,11 @@ import train_cluster
 import train_raer
 import train_simclr
 import train_tsm
-from common import deep_cluster, optim, reading
+from common import deep_cluster, optim, reading, retry
 from common.data import augment, sampling
 from common.models import Backbone, clip, mobilenet_v4
 from common.report import page
-from common.run import checkpoint, content, dist, log, retry, run
+from common.run import checkpoint, content, dist, log, run
 from common.run.log import Log
 from common.run.progress import Progress
 from common.run.signals import Signals
@@ -707,7 +707,7 @@ def stale(victim: Victim, count: int) -> dict:
 
             for name in ("fsync", "replace", "preadv"):
                 setattr(os, name, unreliable(getattr(os, name)))
-            Path.read_bytes = unreliable(Path.read_bytes)
+            reading.regular_status = unreliable(reading.regular_status)
             retry.time = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: None)
 
         code = victim.run(folder, before=fail)
