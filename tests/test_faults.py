@@ -207,7 +207,7 @@ def test_a_signal_ends_the_wait_for_a_file_system(number, small, tmp_path, monke
     monkeypatch.setattr(retry, "_sleep", wait)
     argv = [*FLAGS, "--data", str(cells), "--epochs", "2", "--out", str(tmp_path / "run")]
     code, said = ends([*argv, "--io-retry", "60"], capsys)
-    assert code == 75 and said.startswith("saved at pretrain step 3") and "same command" in said
+    assert code == 75 and "saved at pretrain step 3. Run the same command again" in said
     assert summary(tmp_path / "run")["status"] == "stopped"
     (tmp_path / "gone").rename(cells)
     monkeypatch.setattr(Progress, "end_step", end_step)

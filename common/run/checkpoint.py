@@ -273,13 +273,13 @@ def check_state(state, path: Path) -> dict:
         InputError: it is none.
     """
     if not isinstance(state, dict) or "place" not in state:
-        raise InputError(f"{path} holds weights only: give a last.pt or a run directory")
+        raise InputError(f"{path} holds no state of training: give a last.pt or a run directory")
     wrong = [name for name, kind in _STATE.items() if not isinstance(state.get(name), kind)]
     if not wrong:
         place = state["place"]
         wrong = [name for name in _COUNTS if type(place.get(name)) is not int or place[name] < 0]
     if wrong:
-        raise InputError(f"checkpoint {path} holds no training state: it lacks {', '.join(wrong)}")
+        raise InputError(f"{path} holds no state of training: it lacks {', '.join(wrong)}")
     return state
 
 
@@ -331,7 +331,7 @@ def load_training_state(path: Path, stage: str) -> tuple[dict, Path]:
     PATH is a last.pt, or a run directory that holds one.
 
     Raises:
-        InputError: there is none, or the file holds weights only.
+        InputError: there is none, or the file holds something else.
     """
     if not os.path.isdir(path):
         return load_state(path), path.parent
