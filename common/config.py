@@ -5,6 +5,7 @@ nowhere else. `args` is never changed after parsing: derived values get names of
 """
 
 import argparse
+import contextlib
 import hashlib
 import io
 import json
@@ -215,7 +216,8 @@ class Parser(_Flags, argparse.ArgumentParser):
     def parse_known_args(self, args=None, namespace=None):
         # Before a program prints its first line: what the console has no sign for must not end it.
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="backslashreplace")
+            with contextlib.suppress(OSError):  # its reader has gone, or it is a pipe now
+                sys.stdout.reconfigure(errors="backslashreplace")
         given = sys.argv[1:] if args is None else args
         return super().parse_known_args(self.without_aliases(given), namespace)
 
