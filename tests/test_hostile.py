@@ -157,6 +157,36 @@ def test_an_image_that_declares_too_many_pixels_is_refused_before_decoding(width
         opened.decode(0)
 
 
+def _tiff(*entries):
+    packed = [struct.pack("<HHII", tag, kind, count, value) for tag, kind, count, value in entries]
+    return b"II*\0" + struct.pack("<IH", 8, len(packed)) + b"".join(packed) + bytes(1000)
+
+
+# 20 x 20 gray pixels in one strip, by deflate or as they are.
+_STRIP = (262, 3, 1, 1), (273, 4, 1, 200), (277, 3, 1, 1), (278, 4, 1, 20)
+_GRAY = (256, 4, 1, 20), (257, 4, 1, 20), (258, 3, 1, 8)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        _tiff(*_GRAY, (259, 3, 1, 8), *_STRIP, (279, 4, 1, 2**31)),
+        _tiff(*_GRAY, (259, 3, 1, 1), *_STRIP, (279, 4, 1, 400), (270, 2, 2**32 - 1, 8)),
+    ],
+    ids=["damaged", "odd"],
+)
+def test_pillow_and_libtiff_print_nothing_by_themselves(content, tmp_path):
+    image_folder(tmp_path / "cells", ["a/0.png", "b/0.png"])
+    (tmp_path / "cells/a/1.tif").write_bytes(content)
+    code = (
+        "import contextlib, sys; from common.data.open import open_images\n"
+        "with contextlib.suppress(ValueError): open_images(sys.argv[1]).decode(1)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "cells")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stderr == ""
+
+
 def test_the_limit_is_a_flag_of_all_programs_and_names_what_would_do(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(reading, "_most", reading._most)
     root = cells_tree(tmp_path / "cells")

@@ -4,6 +4,8 @@ They are one list of items, decoded by threads to uint8. `python -m common.data 
 a packed file.
 """
 
+import contextlib
+import ctypes
 import hashlib
 import io
 import math
@@ -11,6 +13,7 @@ import operator
 import os
 import re
 import threading
+import warnings
 import zipfile
 import zlib
 from collections import deque
@@ -64,6 +67,10 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# What is odd in a file and can still be read fills no console; what cannot is said by `decode`.
+warnings.filterwarnings("ignore", module="PIL")
+with contextlib.suppress(OSError, AttributeError):  # not in every build of Pillow
+    ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)  # libtiff prints by itself
 Image.MAX_IMAGE_PIXELS = None  # `check_pixels` bounds what is decoded, by --max-item-mb
 
 
