@@ -242,6 +242,13 @@ def test_a_table_or_json_that_grows_when_it_is_read_is_refused(tmp_path):
         longtail.read_schedule(str(tmp_path / "s.json"))
 
 
+def test_a_text_whose_words_would_fill_the_memory_is_refused(tmp_path):
+    rows = "".join(f"hi\t{i % 2}\n" for i in range(8))
+    (tmp_path / "x.tsv").write_text("text\tlabel\n" + rows + "w " * 2**20 + "\t0\n")
+    with pytest.raises(InputError, match=r"x\.tsv: a text of 2097152 characters.*--max-item-mb 512"):
+        utterances.open_utterances(str(tmp_path / "x.tsv"))
+
+
 def test_a_name_that_stands_twice_among_many_is_found_at_once(tmp_path):
     entry = '{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
     names = [f'"n{i}":{entry}' for i in range(200_000)] + [f'"n199999":{entry}']
