@@ -245,7 +245,7 @@ def test_a_table_or_json_that_grows_when_it_is_read_is_refused(tmp_path):
 def test_a_text_whose_words_would_fill_the_memory_is_refused(tmp_path):
     rows = "".join(f"hi\t{i % 2}\n" for i in range(8))
     (tmp_path / "x.tsv").write_text("text\tlabel\n" + rows + "w " * 2**20 + "\t0\n")
-    with pytest.raises(InputError, match=r"x\.tsv: a text of 2097152 characters.*--max-item-mb 512"):
+    with pytest.raises(InputError, match="x.tsv: a text of 2097152 char.*--max-item-mb 512"):
         utterances.open_utterances(str(tmp_path / "x.tsv"))
 
 

@@ -27,8 +27,8 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 from common import amp, reading
-from common.errors import InputError, did_you_mean, printable
-from common.retry import retried
+from common.errors import AGAIN, TRANSIENT, InputError, did_you_mean, printable
+from common.retry import patience, retried
 from common.run.content import Content, OtherContent, file_key
 
 # What Pillow may take a file for, whatever its name: other formats start programs of their own.
@@ -232,10 +232,10 @@ class Images:
         full = amp.out_of_memory(error, torch.device("cpu"))
         if full:  # nothing is wrong with the item
             raise amp.OutOfMemory(f"{item}: {full}") from None
-        return InputError(
-            f"{item} in {self.name} cannot be read: {reason(error)};"
-            " fix or remove it, or --on-bad-item skip"
-        )
+        advice = "fix or remove it, or --on-bad-item skip"
+        if isinstance(error, OSError) and (patience.over or error.errno in TRANSIENT):
+            advice = f"--io-retry waits longer. {AGAIN}"
+        return InputError(f"{item} in {self.name} cannot be read: {reason(error)}; {advice}")
 
     def _probe(self) -> int:
         # Headers only: the sizes of up to 64 images spread over the set.
