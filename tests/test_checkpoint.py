@@ -147,37 +147,51 @@ def test_patience_counts_from_the_last_certain_gain_and_selection_does_not(tmp_p
     assert best == [1, 2, 3, 4, 5, 5, 5]
 
 
-def test_a_best_model_newer_than_the_state_is_known_as_the_best(tmp_path):
-    """A process killed between best.pt and last.pt: what follows must not take the file for an
-    older epoch's.
-    """
-    world, model = dist.Dist(0, 1, torch.device("cpu")), torch.nn.Linear(2, 1)
+def _stage(folder, model) -> Progress:
     said = types.SimpleNamespace(
         **dict.fromkeys(("sync", "cut", "go_on_from", "say", "resumed"), lambda *_: None),
         count=lambda _: 0,
         seconds=0.0,
     )
+    options = dict(
+        log=said,
+        world=dist.Dist(0, 1, torch.device("cpu")),
+        signals=None,
+        model_spec={},
+        start="",
+        save_every=1,
+        max_steps=None,
+    )
+    return Progress(folder, "s", parts={"model": model}, **options)
 
-    def stage():
-        options = dict(
-            log=said,
-            world=world,
-            signals=None,
-            model_spec={},
-            start="",
-            save_every=1,
-            max_steps=None,
-        )
-        return Progress(tmp_path, "s", parts={"model": model}, **options)
 
-    progress = stage()
+def test_a_best_model_newer_than_the_state_is_known_as_the_best(tmp_path):
+    """A process killed between best.pt and last.pt: what follows must not take the file for an
+    older epoch's.
+    """
+    model = torch.nn.Linear(2, 1)
+    progress = _stage(tmp_path, model)
     for epoch, value in enumerate((0.5, 0.6)):
         progress.epoch = epoch
         progress.select(value, model.state_dict(), {"m": value}, higher_is_better=True)
         progress.save()
-    again = stage()
+    again = _stage(tmp_path, model)
     again.restore(checkpoint.load(tmp_path / "last.previous.pt"))
     assert (again.best, again.best_epoch) == (0.6, 2) and again.best_metrics() == {"m": 0.6}
+
+
+@pytest.mark.parametrize("name", ["copy.pt", "last.previous.pt"])
+def test_a_state_that_is_not_finite_is_refused_by_the_name_of_its_file(name, tmp_path):
+    model = torch.nn.Linear(2, 1)
+    _stage(tmp_path, model).save()
+    bad = checkpoint.load(tmp_path / "last.pt")
+    bad["parts"]["model"]["bias"][0] = float("nan")
+    (tmp_path / "last.pt").unlink()
+    checkpoint.save(tmp_path / name, bad)
+    where = tmp_path / name if name == "copy.pt" else tmp_path
+    state, source = checkpoint.load_training_state(where, "s")
+    with pytest.raises(InputError, match=f"{name} holds values that are NaN"):
+        _stage(tmp_path / "other", model).restore(state, source)
 
 
 def test_random_number_states_return(tmp_path):

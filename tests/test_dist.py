@@ -1,5 +1,6 @@
 """Several gloo processes compute what one does; launcher variables; BatchNorm over processes."""
 
+import contextlib
 import errno
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -287,6 +289,8 @@ STEP = "SLURM_JOB_ID=7 SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=4 SLURM_PROCID=0 SLU
         (f"{STEP} SLURM_PROCID=4", "SLURM_PROCID received '4', allowed 0 to 3"),
         (f"{STEP} SLURM_STEP_NUM_TASKS=x", "SLURM_STEP_NUM_TASKS received 'x'"),
         (f"{STEP} SLURM_LOCALID=x", "SLURM_LOCALID received 'x'"),
+        (f"{STEP} SLURM_STEP_NODELIST=n[a-b]", "SLURM_STEP_NODELIST received n[a-b]: "),
+        (f"{STEP} SLURM_STEP_NODELIST=n[1-999999999999]", "SLURM_STEP_NODELIST received n[1-9"),
         (f"{STEP} SLURM_TASK_PID=1 SLURM_PTY_PORT=4", "one of 4 tasks of `srun --pty`"),
     ],
 )
@@ -332,8 +336,17 @@ def test_ranks_that_are_there_hear_what_is_wrong(numbers, heard, launcher, tmp_p
     assert capfd.readouterr().err == ""  # no trace of C++
 
 
-def test_what_answers_at_the_port_and_is_no_rank_0_is_left_in_time(launcher, monkeypatch):
+def _greet(server):
+    with contextlib.suppress(OSError):  # the test has closed it
+        while True:
+            server.accept()[0].sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+
+
+@pytest.mark.parametrize("speaks", [False, True])
+def test_what_answers_at_the_port_and_is_no_rank_0_is_left_in_time(speaks, launcher):
     with socket.create_server(("127.0.0.1", 0)) as other:
+        if speaks:
+            threading.Thread(target=_greet, args=[other], daemon=True).start()
         launcher(f"RANK=1 WORLD_SIZE=2 MASTER_PORT={other.getsockname()[1]}")
         code = "from common.run import dist; dist._GRACE = 0; dist.init('cpu', meet_s=1)"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

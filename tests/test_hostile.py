@@ -157,6 +157,36 @@ def test_an_image_that_declares_too_many_pixels_is_refused_before_decoding(width
         opened.decode(0)
 
 
+def _tiff(*entries):
+    packed = [struct.pack("<HHII", tag, kind, count, value) for tag, kind, count, value in entries]
+    return b"II*\0" + struct.pack("<IH", 8, len(packed)) + b"".join(packed) + bytes(1000)
+
+
+# 20 x 20 gray pixels in one strip, by deflate or as they are.
+_STRIP = (262, 3, 1, 1), (273, 4, 1, 200), (277, 3, 1, 1), (278, 4, 1, 20)
+_GRAY = (256, 4, 1, 20), (257, 4, 1, 20), (258, 3, 1, 8)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        _tiff(*_GRAY, (259, 3, 1, 8), *_STRIP, (279, 4, 1, 2**31)),
+        _tiff(*_GRAY, (259, 3, 1, 1), *_STRIP, (279, 4, 1, 400), (270, 2, 2**32 - 1, 8)),
+    ],
+    ids=["damaged", "odd"],
+)
+def test_pillow_and_libtiff_print_nothing_by_themselves(content, tmp_path):
+    image_folder(tmp_path / "cells", ["a/0.png", "b/0.png"])
+    (tmp_path / "cells/a/1.tif").write_bytes(content)
+    code = (
+        "import contextlib, sys; from common.data.open import open_images\n"
+        "with contextlib.suppress(ValueError): open_images(sys.argv[1]).decode(1)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "cells")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stderr == ""
+
+
 def test_the_limit_is_a_flag_of_all_programs_and_names_what_would_do(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(reading, "_most", reading._most)
     root = cells_tree(tmp_path / "cells")
@@ -210,6 +240,13 @@ def test_a_table_or_json_that_grows_when_it_is_read_is_refused(tmp_path):
     (tmp_path / "s.json").write_text("[" + "[]," * 4_000_000 + "[]]")
     with little_memory(), pytest.raises(InputError, match="--max-item-mb"):
         longtail.read_schedule(str(tmp_path / "s.json"))
+
+
+def test_a_text_whose_words_would_fill_the_memory_is_refused(tmp_path):
+    rows = "".join(f"hi\t{i % 2}\n" for i in range(8))
+    (tmp_path / "x.tsv").write_text("text\tlabel\n" + rows + "w " * 2**20 + "\t0\n")
+    with pytest.raises(InputError, match="x.tsv: a text of 2097152 char.*--max-item-mb 512"):
+        utterances.open_utterances(str(tmp_path / "x.tsv"))
 
 
 def test_a_name_that_stands_twice_among_many_is_found_at_once(tmp_path):

@@ -9,11 +9,13 @@ import pytest
 
 from common import reading, retry
 from common.data.images import list_files
+from common.data.open import open_images
 from common.errors import InputError
 from common.retry import io_retry, retried
 from common.run.files import atomic_write, read_json
 from common.run.log import Log, read
 from common.run.run import watchdog
+from tests.data import image_folder
 
 
 class Fails:
@@ -190,6 +192,20 @@ def test_a_folder_that_comes_back_is_read_on(how, tmp_path, pauses):
         (folder / "a.png").unlink()
         with pytest.raises(FileNotFoundError):  # its folder is there: it was deleted
             content(0)
+
+
+@pytest.mark.parametrize("how", ["gone", "stale"])
+def test_an_image_whose_file_system_is_gone_is_not_called_damaged(how, tmp_path, monkeypatch):
+    images = open_images(str(image_folder(tmp_path / "cells", ["a/0.png", "b/0.png"])))
+    if how == "gone":
+        (tmp_path / "cells").rename(tmp_path / "away")
+    else:
+        monkeypatch.setattr(reading, "regular_status", Fails(None, *[errno.ESTALE] * 9))
+    with io_retry(0, lambda: 0), pytest.raises(InputError) as error:
+        images.decode(0)
+    said = str(error.value)
+    assert "a/0.png" in said and "--io-retry waits longer" in said and "fix or remove" not in said
+    retry.patience.over = False
 
 
 def test_an_archive_is_opened_again(tmp_path, monkeypatch, pauses):

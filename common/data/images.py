@@ -4,6 +4,8 @@ They are one list of items, decoded by threads to uint8. `python -m common.data 
 a packed file.
 """
 
+import contextlib
+import ctypes
 import hashlib
 import io
 import math
@@ -11,6 +13,7 @@ import operator
 import os
 import re
 import threading
+import warnings
 import zipfile
 import zlib
 from collections import deque
@@ -24,8 +27,8 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 from common import amp, reading
-from common.errors import InputError, did_you_mean, printable
-from common.retry import retried
+from common.errors import AGAIN, TRANSIENT, InputError, did_you_mean, printable
+from common.retry import patience, retried
 from common.run.content import Content, OtherContent, file_key
 
 # What Pillow may take a file for, whatever its name: other formats start programs of their own.
@@ -64,6 +67,10 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# What is odd in a file and can still be read fills no console; what cannot is said by `decode`.
+warnings.filterwarnings("ignore", module="PIL")
+with contextlib.suppress(OSError, AttributeError):  # not in every build of Pillow
+    ctypes.CDLL(Image.core.__file__).TIFFSetErrorHandler(None)  # libtiff prints by itself
 Image.MAX_IMAGE_PIXELS = None  # `check_pixels` bounds what is decoded, by --max-item-mb
 
 
@@ -225,10 +232,10 @@ class Images:
         full = amp.out_of_memory(error, torch.device("cpu"))
         if full:  # nothing is wrong with the item
             raise amp.OutOfMemory(f"{item}: {full}") from None
-        return InputError(
-            f"{item} in {self.name} cannot be read: {reason(error)};"
-            " fix or remove it, or --on-bad-item skip"
-        )
+        advice = "fix or remove it, or --on-bad-item skip"
+        if isinstance(error, OSError) and (patience.over or error.errno in TRANSIENT):
+            advice = f"--io-retry waits longer. {AGAIN}"
+        return InputError(f"{item} in {self.name} cannot be read: {reason(error)}; {advice}")
 
     def _probe(self) -> int:
         # Headers only: the sizes of up to 64 images spread over the set.

@@ -288,6 +288,9 @@ def _check_texts(path: str, texts: list[str] | None) -> None:
         raise InputError(
             f"{path}: the text of all {len(texts)} utterances is empty; check the column"
         )
+    longest = max(map(len, texts or [""]))
+    # Its n-grams, each a string of its own.
+    reading.within(256 * longest, f"{path}: a text of {longest} characters")
 
 
 def _clean(path, name, values, lengths, max_length, ids) -> np.ndarray:

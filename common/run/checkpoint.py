@@ -317,12 +317,12 @@ def load_newest(folder: Path, say=say) -> dict | None:
 
 
 def load_state(path: Path) -> dict:
-    """The state of training in a last.pt.
+    """The state of training in a last.pt, and as `file` the path of that.
 
     Raises:
         InputError: it cannot be read, or holds something else.
     """
-    return check_state(load(path), path)
+    return check_state(load(path), path) | {"file": str(path)}
 
 
 def load_training_state(path: Path, stage: str) -> tuple[dict, Path]:

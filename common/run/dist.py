@@ -27,7 +27,16 @@ import torch.distributed as td
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common.errors import AGAIN, EXIT_BAD_INPUT, InputError, first_few, plural, say, thread_limit
+from common.errors import (
+    AGAIN,
+    EXIT_BAD_INPUT,
+    InputError,
+    as_input_error,
+    first_few,
+    plural,
+    say,
+    thread_limit,
+)
 
 _MOST_RANKS = 2**20
 _GRACE = 5  # seconds after the limit of a meeting in which it can still say what is wrong
@@ -91,7 +100,9 @@ def init(device: str = "auto", timeout_s: float = 1800, meet_s: float = 1800) ->
         if world_size > 1:
             _check_terminal(world_size)
             # On one node nobody has to know its name.
-            nodes = hosts(env.get("SLURM_STEP_NODELIST", ""))
+            listed = env.get("SLURM_STEP_NODELIST", "")
+            with as_input_error("the environment variable SLURM_STEP_NODELIST received", listed):
+                nodes = hosts(listed)
             env.setdefault("MASTER_ADDR", nodes[0] if len(nodes) > 1 else "127.0.0.1")
             if "MASTER_PORT" not in env:
                 own_port = port(_variable("SLURM_JOB_ID", 0), _variable("SLURM_STEP_ID", 0))
@@ -178,15 +189,16 @@ def _meet(number: int, world_size: int, timeout_s: float, meet_s: float) -> td.S
                 raise _apart(number, world_size, reason) from None
             time.sleep(min(0.2, meet_s))
     try:
-        server = td.TCPStore(
-            "localhost" if is_host else address[0],
-            address[1],
-            world_size,
-            is_host,
-            timedelta(seconds=timeout_s),
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
+        with _silence():
+            server = td.TCPStore(
+                "localhost" if is_host else address[0],
+                address[1],
+                world_size,
+                is_host,
+                timedelta(seconds=timeout_s),
+                wait_for_workers=False,
+                multi_tenant=True,
+            )
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = td.PrefixStore(f"attempt{attempt}/meeting{next(_meetings)}", server)
         marks = [f"rank{rank}" for rank in range(world_size)]
@@ -214,9 +226,26 @@ def _meet(number: int, world_size: int, timeout_s: float, meet_s: float) -> td.S
 
 
 @contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    # torch prints a C++ trace at each try where something else answers at the port.
+    console = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        os.dup2(console, 2)
+        os.close(console)
+
+
+@contextlib.contextmanager
 def _limit(seconds: float, who: str) -> Iterator[None]:
     # A port on which something else answers, or a peer that dies while it joins, hangs in C++.
+    console = os.dup(2)
+
     def end():
+        os.dup2(console, 2)  # in `_silence`
         text = f"error: {who} has not joined the others within {seconds / 60:.2g} minutes"
         print(f"{text} (--timeout); what the other ranks print says why", file=sys.stderr)
         sys.stderr.flush()
@@ -229,6 +258,7 @@ def _limit(seconds: float, who: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+        os.close(console)
 
 
 def port(job: int, step: int) -> int:
@@ -245,6 +275,9 @@ def hosts(nodelist: str) -> list[str]:
 
     `n[08-10,3],g` is n08, n09, n10, n3, g. With more than one bracket in a name the last one
     changes fastest, then the first, the second, and so on.
+
+    Raises:
+        ValueError: a bracket holds no numbers, or absurdly many.
     """
     names = []
     for item in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodelist):
@@ -262,6 +295,8 @@ def _numbers(ranges: str) -> list[str]:
     numbers = []
     for part in ranges.split(","):
         low, _, high = part.partition("-")
+        if int(high or low) - int(low) > _MOST_RANKS:
+            raise ValueError(f"{part} are too many hosts")
         numbers += [f"{number:0{len(low)}d}" for number in range(int(low), int(high or low) + 1)]
     return numbers
 

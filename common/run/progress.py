@@ -142,7 +142,7 @@ class Progress:
                     f" {type(part).__name__}"
                 )
             if isinstance(part, torch.nn.Module):
-                file = f"{source or self.folder}/last.pt"
+                file = state.get("file", self.folder)
                 checkpoint.load_weights(part, state["parts"][name], file)
             else:
                 part.load_state_dict(state["parts"][name])
