@@ -108,6 +108,9 @@ def exit_codes():
     except Stopped as stop:
         say(f"{stop}", file=sys.stderr)
         raise SystemExit(stop.code) from None
+    except KeyboardInterrupt:  # where `Signals` does not listen
+        say("stopped by Ctrl-C. Run the same command again", file=sys.stderr)
+        raise SystemExit(EXIT_STOPPED) from None
     except RuntimeError as error:
         if not thread_limit(error):
             raise

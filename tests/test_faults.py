@@ -37,10 +37,12 @@ import train_simclr
 import train_tsm
 from common import linear_eval, retry, weights
 from common.check import runner
+from common.data import __main__ as packing
 from common.data import utterances
 from common.errors import Diverged, InputError
 from common.features import _read_features, stored_features
 from common.models import Backbone
+from common.report import __main__ as report
 from common.report import figures, page, record
 from common.report.clusters import write_cluster_report
 from common.run import checkpoint, directory, dist
@@ -459,6 +461,43 @@ def test_a_signal_is_obeyed_where_there_is_nothing_to_save(
     assert len(decoded) < 20
     if where in ("audit", "second"):
         assert summary(tmp_path / "run")["status"] == "stopped"
+
+
+def test_a_signal_that_comes_while_signals_are_being_caught_is_one_line(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    real = signal.set_wakeup_fd
+
+    def late(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(signal, "set_wakeup_fd", late)
+    with pytest.raises(SystemExit) as ending:
+        train_cluster.main(["--device", "cpu", "--out", str(tmp_path / "run")])
+    assert ending.value.code == 75
+    assert capsys.readouterr().err == "nothing to save yet. Run the same command again\n"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "work", "argv"),
+    [
+        (report, "Record", ["--text"]),
+        (packing, "open_images", ["x.packed"]),
+    ],
+)
+def test_ctrl_c_of_a_program_that_catches_no_signals_is_one_line(
+    module, work, argv, tmp_path, monkeypatch, capsys
+):
+    command = ["pack"] if module is packing else []
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(module, work, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(SystemExit) as ending:
+        module.main([*command, str(tmp_path), *argv])
+    assert ending.value.code == 75
+    assert capsys.readouterr().err == "stopped by Ctrl-C. Run the same command again\n"
 
 
 @pytest.mark.e2e
