@@ -469,11 +469,12 @@ def test_a_signal_that_comes_while_signals_are_being_caught_is_one_line(
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     real = signal.set_wakeup_fd
 
-    def late(*args, **kwargs):
+    def at_first(*args, **kwargs):
+        monkeypatch.setattr(signal, "set_wakeup_fd", real)
         os.kill(os.getpid(), signal.SIGTERM)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(signal, "set_wakeup_fd", late)
+    monkeypatch.setattr(signal, "set_wakeup_fd", at_first)
     with pytest.raises(SystemExit) as ending:
         train_cluster.main(["--device", "cpu", "--out", str(tmp_path / "run")])
     assert ending.value.code == 75
