@@ -482,23 +482,28 @@ def test_a_signal_that_comes_while_signals_are_being_caught_is_one_line(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("module", [report, packing])
 @pytest.mark.parametrize(
-    ("module", "work", "argv"),
+    ("what", "code", "said"),
     [
-        (report, "Record", ["--text"]),
-        (packing, "open_images", ["x.packed"]),
+        (KeyboardInterrupt, 75, "stopped by Ctrl-C. Run the same command again\n"),
+        (MemoryError, 2, "error: out of memory; end other programs,"),
     ],
 )
-def test_ctrl_c_of_a_program_that_catches_no_signals_is_one_line(
-    module, work, argv, tmp_path, monkeypatch, capsys
+def test_programs_that_train_nothing_end_in_one_line(
+    what, code, said, module, tmp_path, monkeypatch, capsys
 ):
-    command = ["pack"] if module is packing else []
+    def fails(*_):
+        raise what
+
     (tmp_path / "config.json").write_text("{}")
-    monkeypatch.setattr(module, work, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(module, "open_images" if module is packing else "Record", fails)
+    folder = str(tmp_path)
     with pytest.raises(SystemExit) as ending:
-        module.main([*command, str(tmp_path), *argv])
-    assert ending.value.code == 75
-    assert capsys.readouterr().err == "stopped by Ctrl-C. Run the same command again\n"
+        module.main(["pack", folder, "x.packed"] if module is packing else [folder, "--text"])
+    assert ending.value.code == code
+    error = capsys.readouterr().err
+    assert error.startswith(said) and error.count("\n") == 1
 
 
 @pytest.mark.e2e
