@@ -41,11 +41,11 @@ import train_cluster
 import train_raer
 import train_simclr
 import train_tsm
-from common import deep_cluster, optim, reading
+from common import deep_cluster, optim, reading, retry
 from common.data import augment, sampling
 from common.models import Backbone, clip, mobilenet_v4
 from common.report import page
-from common.run import checkpoint, content, dist, log, retry, run
+from common.run import checkpoint, content, dist, log, run
 from common.run.log import Log
 from common.run.progress import Progress
 from common.run.signals import Signals
