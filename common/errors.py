@@ -108,6 +108,15 @@ def exit_codes():
     except Stopped as stop:
         say(f"{stop}", file=sys.stderr)
         raise SystemExit(stop.code) from None
+    except MemoryError:  # of a run `launch` says more
+        say(
+            "error: out of memory; end other programs, or give this one less to read",
+            file=sys.stderr,
+        )
+        raise SystemExit(EXIT_BAD_INPUT) from None
+    except KeyboardInterrupt:  # where `Signals` does not listen
+        say("stopped by Ctrl-C. Run the same command again", file=sys.stderr)
+        raise SystemExit(EXIT_STOPPED) from None
     except RuntimeError as error:
         if not thread_limit(error):
             raise

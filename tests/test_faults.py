@@ -37,10 +37,12 @@ import train_simclr
 import train_tsm
 from common import linear_eval, retry, weights
 from common.check import runner
+from common.data import __main__ as packing
 from common.data import utterances
 from common.errors import Diverged, InputError
 from common.features import _read_features, stored_features
 from common.models import Backbone
+from common.report import __main__ as report
 from common.report import figures, page, record
 from common.report.clusters import write_cluster_report
 from common.run import checkpoint, directory, dist
@@ -459,6 +461,49 @@ def test_a_signal_is_obeyed_where_there_is_nothing_to_save(
     assert len(decoded) < 20
     if where in ("audit", "second"):
         assert summary(tmp_path / "run")["status"] == "stopped"
+
+
+def test_a_signal_that_comes_while_signals_are_being_caught_is_one_line(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    real = signal.set_wakeup_fd
+
+    def at_first(*args, **kwargs):
+        monkeypatch.setattr(signal, "set_wakeup_fd", real)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(signal, "set_wakeup_fd", at_first)
+    with pytest.raises(SystemExit) as ending:
+        train_cluster.main(["--device", "cpu", "--out", str(tmp_path / "run")])
+    assert ending.value.code == 75
+    assert capsys.readouterr().err == "nothing to save yet. Run the same command again\n"
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("module", [report, packing])
+@pytest.mark.parametrize(
+    ("what", "code", "said"),
+    [
+        (KeyboardInterrupt, 75, "stopped by Ctrl-C. Run the same command again\n"),
+        (MemoryError, 2, "error: out of memory; end other programs,"),
+    ],
+)
+def test_programs_that_train_nothing_end_in_one_line(
+    what, code, said, module, tmp_path, monkeypatch, capsys
+):
+    def fails(*_):
+        raise what
+
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(module, "open_images" if module is packing else "Record", fails)
+    folder = str(tmp_path)
+    with pytest.raises(SystemExit) as ending:
+        module.main(["pack", folder, "x.packed"] if module is packing else [folder, "--text"])
+    assert ending.value.code == code
+    error = capsys.readouterr().err
+    assert error.startswith(said) and error.count("\n") == 1
 
 
 @pytest.mark.e2e

@@ -42,7 +42,7 @@ def naming(path) -> Iterator[None]:
     """
     try:
         yield
-    except (InputError, Stopped):
+    except (InputError, MemoryError, Stopped):
         raise
     except OSError as error:
         raise InputError(described(error) if error.filename else f"{path}: {error}") from error

@@ -1,6 +1,7 @@
 """What --eval, --predict and --stream do with a trained run: load it, write what it answers."""
 
 import csv
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,6 +126,8 @@ def load_run(args, card: Card) -> LoadedRun:
     path = args.predict or getattr(args, "stream", None) or args.data
     if args.eval and args.data == "sample":
         path = checkpoint.config_of(source).get("data", args.data)
+        if not path.startswith("sample") and not os.path.exists(path):
+            raise InputError(f"{source} was trained on {path}, which is not here: give --data")
     return LoadedRun(state, source, output_folder(args.out or source), path)
 
 

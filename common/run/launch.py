@@ -70,31 +70,34 @@ def launch(parser, args, run_inference: Callable, run_training: Callable) -> int
     ):
         device = torch.device("cpu")
         try:
-            # The watchdog, which is to come first, names more than a collective does.
-            world = dist.init(args.device, max(1800, 120 * args.timeout), 60 * args.timeout)
-            device = world.device
-            seed_process(args)
-            if args.precision == "bf16" and device.type == "cuda" and not amp.has_bf16(device):
-                world.say(
-                    "WARN --precision bf16: this GPU only emulates bf16, which is slow; auto takes"
-                    " fp16"
-                )
+            with signals.at_once():
+                # The watchdog, which is to come first, names more than a collective does.
+                world = dist.init(args.device, max(1800, 120 * args.timeout), 60 * args.timeout)
+                device = world.device
+                seed_process(args)
+                if args.precision == "bf16" and device.type == "cuda" and not amp.has_bf16(device):
+                    world.say(
+                        "WARN --precision bf16: this GPU only emulates bf16, which is slow; auto"
+                        " takes fp16"
+                    )
 
-            def heartbeat():
-                # In a session a step is what is waited for.
-                waiting = None if signals.deferred else reading.oldest_pending()
-                return waiting or object()
+                def heartbeat():
+                    # In a session a step is what is waited for.
+                    waiting = None if signals.deferred else reading.oldest_pending()
+                    return waiting or object()
 
-            def stalled() -> str:
-                _, name = reading.oldest_pending() or (None, "a file")
-                return f"{world.where}{name} is not read in {args.timeout:g} minutes (--timeout)"
+                def stalled() -> str:
+                    _, name = reading.oldest_pending() or (None, "a file")
+                    return (
+                        f"{world.where}{name} is not read in {args.timeout:g} minutes (--timeout)"
+                    )
 
-            with watchdog(args.timeout, heartbeat, stalled):
-                if is_inference(args):
-                    run_inference(args, world)
-                else:
-                    with contextlib.suppress(Finished):
-                        run_training(parser, args, world, signals)
+                with watchdog(args.timeout, heartbeat, stalled):
+                    if is_inference(args):
+                        run_inference(args, world)
+                    else:
+                        with contextlib.suppress(Finished):
+                            run_training(parser, args, world, signals)
         except Stopped:
             raise
         except Interrupted as interruption:

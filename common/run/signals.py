@@ -38,9 +38,9 @@ class Signals:
     warning, USR1 after TERM changes nothing. A second Ctrl-C leaves at once, in one line.
 
     The handler sets a flag: saving inside it could tear the step that it interrupts. It raises
-    `Interrupted` only where `urgency` says so: until `defer`, as there is nothing to save yet, and
-    where nothing of the state changes. A context, after which the handlers are those from before;
-    where the process `ends_with` it and was asked to, what comes late is not heard any more.
+    `Interrupted` only where `urgency` says so: in `at_once`, and there until `defer`. A context,
+    after which the handlers are those from before; where the process `ends_with` it and was asked
+    to, what comes late is not heard any more.
     """
 
     REQUEUE = 1
@@ -52,7 +52,7 @@ class Signals:
     def __init__(self, *, ends_with: bool = False):
         self.ends_with = ends_with
         self.asked = 0
-        self.urgency = self.LEAVE
+        self.urgency = self.WAIT
         self.deferred = False
         self.obeyed = threading.Event()
         self._raised = False
