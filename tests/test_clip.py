@@ -5,6 +5,7 @@ activations; checkpointing, autocast, learned context.
 import json
 import math
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,9 +47,11 @@ def randomize(model, seed=0):
 def test_openais_addresses_are_open_clips():
     names = {"vit_b_32": "ViT-B-32", "vit_b_16": "ViT-B-16", "vit_l_14": "ViT-L-14"}
     assert OPENAI.keys() == names.keys()
+    manual = (Path(__file__).parents[1] / "docs" / "raer.md").read_text()
     for name, (url, sha256) in OPENAI.items():
         assert url == open_clip().get_pretrained_cfg(names[name], "openai")["url"]
         assert len(sha256) == 64 and f"/{sha256}/" in url
+        assert f"- `{name}`: {url}\n" in manual
 
 
 def texts(n=3, length=77):

@@ -344,6 +344,7 @@ def test_a_classifier_is_its_head_on_its_backbone():
 
 
 def test_torchvisions_weights_have_an_address_and_a_digest():
+    manual = (Path(__file__).parents[1] / "docs" / "simclr.md").read_text()
     for name in BACKBONES:
         found = published_weights(name)
         if name == "inception_resnet_v2":
@@ -352,3 +353,4 @@ def test_torchvisions_weights_have_an_address_and_a_digest():
         url, sha256 = found["imagenet"]
         assert url == torchvision.models.get_model_weights(name).DEFAULT.url
         assert len(sha256) == 8 and url.endswith(f"-{sha256}.pth")
+        assert f"| `{name}` | {url} |" in manual
