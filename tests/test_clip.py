@@ -100,7 +100,7 @@ def test_both_towers_are_open_clips(name, theirs, count):
             == count
         )
         load_weights(model.to_empty(device="cpu"), state, "open_clip")
-        assert_open_clips(model, oracle, torch.randn(1, 3, 224, 224), texts(2))
+        assert_open_clips(model, oracle, torch.randn(2, 3, 224, 224), texts(3))
         for block in (*oracle.visual.transformer.resblocks, *oracle.transformer.resblocks):
             assert type(block.mlp.gelu) is open_clip().transformer.QuickGELU or activation == "gelu"
             block.mlp.gelu = nn.GELU()
