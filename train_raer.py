@@ -5,9 +5,9 @@ Logit adjustment: Menon et al., arXiv:2007.07314. Deferred sampling and LDAM: Ca
 arXiv:1906.07413.
 
 Everything trained, best on a GPU:
-  python train_raer.py --data raer/ --backbone vit_b_16 --weights ViT-B-16.pt --tune full --bs 8
+  python train_raer.py --data raer/ --backbone vit_b_16 --weights openai --tune full --bs 8
 Frozen CLIP, each clip encoded once: seconds an epoch:
-  python train_raer.py --data raer.zip --backbone vit_b_32 --weights ViT-B-32.pt --cache-features
+  python train_raer.py --data raer.zip --backbone vit_b_32 --weights openai --cache-features
 From a backbone that SimCLR trained:
   python train_raer.py --data raer.zip --backbone resnet18 --weights simclr/backbone.pt
 Another long-tail method, to compare with:
@@ -144,8 +144,9 @@ def parse_args(argv: list[str] | None = None):
     )
     group.add_argument(
         "--weights",
-        metavar="FILE",
-        help="weights of CLIP, or for resnet18 the backbone.pt of a SimCLR run",
+        metavar="NAME|FILE",
+        help="weights to start from: `openai`, CLIP's own (for resnet18 `imagenet`, torchvision's),"
+        " downloaded once, or a file: CLIP's, or for resnet18 the backbone.pt of a SimCLR run",
     )
     group.choice(
         "--activation",

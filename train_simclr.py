@@ -36,7 +36,14 @@ from common.data.open import prepare
 from common.distill import add_distillation
 from common.errors import InputError, as_input_error, plural
 from common.features import contrast, representation, stored_features
-from common.models import BACKBONES, LARGER, build_backbone, input_size, load_published
+from common.models import (
+    BACKBONES,
+    LARGER,
+    build_backbone,
+    input_size,
+    load_published,
+    published_weights,
+)
 from common.models.heads import HEAD_BIAS, Classifier, SimCLR, init_bias_to_prior
 from common.report import figures, page
 from common.run import checkpoint, dist
@@ -47,7 +54,7 @@ from common.run.launch import launch, run_sweep
 from common.run.loop import Batch, Loop, Step
 from common.run.run import Run, test_best_and_last
 from common.run.signals import Signals
-from common.weights import load_backbone, of_backbone
+from common.weights import load_backbone, locate, of_backbone
 from kernels import nt_xent
 
 CARD = Card(
@@ -188,8 +195,9 @@ def parse_args(argv: list[str] | None = None):
     )
     group.add_argument(
         "--weights",
-        metavar="FILE",
-        help="published weights to start from: .pt, .pth or .safetensors",
+        metavar="NAME|FILE",
+        help="published weights to start from: `imagenet`, torchvision's, downloaded once, or a"
+        " file, .pt, .pth or .safetensors",
     )
     group.choice(
         "--head-bias",
@@ -758,8 +766,9 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
         raise InputError(f"--from {args.from_run} has the unknown backbone {backbone}, {stem}")
     published_notes = []
     if args.weights:
+        file = locate(args.weights, backbone, published_weights(backbone))
         published = build_backbone(backbone, stem)
-        published_notes = load_published(published, args.weights).split("\n")
+        published_notes = load_published(published, file).split("\n")
         weights = published.state_dict()
     size = args.image_size or source.get("image_size")
     spec = dict(

@@ -1,4 +1,4 @@
-"""Published weights: files read safely, state dicts mapped strictly onto a model.
+"""Published weights: found by name, files read safely, state dicts mapped strictly onto a model.
 
 `.safetensors` is read here (https://huggingface.co/docs/safetensors): eight bytes with the header's
 length, little-endian; a JSON header, name -> dtype, shape and byte range; the tensors' bytes
@@ -7,21 +7,28 @@ TorchScript archives give up their tensors, and none of their code runs. Other f
 `torch.load(weights_only=True)`.
 """
 
+import hashlib
+import http.client
 import io
 import math
 import os
 import pickle
+import re
+import socket
+import sys
 import zipfile
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from common import reading
-from common.errors import InputError
-from common.run import checkpoint
+from common.errors import InputError, printable, say
+from common.retry import retried
+from common.run import checkpoint, dist
 from common.run.files import read_config, read_json
 
 _DTYPES = {
@@ -44,6 +51,91 @@ _MAX_MODULES = 100_000  # of a TorchScript archive, which may name one module in
 # Where training scripts keep the model's state dict: this project's, timm's and Lightning's, the
 # PyTorch tutorials'.
 _CONTAINERS = ("parts", "state_dict", "model", "model_state", "model_state_dict", "net")
+_NAMES = ("imagenet", "openai")
+_SILENCE = 30  # seconds without a byte after which a server counts as gone
+
+
+class Published(NamedTuple):
+    """A file that can be downloaded; `sha256` is its SHA-256 or how that begins."""
+
+    url: str
+    sha256: str
+
+
+def locate(given: str, backbone: str, published: dict[str, Published]) -> str | Path:
+    """The file that --weights means: a path, or the name of published weights, which are fetched.
+
+    A name is a name whatever lies in the folder. All ranks call this together.
+
+    Args:
+        published: what the backbone has, by name.
+
+    Raises:
+        InputError: the backbone has nothing of that name; or see `fetch`.
+    """
+    if given in published:
+        return fetch(*published[given], "--weights")
+    if given in _NAMES or (re.fullmatch(r"[\w-]+", given) and not os.path.lexists(given)):
+        raise InputError(
+            f"--weights {given}: by name {backbone} has {', '.join(published) or 'none'};"
+            " otherwise give the path of a file, docs/ has the addresses of published ones"
+        )
+    return given
+
+
+def fetch(url: str, sha256: str, flag: str) -> Path:
+    """A published file in torch.hub's cache folder; a file that is there is used without network.
+
+    Rank 0 downloads, the others wait for it; then those of a node with a cache of its own do. All
+    ranks call this together.
+
+    Args:
+        sha256: of the file, or how that begins.
+        flag: by which the user can name a copy.
+
+    Raises:
+        InputError: it could not be fetched or is not that file; the line says what to fetch and
+            where to put it.
+    """
+    path = Path(torch.hub.get_dir(), "checkpoints", url.rpartition("/")[2])
+    fault = dist.broadcast(_download(url, sha256, path) if dist.rank() == 0 else None)
+    if fault is None and dist.rank():
+        fault = _download(url, sha256, path)
+    if fault is not None:
+        raise InputError(
+            f"{url} could not be fetched ({fault}): put that file (SHA-256 {sha256}) at {path},"
+            f" or name your copy with {flag} FILE"
+        )
+    return path
+
+
+def _download(url: str, sha256: str, path: Path) -> str | None:
+    # Does nothing where the file is there; returns what went wrong.
+    try:
+        if retried(lambda: _sha256(path), path).startswith(sha256):
+            return None
+    except (OSError, InputError):  # none there, or not that one
+        pass
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_SILENCE)
+    try:
+        if os.path.isdir(path):
+            return f"{path} is a folder"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        say(f"downloading {url} to {path}")
+        torch.hub.download_url_to_file(url, str(path), sha256, progress=sys.stderr.isatty())
+    except (OSError, http.client.HTTPException) as error:
+        return printable(f"{getattr(error, 'reason', error)}".strip())
+    except RuntimeError:
+        return "what came has another SHA-256"
+    finally:
+        socket.setdefaulttimeout(before)
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with reading.pending(path), reading.open_file(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read(path: str | Path) -> dict[str, Tensor]:

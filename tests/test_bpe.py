@@ -5,10 +5,8 @@ and its faults.
 import gzip
 import hashlib
 import html
-import http.server
 import random
 import string
-import threading
 import unicodedata
 from pathlib import Path
 
@@ -16,7 +14,7 @@ import pytest
 
 from common.errors import InputError
 from common.models import bpe
-from common.models.bpe import Tokenizer, clean, official_vocab, split
+from common.models.bpe import Tokenizer, clean, split
 
 
 @pytest.fixture(scope="module")
@@ -193,51 +191,17 @@ def test_what_is_no_vocabulary_is_refused(tmp_path, name, content, match):
     assert "--clip-vocab" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_the_official_vocabulary_is_fetched_once_and_checked(tmp_path, vocab, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    kept = official_vocab(vocab.as_uri())
-    assert (
-        kept == tmp_path / "cache" / "clip" / vocab.name and kept.read_bytes() == vocab.read_bytes()
-    )
-    assert [file.name for file in kept.parent.iterdir()] == [vocab.name]
-    gone = (tmp_path / "gone.gz").as_uri()
-    assert official_vocab(gone) == kept
+def test_the_official_vocabulary_is_fetched_once(tmp_path, vocab, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(bpe, "VOCAB_URL", vocab.as_uri())
     assert Tokenizer.read().vocab_size == 49_408
-    # A damaged copy is not used: it is fetched anew, or the line says what to put where.
-    kept.write_bytes(b"damaged")
+    kept = tmp_path / "hub" / "checkpoints" / vocab.name
+    assert kept.read_bytes() == vocab.read_bytes()
+    gone = (tmp_path / "gone" / vocab.name).as_uri()
+    monkeypatch.setattr(bpe, "VOCAB_URL", gone)
+    assert Tokenizer.read().vocab_size == 49_408
+    kept.unlink()
     with pytest.raises(InputError, match="could not be fetched") as error:
-        official_vocab(gone)
+        Tokenizer.read()
     for part in (gone, bpe.VOCAB_SHA256, str(kept), "--clip-vocab FILE"):
         assert part in str(error.value)
-    assert official_vocab(vocab.as_uri()).read_bytes() == vocab.read_bytes()
-
-
-def test_another_file_is_not_kept(tmp_path):
-    (tmp_path / "other.gz").write_bytes(gzip.compress(b"#version\na b\n"))
-    with pytest.raises(InputError, match="what came has another SHA-256"):
-        official_vocab((tmp_path / "other.gz").as_uri(), tmp_path / "cache")
-    assert not (tmp_path / "cache").exists()
-
-
-def test_an_odd_answer_and_a_folder_that_cannot_be_made(tmp_path, vocab):
-    class Odd(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            if self.path == "/short":
-                self.send_response(200)
-                self.send_header("Content-Length", "1356917")
-                self.end_headers()
-            self.wfile.write(vocab.read_bytes()[:1000])
-
-        def log_message(self, *_):
-            pass
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Odd) as server:
-        for name, match in (("short", "has another SHA-256"), ("missing", "could not be fetched")):
-            thread = threading.Thread(target=server.handle_request)
-            thread.start()
-            with pytest.raises(InputError, match=match):
-                official_vocab(f"http://127.0.0.1:{server.server_port}/{name}", tmp_path / "cache")
-            thread.join()
-    (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="could not be fetched .*put .* at "):
-        official_vocab(vocab.as_uri(), tmp_path / "file" / "cache")

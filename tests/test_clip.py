@@ -5,6 +5,7 @@ activations; checkpointing, autocast, learned context.
 import json
 import math
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from common.errors import InputError
 from common.models.clip import (
+    OPENAI,
     VARIANTS,
     TextTower,
     Variant,
@@ -42,6 +44,16 @@ def randomize(model, seed=0):
     return model.eval()
 
 
+def test_openais_addresses_are_open_clips():
+    names = {"vit_b_32": "ViT-B-32", "vit_b_16": "ViT-B-16", "vit_l_14": "ViT-L-14"}
+    assert OPENAI.keys() == names.keys()
+    manual = (Path(__file__).parents[1] / "docs" / "raer.md").read_text()
+    for name, (url, sha256) in OPENAI.items():
+        assert url == open_clip().get_pretrained_cfg(names[name], "openai")["url"]
+        assert len(sha256) == 64 and f"/{sha256}/" in url
+        assert f"- `{name}`: {url}\n" in manual
+
+
 def texts(n=3, length=77):
     generator = torch.Generator().manual_seed(1)
     ids = torch.zeros(n, length, dtype=torch.long)
@@ -69,7 +81,11 @@ def assert_open_clips(model, theirs, images, ids):
 
 @pytest.mark.parametrize(
     ("name", "theirs", "count"),
-    [("vit_b_32", "ViT-B-32", 151_277_313), ("vit_b_16", "ViT-B-16", 149_620_737)],
+    [
+        ("vit_b_32", "ViT-B-32", 151_277_313),
+        ("vit_b_16", "ViT-B-16", 149_620_737),
+        pytest.param("vit_l_14", "ViT-L-14", 427_616_513, marks=pytest.mark.slow),
+    ],
 )
 def test_both_towers_are_open_clips(name, theirs, count):
     torch.manual_seed(0)
@@ -84,7 +100,7 @@ def test_both_towers_are_open_clips(name, theirs, count):
             == count
         )
         load_weights(model.to_empty(device="cpu"), state, "open_clip")
-        assert_open_clips(model, oracle, torch.randn(1, 3, 224, 224), texts(2))
+        assert_open_clips(model, oracle, torch.randn(2, 3, 224, 224), texts(3))
         for block in (*oracle.visual.transformer.resblocks, *oracle.transformer.resblocks):
             assert type(block.mlp.gelu) is open_clip().transformer.QuickGELU or activation == "gelu"
             block.mlp.gelu = nn.GELU()
@@ -321,7 +337,7 @@ def test_weights_of_another_architecture_are_refused(tmp_path, small, monkeypatc
     )
     refused({"logit_scale": torch.tensor(3)}, "logit_scale is torch.int64")
     refused({}, "vit_tiny has no text tower; allowed are vit_b_32, vit_b_16", "vit_tiny")
-    refused({}, "--backbone vit_l_14: allowed are vit_b_32, vit_b_16, vit_tiny", "vit_l_14")
+    refused({}, "--backbone vit_g_14: allowed are vit_b_32, vit_b_16, vit_l_14", "vit_g_14")
     refused({}, "--image-size 36: .*multiples of its patch of 8", size=36)
 
 

@@ -1,6 +1,7 @@
 """train_raer.py as its users run it: whole runs, every method, use of a model, bad input."""
 
 import csv
+import hashlib
 import json
 import shutil
 
@@ -13,6 +14,7 @@ from common import longtail
 from common.models import clip
 from common.models import raer as models
 from common.run import checkpoint, log
+from common.weights import Published
 from tests.data import RAER_CLASSES, raer_tree
 from tests.runs import flags, refused, summary
 
@@ -209,7 +211,11 @@ def test_a_run_from_clips_weights_learns_prompts_and_is_used_without_them(
     weights, vocab, folder = tmp_path / "clip.pt", tmp_path / "merges.txt", tmp_path / "run"
     torch.save({name.removeprefix("text."): tensor for name, tensor in state.items()}, weights)
     vocab.write_text("#version\na c\nf a\nc e</w>\n")
-    argv = flags("--backbone vit_b_32 --weights", weights, "--clip-vocab", vocab, "--image-size 16")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+    monkeypatch.setitem(clip.OPENAI, "vit_b_32", Published(weights.as_uri(), sha256))
+    given = "openai" if tune == "none" else weights
+    argv = flags("--backbone vit_b_32 --weights", given, "--clip-vocab", vocab, "--image-size 16")
     argv += flags("--activation quick_gelu --device cpu --num-frames 3 --bs 8 --epochs 6")
     argv += ["--data", str(tree), "--out", str(folder), "--tune", tune]
     if tune == "full":
@@ -256,6 +262,9 @@ BAD = {  # flags -> the flag, file or value that the refusal names
     "--bs 8 --accum 3": "--bs",
     "--weights none.pt --backbone resnet18": "none.pt",
     "--weights none.pt": "vit_tiny",
+    "--weights openai": "vit_tiny has none",
+    "--weights imagenet --backbone vit_l_14": "vit_l_14 has openai",
+    "--weights openai --backbone resnet18": "resnet18 has imagenet",
     "--data nowhere": "nowhere",
     "--missing-box zero": "--missing-box",
 }

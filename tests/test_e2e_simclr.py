@@ -1,6 +1,7 @@
 """train_simclr.py as its users run it: whole runs, stages, use of a model, bad input."""
 
 import csv
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 import train_simclr
 from common.data import cytology
 from common.run import checkpoint, log
+from common.weights import Published
 from tests.data import cells_tree, cytology_tree
 from tests.runs import ended, flags, refused, same, start, start_ranks, succeed, summary
 
@@ -324,6 +326,7 @@ BAD = {  # flags -> the flag, file or value that the refusal names
     "a start of another script": ("--stage linear --from {damaged}/tsm.pt", "train_tsm.py"),
     "a start without effect": ("--from none", "--from"),
     "a folder as weights": ("--weights {empty}", "empty"),
+    "weights of another name": ("--weights openai", "resnet18 has imagenet"),
     "missing checkpoint": ("--stage linear --from {tmp}/x.pt", "x.pt"),
     "a flag of another stage": ("--linear-lr 1", "--linear-lr"),
     "patience without early stopping": ("--patience 3", "--patience"),
@@ -515,7 +518,7 @@ def test_a_cell_is_a_function_of_its_number(cells, tmp_path, monkeypatch, capsys
     assert capsys.readouterr().out.count("has finished; its summary") == 1
 
 
-def test_published_weights_start_every_stage(cells, tmp_path, capsys):
+def test_published_weights_start_every_stage(cells, tmp_path, capsys, monkeypatch):
     torch.manual_seed(1)
     model = torchvision.models.resnet18()
     file = tmp_path / "published.pth"
@@ -546,9 +549,20 @@ def test_published_weights_start_every_stage(cells, tmp_path, capsys):
     )
     copy = tmp_path / "copy.pth"
     copy.write_bytes(file.read_bytes())
-    argv[argv.index(str(file))] = str(copy)  # the same weights elsewhere mean the same run
-    assert train_simclr.main([*argv, "--stage", "linear", "--out", str(tmp_path / "linear")]) == 0
-    assert "has finished" in capsys.readouterr().out
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(train_simclr, "published_weights", lambda name: {"imagenet": published})
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    published = Published(copy.as_uri(), sha256)
+    given = argv.index(str(file))
+    for argv[given] in (str(copy), "imagenet"):  # the same weights elsewhere mean the same run
+        again = [*argv, "--stage", "linear", "--out", str(tmp_path / "linear")]
+        assert train_simclr.main(again) == 0
+        assert "has finished" in capsys.readouterr().out
+    copy.unlink()
+    assert train_simclr.main(again) == 0  # from the cache
+    cached = tmp_path / "hub" / "checkpoints" / copy.name
+    cached.unlink()
+    refused(train_simclr.main, again, capsys, copy.as_uri(), f"at {cached}", "--weights FILE")
 
 
 def test_a_baseline_of_the_linear_protocol_can_be_evaluated(cells, tmp_path, capsys):

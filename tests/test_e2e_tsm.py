@@ -358,6 +358,7 @@ BAD = {  # flags -> the flag, file or value that the refusal names
     "a floor above the peak": ("--lr 1e-5", "--min-lr 3e-05"),
     "a compression that is not there": ("--compression c40", "c40"),
     "another script's backbone": ("--weights {simclr}", "train_simclr.py"),
+    "weights by name": ("--weights imagenet", "conv_small_035 has none"),
     "weights that are missing": ("--weights {tmp}/w.pt", "w.pt"),
     "use without a run": ("--stream {tmp}", "--resume RUN"),
     "two uses": ("--stream {tmp} --predict {tmp}", "--predict"),

@@ -20,6 +20,7 @@ from common.models import (
     input_size,
     load_published,
     min_image_size,
+    published_weights,
 )
 from common.models.heads import Classifier, SimCLR, projector
 from common.models.inception_resnet_v2 import InceptionResNetV2
@@ -340,3 +341,16 @@ def test_a_classifier_is_its_head_on_its_backbone():
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(model(x), head(backbone(x)))
+
+
+def test_torchvisions_weights_have_an_address_and_a_digest():
+    manual = (Path(__file__).parents[1] / "docs" / "simclr.md").read_text()
+    for name in BACKBONES:
+        found = published_weights(name)
+        if name == "inception_resnet_v2":
+            assert found == {}
+            continue
+        url, sha256 = found["imagenet"]
+        assert url == torchvision.models.get_model_weights(name).DEFAULT.url
+        assert len(sha256) == 8 and url.endswith(f"-{sha256}.pth")
+        assert f"| `{name}` | {url} |" in manual

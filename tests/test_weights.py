@@ -3,9 +3,13 @@ line, cheaply.
 """
 
 import argparse
+import hashlib
+import http.server
 import json
+import os
 import random
 import resource
+import threading
 import warnings
 import zipfile
 
@@ -17,6 +21,7 @@ from common import weights
 from common.errors import InputError
 from common.run import checkpoint
 from common.run.files import FORMAT
+from tests.test_dist import ranks
 
 
 def oracle():
@@ -461,3 +466,139 @@ def test_files_without_batch_counts_and_of_half_precision_load():
     assert model.body.weight.dtype == torch.float32 and torch.equal(
         model.body.weight, source.body.weight.half().float()
     )
+
+
+CONTENT = random.Random(0).randbytes(100_000)
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """The address of a server on this machine; `asked` lists what it was asked for. torch.hub's
+    folder is `tmp_path / "hub"`.
+    """
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            if self.path == "/missing.pt":
+                return self.send_error(404)
+            if self.path == "/odd.pt":
+                return self.wfile.write(b"no answer of a web server\n")
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(CONTENT)))
+            self.end_headers()
+            self.wfile.write(CONTENT[:1000] if self.path == "/short.pt" else CONTENT)
+
+        def log_message(self, *_):
+            pass
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    asked = []
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
+        thread = threading.Thread(target=listening.serve_forever, args=(0.01,))
+        thread.start()
+        yield argparse.Namespace(url=f"http://127.0.0.1:{listening.server_port}", asked=asked)
+        listening.shutdown()
+        thread.join()
+
+
+GONE = "http://127.0.0.1:9"  # the port "discard", on which nothing listens
+
+
+def test_a_published_file_is_fetched_once(server, tmp_path, capfd):
+    url = f"{server.url}/a/w.pt"
+    cached = tmp_path / "hub" / "checkpoints" / "w.pt"
+    assert weights.fetch(url, SHA256[:8], "--weights") == cached
+    assert cached.read_bytes() == CONTENT and server.asked == ["/a/w.pt"]
+    assert [file.name for file in cached.parent.iterdir()] == ["w.pt"]
+    out, err = capfd.readouterr()
+    assert out == f"downloading {url} to {cached}\n" and err == ""
+    # The network is not needed any more, nor where the file was carried here by hand.
+    assert weights.fetch(f"{GONE}/w.pt", SHA256, "--weights") == cached
+    cached.rename(cached.with_name("carried.pt"))
+    assert weights.fetch(f"{GONE}/carried.pt", SHA256, "--weights").read_bytes() == CONTENT
+    assert capfd.readouterr() == ("", "") and len(server.asked) == 1
+
+
+def test_a_damaged_copy_is_fetched_anew(server, tmp_path):
+    cached = tmp_path / "hub" / "checkpoints" / "w.pt"
+    cached.parent.mkdir(parents=True)
+    for content in (CONTENT[:-1], b"<html>log in first</html>", b""):
+        cached.write_bytes(content)
+        with pytest.raises(InputError, match="could not be fetched"):
+            weights.fetch(f"{GONE}/w.pt", SHA256, "--weights")
+        assert cached.read_bytes() == content
+        weights.fetch(f"{server.url}/w.pt", SHA256, "--weights")
+        assert cached.read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("w.pt", "another SHA-256"),
+        ("short.pt", "another SHA-256"),
+        ("missing.pt", "Not Found"),
+        ("odd.pt", "answer of a web server"),
+        ("gone.pt", "refused"),
+        ("folder.pt", "is a folder"),
+    ],
+)
+def test_what_cannot_be_fetched_is_one_line_with_the_address_and_the_place(
+    server, tmp_path, name, fault
+):
+    cached = tmp_path / "hub" / "checkpoints" / name
+    url = f"{GONE if name == 'gone.pt' else server.url}/{name}"
+    sha256 = SHA256[::-1] if name == "w.pt" else SHA256
+    if name == "folder.pt":
+        cached.mkdir(parents=True)
+    with pytest.raises(InputError, match=fault) as error:
+        weights.fetch(url, sha256, "--weights")
+    assert "\n" not in str(error.value)
+    for part in (url, sha256, f"at {cached}", "--weights FILE"):
+        assert part in str(error.value)
+    assert not cached.is_file() and not any(cached.parent.glob("*.partial"))
+
+
+def test_a_cache_folder_that_cannot_be_made_is_one_line(server, tmp_path):
+    (tmp_path / "hub").touch()
+    with pytest.raises(InputError, match="could not be fetched .*put that file .* at "):
+        weights.fetch(f"{server.url}/w.pt", SHA256, "--weights")
+
+
+def fetched_by(world, url, own_cache):
+    if own_cache:
+        os.environ["TORCH_HOME"] += f"/node{world.rank}"
+    try:
+        path = weights.fetch(url, SHA256, "--weights")
+    except InputError as error:
+        return {"refused": str(error)}
+    return {"read": path.read_bytes() == CONTENT}
+
+
+@pytest.mark.parametrize(("own_cache", "times"), [(False, 1), (True, 2)])
+def test_two_ranks_download_once_a_cache(server, tmp_path, own_cache, times):
+    assert ranks(tmp_path, 2, fetched_by, f"{server.url}/w.pt", own_cache) == 2 * [{"read": True}]
+    assert server.asked == times * ["/w.pt"]
+
+
+def test_both_ranks_refuse_what_the_first_cannot_fetch(server, tmp_path):
+    lines = ranks(tmp_path, 2, fetched_by, f"{server.url}/missing.pt", False)
+    assert lines[0] == lines[1] and "missing.pt could not be fetched" in lines[0]["refused"]
+    assert server.asked == ["/missing.pt"]
+
+
+def test_a_name_means_what_is_published_and_anything_else_a_path(server, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    published = {"imagenet": weights.Published(f"{server.url}/w.pt", SHA256)}
+    for name in ("imagenet", "openai", "mine"):
+        (tmp_path / name).touch()  # the first two are ./imagenet and ./openai
+    assert weights.locate("imagenet", "net", published).read_bytes() == CONTENT
+    for path in ("./imagenet", "mine", "lost.pt", "folder/lost", "openai.pt"):
+        assert weights.locate(path, "net", published) == path
+    for name in ("openai", "imagnet", "IMAGENET1K_V2"):
+        with pytest.raises(InputError, match=f"--weights {name}: by name net has imagenet;"):
+            weights.locate(name, "net", published)
+    with pytest.raises(InputError, match="--weights imagenet: by name net has none; .* a file"):
+        weights.locate("imagenet", "net", {})

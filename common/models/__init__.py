@@ -1,5 +1,6 @@
 """Backbones by name, without their last layer, and their start from published weights."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -55,6 +56,15 @@ LARGER = {"resnet18": "resnet34", "resnet34": "resnet50", "resnet50": "resnet101
 # training only.
 _HEADS = ("fc.", "classif.", "classifier.", "last_linear.", "head.")
 _UNUSED = ("AuxLogits.",)
+
+
+def published_weights(name: str) -> dict[str, weights.Published]:
+    """What can be downloaded for a backbone by name: torchvision's own, if it is torchvision's."""
+    if name not in models.list_models():
+        return {}
+    url = models.get_model_weights(name).DEFAULT.url
+    sha256 = torch.hub.HASH_REGEX.search(os.path.basename(url))[1]
+    return {"imagenet": weights.Published(url, sha256)}
 
 
 def min_image_size(name: str, stem: str) -> int:

@@ -12,23 +12,18 @@ Names of special tokens in a text are ordinary text.
 """
 
 import gzip
-import hashlib
 import html
-import http.client
 import itertools
-import os
 import re
 import unicodedata
-import urllib.request
 import zlib
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from common import reading
+from common import reading, weights
 from common.errors import InputError
-from common.run.files import atomic_write
 
 VOCAB_URL = "https://raw.githubusercontent.com/openai/CLIP/main/clip/bpe_simple_vocab_16e6.txt.gz"
 VOCAB_SHA256 = "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
@@ -131,12 +126,14 @@ class Tokenizer:
 
     @classmethod
     def read(cls, path: str | Path | None = None) -> "Tokenizer":
-        """From a file of merges, plain or gzipped; None: the official one, see `official_vocab`.
+        """From a file of merges, plain or gzipped; None: the official one, see `weights.fetch`.
 
         Raises:
             InputError: the file cannot be read or holds something else, or could not be fetched.
         """
-        path = Path(path) if path is not None else official_vocab()
+        if path is None:
+            path = weights.fetch(VOCAB_URL, VOCAB_SHA256, "--clip-vocab")
+        path = Path(path)
         try:
             with reading.pending(path), reading.open_file(path) as file:
                 packed = path.suffix == ".gz"
@@ -193,43 +190,3 @@ class Tokenizer:
         """
         rows = [[self.start, *self.encode(text)[: context - 2], self.end] for text in texts]
         return torch.tensor([row + [0] * (context - len(row)) for row in rows])
-
-
-def official_vocab(url: str = VOCAB_URL, folder: str | Path | None = None) -> Path:
-    """OpenAI's file of merges in the user's cache folder.
-
-    The first call fetches it and checks its SHA-256.
-
-    Args:
-        folder: where it is kept; None: `clip` in $XDG_CACHE_HOME or ~/.cache.
-
-    Raises:
-        InputError: it could not be fetched, or is not that file; the line says what to fetch and
-            where to put it.
-    """
-    if folder is None:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clip"
-    folder = Path(folder)
-    path = folder / VOCAB_URL.rpartition("/")[2]
-    if path.is_file() and _sha256(reading.read_bytes(path, _MAX_BYTES)) == VOCAB_SHA256:
-        return path
-    try:
-        with urllib.request.urlopen(url, timeout=30) as answer:
-            data = answer.read(_MAX_BYTES)
-        if _sha256(data) == VOCAB_SHA256:
-            folder.mkdir(parents=True, exist_ok=True)
-            with atomic_write(path, "wb") as file:
-                file.write(data)
-            return path
-        fault = "what came has another SHA-256"
-    except (OSError, http.client.HTTPException) as error:
-        fault = f"{getattr(error, 'reason', error)}"
-    raise InputError(
-        f"CLIP's vocabulary could not be fetched ({fault}):"
-        f" put {url} (SHA-256 {VOCAB_SHA256}) at {path},"
-        " or name your copy with --clip-vocab FILE"
-    )
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

@@ -59,8 +59,22 @@ class Variant(NamedTuple):
 VARIANTS = {
     "vit_b_32": Variant(768, 12, 12, 32, 512),
     "vit_b_16": Variant(768, 12, 12, 16, 512),
+    "vit_l_14": Variant(1024, 24, 16, 14, 768, text_width=768, text_heads=12),
     # For training from scratch on small images: no weights of it are published.
     "vit_tiny": Variant(192, 6, 3, 8, 192, text_width=0, activation="gelu"),
+}
+# Files of https://openaipublic.azureedge.net/clip/models/, as openai/CLIP lists them. The folder of
+# each is its SHA-256.
+_OPENAI_FILES = {
+    "vit_b_32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af/ViT-B-32.pt",
+    "vit_b_16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f/ViT-B-16.pt",
+    "vit_l_14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836/ViT-L-14.pt",
+}
+OPENAI = {
+    name: weights.Published(
+        f"https://openaipublic.azureedge.net/clip/models/{file}", file.partition("/")[0]
+    )
+    for name, file in _OPENAI_FILES.items()
 }
 
 

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from common.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from common.errors import InputError
-from common.models import build_backbone, input_size, load_published
+from common.models import build_backbone, input_size, load_published, published_weights
 from common.models.bpe import Tokenizer
 from common.models.clip import (
     CLIP_MEAN,
     CLIP_STD,
+    OPENAI,
     VARIANTS,
     TextTower,
     build_clip,
@@ -32,7 +33,7 @@ from common.models.clip import (
     read_clip,
 )
 from common.run import checkpoint
-from common.weights import of_backbone, read
+from common.weights import locate, of_backbone, read
 
 TUNES = ("none", "adapter", "full")
 STREAMS = ("face", "context")
@@ -317,47 +318,55 @@ def start(
         "stem": None,
         "scale": args.logit_scale or _START_SCALE,
     }
-    if args.backbone == "resnet18":
-        published, note = _start_resnet(args, store_size, model_spec)
+    is_resnet = args.backbone == "resnet18"
+    file = None
+    if args.weights:
+        openai = {"openai": OPENAI[args.backbone]} if args.backbone in OPENAI else {}
+        named = published_weights(args.backbone) if is_resnet else openai
+        file = locate(args.weights, args.backbone, named)
+    if is_resnet:
+        published, note = _start_resnet(args, file, store_size, model_spec)
     else:
-        published, note = _start_clip(args, store_size, descriptions, model_spec)
+        published, note = _start_clip(args, file, store_size, descriptions, model_spec)
     if args.method == "tau-norm":
         model_spec["scale"] = None
     model_spec["weights"] = checkpoint.weights_digest(published.state_dict()) if published else None
     return published, model_spec, note
 
 
-def _start_resnet(args, store_size: int, model_spec: dict) -> tuple[nn.Module | None, str | None]:
+def _start_resnet(
+    args, file, store_size: int, model_spec: dict
+) -> tuple[nn.Module | None, str | None]:
     # Adds `stem` and `image_size` to `model_spec`.
     name = args.backbone
-    kernel = of_backbone(read(args.weights)).get("conv1.weight") if args.weights else None
+    kernel = of_backbone(read(file)).get("conv1.weight") if file else None
     small = store_size < 64 if kernel is None else kernel.shape[-1] == 3
     stem = "cifar" if small else "imagenet"
     model_spec["stem"] = stem
     model_spec["image_size"] = input_size(name, stem, args.image_size, store_size)
-    if not args.weights:
+    if not file:
         return None, None
     published = build_backbone(name, stem)
-    return published, load_published(published, args.weights)
+    return published, load_published(published, file)
 
 
 def _start_clip(
-    args, store_size: int, descriptions: list[str], model_spec: dict
+    args, file, store_size: int, descriptions: list[str], model_spec: dict
 ) -> tuple[nn.Module | None, str | None]:
     # Adds `image_size` to `model_spec`, and with weights their activation, scale and tokens.
     name = args.backbone
-    if args.weights and not VARIANTS[name].text_width:
+    if file and not VARIANTS[name].text_width:
         raise InputError(
             f"--weights: no weights of {name} are published; leave it out, or another --backbone"
         )
     patch = VARIANTS[name].patch
-    largest = 224 if args.weights else min(224, store_size)
+    largest = 224 if file else min(224, store_size)
     size = args.image_size or max(patch, largest // patch * patch)
     model_spec["image_size"] = size
-    if not args.weights:
+    if not file:
         build_image_tower(name, size)  # refuses a size that the tower does not take
         return None, None
-    published, note = read_clip(args.weights, name, size, args.activation)
+    published, note = read_clip(file, name, size, args.activation)
     model_spec["activation"] = published.activation
     model_spec["scale"] = args.logit_scale or published.logit_scale.exp().item()
     if args.method != "tau-norm":

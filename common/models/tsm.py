@@ -168,6 +168,7 @@ def start_weights(args) -> tuple[dict[str, Tensor] | None, tuple]:
     """
     if args.weights is None:
         return None, normalization(args.backbone)
+    weights.locate(args.weights, args.backbone, {})  # nothing is published by name
     state = weights.read(args.weights)
     backbone = {
         name.removeprefix("backbone."): tensor

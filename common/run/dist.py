@@ -422,6 +422,14 @@ def mean(x: Tensor) -> Tensor:
     return all_reduce(x.detach().clone()) / (td.get_world_size() if parallel() else 1)
 
 
+def broadcast(value):
+    """Rank 0's value, anything that pickles, on every rank."""
+    values = [value]
+    if parallel():
+        td.broadcast_object_list(values)
+    return values[0]
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if parallel():
