@@ -95,6 +95,7 @@ def load_spec(source: str, folder: Path) -> tuple[ExportSpec, dict]:
         raise InputError(f"{source} is of {name}.py, whose models are not exported")
     flags = [f"--eval={source}", f"--out={folder}", "--device=cpu", "--precision=fp32"]
     args, _ = script.parse_args(flags)
+    args.impl = "torch"  # the kernels' references, which run anywhere
     spec = script.export_spec(args, dist.Dist(0, 1, torch.device("cpu")))
     origin = {
         "script": f"{name}.py",
@@ -107,19 +108,15 @@ def load_spec(source: str, folder: Path) -> tuple[ExportSpec, dict]:
 
 
 def export(spec: ExportSpec) -> torch.export.ExportedProgram:
-    """The program on the CPU. Numbers of items, height and width stay free, within 4096 pixels."""
+    """The program on the CPU. The numbers of items and of pixels stay free."""
     program = Program(spec).eval().requires_grad_(False)
     program.to(memory_format=torch.contiguous_format)
     clip = () if spec.frames is None else (spec.frames,)
     # One side larger and one smaller than the input's: neither is taken for the only one.
     example = torch.zeros(2, *clip, 3, spec.size + 3, spec.size + 1, dtype=torch.uint8)
-    free = {0: torch.export.Dim("n")}
-    free |= {
-        len(clip) + axis: torch.export.Dim(name, min=2, max=4096)
-        for axis, name in ((2, "height"), (3, "width"))
-    }
-    count = len(spec.inputs)
-    return torch.export.export(program, (example,) * count, dynamic_shapes=((free,) * count,))
+    free = dict.fromkeys((0, example.ndim - 2, example.ndim - 1), torch.export.Dim.DYNAMIC)
+    examples = tuple(example.clone() for _ in spec.inputs)  # one tensor twice were one input
+    return torch.export.export(program, examples, dynamic_shapes=((free,) * len(examples),))
 
 
 def describe(spec: ExportSpec, origin: dict) -> dict:

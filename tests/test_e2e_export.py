@@ -155,8 +155,8 @@ def test_a_model_of_two_streams_gives_the_scores_of_predict(emotions, tmp_path, 
     state = checkpoint.load(run / "best.pt")
     state["model_spec"] |= WAYS[way]
     state["metrics"]["train/val/tau"] = 0.7
-    if way == "prompts":
-        state["model"] = build_raer(state["model_spec"], 0.0).state_dict()
+    torch.manual_seed(0)  # fresh weights: after one epoch all clips look alike
+    state["model"] = build_raer(state["model_spec"], 0.0).state_dict()
     source = tmp_path / "m.pt"
     checkpoint.save(source, state)
     classes, ids, scores = predicted(train_raer.main, tree, source, tmp_path)
