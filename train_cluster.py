@@ -46,7 +46,7 @@ from common.report.clusters import (
     write_clusters,
 )
 from common.rng import uniform
-from common.run import checkpoint, dist
+from common.run import dist
 from common.run.card import Card
 from common.run.evaluation import Evaluation
 from common.run.inference import LoadedRun, load_run
@@ -713,9 +713,8 @@ def run_inference(args, world: dist.Dist) -> None:
         )
     run = loaded.as_run(args, world, rows, utterances.split(rows.table))
     weighted = spec["input_weighting"] == "weighted"
-    with checkpoint.foreign(loaded.source):
-        model = build_model(run, umc.empty_basis(widths) if weighted else None)
-    checkpoint.load_weights(model, loaded.state["model"], loaded.source)
+    basis = umc.empty_basis(widths) if weighted else None
+    model = loaded.with_weights(partial(build_model, run, basis))
     if args.predict:
         predict(loaded, run, model)
         return

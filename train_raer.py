@@ -38,15 +38,16 @@ from common.check.runner import check
 from common.data import augment, raer, sampling
 from common.distill import add_distillation
 from common.errors import InputError, plural
+from common.export import PROBABILITIES, ExportSpec
 from common.features import stored_features
 from common.longtail import Phase, Schedule, read_schedule
 from common.models.clip import ACTIVATIONS, VARIANTS
-from common.models.raer import TUNES, RaerModel, build_raer, normalization, start
+from common.models.raer import TUNES, FixedPrompts, RaerModel, build_raer, normalization, start
 from common.report import figures, page
 from common.run import checkpoint, dist
 from common.run.card import Card
 from common.run.evaluation import Evaluation
-from common.run.inference import load_run, restore_data_flags
+from common.run.inference import LoadedRun, load_run, restore_data_flags
 from common.run.launch import launch, run_sweep
 from common.run.loop import Batch, Loop, Step
 from common.run.run import Run, test_best_and_last
@@ -682,19 +683,13 @@ def run_inference(args, world: dist.Dist) -> None:
     """
     loaded = load_run(args, CARD)
     spec = loaded.model_spec
-    tau = loaded.state["metrics"].get("train/val/tau")
-    if tau is None:
-        raise InputError(
-            f"{loaded.source} was saved before its first validation; train on, or name best.pt"
-        )
+    tau = tau_of(loaded)
     clips = build_data(args, loaded.path, world, labels=bool(args.eval))
     if args.eval and clips.classes != spec["classes"]:
         there, known = (", ".join(names) for names in (clips.classes, spec["classes"]))
         raise InputError(f"{clips.name} has the classes {there}, the model {known}")
     run = loaded.as_run(args, world, clips, {})
-    with checkpoint.foreign(loaded.source):
-        model = build_model(run)
-    checkpoint.load_weights(model, loaded.state["model"], loaded.source)
+    model = loaded.with_weights(partial(build_model, run))
     indices = raer.split(clips, ["test"])["test"] if args.eval else np.arange(len(clips))
     logits = evaluate(run, model, indices)
     scores = longtail.decide(spec["method"], np.array(spec["counts"]), model, logits, tau)
@@ -703,6 +698,43 @@ def run_inference(args, world: dist.Dist) -> None:
         loaded.write(values, world, (clips, indices, spec["classes"], scores.softmax(1)))
         return
     loaded.write_predictions(world, clips.ids, spec["classes"], scores.softmax(1))
+
+
+def tau_of(loaded: LoadedRun) -> float:
+    """The strength of what `longtail.decide` does, which validation has chosen."""
+    tau = loaded.state["metrics"].get("train/val/tau")
+    if tau is None:
+        raise InputError(
+            f"{loaded.source} was saved before its first validation; train on, or name best.pt"
+        )
+    return tau
+
+
+def export_spec(args, world: dist.Dist) -> ExportSpec:
+    """The model of a checkpoint in the terms of common.export."""
+    loaded = load_run(args, CARD)
+    spec = loaded.model_spec
+    tau, counts = tau_of(loaded), np.array(spec["counts"])
+    run = loaded.as_run(args, world, None, {})
+    model = loaded.with_weights(partial(build_model, run))
+    if model.prompts is not None:
+        model.prompts = FixedPrompts(model.eval().class_features().detach())
+
+    def answer(network: RaerModel, x: Tensor) -> Tensor:
+        return longtail.decide(spec["method"], counts, network, network(x)[0], tau).softmax(1)
+
+    clip = f"the middle frame of each of {spec['num_frames']} equal parts of a clip; of each:"
+    return ExportSpec(
+        model=model,
+        answer=answer,
+        inputs={name: f"{clip} {text}" for name, text in raer.SQUARES.items()},
+        frames=spec["num_frames"],
+        size=spec["image_size"],
+        normalization=normalization(spec["backbone"]),
+        output=PROBABILITIES,
+        classes=spec["classes"],
+        facts={"method": spec["method"], "tau": tau, "face_margin": args.face_margin},
+    )
 
 
 def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:

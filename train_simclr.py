@@ -31,10 +31,11 @@ from common.check.result import CheckSpec, NetworkView
 from common.check.runner import check
 from common.data import augment, cytology, sampling
 from common.data.cytology import CELLS
-from common.data.images import Images
+from common.data.images import SQUARE, Images
 from common.data.open import prepare
 from common.distill import add_distillation
 from common.errors import InputError, as_input_error, plural
+from common.export import PROBABILITIES, ExportSpec
 from common.features import contrast, representation, stored_features
 from common.models import (
     BACKBONES,
@@ -726,9 +727,7 @@ def run_inference(args, world: dist.Dist) -> None:
     data = build_data(args, loaded.path, world, targets, [loaded.source])
     images, splits = data.images, data.splits
     run = loaded.as_run(args, world, images, splits)
-    with checkpoint.foreign(loaded.source):
-        model = build_model(run, kind)
-    checkpoint.load_weights(model, loaded.state["model"], loaded.source)
+    model = loaded.with_weights(partial(build_model, run, kind))
     if args.predict:
         scores = evaluate(run, model, np.arange(len(images))).softmax(1)
         loaded.write_predictions(world, images.ids, classes, scores)
@@ -744,6 +743,25 @@ def run_inference(args, world: dist.Dist) -> None:
     logits = evaluate(run, model, test)
     scores = linear_eval.score("eval/test", logits, labels[test], len(classes))
     loaded.write(scores, world, (images, test, classes, logits.softmax(1)))
+
+
+def export_spec(args, world: dist.Dist) -> ExportSpec:
+    """The model of a checkpoint in the terms of common.export."""
+    loaded = load_run(args, CARD)
+    spec = loaded.model_spec
+    kind = linear_eval.kind_of(spec["stage"], loaded.source)
+    run = loaded.as_run(args, world, None, {})
+    model = loaded.with_weights(partial(build_model, run, kind))
+    is_pretrain = kind == "pretrain"
+    return ExportSpec(
+        model=model.backbone if is_pretrain else model,
+        answer=lambda network, x: network(x) if is_pretrain else network(x).softmax(1),
+        inputs={"images": SQUARE},
+        size=spec["image_size"],
+        normalization=(augment.IMAGENET_MEAN, augment.IMAGENET_STD),
+        output="features" if is_pretrain else PROBABILITIES,
+        classes=spec["classes"].get(kind),
+    )
 
 
 def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:

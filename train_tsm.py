@@ -37,8 +37,10 @@ from common import amp, config, distill, metrics, optim
 from common.check.result import CheckSpec, NetworkView
 from common.check.runner import check
 from common.data import augment, faceforensics, sampling
+from common.data.images import SQUARE
 from common.distill import add_distillation
 from common.errors import InputError, as_input_error, plural, say
+from common.export import PROBABILITIES, ExportSpec
 from common.losses import focal_bce, focal_guess
 from common.models.heads import AGGREGATES, HEAD_BIAS, init_bias_to_prior
 from common.models.mobilenet_v4 import VARIANTS, build_mobilenet_v4, load_published
@@ -657,9 +659,7 @@ def run_inference(args, world: dist.Dist) -> None:
         )
     videos = build_data(args, loaded.path, world, labels=bool(args.eval))
     run = loaded.as_run(args, world, videos, {})
-    with checkpoint.foreign(loaded.source):
-        model = build_model(run)
-    checkpoint.load_weights(model, loaded.state["model"], loaded.source)
+    model = loaded.with_weights(partial(build_model, run))
     if args.stream:
         stream(run, model)
         return
@@ -675,6 +675,30 @@ def run_inference(args, world: dist.Dist) -> None:
     chosen = (scores >= threshold).astype(int)
     note = f"; fake from a score of {threshold:.4f} on"
     loaded.write_predictions(world, videos.ids, classes, shares, chosen, note)
+
+
+def export_spec(args, world: dist.Dist) -> ExportSpec:
+    """The model of a checkpoint, of whole clips, in the terms of common.export."""
+    loaded = load_run(args, CARD)
+    spec = loaded.model_spec
+    run = loaded.as_run(args, world, None, {})
+
+    def answer(network: ClipModel, x: Tensor) -> Tensor:
+        fake = network(x)[0].sigmoid()
+        return torch.cat([1 - fake, fake], 1)
+
+    clip = f"{spec['n_segment']} frames over {spec['clip_seconds']:g} s; of each: {SQUARE}"
+    return ExportSpec(
+        model=loaded.with_weights(partial(build_model, run)),
+        answer=answer,
+        inputs={"clips": clip},
+        frames=spec["n_segment"],
+        size=spec["image_size"],
+        normalization=spec["pixels"],
+        output=f"{PROBABILITIES}; a video's are the mean of its clips'",
+        classes=spec["classes"],
+        facts={"threshold": loaded.state["metrics"].get("train/val/threshold")},
+    )
 
 
 def stream(run: Run, model: ClipModel) -> None:

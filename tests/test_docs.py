@@ -5,12 +5,22 @@ import importlib
 import io
 import re
 import subprocess
+import sys
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import torch
 
+import train_simclr
+from common import export
 from common.check.runner import chosen_items
+from common.data.open import open_images
+from tests.data import cells_tree, read_pixels
+from tests.runs import flags, summary
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -97,3 +107,50 @@ def test_items_of_check_exist():
     for page in PAGES:
         for names in re.findall(r"--check\s+([a-z][a-z,-]+)", page.read_text()):
             assert chosen_items(names)
+
+
+@pytest.mark.e2e
+def test_the_snippets_on_a_run_s_products_work(tmp_path, monkeypatch):
+    data, run = cells_tree(tmp_path / "cells", per_class=12), tmp_path / "run"
+    argv = flags(
+        "--backbone resnet18 --stem cifar --image-size 16 --device cpu --stage all --bs 8",
+        "--epochs 2 --linear-bs 8 --linear-epochs 2 --finetune-bs 8 --finetune-epochs 2",
+    )
+    assert train_simclr.main(flags(argv, "--data", data, "--out", run)) == 0
+    assert train_simclr.main(flags("--predict", data, "--resume", run, "--device cpu")) == 0
+    assert export.main([str(run), str(run / "model.pt2")]) == 0
+    monkeypatch.chdir(run)
+    sent = []
+    wandb = SimpleNamespace(init=lambda **about: SimpleNamespace(log=sent.append, about=about))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    page = ROOT / "docs" / "products.md"
+    snippets = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    assert len(snippets) == 6
+    names: dict = {}
+    for snippet in snippets:
+        if "tensorboard" not in snippet or find_spec("tensorboard"):
+            exec(snippet, names)
+
+    images = open_images(str(data))
+    pixels = read_pixels(images, range(len(images)))
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]).view(2, 1, 3, 1, 1)
+    with torch.no_grad():
+        features = names["model"].eval()((pixels / 255 - mean) / std)
+    np.testing.assert_allclose(features, names["rows"], rtol=1e-4, atol=1e-4)
+    assert all(
+        id.split("/")[0] == name for id, name in zip(names["ids"], names["names"], strict=True)
+    )
+    assert len(names["train_rows"]) == len(names["train_names"]) > 20
+    scores = names["program"](pixels)
+    classes = names["facts"]["classes"]
+    assert names["first"] == (images.ids[0], classes[int(scores[0].argmax())])
+    wanted = dict(zip(classes, scores[0].tolist(), strict=True))
+    assert names["scores"] == pytest.approx(wanted, abs=1e-5)
+    assert len(names["answers"]) == 5 and set(names["answers"]) <= set(classes)
+    assert [epoch for epoch, _ in names["curve"]] == [1, 2]
+    result = summary(run)
+    assert sent == names["values"]
+    logged = {name: value for line in sent for name, value in line.items()}
+    assert logged["finetune/test/accuracy"] == result["finetune/test/accuracy"]
+    assert {"pretrain/loss", "finetune/lr", "linear/step"} <= logged.keys()
+    assert not find_spec("tensorboard") or list((run / "board").iterdir())

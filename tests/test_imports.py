@@ -26,7 +26,7 @@ FLOORS = (
     ("models.",),
     ("longtail", "deep_cluster"),
     ("report.",),
-    ("linear_eval",),
+    ("linear_eval", "export"),
     ("check.",),
 )
 # What a flag asks for and requirements.txt does not hold.

@@ -56,6 +56,11 @@ DECODE_ERRORS = (
     zipfile.BadZipFile,
     zlib.error,
 )
+# What `Images.decode` does, for who uses a model without it.
+SQUARE = (
+    "turned by its EXIF orientation, to RGB, the shorter side to store_size or at most 256 (Pillow,"
+    " BILINEAR), the center square"
+)
 _CACHE_BYTES = 2 * 2**30
 # What turns an image of each EXIF orientation upright; 1 is upright.
 _TURNS = {

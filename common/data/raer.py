@@ -75,6 +75,13 @@ CLASSES = {
     ),
 }
 MISSING_BOX = ("error", "full", "skip")
+# What `TwoStreams` does with a frame, for who uses a model without it.
+SQUARES = {
+    "faces": "the face's box, grown on each side by face_margin of its size, stretched to a square"
+    " of store_size or at most 256 (Pillow, BILINEAR)",
+    "contexts": "the body's box, its longer side to that size (Pillow, BILINEAR), in the middle of"
+    " a black square",
+}
 VAL_SHARE = 0.2  # of the training clips, as RAER's own val_20
 _FRAME_STREAM = 2**31 + 2  # beside data's and clips' streams; no view has this number
 

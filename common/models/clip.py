@@ -191,7 +191,7 @@ class ImageTower(nn.Module):
             expected = f"(n, 3, {self.image_size}, {self.image_size})"
             raise ValueError(f"images of shape {tuple(x.shape)}, expected {expected}")
         x = self.conv1(x).flatten(2).transpose(1, 2)  # (n, patches, width)
-        x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], 1)
+        x = torch.cat([self.class_embedding.expand(x.shape[0], 1, -1), x], 1)
         x = x + self.positional_embedding
         x = self.transformer(self.ln_pre(x), False, self.checkpoint_blocks)
         return self.ln_post(x[:, 0]) @ self.proj

@@ -69,7 +69,7 @@ class Temporal(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm_in(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-        x = torch.cat([self.token.expand(len(x), 1, -1), x], 1) + self.position
+        x = torch.cat([self.token.expand(x.shape[0], 1, -1), x], 1) + self.position
         return self.norm_out(self.encoder(x)[:, 0])
 
 
@@ -137,6 +137,17 @@ class Prompts(nn.Module):
 
     def forward(self) -> Tensor:
         return self.tower(self.ids, self.context)
+
+
+class FixedPrompts(nn.Module):
+    """`Prompts` that train no more: their class features (K, d), without the text tower."""
+
+    def __init__(self, features: Tensor):
+        super().__init__()
+        self.register_buffer("features", features)
+
+    def forward(self) -> Tensor:
+        return self.features
 
 
 class RaerModel(nn.Module):

@@ -2,12 +2,12 @@
 
 import csv
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from common import config
 from common.errors import InputError, plural, say
@@ -63,6 +63,17 @@ class LoadedRun:
         """A run that trains nothing, with the settings of the loaded model."""
         log = Log(None, main=world.is_main)
         return Run(args, world, data, splits, self.folder, log, self.model_spec)
+
+    def with_weights(self, build: Callable[[], nn.Module]) -> nn.Module:
+        """The model that `build` makes, with the loaded weights.
+
+        Raises:
+            InputError: the checkpoint does not say what it takes to build it, or does not fit.
+        """
+        with checkpoint.foreign(self.source):
+            model = build()
+        checkpoint.load_weights(model, self.state["model"], self.source)
+        return model
 
     def write(self, results: dict, world: dist.Dist, answers: tuple | None = None) -> None:
         """Write eval.json: the test metrics, named `eval/test/...`, and print them.
