@@ -164,9 +164,10 @@ def test_emulated_bf16_is_warned_of(precision, capability, warned, monkeypatch, 
     world = dist.Dist(0, 1, torch.device("cuda", 0))
     monkeypatch.setattr(dist, "init", lambda *_: world)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    args = config.base_parser("x", "A script.").parse_args(["--precision", precision])
+    parser = config.base_parser("x", "A script.")
+    args = parser.parse_args(["--precision", precision])
     ran = []
-    assert launch(args, None, lambda *given: ran.append(given[1])) == 0
+    assert launch(parser, args, None, lambda *given: ran.append(given[2])) == 0
     assert ran == [world]
     assert capsys.readouterr().out.startswith("WARN --precision bf16: ") == warned
 

@@ -1,5 +1,6 @@
 """Functions of train_cluster.py: views, an epoch's description, defaults of a mode."""
 
+import contextlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -71,7 +72,8 @@ def test_an_epoch_is_described_by_the_clusters_it_ends_with(monkeypatch):
     targets.labels[::2] = 1  # what it trained on
     model = SimpleNamespace(centroids=torch.zeros(2, 8))
     model.centroids[1] = 9
-    values = train_cluster.eval_stability(run, "cluster", model, None, targets)[1]
+    progress = SimpleNamespace(interruptible=contextlib.nullcontext)
+    values = train_cluster.eval_stability(run, "cluster", model, progress, targets)[1]
     assert values["cluster/train/nmi"] == 1 and values["cluster/train/silhouette"] > 0.5
     assert values["cluster/train/max_share"] == 0.5
 

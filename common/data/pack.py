@@ -205,8 +205,6 @@ def _read_index(path: Path) -> dict:
         raise foreign from None
     if not _is_index(index) or pixels != len(index["ids"]) * 3 * index["store_size"] ** 2:
         raise foreign
-    if len(index.get("digests", "")) not in (0, 16 * len(index["ids"])):
-        raise foreign
     return index
 
 
@@ -219,6 +217,7 @@ def _is_index(index) -> bool:
         return False
     ids, splits, classes, labels, crc = lists
     sizes = [index[name] for name in ("native_size", "default_size", "store_size")]
+    digests = index.get("digests", "")
     return (
         len(ids) == len(splits) == len(labels) == len(crc) > 0
         and all(type(name) is str for name in (*ids, *classes, *splits, index["fingerprint"]))
@@ -228,6 +227,9 @@ def _is_index(index) -> bool:
         and all(type(label) is int and UNLABELED <= label < len(classes) for label in labels)
         and all(type(value) is int and 0 <= value < 2**32 for value in crc)
         and all(type(side) is int and 1 <= side < 2**16 for side in sizes)
+        and type(digests) is str
+        and len(digests) in (0, 16 * len(ids))
+        and not digests.strip("0123456789abcdef")
     )
 
 

@@ -205,7 +205,7 @@ def read_json(
         InputError: the file cannot be read, holds no object, or an entry is of another type.
     """
     try:
-        value = reading.parse_json(reading.read_bytes(path), path)
+        value = reading.parse_json(reading.read_bytes(path), "it")
         _check_types(value, types or {}, "it")
         return value
     except (FileNotFoundError, NotADirectoryError):
