@@ -696,10 +696,12 @@ def stale(victim: Victim, count: int) -> dict:
 
         def fail(seed=seed):
             rng = random.Random(seed)
+            failures = itertools.count()
 
             def unreliable(work):
                 def worked(*args, **more):
-                    if rng.random() < 0.02:
+                    # Not without end: a listing begins anew when one of its files fails.
+                    if rng.random() < 0.02 and next(failures) < 30:
                         raise OSError(number := rng.choice(numbers), os.strerror(number), "a file")
                     return work(*args, **more)
 
