@@ -30,7 +30,6 @@ import time
 import traceback
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -710,7 +709,7 @@ def stale(victim: Victim, count: int) -> dict:
             for name in ("fsync", "replace", "preadv"):
                 setattr(os, name, unreliable(getattr(os, name)))
             reading.regular_status = unreliable(reading.regular_status)
-            retry.time = SimpleNamespace(monotonic=time.monotonic, sleep=lambda seconds: None)
+            retry._sleep = lambda seconds, asked: None
 
         code = victim.run(folder, before=fail)
         assert code == 0, f"{victim.name}: exit code {code}\n{victim.said(folder)}"
