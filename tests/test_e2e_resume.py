@@ -17,6 +17,7 @@ import train_simclr
 import train_tsm
 from common.run import checkpoint
 from common.run.evaluation import Evaluation
+from common.run.files import WRITTEN
 from common.run.progress import Progress
 from tests.data import cells_tree, ffpp_tree, raer_tree, utterances_npz, utterances_tsv
 from tests.runs import ended, equal_runs, flags, start, succeed, summary
@@ -130,6 +131,8 @@ def test_a_run_interrupted_anywhere_equals_a_whole_one(name, data, tmp_path, mon
         stopped += 1
     assert stopped == wanted
     equal_runs(whole, cut)
+    written = {path.name for path in whole.rglob("*.*") if path.parent.name != "figures"}
+    assert written <= {*WRITTEN, ".lock"}  # or --resume none and a killed run would leave some
     if name == "simclr":
         assert {"pretrain", "finetune"} <= stages
         assert any(stage.startswith("linear") for stage in stages)

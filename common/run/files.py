@@ -31,7 +31,7 @@ STATE = (*LAST, *BEST, CONTENT, "summary.json", "log.jsonl", "resumes.jsonl")
 WRITTEN = (
     *STATE,
     *("config.json", "env.json", "report.html", "backbone.pt", "features.npz", "split.json"),
-    *("tables.json", "clusters.csv"),
+    *("tables.json", "clusters.csv", "confusion.csv"),
 )
 # A temporary file of `atomic_write`.
 _ORPHAN = re.compile(rf"\.({'|'.join(map(re.escape, WRITTEN))})\.\d+\.tmp")
