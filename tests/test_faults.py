@@ -329,7 +329,7 @@ def test_full_memory_ends_in_one_line_with_what_helps(
         patched.setattr(owner, name, fills)
         code, said = ends(argv, capsys)
     assert code == 2 and "out of memory" in said and re.search(asked, said), said
-    assert re.search(r"rank 0 of 1, pretrain step [0-4]: ", said) and "the peak is 0." in said
+    assert re.search(r"rank 0 of 1, pretrain step [0-4]: .*the peak is \d+\.\d\d GB", said)
     assert "a higher --accum, a lower --bs, a smaller --image-size" in said
     assert "checkpoint-blocks" not in said  # which this script does not have
     assert train_simclr.main(argv) == 0
