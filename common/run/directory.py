@@ -154,7 +154,7 @@ def create_run_dir(
             if world.is_main:
                 remove_orphans(folder)  # of a process that was killed at its last report
                 say(f"{folder} has finished; its summary:")
-                print(json.dumps(summary, indent=2))
+                say(*json.dumps(summary, indent=2).split("\n"))
                 try:
                     checkpoint.load_selected(str(folder))  # says what is damaged
                 except InputError as error:
