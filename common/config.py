@@ -19,7 +19,8 @@ from common import reading, search
 from common.errors import EXIT_BAD_INPUT, InputError, did_you_mean, plural, say
 
 # What may differ between two commands that mean the same run. The data set enters the identity by
-# its content (`fingerprint`), so that a copy on a node's local disk continues the same run.
+# its listing (`fingerprint`), so that a copy on a node's local disk continues the same run; its
+# bytes are watched by `common.run.content`.
 NOT_IN_RUN_ID = {
     "check", "compile", "config", "data", "demo", "detect_anomaly", "deterministic", "device",
     "eval", "force_resume", "from_run", "impl", "io_retry", "log_every", "max_item_mb", "max_steps",
