@@ -33,7 +33,7 @@ from common.errors import (
 from common.retry import patience
 from common.run import checkpoint, dist
 from common.run.card import Card
-from common.run.content import content_of
+from common.run.content import codes, content_of
 from common.run.directory import (
     card_record,
     create_run_dir,
@@ -427,7 +427,7 @@ def _require_same_data(world: dist.Dist, data, fingerprint: str) -> None:
     # The directory's name would differ too, and a rank with fewer batches would leave the others.
     if world.world_size == 1:
         return
-    own = torch.tensor([[int(fingerprint, 16), len(getattr(data, "table", data))]])
+    own = torch.tensor([[int(codes([fingerprint])[0]), len(getattr(data, "table", data))]])
     rows = dist.all_gather_rows(own.to(world.device)).tolist()
     ranks: dict[tuple, list[int]] = {}
     for rank, row in enumerate(rows):
