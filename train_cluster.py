@@ -176,7 +176,8 @@ def parse_args(argv: list[str] | None = None):
     parser.set_help(
         data="utterances: an .npz, a .tsv, a folder or .zip in the layout of UMC, or `sample`, the"
         " embedded ones",
-        predict="assign the utterances of PATH to the clusters of the run that --resume names",
+        predict="assign the utterances of these files or folders to the clusters of the run that"
+        " --resume names",
     )
     group = parser.add_argument_group("text")
     group.add_argument(
@@ -326,7 +327,7 @@ def settings(args) -> dict[str, config.StageConfig]:
 
 
 def build_data(
-    path: str, reading: dict, world: dist.Dist, fitted: dict | None = None
+    path: str | tuple, reading: dict, world: dist.Dist, fitted: dict | None = None
 ) -> tuple[Rows, Lsa | None]:
     """The rows of `path`, said in a few lines, and its text features where there are any.
 
@@ -734,9 +735,10 @@ def predict(loaded: LoadedRun, run: Run, model: umc.Fusion) -> None:
         raise InputError(
             f"{loaded.source} has no clusters yet: name the run, or its cluster/best.pt"
         )
+    classes = [str(c) for c in range(spec["k"])]
+    loaded.say_who_answers(run.world, classes, "cluster")
     z = evaluate(run, model, np.arange(len(table)))
     clusters, _, _, scores = deep_cluster.membership(z, model.centroids.cpu())
-    classes = [str(c) for c in range(spec["k"])]
     loaded.write_predictions(run.world, table.ids, classes, scores, clusters.tolist())
 
 

@@ -274,7 +274,7 @@ def settings(args) -> dict[str, config.StageConfig]:
     return {"train": config.stage_config(args, "train", defaults, first=True, lr_of=None)}
 
 
-def build_data(args, path: str, world: dist.Dist, labels: bool = True) -> raer.EmotionClips:
+def build_data(args, path: str | tuple, world: dist.Dist, labels: bool = True) -> raer.EmotionClips:
     """The clips of `path`, said in one line."""
     return raer.prepare(
         path,
@@ -690,6 +690,8 @@ def run_inference(args, world: dist.Dist) -> None:
         raise InputError(f"{clips.name} has the classes {there}, the model {known}")
     run = loaded.as_run(args, world, clips, {})
     model = loaded.with_weights(partial(build_model, run))
+    if args.predict:
+        loaded.say_who_answers(world, spec["classes"])
     indices = raer.split(clips, ["test"])["test"] if args.eval else np.arange(len(clips))
     logits = evaluate(run, model, indices)
     scores = longtail.decide(spec["method"], np.array(spec["counts"]), model, logits, tau)

@@ -325,7 +325,9 @@ class Data(NamedTuple):
     protocol: dict | None
 
 
-def build_data(args, path: str, world: dist.Dist, targets: list[str] | None, stored: list) -> Data:
+def build_data(
+    args, path: str | tuple, world: dist.Dist, targets: list[str] | None, stored: list
+) -> Data:
     """The images of `path` and their parts.
 
     `targets` are the labels of the cytology protocol, `stored` the runs whose parts it takes over.
@@ -335,6 +337,7 @@ def build_data(args, path: str, world: dist.Dist, targets: list[str] | None, sto
         store_size=args.store_size,
         on_bad_item=args.on_bad_item,
         workers=args.workers,
+        labels=not args.predict,
         say=world.say,
     )
     if targets is None:
@@ -729,6 +732,7 @@ def run_inference(args, world: dist.Dist) -> None:
     run = loaded.as_run(args, world, images, splits)
     model = loaded.with_weights(partial(build_model, run, kind))
     if args.predict:
+        loaded.say_who_answers(world, classes, stages=spec["classes"])
         scores = evaluate(run, model, np.arange(len(images))).softmax(1)
         loaded.write_predictions(world, images.ids, classes, scores)
         return

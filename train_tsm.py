@@ -57,7 +57,7 @@ from common.report import figures, page
 from common.run import checkpoint, dist
 from common.run.card import Card
 from common.run.evaluation import Evaluation
-from common.run.files import atomic_write
+from common.run.files import write_new
 from common.run.inference import load_run, restore_data_flags
 from common.run.launch import launch, run_sweep
 from common.run.loop import Batch, Loop, Step
@@ -296,7 +296,9 @@ def settings(args) -> dict[str, config.StageConfig]:
     return {"train": config.stage_config(args, "train", defaults, first=True, lr_of=None)}
 
 
-def build_data(args, path: str, world: dist.Dist, labels: bool = True) -> faceforensics.FaceVideos:
+def build_data(
+    args, path: str | tuple, world: dist.Dist, labels: bool = True
+) -> faceforensics.FaceVideos:
     """The videos of `path`, said in one line."""
     reading = dict(
         store_size=args.store_size, on_bad_item=args.on_bad_item, workers=args.workers, fps=args.fps
@@ -669,6 +671,7 @@ def run_inference(args, world: dist.Dist) -> None:
         answers = videos, test, classes, metrics.video_scores(logits)
         loaded.write(score(run, "eval/test", test, logits, threshold), world, answers)
         return
+    loaded.say_who_answers(world, classes)
     logits, _ = evaluate(run, model, np.arange(len(videos)))
     scores = metrics.video_scores(logits)
     shares = torch.from_numpy(np.stack([1 - scores, scores], 1))
@@ -719,9 +722,7 @@ def stream(run: Run, model: ClipModel) -> None:
         score_fake = logits.cpu().double().sigmoid().item()
         lines.append(f"{t},{score_fake:.6f}")
     if run.world.is_main:
-        file = run.folder / "stream.csv"
-        with atomic_write(file) as out:
-            out.write("\n".join(lines) + "\n")
+        file = write_new(run.folder / "stream.csv", "\n".join(lines) + "\n")
         say(f"{file}: {plural(len(frames), 'frame')}, the last score is {score_fake:.6f}")
 
 

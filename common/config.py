@@ -407,8 +407,9 @@ def base_parser(
     )
     running.add_argument(
         "--predict",
+        nargs="+",
         metavar="PATH",
-        help="classify the items of PATH with the run that --resume names",
+        help="classify the items of these files or folders with the run that --resume names",
     )
     running.add_argument(
         "--check",
@@ -565,9 +566,11 @@ def _config_flags(parser: Parser, file: str) -> list[str]:
         argv.append(action.option_strings[0])
         if value is True:
             continue
-        argv.append(_word(value))
-        if argv[-1] is None:
+        several = action.nargs == "+" and isinstance(value, list)
+        words = [_word([item]) for item in value] if several else [_word(value)]
+        if None in words:
             parser.error(f"--config {file}: {name} has a value that no flag takes")
+        argv += words
     return argv
 
 

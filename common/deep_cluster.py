@@ -96,7 +96,7 @@ class Rows:
 
 
 def read_rows(
-    path: str, reading: dict, device: torch.device, fitted: dict | None
+    path: str | tuple[str, ...], reading: dict, device: torch.device, fitted: dict | None
 ) -> tuple[Rows, Lsa | None]:
     """The rows of `path`, and its text features where there are any.
 

@@ -27,8 +27,8 @@ from common.errors import InputError, exit_codes, printable
 from common.models import build_backbone, load_published
 from common.models.bpe import Tokenizer
 from common.run import checkpoint
-from common.run.files import atomic_write
-from common.run.inference import write_predictions
+from common.run.files import atomic_write, write_new
+from common.run.inference import predictions_text
 from common.run.log import Log
 from tests.data import cells_tree, image_folder, picture
 from tests.runs import flags, refused
@@ -432,7 +432,7 @@ def test_names_that_are_no_text_and_control_characters_are_items_and_print_as_on
         opened.decode(index)
     monkeypatch.chdir(tmp_path)
     scores = torch.eye(2)[opened.labels % 2]
-    write_predictions(tmp_path / "p.csv", opened.ids, opened.classes, scores)
+    write_new(tmp_path / "p.csv", predictions_text(opened.ids, opened.classes, scores))
     with atomic_write(tmp_path / "q.csv") as file:
         file.write(ODD)
     assert r"caf\udce9" in (tmp_path / "q.csv").read_text()

@@ -9,13 +9,13 @@ import torch
 from common.errors import InputError
 from common.run import checkpoint
 from common.run.files import FORMAT
-from common.run.inference import load_run, write_predictions
+from common.run.inference import load_run, predictions_text
 
 
-def test_predictions_hold_id_class_and_scores(tmp_path):
+def test_predictions_hold_id_class_and_scores():
     scores = torch.tensor([[0.2, 0.8], [0.6, 0.4]])
-    write_predictions(tmp_path / "p.csv", ["x,1", "y"], ["cat", "dog"], scores)
-    rows = list(csv.reader((tmp_path / "p.csv").read_text().splitlines()))
+    text = predictions_text(["x,1", "y"], ["cat", "dog"], scores)
+    rows = list(csv.reader(text.splitlines()))
     assert rows == [
         ["id", "class", "score_cat", "score_dog"],
         ["x,1", "dog", "0.200000", "0.800000"],

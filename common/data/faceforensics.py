@@ -142,7 +142,7 @@ class FaceVideos(Videos):
 
 
 def prepare(
-    path: str,
+    path: str | tuple[str, ...],
     *,
     store_size: int | None,
     on_bad_item: str,
@@ -178,12 +178,20 @@ def prepare(
 
 
 def open_videos(
-    path: str, *, fps: float, workers: int, on_bad_item="error", compression=None, labels=True
+    path: str | tuple[str, ...],
+    *,
+    fps: float,
+    workers: int,
+    on_bad_item="error",
+    compression=None,
+    labels=True,
 ) -> FaceVideos:
     """The videos of a folder, a .zip or a .csv file, or of an embedded data set.
 
     Args:
-        path: see the layouts at the top; `sample` and `sample-flicker` are embedded.
+        path: see the layouts at the top; `sample` and `sample-flicker` are embedded. Without
+            `labels` also several folders, .zip and video files, in which no layout is looked for:
+            their videos' names have their path before them.
         fps: frames a second of folders of images; a video file has its own, the embedded data 8.
         workers: threads that open video files.
         on_bad_item: "error" or "skip": whether a listed video that is missing or unreadable ends
@@ -197,18 +205,28 @@ def open_videos(
     """
     if path in SAMPLES:
         return _sample(path)
-    place = existing(path)
     only = ""
-    if not place.is_dir() and place.suffix.lower() in (".csv", *VIDEO_SUFFIXES):
-        only = place.name
-        place = place.parent
-    files, sizes, keys, read = list_files(str(place), _is_wanted)
-    names = files
-    if not only:
-        names = ["/".join(parts) for parts in below_common_folder(files, _ROOTS.__contains__)]
-    number = {name: i for i, name in enumerate(names)}
-    lists = {name: _content(path, name, read, number[name]) for name in filter(_may_be_list, names)}
-    records, unlisted = _records(_Tree(path, _videos(names), lists), only, place, labels)
+    if isinstance(path, str):
+        place = existing(path)
+        if not place.is_dir() and place.suffix.lower() in (".csv", *VIDEO_SUFFIXES):
+            only = place.name
+            place = place.parent
+        files, sizes, keys, read = list_files(str(place), _is_wanted)
+        names = files
+        if not only:
+            names = ["/".join(parts) for parts in below_common_folder(files, _ROOTS.__contains__)]
+        number = {name: i for i, name in enumerate(names)}
+        listed = [name for name in names if _may_be_list(name) and only in ("", name)]
+        lists = {name: _content(path, name, read, number[name]) for name in listed}
+        records, unlisted = _records(
+            _Tree(path, _videos(names, labels), lists), only, place, labels
+        )
+        title = place.name
+    else:
+        names, sizes, keys, read = list_files(path, _is_shown, VIDEO_SUFFIXES)
+        number = {name: i for i, name in enumerate(names)}
+        records, unlisted = _unlabeled(_videos(names, False), ""), []
+        path = title = first_few(path)
     if labels and any(record.split for record in records):
         unlisted += [record.name for record in records if not record.split]
         records = [record for record in records if record.split]
@@ -246,7 +264,7 @@ def open_videos(
 
     rates = fps
     if kinds == {True}:
-        images = VideoFiles(place.name, used_files, used_sizes, content, workers, used_keys)
+        images = VideoFiles(title, used_files, used_sizes, content, workers, used_keys)
         errors = {used_files[i]: error for i, error in images.errors.items()}
         records = [
             record if record.missing else record._replace(missing=errors.get(record.files[0], ""))
@@ -256,7 +274,7 @@ def open_videos(
         frames = [images.file_frames(order[record.files[0]]) for record in used]
         rates = [images.rates[order[record.files[0]]] for record in used]
     else:
-        images = frame_images(place.name, used_files, used_sizes, content, used_keys)
+        images = frame_images(title, used_files, used_sizes, content, used_keys)
         frames = [[order[name] for name in record.files] for record in used]
     missing = [record.problem for record in records if record.missing]
     if missing and on_bad_item == "error":
@@ -264,7 +282,7 @@ def open_videos(
             f"{path}: {len(missing)} of {len(records)} listed videos cannot be used:"
             f" {first_few(missing)}; complete the data, or --on-bad-item skip"
         )
-    return FaceVideos(place.name, used, frames, rates, images, missing, unlisted)
+    return FaceVideos(title, used, frames, rates, images, missing, unlisted)
 
 
 def split(videos: FaceVideos, names=("train", "val", "test")) -> dict[str, np.ndarray]:
@@ -383,6 +401,10 @@ def _is_wanted(name: str) -> bool:
     return name.lower().endswith((*SUFFIXES, *VIDEO_SUFFIXES, *_LISTS)) and not hidden(name)
 
 
+def _is_shown(name: str) -> bool:
+    return is_image(name) or (_is_video(name) and not hidden(name))
+
+
 def _is_video(name: str) -> bool:
     return name.lower().endswith(VIDEO_SUFFIXES)
 
@@ -394,15 +416,17 @@ def _may_be_list(name: str) -> bool:
     return near and name.lower().endswith(_LISTS)
 
 
-def _videos(names: list[str]) -> dict[str, list[str]]:
+def _videos(names: list[str], labels: bool) -> dict[str, list[str]]:
     videos = defaultdict(list)
     for name in names:
-        if is_image(name):
+        if name.lower().endswith(SUFFIXES):  # none is hidden, but for what was given
             videos[name.rpartition("/")[0]].append(name)
     for files in videos.values():
         files.sort(key=natural_order)
     for name in filter(_is_video, names):
-        videos.setdefault(str(PurePosixPath(name).with_suffix("")), [name])
+        stem = str(PurePosixPath(name).with_suffix(""))
+        # Lists name a video without its suffix, so with labels the first alone is one.
+        videos.setdefault(stem if labels or stem not in videos else name, [name])
     return dict(videos)
 
 
@@ -420,15 +444,20 @@ def _records(tree: _Tree, only: str, place: Path, labels: bool) -> tuple[list[_R
     if _official(tree):
         return _from_official(tree, {name: jsons[name] for name in jsons if _split_of(name)})
     if not labels:
-        return [
-            _Record(("", "", "", name or place.stem), UNLABELED, "", tree.videos[name])
-            for name in sorted(tree.videos, key=natural_order)
-        ], []
+        return _unlabeled(tree.videos, place.stem), []
     raise InputError(
         f"{tree.path}: no known layout there; allowed are FaceForensics++ (original_sequences/ and"
         " manipulated_sequences/), DeepfakeBench (its JSON beside the frames), a .csv with"
         f" {','.join(_COLUMNS)}"
     )
+
+
+def _unlabeled(videos: dict[str, list[str]], top: str) -> list[_Record]:
+    # `top` is the name of the one whose frames lie in no folder.
+    return [
+        _Record(("", "", "", name or top), UNLABELED, "", videos[name])
+        for name in sorted(videos, key=natural_order)
+    ]
 
 
 class _OfficialVideo(NamedTuple):

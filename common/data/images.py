@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import hashlib
 import io
+import itertools
 import math
 import operator
 import os
@@ -449,19 +450,56 @@ def hidden(name: str) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
 
 
-def list_files(path: str, keep) -> tuple[list[str], list[int], list[int], Callable[[int], bytes]]:
+def list_files(
+    path: str | tuple[str, ...], keep, alone: tuple[str, ...] = ()
+) -> tuple[list[str], list[int], list[int], Callable[[int], bytes]]:
     """The files of a folder or of a .zip whose relative name passes `keep`.
 
+    Args:
+        path: it; or several, which may also be files themselves.
+        alone: the suffixes that these may have.
+
     Returns:
-        Sorted names, `printable`; sizes in bytes; keys as `Content` takes them; and a function from
-        a position in these lists to the file's content.
+        Sorted names, `printable`, of several paths each with its path before it; sizes in bytes;
+        keys as `Content` takes them; and a function from a position in these lists to the file's
+        content.
 
     Raises:
-        InputError: missing, not readable, or no regular file.
+        InputError: missing, not readable, or no regular file; one of several without files.
     """
+    if isinstance(path, str):
+        files, sizes, keys, read = _listed(existing(path), keep, alone)
+        return [printable(name) for name in files], sizes, keys, read
+    names, sizes, keys, reads = zip(*(_files_at(one, keep, alone) for one in path), strict=True)
+    ends = np.cumsum([len(part) for part in names])
+
+    def read_at(index: int) -> bytes:
+        part = int(np.searchsorted(ends, index, side="right"))
+        return reads[part](index - int(ends[part]) + len(names[part]))
+
+    flat = itertools.chain.from_iterable
+    return [printable(name) for name in flat(names)], [*flat(sizes)], [*flat(keys)], read_at
+
+
+def _files_at(path: str, keep, alone: tuple[str, ...]):
+    # Of one of several paths, with names that say so.
     place = existing(path)
-    files, sizes, keys, read = (_folder_files if place.is_dir() else _zip_files)(place, keep)
-    return [printable(name) for name in files], sizes, keys, read
+    if path.lower().endswith(alone) and not place.is_dir():
+        size = reading.regular_status(place).st_size
+        return [path], [size], [0], lambda _: reading.read_bytes(place, was_there=True)
+    files, sizes, keys, read = _listed(place, keep, alone)
+    if not files:
+        raise InputError(f"{path}: nothing there is of the kind that is read; leave it out")
+    return [os.path.join(path, name) for name in files], sizes, keys, read
+
+
+def _listed(place: Path, keep, alone: tuple[str, ...]):
+    if place.is_dir():
+        return _folder_files(place, keep)
+    if place.suffix.lower() == ".zip":
+        return _zip_files(place, keep)
+    allowed = ", ".join(["a folder", "a .zip of one", *alone])
+    raise InputError(f"{place}: allowed are {allowed}, or `sample`")
 
 
 def existing(path: str) -> Path:
@@ -518,8 +556,6 @@ def _folder_files(folder: Path, keep):
 
 
 def _zip_files(path: Path, keep):
-    if path.suffix.lower() != ".zip":
-        raise InputError(f"{path}: allowed are a folder, a .zip of one, or `sample`")
     try:
         archive = ReopenedZip(path)
     except OSError as error:

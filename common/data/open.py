@@ -14,17 +14,23 @@ from common.data.images import (
     list_files,
 )
 from common.data.synthetic import cytology
-from common.errors import InputError, plural
+from common.errors import InputError, first_few, plural
 
 
 def prepare(
-    path: str, *, store_size: int | None, on_bad_item: str, workers: int, say=print
+    path: str | tuple[str, ...],
+    *,
+    store_size: int | None,
+    on_bad_item: str,
+    workers: int,
+    labels: bool = True,
+    say=print,
 ) -> Images:
     """`open_images`, decoded to `store_size` where that is given.
 
     Damaged images are left out where `on_bad_item` is "skip".
     """
-    images = open_images(path)
+    images = open_images(path, labels)
     if store_size:
         images.resize_store(store_size)
     if on_bad_item == "skip":
@@ -35,11 +41,16 @@ def prepare(
     return images
 
 
-def open_images(path: str) -> Images:
+def open_images(path: str | tuple[str, ...], labels: bool = True) -> Images:
     """The images of a folder, a .zip, a packed file, or of the embedded data set (`sample`).
 
     A folder of folders gives the labels; `train/`, `val/` (or dev) and `test/` above them give the
     splits; images in no folder are unlabeled. One folder that holds everything is looked through.
+
+    Args:
+        path: it; of images without `labels` also an image, or several of all these, whose ids have
+            their path before them.
+        labels: False: folders are no classes and no splits.
 
     Raises:
         InputError: missing, not readable, or without images.
@@ -51,23 +62,33 @@ def open_images(path: str) -> Images:
         splits = [""] * len(ids)
         return Images(name, ids, labels, classes, splits, pixels=torch.from_numpy(pixels))
 
-    place = existing(path)
-    if place.suffix == pack.SUFFIX and not place.is_dir():
-        return pack.PackedImages(place)
-    files, sizes, keys, read = list_files(path, is_image)
+    if isinstance(path, str):
+        place = existing(path)
+        if place.suffix == pack.SUFFIX and not place.is_dir():
+            return pack.PackedImages(place)
+        if not labels and not place.is_dir() and path.lower().endswith(SUFFIXES):
+            path = (path,)
+    files, sizes, keys, read = list_files(path, is_image, () if labels else SUFFIXES)
     if not files:
         raise InputError(f"{path}: no images there; allowed are {', '.join(SUFFIXES)}")
-    ids, splits, names = _layout(files, path)
+    ids, splits, names = _layout(files, path, labels)
     classes = sorted({name for name in names if name is not None})
     number = {name: i for i, name in enumerate(classes)}
-    labels = [UNLABELED if name is None else number[name] for name in names]
-    return Images(place.name, ids, labels, classes, splits, sizes=sizes, keys=keys, read=read)
+    numbers = [UNLABELED if name is None else number[name] for name in names]
+    title = place.name if isinstance(path, str) else first_few(path)
+    return Images(title, ids, numbers, classes, splits, sizes=sizes, keys=keys, read=read)
 
 
-def _layout(files: list[str], path: str) -> tuple[list[str], list[str], list[str | None]]:
+def _layout(
+    files: list[str], path: str | tuple[str, ...], labels: bool
+) -> tuple[list[str], list[str], list[str | None]]:
     # Name below the folder that holds everything, split and class name of each file.
-    paths = below_common_folder(files, _is_split)
+    paths = [(name,) for name in files]
+    if isinstance(path, str):
+        paths = below_common_folder(files, _is_split)
     ids = ["/".join(parts) for parts in paths]
+    if not labels:
+        paths = [(name,) for name in ids]
     splits = [SPLITS.get(parts[0].lower(), "") if len(parts) > 1 else "" for parts in paths]
     if any(splits):
         if not all(splits):

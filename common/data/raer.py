@@ -228,7 +228,7 @@ def number_repeats(clips: np.ndarray, count: int) -> np.ndarray:
 
 
 def prepare(
-    path: str,
+    path: str | tuple[str, ...],
     *,
     store_size: int | None,
     on_bad_item: str,
@@ -263,12 +263,19 @@ def prepare(
 
 
 def open_clips(
-    path: str, *, workers: int, on_bad_item="error", missing_box="error", margin: float, labels=True
+    path: str | tuple[str, ...],
+    *,
+    workers: int,
+    on_bad_item="error",
+    missing_box="error",
+    margin: float,
+    labels=True,
 ) -> EmotionClips:
     """The clips of a folder or of a .zip, or the embedded data set (`sample`).
 
     Args:
-        path: see the layout at the top.
+        path: see the layout at the top; without `labels` also several, each with its own boxes,
+            whose clips' names have their path before them.
         workers: threads that read the frames' sizes.
         on_bad_item: "error" or "skip": whether a listed clip without frames ends the run or is left
             out, and whether one with another number of frames than listed ends it or is taken as it
@@ -286,25 +293,29 @@ def open_clips(
     """
     if path == "sample":
         return _sample()
-    place = Path(path)
-    files, sizes, keys, read = list_files(path, _is_wanted)
-    tree = _tree(path, files, read)
-    lists = _lists(tree) if labels else {}
-    names, descriptions = _classes(tree)
+    if isinstance(path, str):
+        tree = _tree(path)
+        title = Path(path).name
+    else:
+        tree = _joined(path)
+        path = title = tree.path
+    names, descriptions = list(CLASSES), list(CLASSES.values())
     notes = []
     if labels:
+        lists = _lists(tree)
+        names, descriptions = _classes(tree)
         lines = [line for part, name in lists.items() for line in _lines(tree, name, part)]
         base = 0 if any(line.label == 0 for line in lines) else 1
         notes.append(_check_labels(tree, lines, base, names))
+        rename = renaming([line.clip for line in lines], tree.folders, 1)
+        lines = [line._replace(clip=rename(line.clip)) for line in lines]
+        _refuse_repeats(path, lines)
     else:
         lines = [
             _Line(folder, len(files), UNLABELED, "", folder)
             for folder, files in tree.folders.items()
         ]
         base = 0
-    rename = renaming([line.clip for line in lines], tree.folders, 1)
-    lines = [line._replace(clip=rename(line.clip)) for line in lines]
-    _refuse_repeats(path, lines)
     lines = _with_frames(tree, lines, on_bad_item, notes)
 
     faces_of = _face_boxes(tree, lines)
@@ -319,22 +330,22 @@ def open_clips(
     frames = np.split(np.arange(ends[-1]), ends[:-1])
 
     def content(index: int) -> bytes:
-        return read(position[index])
+        return tree.read(position[index])
 
     images = TwoStreams(
-        place.name,
+        title,
         [tree.names[i] for i in position],
-        [sizes[i] for i in position],
+        [tree.sizes[i] for i in position],
         content,
         faces=np.concatenate([faces_of[line.clip][rows] for line, rows in used]),
         bodies=np.repeat([body_of[line.clip] for line, _ in used], counts, axis=0),
         margin=margin,
-        keys=[keys[i] for i in position],
+        keys=[tree.keys[i] for i in position],
     )
     _refuse_degenerate(path, images, content, [indices[0] for indices in frames], workers)
     return EmotionClips(
-        place.name,
-        ids=[line.clip or place.stem for line, _ in used],
+        title,
+        ids=[line.clip or Path(path).stem for line, _ in used],
         labels=[line.label - base if line.split else UNLABELED for line, _ in used],
         classes=names,
         splits=[line.split for line, _ in used],
@@ -469,9 +480,13 @@ class _Tree(NamedTuple):
     names: list[str]  # of all files, below the folder that holds everything
     folders: dict[str, list[int]]  # positions of the frames in order of time, by folder
     read: Callable[[int], bytes]
+    sizes: list[int]
+    keys: list[int]
+    parts: dict[str, "_Tree"] = {}  # of several paths, by path
 
 
-def _tree(path: str, files: list[str], read) -> _Tree:
+def _tree(path: str) -> _Tree:
+    files, sizes, keys, read = list_files(path, _is_wanted)
     top = posixpath.commonpath([posixpath.dirname(name) for name in files]) if files else ""
     names = [name[len(top) :].lstrip("/") for name in files]
     folders = defaultdict(list)
@@ -482,7 +497,33 @@ def _tree(path: str, files: list[str], read) -> _Tree:
         raise InputError(f"{path}: no folders of frames there; allowed are {', '.join(SUFFIXES)}")
     for frames in folders.values():
         frames.sort(key=lambda i: natural_order(names[i]))
-    return _Tree(path, names, dict(folders), read)
+    return _Tree(path, names, dict(folders), read, sizes, keys)
+
+
+def _joined(paths: tuple[str, ...]) -> _Tree:
+    # The trees of several paths as one, each name with its path before it.
+    parts = {path: _tree(path) for path in paths}
+    names: list[str] = []
+    folders: dict[str, list[int]] = {}
+    where: list[tuple[_Tree, int]] = []
+    for path, tree in parts.items():
+        for folder, rows in tree.folders.items():
+            folders[_below(path, folder)] = [len(names) + row for row in rows]
+        names += [posixpath.join(path, name) for name in tree.names]
+        where += [(tree, i) for i in range(len(tree.names))]
+
+    def read(index: int) -> bytes:
+        tree, row = where[index]
+        return tree.read(row)
+
+    sizes = [size for tree in parts.values() for size in tree.sizes]
+    keys = [key for tree in parts.values() for key in tree.keys]
+    return _Tree(first_few(paths), names, folders, read, sizes, keys, parts)
+
+
+def _below(path: str, folder: str) -> str:
+    # The frames of a path that is one clip lie in no folder.
+    return posixpath.join(path, folder) if folder else path
 
 
 def _beside(tree: _Tree, key_of) -> dict[str, int]:
@@ -644,6 +685,12 @@ def _with_frames(
 
 def _boxes(tree: _Tree, name: str) -> dict:
     """The content of a file of boxes by the clips' folders."""
+    if tree.parts:
+        return {
+            _below(path, clip): value
+            for path, part in tree.parts.items()
+            for clip, value in _boxes(part, name).items()
+        }
     position = _position(tree, name)
     if position is None:
         return {}

@@ -152,11 +152,11 @@ def _row_shape(values: np.ndarray) -> str:
     return " x ".join(map(str, values.shape[1:]))
 
 
-def open_utterances(path: str, max_length: int | None = None) -> Utterances:
+def open_utterances(path: str | tuple[str, ...], max_length: int | None = None) -> Utterances:
     """The utterances of an `.npz`, a `.tsv`, or a folder or .zip in UMC's layout.
 
     Args:
-        path: the file or folder.
+        path: the file or folder; or several, see `_joined`.
         max_length: sequences keep their first so many rows; None keeps all of them. Padding makes a
             modality as long as its longest sequence, which for video frames is memory.
 
@@ -165,6 +165,10 @@ def open_utterances(path: str, max_length: int | None = None) -> Utterances:
             different length, values that are not finite, a header row inside the data, no text at
             all, a pickle that holds anything but arrays.
     """
+    if not isinstance(path, str):
+        for one in path:
+            existing(one)
+        return _joined(path, [open_utterances(one, max_length) for one in path])
     place = existing(path)
     if not place.is_dir() and place.suffix.lower() == ".npz":
         fields = _read_npz(place)
@@ -186,6 +190,61 @@ def open_utterances(path: str, max_length: int | None = None) -> Utterances:
             f"{path}: neither text nor features: add float arrays of one row per utterance"
         )
     return Utterances(place.name, **fields, modalities=modalities, lengths=lengths)
+
+
+def _joined(paths: tuple[str, ...], parts: list[Utterances]) -> Utterances:
+    """The utterances of several paths, unlabeled, each id with its path before it.
+
+    Raises:
+        InputError: one has other modalities, or text where the first has none, or none.
+    """
+    kinds = [_kinds(part) for part in parts]
+    for path, kind in zip(paths, kinds, strict=True):
+        if kind != kinds[0]:
+            here, there = (", ".join(sorted(names)) for names in (kind, kinds[0]))
+            raise InputError(
+                f"{path} has {here}, {paths[0]} has {there}: give paths of the same modalities"
+            )
+    texts = [text for part in parts for text in part.texts or ()]
+    modalities = {}
+    lengths = {}
+    for name in parts[0].modalities:
+        arrays = [part.modalities[name] for part in parts]
+        if name in parts[0].lengths:
+            lengths[name] = np.concatenate([part.lengths[name] for part in parts])
+            arrays = _of_one_length(f"{first_few(paths)}: {name}", arrays)
+        modalities[name] = np.concatenate(arrays)
+    ids = [f"{path}/{i}" for path, part in zip(paths, parts, strict=True) for i in part.ids]
+    return Utterances(
+        first_few(paths),
+        ids,
+        [UNLABELED] * len(ids),
+        [],
+        [""] * len(ids),
+        texts=texts or None,
+        modalities=modalities,
+        lengths=lengths,
+    )
+
+
+def _kinds(utterances: Utterances) -> set[str]:
+    # What a row holds, in words.
+    sequences = utterances.lengths
+    kinds = {
+        f"{name} {'steps x ' * (name in sequences)}{values.shape[-1]}"
+        for name, values in utterances.modalities.items()
+    }
+    return kinds | ({"raw text"} if utterances.texts is not None else set())
+
+
+def _of_one_length(where: str, arrays: list[np.ndarray]) -> list[np.ndarray]:
+    longest = max(values.shape[1] for values in arrays)
+    padded = sum(values.nbytes // values.shape[1] * longest for values in arrays)
+    # As in `_padded`.
+    reading.within(
+        padded - 16 * sum(values.nbytes for values in arrays), f"{where}: padding to {longest} rows"
+    )
+    return [np.pad(x, ((0, 0), (0, longest - x.shape[1]), (0, 0))) for x in arrays]
 
 
 def split(utterances: Utterances) -> dict[str, np.ndarray]:

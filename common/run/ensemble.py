@@ -14,8 +14,8 @@ import torch
 
 from common import config, metrics
 from common.errors import InputError, exit_codes, say
-from common.run.files import write_json
-from common.run.inference import write_predictions
+from common.run.files import json_text, write_answer
+from common.run.inference import predictions_text
 
 FILE = "eval.csv"  # what --eval leaves of each test item
 
@@ -72,8 +72,11 @@ def judge(main, argv: list[str] | None, args, metric: str) -> None:
             f"the ensemble's {metric} is {comparison} its mean member's"
             f" ({value:.4f}, {average:.4f}; the best {best:.4f})"
         )
-        write_json(folder / "ensemble.json", results | {"members": names})
-        write_predictions(folder / "ensemble.csv", ids, classes, torch.from_numpy(mean))
+        texts = {
+            "ensemble.json": json_text(results | {"members": names}),
+            "ensemble.csv": predictions_text(ids, classes, torch.from_numpy(mean)),
+        }
+        write_answer(folder, texts)
 
 
 def _without(argv: list[str], names: list[str]) -> list[str]:

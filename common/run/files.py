@@ -1,17 +1,19 @@
 """Files that a run leaves: written whole or not at all, JSON, the format's number, the lock."""
 
 import contextlib
+import csv
 import errno
 import io
+import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
 from common import reading
-from common.errors import InputError, OtherFormat
+from common.errors import InputError, OtherFormat, say
 from common.retry import retried
 
 try:
@@ -34,7 +36,8 @@ WRITTEN = (
     *("tables.json", "clusters.csv", "confusion.csv"),
 )
 # A temporary file of `atomic_write`.
-_ORPHAN = re.compile(rf"\.({'|'.join(map(re.escape, WRITTEN))})\.\d+\.tmp")
+_ANSWERS = r"(?:eval|predictions|stream)(?:-\d+)?\.(?:csv|json)"
+_ORPHAN = re.compile(rf"\.({'|'.join(map(re.escape, WRITTEN))}|{_ANSWERS})\.\d+\.tmp")
 _ORPHAN_FIGURE = re.compile(r"\.[^.].*\.(csv|json|png|svg)\.\d+\.tmp")
 # The entries that are read of a config.json, with their types, see `read_json`.
 _CONFIG = {
@@ -54,6 +57,8 @@ _JSON = {
 }
 # What `flock` answers where the file system knows no locks.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
+# What `link` answers where the file system knows no second name of a file.
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 run_locks = contextlib.ExitStack()
 
 
@@ -91,7 +96,12 @@ def lock_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_write(
-    path: Path, mode: str = "w", *, keep: Path | None = None, stream: bool = False
+    path: Path,
+    mode: str = "w",
+    *,
+    keep: Path | None = None,
+    stream: bool = False,
+    new: bool = False,
 ) -> Iterator[IO]:
     """A file whose content takes the place of `path` in one piece, or never appears.
 
@@ -103,8 +113,10 @@ def atomic_write(
         keep: what the old file is renamed to, once the new one is on the disk; `path` must exist.
         stream: write the bytes as they come, for what is large: they are not gathered in memory,
             so the writing itself is done once.
+        new: nothing is replaced.
 
     Raises:
+        FileExistsError: there is something at the `path` of a `new` file.
         OSError: the disk is full or not writable.
     """
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
@@ -132,11 +144,77 @@ def atomic_write(
             retried(write, path, was_there=True)
         if keep is not None:
             retried(lambda: os.replace(path, keep), path, was_there=True)
-        retried(lambda: os.replace(temporary, path), path, was_there=True)
+        place = _place_new if new else os.replace
+        retried(lambda: place(temporary, path), path, was_there=True)
     finally:
         with contextlib.suppress(OSError):  # the next start removes it
             temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def _place_new(temporary: Path, path: Path) -> None:
+    # A renaming would take the place of what is there.
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+        os.replace(temporary, path)
+
+
+def _numbered(path: Path, number: int) -> Path:
+    return path.with_stem(f"{path.stem}-{number}")
+
+
+def write_new(path: Path, text: str) -> Path:
+    """Write a text to `path`, or where that is taken to the first of NAME-2, NAME-3, ... that is
+    free, and return which.
+
+    Nothing is replaced: two processes at once write two files.
+    """
+    for number in itertools.count(1):
+        file = path if number == 1 else _numbered(path, number)
+        if not os.path.lexists(file):
+            with contextlib.suppress(FileExistsError):
+                with atomic_write(file, new=True) as out:
+                    out.write(text)
+                return file
+
+
+def write_answer(folder: Path, texts: dict[str, str | None]) -> None:
+    """Write the files of an answer in the place of an earlier one's.
+
+    Those are kept as NAME-1 and so on if they say something else, which is said.
+
+    Args:
+        texts: by the names of the files; None: this answer has no such file.
+    """
+    there = {folder / name: text for name, text in texts.items() if (folder / name).exists()}
+    if any(text is None or file.read_bytes() != _bytes(text) for file, text in there.items()):
+        files = [folder / name for name in texts]
+        number = next(
+            n
+            for n in itertools.count(1)
+            if not any(os.path.lexists(_numbered(file, n)) for file in files)
+        )
+        kept = [file.rename(_numbered(file, number)) for file in there]
+        say(f"the earlier answer is kept in {', '.join(map(str, kept))}")
+    for name, text in texts.items():
+        if text is not None:
+            with atomic_write(folder / name) as file:
+                file.write(text)
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode(errors="backslashreplace")  # as `atomic_write` does
+
+
+def csv_text(rows: Iterable[Iterable]) -> str:
+    """Rows as the text of a .csv file."""
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    return text.getvalue()
 
 
 def sync_folder(folder: Path) -> None:
@@ -187,7 +265,12 @@ def remove_orphans(folder: Path) -> None:
 def write_json(path: Path, value: dict) -> None:
     """Write a JSON file that is never seen half written."""
     with atomic_write(path) as file:
-        file.write(json.dumps(value, indent=2, default=str) + "\n")
+        file.write(json_text(value))
+
+
+def json_text(value: dict) -> str:
+    """A value as the text of a .json file."""
+    return json.dumps(value, indent=2, default=str) + "\n"
 
 
 def read_json(

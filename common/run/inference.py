@@ -1,6 +1,5 @@
 """What --eval, --predict and --stream do with a trained run: load it, write what it answers."""
 
-import csv
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -10,33 +9,28 @@ import numpy as np
 from torch import Tensor, nn
 
 from common import config
-from common.errors import InputError, plural, say
+from common.errors import InputError, first_few, plural, say
 from common.run import checkpoint, dist
 from common.run.card import Card
 from common.run.directory import output_folder
-from common.run.files import atomic_write, write_json
+from common.run.files import BEST, csv_text, json_text, write_answer, write_new
 from common.run.log import Log
 from common.run.run import Run
 
 
-def write_predictions(
-    path: Path,
-    ids: list[str],
-    classes: list[str],
-    scores: Tensor,
-    chosen: Iterable[int] | None = None,
-) -> None:
-    """Write predictions.csv: id, the class, and the score (a probability) of every class.
+def predictions_text(
+    ids: list[str], classes: list[str], scores: Tensor, chosen: Iterable[int] | None = None
+) -> str:
+    """The text of predictions.csv: id, the class, and the score (a probability) of every class.
 
     `chosen` are the classes' numbers; unset: the classes of the highest scores.
     """
     if chosen is None:
         chosen = scores.argmax(1).tolist()
-    with atomic_write(path) as file:
-        writer = csv.writer(file)
-        writer.writerow(["id", "class", *(f"score_{name}" for name in classes)])
-        for name, index, row in zip(ids, chosen, scores.tolist(), strict=True):
-            writer.writerow([name, classes[index], *(f"{value:.6f}" for value in row)])
+    rows = [["id", "class", *(f"score_{name}" for name in classes)]]
+    for name, index, row in zip(ids, chosen, scores.tolist(), strict=True):
+        rows.append([name, classes[index], *(f"{value:.6f}" for value in row)])
+    return csv_text(rows)
 
 
 @dataclass(frozen=True)
@@ -47,13 +41,13 @@ class LoadedRun:
         state: the checkpoint.
         source: where it is from, for messages.
         folder: where results go.
-        path: the data to read.
+        path: the data to read; the paths, where --predict has several.
     """
 
     state: dict
     source: str
     folder: Path
-    path: str
+    path: str | tuple[str, ...]
 
     @property
     def model_spec(self) -> dict:
@@ -78,6 +72,8 @@ class LoadedRun:
     def write(self, results: dict, world: dist.Dist, answers: tuple | None = None) -> None:
         """Write eval.json: the test metrics, named `eval/test/...`, and print them.
 
+        An earlier one that says something else is kept, see `write_answer`.
+
         Args:
             answers: of a classifier, for eval.csv: the data set, the positions (n,) of the test
                 items in it, the classes and their probabilities (n, C), or (n,) those of the second
@@ -86,19 +82,38 @@ class LoadedRun:
         results = {f"eval/{name.split('/', 1)[1]}": value for name, value in results.items()}
         if not world.is_main:
             return
-        write_json(self.folder / "eval.json", results)
         say(*(f"{name} {value:.4f}" for name, value in results.items()))
-        if answers is None:
-            return
-        data, rows, classes, scores = answers
-        scores = np.asarray(scores, np.float64)
-        if scores.ndim == 1:
-            scores = np.stack([1 - scores, scores], 1)
-        with atomic_write(self.folder / "eval.csv") as file:
-            writer = csv.writer(file)
-            writer.writerow(["id", "label", *classes])
+        table = None
+        if answers is not None:
+            data, rows, classes, scores = answers
+            scores = np.asarray(scores, np.float64)
+            if scores.ndim == 1:
+                scores = np.stack([1 - scores, scores], 1)
+            lines = [["id", "label", *classes]]
             for i, shares in zip(rows, scores.tolist(), strict=True):
-                writer.writerow([data.ids[i], data.classes[data.labels[i]], *shares])
+                lines.append([data.ids[i], data.classes[data.labels[i]], *shares])
+            table = csv_text(lines)
+        write_answer(self.folder, {"eval.json": json_text(results), "eval.csv": table})
+
+    def say_who_answers(
+        self, world: dist.Dist, classes: list[str], unit: str = "class", stages: Iterable[str] = ()
+    ) -> None:
+        """Say before --predict whose classifier answers, with how many classes.
+
+        Args:
+            unit: the word for a class.
+            stages: those of the script that have a classifier. Where a whole run is named, it is
+                said how to ask the others.
+        """
+        stage = self.model_spec["stage"]
+        world.say(
+            f"the classifier of {stage} ({self.source}, epoch {self.state.get('epoch')},"
+            f" {plural(len(classes), unit)}: {first_few(classes)}) answers"
+        )
+        for other in stages:
+            folder = Path(self.source) / other
+            if other != stage and any((folder / name).exists() for name in BEST):
+                world.say(f"--resume {folder} asks that of {other}")
 
     def write_predictions(
         self,
@@ -109,10 +124,13 @@ class LoadedRun:
         chosen: Iterable[int] | None = None,
         note: str = "",
     ) -> None:
-        """Write predictions.csv, see `write_predictions`, and say where it is; `note` follows."""
+        """Write predictions.csv, see `predictions_text`, and say where it is; `note` follows.
+
+        Earlier ones stay: the next is predictions-2.csv.
+        """
         if world.is_main:
-            file = self.folder / "predictions.csv"
-            write_predictions(file, ids, classes, scores, chosen)
+            text = predictions_text(ids, classes, scores, chosen)
+            file = write_new(self.folder / "predictions.csv", text)
             say(f"{plural(len(ids), 'prediction')} in {file}{note}")
 
 
@@ -134,12 +152,37 @@ def load_run(args, card: Card) -> LoadedRun:
     script = state["model_spec"]["script"]
     if script != card.name:
         raise InputError(f"{source} is of train_{script}.py; use that script")
-    path = args.predict or getattr(args, "stream", None) or args.data
+    path = getattr(args, "stream", None) or args.data
+    if args.predict:
+        _refuse_repeats(args.predict)
+        path = args.predict[0] if len(args.predict) == 1 else tuple(args.predict)
     if args.eval and args.data == "sample":
         path = checkpoint.config_of(source).get("data", args.data)
         if not path.startswith("sample") and not os.path.exists(path):
             raise InputError(f"{source} was trained on {path}, which is not here: give --data")
     return LoadedRun(state, source, output_folder(args.out or source), path)
+
+
+def _refuse_repeats(paths: list[str]) -> None:
+    # Each item is answered once, under one name. A folder is read with all that is below it, but
+    # for archives.
+    places = [{os.path.abspath(path), os.path.realpath(path)} for path in paths]
+    first: dict[str, int] = {}
+    for i, path in enumerate(paths):
+        for place in places[i]:
+            if first.setdefault(place, i) != i:
+                also = paths[first[place]]
+                raise InputError(f"--predict {path} is given twice, also as {also}: give it once")
+    for i, path in enumerate(paths):
+        for place in places[i] if not path.lower().endswith(".zip") else ():
+            above = os.path.dirname(place)
+            while above not in first and above != os.path.dirname(above):
+                above = os.path.dirname(above)
+            if above in first:
+                raise InputError(
+                    f"--predict {path} lies in {paths[first[above]]}, which is given too: give one"
+                    " of them"
+                )
 
 
 def restore_data_flags(parser: config.Parser, argv: list[str] | None, args, names: list[str]):
