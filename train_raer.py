@@ -643,10 +643,10 @@ class StreamView(NetworkView):
         (batch,) = fetch(self.run, [samples])
         return torch.stack(batch.inputs, 1).flatten(0, 2)
 
-    def largest_logits(self, model: RaerModel) -> float | None:
+    def largest_logits(self, model: RaerModel) -> float:
         scale = self.run.model_spec["scale"]
-        if model.prompts or scale is None:
-            return None if model.prompts else 2.0  # published texts know something from the start
+        if scale is None:
+            return 0.75  # inner products start at 0.1
         return 3 * scale / math.sqrt(model.class_features().shape[1])  # random directions, times 3
 
     def entry(self, model: RaerModel, call: tuple) -> list[Tensor]:

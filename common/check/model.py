@@ -292,7 +292,7 @@ def loss_at_init(spec: CheckSpec) -> Result:
     The cost is computed a second time, see `CheckSpec.loss`.
     """
     trial = Trial(spec)
-    head = spec.view.head(trial.model)
+    head = None if spec.labels is None else spec.view.head(trial.model)
     costs = []
     sizes = []
     follows = 0.0
@@ -316,14 +316,14 @@ def loss_at_init(spec: CheckSpec) -> Result:
     value = f"{loss:.4f}; a guess costs {guess:.4f}"
     threshold = f"{exact:.4f}, the cost of the same outputs by the formula"
     size = 0.0
-    largest = None
+    largest = math.inf
     if spec.labels is None:
         value = f"{loss:.4f}; equal embeddings cost {guess:.4f}"
     else:
         size = math.sqrt(np.mean(sizes))
         largest = spec.view.largest_logits(trial.model)
         value += f"; logits ±{size:.2g}"
-        threshold += f"; logits up to ±{largest:.2g}" if largest else "; logits of any size"
+        threshold += f"; logits up to ±{largest:.2g}"
     if not all(abs(x - y) <= 1e-3 * abs(y) for x, y, _ in costs):
         fix = (
             "look at the reduction, the temperature or scale, the weights, a softmax too many, and"
@@ -332,7 +332,7 @@ def loss_at_init(spec: CheckSpec) -> Result:
     elif follows:
         value += f"; outputs are up to {follows:.2g} away from the last layer's"
         fix = "take the last layer's output as it is: the loss expects logits"
-    elif largest and not size <= largest:
+    elif not size <= largest:
         fix = "it starts sure of its answers: look at the scale of features and last layer"
     else:
         return Result(PASS, value, threshold)
@@ -356,7 +356,7 @@ def _guess(spec: CheckSpec, rows: np.ndarray) -> np.ndarray:
 def head_bias(spec: CheckSpec) -> Result:
     """The untrained network predicts the classes' shares: its last bias holds them."""
     if spec.labels is None:
-        return skip("no classes")
+        return skip("this stage trains without classes")
     model = spec.build()
     head = spec.view.head(model)
     if head is None or head.bias is None:
@@ -372,7 +372,11 @@ def head_bias(spec: CheckSpec) -> Result:
     rows = [["class", "share", "predicted"]]
     for name, p, q in zip(spec.classes, prior.tolist(), mean.tolist(), strict=True):
         rows.append([name, f"{p:.3f}", f"{q:.3f}"])
-    value = f"KL {kl:.4f} from the classes' shares"
+    farthest = int((prior - mean).abs().argmax())
+    value = (
+        f"KL {kl:.4f} from the classes' shares as drawn, most in {spec.classes[farthest]}: share"
+        f" {prior[farthest]:.3f}, predicted {mean[farthest]:.3f}"
+    )
     threshold = "at most 0.1, fails above 1"
     if kl <= 0.1:
         return Result(PASS, value, threshold, rows=rows)
@@ -430,6 +434,8 @@ def trainable(spec: CheckSpec) -> Result:
     threshold = "all that should"
     if not problems:
         value = f"{len(trained)} of {len(parameters)} tensors train"
+        if len(trained) < len(parameters):
+            value += "; flags freeze the others"
         return Result(PASS, value, threshold)
     more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
     fix = (
@@ -517,7 +523,7 @@ def first_layer(spec: CheckSpec) -> Result:
     share = max(dead, alike)
     if dead_activations:
         layer, most = max(dead_activations, key=lambda entry: entry[1])
-        value += f"; most dead activations: {most:.0%} in {layer}"
+        value += f"; dead activations: {most:.0%} in {layer}" if most else "; no dead activation"
         share = max(share, most)
     threshold = "below 50 %"
     if share < 0.5:

@@ -87,11 +87,8 @@ class NetworkView:
         layer = getattr(model, "head", None)
         return layer if isinstance(layer, nn.Linear) else None
 
-    def largest_logits(self, model: nn.Module) -> float | None:
-        """How far from a guess, as a root mean square, the logits of an untrained network may lie.
-
-        None where they may lie anywhere.
-        """
+    def largest_logits(self, model: nn.Module) -> float:
+        """How far untrained logits may lie from a guess, as a root mean square."""
         return 2.0  # torch's own start of a last layer gives 0.6 on features of unit size
 
     def augmented_part(self, calls: list[tuple], count: int) -> Tensor:
