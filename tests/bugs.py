@@ -617,8 +617,18 @@ BUGS = [
         "--pos-weight auto",
     ),
     of_loss("gamma forgotten", "clips", wrap(train_tsm, "focal_bce", _with(gamma=0.0))),
-    of_loss("margins forgotten", "tower", wrap(losses, "ldam", _with(max_margin=1e-9))),
-    of_loss("scale forgotten", "tower", wrap(losses, "ldam", _with(scale=1.0))),
+    of_loss(
+        "margins forgotten",
+        "features",
+        wrap(losses, "ldam", _with(max_margin=1e-9)),
+        "--method ldam-drw",
+    ),
+    of_loss(
+        "scale forgotten",
+        "features",
+        wrap(losses, "ldam", _with(scale=1.0)),
+        "--method ldam-drw",
+    ),
     of_loss(
         "prior not added",
         "features",
