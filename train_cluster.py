@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from common import amp, clustering, config, deep_cluster, optim
+from common.check import reference
 from common.check.result import CheckSpec, NetworkView
 from common.check.runner import check
 from common.data import sampling, utterances
@@ -683,7 +684,6 @@ def check_spec(run: Run, basis: dict | None) -> CheckSpec:
     """Stage 1 in the terms of --check: stage 2 takes the same steps on labels of its own making."""
     spec, stage = run.model_spec, run.stages["pretrain"]
     view = RowView(run, size=min(64, stage.bs), eval_batch=eval_batch_of(run.data))
-    middle = math.log(view_count(spec) * view.size - 1)
     larger = run.with_spec(base_dim=2 * spec["base_dim"])
     return CheckSpec(
         run=run,
@@ -693,7 +693,9 @@ def check_spec(run: Run, basis: dict | None) -> CheckSpec:
         fetch=partial(fetch, run),
         step=train_step,
         evaluate=partial(evaluate, run, raw=True),
-        chance=(middle - 2 / spec["temperature"], 1.1 * middle),
+        loss=partial(
+            reference.contrastive, views=view_count(spec), temperature=spec["temperature"]
+        ),
         augmented=spec["views"] == "all",
         view=view,
         larger=partial(build_model, larger, basis),

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from common import amp, config, distill, longtail, metrics, optim
-from common.check import audit
+from common.check import audit, reference
 from common.check.result import CheckSpec, NetworkView
 from common.check.runner import check
 from common.data import augment, raer, sampling
@@ -643,6 +643,12 @@ class StreamView(NetworkView):
         (batch,) = fetch(self.run, [samples])
         return torch.stack(batch.inputs, 1).flatten(0, 2)
 
+    def largest_logits(self, model: RaerModel) -> float:
+        scale = self.run.model_spec["scale"]
+        if scale is None:
+            return 0.75  # inner products start at 0.1
+        return 3 * scale / math.sqrt(model.class_features().shape[1])  # random directions, times 3
+
     def entry(self, model: RaerModel, call: tuple) -> list[Tensor]:
         # A frozen tower lets no gradient through: what it gives is where the trained part begins.
         return [call[0] if self.run.model_spec["tune"] == "full" else model.encode(call[0])]
@@ -654,9 +660,6 @@ def check_spec(run: Run, published) -> CheckSpec:
     audit_run = run
     phase = run.schedule.phases[0]
     run = replace(run, schedule=Schedule(stage.epochs, (phase,)))
-    guess = math.log(len(spec["classes"]))
-    # LDAM's scaled margins cost up to 15; cosines times a scale are no equal logits.
-    room = 17.0 if args.method == "ldam-drw" else max(2.0, (spec["scale"] or 0.0) / 10)
     larger = run.with_spec(temporal_layers=1 + spec["temporal_layers"])
     return CheckSpec(
         run=run,
@@ -666,7 +669,13 @@ def check_spec(run: Run, published) -> CheckSpec:
         fetch=partial(fetch, run),
         step=train_step,
         evaluate=partial(evaluate, run),
-        chance=(0.7 * guess, 1.5 * guess + room),
+        loss=partial(
+            reference.long_tail,
+            method=args.method,
+            phase=run.schedule.at(0),
+            which=args.la_prior,
+            spec=spec,
+        ),
         augmented=not args.cache_features and args.augment != "none",
         view=StreamView(run, size=min(8, stage.bs)),
         labels=run.data.labels,

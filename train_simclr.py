@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from common import amp, config, distill, linear_eval, optim
+from common.check import reference
 from common.check.result import CheckSpec, NetworkView
 from common.check.runner import check
 from common.data import augment, cytology, sampling
@@ -693,8 +694,9 @@ def check_spec(run: Run, name: str, weights: dict | None) -> CheckSpec:
         "linear": ("train", "dev"),
         "finetune": ("finetune_train", "finetune_dev"),
     }[name]
-    view = NetworkView(run, size=min(16, stage.bs), eval_batch=EVAL_IMAGES)
-    guess = math.log(2 * view.size - 1 if is_pretrain else len(classes))
+    loss = reference.cross_entropy
+    if is_pretrain:
+        loss = partial(reference.contrastive, views=2, temperature=args.temperature)
     steps = {"pretrain": train_step, "linear": None, "finetune": finetune_step}
     larger = LARGER.get(run.model_spec["backbone"])
     return CheckSpec(
@@ -705,10 +707,11 @@ def check_spec(run: Run, name: str, weights: dict | None) -> CheckSpec:
         fetch=partial(fetch, run, labels=labels),
         step=steps[name],
         evaluate=partial(evaluate, run),
-        chance=(0.8 * guess, 1.25 * guess),
+        loss=loss,
         augmented=args.augment != "none",
-        view=view,
+        view=NetworkView(run, size=min(16, stage.bs), eval_batch=EVAL_IMAGES),
         labels=labels,
+        starts_at_prior=name == "finetune" and args.head_bias == "prior",
         larger=larger and partial(build_model, run.with_spec(backbone=larger), name),
     )
 

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from common import amp, config, distill, metrics, optim
+from common.check import reference
 from common.check.result import CheckSpec, NetworkView
 from common.check.runner import check
 from common.data import augment, faceforensics, sampling
@@ -41,7 +42,7 @@ from common.data.images import SQUARE
 from common.distill import add_distillation
 from common.errors import InputError, as_input_error, plural, say
 from common.export import PROBABILITIES, ExportSpec
-from common.losses import focal_bce, focal_guess
+from common.losses import focal_bce
 from common.models.heads import AGGREGATES, HEAD_BIAS, init_bias_to_prior
 from common.models.mobilenet_v4 import VARIANTS, build_mobilenet_v4, load_published
 from common.models.tsm import (
@@ -621,15 +622,6 @@ def check_spec(run: Run, published: dict | None) -> CheckSpec:
     args, videos = run.args, run.data
     stage = run.stages["train"]
     items = train_items(args, videos, run.splits)
-    fake = float(videos.labels[run.splits["train"]].mean())
-    if args.sampler == "balanced":
-        fake = 0.5
-    guess = fake if args.head_bias == "prior" else 0.5
-
-    def chance(labels: np.ndarray) -> tuple[float, float]:
-        loss = focal_guess(labels.mean(), guess=guess, **criterion(run).keywords)
-        return 0.6 * loss, 1.8 * loss
-
     larger = dict(pairwise(VARIANTS)).get(run.model_spec["backbone"])
     return CheckSpec(
         run=run,
@@ -639,10 +631,16 @@ def check_spec(run: Run, published: dict | None) -> CheckSpec:
         fetch=partial(fetch, run),
         step=train_step,
         evaluate=partial(evaluate_logits, run),
-        chance=chance,
+        loss=partial(
+            reference.focal,
+            gamma=args.gamma if args.loss == "focal_bce" else 0.0,
+            alpha=args.alpha,
+            pos_weight=run.model_spec["pos_weight"],
+        ),
         augmented=args.augment != "none",
         view=ClipView(run, size=min(8, stage.bs)),
         labels=videos.labels,
+        starts_at_prior=args.head_bias == "prior",
         batches=partial(epoch_batches, args, videos, items, stage.bs),
         larger=larger and partial(build_model, run.with_spec(backbone=larger)),
     )

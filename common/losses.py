@@ -43,29 +43,6 @@ def focal_bce(
     return loss.mean()
 
 
-def focal_guess(
-    share: float,
-    guess: float,
-    *,
-    gamma: float,
-    alpha: float | None = None,
-    pos_weight: float | None = None,
-) -> float:
-    """What `focal_bce` costs on average where every item gets the same guess.
-
-    Args:
-        share: of class 1 among the items, 0 to 1.
-        guess: the probability of class 1 that every item gets, between 0 and 1.
-        gamma, alpha, pos_weight: as in `focal_bce`.
-    """
-    positive_weight, negative_weight = (1.0, 1.0) if alpha is None else (alpha, 1 - alpha)
-    if pos_weight is None:
-        pos_weight = 1.0
-    positive = share * positive_weight * pos_weight * (1 - guess) ** gamma
-    negative = (1 - share) * negative_weight * guess**gamma
-    return -positive * math.log(guess) - negative * math.log(1 - guess)
-
-
 def smooth_targets(
     labels: Tensor,
     num_classes: int,

@@ -204,6 +204,35 @@ def _one_draw(original):
     )
 
 
+def of_loss(name: str, base: str, inject: Callable, argv: str = "") -> Bug:
+    """A bug that the loss at the start should show."""
+    return Bug(name, base, "loss-at-init", inject, tuple(argv.split()))
+
+
+def _with(**changed):
+    return lambda f: lambda *args, **options: f(*args, **options | changed)
+
+
+def _summed(f):
+    return lambda x, y, *args, **options: len(x) * f(x, y, *args, **options)
+
+
+def _one_off(f):
+    return lambda x, y, *args, **options: f(x, y.roll(1), *args, **options)
+
+
+def _at_temperature_1(f):
+    return lambda x, y, temperature, **options: f(x, y, 1.0, **options)
+
+
+def _outputs(change):
+    return lambda f: lambda self, x: change(f(self, x))
+
+
+def _first_of(change):
+    return _outputs(lambda output: (change(output[0]), *output[1:]))
+
+
 BUGS = [
     # What is trained and evaluated on.
     Bug(
@@ -540,6 +569,99 @@ BUGS = [
             "__init__",
             lambda f: lambda self, *a: (f(self, *a), self.classifier.bias.data.fill_(-9))[0],
         ),
+    ),
+    # What the first step's loss says.
+    of_loss(
+        "softmax at the end of the network",
+        "finetune",
+        wrap(heads.Classifier, "forward", _outputs(lambda x: x.softmax(1))),
+    ),
+    of_loss(
+        "logits ten times too large, images",
+        "finetune",
+        wrap(heads.Classifier, "forward", _outputs(lambda x: 10 * x)),
+    ),
+    of_loss(
+        "logits ten times too large, clips",
+        "clips",
+        wrap(tsm.ClipModel, "forward", _first_of(lambda x: 10 * x)),
+    ),
+    of_loss(
+        "logits ten times too large, inner products",
+        "features",
+        wrap(raer.RaerModel, "forward", _first_of(lambda x: 10 * x)),
+        "--method tau-norm",
+    ),
+    of_loss(
+        "last layer ten times too large",
+        "finetune",
+        wrap(train_simclr, "build_model", _built(lambda m: m.head.weight.mul_(10))),
+    ),
+    of_loss(
+        "last layer ten times too large, clips",
+        "clips",
+        wrap(train_tsm, "build_model", _built(lambda m: m.head.classifier.weight.mul_(10))),
+    ),
+    of_loss(
+        "sum instead of mean, images", "finetune", wrap(nn.functional, "cross_entropy", _summed)
+    ),
+    of_loss("labels one item off", "finetune", wrap(nn.functional, "cross_entropy", _one_off)),
+    of_loss("sum instead of mean, clips", "clips", wrap(train_tsm, "focal_bce", _summed)),
+    of_loss(
+        "alpha forgotten", "clips", wrap(train_tsm, "focal_bce", _with(alpha=None)), "--alpha 0.2"
+    ),
+    of_loss(
+        "pos_weight forgotten",
+        "clips",
+        wrap(train_tsm, "focal_bce", _with(pos_weight=None)),
+        "--pos-weight auto",
+    ),
+    of_loss("gamma forgotten", "clips", wrap(train_tsm, "focal_bce", _with(gamma=0.0))),
+    of_loss(
+        "margins forgotten",
+        "features",
+        wrap(losses, "ldam", _with(max_margin=1e-9)),
+        "--method ldam-drw",
+    ),
+    of_loss(
+        "scale forgotten",
+        "features",
+        wrap(losses, "ldam", _with(scale=1.0)),
+        "--method ldam-drw",
+    ),
+    of_loss(
+        "prior not added",
+        "features",
+        wrap(losses, "logit_adjusted", lambda f: lambda x, y, p, tau, w: f(x, y, p, 0.0, w)),
+        "--method balanced-softmax",
+    ),
+    of_loss(
+        "prior subtracted",
+        "features",
+        wrap(losses, "logit_adjusted", lambda f: lambda x, y, p, tau, w: f(x, y, p, -tau, w)),
+        "--method balanced-softmax",
+    ),
+    of_loss(
+        "targets not smoothed",
+        "features",
+        wrap(losses, "smooth_targets", lambda f: lambda y, k, _, *a: f(y, k, 0.0, *a)),
+    ),
+    of_loss("temperature ignored", "pretrain", wrap(train_simclr, "nt_xent", _at_temperature_1)),
+    of_loss(
+        "temperature ignored, utterances", "rows", wrap(train_cluster, "nt_xent", _at_temperature_1)
+    ),
+    of_loss(
+        "temperature ignored, anchored views",
+        "rows",
+        wrap(train_cluster, "sup_con", _at_temperature_1),
+        "--mode umc",
+    ),
+    of_loss("sum instead of mean, utterances", "rows", wrap(train_cluster, "nt_xent", _summed)),
+    of_loss(
+        "sum instead of mean, anchored views",
+        "rows",
+        wrap(train_cluster, "sup_con", _summed),
+        "--mode umc",
     ),
 ]
 

@@ -1,7 +1,8 @@
 """--check catches seeded bugs, passes what is healthy, and leaves a run directory as it was."""
 
 import json
-import math
+import re
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,17 +12,22 @@ from torch import nn
 
 import train_cluster
 import train_simclr
-from common import distill
+from common import distill, longtail, losses
 from common.check import model as check_model
-from common.check.result import SKIP
+from common.check import reference, runner
+from common.check.result import FAIL, SKIP, NetworkView, Result
 from common.check.runner import ITEMS
+from common.longtail import Phase
 from common.models.heads import init_bias_to_prior
 from common.run.loop import Step
+from kernels import nt_xent, sup_con
 from tests import bugs
 from tests.data import cells_tree
 from tests.runs import flags
 
-QUICK = bugs.BUGS[1::6]  # the others take minutes
+QUICK = [  # the others take minutes
+    bug for k, bug in enumerate(bugs.BUGS) if k % 6 == 1 or bug.item == "loss-at-init"
+]
 SMALL = ["--device", "cpu", "--epochs", "1", "--cluster-epochs", "1", "--k", "12"]
 
 
@@ -124,6 +130,37 @@ def test_a_new_check_removes_the_pictures_of_the_one_before(tmp_path):
 
 
 @pytest.mark.e2e
+def test_what_fails_or_warns_is_said_again_above_the_summary(tmp_path, capsys, monkeypatch):
+    argv = [*SMALL, "--out", str(tmp_path), "--check"]
+    monkeypatch.setitem(runner.ITEMS, "overfit", lambda spec: Result(FAIL, "x", "y", "z"))
+    with pytest.raises(SystemExit) as ending:
+        train_cluster.main([*argv, "imbalance,gradient,overfit"])
+    *_, warned, passed, failed, header, first, second, last = capsys.readouterr().out.splitlines()
+    assert ending.value.code == 4 and header == "to look at:"
+    assert (
+        passed.startswith("PASS gradient") and first == failed == "FAIL overfit    x (passes: y). z"
+    )
+    assert warned == second and second.startswith("WARN imbalance  40.8 in the training part: ")
+    assert last.startswith("1 PASS, 1 WARN, 1 FAIL, 0 SKIP")
+    items = json.loads((tmp_path / "check.json").read_text())["items"]
+    assert [item["item"] for item in items] == ["imbalance", "gradient", "overfit"]
+    table = (tmp_path / "report.html").read_text()
+    places = [table.index(f"<td>{name}</td>") for name in ("overfit", "imbalance", "gradient")]
+    assert places == sorted(places)
+
+    assert train_cluster.main([*argv, "imbalance"]) == 0  # nothing stands between
+    assert capsys.readouterr().out.count("WARN") == 2  # the line, and the summary
+
+
+@pytest.mark.e2e
+def test_a_larger_network_is_not_asked_for_what_the_own_one_does(tmp_path):
+    found = passes("finetune", tmp_path, "head-bias,capacity")
+    assert found["capacity"]["status"] == SKIP and "fits the batch" in found["capacity"]["value"]
+    farthest = "most in (long|round|split): share 0.333, predicted"
+    assert re.search(farthest, found["head-bias"]["value"])
+
+
+@pytest.mark.e2e
 def test_bad_use_is_refused_in_one_line(tmp_path, capsys):
     cases = {
         "did you mean overfit?": [*SMALL, "--check", "overfti"],
@@ -164,8 +201,8 @@ def test_stages_are_checked_one_after_the_other(tmp_path):
         assert found[f"{stage}/first-layer"]["pictures"] == [f"figures/check_{stage}_filters.png"]
         assert (tmp_path / "run" / "figures" / f"check_{stage}_filters.png").exists()
     assert found["pretrain/head-bias"]["status"] == SKIP
-    low, high = (float(word) for word in found["finetune/loss-at-init"]["threshold"].split(" to "))
-    assert low < torch.tensor(3.0).log() < high  # three classes
+    assert "; a guess costs 1.0986; " in found["finetune/loss-at-init"]["value"]  # ln 3
+    assert "; equal embeddings cost 3.4340" in found["pretrain/loss-at-init"]["value"]  # ln 31
 
 
 def test_a_last_layer_that_starts_at_the_prior_predicts_it():
@@ -223,33 +260,97 @@ def test_a_teacher_is_not_asked_where_the_labels_are_tried(tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("rare", [1, 3, 30])
-def test_the_loss_at_the_start_is_that_of_items_with_the_classes_shares(rare):
-    labels = np.random.default_rng(0).permutation(
-        np.r_[np.ones(rare, int), np.zeros(60 - rare, int)]
-    )
+def test_the_loss_at_the_start_is_judged_on_items_with_the_classes_shares(rare):
+    labels = np.r_[np.ones(rare, int), np.zeros(60 - rare, int)]
+    labels = np.random.default_rng(0).permutation(labels)
     share, seen = rare / 60, []
 
     def step(run, model, optimizer, scaler, items):
         seen.append(labels[items])
-        loss = np.where(labels[items], -math.log(share), -math.log(1 - share)).mean()
-        return Step({"loss": torch.tensor(loss)}, torch.ones(()), torch.tensor(False))
+        logits = model(torch.ones(len(items), 1))
+        targets = torch.from_numpy(labels[items])[:, None].float()
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, targets)
+        return Step({"loss": loss}, torch.ones(()), torch.tensor(False))
 
-    def chance(drawn):  # a network that says the shares: exactly what it costs
-        cost = np.where(drawn, -math.log(share), -math.log(1 - share)).mean()
-        return cost - 1e-9, cost + 1e-9
+    def build():
+        model = nn.Linear(1, 1)
+        nn.init.zeros_(model.weight)
+        init_bias_to_prior(model, labels)
+        return model
 
     args = SimpleNamespace(precision="fp32")
     run = SimpleNamespace(data=labels, args=args, world=SimpleNamespace(device=torch.device("cpu")))
+    view = NetworkView(run, size=8)
+    view.head = lambda model: model
     spec = SimpleNamespace(
         run=run,
         labels=labels,
-        chance=chance,
+        classes=["a", "b"],
+        starts_at_prior=True,
+        loss=partial(reference.focal, gamma=0.0, alpha=None, pos_weight=None),
         step=step,
         fetch=lambda batches, epoch: iter(batches),
-        build=lambda: nn.Linear(1, 1),
+        build=build,
         optimizer=lambda model: torch.optim.SGD(model.parameters()),
         batches=lambda epoch: [np.arange(60)],
-        view=SimpleNamespace(size=8, head=lambda model: model),
+        view=view,
     )
-    assert check_model.loss_at_init(spec).status == "PASS"
-    assert abs(np.concatenate(seen).mean() - share) < 1 / 24 and np.concatenate(seen).mean() > 0
+    found = check_model.loss_at_init(spec)
+    # A network that says the shares costs a guess.
+    assert found.status == "PASS" and re.match(r"(.*); a guess costs \1; logits ±0$", found.value)
+    seen = np.concatenate(seen)
+    assert abs(seen.mean() - share) < 1 / 24 and seen.mean() > 0
+
+
+RNG = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("alpha", [None, 0.25])
+@pytest.mark.parametrize("pos_weight", [None, 3.0])
+def test_the_second_focal_loss_is_the_first(alpha, pos_weight):
+    logits, labels = 3 * RNG.normal(size=(40, 1)), RNG.integers(0, 2, 40)
+    for gamma in (0.0, 0.5, 2.0):
+        options = {"gamma": gamma, "alpha": alpha, "pos_weight": pos_weight}
+        first = losses.focal_bce(*map(torch.from_numpy, (logits[:, 0], labels)), **options)
+        second = reference.focal(logits, labels, **options)
+        assert second == pytest.approx(first.item(), rel=1e-12)
+
+
+def test_the_second_contrastive_loss_is_the_first():
+    z = RNG.normal(size=(12, 5))
+    rows = torch.from_numpy(z)
+    first = nt_xent(*rows.chunk(2), 0.2, impl="torch").item()
+    assert reference.contrastive(z, views=2, temperature=0.2) == pytest.approx(first, rel=1e-12)
+    labels = torch.arange(4).repeat(3)
+    first = sup_con(rows, labels, 0.2, impl="torch").item()
+    assert reference.contrastive(z, views=3, temperature=0.2) == pytest.approx(first, rel=1e-12)
+
+
+@pytest.mark.parametrize("which", ["sampled", "train"])
+@pytest.mark.parametrize("texts", [False, True])
+@pytest.mark.parametrize("method", ["three-stage", "ldam-drw"])
+def test_the_second_long_tailed_loss_is_the_first(method, texts, which):
+    counts = np.array([60, 9, 3])
+    rows, classes = RNG.normal(size=(8, 4)), torch.from_numpy(RNG.normal(size=(3, 4)))
+    prompts = SimpleNamespace(fixed=torch.from_numpy(RNG.normal(size=(3, 4)))) if texts else None
+    network = SimpleNamespace(scale=14.0, prompts=prompts, class_features=lambda: classes)
+    logits, labels = 14 * rows @ classes.numpy().T / 9, RNG.integers(0, 3, 8)
+    for phase in (
+        Phase(0),
+        Phase(0, tau=0.7, smoothing=0.2, temperature=0.3, mi=0.5, dc=2.0, weights="effective"),
+        Phase(0, "weighted", cap=2.0, tau=0.4, weights="effective"),
+        Phase(0, "weighted", tau=1.0, smoothing=1.0),
+    ):
+        given = torch.from_numpy(logits), classes
+        targets = torch.from_numpy(labels)
+        terms = longtail.loss_terms(method, phase, counts, which, network, given, targets)
+        second = reference.long_tail(
+            logits,
+            labels,
+            network,
+            method=method,
+            phase=phase,
+            which=which,
+            spec={"counts": counts.tolist(), "scale": 14.0},
+        )
+        assert second == pytest.approx(sum(terms.values()).item(), rel=1e-5)  # one is float32

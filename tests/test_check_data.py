@@ -73,7 +73,7 @@ def test_a_copy_beyond_the_items_that_are_decoded_is_found_too(folder, tmp_path,
     monkeypatch.setattr(inspection, "LOOKED", 8)
     monkeypatch.setattr(inspection, "HASHED", 200)
     seen = inspection.inspect(images := open_images(str(copy)), sampling.split(images), 2)
-    assert seen.of == "8 of 401 images" and seen.compared <= 200
+    assert seen.of == "8 images, 401 in all" and seen.compared <= 200
     assert any(
         {twin.name for twin in group} >= {f"test/{CLASSES[1]}/again.png"}
         for group in seen.duplicates
@@ -208,8 +208,18 @@ def test_classes_have_their_prior_and_an_empty_one_fails(tmp_path):
     found = examine(binary, tmp_path, {"train": np.arange(84), "test": np.arange(84, 95)})[
         "imbalance"
     ]
-    assert found.status == "WARN" and found.value.startswith("20.0, real over fake")
+    assert found.status == "WARN"
+    assert found.value == "20.0 in the training part: real 80 over fake 4; none of real in test"
+    assert found.fix.endswith("the prior: real 0.952, fake 0.0476")
     assert float(found.rows[2][5]) == pytest.approx(math.log(4 / 80), abs=1e-3)  # of one logit
+
+    names = [f"c{i}" for i in range(59)]
+    own = np.r_[np.zeros(36, int), np.arange(59)]
+    many = Images("x", ids, own, names, [""] * len(ids), pixels=pixels)
+    found = examine(many, tmp_path, {"train": np.arange(95)})["imbalance"]
+    assert found.value == "37.0 in the training part: c0 37 over c1 1"
+    shares = "the prior: c0 0.389, c1 0.0105, c2 0.0105, c3 0.0105, c4 0.0105 and 54 more"
+    assert found.fix.endswith(shares)
 
 
 def test_what_differs_from_all_others_is_an_outlier(tmp_path):

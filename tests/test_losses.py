@@ -221,15 +221,3 @@ def test_the_sign_of_logit_adjustment(sign, reaches):
     best = 0.5 * (1 + math.erf(1 / math.sqrt(2)))
     assert (abs(uar - best) < 0.01) == reaches
     assert reaches or uar < 0.55
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"alpha": 0.3}, {"pos_weight": 2.5}, {"alpha": 0.9, "pos_weight": 0.5}]
-)
-def test_the_cost_of_a_guess_is_the_loss_of_equal_logits(options):
-    targets = torch.tensor([1.0] * 7 + [0.0] * 3, dtype=torch.float64)
-    for gamma in (0.0, 2.0):
-        for guess in (0.5, 0.7):
-            logits = torch.full((10,), guess, dtype=torch.float64).logit()
-            expected = losses.focal_bce(logits, targets, gamma=gamma, **options).item()
-            assert losses.focal_guess(0.7, guess, gamma=gamma, **options) == pytest.approx(expected)

@@ -6,6 +6,7 @@ data.py        items about the data set
 human.py       the human baseline
 trial.py       small batches, the script's own steps, hooks
 model.py       items about the network: what enters it, leaves it and moves in it
+reference.py   the losses a second time, by their papers' formulas
 training.py    items that train for some steps and judge by the loss
 audit.py       does every parameter train, and has every loss term a gradient?
 runner.py      names the items, tries them, writes check.json

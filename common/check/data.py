@@ -186,9 +186,11 @@ def imbalance(seen: Inspection, folder: Path) -> Result:
             absent = np.flatnonzero((part_counts == 0) & (counts > 0))
             lacking += [f"{seen.classes[i]} in {part}" for i in absent]
     ratio = counts.max() / counts[counts > 0].min() if counts.any() else 1.0
-    largest = seen.classes[int(counts.argmax())]
-    smallest = seen.classes[int(np.where(counts > 0, counts, np.inf).argmin())]
-    value = f"{ratio:.1f}, {largest} over {smallest}"
+    largest, smallest = (
+        f"{seen.classes[i]} {counts[i]}"
+        for i in (counts.argmax(), np.where(counts > 0, counts, np.inf).argmin())
+    )
+    value = f"{ratio:.1f} in the training part: {largest} over {smallest}"
     value += f"; no training {seen.unit} of {first_few(missing)}" if missing else ""
     value += f"; none of {first_few(lacking)}" if lacking else ""
     status = PASS
@@ -198,8 +200,9 @@ def imbalance(seen: Inspection, folder: Path) -> Result:
         fix = f"give {first_few(missing)} training {seen.unit}, or remove the class"
     elif lacking or ratio > RATIO:
         status = WARN
-        shares = ", ".join(f"{share:.3g}" for share in prior)
-        fix = f"report macro averages; balance, adjust or weight by the prior {shares}"
+        order = np.argsort(-prior, kind="stable")
+        shares = first_few([f"{seen.classes[i]} {prior[i]:.3g}" for i in order], 5)
+        fix = f"report macro averages; balance, adjust or weight by the prior: {shares}"
     total = int(counts.sum())
     bars = [
         (name, share, *metrics.share_interval(int(count), total))

@@ -87,11 +87,11 @@ class Inspection:
 
     @property
     def of(self) -> str:
-        """`1000 of 4886 images`, or `576 images` where all were looked at."""
+        """`1000 images, 4886 in all`, or `576 images` where all were looked at."""
         looked = len(self.ids) + len(self.damaged)
         if looked >= self.total:
             return f"{looked} {self.unit}"
-        return f"{looked} of {self.total} {self.unit}"
+        return f"{looked} {self.unit}, {self.total} in all"
 
 
 def parts_of(splits: dict[str, np.ndarray], count: int) -> np.ndarray:

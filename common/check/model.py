@@ -1,6 +1,8 @@
 """The items of --check about the network: what enters it, what leaves it, what its steps move."""
 
+import contextlib
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -285,34 +287,76 @@ def _split_faults(spec: CheckSpec) -> list[str]:
 
 
 def loss_at_init(spec: CheckSpec) -> Result:
-    """The untrained network's loss is what a guess costs."""
+    """The untrained network's loss is what its outputs cost, and these are near to a guess.
+
+    The cost is computed a second time, see `CheckSpec.loss`.
+    """
     trial = Trial(spec)
-    batches = typical_batches(spec, 3)
-    loss = float(np.mean([trial.go(items, share=0.0)[0] for items in batches]))
-    drawn = None if spec.labels is None else spec.labels[samples_of(spec, np.concatenate(batches))]
-    low, high = spec.chance(drawn) if callable(spec.chance) else spec.chance
-    if drawn is not None and not is_binary(spec, trial.model):
-        # The classes' shares are a guess too.
-        cost = -np.log(class_shares(spec).clip(1e-9))[drawn].mean()
-        low *= min(1.0, float(cost) / math.log(len(spec.classes)))
-    value = f"{loss:.4f}"
-    threshold = f"{low:.4f} to {high:.4f}"
-    if low <= loss <= high:
-        return Result(PASS, value, threshold)
-    if loss < low:
-        fix = "less than a guess costs: look at the reduction, and for the answer among the inputs"
+    head = None if spec.labels is None else spec.view.head(trial.model)
+    costs = []
+    sizes = []
+    follows = 0.0
+    for items in typical_batches(spec, 3):
+        of_head = record_calls(head) if head else contextlib.nullcontext(([], []))
+        with record_calls(trial.model) as (_, outputs), of_head as (features, logits):
+            loss, _ = trial.go(items, share=0.0)
+        rows = _float64(spec.view.rows(output) for output in outputs)
+        labels = None if spec.labels is None else spec.labels[samples_of(spec, items)]
+        guess = _guess(spec, rows)
+        costs.append([loss, *(spec.loss(x, labels, trial.model) for x in (rows, guess))])
+        if logits:
+            follows = max(follows, np.abs(rows - _float64(logits)).max())
+            # What such weights give on such features: one draw of few classes says less.
+            features = np.square(_float64(x for (x,) in features)).sum(1).mean()
+            sizes.append(features * head.weight.detach().double().square().mean().item())
+        else:
+            off = rows - guess
+            sizes.append(np.square(off - off.mean(1, keepdims=True)).mean())
+    loss, exact, guess = np.mean(costs, 0)
+    value = f"{loss:.4f}; a guess costs {guess:.4f}"
+    threshold = f"{exact:.4f}, the cost of the same outputs by the formula"
+    size = 0.0
+    largest = math.inf
+    if spec.labels is None:
+        value = f"{loss:.4f}; equal embeddings cost {guess:.4f}"
     else:
+        size = math.sqrt(np.mean(sizes))
+        largest = spec.view.largest_logits(trial.model)
+        value += f"; logits ±{size:.2g}"
+        threshold += f"; logits up to ±{largest:.2g}"
+    if not all(abs(x - y) <= 1e-3 * abs(y) for x, y, _ in costs):
         fix = (
-            "more than a guess costs: look at the reduction, the scale of the logits and the last"
-            " layer's start"
+            "look at the reduction, the temperature or scale, the weights, a softmax too many, and"
+            " whether labels and outputs are in one order"
         )
+    elif follows:
+        value += f"; outputs are up to {follows:.2g} away from the last layer's"
+        fix = "take the last layer's output as it is: the loss expects logits"
+    elif not size <= largest:
+        fix = "it starts sure of its answers: look at the scale of features and last layer"
+    else:
+        return Result(PASS, value, threshold)
     return Result(FAIL, value, threshold, fix)
+
+
+def _float64(parts: Iterable[Tensor]) -> np.ndarray:
+    return torch.cat([part.detach().double().cpu() for part in parts]).numpy()
+
+
+def _guess(spec: CheckSpec, rows: np.ndarray) -> np.ndarray:
+    # The outputs of a network that does not look at its inputs.
+    if spec.labels is None:
+        return np.ones_like(rows)
+    if not spec.starts_at_prior:
+        return np.zeros_like(rows)
+    logs = np.log(class_shares(spec).clip(1e-9))
+    return np.broadcast_to(logs if rows.shape[1] > 1 else logs[1:] - logs[:1], rows.shape)
 
 
 def head_bias(spec: CheckSpec) -> Result:
     """The untrained network predicts the classes' shares: its last bias holds them."""
     if spec.labels is None:
-        return skip("no classes")
+        return skip("this stage trains without classes")
     model = spec.build()
     head = spec.view.head(model)
     if head is None or head.bias is None:
@@ -328,7 +372,11 @@ def head_bias(spec: CheckSpec) -> Result:
     rows = [["class", "share", "predicted"]]
     for name, p, q in zip(spec.classes, prior.tolist(), mean.tolist(), strict=True):
         rows.append([name, f"{p:.3f}", f"{q:.3f}"])
-    value = f"KL {kl:.4f} from the classes' shares"
+    farthest = int((prior - mean).abs().argmax())
+    value = (
+        f"KL {kl:.4f} from the classes' shares as drawn, most in {spec.classes[farthest]}: share"
+        f" {prior[farthest]:.3f}, predicted {mean[farthest]:.3f}"
+    )
     threshold = "at most 0.1, fails above 1"
     if kl <= 0.1:
         return Result(PASS, value, threshold, rows=rows)
@@ -386,6 +434,8 @@ def trainable(spec: CheckSpec) -> Result:
     threshold = "all that should"
     if not problems:
         value = f"{len(trained)} of {len(parameters)} tensors train"
+        if len(trained) < len(parameters):
+            value += "; flags freeze the others"
         return Result(PASS, value, threshold)
     more = f"; and {len(problems) - 4} more" if len(problems) > 4 else ""
     fix = (
@@ -473,7 +523,7 @@ def first_layer(spec: CheckSpec) -> Result:
     share = max(dead, alike)
     if dead_activations:
         layer, most = max(dead_activations, key=lambda entry: entry[1])
-        value += f"; most dead activations: {most:.0%} in {layer}"
+        value += f"; dead activations: {most:.0%} in {layer}" if most else "; no dead activation"
         share = max(share, most)
     threshold = "below 50 %"
     if share < 0.5:

@@ -87,6 +87,10 @@ class NetworkView:
         layer = getattr(model, "head", None)
         return layer if isinstance(layer, nn.Linear) else None
 
+    def largest_logits(self, model: nn.Module) -> float:
+        """How far untrained logits may lie from a guess, as a root mean square."""
+        return 2.0  # torch's own start of a last layer gives 0.6 on features of unit size
+
     def augmented_part(self, calls: list[tuple], count: int) -> Tensor:
         """What of the calls of a step depends on the augmentation: (count, views, ...).
 
@@ -130,11 +134,12 @@ class CheckSpec:
         fetch: (batches of items, epoch) -> batches as `step` takes them.
         step: the script's own training step. None: only the data are tried.
         evaluate: (network, samples) -> outputs (n, ...): the script's evaluation.
-        chance: the lowest and the highest loss that an untrained network should have, or a function
-            that gives them of the classes (n,) of the items tried.
+        loss: (rows of a step's outputs, float64 (n, d), the labels (n,) of its items, the network)
+            -> what the step's loss must be, see `common.check.reference`.
         augmented: whether training sees augmented samples.
         view: how to look into the network.
         labels: (samples,) int64 class of each sample; None: training uses no labels.
+        starts_at_prior: whether the last layer's bias starts at the classes' shares.
         batches: epoch -> its batches of items, item i being of sample i % len(run.data), where
             classes are drawn by weight; unset: every item of the split once.
         optimizer: the optimizer of a network; unset: that of the stage's settings.
@@ -149,10 +154,11 @@ class CheckSpec:
     fetch: Callable[[list[np.ndarray], int], Iterator[Batch]]
     step: Callable[..., Step] | None
     evaluate: Callable[[nn.Module, np.ndarray], Tensor]
-    chance: tuple[float, float] | Callable[[np.ndarray], tuple[float, float]]
+    loss: Callable[[np.ndarray, np.ndarray | None, nn.Module], float]
     augmented: bool
     view: NetworkView
     labels: np.ndarray | None = None
+    starts_at_prior: bool = False
     batches: Callable[[int], list[np.ndarray]] | None = None
     optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None
     audit: Callable[[nn.Module], list[str]] | None = None

@@ -2,7 +2,8 @@
 
 After Karpathy, A Recipe for Training Neural Networks (2019): neural networks fail silently, so each
 of its steps is tried on a few batches with the script's own functions. Each item prints one line:
-PASS, WARN, FAIL or SKIP, what was found, what would pass, what to do.
+PASS, WARN, FAIL or SKIP, what was found, what would pass, what to do. Those that FAIL or WARN are
+said once more at the end.
 """
 
 import contextlib
@@ -65,6 +66,7 @@ def check(run: Run, specs: dict[str, CheckSpec]) -> None:
     todo = _todo(names, specs)
     width = max(len(shown) for shown, _, _ in todo)
     items = []
+    lines = []
     is_damaged = False
     for shown, name, spec in todo:
         with _own_randomness(run.args.seed), _without_teacher(spec.run, name):
@@ -74,7 +76,8 @@ def check(run: Run, specs: dict[str, CheckSpec]) -> None:
         if spec.run.teacher and name in WITHOUT_TEACHER and result.status != SKIP:
             result = dataclasses.replace(result, value=f"{result.value}; without the teacher")
         items.append({"item": shown} | dataclasses.asdict(result))
-        say(f"{result.status:4} {shown:{width}}  {_line(result)}")
+        lines.append(f"{result.status:4} {shown:{width}}  {_line(result)}")
+        say(lines[-1])
     seconds = time.monotonic() - start
     record = {
         "card": card_record(run.card, run.chance),
@@ -85,6 +88,9 @@ def check(run: Run, specs: dict[str, CheckSpec]) -> None:
     write_json(run.folder / "check.json", record)
     with only_warn(say, str(run.folder / "report.html")):
         page.write(run.folder)
+    again = [line for status in (FAIL, WARN) for line in lines if line.startswith(status)]
+    if again != lines[len(lines) - len(again) :]:
+        say("to look at:", *again)
     statuses = [item["status"] for item in items]
     counts = [f"{statuses.count(status)} {status}" for status in (PASS, WARN, FAIL, SKIP)]
     say(f"{', '.join(counts)} in {seconds:.0f} s: {run.folder / 'check.json'}")
