@@ -117,7 +117,7 @@ def nearest(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     return labels, _squares(x, centroids, labels).sqrt()
 
 
-def landmarks(x: Tensor, count: int = LANDMARKS) -> Tensor:
+def landmarks(x: Tensor, count: int) -> Tensor:
     """Up to `count` of the rows x (n, ...): all of them, or a fixed random sample in their order."""
     if len(x) <= count:
         return x

@@ -249,7 +249,7 @@ def metric_stability(
 
     Each is the mean of METRIC_RUNS times `stability`, every time in a metric found anew.
     """
-    indices = clustering.landmarks(torch.from_numpy(train))
+    indices = clustering.landmarks(torch.from_numpy(train), clustering.LANDMARKS)
     parts = [
         umc.coordinates(rows.pooled(name)[indices], *modality).cpu().float()
         for name, modality in basis.items()
@@ -278,7 +278,7 @@ def smooth(z: Tensor, k: int, smoothing: float) -> Tensor:
     These are as many as the share `smoothing` of a cluster of n / k rows. Of many rows it is the
     `clustering.landmarks` that are averaged with each other, and no others come back.
     """
-    rows = clustering.landmarks(z)
+    rows = clustering.landmarks(z, clustering.LANDMARKS)
     neighbors = round(smoothing * len(rows) / k)
     return clustering.smooth(rows, neighbors) if neighbors > 1 else z
 
@@ -288,7 +288,7 @@ def stability(z: Tensor, k: int, seed: int) -> float:
 
     They run on a fixed sample of the rows z (n, d).
     """
-    z = clustering.landmarks(z)
+    z = clustering.landmarks(z, clustering.LANDMARKS)
     order = uniform(seed, 0, np.arange(len(z)), 0, 1)[:, 0].argsort(kind="stable")
     z = principal(z)[order[:STABILITY_ROWS]]
     runs = [clustering.kmeans(z, k, seed=i, restarts=1).labels for i in range(STABILITY_RUNS)]
