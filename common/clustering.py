@@ -20,6 +20,8 @@ from common.rng import uniform
 _TILE = 1 << 22  # numbers in one block of distances: 16 MB in fp32
 _PLAIN_STEPS = 10  # of Sinkhorn's iteration, before Newton's method takes over
 _GROUP = 1 << 27  # numbers that the restarts computed together may hold
+LANDMARKS = 1 << 14  # rows that are all compared with each other; of more, a sample stands for all
+_FELLOWS = 1 << 12  # the same within one cluster of more than LANDMARKS rows in all
 
 
 class KMeans(NamedTuple):
@@ -115,6 +117,14 @@ def nearest(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     return labels, _squares(x, centroids, labels).sqrt()
 
 
+def landmarks(x: Tensor, count: int) -> Tensor:
+    """Up to `count` of the rows x (n, ...): all of them, or a fixed random sample in their order."""
+    if len(x) <= count:
+        return x
+    sample = np.sort(uniform(0, 3, np.arange(len(x)), 0, 1)[:, 0].argsort()[:count])
+    return x[torch.from_numpy(sample).to(x.device)]
+
+
 def _trials(k: int) -> int:
     return 2 + int(math.log(k))  # candidates a step, as scikit-learn has it
 
@@ -171,11 +181,13 @@ def _sums(x: Tensor, weights: Tensor, labels: Tensor, k: int) -> tuple[Tensor, T
     return sums.view(r, k, -1), mass.view(r, k, 1)
 
 
-def _fill(labels: Tensor, squares: Tensor, weights: Tensor, k: int) -> tuple[list[int], list[int]]:
+def _fill(
+    labels: Tensor, squares: Tensor, weights: Tensor, k: int, above: float = -1.0
+) -> tuple[list[int], list[int]]:
     """Give each empty cluster the farthest row of a cluster that keeps another one.
 
-    Rows of weight 0 do not count. Changes `labels` (N,) in place. Returns the filled clusters and
-    the row each of them took.
+    Rows of weight 0 do not count, and none is taken whose squared distance is not `above` that.
+    Changes `labels` (N,) in place. Returns the filled clusters and the row each of them took.
     """
     counted = weights > 0
     size = torch.bincount(labels[counted], minlength=k).tolist()
@@ -183,13 +195,15 @@ def _fill(labels: Tensor, squares: Tensor, weights: Tensor, k: int) -> tuple[lis
     rows = []
     if empty:
         clusters = labels.tolist()
-        farthest = torch.where(counted, squares, -1).argsort(descending=True, stable=True)
-        for row in farthest.tolist():
+        squares = torch.where(counted, squares, -1)
+        farthest = squares.argsort(descending=True, stable=True)
+        for row in farthest[: int((squares > above).sum())].tolist():
             if size[clusters[row]] > 1:
                 size[clusters[row]] -= 1
                 rows.append(row)
             if len(rows) == len(empty):
                 break
+        empty = empty[: len(rows)]
         labels[rows] = labels.new_tensor(empty)
     return empty, rows
 
@@ -213,9 +227,11 @@ def _lloyd(
         empty = (mass == 0).any(1)[:, 0].nonzero()[:, 0].tolist()
         if empty:
             for r in empty:
-                _fill(labels[r], _squares(x, old[r], labels[r]), weights, k)
+                # Rows at their centroid fill nothing: among equal rows that would go on for ever.
+                _fill(labels[r], _squares(x, old[r], labels[r]), weights, k, tolerance)
             sums[empty], mass[empty] = _sums(x, weights, labels[empty], k)
         new = F.normalize(sums, dim=2) if spherical else sums / mass
+        new = torch.where(mass > 0, new, old)
         centroids[active] = new
         for r in active:
             iterations[r] += 1
@@ -329,12 +345,13 @@ def smooth(x: Tensor, neighbors: int) -> Tensor:
     mean = x.mean(0)
     x = x - mean
     count = min(neighbors, len(x))
-    near = [
-        _scores(rows, x[None])[:, 0].topk(count, 1, largest=False).indices
-        for rows in _blocks(x, len(x))
-    ]
-    # An embedding bag averages rows without gathering them first.
-    return F.embedding_bag(torch.cat(near), x, mode="mean") + mean
+    averages = torch.empty_like(x)
+    blocks = (_blocks(t, len(x)) for t in (x, averages))
+    for rows, average in zip(*blocks, strict=True):
+        near = _scores(rows, x[None])[:, 0].topk(count, 1, largest=False).indices
+        # An embedding bag averages rows without gathering them first.
+        average.copy_(F.embedding_bag(near, x, mode="mean"))
+    return averages.add_(mean)
 
 
 class Assignment(NamedTuple):
@@ -541,7 +558,8 @@ def select(
     FRACTIONS a row's density is one over the mean distance to its max(floor(q * n), 1) nearest
     rows, and the candidates are the m densest. The q is kept whose candidates have the largest or
     the smallest mean distance to their nearest fellow candidate; the lowest q, and the lowest
-    index, among equals. One distance matrix and one sort serve all q.
+    index, among equals. One distance matrix and one sort serve all q. With more than LANDMARKS rows
+    a density is that among at most `_FELLOWS` of the cluster's rows, a fixed sample of it.
 
     Args:
         x: (N, D) finite real tensor.
@@ -570,6 +588,7 @@ def select(
             "share must lie in (0, 1], floor be at least 0 and direction be largest or smallest, "
             f"got {share}, {floor} and {direction}"
         )
+    fellows = len(x) if len(x) <= LANDMARKS else _FELLOWS
     indices = []
     fractions = []
     for cluster in range(k):
@@ -580,28 +599,36 @@ def select(
             indices.append(rows)
             fractions.append(None)
             continue
-        taken, fraction = _densest(x[rows], m, direction)
+        taken, fraction = _densest(x[rows], m, direction, fellows)
         indices.append(rows[taken])
         fractions.append(fraction)
     return Selection(indices, fractions)
 
 
-def _densest(x: Tensor, m: int, direction: str) -> tuple[Tensor, float]:
-    """Indices of the m densest of rows (n, D), ascending, and which of FRACTIONS gave them."""
+def _densest(x: Tensor, m: int, direction: str, fellows: int) -> tuple[Tensor, float]:
+    """Indices of the m densest of rows (n, D), ascending, and which of FRACTIONS gave them.
+
+    Densities, and distances between candidates, are those among at most `fellows` of the rows.
+    """
     n = len(x)
     # In fp64: equal rows, frequent among short utterances, must come out at distance 0.
     x = x.double() - x.double().mean(0)
     squares = x.square().sum(1)
+    everyone = torch.arange(n, device=x.device)
+    others = landmarks(everyone, fellows)
+    count = len(others)
 
     def distances(rows: Tensor) -> Tensor:
-        block = torch.addmm(squares[rows, None] + squares, x[rows], x.T, alpha=-2)
+        block = torch.addmm(squares[rows, None] + squares[others], x[rows], x[others].T, alpha=-2)
         block.clamp_(min=0).sqrt_()
-        return block.scatter_(1, rows[:, None], torch.inf)  # a row is no neighbor of its own
+        # A row is no neighbor of its own.
+        return block.masked_fill_(rows[:, None] == others, torch.inf)
 
-    parts = torch.arange(n, device=x.device).split(max(_TILE // n, 1))
+    parts = everyone.split(max(_TILE // count, 1))
     # Beyond what fits, blocks are computed twice instead of kept.
-    kept = [distances(rows) for rows in parts] if n * n <= _GROUP else None
-    sizes = torch.tensor([max(round(q * 100) * n // 100, 1) for q in FRACTIONS], device=x.device)
+    kept = [distances(rows) for rows in parts] if n * n <= _GROUP and count == n else None
+    sizes = [max(round(q * 100) * count // 100, 1) for q in FRACTIONS]
+    sizes = torch.tensor(sizes, device=x.device)
     reach = []
     for i, rows in enumerate(parts):
         block = distances(rows) if kept is None else kept[i]
@@ -611,11 +638,11 @@ def _densest(x: Tensor, m: int, direction: str) -> tuple[Tensor, float]:
     chosen = torch.zeros(n, len(FRACTIONS), dtype=torch.bool, device=x.device)
     chosen.scatter_(0, order, True)
     scores = x.new_zeros(len(FRACTIONS))
-    for i, rows in enumerate(parts):
+    for i, rows in enumerate(others.split(max(_TILE // count, 1))):
         block = distances(rows) if kept is None else kept[i]
         for q, candidate in enumerate(chosen.T):
-            if m > 1:
-                scores[q] += block[candidate[rows]][:, candidate].amin(1).sum()
+            if candidate[others].sum() > 1:
+                scores[q] += block[candidate[rows]][:, candidate[others]].amin(1).sum()
     best = int(scores.argmax() if direction == "largest" else scores.argmin())
     return chosen[:, best].nonzero()[:, 0], FRACTIONS[best]
 

@@ -245,9 +245,11 @@ def metric_stability(
 ) -> dict[str, float]:
     """How stable the clusters of the rows `train` are in each distance, on the `basis`.
 
+    Of many rows, it is those of the `clustering.landmarks`.
+
     Each is the mean of METRIC_RUNS times `stability`, every time in a metric found anew.
     """
-    indices = torch.from_numpy(train)
+    indices = clustering.landmarks(torch.from_numpy(train), clustering.LANDMARKS)
     parts = [
         umc.coordinates(rows.pooled(name)[indices], *modality).cpu().float()
         for name, modality in basis.items()
@@ -265,18 +267,20 @@ def metric_stability(
 def principal(z: Tensor) -> Tensor:
     """Rows z (n, d) on their principal axes, without those of next to no variance.
 
-    Distances are the same, and k-means costs less there.
+    Distances are the same, and k-means costs less there. Of wide rows the axes cost more.
     """
-    values, axes = torch.linalg.eigh(torch.cov(z.double().T).reshape(z.shape[1], -1))
-    return z @ axes[:, values > 1e-6 * values[-1]].to(z.dtype)
+    return z if z.shape[1] > umc.WIDE else z @ umc.leading_axes(z)
 
 
 def smooth(z: Tensor, k: int, smoothing: float) -> Tensor:
-    """Rows z (n, d) averaged with their nearest.
+    """Rows z (n, d) averaged with their nearest, to look for k centers among.
 
-    These are as many as the share `smoothing` of a cluster of n / k rows.
+    These are as many as the share `smoothing` of a cluster of n / k rows. Of many rows it is the
+    `clustering.landmarks` that are averaged with each other, and no others come back.
     """
-    return clustering.smooth(z, max(round(smoothing * len(z) / k), 1))
+    rows = clustering.landmarks(z, clustering.LANDMARKS)
+    neighbors = round(smoothing * len(rows) / k)
+    return clustering.smooth(rows, neighbors) if neighbors > 1 else z
 
 
 def stability(z: Tensor, k: int, seed: int) -> float:
@@ -284,6 +288,7 @@ def stability(z: Tensor, k: int, seed: int) -> float:
 
     They run on a fixed sample of the rows z (n, d).
     """
+    z = clustering.landmarks(z, clustering.LANDMARKS)
     order = uniform(seed, 0, np.arange(len(z)), 0, 1)[:, 0].argsort(kind="stable")
     z = principal(z)[order[:STABILITY_ROWS]]
     runs = [clustering.kmeans(z, k, seed=i, restarts=1).labels for i in range(STABILITY_RUNS)]

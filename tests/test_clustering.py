@@ -133,6 +133,14 @@ def test_equal_rows_leave_no_cluster_empty(distinct, k):
         assert (x[result.labels == cluster] == x[result.labels == cluster][0]).all()
 
 
+@pytest.mark.parametrize("rows", [60, 300, 3000])
+def test_among_equal_rows_a_run_ends_at_once(rows):
+    values = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    for seed in range(5):
+        result = clustering.kmeans(values[torch.arange(rows) % 3], 5, seed=seed)
+        assert result.iterations <= 3 and result.labels.bincount(minlength=5).min() > 0
+
+
 def test_an_empty_cluster_takes_the_farthest_row():
     x, _ = mixture(200, 2, 2, 5.0)
     x[17] = torch.tensor([500.0, 500.0])
@@ -291,6 +299,38 @@ def test_selection_equals_brute_force(direction, share, floor, monkeypatch):
         again = clustering.select(x, labels, 6, share, floor=floor, direction=direction)
         assert again.fractions == result.fractions
         assert all(torch.equal(a, b) for a, b in zip(again.indices, result.indices, strict=True))
+
+
+def test_landmarks_are_a_fixed_sample_in_order():
+    x = torch.arange(3000)
+    assert clustering.landmarks(x, 3000) is x
+    sample = clustering.landmarks(x, 1000)
+    assert len(sample) == 1000 and torch.equal(sample, sample.unique())
+    assert torch.equal(clustering.landmarks(x[:, None].expand(-1, 2), 1000)[:, 1], sample)
+    # Speakers take turns: a sample of every second utterance would be one of them.
+    assert (
+        abs((sample % 2).double().mean() - 0.5) < 0.05 and abs(sample.double().mean() - 1500) < 80
+    )
+
+
+@pytest.mark.parametrize("direction", ["largest", "smallest"])
+def test_selection_among_a_sample_takes_dense_rows(direction, monkeypatch):
+    """scikit-learn's neighbors say how dense the rows are that are taken."""
+    neighbors = pytest.importorskip("sklearn.neighbors", reason=ORACLE)
+    x, labels = mixture(3000, 3, 6, 2.0, balance=[0.6, 0.3, 0.1])
+    exact = clustering.select(x, labels, 3, 0.3, direction=direction)
+    monkeypatch.setattr(clustering, "LANDMARKS", 1000)
+    monkeypatch.setattr(clustering, "_FELLOWS", 400)
+    sampled = clustering.select(x, labels, 3, 0.3, direction=direction)
+    assert torch.equal(exact.indices[2], sampled.indices[2])  # of 300 rows all are compared
+    for cluster in (0, 1):
+        rows = np.flatnonzero(labels == cluster)
+        near = neighbors.NearestNeighbors(n_neighbors=len(rows) // 5).fit(x[rows].numpy())
+        reach = near.kneighbors()[0].mean(1)
+        ours, densest = (np.isin(rows, s.indices[cluster].numpy()) for s in (sampled, exact))
+        assert ours.sum() == densest.sum() == int(0.3 * len(rows))
+        excess = reach[ours].mean() - reach[densest].mean()
+        assert abs(excess) < 0.05 * (reach.mean() - reach[densest].mean())
 
 
 def test_the_directions_differ_and_more_share_takes_more():

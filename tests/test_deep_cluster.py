@@ -6,8 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from common import clustering, deep_cluster
+from common.models import umc
 from common.monitor import Monitor
 
 
@@ -64,6 +67,90 @@ def test_centers_are_those_of_smooth_rows_and_rows_are_looked_up_as_they_are():
         )
         assert values[-1] == pytest.approx(expected, abs=1e-6)
     assert values[0] == values[1] and abs(values[2] - values[0]) > 1e-3
+
+
+def act_like(n):
+    """Rows (n, 6) of five uneven clusters that overlap, and their labels."""
+    rng = np.random.default_rng(0)
+    labels = rng.choice(5, n, p=[0.5, 0.2, 0.15, 0.1, 0.05])
+    z = 3.5 * np.eye(5, 6)[labels] + rng.normal(size=(n, 6))
+    return torch.from_numpy(z).float(), labels
+
+
+def clustered(z, k):
+    """Clusters of the rows z as an epoch finds and an evaluation leaves them, and what it selects."""
+    found, metric = umc.discriminant_kmeans(z, k, 0.1, 0, torch.eye(z.shape[1]), None)
+    z = z @ metric
+    centroids = clustering.kmeans(deep_cluster.smooth(z, k, 0.1), k).centroids
+    selected = clustering.select(z, found.labels, k, 0.3).indices
+    return clustering.nearest(z, centroids)[0].numpy(), torch.cat(selected)
+
+
+def test_landmarks_find_the_clusters_of_all_rows(monkeypatch):
+    metrics_of = pytest.importorskip("sklearn.metrics")
+    z, labels = act_like(5000)
+    exact, selected = clustered(z, 5)
+    monkeypatch.setattr(clustering, "LANDMARKS", 1500)
+    monkeypatch.setattr(clustering, "_FELLOWS", 300)
+    ours, sampled = clustered(z, 5)
+    assert len(ours) == 5000 and len(sampled) == len(selected)
+    nmi = [metrics_of.normalized_mutual_info_score(labels, found) for found in (exact, ours)]
+    assert abs(nmi[0] - nmi[1]) < 0.02 and nmi[0] > 0.6
+    assert not np.array_equal(exact, ours)
+    basis = {"text": (torch.zeros(6), torch.ones(6), torch.eye(6))}
+    rows = SimpleNamespace(pooled=lambda name: z)
+    monkeypatch.setattr(deep_cluster, "METRIC_RUNS", 2)
+    sampled = deep_cluster.metric_stability(rows, np.arange(5000), basis, 5, 0)
+    monkeypatch.setattr(clustering, "LANDMARKS", 5000)
+    assert sampled == pytest.approx(
+        deep_cluster.metric_stability(rows, np.arange(5000), basis, 5, 0), abs=0.1
+    )
+
+
+class Work(TorchDispatchMode):
+    """Counts the numbers that operations give, and the most that one of them gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        sizes = [x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        if not func.is_view:
+            self.total += sum(sizes)
+            self.largest = max(self.largest, *sizes, 0)
+        return result
+
+
+@pytest.mark.parametrize("balance", ["even", "one cluster"])
+def test_twice_the_rows_are_twice_the_work(balance, monkeypatch):
+    monkeypatch.setattr(clustering, "LANDMARKS", 256)
+    monkeypatch.setattr(clustering, "_FELLOWS", 64)
+    monkeypatch.setattr(clustering, "_TILE", 1 << 14)
+    work = {}
+    for n in (2000, 4000):
+        z, _ = act_like(n)
+        labels = torch.arange(n) % 5 if balance == "even" else torch.zeros(n, dtype=torch.int64)
+        with Work() as counted:
+            clustering.select(z, labels, 5, 0.3)
+            deep_cluster.smooth(z, 2, 1.0)
+            deep_cluster.stability(z, 5, 0)
+        work[n] = counted
+    assert work[4000].total < 2.1 * work[2000].total
+    assert work[4000].largest < 40 * 4000
+
+
+def test_principal_axes_are_those_that_rows_differ_along():
+    x = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    flat = torch.cat([x, x[:, :1], torch.ones(50, 1)], 1)
+    assert deep_cluster.principal(flat).shape == (50, 3)
+    distances = torch.pdist(flat)
+    torch.testing.assert_close(torch.pdist(deep_cluster.principal(flat)), distances)
+    assert deep_cluster.principal(torch.ones(9, 4)).shape == (9, 1)
+    assert deep_cluster.principal(x[:, :1]).shape == (50, 1)
+    wide = torch.ones(2, umc.WIDE + 1)
+    assert deep_cluster.principal(wide) is wide
 
 
 def test_monitor_figures_are_numbers():

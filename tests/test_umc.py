@@ -71,6 +71,39 @@ def test_training_starts_from_the_basis():
     )
 
 
+@pytest.mark.parametrize("rows", [3, 40])
+def test_wide_rows_have_the_axes_of_scikit_learn(rows):
+    decomposition = pytest.importorskip("sklearn.decomposition", reason="pip install scikit-learn")
+    rng = np.random.default_rng(0)
+    x = 3 * rng.normal(size=(4, 3000))[np.arange(rows) % 4] + rng.normal(size=(rows, 3000))
+    basis, *_ = umc.weighted_basis({"text": torch.from_numpy(x)}, set(), "text", 3, 2, 0)
+    found = umc.coordinates(torch.from_numpy(x), *basis["text"]).numpy()
+    pca = decomposition.PCA(2).fit_transform((x - x.mean(0)) / x.std(0))
+    np.testing.assert_allclose(np.abs(found), np.abs(pca / np.sqrt(pca.var(0).sum())), atol=1e-6)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3])
+@pytest.mark.parametrize("k", [2, 3, 4, 5])
+@pytest.mark.parametrize("names", [["text"], ["text", "audio", "video"]])
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_few_clusters_and_columns(names, k, columns, scale):
+    """From the basis to the clusters, also where the rows are nearly equal."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(90) % k
+    centers = 9 * np.arange(k)[:, None] * np.ones(columns)
+    rows = {
+        name: torch.from_numpy(7 + scale * (centers[labels] + rng.normal(size=(90, columns))))
+        for name in names
+    }
+    components = max(min(k - 1, 8 // len(names)), 1)
+    basis, weights, _ = umc.weighted_basis(rows, set(), names[0], k, components, 0)
+    assert min(weights.values()) > 0.9
+    z = torch.cat([umc.coordinates(x, *basis[name]) for name, x in rows.items()], 1).float()
+    result, metric = umc.discriminant_kmeans(z, k, 0.1, 0, torch.eye(z.shape[1]), None)
+    assert metric.shape == 2 * (z.shape[1],) and result.inertia < np.inf
+    assert len({*zip(labels.tolist(), result.labels.tolist(), strict=True)}) == k
+
+
 def test_agreement_weighs_a_modality_and_names_the_anchor():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 3, 300)

@@ -152,10 +152,18 @@ def svd(matrix: Sparse, dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray
     Randomized block Krylov iteration (Musco and Musco 2015, arXiv:1504.05477). The entry of largest
     magnitude in each vector is positive.
     """
-    n = len(matrix.starts) - 1
-    width = matrix.num_columns
+    u, s = krylov_svd(matrix.torch(), matrix.transposed().torch(), dim, seed)
+    u = u.numpy()
+    return u * np.where(u[np.abs(u).argmax(0), np.arange(len(s))] < 0, -1, 1), s.numpy()
+
+
+def krylov_svd(a: Tensor, at: Tensor, dim: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """The left vectors (n, d) and singular values (d,) of `svd` of a (n, V) float64, without signs.
+
+    `at` is the transpose; both may be sparse.
+    """
+    n, width = a.shape
     dim = min(dim, n, width)
-    a, at = matrix.torch(), matrix.transposed().torch()
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(width, min(dim + 10, n, width), generator=generator, dtype=torch.float64)
     block = torch.linalg.qr(a @ start)[0]
@@ -166,9 +174,7 @@ def svd(matrix: Sparse, dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray
     basis = torch.linalg.qr(torch.cat(blocks, 1))[0]
     small = at @ basis
     s2, u = torch.linalg.eigh(small.T @ small)
-    s = s2.flip(0)[:dim].clamp_min(0).sqrt().numpy()
-    u = (basis @ u.flip(1)[:, :dim]).numpy()
-    return u * np.where(u[np.abs(u).argmax(0), np.arange(dim)] < 0, -1, 1), s
+    return basis @ u.flip(1)[:, :dim], s2.flip(0)[:dim].clamp_min(0).sqrt()
 
 
 class Lsa:

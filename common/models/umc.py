@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from common import clustering, metrics
 from common.errors import InputError
+from common.models.text import krylov_svd
 
 HEADS = 8
+WIDE = 2048  # columns from which on only the axes that are asked for are looked for
 # Of k-means in a metric that follows it.
 STARTS = 3
 ROUNDS = 10
@@ -164,7 +166,8 @@ def weighted_basis(
         mean = x.mean(0)
         spread = x.std(0, unbiased=False)
         # A constant column stays zero.
-        scale = torch.where(spread > 1e-7 * x.abs().amax(0), spread, torch.inf)
+        largest = torch.maximum(x.amax(0), -x.amin(0))
+        scale = torch.where(spread > 1e-7 * largest, spread, torch.inf)
         if scale.isinf().all():
             raise InputError(
                 f"modality {name} is the same for all training utterances:"
@@ -172,16 +175,16 @@ def weighted_basis(
             )
         if name in as_is:
             scale = torch.full_like(spread, spread.square().sum().sqrt().item())
-        x = (x - mean) / scale
-        values, vectors = torch.linalg.eigh(x.T @ x / len(x))
-        values = values.flip(0)[:components]
-        vectors = vectors.flip(1)[:, :components]
+        x = x - mean
+        x /= scale
+        values, vectors = _largest_axes(x, components)
         axes = vectors[:, values > 1e-9 * values[0]] / values.clamp(min=0).sum().sqrt()
         basis[name] = mean, scale, axes
-        clusters[name] = clustering.kmeans((x @ axes).float(), k, seed=seed).labels.cpu()
-    agreement = {name: {} for name in clusters}
-    for a in clusters:
-        for b in clusters:
+        if len(rows) > 1:
+            clusters[name] = clustering.kmeans((x @ axes).float(), k, seed=seed).labels.cpu()
+    agreement = {name: {} for name in rows}
+    for a in rows:
+        for b in rows:
             if a != b:
                 agreement[a][b] = max(metrics.clustering(clusters[a], clusters[b])["ami"], 0.0)
     anchor = anchor or max(agreement, key=lambda name: sum(agreement[name].values()))
@@ -192,6 +195,23 @@ def weighted_basis(
         name: (mean, scale, weights[name] * axes) for name, (mean, scale, axes) in basis.items()
     }
     return weighted, weights, anchor
+
+
+def _largest_axes(x: Tensor, components: int) -> tuple[Tensor, Tensor]:
+    """Variances (c,) and principal axes (D, c) of centered rows x (n, D), the largest first."""
+    if x.shape[1] <= WIDE:
+        values, vectors = torch.linalg.eigh(x.T @ x / len(x))
+        return values.flip(0)[:components], vectors.flip(1)[:, :components]
+    axes, singular = krylov_svd(x.T, x, components)
+    return singular.square() / len(x), axes
+
+
+def leading_axes(z: Tensor) -> Tensor:
+    """The principal axes (d, c) of rows z (n, d), without those of next to no variance."""
+    values, axes = torch.linalg.eigh(torch.cov(z.double().T).reshape(z.shape[1], -1))
+    kept = values > 1e-6 * values[-1]
+    kept[-1] = True  # also where all rows are equal
+    return axes[:, kept].to(z.dtype)
 
 
 def discriminant(z: Tensor, labels: Tensor, shrinkage: float) -> tuple[Tensor, float]:
@@ -228,8 +248,7 @@ def discriminant_kmeans(
     and its metric.
     """
     # On the principal axes: an untrained network leaves most of the columns empty.
-    values, axes = torch.linalg.eigh(torch.cov(z.double().T))
-    axes = axes[:, values > 1e-6 * values[-1]].to(z.dtype)
+    axes = leading_axes(z)
     x = z @ axes
     best_likelihood = -torch.inf
     best_labels = best_metric = None
