@@ -5,6 +5,7 @@ Triton on a GPU, plain PyTorch elsewhere, and never one for the other in silence
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 
@@ -49,7 +50,7 @@ def choose_impl(op: str, impl: str, x: torch.Tensor, unsupported: str | None = N
         return impl
     if triton is None:
         unsupported = "triton is not installed"
-    elif not x.is_cuda and not INTERPRETED:
+    elif not x.is_cuda and not (INTERPRETED and x.device.type == "cpu"):
         unsupported = (
             f"tensors are on {x.device.type}; Triton needs a GPU, or TRITON_INTERPRET=1"
             " before the import"
@@ -165,15 +166,55 @@ def target_name(device: torch.device) -> str:
     return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
 
 
-class _NoSecondDerivative(torch.autograd.Function):
-    """Identity whose backward raises.
+class Operation(torch.autograd.Function):
+    """What torch.func can differentiate, too: forward has no ctx, setup_context follows it.
+
+    `call` is `apply` without what that form costs, 13 us of binding arguments, where torch.func is
+    not at work.
+    """
+
+    @classmethod
+    def call(cls, *inputs):
+        if torch._C._are_functorch_transforms_active():
+            return cls.apply(*inputs)
+        return _with_context(cls).apply(*inputs)
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        raise RuntimeError("kernels: vmap is not supported; call the operation once per sample")
+
+
+@functools.cache
+def _with_context(operation: type[Operation]) -> type[torch.autograd.Function]:
+    def forward(ctx, *inputs):
+        output = operation.forward(*inputs)
+        operation.setup_context(ctx, inputs, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(operation.backward)}
+    return type(operation.__name__, (torch.autograd.Function,), members)
+
+
+def save(ctx, inputs: tuple, outputs: tuple) -> None:
+    """Save inputs and all outputs but the first, the loss, which alone is differentiable."""
+    ctx.save_for_backward(*inputs, *outputs[1:])
+    ctx.mark_non_differentiable(*(x for x in outputs[1:] if x is not None))
+    ctx.set_materialize_grads(False)
+
+
+class _FirstDerivative(Operation):
+    """function(*inputs), the backward of an operation, whose own backward raises.
 
     `once_differentiable` is silent where the upstream gradient is constant.
     """
 
     @staticmethod
-    def forward(ctx, grad, *inputs):
-        return grad.view_as(grad)
+    def forward(function, *inputs):
+        return function(*inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
 
     @staticmethod
     def backward(ctx, *_):
@@ -182,8 +223,39 @@ class _NoSecondDerivative(torch.autograd.Function):
         )
 
 
-def first_derivative_only(grads, *inputs):
-    """The gradients, which raise when they are differentiated again with respect to inputs."""
-    if not torch.is_grad_enabled():
-        return grads
-    return tuple(g if g is None else _NoSecondDerivative.apply(g, *inputs) for g in grads)
+def gradients(ctx, function, upstream: torch.Tensor | None, *options) -> tuple:
+    """function(upstream, *saved tensors, *options), and None for the inputs that remain.
+
+    The saved tensors are read once, which is all that checkpointing allows.
+    """
+    inputs = len(ctx.needs_input_grad)
+    if upstream is None:  # nothing came from above
+        return (None,) * inputs
+    arguments = (upstream, *ctx.saved_tensors, *options)
+    if torch.is_grad_enabled():
+        grads = _FirstDerivative.apply(function, *arguments)
+    else:
+        grads = function(*arguments)
+    return *grads, *(None,) * (inputs - len(grads))
+
+
+def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Turn autocast off, where the device has it: meta has none."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def breaks_graph_to_gather(function):
+    """Have torch.compile leave a call with gather= as it is, between two graphs.
+
+    What the caller's function does is not for the compiler to trace.
+    """
+
+    @functools.wraps(function)
+    def whole(*args, gather=None, **options):
+        if gather is not None and torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, gather=gather, **options)
+        return function(*args, gather=gather, **options)
+
+    return whole

@@ -33,9 +33,10 @@ import torch.nn.functional as F
 
 from .dispatch import (
     INTERPRETED,
+    Operation,
     ceil_div,
     choose_impl,
-    first_derivative_only,
+    gradients,
     jit,
     lacks_tensor_cores,
     launch,
@@ -557,18 +558,19 @@ def _backward(dy, x, weight, n_segment, split, num_shifted, needs):
     return dx, dweight, dbias
 
 
-class _ShiftConv(torch.autograd.Function):
+class _ShiftConv(Operation):
     @staticmethod
-    def forward(ctx, x, weight, bias, *options):
-        ctx.save_for_backward(x, weight)
-        ctx.options = options
+    def forward(x, weight, bias, *options):
         return _forward(x, weight, bias, *options)
 
     @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, _, *ctx.options = inputs
+        ctx.save_for_backward(x, weight)
+
+    @staticmethod
     def backward(ctx, dy):
-        with torch.no_grad():
-            grads = _backward(dy, *ctx.saved_tensors, *ctx.options, ctx.needs_input_grad[:3])
-        return *first_derivative_only(grads, dy, *ctx.saved_tensors), None, None, None
+        return gradients(ctx, _backward, dy, *ctx.options, ctx.needs_input_grad[:3])
 
 
 @torch.library.custom_op("kernels::shift_conv1x1", mutates_args=())
@@ -707,8 +709,9 @@ def shift_conv1x1(
     """
     split, num_shifted = _folds(x, n_segment, fold_div, direction, padding)
     _check(x, weight, bias)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
         x = x.to(dtype)
         weight = weight.to(dtype)
         bias = bias if bias is None else bias.to(dtype)
@@ -727,5 +730,5 @@ def shift_conv1x1(
         return F.conv2d(shifted, weight.reshape(*weight.shape[:2], 1, 1), bias)
     x = x.contiguous(memory_format=torch.channels_last)
     weight = weight.reshape(weight.shape[:2]).contiguous()
-    convolve = _forward_op if torch.compiler.is_compiling() else _ShiftConv.apply
+    convolve = _forward_op if torch.compiler.is_compiling() else _ShiftConv.call
     return convolve(x, weight, bias, n_segment, split, num_shifted)

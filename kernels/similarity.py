@@ -203,7 +203,7 @@ def reference_tiles(
     above the diagonal come; a mirrored one stands for its transpose too.
     """
     step = REFERENCE_TILE
-    symmetric = keys.data_ptr() == rows.data_ptr() and keys.shape == rows.shape
+    symmetric = keys is rows
     for m in range(0, rows.shape[0], step):
         for n in range(m if symmetric else 0, keys.shape[0], step):
             s = rows[m : m + step] @ keys[n : n + step].T

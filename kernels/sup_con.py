@@ -29,12 +29,16 @@ import torch.nn.functional as F
 
 from .dispatch import (
     INTERPRETED,
+    Operation,
+    breaks_graph_to_gather,
     ceil_div,
     choose_impl,
-    first_derivative_only,
+    gradients,
     jit,
     launch,
+    no_autocast,
     on_device_of_first,
+    save,
     target_name,
 )
 from .similarity import (
@@ -76,6 +80,7 @@ FEW_ROWS_WIDTH = 64 if INTERPRETED else 256
 _LABEL_TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
+@breaks_graph_to_gather
 def sup_con_reference(
     z: torch.Tensor,
     labels: torch.Tensor,
@@ -93,7 +98,7 @@ def sup_con_reference(
 
 def _sup_con(z, labels, temperature, normalize, gather, kind):
     """kind: "torch", or the dtype whose 16-bit planes the Triton kernels multiply."""
-    with torch.autocast(z.device.type, enabled=False):
+    with no_autocast(z.device):
         rows = z.to(torch.promote_types(z.dtype, torch.float32))
         if normalize:
             rows = normalize_rows(rows)
@@ -102,7 +107,7 @@ def _sup_con(z, labels, temperature, normalize, gather, kind):
         shift = shift_of(None if isinstance(temperature, torch.Tensor) else temperature, normalize)
         if gather is None and torch.compiler.is_compiling():
             return _forward_op(u, labels, kind, normalize, shift)[0]
-        return _SupCon.apply(u, labels, gather, kind, normalize, shift)
+        return _SupCon.call(u, labels, gather, kind, normalize, shift)[0]
 
 
 def _reference_positive_sum(rows, keys, labels, labels_keys, starts, ends, order):
@@ -200,7 +205,7 @@ def _triton_weighted_sum(rows, keys, lse_rows, lse_keys, dtype, normalized, shif
 def _forward(u, labels, gather, kind, normalized, shift):
     """-> loss (), keys (K, D), lse of the rows (M,) and keys (K,), mean positives (M, D), scale ().
 
-    The scale is 1/M' times the world's size.
+    The scale is 1/M' times the world's size. What is of the keys is None where they are the rows.
     """
     if gather is None:
         keys = u
@@ -223,32 +228,36 @@ def _forward(u, labels, gather, kind, normalized, shift):
         lse = _triton_lse(u, keys, getattr(torch, kind), normalized, shift)
     loss = torch.where(valid, lse - (u * positives).sum(1), 0.0).sum() * scale
     lse = lse.masked_fill(~valid, math.inf)
-    lse_keys = lse if gather is None else gather(lse)[index]
-    return loss, keys, lse, lse_keys, positives, scale
+    if gather is None:
+        return loss, None, lse, None, positives, scale
+    return loss, keys, lse, gather(lse)[index], positives, scale
 
 
 @on_device_of_first
 def _backward(dloss, u, keys, lse, lse_keys, positives, scale, kind, normalized, shift):
+    if keys is None:
+        keys, lse_keys = u, lse
     if kind == "torch":
-        du = reference_weighted_sum(u, keys, lse, lse_keys, 0)
+        with no_autocast(u.device):
+            du = reference_weighted_sum(u, keys, lse, lse_keys, 0)
     else:
         du = _triton_weighted_sum(u, keys, lse, lse_keys, getattr(torch, kind), normalized, shift)
-    return (du - 2 * positives) * (dloss * scale)
+    return ((du - 2 * positives) * (dloss * scale),)
 
 
-class _SupCon(torch.autograd.Function):
+class _SupCon(Operation):
     @staticmethod
-    def forward(ctx, u, labels, gather, kind, normalized, shift):
-        loss, *saved = _forward(u, labels, gather, kind, normalized, shift)
-        ctx.save_for_backward(u, *saved)
-        ctx.options = (kind, normalized, shift)
-        return loss
+    def forward(u, labels, gather, kind, normalized, shift):
+        return _forward(u, labels, gather, kind, normalized, shift)
 
     @staticmethod
-    def backward(ctx, dloss):
-        with torch.no_grad(), torch.autocast(dloss.device.type, enabled=False):
-            du = _backward(dloss, *ctx.saved_tensors, *ctx.options)
-        return *first_derivative_only((du,), dloss, ctx.saved_tensors[0]), *(None,) * 5
+    def setup_context(ctx, inputs, output):
+        ctx.options = inputs[3:]
+        save(ctx, inputs[:1], output)
+
+    @staticmethod
+    def backward(ctx, dloss, *_):
+        return gradients(ctx, _backward, dloss, *ctx.options)
 
 
 @jit
@@ -431,21 +440,22 @@ def _few_backward(dloss, z, u, lse, positives, scale, temperature):
     numbers = (*z.stride(), num_rows, dim, partial.shape[0], partial.stride(0), temperature)
     constants = {"EPS": NORM_EPS, "BLOCK_R": block_r, "BLOCK_D": partial.shape[2]}
     launch(_sup_con_epilogue_kernel, (ceil_div(num_rows, block_r),), tensors, numbers, constants)
-    return dz.to(dtype)
+    return (dz.to(dtype),)
 
 
-class _FewRows(torch.autograd.Function):
+class _FewRows(Operation):
     @staticmethod
-    def forward(ctx, z, labels, temperature):
-        loss, *saved = _few_forward(z, labels, temperature)
-        ctx.save_for_backward(z, *saved)
-        ctx.temperature = temperature
-        return loss
+    def forward(z, labels, temperature):
+        return _few_forward(z, labels, temperature)
 
     @staticmethod
-    def backward(ctx, dloss):
-        dz = _few_backward(dloss, *ctx.saved_tensors, ctx.temperature)
-        return *first_derivative_only((dz,), dloss, ctx.saved_tensors[0]), None, None
+    def setup_context(ctx, inputs, output):
+        ctx.temperature = inputs[2]
+        save(ctx, inputs[:1], output)
+
+    @staticmethod
+    def backward(ctx, dloss, *_):
+        return gradients(ctx, _few_backward, dloss, ctx.temperature)
 
 
 @torch.library.custom_op("kernels::sup_con_few_rows_forward", mutates_args=())
@@ -473,7 +483,7 @@ def _few_backward_op(
     scale: torch.Tensor,
     temperature: float,
 ) -> torch.Tensor:
-    return _few_backward(dloss, z, u, lse, positives, scale, temperature)
+    return _few_backward(dloss, z, u, lse, positives, scale, temperature)[0]
 
 
 @_few_backward_op.register_fake
@@ -482,10 +492,8 @@ def _(dloss, z, u, lse, positives, scale, temperature):
 
 
 def _save_few(ctx, inputs, output):
-    z, _, ctx.temperature = inputs
-    ctx.save_for_backward(z, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
+    ctx.temperature = inputs[2]
+    save(ctx, inputs[:1], output)
 
 
 def _differentiate_few(ctx, dloss, *_):
@@ -519,7 +527,7 @@ def _backward_op(
     normalized: bool,
     shift: float | None,
 ) -> torch.Tensor:
-    return _backward(dloss, u, u, lse, lse, positives, scale, kind, normalized, shift)
+    return _backward(dloss, u, None, lse, None, positives, scale, kind, normalized, shift)[0]
 
 
 @_backward_op.register_fake
@@ -528,10 +536,8 @@ def _(dloss, u, lse, positives, scale, kind, normalized, shift):
 
 
 def _save_for_backward(ctx, inputs, output):
-    u, _, *ctx.options = inputs
-    ctx.save_for_backward(u, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
+    ctx.options = inputs[2:]
+    save(ctx, inputs[:1], output)
 
 
 def _differentiate(ctx, dloss, *_):
@@ -541,6 +547,7 @@ def _differentiate(ctx, dloss, *_):
 _forward_op.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
+@breaks_graph_to_gather
 def sup_con(
     z: torch.Tensor,
     labels: torch.Tensor,
@@ -606,6 +613,6 @@ def sup_con(
     if few and shifted and gather is None:
         if torch.compiler.is_compiling():
             return _few_forward_op(z, labels, float(temperature))[0]
-        return _FewRows.apply(z, labels, float(temperature))
+        return _FewRows.call(z, labels, float(temperature))[0]
     kind = str(z.dtype).removeprefix("torch.")
     return _sup_con(z, labels, temperature, normalize, gather, kind)

@@ -25,7 +25,7 @@ import math
 
 import torch
 
-from .dispatch import INTERPRETED, ceil_div, choose_impl, jit, launch, on_device_of_first
+from .dispatch import INTERPRETED, Operation, ceil_div, choose_impl, jit, launch, on_device_of_first
 
 try:
     import triton.language as tl
@@ -154,15 +154,18 @@ def _launch(x, n_segment, split, num_shifted, swap, padding, transposed, channel
     return y
 
 
-class _TemporalShift(torch.autograd.Function):
+class _TemporalShift(Operation):
     @staticmethod
-    def forward(ctx, x, *options):
-        ctx.options = options
+    def forward(x, *options):
         return _launch(x, *options)
 
     @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.options = inputs[1:]
+
+    @staticmethod
     def backward(ctx, dy):
-        return _TemporalShift.apply(dy, *_transpose(*ctx.options)), *(None,) * 7
+        return _TemporalShift.call(dy, *_transpose(*ctx.options)), *(None,) * 7
 
 
 def _transpose(n_segment, split, num_shifted, swap, padding, transposed, channels_last):
@@ -189,21 +192,25 @@ def _(x, n_segment, split, num_shifted, swap, padding, transposed, channels_last
     return torch.empty_like(x, memory_format=layout)
 
 
-def _save_options(ctx, inputs, output):
-    ctx.options = inputs[1:]
-
-
 def _differentiate(ctx, dy):
     return _temporal_shift_op(dy, *_transpose(*ctx.options)), *(None,) * 7
 
 
-_temporal_shift_op.register_autograd(_differentiate, setup_context=_save_options)
+_temporal_shift_op.register_autograd(_differentiate, setup_context=_TemporalShift.setup_context)
+
+
+def _check_integer(op, name, value):
+    # A bool is an int to Python; a torch.SymInt, of a traced shape, is none.
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise ValueError(f"{op}: {name}={value!r} must be a Python int")
 
 
 def _folds(x, n_segment, fold_div, direction, padding):
     """-> the ends of the channels that read the next frame and of those that read the previous."""
     if x.dim() != 4:
         raise ValueError(f"temporal_shift: x has {x.dim()} dimensions; it must be (B*T, C, H, W)")
+    _check_integer("temporal_shift", "n_segment", n_segment)
+    _check_integer("temporal_shift", "fold_div", fold_div)
     if n_segment < 1 or x.shape[0] % n_segment:
         raise ValueError(
             f"temporal_shift: n_segment={n_segment} must divide the number of frames, {x.shape[0]}"
@@ -260,7 +267,7 @@ def temporal_shift(
             x, n_segment, fold_div=fold_div, direction=direction, padding=padding
         )
     channels_last = _memory_format(x) == torch.channels_last
-    shift = _temporal_shift_op if torch.compiler.is_compiling() else _TemporalShift.apply
+    shift = _temporal_shift_op if torch.compiler.is_compiling() else _TemporalShift.call
     return shift(x, n_segment, split, num_shifted, False, padding, False, channels_last)
 
 
@@ -279,15 +286,21 @@ def shift_step(
         The shifted frame, like x_t, and the state for the next call; neither shares x_t's memory.
 
     Raises:
-        ValueError: a state of another shape or dtype.
+        ValueError: a frame that is not (B, C, H, W), a fold_div that is no integer from 1 on, a
+            state of another shape, dtype or device.
     """
+    if x_t.dim() != 4:
+        raise ValueError(f"shift_step: x_t has {x_t.dim()} dimensions; it must be (B, C, H, W)")
+    _check_integer("shift_step", "fold_div", fold_div)
+    if fold_div < 1:
+        raise ValueError(f"shift_step: fold_div={fold_div} must be 1 or more")
     fold = x_t.shape[1] // fold_div
     expected = (x_t.shape[0], fold, *x_t.shape[2:])
     if state is None:
         state = x_t.new_zeros(expected)
-    elif state.shape != expected or state.dtype != x_t.dtype:
+    elif (state.shape, state.dtype, state.device) != (expected, x_t.dtype, x_t.device):
         raise ValueError(
-            f"shift_step: state is {tuple(state.shape)} {state.dtype}, expected {expected}"
-            f" {x_t.dtype}"
+            f"shift_step: state is {tuple(state.shape)} {state.dtype} on {state.device}, expected"
+            f" {expected} {x_t.dtype} on {x_t.device}"
         )
     return torch.cat((state, x_t[:, fold:]), 1), x_t[:, :fold].clone()

@@ -90,6 +90,18 @@ def test_reference_is_the_same_for_every_tile_size(monkeypatch):
             torch.testing.assert_close(got, truth, rtol=1e-12, atol=1e-14)
 
 
+def test_it_is_not_the_loss_of_clip():
+    """The two values that the docstring of nt_xent gives."""
+    z_a, z_b = (
+        F.normalize(z) for z in torch.randn(2, 256, 128, generator=torch.Generator().manual_seed(0))
+    )
+    pairs = torch.arange(256)
+    logits = z_a @ z_b.T / 0.1
+    clip = (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
+    values = f"{nt_xent_reference(z_a, z_b, 0.1):.2f}, CLIP's {clip:.2f}"
+    assert values in nt_xent.__doc__
+
+
 def test_reference_equals_lightly():
     loss = pytest.importorskip("lightly.loss", reason="pip install lightly")
     z_a, z_b = views(12, 16, torch.float64)

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from kernels import shift_step, temporal_shift, temporal_shift_reference
+from kernels import shift_conv1x1, shift_step, temporal_shift, temporal_shift_reference
 
 pytestmark = pytest.mark.kernels
 
@@ -205,3 +205,35 @@ def test_shifting_in_place_corrupts_a_residual_block_in_silence():
 def test_bad_input_is_named(shape, n_segment, options, message):
     with pytest.raises(ValueError, match=message):
         temporal_shift(torch.zeros(shape), n_segment, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n_segment": 4.0}, "n_segment=4.0 must be a Python int"),
+        ({"n_segment": True}, "n_segment=True"),
+        ({"n_segment": 4, "fold_div": 8.0}, "fold_div=8.0 must be a Python int"),
+    ],
+)
+def test_numbers_that_are_no_integers_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        temporal_shift(torch.zeros(8, 16, 4, 4), **options)
+    with pytest.raises(ValueError, match=message):
+        shift_conv1x1(torch.zeros(8, 16, 4, 4), torch.zeros(2, 16), None, **options)
+
+
+@pytest.mark.parametrize(
+    ("frame", "options", "message"),
+    [
+        (torch.zeros(2, 16, 4), {}, r"3 dimensions.*\(B, C, H, W\)"),
+        (torch.zeros(2, 16, 4, 4), {"fold_div": 0}, "fold_div=0 must be 1 or more"),
+        (torch.zeros(2, 16, 4, 4), {"fold_div": -8}, "fold_div=-8"),
+        (torch.zeros(2, 16, 4, 4), {"fold_div": 2.5}, "fold_div=2.5 must be a Python int"),
+        (torch.zeros(3, 16, 4, 4), {}, r"state is \(2, 2, 4, 4\).*expected \(3, 2, 4, 4\)"),
+        (torch.zeros(2, 16, 4, 4).half(), {}, "float32 on cpu, expected .*float16 on cpu"),
+        (torch.zeros(2, 16, 4, 4, device="meta"), {}, "on cpu, expected .* on meta"),
+    ],
+)
+def test_a_stream_names_bad_input(frame, options, message):
+    with pytest.raises(ValueError, match=message):
+        shift_step(frame, torch.zeros(2, 2, 4, 4), **options)
