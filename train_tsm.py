@@ -37,6 +37,7 @@ from common import amp, config, distill, metrics, optim
 from common.check.result import CheckSpec, NetworkView
 from common.check.runner import check
 from common.data import augment, faceforensics, sampling
+from common.data.groups import group_items
 from common.data.images import SQUARE
 from common.distill import add_distillation
 from common.errors import InputError, as_input_error, plural, say
@@ -301,9 +302,11 @@ def build_data(args, path: str, world: dist.Dist, labels: bool = True) -> facefo
     reading = dict(
         store_size=args.store_size, on_bad_item=args.on_bad_item, workers=args.workers, fps=args.fps
     )
-    return faceforensics.prepare(
+    videos = faceforensics.prepare(
         path, compression=args.compression, labels=labels, say=world.say, **reading
     )
+    group_items(videos, args, "videos", world.say)
+    return videos
 
 
 def train_items(args, videos, splits: dict) -> np.ndarray:
