@@ -116,14 +116,13 @@ def number(kind, *, low=None, high=None, above=None):
 def group_pattern(text: str) -> str:
     """An argparse type: a regular expression with a group in parentheses."""
     try:
-        groups = re.compile(text).groups
-    except re.error as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from None
-    if not groups:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} has no group: put what names it in parentheses, as '(patient\\d+)'"
-        )
-    return text
+        if re.compile(text).groups:
+            return text
+    except (re.error, OverflowError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is no regular expression: {error}") from None
+    raise argparse.ArgumentTypeError(
+        f"'{text}' has no group: put what names it in parentheses, as '(patient\\d+)'"
+    )
 
 
 def default_text(values: dict[str, object]) -> str:

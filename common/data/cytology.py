@@ -219,9 +219,10 @@ def protocol(
         rows = _stored_rows(file, record, images, targets)
         tested = _in_groups(images, record)
         trained = np.concatenate([rows["A1"], rows["B1"]])
-        if (tested is None) != (groups is None) or (
-            tested is not None and (tested[trained].any() or not tested[rows["B2"]].all())
-        ):
+        same = ("test_groups" in record) == (groups is not None)
+        if tested is not None:
+            same = same and tested[rows["B2"]].all() and not tested[trained].any()
+        if not same:
             raise InputError(
                 f"{file} was drawn with other groups, or with none: give the same --group-by"
             )

@@ -284,7 +284,7 @@ def split(videos: FaceVideos, names=("train", "val", "test")) -> dict[str, np.nd
     persons = [[f"{key[0]}/{person}" for person in identities(key[3])] for key in videos.keys]
     parts = {name: np.flatnonzero(videos.splits == name) for name in ("train", "val", "test")}
     asked = {name: parts[name] for name in names}
-    refuse_spanning(videos, persons, asked, "persons", lambda name: name.split("/", 1)[1])
+    refuse_spanning(videos, persons, asked, "person", lambda name: name.split("/", 1)[1])
     if videos.groups is not None:
         refuse_spanning(videos, videos.groups[:, None], asked)
         persons = [[*who, f"//{group}"] for who, group in zip(persons, videos.groups, strict=True)]

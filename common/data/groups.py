@@ -26,8 +26,8 @@ def check_column(what, groups: Sequence[str], places: Sequence) -> bool:
     empty = [place for place, name in zip(places, groups, strict=True) if not name]
     if empty and len(empty) < len(groups):
         raise InputError(
-            f"{what}: {len(empty)} of {plural(len(groups), 'row')} have no group:"
-            f" {first_few(empty)}; give each one, of its own where it stands alone"
+            f"{what}: {len(empty)} of {len(groups)} rows without a group: {first_few(empty)};"
+            " give each one, of its own where it stands alone"
         )
     return not empty
 
@@ -62,11 +62,11 @@ def group_items(data, args, unit: str, say: Callable[[str], None]) -> None:
     low, high = counts.min(), counts.max()
     if len(names) == 1:
         raise InputError(
-            f"{data.name}: {source} all {len(data)} {unit} are in one group, {names[0]}: nothing"
-            " can be held out; tell them apart, or leave the groups out"
+            f"{data.name}: {source} all {len(data.ids)} {unit} are in one group, {names[0]}:"
+            " nothing can be held out; tell them apart, or leave the groups out"
         )
     if high == 1:
-        say(f"WARN each of the {len(data)} {unit} is a group of its own {source}: none are joined")
+        say(f"WARN {source} each of the {len(names)} {unit} is a group of its own: none are joined")
         return
     sizes = f"{low} to {high}" if low < high else high
     largest = f", the largest {names[counts.argmax()]}" if low < high else ""
@@ -79,7 +79,7 @@ def _by_name(pattern: str, data, unit: str) -> np.ndarray:
     without = [name for name, group in zip(data.ids, groups, strict=True) if not group]
     if without:
         raise InputError(
-            f"--group-by {pattern!r}: {len(without)} of {len(groups)} {unit} have no group by it:"
+            f"--group-by '{pattern}': {len(without)} of {len(groups)} {unit} without a group by it:"
             f" {first_few(without)}; write a pattern that finds one in every name"
         )
     return np.array(groups, dtype=object)
@@ -116,7 +116,7 @@ def refuse_spanning(
     data,
     names_of: Sequence[Sequence[str]],
     parts: dict[str, np.ndarray],
-    noun: str = "groups",
+    noun: str = "group",
     shown: Callable[[str], str] = str,
 ) -> None:
     """Refuse parts that share a group or a person.
@@ -140,7 +140,7 @@ def refuse_spanning(
             places = ", ".join(f"{data.ids[i]} in {part}" for part, i in item_in.items())
             examples.append(f"{shown(name)} ({places})")
     if examples:
+        count = plural(len(examples), noun) + (" is" if len(examples) == 1 else " are")
         raise InputError(
-            f"{data.name}: {len(examples)} {noun} are in two splits: {first_few(examples)};"
-            " fix the splits"
+            f"{data.name}: {count} in two splits: {first_few(examples)}; fix the splits"
         )

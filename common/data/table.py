@@ -13,7 +13,7 @@ import numpy as np
 from common import reading
 from common.data.groups import check_column
 from common.data.images import SUFFIXES, UNLABELED, Images, reason, split_of_cell
-from common.errors import InputError, did_you_mean, first_few, printable
+from common.errors import InputError, did_you_mean, first_few, plural, printable
 from common.retry import retried
 from common.run.content import codes, file_key
 
@@ -42,7 +42,7 @@ def open_table(place: Path) -> Images:
         if first.setdefault(path, line) != line
     ]
     if twice:
-        raise InputError(f"{place}: {len(twice)} files are listed twice: {first_few(twice)}")
+        raise InputError(f"{place}: {plural(len(twice), 'file')} listed twice: {first_few(twice)}")
     ids = [printable(path) for path in paths]
     odd = [
         f"{name} ({line})"
@@ -51,7 +51,7 @@ def open_table(place: Path) -> Images:
     ]
     if odd:
         raise InputError(
-            f"{place}: {len(odd)} of {len(ids)} files are no images: {first_few(odd)}; allowed are"
+            f"{place}: {len(odd)} of {len(ids)} rows name no image: {first_few(odd)}; allowed are"
             f" {', '.join(SUFFIXES)}"
         )
     files = [place.parent / path for path in paths]
@@ -59,7 +59,7 @@ def open_table(place: Path) -> Images:
     missing = [name for name, status in zip(ids, stats, strict=True) if status is None]
     if missing:
         raise InputError(
-            f"{place}: {len(missing)} of {len(ids)} files are not there: {first_few(missing)};"
+            f"{place}: {len(missing)} of {len(ids)} files are missing: {first_few(missing)};"
             f" relative paths count from {place.parent}"
         )
     sizes = [status.st_size for status in stats]
@@ -71,8 +71,8 @@ def open_table(place: Path) -> Images:
     without = [line for line, split in zip(lines, splits, strict=True) if not split]
     if without and any(splits):
         raise InputError(
-            f"{place}: {len(without)} of {len(ids)} rows have no split: {first_few(without)}; give"
-            " each one, or leave the column empty"
+            f"{place}: {len(without)} of {len(ids)} rows without a split: {first_few(without)};"
+            " give each one, or leave the column empty"
         )
     groups = cells["group"] if check_column(place, cells["group"], lines) else None
     classes = sorted(set(cells["label"]) - {""})
