@@ -33,6 +33,7 @@ def open_table(place: Path) -> Images:
         raise InputError(f"{place}: {error.strerror}") from None
     lines = [f"line {line}" for line, _ in rows]
     cells = {name: [row.get(name, "") for _, row in rows] for name in COLUMNS}
+    cells["label"] = list(map(printable, cells["label"]))
     bases = [f"{base.as_posix()}/" for base in (place.parent.absolute(), place.parent.resolve())]
     paths = [_normalized(path, bases) for path in cells["path"]]
     first: dict[str, str] = {}
@@ -110,5 +111,7 @@ def _status(file: Path) -> os.stat_result | None:
         return retried(lambda: reading.regular_status(file), file)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except InputError:
+        raise
     except (OSError, ValueError) as error:  # another user's folder; a name that none can have
         raise InputError(f"{file}: {reason(error)}") from None
