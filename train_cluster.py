@@ -34,6 +34,7 @@ from common.check import reference
 from common.check.result import CheckSpec, NetworkView
 from common.check.runner import check
 from common.data import sampling, utterances
+from common.data.groups import group_items
 from common.deep_cluster import DISTANCES, Rows, Targets, score
 from common.errors import InputError, as_input_error, plural
 from common.models import umc
@@ -50,7 +51,7 @@ from common.rng import uniform
 from common.run import dist
 from common.run.card import Card
 from common.run.evaluation import Evaluation
-from common.run.inference import LoadedRun, load_run
+from common.run.inference import LoadedRun, load_run, restore_data_flags
 from common.run.launch import launch, run_sweep
 from common.run.loop import Batch, Loop, Step
 from common.run.run import Run, test_best_and_last
@@ -270,6 +271,7 @@ def parse_args(argv: list[str] | None = None):
         "--min-epochs", int, 20, "epochs of the clustering stage before it may stop early", low=1
     )
     args = config.parse(parser, argv, DEMO, SEARCH)
+    args = restore_data_flags(parser, argv, args, [])
 
     config.check_inference_flags(parser, args)
     refuse = partial(config.reject_unused_flags, parser, args)
@@ -328,15 +330,17 @@ def settings(args) -> dict[str, config.StageConfig]:
 
 
 def build_data(
-    path: str | tuple, reading: dict, world: dist.Dist, fitted: dict | None = None
+    args, path: str | tuple, reading: dict, world: dist.Dist, fitted: dict | None = None
 ) -> tuple[Rows, Lsa | None]:
     """The rows of `path`, said in a few lines, and its text features where there are any.
 
     `reading` are the flags READING by name, `fitted` the checkpoint whose text features are used.
     """
-    rows, lsa = deep_cluster.read_rows(path, reading, world.device, fitted)
-    world.say(rows.table.describe())
-    for problem, examples in utterances.data_problems(rows.table).items():
+    table = deep_cluster.read_table(path, reading["max_length"])
+    world.say(table.describe())
+    group_items(table, args, CARD.items, world.say)
+    rows, lsa = deep_cluster.read_rows(table, reading, world.device, fitted)
+    for problem, examples in utterances.data_problems(table).items():
         world.say(f"  {problem}: {examples}")
     return rows, lsa
 
@@ -708,7 +712,7 @@ def run_inference(args, world: dist.Dist) -> None:
     """
     loaded = load_run(args, CARD)
     spec = loaded.model_spec
-    rows, _ = build_data(loaded.path, spec["reading"], world, loaded.state)
+    rows, _ = build_data(args, loaded.path, spec["reading"], world, loaded.state)
     widths = {name: rows.inputs[name].shape[-1] for name in rows.names}
     if widths != spec["widths"] or sorted(rows.lengths) != spec["sequences"]:
         raise InputError(
@@ -748,7 +752,7 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
     """Train: read the data, settle what the run is, and run its two stages."""
     stages = settings(args)
     reading = {name: getattr(args, name) for name in READING}
-    rows, lsa = build_data(args.data, reading, world)
+    rows, lsa = build_data(args, args.data, reading, world)
     table = rows.table
     splits = utterances.split(table)
     k = args.k or (len(table.classes) if table.labeled and len(table.classes) > 1 else "auto")

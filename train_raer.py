@@ -36,6 +36,7 @@ from common.check import audit, reference
 from common.check.result import CheckSpec, NetworkView
 from common.check.runner import check
 from common.data import augment, raer, sampling
+from common.data.groups import group_items
 from common.distill import add_distillation
 from common.errors import InputError, plural
 from common.export import PROBABILITIES, ExportSpec
@@ -276,7 +277,7 @@ def settings(args) -> dict[str, config.StageConfig]:
 
 def build_data(args, path: str | tuple, world: dist.Dist, labels: bool = True) -> raer.EmotionClips:
     """The clips of `path`, said in one line."""
-    return raer.prepare(
+    clips = raer.prepare(
         path,
         store_size=args.store_size,
         on_bad_item=args.on_bad_item,
@@ -286,6 +287,8 @@ def build_data(args, path: str | tuple, world: dist.Dist, labels: bool = True) -
         labels=labels,
         say=world.say,
     )
+    group_items(clips, args, CARD.items, world.say)
+    return clips
 
 
 def epoch_batches(run: Run, phase: Phase, epoch: int, done: int = 0) -> list[np.ndarray]:

@@ -32,6 +32,7 @@ from common.check.result import CheckSpec, NetworkView
 from common.check.runner import check
 from common.data import augment, cytology, sampling
 from common.data.cytology import CELLS
+from common.data.groups import group_items
 from common.data.images import SQUARE, Images
 from common.data.open import prepare
 from common.distill import add_distillation
@@ -142,7 +143,8 @@ def parse_args(argv: list[str] | None = None):
     parser = config.base_parser(CARD.name, __doc__, STAGES, lr=lr_rule)
     parser.aliases["--cell"] = "--grid-index"
     parser.set_help(
-        data="images: a folder, a .zip of one, a .packed file, or `sample`, the embedded ones"
+        data="images: a folder, a .zip of one, a .csv with the column `path`, a .packed file, or"
+        " `sample`, the embedded ones"
     )
     group = parser.add_argument_group("stages")
     group.choice("--stage", [*STAGES, "all"], "pretrain", "stage to run, or all three in turn")
@@ -341,9 +343,10 @@ def build_data(
         labels=not args.predict,
         say=world.say,
     )
+    group_items(images, args, CARD.items, world.say)
     if targets is None:
         classes = dict.fromkeys(("linear", "finetune"), images.classes)
-        return Data(images, sampling.split(images, args.fraction), classes, None)
+        return Data(images, sampling.split(images, args.fraction, world.say), classes, None)
     return Data(images, *cytology.protocol(images, targets, args.fraction, stored, world.say))
 
 
@@ -783,7 +786,7 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
     earlier = [path for path in (args.out, args.resume, args.from_run) if path]
     stored = [path for path in earlier if path not in ("auto", "none")]
     images, splits, classes, protocol = build_data(args, args.data, world, targets, stored)
-    cytology.check_start(args.from_run, source, targets, images)
+    cytology.check_start(args.from_run, source, targets, args.group_by, images)
     backbone, stem = (
         getattr(args, flag) or source.get(flag, default) for flag, default in DEFAULTS.items()
     )

@@ -38,6 +38,7 @@ from common.check import reference
 from common.check.result import CheckSpec, NetworkView
 from common.check.runner import check
 from common.data import augment, faceforensics, sampling
+from common.data.groups import group_items
 from common.data.images import SQUARE
 from common.distill import add_distillation
 from common.errors import InputError, as_input_error, plural, say
@@ -304,9 +305,11 @@ def build_data(
     reading = dict(
         store_size=args.store_size, on_bad_item=args.on_bad_item, workers=args.workers, fps=args.fps
     )
-    return faceforensics.prepare(
+    videos = faceforensics.prepare(
         path, compression=args.compression, labels=labels, say=world.say, **reading
     )
+    group_items(videos, args, "videos", world.say)
+    return videos
 
 
 def train_items(args, videos, splits: dict) -> np.ndarray:

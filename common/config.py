@@ -113,6 +113,18 @@ def number(kind, *, low=None, high=None, above=None):
     return convert
 
 
+def group_pattern(text: str) -> str:
+    """An argparse type: a regular expression with a group in parentheses."""
+    try:
+        if re.compile(text).groups:
+            return text
+    except (re.error, OverflowError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is no regular expression: {error}") from None
+    raise argparse.ArgumentTypeError(
+        f"'{text}' has no group: put what names it in parentheses, as '(patient\\d+)'"
+    )
+
+
 def default_text(values: dict[str, object]) -> str:
     """Help for a default that depends on the stage or the mode.
 
@@ -294,6 +306,13 @@ def base_parser(
         default="sample",
         help="what to read: a folder, a .zip of one, a file of the task's own kind, or `sample`,"
         " the embedded data",
+    )
+    data.add_argument(
+        "--group-by",
+        type=group_pattern,
+        metavar="REGEX",
+        help="items whose names have the same text in the first group of REGEX stay on one side of"
+        " every split, as '(patient\\d+)'; unset: by a column `group`, where a table has one",
     )
     data.add_argument(
         "--out",

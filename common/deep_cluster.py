@@ -95,23 +95,26 @@ class Rows:
         return inputs, lengths
 
 
+def read_table(path: str | tuple[str, ...], max_length: int | None) -> utterances.Utterances:
+    """The utterances of `path`, or the embedded ones (`sample`)."""
+    if path != "sample":
+        return utterances.open_utterances(path, max_length)
+    modalities, labels, classes = synthetic.utterances()
+    ids = [f"{i:05d}" for i in range(len(labels))]
+    name = "sample (embedded, generated)"
+    splits = [""] * len(ids)
+    return utterances.Utterances(name, ids, labels, classes, splits, modalities=modalities)
+
+
 def read_rows(
-    path: str | tuple[str, ...], reading: dict, device: torch.device, fitted: dict | None
+    table: utterances.Utterances, reading: dict, device: torch.device, fitted: dict | None
 ) -> tuple[Rows, Lsa | None]:
-    """The rows of `path`, and its text features where there are any.
+    """The rows of `table`, and its text features where there are any.
 
     Raw text becomes TF-IDF with SVD, fitted to the training utterances, and with `text_model` also
     an encoder's states. The text features are those that the checkpoint `fitted` holds if that is
     given.
     """
-    if path == "sample":
-        modalities, labels, classes = synthetic.utterances()
-        ids = [f"{i:05d}" for i in range(len(labels))]
-        name = "sample (embedded, generated)"
-        splits = [""] * len(ids)
-        table = utterances.Utterances(name, ids, labels, classes, splits, modalities=modalities)
-    else:
-        table = utterances.open_utterances(path, reading["max_length"])
     lsa = None
     encoded = None
     if reading["text_model"]:

@@ -7,6 +7,7 @@ moment; whoever reads from what `open_file` and `open_zip` give puts `retried` a
 """
 
 import contextlib
+import csv
 import io
 import itertools
 import json
@@ -16,10 +17,10 @@ import pickletools
 import stat
 import tomllib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from common.errors import InputError
+from common.errors import InputError, did_you_mean
 from common.retry import retried
 
 DEFAULT_MB = 256
@@ -249,6 +250,43 @@ def decode_table(data: bytes, what) -> str:
     cells = data.count(b"\t") + data.count(b",")
     within(_text_bytes(data) + 400 * data.count(b"\n") + 64 * cells, what)
     return data.decode("utf-8-sig")
+
+
+def csv_rows(data: bytes, what, needed: Sequence[str]) -> list[tuple[int, dict[str, str]]]:
+    """(line, cells by column) of every row of a .csv file; names of columns are in small letters.
+
+    Cells are without the blanks around them, empty where a row is short.
+
+    Raises:
+        InputError: no such file; none of a `needed` column; two columns of one name; a row with
+            more cells than the header.
+    """
+    try:
+        text = io.StringIO(decode_table(data, what), newline="")
+        table = csv.reader(text, strict=True)
+        rows = [(table.line_num, [cell.strip() for cell in row]) for row in table]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{what} is not a readable .csv file in UTF-8: {error}") from None
+    (_, header), *rows = [row for row in rows if any(row[1])] or [(1, [])]
+    header = [name.lower() for name in header]
+    lacking = [column for column in needed if column not in header]
+    if lacking or not rows:
+        hint = did_you_mean(lacking[0], header) if lacking else ""
+        raise InputError(
+            f"{what} has no {' or '.join(lacking) or 'rows'}; needed are {','.join(needed)},"
+            f" its columns are {','.join(header)}{hint}"
+        )
+    twice = [name for name in header if name and header.count(name) > 1]
+    if twice:
+        raise InputError(f"{what}: the column {twice[0]} stands twice in the header")
+    for line, row in rows:
+        if any(row[len(header) :]):
+            raise InputError(
+                f"{what} line {line}: {len(row)} cells, the header has {len(header)}; put a cell"
+                " with a comma in quotes"
+            )
+    blanks = [""] * len(header)
+    return [(line, dict(zip(header, row + blanks, strict=False))) for line, row in rows]
 
 
 def _text_bytes(data: bytes) -> int:

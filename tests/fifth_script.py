@@ -30,8 +30,8 @@ STAGE = {"epochs": 4, "bs": 64, "lr": 1e-3, "wd": 1e-2, "optimizer": "adamw"}
 
 # What a script of this size does without. Take a name out when you add what it does.
 ABSENT = [
-    *("accum", "check", "demo", "ensemble", "impl", "predict", "ranges", "search", "teacher"),
-    *("teacher_temperature", "teacher_weight", "trial"),
+    *("accum", "check", "demo", "ensemble", "group_by", "impl", "predict", "ranges", "search"),
+    *("teacher", "teacher_temperature", "teacher_weight", "trial"),
 ]
 
 

@@ -173,3 +173,58 @@ def test_target_labels_are_two_or_more_different_ones():
     for text in ("HSIL", "HSIL,HSIL", "", "HSIL,,HSIL"):
         with pytest.raises(InputError, match="two or more different labels"):
             cytology.target_labels(text)
+
+
+def grouped_tree(seed=0, persons=150):
+    """Targets of 40 and 44 other labels of 60 images or more, of persons with many kinds each."""
+    images = tree(dict.fromkeys(TARGETS, 400) | {f"label{k:02d}": 120 + k for k in range(44)})
+    person = np.random.default_rng(seed).zipf(1.5, len(images)).clip(1, persons)
+    images.groups = np.array([f"p{number}" for number in person], dtype=object)
+    return images
+
+
+def no_group_is_tested_and_trained_on(images, parts):
+    sides = {name: set(images.groups[rows]) for name, rows in parts.items()}
+    tested = sides["finetune_test"] | sides["test"] | sides["dev"]
+    trained = sides["pretrain"] | sides["train"] | sides["finetune_train"] | sides["finetune_dev"]
+    assert not tested & trained and not sides["dev"] & sides["test"]
+    assert not sides["finetune_dev"] & sides["finetune_train"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_groups_of_what_is_tested_are_not_trained_on(seed):
+    images = grouped_tree(seed)
+    parts, classes, record = cytology.protocol(images, TARGETS, 1.0, [], lambda text: None)
+    no_group_is_tested_and_trained_on(images, parts)
+    names = [name for names in record["sets"].values() for name in names]
+    assert len(names) == len(set(names))
+    sizes_of = {part: len(rows) for part, rows in record["sets"].items()}
+    assert sizes_of["B2"] == pytest.approx(2000 * 7 / 22, rel=0.25)
+    assert sizes_of["B1"] == pytest.approx(2000 * 15 / 22, rel=0.15)
+    assert sizes_of["A1"] > 800 and sizes_of["A2"] > 1400 and len(classes["linear"]) == 30
+    assert len(parts["test"]) + len(parts["dev"]) == pytest.approx(0.3 * sizes_of["A2"], rel=0.2)
+
+
+def test_stored_sets_keep_their_groups_and_take_no_others(tmp_path):
+    images, lines = grouped_tree(), []
+    parts, _, record = cytology.protocol(images, TARGETS, 1.0, [], lines.append)
+    cytology.save(tmp_path, record)
+    again, _, _ = cytology.protocol(images, TARGETS, 1.0, [tmp_path], lines.append)
+    assert all(np.array_equal(again[part], parts[part]) for part in parts)
+    for groups in (None, grouped_tree(1).groups):
+        images.groups = groups
+        with pytest.raises(
+            InputError, match=r"split\.json was drawn with other groups, or with no"
+        ):
+            cytology.protocol(images, TARGETS, 1.0, [tmp_path], lines.append)
+    _, _, record = cytology.protocol(
+        tree(dict.fromkeys(TARGETS, 400) | {"other": 60}), TARGETS, 1.0, [], lines.append
+    )
+    assert "test_groups" not in record
+
+
+def test_groups_of_one_label_each_leave_nothing_to_test():
+    images = tree(dict.fromkeys(TARGETS, 40) | {"other": 60})
+    images.groups = np.array([name.split("/")[0] for name in images.ids], dtype=object)
+    with pytest.raises(InputError, match="B2 would be empty; .* each in several groups"):
+        cytology.protocol(images, TARGETS, 1.0, [], lambda text: None)

@@ -468,3 +468,51 @@ def test_the_embedded_videos_are_official_in_shape_and_disjoint():
     with pytest.raises(InputError, match="stored at 40 px"):
         videos.resize_store(32)
     assert videos.drop_damaged(1) == [] and len(videos) == 576
+
+
+def grouped_people(people, group_of, header="video_id,label,path,method"):
+    rows = [
+        f"{row},{group_of(i // 2)}"
+        for i, row in enumerate((people / "list.csv").read_text().split()[1:])
+    ]
+    return opened(table(people, rows, f"{header},group"))
+
+
+def test_a_column_of_groups_joins_persons_and_counts_in_videos(people):
+    """Three groups of ten persons and ten of one; both videos of a person stay together, too."""
+    videos = grouped_people(people, lambda i: f"big{i // 10}" if i < 30 else f"small{i}")
+    parts = faceforensics.split(videos)
+    sides = {name: set(videos.groups[indices]) for name, indices in parts.items()}
+    people_of = {name: {videos.keys[i][3] for i in rows} for name, rows in parts.items()}
+    for a, b in (("train", "val"), ("train", "test"), ("val", "test")):
+        assert not sides[a] & sides[b] and not people_of[a] & people_of[b]
+    assert [len(parts[name]) for name in ("train", "val", "test")] == [60, 8, 12]
+    assert {name[:3] for name in sides["test"] | sides["val"]} == {"sma"}
+    alone = faceforensics.split(videos, ["test"])["test"]
+    assert np.array_equal(alone, parts["test"])
+
+
+def test_groups_of_videos_are_in_the_fingerprint_and_follow_the_videos(people):
+    plain = opened(people)
+    videos = grouped_people(people, lambda i: f"g{i // 2}")
+    other = grouped_people(people, lambda i: f"g{i // 4}", "video_id,label,path,method,group2")
+    assert plain.groups is None and len({x.fingerprint for x in (plain, videos)}) == 2
+    assert other.groups is not None and other.fingerprint != videos.fingerprint
+    videos.select(np.array([5, 3]))
+    assert videos.groups.tolist() == ["g1", "g0"]
+
+
+def test_some_videos_without_a_group_are_refused(people):
+    with pytest.raises(InputError, match="2 of 80 rows without a group: list/web/p3, list/swap/p3"):
+        grouped_people(people, lambda i: "" if i == 3 else "g")
+
+
+def test_a_group_in_two_splits_is_refused_where_both_are_used(people):
+    rows = [
+        f"{row},{'train' if i < 60 else 'test'},{'x' if i in (0, 79) else f'g{i // 2}'}"
+        for i, row in enumerate((people / "list.csv").read_text().split()[1:])
+    ]
+    videos = opened(table(people, rows, "video_id,label,path,method,split,group"))
+    with pytest.raises(InputError, match=r"1 group is in two splits: x \(list/web/p0 in train, l"):
+        faceforensics.split(videos)
+    assert len(faceforensics.split(videos, ["test"])["test"]) == 20

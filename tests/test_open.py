@@ -113,3 +113,86 @@ def test_fingerprint_follows_the_content(tmp_path):
     assert open_images(str(root)).fingerprint == before
     picture(99, 30, 30).save(root / "a" / "0.png")
     assert open_images(str(root)).fingerprint != before
+
+
+def listed(folder, rows, header="path,label,group,split", name="list.csv", newline="\n"):
+    """A CSV beside a folder of the images 0.png to 5.png."""
+    image_folder(folder, [f"sub/{i}.png" for i in range(6)])
+    text = newline.join([header, *rows]) + newline
+    (folder / name).write_bytes(text.encode("utf-8-sig"))
+    return folder / name
+
+
+ROWS = [f"sub/{i}.png,{'ab'[i % 2]},p{i // 2},{['train', 'Dev', 'test'][i // 2]}" for i in range(6)]
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_a_table_lists_images_with_labels_groups_and_splits(tmp_path, newline):
+    rows = [*ROWS, "", ",,,"]
+    images = open_images(str(listed(tmp_path / "set", rows, newline=newline)))
+    assert images.ids == [f"sub/{i}.png" for i in range(6)] and images.classes == ["a", "b"]
+    assert images.labels.tolist() == [0, 1] * 3
+    assert images.groups.tolist() == ["p0", "p0", "p1", "p1", "p2", "p2"]
+    assert images.splits.tolist() == ["train", "train", "val", "val", "test", "test"]
+    first = torch.from_numpy(np.array(picture(3))).permute(2, 0, 1)
+    assert torch.equal(read_pixels(images, [3])[0], first)
+
+
+def test_columns_of_a_table_stand_in_any_order_and_others_are_named(tmp_path):
+    rows = [f'{i},"x, {i}",./sub/../sub\\{i}.png' for i in range(6)]
+    images = open_images(str(listed(tmp_path / "set", rows, "age, labels ,Path")))
+    assert images.ids == [f"sub/{i}.png" for i in range(6)]
+    assert not images.labeled and images.groups is None and not images.splits.any()
+    said = images.describe()
+    assert said.endswith("columns that are not read: age, labels; did you mean label?")
+    rows = [f"{tmp_path}/set/sub/0.png,a", f"{tmp_path}/apart/sub/1.png,", "sub/2.png"]
+    listed(tmp_path / "apart", [])
+    images = open_images(str(listed(tmp_path / "set", rows, "path,label")))
+    assert images.ids == ["sub/0.png", f"{tmp_path}/apart/sub/1.png", "sub/2.png"]
+    assert images.labels.tolist() == [0, -1, -1] and len(read_pixels(images, [0, 1, 2])) == 3
+
+
+def changed(number, cell, column):
+    cells = [row.split(",") for row in ROWS]
+    cells[number][column] = cell
+    return [",".join(row) for row in cells]
+
+
+@pytest.mark.parametrize(
+    ("rows", "header", "said"),
+    [
+        (ROWS, "file,label,group,split", r"has no path; needed are path, its columns are file,"),
+        (ROWS, "pth,label,group,split", r"did you mean pth\?"),
+        ([], "path,label", "has no rows"),
+        (ROWS, "path,label,label,split", "the column label stands twice"),
+        ([*ROWS[:2], "sub/2.png,a,p,train,x"], "path,label,group,split", "line 4: 5 cells"),
+        (['"sub/0.png,a'], "path,label", "not a readable .csv file in UTF-8"),
+        (changed(1, "sub/0.png", 0), None, r"1 file listed twice: sub/0.png \(line 2, line 3"),
+        (changed(1, "sub/9.png", 0), None, "1 of 6 files are missing: sub/9.png; relative paths"),
+        (changed(1, "notes.txt", 0), None, r"1 of 6 rows name no image: notes.txt \(line 3\)"),
+        (changed(1, "", 0), None, r"no image: . \(line 3\)"),
+        (changed(1, "tset", 3), None, "line 3: split 'tset', .* did you mean test"),
+        (changed(1, "", 3), None, "1 of 6 rows without a split: line 3"),
+        (changed(1, "", 2), None, "1 of 6 rows without a group: line 3"),
+    ],
+)
+def test_a_table_that_cannot_be_used_is_refused(tmp_path, rows, header, said):
+    with pytest.raises(InputError, match=said):
+        open_images(str(listed(tmp_path / "set", rows, header or "path,label,group,split")))
+
+
+def test_what_a_table_says_is_in_the_fingerprint(tmp_path):
+    prints = {
+        open_images(str(listed(tmp_path / "set", rows))).fingerprint
+        for rows in (ROWS, ROWS, *(changed(5, cell, k) for k, cell in ((1, "a"), (2, "x"))))
+    }
+    assert len(prints) == 3
+    assert open_images(str(listed(tmp_path / "set", ROWS, name="b.csv"))).fingerprint in prints
+
+
+def test_a_listed_file_that_is_no_image_is_named_when_it_is_read(tmp_path):
+    table = listed(tmp_path / "set", ROWS)
+    (tmp_path / "set" / "sub" / "4.png").write_text("text")
+    images = open_images(str(table))
+    with pytest.raises(InputError, match="image sub/4.png in list.csv cannot be read"):
+        images.decode(4)

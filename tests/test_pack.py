@@ -62,6 +62,17 @@ def test_a_packed_set_is_its_source(tmp_path, archive, capsys):
     assert f"read {plain.num_bytes / 1e6:.1f} MB" in said and "images/s" in said
 
 
+def test_a_packed_table_keeps_its_groups(tmp_path):
+    image_folder(tmp_path, [f"{i:02d}.png" for i in range(20)])
+    rows = [f"{i:02d}.png,{'ab'[i % 2]},p{i // 4}" for i in range(20)]
+    source = tmp_path / "list.csv"
+    source.write_text("\n".join(["path,label,group", *rows]))
+    plain, one = open_images(str(source)), open_images(str(packed(source)))
+    same(plain, one)
+    assert plain.fingerprint == one.fingerprint and plain.groups.tolist() == one.groups.tolist()
+    assert len(set(one.groups)) == 5 and open_images("sample").groups is None
+
+
 def test_the_embedded_set_can_be_packed(tmp_path):
     target = tmp_path / "sample.packed"
     assert __main__.main(["pack", "sample", str(target), "--workers", "1"]) == 0

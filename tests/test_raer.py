@@ -501,3 +501,18 @@ def test_the_embedded_clips_have_raers_classes_and_shares():
         [(parts["test"][:2], clips.eval_frames(parts["test"][:2], 8))], 1
     )
     assert face.shape == context.shape == (2, 8, 3, 32, 32) and not torch.equal(face, context)
+
+
+def test_validation_is_held_out_by_groups_that_are_given(tmp_path):
+    clips = opened(lectures(tmp_path / "raer"))
+    # Four persons a lecture: a fifth is one of five lectures.
+    lecture = [f"l{int(name[1:3]) // 4}" if name[0] == "p" else "t" for name in clips.ids]
+    clips.groups = np.array(lecture, dtype=object)
+    said = []
+    parts = raer.split(clips, say=said.append)
+    sides = {name: set(clips.groups[indices]) for name, indices in parts.items()}
+    assert len(sides["val"]) == 1 and len(sides["train"]) == 4 and not sides["val"] & sides["train"]
+    assert said == ["no val.txt: 24 training clips are held out for validation, whole groups each"]
+    clips.groups[np.flatnonzero(clips.splits == "test")] = "l0"
+    with pytest.raises(InputError, match=r"1 group is in two splits: l0 \(p00/c0 in train, t/1 in"):
+        raer.split(clips)

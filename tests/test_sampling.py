@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from common.data import sampling
+from common.data.images import Images
 from common.data.open import open_images
 from common.errors import InputError
 from common.run.dist import Dist
@@ -196,3 +197,100 @@ def test_a_weighted_order_is_a_function_of_seed_and_epoch_and_is_shared_out_whol
         np.array_equal(a, np.concatenate(b))
         for a, b in zip(batches, zip(*ranks, strict=True), strict=True)
     )
+
+
+def grouping(seed, num_groups=40, num_classes=3, mixed=True):
+    """Groups of very different sizes, each of one class or of all: (ids, labels, groups)."""
+    rng = np.random.default_rng(seed)
+    sizes = rng.zipf(1.7, num_groups).clip(1, 60)
+    groups = np.repeat([f"g{i:03d}" for i in range(num_groups)], sizes).astype(object)
+    labels = rng.integers(0, num_classes, len(groups))
+    if not mixed:
+        labels = np.repeat(rng.integers(0, num_classes, num_groups), sizes)
+    return [f"{name}/{i}" for i, name in enumerate(groups)], labels, groups
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+@pytest.mark.parametrize("seed", range(8))
+def test_groups_are_held_out_whole_and_no_class_is_lost_that_need_not_be(seed, mixed):
+    ids, labels, groups = grouping(seed, mixed=mixed)
+    everything = np.arange(len(ids))
+    held = sampling.hold_out(ids, labels, everything, 0.2, "s", groups)
+    rest = np.setdiff1d(everything, held)
+    assert (np.diff(held) > 0).all() and not set(groups[held]) & set(groups[rest])
+    assert set(labels[rest]) == set(labels)  # whatever is tested can be trained on
+    for label in set(labels) - set(labels[held]):
+        for name in set(groups[labels == label]):  # each group of it has the rest of some class
+            kept = rest[groups[rest] != name]
+            assert set(labels[kept]) < set(labels)
+    order = np.random.default_rng(seed).permutation(everything)
+    again = sampling.hold_out([], labels[order], everything, 0.2, "s", groups[order])
+    assert sorted(order[again]) == held.tolist()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_share_of_groups_is_one_of_items(seed):
+    """Of one class, no group is left that would come nearer to it."""
+    ids, labels, groups = grouping(seed, num_classes=1)
+    held = sampling.hold_out(ids, labels, np.arange(len(ids)), 0.2, "s", groups)
+    left = np.setdiff1d(np.arange(len(ids)), held)
+    sizes = np.unique(groups[left], return_counts=True)[1]
+    missing = 0.2 * len(ids) - len(held)
+    assert -0.5 * 60 <= missing <= 0.5 * sizes.min()
+    ids, labels, groups = grouping(seed, num_groups=300)
+    held = sampling.hold_out(ids, labels, np.arange(len(ids)), 0.2, "s", groups)
+    assert np.allclose(np.bincount(labels[held]) / np.bincount(labels), 0.2, atol=0.03)
+
+
+def test_a_class_in_one_group_alone_is_trained_on():
+    labels = np.array([0, 0, 1, 1, 0, 0, 0, 1])
+    groups = np.array(["a", "a", "b", "b", "c", "c", "d", "b"], dtype=object)
+    held = sampling.hold_out([], labels, np.arange(8), 0.5, "s", groups)
+    assert "b" not in groups[held] and 0 < len(held) < 5
+    # Two groups that hold both classes: one on each side, though half is more than was asked for.
+    labels, groups = np.array([0, 1, 0, 1]), np.array(["a", "a", "b", "b"], dtype=object)
+    assert len(sampling.hold_out([], labels, np.arange(4), 0.1, "s", groups)) == 2
+
+
+def images_of(labels, groups=None, splits=None):
+    ids = [f"{i:04d}.png" for i in range(len(labels))]
+    pixels = torch.zeros(len(ids), 3, 1, 1).byte()
+    classes = [f"c{i}" for i in range(max(labels) + 1)]
+    images = Images("x", ids, labels, classes, splits or [""] * len(ids), pixels=pixels)
+    images.groups = None if groups is None else np.array(groups, dtype=object)
+    return images
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_group_is_in_test_and_the_rest_or_in_dev_and_train(seed):
+    _, labels, groups = grouping(seed, num_groups=60)
+    labels = np.where(np.random.default_rng(seed).random(len(labels)) < 0.2, -1, labels)
+    said = []
+    parts = sampling.split(images_of(labels, groups), 0.7, said.append)
+    sides = {name: set(groups[indices]) for name, indices in parts.items()}
+    assert not sides["test"] & (sides["rest"] | sides["pretrain"])
+    for prefix in ("", "finetune_"):
+        assert not sides[f"{prefix}dev"] & sides[f"{prefix}train"]
+        used = len(parts["test"]) + len(parts[f"{prefix}dev"]) + len(parts[f"{prefix}train"])
+        assert used == (labels >= 0).sum()
+    left_out = len(labels) - len(parts["rest"]) - len(parts["test"])
+    assert not left_out or said[0].startswith(f"left out {left_out} unlabeled image")
+
+
+def test_a_class_that_groups_cost_a_part_is_named():
+    said = []
+    labels = [0, 0, 0, 0, 0, 0, 1, 1]
+    parts = sampling.split(images_of(labels, [*"abcdef", "g", "g"]), say=said.append)
+    assert 1 not in np.array(labels)[parts["test"]]
+    assert [line.partition(":")[0] for line in said] == [
+        f"WARN {name} has no images of c1" for name in ("test", "dev", "finetune_dev")
+    ]
+    own = images_of([0, 0, 0, 1], [*"abcd"], ["train", "val", "test", "train"])
+    sampling.split(own, say=said.append)  # what the data give themselves is their own affair
+    assert len(said) == 3
+
+
+def test_splits_of_the_data_that_share_a_group_are_refused():
+    images = images_of([0, 1, 0, 1], ["a", "b", "b", "c"], ["train", "train", "val", "test"])
+    with pytest.raises(InputError, match=r"1 group is in two splits: b \(0001.png in train, 0002"):
+        sampling.split(images)

@@ -541,3 +541,35 @@ def test_scales_do_not_depend_on_the_chunks(monkeypatch):
     values = RNG.normal(3, 2, (1000, 3)).astype(np.float32)
     low, high = values.std(0).min(), values.std(0).max()
     assert f"deviations {low:.3g} to {high:.3g}" in utterances._scale(values, None)
+
+
+def test_groups_come_from_a_column_or_an_array_and_stay_on_one_side(tmp_path):
+    rows = [f"u{i}\thi {i}\td{i // 6}" for i in range(120)]
+    data = open_utterances(tsv(tmp_path, "\n".join(["id\ttext\tGroup", *rows]) + "\n"))
+    numbers = open_utterances(npz(tmp_path, words=RNG.random((120, 2)), group=np.arange(120) // 6))
+    for table, names in ((data, [f"d{i // 6}" for i in range(120)]), (numbers, None)):
+        parts = split(table)
+        assert not set(table.groups[parts["train"]]) & set(table.groups[parts["test"]])
+        assert len(parts["test"]) == 18 and (names is None or table.groups.tolist() == names)
+    assert set(numbers.modalities) == {"words"} and numbers.groups.tolist()[-1] == "19"
+
+
+def test_groups_that_span_train_and_test_or_are_not_whole_are_refused(tmp_path):
+    header = "text\tsplit\tgroup\n"
+    bad = header + "a\ttrain\tx\nb\tdev\ty\nc\ttest\ty\n"
+    with pytest.raises(InputError, match=r"1 group is in two splits: y \(1 in train, 2 in test\)"):
+        split(open_utterances(tsv(tmp_path, bad)))
+    fine = header + "a\ttrain\tx\nb\tdev\tx\nc\ttest\ty\n"  # dev is trained on
+    assert split(open_utterances(tsv(tmp_path, fine)))["test"].tolist() == [2]
+    with pytest.raises(InputError, match=r"1 of 3 rows without a group: utterance 1 \(from 0\)"):
+        open_utterances(tsv(tmp_path, bad.replace("dev\ty", "dev\t")))
+    with pytest.raises(InputError, match=r"group is float64 of shape \(3,\); allowed is a text or"):
+        open_utterances(npz(tmp_path, words=RNG.random((3, 2)), group=np.arange(3.0)))
+
+
+def test_groups_are_in_the_fingerprint(tmp_path):
+    prints = {
+        open_utterances(tsv(tmp_path, text)).fingerprint
+        for text in ("text\na\nb\n", "text\tgroup\na\tx\nb\ty\n", "text\tgroup\na\tx\nb\tx\n")
+    }
+    assert len(prints) == 3

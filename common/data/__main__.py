@@ -13,7 +13,9 @@ def main(argv: list[str] | None = None) -> int:
     doc = f"Decode a data set once to uint8 pixels in one {SUFFIX} file, which --data then takes."
     parser = config.Parser(prog="python -m common.data", description=doc)
     parser.choice("command", ["pack"], None, "what to do")
-    parser.add_argument("src", metavar="SRC", help="folder, .zip of one, packed file or `sample`")
+    parser.add_argument(
+        "src", metavar="SRC", help="folder, .zip of one, .csv, packed file or `sample`"
+    )
     parser.add_argument(
         "dst", metavar="DST", help=f"the file to write, *{SUFFIX}; an old one is replaced"
     )

@@ -47,6 +47,7 @@ class Videos:
         ids: (n,) names, unique within a split.
         labels: (n,) int64 into `classes`; UNLABELED where there is no label.
         splits: (n,) "train", "val", "test", or "" where the data names none.
+        groups: (n,) names of what stays together, see `common.data.groups`; None: nothing does.
         frames: n int64 arrays, the positions of each video's frames in `images`, in order of time.
         lengths: (n,) int64, frames of each video.
         rates: (n,) float64, frames a second.
@@ -67,6 +68,7 @@ class Videos:
         frames,
         rates,
         images: Images,
+        groups=None,
     ):
         self.name = name
         self.ids = list(ids)
@@ -80,14 +82,17 @@ class Videos:
         digest = hashlib.sha256(f"{images.fingerprint}{self.ids}{list(self.splits)}".encode())
         for part in (self.labels, self.rates, self.lengths, *self.frames):
             digest.update(part.tobytes())
+        self.groups = groups if groups is None else np.asarray(groups, dtype=object)
+        if groups is not None:
+            digest.update(f"{list(groups)}".encode())
         self.fingerprint = digest.hexdigest()[:8]
         if images.content:
             files = images.files_of(np.concatenate(self.frames))
             names = [*self.classes, ""]  # the last is that of UNLABELED, which is -1
-            for fact, values in (
-                ("label", codes(names)[self.labels]),
-                ("split", codes(self.splits)),
-            ):
+            facts = {"label": codes(names)[self.labels], "split": codes(self.splits)}
+            if groups is not None:
+                facts["group"] = codes(groups)
+            for fact, values in facts.items():
                 of_files = np.zeros(len(images.content.names), np.int64)
                 of_files[files] = np.repeat(values, self.lengths)
                 images.content.facts[fact] = of_files
@@ -188,6 +193,8 @@ class Videos:
         self.frames = [self.frames[i] for i in kept]
         self.labels = self.labels[kept]
         self.splits = self.splits[kept]
+        if self.groups is not None:
+            self.groups = self.groups[kept]
         self.lengths = self.lengths[kept]
         self.rates = self.rates[kept]
 

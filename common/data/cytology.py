@@ -18,6 +18,10 @@ from what is left, evenly: a label that holds less than its share leaves the res
 ones. The target labels give B1 and B2 in proportion to their sizes, each label the same share to
 each. Where there are fewer images than the protocol asks for, the sets shrink and `notes` says so.
 No image is in two sets.
+
+With groups (see `common.data.groups`) the share that B2 has of the target labels is held out of all
+labels first, in whole groups. What is held out gives B2 and three tenths of A2, its dev and test;
+the rest gives A1, the training part of A2, and B1.
 """
 
 import shlex
@@ -25,8 +29,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common.data.images import Images
-from common.data.sampling import FINETUNE_DEV_SHARE, TEST_SHARE, hash_order, hold_out
+from common.data.images import UNLABELED, Images
+from common.data.sampling import FINETUNE_DEV_SHARE, TEST_SHARE, hash_order, hold_out, say_lost
 from common.errors import InputError, first_few
 from common.run import checkpoint
 from common.run.files import read_json, run_dir_of, write_json
@@ -62,8 +66,13 @@ def target_labels(text: str) -> list[str]:
     return names
 
 
-def draw(images: Images, targets: list[str]) -> tuple[dict[str, np.ndarray], list[str]]:
+def draw(
+    images: Images, targets: list[str], tested: np.ndarray | None = None
+) -> tuple[dict[str, np.ndarray], list[str]]:
     """The sets A1, A2, B1, B2 as sorted indices, and notes on what is smaller than asked for.
+
+    Args:
+        tested: (n,) bool, the images of the groups that are held out; None without groups.
 
     Raises:
         InputError: a target label is not in the data, or a set would be empty.
@@ -91,6 +100,12 @@ def draw(images: Images, targets: list[str]) -> tuple[dict[str, np.ndarray], lis
     notes = [f"the data's own splits ({', '.join(splits)}) are not used"] if splits else []
     each = SIZES["A2"] // NUM_LABELS["A2"]
     taken = {name: min(each, counts[name] // 2) for name in others[: NUM_LABELS["A2"]]}
+    if tested is not None:
+        for name, most in taken.items():
+            held, trained = _sides(members[name], tested)
+            held = held[: round(2 * TEST_SHARE * most)]
+            members[name] = np.concatenate([held, trained])
+            taken[name] = len(held) + min(most - len(held), len(trained) // 2)
     pool = {name: members[name][taken[name] :] for name in others[: NUM_LABELS["A1"]]}
     share = _even(SIZES["A1"], {name: len(rows) for name, rows in pool.items()})
     total = sum(counts[name] for name in targets)
@@ -98,8 +113,16 @@ def draw(images: Images, targets: list[str]) -> tuple[dict[str, np.ndarray], lis
         part: min(SIZES[part], total * SIZES[part] // (SIZES["B1"] + SIZES["B2"]))
         for part in ("B1", "B2")
     }
-    b2 = _proportional(wanted["B2"], {name: counts[name] for name in targets})
-    b1 = _proportional(wanted["B1"], {name: counts[name] - b2[name] for name in targets})
+    holds = {name: counts[name] for name in targets}
+    if tested is not None:
+        holds = {name: int(tested[members[name]].sum()) for name in targets}
+    b2 = _proportional(min(wanted["B2"], sum(holds.values())), holds)
+    if tested is not None:
+        for name in targets:
+            held, trained = _sides(members[name], tested)
+            members[name] = np.concatenate([held[: b2[name]], trained])
+    holds = {name: len(members[name]) - b2[name] for name in targets}
+    b1 = _proportional(min(wanted["B1"], sum(holds.values())), holds)
     drawn = {
         "A1": [rows[: share[name]] for name, rows in pool.items()],
         "A2": [members[name][:count] for name, count in taken.items()],
@@ -114,8 +137,8 @@ def draw(images: Images, targets: list[str]) -> tuple[dict[str, np.ndarray], lis
     for part, rows in sets.items():
         if not len(rows):
             raise InputError(
-                f"{images.name}: {part} would be empty;"
-                " --protocol cytology needs labels besides the targets"
+                f"{images.name}: {part} would be empty; --protocol cytology needs labels besides"
+                " the targets" + (", each in several groups" if tested is not None else "")
             )
     for part, most in NUM_LABELS.items():
         if len(others) < most:
@@ -133,6 +156,10 @@ def draw(images: Images, targets: list[str]) -> tuple[dict[str, np.ndarray], lis
         if len(sets[part]) < most:
             notes.append(f"{part} has {len(sets[part]):,} images instead of {most:,}")
     return sets, notes
+
+
+def _sides(rows: np.ndarray, tested: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return rows[tested[rows]], rows[~tested[rows]]
 
 
 def _even(total: int, holds: dict[str, int]) -> dict[str, int]:
@@ -169,27 +196,52 @@ def protocol(
         what `save` writes.
 
     Raises:
-        InputError: the stored sets are of other target labels, or name images that the data no
-            longer has.
+        InputError: the stored sets are of other target labels or groups, or name images that the
+            data no longer has.
     """
+    ids = images.ids
+    labels = images.labels
+    groups = images.groups
     file, record = next(filter(all, map(_stored_sets, stored)), (None, None))
+    tested = None
     if file is None:
-        rows, notes = draw(images, targets)
-        names = {part: [images.ids[i] for i in indices] for part, indices in rows.items()}
-        record = {"target_labels": targets, "notes": notes, "sets": names}
+        drawn_groups = {}
+        if groups is not None:
+            share = SIZES["B2"] / (SIZES["B1"] + SIZES["B2"])
+            labeled = np.flatnonzero(labels != UNLABELED)
+            held = hold_out(ids, labels, labeled, share, "protocol", groups)
+            drawn_groups["test_groups"] = sorted(set(groups[held]))
+            tested = _in_groups(images, drawn_groups)
+        rows, notes = draw(images, targets, tested)
+        names = {part: [ids[i] for i in indices] for part, indices in rows.items()}
+        record = {"target_labels": targets, "notes": notes, "sets": names} | drawn_groups
     else:
         rows = _stored_rows(file, record, images, targets)
+        tested = _in_groups(images, record)
+        trained = np.concatenate([rows["A1"], rows["B1"]])
+        same = ("test_groups" in record) == (groups is not None)
+        if tested is not None:
+            same = same and tested[rows["B2"]].all() and not tested[trained].any()
+        if not same:
+            raise InputError(
+                f"{file} was drawn with other groups, or with none: give the same --group-by"
+            )
     for note in record.get("notes", []):
         say(f"protocol: {note}")
     sizes = ", ".join(f"{part} {len(indices):,}" for part, indices in rows.items())
     say(f"protocol: {sizes} images; " + (f"the sets of {file}" if file else "drawn by their names"))
-    ids = images.ids
-    labels = images.labels
-    dev_share = TEST_SHARE / (1 - TEST_SHARE)
-    test = hold_out(ids, labels, rows["A2"], TEST_SHARE, "test")
-    rest = np.setdiff1d(rows["A2"], test)
-    dev = hold_out(ids, labels, rest, dev_share, "dev")
-    finetune_dev = hold_out(ids, labels, rows["B1"], FINETUNE_DEV_SHARE, "dev")
+    if tested is None:
+        dev_share = TEST_SHARE / (1 - TEST_SHARE)
+        test = hold_out(ids, labels, rows["A2"], TEST_SHARE, "test")
+        rest = np.setdiff1d(rows["A2"], test)
+        dev = hold_out(ids, labels, rest, dev_share, "dev")
+    else:
+        held, _ = _sides(rows["A2"], tested)
+        test = hold_out(ids, labels, held, 0.5, "test", groups)
+        rest = np.setdiff1d(rows["A2"], test)
+        dev = np.setdiff1d(held, test)
+        say_lost(images, rows["A2"], {"dev": dev, "test": test}, say)
+    finetune_dev = hold_out(ids, labels, rows["B1"], FINETUNE_DEV_SHARE, "dev", groups)
     parts = {
         "rest": rows["A1"],
         "pretrain": hold_out(ids, labels, rows["A1"], fraction, "fraction"),
@@ -207,6 +259,14 @@ def protocol(
     return parts, classes, record
 
 
+def _in_groups(images: Images, record: dict) -> np.ndarray | None:
+    # (n,) bool, the images in the record's groups; None where either has none.
+    if images.groups is None or "test_groups" not in record:
+        return None
+    names = set(record["test_groups"])
+    return np.array([group in names for group in images.groups], bool)
+
+
 def _stored_sets(source: str | Path) -> tuple[Path, dict | None]:
     # What `save` wrote, in a checkpoint or in the run directory; and where that was.
     path = Path(source)
@@ -214,7 +274,8 @@ def _stored_sets(source: str | Path) -> tuple[Path, dict | None]:
         return path, held["split"]
     file = run_dir_of(source) / "split.json"
     sets = {name: [str] for name in SIZES}
-    return file, read_json(file, {"target_labels": [str], "notes": [str], "sets": sets})
+    groups = {"test_groups": [str]}
+    return file, read_json(file, {"target_labels": [str], "notes": [str], "sets": sets, **groups})
 
 
 def _stored_rows(
@@ -239,7 +300,9 @@ def _stored_rows(
     }
 
 
-def check_start(source: str, model_spec: dict, targets: list[str] | None, images: Images) -> None:
+def check_start(
+    source: str, model_spec: dict, targets: list[str] | None, group_by: str | None, images: Images
+) -> None:
     """Refuse to start from a run that saw other sets of the same images.
 
     What it was trained on could be what this one is tested on.
@@ -248,17 +311,26 @@ def check_start(source: str, model_spec: dict, targets: list[str] | None, images
         source: what --from names.
         model_spec: of that run.
         targets: the target labels of this run; None without the protocol.
+        group_by: its --group-by.
 
     Raises:
         InputError: it did.
     """
-    if model_spec.get("targets", targets) == targets:
+    if not model_spec:
         return
-    if checkpoint.config_of(source).get("identity", {}).get("data") == images.fingerprint:
+    before = checkpoint.config_of(source)
+    if before.get("identity", {}).get("data") != images.fingerprint:
+        return
+    may = "it may have been trained on what this one tests on. Give the same"
+    if model_spec.get("targets", targets) != targets:
         raise InputError(
             f"--from {source} has the protocol's target labels {_listed(model_spec['targets'])},"
-            f" this command {_listed(targets)}: it may have been trained on what this one tests"
-            " on. Give the same --protocol and --target-labels"
+            f" this command {_listed(targets)}: {may} --protocol and --target-labels"
+        )
+    if before.get("group_by") != group_by:
+        raise InputError(
+            f"--from {source} has --group-by {before.get('group_by')}, this command {group_by}:"
+            f" {may} --group-by"
         )
 
 

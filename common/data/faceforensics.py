@@ -17,8 +17,6 @@ A video's key is (dataset, method, compression, video), so that the manipulation
 folders share a name, stay videos of their own. `split` refuses parts that share a person.
 """
 
-import csv
-import io
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -37,6 +35,7 @@ from common.data.clips import (
     natural_order,
     renaming,
 )
+from common.data.groups import check_column, joined, refuse_spanning
 from common.data.images import (
     DECODE_ERRORS,
     SPLITS,
@@ -49,10 +48,11 @@ from common.data.images import (
     is_image,
     list_files,
     reason,
+    split_of_cell,
 )
 from common.data.sampling import TEST_SHARE, hold_out
 from common.data.synthetic import face_clips
-from common.errors import InputError, did_you_mean, first_few, plural
+from common.errors import InputError, first_few, plural
 
 REAL, FAKE = 0, 1
 CLASSES = ["real", "fake"]
@@ -80,6 +80,7 @@ class _Record(NamedTuple):
     split: str
     files: list[str]  # the frames in order of time, or the one video file
     missing: str = ""  # why the video cannot be used
+    group: str = ""  # of a CSV's column
 
     @property
     def name(self) -> str:
@@ -121,7 +122,8 @@ class FaceVideos(Videos):
         ids = [record.name for record in records]
         labels = [record.label for record in records]
         splits = [record.split for record in records]
-        super().__init__(name, ids, labels, CLASSES, splits, frames, rates, images)
+        groups = [record.group for record in records] if records[0].group else None
+        super().__init__(name, ids, labels, CLASSES, splits, frames, rates, images, groups)
         self.keys = [record.key for record in records]
         self.missing = list(missing)
         self.unlisted = list(unlisted)
@@ -291,14 +293,19 @@ def split(videos: FaceVideos, names=("train", "val", "test")) -> dict[str, np.nd
     They are the data's own, or 15 % each for validation and test where it has none. Parts are held
     out by person, in the closure of the pairs: whoever appears with somebody in one video is on his
     side. They are stratified by what a group holds and depend on the videos' names and splits
-    alone, so a part is the same whichever others are asked for.
+    alone, so a part is the same whichever others are asked for. The videos' `groups` join persons,
+    too, and then a part's share is one of the videos.
 
     Raises:
-        InputError: two of the parts share a person, or a part lacks real or fake videos.
+        InputError: two of the parts share a person or a group, or a part lacks real or fake videos.
     """
     persons = [[f"{key[0]}/{person}" for person in identities(key[3])] for key in videos.keys]
     parts = {name: np.flatnonzero(videos.splits == name) for name in ("train", "val", "test")}
-    _refuse_shared_persons(videos, persons, {name: parts[name] for name in names})
+    asked = {name: parts[name] for name in names}
+    refuse_spanning(videos, persons, asked, "person", lambda name: name.split("/", 1)[1])
+    if videos.groups is not None:
+        refuse_spanning(videos, videos.groups[:, None], asked)
+        persons = [[*who, f"//{group}"] for who, group in zip(persons, videos.groups, strict=True)]
     labeled = videos.labels != UNLABELED
     pool = parts["train"] if any(map(len, parts.values())) else np.flatnonzero(labeled)
     for name, share in (("test", TEST_SHARE), ("val", TEST_SHARE / (1 - TEST_SHARE))):
@@ -317,24 +324,6 @@ def split(videos: FaceVideos, names=("train", "val", "test")) -> dict[str, np.nd
     return parts
 
 
-def _refuse_shared_persons(videos: FaceVideos, persons, parts: dict[str, np.ndarray]) -> None:
-    seen: dict[str, dict[str, int]] = defaultdict(dict)  # person -> split -> a video
-    for name, indices in parts.items():
-        for index in indices:
-            for person in persons[index]:
-                seen[person].setdefault(name, int(index))
-    examples = []
-    for person, video_in in seen.items():
-        if len(video_in) > 1:
-            places = ", ".join(f"{videos.ids[i]} in {name}" for name, i in video_in.items())
-            examples.append(f"{person.split('/', 1)[1]} ({places})")
-    if examples:
-        raise InputError(
-            f"{videos.name}: {len(examples)} persons are in two splits: {first_few(examples)};"
-            " fix the splits"
-        )
-
-
 def identities(video: str) -> tuple[str, ...]:
     """The persons in a video, as its name tells them.
 
@@ -349,32 +338,25 @@ def identities(video: str) -> tuple[str, ...]:
 def _hold_out_persons(
     videos: FaceVideos, persons, pool: np.ndarray, share: float, salt: str
 ) -> np.ndarray:
-    leader: dict[str, str] = {}
-
-    def find(person: str) -> str:
-        while leader.setdefault(person, person) != person:
-            leader[person] = person = leader[leader[person]]
-        return person
-
-    for index in pool:
-        roots = sorted(find(person) for person in persons[index])
-        for root in roots[1:]:
-            leader[find(root)] = find(roots[0])
-    groups_of = defaultdict(list)
-    for index in pool:
-        groups_of[find(persons[index][0])].append(index)
-    groups = list(groups_of.values())
-    # The labels and methods that a group holds are its stratum.
-    strata = [
-        tuple(sorted({(int(videos.labels[i]), videos.keys[i][1]) for i in group}))
-        for group in groups
-    ]
-    number = {stratum: i for i, stratum in enumerate(sorted(set(strata)))}
-    labels = np.array([number[stratum] for stratum in strata], np.int64)
     # A group is known by its first person, whatever the order of the videos.
-    names = [min(person for i in group for person in persons[i]) for group in groups]
-    chosen = hold_out(names, labels, np.arange(len(names)), share, salt)
-    return np.array(sorted(i for k in chosen for i in groups[k]), np.int64)
+    group_of = np.array(joined([persons[index] for index in pool]), dtype=object)
+    kinds = [(int(videos.labels[i]), videos.keys[i][1]) for i in pool]  # label and method
+    if videos.groups is not None:
+        labels = np.array(_numbers(kinds))
+        return pool[hold_out([], labels, np.arange(len(pool)), share, salt, group_of)]
+    kinds_of = defaultdict(set)
+    for group, kind in zip(group_of, kinds, strict=True):
+        kinds_of[group].add(kind)
+    names = list(kinds_of)
+    # What a group holds is its stratum.
+    labels = np.array(_numbers([tuple(sorted(kinds_of[name])) for name in names]))
+    chosen = {names[i] for i in hold_out(names, labels, np.arange(len(names)), share, salt)}
+    return pool[[group in chosen for group in group_of]]
+
+
+def _numbers(values: list) -> list[int]:
+    number = {value: i for i, value in enumerate(sorted(set(values)))}
+    return [number[value] for value in values]
 
 
 def _sample(path: str) -> FaceVideos:
@@ -436,7 +418,9 @@ def _records(tree: _Tree, only: str, place: Path, labels: bool) -> tuple[list[_R
         return [_Record(("", "", "", Path(only).stem), UNLABELED, "", [only])], []
     tables = [name for name in tree.lists if name.lower().endswith(".csv") and only in ("", name)]
     if only or (tables and not _official(tree)):
-        return [record for name in tables for record in _from_csv(tree, name, place)], []
+        records = [record for name in tables for record in _from_csv(tree, name, place)]
+        check_column(tree.path, [record.group for record in records], [r.name for r in records])
+        return records, []
     jsons = {name: _parsed(tree, name) for name in tree.lists if name.lower().endswith(".json")}
     benches = {name: content for name, content in jsons.items() if _is_bench(content)}
     if benches:
@@ -613,37 +597,20 @@ def _bench_entries(tree: _Tree, content: dict) -> Iterator[tuple]:
 
 
 def _from_csv(tree: _Tree, name: str, place: Path) -> list[_Record]:
-    try:
-        text = reading.decode_table(tree.lists[name], f"{tree.path}: {name}")
-        rows = list(csv.DictReader(io.StringIO(text), restval=""))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{tree.path}: {name} is not a readable .csv file: {error}") from None
-    lacking = [column for column in _COLUMNS if rows and column not in rows[0]]
-    if lacking or not rows:
-        raise InputError(
-            f"{tree.path}: {name} has no {' or '.join(lacking) or 'rows'};"
-            f" needed are {','.join(_COLUMNS)}"
-        )
+    what = f"{tree.path}: {name}"
+    rows = reading.csv_rows(tree.lists[name], what, _COLUMNS)
     records = []
-    for line, row in enumerate(rows, 2):
-        label = _LABELS.get(row["label"].strip().lower())
-        part = (row.get("split") or "").strip().lower()
+    for line, row in rows:
+        label = _LABELS.get(row["label"].lower())
         if label is None:
             raise InputError(
-                f"{tree.path}: {name} line {line}: label {row['label']!r},"
-                f" allowed are {', '.join(_LABELS)}"
+                f"{what} line {line}: label {row['label']!r}, allowed are {', '.join(_LABELS)}"
             )
-        if part and part not in SPLITS:
-            hint = did_you_mean(part, SPLITS)
-            raise InputError(
-                f"{tree.path}: {name} line {line}: split {part!r},"
-                f" allowed are train, val, test{hint}"
-            )
-        files = tree.videos.get(_within(row["path"].strip(), name, place), [])
-        method = (row.get("method") or "").strip()
-        key = (PurePosixPath(name).stem, method, "", row["video_id"].strip())
+        part = split_of_cell(row.get("split", ""), f"{what} line {line}")
+        files = tree.videos.get(_within(row["path"], name, place), [])
+        key = (PurePosixPath(name).stem, row.get("method", ""), "", row["video_id"])
         missing = "" if files else f"nothing at {row['path']}"
-        records.append(_Record(key, label, SPLITS.get(part, ""), files, missing))
+        records.append(_Record(key, label, part, files, missing, row.get("group", "")))
     return records
 
 

@@ -90,6 +90,8 @@ class Images:
         ids: (n,) names within the folder or archive.
         labels: (n,) int64 into `classes`; UNLABELED where there is no label.
         splits: (n,) "train", "val", "test", or "" where the data names none.
+        groups: (n,) names of what stays together, see `common.data.groups`; None: nothing does.
+        note: what `describe` adds.
         native_size: median shorter side of the images in pixels.
         store_size: side of the decoded squares in pixels.
         sizes: (n,) int64, bytes of the items' files; empty where there are none.
@@ -101,6 +103,8 @@ class Images:
 
     # JPEG is decoded at a fraction of its size where that is enough for the squares.
     _drafts = True
+    groups: np.ndarray | None = None
+    note = ""
 
     def __init__(
         self,
@@ -152,7 +156,7 @@ class Images:
         """`blood_cells.zip: 4886 images in 3 classes (RBC 4153, ...), ...`"""
         labels = describe_labels(self.labels, self.classes, self.splits)
         sizes = f"{self.native_size} px, stored at {self.store_size} px"
-        return f"{self.name}: {len(self)} images{labels}; {sizes}"
+        return f"{self.name}: {len(self)} images{labels}; {sizes}{self.note}"
 
     def labels_in(self, classes: list[str], indices: np.ndarray | None = None) -> np.ndarray:
         """The labels (n,) numbered as in `classes` (a model's).
@@ -340,6 +344,8 @@ class Images:
         self.ids = [self.ids[i] for i in kept]
         self.labels = self.labels[kept]
         self.splits = self.splits[kept]
+        if self.groups is not None:
+            self.groups = self.groups[kept]
         self.sizes = self.sizes[kept]
         self._read_bytes = read
 
@@ -613,6 +619,19 @@ def below_common_folder(files: list[str], is_content) -> list[tuple[str, ...]]:
     ):
         paths = [parts[1:] for parts in paths]
     return paths
+
+
+def split_of_cell(cell: str, where: str) -> str:
+    """The split that a cell of a table names: "train", "val", "test", or "" for an empty one.
+
+    Raises:
+        InputError: it is no split.
+    """
+    name = cell.lower()
+    if name and name not in SPLITS:
+        hint = did_you_mean(name, SPLITS)
+        raise InputError(f"{where}: split {cell!r}, allowed are train, val, test{hint}")
+    return SPLITS.get(name, "")
 
 
 def describe_labels(labels: np.ndarray, classes: list[str], splits: np.ndarray) -> str:

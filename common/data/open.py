@@ -1,4 +1,4 @@
-"""Open a set of images: a folder, a .zip of one, a packed file, or the embedded sample."""
+"""Open a set of images: a folder, a .zip of one, a .csv, a packed file, or the embedded sample."""
 
 import torch
 
@@ -14,6 +14,7 @@ from common.data.images import (
     list_files,
 )
 from common.data.synthetic import cytology
+from common.data.table import open_table
 from common.errors import InputError, first_few, plural
 
 
@@ -42,7 +43,7 @@ def prepare(
 
 
 def open_images(path: str | tuple[str, ...], labels: bool = True) -> Images:
-    """The images of a folder, a .zip, a packed file, or of the embedded data set (`sample`).
+    """The images of a folder, a .zip, a .csv, a packed file, or the embedded data set (`sample`).
 
     A folder of folders gives the labels; `train/`, `val/` (or dev) and `test/` above them give the
     splits; images in no folder are unlabeled. One folder that holds everything is looked through.
@@ -66,6 +67,8 @@ def open_images(path: str | tuple[str, ...], labels: bool = True) -> Images:
         place = existing(path)
         if place.suffix == pack.SUFFIX and not place.is_dir():
             return pack.PackedImages(place)
+        if place.suffix.lower() == ".csv" and not place.is_dir():
+            return open_table(place)
         if not labels and not place.is_dir() and path.lower().endswith(SUFFIXES):
             path = (path,)
     files, sizes, keys, read = list_files(path, is_image, () if labels else SUFFIXES)

@@ -2,16 +2,16 @@
 
 `python -m common.data pack SRC DST` writes it.
 
-Layout of the file: `_MAGIC`, the pixels (n, 3, S, S), then JSON (names, labels, splits, sizes, one
-CRC-32 an image and one digest of each file that they come from), and a trailer with the JSON's
-length and its SHA-256. Pixels come first, so that packing streams; what is known only at the end is
-at the end.
+Layout of the file: `_MAGIC`, the pixels (n, 3, S, S), then JSON (names, labels, splits, groups
+where there are any, sizes, one CRC-32 an image and one digest of each file that they come from),
+and a trailer with the JSON's length and its SHA-256. Pixels come first, so that packing streams;
+what is known only at the end is at the end.
 
-A packed set is the set that it was made of: the same ids, labels, splits and, at the side it was
-packed at, the same batches. So a run is the same run on either: the fingerprint is the source's. It
-is another one where the pixels of the same command differ from the source's: packed at another side
-than the source's default and not asked for by `--store-size`, resized from the packed side, or
-packed without damaged images.
+A packed set is the set that it was made of: the same ids, labels, splits, groups and, at the side
+it was packed at, the same batches. So a run is the same run on either: the fingerprint is the
+source's. It is another one where the pixels of the same command differ from the source's: packed at
+another side than the source's default and not asked for by `--store-size`, resized from the packed
+side, or packed without damaged images.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ _MAGIC = b"packed uint8 images, version 1\n\0"
 _TRAILER = struct.Struct("<Q32s")  # length and SHA-256 of the JSON in front of it
 # Of pixels decoded together: bounds the memory, which holds three such batches.
 _BATCH_BYTES = 16 * 2**20
-_MAX_LISTS = 100  # of an index; it has five
+_MAX_LISTS = 100  # of an index; it has six
 _FIELDS = {
     "ids",
     "labels",
@@ -70,6 +70,8 @@ class PackedImages(Images):
         self.classes = index["classes"]
         self.labels = np.array(index["labels"], np.int64)
         self.splits = np.array(index["splits"], dtype=object)
+        if "groups" in index:
+            self.groups = np.array(index["groups"], dtype=object)
         self.native_size = index["native_size"]
         self._source = index["fingerprint"]
         self.num_bytes = path.stat().st_size
@@ -218,8 +220,12 @@ def _is_index(index) -> bool:
     ids, splits, classes, labels, crc = lists
     sizes = [index[name] for name in ("native_size", "default_size", "store_size")]
     digests = index.get("digests", "")
+    groups = index.get("groups", ids)
     return (
-        len(ids) == len(splits) == len(labels) == len(crc) > 0
+        isinstance(groups, list)
+        and all(type(name) is str for name in groups)
+        and len(groups) == len(ids)
+        and len(ids) == len(splits) == len(labels) == len(crc) > 0
         and all(type(name) is str for name in (*ids, *classes, *splits, index["fingerprint"]))
         and index["fingerprint"].isascii()
         and len(set(classes)) == len(classes)
@@ -268,6 +274,8 @@ def pack(images: Images, path: Path, *, default_size: int, left_out=(), workers:
                 "crc": crc,
                 "digests": _digests(images).tobytes().hex(),
             }
+            if images.groups is not None:
+                index["groups"] = images.groups.tolist()
             text = json.dumps(index).encode()
             file.write(text + _TRAILER.pack(len(text), hashlib.sha256(text).digest()))
     except OSError as error:

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from common import reading
 from common.data.clips import Videos, natural_order, renaming
+from common.data.groups import refuse_spanning
 from common.data.images import (
     DECODE_ERRORS,
     SPLITS,
@@ -49,7 +50,7 @@ from common.data.images import (
     reason,
     upright_size,
 )
-from common.data.sampling import hash_order
+from common.data.sampling import hold_out, hold_out_groups
 from common.data.synthetic import emotion_clips
 from common.errors import InputError, first_few, plural
 from common.rng import uniform
@@ -360,13 +361,17 @@ def split(clips: EmotionClips, names=("train", "val", "test"), say=print) -> dic
     """The indices of the parts `names`: the data's own.
 
     Where it has no validation part, that is a fifth of the training part. That is held out by the
-    clips' parent folders, a lecture's or a person's, where this leaves every class on both sides,
-    and else by clip; stratified by class, a function of the names alone, and said.
+    clips' `groups`, or their parent folders, a lecture's or a person's, where this leaves every
+    class on both sides, and else by clip; stratified by class, a function of the names alone, and
+    said.
 
     Raises:
-        InputError: a part has no clips, or the training part none of some class.
+        InputError: a part has no clips, or the training part none of some class; two parts share a
+            group.
     """
     parts = {name: np.flatnonzero(clips.splits == name) for name in ("train", "val", "test")}
+    if clips.groups is not None:
+        refuse_spanning(clips, clips.groups[:, None], {name: parts[name] for name in names})
     if not len(parts["val"]) and len(parts["train"]) and ("train" in names or "val" in names):
         parts["val"], groups = _hold_out(clips, parts["train"])
         parts["train"] = np.setdiff1d(parts["train"], parts["val"])
@@ -386,26 +391,17 @@ def split(clips: EmotionClips, names=("train", "val", "test"), say=print) -> dic
 
 
 def _hold_out(clips: EmotionClips, pool: np.ndarray) -> tuple[np.ndarray, str]:
-    labels = clips.labels[pool]
-    counts = np.bincount(labels, minlength=len(clips.classes))
-    target = np.maximum(np.minimum(np.maximum(VAL_SHARE * counts, 1), counts - 1), 0)
+    ids, labels = clips.ids, clips.labels
+    if clips.groups is not None:
+        return hold_out(ids, labels, pool, VAL_SHARE, "val", clips.groups), "groups"
+    counts = np.bincount(labels[pool], minlength=len(clips.classes))
     for kind, name_of in (("parent folders", posixpath.dirname), ("clips", str)):
-        groups = defaultdict(list)
-        for index in pool:
-            groups[name_of(clips.ids[index])].append(index)
-        held = np.zeros(len(counts))  # clips of each class that are held out so far
-        chosen = []
-        names = list(groups)
-        for number in hash_order(names, np.arange(len(names)), "val"):
-            members = groups[names[number]]
-            more = held + np.bincount(clips.labels[members], minlength=len(counts))
-            nearer = np.square(held - target) - np.square(more - target)
-            if (nearer / np.square(np.maximum(target, 1))).sum() > 0:
-                held = more
-                chosen += members
+        groups = np.array([name_of(name) for name in ids], dtype=object)
+        chosen = hold_out_groups(groups, labels, pool, VAL_SHARE, "val", keep_classes=False)
+        held = np.bincount(labels[chosen], minlength=len(counts))
         # By clip every class with two clips or more has one on either side.
         if kind == "clips" or ((held > 0) & (held < counts))[counts > 1].all():
-            return np.sort(np.array(chosen, np.int64)), kind
+            return chosen, kind
 
 
 def crop_square(image: Image.Image, box: np.ndarray, side: int) -> Tensor:

@@ -9,8 +9,9 @@ import hashlib
 
 import numpy as np
 
+from common.data.groups import refuse_spanning, same_groups
 from common.data.images import UNLABELED, Images
-from common.errors import InputError
+from common.errors import InputError, first_few, plural
 from common.rng import uniform
 
 TEST_SHARE = 0.15
@@ -34,15 +35,22 @@ def hash_order(ids: list[str], indices: np.ndarray, salt: str) -> list[int]:
 
 
 def hold_out(
-    ids: list[str], labels: np.ndarray, indices: np.ndarray, share: float, salt: str
+    ids: list[str],
+    labels: np.ndarray,
+    indices: np.ndarray,
+    share: float,
+    salt: str,
+    groups: np.ndarray | None = None,
 ) -> np.ndarray:
     """A class-stratified share of `indices`, chosen by a hash of the item's name: sorted int64.
 
     It depends on nothing else, so every run and every stage holds out the same items; shares are
     nested, and items added later do not move the others from one side to the other at random. Each
     class gives round(share * its count), at least one when it has two or more items and 0 < share <
-    1.
+    1. With `groups` (n,) see `hold_out_groups`.
     """
+    if groups is not None:
+        return hold_out_groups(groups, labels, indices, share, salt)
     chosen: list[int] = []
     for label in np.flatnonzero(np.bincount(labels[indices] - UNLABELED)) + UNLABELED:
         members = indices[labels[indices] == label]
@@ -55,7 +63,58 @@ def hold_out(
     return np.array(sorted(chosen), np.int64)
 
 
-def split(images: Images, fraction: float = 1.0) -> dict[str, np.ndarray]:
+def hold_out_groups(
+    groups: np.ndarray,
+    labels: np.ndarray,
+    indices: np.ndarray,
+    share: float,
+    salt: str,
+    keep_classes: bool = True,
+) -> np.ndarray:
+    """As `hold_out`, in whole groups: items of a name in `groups` (n,) are on one side.
+
+    Groups are gone through in the order of a hash of their names; one is held out if that brings
+    the classes' counts of items nearer to their shares.
+
+    Args:
+        keep_classes: first those groups that exceed no class's share; none that holds all that is
+            left of a class, which could not be trained on then; and if that leaves a class out,
+            the group of it that does least harm.
+    """
+    classes, labels = np.unique(labels[indices], return_inverse=True)
+    names, groups = np.unique(groups[indices], return_inverse=True)
+    sizes = np.zeros((len(names), len(classes)), np.int64)  # items by group and class
+    np.add.at(sizes, (groups, labels), 1)
+    counts = sizes.sum(0)
+    target = np.maximum(np.minimum(np.maximum(share * counts, 1), counts - 1), 0)
+    order = hash_order(names, np.arange(len(names)), salt)
+    chosen = np.zeros(len(names), bool)
+    held = np.zeros(len(classes), np.int64)  # items of each class in the chosen groups
+
+    def gain(group: int, most=np.inf) -> float:
+        more = held + sizes[group]
+        if (more > most).any() or (keep_classes and (more == counts)[sizes[group] > 0].any()):
+            return -np.inf
+        nearer = np.square(held - target) - np.square(more - target)
+        return (nearer / np.square(np.maximum(target, 1))).sum()
+
+    def choose(group: int) -> None:
+        chosen[group] = True
+        held[:] += sizes[group]
+
+    for most in [np.ceil(target), np.inf] if keep_classes else [np.inf]:
+        for group in order:
+            if not chosen[group] and gain(group, most) > 0:
+                choose(group)
+    for label in range(len(classes) if keep_classes else 0):
+        if not held[label]:
+            best = max((group for group in order if sizes[group, label]), key=gain)
+            if gain(best) > -np.inf:
+                choose(best)
+    return np.sort(indices[chosen[groups]]).astype(np.int64)
+
+
+def split(images: Images, fraction: float = 1.0, say=print) -> dict[str, np.ndarray]:
     """The indices of every part of an image set.
 
     `test` and `finetune_test` (here the same): the data's own test split, or 15 % held out. `rest`:
@@ -63,26 +122,58 @@ def split(images: Images, fraction: float = 1.0) -> dict[str, np.ndarray]:
     all for the linear protocol, and (`finetune_dev`) 15 % of the training labels for fine-tuning.
     `train` and `finetune_train`: the labeled rest without it. `pretrain`: the share `fraction` of
     the rest, used without its labels. Everything is stratified by class and depends on the items'
-    names alone, so no stage of any run trains on the test part.
+    names alone, so no stage of any run trains on the test part. No group of `images` is in the test
+    part and the rest, or in dev and train; the classes that this leaves out are said.
+
+    Raises:
+        InputError: the data's own splits share a group.
     """
     ids = images.ids
     labels = images.labels
+    groups = images.groups
     test = np.flatnonzero(images.splits == "test")
     val = np.flatnonzero(images.splits == "val")
+    if groups is not None:
+        own = {"train": np.flatnonzero(images.splits == "train"), "val": val, "test": test}
+        refuse_spanning(images, groups[:, None], own)
     # `assume_unique` spares NumPy a search for repeats, which at a million images takes seconds.
     candidates = np.setdiff1d(np.flatnonzero(labels != UNLABELED), val, assume_unique=True)
     if not len(test):
-        test = hold_out(ids, labels, candidates, TEST_SHARE, "test")
+        test = hold_out(ids, labels, candidates, TEST_SHARE, "test", groups)
+        if groups is not None:
+            held = same_groups(groups, test)
+            if len(held) > len(test):
+                say(f"left out {plural(len(held) - len(test), 'unlabeled image')} of test groups")
+            test = held
     rest = np.setdiff1d(np.arange(len(images)), test, assume_unique=True)
     labeled = rest[labels[rest] != UNLABELED]
     parts = {"rest": rest, "test": test[labels[test] != UNLABELED]}
     for name, share in (("", TEST_SHARE / (1 - TEST_SHARE)), ("finetune_", FINETUNE_DEV_SHARE)):
         dev = np.intersect1d(val, labeled, assume_unique=True)
-        parts[f"{name}dev"] = dev if len(dev) else hold_out(ids, labels, labeled, share, "dev")
+        if not len(dev):
+            dev = hold_out(ids, labels, labeled, share, "dev", groups)
+        parts[f"{name}dev"] = dev
         parts[f"{name}train"] = np.setdiff1d(labeled, parts[f"{name}dev"], assume_unique=True)
     parts["finetune_test"] = parts["test"]
+    if groups is not None:
+        given = {"test": "test", "dev": "val", "finetune_dev": "val"}
+        held_out = [part for part, own in given.items() if own not in images.splits]
+        labeled = np.flatnonzero(labels != UNLABELED)
+        say_lost(images, labeled, {part: parts[part] for part in held_out}, say)
     parts["pretrain"] = hold_out(ids, labels, rest, fraction, "fraction")
     return parts
+
+
+def say_lost(images: Images, pool: np.ndarray, parts: dict[str, np.ndarray], say) -> None:
+    """Say which classes of `pool` one of the `parts` held out of it lacks."""
+    for name, indices in parts.items():
+        lost = np.setdiff1d(images.labels[pool], images.labels[indices])
+        if len(lost):
+            classes = first_few([images.classes[label] for label in lost])
+            say(
+                f"WARN {name} has no images of {classes}: too few groups hold them; add images of"
+                " others"
+            )
 
 
 def permutation(count: int, seed: int, epoch: int, stream: int = _ORDER_STREAM) -> np.ndarray:

@@ -5,7 +5,7 @@ They come from three kinds of source.
 - `.npz`: every float array of one row per utterance is a modality, (N, D) or (N, L, D) with lengths
   in `<name>_len`.
 - `.tsv`: one utterance a line under a header that names the columns; `text` is required, `id`,
-  `label`, `split` and `speaker` are optional.
+  `label`, `split`, `speaker` and `group` are optional.
 - a folder, or a .zip of one, in the layout of UMC (github.com/thuiar/UMC): `train.tsv`, `dev.tsv`,
   `test.tsv` of MIntRec, MELD-DA or IEMOCAP-DA, and where they exist `video_data/swin_feats.pkl` and
   `audio_data/wavlm_feats.pkl`.
@@ -29,6 +29,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from common import reading
+from common.data.groups import check_column, refuse_spanning
 from common.data.images import (
     SPLITS,
     UNLABELED,
@@ -63,7 +64,7 @@ _READ_ERRORS = (
     pickle.UnpicklingError,
     tokenize.TokenError,
 )
-_ROLES = ("id", "label", "split", "speaker")
+_ROLES = ("id", "label", "split", "speaker", "group")
 _SHOWN = 5  # names or rows that a message lists
 _MODULE = re.compile(r"numpy\._?core\.(multiarray|numeric)")
 _TOKEN = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*|([^\w\s]|_)\1*")
@@ -77,6 +78,7 @@ class Utterances:
         ids: (n,) names, each once.
         labels: (n,) int64 into `classes`; UNLABELED where there is no label.
         splits: (n,) "train", "val", "test", or "" where the data names none.
+        groups: (n,) names of what stays together, see `common.data.groups`; None: nothing does.
         texts: n strings, or None where the data has features alone.
         speakers: n strings, or None.
         modalities: name -> float32, (n, d), or (n, l, d) with zeros behind each sequence's end.
@@ -95,6 +97,7 @@ class Utterances:
         *,
         texts=None,
         speakers=None,
+        groups=None,
         modalities=None,
         lengths=None,
     ):
@@ -105,11 +108,14 @@ class Utterances:
         self.speakers = speakers
         self.labels = np.asarray(labels, np.int64)
         self.splits = np.asarray(splits, dtype=object)
+        self.groups = groups if groups is None else np.asarray(groups, dtype=object)
         self.modalities = dict(modalities or {})
         self.lengths = dict(lengths or {})
         content = repr((self.ids, self.classes, list(self.splits), texts, speakers))
         digest = hashlib.sha256(content.encode())
         digest.update(self.labels.tobytes())
+        if groups is not None:
+            digest.update(f"{list(groups)}".encode())
         arrays = [*self.modalities.items(), *self.lengths.items()]
         for name, values in sorted(arrays, key=operator.itemgetter(0)):
             digest.update(f"{name}{values.shape}".encode())
@@ -117,6 +123,8 @@ class Utterances:
         self.fingerprint = digest.hexdigest()[:8]
         names = [*self.classes, ""]  # the last is that of UNLABELED, which is -1
         facts = {"label": codes(names)[self.labels], "split": codes(self.splits)}
+        if groups is not None:
+            facts["group"] = codes(groups)
         self.content = Content(self.ids, self._row, facts=facts, in_memory=True, unit="utterance")
 
     def _row(self, index: int) -> bytes:
@@ -251,15 +259,22 @@ def split(utterances: Utterances) -> dict[str, np.ndarray]:
     """Sorted int64 indices of `train` and `test`.
 
     The data's validation split belongs to `train`, as in UMC. Where the data names no test split,
-    15 % are held out by a hash of their ids. Labels have no say in that: which utterances are
-    trained on must not tell anything of them.
+    15 % are held out by a hash of their ids, or of their groups. Labels have no say in that: which
+    utterances are trained on must not tell anything of them.
+
+    Raises:
+        InputError: a group is in both.
     """
     everything = np.arange(len(utterances))
+    groups = utterances.groups
     test = np.flatnonzero(utterances.splits == "test")
     if not len(test):
         one_class = np.zeros(len(utterances), np.int64)
-        test = hold_out(utterances.ids, one_class, everything, TEST_SHARE, "test")
-    return {"train": np.setdiff1d(everything, test), "test": test}
+        test = hold_out(utterances.ids, one_class, everything, TEST_SHARE, "test", groups)
+    parts = {"train": np.setdiff1d(everything, test), "test": test}
+    if groups is not None:
+        refuse_spanning(utterances, groups[:, None], parts)
+    return parts
 
 
 def data_problems(utterances: Utterances) -> dict[str, str]:
@@ -410,6 +425,12 @@ def _split_names(path: str, names: list[str]) -> list[str]:
     return known
 
 
+def _groups(place: Path, cells: list | None) -> list[str] | None:
+    groups = [str(cell).strip() for cell in cells or []]
+    places = [f"utterance {row} (from 0)" for row in range(len(groups))]
+    return groups if check_column(place, groups, places) and groups else None
+
+
 def _read_npz(place: Path) -> dict:
     def read() -> dict:
         with reading.open_zip(place) as archive:
@@ -454,6 +475,7 @@ def _read_npz(place: Path) -> dict:
         "splits": _split_names(str(place), lists.get("split", [""] * count)),
         "texts": lists.get("text"),
         "speakers": lists.get("speaker"),
+        "groups": _groups(place, lists.get("group")),
         "modalities": {
             name: array[:, None] if array.ndim == 1 else array for name, array in arrays.items()
         },
@@ -485,7 +507,7 @@ def _pop_columns(place: Path, arrays: dict[str, np.ndarray]) -> dict[str, np.nda
     columns = {}
     for name in (*_ROLES, "text"):
         if name in arrays and (name in _ROLES or arrays[name].dtype.kind == "U"):
-            allowed = "Uiu" if name in ("id", "label") else "U"
+            allowed = "Uiu" if name in ("id", "label", "group") else "U"
             if arrays[name].ndim != 1 or arrays[name].dtype.kind not in allowed:
                 wanted = "a text or an integer" if "i" in allowed else "a text"
                 raise InputError(
@@ -632,6 +654,7 @@ def _read_tsv(place: Path) -> dict:
         "splits": _split_names(str(place), cells_of.get("split", empty)),
         "texts": cells_of["text"],
         "speakers": cells_of.get("speaker"),
+        "groups": _groups(place, cells_of.get("group")),
     }
 
 

@@ -190,7 +190,8 @@ def restore_data_flags(parser: config.Parser, argv: list[str] | None, args, name
 
     Args:
         names: the attributes of these flags. With --eval, --predict or --stream their default is
-            what the run was trained with; a flag that is given wins.
+            what the run was trained with; a flag that is given wins. With --eval --group-by is one,
+            so that the test split is the run's.
 
     Returns:
         `args` as they are, or parsed again with these defaults.
@@ -202,6 +203,7 @@ def restore_data_flags(parser: config.Parser, argv: list[str] | None, args, name
         stored = checkpoint.config_of(source)
     except InputError as error:
         parser.error(str(error))
+    names = [*names, "group_by"] if args.eval else names
     values = {name: stored[name] for name in names if name in stored}
     parser.set_defaults(**parser.checked(values, f"config.json of {source}"))
     return config.parse(parser, argv, {})
