@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from common import config
 from common.errors import InputError, plural, say
+from common.live import digits
 from common.run import checkpoint, dist
 from common.run.card import Card
 from common.run.directory import output_folder
@@ -87,7 +88,7 @@ class LoadedRun:
         if not world.is_main:
             return
         write_json(self.folder / "eval.json", results)
-        say(*(f"{name} {value:.4f}" for name, value in results.items()))
+        say(*(f"{name} {digits(value)}" for name, value in results.items()))
         if answers is None:
             return
         data, rows, classes, scores = answers
