@@ -147,22 +147,6 @@ def test_a_log_that_is_a_folder_is_refused_in_one_line(tmp_path):
         log.Log(tmp_path, main=True)
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0s"),
-        (41.4, "41s"),
-        (59.6, "1m"),
-        (720, "12m"),
-        (3599, "1h00m"),
-        (11100, "3h05m"),
-        (187200, "2d04h"),
-    ],
-)
-def test_durations(seconds, text):
-    assert log.duration(seconds) == text
-
-
 def test_pace_leaves_out_the_warm_up_step_and_pauses(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(log.time, "monotonic", lambda: now[0])
