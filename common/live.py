@@ -12,6 +12,7 @@ _REDRAW = 0.1  # seconds between two drawings
 _FIRST = 10.0
 _NEXT = 30.0
 _BAR = 20  # characters
+_ECHO = len("^C")  # that a terminal writes behind the line by itself
 
 
 def duration(seconds: float) -> str:
@@ -33,6 +34,11 @@ def digits(value: float) -> str:
     if isinstance(value, int) or 1e3 <= abs(value) < 1e7:
         return f"{value:.0f}"
     return f"{value:.4g}"
+
+
+def _columns() -> int:
+    # Of a line that does not begin another one.
+    return shutil.get_terminal_size().columns - 1
 
 
 class Line:
@@ -58,12 +64,12 @@ class Line:
 
     def draw(self, head: str, share: float | None, tail: str) -> None:
         """Show `head [####......] tail`; where there is little room without the bar, and cut."""
-        width = max(shutil.get_terminal_size().columns - 1, 0)  # a full line would begin another
+        width = _columns() - _ECHO
         bar = min(_BAR, width - len(f"{head} [] {tail}"))
         if share is not None and bar >= 4:
             filled = int(bar * min(share, 1.0))
             head = f"{head} [{'#' * filled}{'.' * (bar - filled)}]"
-        text = f"{head} {tail}"[:width]
+        text = f"{head} {tail}"[: max(width, 0)]
         # A narrower window has wrapped what stood there: no more is overwritten than it is wide.
         text = text.ljust(min(self._length, width))
         self._length = len(text)
@@ -73,8 +79,7 @@ class Line:
     def clear(self) -> None:
         """Leave an empty line to what is printed next."""
         if self._length:
-            width = max(shutil.get_terminal_size().columns - 1, 0)
-            blanks = " " * min(self._length, width)
+            blanks = " " * min(self._length + _ECHO, _columns())
             self._length = 0
             print(f"\r{blanks}\r", end="", flush=True)
 
