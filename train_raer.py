@@ -11,7 +11,7 @@ Frozen CLIP, each clip encoded once: seconds an epoch:
 From a backbone that SimCLR trained:
   python train_raer.py --data raer.zip --backbone resnet18 --weights simclr/backbone.pt
 Another long-tail method, to compare with:
-  python train_raer.py --data raer.zip --method ldam-drw
+  python train_raer.py --data raer.zip --weights openai --method ldam-drw
 Small, on embedded clips, in minutes on two CPU cores:
   python train_raer.py --demo
 
