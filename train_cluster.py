@@ -37,6 +37,7 @@ from common.data import sampling, utterances
 from common.data.groups import group_items
 from common.deep_cluster import DISTANCES, Rows, Targets, score
 from common.errors import InputError, as_input_error, plural
+from common.live import digits
 from common.models import umc
 from common.models.text import Lsa
 from common.monitor import Monitor
@@ -566,6 +567,7 @@ def train(run: Run, name: str, model: umc.Fusion, start: str) -> str:
         select(stable, values)
         progress.epoch = 0
     loop = Loop(run, progress, steps=steps, unit="utterance")
+    loop.foresee(train_step, partial(fetch, run), run.splits["train"])
     for epoch in loop.epochs():
         if is_second and not keeps_last and monitor.should_stop(args.on_plateau):
             break
@@ -600,7 +602,9 @@ def train(run: Run, name: str, model: umc.Fusion, start: str) -> str:
                 log.say(f"{name}: the stability stalls; halving {what}")
         progress.results = values
         shown = [
-            f"{key.split('/')[-1]} {value:.4g}" for key, value in values.items() if "/train/" in key
+            f"{key.split('/')[-1]} {digits(value)}"
+            for key, value in values.items()
+            if "/train/" in key
         ]
         log.say(f"{name} epoch {epoch + 1} | {' | '.join(shown)}")
         loop.end_epoch(values, quiet=True)
@@ -618,14 +622,14 @@ def loss_band(run: Run, name: str) -> str:
     views = view_count(spec)
     _, chance = run.chance[name]
     if name == "pretrain":
-        band = f"{2 / spec['temperature']:.4f}"
+        band = digits(2 / spec["temperature"])
     else:
         band = (
-            f"{2 / spec['sup_temperature']:.4f} on selected utterances, ±"
-            f" {2 / spec['unsup_temperature']:.4f} on the others"
+            f"{digits(2 / spec['sup_temperature'])} on selected utterances, ±"
+            f" {digits(2 / spec['unsup_temperature'])} on the others"
         )
     return (
-        f"{name}: n = {views} views x {bs} - 1, the loss lies in ln n ± 2/tau = {chance:.4f} ±"
+        f"{name}: n = {views} views x {bs} - 1, the loss lies in ln n ± 2/tau = {digits(chance)} ±"
         f" {band}"
     )
 

@@ -11,7 +11,7 @@ Frozen CLIP, each clip encoded once: seconds an epoch:
 From a backbone that SimCLR trained:
   python train_raer.py --data raer.zip --backbone resnet18 --weights simclr/backbone.pt
 Another long-tail method, to compare with:
-  python train_raer.py --data raer.zip --method ldam-drw
+  python train_raer.py --data raer.zip --weights openai --method ldam-drw
 Small, on embedded clips, in minutes on two CPU cores:
   python train_raer.py --demo
 
@@ -42,7 +42,7 @@ from common.errors import InputError, plural
 from common.export import PROBABILITIES, ExportSpec
 from common.features import stored_features
 from common.longtail import Phase, Schedule, read_schedule
-from common.models.clip import ACTIVATIONS, VARIANTS
+from common.models.clip import ACTIVATIONS, OPENAI, VARIANTS
 from common.models.raer import TUNES, FixedPrompts, RaerModel, build_raer, normalization, start
 from common.report import figures, page
 from common.run import checkpoint, dist
@@ -84,7 +84,7 @@ SEARCH = {
     "sgd": {"lr": (1e-3, 0.1), "wd": (1e-6, 1e-2)},
     "adamw": {"lr": (1e-5, 1e-2), "wd": (1e-4, 0.3)},
 }
-MODEL_FLAGS = ["backbone", "num_frames", "tune", "num_context", "temporal_layers", "method"]
+MODEL_FLAGS = ["backbone", "num_frames", "num_context", "temporal_layers", "method"]
 
 
 def parse_args(argv: list[str] | None = None):
@@ -164,8 +164,9 @@ def parse_args(argv: list[str] | None = None):
     group.choice(
         "--tune",
         TUNES,
-        "none",
-        "what is trained of the image tower; adapter: a residual layer behind it",
+        None,
+        "what is trained of the image tower; adapter: a residual layer behind it; unset: none, but"
+        " full for one of CLIP's towers without --weights, which is random and would stay so",
     )
     group.switch(
         "--cache-features",
@@ -249,19 +250,42 @@ def parse_args(argv: list[str] | None = None):
             ["logit_scale"],
             f"with --method {args.method}, whose logits have no scale, or its loss's own",
         )
-    if args.backbone == "resnet18" or args.tune != "full":
+    tune = tuned_part(args)
+    if args.backbone == "resnet18" or tune != "full":
         refuse(["checkpoint_blocks"], "without a vit_* backbone and --tune full")
-    if args.tune != "full":
-        refuse(["image_lr"], f"with --tune {args.tune}, which freezes the image tower")
+    if tune != "full":
+        refuse(["image_lr"], f"with --tune {tune}, which freezes the image tower")
     if args.method != "three-stage":
         refuse(["schedule", "la_prior"], f"with --method {args.method}")
-    if args.cache_features and args.tune == "full":
+    if args.cache_features and tune == "full":
         parser.error("--cache-features needs a frozen image tower: --tune none or adapter")
     if args.cache_features and args.augment == "clip":
         parser.error(
             "--augment clip has no effect with --cache-features, which encodes each clip once"
         )
     return args, parser
+
+
+def tuned_part(args) -> str:
+    """--tune; unset, all of a tower of CLIP that has no --weights, unless its features are kept."""
+    random_tower = not args.weights and args.backbone in OPENAI and not args.cache_features
+    return args.tune or ("full" if random_tower else "none")
+
+
+def describe_random_tower(args, bs: int) -> str:
+    """What becomes of an image tower without --weights: it trains, or it never will."""
+    tune = tuned_part(args)
+    others = "" if args.backbone == "vit_tiny" else "; --weights starts from trained ones"
+    if tune == "full":
+        return (
+            f"no --weights: all of {args.backbone} trains from random ones (--tune full), forward"
+            f" and backward of {2 * bs * args.num_frames} frames a step{others}"
+        )
+    warn = "" if args.demo else "WARN "
+    return (
+        f"{warn}no --weights and --tune {tune}: the image tower is random and stays so, only what"
+        f" follows it learns; --tune full trains it{others}"
+    )
 
 
 def written_schedule(args) -> Schedule:
@@ -550,6 +574,8 @@ def train(run: Run, published) -> None:
             " is off"
         )
     cached = encode(run, model, progress) if args.cache_features else None
+    loop = Loop(run, progress, steps=steps, unit="clip", patience=args.patience)
+    loop.foresee(train_step, partial(fetch, run, cached=cached), run.splits["train"])
     if progress.step == 0:
         with run.signals.at_once():
             audit.refuse(audit_phases(run, model, cached))
@@ -559,7 +585,6 @@ def train(run: Run, published) -> None:
         )
 
     trained = trains = None
-    loop = Loop(run, progress, steps=steps, unit="clip", patience=args.patience)
     for epoch in loop.epochs():
         phase = run.schedule.at(epoch)
         if phase.trains != trains:
@@ -770,6 +795,7 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
         classes=clips.classes,
         schedule=[written.epochs, *map(asdict, written.phases)],
         **{name: getattr(args, name) for name in MODEL_FLAGS},
+        tune=tuned_part(args),
         counts=counts.tolist(),
         **model_facts,
         image_lr=image_lr,
@@ -794,8 +820,8 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
     )
     run.schedule = schedule
     distill.attach_teacher(run, teacher, build_model, teacher_logits, evaluate)
-    weights_notes = weights_text.split("\n") if weights_text else []
-    run.log.say(*weights_notes, clips.describe_frames(args.num_frames))
+    weights_text = weights_text or describe_random_tower(args, stage.bs)
+    run.log.say(*weights_text.split("\n"), clips.describe_frames(args.num_frames))
     if args.check:
         return check(run, {"train": check_spec(run, published)})
     figures.put_tables(run, {"Schedule": longtail.schedule_table(schedule)})

@@ -39,6 +39,7 @@ from common.distill import add_distillation
 from common.errors import InputError, as_input_error, plural
 from common.export import PROBABILITIES, ExportSpec
 from common.features import contrast, representation, stored_features
+from common.live import digits
 from common.models import (
     BACKBONES,
     LARGER,
@@ -561,10 +562,11 @@ def pretrain(run: Run, weights: dict | None) -> None:
     _, chance = run.chance["pretrain"]
     log.say(
         stage.describe(plural(len(indices), "image"), steps)
-        + f"; loss at chance ln(2N-1) = {chance:.4f}"
+        + f"; loss at chance ln(2N-1) = {digits(chance)}"
     )
     step_of = train_step if args.accum == 1 else gradcache_step
     loop = Loop(run, progress, steps=steps, unit="img", chance=chance, phases=run.phases)
+    loop.foresee(step_of, partial(fetch, run), indices)
     for epoch in loop.epochs():
         model.train()
         batches = sampling.epoch_batches(indices, stage.bs, args.seed, epoch, progress.batch, world)
@@ -660,6 +662,7 @@ def finetune(run: Run, weights: dict | None) -> None:
     counts = f"{len(train)} training, {len(dev)} dev and {len(test_split)} test images"
     log.say(stage.describe(counts, steps) + f", patience {plural(args.patience, 'evaluation')}")
     loop = Loop(run, progress, steps=steps, unit="img", patience=args.patience)
+    loop.foresee(finetune_step, partial(fetch, run, labels=labels), train)
     for epoch in loop.epochs():
         model.train()
         batches = sampling.epoch_batches(train, stage.bs, args.seed, epoch, progress.batch, world)

@@ -43,6 +43,7 @@ from common.data.images import SQUARE
 from common.distill import add_distillation
 from common.errors import InputError, as_input_error, plural, say
 from common.export import PROBABILITIES, ExportSpec
+from common.live import digits
 from common.losses import focal_bce
 from common.models.heads import AGGREGATES, HEAD_BIAS, init_bias_to_prior
 from common.models.mobilenet_v4 import VARIANTS, build_mobilenet_v4, load_published
@@ -538,6 +539,7 @@ def train(run: Run, published: dict | None) -> None:
     log.say(f"{model.describe()}; predicted memory of {frames} frames at once: {memory.describe()}")
 
     loop = Loop(run, progress, steps=steps, unit="clip", patience=args.patience)
+    loop.foresee(train_step, partial(fetch, run), items)
     for epoch in loop.epochs():
         model.train()
         batches = epoch_batches(args, videos, items, stage.bs, epoch, progress.batch, world)
@@ -677,7 +679,7 @@ def run_inference(args, world: dist.Dist) -> None:
     scores = metrics.video_scores(logits)
     shares = torch.from_numpy(np.stack([1 - scores, scores], 1))
     chosen = (scores >= threshold).astype(int)
-    note = f"; fake from a score of {threshold:.4f} on"
+    note = f"; fake from a score of {digits(threshold)} on"
     loaded.write_predictions(world, videos.ids, classes, shares, chosen, note)
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import metrics
+from common import live, metrics
 from common.errors import InputError
 from common.rng import uniform
 
@@ -220,7 +220,7 @@ def _lloyd(
     k = centroids.shape[1]
     iterations = [0] * len(centroids)
     active = list(range(len(centroids)))
-    for _ in range(max_iterations):
+    for _ in live.progress(range(max_iterations), "k-means, iterations"):
         old = centroids[active]
         labels = _labels(x, old)
         sums, mass = _sums(x, weights, labels, k)
@@ -723,7 +723,7 @@ def estimate_k(
         return math.log(max(share, torch.finfo(x.dtype).tiny))
 
     table = []
-    for k in candidates:
+    for k in live.progress(candidates, "estimating the number of clusters", len(candidates)):
         clusters = kmeans(x, k, seed=seed, restarts=5)
         expected = np.array(
             [

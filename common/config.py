@@ -400,7 +400,7 @@ def base_parser(
     running.number(
         "--max-steps", int, None, "stop after so many steps; the schedule is unchanged", low=1
     )
-    running.number("--log-every", int, 10, "steps between two log lines", low=1)
+    running.number("--log-every", int, 10, "steps between two lines on the console", low=1)
     running.number("--eval-every", int, 1, "epochs between two evaluations", low=1)
     running.number("--save-every", float, 10.0, "minutes between two checkpoints", low=0)
     running.number(

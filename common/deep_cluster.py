@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import clustering, metrics
+from common import clustering, live, metrics
 from common.data import synthetic, utterances
 from common.errors import InputError
 from common.models import umc
@@ -260,7 +260,8 @@ def metric_stability(
     z = torch.cat(parts, 1)
     identity = torch.eye(z.shape[1], dtype=z.dtype)
     runs = {name: [] for name in DISTANCES}
-    for run_seed in range(METRIC_RUNS * seed, METRIC_RUNS * (seed + 1)):
+    seeds = range(METRIC_RUNS * seed, METRIC_RUNS * (seed + 1))
+    for run_seed in live.progress(seeds, "comparing distances", len(seeds)):
         _, metric = umc.discriminant_kmeans(z, k, SHRINKAGE, run_seed, identity, None)
         runs["discriminant"].append(stability(z @ metric, k, run_seed))
         runs["euclidean"].append(stability(z, k, run_seed))

@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from common import live
+
 # What the system says where the disk is full, a quota is reached or a file may not grow further.
 DISK_FULL = errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG
 # What it says where a network file system, its server or the way there is gone for a moment.
@@ -171,6 +173,7 @@ def say(*lines, file=None) -> None:
 
     A line of more than 2000 characters, which no one reads, is cut in its middle.
     """
+    live.line.clear()
     for line in map(printable, lines):
         if len(line) > 2000:
             line = f"{line[:1000]} ... {line[-800:]}"

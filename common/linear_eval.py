@@ -12,6 +12,7 @@ from common import amp, metrics, optim
 from common.data import augment, sampling
 from common.distill import add_distillation
 from common.errors import InputError
+from common.live import digits
 from common.report import figures
 from common.run import checkpoint, dist
 from common.run.evaluation import Evaluation
@@ -78,14 +79,14 @@ def linear(
         accuracy = run.results[f"{name}/test/accuracy"]
         f1 = run.results[f"{name}/test/macro_f1"]
         run.log.say(
-            f"linear protocol, {source.title + ':':24}test accuracy {accuracy:.4f},"
-            f" macro F1 {f1:.4f}"
+            f"linear protocol, {source.title + ':':24}test accuracy"
+            f" {digits(accuracy)}, macro F1 {digits(f1)}"
         )
     labels = run.data.labels_in(classes)
     majority = np.bincount(labels[run.splits["train"]]).argmax()
     share = float((labels[run.splits["test"]] == majority).mean())
     run.results["majority/test/accuracy"] = share
-    run.log.say(f"linear protocol, {'majority class:':24}test accuracy {share:.4f}")
+    run.log.say(f"linear protocol, {'majority class:':24}test accuracy {digits(share)}")
 
 
 def kind_of(stage: str, source: str) -> str:

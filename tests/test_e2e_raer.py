@@ -242,6 +242,28 @@ def test_a_run_from_clips_weights_learns_prompts_and_is_used_without_them(
     assert found["eval/test/uar"] == summary(folder)["train/test/uar"]
 
 
+def test_a_bare_run_trains_its_tower_and_says_so(tree, tmp_path, monkeypatch, capsys):
+    small = clip.Variant(16, 2, 2, 8, 24, text_width=16, text_layers=2, text_heads=2)
+    monkeypatch.setitem(clip.VARIANTS, "vit_b_16", small)
+    argv = flags("--device cpu --num-frames 2 --bs 8 --epochs 2 --data", tree, "--out")
+    towers = {}
+    for name, extra in {"bare": [], "frozen": ["--tune", "none"]}.items():
+        folder = tmp_path / name
+        assert train_raer.main(flags(argv, folder, extra)) == 0
+        said = capsys.readouterr().out
+        tune = json.loads((folder / "config.json").read_text())["resolved"]["tune"]
+        assert tune == ("none" if extra else "full")
+        assert ("WARN no --weights and --tune none: the image tower is random" in said) == bool(
+            extra
+        )
+        assert ("no --weights: all of vit_b_16 trains" in said) != bool(extra)
+        stored = checkpoint.load(folder / "best.pt")["model"]
+        towers[name] = {n: tensor for n, tensor in stored.items() if n.startswith("image.")}
+    assert not any(torch.equal(towers["bare"][n], x) for n, x in towers["frozen"].items())
+    used = flags("--device cpu --data", tree, "--eval", tmp_path / "bare", "--out", tmp_path)
+    assert train_raer.main(used) == 0
+
+
 BAD = {  # flags -> the flag, file or value that the refusal names
     "--backbone vit_b": "vit_b_",
     "--method focal": "three-stage",

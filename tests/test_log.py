@@ -17,9 +17,9 @@ def test_log_lines_hold_the_same_fields_as_the_console(tmp_path, capsys):
     book.metrics("train", 7, 1, {"train/val/accuracy": 0.5, "train/val/loss": float("nan")})
     book.close()
     console = capsys.readouterr().out.splitlines()
-    line = r"train step 007/100 \| loss 4\.8123 \| lr 2\.4e-01 \| \d+ img/s \| eta \S+"
+    line = r"train step 007/100 \| loss 4\.812 \| lr 0\.24 \| [\d.]+ img/s \| eta \S+"
     assert re.fullmatch(line, console[0])
-    assert console[1] == "train epoch 1 | val/accuracy 0.5000 | val/loss nan"
+    assert console[1] == "train epoch 1 | val/accuracy 0.5 | val/loss nan"
     first, second = log.read(tmp_path)
     assert (first["stage"], first["step"], first["epoch"]) == ("train", 7, 1)
     assert (first["loss"], first["lr"]) == (4.8123, 0.24)
@@ -145,22 +145,6 @@ def test_a_log_that_is_a_folder_is_refused_in_one_line(tmp_path):
     (tmp_path / "log.jsonl").mkdir()
     with pytest.raises(InputError, match="log.jsonl: Is a directory"):
         log.Log(tmp_path, main=True)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0s"),
-        (41.4, "41s"),
-        (59.6, "1m"),
-        (720, "12m"),
-        (3599, "1h00m"),
-        (11100, "3h05m"),
-        (187200, "2d04h"),
-    ],
-)
-def test_durations(seconds, text):
-    assert log.duration(seconds) == text
 
 
 def test_pace_leaves_out_the_warm_up_step_and_pauses(monkeypatch):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import train_raer
+from common import config
 from common.run import dist
 from common.run.loop import Batch
 
@@ -47,3 +48,52 @@ def test_a_constant_answer_raises_the_alarm_beside_the_majority_class(capsys):
     assert (
         train_raer.score(Fake, "train/val", np.arange(424), scores, said.append) and len(said) == 1
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "tune"),
+    [
+        ("", "full"),
+        ("--backbone vit_l_14", "full"),
+        ("--method ldam-drw --image-lr 1e-4 --checkpoint-blocks", "full"),
+        ("--tune none", "none"),
+        ("--tune adapter", "adapter"),
+        ("--cache-features", "none"),
+        ("--weights openai", "none"),
+        ("--weights openai --tune full", "full"),
+        ("--backbone resnet18", "none"),
+        ("--backbone vit_tiny", "none"),
+        ("--demo", "none"),
+    ],
+)
+def test_a_tower_of_clip_without_weights_trains_whole_unless_told_otherwise(text, tune):
+    args, _ = train_raer.parse_args(text.split())
+    assert train_raer.tuned_part(args) == tune
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("", ("vit_b_16 trains", "1024 frames a step", "--weights")),
+        ("--bs 4 --num-frames 2", ("--tune full", " 16 frames a step")),
+        ("--tune none", ("WARN ", "--tune none", "random and stays so", "--weights starts")),
+        ("--cache-features --tune adapter", ("WARN ", "--tune adapter")),
+        ("--backbone resnet18", ("WARN ", "--tune none", "--weights starts")),
+        ("--backbone vit_tiny", ("WARN ", "trains it")),
+        ("--demo", ("no --weights and --tune none",)),
+    ],
+)
+def test_what_becomes_of_a_random_tower_is_said(text, parts):
+    args, _ = train_raer.parse_args(text.split())
+    said = train_raer.describe_random_tower(args, train_raer.settings(args)["train"].bs)
+    assert all(part in said for part in parts) and "\n" not in said
+    assert said.startswith("WARN ") == ("WARN " in parts)
+    assert ("--weights starts" in said) == (args.backbone != "vit_tiny")  # of it none are published
+
+
+def test_a_frozen_run_has_the_name_that_it_had_by_default(tmp_path):
+    """`--tune none`, once the default, goes on with a run that was begun without it."""
+    facts = {"tune": "none", "backbone": "vit_b_16"}
+    plain, frozen = (train_raer.parse_args(text.split()) for text in ("", "--tune none"))
+    ids = [config.run_id(parser, args, **facts) for args, parser in (plain, frozen)]
+    assert ids[0] == ids[1]

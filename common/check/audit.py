@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from common import live
 from common.errors import AuditFailed, plural
 
 
@@ -70,7 +71,7 @@ def check_setting(
     pushed = dict.fromkeys(trainable, False)
     rng_state = torch.get_rng_state()
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-    for k in range(steps):
+    for k in live.progress(range(steps), f"audit, {name}", steps):
         terms = terms_of(model, k)
         for term, value in terms.items():
             moves = _has_gradient(value, list(trainable.values()))

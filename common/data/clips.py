@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from common import reading
+from common import live, reading
 from common.data.images import (
     DECODE_ERRORS,
     UNLABELED,
@@ -219,7 +219,8 @@ class Videos:
         if self.images.in_memory:
             return []
         with ThreadPoolExecutor(workers) as pool:
-            bad = np.array(list(pool.map(damaged, self.frames)), bool)
+            tried = live.progress(pool.map(damaged, self.frames), "decoding clips", len(self))
+            bad = np.array(list(tried), bool)
         names = check_damaged(self.name, self.ids, bad, cap, "videos")
         self.select(np.flatnonzero(~bad))
         return names
@@ -326,7 +327,9 @@ class VideoFiles(Images):
         self.errors: dict[int, str] = {}
         self._sides: list[int] = []
         with ThreadPoolExecutor(workers) as pool:
-            for i, header in enumerate(pool.map(self._read_header, range(len(files)))):
+            headers = pool.map(self._read_header, range(len(files)))
+            opened = live.progress(headers, "opening videos", len(files))
+            for i, header in enumerate(opened):
                 if isinstance(header, Exception):
                     self.errors[i] = reason(header)
                 else:

@@ -32,6 +32,7 @@ import numpy as np
 from common.data.images import UNLABELED, Images
 from common.data.sampling import FINETUNE_DEV_SHARE, TEST_SHARE, hash_order, hold_out, say_lost
 from common.errors import InputError, first_few
+from common.live import digits
 from common.run import checkpoint
 from common.run.files import read_json, run_dir_of, write_json
 
@@ -369,7 +370,7 @@ def select_run(runs: list[dict], value: str = "pretrain/train/loss") -> str:
         candidates = [run for run in finished if run["backbone"] == backbone]
         best = min(candidates, key=lambda run: (-run["bs"], run[value], run["run"]))
         settings = ", ".join(f"{name} {best[name]:g}" for name in ("proj_dim", "bs", "fraction"))
-        text = f"{backbone}: {settings}, {value} {best[value]:.4f}"
+        text = f"{backbone}: {settings}, {value} {digits(best[value])}"
         published = RECIPE_CHOICE.get(backbone, best["proj_dim"])
         if published != best["proj_dim"]:
             text += f" (the published experiment went on with projection {published})"

@@ -27,7 +27,7 @@ import torch
 from PIL import ExifTags, Image
 from torch import Tensor
 
-from common import amp, reading
+from common import amp, live, reading
 from common.errors import AGAIN, TRANSIENT, InputError, did_you_mean, printable
 from common.retry import patience, retried
 from common.run.content import Content, OtherContent, file_key
@@ -329,7 +329,8 @@ class Images:
         if self.in_memory:
             return []
         with ThreadPoolExecutor(workers) as pool:
-            bad = np.array(list(pool.map(damaged, range(len(self)))), bool)
+            tried = pool.map(damaged, range(len(self)))
+            bad = np.array(list(live.progress(tried, "decoding images", len(self))), bool)
         names = check_damaged(self.name, self.ids, bad, cap, "images")
         if names:
             self._select(np.flatnonzero(~bad))
@@ -531,7 +532,7 @@ def _folder_files(folder: Path, keep):
     def refuse(error: OSError):
         raise error
 
-    def listed() -> list[tuple[str, os.stat_result]]:
+    def listed(shown: live.Progress) -> list[tuple[str, os.stat_result]]:
         found = []
         seen = set()
         walk = os.walk(folder, followlinks=True, onerror=refuse)
@@ -546,10 +547,13 @@ def _folder_files(folder: Path, keep):
                 subfolders[:] = [name for name in subfolders if (base / name).resolve() not in seen]
                 names = [(base / name).relative_to(folder).as_posix() for name in names]
                 kept = [name for name in names if keep(name)]
-                found += [(name, reading.regular_status(folder / name)) for name in kept]
+                for name in kept:
+                    found.append((name, reading.regular_status(folder / name)))
+                    shown.add()
 
     try:
-        found = retried(listed, folder)
+        with live.Progress("listing files") as shown:
+            found = retried(lambda: listed(shown), folder)
     except OSError as error:
         raise InputError(f"{folder}: {error.strerror}: {error.filename}") from None
 

@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common import reading
+from common import live, reading
 from common.data.images import UNLABELED, Images, central_square
 from common.errors import InputError
 from common.retry import retried
@@ -258,7 +258,8 @@ def pack(images: Images, path: Path, *, default_size: int, left_out=(), workers:
     try:
         with atomic_write(path, "wb", stream=True) as file:
             file.write(_MAGIC)
-            for batch in images.batches(batches, workers):
+            decoded = images.batches(batches, workers)
+            for batch in live.progress(decoded, "packing batches", len(batches)):
                 for pixels in batch.contiguous().numpy():
                     crc.append(zlib.crc32(pixels))
                     file.write(pixels)

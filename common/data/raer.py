@@ -34,7 +34,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from common import reading
+from common import live, reading
 from common.data.clips import Videos, natural_order, renaming
 from common.data.groups import refuse_spanning
 from common.data.images import (
@@ -794,7 +794,8 @@ def _refuse_degenerate(
             return (10**6, 10**6)  # decoding it later names the file, or skips it
 
     with ThreadPoolExecutor(workers) as pool:
-        sizes = np.array(list(pool.map(size, firsts)), np.float64)
+        read_sizes = live.progress(pool.map(size, firsts), "reading frame sizes", len(firsts))
+        sizes = np.array(list(read_sizes), np.float64)
     sizes = np.repeat(sizes, np.diff([*firsts, len(images)]), axis=0)
     for name, boxes in (("face.json", images.faces), ("body.json", images.bodies)):
         inside = np.minimum(boxes[:, 2:], sizes) - np.maximum(boxes[:, :2], 0)

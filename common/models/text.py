@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import reading, weights
+from common import live, reading, weights
 from common.data.utterances import tokens
 from common.errors import InputError
 from common.run.checkpoint import load_weights
@@ -592,12 +592,14 @@ def encode(
             return np.load(cached, allow_pickle=False)
     model = read_bert(folder).to(device)
     longest = min(max_length or model.max_length, model.max_length)
-    ids_of = {text: tokenizer(text, longest) for text in texts}
+    read = live.progress(texts, "splitting texts into tokens", len(texts))
+    ids_of = {text: tokenizer(text, longest) for text in read}
     order = sorted(ids_of, key=lambda text: (len(ids_of[text]), text))
     position = {text: i for i, text in enumerate(order)}
     pooled = []
-    for start in range(0, len(order), batch):
-        rows = [torch.tensor(ids_of[text]) for text in order[start : start + batch]]
+    batches = [order[start : start + batch] for start in range(0, len(order), batch)]
+    for names in live.progress(batches, "encoding batches of texts", len(batches)):
+        rows = [torch.tensor(ids_of[text]) for text in names]
         ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad)
         ids = ids.to(device)
         sizes = torch.tensor([len(row) for row in rows], device=device)

@@ -27,6 +27,7 @@ import torch.distributed as td
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from common import live
 from common.errors import (
     AGAIN,
     EXIT_BAD_INPUT,
@@ -128,6 +129,7 @@ def init(device: str = "auto", timeout_s: float = 1800, meet_s: float = 1800) ->
                 if thread_limit(error):
                     raise
                 raise _apart(number, world_size, str(error).split("\n")[0]) from None
+    live.line.silent = number > 0
     return Dist(number, world_size, place)
 
 

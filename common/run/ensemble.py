@@ -14,6 +14,7 @@ import torch
 
 from common import config, metrics
 from common.errors import InputError, exit_codes, say
+from common.live import digits
 from common.run.files import json_text, write_answer
 from common.run.inference import predictions_text
 
@@ -57,7 +58,7 @@ def judge(main, argv: list[str] | None, args, metric: str) -> None:
         of_members = [scores(labels, probabilities) for *_, probabilities in members]
         of_mean = scores(labels, mean)
         for name, values in zip([*names, "ensemble"], [*of_members, of_mean], strict=True):
-            say(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in values.items()))
+            say(f"{name}: " + ", ".join(f"{key} {digits(value)}" for key, value in values.items()))
         results = {f"ensemble/test/{key}": value for key, value in of_mean.items()}
         for key in of_mean:
             average = float(np.mean([values[key] for values in of_members]))
@@ -70,7 +71,7 @@ def judge(main, argv: list[str] | None, args, metric: str) -> None:
         best = max(values[metric] for values in of_members)
         print(
             f"the ensemble's {metric} is {comparison} its mean member's"
-            f" ({value:.4f}, {average:.4f}; the best {best:.4f})"
+            f" ({digits(value)}, {digits(average)}; the best {digits(best)})"
         )
         texts = {
             "ensemble.json": json_text(results | {"members": names}),

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common import live
 from common.run import checkpoint, dist
 from common.run.progress import Progress
 
@@ -28,7 +29,7 @@ class Evaluation(contextlib.ExitStack):
         progress: of the stage; None, where nothing is trained: nothing is kept.
         model: whose weights make the rows; None: no weights do.
         batches: this rank's, (b,) items each, equally many on all ranks.
-        kind: sets apart what else one model gives for the same items.
+        kind: sets apart what else one model gives for the same items; it is shown meanwhile.
     """
 
     def __init__(
@@ -42,8 +43,11 @@ class Evaluation(contextlib.ExitStack):
         self.progress = progress
         self.parts: list[Tensor] = []
         self.left = batches
+        self.total = sum(map(len, batches))
+        self.what = kind or "evaluation"
         if progress is None:
             return
+        self.what = f"{progress.stage} {self.what}"
         weights = checkpoint.weights_digest(model.state_dict()) if model else ""
         hasher = hashlib.blake2b(f"{weights} {kind}".encode(), digest_size=7)
         for items in batches:
@@ -52,6 +56,8 @@ class Evaluation(contextlib.ExitStack):
         self.left = batches[len(self.parts) :]
 
     def __enter__(self) -> "Evaluation":
+        found = self.total - sum(map(len, self.left))
+        self.shown = self.enter_context(live.Progress(self.what, self.total, found))
         if self.progress:
             self.enter_context(self.progress.interruptible())
         return self
@@ -59,6 +65,7 @@ class Evaluation(contextlib.ExitStack):
     def add(self, rows: Tensor) -> None:
         """Take the rows (b, ...) of the next batch, and stop or save where it is time."""
         self.parts.append(rows)
+        self.shown.add(len(rows))
         if self.progress:
             self.progress.check_stop()
 

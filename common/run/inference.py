@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from common import config
 from common.errors import InputError, first_few, plural, say
+from common.live import digits
 from common.run import checkpoint, dist
 from common.run.card import Card
 from common.run.directory import output_folder
@@ -82,7 +83,7 @@ class LoadedRun:
         results = {f"eval/{name.split('/', 1)[1]}": value for name, value in results.items()}
         if not world.is_main:
             return
-        say(*(f"{name} {value:.4f}" for name, value in results.items()))
+        say(*(f"{name} {digits(value)}" for name, value in results.items()))
         table = None
         if answers is not None:
             data, rows, classes, scores = answers

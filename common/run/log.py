@@ -4,17 +4,16 @@ import contextlib
 import json
 import math
 import os
-import sys
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import median
 
-import torch
-
-from common.amp import peak_bytes, peak_memory
+from common import live
+from common.amp import peak_bytes
 from common.errors import TRANSIENT, InputError, first_few, only_warn, plural, say
+from common.live import digits, duration
 from common.retry import retried
 from common.run.files import atomic_write
 
@@ -22,20 +21,6 @@ from common.run.files import atomic_write
 TIMING = ("time", "rate", "eta_s", "wait", "memory_gb")
 FIRST_STEPS = 3
 RESUMES = "resumes.jsonl"
-
-
-def duration(seconds: float) -> str:
-    """`41s`, `12m`, `3h05m`, `2d04h`: what an ETA needs."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds}s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{minutes}m"
-    hours = minutes // 60
-    if hours < 48:
-        return f"{hours}h{minutes % 60:02d}m"
-    return f"{hours // 24}d{hours % 24:02d}h"
 
 
 class Pace:
@@ -99,6 +84,10 @@ class Pace:
         """Seconds that the steps after `step` will take."""
         return self.seconds_per_step * max(self.total_steps - step, 0)
 
+    def describe(self, step: int) -> str:
+        """`3210 img/s | eta 41m` of the steps after `step`."""
+        return f"{digits(self.rate())} {self.unit}/s | eta {duration(self.eta(step))}"
+
 
 class Log:
     """Rank 0's console and `log.jsonl`; silent on the other ranks.
@@ -110,7 +99,6 @@ class Log:
 
     def __init__(self, folder: Path | None, *, main: bool, tensorboard: bool = False):
         self.main = main
-        self.live = main and sys.stdout.isatty()
         self.start = time.monotonic()
         self.counts: Counter = Counter()  # lines of each stage
         self.lost: defaultdict[str, list[int]] = defaultdict(list)  # the damaged ones among them
@@ -123,7 +111,6 @@ class Log:
                 raise InputError(f"{self.path}: {error.strerror}") from None
         self.board = _summary_writer(folder) if main and tensorboard else None
         self.watcher = None
-        self._width = 0
 
     def _take_over(self) -> None:
         parsed = _parse(self.path, self.say)
@@ -144,7 +131,6 @@ class Log:
     def say(self, *lines: str) -> None:
         """Plain lines on the console; what is not printable in them shows as escapes."""
         if self.main:
-            self._clear()
             say(*lines)
 
     def due(self, step: int, every: int) -> bool:
@@ -154,36 +140,18 @@ class Log:
         """
         return step <= FIRST_STEPS or step % every == 0
 
-    def cost(
-        self, stage: str, steps_per_epoch: int, epochs: int, pace: Pace, device: torch.device
+    def interval(
+        self, stage: str, step: int, epoch: int, values: dict, pace: Pace, *, quiet: bool = False
     ) -> None:
-        """Say the memory that a step takes and, on a CPU, what an epoch costs.
+        """One line of the loop: the same fields on the console and in `log.jsonl`.
 
-        A user may have meant a GPU.
+        `quiet`: in the file alone.
         """
-        self.say(f"{stage}: peak memory {peak_memory(device)}")
-        if device.type == "cpu":
-            seconds = pace.seconds_per_step * steps_per_epoch
-            self.say(
-                f"{stage}: on this CPU an epoch costs about {duration(seconds)},"
-                f" {plural(epochs, 'epoch')} about {duration(seconds * epochs)};"
-                " a GPU, a smaller model or input, fewer --epochs cost less"
-            )
-
-    def progress(self, stage: str, step: int, pace: Pace) -> None:
-        """On a terminal: rewrite the live line. Reads nothing from the device."""
-        if self.live:
-            text = f"{stage} step {step}/{pace.total_steps} | {_speed(pace, step)}"
-            print("\r" + text.ljust(self._width), end="", flush=True)
-            self._width = len(text)
-
-    def interval(self, stage: str, step: int, epoch: int, values: dict, pace: Pace) -> None:
-        """One line of the loop: the same fields on the console and in `log.jsonl`."""
-        width = len(str(pace.total_steps))
-        shown = " | ".join(f"{name} {_number(name, value)}" for name, value in values.items())
-        self.say(
-            f"{stage} step {step:0{width}d}/{pace.total_steps} | {shown} | {_speed(pace, step)}"
-        )
+        if not quiet:
+            total = pace.total_steps
+            shown = " | ".join(f"{name} {digits(value)}" for name, value in values.items())
+            at = f"{stage} step {step:0{len(str(total))}d}/{total}"
+            self.say(f"{at} | {shown} | {pace.describe(step)}")
         timing = {
             "rate": round(pace.rate(), 2),
             "eta_s": round(pace.eta(step), 1),
@@ -201,7 +169,7 @@ class Log:
         """
         if not quiet:
             shown = " | ".join(
-                f"{name.removeprefix(stage + '/')} {_number(name, value)}"
+                f"{name.removeprefix(stage + '/')} {digits(value)}"
                 for name, value in values.items()
             )
             self.say(f"{stage} epoch {epoch} | {shown}")
@@ -313,27 +281,12 @@ class Log:
 
     def close(self) -> None:
         """End the live line, and close the files."""
-        self._clear()
+        live.line.clear()
         if self.board:
             with only_warn(self.say, "TensorBoard"):
                 self.board.close()
         if self.file:
             self.file.close()
-
-    def _clear(self) -> None:
-        if self.live and self._width:
-            print("\r" + " " * self._width + "\r", end="")
-            self._width = 0
-
-
-def _speed(pace: Pace, step: int) -> str:
-    return f"{pace.rate():.0f} {pace.unit}/s | eta {duration(pace.eta(step))}"
-
-
-def _number(name: str, value) -> str:
-    if isinstance(value, int):
-        return str(value)
-    return f"{value:.1e}" if name == "lr" else f"{value:.4f}"
 
 
 def _summary_writer(folder: Path):

@@ -2,20 +2,28 @@
 follows it.
 
 The loop itself stays in the script. `Loop` iterates, counts, sets rates, logs and saves; it never
-calls the model, the loss or backward, and never steps the optimizer.
+calls the model, the loss or backward, and never steps the optimizer, but on a copy in `foresee`.
 """
 
+import argparse
+import copy
+import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from common import amp
-from common.run import dist
+from common import amp, live
+from common.run import checkpoint, dist
 from common.run.log import Pace
 from common.run.progress import Progress
+
+LONG = 3600.0  # seconds of a run on a CPU that are said before it starts
+_TRIED = 32  # items, at most, of the steps that tell how long it takes
+_POINTS = 100  # of a stage's curves, beside the first and the last step of every epoch
 
 
 class Batch(NamedTuple):
@@ -107,6 +115,73 @@ class Loop:
         self.phases = phases
         self.quiet = quiet
         self.pace = Pace(self.settings.bs, self.settings.epochs * steps, unit)
+        self.loss: Tensor | float | None = None  # the last one that can be read without waiting
+
+    def foresee(
+        self,
+        train_step: Callable[..., Step],
+        fetch: Callable[[list[np.ndarray], int], Iterator[Batch]],
+        items: np.ndarray,
+    ) -> None:
+        """Say before the first step that a CPU will take hours.
+
+        Small steps on a copy tell what an item costs, in seconds or in one step of two items;
+        nothing of the run's state changes.
+
+        Args:
+            train_step, fetch: the script's; `fetch` without the run.
+            items: of the training data; few of them are fetched, and none for a GPU.
+        """
+        run, stage = self.run, self.progress.stage
+        total = self.pace.total_steps
+        steps = min(total, run.args.max_steps or total) - self.progress.step
+        if run.world.device.type != "cpu" or steps <= 0:
+            return
+        rng_state = checkpoint.rng_state()
+        with run.signals.at_once():
+            seconds = self._seconds_of_step(train_step, fetch, items[:_TRIED], steps)
+        checkpoint.set_rng_state(rng_state)
+        self.pace.pause()
+        if seconds * steps < LONG:
+            return
+        each = f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+        epochs = "--epochs" if stage == next(iter(run.stages)) else f"--{stage}-epochs"
+        flags = {"backbone": "--backbone", "image_size": "--image-size"}
+        sizes = " or ".join(flag for name, flag in flags.items() if name in vars(run.args))
+        run.log.say(
+            f"WARN {stage}: about {live.duration(seconds * steps)} on this CPU, at {each} for each"
+            f" of {steps} steps of {self.settings.bs}; evaluations come on top. What helps: a GPU,"
+            f" fewer {epochs}{f', a smaller {sizes}' if sizes else ''}; --max-steps stops early,"
+            " --demo is small"
+        )
+
+    def _seconds_of_step(self, train_step, fetch, items: np.ndarray, steps: int) -> float:
+        # Of the whole batch; where `steps` of them are short anyway, more than that.
+        run, parts = self.run, self.progress.parts
+        model, optimizer = copy.deepcopy((parts["model"], parts["optimizer"]))
+        model.train()
+        scaler = amp.scaler(run.args.precision, run.world.device)
+        args = argparse.Namespace(**{**vars(run.args), "accum": 1})  # so few cannot be split
+        trial = replace(run, args=args, phases=None)
+        batch = self.settings.bs // run.world.world_size
+
+        def taken(count: int) -> float:
+            (small,) = fetch([items[:count]], 0)
+            begun = time.perf_counter()
+            train_step(trial, model, optimizer, scaler, small)
+            seconds = torch.tensor(time.perf_counter() - begun)
+            return dist.all_reduce(seconds, "max").item()  # so that all ranks decide alike
+
+        few = min(2, batch)
+        of_few = taken(few)
+        if of_few < 1:
+            of_few = taken(few)  # the first one has paid for allocation
+        seconds = of_few / few * batch
+        more = min(int(few / of_few), len(items), batch)
+        if seconds * steps < LONG or more <= few:
+            return seconds
+        of_more = min(taken(more), taken(more))
+        return of_more + max(of_more - of_few, 0.0) / (more - few) * (batch - more)
 
     def epochs(self) -> Iterator[int]:
         """Epochs from the one that a resumed run stands in to the last, or until patience ends.
@@ -122,6 +197,7 @@ class Loop:
 
     def batches(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches of an epoch as they are; how long each is waited for is counted."""
+        self._show()
         for batch in self.pace.waiting(self._fetched(batches)):
             self._lap("input")
             yield batch
@@ -150,30 +226,57 @@ class Loop:
     def end_step(self, step: Step, lr: float, more: Callable[[], dict] = dict) -> None:
         """What follows an update: the epoch's sums, a line where one is due, the checkpoint.
 
-        `more` gives further values of a line; it is called only where one is due, as it may wait
-        for the device.
+        A line is on the console where --log-every says so, and in log.jsonl also where curves need
+        a point. `more` gives further values of it; it is called only then, as it may wait for the
+        device.
 
         Raises:
             Diverged, Stopped: see `Progress.end_step`.
         """
-        run, progress = self.run, self.progress
+        run, progress, device = self.run, self.progress, self.run.world.device
         stage = progress.stage
         progress.add(**step.terms)
         self.pace.tick()
         done = progress.step + 1
-        if not self.quiet and run.log.due(done, run.args.log_every):
+        if device.type == "cpu":
+            self.loss = step.terms["loss"]
+        due = run.log.due(done, run.args.log_every)
+        if not self.quiet and (due or self._is_point()):
             values = {name: dist.mean(value).item() for name, value in step.terms.items()}
             if self.chance is not None:
                 values["loss_over_chance"] = values["loss"] / self.chance
             values["lr"] = lr
             values["grad_norm"] = step.norm.item()
             values.update(more())
-            run.log.interval(stage, done, progress.epoch + 1, values, self.pace)
-        run.log.progress(stage, done, self.pace)
+            self.loss = values["loss"]
+            run.log.interval(stage, done, progress.epoch + 1, values, self.pace, quiet=not due)
         if not self.quiet and self.pace.steps == 2:
-            run.log.cost(stage, self.steps, self.settings.epochs, self.pace, run.world.device)
+            run.log.say(f"{stage}: peak memory {amp.peak_memory(device)}")
+        self._show(1)
         progress.end_step(step.bad)
         self._lap("rest")
+
+    def _is_point(self) -> bool:
+        # Of the curves: a step, not counted yet. Reading its values waits for a GPU: one of ten.
+        least = 1 if self.run.world.device.type == "cpu" else 10
+        step, batch = self.progress.step + 1, self.progress.batch + 1
+        return batch in (1, self.steps) or step % max(self.pace.total_steps // _POINTS, least) == 0
+
+    def _show(self, more: int = 0) -> None:
+        # The live line; `more` steps are done that are not counted yet.
+        if not (self.run.log.main and live.line.due()):
+            return
+        progress = self.progress
+        batch = progress.batch + more
+        tail = [f"{batch}/{self.steps}"]
+        if self.loss is not None:
+            tail += [f"loss {live.digits(float(self.loss))}"]
+            tail += [self.pace.describe(progress.step + more)]
+        live.line.draw(
+            f"{progress.stage} epoch {progress.epoch + 1}/{self.settings.epochs}",
+            batch / self.steps,
+            " | ".join(tail),
+        )
 
     def is_eval_epoch(self) -> bool:
         """Whether an evaluation follows this epoch: by --eval-every, and after the last one."""
