@@ -5,7 +5,6 @@ is averaged as probabilities, with equal weight.
 """
 
 import csv
-import os
 import sys
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 
 from common import config, metrics
 from common.errors import InputError, exit_codes, say
+from common.run import dist
 from common.run.files import write_json
 from common.run.inference import write_predictions
 
@@ -36,13 +36,14 @@ def judge(main, argv: list[str] | None, args, metric: str) -> None:
     with exit_codes():
         if len(names) < 2:
             raise InputError(f"--ensemble {names[0]}: give two runs or more")
-    is_main = not int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+    is_main = dist.launched_first()
     folder = Path(args.out or Path("runs") / f"ensemble-{config.digest(names)}")
+    others = config.without(argv, {"--ensemble": len(names), "--out": 1})
     for i, name in enumerate(names):
         member = folder / f"member{i}"
         if is_main:  # what another run left there is no answer of this one
             (member / FILE).unlink(missing_ok=True)
-        main([*_without(argv, names), "--eval", name, "--out", str(member)])
+        main([*others, "--eval", name, "--out", str(member)])
     if not is_main:  # the group of processes has ended
         return
     with exit_codes():
@@ -74,22 +75,6 @@ def judge(main, argv: list[str] | None, args, metric: str) -> None:
         )
         write_json(folder / "ensemble.json", results | {"members": names})
         write_predictions(folder / "ensemble.csv", ids, classes, torch.from_numpy(mean))
-
-
-def _without(argv: list[str], names: list[str]) -> list[str]:
-    # The flags but for --ensemble with its runs and --out with its folder.
-    kept = []
-    skip = 0
-    for token in argv:
-        if token == "--ensemble":
-            skip = len(names) + 1
-        elif token == "--out":
-            skip = 2
-        if skip:
-            skip -= 1
-        elif not token.startswith("--out="):
-            kept.append(token)
-    return kept
 
 
 def read(path: Path, source: str) -> tuple[list[str], np.ndarray, list[str], np.ndarray]:
