@@ -107,13 +107,24 @@ def test_a_run_leaves_what_the_readme_promises(whole, cells, capsys):
 
 
 def test_the_command_after_pretraining_runs_the_linear_protocol(tmp_path, capsys):
+    data = cells_tree(tmp_path / "my cells", per_class=140)
     out = tmp_path / "a run's"
-    assert train_simclr.main(flags(NET, "--epochs 1 --store-size 16 --bs 64 --out", out)) == 0
+    argv = flags(NET, "--epochs 1 --store-size 12 --bs 64 --data", data, "--out", out)
+    assert train_simclr.main(argv) == 0
     following = next_after(capsys.readouterr().out, out, train_simclr.CARD)
-    assert following == flags("--stage linear --from", out, "--data sample --store-size 16")
+    assert following == flags("--stage linear --from", out, "--data", data, "--store-size 12")
     assert train_simclr.main(flags(following, "--device cpu --out", tmp_path / "linear")) == 0
     following = next_after(capsys.readouterr().out, tmp_path / "linear", train_simclr.CARD)
     assert following == flags("--predict PATH --resume", tmp_path / "linear")
+
+
+def test_after_pretraining_on_a_single_class_the_labels_are_to_come(tmp_path, capsys):
+    data = cells_tree(tmp_path / "cells", classes=("images",))
+    out = tmp_path / "run"
+    assert train_simclr.main(flags(NET, "--epochs 1 --bs 16 --data", data, "--out", out)) == 0
+    assert "pretrain/test/knn_accuracy" not in summary(out)
+    following = next_after(capsys.readouterr().out, out, train_simclr.CARD)
+    assert following == flags("--stage linear --from", out, "--data LABELED")
 
 
 def test_backbone_loads_into_plain_torchvision_and_gives_the_stored_features(whole, cells):
