@@ -820,7 +820,7 @@ def chance_levels(stages: dict, spec: dict) -> dict[str, tuple[str, float]]:
 
 def main(argv: list[str] | None = None) -> int:
     args, parser = parse_args(argv)
-    if run_sweep(main, argv, args, SEARCH, None):
+    if run_sweep(main, parser, argv, args, SEARCH, None):
         return 0
     return launch(parser, args, run_inference, run_training)
 

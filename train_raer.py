@@ -848,7 +848,7 @@ def chance_levels(args, classes: list[str]) -> dict[str, tuple[str, float]]:
 
 def main(argv: list[str] | None = None) -> int:
     args, parser = parse_args(argv)
-    if run_sweep(main, argv, args, SEARCH, "uar"):
+    if run_sweep(main, parser, argv, args, SEARCH, "uar"):
         return 0
     return launch(parser, args, run_inference, run_training)
 

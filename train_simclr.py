@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import amp, config, distill, linear_eval, optim
+from common import amp, config, distill, linear_eval, metrics, optim
 from common.check import reference
 from common.check.result import CheckSpec, NetworkView
 from common.check.runner import check
@@ -75,6 +75,10 @@ CARD = Card(
         "pretrain/train/loss_over_chance": "contrastive loss over its chance level",
     },
     baselines=("linear_random", "linear_pixels"),
+    following={
+        "pretrain": "--stage linear --from RUN {data} {store_size} {on_bad_item} {protocol}"
+        " {target_labels}"
+    },
 )
 # The batch and the learning rate of the linear protocol and of fine-tuning are the cytology
 # recipe's; their epochs only bound the early stopping. A learning rate of None follows from the
@@ -599,6 +603,10 @@ def pretrain(run: Run, weights: dict | None) -> None:
     everything = partial(evaluate, run, backbone, np.arange(len(run.data)), progress)
     features = stored_features(run, checkpoint.weights_digest(trained_weights), everything)
     figures.representation(run, features)
+    if "pretrain/test/knn_accuracy" in results:
+        labels, splits = run.data.labels, run.splits
+        share = metrics.majority_accuracy(labels[splits["train"]], labels[splits["test"]])
+        results["pretrain/test/majority_knn_accuracy"] = share
     log.metrics("pretrain", progress.step, progress.epoch, results)
     run.finish(progress, progress.results | results | {"pretrain/train/loss_at_chance": chance})
 
@@ -684,6 +692,8 @@ def finetune(run: Run, weights: dict | None) -> None:
         return scores, logits
 
     results, logits = test_best_and_last(progress, model, test)
+    share = metrics.majority_accuracy(labels[train], labels[test_split])
+    results["finetune/test/majority_accuracy"] = share
     figures.classified(run, "finetune", test_split, logits, labels[test_split], classes)
     log.metrics("finetune", progress.step, progress.epoch, results)
     run.finish(progress, results)
@@ -870,7 +880,7 @@ def chance_levels(stages: dict, classes: dict) -> dict[str, tuple[str, float]]:
 
 def main(argv: list[str] | None = None) -> int:
     args, parser = parse_args(argv)
-    if run_sweep(main, argv, args, SEARCH, "macro_f1"):
+    if run_sweep(main, parser, argv, args, SEARCH, "macro_f1"):
         return 0
     return launch(parser, args, run_inference, run_training)
 

@@ -572,6 +572,8 @@ def train(run: Run, published: dict | None) -> None:
         return scores, (logits, shares, threshold)
 
     results, (logits, shares, threshold) = test_best_and_last(progress, model, test)
+    share = metrics.majority_accuracy(videos.labels[run.splits["train"]], videos.labels[test_split])
+    results["train/test/majority_video_accuracy"] = share
     figures.detected(run, test_split, metrics.video_scores(logits), threshold)
     if args.aggregate == "attention":
         attention_gallery(run, test_split, logits, shares)
@@ -803,7 +805,7 @@ def chance_levels(args, spec: dict) -> dict[str, tuple[str, float]]:
 
 def main(argv: list[str] | None = None) -> int:
     args, parser = parse_args(argv)
-    if run_sweep(main, argv, args, SEARCH, "auc"):
+    if run_sweep(main, parser, argv, args, SEARCH, "auc"):
         return 0
     return launch(parser, args, run_inference, run_training)
 

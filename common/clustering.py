@@ -118,7 +118,7 @@ def nearest(x: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def landmarks(x: Tensor, count: int) -> Tensor:
-    """Up to `count` of the rows x (n, ...): all of them, or a fixed random sample in their order."""
+    """Up to `count` of the rows x (n, ...): all, or a fixed random sample in their order."""
     if len(x) <= count:
         return x
     sample = np.sort(uniform(0, 3, np.arange(len(x)), 0, 1)[:, 0].argsort()[:count])

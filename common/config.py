@@ -506,14 +506,8 @@ def parse(
     `ranges` are those of the script's flags that a trial of --search draws; see
     `search.drawn_ranges`.
     """
-    argv = parser.without_aliases(sys.argv[1:] if argv is None else argv)
-    finder = Parser(add_help=False)
-    finder.add_argument("--config")
-    finder.add_argument("--demo", action="store_true")
-    first, _ = finder.parse_known_args(argv)
-    if first.config:
-        argv = _config_flags(parser, first.config) + argv
-    if first.demo or "--demo" in argv:
+    argv = expanded(parser, argv)
+    if "--demo" in argv:
         parser.set_defaults(**demo)
     args = parser.parse_args(argv)
     if args.search is None:
@@ -529,6 +523,30 @@ def parse(
             parser, args, ["teacher_weight", "teacher_temperature"], "without --teacher"
         )
     return args
+
+
+def expanded(parser: Parser, argv: list[str] | None) -> list[str]:
+    """The words of a command line without aliases, behind the flags of its --config."""
+    argv = parser.without_aliases(sys.argv[1:] if argv is None else argv)
+    finder = Parser(add_help=False)
+    finder.add_argument("--config")
+    first, _ = finder.parse_known_args(argv)
+    return (_config_flags(parser, first.config) if first.config else []) + argv
+
+
+def without(argv: list[str], counts: dict[str, int]) -> list[str]:
+    """`argv` but for the flags in `counts`, each with so many values."""
+    kept = []
+    skip = 0
+    for token in argv:
+        name, equals, _ = token.partition("=")
+        if name in counts:
+            skip = 1 if equals else 1 + counts[name]
+        if skip:
+            skip -= 1
+        else:
+            kept.append(token)
+    return kept
 
 
 def _trial_flags(

@@ -234,3 +234,14 @@ def first_few(names: Sequence, most: int = 3) -> str:
     """`a, b, c and 4 more`: the first of many names, for a message."""
     shown = ", ".join(str(name) for name in names[:most])
     return shown + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def aligned(rows: list[list]) -> str:
+    """Rows of cells as lines of text, each column as wide as its widest cell."""
+    texts = [[printable(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    lines = (
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in texts
+    )
+    return "\n".join(lines)

@@ -102,7 +102,7 @@ def representation(
     """How good features are without training: kNN accuracy and effective rank.
 
     Neighbors are sought among at most KNN_BANK training items, for at most KNN_QUERIES queries, the
-    same ones every time. Without labels there is the effective rank alone.
+    same ones every time. Without labels of two classes there is the effective rank alone.
 
     Args:
         outputs: gives the features (n, d) of items.
@@ -120,7 +120,8 @@ def representation(
         share = min(1.0, most / max(len(indices), 1))
         return sampling.hold_out(items.ids, labels, indices, share, "knn")
 
-    labeled = len(run.splits[queries]) > 1 and len(run.splits["train"])
+    of_classes = len(items.classes) > 1
+    labeled = of_classes and len(run.splits[queries]) > 1 and len(run.splits["train"])
     bank = sample("train", KNN_BANK) if labeled else []
     asked = sample(queries if labeled else "rest", KNN_QUERIES)
     rows = outputs(np.concatenate([bank, asked]).astype(np.int64))

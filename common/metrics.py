@@ -102,6 +102,12 @@ def classification(target: Labels, predicted: Labels, num_classes: int) -> dict[
     }
 
 
+def majority_accuracy(trained: Labels, target: Labels) -> float:
+    """Accuracy on `target` (n,) of the most frequent label of `trained` (m,) as the only answer."""
+    names, counts = np.unique(trained, return_counts=True)
+    return float((np.asarray(target) == names[counts.argmax()]).mean())
+
+
 def long_tail(
     target: Labels, predicted: Labels, num_classes: int
 ) -> dict[str, float | list[float]]:

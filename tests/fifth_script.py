@@ -24,6 +24,7 @@ CARD = Card(
     items="images",
     stages=("train",),
     headlines={"train/test/accuracy": "accuracy on the test split"},
+    following={"train": "--eval RUN"},
 )
 STAGE = {"epochs": 4, "bs": 64, "lr": 1e-3, "wd": 1e-2, "optimizer": "adamw"}
 

@@ -3,10 +3,13 @@
 import json
 import os
 import random
+import re
+import shlex
 import subprocess
 import sys
 
 import numpy as np
+import pytest
 import torch
 
 from common.run import checkpoint, log
@@ -78,6 +81,33 @@ def succeed(*processes) -> list[str]:
 
 def summary(folder):
     return json.loads((folder / "summary.json").read_text())
+
+
+def next_after(printed: str, folder, card) -> list[str]:
+    """The flags of the command that the end of a run says is next.
+
+    The end names the report, and its figures are those of summary.json, each with its baselines.
+    """
+    result = summary(folder)
+    lines = printed.splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("finished in "))
+    assert lines[first].endswith(f": {folder / 'report.html'}")
+    titles = [card.headlines[name] for name in card.headlines if name in result]
+    values = [result[name] for name in card.headlines if name in result]
+    shown = lines[first + 1 : first + 1 + min(len(titles), 3)]
+    known = [value for value in result.values() if isinstance(value, (int, float))]
+    for line, title, value in zip(shown, titles, values, strict=False):
+        text, brackets, beside = line.removeprefix(f"  {title}: ").rpartition(" (")
+        assert brackets, line
+        assert float(text.split()[0]) == pytest.approx(value, rel=5e-4), line
+        numbers = re.findall(r"(?<!\S)[-+]?[\d.]+(?:e[-+]\d+)?(?![\w.])", f"{text} {beside}")
+        for number in numbers:
+            near = (float(number) == pytest.approx(other, rel=5e-4) for other in known)
+            assert any(near) or f"a guess {number}" in line, line
+        assert all(len(number.strip("0").replace(".", "")) <= 4 for number in numbers), line
+    command = shlex.split(lines[first + 1 + len(shown)].removeprefix("  next: "))
+    assert command[:2] == ["python", f"train_{card.name}.py"]
+    return command[2:]
 
 
 def equal_runs(a, b):

@@ -108,7 +108,7 @@ def test_a_check_does_not_stand_in_the_way_of_the_run(tmp_path, capsys):
     ]
     for path, content in files.items():
         assert path.name == "check.json" or path.read_bytes() == content, path
-    assert train_cluster.main(argv) == 0 and "has finished" in capsys.readouterr().out
+    assert train_cluster.main(argv) == 0 and "already finished" in capsys.readouterr().out
     found = json.loads((tmp_path / "run" / "check.json").read_text())
     assert found["card"]["name"] == "cluster" and found["command"]
     assert [item["item"] for item in found["items"]] == ["loss-at-init", "gradient"] and found[

@@ -14,7 +14,7 @@ from common import deep_cluster
 from common.run import checkpoint, log
 from common.run.progress import Progress
 from tests.data import WORDS, utterance_arrays, utterances_npz, utterances_tsv
-from tests.runs import ended, flags, refused, same, start_ranks, succeed, summary
+from tests.runs import ended, flags, next_after, refused, same, start_ranks, succeed, summary
 
 pytestmark = pytest.mark.e2e
 
@@ -93,7 +93,10 @@ def test_a_run_leaves_what_the_readme_promises(whole, acts, capsys):
     assert "nearest to the center" in page and page.count("h0") > 100  # the scatter is in it
     capsys.readouterr()
     assert train_cluster.main([*SMALL, "--data", str(acts), "--out", str(whole)]) == 0
-    assert "has finished" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "already finished" in printed and "untrained k-means" in printed
+    args, _ = train_cluster.parse_args(next_after(printed, whole, train_cluster.CARD))
+    assert args.predict == "PATH" and args.resume == str(whole)
 
 
 def test_labels_enter_neither_weights_nor_clusters(whole, acts, tmp_path):
@@ -217,7 +220,7 @@ def test_eval_repeats_the_test_and_predict_needs_no_labels(whole, acts, tmp_path
     assert train_cluster.main(argv) == 0
     capsys.readouterr()
     assert train_cluster.main(["--config", str(tmp_path / "run" / "config.json")]) == 0
-    assert "has finished" in capsys.readouterr().out
+    assert "already finished" in capsys.readouterr().out
     argv = flags("--predict", acts, "--resume", whole / "pretrain" / "best.pt", "--device cpu")
     refused(train_cluster.main, argv, capsys, "pretrain")
 

@@ -16,7 +16,7 @@ from common.models import raer as models
 from common.run import checkpoint, log
 from common.weights import Published
 from tests.data import RAER_CLASSES, raer_tree
-from tests.runs import flags, refused, summary
+from tests.runs import flags, next_after, refused, summary
 
 pytestmark = pytest.mark.e2e
 
@@ -73,9 +73,10 @@ def test_a_run_leaves_what_the_readme_promises(whole, tree, capsys):
     assert (
         train_raer.main(flags(SMALL, "--data", tree, "--out", whole)) == 0
     )  # finished: nothing is repeated
-    assert (
-        "has finished" in capsys.readouterr().out and (whole / "log.jsonl").read_bytes() == before
-    )
+    printed = capsys.readouterr().out
+    assert "already finished" in printed and (whole / "log.jsonl").read_bytes() == before
+    args, _ = train_raer.parse_args(next_after(printed, whole, train_raer.CARD))
+    assert args.predict == "PATH" and args.resume == str(whole)
 
 
 def stopped_after(argv, steps):

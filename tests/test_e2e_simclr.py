@@ -18,7 +18,17 @@ from common.data import cytology
 from common.run import checkpoint, log
 from common.weights import Published
 from tests.data import cells_tree, cytology_tree
-from tests.runs import ended, flags, refused, same, start, start_ranks, succeed, summary
+from tests.runs import (
+    ended,
+    flags,
+    next_after,
+    refused,
+    same,
+    start,
+    start_ranks,
+    succeed,
+    summary,
+)
 
 pytestmark = pytest.mark.e2e
 
@@ -50,6 +60,8 @@ def test_a_run_leaves_what_the_readme_promises(whole, cells, capsys):
         for metric in ("accuracy", "macro_precision", "macro_recall", "macro_f1"):
             assert 0 <= result[f"{stage}/test/{metric}"] <= 1
     assert result["majority/test/accuracy"] == pytest.approx(1 / 3)
+    assert result["finetune/test/majority_accuracy"] == pytest.approx(1 / 3)
+    assert result["pretrain/test/majority_knn_accuracy"] == pytest.approx(1 / 3)
     assert result["linear_pixels/test/accuracy"] > 0.9  # the classes differ in color
     assert result["pretrain/train/loss_at_chance"] == pytest.approx(math.log(31))
     ratio = result["pretrain/train/loss"] / math.log(31)
@@ -88,9 +100,31 @@ def test_a_run_leaves_what_the_readme_promises(whole, cells, capsys):
     assert (
         train_simclr.main(flags(SMALL, "--data", cells, "--out", whole)) == 0
     )  # finished: nothing is repeated
-    assert (
-        "has finished" in capsys.readouterr().out and (whole / "log.jsonl").read_bytes() == before
-    )
+    printed = capsys.readouterr().out
+    assert "already finished" in printed and (whole / "log.jsonl").read_bytes() == before
+    args, _ = train_simclr.parse_args(next_after(printed, whole, train_simclr.CARD))
+    assert args.predict == "PATH" and args.resume == str(whole)
+
+
+def test_the_command_after_pretraining_runs_the_linear_protocol(tmp_path, capsys):
+    data = cells_tree(tmp_path / "my cells", per_class=140)
+    out = tmp_path / "a run's"
+    argv = flags(NET, "--epochs 1 --store-size 12 --bs 64 --data", data, "--out", out)
+    assert train_simclr.main(argv) == 0
+    following = next_after(capsys.readouterr().out, out, train_simclr.CARD)
+    assert following == flags("--stage linear --from", out, "--data", data, "--store-size 12")
+    assert train_simclr.main(flags(following, "--device cpu --out", tmp_path / "linear")) == 0
+    following = next_after(capsys.readouterr().out, tmp_path / "linear", train_simclr.CARD)
+    assert following == flags("--predict PATH --resume", tmp_path / "linear")
+
+
+def test_after_pretraining_on_a_single_class_the_labels_are_to_come(tmp_path, capsys):
+    data = cells_tree(tmp_path / "cells", classes=("images",))
+    out = tmp_path / "run"
+    assert train_simclr.main(flags(NET, "--epochs 1 --bs 16 --data", data, "--out", out)) == 0
+    assert "pretrain/test/knn_accuracy" not in summary(out)
+    following = next_after(capsys.readouterr().out, out, train_simclr.CARD)
+    assert following == flags("--stage linear --from", out, "--data LABELED")
 
 
 def test_backbone_loads_into_plain_torchvision_and_gives_the_stored_features(whole, cells):
@@ -515,7 +549,7 @@ def test_a_cell_is_a_function_of_its_number(cells, tmp_path, monkeypatch, capsys
     ):
         assert train_simclr.main([*small, *extra]) == 0
     assert len(list((tmp_path / "runs" / "simclr").iterdir())) == 3
-    assert capsys.readouterr().out.count("has finished; its summary") == 1
+    assert capsys.readouterr().out.count("already finished") == 1
 
 
 def test_published_weights_start_every_stage(cells, tmp_path, capsys, monkeypatch):
@@ -557,7 +591,7 @@ def test_published_weights_start_every_stage(cells, tmp_path, capsys, monkeypatc
     for argv[given] in (str(copy), "imagenet"):  # the same weights elsewhere mean the same run
         again = [*argv, "--stage", "linear", "--out", str(tmp_path / "linear")]
         assert train_simclr.main(again) == 0
-        assert "has finished" in capsys.readouterr().out
+        assert "already finished" in capsys.readouterr().out
     copy.unlink()
     assert train_simclr.main(again) == 0  # from the cache
     cached = tmp_path / "hub" / "checkpoints" / copy.name

@@ -14,7 +14,7 @@ import train_tsm
 from common.models.mobilenet_v4 import build_mobilenet_v4
 from common.run import checkpoint, log
 from tests.data import clip_folders, ffpp_tree, ordered_clips, write_clip
-from tests.runs import flags, refused, same, start_ranks, succeed, summary
+from tests.runs import flags, next_after, refused, same, start_ranks, succeed, summary
 
 pytestmark = pytest.mark.e2e
 
@@ -43,7 +43,7 @@ def stopped_at(argv, steps):
     assert ending.value.code == 0
 
 
-def test_a_run_leaves_what_the_readme_promises(whole, ffpp, capsys):
+def test_a_run_leaves_what_the_readme_promises(whole, ffpp, tmp_path, capsys):
     result = summary(whole)
     for name in ("", "_Deepfakes", "_FaceSwap"):
         for metric in ("auc", "ap", "eer", "accuracy"):
@@ -67,7 +67,12 @@ def test_a_run_leaves_what_the_readme_promises(whole, ffpp, capsys):
     assert all(sum(card["share"] for card in row["cards"]) == pytest.approx(1) for row in watched)
     capsys.readouterr()
     assert train_tsm.main([*SMALL, "--data", str(ffpp), "--out", str(whole)]) == 0
-    assert "has finished" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "already finished; --resume none starts anew" in printed
+    given = {"PATH": str(ffpp)}
+    following = [given.get(w, w) for w in next_after(printed, whole, train_tsm.CARD)]
+    assert train_tsm.main(flags(following, "--device cpu --out", tmp_path)) == 0
+    assert len((tmp_path / "predictions.csv").read_text().splitlines()) > 1
 
 
 def test_metrics_are_scikit_learns_of_the_scores_that_predict_writes(whole, ffpp, tmp_path):

@@ -58,7 +58,7 @@ def test_a_fifth_script_runs_resumes_reports_and_evaluates(script, tmp_path):
     script("--eval", whole)
     scores = json.loads((whole / "eval.json").read_text())
     assert scores["eval/test/accuracy"] == found["train/test/accuracy"]
-    assert "has finished" in script("--out", whole)
+    assert "already finished" in script("--out", whole)
 
 
 @pytest.mark.e2e

@@ -49,8 +49,23 @@ def test_lines_of_a_run_that_stops_goes_on_and_finishes(acts, tmp_path, capsys):
     )
     out, err = printed(argv, capsys)
     holds(out, r"pretrain: resuming from step 3, epoch 1")
+    holds(out, rf"finished in \d+s: {folder}/report\.html")
+    holds(
+        out,
+        r"  NMI with the test labels: [\d.]+ ± [\d.e-]+ \((worse than )?untrained k-means \(\w+\)"
+        r" [\d.]+\)",
+    )
+    following = f"  next: python train_cluster.py --predict PATH --resume {tmp_path / 'run'}"
+    assert following in out
+    ending = out[-5:]
     out, err = printed(argv, capsys)
-    assert f"{tmp_path / 'run'} has finished; its summary:" in out and err == []
+    again = "already finished; --resume none starts anew"
+    more = f", --resume {tmp_path / 'run'} --epochs MORE trains on"
+    assert out[-6:] == [*ending, again + more] and err == []
+    (tmp_path / "run" / "report.html").unlink()
+    out, err = printed(argv, capsys)
+    lost = f"without its report.html: python -m common.report {folder} writes it again"
+    holds(out, rf"finished in \d+s: {folder}, {lost}")
     out, err = printed([*argv, "--seed", "4"], capsys, code=2)
     assert err == [
         f"error: {tmp_path / 'run'} holds another run: seed is 3 there and 4 here. Another --out,"

@@ -59,6 +59,16 @@ def test_classification_refuses_bad_labels(target, predicted, message):
         metrics.classification(target, predicted, 3)
 
 
+def test_the_majority_accuracy_is_that_of_scikit_learn_s_dummy():
+    oracle = pytest.importorskip("sklearn.dummy", reason=ORACLE)
+    for seed in range(5):
+        rng = np.random.default_rng(seed)
+        trained, target = rng.integers(-1, 4, 30), rng.integers(0, 3, 20)
+        dummy = oracle.DummyClassifier(strategy="most_frequent").fit(trained[:, None], trained)
+        expected = dummy.score(target[:, None], target)
+        assert metrics.majority_accuracy(trained, target) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("used", [5, 3])
 def test_long_tail_equals_scikit_learn_over_a_fixed_number_of_classes(used):
     oracle = pytest.importorskip("sklearn.metrics", reason=ORACLE)

@@ -1,13 +1,19 @@
 """Random search: trials are functions of their number, on a log scale, and ordinary runs."""
 
+import json
+import shlex
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+import train_cluster
 import train_tsm
 from common import config, search
 from common.errors import EXIT_DIVERGED, EXIT_STOPPED
 from common.run.launch import every, run_sweep
-from tests.runs import flags
+from tests.data import utterances_npz
+from tests.runs import flags, summary
 
 RANGES = {"lr": (1e-4, 1e-1), "wd": (1e-6, 1e-2)}
 
@@ -125,20 +131,59 @@ def test_all_trials_run_and_a_diverged_one_is_left(capsys):
             raise SystemExit(EXIT_DIVERGED)
         return 0
 
-    args, _ = parse(["--search", "3"])
-    assert run_sweep(main, ["--search", "3"], args, RANGES, None)
+    args, parser = parse(["--search", "3"])
+    assert run_sweep(main, parser, ["--search", "3"], args, RANGES, None)
     output = capsys.readouterr().out
     assert done == [0, 1, 2]
     assert "diverged: 1" in output
     assert "runs --where trial=any --rows trial,lr" in output
-    args, _ = parse(["--search", "3", "--out", "mine"])
-    assert run_sweep(main, ["--search", "3"], args, RANGES, None)
+    args, parser = parse(["--search", "3", "--out", "mine"])
+    assert run_sweep(main, parser, ["--search", "3"], args, RANGES, None)
     assert "common.report mine --rows trial,lr,wd" in capsys.readouterr().out
 
     def stopped(argv):
         raise SystemExit(EXIT_STOPPED)
 
-    assert not run_sweep(main, [], parse([])[0], RANGES, None)
+    assert not run_sweep(main, parser, [], parse([])[0], RANGES, None)
     with pytest.raises(SystemExit) as ending:
-        every(stopped, ["--search", "3"], args, RANGES)
+        every(stopped, parser, ["--search", "3"], args, RANGES)
     assert ending.value.code == EXIT_STOPPED
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("out", [True, False], ids=["out", "default"])
+def test_the_best_trial_s_commands_are_an_ordinary_run_and_its_use(
+    tmp_path, monkeypatch, capsys, out
+):
+    monkeypatch.chdir(tmp_path)
+    acts = utterances_npz(tmp_path / "my acts.npz")
+    Path("flags.toml").write_text(
+        "search = 3\nepochs = 1\ncluster-epochs = 1\nbs = 32\ncluster-bs = 32\nbase-dim = 8\n"
+    )
+    argv = flags("--config flags.toml --device cpu --ranges lr=1e-40:1e20 --resume none")
+    argv += ["--data", acts.name, *(["--output-dir", "some trials"] if out else [])]
+    assert train_cluster.main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("best first, by the highest"))
+    rows = [line.split() for line in lines[head + 2 : head + 5]]
+    folders = {}
+    for file in tmp_path.rglob("config.json"):
+        folders[json.loads(file.read_text())["trial"]] = file.parent
+    found = {number: summary(folder) for number, folder in folders.items()}
+    statuses = {str(number): result["status"] for number, result in found.items()}
+    assert {row[0]: row[1] for row in rows} == statuses
+    assert set(statuses.values()) == {"finished", "diverged"}
+    values = [result["best_value"] for result in found.values() if result["status"] == "finished"]
+    best = int(rows[0][0])
+    assert found[best]["best_value"] == max(values)
+    assert float(rows[0][2]) == pytest.approx(max(values), rel=1e-3)
+    command, use = (shlex.split(line.removeprefix("  next: ")) for line in lines[-2:])
+    assert command[:2] == use[:2] == ["python", "train_cluster.py"]
+    assert not {"--search", "--out", "--config", "--resume", "--ranges"} & set(command)
+    assert train_cluster.main(command[2:]) == 0  # of the same name as the trial
+    printed = capsys.readouterr().out
+    assert ("already finished" in printed) == (not out)
+    ran = {summary(file.parent).get("best_value") for file in Path("runs").rglob("config.json")}
+    assert max(values) in ran
+    assert train_cluster.main([acts.name if word == "PATH" else word for word in use[2:]]) == 0
+    assert (folders[best] / "predictions.csv").exists()

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from common.errors import InputError, first_few, printable, say
+from common.errors import InputError, aligned, first_few, printable, say
 from common.report import charts, page, tables
 from common.report.curves import FIRST, chart_figure, label_of, title_of
 from common.report.record import LIMIT, Record, interval_text
@@ -127,14 +127,14 @@ def text(runs: list[dict]) -> str:
     """The comparison for a terminal."""
     runs, records = with_records(runs)
     states, flags, metrics, header = cells(runs, records)
-    parts = [tables.aligned([header, *states])]
+    parts = [aligned([header, *states])]
     if flags:
-        parts.append("Settings that differ\n" + tables.aligned([header, *flags]))
+        parts.append("Settings that differ\n" + aligned([header, *flags]))
     else:
         parts.append("No setting differs.")
     if metrics:
         title = "Metrics of the selected epoch (95 % interval or ± deviation where there is one)"
-        parts.append(f"{title}\n{tables.aligned([header, *metrics])}")
+        parts.append(f"{title}\n{aligned([header, *metrics])}")
     pivot = groups(runs, headlines_of(records))
     if pivot:
         title = "Runs that share settings: mean ± half a 95 % interval (number of runs)"
@@ -151,11 +151,11 @@ def text_of(run: Record) -> str:
         for name in metric_names([run.scores], list(run.card["headlines"]))
     ]
     if rows:
-        parts.append(tables.aligned([["metric", "value", "last epoch"], *rows]))
+        parts.append(aligned([["metric", "value", "last epoch"], *rows]))
     if run.check:
         columns = ("status", "item", "value", "threshold", "fix")
         items = [[item[name] for name in columns] for item in run.check["items"]]
-        parts.append(tables.aligned([["", *columns[1:]], *items]))
+        parts.append(aligned([["", *columns[1:]], *items]))
     return "\n\n".join(parts)
 
 

@@ -22,7 +22,7 @@ from common.report import charts
 from common.report.charts import escape
 from common.report.curves import FIRST, SYSTEM, chart_figure, max_points, title_of
 from common.report.record import LIMIT, Record, interval_text, naming
-from common.run import log
+from common.run import ending, log
 from common.run.files import atomic_write
 
 _EVERY = 30.0  # seconds between two reports of a run that goes on
@@ -407,18 +407,17 @@ def document(title: str, head: list[str], parts: dict[str, str]) -> bytes:
 
 
 def tiles(run: Record) -> str:
-    """The few figures that matter most, large: the first of the card's headlines that are there."""
-    names = [name for name in run.card["headlines"] if _number(run.scores.get(name))]
+    """The few figures that matter most, large, each with its baselines: the first of the card's
+    headlines that are there.
+    """
+    names = [name for name in run.card["headlines"] if ending.is_number(run.scores.get(name))]
     out = []
     for name in names[:_TILES]:
         value, _, interval = interval_text(run.scores, name).partition(" ")
         captions = [run.card["headlines"][name]]
         if interval:
             captions.append(interval)
-        stage, split, metric = name.split("/")
-        for majority in (f"majority/{split}/{metric}", f"{stage}/{split}/majority_{metric}"):
-            if _number(run.scores.get(majority)):
-                captions.append(f"majority class {run.scores[majority]:.4f}")
+        captions.append(ending.compared(run.scores, name))
         spans = "".join(f"<span>{escape(text)}</span>" for text in captions)
         out.append(f'<div class="tile"><b>{value}</b>{spans}</div>')
     return f'<div class="tiles">{"".join(out)}</div>' if out else ""

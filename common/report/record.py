@@ -8,7 +8,7 @@ from pathlib import Path
 
 from common.errors import InputError, Stopped, described
 from common.report.curves import charts_of, curves_of
-from common.run import log
+from common.run import ending, log
 from common.run.files import read_config, read_json
 
 LIMIT = 1_000_000  # bytes of a report
@@ -92,13 +92,11 @@ def interval_text(scores: dict, name: str) -> str:
         return "-"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return str(value)
-    stem = name.removesuffix("_last_epoch")
-    suffix = name.removeprefix(stem)
-    low, high, deviation = (scores.get(f"{stem}_{end}{suffix}") for end in ("low", "high", "sd"))
-    if isinstance(low, _NUMBER) and isinstance(high, _NUMBER):
-        return f"{value:.4f} ({low:.4f} to {high:.4f})"
-    if isinstance(deviation, _NUMBER):
-        return f"{value:.4f} ± {deviation:.4f}"
+    spread = ending.spread_of(scores, name)
+    if len(spread) == 2:
+        return f"{value:.4f} ({spread[0]:.4f} to {spread[1]:.4f})"
+    if spread:
+        return f"{value:.4f} ± {spread[0]:.4f}"
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 

@@ -220,17 +220,6 @@ def differences(group: list[dict]) -> set[str]:
     return {name for name in names if len({str(run["identity"].get(name)) for run in group}) > 1}
 
 
-def aligned(rows: list[list]) -> str:
-    """Rows of cells as lines of text, each column as wide as its widest cell."""
-    texts = [[printable(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    lines = (
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in texts
-    )
-    return "\n".join(lines)
-
-
 def _key(run: dict, axis: dict) -> tuple[str, ...]:
     return tuple(_shown(run.get(name)) for name in axis)
 

@@ -17,6 +17,9 @@ class Card:
         stages: all of its stages in their order; the last one trained gives the model to use.
         headlines: the metrics that matter, the most telling first, each with its title.
         baselines: what else is trained, beside the stages, in folders of their own.
+        following: of the last stage of a run, the flags of the command that follows it. RUN is the
+            run's directory, `{name}` a flag as the run was given it, if it was. Of a stage that is
+            not named they are `--predict PATH --resume RUN`.
     """
 
     name: str
@@ -25,3 +28,4 @@ class Card:
     stages: tuple[str, ...]
     headlines: dict[str, str] = field(default_factory=dict)
     baselines: tuple[str, ...] = ()
+    following: dict[str, str] = field(default_factory=dict)

@@ -17,7 +17,7 @@ import torchvision
 
 from common import config
 from common.errors import InputError, OtherFormat, say
-from common.run import checkpoint, dist
+from common.run import checkpoint, dist, ending
 from common.run import content as contents
 from common.run.card import Card
 from common.run.content import Content
@@ -87,8 +87,8 @@ def create_run_dir(
 ) -> dict | None:
     """Create `folder` and write config.json and env.json.
 
-    If the same run has finished there, print its summary. What differs in the versions from the
-    start before is said in one line.
+    If the same run has finished there, say what it said at its end. What differs in the versions
+    from the start before is said in one line.
 
     Args:
         record: what config.json holds beside the flags: `format`, `card` (see `card_record`),
@@ -153,12 +153,13 @@ def create_run_dir(
         if mode == "auto" and not differences and summary.get("status") == "finished":
             if world.is_main:
                 remove_orphans(folder)  # of a process that was killed at its last report
-                say(f"{folder} has finished; its summary:")
-                say(*json.dumps(summary, indent=2).split("\n"))
+                say(*ending.lines(folder, vars(args) | record, summary))
                 try:
                     checkpoint.load_selected(str(folder))  # says what is damaged
                 except InputError as error:
                     say(error)
+                more = f", --resume {shlex.quote(str(folder))} --epochs MORE trains on"
+                say(f"already finished; --resume none starts anew{'' if args.search else more}")
             return None
     now = environment() | {"device": str(world.device), "processes": world.world_size}
     if mode != "none":

@@ -398,6 +398,11 @@ def parallel() -> bool:
     return td.is_available() and td.is_initialized() and td.get_world_size() > 1
 
 
+def launched_first() -> bool:
+    """Whether the launcher calls this process rank 0, also where no group is formed."""
+    return not int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+
+
 def rank() -> int:
     """This process's rank."""
     return td.get_rank() if parallel() else 0

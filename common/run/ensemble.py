@@ -5,7 +5,6 @@ is averaged as probabilities, with equal weight.
 """
 
 import csv
-import os
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from common import config, metrics
 from common.errors import InputError, exit_codes, say
 from common.live import digits
+from common.run import dist
 from common.run.files import json_text, write_answer
 from common.run.inference import predictions_text
 
@@ -37,13 +37,14 @@ def judge(main, argv: list[str] | None, args, metric: str) -> None:
     with exit_codes():
         if len(names) < 2:
             raise InputError(f"--ensemble {names[0]}: give two runs or more")
-    is_main = not int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0)))
+    is_main = dist.launched_first()
     folder = Path(args.out or Path("runs") / f"ensemble-{config.digest(names)}")
+    others = config.without(argv, {"--ensemble": len(names), "--out": 1})
     for i, name in enumerate(names):
         member = folder / f"member{i}"
         if is_main:  # what another run left there is no answer of this one
             (member / FILE).unlink(missing_ok=True)
-        main([*_without(argv, names), "--eval", name, "--out", str(member)])
+        main([*others, "--eval", name, "--out", str(member)])
     if not is_main:  # the group of processes has ended
         return
     with exit_codes():
@@ -78,22 +79,6 @@ def judge(main, argv: list[str] | None, args, metric: str) -> None:
             "ensemble.csv": predictions_text(ids, classes, torch.from_numpy(mean)),
         }
         write_answer(folder, texts)
-
-
-def _without(argv: list[str], names: list[str]) -> list[str]:
-    # The flags but for --ensemble with its runs and --out with its folder.
-    kept = []
-    skip = 0
-    for token in argv:
-        if token == "--ensemble":
-            skip = len(names) + 1
-        elif token == "--out":
-            skip = 2
-        if skip:
-            skip -= 1
-        elif not token.startswith("--out="):
-            kept.append(token)
-    return kept
 
 
 def read(path: Path, source: str) -> tuple[list[str], np.ndarray, list[str], np.ndarray]:

@@ -1,15 +1,17 @@
 """The frame of every script's `main`: one run, or the runs of --search and --ensemble."""
 
+import argparse
 import contextlib
 import os
 import random
+import shlex
 import sys
 from collections.abc import Callable
 
 import numpy as np
 import torch
 
-from common import amp, reading
+from common import amp, config, reading, search
 from common.errors import (
     AGAIN,
     EXIT_DIVERGED,
@@ -22,15 +24,14 @@ from common.errors import (
     say,
 )
 from common.retry import io_retry
-from common.run import dist, ensemble
+from common.run import dist, ending, ensemble
 from common.run.files import run_locks
 from common.run.inference import is_inference
-from common.run.run import watchdog
+from common.run.run import Run, watchdog
 from common.run.signals import Interrupted, Signals
-from common.search import drawn_ranges
 
 
-def run_sweep(main, argv: list[str] | None, args, ranges, metric: str | None) -> bool:
+def run_sweep(main, parser, argv: list[str] | None, args, ranges, metric: str | None) -> bool:
     """Call a script's `main` for every run of --search without --trial, or of --ensemble.
 
     Args:
@@ -41,7 +42,7 @@ def run_sweep(main, argv: list[str] | None, args, ranges, metric: str | None) ->
         Whether the flags ask for either; if not, nothing is done.
     """
     if args.search and args.trial is None:
-        every(main, argv, args, ranges)
+        every(main, parser, argv, args, ranges)
     elif args.ensemble:
         ensemble.judge(main, argv, args, metric)
     else:
@@ -148,8 +149,8 @@ def seed_process(args) -> None:
         torch.use_deterministic_algorithms(True)
 
 
-def every(main, argv: list[str] | None, args, ranges: dict) -> None:
-    """Run all trials of --search through a script's `main`.
+def every(main, parser, argv: list[str] | None, args, ranges: dict) -> None:
+    """Run all trials of --search through a script's `main`, then say which is the best.
 
     Those that have finished are not repeated, those that diverge are left.
 
@@ -162,18 +163,29 @@ def every(main, argv: list[str] | None, args, ranges: dict) -> None:
             "--search: --max-steps would end it with the first trial; give --epochs, or --trial"
         )
     argv = list(sys.argv[1:] if argv is None else argv)
+    is_main = dist.launched_first()
+    words = config.expanded(parser, argv)
     diverged = []
-    for trial in range(args.search):
-        print(f"trial {trial} of {args.search}", flush=True)
+    trials = []
+    for number in range(args.search):
+        if is_main:
+            print(f"trial {number} of {args.search}", flush=True)
+        Run.latest = None
         try:
-            main([*argv, "--trial", str(trial)])
-        except SystemExit as ending:
-            if ending.code != EXIT_DIVERGED:
+            main([*argv, "--trial", str(number)])
+        except SystemExit as ending_of_trial:
+            if ending_of_trial.code != EXIT_DIVERGED:
                 raise
-            diverged.append(str(trial))
-    names = ",".join(["trial", *drawn_ranges(ranges, args)])
+            diverged.append(str(number))
+        numbered = argparse.Namespace(**vars(args) | {"trial": number})
+        trials.append((number, search.flags(parser, numbered, words, ranges), Run.latest))
+    if not is_main:
+        return
+    names = ",".join(["trial", *search.drawn_ranges(ranges, args)])
     left = f"; diverged: {', '.join(diverged)}" if diverged else ""
     # Not search=N: trials that had finished before the search grew keep its earlier number.
-    runs = args.out or "runs --where trial=any"
+    runs = shlex.quote(args.out) if args.out else "runs --where trial=any"
     table = f"python -m common.report {runs} --rows {names} --value best_value --compact"
-    say(f"{plural(args.search, 'trial')}{left}. The table: {table}")
+    say(f"{plural(args.search, 'trial')}{left}. The table again: {table}")
+    dropped = dict.fromkeys(("--config", "--out", "--ranges", "--resume", "--search"), 1)
+    say(*ending.search_lines(trials, config.without(words, dropped)))

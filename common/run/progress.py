@@ -24,6 +24,7 @@ _PLACE = (
     "batch",
     "best",
     "best_epoch",
+    "higher_is_better",
     "confident_best",
     "evals_without_gain",
     "results",
@@ -79,6 +80,7 @@ class Progress:
         self.batch = 0
         self.best: float | None = None
         self.best_epoch = 0
+        self.higher_is_better: bool | None = None
         self.confident_best: float | None = None
         self.evals_without_gain = 0
         self.sums: dict[str, Tensor] = {}
@@ -370,7 +372,9 @@ class Progress:
     def _check_max_steps(self) -> None:
         if self.max_steps and self.step >= self.max_steps:
             raise Stopped(
-                f"{self.stage}: stopped at --max-steps {self.max_steps}, saved in {self.folder}", 0
+                f"{self.stage}: stopped at --max-steps {self.max_steps}, saved in {self.folder};"
+                " the same command without it, or with more, goes on",
+                0,
             )
 
     def check_stop(self) -> None:
@@ -486,6 +490,7 @@ class Progress:
                 return True
             return new > old if higher_is_better else new < old
 
+        self.higher_is_better = higher_is_better
         if confident_value is None:
             confident_value = value
         if better(confident_value, self.confident_best):

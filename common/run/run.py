@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from common.errors import (
     thread_limit,
 )
 from common.retry import patience
-from common.run import checkpoint, dist
+from common.run import checkpoint, dist, ending
 from common.run.card import Card
 from common.run.content import codes, content_of
 from common.run.directory import (
@@ -42,7 +43,7 @@ from common.run.directory import (
     run_dir,
     starts_in_vain,
 )
-from common.run.files import FORMAT, ROOT, write_json
+from common.run.files import FORMAT, ROOT, read_config, write_json
 from common.run.log import Log
 from common.run.progress import Progress
 from common.run.signals import MOST_RESTARTS, Interrupted, Signals
@@ -75,6 +76,7 @@ class Run:
         env: what env.json holds; the last of its `starts` is this one.
         began: whether it is known where this start took up work.
         kept: what every checkpoint holds beside its state, so that it is of use alone.
+        latest: the directory of the run that this process has opened last.
     """
 
     args: argparse.Namespace
@@ -99,6 +101,7 @@ class Run:
     env: dict = field(default_factory=dict)
     began: bool = False
     kept: dict = field(default_factory=dict)
+    latest: ClassVar[Path | None] = None
 
     @classmethod
     def open(
@@ -131,7 +134,7 @@ class Run:
 
         Raises:
             InputError: see `create_run_dir`; or the ranks read different data.
-            Finished: the same run has finished; its summary is printed.
+            Finished: the same run has finished; its figures are printed.
         """
         _require_same_data(world, data, identity["data"])
         folder = run_dir(args, card.name, name, identity)
@@ -146,6 +149,7 @@ class Run:
         resolved = {stage: vars(values) for stage, values in stages.items()} | model_spec
         about = {"format": FORMAT, "card": card_record(card, chance), "identity": identity}
         record = about | {"resolved": resolved}
+        cls.latest = folder
         env = create_run_dir(folder, args, record, world, content_of(data))
         if env is None:
             raise Finished
@@ -404,6 +408,8 @@ class Run:
         if self.selected:
             record["best_epoch"] = self.selected.best_epoch
             record["best_value"] = self.selected.best
+            best_is = {True: "highest", False: "lowest"}
+            record["best_is"] = best_is.get(self.selected.higher_is_better)
             record["best_model_path"] = str(self.selected.folder / "best.pt")
         try:
             if self.world.is_main:
@@ -414,7 +420,12 @@ class Run:
                     page = report.write(self.folder)
                 if self.phases:
                     self.log.say(f"profile: {self.phases.describe()}")
-                self.log.say(f"{status}: {page}")
+                texts = [f"{status}: {page}"]
+                if status == "finished":
+                    with only_warn(self.log.say, str(self.folder / "config.json")):
+                        config = read_config(self.folder)
+                        texts = ending.lines(self.folder, config, self.results | record, page)
+                self.log.say(*texts)
         finally:
             self.log.close()
 
