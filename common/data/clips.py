@@ -31,7 +31,7 @@ from common.data.images import (
     describe_labels,
     reason,
 )
-from common.errors import InputError
+from common.errors import InputError, plural
 from common.rng import uniform
 from common.run.content import Content, OtherContent, codes
 
@@ -56,7 +56,7 @@ class Videos:
             of all frames.
     """
 
-    _unit = "videos"
+    _unit = "video"
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class Videos:
             length = f"{low} frame{'s' if low > 1 else ''}"
         labels = describe_labels(self.labels, self.classes, self.splits)
         sizes = f"{self.native_size} px, stored at {self.store_size} px"
-        return f"{self.name}: {len(self)} {self._unit} of {length}{labels}; {sizes}"
+        return f"{self.name}: {plural(len(self), self._unit)} of {length}{labels}; {sizes}"
 
     def describe_clips(self, n_segment: int, seconds: float) -> str:
         """How clips are cut, in one line.

@@ -28,7 +28,7 @@ from PIL import ExifTags, Image
 from torch import Tensor
 
 from common import amp, live, reading
-from common.errors import AGAIN, TRANSIENT, InputError, did_you_mean, printable
+from common.errors import AGAIN, TRANSIENT, InputError, did_you_mean, plural, printable
 from common.retry import patience, retried
 from common.run.content import Content, OtherContent, file_key
 
@@ -156,7 +156,7 @@ class Images:
         """`blood_cells.zip: 4886 images in 3 classes (RBC 4153, ...), ...`"""
         labels = describe_labels(self.labels, self.classes, self.splits)
         sizes = f"{self.native_size} px, stored at {self.store_size} px"
-        return f"{self.name}: {len(self)} images{labels}; {sizes}{self.note}"
+        return f"{self.name}: {plural(len(self), 'image')}{labels}; {sizes}{self.note}"
 
     def labels_in(self, classes: list[str], indices: np.ndarray | None = None) -> np.ndarray:
         """The labels (n,) numbered as in `classes` (a model's).

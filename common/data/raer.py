@@ -147,7 +147,7 @@ class EmotionClips(Videos):
             out.
     """
 
-    _unit = "clips"
+    _unit = "clip"
 
     def __init__(
         self, name, ids, labels, classes, splits, frames, images: Images, descriptions=(), notes=()

@@ -155,34 +155,37 @@ def load_run(args, card: Card) -> LoadedRun:
         raise InputError(f"{source} is of train_{script}.py; use that script")
     path = getattr(args, "stream", None) or args.data
     if args.predict:
-        _refuse_repeats(args.predict)
+        _check_paths(args.predict)
         path = args.predict[0] if len(args.predict) == 1 else tuple(args.predict)
     if args.eval and args.data == "sample":
         path = checkpoint.config_of(source).get("data", args.data)
         if not path.startswith("sample") and not os.path.exists(path):
             raise InputError(f"{source} was trained on {path}, which is not here: give --data")
+    if args.out and os.path.isfile(args.out):
+        raise InputError(f"--out {args.out} is a file; give the folder for the results")
     return LoadedRun(state, source, output_folder(args.out or source), path)
 
 
-def _refuse_repeats(paths: list[str]) -> None:
+def _check_paths(paths: list[str]) -> None:
     # Each item is answered once, under one name. A folder is read with all that is below it, but
     # for archives.
-    places = [{os.path.abspath(path), os.path.realpath(path)} for path in paths]
-    first: dict[str, int] = {}
-    for i, path in enumerate(paths):
-        for place in places[i]:
-            if first.setdefault(place, i) != i:
-                also = paths[first[place]]
-                raise InputError(f"--predict {path} is given twice, also as {also}: give it once")
-    for i, path in enumerate(paths):
-        for place in places[i] if not path.lower().endswith(".zip") else ():
-            above = os.path.dirname(place)
-            while above not in first and above != os.path.dirname(above):
-                above = os.path.dirname(above)
-            if above in first:
+    given: dict[str, str] = {}
+    for path in paths:
+        if not path:
+            raise InputError("--predict: a path is empty")
+        if len(paths) > 1 and path.startswith("sample") and not os.path.exists(path):
+            raise InputError(f"--predict {path}: there is no such file; embedded data stand alone")
+        place = os.path.abspath(path)
+        if place in given:
+            raise InputError(f"--predict {path} is the same as {given[place]}: give it once")
+        given[place] = path
+    for place, path in given.items():
+        folder = place
+        while folder != os.path.dirname(folder) and not path.lower().endswith(".zip"):
+            folder = os.path.dirname(folder)
+            if folder in given:
                 raise InputError(
-                    f"--predict {path} lies in {paths[first[above]]}, which is given too: give one"
-                    " of them"
+                    f"--predict {path} lies in {given[folder]}, which is given too: give either"
                 )
 
 
