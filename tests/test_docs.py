@@ -24,8 +24,15 @@ from tests.runs import flags, summary
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# By page: running text and blocks of code by turns.
-PARTS = {page: re.split(r"^```.*\n", page.read_text(), flags=re.MULTILINE) for page in PAGES}
+# By page, without what programs print (```text): running text and blocks of code by turns.
+PARTS = {
+    page: re.split(
+        r"^```.*\n",
+        re.sub(r"^```text\n.*?^```\n", "", page.read_text(), flags=re.MULTILINE | re.DOTALL),
+        flags=re.MULTILINE,
+    )
+    for page in PAGES
+}
 PROSE = {page: "\n".join(parts[::2]) for page, parts in PARTS.items()}
 SCRIPTS = ["train_simclr", "train_tsm", "train_raer", "train_cluster"]
 TOOLS = [

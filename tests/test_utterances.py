@@ -502,6 +502,16 @@ def test_the_doctor_finds_the_imbalance_of_iemocap():
         "tokens per text"
     ].startswith("mean 4.0, longest 4")
 
+    many = Utterances(
+        "set",
+        list(map(str, range(99))),
+        np.arange(99),
+        list(map(str, range(99))),
+        [""] * 99,
+        texts=texts[:99],
+    )
+    assert data_problems(many)["classes"].endswith("8 1, 9 1 and 89 more")
+
 
 def test_the_doctor_tells_of_texts_and_features():
     video = np.zeros((4, 3, 2), np.float32)

@@ -292,7 +292,7 @@ def data_problems(utterances: Utterances) -> dict[str, str]:
         classes = utterances.classes
         counts = utterances.counts()
         order = np.argsort(-counts, kind="stable")
-        shown = ", ".join(f"{classes[i]} {counts[i]}" for i in order)
+        shown = first_few([f"{classes[i]} {counts[i]}" for i in order], 10)
         rarest = order[counts[order] > 0][-1]
         ratio = counts.max() / counts[rarest]
         findings["classes"] = f"{len(counts)}: {shown}"

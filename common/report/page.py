@@ -595,10 +595,7 @@ def check_part(run: Record, detail: float) -> str:
     """The statuses of --check, with what each one showed."""
     if not run.check:
         return ""
-    first = ["FAIL", "WARN"]
-    items = sorted(
-        run.check["items"], key=lambda item: (first + [item["status"]]).index(item["status"])
-    )
+    items = run.check["items"]
     names = ("", "item", "value", "threshold", "what to do")
     rows = [f"<tr>{''.join(f'<th>{name}</th>' for name in names)}</tr>"]
     shown = []

@@ -128,7 +128,7 @@ class Record:
         settings: config.json; env: env.json; summary: summary.json, None before the run has ended.
         card: what its script says of itself (common.run.card), with the loss of a guess in each
             stage as `chance`: stage -> (name, loss).
-        lines, resumes: of log.jsonl and resumes.jsonl; check: check.json.
+        lines, resumes: of log.jsonl and resumes.jsonl; check: check.json, FAIL and WARN first.
         scores: the summary's metrics, or of a run that goes on the last value of each in the log.
         status: `finished`, `stopped`, ..., `running`, or `not ended` where nobody says.
         state: the same in a sentence, see `state_text`.
@@ -143,6 +143,10 @@ class Record:
         self.env = read_part(self.folder, "env.json") or {}
         self.summary = read_part(self.folder, "summary.json")
         self.check = read_part(self.folder, "check.json")
+        if self.check:
+            rank = {"FAIL": 0, "WARN": 1}
+            with naming(self.folder / "check.json"):
+                self.check["items"].sort(key=lambda item: rank.get(item["status"], 2))
         if self.settings is None:  # --check was there before any run
             self.settings = {"resolved": {}, "card": self.check.get("card")}
             self.env = {"command": self.check["command"]}
