@@ -252,6 +252,20 @@ def test_a_class_in_one_group_alone_is_trained_on():
     assert len(sampling.hold_out([], labels, np.arange(4), 0.1, "s", groups)) == 2
 
 
+def test_the_share_does_not_hang_on_where_a_large_group_comes():
+    groups = np.repeat(["large", *(f"g{i}" for i in range(50))], [200] + [10] * 50).astype(object)
+    labels = np.zeros(len(groups), int)
+    for salt in range(60):  # the large one comes first in some of the orders
+        held = sampling.hold_out([], labels, np.arange(700), 0.15, salt, groups)
+        assert len(held) == 100 and "large" not in groups[held]
+
+
+def test_where_each_group_is_more_than_the_share_the_smallest_is_held_out():
+    groups = np.repeat(["a", "b", "c"], [40, 30, 35]).astype(object)
+    held = sampling.hold_out([], np.zeros(105, int), np.arange(105), 0.1, "s", groups)
+    assert set(groups[held]) == {"b"}
+
+
 def images_of(labels, groups=None, splits=None):
     ids = [f"{i:04d}.png" for i in range(len(labels))]
     pixels = torch.zeros(len(ids), 3, 1, 1).byte()

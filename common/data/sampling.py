@@ -87,6 +87,7 @@ def hold_out_groups(
     np.add.at(sizes, (groups, labels), 1)
     counts = sizes.sum(0)
     target = np.maximum(np.minimum(np.maximum(share * counts, 1), counts - 1), 0)
+    scale = np.square(np.maximum(target, 1))
     order = hash_order(names, np.arange(len(names)), salt)
     chosen = np.zeros(len(names), bool)
     held = np.zeros(len(classes), np.int64)  # items of each class in the chosen groups
@@ -96,7 +97,7 @@ def hold_out_groups(
         if (more > most).any() or (keep_classes and (more == counts)[sizes[group] > 0].any()):
             return -np.inf
         nearer = np.square(held - target) - np.square(more - target)
-        return (nearer / np.square(np.maximum(target, 1))).sum()
+        return (nearer / scale).sum()
 
     def choose(group: int) -> None:
         chosen[group] = True
