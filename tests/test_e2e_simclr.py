@@ -62,6 +62,7 @@ def test_a_run_leaves_what_the_readme_promises(whole, cells, capsys):
     assert result["majority/test/accuracy"] == pytest.approx(1 / 3)
     assert result["finetune/test/majority_accuracy"] == pytest.approx(1 / 3)
     assert result["pretrain/test/majority_knn_accuracy"] == pytest.approx(1 / 3)
+    assert result["best_is"] == "highest"
     assert result["linear_pixels/test/accuracy"] > 0.9  # the classes differ in color
     assert result["pretrain/train/loss_at_chance"] == pytest.approx(math.log(31))
     ratio = result["pretrain/train/loss"] / math.log(31)
@@ -118,11 +119,12 @@ def test_the_command_after_pretraining_runs_the_linear_protocol(tmp_path, capsys
     assert following == flags("--predict PATH --resume", tmp_path / "linear")
 
 
-def test_after_pretraining_on_a_single_class_the_labels_are_to_come(tmp_path, capsys):
+def test_after_pretraining_without_classes_the_labels_are_to_come(tmp_path, capsys):
     data = cells_tree(tmp_path / "cells", classes=("images",))
     out = tmp_path / "run"
     assert train_simclr.main(flags(NET, "--epochs 1 --bs 16 --data", data, "--out", out)) == 0
     assert "pretrain/test/knn_accuracy" not in summary(out)
+    assert summary(out)["best_is"] == "lowest"
     following = next_after(capsys.readouterr().out, out, train_simclr.CARD)
     assert following == flags("--stage linear --from", out, "--data LABELED")
 

@@ -1012,7 +1012,7 @@ def test_a_report_that_fails_ends_no_run(tmp_path, monkeypatch, capsys):
         assert said.err == "" and len(warned) == 1 + (said_of != "MemoryError"), said
         for line in warned:  # of the report while the run goes on, and of the one at its end
             assert said_of in line and "report.html" in line and "the run goes on" in line
-        assert f"s: {run}\n" in said.out and summary(run)["status"] == "finished"
+        assert f"s: {run}" in said.out and summary(run)["status"] == "finished"
         assert (run / "report.html").exists() == (said_of == "MemoryError")
         equal_runs(tmp_path / "whole", run)
 
