@@ -150,6 +150,6 @@ def test_nothing_is_tried_on_a_gpu_or_without_steps_and_few_steps_are_short(monk
     run = run_of(None, 100)
     run.args.max_steps = 2
     assert foresee(run, monkeypatch, lambda n: 5.0 * n) == [2]
-    run = run_of(None, 0)
-    assert foresee(run, monkeypatch, lambda n: 5.0 * n) == []
+    for run in (run_of(None, 0), run_of(None, 1, bs=2)):
+        assert foresee(run, monkeypatch, lambda n: 5.0 * n) == []
     assert capsys.readouterr().out == ""

@@ -23,6 +23,7 @@ from common.run.progress import Progress
 
 LONG = 3600.0  # seconds of a run on a CPU that are said before it starts
 _TRIED = 32  # items, at most, of the steps that tell how long it takes
+_FEW = 100  # items of a run that is not worth them
 _POINTS = 100  # of a stage's curves, beside the first and the last step of every epoch
 
 
@@ -135,7 +136,7 @@ class Loop:
         run, stage = self.run, self.progress.stage
         total = self.pace.total_steps
         steps = min(total, run.args.max_steps or total) - self.progress.step
-        if run.world.device.type != "cpu" or steps <= 0:
+        if run.world.device.type != "cpu" or steps * self.settings.bs < _FEW:
             return
         rng_state = checkpoint.rng_state()
         with run.signals.at_once():
