@@ -137,11 +137,11 @@ def launch(
         _compiled[key] = compiled
 
 
-def lacks_tensor_cores(x: torch.Tensor) -> bool:
-    """Whether x is on an NVIDIA GPU older than Ampere."""
-    return (
-        x.is_cuda and not torch.version.hip and torch.cuda.get_device_capability(x.device) < (8, 0)
-    )
+@functools.cache
+def lacks_tensor_cores(device: torch.device) -> bool:
+    """Whether it is an NVIDIA GPU older than Ampere."""
+    nvidia = device.type == "cuda" and not torch.version.hip
+    return nvidia and torch.cuda.get_device_capability(device) < (8, 0)
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -660,7 +660,7 @@ def _why_not_fused(x, weight, split, num_shifted, padding, impl):
             f"a fold of {num_shifted - split} among {x.shape[1]} channels would be loaded two"
             " bytes at a time"
         )
-    if lacks_tensor_cores(x):
+    if lacks_tensor_cores(x.device):
         return "Triton has no tensor-core products before compute capability 8.0"
     if x.dtype == torch.float32 and x.is_cuda:
         if torch.version.hip and target_name(x.device) != "gfx942":
