@@ -28,13 +28,23 @@ side by side, hi + lo, for fp32.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 
-from .dispatch import INTERPRETED, ceil_div, jit, lacks_tensor_cores, launch, num_sms, target_name
+from .dispatch import (
+    INTERPRETED,
+    ceil_div,
+    jit,
+    lacks_tensor_cores,
+    launch,
+    num_sms,
+    say_once,
+    target_name,
+)
 
 try:
     import triton.language as tl
@@ -221,6 +231,16 @@ def reference_tiles(
     Each row's own group is masked to -inf. Where keys are the rows themselves only tiles on and
     above the diagonal come; a mirrored one stands for its transpose too.
     """
+    if (
+        rows.is_cuda
+        and rows.dtype == torch.float32
+        and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    ):
+        say_once(
+            logging.WARNING,
+            "the references multiply in TF32, as torch.backends.cuda.matmul allows:"
+            " similarities have 11 binary digits (fp32_precision = 'ieee' gives all)",
+        )
     step = REFERENCE_TILE
     symmetric = keys is rows
     for m in range(0, rows.shape[0], step):
