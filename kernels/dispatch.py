@@ -28,12 +28,24 @@ def jit(fn=None, **options):
 
 
 @functools.cache
-def _say_once(message: str) -> None:
-    logging.getLogger("kernels").info(message)
+def _say(level, message):
+    logging.getLogger("kernels").log(level, message)
+
+
+def say_once(level: int, message: str) -> None:
+    """Log to "kernels" what was not yet said in this process."""
+    _say(level, message)
+
+
+# torch.compiler.assume_constant_result, which would import the compiler (a second): the compiler
+# calls the function while it traces.
+say_once._dynamo_marked_constant = True
 
 
 def choose_impl(op: str, impl: str, x: torch.Tensor, unsupported: str | None = None) -> str:
     """Resolve impl="auto" to "triton" or "torch", saying once which way it went.
+
+    That a GPU does without its kernel is a warning, with the reason.
 
     Args:
         op: the operation's name, for the messages.
@@ -61,11 +73,12 @@ def choose_impl(op: str, impl: str, x: torch.Tensor, unsupported: str | None = N
         raise ValueError(
             f"{op}: impl='triton' cannot run: {unsupported}; impl='auto' or 'torch' can"
         )
-    if not torch.compiler.is_compiling():
-        _say_once(
-            f"{op}: {'PyTorch reference, as ' + unsupported if unsupported else 'Triton kernel'}"
-        )
-    return "torch" if unsupported else "triton"
+    if unsupported:
+        level = logging.WARNING if x.is_cuda else logging.INFO
+        say_once(level, f"{op}: PyTorch instead of the Triton kernel: {unsupported}")
+        return "torch"
+    say_once(logging.INFO, f"{op}: Triton kernel")
+    return "triton"
 
 
 def on_device_of_first(function):
@@ -137,11 +150,11 @@ def launch(
         _compiled[key] = compiled
 
 
-def lacks_tensor_cores(x: torch.Tensor) -> bool:
-    """Whether x is on an NVIDIA GPU older than Ampere."""
-    return (
-        x.is_cuda and not torch.version.hip and torch.cuda.get_device_capability(x.device) < (8, 0)
-    )
+@functools.cache
+def lacks_tensor_cores(device: torch.device) -> bool:
+    """Whether it is an NVIDIA GPU older than Ampere."""
+    nvidia = device.type == "cuda" and not torch.version.hip
+    return nvidia and torch.cuda.get_device_capability(device) < (8, 0)
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -240,10 +253,10 @@ def gradients(ctx, function, upstream: torch.Tensor | None, *options) -> tuple:
 
 
 def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
-    """Turn autocast off, where the device has it: meta has none."""
-    if torch.amp.is_autocast_available(device.type):
-        return torch.autocast(device.type, enabled=False)
-    return contextlib.nullcontext()
+    """Turn autocast off; meta tensors have none."""
+    if device.type == "meta":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def breaks_graph_to_gather(function):

@@ -245,7 +245,9 @@ def _row_losses(negatives, pos, DECOUPLED: tl.constexpr):
 
 @jit
 def _log2_sum(total, top):
-    return tl.where(total > 0.0, top + tl.log2(tl.where(total > 0.0, total, 1.0)), float("-inf"))
+    # Compared with zero alone: a nan is no empty sum.
+    empty = total == 0.0
+    return tl.where(empty, float("-inf"), top + tl.log2(tl.where(empty, 1.0, total)))
 
 
 @jit
@@ -917,7 +919,7 @@ def nt_xent(
     Source: Chen et al. 2020, arXiv:2002.05709; decoupled: Yeh et al. 2022, arXiv:2110.06848.
     """
     _check(z_a, z_b, temperature)
-    if choose_impl("nt_xent", impl, z_a, why_not_fused(z_a, normalize)) == "torch":
+    if choose_impl("nt_xent", impl, z_a, why_not_fused(z_a, normalize, temperature)) == "torch":
         return nt_xent_reference(
             z_a, z_b, temperature, normalize=normalize, gather=gather, decoupled=decoupled
         )

@@ -26,6 +26,7 @@ derivative raises.
 
 from __future__ import annotations
 
+import logging
 import math
 
 import torch
@@ -42,6 +43,7 @@ from .dispatch import (
     launch,
     num_sms,
     on_device_of_first,
+    say_once,
     target_name,
 )
 from .temporal_shift import _folds, temporal_shift, temporal_shift_reference
@@ -646,29 +648,23 @@ def _tf32_allowed():
     return torch.backends.cudnn.allow_tf32
 
 
-def _why_not_fused(x, weight, split, num_shifted, padding, impl):
-    size = x.numel() * (x.shape[1] + weight.shape[0]) // max(1, x.shape[1]) * x.element_size()
-    if impl == "auto" and x.is_cuda and size < FUSED_BYTES:
-        return (
-            f"input and output below {FUSED_BYTES >> 20} MiB are faster shifted first and"
-            " multiplied then"
-        )
+def _why_not_fused(x, weight, split, num_shifted, padding):
     if padding != "zero":
-        return f"padding={padding!r} is not folded into the convolution"
+        return f"padding={padding!r} is not folded into the convolution, 'zero' alone is"
     if (num_shifted - split) % 2 or x.shape[1] % 2:
         return (
             f"a fold of {num_shifted - split} among {x.shape[1]} channels would be loaded two"
-            " bytes at a time"
+            " bytes at a time; both must be even"
         )
-    if lacks_tensor_cores(x):
+    if lacks_tensor_cores(x.device):
         return "Triton has no tensor-core products before compute capability 8.0"
     if x.dtype == torch.float32 and x.is_cuda:
         if torch.version.hip and target_name(x.device) != "gfx942":
             return "this GPU has no TF32"
         if not _tf32_allowed():
-            return "fp32 convolutions may not use TF32"
+            return "fp32 convolutions may not use TF32 (torch.backends.cudnn.conv.fp32_precision)"
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"it does not take {x.dtype}"
+        return f"it takes float32, bfloat16 and float16, not {x.dtype}"
     # Offsets within a frame and a tile, and numbers of rows, have 32 bits.
     largest_offset = x[:1].numel() + 128 * max(x.shape[1], weight.shape[0])
     if largest_offset >= 2**31 or x[:, :1].numel() >= 2**31 - 128:
@@ -709,9 +705,8 @@ def shift_conv1x1(
     """
     split, num_shifted = _folds(x, n_segment, fold_div, direction, padding)
     _check(x, weight, bias)
-    kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(dtype)
         weight = weight.to(dtype)
         bias = bias if bias is None else bias.to(dtype)
@@ -722,8 +717,16 @@ def shift_conv1x1(
             " they must agree"
         )
     options = {"fold_div": fold_div, "direction": direction, "padding": padding}
-    unsupported = _why_not_fused(x, weight, split, num_shifted, padding, impl)
-    if choose_impl("shift_conv1x1", impl, x, unsupported) == "torch":
+    size = x.numel() * (x.shape[1] + weight.shape[0]) // max(1, x.shape[1]) * x.element_size()
+    apart = impl == "auto" and x.is_cuda and size < FUSED_BYTES
+    if apart:
+        say_once(
+            logging.INFO,
+            "shift_conv1x1: shift, then convolution: below"
+            f" {FUSED_BYTES >> 20} MiB of input and output they are the faster",
+        )
+    unsupported = _why_not_fused(x, weight, split, num_shifted, padding)
+    if apart or choose_impl("shift_conv1x1", impl, x, unsupported) == "torch":
         if impl == "torch":
             return shift_conv1x1_reference(x, weight, bias, n_segment, **options)
         shifted = temporal_shift(x, n_segment, **options)

@@ -28,13 +28,23 @@ side by side, hi + lo, for fp32.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 
-from .dispatch import INTERPRETED, ceil_div, jit, lacks_tensor_cores, launch, num_sms, target_name
+from .dispatch import (
+    INTERPRETED,
+    ceil_div,
+    jit,
+    lacks_tensor_cores,
+    launch,
+    num_sms,
+    say_once,
+    target_name,
+)
 
 try:
     import triton.language as tl
@@ -47,6 +57,8 @@ Gather = Callable[[torch.Tensor], torch.Tensor]
 # than 1e12 times one.
 NORM_EPS = 1e-12
 MAX_FUSED_D = 512
+# Rows carry 1 / sqrt(tau), which leaves fp16's range at 3e-10 and, from 1e4 on, its digits.
+FUSED_TEMPERATURES = (1e-4, 1e4)
 REFERENCE_TILE = 1024  # rows and keys: 4 MB in fp32; even, so that pairs of rows stay together
 LOG2_E = math.log2(math.e)
 MAX_SHIFTED = LOG2_E / 0.0128
@@ -130,16 +142,33 @@ def tile(kernel: str, num_planes: int, width: int, target: str) -> tuple[int, in
     return None if sizes is None else sizes[("half", "full", "bwd").index(kernel)]
 
 
-def why_not_fused(z: torch.Tensor, normalized: bool) -> str | None:
-    """Why the Triton kernels cannot take rows like z, if they cannot."""
-    if z.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"it does not take {z.dtype}"
-    if lacks_tensor_cores(z):
+def why_not_fused(
+    z: torch.Tensor, normalized: bool, temperature: float | torch.Tensor
+) -> str | None:
+    """Why the Triton kernels cannot take rows like z, if they cannot.
+
+    A tensor's temperature is not looked at, which would wait for the GPU.
+    """
+    low, high = FUSED_TEMPERATURES
+    if not isinstance(temperature, torch.Tensor) and not low <= temperature <= high:
+        return f"it takes temperatures from {low:g} to {high:g}"
+    return _why_not_fused(z.dtype, z.shape[1], z.device, normalized)
+
+
+@functools.cache
+def _why_not_fused(dtype, dim, device, normalized):
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it takes float32, bfloat16 and float16, not {dtype}"
+    if lacks_tensor_cores(device):
         return "Triton has no tensor-core products before compute capability 8.0"
-    num_planes = 1 + planes(z.dtype, normalized)[1]
-    largest = tile("bwd", num_planes, block_d(z.shape[1]), target_name(z.device))
-    if largest is None or z.shape[1] > MAX_FUSED_D:
-        return f"rows of D={z.shape[1]} in {z.dtype} do not fit its tiles"
+    num_planes = 1 + planes(dtype, normalized)[1]
+    target = target_name(device)
+    if dim > MAX_FUSED_D or tile("bwd", num_planes, block_d(dim), target) is None:
+        widths = [
+            width for count, width in TILES.get(target, TILES["other"]) if count == num_planes
+        ]
+        rows = f"{dtype} rows" if normalized else "rows that are not normalized"
+        return f"D={dim}, and of {rows} it takes D up to {max(widths)}"
     return None
 
 
@@ -202,6 +231,16 @@ def reference_tiles(
     Each row's own group is masked to -inf. Where keys are the rows themselves only tiles on and
     above the diagonal come; a mirrored one stands for its transpose too.
     """
+    if (
+        rows.is_cuda
+        and rows.dtype == torch.float32
+        and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    ):
+        say_once(
+            logging.WARNING,
+            "the references multiply in TF32, as torch.backends.cuda.matmul allows:"
+            " similarities have 11 binary digits (fp32_precision = 'ieee' gives all)",
+        )
     step = REFERENCE_TILE
     symmetric = keys is rows
     for m in range(0, rows.shape[0], step):
@@ -259,7 +298,7 @@ def inverse_norm(x, NORMALIZE: tl.constexpr, EPS: tl.constexpr):
     if NORMALIZE:
         norm = tl.sqrt(tl.sum(x * x, 1))
         return tl.where(norm > EPS, 1.0 / tl.maximum(norm, EPS), 0.0)
-    return tl.sum(x, 1) * 0.0 + 1.0
+    return tl.full([x.shape[0]], 1.0, tl.float32)
 
 
 @jit

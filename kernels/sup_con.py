@@ -604,7 +604,7 @@ def sup_con(
         temperature = temperature.reshape(())
     elif not 0 < temperature < math.inf:
         raise ValueError(f"sup_con: temperature={temperature} must be a positive number")
-    if choose_impl("sup_con", impl, z, why_not_fused(z, normalize)) == "torch":
+    if choose_impl("sup_con", impl, z, why_not_fused(z, normalize, temperature)) == "torch":
         return _sup_con(z, labels, temperature, normalize, gather, "torch")
     is_tensor = isinstance(temperature, torch.Tensor)
     shifted = shift_of(None if is_tensor else temperature, normalize) is not None

@@ -1,11 +1,14 @@
 """What all kernels share: autograd and its transforms, which implementation runs, launches."""
 
 import functools
+import logging
+import sys
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import kernels.dispatch
 from kernels import nt_xent, shift_conv1x1, sup_con, temporal_shift
 
 pytestmark = pytest.mark.kernels
@@ -161,3 +164,87 @@ def test_meta_tensors_pass(operation):
         assert dx.is_meta and dx.shape == x.shape
     with pytest.raises(ValueError, match="tensors are on meta"):
         loss(*inputs, impl="triton")
+
+
+class OnGpu(torch.Tensor):
+    """A tensor on the CPU that says it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.fixture
+def said(caplog):
+    """(level, message) of what the kernels log, as if nothing had been said before."""
+    kernels.dispatch._say.cache_clear()
+    caplog.set_level(logging.INFO, logger="kernels")
+    yield lambda: [
+        (level, message) for name, level, message in caplog.record_tuples if name == "kernels"
+    ]
+    kernels.dispatch._say.cache_clear()
+
+
+def test_a_gpu_without_its_kernel_is_warned_once_with_reason_and_limit(said, monkeypatch):
+    monkeypatch.setattr(sys.modules["kernels.shift_conv1x1"], "FUSED_BYTES", 0)
+    wide = [rows(4, 600).as_subclass(OnGpu), rows(4, 600).as_subclass(OnGpu)]
+    narrow = [rows(4, 8).as_subclass(OnGpu), rows(4, 8).as_subclass(OnGpu)]
+    frames = rows(4, 24, 2, 2).as_subclass(OnGpu)
+    for _ in range(2):
+        nt_xent(*wide, 0.1)
+        nt_xent(*narrow, 1e-30)
+        nt_xent(*narrow, 1e-31)
+        sup_con(wide[0], LABELS[:4], 0.1, normalize=False)
+        sup_con(narrow[0].double(), LABELS[:4], 0.1)
+        shift_conv1x1(frames, rows(8, 24), None, 2)
+        nt_xent(*wide, 0.1, impl="torch")
+    assert [(level, message) for level, message in said() if "instead" in message] == [
+        (logging.WARNING, f"{op}: PyTorch instead of the Triton kernel: {reason}")
+        for op, reason in (
+            ("nt_xent", "D=600, and of torch.float32 rows it takes D up to 128"),
+            ("nt_xent", "it takes temperatures from 0.0001 to 10000"),
+            ("sup_con", "D=600, and of rows that are not normalized it takes D up to 128"),
+            ("sup_con", "it takes float32, bfloat16 and float16, not torch.float64"),
+            (
+                "shift_conv1x1",
+                "a fold of 3 among 24 channels would be loaded two bytes at a time; both must be"
+                " even",
+            ),
+        )
+    ]
+
+
+def test_on_a_cpu_the_reference_is_no_warning(said):
+    for _ in range(2):
+        nt_xent(rows(4, 8), rows(4, 8), 0.1)
+    assert [level for level, _ in said()] == [logging.INFO]
+
+
+def test_small_convolutions_are_said_to_run_apart(said):
+    shift_conv1x1(FRAMES.as_subclass(OnGpu), rows(8, 16), None, 2, impl="auto")
+    assert "shift, then convolution" in said()[0][1]
+    assert all(level == logging.INFO for level, _ in said())
+
+
+def test_a_compiled_fallback_is_said_while_it_is_traced(said):
+    compiled = torch.compile(nt_xent, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch._dynamo.reset()
+    for n in (4, 5, 6):
+        compiled(rows(n, 8), rows(n, 8, seed=1), 0.1)
+    ((_, message),) = said()
+    assert message.startswith("nt_xent: PyTorch instead")
+
+
+def test_references_say_that_they_multiply_in_tf32(said):
+    z = [rows(4, 8).as_subclass(OnGpu), rows(4, 8).as_subclass(OnGpu)]
+    nt_xent(*z, 0.1, impl="torch")
+    assert not said()
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        nt_xent(*(x.double() for x in z), 0.1, impl="torch")
+        assert not said()
+        for _ in range(2):
+            nt_xent(*z, 0.1, impl="torch")
+            sup_con(z[0], LABELS[:4], 0.1, impl="torch")
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+    ((level, message),) = said()
+    assert level == logging.WARNING and "TF32" in message and "'ieee'" in message

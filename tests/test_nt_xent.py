@@ -188,12 +188,58 @@ def test_blocks_narrower_than_the_padding_leave_no_padded_row_in_the_sums(monkey
     assert relative(loss, true_loss) < 1e-6 and relative(grad, true_grad) < 1e-5
 
 
+def not_finite(results):
+    return [(x.isnan(), x.isposinf(), x.isneginf()) for x in results]
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e20])
+@pytest.mark.parametrize("n", [9, 40])
+def test_a_diverged_embedding_does_not_look_healthy(n, value, normalize, decoupled):
+    """What is not finite is so in loss and gradient of both, few rows, half grid and full grid."""
+    z_a, z_b = views(n, 8)
+    if value == 1e20:
+        z_a[2] = z_b[5] = value  # one similarity overflows; normalized, the rows are zeros
+    else:
+        z_a[2, 3] = value
+    options = {"normalize": normalize, "decoupled": decoupled}
+    expected = run(nt_xent_reference, z_a, z_b, 0.5, **options)
+    assert expected[0].isfinite() == (value == 1e20 and normalize)
+    got = run(nt_xent, z_a, z_b, 0.5, **options, impl="triton")
+    for ours, theirs in zip(not_finite(got), not_finite(expected), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
 @pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("decoupled", [False, True])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_diverged_embedding_does_not_look_healthy(impl, value):
+def test_a_diverged_process_does_not_look_healthy_elsewhere(value, decoupled, impl):
     z_a, z_b = views(9, 8)
-    z_a[2, 3] = value
-    assert not nt_xent(z_a, z_b, 0.5, impl=impl).isfinite()
+
+    def gather(x):
+        elsewhere = x.flip(0).clone()
+        elsewhere.view(len(x), -1)[3, 0] = value
+        return torch.cat((x, elsewhere))
+
+    loss, grad = run(nt_xent, z_a, z_b, 0.5, gather=gather, decoupled=decoupled, impl=impl)
+    assert loss.isnan() and grad.isnan().all()
+
+
+def test_temperatures_that_the_kernels_cannot_take_are_not_theirs():
+    z_a, z_b = views(9, 8)
+    for temperature in (1e-30, 1e30):
+        with pytest.raises(ValueError, match="temperatures from 0.0001 to 10000"):
+            nt_xent(z_a, z_b, temperature, impl="triton")
+        expected = run(nt_xent_reference, z_a.double(), z_b.double(), temperature)
+        got = run(nt_xent, z_a, z_b, temperature)
+        assert relative(got[0], expected[0]) < 1e-6 and relative(got[1], expected[1]) < 1e-5
+    for temperature in (1e-4, 1e4):
+        expected = run(nt_xent_reference, z_a.double(), z_b.double(), temperature)
+        got = run(nt_xent, z_a, z_b, temperature, impl="triton")
+        assert relative(got[0], expected[0]) < 1e-6 and relative(got[1], expected[1]) < 2e-4
+    # Of a tensor nobody knows before the kernel does.
+    assert not nt_xent(z_a, z_b, torch.tensor(1e-30), impl="triton").isfinite()
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])

@@ -208,10 +208,36 @@ def test_labels_that_are_no_integers_are_named(dtype):
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_a_diverged_row_does_not_look_healthy(impl):
-    z, labels = batch(9, 6, 3)
-    z[2, 1] = float("nan")
-    assert not sup_con(z, labels, 0.5, impl=impl).isfinite()
+@pytest.mark.parametrize("m", [9, 60])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_diverged_row_does_not_look_healthy(value, m, impl):
+    z, labels = batch(m, 6, 3)
+    z[2, 1] = value
+    loss, grad = run(sup_con, z, labels, 0.5, impl=impl)
+    assert loss.isnan() and grad.isnan().all()
+    z, labels = batch(m, 6, 3)
+
+    def gather(x):
+        elsewhere = x.flip(0).clone()
+        if x.is_floating_point():
+            elsewhere.view(len(x), -1)[3, 0] = value
+        return torch.cat((x, elsewhere))
+
+    loss, grad = run(sup_con, z, labels, 0.5, gather=gather, impl=impl)
+    assert loss.isnan() and grad.isnan().all()
+
+
+@pytest.mark.parametrize("m", [9, 60])
+def test_a_similarity_that_overflows_does_not_look_healthy(m):
+    z, labels = batch(m, 6, 3)
+    z[2] = z[5] = 1e20
+    for got in (
+        run(sup_con_reference, z, labels, 0.5, normalize=False),
+        run(sup_con, z, labels, 0.5, normalize=False, impl="triton"),
+    ):
+        assert not any(x.isfinite().all() for x in got)
+    with pytest.raises(ValueError, match="temperatures from 0.0001"):
+        sup_con(z, labels, 1e-30, impl="triton")
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
