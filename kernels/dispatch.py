@@ -95,59 +95,53 @@ def on_device_of_first(function):
     return guarded
 
 
-_compiled: dict[tuple, object] = {}
+# Remembers plans: what a call needs beyond allocations and launches, by shapes, strides, dtypes,
+# device and options. Batches of ever other sizes drop the oldest rather than grow.
+plan = functools.lru_cache(maxsize=4096)
 
 
-def launch(
-    kernel,
-    grid: tuple[int, ...],
-    tensors: tuple[torch.Tensor, ...],
-    numbers: tuple,
-    constants: dict,
-    num_warps: int = 4,
-    num_stages: int = 3,
-) -> None:
-    """Launch kernel(*tensors, *numbers, *constants), arguments in the order of its declaration.
+class Launch:
+    """A kernel with its grid, integers and constants: a launch but for its tensors and floats.
 
     Triton's own launch looks at every argument to find the compiled kernel, which takes longer than
-    the launch itself. What it looks at are dtypes, numbers, whether addresses are multiples of 16
-    and, on AMD, whether a tensor has more than 2^31 bytes, which follows from numbers and grid: a
-    call that repeats them all finds the kernel here.
+    the launch itself. What it looks at are dtypes, integers, whether addresses are multiples of 16
+    and, on AMD, whether a tensor has more than 2^31 bytes. In a plan only addresses can change, and
+    floats, whose values no compiler sees.
 
     Args:
-        kernel: what `jit` returned.
+        kernel: what `jit` returned; its arguments are tensors, floats, integers, constants.
         grid: one to three numbers of programs.
-        tensors: the pointer arguments.
-        numbers: the other arguments known only at run time, a tuple.
+        integers: the integers known only at run time.
         constants: name -> value of the tl.constexpr arguments, in the kernel's order.
     """
-    addresses = 0
-    dtypes = []
-    for x in tensors:
-        addresses |= x.data_ptr()
-        dtypes.append(x.dtype)
-    key = (
-        id(kernel),
-        grid,
-        numbers,
-        *constants.values(),
-        num_warps,
-        num_stages,
-        tensors[0].device.index,
-        *dtypes,
-    )
-    compiled = _compiled.get(key) if addresses % 16 == 0 else None
-    if compiled is not None:
-        compiled[(*grid, 1, 1)[:3]](*tensors, *numbers, *constants.values())
-        return
-    assert kernel.arg_names[len(tensors) + len(numbers) :] == list(constants), kernel.arg_names
-    compiled = kernel[grid](
-        *tensors, *numbers, **constants, num_warps=num_warps, num_stages=num_stages
-    )
-    if compiled is not None and addresses % 16 == 0:  # the interpreter returns None
-        if len(_compiled) >= 4096:  # batches of ever other sizes: start again rather than grow
-            _compiled.clear()
-        _compiled[key] = compiled
+
+    def __init__(
+        self,
+        kernel,
+        grid: tuple[int, ...],
+        integers: tuple[int, ...],
+        constants: dict,
+        num_warps: int = 4,
+        num_stages: int = 3,
+    ):
+        assert kernel.arg_names[-len(constants) :] == list(constants), kernel.arg_names
+        self.kernel, self.grid = kernel, grid
+        self.known = (*integers, *constants.values())
+        self.options = {"num_warps": num_warps, "num_stages": num_stages}
+        self.compiled = None
+
+    def __call__(self, tensors: tuple[torch.Tensor, ...], *floats: float) -> None:
+        addresses = 0
+        for x in tensors:
+            addresses |= x.data_ptr()
+        if addresses % 16:
+            self.kernel[self.grid](*tensors, *floats, *self.known, **self.options)
+        elif self.compiled is not None:
+            self.compiled(*tensors, *floats, *self.known)
+        else:
+            compiled = self.kernel[self.grid](*tensors, *floats, *self.known, **self.options)
+            if compiled is not None:  # what the interpreter returns
+                self.compiled = compiled[(*self.grid, 1, 1)[:3]]
 
 
 @functools.cache
@@ -211,7 +205,7 @@ def _with_context(operation: type[Operation]) -> type[torch.autograd.Function]:
 def save(ctx, inputs: tuple, outputs: tuple) -> None:
     """Save inputs and all outputs but the first, the loss, which alone is differentiable."""
     ctx.save_for_backward(*inputs, *outputs[1:])
-    ctx.mark_non_differentiable(*(x for x in outputs[1:] if x is not None))
+    ctx.mark_non_differentiable(*[x for x in outputs[1:] if x is not None])
     ctx.set_materialize_grads(False)
 
 

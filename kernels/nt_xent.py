@@ -25,10 +25,8 @@ Launches. Up to M = 1,024 rows one program takes some rows through all keys: two
 one backward. Above, tiles (similarity.py: full grid up to 4,096 rows, half grid beyond) and what
 prepares and finishes them: three and two.
 
-Limits. The Triton path takes bf16 and fp16 with D <= 512 (D <= 256 on GPUs without a table in
-similarity.py) and fp32 with D <= 128; without normalization D <= 128 in every type, and the rows
-keep some 16 binary digits (gradients to about 1e-5). Anything else takes the reference, whose tiles
-are cuBLAS products on a GPU. The second derivative raises.
+Limits: the table of README.md. Anything else takes the reference, whose tiles are cuBLAS products
+on a GPU. The second derivative raises.
 """
 
 from __future__ import annotations
@@ -39,15 +37,16 @@ import torch
 
 from .dispatch import (
     INTERPRETED,
+    Launch,
     Operation,
     breaks_graph_to_gather,
     ceil_div,
     choose_impl,
     gradients,
     jit,
-    launch,
     no_autocast,
     on_device_of_first,
+    plan,
     save,
     target_name,
 )
@@ -56,6 +55,7 @@ from .similarity import (
     NORM_EPS,
     Gather,
     add_weighted,
+    block_d,
     comes_last,
     empty_rows,
     few_rows_tile,
@@ -68,6 +68,7 @@ from .similarity import (
     planes,
     reference_lse,
     reference_weighted_sum,
+    row_buffer,
     shift_of,
     similarities,
     slot_sums,
@@ -180,13 +181,13 @@ def _nt_xent_prepare_kernel(
     u_ptr,
     pos_ptr,
     partials_ptr,
+    temperature,
     stride_an,
     stride_ad,
     stride_bn,
     stride_bd,
     num_pairs,
     dim,
-    temperature,
     TEMPERATURE_IS_TENSOR: tl.constexpr,
     NORMALIZE: tl.constexpr,
     EPS: tl.constexpr,
@@ -410,6 +411,7 @@ def _nt_xent_epilogue_kernel(
     da_ptr,
     db_ptr,
     dtemperature_ptr,
+    temperature,
     stride_an,
     stride_ad,
     stride_bn,
@@ -418,7 +420,6 @@ def _nt_xent_epilogue_kernel(
     dim,
     num_slots,
     stride_slot,
-    temperature,
     TEMPERATURE_IS_TENSOR: tl.constexpr,
     NORMALIZE: tl.constexpr,
     EPS: tl.constexpr,
@@ -471,14 +472,14 @@ def _nt_xent_few_rows_bwd_kernel(
     lse_ptr,
     da_ptr,
     db_ptr,
+    temperature,
+    shift,
     stride_an,
     stride_ad,
     stride_bn,
     stride_bd,
     num_pairs,
     dim,
-    temperature,
-    shift,
     NORMALIZE: tl.constexpr,
     EPS: tl.constexpr,
     DECOUPLED: tl.constexpr,
@@ -536,13 +537,52 @@ def _nt_xent_few_rows_bwd_kernel(
     _store_views(da_ptr, db_ptr, da, db, pairs, offs_d, num_pairs, dim)
 
 
-def _few_rows(num_rows, num_keys, u, shift):
-    return (
-        num_rows == num_keys
-        and shift is not None
-        and num_rows <= FEW_ROWS
-        and u.shape[1] <= FEW_ROWS_WIDTH
-    )
+def _few_rows(num_rows, width, own_keys, shifted):
+    """May one program take some rows through all keys?"""
+    return own_keys and shifted and num_rows <= FEW_ROWS and width <= FEW_ROWS_WIDTH
+
+
+@plan
+def _forward_plan(shape, dtype, device, strides, learned, normalize, decoupled, own, shifted):
+    """-> rows' shape and dtype, number of partials, launches: prepare; for few rows the rest."""
+    num_pairs, dim = shape
+    num_rows = 2 * num_pairs
+    plane, split = planes(dtype, normalize)
+    buffer = row_buffer(num_rows, dim, dtype, normalize)
+    width = block_d(dim)
+    constants = {
+        "TEMPERATURE_IS_TENSOR": learned is not None,
+        "NORMALIZE": normalize,
+        "EPS": NORM_EPS,
+        "FP16": plane == torch.float16,
+        "SPLIT": split,
+        "BLOCK_P": _block_p(width),
+        "BLOCK_D": width,
+    }
+    grid = (buffer[0][0] // (2 * _block_p(width)),)
+    prepare = Launch(_nt_xent_prepare_kernel, grid, (*strides, num_pairs, dim), constants)
+    few = None
+    if _few_rows(num_rows, buffer[0][1], own, shifted):
+        block_m, block_n, warps, stages = few_rows_tile(target_name(device))
+        constants = {
+            "DECOUPLED": decoupled,
+            "SPLIT": split,
+            "BLOCK_M": block_m,
+            "BLOCK_N": block_n,
+            "BLOCK_D": width,
+        }
+        grid = (ceil_div(num_rows, block_m),)
+        few = Launch(_nt_xent_few_rows_fwd_kernel, grid, (num_rows,), constants, warps, stages)
+    # One count and one loss a program, of which there are the most where each has 16 rows.
+    return *buffer, split, 1 + ceil_div(num_rows, 16), prepare, few
+
+
+@plan
+def _finish_plan(num_rows, slots, half_slot, half_row, device, shifted, decoupled):
+    block_r = 128
+    constants = {"SHIFTED": shifted, "DECOUPLED": decoupled, "SLOTS": 16, "BLOCK_R": block_r}
+    integers = (num_rows, slots[0], half_slot, half_row, slots[1])
+    return Launch(_nt_xent_finish_kernel, (ceil_div(num_rows, block_r),), integers, constants)
 
 
 @on_device_of_first
@@ -552,67 +592,89 @@ def _triton_forward(z_a, z_b, temperature_tensor, temperature, normalize, decoup
     Logs are base 2; negatives are the logs of the rows' sums over their negatives. What is of the
     keys is None where they are the rows.
     """
-    num_pairs, dim = z_a.shape
+    dtype, device = z_a.dtype, z_a.device
+    num_pairs = z_a.shape[0]
     num_rows = 2 * num_pairs
-    device = z_a.device
-    plane, split = planes(z_a.dtype, normalize)
-    u = empty_rows(num_rows, dim, z_a.dtype, normalize, device)
-    z_a, z_b = _interpretable(z_a, z_b)
+    if INTERPRETED:
+        z_a, z_b = _interpretable(z_a, z_b)
+    shift, learned = _shift_and_type(temperature_tensor, temperature, normalize)
+    shape, plane, split, num_partials, prepare, few = _forward_plan(
+        z_a.shape,
+        dtype,
+        device,
+        (*z_a.stride(), *z_b.stride()),
+        learned,
+        normalize,
+        decoupled,
+        gather is None,
+        shift is not None,
+    )
+    u = torch.empty(shape, dtype=plane, device=device)
     pos = torch.empty(num_pairs, dtype=torch.float32, device=device)
-    # One count and one loss a program, of which there are the most where each has 16 rows.
-    partials = torch.empty(1 + ceil_div(num_rows, 16), dtype=torch.float32, device=device)
-    block_d = u.shape[1] // (2 if split else 1)
-    block_p = _block_p(block_d)
-    grid = (u.shape[0] // (2 * block_p),)
-    temperature_or_any = pos if temperature_tensor is None else temperature_tensor
-    tensors = (z_a, z_b, temperature_or_any, u, pos, partials)
-    numbers = (*z_a.stride(), *z_b.stride(), num_pairs, dim, temperature)
-    constants = {
-        "TEMPERATURE_IS_TENSOR": temperature_tensor is not None,
-        "NORMALIZE": normalize,
-        "EPS": NORM_EPS,
-        "FP16": plane == torch.float16,
-        "SPLIT": split,
-        "BLOCK_P": block_p,
-        "BLOCK_D": block_d,
-    }
-    launch(_nt_xent_prepare_kernel, grid, tensors, numbers, constants)
-    keys, num_keys, index = gather_keys(gather, u, num_rows)
-    shift = shift_of(None if temperature_tensor is not None else temperature, normalize)
+    partials = torch.empty(num_partials, dtype=torch.float32, device=device)
+    temperature_or_any = pos if learned is None else temperature_tensor
+    prepare((z_a, z_b, temperature_or_any, u, pos, partials), temperature)
     negatives = torch.empty(num_rows, dtype=torch.float32, device=device)
     lse = torch.empty_like(negatives)
     loss = torch.empty((), dtype=torch.float32, device=device)
-    if _few_rows(num_rows, num_keys, u, shift):
-        block_m, block_n, warps, stages = few_rows_tile(target_name(device))
-        grid = (ceil_div(num_rows, block_m),)
-        tensors = (u, pos, negatives, lse, partials, loss)
-        numbers = (shift, num_rows)
-        constants = {
-            "DECOUPLED": decoupled,
-            "SPLIT": split,
-            "BLOCK_M": block_m,
-            "BLOCK_N": block_n,
-            "BLOCK_D": block_d,
-        }
-        launch(_nt_xent_few_rows_fwd_kernel, grid, tensors, numbers, constants, warps, stages)
-    else:
-        tops, sums, half_slot, half_row = slot_sums(u, keys, num_rows, num_keys, 1, split, shift)
-        num_slots, stride_slot = sums.shape
-        block_r = 128
-        grid = (ceil_div(num_rows, block_r),)
-        tops_or_any = sums if tops is None else tops
-        tensors = (tops_or_any, sums, pos, negatives, lse, partials, loss)
-        numbers = (shift or 0.0, num_rows, num_slots, half_slot, half_row, stride_slot)
-        constants = {
-            "SHIFTED": tops is None,
-            "DECOUPLED": decoupled,
-            "SLOTS": 16,
-            "BLOCK_R": block_r,
-        }
-        launch(_nt_xent_finish_kernel, grid, tensors, numbers, constants)
+    if few is not None:
+        few((u, pos, negatives, lse, partials, loss), shift)
+        return loss, u, None, pos, negatives, lse, None
+    keys, num_keys, index = gather_keys(gather, u, num_rows)
+    tops, sums, half_slot, half_row = slot_sums(u, keys, num_rows, num_keys, 1, split, shift)
+    finish = _finish_plan(
+        num_rows, sums.shape, half_slot, half_row, device, tops is None, decoupled
+    )
+    finish(
+        (sums if tops is None else tops, sums, pos, negatives, lse, partials, loss), shift or 0.0
+    )
     if gather is None:
         return loss, u, None, pos, negatives, lse, None
     return loss, u, keys, pos, negatives, lse, gather(lse)[index]
+
+
+@plan
+def _backward_plan(shape, dtype, device, strides, learned, normalize, decoupled, own, shifted):
+    """-> are rows split, are they fp16, the launch for few rows or None."""
+    num_pairs, dim = shape
+    plane, split = planes(dtype, normalize)
+    fp16 = plane == torch.float16
+    width = block_d(dim)
+    if not _few_rows(2 * num_pairs, width * (1 + split), own, shifted):
+        return split, fp16, None
+    block_m, block_n, warps, stages = few_rows_tile(target_name(device))
+    constants = {
+        "NORMALIZE": normalize,
+        "EPS": NORM_EPS,
+        "DECOUPLED": decoupled,
+        "SPLIT": split,
+        "LOG2_SCALE": LOG2_FP16_SCALE if fp16 else 0.0,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_D": width,
+    }
+    grid = (ceil_div(2 * num_pairs, block_m),)
+    integers = (*strides, num_pairs, dim)
+    few = Launch(_nt_xent_few_rows_bwd_kernel, grid, integers, constants, warps, stages)
+    return split, fp16, few
+
+
+@plan
+def _epilogue_plan(shape, dtype, device, strides, learned, normalize, decoupled, ranges):
+    """-> the number of programs, the launch. ranges: shape of what `weighted_sums` left."""
+    num_pairs, dim = shape
+    block_p = _block_p(ranges[2])
+    programs = ceil_div(num_pairs, block_p)
+    integers = (*strides, num_pairs, dim, ranges[0], ranges[1] * ranges[2])
+    constants = {
+        "TEMPERATURE_IS_TENSOR": learned is not None,
+        "NORMALIZE": normalize,
+        "EPS": NORM_EPS,
+        "DECOUPLED": decoupled,
+        "BLOCK_P": block_p,
+        "BLOCK_D": ranges[2],
+    }
+    return programs, Launch(_nt_xent_epilogue_kernel, (programs,), integers, constants)
 
 
 @on_device_of_first
@@ -632,46 +694,29 @@ def _triton_backward(
     decoupled,
 ):
     """-> dz_a, dz_b (N, D), dtemperature, like the tensor, or None."""
-    num_pairs, dim = z_a.shape
-    num_rows = 2 * num_pairs
-    if keys is None:
-        keys, lse_keys = u, lse
-    num_keys = lse_keys.shape[0]
-    device = z_a.device
-    dtype = z_a.dtype
-    plane, split = planes(dtype, normalize)
-    fp16 = plane == torch.float16
-    shift = shift_of(None if temperature_tensor is not None else temperature, normalize)
-    z_a, z_b = _interpretable(z_a, z_b)
+    dtype, device = z_a.dtype, z_a.device
+    num_rows = 2 * z_a.shape[0]
+    if INTERPRETED:
+        z_a, z_b = _interpretable(z_a, z_b)
+    shift, learned = _shift_and_type(temperature_tensor, temperature, normalize)
     strides = (*z_a.stride(), *z_b.stride())
-    block_d = u.shape[1] // (2 if split else 1)
-    few = _few_rows(num_rows, num_keys, u, shift)
-    if not few:  # first of all, so that the GPU need not wait for the rest
+    options = (z_a.shape, dtype, device, strides, learned, normalize, decoupled)
+    split, fp16, few = _backward_plan(*options, keys is None, shift is not None)
+    if few is None:  # first of all, so that the GPU need not wait for the rest
+        if keys is None:
+            keys, lse_keys = u, lse
+        num_keys = lse_keys.shape[0]
         partial = weighted_sums(u, keys, lse, lse_keys, num_rows, num_keys, 1, split, shift, fp16)
-    dz_a = torch.empty(num_pairs, dim, dtype=z_a.dtype, device=device)
+    dz_a = torch.empty(z_a.shape, dtype=z_a.dtype, device=device)
     dz_b = torch.empty_like(dz_a)
-    if few:
-        block_m, block_n, warps, stages = few_rows_tile(target_name(device))
-        grid = (ceil_div(num_rows, block_m),)
+    if few is not None:
         tensors = (z_a, z_b, dloss, u, pos, negatives, lse, dz_a, dz_b)
-        numbers = (*strides, num_pairs, dim, temperature, shift)
-        constants = {
-            "NORMALIZE": normalize,
-            "EPS": NORM_EPS,
-            "DECOUPLED": decoupled,
-            "SPLIT": split,
-            "LOG2_SCALE": LOG2_FP16_SCALE if fp16 else 0.0,
-            "BLOCK_M": block_m,
-            "BLOCK_N": block_n,
-            "BLOCK_D": block_d,
-        }
-        launch(_nt_xent_few_rows_bwd_kernel, grid, tensors, numbers, constants, warps, stages)
+        few(tensors, temperature, shift)
         return dz_a.to(dtype), dz_b.to(dtype), None
-    block_p = _block_p(block_d)
-    programs = ceil_div(num_pairs, block_p)
-    count = 0 if temperature_tensor is None else programs
+    programs, epilogue = _epilogue_plan(*options, partial.shape)
+    count = 0 if learned is None else programs
     dtemperature = torch.empty(count, dtype=torch.float32, device=device)
-    temperature_or_any = pos if temperature_tensor is None else temperature_tensor
+    temperature_or_any = pos if learned is None else temperature_tensor
     tensors = (
         z_a,
         z_b,
@@ -684,24 +729,22 @@ def _triton_backward(
         dz_b,
         dtemperature,
     )
-    numbers = (*strides, num_pairs, dim, partial.shape[0], partial.stride(0), temperature)
-    constants = {
-        "TEMPERATURE_IS_TENSOR": temperature_tensor is not None,
-        "NORMALIZE": normalize,
-        "EPS": NORM_EPS,
-        "DECOUPLED": decoupled,
-        "BLOCK_P": block_p,
-        "BLOCK_D": block_d,
-    }
-    launch(_nt_xent_epilogue_kernel, (programs,), tensors, numbers, constants)
-    if temperature_tensor is None:
+    epilogue(tensors, temperature)
+    if learned is None:
         return dz_a.to(dtype), dz_b.to(dtype), None
-    dtau = dtemperature.sum().to(temperature_tensor.dtype).view_as(temperature_tensor)
+    dtau = dtemperature.sum().to(learned).view_as(temperature_tensor)
     return dz_a.to(dtype), dz_b.to(dtype), dtau
 
 
+def _shift_and_type(temperature_tensor, temperature, normalize):
+    """-> the shift, None without one; the dtype of a temperature that is a tensor, else None."""
+    if temperature_tensor is not None:
+        return None, temperature_tensor.dtype
+    return shift_of(temperature, normalize), None
+
+
 def _interpretable(*tensors):
-    return [x.float() if INTERPRETED and x.dtype == torch.bfloat16 else x for x in tensors]
+    return [x.float() if x.dtype == torch.bfloat16 else x for x in tensors]
 
 
 def _block_p(block_d: int) -> int:

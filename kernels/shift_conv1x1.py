@@ -18,10 +18,8 @@ The forward's loads are as wide as rows are aligned. Those of dweight and the st
 VECTOR = gcd(fold, C, 8) channels wide: odd folds would move two bytes at a time. There, and for
 other paddings and dtypes, the shift runs alone and cuDNN or cuBLAS follows.
 
-Limits. Triton path: channels_last (contiguous input is converted), fp16 and bf16, fp32 where cuDNN
-may use TF32; direction both and past, padding zero. Where a fold ends within a load, an infinity or
-a nan in a channel beside its end reaches the frames before and after, too (as inf * 0). The second
-derivative raises.
+Limits: the table of README.md. Where a fold ends within a load, an infinity or a nan in a channel
+beside its end reaches the frames before and after, too (as inf * 0). The second derivative raises.
 """
 
 from __future__ import annotations
@@ -34,15 +32,16 @@ import torch.nn.functional as F
 
 from .dispatch import (
     INTERPRETED,
+    Launch,
     Operation,
     ceil_div,
     choose_impl,
     gradients,
     jit,
     lacks_tensor_cores,
-    launch,
     num_sms,
     on_device_of_first,
+    plan,
     say_once,
     target_name,
 )
@@ -462,14 +461,13 @@ def segments(channels: int, split: int, num_shifted: int) -> dict[str, int]:
     }
 
 
-def _hints(x, weight, split, num_shifted, rows_in_tile):
-    channels = x.shape[1]
+def _hints(channels, outputs, area, dtype, split, num_shifted, rows_in_tile):
     return {
         "VECTOR": math.gcd(math.gcd(split, num_shifted), math.gcd(channels, 8)),
         "IN_VECTOR": math.gcd(channels, 8),
-        "OUT_VECTOR": math.gcd(weight.shape[0], 8),
-        "SMALL_AREA": x.shape[2] * x.shape[3] < rows_in_tile,
-        "PRECISION": "tf32" if x.dtype == torch.float32 and not INTERPRETED else "ieee",
+        "OUT_VECTOR": math.gcd(outputs, 8),
+        "SMALL_AREA": area < rows_in_tile,
+        "PRECISION": "tf32" if dtype == torch.float32 and not INTERPRETED else "ieee",
     }
 
 
@@ -479,33 +477,26 @@ def _tile(what, device, columns):
     return block_m, max(16, min(block_n, 1 << (columns - 1).bit_length())), *rest
 
 
-@on_device_of_first
-def _forward(x, weight, bias, n_segment, split, num_shifted):
-    num, channels, height, width = x.shape
-    outputs = weight.shape[0]
-    num_rows = num * height * width
-    y = torch.empty(
-        (num, outputs, height, width),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
-    block_m, block_n, block_k, warps, stages = _tile("fwd", x.device, outputs)
-    tensors = (x, weight, y if bias is None else bias, y)
-    numbers = (num_rows, channels, outputs, split, num_shifted, height * width, n_segment)
+@plan
+def _forward_plan(shape, outputs, dtype, device, has_bias, n_segment, split, num_shifted):
+    num, channels, height, width = shape
+    area = height * width
+    num_rows = num * area
+    block_m, block_n, block_k, warps, stages = _tile("fwd", device, outputs)
+    integers = (num_rows, channels, outputs, split, num_shifted, area, n_segment)
     constants = {
-        "HAS_BIAS": bias is not None,
-        **_hints(x, weight, split, num_shifted, block_m),
+        "HAS_BIAS": has_bias,
+        **_hints(channels, outputs, area, dtype, split, num_shifted, block_m),
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
     }
     row_blocks = ceil_div(num_rows, block_m)
     column_blocks = ceil_div(outputs, block_n)
     products = segments(channels, split, num_shifted)
-    if x.element_size() == 2 and sum(products.values()) <= RESIDENT.get(target_name(x.device), 128):
+    if dtype.itemsize == 2 and sum(products.values()) <= RESIDENT.get(target_name(device), 128):
         kernel = shift_conv1x1_fwd_kernel
         # Two programs a multiprocessor walk over the rows, all blocks of columns side by side.
-        walkers = max(1, min(2 * num_sms(x.device) // column_blocks, row_blocks))
+        walkers = max(1, min(2 * num_sms(device) // column_blocks, row_blocks))
         grid = (walkers * column_blocks,)
         del constants["VECTOR"]
         constants.update(products)
@@ -513,47 +504,74 @@ def _forward(x, weight, bias, n_segment, split, num_shifted):
         kernel = shift_conv1x1_fwd_loop_kernel
         grid = (row_blocks * column_blocks,)
         constants["BLOCK_K"] = block_k
-    launch(kernel, grid, tensors, numbers, constants, warps, stages)
+    return Launch(kernel, grid, integers, constants, warps, stages)
+
+
+@on_device_of_first
+def _forward(x, weight, bias, n_segment, split, num_shifted):
+    num, _, height, width = x.shape
+    outputs = weight.shape[0]
+    y = torch.empty(
+        (num, outputs, height, width),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
+    has_bias = bias is not None
+    forward = _forward_plan(
+        x.shape, outputs, x.dtype, x.device, has_bias, n_segment, split, num_shifted
+    )
+    forward((x, weight, bias if has_bias else y, y))
     return y
+
+
+@plan
+def _backward_plan(shape, outputs, dtype, device, n_segment, split, num_shifted):
+    """-> the launch for dx; the shape of the ranges of dweight and the launch for them."""
+    num, channels, height, width = shape
+    area = height * width
+    num_rows = num * area
+    integers = (num_rows, channels, outputs, split, num_shifted, area, n_segment)
+    block_m, block_n, block_k, warps, stages = _tile("dx", device, channels)
+    constants = {
+        **_hints(channels, outputs, area, dtype, split, num_shifted, block_m),
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+    }
+    grid = (ceil_div(num_rows, block_m) * ceil_div(channels, block_n),)
+    dx = Launch(shift_conv1x1_dx_kernel, grid, integers, constants, warps, stages)
+    block_m, block_n, block_k, warps, stages = _tile("dw", device, channels)
+    tiles = ceil_div(outputs, block_m) * ceil_div(channels, block_n)
+    ranges = max(1, min(2 * num_sms(device) // tiles, ceil_div(num_rows, 8 * block_k), 256))
+    per_range = max(1, ceil_div(ceil_div(num_rows, ranges), block_k)) * block_k
+    ranges = max(1, ceil_div(num_rows, per_range))  # of an empty batch one writes the zeros
+    constants = {
+        **_hints(channels, outputs, area, dtype, split, num_shifted, block_k),
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+    }
+    grid = (ceil_div(outputs, block_m), ceil_div(channels, block_n), ranges)
+    integers = (*integers, per_range)
+    dweight = Launch(shift_conv1x1_dw_kernel, grid, integers, constants, warps, stages)
+    return dx, (ranges, outputs, channels), dweight
 
 
 @on_device_of_first
 def _backward(dy, x, weight, n_segment, split, num_shifted, needs):
     """-> dx, dweight (O, C), dbias, each where needed."""
     dy = dy.contiguous(memory_format=torch.channels_last)
-    num, channels, height, width = x.shape
-    outputs = weight.shape[0]
-    num_rows = num * height * width
-    numbers = (num_rows, channels, outputs, split, num_shifted, height * width, n_segment)
+    into_dx, ranges, into_ranges = _backward_plan(
+        x.shape, weight.shape[0], x.dtype, x.device, n_segment, split, num_shifted
+    )
     dx = dweight = dbias = None
     if needs[0]:
         dx = torch.empty_like(x, memory_format=torch.channels_last)
-        block_m, block_n, block_k, warps, stages = _tile("dx", x.device, channels)
-        constants = {
-            **_hints(x, weight, split, num_shifted, block_m),
-            "BLOCK_M": block_m,
-            "BLOCK_N": block_n,
-            "BLOCK_K": block_k,
-        }
-        grid = (ceil_div(num_rows, block_m) * ceil_div(channels, block_n),)
-        launch(shift_conv1x1_dx_kernel, grid, (dy, weight, dx), numbers, constants, warps, stages)
+        into_dx((dy, weight, dx))
     if needs[1]:
-        block_m, block_n, block_k, warps, stages = _tile("dw", x.device, channels)
-        tiles = ceil_div(outputs, block_m) * ceil_div(channels, block_n)
-        ranges = max(1, min(2 * num_sms(x.device) // tiles, ceil_div(num_rows, 8 * block_k), 256))
-        per_range = max(1, ceil_div(ceil_div(num_rows, ranges), block_k)) * block_k
-        ranges = max(1, ceil_div(num_rows, per_range))  # of an empty batch one writes the zeros
-        partial = torch.empty(ranges, outputs, channels, dtype=torch.float32, device=x.device)
-        constants = {
-            **_hints(x, weight, split, num_shifted, block_k),
-            "BLOCK_M": block_m,
-            "BLOCK_N": block_n,
-            "BLOCK_K": block_k,
-        }
-        grid = (ceil_div(outputs, block_m), ceil_div(channels, block_n), ranges)
-        tensors = (x, dy, partial)
-        numbers = (*numbers, per_range)
-        launch(shift_conv1x1_dw_kernel, grid, tensors, numbers, constants, warps, stages)
+        partial = torch.empty(ranges, dtype=torch.float32, device=x.device)
+        into_ranges((x, dy, partial))
         dweight = partial.sum(0).to(weight.dtype)
     if needs[2]:
         dbias = dy.sum((0, 2, 3), dtype=torch.float32).to(dy.dtype)

@@ -37,11 +37,12 @@ import torch.nn.functional as F
 
 from .dispatch import (
     INTERPRETED,
+    Launch,
     ceil_div,
     jit,
     lacks_tensor_cores,
-    launch,
     num_sms,
+    plan,
     say_once,
     target_name,
 )
@@ -586,17 +587,23 @@ def planes(dtype: torch.dtype, normalized: bool) -> tuple[torch.dtype, bool]:
     return torch.float16, dtype == torch.float32
 
 
-def empty_rows(
-    num_rows: int, dim: int, dtype: torch.dtype, normalized: bool, device: torch.device
-) -> torch.Tensor:
-    """Buffer for a padded row matrix.
+def row_buffer(
+    num_rows: int, dim: int, dtype: torch.dtype, normalized: bool
+) -> tuple[tuple[int, int], torch.dtype]:
+    """Shape and dtype of a padded row matrix.
 
     In the interpreter, whose bf16 products are wrong, bf16 values travel as fp32.
     """
     plane, split = planes(dtype, normalized)
     plane = torch.float32 if INTERPRETED and plane == torch.bfloat16 else plane
-    width = block_d(dim) * (2 if split else 1)
-    return torch.empty(padded(num_rows), width, dtype=plane, device=device)
+    return (padded(num_rows), block_d(dim) * (2 if split else 1)), plane
+
+
+def empty_rows(
+    num_rows: int, dim: int, dtype: torch.dtype, normalized: bool, device: torch.device
+) -> torch.Tensor:
+    shape, plane = row_buffer(num_rows, dim, dtype, normalized)
+    return torch.empty(shape, dtype=plane, device=device)
 
 
 def shift_of(temperature: float | None, normalized: bool) -> float | None:
@@ -646,32 +653,56 @@ def slot_sums(u, keys, num_rows, num_keys, pair_shift, split, shift):
         half_slot, half_row: rows below half_row have nothing in slot half_slot (-1: there is no
             such slot).
     """
-    dim = u.shape[1] // (2 if split else 1)
-    device = u.device
     size = u.shape[0]
-    target = target_name(device)
     if shift is None or keys is not u or num_rows <= FULL_GRID_ROWS:
-        block_m, block_n, warps, stages = tile("full", 1 + split, dim, target)
-        steps = ceil_div(num_keys, block_n)
-        most = SLOT_BYTES // (8 * size) or 1
-        splits = _num_splits(size // block_m, steps, most, 2 * num_sms(device))
-        per_split = ceil_div(steps, splits)
-        splits = ceil_div(steps, per_split)
-        tops = torch.empty(splits, size, dtype=torch.float32, device=device)
+        splits, full = _full_plan(u.shape, u.dtype, u.device, num_keys, pair_shift, split)
+        tops = torch.empty(splits, size, dtype=torch.float32, device=u.device)
         sums = torch.empty_like(tops)
-        grid = (size // block_m, splits)
-        tensors = (u, keys, tops, sums)
-        numbers = (num_keys, per_split * block_n, size)
-        constants = {
-            "PAIR_SHIFT": pair_shift,
-            "SPLIT": split,
-            "BLOCK_M": block_m,
-            "BLOCK_N": block_n,
-            "BLOCK_D": dim,
-        }
-        launch(full_kernel, grid, tensors, numbers, constants, warps, stages)
+        full((u, keys, tops, sums))
         return tops, sums, -1, 0
-    block_m, block_n, warps, stages = tile("half", 1 + split, dim, target)
+    passes, half_slot, half_row = _half_plan(
+        u.shape, u.dtype, u.device, num_rows, pair_shift, split
+    )
+    total = None
+    for slots, half in passes:
+        sums = torch.empty(slots, size, dtype=torch.float32, device=u.device)
+        half((u, sums), shift)
+        if len(passes) == 1:
+            return None, sums, half_slot, half_row
+        if half_slot >= 0 and half is passes[-1][1]:
+            sums[half_slot, :half_row].zero_()
+        total = sums.sum(0) if total is None else total.add_(sums.sum(0))
+        del sums  # before the next pass takes as much again
+    return None, total[None], -1, 0
+
+
+@plan
+def _full_plan(shape, dtype, device, num_keys, pair_shift, split):
+    """-> the number of slots, the launch."""
+    size, dim = shape[0], shape[1] // (2 if split else 1)
+    block_m, block_n, warps, stages = tile("full", 1 + split, dim, target_name(device))
+    steps = ceil_div(num_keys, block_n)
+    most = SLOT_BYTES // (8 * size) or 1
+    splits = _num_splits(size // block_m, steps, most, 2 * num_sms(device))
+    per_split = ceil_div(steps, splits)
+    splits = ceil_div(steps, per_split)
+    constants = {
+        "PAIR_SHIFT": pair_shift,
+        "SPLIT": split,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_D": dim,
+    }
+    integers = (num_keys, per_split * block_n, size)
+    grid = (size // block_m, splits)
+    return splits, Launch(full_kernel, grid, integers, constants, warps, stages)
+
+
+@plan
+def _half_plan(shape, dtype, device, num_rows, pair_shift, split):
+    """-> (slots, launch) of each pass; half_slot of the last pass and half_row."""
+    size, dim = shape[0], shape[1] // (2 if split else 1)
+    block_m, block_n, warps, stages = tile("half", 1 + split, dim, target_name(device))
     constants = {
         "PAIR_SHIFT": pair_shift,
         "SPLIT": split,
@@ -681,46 +712,45 @@ def slot_sums(u, keys, num_rows, num_keys, pair_shift, split, shift):
     }
     # None is empty: only the last is ragged, and the kernel masks no other.
     blocks = ceil_div(num_rows, block_n)
-    half_row = blocks // 2 * block_n
     offsets = blocks // 2 + 1
     splits = _num_splits(blocks, offsets * (block_n // block_m), offsets, 2 * num_sms(device))
     per_pass = max(1, min(offsets, SLOT_BYTES // (4 * size) - splits))
-    total = None
+    passes = []
     for first in range(0, offsets, per_pass):
         last = min(first + per_pass, offsets)
         per_split = ceil_div(last - first, min(splits, last - first))
         ranges = ceil_div(last - first, per_split)
         first_slot = max(first, 1)  # the diagonal has no row sums
-        sums = torch.empty(last - first_slot + ranges, size, dtype=torch.float32, device=device)
-        numbers = (shift, num_rows, blocks, first, last, first_slot, per_split, size)
-        launch(half_kernel, (blocks, ranges), (u, sums), numbers, constants, warps, stages)
-        if per_pass < offsets:
-            if blocks % 2 == 0 and last == offsets:
-                sums[last - first_slot - 1, :half_row].zero_()
-            total = sums.sum(0) if total is None else total.add_(sums.sum(0))
-            del sums  # before the next pass takes as much again
-    if total is not None:
-        return None, total[None], -1, 0
-    return None, sums, offsets - 2 if blocks % 2 == 0 else -1, half_row
+        integers = (num_rows, blocks, first, last, first_slot, per_split, size)
+        half = Launch(half_kernel, (blocks, ranges), integers, constants, warps, stages)
+        passes.append((last - first_slot + ranges, half))
+    half_slot = last - first_slot - 1 if blocks % 2 == 0 else -1
+    return passes, half_slot, blocks // 2 * block_n
 
 
 def weighted_sums(u, keys, lse, lse_keys, num_rows, num_keys, pair_shift, split, shift, fp16):
     """Launch the backward tiles -> (ranges, padded, BLOCK_D) fp32, to be added up."""
-    dim = u.shape[1] // (2 if split else 1)
-    device = u.device
-    size = u.shape[0]
+    shifted = shift is not None
+    of_rows = (u.shape, u.dtype, u.device)
+    shape, bwd = _weighted_plan(*of_rows, num_rows, num_keys, pair_shift, split, shifted, fp16)
+    partial = torch.empty(shape, dtype=torch.float32, device=u.device)
+    bwd((u, keys, lse, lse_keys, partial), shift or 0.0)
+    return partial
+
+
+@plan
+def _weighted_plan(shape, dtype, device, num_rows, num_keys, pair_shift, split, shifted, fp16):
+    """-> the shape of the result, the launch."""
+    size, dim = shape[0], shape[1] // (2 if split else 1)
     block_m, block_n, warps, stages = tile("bwd", 1 + split, dim, target_name(device))
     steps = ceil_div(num_keys, block_n)
     most = SLOT_BYTES // (4 * size * dim) or 1
     splits = _num_splits(size // block_m, steps, most, 2 * num_sms(device))
     per_split = ceil_div(steps, splits)
     splits = ceil_div(steps, per_split)
-    partial = torch.empty(splits, size, dim, dtype=torch.float32, device=device)
-    grid = (size // block_m, splits)
-    tensors = (u, keys, lse, lse_keys, partial)
-    numbers = (shift or 0.0, num_rows, num_keys, per_split * block_n, size * dim)
+    integers = (num_rows, num_keys, per_split * block_n, size * dim)
     constants = {
-        "SHIFTED": shift is not None,
+        "SHIFTED": shifted,
         "PAIR_SHIFT": pair_shift,
         "SPLIT": split,
         "LOG2_SCALE": LOG2_FP16_SCALE if fp16 else 0.0,
@@ -728,5 +758,5 @@ def weighted_sums(u, keys, lse, lse_keys, num_rows, num_keys, pair_shift, split,
         "BLOCK_N": block_n,
         "BLOCK_D": dim,
     }
-    launch(bwd_kernel, grid, tensors, numbers, constants, warps, stages)
-    return partial
+    grid = (size // block_m, splits)
+    return (splits, size, dim), Launch(bwd_kernel, grid, integers, constants, warps, stages)

@@ -29,15 +29,16 @@ import torch.nn.functional as F
 
 from .dispatch import (
     INTERPRETED,
+    Launch,
     Operation,
     breaks_graph_to_gather,
     ceil_div,
     choose_impl,
     gradients,
     jit,
-    launch,
     no_autocast,
     on_device_of_first,
+    plan,
     save,
     target_name,
 )
@@ -59,6 +60,7 @@ from .similarity import (
     reference_lse,
     reference_tiles,
     reference_weighted_sum,
+    row_buffer,
     shift_of,
     similarities,
     slot_sums,
@@ -265,11 +267,11 @@ def _sup_con_prepare_kernel(
     z_ptr,
     u_ptr,
     partials_ptr,
+    temperature,
     stride_zn,
     stride_zd,
     num_rows,
     dim,
-    temperature,
     EPS: tl.constexpr,
     FP16: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -359,13 +361,13 @@ def _sup_con_epilogue_kernel(
     partial_ptr,
     positives_ptr,
     dz_ptr,
+    temperature,
     stride_zn,
     stride_zd,
     num_rows,
     dim,
     num_slots,
     stride_slot,
-    temperature,
     EPS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -393,53 +395,72 @@ def _block_r(width: int) -> int:
     return max(4, min(32, 4096 // width))
 
 
-@on_device_of_first
-def _few_forward(z, labels, temperature):
-    """-> loss (), rows u, their lse (M,), mean positives (M, BLOCK_D), 1/M' ()."""
-    num_rows, dim = z.shape
-    plane, split = planes(z.dtype, True)
-    u = empty_rows(num_rows, dim, z.dtype, True, z.device)
-    width = u.shape[1] // (2 if split else 1)
-    block_m, block_n, warps, stages = few_rows_tile(target_name(z.device))
-    programs = ceil_div(num_rows, block_m)
-    block_r = _block_r(width)
-    partials = torch.empty(1 + 2 * programs, dtype=torch.float32, device=z.device)
-    z = z.float() if INTERPRETED and z.dtype == torch.bfloat16 else z
-    numbers = (*z.stride(), num_rows, dim, temperature)
+@plan
+def _few_plan(shape, dtype, device, strides, label_dtype):
+    """-> rows' shape and dtype, their width, number of programs; launches: prepare and forward."""
+    num_rows, dim = shape
+    plane, split = planes(dtype, True)
+    buffer = row_buffer(num_rows, dim, dtype, True)
+    width = block_d(dim)
+    block_m, block_n, warps, stages = few_rows_tile(target_name(device))
     constants = {
         "EPS": NORM_EPS,
         "FP16": plane == torch.float16,
         "SPLIT": split,
-        "BLOCK_R": block_r,
+        "BLOCK_R": _block_r(width),
         "BLOCK_D": width,
     }
-    launch(_sup_con_prepare_kernel, (u.shape[0] // block_r,), (z, u, partials), numbers, constants)
-    lse = torch.empty(num_rows, dtype=torch.float32, device=z.device)
-    positives = torch.empty(num_rows, width, dtype=torch.float32, device=z.device)
-    loss = torch.empty((), dtype=torch.float32, device=z.device)
-    scale = torch.empty_like(loss)
-    tensors = (u, labels.contiguous(), lse, positives, partials, loss, scale)
-    numbers = (shift_of(temperature, True), num_rows)
+    grid = (buffer[0][0] // _block_r(width),)
+    prepare = Launch(_sup_con_prepare_kernel, grid, (*strides, num_rows, dim), constants)
     constants = {"SPLIT": split, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": width}
-    launch(_sup_con_few_rows_fwd_kernel, (programs,), tensors, numbers, constants, warps, stages)
+    programs = ceil_div(num_rows, block_m)
+    integers = (num_rows,)
+    forward = Launch(_sup_con_few_rows_fwd_kernel, (programs,), integers, constants, warps, stages)
+    return *buffer, width, programs, prepare, forward
+
+
+@on_device_of_first
+def _few_forward(z, labels, temperature):
+    """-> loss (), rows u, their lse (M,), mean positives (M, BLOCK_D), 1/M' ()."""
+    num_rows, dtype, device = z.shape[0], z.dtype, z.device
+    z = z.float() if INTERPRETED and dtype == torch.bfloat16 else z
+    labels = labels.contiguous()
+    shape, plane, width, programs, prepare, forward = _few_plan(
+        z.shape, dtype, device, z.stride(), labels.dtype
+    )
+    u = torch.empty(shape, dtype=plane, device=device)
+    partials = torch.empty(1 + 2 * programs, dtype=torch.float32, device=device)
+    prepare((z, u, partials), temperature)
+    lse = torch.empty(num_rows, dtype=torch.float32, device=device)
+    positives = torch.empty(num_rows, width, dtype=torch.float32, device=device)
+    loss = torch.empty((), dtype=torch.float32, device=device)
+    scale = torch.empty_like(loss)
+    tensors = (u, labels, lse, positives, partials, loss, scale)
+    forward(tensors, shift_of(temperature, True))
     return loss, u, lse, positives, scale
+
+
+@plan
+def _epilogue_plan(shape, dtype, device, strides, ranges):
+    """The launch. ranges: shape of what `weighted_sums` left."""
+    num_rows, dim = shape
+    block_r = _block_r(ranges[2])
+    integers = (*strides, num_rows, dim, ranges[0], ranges[1] * ranges[2])
+    constants = {"EPS": NORM_EPS, "BLOCK_R": block_r, "BLOCK_D": ranges[2]}
+    return Launch(_sup_con_epilogue_kernel, (ceil_div(num_rows, block_r),), integers, constants)
 
 
 @on_device_of_first
 def _few_backward(dloss, z, u, lse, positives, scale, temperature):
-    num_rows, dim = z.shape
-    dtype = z.dtype
+    num_rows, dtype = z.shape[0], z.dtype
     plane, split = planes(dtype, True)
     fp16 = plane == torch.float16
     shift = shift_of(temperature, True)
     partial = weighted_sums(u, u, lse, lse, num_rows, num_rows, 0, split, shift, fp16)
-    z = z.float() if INTERPRETED and z.dtype == torch.bfloat16 else z
-    dz = torch.empty(num_rows, dim, dtype=z.dtype, device=z.device)
-    block_r = _block_r(partial.shape[2])
-    tensors = (z, dloss, scale, partial, positives, dz)
-    numbers = (*z.stride(), num_rows, dim, partial.shape[0], partial.stride(0), temperature)
-    constants = {"EPS": NORM_EPS, "BLOCK_R": block_r, "BLOCK_D": partial.shape[2]}
-    launch(_sup_con_epilogue_kernel, (ceil_div(num_rows, block_r),), tensors, numbers, constants)
+    z = z.float() if INTERPRETED and dtype == torch.bfloat16 else z
+    dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    epilogue = _epilogue_plan(z.shape, dtype, z.device, z.stride(), partial.shape)
+    epilogue((z, dloss, scale, partial, positives, dz), temperature)
     return (dz.to(dtype),)
 
 

@@ -25,7 +25,16 @@ import math
 
 import torch
 
-from .dispatch import INTERPRETED, Operation, ceil_div, choose_impl, jit, launch, on_device_of_first
+from .dispatch import (
+    INTERPRETED,
+    Launch,
+    Operation,
+    ceil_div,
+    choose_impl,
+    jit,
+    on_device_of_first,
+    plan,
+)
 
 try:
     import triton.language as tl
@@ -132,25 +141,33 @@ def temporal_shift_kernel(
         current = following
 
 
+@plan
+def _shift_plan(
+    shape, dtype, device, n_segment, split, num_shifted, swap, padding, transposed, channels_last
+):
+    num, channels, height, width = shape
+    frame_size = channels * height * width
+    constants = {
+        "CHANNELS_LAST": channels_last,
+        "SWAP": swap,
+        "PADDING": padding,
+        "TRANSPOSED": transposed,
+        "VECTOR": math.gcd(frame_size, 8),
+        "BLOCK": BLOCK_SIZE,
+    }
+    integers = (n_segment, frame_size, channels, height * width, split, num_shifted)
+    grid = (ceil_div(frame_size, BLOCK_SIZE) * (num // n_segment),)
+    return Launch(temporal_shift_kernel, grid, integers, constants, NUM_WARPS)
+
+
 @on_device_of_first
-def _launch(x, n_segment, split, num_shifted, swap, padding, transposed, channels_last):
-    layout = torch.channels_last if channels_last else torch.contiguous_format
+def _launch(x, *options):
+    """options: those of `_shift_plan`, channels_last at the end."""
+    layout = torch.channels_last if options[-1] else torch.contiguous_format
     x = x.contiguous(memory_format=layout)
     y = torch.empty_like(x, memory_format=layout)
-    num, channels, height, width = x.shape
-    frame_size = channels * height * width
     if x.numel():
-        constants = {
-            "CHANNELS_LAST": channels_last,
-            "SWAP": swap,
-            "PADDING": padding,
-            "TRANSPOSED": transposed,
-            "VECTOR": math.gcd(frame_size, 8),
-            "BLOCK": BLOCK_SIZE,
-        }
-        numbers = (n_segment, frame_size, channels, height * width, split, num_shifted)
-        grid = (ceil_div(frame_size, BLOCK_SIZE) * (num // n_segment),)
-        launch(temporal_shift_kernel, grid, (x, y), numbers, constants, NUM_WARPS)
+        _shift_plan(x.shape, x.dtype, x.device, *options)((x, y))
     return y
 
 

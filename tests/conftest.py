@@ -4,6 +4,7 @@ imported; GPU tests show as skipped.
 
 import os
 import signal
+import sys
 
 import pytest
 import torch
@@ -21,3 +22,18 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture
+def forget_plans():
+    """For tests that change what plans of `kernels` are made from, or what they launch."""
+
+    def forget():
+        for name, module in list(sys.modules.items()):
+            for value in vars(module).values() if name.startswith("kernels.") else ():
+                if hasattr(value, "cache_clear"):
+                    value.cache_clear()
+
+    forget()
+    yield forget
+    forget()

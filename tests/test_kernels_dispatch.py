@@ -2,6 +2,8 @@
 
 import functools
 import logging
+import pathlib
+import re
 import sys
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import kernels.dispatch
+import kernels.similarity
 from kernels import nt_xent, shift_conv1x1, sup_con, temporal_shift
 
 pytestmark = pytest.mark.kernels
@@ -248,3 +251,97 @@ def test_references_say_that_they_multiply_in_tf32(said):
         torch.backends.cuda.matmul.fp32_precision = "none"
     ((level, message),) = said()
     assert level == logging.WARNING and "TF32" in message and "'ieee'" in message
+
+
+@pytest.fixture
+def lookups(monkeypatch, forget_plans):
+    """Kernels that Triton was asked for: in the interpreter, which has none, as if compiled."""
+    asked = []
+    kind = type(kernels.similarity.half_kernel)
+    interpret = kind.__getitem__
+
+    class Compiled:
+        def __init__(self, kernel, options):
+            self.kernel, self.options = kernel, options
+
+        def __getitem__(self, grid):
+            return functools.partial(interpret(self.kernel, grid), **self.options)
+
+    def ask(kernel, grid):
+        def launch(*args, num_warps, num_stages):
+            asked.append(kernel)
+            options = {"num_warps": num_warps, "num_stages": num_stages}
+            interpret(kernel, grid)(*args, **options)
+            return Compiled(kernel, options)
+
+        return launch
+
+    monkeypatch.setattr(kind, "__getitem__", ask)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("name", "launches"), [("nt_xent", 3), ("nt_xent, many rows", 5), ("sup_con", 4)]
+)
+def test_a_temperature_schedule_asks_for_its_kernels_once(name, launches, lookups):
+    inputs, function = OPERATIONS[name]
+    inputs = leaves(inputs)
+    for step in range(5):
+        scheduled = functools.partial(function, temperature=0.1 + step / 100)
+        loss, truth = scheduled(*inputs, impl="triton"), scheduled(*inputs, impl="torch")
+        torch.testing.assert_close(loss, truth)
+        for got, expected in zip(
+            torch.autograd.grad(loss, inputs), torch.autograd.grad(truth, inputs), strict=True
+        ):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+    assert len(lookups) == len(set(lookups)) == launches
+
+
+def test_an_address_off_16_bytes_asks_every_time(lookups):
+    """Triton compiles another kernel for it."""
+    x = rows(2 * 16 * 4 + 1)
+    for first in (0, 1, 1, 0):
+        frames = x[first : first + 128].view(2, 16, 2, 2)
+        assert torch.equal(
+            temporal_shift(frames, 2, impl="triton"), temporal_shift(frames, 2, impl="torch")
+        )
+    assert len(lookups) == 3
+
+
+def test_what_differs_in_a_compilation_has_a_plan_of_its_own(lookups):
+    frames = rows(4, 16, 2, 2)
+    cases = [
+        (frames, {}),
+        (frames.half(), {}),
+        (frames.contiguous(memory_format=torch.channels_last), {}),
+        (frames, {"padding": "circulant"}),
+        (frames, {"fold_div": 4}),
+        (frames[:2], {}),
+    ]
+    for x, options in cases + cases:
+        assert torch.equal(
+            temporal_shift(x, 2, **options, impl="triton"),
+            temporal_shift(x, 2, **options, impl="torch"),
+        )
+    assert len(lookups) == len(cases)
+
+
+README = (pathlib.Path(kernels.__file__).parent / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_readmes_graph_runs(device, monkeypatch):
+    (example,) = re.findall(
+        r"```python\n(import torch\n.*?make_graphed_callables.*?)```", README, re.S
+    )
+    if device == "cpu":  # where there is nothing to capture
+        monkeypatch.setattr(
+            torch.cuda, "make_graphed_callables", lambda function, samples: function
+        )
+        example = example.replace('"cuda"', '"cpu"')
+    names = {}
+    exec(example, names)
+    z_a, z_b, loss = names["z_a"], names["z_b"], names["loss"]
+    assert torch.equal(loss, nt_xent(z_a, z_b, 0.1))
+    z = [x.detach().requires_grad_() for x in (z_a, z_b)]
+    equal((z_a.grad, z_b.grad), torch.autograd.grad(nt_xent(*z, 0.1), z))

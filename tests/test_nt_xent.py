@@ -165,18 +165,21 @@ def test_kernel_16_bit_is_no_worse_than_eager(n, d, temperature, dtype):
     assert (grad - true_grad).norm() <= (eager_grad - true_grad).norm() + eps * true_grad.norm()
 
 
-def test_passes_over_the_half_grid_change_nothing(monkeypatch):
+def test_passes_over_the_half_grid_change_nothing(monkeypatch, forget_plans):
     for n in (60, 90):  # 4 and 6 blocks
         z_a, z_b = views(n, 8)
         expected = run(nt_xent, z_a, z_b, 0.2, impl="triton")
         with monkeypatch.context() as patch:
             patch.setattr(kernels.similarity, "SLOT_BYTES", 4 * 192)
+            forget_plans()
             got = run(nt_xent, z_a, z_b, 0.2, impl="triton")
         assert relative(got[0], expected[0]) < 1e-6 and relative(got[1], expected[1]) < 1e-6
 
 
 @pytest.mark.parametrize("n", [33, 40, 64, 65, 70])
-def test_blocks_narrower_than_the_padding_leave_no_padded_row_in_the_sums(monkeypatch, n):
+def test_blocks_narrower_than_the_padding_leave_no_padded_row_in_the_sums(
+    monkeypatch, n, forget_plans
+):
     """A GPU pads to 128 rows and often works on 64 at a time: then the ragged block is not the last
     of the buffer.
     """
@@ -493,7 +496,7 @@ def test_a_learnable_temperature_compiles():
 
 @pytest.mark.parametrize("decoupled", [False, True])
 @pytest.mark.parametrize("n", [9, 40])
-def test_few_rows_full_grid_and_half_grid_agree(n, decoupled, monkeypatch):
+def test_few_rows_full_grid_and_half_grid_agree(n, decoupled, monkeypatch, forget_plans):
     z_a, z_b = views(n, 20)
     truth = run(
         nt_xent_reference, z_a.double(), z_b.double(), 0.1, decoupled=decoupled, upstream=-2.5
@@ -502,6 +505,7 @@ def test_few_rows_full_grid_and_half_grid_agree(n, decoupled, monkeypatch):
     for few_rows, full_grid_rows in ((1000, 0), (0, 1000), (0, 0)):
         monkeypatch.setattr(module, "FEW_ROWS", few_rows)
         monkeypatch.setattr(kernels.similarity, "FULL_GRID_ROWS", full_grid_rows)
+        forget_plans()
         loss, grad = run(nt_xent, z_a, z_b, 0.1, decoupled=decoupled, upstream=-2.5, impl="triton")
         assert relative(loss, truth[0]) < 1e-6 and relative(grad, truth[1]) < 3e-6
 
