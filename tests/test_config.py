@@ -77,9 +77,20 @@ def test_config_file_stands_between_the_defaults_and_the_command_line(tmp_path, 
     assert args.ratio == 0.5
 
 
+def test_a_list_in_a_config_file_is_several_values_of_a_flag_that_takes_them(tmp_path):
+    file = tmp_path / "flags.toml"
+    file.write_text("predict = ['a b', 'c,d']\nensemble = ['x', 'y']\ncheck = ['data', 'overfit']")
+    args = parse(["--config", str(file), "--epochs", "2"])
+    assert args.predict == ["a b", "c,d"] and args.ensemble == ["x", "y"]
+    assert args.check == "data,overfit"
+    assert parse(["--config", str(file), "--predict", "e"]).predict == ["e"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("predict = []", "--predict: expected at least one argument"),
+        ("predict = [['a', 'b']]", "predict has a value that no flag takes"),
         ("epoch = 1", "unknown flag 'epoch'; did you mean --epochs?"),
         ("epochs = 'x'", "'x' is not an integer"),
         ("epochs =", "Invalid value"),

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -207,6 +208,13 @@ def test_eval_repeats_the_test_and_predict_needs_no_labels(whole, acts, tmp_path
         sum(float(row[f"score_{c}"]) for c in range(4)) == pytest.approx(1, abs=1e-5)
         for row in rows
     )
+    assert "the classifier of cluster (" in capsys.readouterr().out
+    shutil.copy(tmp_path / "bare.npz", tmp_path / "more.npz")
+    argv = flags("--predict", tmp_path / "more.npz", tmp_path / "bare.npz", argv[2:])
+    assert train_cluster.main(argv) == 0
+    more = csv.DictReader((tmp_path / "predictions-2.csv").open())
+    names = [str(tmp_path / f"{name}.npz") for name in ("more", "bare")]
+    assert list(more) == [row | {"id": f"{name}/{row['id']}"} for name in names for row in rows]
     texts = {name: x for name, x in bare.items() if name != "text"} | {"text": np.array(["hi"] * 9)}
     np.savez(tmp_path / "other.npz", **texts)  # a text instead of the array that was called so
     argv = ["--predict", str(tmp_path / "other.npz"), "--resume", str(whole), "--device", "cpu"]

@@ -187,6 +187,14 @@ def test_eval_and_predict_repeat_what_the_run_found(whole, tree, tmp_path, capsy
     assert train_raer.main([*argv, "--device", "cpu"]) == 0
     with open(tmp_path / "predictions.csv") as file:
         rows = list(csv.DictReader(file))
+    assert "the classifier of train (" in capsys.readouterr().out
+    argv = flags("--predict", tree / "val", tree / "test", argv[2:], "--device cpu")
+    assert train_raer.main(argv) == 0
+    with open(tmp_path / "predictions-2.csv") as file:
+        more = {row["id"]: row for row in csv.DictReader(file)}
+    for row in rows:
+        name = f"{tree}/test/{row['id']}"
+        assert more[name] == row | {"id": name}
     assert len(rows) == 9 and set(rows[0]) == {
         "id",
         "class",

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -302,6 +303,30 @@ def test_eval_repeats_the_test_and_predict_needs_no_labels(whole, cells, tmp_pat
         capsys,
         "pretrain",
     )
+
+
+def test_predictions_of_files_and_of_their_folder_lie_side_by_side(whole, cells, tmp_path, capsys):
+    run = shutil.copytree(whole, tmp_path / "run")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    files = sorted((cells / "long").iterdir())
+    use = flags("--device cpu --resume", run, "--predict")
+    for paths in ([cells / "long"], files, [files[3], cells / "round"], files[3:4]):
+        assert train_simclr.main(flags(use, paths)) == 0
+    said = capsys.readouterr().out
+    assert said.count("the classifier of finetune (") == said.count(" answers") == 4
+    assert f"3 classes: long, round, split) answers\n--resume {run}/linear asks" in said
+    folder, each, mixed, one = (
+        list(csv.reader((run / f"predictions{n}.csv").read_text().splitlines()))[1:]
+        for n in ("", "-2", "-3", "-4")
+    )
+    assert [row[0] for row in each] == list(map(str, files))
+    assert [row[1:] for row in each] == [row[1:] for row in folder]
+    assert one == mixed[:1] == each[3:4] and len(mixed) == 25
+    assert {path for path in run.rglob("*") if path.is_file()} - before.keys() == {
+        run / f"predictions{n}.csv" for n in ("", "-2", "-3", "-4")
+    }
+    assert all(path.read_bytes() == content for path, content in before.items())
+    refused(train_simclr.main, flags(use, files[0], run / "log.jsonl"), capsys, run / "log.jsonl")
 
 
 def test_divergence_ends_with_exit_code_3_and_a_finite_checkpoint(

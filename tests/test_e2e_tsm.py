@@ -255,6 +255,15 @@ def test_a_stream_gives_the_scores_of_the_offline_path(ordered, tmp_path, shift,
     assert [frame["frame"] for frame in frames] == ["0", "1", "2", "3"]
     assert float(frames[-1]["score_fake"]) == pytest.approx(float(row["score_fake"]), abs=1e-5)
     assert len({frame["score_fake"] for frame in frames}) > 1
+    assert "the classifier of train (" in capsys.readouterr().out
+    both = flags("--predict", ordered / "test04", ordered / "test03")
+    assert train_tsm.main([*use, *both]) == 0
+    rows = csv.DictReader((tmp_path / "predictions-2.csv").read_text().splitlines())
+    assert {r["id"]: r["score_fake"] for r in rows}[str(ordered / "test03")] == row["score_fake"]
+    first = (tmp_path / "stream.csv").read_bytes()
+    assert train_tsm.main([*use, "--stream", str(ordered / "test04")]) == 0
+    assert (tmp_path / "stream.csv").read_bytes() == first
+    assert (tmp_path / "stream-2.csv").read_bytes() != first
     capsys.readouterr()
     refused(train_tsm.main, [*use, "--stream", str(ordered)], capsys, ordered)
 

@@ -14,7 +14,8 @@ from tests.data import METHODS, PAIRS, numbered_ffpp, numbered_frames, zipped
 
 
 def opened(path, **changes):
-    return faceforensics.open_videos(str(path), **{"fps": 25.0, "workers": 2} | changes)
+    path = path if isinstance(path, tuple) else str(path)
+    return faceforensics.open_videos(path, **{"fps": 25.0, "workers": 2} | changes)
 
 
 def pixels(videos, index):
@@ -387,6 +388,44 @@ def test_an_unknown_layout_is_refused_but_can_be_predicted(tmp_path):
     assert one.ids == ["a"] and [k for _, k in pixels(one, 0)] == [0, 1, 2]
 
 
+def test_several_paths_are_videos_whose_names_say_where_they_are(tree, tmp_path, monkeypatch):
+    numbered_frames(tmp_path / ".x" / "a", 3, value=200)
+    (tmp_path / ".x" / "videos.csv").write_text("not,a,list of videos\n")
+    archive = zipped(tree)
+    monkeypatch.chdir(tmp_path)
+    frames = f"{tree}/original_sequences/youtube/c23/frames"
+    videos = opened((".x", f"{frames}/000", f"{frames}/003/", str(archive)), labels=False)
+    known = opened(tree, labels=False)
+    assert len(videos) == 3 + len(known) and not videos.splits.any()
+    assert (videos.labels == -1).all()
+    index = videos.ids.index(".x/a")
+    assert pixels(videos, index) == [[200, 0], [200, 1], [200, 2]]
+    for video in ("000", "003"):
+        wanted = pixels(known, known.ids.index(f"FaceForensics++/youtube/c23/{video}"))
+        for name in (f"{frames}/{video}", f"{archive}/{frames[len(str(tree)) + 1 :]}/{video}"):
+            assert pixels(videos, videos.ids.index(name)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("absent", "no such file or folder"),
+        ("empty", "leave it out"),
+        ("a/0.png", "allowed are a folder, a .zip of one, .mp4"),
+        ("list.csv", "allowed are a folder, a .zip of one, .mp4"),
+        ("v.mp4", "folders of frames and video files in one data set"),
+    ],
+)
+def test_one_of_several_paths_that_is_no_video_is_refused_by_name(tmp_path, name, said):
+    numbered_frames(tmp_path / "a", 3)
+    numbered_frames(tmp_path / "b", 3)
+    (tmp_path / "empty").mkdir()
+    for file in ("list.csv", "v.mp4"):
+        (tmp_path / file).write_text("20")
+    with pytest.raises(InputError, match=f"{name}.*{said}"):
+        opened((str(tmp_path / "b"), str(tmp_path / name)), labels=False)
+
+
 class Decoder:
     """A stand-in for torchcodec's VideoDecoder: a file is its number of frames in words."""
 
@@ -437,6 +476,25 @@ def test_video_files_have_their_own_rate_and_bad_ones_are_named(tmp_path, monkey
     table(root, ["a,real,other/a", "b,fake,original_sequences/youtube/c23/videos/000.mp4"])
     with pytest.raises(InputError, match="folders of frames and video files in one data set"):
         opened(root / "list.csv")
+
+
+def test_no_video_file_is_left_out_for_its_name(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchcodec", types.SimpleNamespace())
+    monkeypatch.setitem(
+        sys.modules, "torchcodec.decoders", types.SimpleNamespace(VideoDecoder=Decoder)
+    )
+    for count, name in enumerate(("a/x.mp4", "a/x.avi", "b/x.mp4"), 20):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(str(count))
+    (tmp_path / "b" / "huge.csv").write_text("version https://git-lfs.github.com/spec/v1")
+    files = tuple(str(tmp_path / name) for name in ("a/x.mp4", "a/x.avi", "b/x.mp4"))
+    for path, names in (
+        (files, sorted(files)),
+        (tmp_path / "a", ["x", "x.mp4"]),
+        (files[2], ["x"]),  # whatever lies beside it
+    ):
+        videos = opened(path, labels=False)
+        assert sorted(videos.ids) == names and len(set(videos.lengths)) == len(names)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """What a run writes is whole or not there at all, also after a power failure."""
 
 import ast
+import errno
 import json
+import multiprocessing
 import os
 import shutil
 from pathlib import Path
@@ -19,7 +21,9 @@ from common.run.files import (
     read_json,
     remove_orphans,
     run_dir_of,
+    write_answer,
     write_json,
+    write_new,
 )
 from common.run.progress import Progress
 from tests import fifth_script
@@ -122,6 +126,7 @@ def test_a_disk_that_does_not_take_the_bytes_leaves_the_old_content(tmp_path, mo
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     (tmp_path / "figures").mkdir()
     orphans = [".last.pt.12.tmp", ".best.previous.pt.7.tmp", "figures/.roc.json.12.tmp"]
+    orphans += [".predictions.csv.1.tmp", ".predictions-12.csv.1.tmp", ".eval.json.1.tmp"]
     # The last five are another program's, an editor's, the user's.
     kept = ["last.pt", "figures/roc.json", ".notes.12.tmp", ".last.pt.tmp", ".last.pt.12.tmp~"]
     kept += [".tmp", "figures/.draft.tmp"]
@@ -131,6 +136,68 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     remove_orphans(tmp_path)
     assert all(path.exists() for path in kept)
     assert not any(path.exists() for path in orphans)
+
+
+def test_a_new_file_never_takes_the_place_of_another(tmp_path):
+    path = tmp_path / "p.csv"
+    assert [write_new(path, text).name for text in "abc"] == ["p.csv", "p-2.csv", "p-3.csv"]
+    (tmp_path / "p-2.csv").unlink()
+    (tmp_path / "p-4.csv").symlink_to("nowhere")
+    assert [write_new(path, text).name for text in "de"] == ["p-2.csv", "p-5.csv"]
+    found = {name: (tmp_path / name).read_text() for name in names(tmp_path) if name != "p-4.csv"}
+    assert found == {"p.csv": "a", "p-2.csv": "d", "p-3.csv": "c", "p-5.csv": "e"}
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_processes_at_once_write_a_new_file_each(tmp_path, monkeypatch, links):
+    if not links:
+
+        def refuses(*_):
+            raise OSError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr(os, "link", refuses)
+    monkeypatch.setattr(os.path, "lexists", lambda _: False)  # each comes between look and name
+    context = multiprocessing.get_context("fork")
+    writers = [
+        context.Process(target=write_new, args=(tmp_path / "p.csv", str(i))) for i in range(4)
+    ]
+    for process in writers:
+        process.start()
+    for process in writers:
+        process.join()
+        assert process.exitcode == 0
+    assert names(tmp_path) == ["p-2.csv", "p-3.csv", "p-4.csv", "p.csv"]
+    assert {path.read_text() for path in tmp_path.iterdir()} == set("0123")
+
+
+@pytest.mark.parametrize("call", ["fsync", "link"])
+def test_a_new_file_whose_writing_ends_early_is_not_there(tmp_path, monkeypatch, call):
+    def ends(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, call, ends)
+    with pytest.raises(KeyboardInterrupt):
+        write_new(tmp_path / "p.csv", "a,b")
+    assert not names(tmp_path)
+
+
+def test_an_earlier_answer_is_kept_unless_it_says_the_same(tmp_path, capsys):
+    first = {"eval.json": "{1}", "eval.csv": "caf\udce9,1\r\n"}
+    write_answer(tmp_path, first)
+    write_answer(tmp_path, first)
+    assert names(tmp_path) == ["eval.csv", "eval.json"] and not capsys.readouterr().out
+    write_answer(tmp_path, first | {"eval.csv": "b,2\r\n"})  # the same score, of other items
+    assert names(tmp_path) == ["eval-1.csv", "eval-1.json", "eval.csv", "eval.json"]
+    assert (tmp_path / "eval-1.csv").read_bytes() == b"caf\\udce9,1\r\n"
+    assert "eval-1.json" in capsys.readouterr().out
+    write_answer(tmp_path, {"eval.json": "{2}", "eval.csv": None})  # of no classifier
+    assert not (tmp_path / "eval.csv").exists()
+    assert (tmp_path / "eval-2.csv").read_bytes() == b"b,2\r\n"
+    assert [(tmp_path / f"eval{n}.json").read_text() for n in ("-1", "-2", "")] == [
+        "{1}",
+        "{1}",
+        "{2}",
+    ]
 
 
 class Disk:

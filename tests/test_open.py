@@ -1,8 +1,11 @@
 """Folders and archives of images, their layouts, and what is refused."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from common.data import sampling
 from common.data.open import open_images
@@ -98,6 +101,65 @@ def test_a_misspelled_path_gets_the_nearest_name(tmp_path):
     image_folder(tmp_path / "cells", ["a/0.png"])
     with pytest.raises(InputError, match="did you mean cells?"):
         open_images(str(tmp_path / "cels"))
+
+
+def test_several_paths_are_one_set_whose_names_say_where_the_images_are(tmp_path, monkeypatch):
+    inside = tmp_path / ".here" / "inside"
+    image_folder(inside / "set", CLASSES)
+    image_folder(tmp_path / ".here" / "beside", ["train/x.png", "y.png"])
+    archive = zipped(inside / "set")
+    monkeypatch.chdir(inside)
+    paths = ("set/b/0.png", "./set/b/1.png", "set/a/", "../beside", archive.name, str(archive))
+    images = open_images(paths, labels=False)
+    in_zip = sorted(CLASSES)
+    assert images.ids == [
+        *("set/b/0.png", "./set/b/1.png", *(f"set/a/{i}.png" for i in range(4))),
+        *("../beside/train/x.png", "../beside/y.png"),
+        *(f"set.zip/{name}" for name in in_zip),
+        *(f"{archive}/{name}" for name in in_zip),
+    ]
+    assert not images.labeled and not any(images.splits) and images.classes == []
+    files = [*paths[:2], *(f"set/a/{i}.png" for i in range(4)), *images.ids[6:8]]
+    files += [f"set/{name}" for name in 2 * in_zip]
+    for index, file in enumerate(files):
+        with Image.open(file) as image:
+            wanted = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        assert torch.equal(images.decode(index), wanted), file
+    assert images.name == "set/b/0.png, ./set/b/1.png, set/a/ and 3 more"
+
+
+def test_an_image_is_a_set_by_itself_and_unlabeled_folders_are_no_splits(tmp_path):
+    root = image_folder(tmp_path / "set", ["train/0.png", "loose.PNG"])
+    one = open_images(str(root / "loose.PNG"), labels=False)
+    assert one.ids == [str(root / "loose.PNG")] and "1 image without" in one.describe()
+    with pytest.raises(InputError, match="allowed are a folder"):
+        open_images(str(root / "loose.PNG"))
+    with pytest.raises(InputError, match="in none of the splits"):
+        open_images(str(root))
+    assert open_images(str(root), labels=False).ids == ["loose.PNG", "train/0.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("absent.png", "no such file or folder"),
+        ("empty", "leave it out"),
+        ("notes.txt", "allowed are a folder, a .zip of one, .png"),
+        ("folder.png", "leave it out"),
+        ("pipe.png", "not a regular file"),
+        ("broken.zip", "not a readable zip"),
+    ],
+)
+def test_one_of_several_paths_that_cannot_be_used_is_refused_by_name(tmp_path, name, said):
+    image_folder(tmp_path, ["0.png", "1.png"])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    for text in ("notes.txt", "broken.zip"):
+        (tmp_path / text).write_text("x")
+    paths = tuple(str(tmp_path / one) for one in ("0.png", name, "1.png"))
+    with pytest.raises(InputError, match=f"{name}.*{said}"):
+        open_images(paths, labels=False)
 
 
 def test_the_sample_is_as_large_as_promised():

@@ -31,7 +31,8 @@ LISTS = {
 
 
 def opened(path, **changes):
-    return raer.open_clips(str(path), **{"workers": 2, "margin": 0.0} | changes)
+    path = path if isinstance(path, tuple) else str(path)
+    return raer.open_clips(path, **{"workers": 2, "margin": 0.0} | changes)
 
 
 def without(content, *keys):
@@ -50,6 +51,49 @@ def zipped(root, prefix=""):
 def shown(clips, index, positions):
     ((face, context),) = clips.batches([(np.array([index]), np.array([positions]))], 2)
     return face[0], context[0]
+
+
+def test_several_paths_are_clips_with_the_boxes_of_their_own(tmp_path, monkeypatch):
+    left = numbered_raer(tmp_path / "left", LISTS)
+    right = numbered_raer(
+        tmp_path / "right",
+        {"train": [("a b/c  1", 1), ("z", 2)]},
+        faces=lambda boxes: {
+            clip: dict.fromkeys(files, [0, 0, 9, 9]) for clip, files in boxes.items()
+        },
+        classes="x\ny\n",
+    )
+    archive = zipped(left)
+    alone = {root: opened(root, labels=False) for root in (left, right)}
+    (tmp_path / ".cwd").mkdir()
+    monkeypatch.chdir(tmp_path / ".cwd")
+    clips = opened(("../left/", str(right), "../left.zip"), labels=False)
+    assert clips.ids == [
+        *(f"../left/{clip}" for clip in alone[left].ids),
+        *(f"{right}/{clip}" for clip in alone[right].ids),
+        *(f"../left.zip/{clip}" for clip in alone[left].ids),
+    ]
+    assert archive.exists() and (clips.labels == UNLABELED).all() and not clips.splits.any()
+    sources = [(root, i) for root in (left, right, left) for i in range(len(alone[root]))]
+    for index, (root, i) in enumerate(sources):
+        for ours, wanted in zip(
+            shown(clips, index, [0, 1, 2]), shown(alone[root], i, [0, 1, 2]), strict=True
+        ):
+            assert torch.equal(ours, wanted)
+    # Folders of one clip each are called as they were given; one count says what is missing.
+    folders = ("../left/t/1", "../left/v/1")
+    with pytest.raises(InputError, match="6 of 6 frames have no face box, 2 of 2 clips no body"):
+        opened(folders, labels=False)
+    two = opened(folders, labels=False, missing_box="full")
+    assert two.ids == list(folders) and len(two.notes) == 1
+
+
+@pytest.mark.parametrize("name", ["absent", "empty", "a/0.png"])
+def test_one_of_several_paths_without_clips_is_refused_by_name(tmp_path, name):
+    numbered_raer_frame(tmp_path / "a" / "0.png")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=name):
+        opened((str(tmp_path / "a"), str(tmp_path / name)), labels=False, missing_box="full")
 
 
 @pytest.mark.parametrize("prefix", ["", "RAER/", "some where/RAER/"])

@@ -37,6 +37,67 @@ def tsv(tmp_path, text, name="data.tsv"):
     return str(path)
 
 
+def test_several_paths_are_one_set_with_the_rows_of_each(tmp_path):
+    paths = []
+    for name, count, steps in (("a", 3, 2), ("b", 2, 4)):
+        lengths = np.arange(count) % steps + steps - 1
+        np.savez(
+            tmp_path / f"{name}.npz",
+            x=RNG.random((count, 3)),
+            v=RNG.random((count, steps, 2)),
+            v_len=lengths.clip(1, steps),
+            label=np.arange(count),
+            split=["train"] * count,
+        )
+        paths.append(str(tmp_path / f"{name}.npz"))
+    joined = open_utterances(tuple(paths))
+    parts = [open_utterances(path) for path in paths]
+    assert joined.ids == [f"{paths[0]}/{i}" for i in range(3)] + [f"{paths[1]}/{i}" for i in "01"]
+    assert not joined.labeled and not joined.splits.any() and joined.texts is None
+    assert joined.modalities["v"].shape == (5, 4, 2)
+    rows = [(part, i) for part in parts for i in range(len(part))]
+    for row, (part, i) in enumerate(rows):
+        np.testing.assert_array_equal(joined.modalities["x"][row], part.modalities["x"][i])
+        length = part.lengths["v"][i]
+        assert joined.lengths["v"][row] == length
+        sequence = joined.modalities["v"][row]
+        np.testing.assert_array_equal(sequence[:length], part.modalities["v"][i, :length])
+        assert not sequence[length:].any()
+    texts = [tsv(tmp_path, f"text\n{word}\n", f"{word}.tsv") for word in ("one", "two")]
+    assert open_utterances(tuple(texts)).texts == ["one", "two"]
+    assert open_utterances(tuple(paths), max_length=1).modalities["v"].shape == (5, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("absent.npz", "no such file or folder"),
+        ("notes.txt", "allowed are an .npz"),
+        ("text.tsv", "text.tsv has raw text, .*first.npz has v steps x 2, x 3"),
+        ("wide.npz", "wide.npz has v steps x 2, x 4"),
+        ("more.npz", "more.npz has v steps x 2, x 3, y 1"),
+        ("flat.npz", "flat.npz has v 2, x 3"),
+        ("long.npz", "padding to 200000 rows.* --max-item-mb"),
+    ],
+)
+def test_one_of_several_paths_of_other_kinds_is_refused_by_name(tmp_path, name, said):
+    own = {"x": np.ones((2, 3)), "v": np.ones((2, 2, 2)), "v_len": [1, 2]}
+    changed = {
+        "wide.npz": own | {"x": np.ones((2, 4))},
+        "more.npz": own | {"y": np.ones(2)},
+        "flat.npz": {"x": np.ones((2, 3)), "v": np.ones((2, 2))},
+        "long.npz": {"x": np.ones((1, 3)), "v": np.ones((1, 200_000, 2)), "v_len": [200_000]},
+    }
+    first = {array: np.repeat(values, 500, axis=0) for array, values in own.items()}
+    np.savez(tmp_path / "first.npz", **(first if name == "long.npz" else own))
+    if name in changed:
+        np.savez(tmp_path / name, **changed[name])
+    (tmp_path / "notes.txt").write_text("x")
+    tsv(tmp_path, "text\nx\n", "text.tsv")
+    with pytest.raises(InputError, match=said):
+        open_utterances((str(tmp_path / "first.npz"), str(tmp_path / name)))
+
+
 def test_npz_gives_every_float_array_as_a_modality(tmp_path):
     audio = RNG.random((4, 3, 2))
     path = npz(

@@ -227,7 +227,7 @@ def open_videos(
     else:
         names, sizes, keys, read = list_files(path, _is_shown, VIDEO_SUFFIXES)
         number = {name: i for i, name in enumerate(names)}
-        records, unlisted = _unlabeled(_videos(names, False), ""), []
+        records, unlisted = _unlabeled(_videos(names, labels, whole=True), ""), []
         path = title = first_few(path)
     if labels and any(record.split for record in records):
         unlisted += [record.name for record in records if not record.split]
@@ -398,7 +398,8 @@ def _may_be_list(name: str) -> bool:
     return near and name.lower().endswith(_LISTS)
 
 
-def _videos(names: list[str], labels: bool) -> dict[str, list[str]]:
+def _videos(names: list[str], labels: bool, whole: bool = False) -> dict[str, list[str]]:
+    # As in `_Tree`; files by their `whole` names where these were given.
     videos = defaultdict(list)
     for name in names:
         if name.lower().endswith(SUFFIXES):  # none is hidden, but for what was given
@@ -406,7 +407,7 @@ def _videos(names: list[str], labels: bool) -> dict[str, list[str]]:
     for files in videos.values():
         files.sort(key=natural_order)
     for name in filter(_is_video, names):
-        stem = str(PurePosixPath(name).with_suffix(""))
+        stem = name if whole else str(PurePosixPath(name).with_suffix(""))
         # Lists name a video without its suffix, so with labels the first alone is one.
         videos.setdefault(stem if labels or stem not in videos else name, [name])
     return dict(videos)
