@@ -124,3 +124,4 @@ def test_a_run_needs_no_float64_on_the_device(name, tmp_path, apple_gpu):
         assert checkpoint.load(run / "last.pt")["sums"]["loss"].dtype == torch.float64
     assert ended(script.main, flags(argv, "--device mps")) == 0
     assert ended(script.main, ["--eval", str(run), "--device", "mps"]) == 0
+    assert ended(script.main, flags(argv, "--device mps --check loss-at-init")) == 0

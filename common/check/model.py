@@ -308,7 +308,7 @@ def loss_at_init(spec: CheckSpec) -> Result:
             follows = max(follows, np.abs(rows - _float64(logits)).max())
             # What such weights give on such features: one draw of few classes says less.
             features = np.square(_float64(x for (x,) in features)).sum(1).mean()
-            sizes.append(features * head.weight.detach().double().square().mean().item())
+            sizes.append(features * head.weight.detach().float().square().mean().item())
         else:
             off = rows - guess
             sizes.append(np.square(off - off.mean(1, keepdims=True)).mean())
@@ -340,7 +340,7 @@ def loss_at_init(spec: CheckSpec) -> Result:
 
 
 def _float64(parts: Iterable[Tensor]) -> np.ndarray:
-    return torch.cat([part.detach().double().cpu() for part in parts]).numpy()
+    return torch.cat([part.detach().cpu().double() for part in parts]).numpy()
 
 
 def _guess(spec: CheckSpec, rows: np.ndarray) -> np.ndarray:

@@ -123,5 +123,5 @@ def long_tail(
 
 
 def _directions(features) -> np.ndarray:
-    rows = features.detach().double().cpu().numpy()
+    rows = features.detach().cpu().double().numpy()
     return rows / np.linalg.norm(rows, axis=1, keepdims=True)
