@@ -78,7 +78,7 @@ def act_like(n):
 
 
 def clustered(z, k):
-    """Clusters of the rows z as an epoch finds and an evaluation leaves them, and what it selects."""
+    """Clusters of the rows z as an evaluation leaves them, and the rows that an epoch selects."""
     found, metric = umc.discriminant_kmeans(z, k, 0.1, 0, torch.eye(z.shape[1]), None)
     z = z @ metric
     centroids = clustering.kmeans(deep_cluster.smooth(z, k, 0.1), k).centroids
