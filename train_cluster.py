@@ -355,7 +355,8 @@ def validate(args, world: dist.Dist, rows: Rows, splits: dict, stages: dict, k) 
         if k != "auto" and k > len(part):
             raise InputError(f"--k {k}: there are {len(part)} {name} utterances; lower --k")
     for name, stage in stages.items():
-        sampling.check_batch(name, stage.bs, len(splits["train"]), world.world_size)
+        flag = "--bs" if name == "pretrain" else f"--{name}-bs"
+        sampling.check_batch(name, stage.bs, len(splits["train"]), world.world_size, flag)
     if args.base_dim < len(rows.names):
         raise InputError(
             f"--base-dim {args.base_dim}: each of {len(rows.names)} modalities needs an axis;"

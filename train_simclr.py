@@ -378,7 +378,8 @@ def validate(
                 f"{name} needs labeled images of two classes in train, dev and test:"
                 f" {images.describe()}"
             )
-        sampling.check_batch(name, stage.bs, len(parts[0]), divisors[name])
+        flag = "--bs" if name == next(iter(stages)) else f"--{name}-bs"
+        sampling.check_batch(name, stage.bs, len(parts[0]), divisors[name], flag)
     with as_input_error("--impl", args.impl):
         nt_xent(*torch.eye(4, device=world.device).chunk(2), args.temperature, impl=args.impl)
 

@@ -20,8 +20,8 @@ from common.rng import uniform
 _TILE = 1 << 22  # numbers in one block of distances: 16 MB in fp32
 _PLAIN_STEPS = 10  # of Sinkhorn's iteration, before Newton's method takes over
 _GROUP = 1 << 27  # numbers that the restarts computed together may hold
-LANDMARKS = 1 << 14  # rows that are all compared with each other; of more, a sample stands for all
-_FELLOWS = 1 << 12  # the same within one cluster of more than LANDMARKS rows in all
+LANDMARKS = 12288  # rows that are all compared with each other; of more, a sample stands for all
+_FELLOWS = 512  # the same of each cluster, where there are more than LANDMARKS rows in all
 
 
 class KMeans(NamedTuple):

@@ -178,8 +178,16 @@ def test_an_unpacked_vocabulary_and_a_smaller_one(tmp_path, vocab, ours):
         ("v.txt", b"#version\na b\nabc\n", "1 pieces in line 3; expected two pieces a line"),
         ("v.txt", b"#version\n\xff\xfe\n", "cannot be read"),
         ("v.txt.gz", b"plain", "cannot be read"),
-        ("v.txt.gz", gzip.compress(b"#version\n" + b"a b\n" * 999, mtime=0)[:-20], "cannot be read"),
-        ("v.txt.gz", gzip.compress(b"#version\na b\n", mtime=0)[:14] + b"\xff" * 20, "cannot be read"),
+        (
+            "v.txt.gz",
+            gzip.compress(b"#version\n" + b"a b\n" * 999, mtime=0)[:-20],
+            "cannot be read",
+        ),
+        (
+            "v.txt.gz",
+            gzip.compress(b"#version\na b\n", mtime=0)[:14] + b"\xff" * 20,
+            "cannot be read",
+        ),
         ("v.txt", None, "No such file"),
     ],
 )

@@ -335,7 +335,8 @@ BAD = {  # flags -> the flag, file or value that the refusal names
     "text model without text": ("--text-model {tmp}", "text"),
     "layer without a model": ("--text-layer 3", "--text-layer"),
     "width not divisible": ("--base-dim 12", "--base-dim 12"),
-    "batch larger than the data": ("--bs 200", "--bs"),
+    "batch larger than the data": ("--bs 200", "lower --bs"),
+    "second stage's batch larger than the data": ("--cluster-bs 200", "lower --cluster-bs"),
     "plateau without a score": ("--select-epoch last --on-plateau share", "--on-plateau"),
     "direction of a transport": ("--assign partial-ot --density largest", "--density"),
     "unknown mode": ("--mode ums", "umc"),
@@ -351,6 +352,16 @@ def test_bad_input_is_one_line_and_exit_code_2(case, acts, tmp_path, capsys):
     argv = flags(base, "--data", acts, "--out", tmp_path / "out", text.format(tmp=tmp_path))
     refused(train_cluster.main, argv, capsys, name)
     assert not (tmp_path / "out").exists()
+
+
+def test_two_classes_and_one_column(tmp_path):
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 2, 160)
+    text = (5 * label + rng.normal(size=160))[:, None].astype(np.float32)
+    np.savez(tmp_path / "two.npz", text=text, label=label)
+    argv = flags(SMALL, "--data", tmp_path / "two.npz", "--out", tmp_path / "run")
+    assert train_cluster.main(argv) == 0
+    assert summary(tmp_path / "run")["cluster/test/nmi"] > 0.8
 
 
 def test_one_class_is_no_number_of_clusters(tmp_path):

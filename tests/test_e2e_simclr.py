@@ -375,6 +375,10 @@ BAD = {  # flags -> the flag, file or value that the refusal names
     "missing folder": ("--data {tmp}/absent", "absent"),
     "empty folder": ("--data {empty}", "empty"),
     "batch larger than the data": ("--bs 64", "--bs"),
+    "later stage's batch larger than the data": (
+        "--stage all --bs 8 --linear-bs 64",
+        "lower --linear-bs",
+    ),
     "batch not divisible by chunks": ("--bs 10 --accum 4", "--bs"),
     "unknown backbone": ("--backbone resnet5O", "resnet50"),
     "unknown flag": ("--bachsize 3", "--bachsize"),

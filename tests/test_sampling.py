@@ -142,6 +142,9 @@ def test_batch_sizes_that_do_not_fit_are_refused():
         sampling.check_batch("train", 8, 7, 1)
     with pytest.raises(InputError, match="not divisible by 3"):
         sampling.check_batch("train", 8, 100, 3)
+    for bs, count in ((8, 7), (8, 100)):
+        with pytest.raises(InputError, match="(lower|change) --cluster-bs"):
+            sampling.check_batch("cluster", bs, count, 3, "--cluster-bs")
 
 
 RAER_COUNTS = np.array([1106, 103, 24, 126, 338])

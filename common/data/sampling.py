@@ -282,14 +282,17 @@ def weighted_order(indices: np.ndarray, weights: np.ndarray, seed: int, epoch: i
     return indices[np.minimum(np.searchsorted(edges, u, side="right"), len(indices) - 1)]
 
 
-def check_batch(stage: str, bs: int, count: int, parts: int) -> None:
-    """Refuse a batch larger than the data, or not divisible by `parts` (processes x chunks)."""
+def check_batch(stage: str, bs: int, count: int, parts: int, flag: str = "--bs") -> None:
+    """Refuse a batch larger than the data, or not divisible by `parts` (processes x chunks).
+
+    `flag` is the one that sets the stage's batch.
+    """
     if bs > count:
         raise InputError(
-            f"{stage}: a batch of {bs} is larger than the {count} training items; lower --bs"
+            f"{stage}: a batch of {bs} is larger than the {count} training items; lower {flag}"
         )
     if bs % parts:
         raise InputError(
             f"{stage}: a batch of {bs} is not divisible by {parts} (processes x chunks);"
-            " change --bs"
+            f" change {flag}"
         )

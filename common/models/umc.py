@@ -208,6 +208,7 @@ def _largest_axes(x: Tensor, components: int) -> tuple[Tensor, Tensor]:
 
 def leading_axes(z: Tensor) -> Tensor:
     """The principal axes (d, c) of rows z (n, d), without those of next to no variance."""
+    z = clustering.landmarks(z, clustering.LANDMARKS)
     values, axes = torch.linalg.eigh(torch.cov(z.double().T).reshape(z.shape[1], -1))
     kept = values > 1e-6 * values[-1]
     kept[-1] = True  # also where all rows are equal
