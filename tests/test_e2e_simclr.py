@@ -120,8 +120,10 @@ def test_the_command_after_pretraining_runs_the_linear_protocol(tmp_path, capsys
     assert following == flags("--predict PATH --resume", tmp_path / "linear")
 
 
-def test_after_pretraining_without_classes_the_labels_are_to_come(tmp_path, capsys):
-    data = cells_tree(tmp_path / "cells", classes=("images",))
+def test_after_pretraining_on_a_single_class_the_labels_are_to_come(tmp_path, capsys):
+    data = tmp_path / "cells"
+    for split in ("train", "test"):
+        cells_tree(data / split, classes=("images",))
     out = tmp_path / "run"
     assert train_simclr.main(flags(NET, "--epochs 1 --bs 16 --data", data, "--out", out)) == 0
     assert "pretrain/test/knn_accuracy" not in summary(out)
