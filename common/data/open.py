@@ -49,8 +49,8 @@ def open_images(path: str | tuple[str, ...], labels: bool = True) -> Images:
     splits; images in no folder are unlabeled. One folder that holds everything is looked through.
 
     Args:
-        path: it; of images without `labels` also an image, or several of all these, whose ids have
-            their path before them.
+        path: it; of images without `labels` also an image, or several folders, .zip and images,
+            whose ids have their path before them.
         labels: False: folders are no classes and no splits.
 
     Raises:

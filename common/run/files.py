@@ -255,7 +255,9 @@ def make_folder(folder: Path) -> None:
 
 
 def remove_orphans(folder: Path) -> None:
-    """Delete the temporary files of a training that was killed while it wrote, and no others."""
+    """Delete the temporary files of a run, or of its use, that was killed while it wrote, and no
+    others.
+    """
     for place, ours in ((folder, _ORPHAN), (folder / "figures", _ORPHAN_FIGURE)):
         for file in place.glob(".*.tmp"):
             if ours.fullmatch(file.name):
