@@ -39,6 +39,7 @@ class Solution(NamedTuple):
 
 def solve(
     rows: Tensor,
+    items: Tensor,
     labels: Tensor,
     folds: Tensor,
     num_classes: int,
@@ -46,17 +47,19 @@ def solve(
     evaluated: Callable[[], None] = lambda: None,
     agreed: Callable[[float], float] = lambda accuracy: accuracy,
 ) -> Solution:
-    """Fit all rows, at the penalty whose fits without a fold are right most often on that fold.
+    """Fit `items` at the penalty whose fits without a fold are right most often on that fold.
 
-    It is the strongest of equally good ones; none is tried after one that is WORSE. The fits to
-    all rows and to all but a fold are one convex problem, so that L-BFGS (`torch.optim.LBFGS`,
-    strong Wolfe) reads the rows once for all of them; it begins with the solution of the penalty
-    before. Its coordinates are the principal axes of the features, each in the scale of its
-    curvature: tens of steps are enough where raw ones need a thousand. Memory beside the rows:
-    min(n, d) + 1 float32 numbers a row, d x d float64 ones, and blocks of 32 MB.
+    It is the strongest of equally good ones; none is tried after one that is WORSE. Features are
+    standardized once, for all fits. These, to all items and to all but a fold, are one convex
+    problem, so that L-BFGS (`torch.optim.LBFGS`, strong Wolfe) reads the rows once for all of them;
+    it begins with the solution of the penalty before. Its coordinates are the principal axes of the
+    features, each in the scale of its curvature: tens of steps are enough where raw ones need a
+    thousand. Memory beside the rows: min(n, d) + 1 float32 numbers an item, d x d float64 ones, and
+    blocks of 32 MB.
 
     Args:
-        rows: (n, d) float32 on the CPU, finite, n > 1.
+        rows: (N, d) float32 on the CPU, finite.
+        items: (n,) int64, which of them are fitted, two at least; the others are not looked at.
         labels: (n,) int64 in [0, num_classes).
         folds: (n,) int64, which fold holds a row out: numbers from 0, none of them without a row.
         num_classes: C.
@@ -64,14 +67,14 @@ def solve(
         evaluated: called whenever the rows have been read.
         agreed: called with the accuracy at each penalty; gives the one to go by.
     """
-    count, width = rows.shape
+    count, width = len(items), rows.shape[1]
     fits = int(folds.max()) + 2  # the last one to all rows
     size = max(1, _BLOCK // max(width, fits * num_classes))
     mean, deviation = 0.0, 1.0
 
     def blocks() -> Iterator[Tensor]:
-        for block in rows.split(size):
-            yield (block.to(device, torch.float64) - mean) / deviation
+        for part in items.split(size):
+            yield (rows[part].to(device, torch.float64) - mean) / deviation
 
     mean = sum(block.sum(0) for block in blocks()) / count
     deviation = (sum(block.square().sum(0) for block in blocks()) / count).sqrt()

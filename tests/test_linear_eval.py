@@ -79,7 +79,7 @@ def protocol(run, rows):
     head = nn.Linear(rows.shape[1], len(run.data.classes))
     optimizer = optim.build_optimizer("sgd", optim.param_groups([head], 0.0), lr=0.2)
     progress = run.open_stage("linear", {"head": head, "optimizer": optimizer}, start="x")
-    return linear_eval.linear_protocol(run, progress, head, optimizer, rows, {}), progress
+    return linear_eval.linear_protocol(run, progress, rows, {}), progress
 
 
 def blobs(labels, noise, seed=0):
@@ -152,12 +152,14 @@ def test_representation_tells_good_features_from_noise(tmp_path):
     run = setting(tmp_path)
     rows = blobs(run.data.labels, noise=0.1)
     rows = (rows - rows.mean(0)) / rows.std(0)
-    good = representation(run, lambda indices: rows[indices], "dev", "val")
-    noise = representation(run, lambda indices: torch.randn(len(indices), 20), "dev", "val")
+    good = representation(run, lambda indices: rows[indices], "dev", "pretrain/val")
+    noise = representation(
+        run, lambda indices: torch.randn(len(indices), 20), "dev", "pretrain/val"
+    )
     assert good["pretrain/val/knn_accuracy"] == 1.0 and noise["pretrain/val/knn_accuracy"] < 0.6
     assert good["pretrain/val/effective_rank"] < 5 < noise["pretrain/val/effective_rank"] <= 20
     run.splits["dev"] = np.array([], np.int64)
-    assert list(representation(run, lambda indices: rows[indices], "dev", "val")) == [
+    assert list(representation(run, lambda indices: rows[indices], "dev", "pretrain/val")) == [
         "pretrain/val/effective_rank"
     ]
 

@@ -19,7 +19,8 @@ def problem(count=300, width=20, classes=3, noise=3.0, seed=0):
 
 def solve(rows, labels, folds, **more):
     classes = int(labels.max()) + 1
-    return logistic.solve(rows, labels, folds, classes, torch.device("cpu"), **more)
+    everything = torch.arange(len(rows))
+    return logistic.solve(rows, everything, labels, folds, classes, torch.device("cpu"), **more)
 
 
 def oracle(penalty, rows, labels):

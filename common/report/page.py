@@ -419,9 +419,24 @@ def tiles(run: Record) -> str:
         for majority in (f"majority/{split}/{metric}", f"{stage}/{split}/majority_{metric}"):
             if _number(run.scores.get(majority)):
                 captions.append(f"majority class {run.scores[majority]:.4f}")
+        captions += best_baseline(run.scores, stage, split, metric)
         spans = "".join(f"<span>{escape(text)}</span>" for text in captions)
         out.append(f'<div class="tile"><b>{value}</b>{spans}</div>')
     return f'<div class="tiles">{"".join(out)}</div>' if out else ""
+
+
+def best_baseline(scores: dict, stage: str, split: str, metric: str) -> list[str]:
+    """The best of the baselines that stand beside a stage, as `linear_pixels`, and what the stage
+    gains over it; nothing where there is none.
+    """
+    own = re.compile(rf"{re.escape(stage)}_(\w+)/{split}/{metric}")
+    found = [(scores[key], key) for key in scores if own.fullmatch(key) and _number(scores[key])]
+    if not found:
+        return []
+    value, name = max(found)
+    baseline = own.fullmatch(name)[1]
+    gain = interval_text(scores, f"{stage}/{split}/gain_over_{baseline}")
+    return [f"best baseline {value:.4f} ({baseline})", f"gain over it {gain}"]
 
 
 def facts(run: Record) -> str:
@@ -501,16 +516,28 @@ def results_part(run: Record) -> str:
 
 def accuracy_section(scores: dict) -> str:
     """Test metrics of classifiers, a row for each stage and each baseline."""
-    columns = ("accuracy", "macro_precision", "macro_recall", "macro_f1")
+    columns = ("macro_precision", "macro_recall", "macro_f1", "knn_accuracy")
     stages = [name.split("/")[0] for name in scores if name.endswith("/test/accuracy")]
     if not stages:
         return ""
     rows = [
-        (stage, *(scores.get(f"{stage}/test/{column}", "") for column in columns))
+        (
+            stage,
+            interval_text(scores, f"{stage}/test/accuracy"),
+            *(scores.get(f"{stage}/test/{column}", "") for column in columns),
+        )
         for stage in stages
     ]
     notes = [f"{name}: {text}." for name, text in _BASELINES.items() if name in stages]
-    return table(rows, ("stage", *columns)) + paragraph(" ".join(notes))
+    gains = [
+        (gain.replace("_", " "), interval_text(scores, f"linear/test/{gain}"))
+        for gain in ("gain_over_pixels", "gain_over_random")
+        if f"linear/test/{gain}" in scores
+    ]
+    header = ("stage", "accuracy (95 % interval)", *columns)
+    note = "The linear layer's accuracy minus a baseline's on the same images (95 % interval)."
+    paired = paragraph(note) + table(gains) if gains else ""
+    return table(rows, header) + paragraph(" ".join(notes)) + paired
 
 
 def recall_section(scores: dict) -> str:
