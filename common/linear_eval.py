@@ -253,7 +253,7 @@ def solved_protocol(
     )
     if solution.unsolved:
         at = ", ".join(f"{penalty:.2g}" for penalty in solution.unsolved)
-        run.log.say(f"WARN {name}: not solved in {logistic.MOST_STEPS} steps at penalty {at}")
+        run.log.say(f"WARN {name}: no convergence in {logistic.MOST_STEPS} steps at penalty {at}")
     results = {f"{name}/cv/accuracy": solution.accuracy, f"{name}/cv/penalty": solution.penalty}
     layer = {"head.weight": solution.weight.float(), "head.bias": solution.bias.float()}
     weights = {f"backbone.{key}": tensor for key, tensor in backbone.items()} | layer

@@ -71,3 +71,42 @@ def test_the_penalty_is_that_of_a_loop_over_folds():
     assert solution.penalty == logistic.PENALTIES[int(np.argmax(expected))]
     assert solution.accuracy == pytest.approx(max(expected))
     assert 0.4 < max(expected) < 0.95 and max(expected) > expected[-1]
+
+
+def test_a_class_that_folds_lack_and_two_rows_are_solved():
+    rows, labels, folds = problem(40)
+    labels[:] = torch.arange(40) % 2
+    labels[7] = 2  # without its fold there is none of it
+    solution = solve(rows, labels, folds)
+    assert solution.unsolved == [] and solution.weight.isfinite().all()
+    two = solve(rows[:2], labels[:2], torch.tensor([0, 1]))
+    answers = (rows[:2].double() @ two.weight.T + two.bias).argmax(1)
+    assert answers.tolist() == labels[:2].tolist() and two.accuracy == 0
+
+
+def test_a_constant_feature_has_no_weight():
+    rows, labels, folds = problem()
+    rows[:, 3] = 7.0
+    rows[:, 4] = 0.0
+    solution = solve(rows, labels, folds)
+    assert solution.weight[:, [3, 4]].abs().max() < 1e-9 < solution.weight.abs().max()
+
+
+def test_what_is_not_solved_is_counted(monkeypatch):
+    monkeypatch.setattr(logistic, "MOST_STEPS", 2)
+    assert len(solve(*problem()).unsolved) > 3
+
+
+def test_no_penalty_is_tried_behind_one_that_is_worse(monkeypatch):
+    monkeypatch.setattr(logistic, "WORSE", 1)
+    rng = np.random.default_rng(0)
+    labels = torch.tensor(rng.integers(0, 2, 400))
+    rows = torch.tensor(rng.normal(size=(400, 300)), dtype=torch.float32)
+    rows[:, :100] += 0.3 * labels[:, None]
+    seen = []
+    solve(rows, labels, torch.arange(400) % 5, agreed=lambda value: seen.append(value) or value)
+    best = max(seen)
+    is_worse = np.array(seen) < best - np.sqrt(best * (1 - best) / 400)
+    after = is_worse[int(np.argmax(seen)) :]
+    assert after.tolist() == [False] * (len(after) - 1) + [True]
+    assert len(seen) < len(logistic.PENALTIES)
