@@ -112,6 +112,8 @@ def adamw_lr(bs: int) -> float:
     return 1e-3
 
 
+# Of the linear stage where it is solved, which has no batch: that is part of the directory's name.
+SOLVED = {"epochs": 1, "lr": 0.0, "optimizer": "lbfgs"}
 LR_OF = {"lars": lars_lr, "sgd": sgd_lr, "adamw": adamw_lr}
 # Color strength 0.5 is the paper's for small images (appendix B.9).
 DEMO = {
@@ -168,6 +170,14 @@ def parse_args(argv: list[str] | None = None):
     )
     for name in ("linear", "finetune"):
         group.stage(name, STAGES[name])
+    group.choice(
+        "--linear-solver",
+        ["lbfgs", "sgd"],
+        None,
+        "how the linear protocol finds its layer: lbfgs solves it and chooses its penalty by"
+        " cross-validation, sgd trains it as the cytology recipe does (default: lbfgs; sgd with"
+        " --protocol cytology, --grid-index or --teacher)",
+    )
     group.number(
         "--grid-index",
         int,
@@ -287,6 +297,15 @@ def parse_args(argv: list[str] | None = None):
             )
     else:
         refuse(["from_run"], f"with --stage {args.stage}, which trains its backbone")
+    if args.stage in ("pretrain", "finetune"):
+        refuse(["linear_solver"], f"with --stage {args.stage}")
+    elif linear_solver(args) == "lbfgs":
+        shared = ["patience", "max_steps", "clip_grad", "lr_schedule", "warmup_epochs", "teacher"]
+        flags = ["search", *config.STAGE_FLAGS, *shared] if args.stage == "linear" else []
+        refuse(
+            [*(f"linear_{flag}" for flag in config.STAGE_FLAGS), *flags],
+            "on a linear layer that is solved; add --linear-solver sgd to train it",
+        )
     if args.stage == "pretrain":
         refuse(
             ["patience", "teacher", "head_bias"],
@@ -304,6 +323,12 @@ def parse_args(argv: list[str] | None = None):
     return args, parser
 
 
+def linear_solver(args) -> str:
+    """--linear-solver, or what stands for it where it is unset."""
+    is_recipe = args.protocol == "cytology" or args.grid_index is not None
+    return args.linear_solver or ("sgd" if is_recipe or args.teacher else "lbfgs")
+
+
 def settings(args) -> dict[str, config.StageConfig]:
     """Resolved settings of the stages to run, in their order."""
     names = list(STAGES) if args.stage == "all" else [args.stage]
@@ -312,7 +337,9 @@ def settings(args) -> dict[str, config.StageConfig]:
         defaults = STAGES[name]
         if name == "pretrain":
             defaults = defaults | {"optimizer": args.optimizer}
-        lr_of = LR_OF[defaults["optimizer"]]
+        if name == "linear" and linear_solver(args) == "lbfgs":
+            defaults = defaults | SOLVED
+        lr_of = LR_OF.get(defaults["optimizer"])
         is_first = name == names[0]
         stages[name] = config.stage_config(args, name, defaults, first=is_first, lr_of=lr_of)
     return stages
@@ -378,8 +405,9 @@ def validate(
                 f"{name} needs labeled images of two classes in train, dev and test:"
                 f" {images.describe()}"
             )
-        flag = "--bs" if name == next(iter(stages)) else f"--{name}-bs"
-        sampling.check_batch(name, stage.bs, len(parts[0]), divisors[name], flag)
+        if stage.optimizer != "lbfgs":
+            flag = "--bs" if name == next(iter(stages)) else f"--{name}-bs"
+            sampling.check_batch(name, stage.bs, len(parts[0]), divisors[name], flag)
     with as_input_error("--impl", args.impl):
         nt_xent(*torch.eye(4, device=world.device).chunk(2), args.temperature, impl=args.impl)
 
@@ -588,14 +616,14 @@ def pretrain(run: Run, weights: dict | None) -> None:
         }
         if loop.is_eval_epoch():
             outputs = partial(evaluate, run, model.backbone, progress=progress)
-            values |= representation(run, outputs, "dev", "val")
+            values |= representation(run, outputs, "dev", "pretrain/val")
         progress.select(loss, model.state_dict(), values, higher_is_better=False)
         progress.results = values
         loop.end_epoch(values)
 
     def test(network, _):
         outputs = partial(evaluate, run, network.backbone, progress=progress)
-        return representation(run, outputs, "test", "test"), network.backbone
+        return representation(run, outputs, "test", "pretrain/test"), network.backbone
 
     results, backbone = test_best_and_last(progress, model, test)
     trained_weights = {n: tensor.detach().cpu() for n, tensor in backbone.state_dict().items()}
@@ -689,7 +717,7 @@ def finetune(run: Run, weights: dict | None) -> None:
 
     def test(network, _):
         logits = evaluate(run, network, test_split, progress)
-        scores = linear_eval.score("finetune/test", logits, labels[test_split], len(classes))
+        scores = linear_eval.tested("finetune/test", logits, labels[test_split], len(classes))
         return scores, logits
 
     results, logits = test_best_and_last(progress, model, test)
@@ -758,14 +786,14 @@ def run_inference(args, world: dist.Dist) -> None:
         return
     if kind == "pretrain":
         outputs = partial(evaluate, run, model.backbone)
-        loaded.write(representation(run, outputs, "test", "test"), world)
+        loaded.write(representation(run, outputs, "test", "pretrain/test"), world)
         return
     test = splits["finetune_test" if kind == "finetune" else "test"]
     if not len(test):
         raise InputError(f"{images.describe()}: there is no labeled test image to evaluate on")
     labels = images.labels_in(classes, test)
     logits = evaluate(run, model, test)
-    scores = linear_eval.score("eval/test", logits, labels[test], len(classes))
+    scores = linear_eval.tested("eval/test", logits, labels[test], len(classes))
     loaded.write(scores, world, (images, test, classes, logits.softmax(1)))
 
 

@@ -97,17 +97,18 @@ def _read_features(file: Path, key: str, digests: np.ndarray, say) -> Tensor | N
 
 
 def representation(
-    run: Run, outputs: Callable[[np.ndarray], Tensor], queries: str, split: str
+    run: Run, outputs: Callable[[np.ndarray], Tensor], queries: str, prefix: str
 ) -> dict:
     """How good features are without training: kNN accuracy and effective rank.
 
     Neighbors are sought among at most KNN_BANK training items, for at most KNN_QUERIES queries, the
-    same ones every time. Without labels of two classes there is the effective rank alone.
+    same ones every time. Without labels of two classes there is the effective rank alone. In a test
+    the accuracy has its interval.
 
     Args:
         outputs: gives the features (n, d) of items.
         queries: the part of the data that the features are judged by.
-        split: what the metrics `pretrain/SPLIT/...` call it.
+        prefix: what the metrics are named by, as `pretrain/test`.
 
     Raises:
         Diverged: a feature is not finite.
@@ -127,16 +128,18 @@ def representation(
     rows = outputs(np.concatenate([bank, asked]).astype(np.int64))
     amp.require_finite(rows, "features")
     if not labeled:
-        return {f"pretrain/{split}/effective_rank": metrics.effective_rank(rows)}
+        return {f"{prefix}/effective_rank": metrics.effective_rank(rows)}
     in_bank = rows[: len(bank)]
     of_queries = rows[len(bank) :]
     accuracy = metrics.knn_accuracy(
         in_bank, labels[bank], of_queries, labels[asked], len(items.classes)
     )
-    return {
-        f"pretrain/{split}/knn_accuracy": accuracy,
-        f"pretrain/{split}/effective_rank": metrics.effective_rank(of_queries),
-    }
+    values = {f"{prefix}/knn_accuracy": accuracy}
+    if queries == "test":
+        is_right = np.arange(len(asked)) < round(accuracy * len(asked))
+        low, high = metrics.mean_interval(is_right)
+        values |= {f"{prefix}/knn_accuracy_low": low, f"{prefix}/knn_accuracy_high": high}
+    return values | {f"{prefix}/effective_rank": metrics.effective_rank(of_queries)}
 
 
 def contrast(z: Tensor) -> dict:

@@ -8,12 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import amp, metrics, optim
+from common import amp, logistic, metrics, optim
 from common.data import augment, sampling
 from common.distill import add_distillation
-from common.errors import InputError
+from common.errors import InputError, plural
+from common.features import representation
 from common.live import digits
 from common.report import figures
+from common.report.record import interval_text
 from common.run import checkpoint, dist
 from common.run.evaluation import Evaluation
 from common.run.loop import Batch, Loop, Step
@@ -21,6 +23,7 @@ from common.run.progress import Progress
 from common.run.run import Run
 
 PIXELS = 32  # side of the raw-pixel baseline's images
+FOLDS = 5  # of the cross-validation
 
 
 class Source(NamedTuple):
@@ -48,7 +51,8 @@ def linear(
 ) -> None:
     """The linear protocol on a backbone's features and, beside it, on two baselines.
 
-    These are a random-weight backbone's features and raw pixels.
+    These are a random-weight backbone's features and raw pixels. The gain over each of them is that
+    of the same test images.
 
     Args:
         weights: the backbone's; None: it is the random-weight one.
@@ -65,28 +69,53 @@ def linear(
         sources["linear_random"] = random_source
     pixels = partial(raw_pixels, run)
     sources["linear_pixels"] = Source(f"raw pixels ({PIXELS} px)", {}, 3 * PIXELS**2, pixels)
+    labels = run.data.labels_in(classes)
+    test = run.splits["test"]
+    hits = {}
     for name, source in sources.items():
         torch.manual_seed(run.args.seed)
-        head = nn.Linear(source.width, len(classes)).to(run.world.device)
-        groups = optim.param_groups([head], stage.wd)
-        optimizer = optim.build_optimizer(stage.optimizer, groups, lr=stage.lr)
         start = checkpoint.weights_digest(source.weights) if source.weights else name
-        progress = run.open_stage(name, {"head": head, "optimizer": optimizer}, start=start)
+        if stage.optimizer == "lbfgs":
+            progress = run.open_stage(name, {}, start=f"{start} lbfgs")
+            protocol = solved_protocol
+        else:
+            head = nn.Linear(source.width, len(classes)).to(run.world.device)
+            groups = optim.param_groups([head], stage.wd)
+            optimizer = optim.build_optimizer(stage.optimizer, groups, lr=stage.lr)
+            progress = run.open_stage(name, {"head": head, "optimizer": optimizer}, start=start)
+            protocol = linear_protocol
         if not run.is_done(progress):
             rows = source.features(source.weights, progress)
-            results = linear_protocol(run, progress, head, optimizer, rows, source.weights)
-            run.finish(progress, results)
-        accuracy = run.results[f"{name}/test/accuracy"]
-        f1 = run.results[f"{name}/test/macro_f1"]
-        run.log.say(
-            f"linear protocol, {source.title + ':':24}test accuracy"
-            f" {digits(accuracy)}, macro F1 {digits(f1)}"
+            amp.require_finite(rows, "features")
+            results = protocol(run, progress, rows, source.weights)
+            answers = apply(progress.best_weights(), rows[test]).argmax(1).numpy()
+            is_right = torch.from_numpy(answers == labels[test])
+            run.finish(progress, results | {f"{name}/test/hits": is_right})
+        hits[name] = run.results.pop(f"{name}/test/hits", None)  # no metric of the summary
+        accuracy, f1, knn = (
+            interval_text(run.results, f"{name}/test/{metric}")
+            for metric in ("accuracy", "macro_f1", "knn_accuracy")
         )
-    labels = run.data.labels_in(classes)
+        run.log.say(
+            f"linear protocol, {source.title + ':':24}test accuracy {accuracy}, macro F1 {f1},"
+            f" kNN {knn}"
+        )
     majority = np.bincount(labels[run.splits["train"]]).argmax()
-    share = float((labels[run.splits["test"]] == majority).mean())
+    share = float((labels[test] == majority).mean())
     run.results["majority/test/accuracy"] = share
     run.log.say(f"linear protocol, {'majority class:':24}test accuracy {digits(share)}")
+    for name, source in list(sources.items())[1:]:
+        if hits["linear"] is None or hits[name] is None:
+            run.log.say(f"linear protocol, {source.title}: tested by an earlier version, no pairs")
+            continue
+        gains = hits["linear"].double() - hits[name].double()  # by test image
+        key = f"linear/test/gain_over_{name.removeprefix('linear_')}"
+        low, high = metrics.mean_interval(gains)
+        run.results |= {key: gains.mean().item(), f"{key}_low": low, f"{key}_high": high}
+        run.log.say(
+            f"linear protocol, {sources['linear'].title} minus {source.title}:"
+            f" accuracy {interval_text(run.results, key)}"
+        )
 
 
 def kind_of(stage: str, source: str) -> str:
@@ -121,6 +150,13 @@ def score(prefix: str, logits: Tensor, labels: np.ndarray, num_classes: int) -> 
     return {f"{prefix}/{name}": value for name, value in values.items()}
 
 
+def tested(prefix: str, logits: Tensor, labels: np.ndarray, num_classes: int) -> dict:
+    """`score` of a test, and the interval of its accuracy by bootstrap over the items."""
+    low, high = metrics.mean_interval(logits.argmax(1).numpy() == labels)
+    interval = {f"{prefix}/accuracy_low": low, f"{prefix}/accuracy_high": high}
+    return score(prefix, logits, labels, num_classes) | interval
+
+
 def linear_step(run: Run, head, optimizer, scaler, batch: Batch) -> Step:
     """One update of the linear layer on standardized features.
 
@@ -137,13 +173,100 @@ def linear_step(run: Run, head, optimizer, scaler, batch: Batch) -> Step:
     return Step({"loss": loss.detach()}, norm, bad)
 
 
+def test_selected(run: Run, progress: Progress, rows: Tensor) -> dict:
+    """Test metrics of the selected layer on features `rows` (n, d), and of their nearest neighbors.
+
+    For the stage itself also its figures.
+    """
+    name = progress.stage
+    classes = run.model_spec["classes"]["linear"]
+    test = run.splits["test"]
+    labels = run.data.labels_in(classes)[test]
+    logits = apply(progress.best_weights(), rows[test])
+    if name == "linear":
+        figures.classified(run, name, test, logits, labels, classes)
+    neighbors = representation(run, rows.__getitem__, "test", f"{name}/test")
+    return tested(f"{name}/test", logits, labels, len(classes)) | neighbors
+
+
+def stratified_folds(
+    ids: list[str], labels: np.ndarray, items: np.ndarray, count: int
+) -> np.ndarray:
+    """Which of `count` folds holds each of `items` out: (n,) int64.
+
+    Every fold has its share of every class, to within one. It depends on the items' names alone.
+    """
+    order = [
+        sampling.hash_order(ids, items[labels[items] == label], "fold")
+        for label in np.unique(labels[items])
+    ]
+    folds = np.empty(len(ids), np.int64)
+    folds[np.concatenate(order)] = np.arange(len(items)) % count
+    return folds[items]
+
+
+def solved_protocol(
+    run: Run, progress: Progress, rows: Tensor, backbone: dict[str, Tensor]
+) -> dict:
+    """Solve the linear layer on frozen features and test it, see `common.logistic`.
+
+    It is fitted to train and dev, its penalty chosen by cross-validation on them. Every rank does
+    all of it. A stop leaves the stage at its beginning.
+
+    Args:
+        progress: the stage's state.
+        rows: features (n, d) float32 of all items. The stored layer, `head.*` in best.pt beside
+            `backbone.*`, takes them as they are.
+        backbone: the weights that made the rows.
+
+    Returns:
+        The test metrics, and of the cross-validation the accuracy and the penalty.
+    """
+    name = progress.stage
+    world = run.world
+    classes = run.model_spec["classes"]["linear"]
+    labels = run.data.labels_in(classes)
+    items = np.union1d(run.splits["train"], run.splits["dev"])
+
+    def evaluated() -> None:
+        progress.heartbeat += 1
+
+    def agreed(accuracy: float) -> float:
+        # Rounding may differ between ranks; they must agree on when to stop.
+        progress.check_stop()
+        return dist.mean(torch.tensor(accuracy, device=world.device)).item()
+
+    with progress.interruptible():
+        solution = logistic.solve(
+            rows,
+            torch.from_numpy(items),
+            torch.from_numpy(labels[items]),
+            torch.from_numpy(stratified_folds(run.data.ids, labels, items, FOLDS)),
+            len(classes),
+            # Others, as mps, have no float64.
+            world.device if world.device.type == "cuda" else torch.device("cpu"),
+            evaluated,
+            agreed,
+        )
+    run.log.say(
+        f"{name}: penalty {solution.penalty:.2g}, accuracy {solution.accuracy:.4f} in {FOLDS}-fold"
+        f" cross-validation of {plural(len(items), 'item')}"
+    )
+    if solution.unsolved:
+        at = ", ".join(f"{penalty:.2g}" for penalty in solution.unsolved)
+        run.log.say(f"WARN {name}: no convergence in {logistic.MOST_STEPS} steps at penalty {at}")
+    results = {f"{name}/cv/accuracy": solution.accuracy, f"{name}/cv/penalty": solution.penalty}
+    layer = {"head.weight": solution.weight.float(), "head.bias": solution.bias.float()}
+    weights = {f"backbone.{key}": tensor for key, tensor in backbone.items()} | layer
+    progress.select(solution.accuracy, weights, results, higher_is_better=True)
+    progress.end_epoch()
+    results |= test_selected(run, progress, rows)
+    run.log.metrics(name, progress.step, progress.epoch, results, quiet=True)
+    return results
+
+
 def linear_protocol(
-    run: Run,
-    progress: Progress,
-    head: nn.Linear,
-    optimizer: torch.optim.Optimizer,
-    rows: Tensor,
-    backbone: dict[str, Tensor],
+    run: Run, progress: Progress, rows: Tensor, backbone: dict[str, Tensor]
 ) -> dict:
     """Train a linear layer on frozen features and test the one of the best macro F1 on dev.
 
@@ -151,7 +274,7 @@ def linear_protocol(
     same small work.
 
     Args:
-        progress: the stage's state, with `head` and `optimizer` as its parts.
+        progress: the stage's state, whose parts are `head` and `optimizer`.
         rows: features (n, d) float32 of all items; standardized with the training part's mean and
             deviation. The stored layer, `head.*` in best.pt beside `backbone.*`, takes them as they
             are.
@@ -163,6 +286,7 @@ def linear_protocol(
     args = run.args
     device = run.world.device
     name = progress.stage
+    head, optimizer = (progress.parts[part] for part in ("head", "optimizer"))
     stage = run.settings_of(name)
     train, dev, test = (run.splits[split] for split in ("train", "dev", "test"))
     classes = run.model_spec["classes"]["linear"]
@@ -194,12 +318,9 @@ def linear_protocol(
         f1 = dist.mean(torch.tensor(values[f"{name}/val/macro_f1"], device=device)).item()
         progress.select(f1, stored_backbone | layer, values, higher_is_better=True)
         loop.end_epoch(values)
-    logits = apply(progress.best_weights(), rows[test])
-    results = score(f"{name}/test", logits, labels[test], len(classes))
-    if name == "linear":
-        figures.classified(run, name, test, logits, labels[test], classes)
+    results = test_selected(run, progress, rows)
     last_logits = apply(unstandardized(head, mean, std), rows[test])
-    last = score(f"{name}/test", last_logits, labels[test], len(classes))
+    last = tested(f"{name}/test", last_logits, labels[test], len(classes))
     results |= {f"{metric}_last_epoch": value for metric, value in last.items()}
     run.log.metrics(name, progress.step, progress.epoch, results, quiet=True)
     return results

@@ -433,6 +433,30 @@ def share_interval(hits: int, count: int, level: float = 0.95) -> tuple[float, f
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
+def mean_interval(
+    values: Sequence[float] | np.ndarray, rounds: int = 2000, level: float = 0.95
+) -> tuple[float, float]:
+    """Return the percentile bootstrap interval of a mean over items, a function of the arguments.
+
+    Of an accuracy where the values are 1 for right answers and 0 for wrong ones; of the difference
+    of two on the same items where they are the differences of these.
+
+    Args:
+        values: (N,) numbers, few of them different, as they are drawn by how often each is there.
+        rounds: of the bootstrap.
+        level: share of the bootstrap's means inside the interval.
+
+    Returns:
+        (low, high)
+    """
+    levels, counts = np.unique(np.asarray(values, np.float64), return_counts=True)
+    rng = np.random.Generator(np.random.PCG64(0))
+    count = counts.sum()
+    means = rng.multinomial(count, counts / count, rounds) @ levels / count
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
 def contrastive(z_a: Tensor, z_b: Tensor, tile: int = 1024) -> dict[str, float]:
     """Score two views' embeddings: how well a row finds its positive, and alignment and uniformity.
 

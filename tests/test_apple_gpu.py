@@ -99,8 +99,8 @@ TSM = "--backbone conv_small_035 --image-size 32 --bs 24 --n-segment 2 --clips 1
 CASES = {
     "simclr": (
         train_simclr,
-        "--stage all --backbone resnet18 --stem cifar --image-size 8 --bs 16 --linear-bs 16"
-        " --finetune-bs 16 --linear-epochs 1 --finetune-epochs 1",
+        "--stage all --backbone resnet18 --stem cifar --image-size 8 --bs 16"
+        " --finetune-bs 16 --finetune-epochs 1",
         cells_tree,
     ),
     "tsm": (train_tsm, f"{TSM} --data sample-flicker --head-bias prior --direction past", None),

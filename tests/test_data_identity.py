@@ -206,7 +206,7 @@ def test_force_resume_goes_on_says_so_and_records_what_is_there(
 def test_features_of_other_bytes_are_not_taken(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(content, "_TRIED", 0)
     root = cells(tmp_path / "cells")
-    more = flags("--epochs 1 --stage all --linear-bs 16 --linear-epochs 1")
+    more = flags("--epochs 1 --stage all")
     more += flags("--finetune-bs 16 --finetune-epochs 1")
     out = tmp_path / "run"
     assert train_simclr.main(simclr(root, out, *more)) == 0

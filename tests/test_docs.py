@@ -121,7 +121,7 @@ def test_the_snippets_on_a_run_s_products_work(tmp_path, monkeypatch):
     data, run = cells_tree(tmp_path / "cells", per_class=12), tmp_path / "run"
     argv = flags(
         "--backbone resnet18 --stem cifar --image-size 16 --device cpu --stage all --bs 8",
-        "--epochs 2 --linear-bs 8 --linear-epochs 2 --finetune-bs 8 --finetune-epochs 2",
+        "--epochs 2 --finetune-bs 8 --finetune-epochs 2",
     )
     assert train_simclr.main(flags(argv, "--data", data, "--out", run)) == 0
     assert train_simclr.main(flags("--predict", data, "--resume", run, "--device cpu")) == 0

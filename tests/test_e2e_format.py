@@ -21,7 +21,7 @@ WAYS = {
     "--resume": flags(STUDENT, "--data {data} --epochs 2 --resume {run}"),
     "--eval": flags("--data {data} --device cpu --eval {run} --out {out}"),
     "--predict": flags("--predict {data} --resume {run} --device cpu --out {out}"),
-    "--from": flags(ARGV, "--data {data} --stage linear --from {run} --out {out}"),
+    "--from": flags(ARGV, "--data {data} --stage finetune --from {run} --out {out}"),
     "--teacher": flags(STUDENT, "--data {data} --seed 1 --teacher {run} --out {out}"),
 }
 NUMBERS = "format 1", f"format {FORMAT}"

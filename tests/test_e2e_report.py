@@ -55,7 +55,8 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     simclr = command_line(
         "--backbone resnet18 --stem cifar --image-size 8 --stage all --bs 16 --epochs 3"
-        " --linear-bs 16 --linear-epochs 4 --finetune-bs 16 --finetune-epochs 2 --log-every 1",
+        " --linear-solver sgd --linear-bs 16 --linear-epochs 4"
+        " --finetune-bs 16 --finetune-epochs 2 --log-every 1",
         cells_tree(root / "cells", classes=CLASSES),
         root / "simclr",
     )

@@ -27,10 +27,8 @@ pytestmark = pytest.mark.e2e
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SIMCLR = flags("--backbone resnet18 --stem cifar --image-size 8 --device cpu --bs 16")
-STAGES = flags(
-    "--stage all --epochs 3 --linear-bs 16 --linear-epochs 4",
-    "--finetune-bs 16 --finetune-epochs 2 --seed 3",
-)
+STAGES = flags("--stage all --epochs 3 --finetune-bs 16 --finetune-epochs 2 --seed 3")
+SGD = flags("--stage linear --from none --linear-solver sgd --epochs 4")
 FINETUNE = flags("--stage finetune --from none --epochs 2")
 TSM = flags(
     "--backbone conv_small_035 --image-size 32 --n-segment 4 --device cpu --bs 4 --accum 2",
@@ -56,6 +54,7 @@ class Case(NamedTuple):
 
 CASES = {
     "simclr": Case(train_simclr, [*SIMCLR, *STAGES], [(1, 9, 2), (10, 20, 2), (20, 60, 3)]),
+    "simclr linear sgd": Case(train_simclr, [*SIMCLR, *SGD], [(1, 9, 2), (20, 40, 2)]),
     "simclr student": Case(train_simclr, [*SIMCLR, *FINETUNE], [(1, 9, 3)]),
     "tsm accumulation, growing loss scale": Case(train_tsm, TSM, [(1, 24, 5)]),
     "raer": Case(train_raer, [*RAER, "--tune", "full", "--dropout", "0.2"], [(1, 20, 5)]),
@@ -172,6 +171,7 @@ def test_a_run_stopped_in_evaluations_computes_none_of_their_batches_twice(
 
     def signaled(self):
         if len(done) in stops:
+            stops.remove(len(done))  # the solved stage looks for a stop without a batch
             os.kill(os.getpid(), signal.SIGTERM)
         check_stop(self)
 
@@ -183,10 +183,11 @@ def test_a_run_stopped_in_evaluations_computes_none_of_their_batches_twice(
     assert wanted > 8
     done.clear()
     stops = {*range(2, wanted, max(wanted // 5, 1)), wanted}
+    expected = [*[75] * len(stops), 0]
     codes = []
     while not codes or codes[-1] == 75:
         codes.append(ended(case.script.main, flags(argv, "--out", cut)))
-    assert codes == [*[75] * len(stops), 0]
+    assert codes == expected
     assert done == batches
     equal_runs(whole, cut)
 
@@ -211,7 +212,7 @@ def test_a_killed_process_goes_on_from_its_last_checkpoint(data, tmp_path):
 ALONE = {  # the flags of a short run, and what is used of it
     "simclr": (
         train_simclr,
-        flags(SIMCLR, "--stage all --epochs 1 --linear-bs 16 --linear-epochs 1 --store-size 12"),
+        flags(SIMCLR, "--stage all --epochs 1 --store-size 12"),
         ["--eval", "--predict", "--from", "--weights", "--teacher"],
     ),
     "tsm": (

@@ -37,7 +37,7 @@ ROOT = Path(__file__).parent.parent
 NET = ["--backbone", "resnet18", "--stem", "cifar", "--image-size", "8", "--device", "cpu"]
 SMALL = flags(
     NET,
-    "--stage all --bs 16 --epochs 3 --linear-bs 16 --linear-epochs 4",
+    "--stage all --bs 16 --epochs 3",
     "--finetune-bs 16 --finetune-epochs 2 --seed 3",
 )
 
@@ -60,6 +60,12 @@ def test_a_run_leaves_what_the_readme_promises(whole, cells, capsys):
     for stage in ("linear", "linear_random", "linear_pixels", "finetune"):
         for metric in ("accuracy", "macro_precision", "macro_recall", "macro_f1"):
             assert 0 <= result[f"{stage}/test/{metric}"] <= 1
+        low, high = (result[f"{stage}/test/accuracy_{end}"] for end in ("low", "high"))
+        assert 0 <= low <= result[f"{stage}/test/accuracy"] <= high <= 1
+    for baseline in ("random", "pixels"):
+        gain = result["linear/test/accuracy"] - result[f"linear_{baseline}/test/accuracy"]
+        assert result[f"linear/test/gain_over_{baseline}"] == pytest.approx(gain)
+        assert {"linear/cv/penalty", f"linear_{baseline}/test/knn_accuracy"} <= result.keys()
     assert result["majority/test/accuracy"] == pytest.approx(1 / 3)
     assert result["finetune/test/majority_accuracy"] == pytest.approx(1 / 3)
     assert result["pretrain/test/majority_knn_accuracy"] == pytest.approx(1 / 3)
@@ -190,14 +196,11 @@ def test_a_longer_run_of_all_stages_keeps_every_line_of_its_log(cells, tmp_path)
     lines = log.read(tmp_path / "run")
     epochs = [line["epoch"] for line in lines if "pretrain/train/loss" in line]
     assert epochs == [1, 2, 3, 4]
-    for stage in (
-        "linear",
-        "linear_random",
-        "linear_pixels",
-        "finetune",
-    ):  # the later stages start from new weights
-        steps = [line["step"] for line in lines if f"{stage}/train/loss" in line]
-        assert steps and steps == sorted(set(steps))
+    # The later stages start from new weights.
+    steps = [line["step"] for line in lines if "finetune/train/loss" in line]
+    assert steps and steps == sorted(set(steps))
+    for stage in ("linear", "linear_random", "linear_pixels"):
+        assert sum(f"{stage}/test/accuracy" in line for line in lines) == 1
     assert summary(tmp_path / "run")["pretrain/train/loss"] != before["pretrain/train/loss"]
     with pytest.raises(SystemExit) as ending:
         train_simclr.main(flags(base, "--epochs 4 --resume", run, "--out", tmp_path / "elsewhere"))
@@ -241,7 +244,7 @@ def test_a_state_of_other_settings_is_not_continued(whole, cells, tmp_path, caps
 
 
 def test_stages_start_from_a_run_and_refuse_another_identity(whole, cells, tmp_path, capsys):
-    base = ["--data", str(cells), "--device", "cpu", "--bs", "16"]
+    base = ["--data", str(cells), "--device", "cpu"]
     with pytest.raises(
         SystemExit
     ) as ending:  # whole's backbone.pt has no model_spec: its stem must be said
@@ -249,9 +252,7 @@ def test_stages_start_from_a_run_and_refuse_another_identity(whole, cells, tmp_p
             flags(base, "--stage linear --from", whole / "backbone.pt", "--backbone resnet18")
         )
     assert ending.value.code == 2 and "conv1.weight" in capsys.readouterr().err
-    argv = flags(
-        base, "--stage linear --from", whole, "--epochs 4 --out", tmp_path / "run", "--image-size 8"
-    )
+    argv = flags(base, "--stage linear --from", whole, "--out", tmp_path / "run", "--image-size 8")
     assert train_simclr.main([*argv, "--seed", "3"]) == 0
     assert (
         summary(tmp_path / "run")["linear/test/accuracy"] == summary(whole)["linear/test/accuracy"]
@@ -399,12 +400,21 @@ BAD = {  # flags -> the flag, file or value that the refusal names
     "weights of another name": ("--weights openai", "resnet18 has imagenet"),
     "missing checkpoint": ("--stage linear --from {tmp}/x.pt", "x.pt"),
     "a flag of another stage": ("--linear-lr 1", "--linear-lr"),
+    "a batch of what is solved": ("--stage all --linear-bs 16", "--linear-solver sgd"),
+    "epochs of what is solved": ("--stage linear --from none --epochs 3", "--linear-solver sgd"),
+    "a search of what is solved": ("--stage linear --from none --search 2", "--search"),
+    "a teacher of what is solved": (
+        "--stage linear --from none --linear-solver lbfgs --teacher x",
+        "--teacher",
+    ),
+    "a solver without its stage": ("--linear-solver sgd", "--linear-solver"),
+    "a solver that is not there": ("--stage all --linear-solver adam", "lbfgs, sgd"),
     "patience without early stopping": ("--patience 3", "--patience"),
     "colors without augmentation": ("--augment none --color-strength 2", "--color-strength"),
     "warm-up longer than training": ("--epochs 2 --warmup-epochs 5", "--warmup-epochs 5"),
     "a device that is not there": ("--device cuda:77", "cuda:77"),
     "a batch without negatives": ("--bs 1", "--bs"),
-    "too few images": ("--data {few} --stage linear --from none --bs 2", "few"),
+    "too few images": ("--data {few} --stage linear --from none", "few"),
     "labels of one class": ("--data {one} --stage all --bs 8", "two classes"),
 }
 
@@ -597,7 +607,8 @@ def test_published_weights_start_every_stage(cells, tmp_path, capsys, monkeypatc
     argv += flags("--bs 16 --epochs 1 --lr 0 --weights", file)
     for stage in ("pretrain", "linear", "finetune"):
         out = tmp_path / stage
-        assert train_simclr.main([*argv, "--stage", stage, "--out", str(out)]) == 0
+        sgd = ["--linear-solver", "sgd"] if stage == "linear" else []
+        assert train_simclr.main([*argv, *sgd, "--stage", stage, "--out", str(out)]) == 0
         said = capsys.readouterr().out
         assert f"started from {file}" in said and "the head fc." in said
         stored = checkpoint.load(out / "best.pt")["model"]
@@ -625,7 +636,7 @@ def test_published_weights_start_every_stage(cells, tmp_path, capsys, monkeypatc
     published = Published(copy.as_uri(), sha256)
     given = argv.index(str(file))
     for argv[given] in (str(copy), "imagenet"):  # the same weights elsewhere mean the same run
-        again = [*argv, "--stage", "linear", "--out", str(tmp_path / "linear")]
+        again = flags(argv, "--stage linear --linear-solver sgd --out", tmp_path / "linear")
         assert train_simclr.main(again) == 0
         assert "already finished" in capsys.readouterr().out
     copy.unlink()
@@ -637,7 +648,7 @@ def test_published_weights_start_every_stage(cells, tmp_path, capsys, monkeypatc
 
 def test_a_baseline_of_the_linear_protocol_can_be_evaluated(cells, tmp_path, capsys):
     run = tmp_path / "random"
-    argv = flags(NET, "--data", cells, "--stage linear --from none --bs 16 --epochs 3")
+    argv = flags(NET, "--data", cells, "--stage linear --from none")
     assert train_simclr.main([*argv, "--out", str(run)]) == 0
     assert train_simclr.main(["--eval", str(run), "--device", "cpu"]) == 0
     evaluated = json.loads((run / "eval.json").read_text())
@@ -654,7 +665,7 @@ def test_a_run_with_a_torchvision_classifier_is_evaluated_and_predicts(tmp_path,
     run = tmp_path / "run"
     flags = (
         "--backbone mobilenet_v3_large --image-size 32 --device cpu --stage all --bs 544 --epochs 1"
-        " --linear-bs 400 --linear-epochs 1 --finetune-bs 400 --finetune-epochs 1"
+        " --finetune-bs 400 --finetune-epochs 1"
     )
     assert train_simclr.main([*flags.split(), "--out", str(run)]) == 0
     assert "2 steps of 544 an epoch" in capsys.readouterr().out

@@ -30,6 +30,19 @@ CARD = card_record(train_simclr.CARD, {})
             "worse than raw pixels 0.813; random weights 0.751, majority class 0.7143",
         ),
         (
+            "linear/test/accuracy",  # by pairs
+            {
+                "linear/test/accuracy": 0.82,
+                "linear/test/gain_over_pixels_low": -0.005,
+                "linear/test/gain_over_pixels_high": 0.02,
+                "linear/test/gain_over_random_low": 0.05,
+                "linear/test/gain_over_random_high": 0.09,
+                "linear_pixels/test/accuracy": 0.813,
+                "linear_random/test/accuracy": 0.751,
+            },
+            "not surely better than raw pixels 0.813; random weights 0.751",
+        ),
+        (
             "finetune/test/accuracy",  # of other items than the linear protocol's, perhaps
             {"finetune/test/accuracy": 0.5, "majority/test/accuracy": 0.9},
             "no baseline",

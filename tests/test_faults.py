@@ -723,7 +723,7 @@ def test_a_linear_layer_whose_best_is_lost_is_trained_again(small, tmp_path, cap
     whole, run = tmp_path / "whole", tmp_path / "run"
     argv = flags(
         "--backbone resnet18 --stem cifar --image-size 8 --device cpu --bs 16 --save-every 0",
-        "--stage linear --from none --epochs 4 --data",
+        "--stage linear --from none --linear-solver sgd --epochs 4 --data",
         cells_tree(tmp_path / "cells"),
         "--out",
     )
@@ -771,7 +771,7 @@ def test_a_damaged_backbone_is_taken_from_the_best_model(small, tmp_path, capsys
     whole, run = tmp_path / "whole", tmp_path / "run"
     argv = flags(
         FLAGS,
-        "--epochs 1 --stage all --linear-bs 16 --linear-epochs 1 --finetune-bs 16",
+        "--epochs 1 --stage all --finetune-bs 16",
         "--finetune-epochs 1 --data",
         cells_tree(tmp_path / "cells"),
         "--out",
@@ -846,7 +846,7 @@ def test_starting_anew_removes_the_state_of_the_run_and_nothing_else(small, tmp_
     run = tmp_path / "run"
     argv = flags(
         FLAGS,
-        "--epochs 1 --stage all --linear-bs 16 --linear-epochs 1 --finetune-bs 16",
+        "--epochs 1 --stage all --finetune-bs 16",
         "--finetune-epochs 1 --data",
         cells_tree(tmp_path / "cells"),
         "--out",
@@ -1042,8 +1042,8 @@ def test_what_a_script_leaves_for_its_report_may_fail(leave):
 @pytest.mark.e2e
 def test_figures_that_fail_end_no_run(small, tmp_path, monkeypatch, capsys):
     cells = cells_tree(tmp_path / "cells")
-    argv = flags(FLAGS, "--stage all --linear-bs 16 --finetune-bs 16 --epochs 1 --data", cells)
-    argv = flags(argv, "--linear-epochs 1 --finetune-epochs 1 --out")
+    argv = flags(FLAGS, "--stage all --finetune-bs 16 --epochs 1 --data", cells)
+    argv = flags(argv, "--finetune-epochs 1 --out")
     assert train_simclr.main([*argv, str(tmp_path / "whole")]) == 0
 
     def fails(*_, **__):
@@ -1161,8 +1161,7 @@ def test_damaged_features_are_computed_again(how, small, tmp_path, capsys):
         FLAGS,
         "--data",
         cells,
-        "--epochs 1 --stage all --linear-bs 16 --linear-epochs 1",
-        "--finetune-bs 16 --finetune-epochs 1 --out",
+        "--epochs 1 --stage all --finetune-bs 16 --finetune-epochs 1 --out",
         run,
     )
     assert train_simclr.main(argv) == 0

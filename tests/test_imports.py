@@ -17,7 +17,7 @@ SCRIPTS = sorted(path.stem for path in ROOT.glob("train_*.py"))
 FLOORS = (
     ("errors", "live"),
     ("rng", "retry", "reading"),
-    ("search", "losses", "optim", "metrics", "monitor"),
+    ("search", "losses", "logistic", "optim", "metrics", "monitor"),
     ("amp", "clustering"),
     ("config",),
     ("run.",),

@@ -9,8 +9,9 @@ from torch import nn
 
 from common import config, linear_eval, metrics, optim
 from common.data import sampling
+from common.errors import Diverged
 from common.features import representation, stored_features
-from common.run import dist, log
+from common.run import checkpoint, dist, log
 from common.run.run import Run
 from common.run.signals import Signals
 
@@ -32,7 +33,7 @@ class Items:
         return (torch.zeros(len(part), 3, 8, 8, dtype=torch.uint8) for part in parts)
 
 
-def setting(folder, count=600, classes=3):
+def setting(folder, count=600, classes=3, solved=False):
     items = Items(count, classes)
     everything = np.arange(count)
     test = sampling.hold_out(items.ids, items.labels, everything, 0.15, "test")
@@ -47,6 +48,7 @@ def setting(folder, count=600, classes=3):
     }
     args = SimpleNamespace(
         clip_grad=None,
+        log_every=10,
         seed=0,
         lr_schedule="cosine",
         patience=5,
@@ -55,8 +57,9 @@ def setting(folder, count=600, classes=3):
         resume="auto",
     )
     args.workers, args.detect_anomaly = 1, False
+    epochs, optimizer = (1, "lbfgs") if solved else (30, "sgd")
     stage = config.StageConfig(
-        "linear", epochs=30, bs=64, lr=0.2, wd=0.0, optimizer="sgd", warmup_epochs=0.0
+        "linear", epochs=epochs, bs=64, lr=0.2, wd=0.0, optimizer=optimizer, warmup_epochs=0.0
     )
     world = dist.Dist(0, 1, torch.device("cpu"))
     model_spec = {"classes": {"linear": items.classes}, "image_size": 8}
@@ -79,7 +82,12 @@ def protocol(run, rows):
     head = nn.Linear(rows.shape[1], len(run.data.classes))
     optimizer = optim.build_optimizer("sgd", optim.param_groups([head], 0.0), lr=0.2)
     progress = run.open_stage("linear", {"head": head, "optimizer": optimizer}, start="x")
-    return linear_eval.linear_protocol(run, progress, head, optimizer, rows, {}), progress
+    return linear_eval.linear_protocol(run, progress, rows, {}), progress
+
+
+def solved(run, rows):
+    progress = run.open_stage("linear", {}, start="x")
+    return linear_eval.solved_protocol(run, progress, rows, {}), progress
 
 
 def blobs(labels, noise, seed=0):
@@ -114,14 +122,106 @@ def test_protocol_reaches_what_scikit_learn_reaches(tmp_path):
     )
 
 
+def test_the_solved_protocol_is_that_of_scikit_learn(tmp_path):
+    linear_model = pytest.importorskip(
+        "sklearn.linear_model", reason="pip install -r tests/requirements.txt"
+    )
+    run = setting(tmp_path, solved=True)
+    labels, rest, test = run.data.labels, run.splits["rest"], run.splits["test"]
+    rows = blobs(labels, noise=1.8)
+    results, progress = solved(run, rows)
+    x = rows.double().numpy()
+    mean, deviation = x[rest].mean(0), x[rest].std(0)
+    c = 1 / (results["linear/cv/penalty"] * len(rest))
+    oracle = linear_model.LogisticRegression(C=c, tol=1e-9, max_iter=50_000)
+    oracle.fit((x[rest] - mean) / deviation, labels[rest])
+    expected = oracle.predict_proba((x[test] - mean) / deviation)
+    layer = progress.best_weights()  # it takes the features as they are
+    logits = rows[test] @ layer["head.weight"].T + layer["head.bias"]
+    np.testing.assert_allclose(logits.softmax(1).numpy(), expected, atol=1e-3)
+    reached = (expected.argmax(1) == labels[test]).mean()
+    assert 0.6 < reached < 1
+    assert results["linear/test/accuracy"] == pytest.approx(reached)
+
+
+def test_the_test_part_does_not_move_the_solution(tmp_path):
+    layers = []
+    for shift in (0.0, 100.0):
+        folder = tmp_path / str(shift)
+        folder.mkdir()
+        run = setting(folder, solved=True)
+        rows = blobs(run.data.labels, noise=1.8)
+        rows[run.splits["test"]] += shift
+        run.data.labels[run.splits["test"]] = 0
+        layers.append(solved(run, rows)[1].best_weights())
+    assert all(torch.equal(layers[0][name], layers[1][name]) for name in layers[0])
+
+
+def test_folds_have_their_share_of_every_class_and_follow_names():
+    rng = np.random.default_rng(0)
+    labels = rng.choice(4, 203, p=[0.7, 0.2, 0.08, 0.02])
+    ids = [f"{i}.png" for i in range(203)]
+    items = np.arange(3, 200)
+    folds = linear_eval.stratified_folds(ids, labels, items, 5)
+    counts = metrics.confusion_matrix(labels[items], folds, 5)[:4]
+    assert (np.ptp(counts, axis=1) <= 1).all() and np.ptp(counts.sum(0)) <= 1
+    order = rng.permutation(203)
+    moved = linear_eval.stratified_folds(
+        [ids[i] for i in order], labels[order], np.flatnonzero((order >= 3) & (order < 200)), 5
+    )
+    kept = order[(order >= 3) & (order < 200)]
+    assert (moved == folds[kept - 3]).all()
+    assert linear_eval.stratified_folds(ids, labels, items[:3], 5).tolist() != [0, 0, 0]
+
+
+@pytest.mark.parametrize("is_solved", [True, False], ids=["lbfgs", "sgd"])
+def test_gains_are_over_the_same_images_and_outlast_a_resume(is_solved, tmp_path):
+    def features(weights, _):
+        asked.append(weights)
+        return blobs(run.data.labels, noise=1.0 if "learned" in weights else 3.0)
+
+    asked = []
+    results = []
+    for _ in range(2):
+        run = setting(tmp_path, solved=is_solved)
+        weights, random = {"learned": torch.ones(1)}, {"random": torch.ones(1)}
+        linear_eval.linear(run, weights, random, 20, features)
+        results.append(run.results)
+    assert len(asked) == 2  # a stage that has ended computes none again
+    assert results[0] == results[1] and not any("hits" in name for name in results[0])
+    test = run.splits["test"]
+    right = {}
+    for name, noise in (("linear", 1.0), ("linear_random", 3.0)):
+        layer = checkpoint.load(tmp_path / (name if name != "linear" else "") / "best.pt")["model"]
+        rows = blobs(run.data.labels, noise)[test]
+        answers = (rows @ layer["head.weight"].T + layer["head.bias"]).argmax(1).numpy()
+        right[name] = (answers == run.data.labels[test]).astype(float)
+    gains = right["linear"] - right["linear_random"]
+    key = "linear/test/gain_over_random"
+    found = [results[0][key + end] for end in ("", "_low", "_high")]
+    assert found == pytest.approx([gains.mean(), *metrics.mean_interval(gains)])
+    assert found[1] > 0 and results[0]["linear/test/gain_over_pixels_low"] > 0
+    for name in ("linear", "linear_random", "linear_pixels"):
+        assert {f"{name}/test/accuracy_low", f"{name}/test/knn_accuracy_low"} <= results[0].keys()
+
+
+def test_features_that_are_not_finite_end_the_stage(tmp_path):
+    run = setting(tmp_path, solved=True)
+    rows = blobs(run.data.labels, noise=1.0)
+    rows[5, 2] = torch.nan
+    with pytest.raises(Diverged, match="features"):
+        linear_eval.linear(run, None, {"random": torch.ones(1)}, 20, lambda *_: rows)
+
+
 def test_it_stops_when_dev_no_longer_improves(tmp_path):
     run = setting(tmp_path)
     _, progress = protocol(run, blobs(run.data.labels, noise=0.01))
     assert progress.best == 1.0 and progress.epoch == progress.best_epoch + run.args.patience < 30
 
 
-def test_a_constant_feature_does_no_harm(tmp_path):
-    run = setting(tmp_path)
+@pytest.mark.parametrize("protocol", [protocol, solved])
+def test_a_constant_feature_does_no_harm(protocol, tmp_path):
+    run = setting(tmp_path, solved=protocol is solved)
     rows = blobs(run.data.labels, noise=0.5)
     rows[:, 3] = 7.0
     results, _ = protocol(run, rows)
@@ -152,12 +252,14 @@ def test_representation_tells_good_features_from_noise(tmp_path):
     run = setting(tmp_path)
     rows = blobs(run.data.labels, noise=0.1)
     rows = (rows - rows.mean(0)) / rows.std(0)
-    good = representation(run, lambda indices: rows[indices], "dev", "val")
-    noise = representation(run, lambda indices: torch.randn(len(indices), 20), "dev", "val")
+    good = representation(run, lambda indices: rows[indices], "dev", "pretrain/val")
+    noise = representation(
+        run, lambda indices: torch.randn(len(indices), 20), "dev", "pretrain/val"
+    )
     assert good["pretrain/val/knn_accuracy"] == 1.0 and noise["pretrain/val/knn_accuracy"] < 0.6
     assert good["pretrain/val/effective_rank"] < 5 < noise["pretrain/val/effective_rank"] <= 20
     run.splits["dev"] = np.array([], np.int64)
-    assert list(representation(run, lambda indices: rows[indices], "dev", "val")) == [
+    assert list(representation(run, lambda indices: rows[indices], "dev", "pretrain/val")) == [
         "pretrain/val/effective_rank"
     ]
 

@@ -250,6 +250,19 @@ def test_the_interval_of_no_item_is_everything():
         metrics.share_interval(5, 4)
 
 
+@pytest.mark.parametrize("levels", [[0, 1], [-1, 0, 1]], ids=["accuracy", "difference"])
+def test_the_interval_of_a_mean_is_the_percentile_bootstrap(levels):
+    stats = pytest.importorskip("scipy.stats", reason=ORACLE)
+    values = np.random.default_rng(1).choice(levels, 150)
+    expected = stats.bootstrap(
+        (values,), np.mean, n_resamples=20_000, method="percentile", rng=np.random.default_rng(0)
+    ).confidence_interval
+    found = metrics.mean_interval(values, rounds=20_000)
+    assert found == pytest.approx(tuple(expected), abs=0.01)
+    assert found == metrics.mean_interval(values[::-1], rounds=20_000)
+    assert metrics.mean_interval(np.ones(3)) == (1, 1)
+
+
 def contrastive_loops(z_a, z_b):
     z = F.normalize(torch.cat([z_a, z_b]).double(), dim=1)
     n, m = len(z_a), 2 * len(z_a)

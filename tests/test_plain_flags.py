@@ -75,7 +75,7 @@ def test_patience_ends_what_no_longer_improves(tmp_path):
     ("script", "argv"),
     [
         (train_simclr, [*SIMCLR, "--lr", "0.1"]),
-        (train_simclr, [*SIMCLR, "--stage", "linear", "--lr", "0.1"]),
+        (train_simclr, [*SIMCLR, "--stage", "linear", "--linear-solver", "sgd", "--lr", "0.1"]),
         (train_simclr, [*SIMCLR[:6], "--bs", "28", "--lr", "0.1"]),
         (train_simclr, [*SIMCLR[:6], "--bs", "28", "--lr", "0.1", "--accum", "2"]),
         (train_tsm, [*TSM, "--accum", "2"]),

@@ -57,8 +57,7 @@ MODULES = {"simclr": train_simclr, "tsm": train_tsm, "raer": train_raer, "cluste
 COMMON = ["--device", "cpu", "--seed", "3", "--save-every", "0", "--log-every", "1"]
 FLAGS = {
     "simclr": "--backbone resnet18 --stem cifar --image-size 8 --stage all --bs 16 --epochs 3"
-    " --linear-bs 16"
-    " --linear-epochs 2 --finetune-bs 16 --finetune-epochs 2 --finetune-lr 0.01",
+    " --finetune-bs 16 --finetune-epochs 2 --finetune-lr 0.01",
     "tsm": "--backbone conv_small_035 --image-size 32 --n-segment 2 --bs 4 --epochs 3 --clips 1",
     "raer": "--backbone vit_tiny --num-frames 2 --bs 8 --epochs 3 --tune full --dropout 0.2",
     "cluster": "--base-dim 8 --bs 40 --epochs 2 --cluster-bs 40 --cluster-epochs 2",

@@ -500,16 +500,28 @@ def results_part(run: Record) -> str:
 
 def accuracy_section(scores: dict) -> str:
     """Test metrics of classifiers, a row for each stage and each baseline."""
-    columns = ("accuracy", "macro_precision", "macro_recall", "macro_f1")
+    columns = ("macro_precision", "macro_recall", "macro_f1", "knn_accuracy")
     stages = [name.split("/")[0] for name in scores if name.endswith("/test/accuracy")]
     if not stages:
         return ""
     rows = [
-        (stage, *(scores.get(f"{stage}/test/{column}", "") for column in columns))
+        (
+            stage,
+            interval_text(scores, f"{stage}/test/accuracy"),
+            *(scores.get(f"{stage}/test/{column}", "") for column in columns),
+        )
         for stage in stages
     ]
     notes = [f"{name}: {text}." for name, text in _BASELINES.items() if name in stages]
-    return table(rows, ("stage", *columns)) + paragraph(" ".join(notes))
+    gains = [
+        (gain.replace("_", " "), interval_text(scores, f"linear/test/{gain}"))
+        for gain in ("gain_over_pixels", "gain_over_random")
+        if f"linear/test/{gain}" in scores
+    ]
+    header = ("stage", "accuracy (95 % interval)", *columns)
+    note = "The linear layer's accuracy minus a baseline's on the same images (95 % interval)."
+    paired = paragraph(note) + table(gains) if gains else ""
+    return table(rows, header) + paragraph(" ".join(notes)) + paired
 
 
 def recall_section(scores: dict) -> str:

@@ -55,19 +55,21 @@ def baselines_of(scores: dict, name: str) -> dict[str, float]:
 
 
 def compared(scores: dict, name: str) -> str:
-    """The baselines of a metric in words, the hardest first, and which of them it does not beat."""
+    """The baselines of a metric in words, the hardest first, and which of them it does not beat.
+
+    A gain in accuracy whose paired interval, where the run has one, reaches below 0 is not sure.
+    """
+    stem = name.removesuffix("accuracy")
     sign = -1 if "/loss" in name else 1
-    gains = {
-        f"{label} {digits(value)}": sign * (scores[name] - value)
-        for label, value in baselines_of(scores, name).items()
-    }
-    order = sorted(gains, key=gains.get)
-    groups = (
-        ("worse than ", [text for text in order if gains[text] < 0]),
-        ("no better than ", [text for text in order if gains[text] == 0]),
-        ("", [text for text in order if gains[text] > 0]),
-    )
-    parts = [words + ", ".join(texts) for words, texts in groups if texts]
+    words = {"worse than ": [], "no better than ": [], "not surely better than ": [], "": []}
+    baselines = baselines_of(scores, name)
+    for label in sorted(baselines, key=lambda label: sign * baselines[label], reverse=True):
+        gain = sign * (scores[name] - baselines[label])
+        paired = [spread_of(scores, f"{stem}gain_over_{word}") for word in label.split()]
+        beaten = "not surely better than " if any(ends and ends[0] <= 0 for ends in paired) else ""
+        kind = "worse than " if gain < 0 else "no better than " if gain == 0 else beaten
+        words[kind].append(f"{label} {digits(baselines[label])}")
+    parts = [kind + ", ".join(texts) for kind, texts in words.items() if texts]
     return "; ".join(parts) or "no baseline"
 
 
