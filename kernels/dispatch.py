@@ -140,7 +140,7 @@ class Launch:
             self.compiled(*tensors, *floats, *self.known)
         else:
             compiled = self.kernel[self.grid](*tensors, *floats, *self.known, **self.options)
-            if compiled is not None:  # what the interpreter returns
+            if compiled is not None:  # the interpreter compiles nothing
                 self.compiled = compiled[(*self.grid, 1, 1)[:3]]
 
 
