@@ -177,8 +177,8 @@ def parse_args(argv: list[str] | None = None):
     parser.hide("accum", "ensemble", "eval_every", "on_bad_item", "teacher", "workers")
     parser.hide("teacher_weight", "teacher_temperature")
     parser.set_help(
-        data="utterances: an .npz, a .tsv, a folder or .zip in the layout of UMC, or `sample`, the"
-        " embedded ones",
+        data="utterances: an .npz, a .tsv or .csv, a folder or .zip in the layout of UMC, or"
+        " `sample`, the embedded ones",
         predict="assign the utterances of these files or folders to the clusters of the run that"
         " --resume names",
     )

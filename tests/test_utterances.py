@@ -3,6 +3,7 @@ doctor finds.
 """
 
 import collections
+import csv
 import io
 import os
 import pickle
@@ -183,10 +184,6 @@ def test_the_padding_may_hold_anything(tmp_path):
             r"\[0, 1\].* rows 2 do not",
         ),
         ({"a": np.ones((3, 2)), "label": [0.0, 1.0, 2.0]}, "label is float64"),
-        (
-            {"a": np.ones((3, 2)), "id": ["x", "y", "x"]},
-            r"the id 'x' stands twice \(utterances 0 and 2",
-        ),
         ({"a": np.ones((3, 2)), "split": ["train", "tset", "test"]}, "utterance 1 .* split 'tset'"),
         ({"a": np.ones((3, 2)), "split": ["one", "two", "one"]}, "unknown split 'one'"),
         ({"a": np.ones((3, 2)), "text": ["", " ", "\t"]}, "the text of all 3 utterances is empty"),
@@ -247,7 +244,6 @@ def test_a_tsv_of_text_alone_is_enough(tmp_path):
         ("text\n", "no utterances below the header"),
         ("", "no utterances below the header"),
         ("text\tid\n\t1\n \t2\n", "the text of all 2 utterances is empty"),
-        ("text\tid\nHi\tx\nHo\tx\n", "the id 'x' stands twice"),
         ("text\tsplit\nHi\ttrain\nHo\t\n", "utterance 1 .* of the split ''"),
     ],
 )
@@ -255,6 +251,64 @@ def test_a_tsv_that_cannot_be_used_is_refused(tmp_path, content, message):
     with pytest.raises(InputError, match=message) as error:
         open_utterances(tsv(tmp_path, content))
     assert "\n" not in str(error.value)
+
+
+def test_a_csv_reads_as_the_csv_module_wrote_it(tmp_path):
+    rows = [
+        ["id", "Text", "label"],
+        ["u1", 'Well, he said "no".\nTwice.', "q"],
+        ["u2", '""', ""],
+        ["u3", "\ttab\u2028", "a, b"],
+    ]
+    with open(tmp_path / "data.CSV", "w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file).writerows(rows)
+    data = open_utterances(str(tmp_path / "data.CSV"))
+    assert data.ids == ["u1", "u2", "u3"] and data.texts == [row[1] for row in rows[1:]]
+    assert data.classes == ["a, b", "q"] and data.labels.tolist() == [1, -1, 0]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("text,label\nHi, you,q\n", "line 2: 3 cells, the header has 2; .* stands in quotes"),
+        ('text,label\n"a\nb",q\nHi "you,q"r\nHo\n', "line 5: 1 cells"),
+        ('text,label\nHi,"q\n', "line 2: unexpected end of data; .* stands in quotes"),
+        ('text,label\n"Hi"!,q\n', "line 2: .* expected after"),
+        ("text,label\nHi,q\nHo,label\n", "line 3: its label is 'label'"),
+        ("", "no utterances below the header"),
+        ("utterance,label\nHi,q\n", "its columns are utterance, label"),
+    ],
+)
+def test_a_csv_that_cannot_be_used_is_refused(tmp_path, content, message):
+    (tmp_path / "data.csv").write_text(content)
+    with pytest.raises(InputError, match=message) as error:
+        open_utterances(str(tmp_path / "data.csv"))
+    assert "\n" not in str(error.value)
+
+
+def test_an_id_that_stands_again_gets_a_number_and_is_counted(tmp_path):
+    path = tsv(tmp_path, "text\tid\n" + "".join(f"Hi\t{i}\n" for i in ("x", "y", "x", "x#2", "x")))
+    data = open_utterances(path)
+    assert data.ids == ["x", "y", "x#3", "x#2", "x#4"]
+    assert utterances.data_problems(data)["repeated ids"].startswith("2, ")
+    arrays = {"a": np.ones((3, 2)), "id": ["x", "y", "x"]}
+    assert open_utterances(npz(tmp_path, **arrays)).ids == ["x", "y", "x#2"]
+    many = tsv(tmp_path, "text\tid\n" + "Hi\tx\n" * 20_000)
+    assert len(set(open_utterances(many).ids)) == 20_000
+    umc(tmp_path / "set", "IEMOCAP-DA")
+    file = tmp_path / "set" / "dev.tsv"
+    file.write_text(file.read_text() + "Ses01_1\tagain\tjoke\n")
+    data = open_utterances(str(tmp_path / "set"))
+    twice = data.ids.index("Ses01_1#2")
+    for values in data.modalities.values():
+        np.testing.assert_array_equal(values[twice], values[data.ids.index("Ses01_1")])
+
+
+def test_a_label_that_is_not_a_number_is_none(tmp_path):
+    data = open_utterances(tsv(tmp_path, "text\tlabel\nHi\tnan\nHo\tq\nHa\tNaN\n"))
+    assert data.classes == ["q"] and data.labels.tolist() == [-1, 0, -1]
+    data = open_utterances(npz(tmp_path, a=np.ones((2, 2)), label=["nan", "q"]))
+    assert data.classes == ["q"] and data.labels.tolist() == [-1, 0]
 
 
 def test_a_tsv_in_another_encoding_is_refused_with_its_line(tmp_path):

@@ -5,7 +5,8 @@ They come from three kinds of source.
 - `.npz`: every float array of one row per utterance is a modality, (N, D) or (N, L, D) with lengths
   in `<name>_len`.
 - `.tsv`: one utterance a line under a header that names the columns; `text` is required, `id`,
-  `label`, `split`, `speaker` and `group` are optional.
+  `label`, `split`, `speaker` and `group` are optional. `.csv`: the same with commas; a cell in
+  quotes may hold commas, quotes and line breaks.
 - a folder, or a .zip of one, in the layout of UMC (github.com/thuiar/UMC): `train.tsv`, `dev.tsv`,
   `test.tsv` of MIntRec, MELD-DA or IEMOCAP-DA, and where they exist `video_data/swin_feats.pkl` and
   `audio_data/wavlm_feats.pkl`.
@@ -14,6 +15,7 @@ Nothing that a file holds is executed: `.npz` is read without pickles, and the t
 unpickler that knows NumPy arrays, dicts, text and numbers.
 """
 
+import csv
 import hashlib
 import io
 import math
@@ -75,7 +77,8 @@ class Utterances:
 
     Attributes:
         name: what was read, for messages.
-        ids: (n,) names, each once.
+        ids: (n,) names, each once: one that stands again gets `#2`, `#3`, ... behind it.
+        repeated_ids: the names that got one.
         labels: (n,) int64 into `classes`; UNLABELED where there is no label.
         splits: (n,) "train", "val", "test", or "" where the data names none.
         groups: (n,) names of what stays together, see `common.data.groups`; None: nothing does.
@@ -102,7 +105,9 @@ class Utterances:
         lengths=None,
     ):
         self.name = name
-        self.ids = list(ids)
+        ids = list(ids)
+        self.ids = _unique(ids)
+        self.repeated_ids = [new for new, old in zip(self.ids, ids, strict=True) if new != old]
         self.classes = list(classes)
         self.texts = texts
         self.speakers = speakers
@@ -161,7 +166,7 @@ def _row_shape(values: np.ndarray) -> str:
 
 
 def open_utterances(path: str | tuple[str, ...], max_length: int | None = None) -> Utterances:
-    """The utterances of an `.npz`, a `.tsv`, or a folder or .zip in UMC's layout.
+    """The utterances of an `.npz`, a `.tsv` or `.csv`, or a folder or .zip in UMC's layout.
 
     Args:
         path: the file or folder; or several, see `_joined`.
@@ -180,13 +185,14 @@ def open_utterances(path: str | tuple[str, ...], max_length: int | None = None) 
     place = existing(path)
     if not place.is_dir() and place.suffix.lower() == ".npz":
         fields = _read_npz(place)
-    elif not place.is_dir() and place.suffix.lower() == ".tsv":
+    elif not place.is_dir() and place.suffix.lower() in (".tsv", ".csv"):
         fields = _read_tsv(place)
     elif place.is_dir() or place.suffix.lower() == ".zip":
         fields = _read_umc(place, max_length)
     else:
         raise InputError(
-            f"{path}: allowed are an .npz, a .tsv, a folder or .zip with train.tsv, or `sample`"
+            f"{path}: allowed are an .npz, a .tsv or .csv, a folder or .zip with train.tsv, or"
+            " `sample`"
         )
     _check_texts(path, fields.get("texts"))
     modalities = fields.pop("modalities", {})
@@ -288,6 +294,10 @@ def data_problems(utterances: Utterances) -> dict[str, str]:
         "utterances": str(len(utterances)),
         "splits": count_splits(utterances.splits) or "none named",
     }
+    renamed = utterances.repeated_ids
+    if renamed:
+        names = first_few(renamed, _SHOWN)
+        findings["repeated ids"] = f"{len(renamed)}, told apart by a number ({names})"
     if utterances.labeled:
         classes = utterances.classes
         counts = utterances.counts()
@@ -394,20 +404,25 @@ def _clean(path, name, values, lengths, max_length, ids) -> np.ndarray:
     return values
 
 
-def _unique(path: str, ids: list[str]) -> list[str]:
-    seen: dict[str, int] = {}
-    for row, name in enumerate(ids):
-        if name in seen:
-            raise InputError(
-                f"{path}: the id {name!r} stands twice (utterances {seen[name]} and {row}, from 0)"
-            )
-        seen[name] = row
-    return ids
+def _unique(ids: list[str]) -> list[str]:
+    taken = set(ids)
+    times = Counter()
+    names = []
+    for name in ids:
+        times[name] += 1
+        unique = name
+        if times[name] > 1:
+            while (unique := f"{name}#{times[name]}") in taken:
+                times[name] += 1
+            taken.add(unique)
+        names.append(unique)
+    return names
 
 
 def _number_labels(names: list[str]) -> tuple[np.ndarray, list[str]]:
-    # Sorted names are the classes; an empty name is no label.
-    classes = sorted({name for name in names if name})
+    # Sorted names are the classes; an empty name is no label, nor is what a number that is missing
+    # becomes as text.
+    classes = sorted({name for name in names if name and name.lower() != "nan"})
     number = {name: i for i, name in enumerate(classes)}
     return np.array([number.get(name, UNLABELED) for name in names], np.int64), classes
 
@@ -469,7 +484,7 @@ def _read_npz(place: Path) -> dict:
         labels, names = _integer_labels(place, label, classes)
     lists = {name: column.tolist() for name, column in columns.items()}
     return {
-        "ids": _unique(str(place), [str(name) for name in lists.get("id", range(count))]),
+        "ids": [str(name) for name in lists.get("id", range(count))],
         "labels": labels,
         "classes": names,
         "splits": _split_names(str(place), lists.get("split", [""] * count)),
@@ -579,26 +594,36 @@ def _integer_labels(
 
 
 def _table(name: str, data: bytes) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """The header's cells, and (line number, cells) of every further line of a .tsv."""
+    """The header's cells, and (line number, cells) of every further row of a .tsv or .csv."""
     try:
         text = reading.decode_table(data, name)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise InputError(f"{name}, line {line}: not UTF-8; save the file as UTF-8") from None
-    # Not splitlines(): an utterance may hold U+2028 or U+0085.
-    lines = [line.removesuffix("\r") for line in text.rstrip("\r\n").split("\n")]
-    header, *rows = ([_unquote(cell) for cell in line.split("\t")] for line in lines)
-    for line, cells in enumerate(rows, 2):
+    if name.lower().endswith(".csv"):
+        rule = "a cell with a comma, a quote or a line break stands in quotes"
+        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+        try:
+            rows = [(reader.line_num, cells) for cells in reader if cells] or [(1, [""])]
+        except csv.Error as error:
+            raise InputError(f"{name}, line {reader.line_num}: {error}; {rule}") from None
+    else:
+        rule = "a cell cannot hold a tab or a line break"
+        # Not splitlines(): an utterance may hold U+2028 or U+0085.
+        lines = [line.removesuffix("\r") for line in text.rstrip("\r\n").split("\n")]
+        cells_of = ([_unquote(cell) for cell in line.split("\t")] for line in lines)
+        rows = list(enumerate(cells_of, 1))
+    header = rows.pop(0)[1]
+    for line, cells in rows:
         if len(cells) != len(header):
             raise InputError(
-                f"{name}, line {line}: {len(cells)} cells, the header has {len(header)};"
-                " a cell cannot hold a tab or a line break"
+                f"{name}, line {line}: {len(cells)} cells, the header has {len(header)}; {rule}"
             )
         if cells == header:
             raise InputError(f"{name}, line {line}: a second header row inside the data; remove it")
     if not rows:
         raise InputError(f"{name}: no utterances below the header")
-    return header, list(enumerate(rows, 2))
+    return header, rows
 
 
 def _unquote(cell: str) -> str:
@@ -648,7 +673,7 @@ def _read_tsv(place: Path) -> dict:
     labels, classes = _number_labels([name.strip() for name in cells_of.get("label", empty)])
     ids = cells_of.get("id", [str(row) for row in range(len(rows))])
     return {
-        "ids": _unique(str(place), [name.strip() for name in ids]),
+        "ids": [name.strip() for name in ids],
         "labels": labels,
         "classes": classes,
         "splits": _split_names(str(place), cells_of.get("split", empty)),
@@ -687,7 +712,6 @@ def _read_umc(place: Path, max_length: int | None) -> dict:
         names += [cells[label].strip() for _, cells in rows]
         splits += [SPLITS[part]] * len(rows)
     labels, classes = _number_labels(names)
-    _unique(str(place), ids)
     modalities = {}
     lengths = {}
     for name, file in FEATURES.items():
@@ -773,7 +797,7 @@ def _padded(
         )
     arrays = []
     for name in ids:
-        array = table.pop(name)
+        array = table[name]
         if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
             raise InputError(
                 f"{where}: {name} is no float array; allowed is (frames, d) or (frames, 1, d)"
