@@ -423,7 +423,7 @@ def test_several_paths_are_videos_whose_names_say_where_they_are(tree, tmp_path,
         ("absent", "no such file or folder"),
         ("empty", "leave it out"),
         ("a/0.png", "allowed are a folder, a .zip of one, .mp4"),
-        ("list.csv", "allowed are a folder, a .zip of one, .mp4"),
+        ("list.csv", "allowed are a folder, a .zip of one, .mp4.* a .csv stands alone"),
         ("v.mp4", "folders of frames and video files in one data set"),
     ],
 )

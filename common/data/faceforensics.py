@@ -213,7 +213,7 @@ def open_videos(
         if not place.is_dir() and place.suffix.lower() in (".csv", *VIDEO_SUFFIXES):
             only = place.name
             place = place.parent
-        files, sizes, keys, read = list_files(str(place), _is_wanted)
+        files, sizes, keys, read = list_files(str(place), _is_wanted, (".csv", *VIDEO_SUFFIXES))
         names = files
         if not only:
             names = ["/".join(parts) for parts in below_common_folder(files, _ROOTS.__contains__)]
