@@ -375,7 +375,7 @@ def build_data(
         labels=not args.predict,
         say=world.say,
     )
-    group_items(images, args, CARD.items, world.say)
+    group_items(images, args, CARD.items, world.say, own_splits=targets is None)
     if targets is None:
         classes = dict.fromkeys(("linear", "finetune"), images.classes)
         return Data(images, sampling.split(images, args.fraction, world.say), classes, None)

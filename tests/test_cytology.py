@@ -223,6 +223,20 @@ def test_stored_sets_keep_their_groups_and_take_no_others(tmp_path):
     assert "test_groups" not in record
 
 
+def test_a_target_label_that_groups_cost_a_part_is_named():
+    counts = {"HSIL": 30, "SCC": 30, "x": 60, "y": 60}
+    images, said = tree(counts), []
+    number = [int(name[-9:-4]) for name in images.ids]
+    alone = [name.startswith("SCC") for name in images.ids]
+    images.groups = np.array([0 if k else i for k, i in zip(alone, number, strict=True)], object)
+    parts, _, _ = cytology.protocol(images, ["HSIL", "SCC"], 1.0, [], said.append)
+    lacking = {part for part in parts if not sizes(images, parts[part])["SCC"]}
+    assert "finetune_train" not in lacking and {"finetune_dev", "finetune_test"} <= lacking
+    warned = [line for line in said if line.startswith("WARN")]
+    assert [line.split()[1] for line in warned] == ["finetune_dev", "finetune_test"]
+    assert all("nothing of SCC: too few groups" in line for line in warned)
+
+
 def test_groups_of_one_label_each_leave_nothing_to_test():
     images = tree(dict.fromkeys(TARGETS, 40) | {"other": 60})
     images.groups = np.array([name.split("/")[0] for name in images.ids], dtype=object)

@@ -270,6 +270,17 @@ def test_a_split_of_its_own_lacks_only_validation(people):
     )
 
 
+@pytest.mark.parametrize("group", ["", ",group"])
+def test_videos_that_are_all_for_testing_leave_none_to_train(people, group):
+    rows = [
+        f"{row},test" + (f",g{i // 2}" if group else "")
+        for i, row in enumerate((people / "list.csv").read_text().split()[1:])
+    ]
+    videos = opened(table(people, rows, "video_id,label,path,method,split" + group))
+    with pytest.raises(InputError, match="train has 0 real and 0 fake videos; both are needed"):
+        faceforensics.split(videos)
+
+
 def test_a_part_alone_is_the_one_beside_the_others(people):
     """A test part that is held out must not hold what a model was trained on, when it is used
     alone.
@@ -412,7 +423,7 @@ def test_several_paths_are_videos_whose_names_say_where_they_are(tree, tmp_path,
         ("absent", "no such file or folder"),
         ("empty", "leave it out"),
         ("a/0.png", "allowed are a folder, a .zip of one, .mp4"),
-        ("list.csv", "allowed are a folder, a .zip of one, .mp4"),
+        ("list.csv", "allowed are a folder, a .zip of one, .mp4.* a .csv stands alone"),
         ("v.mp4", "folders of frames and video files in one data set"),
     ],
 )

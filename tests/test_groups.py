@@ -73,6 +73,21 @@ def test_where_nothing_is_held_out_there_are_no_groups(modes, splits):
         assert grouped(data, flags(r"(p\d)", **modes)) == [] and data.groups is None
 
 
+def test_eval_of_a_protocol_needs_groups_whatever_splits_the_data_have():
+    data = items("p1", "p1/2", "p2", splits=["test", "train", "test"])
+    group_items(data, flags(r"(p\d)", eval="run"), "images", print, own_splits=False)
+    assert data.groups.tolist() == ["p1", "p1", "p2"]
+
+
+@pytest.mark.parametrize(
+    "data", [items("q1", "p1"), items("p1", "p1/2"), items("p1", "p2", groups=["x", "y"])]
+)
+def test_what_eval_cannot_group_is_told_what_helps_there(data):
+    """--eval takes no --group-by of its own."""
+    with pytest.raises(InputError, match="groups of its run; it needs none on data with a test sp"):
+        grouped(data, flags(r"(p\d)", eval="run"))
+
+
 def test_a_column_says_nothing_or_something_of_each_row():
     assert check_column("t.csv", ["a", "b"], [2, 3]) and not check_column("t.csv", ["", ""], [2, 3])
     with pytest.raises(

@@ -87,7 +87,7 @@ def test_images_in_no_folder_have_no_label_and_are_all_for_pretraining(tmp_path)
         (lambda p: (p / "empty").mkdir() or p / "empty", "no images there"),
         (
             lambda p: (p / "text.tar").write_text("x") and p / "text.tar",
-            "allowed are a folder, a .zip",
+            "allowed are a folder, a .zip of one, .csv, .packed, or `sample`",
         ),
         (lambda p: (p / "broken.zip").write_text("x") and p / "broken.zip", "not a readable zip"),
     ],
@@ -144,7 +144,7 @@ def test_an_image_is_a_set_by_itself_and_unlabeled_folders_are_no_splits(tmp_pat
     [
         ("absent.png", "no such file or folder"),
         ("empty", "leave it out"),
-        ("notes.txt", "allowed are a folder, a .zip of one, .png"),
+        ("notes.txt", "allowed are a folder, a .zip of one, .png.* a .csv stands alone"),
         ("folder.png", "leave it out"),
         ("pipe.png", "not a regular file"),
         ("broken.zip", "not a readable zip"),

@@ -557,6 +557,12 @@ def test_validation_is_held_out_by_groups_that_are_given(tmp_path):
     sides = {name: set(clips.groups[indices]) for name, indices in parts.items()}
     assert len(sides["val"]) == 1 and len(sides["train"]) == 4 and not sides["val"] & sides["train"]
     assert said == ["no val.txt: 24 training clips are held out for validation, whole groups each"]
+    first = clips.classes[0]
+    train = clips.splits == "train"
+    clips.groups[train & (clips.labels == 0)] = "one"
+    assert 0 not in clips.labels[raer.split(clips, say=said.append)["val"]]
+    assert said[-1].startswith(f"WARN val has nothing of {first}: too few groups")
+    clips.groups = np.array(lecture, dtype=object)
     clips.groups[np.flatnonzero(clips.splits == "test")] = "l0"
     with pytest.raises(InputError, match=r"1 group is in two splits: l0 \(p00/c0 in train, t/1 in"):
         raer.split(clips)

@@ -300,7 +300,7 @@ def test_a_class_that_groups_cost_a_part_is_named():
     parts = sampling.split(images_of(labels, [*"abcdef", "g", "g"]), say=said.append)
     assert 1 not in np.array(labels)[parts["test"]]
     assert [line.partition(":")[0] for line in said] == [
-        f"WARN {name} has no images of c1" for name in ("test", "dev", "finetune_dev")
+        f"WARN {name} has nothing of c1" for name in ("test", "dev", "finetune_dev")
     ]
     own = images_of([0, 0, 0, 1], [*"abcd"], ["train", "val", "test", "train"])
     sampling.split(own, say=said.append)  # what the data give themselves is their own affair

@@ -243,6 +243,9 @@ def protocol(
         dev = np.setdiff1d(held, test)
         say_lost(images, rows["A2"], {"dev": dev, "test": test}, say)
     finetune_dev = hold_out(ids, labels, rows["B1"], FINETUNE_DEV_SHARE, "dev", groups)
+    if tested is not None:
+        held_out = {"finetune_dev": finetune_dev, "finetune_test": rows["B2"]}
+        say_lost(images, rows["B1"], held_out, say)
     parts = {
         "rest": rows["A1"],
         "pretrain": hold_out(ids, labels, rows["A1"], fraction, "fraction"),

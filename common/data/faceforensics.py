@@ -213,7 +213,7 @@ def open_videos(
         if not place.is_dir() and place.suffix.lower() in (".csv", *VIDEO_SUFFIXES):
             only = place.name
             place = place.parent
-        files, sizes, keys, read = list_files(str(place), _is_wanted)
+        files, sizes, keys, read = list_files(str(place), _is_wanted, (".csv", *VIDEO_SUFFIXES))
         names = files
         if not only:
             names = ["/".join(parts) for parts in below_common_folder(files, _ROOTS.__contains__)]
@@ -342,21 +342,21 @@ def _hold_out_persons(
     group_of = np.array(joined([persons[index] for index in pool]), dtype=object)
     kinds = [(int(videos.labels[i]), videos.keys[i][1]) for i in pool]  # label and method
     if videos.groups is not None:
-        labels = np.array(_numbers(kinds))
+        labels = _numbers(kinds)
         return pool[hold_out([], labels, np.arange(len(pool)), share, salt, group_of)]
     kinds_of = defaultdict(set)
     for group, kind in zip(group_of, kinds, strict=True):
         kinds_of[group].add(kind)
     names = list(kinds_of)
     # What a group holds is its stratum.
-    labels = np.array(_numbers([tuple(sorted(kinds_of[name])) for name in names]))
+    labels = _numbers([tuple(sorted(kinds_of[name])) for name in names])
     chosen = {names[i] for i in hold_out(names, labels, np.arange(len(names)), share, salt)}
     return pool[[group in chosen for group in group_of]]
 
 
-def _numbers(values: list) -> list[int]:
+def _numbers(values: list) -> np.ndarray:
     number = {value: i for i, value in enumerate(sorted(set(values)))}
-    return [number[value] for value in values]
+    return np.array([number[value] for value in values], np.int64)
 
 
 def _sample(path: str) -> FaceVideos:

@@ -32,7 +32,7 @@ def check_column(what, groups: Sequence[str], places: Sequence) -> bool:
     return not empty
 
 
-def group_items(data, args, unit: str, say: Callable[[str], None]) -> None:
+def group_items(data, args, unit: str, say: Callable[[str], None], own_splits: bool = True) -> None:
     """Settle `data.groups` by --group-by, or as the data's column has them, and say how many.
 
     There are none where nothing is held out: with --predict, and with --eval on data that has a
@@ -42,28 +42,45 @@ def group_items(data, args, unit: str, say: Callable[[str], None]) -> None:
         data: a data set with `name`, `ids`, `splits` and `groups`.
         args: the shared flags.
         unit: the word for items.
+        own_splits: whether the data's splits are used.
 
     Raises:
         InputError: a name has no group by the pattern, all items are in one, or there is a column,
             too.
     """
-    if args.predict or (args.eval and (data.splits == "test").any()):
+    if args.predict or (args.eval and own_splits and (data.splits == "test").any()):
         data.groups = None
         return
+
+    def refuse(received: str, remedy: str) -> None:
+        if args.eval:
+            remedy = "--eval has the groups of its run; it needs none on data with a test split"
+        raise InputError(f"{received}; {remedy}")
+
     source = "by the column `group`"
     if args.group_by is not None:
         source = "by --group-by"
         if data.groups is not None:
-            raise InputError(f"--group-by: {data.name} has a column `group`; leave out one of them")
-        data.groups = _by_name(args.group_by, data, unit)
+            refuse(f"--group-by: {data.name} has a column `group`", "leave out one of them")
+        found = [re.search(args.group_by, name) for name in data.ids]
+        groups = [match and match[1] for match in found]
+        without = [name for name, group in zip(data.ids, groups, strict=True) if not group]
+        if without:
+            refuse(
+                f"--group-by '{args.group_by}': {len(without)} of {len(groups)} {unit} without a"
+                f" group by it: {first_few(without)}",
+                "write a pattern that finds one in every name",
+            )
+        data.groups = np.array(groups, dtype=object)
     if data.groups is None:
         return
     names, counts = np.unique(data.groups, return_counts=True)
     low, high = counts.min(), counts.max()
     if len(names) == 1:
-        raise InputError(
+        refuse(
             f"{data.name}: {source} all {len(data.ids)} {unit} are in one group, {names[0]}:"
-            " nothing can be held out; tell them apart, or leave the groups out"
+            " nothing can be held out",
+            "tell them apart, or leave the groups out",
         )
     if high == 1:
         say(f"WARN {source} each of the {len(names)} {unit} is a group of its own: none are joined")
@@ -71,18 +88,6 @@ def group_items(data, args, unit: str, say: Callable[[str], None]) -> None:
     sizes = f"{low} to {high}" if low < high else high
     largest = f", the largest {names[counts.argmax()]}" if low < high else ""
     say(f"{len(names)} groups of {sizes} {unit} {source}{largest}")
-
-
-def _by_name(pattern: str, data, unit: str) -> np.ndarray:
-    found = [re.search(pattern, name) for name in data.ids]
-    groups = [match and match[1] for match in found]
-    without = [name for name, group in zip(data.ids, groups, strict=True) if not group]
-    if without:
-        raise InputError(
-            f"--group-by '{pattern}': {len(without)} of {len(groups)} {unit} without a group by it:"
-            f" {first_few(without)}; write a pattern that finds one in every name"
-        )
-    return np.array(groups, dtype=object)
 
 
 def same_groups(groups: np.ndarray, indices: np.ndarray) -> np.ndarray:

@@ -464,7 +464,8 @@ def list_files(
 
     Args:
         path: it; or several, which may also be files themselves.
-        alone: the suffixes that these may have.
+        alone: the suffixes that these may have; of one path those that are read elsewhere, for the
+            message.
 
     Returns:
         Sorted names, `printable`, of several paths each with its path before it; sizes in bytes;
@@ -494,6 +495,10 @@ def _files_at(path: str, keep, alone: tuple[str, ...]):
     if path.lower().endswith(alone) and not place.is_dir():
         size = reading.regular_status(place).st_size
         return [path], [size], [0], lambda _: reading.read_bytes(place, was_there=True)
+    if not place.is_dir() and place.suffix.lower() != ".zip":
+        raise InputError(
+            f"{path}: allowed are a folder, a .zip of one, {', '.join(alone)}; a .csv stands alone"
+        )
     files, sizes, keys, read = _listed(place, keep, alone)
     if not files:
         raise InputError(f"{path}: nothing there is of the kind that is read; leave it out")

@@ -71,7 +71,10 @@ def open_images(path: str | tuple[str, ...], labels: bool = True) -> Images:
             return open_table(place)
         if not labels and not place.is_dir() and path.lower().endswith(SUFFIXES):
             path = (path,)
-    files, sizes, keys, read = list_files(path, is_image, () if labels else SUFFIXES)
+    alone = () if labels else SUFFIXES
+    if isinstance(path, str):
+        alone = (".csv", pack.SUFFIX, *alone)
+    files, sizes, keys, read = list_files(path, is_image, alone)
     if not files:
         raise InputError(f"{path}: no images there; allowed are {', '.join(SUFFIXES)}")
     ids, splits, names = _layout(files, path, labels)

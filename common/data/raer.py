@@ -50,7 +50,7 @@ from common.data.images import (
     reason,
     upright_size,
 )
-from common.data.sampling import hold_out, hold_out_groups
+from common.data.sampling import hold_out, hold_out_groups, say_lost
 from common.data.synthetic import emotion_clips
 from common.errors import InputError, first_few, plural
 from common.rng import uniform
@@ -379,6 +379,8 @@ def split(clips: EmotionClips, names=("train", "val", "test"), say=print) -> dic
             f"no val.txt: {len(parts['val'])} training clips are held out for validation, whole"
             f" {groups} each"
         )
+        if clips.groups is not None:
+            say_lost(clips, parts["train"], {"val": parts["val"]}, say)
     for name in names:
         counts = np.bincount(clips.labels[parts[name]], minlength=len(clips.classes))
         if not counts.any():

@@ -165,16 +165,13 @@ def split(images: Images, fraction: float = 1.0, say=print) -> dict[str, np.ndar
     return parts
 
 
-def say_lost(images: Images, pool: np.ndarray, parts: dict[str, np.ndarray], say) -> None:
+def say_lost(data, pool: np.ndarray, parts: dict[str, np.ndarray], say) -> None:
     """Say which classes of `pool` one of the `parts` held out of it lacks."""
     for name, indices in parts.items():
-        lost = np.setdiff1d(images.labels[pool], images.labels[indices])
+        lost = np.setdiff1d(data.labels[pool], data.labels[indices])
         if len(lost):
-            classes = first_few([images.classes[label] for label in lost])
-            say(
-                f"WARN {name} has no images of {classes}: too few groups hold them; add images of"
-                " others"
-            )
+            classes = first_few([data.classes[label] for label in lost])
+            say(f"WARN {name} has nothing of {classes}: too few groups hold it; add others")
 
 
 def permutation(count: int, seed: int, epoch: int, stream: int = _ORDER_STREAM) -> np.ndarray:
