@@ -488,7 +488,7 @@ def evaluate(
     frames = 2 * run.model_spec["num_frames"]
     parts = np.array_split(shard, -(-len(shard) * frames // EVAL_FRAMES))
     parts = [part for part in parts if len(part)]
-    with Evaluation(progress, model, parts, "other outputs" if outputs else "") as done:
+    with Evaluation(progress, model, parts, "encoding" if outputs else "") as done:
         for batch in fetch(run, done.left, None, cached):
             x = frames_of(run, batch)
             with amp.autocast(run.args.precision, run.world.device):

@@ -76,8 +76,8 @@ CARD = Card(
     },
     baselines=("linear_random", "linear_pixels"),
     following={
-        "pretrain": "--stage linear --from RUN {data} {store_size} {on_bad_item} {protocol}"
-        " {target_labels}"
+        "pretrain": "--stage linear --from RUN {data} {group_by} {store_size} {on_bad_item}"
+        " {protocol} {target_labels}"
     },
 )
 # The batch and the learning rate of the linear protocol and of fine-tuning are the cytology
@@ -329,16 +329,21 @@ def linear_solver(args) -> str:
     return args.linear_solver or ("sgd" if is_recipe or args.teacher else "lbfgs")
 
 
-def settings(args) -> dict[str, config.StageConfig]:
-    """Resolved settings of the stages to run, in their order."""
+def settings(args, labeled: int | None = None) -> dict[str, config.StageConfig]:
+    """Resolved settings of the stages to run, in their order.
+
+    Where --linear-bs is unset, its batch is not larger than the `labeled` training images.
+    """
     names = list(STAGES) if args.stage == "all" else [args.stage]
     stages = {}
     for name in names:
         defaults = STAGES[name]
         if name == "pretrain":
             defaults = defaults | {"optimizer": args.optimizer}
-        if name == "linear" and linear_solver(args) == "lbfgs":
+        elif name == "linear" and linear_solver(args) == "lbfgs":
             defaults = defaults | SOLVED
+        elif name == "linear" and labeled:
+            defaults = defaults | {"bs": min(defaults["bs"], labeled)}
         lr_of = LR_OF.get(defaults["optimizer"])
         is_first = name == names[0]
         stages[name] = config.stage_config(args, name, defaults, first=is_first, lr_of=lr_of)
@@ -850,7 +855,7 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
         targets=targets,
         proj_dim=source.get("proj_dim", args.proj_dim),
     )
-    stages = settings(args)
+    stages = settings(args, len(splits["train"]))
     validate(args, world, images, splits, stages)
     start = {"weights": checkpoint.weights_digest(weights)} if weights else {}
     teacher, teacher_id = distill.read(args, spec, same=("image_size", "classes"))

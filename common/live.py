@@ -63,13 +63,17 @@ class Line:
         return elapsed >= _REDRAW and not self.silent and sys.stdout.isatty()
 
     def draw(self, head: str, share: float | None, tail: str) -> None:
-        """Show `head [####......] tail`; where there is little room without the bar, and cut."""
+        """Show `head [####......] tail`; where there is little room without the bar and
+        the last parts of `tail`, which " | " separates, and cut."""
         width = _columns() - _ECHO
         bar = min(_BAR, width - len(f"{head} [] {tail}"))
         if share is not None and bar >= 4:
             filled = int(bar * min(share, 1.0))
             head = f"{head} [{'#' * filled}{'.' * (bar - filled)}]"
-        text = f"{head} {tail}"[: max(width, 0)]
+        text = f"{head} {tail}"
+        while len(text) > width and " | " in text:
+            text = text.rpartition(" | ")[0]  # a number without its end would be another one
+        text = text[: max(width, 0)]
         # A narrower window has wrapped what stood there: no more is overwritten than it is wide.
         text = text.ljust(min(self._length, width))
         self._length = len(text)

@@ -87,6 +87,16 @@ def test_the_live_line_is_as_wide_as_the_terminal_and_leaves_nothing(ending, col
     assert not ENDINGS[ending] or f"\r{ENDINGS[ending]}\r\n" in printed  # at a line's beginning
 
 
+@pytest.mark.parametrize("columns", range(25, 80, 3))
+def test_no_number_of_the_live_line_is_cut(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    tail = "7/15 | loss 0.1569 | 64.2 clip/s | eta 1h05m"
+    live.Line().draw("train epoch 3/30", 0.5, tail)
+    shown = capsys.readouterr().out.strip()
+    assert len(shown) <= columns - 3
+    assert shown.endswith(("3/30 7/15", "loss 0.1569", "64.2 clip/s", "eta 1h05m"))
+
+
 def test_the_live_line_follows_the_window():
     code = "for _ in range(2): live.line.draw('x' * 90, None, ''); input()\nsay('end')"
     program, terminal = start(code, 80)

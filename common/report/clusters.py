@@ -11,6 +11,7 @@ from common import metrics
 from common.data import utterances
 from common.data.utterances import tokens
 from common.deep_cluster import SCORES, SHOWN, Targets, membership
+from common.live import digits
 from common.monitor import Monitor
 from common.report import figures
 from common.run import log
@@ -100,7 +101,7 @@ def log_scores(run: Run, results: dict) -> None:
     """One line for each test score among `results`: of the run and of each baseline."""
     for name in [name.removesuffix("/nmi") for name in results if name.endswith("/test/nmi")]:
         values = (
-            f"{key} {results[f'{name}/{key}']:.4f} ± {results[f'{name}/{key}_sd']:.4f}"
+            f"{key} {digits(results[f'{name}/{key}'])} ± {digits(results[f'{name}/{key}_sd'])}"
             for key in SHOWN
         )
         run.log.say(f"{name}: {', '.join(values)}")
