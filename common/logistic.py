@@ -17,6 +17,7 @@ PENALTIES = tuple(10 ** (1 - 5 * k / 9) for k in range(10))  # 10 to 1e-4, from 
 WORSE = 3  # standard errors below the best accuracy: still weaker penalties only overfit more
 TOLERANCE = 1e-5  # largest entry of the gradient, in the solver's coordinates
 MOST_STEPS = 2000
+CONSTANT = 1e-4  # of the mean: what varies less is mostly float32's rounding
 _BLOCK = 2**22  # float64 numbers of a block of rows, or of its logits
 
 
@@ -78,8 +79,7 @@ def solve(
 
     mean = sum(block.sum(0) for block in blocks()) / count
     deviation = (sum(block.square().sum(0) for block in blocks()) / count).sqrt()
-    # A constant feature stays zero, not noise.
-    deviation = torch.where(deviation > 1e-6 * mean.abs(), deviation, 1.0)
+    deviation[deviation <= CONSTANT * mean.abs()] = torch.inf  # such a feature is zero
     if count <= width:
         axes = torch.linalg.svd(torch.cat([*blocks()]), full_matrices=False).Vh.T
     else:

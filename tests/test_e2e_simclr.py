@@ -534,7 +534,7 @@ def test_the_cytology_protocol_runs_through_all_stages(labels49, tmp_path, monke
     (labels49 / "HSIL" / "new.png").unlink()
     assert json.loads((again / "split.json").read_text())["sets"] == sets
     # Without the protocol the test part would hold images that the run was trained on.
-    argv = [*NET, "--data", str(labels49), "--stage", "linear", "--from", str(run), "--bs", "16"]
+    argv = [*NET, "--data", str(labels49), "--stage", "linear", "--from", str(run)]
     refused(
         train_simclr.main,
         [*argv, "--out", str(tmp_path / "other")],

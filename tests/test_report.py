@@ -93,6 +93,34 @@ def test_report_is_self_contained_and_names_both_conventions(tmp_path):
     assert stop.value.code == 2
 
 
+def test_a_stage_stands_beside_its_best_baseline(tmp_path):
+    run_directory(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["card"] = {"headlines": {"linear/test/accuracy": "linear"}, "chance": {}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    summary = json.loads((tmp_path / "summary.json").read_text()) | {
+        "linear/test/accuracy_low": 0.7,
+        "linear/test/accuracy_high": 0.8,
+        "linear_random/test/accuracy": 0.71,
+        "linear_pixels/test/accuracy": 0.77,
+        "linear/test/gain_over_pixels": -0.02,
+        "linear/test/gain_over_pixels_low": -0.06,
+        "linear/test/gain_over_pixels_high": 0.03,
+    }
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    tile = page.tiles(Record(tmp_path))
+    spans = re.findall(r"<span>(.*?)</span>", tile)
+    assert spans == [
+        "linear",
+        "(0.7000 to 0.8000)",
+        "majority class 0.5000",
+        "best baseline 0.7700 (pixels)",
+        "gain over it -0.0200 (-0.0600 to 0.0300)",
+    ]
+    table = page.accuracy_section(summary)
+    assert "0.7500 (0.7000 to 0.8000)" in table and "-0.0200 (-0.0600 to 0.0300)" in table
+
+
 def test_small_numbers_do_not_become_zero_in_a_table():
     shown = page.table([(0.5, 3e-5, 0.0, -1e-4, 0.001)])
     assert re.findall(r">([-.\de]+)<", shown) == ["0.5000", "3e-05", "0.0000", "-0.0001", "0.0010"]
