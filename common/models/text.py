@@ -10,6 +10,7 @@ import hashlib
 import string
 import unicodedata
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,7 +81,7 @@ def _starts(owner: np.ndarray, count: int) -> np.ndarray:
 
 
 def tfidf(
-    documents: list[list[str]],
+    documents: Iterable[list[str]],
     terms: list[str] | None = None,
     idf: np.ndarray | None = None,
     min_df: int = 1,
@@ -90,7 +91,7 @@ def tfidf(
     idf = 1 + ln((1 + n) / (1 + df)).
 
     Args:
-        documents: n lists of terms.
+        documents: n lists of terms, each gone through once.
         terms, idf: V terms and their weights from an earlier call; None: the sorted terms of these
             documents.
         min_df: terms that stand in fewer documents are left out of new ones.
@@ -114,7 +115,7 @@ def tfidf(
         df = np.bincount(columns, minlength=len(number))
         terms = sorted(term for term, i in number.items() if df[i] >= min_df)
         old = np.array([number[term] for term in terms], np.int64)
-        idf = 1 + np.log((1 + len(documents)) / (1 + df[old]))
+        idf = 1 + np.log((1 + len(rows)) / (1 + df[old]))
         new = np.full(len(number), -1)
         new[old] = np.arange(len(terms))
         columns = new[columns]
@@ -124,8 +125,8 @@ def tfidf(
         columns = columns[order]
         tf = tf[order]
     values = (1 + np.log(tf)) * idf[columns]
-    values /= np.sqrt(np.bincount(owner, values**2, len(documents)))[owner]
-    return Sparse(values, columns, _starts(owner, len(documents)), len(terms)), terms, idf
+    values /= np.sqrt(np.bincount(owner, values**2, len(rows)))[owner]
+    return Sparse(values, columns, _starts(owner, len(rows)), len(terms)), terms, idf
 
 
 def side_by_side(blocks: list[tuple[float, Sparse]]) -> Sparse:
@@ -212,8 +213,9 @@ class Lsa:
         Raises:
             InputError: no term stands in two utterances.
         """
-        by_words, words, word_idf = tfidf([word_ngrams(text) for text in texts], min_df=2)
-        by_chars, chars, char_idf = tfidf([char_ngrams(text) for text in texts], min_df=2)
+        # One text's terms at a time: all of them are a hundred times as large as the texts.
+        by_words, words, word_idf = tfidf(map(word_ngrams, texts), min_df=2)
+        by_chars, chars, char_idf = tfidf(map(char_ngrams, texts), min_df=2)
         if not words and not chars:
             raise InputError(
                 "no word stands in two utterances: nothing to compare them by; check the text"
@@ -235,8 +237,7 @@ class Lsa:
 
     def __call__(self, texts: list[str]) -> np.ndarray:
         state = self.state
-        words = [word_ngrams(text) for text in texts]
-        chars = [char_ngrams(text) for text in texts]
+        words, chars = map(word_ngrams, texts), map(char_ngrams, texts)
         by_words, _, _ = tfidf(words, state["words"], state["word_idf"].numpy())
         by_chars, _, _ = tfidf(chars, state["chars"], state["char_idf"].numpy())
         matrix = side_by_side([(1.0, by_words), (state["char_weight"], by_chars)])
