@@ -87,7 +87,7 @@ def test_a_run_leaves_what_the_readme_promises(whole, cells, capsys):
     ):
         assert (whole / name).stat().st_size > 0
     steps = [line for line in log.read(whole) if line["stage"] == "pretrain" and "top1" in line]
-    assert [line["step"] for line in steps] == [1, 2, 3]
+    assert [line["step"] for line in steps] == list(range(1, 10))
     assert {
         "loss",
         "loss_over_chance",
@@ -341,13 +341,11 @@ def test_divergence_ends_with_exit_code_3_and_a_finite_checkpoint(
     original = train_simclr.train_step
 
     def poisoned(run, model, optimizer, *rest):
-        if int(poisoned.calls) == 4:
+        if run.current.step == 4:
             with torch.no_grad():
                 next(model.parameters()).fill_(float("nan"))
-        poisoned.calls += 1
         return original(run, model, optimizer, *rest)
 
-    poisoned.calls = 0
     monkeypatch.setattr(train_simclr, "train_step", poisoned)
     argv = flags(NET, "--data", cells, "--bs 16 --epochs 4 --save-every 0 --out", tmp_path)
     with pytest.raises(SystemExit) as ending:
