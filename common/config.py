@@ -226,6 +226,15 @@ class Parser(_Flags, argparse.ArgumentParser):
                 self.error(f"{source}: {error}")
         return taken
 
+    def _get_values(self, action, arg_strings: list[str]):
+        # Taken as none given it would start from random weights, or train where --eval is meant.
+        if "" in arg_strings:
+            raise argparse.ArgumentError(
+                action,
+                "received an empty value, as of an unset variable; give one, or leave it out",
+            )
+        return super()._get_values(action, arg_strings)
+
     def parse_known_args(self, args=None, namespace=None):
         # Before a program prints its first line: what the console has no sign for must not end it.
         if isinstance(sys.stdout, io.TextIOWrapper):

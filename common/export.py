@@ -116,7 +116,9 @@ def export(spec: ExportSpec) -> torch.export.ExportedProgram:
     example = torch.zeros(2, *clip, 3, spec.size + 3, spec.size + 1, dtype=torch.uint8)
     free = dict.fromkeys((0, example.ndim - 2, example.ndim - 1), torch.export.Dim.DYNAMIC)
     examples = tuple(example.clone() for _ in spec.inputs)  # one tensor twice were one input
-    return torch.export.export(program, examples, dynamic_shapes=((free,) * len(examples),))
+    # Traced with gradients, a frozen tower that does without is in a program that no one can load.
+    with torch.no_grad():
+        return torch.export.export(program, examples, dynamic_shapes=((free,) * len(examples),))
 
 
 def describe(spec: ExportSpec, origin: dict) -> dict:

@@ -138,6 +138,7 @@ def emotions(tmp_path_factory):
 # Models whose answers come another way: what differs in the model_spec.
 WAYS = {
     "as trained": {},
+    "frozen tower": {"tune": "none"},
     "post-hoc": {"method": "post-hoc"},
     "tau-norm": {"method": "tau-norm", "scale": None},
     "prompts": {

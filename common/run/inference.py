@@ -171,8 +171,6 @@ def _check_paths(paths: list[str]) -> None:
     # for archives.
     given: dict[str, str] = {}
     for path in paths:
-        if not path:
-            raise InputError("--predict: a path is empty")
         if len(paths) > 1 and path.startswith("sample") and not os.path.exists(path):
             raise InputError(f"--predict {path}: there is no such file; embedded data stand alone")
         place = os.path.abspath(path)
