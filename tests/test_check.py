@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 import train_cluster
@@ -234,6 +235,19 @@ def test_images_without_labels_are_checked_on_what_there_is(tmp_path):
         "leakage": "PASS",
         "zero-input": "SKIP",
     }
+
+
+@pytest.mark.e2e
+def test_strong_colors_on_images_of_little_contrast_are_no_failure(tmp_path):
+    rng = np.random.default_rng(0)
+    for k in range(48):
+        (tmp_path / "pale" / str(k % 2)).mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(170, 200, (16, 16, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "pale" / str(k % 2) / f"{k}.png")
+    argv = flags("--data", tmp_path / "pale", bugs.IMAGES[2:], "--check inputs --device cpu")
+    assert train_simclr.main([*argv, "--out", str(tmp_path / "run")]) == 0
+    (item,) = json.loads((tmp_path / "run" / "check.json").read_text())["items"]
+    assert item["status"] == "WARN" and "times the stored images'" in item["value"]
 
 
 @pytest.mark.e2e

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import warnings
 
 import numpy as np
 import pytest
@@ -87,6 +88,7 @@ def test_processes_give_the_gradients_of_one(tmp_path, world_size, dtype, tolera
 
 
 def gathers(world, _):
+    warnings.simplefilter("error")  # on the console they bury how a run ends
     rows = torch.arange(3, dtype=torch.float32)[:, None] + 10 * world.rank
     indices = np.arange(100, 107)
     own = dist.shard(indices, world)

@@ -138,6 +138,14 @@ def test_hours_on_a_cpu_are_said_before_the_first_step(
     assert not said or "fewer --epochs; --max-steps" in printed
 
 
+def test_a_terminal_shows_that_a_step_is_timed(monkeypatch, capsys):
+    monkeypatch.setattr(loop.live.line, "due", lambda: True)
+    foresee(run_of(None, 100), monkeypatch, lambda n: 5.0 * n)
+    shown, said = capsys.readouterr().out.split("WARN ")
+    assert shown.startswith("\rtrain: timing a small step: 0 of 1 ") and shown.endswith(" \r")
+    assert "; audits and evaluations come on top." in said
+
+
 def test_flags_that_help_are_those_of_the_stage_and_the_script(monkeypatch, capsys):
     run = run_of(None, 100, pretrain=None)
     run.args.backbone = run.args.image_size = None

@@ -166,8 +166,10 @@ def inputs(spec: CheckSpec) -> Result:
     away = (raw - test).abs().mean().item() if raw.shape == test.shape else math.inf
     if not away < 0.02:
         problems.append(f"evaluation reads images that are {away:.3f} away from the stored ones")
+    # Strong color distortion of images with little contrast alone can do that: no proof.
     spread = (train.std() / raw.std().clamp(min=1e-6)).item()
-    if not problems and not 0.4 < spread < 2.5:
+    status = FAIL if problems else WARN
+    if not 0.4 < spread < 2.5:
         problems.append(f"training's deviation is {spread:.2f} times the stored images'")
     if problems:
         fix = (
@@ -175,7 +177,7 @@ def inputs(spec: CheckSpec) -> Result:
             " augments evaluation"
         )
         threshold = "0 to 1; evaluation as stored"
-        return Result(FAIL, "; ".join(problems), threshold, fix, pictures, rows)
+        return Result(status, "; ".join(problems), threshold, fix, pictures, rows)
     return Result(PASS, value, "evaluation as stored, training in 0 to 1", "", pictures, rows)
 
 

@@ -413,7 +413,9 @@ def all_gather_rows(x: Tensor) -> Tensor:
     if not parallel():
         return x
     out = x.new_empty((td.get_world_size() * x.shape[0], *x.shape[1:]))
-    td.all_gather_into_tensor(out, x.contiguous())
+    # Newer PyTorch warns, on the console of every rank, of the name that older ones have alone.
+    gather = getattr(td, "all_gather_single", td.all_gather_into_tensor)
+    gather(out, x.contiguous())
     return out
 
 

@@ -139,7 +139,7 @@ class Loop:
         if run.world.device.type != "cpu" or steps * self.settings.bs < _FEW:
             return
         rng_state = checkpoint.rng_state()
-        with run.signals.at_once():
+        with run.signals.at_once(), live.Progress(f"{stage}: timing a small step", 1):
             seconds = self._seconds_of_step(train_step, fetch, items[:_TRIED], steps)
         checkpoint.set_rng_state(rng_state)
         self.pace.pause()
@@ -151,9 +151,9 @@ class Loop:
         sizes = " or ".join(flag for name, flag in flags.items() if name in vars(run.args))
         run.log.say(
             f"WARN {stage}: about {live.duration(seconds * steps)} on this CPU, at {each} for each"
-            f" of {steps} steps of {self.settings.bs}; evaluations come on top. What helps: a GPU,"
-            f" fewer {epochs}{f', a smaller {sizes}' if sizes else ''}; --max-steps stops early,"
-            " --demo is small"
+            f" of {steps} steps of {self.settings.bs}; audits and evaluations come on top. What"
+            f" helps: a GPU, fewer {epochs}{f', a smaller {sizes}' if sizes else ''}; --max-steps"
+            " stops early, --demo is small"
         )
 
     def _seconds_of_step(self, train_step, fetch, items: np.ndarray, steps: int) -> float:
