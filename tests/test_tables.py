@@ -110,7 +110,7 @@ def test_select_takes_the_largest_batch_then_the_lowest_loss_and_says_where_the_
 ):
     assert __main__.main([str(grid), "--select"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"resnet18: proj_dim 32, bs 128, fraction 1, {LOSS} 3.3280"
+    assert lines[0] == f"resnet18: proj_dim 32, bs 128, fraction 1, {LOSS} 3.328"
     assert lines[1].endswith(f"--from {grid / 'resnet18-128-32'}")
     # No flag of the protocol, which these runs have not.
     assert "--stage linear --data sample --from" in lines[1]

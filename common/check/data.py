@@ -190,7 +190,8 @@ def imbalance(seen: Inspection, folder: Path) -> Result:
         f"{seen.classes[i]} {counts[i]}"
         for i in (counts.argmax(), np.where(counts > 0, counts, np.inf).argmin())
     )
-    value = f"{ratio:.1f} in the training part: {largest} over {smallest}"
+    value = f"{ratio:.1f} in the training part: "
+    value += f"{largest} over {smallest}" if ratio > 1 else f"all like {largest}"
     value += f"; no training {seen.unit} of {first_few(missing)}" if missing else ""
     value += f"; none of {first_few(lacking)}" if lacking else ""
     status = PASS
