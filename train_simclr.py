@@ -19,6 +19,7 @@ import common  # noqa: F401  # isort: skip  (it refuses an older Python)
 import math
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -329,11 +330,11 @@ def settings(args) -> dict[str, config.StageConfig]:
         defaults = STAGES[name]
         if name == "pretrain":
             defaults = defaults | {"optimizer": args.optimizer}
-        if name == "linear" and linear_solver(args) == "lbfgs":
-            defaults = defaults | SOLVED
-        lr_of = LR_OF.get(defaults["optimizer"])
+        lr_of = LR_OF[defaults["optimizer"]]
         is_first = name == names[0]
         stages[name] = config.stage_config(args, name, defaults, first=is_first, lr_of=lr_of)
+    if "linear" in stages and linear_solver(args) == "lbfgs":
+        stages["linear"] = replace(stages["linear"], **SOLVED)
     return stages
 
 
