@@ -330,11 +330,13 @@ def settings(args) -> dict[str, config.StageConfig]:
         defaults = STAGES[name]
         if name == "pretrain":
             defaults = defaults | {"optimizer": args.optimizer}
-        lr_of = LR_OF[defaults["optimizer"]]
+        if name == "linear" and linear_solver(args) == "lbfgs":
+            defaults = defaults | SOLVED
+        lr_of = LR_OF.get(defaults["optimizer"])
         is_first = name == names[0]
         stages[name] = config.stage_config(args, name, defaults, first=is_first, lr_of=lr_of)
-    if "linear" in stages and linear_solver(args) == "lbfgs":
-        stages["linear"] = replace(stages["linear"], **SOLVED)
+        if stages[name].optimizer == "lbfgs":  # the defaults of --linear-epochs, ... are sgd's
+            stages[name] = replace(stages[name], **SOLVED)
     return stages
 
 
