@@ -19,6 +19,7 @@ import common  # noqa: F401  # isort: skip  (it refuses an older Python)
 import math
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -347,6 +348,8 @@ def settings(args, labeled: int | None = None) -> dict[str, config.StageConfig]:
         lr_of = LR_OF.get(defaults["optimizer"])
         is_first = name == names[0]
         stages[name] = config.stage_config(args, name, defaults, first=is_first, lr_of=lr_of)
+        if stages[name].optimizer == "lbfgs":  # the defaults of --linear-epochs, ... are sgd's
+            stages[name] = replace(stages[name], **SOLVED)
     return stages
 
 

@@ -53,8 +53,10 @@ class Case(NamedTuple):
 
 
 CASES = {
-    "simclr": Case(train_simclr, [*SIMCLR, *STAGES], [(1, 9, 2), (10, 20, 2), (20, 60, 3)]),
-    "simclr linear sgd": Case(train_simclr, [*SIMCLR, *SGD], [(1, 9, 2), (20, 40, 2)]),
+    "simclr": Case(
+        train_simclr, [*SIMCLR, *STAGES], [(1, 9, 2), (10, 20, 2), (20, 45, 2), (61, 66, 1)]
+    ),
+    "simclr linear sgd": Case(train_simclr, [*SIMCLR, *SGD], [(1, 9, 2), (14, 24, 2)]),
     "simclr student": Case(train_simclr, [*SIMCLR, *FINETUNE], [(1, 9, 3)]),
     "tsm accumulation, growing loss scale": Case(train_tsm, TSM, [(1, 24, 5)]),
     "raer": Case(train_raer, [*RAER, "--tune", "full", "--dropout", "0.2"], [(1, 20, 5)]),

@@ -66,6 +66,8 @@ def test_a_run_leaves_what_the_readme_promises(whole, cells, capsys):
         gain = result["linear/test/accuracy"] - result[f"linear_{baseline}/test/accuracy"]
         assert result[f"linear/test/gain_over_{baseline}"] == pytest.approx(gain)
         assert {"linear/cv/penalty", f"linear_{baseline}/test/knn_accuracy"} <= result.keys()
+    solved = json.loads((whole / "config.json").read_text())["resolved"]["linear"]
+    assert (solved["optimizer"], solved["epochs"]) == ("lbfgs", 1)
     assert result["majority/test/accuracy"] == pytest.approx(1 / 3)
     assert result["finetune/test/majority_accuracy"] == pytest.approx(1 / 3)
     assert result["pretrain/test/majority_knn_accuracy"] == pytest.approx(1 / 3)
