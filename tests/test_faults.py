@@ -1094,6 +1094,7 @@ def test_the_same_command_repeats_a_diverged_step_and_names_what_is_not_finite(
         return forward(self, x)
 
     poisoned.at = 5
+    monkeypatch.setattr("common.run.loop._FEW", 10**9)  # calls on a copy would count
     monkeypatch.setattr(Small, "forward", poisoned)
     if where == "loss":
         nt_xent = train_simclr.nt_xent
