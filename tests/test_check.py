@@ -166,7 +166,7 @@ def test_bad_use_is_refused_in_one_line(tmp_path, capsys):
     cases = {
         "did you mean overfit?": [*SMALL, "--check", "overfti"],
         "--check overfit,: an item has no name": [*SMALL, "--check", "overfit,"],
-        "--check has no effect with --eval": ["--eval", str(tmp_path), "--check"],
+        "--check has no effect with --eval": ["--eval", str(tmp_path / "absent"), "--check"],
     }
     for said, argv in cases.items():
         with pytest.raises(SystemExit) as ending:

@@ -97,7 +97,7 @@ def test_a_run_leaves_what_the_readme_promises(whole, acts, capsys):
     printed = capsys.readouterr().out
     assert "already finished" in printed and "untrained k-means" in printed
     args, _ = train_cluster.parse_args(next_after(printed, whole, train_cluster.CARD))
-    assert args.predict == "PATH" and args.resume == str(whole)
+    assert args.predict == ["PATH"] and args.resume == str(whole)
 
 
 def test_labels_enter_neither_weights_nor_clusters(whole, acts, tmp_path):

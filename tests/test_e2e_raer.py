@@ -76,7 +76,7 @@ def test_a_run_leaves_what_the_readme_promises(whole, tree, capsys):
     printed = capsys.readouterr().out
     assert "already finished" in printed and (whole / "log.jsonl").read_bytes() == before
     args, _ = train_raer.parse_args(next_after(printed, whole, train_raer.CARD))
-    assert args.predict == "PATH" and args.resume == str(whole)
+    assert args.predict == ["PATH"] and args.resume == str(whole)
 
 
 def stopped_after(argv, steps):

@@ -113,7 +113,7 @@ def test_a_run_leaves_what_the_readme_promises(whole, cells, capsys):
     printed = capsys.readouterr().out
     assert "already finished" in printed and (whole / "log.jsonl").read_bytes() == before
     args, _ = train_simclr.parse_args(next_after(printed, whole, train_simclr.CARD))
-    assert args.predict == "PATH" and args.resume == str(whole)
+    assert args.predict == ["PATH"] and args.resume == str(whole)
 
 
 def test_the_command_after_pretraining_runs_the_linear_protocol(tmp_path, capsys):
@@ -382,7 +382,7 @@ BAD = {  # flags -> the flag, file or value that the refusal names
     "empty folder": ("--data {empty}", "empty"),
     "batch larger than the data": ("--bs 64", "--bs"),
     "later stage's batch larger than the data": (
-        "--stage all --bs 8 --linear-bs 64",
+        "--stage all --bs 8 --linear-solver sgd --linear-bs 64",
         "lower --linear-bs",
     ),
     "batch not divisible by chunks": ("--bs 10 --accum 4", "--bs"),
