@@ -109,6 +109,15 @@ def parse_args(argv: list[str] | None = None):
         " or be left out (skip)",
     )
     group.number(
+        "--label-base",
+        int,
+        None,
+        "what the lists call the first class; unset: as in training, and there 0 where a 0 occurs,"
+        " else 1",
+        low=0,
+        high=1,
+    )
+    group.number(
         "--face-margin",
         float,
         0.1,
@@ -234,11 +243,13 @@ def parse_args(argv: list[str] | None = None):
     args = config.parse(parser, argv, DEMO, SEARCH)
     args = restore_data_flags(parser, argv, args, [*reading, "store_size"])
 
-    config.check_inference_flags(parser, args, reading)
+    config.check_inference_flags(
+        parser, args, reading if args.predict else [*reading, "label_base"]
+    )
     refuse = partial(config.reject_unused_flags, parser, args)
     refuse(["impl"], "here: no kernel is used")
     if args.data == "sample" and not (args.eval or args.predict):
-        refuse(reading, "on the embedded clips")
+        refuse([*reading, "label_base"], "on the embedded clips")
     if not args.weights or args.backbone == "resnet18" or args.method == "tau-norm":
         refuse(
             ["clip_vocab", "num_context", "prompt_lr"], "without the text tower of CLIP's weights"
@@ -299,8 +310,12 @@ def settings(args) -> dict[str, config.StageConfig]:
     return {"train": config.stage_config(args, "train", defaults, first=True, lr_of=None)}
 
 
-def build_data(args, path: str | tuple, world: dist.Dist, labels: bool = True) -> raer.EmotionClips:
-    """The clips of `path`, said in one line."""
+def build_data(
+    args, path: str | tuple, world: dist.Dist, labels: bool = True, spec: dict | None = None
+) -> raer.EmotionClips:
+    """The clips of `path`, said in one line; a model's `spec` tells classes and label base."""
+    spec = spec or {}
+    base = spec.get("label_base") if args.label_base is None else args.label_base
     clips = raer.prepare(
         path,
         store_size=args.store_size,
@@ -309,6 +324,8 @@ def build_data(args, path: str | tuple, world: dist.Dist, labels: bool = True) -
         missing_box=args.missing_box,
         margin=args.face_margin,
         labels=labels,
+        label_base=base,
+        known=spec.get("classes"),
         say=world.say,
     )
     group_items(clips, args, CARD.items, world.say)
@@ -721,7 +738,7 @@ def run_inference(args, world: dist.Dist) -> None:
     loaded = load_run(args, CARD)
     spec = loaded.model_spec
     tau = tau_of(loaded)
-    clips = build_data(args, loaded.path, world, labels=bool(args.eval))
+    clips = build_data(args, loaded.path, world, labels=bool(args.eval), spec=spec)
     if args.eval and clips.classes != spec["classes"]:
         there, known = (", ".join(names) for names in (clips.classes, spec["classes"]))
         raise InputError(f"{clips.name} has the classes {there}, the model {known}")
@@ -808,7 +825,8 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
         signals,
         clips,
         splits,
-        spec,
+        # What the lists call classes is no other run's: it names none.
+        spec | {"label_base": clips.label_base},
         stages,
         card=CARD,
         chance=chance_levels(args, clips.classes),

@@ -273,6 +273,46 @@ def test_a_bare_run_trains_its_tower_and_says_so(tree, tmp_path, monkeypatch, ca
     assert train_raer.main(used) == 0
 
 
+def lists_of(tree, folder, edit):
+    """A copy of the data with each line of the lists, its fields, as `edit` returns it, or None."""
+    shutil.copytree(tree, folder)
+    for part in ("train", "val", "test"):
+        file = folder / f"{part}.txt"
+        fields = [edit(part, *line.rsplit(" ", 2)) for line in file.read_text().splitlines()]
+        file.write_text("".join(" ".join(map(str, line)) + "\n" for line in fields if line))
+    return folder
+
+
+def test_labels_and_classes_count_as_in_training(tree, tmp_path, capsys):
+    def from_zero(part, clip, count, label):
+        return clip, count, int(label) - 1
+
+    zero = lists_of(tree, tmp_path / "zero", from_zero)
+    argv = flags(NET, "--epochs 2 --cache-features --lr 5e-3 --data", zero)
+    assert train_raer.main([*argv, "--out", str(tmp_path / "run")]) == 0
+    assert checkpoint.load(tmp_path / "run" / "best.pt")["model_spec"]["label_base"] == 0
+
+    def evaluated(data, *more):
+        argv = flags("--device cpu --eval", tmp_path / "run", "--data", data, more)
+        assert train_raer.main([*argv, "--out", str(tmp_path)]) == 0
+        return json.loads((tmp_path / "eval.json").read_text())
+
+    # A list of the last classes alone, in data without classes.txt.
+    def last(part, clip, count, label):
+        return (clip, count, label) if part == "test" and label != "0" else None
+
+    found, whole = evaluated(lists_of(zero, tmp_path / "last", last)), evaluated(zero)
+    names = [f"eval/test/recall_{name}" for name in RAER_CLASSES[1:]]
+    assert [found[name] for name in names] == [whole[name] for name in names]
+    (tmp_path / "last" / "classes.txt").unlink()
+    assert evaluated(tmp_path / "last") == found
+    assert evaluated(tree, "--label-base", "1") == whole
+    argv = flags("--device cpu --eval", tmp_path / "run", "--data", tree)
+    refused(train_raer.main, argv, capsys, "--label-base 1")
+    argv = flags("--predict", tree / "test", "--resume", tmp_path / "run", "--label-base 1")
+    refused(train_raer.main, argv, capsys, "--label-base")
+
+
 BAD = {  # flags -> the flag, file or value that the refusal names
     "--backbone vit_b": "vit_b_",
     "--method focal": "three-stage",
@@ -298,6 +338,8 @@ BAD = {  # flags -> the flag, file or value that the refusal names
     "--weights openai --backbone resnet18": "resnet18 has imagenet",
     "--data nowhere": "nowhere",
     "--missing-box zero": "--missing-box",
+    "--label-base 2": "--label-base",
+    "--label-base 0": "--label-base 1",
 }
 
 

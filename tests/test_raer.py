@@ -146,6 +146,35 @@ def test_labels_from_zero_are_told_by_a_zero_in_any_list(tmp_path):
     assert opened(numbered_raer(tmp_path / "more", shifted)).labels[-1] == 4
 
 
+@pytest.mark.parametrize(("base", "labels"), [(0, [1, 2]), (1, [0, 1]), (None, [0, 1])])
+def test_labels_count_from_what_is_asked_for(tmp_path, base, labels):
+    root = numbered_raer(tmp_path / "raer", {"test": [("t/1", 1), ("t/2", 2)]})
+    clips = opened(root, label_base=base)
+    assert clips.labels.tolist() == labels and clips.label_base == (1 if base is None else base)
+
+
+@pytest.mark.parametrize(
+    ("labels", "base", "hint"),
+    [
+        ((0, 1), 1, "label 0, allowed are 1 to 5 .*; fix it, or --label-base 0"),
+        ((1, 5), 0, "label 5, allowed are 0 to 4 .*; fix it, or --label-base 1"),
+        ((0, 5), 1, "label 0, allowed are 1 to 5 .*; fix it, or name every class"),
+    ],
+)
+def test_labels_that_contradict_their_base_are_refused(tmp_path, labels, base, hint):
+    root = numbered_raer(tmp_path / "raer", {"test": [(f"t/{i}", i) for i in labels]})
+    with pytest.raises(InputError, match=hint):
+        opened(root, label_base=base)
+
+
+def test_a_model_s_classes_are_those_of_data_without_the_file(tmp_path):
+    lists = {"test": [("t/1", 3), ("t/2", 1)]}
+    known = ["c", "a", "b"]
+    assert opened(numbered_raer(tmp_path / "bare", lists), known=known).classes == known
+    named = numbered_raer(tmp_path / "named", lists, classes="a\nb\nc\n")
+    assert opened(named, known=known).classes == ["a", "b", "c"]
+
+
 def test_classes_and_descriptions_come_from_the_file(tmp_path):
     classes = "calm\tsomebody calm\nenjoyment\n\nbored"
     lists = {"train": [("a/1", 1), ("a/2", 2)], "test": [("t/1", 3)]}

@@ -7,7 +7,7 @@ from 0):
 
 - `train.txt`, `test.txt` and perhaps `val.txt`, a line a clip: `CLIP_FOLDER NUM_FRAMES LABEL`. The
   folder may have spaces in its name, and may be absolute: what lies above the data is dropped.
-  Labels count from 1, or from 0 where a 0 occurs.
+  Labels count from 1, or from 0 where a 0 occurs, where nothing else is asked for.
 - the folders of frames that these name.
 - `face.json`: `{clip folder: {frame's file name: [left, top, right, bottom]}}` and `body.json`:
   `{clip folder: [left, top, right, bottom]}`, in pixels of the frame, turned by its EXIF
@@ -145,9 +145,11 @@ class EmotionClips(Videos):
         descriptions: a sentence for each of `classes`.
         notes: what opening found, in lines: the label base, missing boxes, clips that were left
             out.
+        label_base: what the lists call the first class, 0 or 1; None: there are no lists.
     """
 
     _unit = "clip"
+    label_base: int | None = None
 
     def __init__(
         self, name, ids, labels, classes, splits, frames, images: Images, descriptions=(), notes=()
@@ -237,6 +239,8 @@ def prepare(
     missing_box: str,
     margin: float,
     labels=True,
+    label_base: int | None = None,
+    known: list[str] | None = None,
     say=print,
 ) -> EmotionClips:
     """`open_clips`, decoded to `store_size` where that is given.
@@ -250,6 +254,8 @@ def prepare(
         missing_box=missing_box,
         margin=margin,
         labels=labels,
+        label_base=label_base,
+        known=known,
     )
     if store_size:
         clips.resize_store(store_size)
@@ -271,6 +277,8 @@ def open_clips(
     missing_box="error",
     margin: float,
     labels=True,
+    label_base: int | None = None,
+    known: list[str] | None = None,
 ) -> EmotionClips:
     """The clips of a folder or of a .zip, or the embedded data set (`sample`).
 
@@ -286,6 +294,8 @@ def open_clips(
         margin: share of its sides by which a face's box grows on each side, as far as the frame
             goes.
         labels: False takes any folders of frames, as clips without labels or splits.
+        label_base: what the lists call the first class; None: 0 where a 0 occurs in them, else 1.
+        known: a model's classes in its order, those of data without classes.txt.
 
     Raises:
         InputError: missing or not readable; a line, class or box that is not as above; a label
@@ -304,9 +314,11 @@ def open_clips(
     notes = []
     if labels:
         lists = _lists(tree)
-        names, descriptions = _classes(tree)
+        names, descriptions = _classes(tree, known)
         lines = [line for part, name in lists.items() for line in _lines(tree, name, part)]
-        base = 0 if any(line.label == 0 for line in lines) else 1
+        base = label_base
+        if base is None:
+            base = 0 if any(line.label == 0 for line in lines) else 1
         notes.append(_check_labels(tree, lines, base, names))
         rename = renaming([line.clip for line in lines], tree.folders, 1)
         lines = [line._replace(clip=rename(line.clip)) for line in lines]
@@ -344,7 +356,7 @@ def open_clips(
         keys=[tree.keys[i] for i in position],
     )
     _refuse_degenerate(path, images, content, [indices[0] for indices in frames], workers)
-    return EmotionClips(
+    clips = EmotionClips(
         title,
         ids=[line.clip or Path(path).stem for line, _ in used],
         labels=[line.label - base if line.split else UNLABELED for line, _ in used],
@@ -355,6 +367,8 @@ def open_clips(
         descriptions=descriptions,
         notes=notes,
     )
+    clips.label_base = base if labels else None
+    return clips
 
 
 def split(clips: EmotionClips, names=("train", "val", "test"), say=print) -> dict[str, np.ndarray]:
@@ -581,9 +595,11 @@ def _content(tree: _Tree, position: int) -> bytes:
         raise InputError(f"{tree.path}: {name} cannot be read: {reason(error)}") from None
 
 
-def _classes(tree: _Tree) -> tuple[list[str], list[str]]:
-    """Names and descriptions."""
+def _classes(tree: _Tree, known: list[str] | None) -> tuple[list[str], list[str]]:
+    """Names and descriptions; of a model's `known` classes the names alone."""
     position = _position(tree, "classes.txt")
+    if position is None and known:
+        return known, []
     if position is None:
         return list(CLASSES), list(CLASSES.values())
     rows = [line.partition("\t") for line in _text(tree, position).splitlines() if line.strip()]
@@ -621,11 +637,14 @@ def _check_labels(tree: _Tree, lines: list[_Line], base: int, names: list[str]) 
     if not lines:
         raise InputError(f"{tree.path}: the lists have no lines `clip_folder num_frames label`")
     last = base + len(names) - 1
+    other = 1 - base
+    fits = all(other <= line.label < other + len(names) for line in lines)
     for line in lines:
-        if line.label > last:
+        if not base <= line.label <= last:
+            help_ = f"--label-base {other}" if fits else "name every class in classes.txt"
             raise InputError(
                 f"{tree.path}: {line.place}: label {line.label}, allowed are {base} to {last}"
-                f" ({', '.join(names)}); fix it, or name every class in classes.txt"
+                f" ({', '.join(names)}); fix it, or {help_}"
             )
     numbered = ", ".join(f"{number} {name}" for number, name in enumerate(names, base))
     return f"labels are counted from {base}: {numbered}"
