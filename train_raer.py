@@ -350,8 +350,8 @@ def epoch_batches(run: Run, phase: Phase, epoch: int, done: int = 0) -> list[np.
 def validate(
     args, world: dist.Dist, clips, splits: dict, stage: config.StageConfig, table: Schedule
 ) -> np.ndarray:
-    """Refuse what training could not use, before anything is written, and say what evaluation will
-    miss; returns the training clips of each class.
+    """Refuse what training could not use, before anything is written; returns the training clips of
+    each class.
     """
     if stage.bs * args.num_frames == args.accum:
         raise InputError(
@@ -359,11 +359,6 @@ def validate(
         )
     counts = np.bincount(clips.labels[splits["train"]], minlength=len(clips.classes))
     sampling.check_batch("train", stage.bs, len(splits["train"]), world.world_size * args.accum)
-    for name in ("val", "test"):
-        for i in np.setdiff1d(np.arange(len(counts)), clips.labels[splits[name]]):
-            world.say(
-                f"{name} has no clip of {clips.classes[i]}: its recall counts as 0 in the UAR there"
-            )
     longtail.check(table, counts, args.la_prior, world.say)
     return counts
 
@@ -746,7 +741,9 @@ def run_inference(args, world: dist.Dist) -> None:
     model = loaded.with_weights(partial(build_model, run))
     if args.predict:
         loaded.say_who_answers(world, spec["classes"])
-    indices = raer.split(clips, ["test"])["test"] if args.eval else np.arange(len(clips))
+    indices = np.arange(len(clips))
+    if args.eval:
+        indices = raer.split(clips, ["test"], world.say)["test"]
     logits = evaluate(run, model, indices)
     scores = longtail.decide(spec["method"], np.array(spec["counts"]), model, logits, tau)
     if args.eval:

@@ -301,9 +301,30 @@ def test_labels_and_classes_count_as_in_training(tree, tmp_path, capsys):
     def last(part, clip, count, label):
         return (clip, count, label) if part == "test" and label != "0" else None
 
-    found, whole = evaluated(lists_of(zero, tmp_path / "last", last)), evaluated(zero)
+    whole, found = evaluated(zero), evaluated(lists_of(zero, tmp_path / "last", last))
     names = [f"eval/test/recall_{name}" for name in RAER_CLASSES[1:]]
     assert [found[name] for name in names] == [whole[name] for name in names]
+    assert "eval/test/recall_calm" not in found and "eval/test/uar_present" not in whole
+    mean = np.mean([found[name] for name in names])
+    assert found["eval/test/uar_present"] == pytest.approx(mean)
+    assert found["eval/test/uar"] == pytest.approx(2 / 3 * mean)
+    assert "WARN test has no clips of calm: " in capsys.readouterr().out
+    # Without --out: the matrix of training stays.
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    argv = flags("--device cpu --eval", tmp_path / "copy", "--data", tmp_path / "last")
+    assert train_raer.main(argv) == 0
+    with open(tmp_path / "copy" / "eval.csv") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        assert row["answer"] == max(RAER_CLASSES, key=lambda name: float(row[name]))
+    with open(tmp_path / "copy" / "eval_confusion.csv") as file:
+        matrix = {row["true"]: row for row in csv.DictReader(file)}
+    pairs = [(row["label"], row["answer"]) for row in rows]
+    for true in RAER_CLASSES:
+        for answer in RAER_CLASSES:
+            assert int(matrix[true][answer]) == pairs.count((true, answer))
+    matrices = [(tmp_path / name / "confusion.csv").read_text() for name in ("run", "copy")]
+    assert matrices[0] == matrices[1]
     (tmp_path / "last" / "classes.txt").unlink()
     assert evaluated(tmp_path / "last") == found
     assert evaluated(tree, "--label-base", "1") == whole

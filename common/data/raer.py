@@ -403,6 +403,12 @@ def split(clips: EmotionClips, names=("train", "val", "test"), say=print) -> dic
             raise InputError(
                 f"{clips.name}: train has no clips of {clips.classes[int(counts.argmin())]}"
             )
+        if not counts.all():
+            lost, there = (np.array(clips.classes)[mask] for mask in (counts == 0, counts > 0))
+            say(
+                f"WARN {name} has no clips of {', '.join(lost)}: they count as 0 in its uar;"
+                f" uar_present is over {', '.join(there)}"
+            )
     return {name: parts[name] for name in names}
 
 
