@@ -117,6 +117,12 @@ def parse_args(argv: list[str] | None = None):
         low=0,
         high=1,
     )
+    group.choice(
+        "--box-format",
+        raer.BOX_FORMATS,
+        "xyxy",
+        "a box's numbers: left, top, and right, bottom (xyxy) or width, height (xywh)",
+    )
     group.number(
         "--face-margin",
         float,
@@ -239,7 +245,7 @@ def parse_args(argv: list[str] | None = None):
         "validations without a better UAR before training stops; unset: it never stops early",
         low=1,
     )
-    reading = ["missing_box", "face_margin"]
+    reading = ["missing_box", "face_margin", "box_format"]
     args = config.parse(parser, argv, DEMO, SEARCH)
     args = restore_data_flags(parser, argv, args, [*reading, "store_size"])
 
@@ -323,6 +329,7 @@ def build_data(
         workers=args.workers,
         missing_box=args.missing_box,
         margin=args.face_margin,
+        box_format=args.box_format,
         labels=labels,
         label_base=base,
         known=spec.get("classes"),
