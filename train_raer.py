@@ -124,6 +124,14 @@ def parse_args(argv: list[str] | None = None):
         "a box's numbers: left, top, and right, bottom (xyxy) or width, height (xywh)",
     )
     group.number(
+        "--allow-missing",
+        float,
+        raer.MOST_MISSING,
+        "share of the clips, without frames or damaged, that --on-bad-item skip leaves out at most",
+        low=0,
+        high=1,
+    )
+    group.number(
         "--face-margin",
         float,
         0.1,
@@ -245,7 +253,7 @@ def parse_args(argv: list[str] | None = None):
         "validations without a better UAR before training stops; unset: it never stops early",
         low=1,
     )
-    reading = ["missing_box", "face_margin", "box_format"]
+    reading = ["missing_box", "face_margin", "box_format", "allow_missing"]
     args = config.parse(parser, argv, DEMO, SEARCH)
     args = restore_data_flags(parser, argv, args, [*reading, "store_size"])
 
@@ -330,6 +338,7 @@ def build_data(
         missing_box=args.missing_box,
         margin=args.face_margin,
         box_format=args.box_format,
+        allow_missing=args.allow_missing,
         labels=labels,
         label_base=base,
         known=spec.get("classes"),

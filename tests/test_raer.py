@@ -246,8 +246,20 @@ def test_clips_without_frames_are_named_and_left_out_on_demand(tmp_path):
         match="1 of 9 clips have no frames: e/gone; complete the data, or --on-bad-item skip",
     ):
         opened(root)
-    clips = opened(root, on_bad_item="skip")
+    with pytest.raises(InputError, match=r"1 of 9 clips have .* \(1%\); .*--allow-missing SHARE"):
+        opened(root, on_bad_item="skip")
+    clips = opened(root, on_bad_item="skip", allow_missing=0.12)
     assert len(clips) == 8 and clips.notes[1] == "left out 1 of 9 clips without frames: e/gone"
+    # Absent and damaged ones share what is allowed.
+    (root / "t/1/8.png").write_bytes(b"no image")
+    (root / "v/1/8.png").unlink()
+    options = dict(workers=1, missing_box="error", margin=0.0, store_size=None)
+    options |= dict(on_bad_item="skip", say=[].append)
+    with pytest.raises(InputError, match="1 of 8 .* besides 1 clip without .*--allow-missing"):
+        raer.prepare(str(root), allow_missing=0.12, **options)
+    notes = raer.prepare(str(root), allow_missing=0.23, **options).notes[1:]
+    assert ["e/gone" in notes[0], "v/1 has 2 frames" in notes[1]] == [True] * 2
+    assert notes[2] == "left out 1 clip with damaged frames: t/1"
 
 
 def test_a_damaged_frame_is_named_and_takes_its_clip_along(tmp_path):

@@ -78,6 +78,7 @@ CLASSES = {
 }
 MISSING_BOX = ("error", "full", "skip")
 BOX_FORMATS = ("xyxy", "xywh")
+MOST_MISSING = 0.01  # of the clips that --on-bad-item skip leaves out, unless told otherwise
 # What `TwoStreams` does with a frame, for who uses a model without it.
 SQUARES = {
     "faces": "the face's box, grown on each side by face_margin of its size, stretched to a square"
@@ -148,10 +149,12 @@ class EmotionClips(Videos):
         notes: what opening found, in lines: the label base, missing boxes, clips that were left
             out.
         label_base: what the lists call the first class, 0 or 1; None: there are no lists.
+        num_absent: clips that lists name and that have no frames.
     """
 
     _unit = "clip"
     label_base: int | None = None
+    num_absent = 0
 
     def __init__(
         self, name, ids, labels, classes, splits, frames, images: Images, descriptions=(), notes=()
@@ -241,6 +244,7 @@ def prepare(
     missing_box: str,
     margin: float,
     box_format="xyxy",
+    allow_missing: float = MOST_MISSING,
     labels=True,
     label_base: int | None = None,
     known: list[str] | None = None,
@@ -257,6 +261,7 @@ def prepare(
         missing_box=missing_box,
         margin=margin,
         box_format=box_format,
+        allow_missing=allow_missing,
         labels=labels,
         label_base=label_base,
         known=known,
@@ -264,7 +269,13 @@ def prepare(
     if store_size:
         clips.resize_store(store_size)
     if on_bad_item == "skip":
-        damaged = clips.drop_damaged(workers)
+        absent = clips.num_absent
+        allowed = max(0.0, allow_missing * (absent + len(clips)) - absent)
+        try:
+            damaged = clips.drop_damaged(workers, allowed / len(clips))
+        except InputError as error:
+            besides = f" besides {plural(absent, 'clip')} without frames" if absent else ""
+            raise InputError(f"{error}{besides}; --allow-missing SHARE allows more") from None
         names = f": {first_few(damaged)}" if damaged else ""
         clips.notes.append(f"left out {plural(len(damaged), 'clip')} with damaged frames{names}")
     for note in clips.notes:
@@ -281,6 +292,7 @@ def open_clips(
     missing_box="error",
     margin: float,
     box_format="xyxy",
+    allow_missing: float = MOST_MISSING,
     labels=True,
     label_base: int | None = None,
     known: list[str] | None = None,
@@ -300,6 +312,7 @@ def open_clips(
             goes.
         box_format: what a box's four numbers are, "xyxy" (left, top, right, bottom) or "xywh"
             (left, top, width, height).
+        allow_missing: share of the listed clips that "skip" leaves out at most.
         labels: False takes any folders of frames, as clips without labels or splits.
         label_base: what the lists call the first class; None: 0 where a 0 occurs in them, else 1.
         known: a model's classes in its order, those of data without classes.txt.
@@ -336,7 +349,8 @@ def open_clips(
             for folder, files in tree.folders.items()
         ]
         base = 0
-    lines = _with_frames(tree, lines, on_bad_item, notes)
+    listed = lines
+    lines = _with_frames(tree, listed, on_bad_item, allow_missing, notes)
 
     faces_of = _face_boxes(tree, lines, box_format)
     body_of = _body_boxes(tree, lines, box_format)
@@ -377,6 +391,7 @@ def open_clips(
         notes=notes,
     )
     clips.label_base = base if labels else None
+    clips.num_absent = len(listed) - len(lines)
     return clips
 
 
@@ -679,7 +694,7 @@ def _refuse_repeats(path: str, lines: list[_Line]) -> None:
 
 
 def _with_frames(
-    tree: _Tree, lines: list[_Line], on_bad_item: str, notes: list[str]
+    tree: _Tree, lines: list[_Line], on_bad_item: str, allow_missing: float, notes: list[str]
 ) -> list[_Line]:
     """The lines whose clip has frames; what the lists say wrongly is refused, or noted."""
     absent = [line.clip for line in lines if line.clip not in tree.folders]
@@ -699,6 +714,12 @@ def _with_frames(
             f"{tree.path}: {len(wrong)} of {len(lines)} clips have another number of frames than"
             f" listed: {first_few(wrong)};"
             " fix the lists, or --on-bad-item skip takes what is there"
+        )
+    if len(absent) > allow_missing * len(lines):
+        raise InputError(
+            f"{tree.path}: {len(absent)} of {len(lines)} clips have no frames: {first_few(absent)},"
+            f" more than --on-bad-item skip leaves out ({allow_missing:.0%}); complete the data, or"
+            " --allow-missing SHARE"
         )
     if absent:
         notes.append(
