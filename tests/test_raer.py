@@ -190,6 +190,29 @@ def test_classes_and_descriptions_come_from_the_file(tmp_path):
         opened(numbered_raer(tmp_path / "twice", lists, classes="calm\ncalm\n"))
 
 
+@pytest.mark.parametrize(
+    ("classes", "fault"),
+    [
+        ("1 calm\n2 glad\n", "'1 calm' has a number"),
+        ("0. calm\n1. glad\n", r"'0\. calm' has a number"),
+        ("1\tcalm\n2\tglad\n", "'1' has a number"),
+        ("calm, a calm face\nglad\n", "'calm, a calm face' has a comma"),
+        ("calm\ta face\nglad\ta face\n", "'calm' has the description of another"),
+    ],
+)
+def test_classes_of_another_form_are_refused_with_the_form(tmp_path, classes, fault):
+    root = numbered_raer(tmp_path / "raer", {"test": [("t/1", 1)]}, classes=classes)
+    with pytest.raises(InputError, match=rf"classes\.txt: class {fault}.*name, tab, description"):
+        opened(root)
+
+
+def test_raer_s_classes_are_said_to_be_a_default(tmp_path):
+    lists = {"test": [("t/1", 1)]}
+    assert "default" in opened(numbered_raer(tmp_path / "bare", lists)).notes[0]
+    named = numbered_raer(tmp_path / "named", lists, classes="\n".join(raer.CLASSES))
+    assert "default" not in opened(named).notes[0]
+
+
 def test_labels_beyond_the_classes_are_refused_by_line(tmp_path):
     lists = LISTS | {"test": [("t/1", 6)]}
     with pytest.raises(

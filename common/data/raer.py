@@ -24,6 +24,7 @@ body's box, letterboxed in black. One decoding of a frame gives both.
 import hashlib
 import math
 import posixpath
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -340,6 +341,8 @@ def open_clips(
         if base is None:
             base = 0 if any(line.label == 0 for line in lines) else 1
         notes.append(_check_labels(tree, lines, base, names))
+        if names == list(CLASSES) and _position(tree, "classes.txt") is None:
+            notes[0] += " (RAER's classes, the default without classes.txt)"
         found = _found([line.clip for line in lines], tree.folders)
         lines = [line._replace(clip=found.get(line.clip, line.clip)) for line in lines]
         _refuse_repeats(path, lines)
@@ -640,6 +643,21 @@ def _classes(tree: _Tree, known: list[str] | None) -> tuple[list[str], list[str]
             f"{tree.path}: classes.txt names {names}; needed are two classes or more,"
             " a line each, all different"
         )
+    texts = [text.strip() for _, _, text in rows]
+    given = [text for text in texts if text]
+    for name, text in zip(names, texts, strict=True):
+        fault = None
+        if re.match(r"\d+[\s.,:)]", name) or name.isdecimal():
+            fault = "a number before its name"
+        elif "," in name:
+            fault = "a comma in its name"
+        elif text and given.count(text) > 1:
+            fault = f"the description of another class, {text!r:.60}"
+        if fault:
+            raise InputError(
+                f"{tree.path}: classes.txt: class {name!r} has {fault}; expected are lines `name`,"
+                " or name, tab, description, in the order of the labels"
+            )
     descriptions = [
         text.strip() or CLASSES.get(name, f"an expression of {name}")
         for name, (_, _, text) in zip(names, rows, strict=True)
