@@ -109,6 +109,29 @@ def parse_args(argv: list[str] | None = None):
         " or be left out (skip)",
     )
     group.number(
+        "--label-base",
+        int,
+        None,
+        "what the lists call the first class; unset: as in training, and there 0 where a 0 occurs,"
+        " else 1",
+        low=0,
+        high=1,
+    )
+    group.choice(
+        "--box-format",
+        raer.BOX_FORMATS,
+        "xyxy",
+        "a box's numbers: left, top, and right, bottom (xyxy) or width, height (xywh)",
+    )
+    group.number(
+        "--allow-missing",
+        float,
+        raer.MOST_MISSING,
+        "share of the clips, without frames or damaged, that --on-bad-item skip leaves out at most",
+        low=0,
+        high=1,
+    )
+    group.number(
         "--face-margin",
         float,
         0.1,
@@ -230,15 +253,17 @@ def parse_args(argv: list[str] | None = None):
         "validations without a better UAR before training stops; unset: it never stops early",
         low=1,
     )
-    reading = ["missing_box", "face_margin"]
+    reading = ["missing_box", "face_margin", "box_format", "allow_missing"]
     args = config.parse(parser, argv, DEMO, SEARCH)
     args = restore_data_flags(parser, argv, args, [*reading, "store_size"])
 
-    config.check_inference_flags(parser, args, reading)
+    config.check_inference_flags(
+        parser, args, reading if args.predict else [*reading, "label_base"]
+    )
     refuse = partial(config.reject_unused_flags, parser, args)
     refuse(["impl"], "here: no kernel is used")
     if args.data == "sample" and not (args.eval or args.predict):
-        refuse(reading, "on the embedded clips")
+        refuse([*reading, "label_base"], "on the embedded clips")
     if not args.weights or args.backbone == "resnet18" or args.method == "tau-norm":
         refuse(
             ["clip_vocab", "num_context", "prompt_lr"], "without the text tower of CLIP's weights"
@@ -299,8 +324,12 @@ def settings(args) -> dict[str, config.StageConfig]:
     return {"train": config.stage_config(args, "train", defaults, first=True, lr_of=None)}
 
 
-def build_data(args, path: str | tuple, world: dist.Dist, labels: bool = True) -> raer.EmotionClips:
-    """The clips of `path`, said in one line."""
+def build_data(
+    args, path: str | tuple, world: dist.Dist, labels: bool = True, spec: dict | None = None
+) -> raer.EmotionClips:
+    """The clips of `path`, said in one line; a model's `spec` tells classes and label base."""
+    spec = spec or {}
+    base = spec.get("label_base") if args.label_base is None else args.label_base
     clips = raer.prepare(
         path,
         store_size=args.store_size,
@@ -308,7 +337,11 @@ def build_data(args, path: str | tuple, world: dist.Dist, labels: bool = True) -
         workers=args.workers,
         missing_box=args.missing_box,
         margin=args.face_margin,
+        box_format=args.box_format,
+        allow_missing=args.allow_missing,
         labels=labels,
+        label_base=base,
+        known=spec.get("classes"),
         say=world.say,
     )
     group_items(clips, args, CARD.items, world.say)
@@ -333,8 +366,8 @@ def epoch_batches(run: Run, phase: Phase, epoch: int, done: int = 0) -> list[np.
 def validate(
     args, world: dist.Dist, clips, splits: dict, stage: config.StageConfig, table: Schedule
 ) -> np.ndarray:
-    """Refuse what training could not use, before anything is written, and say what evaluation will
-    miss; returns the training clips of each class.
+    """Refuse what training could not use, before anything is written; returns the training clips of
+    each class.
     """
     if stage.bs * args.num_frames == args.accum:
         raise InputError(
@@ -342,11 +375,6 @@ def validate(
         )
     counts = np.bincount(clips.labels[splits["train"]], minlength=len(clips.classes))
     sampling.check_batch("train", stage.bs, len(splits["train"]), world.world_size * args.accum)
-    for name in ("val", "test"):
-        for i in np.setdiff1d(np.arange(len(counts)), clips.labels[splits[name]]):
-            world.say(
-                f"{name} has no clip of {clips.classes[i]}: its recall counts as 0 in the UAR there"
-            )
     longtail.check(table, counts, args.la_prior, world.say)
     return counts
 
@@ -721,7 +749,7 @@ def run_inference(args, world: dist.Dist) -> None:
     loaded = load_run(args, CARD)
     spec = loaded.model_spec
     tau = tau_of(loaded)
-    clips = build_data(args, loaded.path, world, labels=bool(args.eval))
+    clips = build_data(args, loaded.path, world, labels=bool(args.eval), spec=spec)
     if args.eval and clips.classes != spec["classes"]:
         there, known = (", ".join(names) for names in (clips.classes, spec["classes"]))
         raise InputError(f"{clips.name} has the classes {there}, the model {known}")
@@ -729,7 +757,9 @@ def run_inference(args, world: dist.Dist) -> None:
     model = loaded.with_weights(partial(build_model, run))
     if args.predict:
         loaded.say_who_answers(world, spec["classes"])
-    indices = raer.split(clips, ["test"])["test"] if args.eval else np.arange(len(clips))
+    indices = np.arange(len(clips))
+    if args.eval:
+        indices = raer.split(clips, ["test"], world.say)["test"]
     logits = evaluate(run, model, indices)
     scores = longtail.decide(spec["method"], np.array(spec["counts"]), model, logits, tau)
     if args.eval:
@@ -808,7 +838,8 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
         signals,
         clips,
         splits,
-        spec,
+        # What the lists call classes is no other run's: it names none.
+        spec | {"label_base": clips.label_base},
         stages,
         card=CARD,
         chance=chance_levels(args, clips.classes),

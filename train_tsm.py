@@ -673,8 +673,10 @@ def run_inference(args, world: dist.Dist) -> None:
     if args.eval:
         test = faceforensics.split(videos, ["test"])["test"]
         logits, _ = evaluate(run, model, test)
-        answers = videos, test, classes, metrics.video_scores(logits)
-        loaded.write(score(run, "eval/test", test, logits, threshold), world, answers)
+        scores = metrics.video_scores(logits)
+        answers = videos, test, classes, scores
+        values = score(run, "eval/test", test, logits, threshold)
+        loaded.write(values, world, answers, (scores >= threshold).astype(int))
         return
     loaded.say_who_answers(world, classes)
     logits, _ = evaluate(run, model, np.arange(len(videos)))

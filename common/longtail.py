@@ -192,7 +192,8 @@ def schedule_table(schedule: Schedule) -> dict:
 def read_schedule(path: str) -> Schedule:
     """A schedule from a TOML or JSON file.
 
-    It has `epochs` and `phases`, a list of tables with the attributes of `Phase`.
+    It has `epochs`, `phases`, a list of tables with the attributes of `Phase`, and perhaps
+    `allow_double_balance`: whether a phase may have a weighted sampler and class weights at once.
 
     Raises:
         InputError: it cannot be read, or says something that no schedule has.
@@ -204,7 +205,20 @@ def read_schedule(path: str) -> Schedule:
         table = reading.read_settings(place)
     except ValueError as error:
         raise InputError(f"--schedule {path}: {error}") from None
-    complete = isinstance(table, dict) and table.keys() == {"epochs", "phases"}
+    double = isinstance(table, dict) and table.pop("allow_double_balance", False)
+    if not isinstance(double, bool):
+        raise InputError(
+            f"--schedule {path}: allow_double_balance is {double!r}, allowed true, false"
+        )
+    wanted = ["epochs", "phases"]
+    for key in table if isinstance(table, dict) else []:
+        if key not in wanted:
+            known = [*wanted, "allow_double_balance"]
+            raise InputError(
+                f"--schedule {path}: unknown key {key!r}{did_you_mean(key, known)}; allowed are"
+                f" {', '.join(known)}"
+            )
+    complete = isinstance(table, dict) and table.keys() == set(wanted)
     if not complete or not isinstance(table["phases"], list):
         raise InputError(
             f"--schedule {path}: expected epochs, a number, and phases, a list of tables"
@@ -216,6 +230,12 @@ def read_schedule(path: str) -> Schedule:
     phases = tuple(
         _phase(row, f"--schedule {path}, phase {i}") for i, row in enumerate(table["phases"])
     )
+    for i, phase in enumerate(phases):
+        if phase.sampler == "weighted" and phase.weights != "none" and not double:
+            raise InputError(
+                f"--schedule {path}, phase {i}: weighted sampler and weights {phase.weights}"
+                " balance the classes twice; leave one out, or set allow_double_balance = true"
+            )
     starts = [phase.start for phase in phases]
     if starts[0] != 0 or sorted(set(starts)) != starts or starts[-1] >= table["epochs"]:
         raise InputError(

@@ -115,21 +115,24 @@ def long_tail(
 
     UAR is the mean recall over all `num_classes`, always: a class that `target` lacks counts as 0,
     as in scikit-learn's macro recall over given labels, so that the figure never gets better by
-    losing a class. WAR is the accuracy.
+    losing a class; `uar_present` is that over the classes of `target` alone. WAR is the accuracy.
 
     Args:
         target, predicted, num_classes: as in `confusion_matrix`.
 
     Returns:
-        dict of the floats uar and war, and of `recall`, a list of num_classes floats.
+        dict of the floats uar, uar_present and war, and of `recall`, a list of num_classes floats,
+        NaN where `target` lacks the class.
 
     Raises:
         ValueError: as in `confusion_matrix`.
     """
     counts = confusion_matrix(target, predicted, num_classes)
-    recall = counts.diagonal() / np.maximum(counts.sum(1), 1)
+    sizes = counts.sum(1)
+    recall = np.where(sizes, counts.diagonal() / np.maximum(sizes, 1), np.nan)
     return {
-        "uar": float(recall.mean()),
+        "uar": float(np.nansum(recall) / num_classes),
+        "uar_present": float(np.nanmean(recall)),
         "war": float(counts.diagonal().sum() / counts.sum()),
         "recall": recall.tolist(),
     }
@@ -349,7 +352,8 @@ def emotions(
 
     Returns:
         dict of uar and war, the ends of their intervals (uar_low, uar_high, ...), each class's
-        recall (recall_<name>), and majority_uar and majority_war.
+        recall (recall_<name>), and majority_uar and majority_war. Where `labels` lack classes,
+        these have no recall, and uar_present and majority_uar_present are there too.
 
     Raises:
         ValueError: as in `confusion_matrix`.
@@ -360,9 +364,13 @@ def emotions(
     for name, interval in recall_intervals(labels, predicted, len(classes), seed).items():
         values[f"{name}_low"], values[f"{name}_high"] = interval
     for name, recall in zip(classes, scores["recall"], strict=True):
-        values[f"recall_{name}"] = recall
+        if not math.isnan(recall):
+            values[f"recall_{name}"] = recall
     values["majority_uar"] = majority["uar"]
     values["majority_war"] = majority["war"]
+    if np.isnan(scores["recall"]).any():
+        values["uar_present"] = scores["uar_present"]
+        values["majority_uar_present"] = majority["uar_present"]
     return values
 
 

@@ -94,6 +94,16 @@ def test_a_step_that_rounding_swallows_is_alive():
     assert audit.check_setting("s", model, lambda m: sgd(m, lr=1e-6), terms_of) == []
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_is_not_alive(value):
+    def terms(model, k):
+        return terms_of(model, k) | {"mi": value * model.head.bias.sum()}
+
+    problems = audit.check_setting("s", frozen_net(), sgd, terms)
+    assert "s: the loss term mi moves no gradient" in problems
+    assert "s: head.bias is not finite after 3 steps" in problems
+
+
 def test_problems_end_with_their_own_exit_code(capsys):
     audit.refuse([])
     with pytest.raises(SystemExit) as caught, exit_codes():

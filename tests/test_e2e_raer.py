@@ -273,6 +273,67 @@ def test_a_bare_run_trains_its_tower_and_says_so(tree, tmp_path, monkeypatch, ca
     assert train_raer.main(used) == 0
 
 
+def lists_of(tree, folder, edit):
+    """A copy of the data with each line of the lists, its fields, as `edit` returns it, or None."""
+    shutil.copytree(tree, folder)
+    for part in ("train", "val", "test"):
+        file = folder / f"{part}.txt"
+        fields = [edit(part, *line.rsplit(" ", 2)) for line in file.read_text().splitlines()]
+        file.write_text("".join(" ".join(map(str, line)) + "\n" for line in fields if line))
+    return folder
+
+
+def test_labels_and_classes_count_as_in_training(tree, tmp_path, capsys):
+    def from_zero(part, clip, count, label):
+        return clip, count, int(label) - 1
+
+    zero = lists_of(tree, tmp_path / "zero", from_zero)
+    argv = flags(NET, "--epochs 2 --cache-features --lr 5e-3 --data", zero)
+    assert train_raer.main([*argv, "--out", str(tmp_path / "run")]) == 0
+    assert checkpoint.load(tmp_path / "run" / "best.pt")["model_spec"]["label_base"] == 0
+
+    def evaluated(data, *more):
+        argv = flags("--device cpu --eval", tmp_path / "run", "--data", data, more)
+        assert train_raer.main([*argv, "--out", str(tmp_path)]) == 0
+        return json.loads((tmp_path / "eval.json").read_text())
+
+    # A list of the last classes alone, in data without classes.txt.
+    def last(part, clip, count, label):
+        return (clip, count, label) if part == "test" and label != "0" else None
+
+    whole, found = evaluated(zero), evaluated(lists_of(zero, tmp_path / "last", last))
+    names = [f"eval/test/recall_{name}" for name in RAER_CLASSES[1:]]
+    assert [found[name] for name in names] == [whole[name] for name in names]
+    assert "eval/test/recall_calm" not in found and "eval/test/uar_present" not in whole
+    mean = np.mean([found[name] for name in names])
+    assert found["eval/test/uar_present"] == pytest.approx(mean)
+    assert found["eval/test/uar"] == pytest.approx(2 / 3 * mean)
+    assert "WARN test has no clips of calm: " in capsys.readouterr().out
+    # Without --out: the matrix of training stays.
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    argv = flags("--device cpu --eval", tmp_path / "copy", "--data", tmp_path / "last")
+    assert train_raer.main(argv) == 0
+    with open(tmp_path / "copy" / "eval.csv") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        assert row["answer"] == max(RAER_CLASSES, key=lambda name: float(row[name]))
+    with open(tmp_path / "copy" / "eval_confusion.csv") as file:
+        matrix = {row["true"]: row for row in csv.DictReader(file)}
+    pairs = [(row["label"], row["answer"]) for row in rows]
+    for true in RAER_CLASSES:
+        for answer in RAER_CLASSES:
+            assert int(matrix[true][answer]) == pairs.count((true, answer))
+    matrices = [(tmp_path / name / "confusion.csv").read_text() for name in ("run", "copy")]
+    assert matrices[0] == matrices[1]
+    (tmp_path / "last" / "classes.txt").unlink()
+    assert evaluated(tmp_path / "last") == found
+    assert evaluated(tree, "--label-base", "1") == whole
+    argv = flags("--device cpu --eval", tmp_path / "run", "--data", tree)
+    refused(train_raer.main, argv, capsys, "--label-base 1")
+    argv = flags("--predict", tree / "test", "--resume", tmp_path / "run", "--label-base 1")
+    refused(train_raer.main, argv, capsys, "--label-base")
+
+
 BAD = {  # flags -> the flag, file or value that the refusal names
     "--backbone vit_b": "vit_b_",
     "--method focal": "three-stage",
@@ -298,6 +359,8 @@ BAD = {  # flags -> the flag, file or value that the refusal names
     "--weights openai --backbone resnet18": "resnet18 has imagenet",
     "--data nowhere": "nowhere",
     "--missing-box zero": "--missing-box",
+    "--label-base 2": "--label-base",
+    "--label-base 0": "--label-base 1",
 }
 
 

@@ -276,6 +276,6 @@ def test_a_checkpoint_alone_answers_as_in_its_run(name, data, tmp_path, capsys):
     before = set(os.listdir(alone))
     assert script.main(flags(use["--eval"], alone / "best_of_it.pt")) == 0
     assert (
-        set(os.listdir(alone)) - before <= {"eval.json", "eval.csv"}
+        set(os.listdir(alone)) - before <= {"eval.json", "eval.csv", "eval_confusion.csv"}
         and (alone / "eval.json").exists()
     )

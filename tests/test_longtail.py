@@ -19,6 +19,9 @@ TABLE = Schedule(
 )
 
 
+DOUBLE = {"start": 0, "sampler": "weighted", "weights": "effective"}
+
+
 def test_a_phase_holds_from_its_start_to_the_next_one_and_its_weights_rise():
     found = [TABLE.index(epoch) for epoch in range(12)]
     assert found == [0] * 4 + [1] * 4 + [2] * 4
@@ -87,6 +90,9 @@ def test_a_table_is_read_as_it_stands(tmp_path):
             "allowed random, weighted",
         ),
         ({"epochs": 6, "phases": [{"start": 0, "cap": 2.0}]}, "no effect"),
+        ({"epoch": 6, "phases": [{"start": 0}]}, "unknown key 'epoch'; did you mean epochs"),
+        ({"epochs": 6, "phases": [DOUBLE]}, "phase 0: .*twice; .*allow_double_balance = true"),
+        ({"epochs": 6, "phases": [DOUBLE], "allow_double_balance": 1}, "is 1, allowed true"),
     ],
 )
 def test_a_bad_table_is_refused_in_one_line(tmp_path, table, message):
@@ -95,6 +101,12 @@ def test_a_bad_table_is_refused_in_one_line(tmp_path, table, message):
     with pytest.raises(InputError, match=message) as caught:
         read_schedule(str(path))
     assert "\n" not in str(caught.value) and "--schedule" in str(caught.value)
+
+
+def test_a_table_may_balance_twice_where_it_says_so(tmp_path):
+    table = {"epochs": 6, "phases": [DOUBLE], "allow_double_balance": True}
+    (tmp_path / "table.json").write_text(json.dumps(table))
+    assert read_schedule(str(tmp_path / "table.json")).phases == (Phase(**DOUBLE),)
 
 
 def test_a_missing_table_and_another_suffix_are_refused(tmp_path):

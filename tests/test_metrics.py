@@ -75,9 +75,13 @@ def test_long_tail_equals_scikit_learn_over_a_fixed_number_of_classes(used):
     rng = np.random.default_rng(used)
     target, predicted = rng.integers(0, used, 60), rng.integers(0, 5, 60)
     result = metrics.long_tail(target, torch.from_numpy(predicted), 5)
-    recall = oracle.recall_score(target, predicted, labels=range(5), average=None, zero_division=0)
-    assert result["recall"] == pytest.approx(recall.tolist(), abs=1e-12)
-    assert result["uar"] == pytest.approx(recall.mean(), abs=1e-12)
+    recall = oracle.recall_score(
+        target, predicted, labels=range(5), average=None, zero_division=np.nan
+    )
+    assert result["recall"] == pytest.approx(recall.tolist(), abs=1e-12, nan_ok=True)
+    assert result["uar"] == pytest.approx(np.nan_to_num(recall).mean(), abs=1e-12)
+    of_used = oracle.recall_score(target, predicted, labels=range(used), average="macro")
+    assert result["uar_present"] == pytest.approx(of_used, abs=1e-12)
     assert result["war"] == pytest.approx(oracle.accuracy_score(target, predicted), abs=1e-12)
 
 
@@ -85,6 +89,15 @@ def test_the_constant_classifier_scores_as_the_recipes_good_sign():
     target = np.repeat(np.arange(5), [277, 26, 6, 31, 84])
     result = metrics.long_tail(target, np.zeros(424, int), 5)
     assert round(100 * result["war"], 2) == 65.33 and result["uar"] == pytest.approx(0.2)
+
+
+def test_a_class_without_clips_has_no_recall():
+    target, predicted = [1, 1, 2, 2], [1, 1, 2, 0]
+    values = metrics.emotions(target, predicted, [5, 3, 2], "abc", seed=0)
+    assert values["uar"] == 0.5 and values["uar_present"] == 0.75
+    assert values["majority_uar_present"] == values["majority_uar"] == 0
+    assert {name for name in values if "recall" in name} == {"recall_b", "recall_c"}
+    assert "uar_present" not in metrics.emotions([0, 1, 2], [0, 1, 2], [5, 3, 2], "abc", seed=0)
 
 
 def test_recall_intervals_are_those_of_drawing_the_items_of_each_class_again():

@@ -4,6 +4,7 @@ out by folder.
 
 import io
 import json
+import posixpath
 import zipfile
 
 import numpy as np
@@ -146,6 +147,35 @@ def test_labels_from_zero_are_told_by_a_zero_in_any_list(tmp_path):
     assert opened(numbered_raer(tmp_path / "more", shifted)).labels[-1] == 4
 
 
+@pytest.mark.parametrize(("base", "labels"), [(0, [1, 2]), (1, [0, 1]), (None, [0, 1])])
+def test_labels_count_from_what_is_asked_for(tmp_path, base, labels):
+    root = numbered_raer(tmp_path / "raer", {"test": [("t/1", 1), ("t/2", 2)]})
+    clips = opened(root, label_base=base)
+    assert clips.labels.tolist() == labels and clips.label_base == (1 if base is None else base)
+
+
+@pytest.mark.parametrize(
+    ("labels", "base", "hint"),
+    [
+        ((0, 1), 1, "label 0, allowed are 1 to 5 .*; fix it, or --label-base 0"),
+        ((1, 5), 0, "label 5, allowed are 0 to 4 .*; fix it, or --label-base 1"),
+        ((0, 5), 1, "label 0, allowed are 1 to 5 .*; fix it, or name every class"),
+    ],
+)
+def test_labels_that_contradict_their_base_are_refused(tmp_path, labels, base, hint):
+    root = numbered_raer(tmp_path / "raer", {"test": [(f"t/{i}", i) for i in labels]})
+    with pytest.raises(InputError, match=hint):
+        opened(root, label_base=base)
+
+
+def test_a_model_s_classes_are_those_of_data_without_the_file(tmp_path):
+    lists = {"test": [("t/1", 3), ("t/2", 1)]}
+    known = ["c", "a", "b"]
+    assert opened(numbered_raer(tmp_path / "bare", lists), known=known).classes == known
+    named = numbered_raer(tmp_path / "named", lists, classes="a\nb\nc\n")
+    assert opened(named, known=known).classes == ["a", "b", "c"]
+
+
 def test_classes_and_descriptions_come_from_the_file(tmp_path):
     classes = "calm\tsomebody calm\nenjoyment\n\nbored"
     lists = {"train": [("a/1", 1), ("a/2", 2)], "test": [("t/1", 3)]}
@@ -158,6 +188,29 @@ def test_classes_and_descriptions_come_from_the_file(tmp_path):
     ]
     with pytest.raises(InputError, match=r"classes\.txt names \['calm', 'calm'\]"):
         opened(numbered_raer(tmp_path / "twice", lists, classes="calm\ncalm\n"))
+
+
+@pytest.mark.parametrize(
+    ("classes", "fault"),
+    [
+        ("1 calm\n2 glad\n", "'1 calm' has a number"),
+        ("0. calm\n1. glad\n", r"'0\. calm' has a number"),
+        ("1\tcalm\n2\tglad\n", "'1' has a number"),
+        ("calm, a calm face\nglad\n", "'calm, a calm face' has a comma"),
+        ("calm\ta face\nglad\ta face\n", "'calm' has the description of another"),
+    ],
+)
+def test_classes_of_another_form_are_refused_with_the_form(tmp_path, classes, fault):
+    root = numbered_raer(tmp_path / "raer", {"test": [("t/1", 1)]}, classes=classes)
+    with pytest.raises(InputError, match=rf"classes\.txt: class {fault}.*name, tab, description"):
+        opened(root)
+
+
+def test_raer_s_classes_are_said_to_be_a_default(tmp_path):
+    lists = {"test": [("t/1", 1)]}
+    assert "default" in opened(numbered_raer(tmp_path / "bare", lists)).notes[0]
+    named = numbered_raer(tmp_path / "named", lists, classes="\n".join(raer.CLASSES))
+    assert "default" not in opened(named).notes[0]
 
 
 def test_labels_beyond_the_classes_are_refused_by_line(tmp_path):
@@ -216,8 +269,20 @@ def test_clips_without_frames_are_named_and_left_out_on_demand(tmp_path):
         match="1 of 9 clips have no frames: e/gone; complete the data, or --on-bad-item skip",
     ):
         opened(root)
-    clips = opened(root, on_bad_item="skip")
+    with pytest.raises(InputError, match=r"1 of 9 clips have .* \(1%\); .*--allow-missing SHARE"):
+        opened(root, on_bad_item="skip")
+    clips = opened(root, on_bad_item="skip", allow_missing=0.12)
     assert len(clips) == 8 and clips.notes[1] == "left out 1 of 9 clips without frames: e/gone"
+    # Absent and damaged ones share what is allowed.
+    (root / "t/1/8.png").write_bytes(b"no image")
+    (root / "v/1/8.png").unlink()
+    options = dict(workers=1, missing_box="error", margin=0.0, store_size=None)
+    options |= dict(on_bad_item="skip", say=[].append)
+    with pytest.raises(InputError, match="1 of 8 .* besides 1 clip without .*--allow-missing"):
+        raer.prepare(str(root), allow_missing=0.12, **options)
+    notes = raer.prepare(str(root), allow_missing=0.23, **options).notes[1:]
+    assert ["e/gone" in notes[0], "v/1 has 2 frames" in notes[1]] == [True] * 2
+    assert notes[2] == "left out 1 clip with damaged frames: t/1"
 
 
 def test_a_damaged_frame_is_named_and_takes_its_clip_along(tmp_path):
@@ -280,9 +345,117 @@ def test_without_any_file_of_boxes_they_are_all_missing(tmp_path):
     root = numbered_raer(tmp_path / "raer", LISTS)
     (root / "face.json").unlink()
     with pytest.raises(
-        InputError, match="24 of 24 frames have no face box, 0 of 8 clips no body box"
+        InputError,
+        match=r"24 of 24 frames have no face box, 0 of 8 clips no body.*; \S+ has no face\.json;",
     ):
         opened(root)
+
+
+def test_missing_boxes_are_counted_by_class_and_a_class_that_lacks_them_is_named(tmp_path):
+    def faces(boxes):
+        return boxes | {"t/1": None, "d/c 3": {"8.png": None}}  # both of confusion
+
+    root = numbered_raer(tmp_path / "raer", LISTS, faces=faces)
+    counted = "neutrality 0 of 6, enjoyment 0 of 6, confusion 6 of 6, fatigue 0 of 3"
+    with pytest.raises(InputError, match=f"by class: {counted}"):
+        opened(root)
+    notes = opened(root, missing_box="full").notes
+    warned = "WARN 100% of the frames of confusion lack a box and 0% of the others"
+    assert counted in notes[1] and notes[2].startswith(warned) and len(notes) == 3
+    even = numbered_raer(
+        tmp_path / "even",
+        LISTS,
+        faces=lambda boxes: {clip: without(own, "8.png") for clip, own in boxes.items()},
+    )
+    assert len(opened(even, missing_box="full").notes) == 2
+
+
+def renamed_boxes(root, change, name="face"):
+    file = root / f"{name}.json"
+    boxes = json.loads(file.read_text())
+    file.write_text(json.dumps({change(clip): value for clip, value in boxes.items()}))
+    return root
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda clip: ("/home/a/RAER/" if clip < "d/d" else "D:/x/y/z/") + clip,  # two roots
+        str.upper,
+        lambda clip: f"{clip}.mp4",
+        lambda clip: posixpath.basename(clip),
+        lambda clip: f"some/where/{posixpath.basename(clip)}.MP4",
+    ],
+)
+def test_boxes_are_found_by_keys_of_other_forms(tmp_path, change):
+    lists = {"train": [("d/c 3", 1), ("d/c 4", 2), ("e/c 5", 3)], "test": [("t/1", 3)]}
+
+    def faces(boxes):
+        return {
+            clip: dict.fromkeys(own, [i, 4, 20 + i, 14])
+            for i, (clip, own) in enumerate(boxes.items())
+        }
+
+    root = numbered_raer(tmp_path / "raer", lists, faces=faces)
+    whole = opened(root).images.faces
+    assert np.array_equal(opened(renamed_boxes(root, change)).images.faces, whole)
+    flat = {
+        f"{clip}/{file.replace('png', 'jpg')}": box
+        for clip, own in json.loads((root / "face.json").read_text()).items()
+        for file, box in own.items()
+    }
+    (root / "face_detection_result.json").write_text(json.dumps(flat))
+    (root / "face.json").unlink()
+    if not any(".mp4/" in key.lower() for key in flat):
+        assert np.array_equal(opened(root).images.faces, whole)
+
+
+def test_lists_of_two_roots_are_found_and_an_absent_clip_is_no_other_one(tmp_path):
+    root = numbered_raer(tmp_path / "raer", LISTS)
+    for name, top in {"train.txt": "/home/a/RAER/", "test.txt": "D:/x/y/z/"}.items():
+        lines = (root / name).read_text().splitlines()
+        (root / name).write_text("".join(f"{top}{line}\n" for line in lines))
+    assert len(opened(root)) == 8
+    with (root / "train.txt").open("a") as file:
+        file.write("/home/a/RAER/v/1x/1 3 2\n")
+    with pytest.raises(InputError, match=r"1 of 9 clips have no frames: /home/a/RAER/v/1x/1"):
+        opened(root)
+
+
+@pytest.mark.parametrize("missing_box", ["error", "full", "skip"])
+def test_a_file_of_boxes_of_which_no_key_fits_shows_one(tmp_path, missing_box):
+    def strange(clip):
+        return f"video_{clip.replace('/', '_')}"
+
+    for name in ("face", "body"):
+        root = numbered_raer(tmp_path / name, LISTS)
+        with pytest.raises(InputError, match=r"first is video_a b_c  1, expected is one as a b/c"):
+            opened(renamed_boxes(root, strange, name), missing_box=missing_box)
+    root = numbered_raer(
+        tmp_path / "files",
+        LISTS,
+        faces=lambda boxes: {clip: {"f1": FACE_BOX} for clip in boxes},
+    )
+    with pytest.raises(InputError, match=r"first of a b/c  1 is f1, expected is one as 8\.png"):
+        opened(root, missing_box=missing_box)
+
+
+def test_boxes_of_widths_and_heights_are_the_same_boxes(tmp_path):
+    def sides(box):
+        return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+
+    whole = opened(numbered_raer(tmp_path / "corners", LISTS)).images
+    root = numbered_raer(
+        tmp_path / "sides",
+        LISTS,
+        faces=lambda boxes: {c: {f: sides(b) for f, b in own.items()} for c, own in boxes.items()},
+        bodies=lambda boxes: {clip: sides(box) for clip, box in boxes.items()},
+    )
+    images = opened(root, box_format="xywh").images
+    assert np.array_equal(images.faces, whole.faces)
+    assert np.array_equal(images.bodies, whole.bodies)
+    with pytest.raises(InputError, match=r"or --box-format xywh"):
+        opened(root)  # FACE_BOX's width is its left edge
 
 
 @pytest.mark.parametrize(
@@ -464,9 +637,11 @@ def test_validation_is_held_out_by_folder_and_stratified(tmp_path):
     assert (counts[1] > 0).all() and np.allclose(
         counts[1] / (counts[0] + counts[1]), 0.2, atol=0.06
     )
-    assert said == [
+    assert said[0] == (
         "no val.txt: 24 training clips are held out for validation, whole parent folders each"
-    ]
+    )
+    assert said[1].startswith("WARN test has no clips of neutrality, enjoyment, fatigue, dis")
+    assert said[1].endswith("uar_present is over confusion") and len(said) == 2
     assert np.array_equal(parts["train"], np.setdiff1d(np.arange(120), parts["val"]))
     alone = raer.split(clips, ["val"], say=said.append)
     assert list(alone) == ["val"] and np.array_equal(alone["val"], parts["val"])
@@ -556,12 +731,12 @@ def test_validation_is_held_out_by_groups_that_are_given(tmp_path):
     parts = raer.split(clips, say=said.append)
     sides = {name: set(clips.groups[indices]) for name, indices in parts.items()}
     assert len(sides["val"]) == 1 and len(sides["train"]) == 4 and not sides["val"] & sides["train"]
-    assert said == ["no val.txt: 24 training clips are held out for validation, whole groups each"]
+    assert said[0] == "no val.txt: 24 training clips are held out for validation, whole groups each"
     first = clips.classes[0]
     train = clips.splits == "train"
     clips.groups[train & (clips.labels == 0)] = "one"
     assert 0 not in clips.labels[raer.split(clips, say=said.append)["val"]]
-    assert said[-1].startswith(f"WARN val has nothing of {first}: too few groups")
+    assert any(line.startswith(f"WARN val has nothing of {first}: too few") for line in said)
     clips.groups = np.array(lecture, dtype=object)
     clips.groups[np.flatnonzero(clips.splits == "test")] = "l0"
     with pytest.raises(InputError, match=r"1 group is in two splits: l0 \(p00/c0 in train, t/1 in"):

@@ -118,9 +118,9 @@ def test_it_says_when_the_ensemble_is_worse(tmp_path, capsys):
         own.mkdir()
         sure = 0.99 if argv[argv.index("--eval") + 1] == "wrong" else 0.4
         with open(own / "eval.csv", "w", newline="") as file:
-            rows = [[name, label, *((1 - sure, sure) if label == "a" else (sure, 1 - sure))]
+            rows = [[name, label, "", *((1 - sure, sure) if label == "a" else (sure, 1 - sure))]
                     for name, label in zip(names, labels, strict=True)]  # fmt: skip
-            csv.writer(file).writerows([["id", "label", "a", "b"], *rows])
+            csv.writer(file).writerows([["id", "label", "answer", "a", "b"], *rows])
 
     class Args:
         out, ensemble = str(tmp_path), ["fair", "good", "wrong"]
@@ -135,7 +135,7 @@ def test_it_says_when_the_ensemble_is_worse(tmp_path, capsys):
 def test_what_an_earlier_run_left_is_no_answer_and_one_run_is_not_evaluated(tmp_path, capsys):
     for i in range(2):
         (tmp_path / f"member{i}").mkdir()
-        (tmp_path / f"member{i}" / "eval.csv").write_text("id,label,a,b\n0,a,0.9,0.1\n")
+        (tmp_path / f"member{i}" / "eval.csv").write_text("id,label,answer,a,b\n0,a,a,0.9,0.1\n")
 
     class Args:
         out, ensemble = str(tmp_path), ["pretrained", "other"]

@@ -88,7 +88,9 @@ def check_setting(
         if not moves:
             problems.append(f"{name}: the loss term {term} moves no gradient")
     for n, p in trainable.items():
-        if torch.equal(initial[n], p.detach().cpu()) and not pushed[n]:
+        if not p.isfinite().all():
+            problems.append(f"{name}: {n} is not finite after {plural(steps, 'step')}")
+        elif torch.equal(initial[n], p.detach().cpu()) and not pushed[n]:
             taken = plural(steps, "step")
             problems.append(f"{name}: {n} is trainable and did not move in {taken}")
     for n, tensor in frozen.items():
@@ -110,7 +112,7 @@ def _has_gradient(term: Tensor, parameters: list[nn.Parameter]) -> bool:
     if not term.requires_grad:
         return False
     grads = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
-    return any(g is not None and bool((g != 0).any()) for g in grads)
+    return any(g is not None and bool((g.isfinite() & (g != 0)).any()) for g in grads)
 
 
 def _below_rounding(p: Tensor, lr: float) -> bool:

@@ -7,12 +7,13 @@ from 0):
 
 - `train.txt`, `test.txt` and perhaps `val.txt`, a line a clip: `CLIP_FOLDER NUM_FRAMES LABEL`. The
   folder may have spaces in its name, and may be absolute: what lies above the data is dropped.
-  Labels count from 1, or from 0 where a 0 occurs.
+  Labels count from 1, or from 0 where a 0 occurs, where nothing else is asked for.
 - the folders of frames that these name.
 - `face.json`: `{clip folder: {frame's file name: [left, top, right, bottom]}}` and `body.json`:
   `{clip folder: [left, top, right, bottom]}`, in pixels of the frame, turned by its EXIF
   orientation where it has one, as OpenCV's `imread` gives it. null stands for a box that is
-  missing.
+  missing. Names as `face_detection_result.json` and keys `clip folder/frame's file name` do too;
+  keys may have another root, case or extension.
 - `classes.txt`, a line a class in the order of the labels: the name, and after a tab a description
   for the text encoder. Without this file they are RAER's five.
 
@@ -23,8 +24,9 @@ body's box, letterboxed in black. One decoding of a frame gives both.
 import hashlib
 import math
 import posixpath
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -35,7 +37,7 @@ from PIL import Image
 from torch import Tensor
 
 from common import live, reading
-from common.data.clips import Videos, natural_order, renaming
+from common.data.clips import VIDEO_SUFFIXES, Videos, natural_order, renaming
 from common.data.groups import refuse_spanning
 from common.data.images import (
     DECODE_ERRORS,
@@ -76,6 +78,8 @@ CLASSES = {
     ),
 }
 MISSING_BOX = ("error", "full", "skip")
+BOX_FORMATS = ("xyxy", "xywh")
+MOST_MISSING = 0.01  # of the clips that --on-bad-item skip leaves out, unless told otherwise
 # What `TwoStreams` does with a frame, for who uses a model without it.
 SQUARES = {
     "faces": "the face's box, grown on each side by face_margin of its size, stretched to a square"
@@ -145,9 +149,13 @@ class EmotionClips(Videos):
         descriptions: a sentence for each of `classes`.
         notes: what opening found, in lines: the label base, missing boxes, clips that were left
             out.
+        label_base: what the lists call the first class, 0 or 1; None: there are no lists.
+        num_absent: clips that lists name and that have no frames.
     """
 
     _unit = "clip"
+    label_base: int | None = None
+    num_absent = 0
 
     def __init__(
         self, name, ids, labels, classes, splits, frames, images: Images, descriptions=(), notes=()
@@ -236,7 +244,11 @@ def prepare(
     workers: int,
     missing_box: str,
     margin: float,
+    box_format="xyxy",
+    allow_missing: float = MOST_MISSING,
     labels=True,
+    label_base: int | None = None,
+    known: list[str] | None = None,
     say=print,
 ) -> EmotionClips:
     """`open_clips`, decoded to `store_size` where that is given.
@@ -249,12 +261,22 @@ def prepare(
         on_bad_item=on_bad_item,
         missing_box=missing_box,
         margin=margin,
+        box_format=box_format,
+        allow_missing=allow_missing,
         labels=labels,
+        label_base=label_base,
+        known=known,
     )
     if store_size:
         clips.resize_store(store_size)
     if on_bad_item == "skip":
-        damaged = clips.drop_damaged(workers)
+        absent = clips.num_absent
+        allowed = max(0.0, allow_missing * (absent + len(clips)) - absent)
+        try:
+            damaged = clips.drop_damaged(workers, allowed / len(clips))
+        except InputError as error:
+            besides = f" besides {plural(absent, 'clip')} without frames" if absent else ""
+            raise InputError(f"{error}{besides}; --allow-missing SHARE allows more") from None
         names = f": {first_few(damaged)}" if damaged else ""
         clips.notes.append(f"left out {plural(len(damaged), 'clip')} with damaged frames{names}")
     for note in clips.notes:
@@ -270,7 +292,11 @@ def open_clips(
     on_bad_item="error",
     missing_box="error",
     margin: float,
+    box_format="xyxy",
+    allow_missing: float = MOST_MISSING,
     labels=True,
+    label_base: int | None = None,
+    known: list[str] | None = None,
 ) -> EmotionClips:
     """The clips of a folder or of a .zip, or the embedded data set (`sample`).
 
@@ -285,7 +311,12 @@ def open_clips(
             a face's box, and a clip without a body's or without a frame left, is left out).
         margin: share of its sides by which a face's box grows on each side, as far as the frame
             goes.
+        box_format: what a box's four numbers are, "xyxy" (left, top, right, bottom) or "xywh"
+            (left, top, width, height).
+        allow_missing: share of the listed clips that "skip" leaves out at most.
         labels: False takes any folders of frames, as clips without labels or splits.
+        label_base: what the lists call the first class; None: 0 where a 0 occurs in them, else 1.
+        known: a model's classes in its order, those of data without classes.txt.
 
     Raises:
         InputError: missing or not readable; a line, class or box that is not as above; a label
@@ -304,12 +335,16 @@ def open_clips(
     notes = []
     if labels:
         lists = _lists(tree)
-        names, descriptions = _classes(tree)
+        names, descriptions = _classes(tree, known)
         lines = [line for part, name in lists.items() for line in _lines(tree, name, part)]
-        base = 0 if any(line.label == 0 for line in lines) else 1
+        base = label_base
+        if base is None:
+            base = 0 if any(line.label == 0 for line in lines) else 1
         notes.append(_check_labels(tree, lines, base, names))
-        rename = renaming([line.clip for line in lines], tree.folders, 1)
-        lines = [line._replace(clip=rename(line.clip)) for line in lines]
+        if names == list(CLASSES) and _position(tree, "classes.txt") is None:
+            notes[0] += " (RAER's classes, the default without classes.txt)"
+        found = _found([line.clip for line in lines], tree.folders)
+        lines = [line._replace(clip=found.get(line.clip, line.clip)) for line in lines]
         _refuse_repeats(path, lines)
     else:
         lines = [
@@ -317,11 +352,13 @@ def open_clips(
             for folder, files in tree.folders.items()
         ]
         base = 0
-    lines = _with_frames(tree, lines, on_bad_item, notes)
+    listed = lines
+    lines = _with_frames(tree, listed, on_bad_item, allow_missing, notes)
 
-    faces_of = _face_boxes(tree, lines)
-    body_of = _body_boxes(tree, lines)
-    kept = _decide_missing(path, lines, faces_of, body_of, missing_box, notes)
+    faces_of = _face_boxes(tree, lines, box_format)
+    body_of = _body_boxes(tree, lines, box_format)
+    name_of = dict(enumerate(names, base)) if labels else {}
+    kept = _decide_missing(tree, lines, faces_of, body_of, missing_box, name_of, notes)
     used = [(line, rows) for line, rows in zip(lines, kept, strict=True) if len(rows)]
     if not used:
         raise InputError(f"{path}: no clips are left; give boxes, or --missing-box full")
@@ -343,8 +380,9 @@ def open_clips(
         margin=margin,
         keys=[tree.keys[i] for i in position],
     )
-    _refuse_degenerate(path, images, content, [indices[0] for indices in frames], workers)
-    return EmotionClips(
+    firsts = [indices[0] for indices in frames]
+    _refuse_degenerate(path, images, content, firsts, workers, box_format)
+    clips = EmotionClips(
         title,
         ids=[line.clip or Path(path).stem for line, _ in used],
         labels=[line.label - base if line.split else UNLABELED for line, _ in used],
@@ -355,6 +393,9 @@ def open_clips(
         descriptions=descriptions,
         notes=notes,
     )
+    clips.label_base = base if labels else None
+    clips.num_absent = len(listed) - len(lines)
+    return clips
 
 
 def split(clips: EmotionClips, names=("train", "val", "test"), say=print) -> dict[str, np.ndarray]:
@@ -388,6 +429,12 @@ def split(clips: EmotionClips, names=("train", "val", "test"), say=print) -> dic
         if name == "train" and not counts.all():
             raise InputError(
                 f"{clips.name}: train has no clips of {clips.classes[int(counts.argmin())]}"
+            )
+        if not counts.all():
+            lost, there = (np.array(clips.classes)[mask] for mask in (counts == 0, counts > 0))
+            say(
+                f"WARN {name} has no clips of {', '.join(lost)}: they count as 0 in its uar;"
+                f" uar_present is over {', '.join(there)}"
             )
     return {name: parts[name] for name in names}
 
@@ -542,10 +589,11 @@ def _beside(tree: _Tree, key_of) -> dict[str, int]:
 
 
 def _position(tree: _Tree, wanted: str) -> int | None:
-    """The position of the file of that base name that is no clip's."""
+    """The position of the file of that base name, or of upstream's, that is no clip's."""
+    upstream = wanted.replace(".json", "_detection_result.json")
 
     def key_of(base: str) -> str | None:
-        return base if base == wanted else None
+        return wanted if base in (wanted, upstream) else None
 
     return _beside(tree, key_of).get(wanted)
 
@@ -581,9 +629,11 @@ def _content(tree: _Tree, position: int) -> bytes:
         raise InputError(f"{tree.path}: {name} cannot be read: {reason(error)}") from None
 
 
-def _classes(tree: _Tree) -> tuple[list[str], list[str]]:
-    """Names and descriptions."""
+def _classes(tree: _Tree, known: list[str] | None) -> tuple[list[str], list[str]]:
+    """Names and descriptions; of a model's `known` classes the names alone."""
     position = _position(tree, "classes.txt")
+    if position is None and known:
+        return known, []
     if position is None:
         return list(CLASSES), list(CLASSES.values())
     rows = [line.partition("\t") for line in _text(tree, position).splitlines() if line.strip()]
@@ -593,6 +643,21 @@ def _classes(tree: _Tree) -> tuple[list[str], list[str]]:
             f"{tree.path}: classes.txt names {names}; needed are two classes or more,"
             " a line each, all different"
         )
+    texts = [text.strip() for _, _, text in rows]
+    given = [text for text in texts if text]
+    for name, text in zip(names, texts, strict=True):
+        fault = None
+        if re.match(r"\d+[\s.,:)]", name) or name.isdecimal():
+            fault = "a number before its name"
+        elif "," in name:
+            fault = "a comma in its name"
+        elif text and given.count(text) > 1:
+            fault = f"the description of another class, {text!r:.60}"
+        if fault:
+            raise InputError(
+                f"{tree.path}: classes.txt: class {name!r} has {fault}; expected are lines `name`,"
+                " or name, tab, description, in the order of the labels"
+            )
     descriptions = [
         text.strip() or CLASSES.get(name, f"an expression of {name}")
         for name, (_, _, text) in zip(names, rows, strict=True)
@@ -621,11 +686,14 @@ def _check_labels(tree: _Tree, lines: list[_Line], base: int, names: list[str]) 
     if not lines:
         raise InputError(f"{tree.path}: the lists have no lines `clip_folder num_frames label`")
     last = base + len(names) - 1
+    other = 1 - base
+    fits = all(other <= line.label < other + len(names) for line in lines)
     for line in lines:
-        if line.label > last:
+        if not base <= line.label <= last:
+            help_ = f"--label-base {other}" if fits else "name every class in classes.txt"
             raise InputError(
                 f"{tree.path}: {line.place}: label {line.label}, allowed are {base} to {last}"
-                f" ({', '.join(names)}); fix it, or name every class in classes.txt"
+                f" ({', '.join(names)}); fix it, or {help_}"
             )
     numbered = ", ".join(f"{number} {name}" for number, name in enumerate(names, base))
     return f"labels are counted from {base}: {numbered}"
@@ -644,7 +712,7 @@ def _refuse_repeats(path: str, lines: list[_Line]) -> None:
 
 
 def _with_frames(
-    tree: _Tree, lines: list[_Line], on_bad_item: str, notes: list[str]
+    tree: _Tree, lines: list[_Line], on_bad_item: str, allow_missing: float, notes: list[str]
 ) -> list[_Line]:
     """The lines whose clip has frames; what the lists say wrongly is refused, or noted."""
     absent = [line.clip for line in lines if line.clip not in tree.folders]
@@ -664,6 +732,12 @@ def _with_frames(
             f"{tree.path}: {len(wrong)} of {len(lines)} clips have another number of frames than"
             f" listed: {first_few(wrong)};"
             " fix the lists, or --on-bad-item skip takes what is there"
+        )
+    if len(absent) > allow_missing * len(lines):
+        raise InputError(
+            f"{tree.path}: {len(absent)} of {len(lines)} clips have no frames: {first_few(absent)},"
+            f" more than --on-bad-item skip leaves out ({allow_missing:.0%}); complete the data, or"
+            " --allow-missing SHARE"
         )
     if absent:
         notes.append(
@@ -703,11 +777,79 @@ def _boxes(tree: _Tree, name: str) -> dict:
     content = {
         str(PurePosixPath(clip.replace("\\", "/"))): value for clip, value in content.items()
     }
-    rename = renaming(list(content), tree.folders, 1)
-    return {rename(clip): value for clip, value in content.items()}
+    if name == "face.json":
+        content = _nested(content)
+    found = _found_loosely(list(content), tree.folders)
+    if content and not found:
+        raise InputError(
+            f"{tree.path}: {tree.names[position]}: no key is a clip's folder: the first is"
+            f" {next(iter(content))}, expected is one as {next(iter(tree.folders))}"
+        )
+    return {found[key]: value for key, value in content.items() if key in found}
 
 
-def _box(tree: _Tree, name: str, where: str, value) -> list[float]:
+def _nested(content: dict) -> dict:
+    # {"clip/frame.png": box} as {"clip": {"frame.png": box}}
+    nested: dict = {}
+    for key, value in content.items():
+        if is_image(key) and not isinstance(value, dict):
+            clip, file = posixpath.split(key)
+            nested.setdefault(clip, {})[file] = value
+        else:
+            nested[key] = value
+    return nested
+
+
+def _found(listed: list[str], there: Collection[str]) -> dict[str, str]:
+    """The tree's folders by the names that lists call them, which may start at several roots.
+
+    A name is never sought below another folder than its neighbors, those that begin as it does.
+    """
+    found: dict[str, str] = {}
+    left, least = listed, 1
+    while left:
+        rename = renaming(left, there, least)
+        used = set(found.values())
+        begins = {PurePosixPath(name).parts for name in found}
+        new = {}
+        for name in left:
+            parts, place = PurePosixPath(name).parts, rename(name)
+            own = 0 if rename is str else rename.args[1]
+            apart = not found or not own or all(other[:own] != parts[:own] for other in begins)
+            if place in there and place not in used and apart:
+                new[name] = place
+        if not new:
+            break
+        found |= new
+        left, least = [name for name in left if name not in found], 2
+    return found
+
+
+def _found_loosely(keys: list[str], there: Collection[str]) -> dict[str, str]:
+    """As `_found`, also in another case, with an extension, and by base names that are unique."""
+    found = _found(keys, there)
+    for form in (_plain, lambda name: posixpath.basename(_plain(name))):
+        left = [key for key in keys if key not in found]
+        of_form = defaultdict(list)
+        for folder in there:
+            of_form[form(folder)].append(folder)
+        counts = Counter(map(form, keys))
+        forms = {name: folders[0] for name, folders in of_form.items() if len(folders) == 1}
+        matched = _found([form(key) for key in left if counts[form(key)] == 1], forms)
+        taken = set(found.values())
+        for key in left:
+            folder = forms.get(matched.get(form(key)))
+            if folder is not None and folder not in taken:
+                found[key] = folder
+    return found
+
+
+def _plain(name: str) -> str:
+    stem, extension = posixpath.splitext(name.lower())
+    return stem if extension in (*SUFFIXES, *VIDEO_SUFFIXES) else name.lower()
+
+
+def _box(tree: _Tree, name: str, where: str, value, box_format: str) -> list[float]:
     if value is None:
         return [math.nan] * 4
     numbers = isinstance(value, list) and len(value) == 4
@@ -716,14 +858,18 @@ def _box(tree: _Tree, name: str, where: str, value) -> list[float]:
             f"{tree.path}: {name}: {where}: {value!r:.60},"
             " expected [left, top, right, bottom] or null"
         )
+    if box_format == "xywh":
+        left, top, width, height = value
+        return [left, top, left + width, top + height]
     return value
 
 
-def _face_boxes(tree: _Tree, lines: list[_Line]) -> dict[str, np.ndarray]:
+def _face_boxes(tree: _Tree, lines: list[_Line], box_format: str) -> dict[str, np.ndarray]:
     """(frames, 4) boxes of each clip, NaN where there is none."""
     name = "face.json"
     content = _boxes(tree, name)
     boxes = {}
+    strange = None
     for line in lines:
         by_file = content.get(line.clip) or {}
         if not isinstance(by_file, dict):
@@ -732,25 +878,40 @@ def _face_boxes(tree: _Tree, lines: list[_Line]) -> dict[str, np.ndarray]:
                 f" got {by_file!r:.60}"
             )
         files = [posixpath.basename(tree.names[i]) for i in tree.folders[line.clip]]
-        rows = [_box(tree, name, f"{line.clip}/{file}", by_file.get(file)) for file in files]
+        if by_file and not by_file.keys() & set(files):
+            plain = {_plain(posixpath.basename(file)): box for file, box in by_file.items()}
+            by_file = {file: plain[_plain(file)] for file in files if _plain(file) in plain}
+            if not by_file:
+                strange = strange or (line.clip, next(iter(content[line.clip])), files[0])
+        rows = [
+            _box(tree, name, f"{line.clip}/{file}", by_file.get(file), box_format) for file in files
+        ]
         boxes[line.clip] = np.array(rows, np.float64)
+    if strange and all(np.isnan(rows).all() for rows in boxes.values()):
+        clip, file, expected = strange
+        raise InputError(
+            f"{tree.path}: {name}: no key is a frame's file name: the first of {clip} is {file},"
+            f" expected is one as {expected}"
+        )
     return boxes
 
 
-def _body_boxes(tree: _Tree, lines: list[_Line]) -> dict[str, np.ndarray]:
+def _body_boxes(tree: _Tree, lines: list[_Line], box_format: str) -> dict[str, np.ndarray]:
     """(4,) box of each clip, NaN where there is none."""
     name = "body.json"
     content = _boxes(tree, name)
     return {
-        line.clip: np.array(_box(tree, name, line.clip, content.get(line.clip)), np.float64)
+        line.clip: np.array(
+            _box(tree, name, line.clip, content.get(line.clip), box_format), np.float64
+        )
         for line in lines
     }
 
 
 def _decide_missing(
-    path: str, lines, faces, bodies, missing_box: str, notes: list[str]
+    tree: _Tree, lines, faces, bodies, missing_box: str, name_of: dict[int, str], notes: list[str]
 ) -> list[np.ndarray]:
-    """The frames of each clip that are used, by --missing-box."""
+    """The frames of each clip that are used, by --missing-box; counted by the class names."""
     without_face = {line.clip: np.isnan(faces[line.clip][:, 0]) for line in lines}
     without_body = [line.clip for line in lines if np.isnan(bodies[line.clip][0])]
     num_frames = sum(len(mask) for mask in without_face.values())
@@ -763,12 +924,28 @@ def _decide_missing(
         f"{num_missing} of {num_frames} frames have no face box,"
         f" {len(without_body)} of {len(lines)} clips no body box (first: {clips[0]})"
     )
+    by_class = _missing_by_class(lines, without_face, bodies, name_of)
+    if by_class:
+        counts = ", ".join(f"{name} {lost} of {all_}" for name, lost, all_ in by_class)
+        missing += f"; frames without one of them by class: {counts}"
+    for part in tree.parts.values() or [tree]:
+        gone = [name for name in ("face.json", "body.json") if _position(part, name) is None]
+        missing += f"; {part.path} has no {' and no '.join(gone)}" if gone else ""
     if missing_box == "error":
         raise InputError(
-            f"{path}: {missing}; complete face.json and body.json, or --missing-box full or skip"
+            f"{tree.path}: {missing}; complete face.json and body.json, or --missing-box full or"
+            " skip"
         )
     if missing_box == "full":
         notes.append(f"{missing}: the whole frame stands for it")
+        for name, lost, all_ in by_class:
+            others = num_frames - all_
+            rest = sum(row[1] for row in by_class) - lost
+            if others and lost / all_ > 0.05 and lost / all_ > 2 * rest / others:
+                notes.append(
+                    f"WARN {lost / all_:.0%} of the frames of {name} lack a box and"
+                    f" {rest / others:.0%} of the others: that nothing is cropped becomes its label"
+                )
         return everything
     kept = [
         rows[~(without_face[line.clip] | np.isnan(bodies[line.clip][0]))]
@@ -779,8 +956,18 @@ def _decide_missing(
     return kept
 
 
+def _missing_by_class(lines, without_face, bodies, name_of) -> list[tuple[str, int, int]]:
+    """(class, frames without a face's or a body's box, all frames) of the labeled classes."""
+    lost, everything = Counter(), Counter()
+    for line in lines:
+        mask = without_face[line.clip] | np.isnan(bodies[line.clip][0])
+        lost[line.label] += int(mask.sum())
+        everything[line.label] += len(mask)
+    return [(name, lost[i], everything[i]) for i, name in name_of.items() if everything[i]]
+
+
 def _refuse_degenerate(
-    path: str, images: TwoStreams, read, firsts: list[int], workers: int
+    path: str, images: TwoStreams, read, firsts: list[int], workers: int, box_format: str
 ) -> None:
     """Refuse boxes that lie outside of their frame or have no area.
 
@@ -802,10 +989,11 @@ def _refuse_degenerate(
     for name, boxes in (("face.json", images.faces), ("body.json", images.bodies)):
         inside = np.minimum(boxes[:, 2:], sizes) - np.maximum(boxes[:, :2], 0)
         bad = np.flatnonzero((inside < 1).any(1))
+        other = BOX_FORMATS[box_format == "xyxy"]
         if len(bad):
             i = bad[0]
             raise InputError(
                 f"{path}: {name}: {len(bad)} frames have a degenerate box (first: {images.ids[i]}:"
                 f" {boxes[i].tolist()} in {sizes[i, 0]:.0f} x {sizes[i, 1]:.0f} pixels);"
-                " fix it, or set it to null and let --missing-box decide"
+                f" fix it, set it to null and let --missing-box decide, or --box-format {other}"
             )

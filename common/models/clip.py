@@ -27,6 +27,9 @@ from common.run.checkpoint import load_weights
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 CONTEXT = 77
+_LARGEST_LOG_SCALE = (
+    7.0  # CLIP trains up to ln 100 = 4.6; a factor that is stored as it is: 14, 100
+)
 VOCAB = 49_408
 
 
@@ -513,6 +516,11 @@ def read_clip(
             f"{path}: the position embedding is resized from {old}x{old} to {grid}x{grid} patches"
         )
     load_weights(model, state, path)
+    if not 0 <= model.logit_scale.item() <= _LARGEST_LOG_SCALE:
+        raise InputError(
+            f"{path}: logit_scale is {model.logit_scale.item():.4g}; allowed is the factor's"
+            f" logarithm, 0 to {_LARGEST_LOG_SCALE:g}: store that"
+        )
     return model, "\n".join(map(printable, notes))
 
 

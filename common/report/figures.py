@@ -153,8 +153,9 @@ def _recalls(folder: Path, name: str, classes: list[str], counts: np.ndarray) ->
     hits = counts.diagonal().tolist()
     sizes = counts.sum(1).tolist()
     rows = [
-        (f"{label} ({size})", hit / max(size, 1), *metrics.share_interval(hit, size))
+        (f"{label} ({size})", hit / size, *metrics.share_interval(hit, size))
         for label, hit, size in zip(classes, hits, sizes, strict=True)
+        if size
     ]
     put(
         folder,

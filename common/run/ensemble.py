@@ -92,10 +92,10 @@ def read(path: Path, source: str) -> tuple[list[str], np.ndarray, list[str], np.
             f"--ensemble: {source} has no classifier; name runs of stages that classify"
         )
     with open(path, newline="", encoding="utf-8") as file:
-        (_, _, *classes), *rows = csv.reader(file)
+        (_, _, _, *classes), *rows = csv.reader(file)
     ids = [row[0] for row in rows]
     labels = np.array([classes.index(row[1]) for row in rows], np.int64)
-    probabilities = np.array([row[2:] for row in rows], np.float64)
+    probabilities = np.array([row[3:] for row in rows], np.float64)
     return ids, labels, classes, probabilities
 
 

@@ -36,7 +36,7 @@ WRITTEN = (
     *("tables.json", "clusters.csv", "confusion.csv"),
 )
 # A temporary file of `atomic_write`.
-_ANSWERS = r"(?:eval|predictions|stream)(?:-\d+)?\.(?:csv|json)"
+_ANSWERS = r"(?:eval|eval_confusion|predictions|stream)(?:-\d+)?\.(?:csv|json)"
 _ORPHAN = re.compile(rf"\.({'|'.join(map(re.escape, WRITTEN))}|{_ANSWERS})\.\d+\.tmp")
 _ORPHAN_FIGURE = re.compile(r"\.[^.].*\.(csv|json|png|svg)\.\d+\.tmp")
 # The entries that are read of a config.json, with their types, see `read_json`.

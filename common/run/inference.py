@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor, nn
 
-from common import config
+from common import config, metrics
 from common.errors import InputError, first_few, plural, say
 from common.live import digits
 from common.run import checkpoint, dist
@@ -70,31 +70,45 @@ class LoadedRun:
         checkpoint.load_weights(model, self.state["model"], self.source)
         return model
 
-    def write(self, results: dict, world: dist.Dist, answers: tuple | None = None) -> None:
+    def write(
+        self,
+        results: dict,
+        world: dist.Dist,
+        answers: tuple | None = None,
+        chosen: np.ndarray | None = None,
+    ) -> None:
         """Write eval.json: the test metrics, named `eval/test/...`, and print them.
 
         An earlier one that says something else is kept, see `write_answer`.
 
         Args:
-            answers: of a classifier, for eval.csv: the data set, the positions (n,) of the test
-                items in it, the classes and their probabilities (n, C), or (n,) those of the second
-                of two.
+            answers: of a classifier, for eval.csv and eval_confusion.csv: the data set, the
+                positions (n,) of the test items in it, the classes and their probabilities (n, C),
+                or (n,) those of the second of two.
+            chosen: (n,) the classes' numbers; unset: the classes of the highest probabilities.
         """
         results = {f"eval/{name.split('/', 1)[1]}": value for name, value in results.items()}
         if not world.is_main:
             return
         say(*(f"{name} {digits(value)}" for name, value in results.items()))
-        table = None
+        table = confusion = None
         if answers is not None:
             data, rows, classes, scores = answers
             scores = np.asarray(scores, np.float64)
             if scores.ndim == 1:
                 scores = np.stack([1 - scores, scores], 1)
-            lines = [["id", "label", *classes]]
-            for i, shares in zip(rows, scores.tolist(), strict=True):
-                lines.append([data.ids[i], data.classes[data.labels[i]], *shares])
+            chosen = scores.argmax(1) if chosen is None else chosen
+            labels = [data.classes[data.labels[i]] for i in rows]
+            lines = [["id", "label", "answer", *classes]]
+            for i, label, k, shares in zip(rows, labels, chosen, scores.tolist(), strict=True):
+                lines.append([data.ids[i], label, classes[k], *shares])
             table = csv_text(lines)
-        write_answer(self.folder, {"eval.json": json_text(results), "eval.csv": table})
+            target = [classes.index(label) for label in labels]
+            counts = metrics.confusion_matrix(target, chosen, len(classes)).tolist()
+            rows = [[name, *row] for name, row in zip(classes, counts, strict=True)]
+            confusion = csv_text([["true", *classes], *rows])
+        texts = {"eval.json": json_text(results), "eval.csv": table}
+        write_answer(self.folder, texts | {"eval_confusion.csv": confusion})
 
     def say_who_answers(
         self, world: dist.Dist, classes: list[str], unit: str = "class", stages: Iterable[str] = ()
