@@ -46,6 +46,11 @@ SPLITS = {
     "testing": "test",
 }
 UNLABELED = -1
+# What systems and file servers put beside files: shadows, thumbnails, bins.
+SYSTEM_FOLDERS = (
+    *("__MACOSX", "@eaDir", "@Recycle", "@Recently-Snapshot", "#recycle", "#snapshot"),
+    *("$RECYCLE.BIN", "System Volume Information", "lost+found"),
+)
 # What Pillow and zipfile raise on damaged files.
 DECODE_ERRORS = (
     OSError,
@@ -453,12 +458,13 @@ def reason(error: Exception) -> str:
 
 
 def hidden(name: str) -> bool:
-    """Whether a path has a part that starts with a dot, or is macOS's shadow of a zipped file."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+    """Whether a path has a part that starts with a dot, or is one of SYSTEM_FOLDERS."""
+    parts = PurePosixPath(name).parts
+    return any(part.startswith(".") or part in SYSTEM_FOLDERS for part in parts)
 
 
 def list_files(
-    path: str | tuple[str, ...], keep, alone: tuple[str, ...] = ()
+    path: str | tuple[str, ...], keep, alone: tuple[str, ...] = (), others: list | None = None
 ) -> tuple[list[str], list[int], list[int], Callable[[int], bytes]]:
     """The files of a folder or of a .zip whose relative name passes `keep`.
 
@@ -466,6 +472,7 @@ def list_files(
         path: it; or several, which may also be files themselves.
         alone: the suffixes that these may have; of one path those that are read elsewhere, for the
             message.
+        others: takes the names of the files that do not pass.
 
     Returns:
         Sorted names, `printable`, of several paths each with its path before it; sizes in bytes;
@@ -475,10 +482,12 @@ def list_files(
     Raises:
         InputError: missing, not readable, or no regular file; one of several without files.
     """
+    others = [] if others is None else others
     if isinstance(path, str):
-        files, sizes, keys, read = _listed(existing(path), keep, alone)
+        files, sizes, keys, read = _listed(existing(path), keep, alone, others)
         return [printable(name) for name in files], sizes, keys, read
-    names, sizes, keys, reads = zip(*(_files_at(one, keep, alone) for one in path), strict=True)
+    listed = [_files_at(one, keep, alone, others) for one in path]
+    names, sizes, keys, reads = zip(*listed, strict=True)
     ends = np.cumsum([len(part) for part in names])
 
     def read_at(index: int) -> bytes:
@@ -489,7 +498,7 @@ def list_files(
     return [printable(name) for name in flat(names)], [*flat(sizes)], [*flat(keys)], read_at
 
 
-def _files_at(path: str, keep, alone: tuple[str, ...]):
+def _files_at(path: str, keep, alone: tuple[str, ...], others: list):
     # Of one of several paths, with names that say so.
     place = existing(path)
     if path.lower().endswith(alone) and not place.is_dir():
@@ -499,17 +508,17 @@ def _files_at(path: str, keep, alone: tuple[str, ...]):
         raise InputError(
             f"{path}: allowed are a folder, a .zip of one, {', '.join(alone)}; a .csv stands alone"
         )
-    files, sizes, keys, read = _listed(place, keep, alone)
+    files, sizes, keys, read = _listed(place, keep, alone, others)
     if not files:
         raise InputError(f"{path}: nothing there is of the kind that is read; leave it out")
     return [os.path.join(path, name) for name in files], sizes, keys, read
 
 
-def _listed(place: Path, keep, alone: tuple[str, ...]):
+def _listed(place: Path, keep, alone: tuple[str, ...], others: list):
     if place.is_dir():
-        return _folder_files(place, keep)
+        return _folder_files(place, keep, others)
     if place.suffix.lower() == ".zip":
-        return _zip_files(place, keep)
+        return _zip_files(place, keep, others)
     allowed = ", ".join(["a folder", "a .zip of one", *alone])
     raise InputError(f"{place}: allowed are {allowed}, or `sample`")
 
@@ -533,18 +542,20 @@ def existing(path: str) -> Path:
     return place
 
 
-def _folder_files(folder: Path, keep):
+def _folder_files(folder: Path, keep, others: list):
     def refuse(error: OSError):
         raise error
 
     def listed(shown: live.Progress) -> list[tuple[str, os.stat_result]]:
         found = []
+        passed = []
         seen = set()
         walk = os.walk(folder, followlinks=True, onerror=refuse)
         while True:
             with reading.pending(folder):
                 directory, subfolders, names = next(walk, (None, [], []))
                 if directory is None:
+                    others.extend(passed)
                     return sorted(found)
                 base = Path(directory)
                 seen.add(base.resolve())
@@ -552,6 +563,8 @@ def _folder_files(folder: Path, keep):
                 subfolders[:] = [name for name in subfolders if (base / name).resolve() not in seen]
                 names = [(base / name).relative_to(folder).as_posix() for name in names]
                 kept = [name for name in names if keep(name)]
+                if len(kept) < len(names):
+                    passed += set(names).difference(kept)
                 for name in kept:
                     found.append((name, reading.regular_status(folder / name)))
                     shown.add()
@@ -570,12 +583,17 @@ def _folder_files(folder: Path, keep):
     return files, [s.st_size for s in stats], keys, read
 
 
-def _zip_files(path: Path, keep):
+def _zip_files(path: Path, keep, others: list):
     try:
         archive = ReopenedZip(path)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
-    entries = [entry for entry in archive.infolist() if keep(entry.filename)]
+    entries = []
+    for entry in archive.infolist():
+        if keep(entry.filename):
+            entries.append(entry)
+        elif not entry.is_dir():
+            others.append(entry.filename)
     entries.sort(key=operator.attrgetter("filename"))
 
     def read(index: int) -> bytes:
