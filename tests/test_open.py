@@ -2,6 +2,7 @@
 
 import os
 import unicodedata
+import zipfile
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 from common.data import sampling
+from common.data.images import SUFFIXES
 from common.data.open import class_warnings, open_images
 from common.errors import InputError
 from tests.data import image_folder, picture, read_pixels, zipped
@@ -355,3 +357,54 @@ def test_thumbnails_of_file_servers_are_passed_over_and_other_files_counted(tmp_
         "9 files, 3 read; left out: 3 .doc, 2 in @eaDir"
         in open_images((str(root), str(root / "a")), labels=False).note
     )
+
+
+def coded_zip(path, files, encoding, separator):
+    """A .zip whose names are bytes of an encoding, without the flag that says which."""
+    stored = {name.replace("/", separator).encode(encoding): name for name in files}
+    with zipfile.ZipFile(path, "w") as archive:
+        for k, (code, name) in enumerate(stored.items()):
+            archive.writestr(f"{k}".rjust(len(code), "~"), files[name])
+    data = path.read_bytes()
+    for k, code in enumerate(stored):
+        placeholder = f"{k}".rjust(len(code), "~").encode()
+        assert data.count(placeholder) == 2  # before the member and in the directory
+        data = data.replace(placeholder, code)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("classes", "encoding", "separator"),
+    [
+        (["good", "bad"], "ascii", "\\"),
+        (["猫", "小狗", "镕炉"], "gbk", "/"),
+        (["Größe", "Übermaß", "niño"], "cp437", "\\"),
+        (["é", "Größe", "猫"], "utf-8", "/"),
+    ],
+)
+def test_zips_of_windows_and_macos_have_the_classes_of_the_folder(
+    tmp_path, classes, encoding, separator
+):
+    names = [f"{name}/{i}.png" for name in classes for i in range(2)]
+    root = image_folder(tmp_path / "set", names)
+    files = {name: (root / name).read_bytes() for name in names}
+    if encoding == "utf-8":  # of macOS, decomposed
+        files = {unicodedata.normalize("NFD", name): content for name, content in files.items()}
+    plain = open_images(str(root))
+    packed = open_images(str(coded_zip(tmp_path / "set.zip", files, encoding, separator)))
+    assert packed.classes == plain.classes == sorted(classes)
+    for name in plain.ids:
+        same = packed.ids.index(name if encoding != "utf-8" else unicodedata.normalize("NFD", name))
+        assert torch.equal(packed.decode(same), plain.decode(plain.ids.index(name)))
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".jpe", ".JFIF", ".pnm", ".pbm", ".avif", ".jp2"])
+def test_what_pillow_reads_of_pictures_is_read(tmp_path, suffix):
+    if suffix in (".avif", ".jp2") and suffix not in SUFFIXES:
+        pytest.skip(f"this Pillow reads no {suffix}")
+    picture(0).save(tmp_path / f"0{suffix}")
+    with Image.open(tmp_path / f"0{suffix}") as opened:
+        expected = np.array(opened.convert("RGB"))
+    images = open_images(str(tmp_path))
+    assert np.array_equal(images.decode(0).permute(1, 2, 0), expected)

@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, features
 from torch import Tensor
 
 from common import amp, live, reading
@@ -34,7 +34,16 @@ from common.run.content import Content, OtherContent, file_key
 
 # What Pillow may take a file for, whatever its name: other formats start programs of their own.
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM", "GIF")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif")
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".tif", ".tiff", ".webp"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".gif", ".apng"),
+)
+if features.check("avif"):
+    FORMATS += ("AVIF",)
+    SUFFIXES += (".avif",)
+if features.check("jpg_2000"):
+    FORMATS += ("JPEG2000",)
+    SUFFIXES += (".jp2", ".j2k", ".jpf", ".jpx")
 SPLITS = {
     "train": "train",
     "training": "train",
@@ -393,10 +402,10 @@ def check_pixels(image: Image.Image, size: tuple[int, int], held: int = 0) -> No
     """
     if not all(image.size):
         raise InputError("it has no pixels")
-    # Pillow stores four bytes a pixel, and a copy of another mode beside; its WebP decoder stores
+    # Pillow stores four bytes a pixel, and a copy of another mode beside; some decoders store
     # canvases. A progressive JPEG is held whole, as coefficients of two bytes. Turning copies.
     each = 4 if image.mode == "RGB" else 8
-    if image.format == "WEBP" or image.mode.startswith("I;16"):
+    if image.format in ("WEBP", "AVIF", "JPEG2000") or image.mode.startswith("I;16"):
         each = 16
     if _orientation(image) in _TURNS:
         each += 4
@@ -589,6 +598,7 @@ def _zip_files(path: Path, keep, others: list):
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     entries = []
+    _mend_names(archive.infolist())
     for entry in archive.infolist():
         if keep(entry.filename):
             entries.append(entry)
@@ -603,6 +613,29 @@ def _zip_files(path: Path, keep, others: list):
     sizes = [entry.file_size for entry in entries]
     # Its own checksum, which reading verifies, goes with every copy of the archive.
     return names, sizes, [file_key(entry.file_size, entry.CRC) for entry in entries], read
+
+
+def _mend_names(entries: list[zipfile.ZipInfo]) -> None:
+    # Without its flag for UTF-8 zipfile takes every name for CP437. macOS writes UTF-8 so, a
+    # Chinese Windows GBK: then most of its characters are among the common ones of GB2312. Some
+    # Windows programs part folders by backslashes.
+    odd = [entry for entry in entries if not (entry.flag_bits & 0x800 or entry.filename.isascii())]
+    odd = [entry for entry in odd if entry.filename == entry.orig_filename]
+    names = "/".join(entry.filename for entry in odd).encode("cp437")
+    encoding = "cp437"
+    try:
+        names.decode()
+        encoding = "utf-8"
+    except UnicodeDecodeError:
+        text = names.decode("gbk", "replace")
+        common = [char for char in text if char >= "\u4e00" and char.encode("gb2312", "ignore")]
+        if 2 * len(common) > sum(not char.isascii() for char in text):
+            encoding = "gbk"
+    for entry in odd:
+        entry.filename = entry.filename.encode("cp437").decode(encoding, "replace")
+    if not any("/" in entry.filename for entry in entries):
+        for entry in entries:
+            entry.filename = entry.filename.replace("\\", "/")
 
 
 class ReopenedZip:
