@@ -119,6 +119,7 @@ class Images:
     _drafts = True
     groups: np.ndarray | None = None
     note = ""
+    _white = 65535  # the level of 16-bit pixels that becomes 255, where a file names none
 
     def __init__(
         self,
@@ -224,10 +225,14 @@ class Images:
                 if self._drafts:
                     image.draft("RGB", (self.store_size, self.store_size))
                 check_pixels(image, size, len(content))
+                has_16_bits, white = _has_16_bits(image), _named_white(image) or self._white
                 image = upright(image)
-                if image.mode.startswith("I;16"):
+                if has_16_bits:
                     # Pillow's own conversion clips 16 bits at 255 instead of scaling.
-                    image = Image.fromarray((np.asarray(image, np.uint32) // 257).astype(np.uint8))
+                    levels = np.asarray(image, np.uint32)
+                    if levels.max() > white:
+                        white = 65535
+                    image = Image.fromarray((levels * 255 // white).astype(np.uint8))
                 elif image.mode in ("I", "F"):
                     raise ValueError(
                         "32-bit pixels have no known range; save them with 8 or 16 bits"
@@ -262,20 +267,45 @@ class Images:
         return InputError(f"{item} in {self.name} cannot be read: {reason(error)}; {advice}")
 
     def _probe(self) -> int:
-        # Headers only: the sizes of up to 64 images spread over the set.
+        # The sizes of up to 64 images spread over the set, by their headers.
         sides = []
         why = ""
+        named = 0
+        dark = False
         for index in np.unique(np.linspace(0, len(self) - 1, 64).astype(int)):
             try:
                 with open_image(self._read_bytes(index)) as image:
                     sides.append(min(image.size))
+                    if _has_16_bits(image):
+                        named = named or _named_white(image) or 0
+                        dark = dark or not _named_white(image)
             except DECODE_ERRORS as error:  # decoding it later names the file, or skips it
                 why = why or f"{self.ids[index]}: {reason(error)}"
         if not sides:
             raise InputError(
                 f"{self.name}: none of the images that were tried can be read (first: {why})"
             )
+        if 0 < named < 65535:
+            self.note += f"; 16-bit pixels scaled by the {named} that their files name"
+        if dark:
+            self._white = self._darkest_white()
+        if self._white < 65535:
+            self.note += f"; 16-bit pixels scaled by {self._white}: none is above"
         return int(np.median(sides))
+
+    def _darkest_white(self) -> int:
+        # Cameras of 12 bits store 16, of which the upper ones are empty then; masks store 8.
+        top = 0
+        for index in range(len(self)):  # ends at the first image, where all bits are used
+            with contextlib.suppress(*DECODE_ERRORS):
+                content = self._read_bytes(index)
+                with open_image(content) as image:
+                    if _has_16_bits(image) and not _named_white(image):
+                        check_pixels(image, image.size, len(content))
+                        top = max(top, int(np.asarray(image).max()))
+            if top > 4095:
+                return 65535
+        return 255 if top <= 255 else 4095
 
     def batches(self, index_batches: Iterable[np.ndarray], workers: int) -> Iterator[Tensor]:
         """The pixels of each batch of indices, uint8 (b, 3, store_size, store_size).
@@ -389,6 +419,27 @@ def open_image(content: bytes) -> Image.Image:
     return Image.open(io.BytesIO(content), formats=FORMATS)
 
 
+def _has_16_bits(image: Image.Image) -> bool:
+    # Pillow scales a PGM of any depth above 8 bits to 16 and calls it I.
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+
+
+def _named_white(image: Image.Image) -> int | None:
+    # The highest level that the bits of a TIFF's samples, as its tags tell them, can hold.
+    if image.format == "PPM":
+        return 65535
+    tags = getattr(image, "tag_v2", {})
+
+    def most(tag: int) -> int:  # whatever a file has there
+        values = np.ravel(np.array(tags.get(tag, ()), dtype=object))
+        return max((value for value in values if type(value) is int and value > 0), default=0)
+
+    bits = min(most(258) or 16, 16)  # BitsPerSample
+    highest = most(281)  # MaxSampleValue, often that of the image alone
+    bits = min(bits, max(highest.bit_length(), 8) if highest else 16)
+    return 2**bits - 1 if bits < 16 or highest else None
+
+
 def check_pixels(image: Image.Image, size: tuple[int, int], held: int = 0) -> None:
     """Refuse an image, before it is decoded, that would take more than --max-item-mb.
 
@@ -420,6 +471,11 @@ def central_square(image: Image.Image, side: int) -> Tensor:
 
     The shorter side is resized to `side` pixels before.
     """
+    shorter = min(image.size)
+    if max(image.size) > 32 * shorter:  # a strip, which would take gigabytes if resized as a whole
+        left, top = ((length - shorter) / 2 for length in image.size)
+        box = (left, top, image.width - left, image.height - top)
+        image = image.resize((side, side), Image.Resampling.BILINEAR, box)
     scale = side / min(image.size)
     width, height = (max(side, round(length * scale)) for length in image.size)
     reading.within(4 * width * height, f"{image.width} x {image.height} pixels")

@@ -131,7 +131,7 @@ def open_images(path: str | tuple[str, ...], labels: bool = True) -> Images:
     images = Images(title, ids, numbers, classes, splits, sizes=sizes, keys=keys, read=read)
     unlabeled = numbers.count(UNLABELED)
     if classes and unlabeled:
-        images.note = f"; {plural(unlabeled, 'image')} without a label"
+        images.note += f"; {plural(unlabeled, 'image')} without a label"
     images.note += left_out
     return images
 

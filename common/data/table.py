@@ -96,7 +96,7 @@ def open_table(place: Path) -> Images:
     absent = [name for name in COLUMNS if name not in rows[0][1]]
     if unread:
         named = [name + did_you_mean(name, absent) for name in unread]
-        images.note = f"; columns that are not read: {first_few(named, len(named))}"
+        images.note += f"; columns that are not read: {first_few(named, len(named))}"
     return images
 
 
