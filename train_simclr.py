@@ -404,6 +404,7 @@ def validate(
         "linear": 1,  # every process does all of it
         "finetune": world.world_size,
     }
+    refused = []
     for name, stage in stages.items():
         parts = [splits[part] for part in needed[name]]
         if name == "pretrain" and stage.bs < 2:
@@ -415,7 +416,12 @@ def validate(
             )
         if stage.optimizer != "lbfgs":
             flag = "--bs" if name == next(iter(stages)) else f"--{name}-bs"
-            sampling.check_batch(name, stage.bs, len(parts[0]), divisors[name], flag)
+            try:
+                sampling.check_batch(name, stage.bs, len(parts[0]), divisors[name], flag)
+            except InputError as error:
+                refused.append(str(error))
+    if refused:
+        raise InputError(". ".join(refused))
     with as_input_error("--impl", args.impl):
         nt_xent(*torch.eye(4, device=world.device).chunk(2), args.temperature, impl=args.impl)
 

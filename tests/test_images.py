@@ -8,7 +8,7 @@ import torch
 from PIL import ExifTags, Image, ImageFile, PngImagePlugin
 from torchvision.transforms.v2 import functional as F
 
-from common.data.images import upright_size
+from common.data.images import central_square, upright_size
 from common.data.open import open_images, prepare
 from common.data.pack import pack
 from common.errors import InputError
@@ -49,6 +49,70 @@ def test_decoding_resizes_the_shorter_side_and_cuts_the_center(tmp_path, width, 
     # one pixel.
     if (size[0] - 16) % 2 == 0 and (size[1] - 16) % 2 == 0:
         assert (image.int() - expected.int()).abs().max() <= 1
+
+
+def levels16(path, top, seed=0, **options):
+    levels = np.random.default_rng(seed).integers(0, top + 1, (20, 20)).astype(np.uint16)
+    levels[0, 0] = top
+    Image.fromarray(levels).save(path, **options)
+    return levels.astype(int)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff"])
+@pytest.mark.parametrize(
+    ("tops", "white"), [((4000, 900), 4095), ((200, 90), 255), ((900, 5000), 65535)]
+)
+def test_sixteen_bits_are_scaled_by_the_range_of_the_set(tmp_path, suffix, tops, white):
+    stored = [levels16(tmp_path / f"{k}.{suffix}", top, k) for k, top in enumerate(tops)]
+    picture(0).save(tmp_path / "8bit.png")
+    images = open_images(str(tmp_path))
+    for levels, k in zip(stored, (0, 1), strict=True):
+        assert np.array_equal(images.decode(k)[1].numpy(), levels * 255 // white)
+    assert (f"16-bit pixels scaled by {white}: none is above" in images.describe()) == (
+        white < 65535
+    )
+
+
+def test_sixteen_bits_are_scaled_by_what_a_tiff_says(tmp_path):
+    # MaxSampleValue: of 12 bits, of all, and wrong.
+    for name, top, value in (
+        ("a", 900, 4095),
+        ("b", 900, 65535),
+        ("c", 5000, 4095),
+    ):
+        levels = levels16(tmp_path / f"{name}.tiff", top, tiffinfo={281: value})
+        image = open_images(str(tmp_path)).decode("abc".index(name))
+        white = 4095 if name == "a" else 65535
+        assert np.array_equal(image[0].numpy(), levels * 255 // white), name
+    assert "by the 4095 that their files name" in open_images(str(tmp_path)).describe()
+
+
+def test_a_pgm_of_sixteen_bits_is_read(tmp_path):
+    levels = np.arange(400, dtype=">u2").reshape(20, 20) * 10
+    for top in (4095, 65535):
+        (tmp_path / "0.pgm").write_bytes(b"P5 20 20 %d\n" % top + levels.astype(">u2").tobytes())
+        image = open_images(str(tmp_path)).decode(0)[0].numpy()
+        assert np.abs(image - levels.astype(int) * 255 / top).max() <= 1
+
+
+def test_a_strip_takes_no_gigabytes_and_gives_the_same_square():
+    def square(width, height, side):
+        strip = Image.linear_gradient("L").resize((width, height)).convert("RGB")
+        return central_square(strip, side)
+
+    for width, height in ((2, 20000), (20000, 2)):
+        assert square(width, height, 256).shape == (3, 256, 256)
+    shape = (11, 600)  # both ways, at a whole scale
+    strips = [
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (*s, 3), np.uint8))
+        for s in (shape, shape[::-1])
+    ]
+    for strip in strips:
+        cut = central_square(strip, 22)
+        whole = strip.resize([2 * n for n in strip.size], Image.Resampling.BILINEAR)
+        left, top = ((n - 22) // 2 for n in whole.size)
+        expected = np.array(whole.crop((left, top, left + 22, top + 22)))
+        assert np.abs(cut.permute(1, 2, 0).numpy().astype(int) - expected).max() <= 1
 
 
 ORIENTATIONS = {

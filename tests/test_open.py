@@ -1,6 +1,8 @@
 """Folders and archives of images, their layouts, and what is refused."""
 
 import os
+import unicodedata
+import zipfile
 
 import numpy as np
 import pytest
@@ -8,7 +10,8 @@ import torch
 from PIL import Image
 
 from common.data import sampling
-from common.data.open import open_images
+from common.data.images import SUFFIXES
+from common.data.open import class_warnings, open_images
 from common.errors import InputError
 from tests.data import image_folder, picture, read_pixels, zipped
 
@@ -258,3 +261,150 @@ def test_a_listed_file_that_is_no_image_is_named_when_it_is_read(tmp_path):
     images = open_images(str(table))
     with pytest.raises(InputError, match="image sub/4.png in list.csv cannot be read"):
         images.decode(4)
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_a_class_is_one_however_its_accents_are_stored(tmp_path, form):
+    name = unicodedata.normalize(form, "é/1.png")
+    root = image_folder(
+        tmp_path / "set", [unicodedata.normalize("NFC", "é/0.png"), name, "a/0.png"]
+    )
+    for source in (root, zipped(root)):
+        assert open_images(str(source)).classes == ["a", unicodedata.normalize("NFC", "é")]
+    rows = [f"{name},{name[:-6]}", "é/0.png,é", "a/0.png,a"]
+    (root / "list.csv").write_text("path,label\n" + "\n".join(rows[form == "NFC" :]))
+    assert open_images(str(root / "list.csv")).classes == ["a", "é"]
+
+
+def warned(tmp_path, names):
+    return "\n".join(class_warnings(open_images(str(image_folder(tmp_path / "set", names)))))
+
+
+def test_classes_that_are_perhaps_one_or_never_trained_are_warned_of(tmp_path):
+    plain = [f"{s}/{c}/0.png" for s in ("train", "val", "test") for c in ("a", "b")]
+    assert warned(tmp_path / "plain", plain) == ""
+    said = warned(tmp_path / "odd", [*plain, "test/c/0.png", "test/d/0.png", "val/d/0.png"])
+    assert "test has 2 classes that train lacks: c, d;" in said
+    assert "val has 1 class that train lacks: d;" in said
+    said = warned(tmp_path / "case", ["Red cell/0.png", "red_cell/0.png", "b/0.png"])
+    assert "classes 'Red cell', 'red_cell' differ in case, blanks or dashes alone" in said
+    assert warned(tmp_path / "eval", ["test/a/0.png", "test/b/0.png"]) == ""
+
+
+def layout(tmp_path, names):
+    images = open_images(str(image_folder(tmp_path / "set", names)))
+    label = [images.classes[k] if k >= 0 else "" for k in images.labels]
+    return dict(zip(images.ids, zip(images.splits, label, strict=True), strict=True)), images
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        # STL-10
+        (
+            ["train/a/0.png", "test/a/0.png", "unlabeled/0.png", "unlabeled/x/1.png"],
+            [("train", "a"), ("test", "a"), ("train", ""), ("train", "")],
+        ),
+        (["a/0.png", "b/0.png", "Unlabeled/0.png"], [("", "a"), ("", "b"), ("", "")]),
+        (["training_set/a/0.png", "test_set/a/0.png"], [("train", "a"), ("test", "a")]),
+        (["train2017/0.png", "val2017/0.png"], [("train", ""), ("val", "")]),
+        (["train/a/0.png", "test-images/a/0.png"], [("train", "a"), ("test", "a")]),
+        (["train/0.png", "car/0.png", "bus/0.png"], [("", "train"), ("", "car"), ("", "bus")]),
+        (["train/train/0.png", "train/car/0.png"], [("train", "train"), ("train", "car")]),
+        (["test_neg/0.png", "test_pos/0.png"], [("", "test_neg"), ("", "test_pos")]),
+        (["brain/0.png", "rest/0.png"], [("", "brain"), ("", "rest")]),
+        (["preview.png", "w/a/0.png", "w/b/0.png"], [("", ""), ("", "a"), ("", "b")]),
+        (["cover.png", "w/v/a/0.png", "w/v/b/0.png"], [("", ""), ("", "w"), ("", "w")]),
+    ],
+)  # fmt: skip
+def test_layouts_of_folders_are_understood(tmp_path, names, expected):
+    found, images = layout(tmp_path, names)
+    wrapper = "w/" * ("w/a/0.png" in names)
+    assert [found[name.removeprefix(wrapper)] for name in names] == expected
+    unlabeled = sum(not label for _, label in expected)
+    assert (f"{unlabeled} image" in images.note) == (0 < unlabeled < len(names))
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["train/a/0.png", "tset/a/0.png"], "the folder tset is .* train; did you mean test"),
+        (
+            ["train/0.png", "test/0.png", "car/0.png"],
+            "the folder car is in none .* test, train; mo",
+        ),
+        (["training_set/a/0.png", "test_set/a/0.png", "old/0.png"], "the folder old is in none"),
+        (["train/a/0.png", "test/a/0.png", "b/0.png"], "put them into a folder called train"),
+        (["train/a/0.png", "preview.png", "test/a/0.png"], "preview.png is in none of the splits"),
+    ],
+)
+def test_folders_that_are_perhaps_splits_are_asked_about(tmp_path, names, said):
+    with pytest.raises(InputError, match=said):
+        layout(tmp_path, names)
+
+
+def test_thumbnails_of_file_servers_are_passed_over_and_other_files_counted(tmp_path):
+    root = image_folder(tmp_path / "set", ["a/0.png", "b/0.png", "a/@eaDir/0.png/thumb.png"])
+    for name in ("a/1.doc", "b/2.DOC", "notes", ".hidden", "a/Thumbs.db"):
+        (root / name).write_text("x")
+    for source in (root, zipped(root)):
+        images = open_images(str(source))
+        assert images.ids == ["a/0.png", "b/0.png"] and images.classes == ["a", "b"]
+        assert images.describe().endswith(
+            "; 6 files, 2 read; left out: 2 .doc, 1 in @eaDir, 1 without a suffix"
+        )
+    assert (
+        "9 files, 3 read; left out: 3 .doc, 2 in @eaDir"
+        in open_images((str(root), str(root / "a")), labels=False).note
+    )
+
+
+def coded_zip(path, files, encoding, separator):
+    """A .zip whose names are bytes of an encoding, without the flag that says which."""
+    stored = {name.replace("/", separator).encode(encoding): name for name in files}
+    with zipfile.ZipFile(path, "w") as archive:
+        for k, (code, name) in enumerate(stored.items()):
+            archive.writestr(f"{k}".rjust(len(code), "~"), files[name])
+    data = path.read_bytes()
+    for k, code in enumerate(stored):
+        placeholder = f"{k}".rjust(len(code), "~").encode()
+        assert data.count(placeholder) == 2  # before the member and in the directory
+        data = data.replace(placeholder, code)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("classes", "encoding", "separator"),
+    [
+        (["good", "bad"], "ascii", "\\"),
+        (["猫", "小狗", "镕炉"], "gbk", "/"),
+        (["Größe", "Übermaß", "niño"], "cp437", "\\"),
+        (["é", "Größe", "猫"], "utf-8", "/"),
+    ],
+)
+def test_zips_of_windows_and_macos_have_the_classes_of_the_folder(
+    tmp_path, classes, encoding, separator
+):
+    names = [f"{name}/{i}.png" for name in classes for i in range(2)]
+    root = image_folder(tmp_path / "set", names)
+    files = {name: (root / name).read_bytes() for name in names}
+    if encoding == "utf-8":  # of macOS, decomposed
+        files = {unicodedata.normalize("NFD", name): content for name, content in files.items()}
+    plain = open_images(str(root))
+    packed = open_images(str(coded_zip(tmp_path / "set.zip", files, encoding, separator)))
+    assert packed.classes == plain.classes == sorted(classes)
+    for name in plain.ids:
+        same = packed.ids.index(name if encoding != "utf-8" else unicodedata.normalize("NFD", name))
+        assert torch.equal(packed.decode(same), plain.decode(plain.ids.index(name)))
+
+
+@pytest.mark.parametrize("suffix", [".jfif", ".jpe", ".JFIF", ".pnm", ".pbm", ".avif", ".jp2"])
+def test_what_pillow_reads_of_pictures_is_read(tmp_path, suffix):
+    if suffix in (".avif", ".jp2") and suffix not in SUFFIXES:
+        pytest.skip(f"this Pillow reads no {suffix}")
+    picture(0).save(tmp_path / f"0{suffix}")
+    with Image.open(tmp_path / f"0{suffix}") as opened:
+        expected = np.array(opened.convert("RGB"))
+    images = open_images(str(tmp_path))
+    assert np.array_equal(images.decode(0).permute(1, 2, 0), expected)

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 import train_simclr
+from common.errors import InputError
 from common.run import dist
 from common.run.loop import Batch
 
@@ -61,3 +63,15 @@ def test_views_are_functions_of_seed_epoch_and_image():
     run = train_simclr.Run(args, None, None, {}, Path(), None, {"image_size": 8})
     plain = train_simclr.two_views(run, Batch(pixels, ids, None, 2))
     assert torch.equal(plain[:4], plain[4:])
+
+
+def test_all_batches_that_do_not_fit_are_refused_at_once_with_their_flags():
+    flags = "--stage all --bs 64 --linear-solver sgd --linear-bs 48 --finetune-bs 32"
+    args, _ = train_simclr.parse_args([*NET, *flags.split()])
+    world = dist.Dist(0, 1, torch.device("cpu"))
+    data = train_simclr.build_data(args, "sample", world, None, [])
+    few = {name: items[:20] for name, items in data.splits.items()}
+    with pytest.raises(InputError) as refused:
+        train_simclr.validate(args, world, data.images, few, train_simclr.settings(args))
+    for flag in ("--bs", "--linear-bs", "--finetune-bs"):
+        assert f"20 training items; lower {flag}" in str(refused.value)

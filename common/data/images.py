@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, features
 from torch import Tensor
 
 from common import amp, live, reading
@@ -34,7 +34,16 @@ from common.run.content import Content, OtherContent, file_key
 
 # What Pillow may take a file for, whatever its name: other formats start programs of their own.
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP", "PPM", "GIF")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif")
+SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".tif", ".tiff", ".webp"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".gif", ".apng"),
+)
+if features.check("avif"):
+    FORMATS += ("AVIF",)
+    SUFFIXES += (".avif",)
+if features.check("jpg_2000"):
+    FORMATS += ("JPEG2000",)
+    SUFFIXES += (".jp2", ".j2k", ".jpf", ".jpx")
 SPLITS = {
     "train": "train",
     "training": "train",
@@ -46,6 +55,11 @@ SPLITS = {
     "testing": "test",
 }
 UNLABELED = -1
+# What systems and file servers put beside files: shadows, thumbnails, bins.
+SYSTEM_FOLDERS = (
+    *("__MACOSX", "@eaDir", "@Recycle", "@Recently-Snapshot", "#recycle", "#snapshot"),
+    *("$RECYCLE.BIN", "System Volume Information", "lost+found"),
+)
 # What Pillow and zipfile raise on damaged files.
 DECODE_ERRORS = (
     OSError,
@@ -105,6 +119,7 @@ class Images:
     _drafts = True
     groups: np.ndarray | None = None
     note = ""
+    _white = 65535  # the level of 16-bit pixels that becomes 255, where a file names none
 
     def __init__(
         self,
@@ -210,10 +225,14 @@ class Images:
                 if self._drafts:
                     image.draft("RGB", (self.store_size, self.store_size))
                 check_pixels(image, size, len(content))
+                has_16_bits, white = _has_16_bits(image), _named_white(image) or self._white
                 image = upright(image)
-                if image.mode.startswith("I;16"):
+                if has_16_bits:
                     # Pillow's own conversion clips 16 bits at 255 instead of scaling.
-                    image = Image.fromarray((np.asarray(image, np.uint32) // 257).astype(np.uint8))
+                    levels = np.asarray(image, np.uint32)
+                    if levels.max() > white:
+                        white = 65535
+                    image = Image.fromarray((levels * 255 // white).astype(np.uint8))
                 elif image.mode in ("I", "F"):
                     raise ValueError(
                         "32-bit pixels have no known range; save them with 8 or 16 bits"
@@ -248,20 +267,45 @@ class Images:
         return InputError(f"{item} in {self.name} cannot be read: {reason(error)}; {advice}")
 
     def _probe(self) -> int:
-        # Headers only: the sizes of up to 64 images spread over the set.
+        # The sizes of up to 64 images spread over the set, by their headers.
         sides = []
         why = ""
+        named = 0
+        dark = False
         for index in np.unique(np.linspace(0, len(self) - 1, 64).astype(int)):
             try:
                 with open_image(self._read_bytes(index)) as image:
                     sides.append(min(image.size))
+                    if _has_16_bits(image):
+                        named = named or _named_white(image) or 0
+                        dark = dark or not _named_white(image)
             except DECODE_ERRORS as error:  # decoding it later names the file, or skips it
                 why = why or f"{self.ids[index]}: {reason(error)}"
         if not sides:
             raise InputError(
                 f"{self.name}: none of the images that were tried can be read (first: {why})"
             )
+        if 0 < named < 65535:
+            self.note += f"; 16-bit pixels scaled by the {named} that their files name"
+        if dark:
+            self._white = self._darkest_white()
+        if self._white < 65535:
+            self.note += f"; 16-bit pixels scaled by {self._white}: none is above"
         return int(np.median(sides))
+
+    def _darkest_white(self) -> int:
+        # Cameras of 12 bits store 16, of which the upper ones are empty then; masks store 8.
+        top = 0
+        for index in range(len(self)):  # ends at the first image, where all bits are used
+            with contextlib.suppress(*DECODE_ERRORS):
+                content = self._read_bytes(index)
+                with open_image(content) as image:
+                    if _has_16_bits(image) and not _named_white(image):
+                        check_pixels(image, image.size, len(content))
+                        top = max(top, int(np.asarray(image).max()))
+            if top > 4095:
+                return 65535
+        return 255 if top <= 255 else 4095
 
     def batches(self, index_batches: Iterable[np.ndarray], workers: int) -> Iterator[Tensor]:
         """The pixels of each batch of indices, uint8 (b, 3, store_size, store_size).
@@ -375,6 +419,27 @@ def open_image(content: bytes) -> Image.Image:
     return Image.open(io.BytesIO(content), formats=FORMATS)
 
 
+def _has_16_bits(image: Image.Image) -> bool:
+    # Pillow scales a PGM of any depth above 8 bits to 16 and calls it I.
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+
+
+def _named_white(image: Image.Image) -> int | None:
+    # The highest level that the bits of a TIFF's samples, as its tags tell them, can hold.
+    if image.format == "PPM":
+        return 65535
+    tags = getattr(image, "tag_v2", {})
+
+    def most(tag: int) -> int:  # whatever a file has there
+        values = np.ravel(np.array(tags.get(tag, ()), dtype=object))
+        return max((value for value in values if type(value) is int and value > 0), default=0)
+
+    bits = min(most(258) or 16, 16)  # BitsPerSample
+    highest = most(281)  # MaxSampleValue, often that of the image alone
+    bits = min(bits, max(highest.bit_length(), 8) if highest else 16)
+    return 2**bits - 1 if bits < 16 or highest else None
+
+
 def check_pixels(image: Image.Image, size: tuple[int, int], held: int = 0) -> None:
     """Refuse an image, before it is decoded, that would take more than --max-item-mb.
 
@@ -388,10 +453,10 @@ def check_pixels(image: Image.Image, size: tuple[int, int], held: int = 0) -> No
     """
     if not all(image.size):
         raise InputError("it has no pixels")
-    # Pillow stores four bytes a pixel, and a copy of another mode beside; its WebP decoder stores
+    # Pillow stores four bytes a pixel, and a copy of another mode beside; some decoders store
     # canvases. A progressive JPEG is held whole, as coefficients of two bytes. Turning copies.
     each = 4 if image.mode == "RGB" else 8
-    if image.format == "WEBP" or image.mode.startswith("I;16"):
+    if image.format in ("WEBP", "AVIF", "JPEG2000") or image.mode.startswith("I;16"):
         each = 16
     if _orientation(image) in _TURNS:
         each += 4
@@ -406,6 +471,11 @@ def central_square(image: Image.Image, side: int) -> Tensor:
 
     The shorter side is resized to `side` pixels before.
     """
+    shorter = min(image.size)
+    if max(image.size) > 32 * shorter:  # a strip, which would take gigabytes if resized as a whole
+        left, top = ((length - shorter) / 2 for length in image.size)
+        box = (left, top, image.width - left, image.height - top)
+        image = image.resize((side, side), Image.Resampling.BILINEAR, box)
     scale = side / min(image.size)
     width, height = (max(side, round(length * scale)) for length in image.size)
     reading.within(4 * width * height, f"{image.width} x {image.height} pixels")
@@ -453,12 +523,13 @@ def reason(error: Exception) -> str:
 
 
 def hidden(name: str) -> bool:
-    """Whether a path has a part that starts with a dot, or is macOS's shadow of a zipped file."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+    """Whether a path has a part that starts with a dot, or is one of SYSTEM_FOLDERS."""
+    parts = PurePosixPath(name).parts
+    return any(part.startswith(".") or part in SYSTEM_FOLDERS for part in parts)
 
 
 def list_files(
-    path: str | tuple[str, ...], keep, alone: tuple[str, ...] = ()
+    path: str | tuple[str, ...], keep, alone: tuple[str, ...] = (), others: list | None = None
 ) -> tuple[list[str], list[int], list[int], Callable[[int], bytes]]:
     """The files of a folder or of a .zip whose relative name passes `keep`.
 
@@ -466,6 +537,7 @@ def list_files(
         path: it; or several, which may also be files themselves.
         alone: the suffixes that these may have; of one path those that are read elsewhere, for the
             message.
+        others: takes the names of the files that do not pass.
 
     Returns:
         Sorted names, `printable`, of several paths each with its path before it; sizes in bytes;
@@ -475,10 +547,12 @@ def list_files(
     Raises:
         InputError: missing, not readable, or no regular file; one of several without files.
     """
+    others = [] if others is None else others
     if isinstance(path, str):
-        files, sizes, keys, read = _listed(existing(path), keep, alone)
+        files, sizes, keys, read = _listed(existing(path), keep, alone, others)
         return [printable(name) for name in files], sizes, keys, read
-    names, sizes, keys, reads = zip(*(_files_at(one, keep, alone) for one in path), strict=True)
+    listed = [_files_at(one, keep, alone, others) for one in path]
+    names, sizes, keys, reads = zip(*listed, strict=True)
     ends = np.cumsum([len(part) for part in names])
 
     def read_at(index: int) -> bytes:
@@ -489,7 +563,7 @@ def list_files(
     return [printable(name) for name in flat(names)], [*flat(sizes)], [*flat(keys)], read_at
 
 
-def _files_at(path: str, keep, alone: tuple[str, ...]):
+def _files_at(path: str, keep, alone: tuple[str, ...], others: list):
     # Of one of several paths, with names that say so.
     place = existing(path)
     if path.lower().endswith(alone) and not place.is_dir():
@@ -499,17 +573,17 @@ def _files_at(path: str, keep, alone: tuple[str, ...]):
         raise InputError(
             f"{path}: allowed are a folder, a .zip of one, {', '.join(alone)}; a .csv stands alone"
         )
-    files, sizes, keys, read = _listed(place, keep, alone)
+    files, sizes, keys, read = _listed(place, keep, alone, others)
     if not files:
         raise InputError(f"{path}: nothing there is of the kind that is read; leave it out")
     return [os.path.join(path, name) for name in files], sizes, keys, read
 
 
-def _listed(place: Path, keep, alone: tuple[str, ...]):
+def _listed(place: Path, keep, alone: tuple[str, ...], others: list):
     if place.is_dir():
-        return _folder_files(place, keep)
+        return _folder_files(place, keep, others)
     if place.suffix.lower() == ".zip":
-        return _zip_files(place, keep)
+        return _zip_files(place, keep, others)
     allowed = ", ".join(["a folder", "a .zip of one", *alone])
     raise InputError(f"{place}: allowed are {allowed}, or `sample`")
 
@@ -533,18 +607,20 @@ def existing(path: str) -> Path:
     return place
 
 
-def _folder_files(folder: Path, keep):
+def _folder_files(folder: Path, keep, others: list):
     def refuse(error: OSError):
         raise error
 
     def listed(shown: live.Progress) -> list[tuple[str, os.stat_result]]:
         found = []
+        passed = []
         seen = set()
         walk = os.walk(folder, followlinks=True, onerror=refuse)
         while True:
             with reading.pending(folder):
                 directory, subfolders, names = next(walk, (None, [], []))
                 if directory is None:
+                    others.extend(passed)
                     return sorted(found)
                 base = Path(directory)
                 seen.add(base.resolve())
@@ -552,6 +628,8 @@ def _folder_files(folder: Path, keep):
                 subfolders[:] = [name for name in subfolders if (base / name).resolve() not in seen]
                 names = [(base / name).relative_to(folder).as_posix() for name in names]
                 kept = [name for name in names if keep(name)]
+                if len(kept) < len(names):
+                    passed += set(names).difference(kept)
                 for name in kept:
                     found.append((name, reading.regular_status(folder / name)))
                     shown.add()
@@ -570,12 +648,18 @@ def _folder_files(folder: Path, keep):
     return files, [s.st_size for s in stats], keys, read
 
 
-def _zip_files(path: Path, keep):
+def _zip_files(path: Path, keep, others: list):
     try:
         archive = ReopenedZip(path)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
-    entries = [entry for entry in archive.infolist() if keep(entry.filename)]
+    entries = []
+    _mend_names(archive.infolist())
+    for entry in archive.infolist():
+        if keep(entry.filename):
+            entries.append(entry)
+        elif not entry.is_dir():
+            others.append(entry.filename)
     entries.sort(key=operator.attrgetter("filename"))
 
     def read(index: int) -> bytes:
@@ -585,6 +669,29 @@ def _zip_files(path: Path, keep):
     sizes = [entry.file_size for entry in entries]
     # Its own checksum, which reading verifies, goes with every copy of the archive.
     return names, sizes, [file_key(entry.file_size, entry.CRC) for entry in entries], read
+
+
+def _mend_names(entries: list[zipfile.ZipInfo]) -> None:
+    # Without its flag for UTF-8 zipfile takes every name for CP437. macOS writes UTF-8 so, a
+    # Chinese Windows GBK: then most of its characters are among the common ones of GB2312. Some
+    # Windows programs part folders by backslashes.
+    odd = [entry for entry in entries if not (entry.flag_bits & 0x800 or entry.filename.isascii())]
+    odd = [entry for entry in odd if entry.filename == entry.orig_filename]
+    names = "/".join(entry.filename for entry in odd).encode("cp437")
+    encoding = "cp437"
+    try:
+        names.decode()
+        encoding = "utf-8"
+    except UnicodeDecodeError:
+        text = names.decode("gbk", "replace")
+        common = [char for char in text if char >= "\u4e00" and char.encode("gb2312", "ignore")]
+        if 2 * len(common) > sum(not char.isascii() for char in text):
+            encoding = "gbk"
+    for entry in odd:
+        entry.filename = entry.filename.encode("cp437").decode(encoding, "replace")
+    if not any("/" in entry.filename for entry in entries):
+        for entry in entries:
+            entry.filename = entry.filename.replace("\\", "/")
 
 
 class ReopenedZip:

@@ -6,6 +6,7 @@ Paths are absolute or count from the file's folder. An empty label is none.
 import hashlib
 import os
 import posixpath
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ def open_table(place: Path) -> Images:
         raise InputError(f"{place}: {error.strerror}") from None
     lines = [f"line {line}" for line, _ in rows]
     cells = {name: [row.get(name, "") for _, row in rows] for name in COLUMNS}
-    cells["label"] = list(map(printable, cells["label"]))
+    cells["label"] = [unicodedata.normalize("NFC", printable(cell)) for cell in cells["label"]]
     bases = [f"{base.as_posix()}/" for base in (place.parent.absolute(), place.parent.resolve())]
     paths = [_normalized(path, bases) for path in cells["path"]]
     first: dict[str, str] = {}
@@ -95,7 +96,7 @@ def open_table(place: Path) -> Images:
     absent = [name for name in COLUMNS if name not in rows[0][1]]
     if unread:
         named = [name + did_you_mean(name, absent) for name in unread]
-        images.note = f"; columns that are not read: {first_few(named, len(named))}"
+        images.note += f"; columns that are not read: {first_few(named, len(named))}"
     return images
 
 
