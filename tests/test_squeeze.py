@@ -127,7 +127,7 @@ def test_it_says_when_the_ensemble_is_worse(tmp_path, capsys):
 
     ensemble.judge(main, ["--ensemble", *Args.ensemble, "--out", str(tmp_path)], Args, "macro_f1")
     assert (
-        "the ensemble's macro_f1 is worse than its mean member's (0.0000, 0.6667"
+        "the ensemble's macro_f1 is worse than its mean member's (0, 0.6667"
         in capsys.readouterr().out
     )
 
