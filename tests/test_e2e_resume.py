@@ -137,7 +137,8 @@ def test_a_run_interrupted_anywhere_equals_a_whole_one(name, data, tmp_path, mon
         assert code == 75 and summary(cut)["status"] == "stopped"
         stages.add(printed.err.split()[2])
         stopped += 1
-    assert stopped == wanted and foreseen > wanted // 2
+    assert stopped == wanted
+    assert foreseen > wanted // 2 or name == "simclr linear sgd"  # of stored features
     equal_runs(whole, cut)
     written = {path.name for path in whole.rglob("*.*") if path.parent.name != "figures"}
     assert written <= {*WRITTEN, ".lock"}  # or --resume none and a killed run would leave some
