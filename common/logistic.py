@@ -13,12 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PENALTIES = tuple(10 ** (1 - 5 * k / 9) for k in range(10))  # 10 to 1e-4, from strong to weak
 WORSE = 3  # standard errors below the best accuracy: still weaker penalties only overfit more
 TOLERANCE = 1e-5  # largest entry of the gradient, in the solver's coordinates
 MOST_STEPS = 2000
 CONSTANT = 1e-4  # of the mean: what varies less is mostly float32's rounding
 _BLOCK = 2**22  # float64 numbers of a block of rows, or of its logits
+
+
+def path(count: int) -> list[float]:
+    """Ten penalties for `count` rows, from 10 down to 1 / (10 count), scikit-learn's C = 10: more
+    rows need less.
+    """
+    return [10 ** (1 - k * (2 + math.log10(count)) / 9) for k in range(10)]
 
 
 class Solution(NamedTuple):
@@ -114,7 +120,7 @@ def solve(
     weights = torch.zeros(len(variance), fits * num_classes, dtype=torch.float64, device=device)
     best = (-1.0, 0.0, weights)
     unsolved = []
-    for penalty in PENALTIES:
+    for penalty in path(count):
         penalties = torch.full_like(variance, penalty)[:, None]
         penalties[-1] = 0.0
         scale = (variance[:, None] / num_classes + penalties).rsqrt()

@@ -41,7 +41,7 @@ def probabilities(solution, rows):
 @pytest.mark.parametrize(("count", "width"), [(300, 20), (60, 150)], ids=["tall", "wide"])
 @pytest.mark.parametrize("penalty", [10.0, 0.1, 1e-4])
 def test_the_solution_is_that_of_scikit_learn(count, width, penalty, monkeypatch):
-    monkeypatch.setattr(logistic, "PENALTIES", (penalty,))
+    monkeypatch.setattr(logistic, "path", lambda count: [penalty])
     monkeypatch.setattr(logistic, "_BLOCK", 7 * width)  # many blocks, the last one ragged
     rows, labels, folds = problem(count, width)
     solution = solve(rows, labels, folds)
@@ -56,7 +56,7 @@ def test_the_penalty_is_that_of_a_loop_over_folds():
     mean, deviation = x.mean(0), x.std(0)
     linear_model = pytest.importorskip("sklearn.linear_model")
     expected = []
-    for penalty in logistic.PENALTIES:
+    for penalty in logistic.path(len(y)):
         right = 0
         for k in range(5):
             held = fold == k
@@ -68,7 +68,7 @@ def test_the_penalty_is_that_of_a_loop_over_folds():
     found = []
     solution = solve(rows, labels, folds, agreed=lambda value: found.append(value) or value)
     np.testing.assert_allclose(found, expected[: len(found)], atol=1e-3)
-    assert solution.penalty == logistic.PENALTIES[int(np.argmax(expected))]
+    assert solution.penalty == logistic.path(len(y))[int(np.argmax(expected))]
     assert solution.accuracy == pytest.approx(max(expected))
     assert 0.4 < max(expected) < 0.95 and max(expected) > expected[-1]
 
@@ -112,4 +112,11 @@ def test_no_penalty_is_tried_behind_one_that_is_worse(monkeypatch):
     is_worse = np.array(seen) < best - np.sqrt(best * (1 - best) / 400)
     after = is_worse[int(np.argmax(seen)) :]
     assert after.tolist() == [False] * (len(after) - 1) + [True]
-    assert len(seen) < len(logistic.PENALTIES)
+    assert len(seen) < 10
+
+
+def test_the_path_goes_from_strong_to_the_weaker_the_more_rows():
+    for count in (2, 1000, 10**6):
+        penalties = logistic.path(count)
+        assert len(penalties) == 10 and penalties == sorted(penalties, reverse=True)
+        assert penalties[0] == 10 and penalties[-1] == pytest.approx(0.1 / count)
