@@ -145,7 +145,7 @@ def png(width: int, height: int, color=2) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels)
 
 
-@pytest.mark.parametrize(("width", "height"), [(13_000, 13_000), (1, 60_000), (200_000, 2)])
+@pytest.mark.parametrize(("width", "height"), [(13_000, 13_000), (3_000, 60_000)])
 def test_an_image_that_declares_too_many_pixels_is_refused_before_decoding(width, height, tmp_path):
     root = tmp_path / "set"
     root.mkdir()
