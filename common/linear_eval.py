@@ -190,17 +190,33 @@ def test_selected(run: Run, progress: Progress, rows: Tensor) -> dict:
 
 
 def stratified_folds(
-    ids: list[str], labels: np.ndarray, items: np.ndarray, count: int
+    ids: list[str],
+    labels: np.ndarray,
+    items: np.ndarray,
+    count: int,
+    groups: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Which of `count` folds holds each of `items` out: (n,) int64.
+    """Which of `count` folds holds each of `items` out: (n,) int64, every fold has an item.
 
-    Every fold has its share of every class, to within one. It depends on the items' names alone.
+    Every fold has its share of every class, to within one; with `groups` as near as these allow
+    that are whole, and where one fold would hold everything, without them. It depends on the items'
+    names alone.
     """
+    folds = np.full(len(ids), count - 1)
+    if groups is not None:
+        rest = items
+        for fold in range(count - 1):
+            share = 1 / (count - fold)
+            held = sampling.hold_out_groups(groups, labels, rest, share, f"fold {fold}", False)
+            folds[held] = fold
+            rest = np.setdiff1d(rest, held)
+        held_out, of_items = np.unique(folds[items], return_inverse=True)
+        if len(held_out) > 1:
+            return of_items
     order = [
         sampling.hash_order(ids, items[labels[items] == label], "fold")
         for label in np.unique(labels[items])
     ]
-    folds = np.empty(len(ids), np.int64)
     folds[np.concatenate(order)] = np.arange(len(items)) % count
     return folds[items]
 
@@ -241,7 +257,7 @@ def solved_protocol(
             rows,
             torch.from_numpy(items),
             torch.from_numpy(labels[items]),
-            torch.from_numpy(stratified_folds(run.data.ids, labels, items, FOLDS)),
+            torch.from_numpy(stratified_folds(run.data.ids, labels, items, FOLDS, run.data.groups)),
             len(classes),
             # Others, as mps, have no float64.
             world.device if world.device.type == "cuda" else torch.device("cpu"),

@@ -22,6 +22,7 @@ class Items:
         self.labels = np.arange(count) % classes
         self.classes = [f"c{k}" for k in range(classes)]
         self.fingerprint, self.store_size = "abc", 8
+        self.groups = None
 
     def __len__(self):
         return len(self.ids)
@@ -172,6 +173,24 @@ def test_folds_have_their_share_of_every_class_and_follow_names():
     kept = order[(order >= 3) & (order < 200)]
     assert (moved == folds[kept - 3]).all()
     assert linear_eval.stratified_folds(ids, labels, items[:3], 5).tolist() != [0, 0, 0]
+
+
+@pytest.mark.parametrize("number", [2, 3, 12, 60])
+def test_no_group_is_in_two_folds(number):
+    rng = np.random.default_rng(number)
+    ids, labels = [f"{i}.png" for i in range(203)], rng.integers(0, 3, 203)
+    groups = np.array([f"patient{i}" for i in rng.integers(0, number, 203)])
+    items = np.arange(3, 200)
+    folds = linear_eval.stratified_folds(ids, labels, items, 5, groups)
+    assert sorted(set(folds)) == list(range(folds.max() + 1)) and folds.max() >= min(number, 5) - 2
+    assert folds.max() > 0
+    for group in np.unique(groups[items]):
+        assert len(set(folds[groups[items] == group])) == 1
+    apart = linear_eval.stratified_folds(ids, labels, items, 5, labels.astype(str))
+    assert (apart == linear_eval.stratified_folds(ids, labels, items, 5)).all()
+    if number == 60:
+        counts = metrics.confusion_matrix(labels[items], folds, 5)[:3]
+        assert np.ptp(counts.sum(0)) <= 12
 
 
 @pytest.mark.parametrize("is_solved", [True, False], ids=["lbfgs", "sgd"])
