@@ -41,6 +41,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=1,batch_sched_delay=0,bf_interval=1
+MinJobAge=3600
 ReturnToService=2
 KillWait={kill_wait}
 GresTypes=gpu
