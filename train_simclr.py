@@ -330,11 +330,8 @@ def linear_solver(args) -> str:
     return args.linear_solver or ("sgd" if is_recipe or args.teacher else "lbfgs")
 
 
-def settings(args, labeled: int | None = None) -> dict[str, config.StageConfig]:
-    """Resolved settings of the stages to run, in their order.
-
-    Where --linear-bs is unset, its batch is not larger than the `labeled` training images.
-    """
+def settings(args) -> dict[str, config.StageConfig]:
+    """Resolved settings of the stages to run, in their order."""
     names = list(STAGES) if args.stage == "all" else [args.stage]
     stages = {}
     for name in names:
@@ -343,8 +340,6 @@ def settings(args, labeled: int | None = None) -> dict[str, config.StageConfig]:
             defaults = defaults | {"optimizer": args.optimizer}
         elif name == "linear" and linear_solver(args) == "lbfgs":
             defaults = defaults | SOLVED
-        elif name == "linear" and labeled:
-            defaults = defaults | {"bs": min(defaults["bs"], labeled)}
         lr_of = LR_OF.get(defaults["optimizer"])
         is_first = name == names[0]
         stages[name] = config.stage_config(args, name, defaults, first=is_first, lr_of=lr_of)
@@ -864,7 +859,7 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
         targets=targets,
         proj_dim=source.get("proj_dim", args.proj_dim),
     )
-    stages = settings(args, len(splits["train"]))
+    stages = settings(args)
     validate(args, world, images, splits, stages)
     start = {"weights": checkpoint.weights_digest(weights)} if weights else {}
     teacher, teacher_id = distill.read(args, spec, same=("image_size", "classes"))

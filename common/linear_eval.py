@@ -100,8 +100,7 @@ def linear(
             f"linear protocol, {source.title + ':':24}test accuracy {accuracy}, macro F1 {f1},"
             f" kNN {knn}"
         )
-    majority = np.bincount(labels[run.splits["train"]]).argmax()
-    share = float((labels[test] == majority).mean())
+    share = metrics.majority_accuracy(labels[run.splits["train"]], labels[test])
     run.results["majority/test/accuracy"] = share
     run.log.say(f"linear protocol, {'majority class:':24}test accuracy {digits(share)}")
     for name, source in list(sources.items())[1:]:

@@ -296,7 +296,8 @@ class Images:
     def _darkest_white(self) -> int:
         # Cameras of 12 bits store 16, of which the upper ones are empty then; masks store 8.
         top = 0
-        for index in range(len(self)):  # ends at the first image, where all bits are used
+        looked_at = live.progress(range(len(self)), "looking for 16-bit levels", len(self))
+        for index in looked_at:  # ends at the first image, where all bits are used
             with contextlib.suppress(*DECODE_ERRORS):
                 content = self._read_bytes(index)
                 with open_image(content) as image:
