@@ -242,30 +242,16 @@ def prepare(
     store_size: int | None,
     on_bad_item: str,
     workers: int,
-    missing_box: str,
-    margin: float,
-    box_format="xyxy",
     allow_missing: float = MOST_MISSING,
-    labels=True,
-    label_base: int | None = None,
-    known: list[str] | None = None,
     say=print,
+    **reading,
 ) -> EmotionClips:
-    """`open_clips`, decoded to `store_size` where that is given.
+    """`open_clips`, which gets `reading` too, decoded to `store_size` where that is given.
 
     What was left out and what is there goes to `say`.
     """
     clips = open_clips(
-        path,
-        workers=workers,
-        on_bad_item=on_bad_item,
-        missing_box=missing_box,
-        margin=margin,
-        box_format=box_format,
-        allow_missing=allow_missing,
-        labels=labels,
-        label_base=label_base,
-        known=known,
+        path, on_bad_item=on_bad_item, workers=workers, allow_missing=allow_missing, **reading
     )
     if store_size:
         clips.resize_store(store_size)
