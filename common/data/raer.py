@@ -244,14 +244,14 @@ def prepare(
     workers: int,
     allow_missing: float = MOST_MISSING,
     say=print,
-    **reading,
+    **options,
 ) -> EmotionClips:
-    """`open_clips`, which gets `reading` too, decoded to `store_size` where that is given.
+    """`open_clips`, which gets the `options` too, decoded to `store_size` where that is given.
 
     What was left out and what is there goes to `say`.
     """
     clips = open_clips(
-        path, on_bad_item=on_bad_item, workers=workers, allow_missing=allow_missing, **reading
+        path, on_bad_item=on_bad_item, workers=workers, allow_missing=allow_missing, **options
     )
     if store_size:
         clips.resize_store(store_size)
