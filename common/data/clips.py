@@ -9,13 +9,13 @@ frames at equal intervals, `seconds` long. A shorter video shrinks the interval,
 frames; a video of fewer than T frames repeats its last.
 """
 
-import functools
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -278,7 +278,19 @@ def natural_order(name: str) -> list:
     return [int(part[:4000]) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
-def renaming(listed: list[str], there: Iterable[str], least: int = 2) -> Callable[[str], str]:
+class Renaming(NamedTuple):
+    """Names with `skipped` of their first folders left out, below the folder `top`."""
+
+    top: tuple[str, ...] = ()
+    skipped: int = 0
+
+    def __call__(self, name: str) -> str:
+        if not (self.top or self.skipped):
+            return name
+        return "/".join((*self.top, *PurePosixPath(name).parts[self.skipped :]))
+
+
+def renaming(listed: list[str], there: Iterable[str], least: int = 2) -> Renaming:
     """How the names of a list, which start at some folder, become names in the tree.
 
     As few of their first folders as possible are left out, so that at least `least` parts remain,
@@ -292,12 +304,8 @@ def renaming(listed: list[str], there: Iterable[str], least: int = 2) -> Callabl
         for depth in range(3):
             tops = Counter(parts[:depth] for parts in paths if parts[depth:] in wanted)
             if tops:
-                return functools.partial(_renamed, max(sorted(tops), key=tops.get), skipped)
-    return str
-
-
-def _renamed(top: tuple[str, ...], skipped: int, name: str) -> str:
-    return "/".join((*top, *PurePosixPath(name).parts[skipped:]))
+                return Renaming(max(sorted(tops), key=tops.get), skipped)
+    return Renaming()
 
 
 def frame_images(name: str, files: list[str], sizes, read, keys=()) -> Images:

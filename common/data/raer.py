@@ -800,8 +800,8 @@ def _found(listed: list[str], there: Collection[str]) -> dict[str, str]:
         new = {}
         for name in left:
             parts, place = PurePosixPath(name).parts, rename(name)
-            own = 0 if rename is str else rename.args[1]
-            apart = not found or not own or all(other[:own] != parts[:own] for other in begins)
+            own = parts[: rename.skipped]
+            apart = not found or not own or all(other[: rename.skipped] != own for other in begins)
             if place in there and place not in used and apart:
                 new[name] = place
         if not new:
