@@ -111,7 +111,12 @@ def test_eval_repeats_the_test(whole, ffpp, tmp_path):
     for source, suffix in ((whole, ""), (whole / "last.pt", "_last_epoch")):
         argv = ["--data", str(ffpp), "--device", "cpu", "--out", str(tmp_path)]
         assert train_tsm.main([*argv, "--eval", str(source)]) == 0
-        found = json.loads((tmp_path / "eval.json").read_text())
+        found = json.loads((tmp_path / "eval" / "ffpp" / "eval.json").read_text())
+        assert found["data"]["real"] == 4 and found["data"]["fake"] == 8
+        assert found["checkpoint"]["source"] == str(source) and found["flags"]["fps"] == 25
+        assert found["data"]["methods"] == ["Deepfakes", "FaceSwap", "youtube"]
+        assert 0 <= found.pop("eval/test/frame_auc") <= 1
+        found = {name: value for name, value in found.items() if "/" in name}
         assert found.keys() >= {
             "eval/test/video_auc_Deepfakes",
             "eval/test/clip_auc",
@@ -137,7 +142,7 @@ def test_clips_that_are_longer_than_a_batch_of_frames_are_evaluated_one_by_one(
     monkeypatch.setattr(train_tsm, "EVAL_FRAMES", 2)
     argv = ["--data", str(ffpp), "--device", "cpu", "--out", str(tmp_path), "--eval", str(whole)]
     assert train_tsm.main(argv) == 0
-    found = json.loads((tmp_path / "eval.json").read_text())
+    found = json.loads((tmp_path / "eval" / "ffpp" / "eval.json").read_text())
     assert found["eval/test/video_auc"] == pytest.approx(
         summary(whole)["train/test/video_auc"], abs=0.05
     )
@@ -145,7 +150,10 @@ def test_clips_that_are_longer_than_a_batch_of_frames_are_evaluated_one_by_one(
 
 def test_two_processes_train_the_same_model_as_one(ffpp, tmp_path):
     # BatchNorm of chunks is that of other clips; over processes alone it is proven in test_dist.py.
+    weights = build_mobilenet_v4("conv_small_035").state_dict()
+    torch.save(weights, tmp_path / "weights.pt")
     argv = flags(NET, "--data", ffpp, "--bs 8 --accum 2 --dropout 0 --freeze-bn 1 --clip-grad 0.01")
+    argv += ["--weights", str(tmp_path / "weights.pt")]
     two = flags(argv, "--max-steps 1 --out", tmp_path / "two")
     succeed(*start_ranks(train_tsm, [two, two]))
     stopped_at([*argv, "--out", str(tmp_path / "one")], 1)
@@ -158,10 +166,9 @@ def test_two_processes_train_the_same_model_as_one(ffpp, tmp_path):
 
 
 def test_frozen_batchnorm_is_named_and_stays(ffpp, tmp_path, capsys):
-    stopped_at(
-        flags(NET, "--data", ffpp, "--bs 8 --freeze-bn 0.33 --out", tmp_path / "run"),
-        2,
-    )
+    torch.save(build_mobilenet_v4("conv_small_035").state_dict(), tmp_path / "weights.pt")
+    argv = flags(NET, "--data", ffpp, "--bs 8 --weights", tmp_path / "weights.pt")
+    stopped_at(flags(argv, "--out", tmp_path / "run"), 2)  # as the recipe has it
     assert (
         "--freeze-bn 0.33: 15 BatchNorm layers, backbone.bn1 to backbone.blocks.2."
         in capsys.readouterr().out
@@ -171,9 +178,15 @@ def test_frozen_batchnorm_is_named_and_stays(ffpp, tmp_path, capsys):
     assert counts == [0] * 15 + [4] * 31  # two steps of two chunks
     refused(
         train_tsm.main,
-        flags(NET, "--data", ffpp, "--bs 8 --freeze-bn 0.01 --out", tmp_path / "none"),
+        flags(argv, "--freeze-bn 0.01 --out", tmp_path / "none"),
         capsys,
         "--freeze-bn 0.01",
+    )
+    refused(
+        train_tsm.main,
+        flags(NET, "--data", ffpp, "--bs 8 --freeze-bn 0.33"),
+        capsys,
+        "--freeze-bn has no effect without --weights",
     )
     assert torch.equal(model["backbone.bn1.running_mean"], torch.zeros(32))
 
@@ -187,7 +200,6 @@ LIVE = {
     "mean": ["--aggregate", "mean"],
     "dropout": ["--dropout", "0"],
     "spatial dropout": ["--dropout2d"],
-    "frozen": ["--freeze-bn", "0.5"],
     "plain loss": ["--loss", "bce"],
     "gamma": ["--gamma", "1"],
     "alpha": ["--alpha", "0.3"],
@@ -247,7 +259,7 @@ def test_a_stream_gives_the_scores_of_the_offline_path(ordered, tmp_path, shift,
     )
     run = str(tmp_path / "run")
     assert train_tsm.main([*argv, "--direction", "past", "--out", run]) == 0
-    use = ["--resume", run, "--device", "cpu", "--out", str(tmp_path)]
+    use = ["--resume", run, "--device", "cpu", "--out", str(tmp_path), "--fps", "2"]
     assert train_tsm.main([*use, "--predict", str(ordered / "test03")]) == 0
     (row,) = csv.DictReader((tmp_path / "predictions.csv").read_text().splitlines())
     assert train_tsm.main([*use, "--stream", str(ordered / "test03")]) == 0

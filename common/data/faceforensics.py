@@ -156,6 +156,7 @@ def open_videos(
     fps: float = 25.0,
     on_bad_item="error",
     compression: str | None = None,
+    preferred: str | None = None,
     labels=True,
     frames_root: str | None = None,
     face: str = FACES[0],
@@ -172,6 +173,7 @@ def open_videos(
         on_bad_item: "error" or "skip": whether a listed video that is missing or unreadable ends
             the run or is left out.
         compression: read this one alone, such as `c23`; unset or "all": all that are there.
+        preferred: the compression that is read where `compression` is unset and it is there.
         labels: False takes any folders of images and any video files too, as videos without labels.
         frames_root: the folder or .zip of the frames that a .json or .csv file lists; unset: where
             it lies.
@@ -222,8 +224,15 @@ def open_videos(
     if labels and any(record.split for record in records):
         unlisted += [record.name for record in records if not record.split]
         records = [record for record in records if record.split]
+    levels = sorted({record.key[2] for record in records})
+    if compression is None and preferred not in (None, "all"):
+        compression = preferred if preferred in levels else None
+        if compression is None:
+            there = f" ({', '.join(levels)})" if any(levels) else ""
+            notes.append(
+                f"no videos with compression {preferred}, as in training: all are read{there}"
+            )
     if compression not in (None, "all"):
-        levels = sorted({record.key[2] for record in records})
         records = [record for record in records if record.key[2] == compression]
         if not records:
             raise InputError(
