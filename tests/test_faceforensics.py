@@ -498,6 +498,34 @@ def test_video_files_have_their_own_rate_and_bad_ones_are_named(tmp_path, monkey
         opened(root / "list.csv")
 
 
+def test_files_of_variable_frame_rate_are_cut_by_their_time_stamps(tmp_path, monkeypatch):
+    """Ten frames in the first second, then ten in nine: half of them are not half of the time."""
+    times = np.append(np.arange(10) / 10, 1 + 0.9 * np.arange(10))
+
+    class Timed(Decoder):
+        def __init__(self, content):
+            super().__init__(content)
+            more = {"average_fps": 2.0, "begin_stream_seconds": 0.0, "end_stream_seconds": 10.0}
+            self.metadata = types.SimpleNamespace(**vars(self.metadata) | more)
+
+        def get_frames_played_at(self, seconds):
+            shown = np.searchsorted(times, seconds, side="right") - 1
+            pixels = torch.from_numpy(shown.astype(np.uint8))[:, None, None, None]
+            return types.SimpleNamespace(data=pixels.expand(-1, 3, 12, 12))
+
+    monkeypatch.setitem(sys.modules, "torchcodec", types.SimpleNamespace())
+    decoders = types.SimpleNamespace(VideoDecoder=Timed)
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", decoders)
+    for kind in ("real", "fake"):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "a.mp4").write_text("20")
+    videos = opened(tmp_path)
+    clips = videos.eval_clips(np.array([0]), 8, 8.0, 1)  # a second from frame to frame
+    (frames,) = videos.batches([(np.array([0]), clips[0])], 1)
+    shown = times[frames[0, :, 0, 5, 5].numpy()]
+    assert (np.abs(np.diff(shown) - 1) <= 0.9).all() and shown[-1] - shown[0] > 6
+
+
 def test_no_video_file_is_left_out_for_its_name(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torchcodec", types.SimpleNamespace())
     monkeypatch.setitem(
@@ -664,7 +692,7 @@ def test_folders_by_label_and_method_are_read(tmp_path):
     names += [f"{method}/{fake}" for method in ("Deepfakes", "FaceShifter") for _, fake in pairs]
     videos = opened(labeled(tmp_path / "kaggle", names))
     assert videos.labels.sum() == 4 and len(videos) == 6
-    assert set(videos.methods) == {"", "Deepfakes", "FaceShifter"}
+    assert set(videos.methods) == {"original", "Deepfakes", "FaceShifter"}
     assert videos.persons[videos.ids.index("Deepfakes/001_000")] == ("/001", "/000")
     names = [
         f"{part}/{kind}/{part}{i}"
@@ -675,8 +703,8 @@ def test_folders_by_label_and_method_are_read(tmp_path):
     for top in ("", "some/top/"):
         videos = opened(labeled(tmp_path / f"splits{len(top)}", [top + name for name in names]))
         assert [(videos.splits == part).sum() for part in ("train", "val", "test")] == [6, 6, 6]
-        assert set(videos.methods) == {"", "SimSwap", "Blend"}
-        assert (videos.labels == [("fake" in name) for name in videos.methods]).sum() == 6
+        assert set(videos.methods) == {"real", "SimSwap", "Blend"}
+        assert (videos.labels == (videos.methods != "real")).all()
 
 
 @pytest.mark.parametrize(
@@ -832,8 +860,8 @@ def test_numbers_of_frames_give_the_time_between_them(tmp_path):
     videos, text = said(root)
     assert videos.rates.tolist() == [2.5, pytest.approx(25 * 39 / 59), 25]
     assert "1 video with one of 10 frames, as their numbers say: 2.5 of --fps 25" in text
-    assert "1 video with gaps in the frames' numbers: c; clips are cut by the time" in text
-    first = videos.ids.index("c")
+    assert "1 video with gaps in the frames' numbers: fake/c; clips are cut by the time" in text
+    first = videos.ids.index("fake/c")
     clips = videos.eval_clips(np.array([first]), 8, 2.0, 2)[0]
     numbers = np.array([*range(10), *range(30, 60)])[clips]
     assert numbers[0].tolist() == [0, 6, 9, 30, 31, 32, 37, 43]  # 6.25 frames apart, or the next
@@ -848,7 +876,7 @@ def test_several_faces_of_a_frame_are_said_and_one_is_taken(tmp_path):
     for face, number in (("largest", 1), ("first", 0)):
         videos, text = said(root, face=face)
         assert videos.lengths.tolist() == [12, 12] and "1 video with frames of several" in text
-        names = [videos.images.ids[i] for i in videos.frames[videos.ids.index("a")]]
+        names = [videos.images.ids[i] for i in videos.frames[videos.ids.index("real/a")]]
         assert names == [f"real/a/frame_{k}_{number}.png" for k in range(12)]
 
 

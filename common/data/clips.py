@@ -360,7 +360,8 @@ def frame_images(name: str, files: list[str], sizes, read, keys=()) -> Images:
 
 
 class VideoFiles(Images):
-    """Frames of video files, numbered through.
+    """Frames of video files, numbered through; of one with a variable frame rate moments that are
+    evenly apart stand for them.
 
     The frames of one file that a batch needs are decoded in one pass.
 
@@ -435,8 +436,8 @@ class VideoFiles(Images):
         video_decoder = _video_decoder()
         try:
             decoder = video_decoder(self._read_file(file))
-            within = (indices - self._firsts[file]).tolist()
-            frames = decoder.get_frames_at(indices=within).data  # [n, 3, H, W]
+            within = indices - self._firsts[file]
+            frames = _frames_at(decoder, within, int(self.counts[file]))
         except OtherContent:
             raise
         except DECODE_ERRORS as error:
@@ -453,6 +454,19 @@ class VideoFiles(Images):
             InputError: the file is damaged; the message names it.
         """
         return self._decode_group(np.array([index]))[0]
+
+
+def _frames_at(decoder, within: np.ndarray, count: int) -> Tensor:
+    """The pixels (n, 3, H, W) shown at these of `count` moments that are evenly apart.
+
+    They are the frames of these numbers, but in a file of variable frame rate.
+    """
+    begin = getattr(decoder.metadata, "begin_stream_seconds", None)
+    end = getattr(decoder.metadata, "end_stream_seconds", None)
+    if begin is None or end is None or not end > begin:
+        return decoder.get_frames_at(indices=within.tolist()).data
+    seconds = begin + (within + 0.5) * (end - begin) / count
+    return decoder.get_frames_played_at(seconds=seconds.tolist()).data
 
 
 def _video_decoder():

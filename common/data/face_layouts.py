@@ -573,6 +573,7 @@ def _from_folders(tree: Tree) -> tuple[list[Record], str]:
         first = next(i for i, word in enumerate(words) if word in _FOLDERS)
         skipped = (*_LABELS, *SPLITS, *_KINDS, *_COMPRESSIONS)
         method = [folder for folder in folders[first:] if folder.lower() not in skipped]
+        method = method or folders[first : first + 1]
         compression = next((word for word in words if word in _COMPRESSIONS), "")
         dataset = "/".join(
             folder for folder in folders[:first] if folder.lower() not in (*SPLITS, *_KINDS)
