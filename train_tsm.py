@@ -44,6 +44,7 @@ from common.data import augment, faceforensics, sampling
 from common.data.clips import VideoFiles
 from common.data.groups import group_items
 from common.data.images import SQUARE
+from common.data.perturb import LEVELS, perturb
 from common.distill import add_distillation
 from common.errors import InputError, as_input_error, only_warn, plural, say
 from common.export import PROBABILITIES, ExportSpec
@@ -147,6 +148,12 @@ def parse_args(argv: list[str] | None = None):
         ["val", "test", "all"],
         None,
         "videos that --eval scores; unset: the test split, and all where the data name none",
+    )
+    group.choice(
+        "--perturb",
+        [*LEVELS, "all"],
+        None,
+        "with --eval: score the videos again at five levels of this change of their frames",
     )
     group.number(
         "--fps",
@@ -289,10 +296,10 @@ def parse_args(argv: list[str] | None = None):
     args = config.parse(parser, argv, DEMO, SEARCH)
     args = restore_data_flags(parser, argv, args, ["clips", "fps", "face", "store_size"])
 
-    config.check_inference_flags(parser, args, ["clips", *READING, "split", "impl"])
+    config.check_inference_flags(parser, args, ["clips", *READING, "split", "perturb", "impl"])
     refuse = partial(config.reject_unused_flags, parser, args)
     if not args.eval:
-        refuse(["split"], "without --eval")
+        refuse(["split", "perturb"], "without --eval")
     if args.stream:
         refuse(["clips", "compression", "frames_root"], "with --stream")
     elif args.predict:
@@ -450,11 +457,13 @@ def build_model(run: Run, published: dict | None = None) -> ClipModel:
     return model
 
 
-def frames_of(run: Run, batch: Batch) -> Tensor:
+def frames_of(run: Run, batch: Batch, change: Callable | None = None) -> Tensor:
     """Normalized frames (n * T, 3, s, s) of clips (n, T, 3, h, h), augmented in training: one draw
-    for all frames of a clip.
+    for all frames of a clip. `change` is done to the decoded frames.
     """
     frames = batch.inputs.flatten(0, 1)
+    if change is not None:
+        frames = change(frames, seed=int(batch.items[0]))
     size = run.model_spec["image_size"]
     if batch.epoch is None or run.args.augment == "none":
         x = augment.resize(frames, size)
@@ -525,11 +534,16 @@ def train_step(run: Run, model, optimizer, scaler, batch: Batch) -> Step:
 
 @torch.no_grad()
 def evaluate(
-    run: Run, model: nn.Module, indices: np.ndarray, progress=None, each_frame: bool = False
+    run: Run,
+    model: nn.Module,
+    indices: np.ndarray,
+    progress=None,
+    each_frame: bool = False,
+    change: Callable | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Logits (n, clips) of --clips clips of each video of `indices` (n,), and the shares of their
     frames (n, clips, T) or with `each_frame` the frames' logits, float32 on the CPU, by the model
-    in evaluation mode.
+    in evaluation mode. `change` is done to the decoded frames.
     """
     model.eval()
     args, clips, length = run.args, run.args.clips, run.model_spec["n_segment"]
@@ -539,7 +553,7 @@ def evaluate(
     with Evaluation(progress, model, np.array_split(shard, pieces)) as done:
         for batch in fetch(run, done.left):
             with amp.autocast(args.precision, run.world.device):
-                x = frames_of(run, batch)
+                x = frames_of(run, batch, change)
                 logits, of_frames = model(x)
                 of_frames = model.frame_logits(x).squeeze(2) if each_frame else of_frames
             done.add(torch.cat([logits, of_frames], 1).float())
@@ -778,11 +792,32 @@ def evaluate_on(args, world: dist.Dist, loaded: LoadedRun, threshold: float) -> 
         place = replace(loaded, folder=output_folder(str(loaded.folder / "eval" / name)))
         answers = videos, test, loaded.model_spec["classes"], scores
         place.write(values, world, answers, (scores >= threshold).astype(int), facts)
+        if args.perturb:
+            kinds = list(LEVELS) if args.perturb == "all" else [args.perturb]
+            found = perturbed(run, model, test, kinds)
+            if world.is_main:
+                figures.perturbed(place.folder, name, found, values.get("eval/test/video_auc"))
     if world.is_main:
         figures.evaluated(loaded.folder)
         if (loaded.folder / "config.json").exists():
             with only_warn(say, "report"):
                 page.write(loaded.folder)
+
+
+def perturbed(run: Run, model: nn.Module, test: np.ndarray, kinds: list[str]) -> dict:
+    """The AUC of videos `test` by kind and level of change: kind -> ((level, AUC), ...)."""
+    labels = run.data.labels[test]
+    if len(set(labels)) < 2:
+        raise InputError("--perturb: an AUC needs real and fake videos")
+    found = {}
+    for kind in kinds:
+        points = []
+        for level in LEVELS[kind]:
+            logits, _ = evaluate(run, model, test, change=partial(perturb, name=kind, value=level))
+            auc = metrics.detection(labels, metrics.video_scores(logits))["auc"]
+            points.append((level, auc))
+        found[kind] = tuple(points)
+    return found
 
 
 def names_of_data(paths: tuple[str, ...]) -> list[str]:
