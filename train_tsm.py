@@ -304,7 +304,7 @@ def parse_args(argv: list[str] | None = None):
         refuse(["clips", "compression", "frames_root"], "with --stream")
     elif args.predict:
         refuse(["frames_root"], "with --predict")
-    elif args.data in faceforensics.SAMPLES and not args.eval:
+    elif not args.eval and args.data in faceforensics.SAMPLES:
         refuse([*READING, "allow_shared_persons"], "on the embedded clips")
     if args.weights and args.freeze_bn is None:
         args.freeze_bn = FREEZE_BN

@@ -4,6 +4,7 @@ early stopping, bad input.
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 
 import train_tsm
 from common.models.mobilenet_v4 import build_mobilenet_v4
+from common.report import __main__ as report
 from common.run import checkpoint, log
 from tests.data import clip_folders, ffpp_tree, ordered_clips, write_clip
 from tests.runs import flags, next_after, refused, same, start_ranks, succeed, summary
@@ -451,3 +453,55 @@ def test_videos_shorter_than_a_clip_repeat_their_last_frame_and_it_is_said(tmp_p
     assert (
         out.count("have fewer than 4 frames and repeat the last") == 1 and "18 of 18 videos" in out
     )
+
+
+def test_other_data_are_scored_whole_each_in_its_folder_and_in_one_table(
+    whole, ffpp, tmp_path, capsys
+):
+    rng = np.random.default_rng(0)
+    for name, kinds in (("celeb", ("real", "fake")), ("lab", ("fake",))):
+        for kind in kinds:
+            for i in range(6):
+                write_clip(tmp_path / name / kind / f"v{i}", rng, 0)
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    argv = flags("--eval", run, "--device cpu --perturb noise")
+    refused(train_tsm.main, [*argv, "--data", str(tmp_path / "lab")], capsys, "--perturb: an AUC")
+    argv = flags("--eval", run, "--device cpu --data", tmp_path / "celeb", tmp_path / "lab", ffpp)
+    assert train_tsm.main(argv) == 0
+    out = capsys.readouterr().out
+    for text in (
+        "scoring 12 of 12 videos (no test split)",
+        "scoring 6 of 6 videos (no test split)",
+        "scoring 12 of 48 videos (split test)",
+    ):
+        assert text in out
+    found = {n: json.loads((run / "eval" / n / "eval.json").read_text()) for n in ("celeb", "lab")}
+    with open(run / "eval" / "celeb" / "eval.csv") as file:
+        rows = list(csv.DictReader(file))
+    real, fake = ([float(r["fake"]) for r in rows if r["label"] == k] for k in ("real", "fake"))
+    wins = [(f > r) + 0.5 * (f == r) for f in fake for r in real]
+    assert found["celeb"]["eval/test/video_auc"] == pytest.approx(np.mean(wins))
+    assert "eval/test/video_auc" not in found["lab"]
+    assert 0 <= found["lab"]["eval/test/video_detection_rate"] <= 1
+    with open(run / "eval" / "table.csv") as file:
+        table = {row["data"]: row for row in csv.DictReader(file)}
+    assert list(table) == ["celeb", "ffpp", "lab"] and table["lab"]["video_auc"] == ""
+    assert float(table["celeb"]["video_auc"]) == found["celeb"]["eval/test/video_auc"]
+    assert "Evaluations on other data" in (run / "report.html").read_text()
+    argv = [str(run), str(whole), "--text"]
+    capsys.readouterr()
+    assert report.main(argv) == 0
+    assert "eval_celeb/test/video_auc" in capsys.readouterr().out
+    argv = flags("--eval", run, "--device cpu --split val --perturb jpeg --data", ffpp)
+    assert train_tsm.main(argv) == 0
+    with open(run / "eval" / "ffpp" / "perturb.csv") as file:
+        levels = [row["level"] for row in csv.DictReader(file)]
+    assert levels == ["", "90", "70", "50", "30", "10"]
+    assert "(split val)" in capsys.readouterr().out
+
+
+def test_several_data_sets_are_for_evaluation_alone(ffpp, tmp_path, capsys):
+    argv = flags(NET, "--data", ffpp, tmp_path)
+    refused(train_tsm.main, argv, capsys, "--data takes several values with --eval alone")
+    refused(train_tsm.main, flags(NET, "--split all"), capsys, "--split has no effect without")
