@@ -433,7 +433,7 @@ def test_several_paths_are_videos_whose_names_say_where_they_are(tree, tmp_path,
         ("empty", "leave it out"),
         ("a/0.png", "allowed are a folder, a .zip of one, .mp4"),
         ("list.csv", "allowed are a folder, a .zip of one, .mp4.* a .csv stands alone"),
-        ("v.mp4", "folders of frames and video files in one data set"),
+        ("v.mp4", "images .* and video files .* in one data set"),
     ],
 )
 def test_one_of_several_paths_that_is_no_video_is_refused_by_name(tmp_path, name, said):
@@ -494,7 +494,9 @@ def test_video_files_have_their_own_rate_and_bad_ones_are_named(tmp_path, monkey
     assert all(pixels(kept, i) == [[n, n]] * n for i, n in enumerate(kept.lengths))
     numbered_frames(root / "other" / "a", 2)
     table(root, ["a,real,other/a", "b,fake,original_sequences/youtube/c23/videos/000.mp4"])
-    with pytest.raises(InputError, match="folders of frames and video files in one data set"):
+    with pytest.raises(
+        InputError, match=r"images \(other/a/0.png\) and video files \(.*000.mp4\) in one data set"
+    ):
         opened(root / "list.csv")
 
 
@@ -894,3 +896,28 @@ def test_names_that_tell_no_person_are_said_once(tmp_path, people):
     lines.clear()
     faceforensics.split(opened(numbered_ffpp(tmp_path / "ffpp")), say=lines.append)
     assert not lines
+
+
+def test_anybodys_tables_beside_videos_to_classify_do_not_matter(tmp_path):
+    root = labeled(tmp_path / "set", ["a", "b"])
+    (root / "notes.json").write_text("{broken")
+    (root / "files.csv").write_text("path,label\na,maybe\n")
+    assert opened(root, labels=False).ids == ["a", "b"]
+
+
+def test_a_damaged_frame_of_a_file_is_named_by_its_number(tmp_path, monkeypatch):
+    class Damaged(Decoder):
+        def get_frames_at(self, indices):
+            if 7 in indices:
+                raise RuntimeError("no such frame")
+            return super().get_frames_at(indices)
+
+    monkeypatch.setitem(sys.modules, "torchcodec", types.SimpleNamespace())
+    decoders = types.SimpleNamespace(VideoDecoder=Damaged)
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", decoders)
+    for kind in ("real", "fake"):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "a.mp4").write_text("20")
+    videos = opened(tmp_path)
+    with pytest.raises(InputError, match=r"video real/a.mp4#7 .*no such frame"):
+        pixels(videos, videos.ids.index("real/a"))

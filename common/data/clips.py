@@ -441,11 +441,22 @@ class VideoFiles(Images):
         except OtherContent:
             raise
         except DECODE_ERRORS as error:
-            raise self._damaged(f"video {self.ids[indices[0]]}", error) from None
+            raise self._damaged(f"video {self.ids[self._first_bad(indices)]}", error) from None
         return [
             central_square(Image.fromarray(frame.permute(1, 2, 0).numpy()), self.store_size)
             for frame in frames
         ]
+
+    def _first_bad(self, indices: np.ndarray) -> int:
+        # The first of some frames of a file that cannot be decoded alone.
+        file = int(self.files_of(indices[:1])[0])
+        for index in indices:
+            try:
+                decoder = _video_decoder()(self._read_file(file))
+                _frames_at(decoder, np.array([index - self._firsts[file]]), int(self.counts[file]))
+            except DECODE_ERRORS:
+                return int(index)
+        return int(indices[0])
 
     def decode(self, index: int) -> Tensor:
         """One frame as uint8 (3, store_size, store_size).

@@ -21,6 +21,7 @@ Layouts, each in a folder or a .zip of one; the first that fits is read:
    its test videos.
 """
 
+import contextlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -173,7 +174,12 @@ def find(tree: Tree, labels: bool) -> Found:
     """
     if tree.only and is_video(tree.only):
         return Found(unlabeled({Path(tree.only).stem: [tree.only]}, ""), [], [])
-    jsons = {name: _parsed(tree, name) for name in tree.lists if name.lower().endswith(".json")}
+    jsons = {}
+    for name in tree.lists:
+        if name.lower().endswith(".json"):
+            # Beside videos that are only to be classified anybody's files may lie.
+            with contextlib.nullcontext() if labels else contextlib.suppress(InputError):
+                jsons[name] = _parsed(tree, name)
     tables = {name: None for name in tree.lists if name.lower().endswith(".csv")}
     for name in tables:
         tables[name] = _header(tree.lists[name])
@@ -190,7 +196,11 @@ def find(tree: Tree, labels: bool) -> Found:
         if name not in (*ours, *answers)
     ]
     if ours and (tree.only or not official):
-        return Found(_from_tables(tree, ours), [], notes)
+        try:
+            return Found(_from_tables(tree, ours), [], notes)
+        except InputError:
+            if labels or tree.only:
+                raise
     if benches:
         records, more = _from_benches(tree, benches)
         return Found(records, [], notes + more)

@@ -242,7 +242,11 @@ def open_videos(
 
     kinds = {is_video(record.files[0]) for record in records if not record.missing}
     if len(kinds) == 2:
-        raise InputError(f"{path}: folders of frames and video files in one data set; use either")
+        firsts = {is_video(r.files[0]): r.files[0] for r in records if not r.missing}
+        raise InputError(
+            f"{path}: images ({firsts[False]}) and video files ({firsts[True]}) in one data set;"
+            " use either"
+        )
     used = [record for record in records if not record.missing]
     if not used:
         problems = [record.problem for record in records]
