@@ -799,7 +799,7 @@ def evaluate_on(args, world: dist.Dist, loaded: LoadedRun, threshold: float) -> 
                 figures.perturbed(place.folder, name, found, values.get("eval/test/video_auc"))
     if world.is_main:
         figures.evaluated(loaded.folder)
-        if (loaded.folder / "config.json").exists():
+        if (loaded.folder / "log.jsonl").exists():
             with only_warn(say, "report"):
                 page.write(loaded.folder)
 

@@ -524,14 +524,14 @@ def parse(
     if "--demo" in argv:
         parser.set_defaults(**demo)
     args = parser.parse_args(argv)
-    if isinstance(args.data, list):
-        if len(args.data) > 1 and not args.eval:
-            parser.error(f"--data takes several values with --eval alone: {' '.join(args.data)}")
-        args.data = args.data[0] if len(args.data) == 1 else args.data
     if args.search is None:
         reject_unused_flags(parser, args, ["trial", "ranges"], "without --search")
     elif args.trial is not None:
         args = parser.parse_args(_trial_flags(parser, args, argv, ranges or {}) + argv)
+    if isinstance(args.data, list):
+        if len(args.data) > 1 and not args.eval:
+            parser.error(f"--data takes several values with --eval alone: {' '.join(args.data)}")
+        args.data = args.data[0] if len(args.data) == 1 else args.data
     if args.detect_anomaly:
         reject_unused_flags(
             parser, args, ["compile"], "with --detect-anomaly, which looks at each layer"

@@ -269,7 +269,7 @@ def evaluated(folder: Path) -> None:
     with atomic_write(folder / "eval" / "table.csv") as file:
         file.write(csv_text(exact))
     say(aligned(table), f"table: {folder / 'eval' / 'table.csv'}")
-    if not (folder / "config.json").exists():  # a checkpoint alone has no report
+    if not (folder / "log.jsonl").exists():  # a checkpoint alone has no report
         return
     put(
         folder,
@@ -300,7 +300,7 @@ def perturbed(folder: Path, name: str, found: dict, auc: float) -> None:
     shown = [[kind, *(f"{value:.4f}" for value in values)] for kind, *values in table]
     say(aligned([header, *shown]), f"levels: {folder / 'perturb.csv'}")
     run = folder.parent.parent
-    if (run / "config.json").exists():
+    if (run / "log.jsonl").exists():
         put(
             run,
             f"perturbed_{name}",
