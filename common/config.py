@@ -206,6 +206,11 @@ class Parser(_Flags, argparse.ArgumentParser):
         for action in self._actions:
             action.help = texts.get(action.dest, action.help)
 
+    def evaluate_several(self) -> None:
+        """Let --data take several values, with --eval alone."""
+        action = next(action for action in self._actions if action.dest == "data")
+        action.nargs = "+"
+
     def hide(self, *names: str) -> None:
         """Leave shared flags (attribute names) that the script refuses out of --help."""
         self.set_help(**dict.fromkeys(names, argparse.SUPPRESS))
@@ -523,6 +528,10 @@ def parse(
         reject_unused_flags(parser, args, ["trial", "ranges"], "without --search")
     elif args.trial is not None:
         args = parser.parse_args(_trial_flags(parser, args, argv, ranges or {}) + argv)
+    if isinstance(args.data, list):
+        if len(args.data) > 1 and not args.eval:
+            parser.error(f"--data takes several values with --eval alone: {' '.join(args.data)}")
+        args.data = args.data[0] if len(args.data) == 1 else args.data
     if args.detect_anomaly:
         reject_unused_flags(
             parser, args, ["compile"], "with --detect-anomaly, which looks at each layer"
