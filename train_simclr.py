@@ -19,7 +19,7 @@ import common  # noqa: F401  # isort: skip  (it refuses an older Python)
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -138,6 +138,7 @@ SEARCH = {
 }
 STEMS = ["imagenet", "cifar"]
 EVAL_IMAGES = 256  # at once
+VIEW_FLAGS = [field.name for field in fields(augment.ViewSettings)]
 # Where neither a flag nor --from says otherwise.
 DEFAULTS = {"backbone": "resnet50", "stem": STEMS[0]}
 
@@ -248,8 +249,23 @@ def parse_args(argv: list[str] | None = None):
         "simclr",
         "how views are made; none: every view is the image itself",
     )
+    views = augment.ViewSettings()
     group.number(
-        "--color-strength", float, 1.0, "strength of the color distortion", low=0, high=2.5
+        "--color-strength",
+        float,
+        views.color_strength,
+        "strength of the color distortion",
+        low=0,
+        high=2.5,
+    )
+    group.number("--blur", float, views.blur, "share of the views that are blurred", low=0, high=1)
+    group.number(
+        "--crop-min",
+        float,
+        views.crop_min,
+        "smallest share of an image's area that a view shows",
+        above=0,
+        high=1,
     )
     group.choice("--optimizer", LR_OF, "lars", "optimizer of the pretraining")
     group.number(
@@ -282,7 +298,7 @@ def parse_args(argv: list[str] | None = None):
         pretraining_only = [
             "proj_dim",
             "temperature",
-            "color_strength",
+            *VIEW_FLAGS,
             "optimizer",
             "fraction",
             "accum",
@@ -318,7 +334,7 @@ def parse_args(argv: list[str] | None = None):
             "with --stage linear: features are stored, every epoch is logged",
         )
     if args.augment == "none":
-        refuse(["color_strength"], "with --augment none")
+        refuse(VIEW_FLAGS, "with --augment none")
     if args.protocol == "none":
         refuse(["target_labels"], "without --protocol cytology")
     return args, parser
@@ -465,7 +481,7 @@ def two_views(run: Run, batch: Batch) -> Tensor:
             view,
             pixels.shape[-1],
             size,
-            args.color_strength,
+            augment.ViewSettings.of(args),
         )
         views.append(augment.normalize(augment.make_view(pixels, params, size)))
     return torch.cat(views).contiguous(memory_format=torch.channels_last)

@@ -1,6 +1,7 @@
 """Batched augmentation against torchvision's functional forms and distributions."""
 
 import dataclasses
+import hashlib
 import math
 
 import numpy as np
@@ -152,6 +153,20 @@ def test_simclr_probabilities_and_ranges():
     assert np.abs(np.corrcoef(switches) - np.eye(4)).max() < 4 / math.sqrt(len(SAMPLES))
 
 
+@pytest.mark.parametrize(
+    "params, expected",
+    [
+        (augment.simclr_params(3, 5, np.arange(500), 1, (60, 80), 32), "75e085cca5bc768d"),
+        (augment.crop_flip_params(3, 5, np.arange(500), 0, 64), "c09ce93b28ae787a"),
+    ],
+)
+def test_the_draws_are_those_of_earlier_versions(params, expected):
+    digest = hashlib.sha256()
+    for name in "boxes flip jittered factors order grayscale sigma angle".split():
+        digest.update(np.ascontiguousarray(getattr(params, name)).tobytes())
+    assert digest.hexdigest()[:16] == expected  # of version 0.1.0
+
+
 def assert_same_distribution(ours, theirs):
     # Kolmogorov-Smirnov for two samples at one in ten million (4 to 5 sigma); both are drawn from
     # fixed seeds.
@@ -178,18 +193,38 @@ def test_factors_orders_and_sigmas_follow_torchvisions_distribution():
 
 
 def test_strength_scales_the_jitter():
-    params = augment.simclr_params(0, 0, SAMPLES, 0, 32, 32, strength=0.5, blur=0)
+    small = augment.ViewSettings(color_strength=0.5, blur=0)
+    params = augment.simclr_params(0, 0, SAMPLES, 0, 32, 32, small)
     assert params.factors[:, :3].min() >= 0.6 and params.factors[:, :3].max() <= 1.4
     assert np.abs(params.factors[:, 3]).max() <= 0.1 and not params.sigma.any()
-    strong = augment.simclr_params(0, 0, SAMPLES, 0, 32, 32, strength=2).factors[:, :3]
+    strong = augment.ViewSettings(color_strength=2)
+    strong = augment.simclr_params(0, 0, SAMPLES, 0, 32, 32, strong).factors[:, :3]
     assert 0 <= strong.min() < 1e-3 and 2.599 < strong.max() <= 2.6
 
 
+def test_blur_and_smallest_crop_move_nothing_else():
+    before = augment.simclr_params(0, 0, SAMPLES, 0, 256, 224)
+    often = augment.simclr_params(0, 0, SAMPLES, 0, 256, 224, augment.ViewSettings(blur=0.8))
+    assert abs((often.sigma > 0).mean() - 0.8) < 4 * math.sqrt(0.16 / len(SAMPLES))
+    seen = before.sigma > 0
+    np.testing.assert_array_equal(often.sigma[seen], before.sigma[seen])
+    large = augment.simclr_params(0, 0, SAMPLES, 0, 256, 224, augment.ViewSettings(crop_min=0.6))
+    assert 0.58 < (large.boxes[:, 2:].prod(axis=1) / 256**2).min() < 0.62
+    for field in dataclasses.fields(before):
+        values = getattr(before, field.name)
+        if field.name != "sigma":
+            np.testing.assert_array_equal(getattr(often, field.name), values)
+        if field.name != "boxes":
+            np.testing.assert_array_equal(getattr(large, field.name), values)
+
+
+@pytest.mark.parametrize("crop_min", [0.08, 0.4])
 @pytest.mark.parametrize("height, width", [(256, 256), (60, 200)])
-def test_boxes_follow_torchvisions_distribution(height, width):
-    boxes = augment.simclr_params(1, 0, SAMPLES, 0, (height, width), 224).boxes
+def test_boxes_follow_torchvisions_distribution(height, width, crop_min):
+    settings = augment.ViewSettings(crop_min=crop_min)
+    boxes = augment.simclr_params(1, 0, SAMPLES, 0, (height, width), 224, settings).boxes
     torch.manual_seed(0)
-    crop = v2.RandomResizedCrop(224)
+    crop = v2.RandomResizedCrop(224, scale=(crop_min, 1.0))
     image = torch.empty(3, height, width)
     drawn = [crop.make_params([image]) for _ in range(4000)]
     reference = np.array([[p["top"], p["left"], p["height"], p["width"]] for p in drawn], float)
@@ -383,10 +418,9 @@ def test_bad_input_is_refused():
         moved = dataclasses.replace(params, boxes=np.tile(np.array(boxes, float), (2, 1)))
         with pytest.raises(ValueError, match="whole pixels"):
             augment.make_view(images, moved, 8)
-    with pytest.raises(ValueError, match="strength"):
-        augment.simclr_params(0, 0, [0], 0, 8, 8, strength=3)
-    with pytest.raises(ValueError, match="blur"):
-        augment.simclr_params(0, 0, [0], 0, 8, 8, blur=2)
+    for setting, value in (("color_strength", 3), ("blur", 2), ("crop_min", 0)):
+        with pytest.raises(ValueError, match=setting):
+            augment.ViewSettings(**{setting: value})
     with pytest.raises(ValueError, match="scale"):
         augment.crop_flip_params(0, 0, [0], 0, 8, scale=(1.0, 0.5))
     with pytest.raises(ValueError, match="size_in"):

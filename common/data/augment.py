@@ -60,6 +60,37 @@ _CPU_VALUES = 2**18
 _CPU_RUN = 2**14
 
 
+@dataclass(frozen=True)
+class ViewSettings:
+    """What SimCLR's views are drawn from; the defaults are those of the paper, appendix A.
+
+    Attributes:
+        color_strength: of the color jitter, 0 to 2.5 (hue then spans the whole circle).
+        blur: probability of the blur.
+        crop_min: smallest share of the image's area that a crop takes.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    color_strength: float = 1.0
+    blur: float = 0.5
+    crop_min: float = 0.08
+
+    def __post_init__(self):
+        if not 0 <= self.color_strength <= 2.5:
+            raise ValueError(f"color_strength must be in [0, 2.5], got {self.color_strength}")
+        if not 0 <= self.blur <= 1:
+            raise ValueError(f"blur must be a probability, got {self.blur}")
+        if not 0 < self.crop_min <= 1:
+            raise ValueError(f"crop_min must be in (0, 1], got {self.crop_min}")
+
+    @classmethod
+    def of(cls, args) -> "ViewSettings":
+        """The settings that the flags of the same names give."""
+        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
+
+
 @dataclass
 class ViewParams:
     """One row of augmentation parameters per sample, on the host.
@@ -246,41 +277,35 @@ def simclr_params(
     view: int,
     size_in: Side,
     size_out: int,
-    strength: float = 1.0,
-    blur: float = 0.5,
+    settings: ViewSettings = ViewSettings(),
 ) -> ViewParams:
     """Draw the parameters of one SimCLR view (appendix A of the paper).
 
-    A crop of 8 to 100 % of the area; with the probabilities in brackets a mirror image (0.5),
-    color jitter of 0.8, 0.8, 0.8 and 0.2 times `strength` in random order (0.8), grayscale (0.2),
-    and Gaussian blur with sigma uniform in [0.1, 2] output pixels (`blur`). The paper's CIFAR-10
-    setting (B.9) is strength 0.5 and blur 0.
+    A crop of `crop_min` to 100 % of the area; with the probabilities in brackets a mirror image
+    (0.5), color jitter of 0.8, 0.8, 0.8 and 0.2 times `color_strength` in random order (0.8),
+    grayscale (0.2), and Gaussian blur with sigma uniform in [0.1, 2] output pixels (`blur`). The
+    paper's CIFAR-10 setting (B.9) is strength 0.5 and blur 0.
 
     Args:
         seed, epoch, samples, view: keys of the draw, see `uniform`.
         size_in: source side in pixels, or (H, W).
         size_out: side of the view in pixels; below 20 a tenth of it holds no kernel and nothing is
             blurred.
-        strength: the jitter's strength, 0 to 2.5 (hue then spans the whole circle).
-        blur: probability of the blur.
+        settings: what the flags set.
 
     Returns:
         ViewParams of n rows.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: `samples` or `size_in` is out of range.
     """
-    if not 0 <= strength <= 2.5:
-        raise ValueError(f"strength must be in [0, 2.5], got {strength}")
-    if not 0 <= blur <= 1:
-        raise ValueError(f"blur must be a probability, got {blur}")
     u = uniform(seed, epoch, samples, view, _NUM_SIMCLR)
-    spread = strength * np.array([0.8, 0.8, 0.8, 0.2])
+    spread = settings.color_strength * np.array([0.8, 0.8, 0.8, 0.2])
     low = np.array([*np.maximum(1 - spread[:3], 0), -spread[3]])
     high = np.array([*(1 + spread[:3]), spread[3]])
-    blurred = (u[:, _BLURRED] < blur) & (blur_kernel_size(size_out) > 1)
+    blurred = (u[:, _BLURRED] < settings.blur) & (blur_kernel_size(size_out) > 1)
     return ViewParams(
-        boxes=_crop_boxes(u, size_in, (0.08, 1.0)),
+        boxes=_crop_boxes(u, size_in, (settings.crop_min, 1.0)),
         flip=u[:, _FLIP] < 0.5,
         jittered=u[:, _JITTERED] < 0.8,
         factors=low + (high - low) * u[:, _FACTORS],
