@@ -162,7 +162,7 @@ def test_simclr_probabilities_and_ranges():
 )
 def test_the_draws_are_those_of_earlier_versions(params, expected):
     digest = hashlib.sha256()
-    for name in "boxes flip jittered factors order grayscale sigma angle".split():
+    for name in ["boxes", "flip", "jittered", "factors", "order", "grayscale", "sigma", "angle"]:
         digest.update(np.ascontiguousarray(getattr(params, name)).tobytes())
     assert digest.hexdigest()[:16] == expected  # of version 0.1.0
 
