@@ -139,6 +139,8 @@ SEARCH = {
 STEMS = ["imagenet", "cifar"]
 EVAL_IMAGES = 256  # at once
 VIEW_FLAGS = [field.name for field in fields(augment.ViewSettings)]
+FINETUNE_VIEW_FLAGS = ["vertical_flip", "rotation", "stain"]
+STATISTICS_IMAGES = 2000  # whose mean and deviation --normalize data takes
 # Where neither a flag nor --from says otherwise.
 DEFAULTS = {"backbone": "resnet50", "stem": STEMS[0]}
 
@@ -200,6 +202,7 @@ def parse_args(argv: list[str] | None = None):
         default=cytology.TARGETS,
         help="labels that --protocol cytology fine-tunes on, comma-separated",
     )
+    views = augment.ViewSettings()
     group = parser.add_argument_group("model")
     group.choice(
         "--backbone",
@@ -240,16 +243,38 @@ def parse_args(argv: list[str] | None = None):
         "side that images are decoded to, pixels; unset: their own, at most 256",
         low=8,
     )
-    group = parser.add_argument_group("pretraining")
-    group.number("--proj-dim", int, 128, "outputs of the projection head", low=2)
-    group.number("--temperature", float, 0.2, "temperature of the NT-Xent loss", above=0)
+    group.choice(
+        "--normalize",
+        ["imagenet", "data"],
+        None,
+        "mean and deviation of the channels that pixels are normalized by: ImageNet's, or those of"
+        " the images to train on (default: imagenet, or those of --from)",
+    )
+    group = parser.add_argument_group("views, of the pretraining and of fine-tuning")
     group.choice(
         "--augment",
         ["simclr", "none"],
         "simclr",
         "how views are made; none: every view is the image itself",
     )
-    views = augment.ViewSettings()
+    group.switch("--vertical-flip", "mirror half of the views top to bottom, too")
+    group.choice(
+        "--rotation",
+        augment.ROTATIONS,
+        views.rotation,
+        "turn the views: by 90, a multiple of 90 degrees, or any angle",
+    )
+    group.number(
+        "--stain",
+        float,
+        views.stain,
+        "strength of the jitter of stains, hematoxylin, eosin and DAB, in optical density, as 0.05",
+        low=0,
+        high=1,
+    )
+    group = parser.add_argument_group("pretraining")
+    group.number("--proj-dim", int, 128, "outputs of the projection head", low=2)
+    group.number("--temperature", float, 0.2, "temperature of the NT-Xent loss", above=0)
     group.number(
         "--color-strength",
         float,
@@ -266,6 +291,9 @@ def parse_args(argv: list[str] | None = None):
         "smallest share of an image's area that a view shows",
         above=0,
         high=1,
+    )
+    group.number(
+        "--grayscale", float, views.grayscale, "share of the views without color", low=0, high=1
     )
     group.choice("--optimizer", LR_OF, "lars", "optimizer of the pretraining")
     group.number(
@@ -298,7 +326,7 @@ def parse_args(argv: list[str] | None = None):
         pretraining_only = [
             "proj_dim",
             "temperature",
-            *VIEW_FLAGS,
+            *(flag for flag in VIEW_FLAGS if flag not in FINETUNE_VIEW_FLAGS),
             "optimizer",
             "fraction",
             "accum",
@@ -330,7 +358,7 @@ def parse_args(argv: list[str] | None = None):
         )
     if args.stage == "linear":
         refuse(
-            ["augment", "eval_every", "log_every", "head_bias"],
+            ["augment", *FINETUNE_VIEW_FLAGS, "eval_every", "log_every", "head_bias"],
             "with --stage linear: features are stored, every epoch is logged",
         )
     if args.augment == "none":
@@ -468,35 +496,49 @@ def build_model(run: Run, kind: str, weights: dict | None = None) -> nn.Module:
 
 def two_views(run: Run, batch: Batch) -> Tensor:
     """Normalized views (2n, 3, s, s) of a batch's pixels: first view a of every image, then b."""
-    args, pixels = run.args, batch.inputs
-    size = run.model_spec["image_size"]
-    if args.augment == "none":
-        return augment.normalize(augment.resize(pixels, size)).repeat(2, 1, 1, 1)
-    views = []
-    for view in (0, 1):
-        params = augment.simclr_params(
-            args.seed,
-            batch.epoch,
-            batch.items,
-            view,
-            pixels.shape[-1],
-            size,
-            augment.ViewSettings.of(args),
-        )
-        views.append(augment.normalize(augment.make_view(pixels, params, size)))
+    pixels, size = batch.inputs, run.model_spec["image_size"]
+    statistics = normalization(run.model_spec)
+    if run.args.augment == "none":
+        return augment.normalize(augment.resize(pixels, size), *statistics).repeat(2, 1, 1, 1)
+    views = [
+        augment.normalize(augment.make_view(pixels, params, size, "reflection"), *statistics)
+        for params in drawn_views(run, batch)
+    ]
     return torch.cat(views).contiguous(memory_format=torch.channels_last)
+
+
+def drawn_views(run: Run, batch: Batch) -> list[augment.ViewParams]:
+    """What `two_views` makes its views by."""
+    args, side = run.args, batch.inputs.shape[-1]
+    size, settings = run.model_spec["image_size"], augment.ViewSettings.of(args)
+    return [
+        augment.simclr_params(args.seed, batch.epoch, batch.items, view, side, size, settings)
+        for view in (0, 1)
+    ]
 
 
 def one_view(run: Run, batch: Batch) -> Tensor:
     """Normalized crops (n, 3, s, s) of a batch's pixels, or the images as they are."""
-    args, pixels = run.args, batch.inputs
-    size = run.model_spec["image_size"]
-    if args.augment == "none" or batch.epoch is None:
+    pixels, size = batch.inputs, run.model_spec["image_size"]
+    if run.args.augment == "none" or batch.epoch is None:
         x = augment.resize(pixels, size)
     else:
-        params = augment.crop_flip_params(args.seed, batch.epoch, batch.items, 0, pixels.shape[-1])
-        x = augment.make_view(pixels, params, size)
-    return augment.normalize(x).contiguous(memory_format=torch.channels_last)
+        x = augment.make_view(pixels, drawn_crops(run, batch), size, "reflection")
+    x = augment.normalize(x, *normalization(run.model_spec))
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def drawn_crops(run: Run, batch: Batch) -> augment.ViewParams:
+    """What `one_view` makes the views of fine-tuning by."""
+    args, side = run.args, batch.inputs.shape[-1]
+    settings = augment.ViewSettings.of(args)
+    return augment.crop_flip_params(args.seed, batch.epoch, batch.items, 0, side, settings=settings)
+
+
+def normalization(spec: dict) -> tuple:
+    """Mean and deviation of the channels of pixels in [0, 1] that a model expects."""
+    values = spec.get("normalization", (augment.IMAGENET_MEAN, augment.IMAGENET_STD))
+    return tuple(map(tuple, values))
 
 
 def fetch(
@@ -683,7 +725,7 @@ def trained_backbone(run: Run) -> dict:
 def save_views(run: Run, batch: Batch) -> None:
     """Write figures/views.png: the first images of the run as the network sees them."""
     first = Batch(batch.inputs[:8], batch.items[:8], None, batch.epoch)
-    pictures = augment.denormalize(two_views(run, first))
+    pictures = augment.denormalize(two_views(run, first), *normalization(run.model_spec))
     figures.save_grid(run.folder / "figures" / "views.png", pictures, 8)
 
 
@@ -779,10 +821,16 @@ def check_spec(run: Run, name: str, weights: dict | None) -> CheckSpec:
         evaluate=partial(evaluate, run),
         loss=loss,
         augmented=args.augment != "none",
-        view=NetworkView(run, size=min(16, stage.bs), eval_batch=EVAL_IMAGES),
+        view=NetworkView(
+            run,
+            size=min(16, stage.bs),
+            eval_batch=EVAL_IMAGES,
+            normalization=normalization(run.model_spec),
+        ),
         labels=labels,
         starts_at_prior=name == "finetune" and args.head_bias == "prior",
         larger=larger and partial(build_model, run.with_spec(backbone=larger), name),
+        views=lambda batch: drawn_views(run, batch) if is_pretrain else [drawn_crops(run, batch)],
     )
 
 
@@ -835,7 +883,7 @@ def export_spec(args, world: dist.Dist) -> ExportSpec:
         answer=lambda network, x: network(x) if is_pretrain else network(x).softmax(1),
         inputs={"images": SQUARE},
         size=spec["image_size"],
-        normalization=(augment.IMAGENET_MEAN, augment.IMAGENET_STD),
+        normalization=normalization(spec),
         output="features" if is_pretrain else PROBABILITIES,
         classes=spec["classes"].get(kind),
     )
@@ -875,10 +923,19 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
         targets=targets,
         proj_dim=source.get("proj_dim", args.proj_dim),
     )
+    if augment.blur_kernel_size(spec["image_size"]) == 1:
+        config.reject_unused_flags(parser, args, ["blur"], "on views below 20 px")
+    if args.normalize == "data":
+        first = sampling.hash_order(images.ids, splits["pretrain"], "statistics")
+        batches = np.array_split(np.array(first[:STATISTICS_IMAGES]), STATISTICS_IMAGES // 100)
+        read = images.batches([items for items in batches if len(items)], args.workers)
+        spec["normalization"] = augment.channel_statistics(read)
+    elif args.normalize is None and "normalization" in source:
+        spec["normalization"] = source["normalization"]
     stages = settings(args)
     validate(args, world, images, splits, stages)
     start = {"weights": checkpoint.weights_digest(weights)} if weights else {}
-    teacher, teacher_id = distill.read(args, spec, same=("image_size", "classes"))
+    teacher, teacher_id = distill.read(args, spec, same=("image_size", "classes", "normalization"))
     first_stage = next(iter(stages.values()))
     run = Run.open(
         args,

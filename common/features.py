@@ -48,6 +48,8 @@ def stored_features(run: Run, weights: str, compute: Callable[[], Tensor]) -> Te
     content = content_of(items)
     form = content.form if content else ""
     made_of = f"{weights} {items.fingerprint} {items.store_size} {run.model_spec['image_size']}"
+    if "normalization" in run.model_spec:
+        made_of += f" {run.model_spec['normalization']}"
     key = f"{made_of} {form}"
 
     def digests() -> np.ndarray:

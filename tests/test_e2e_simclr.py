@@ -16,7 +16,7 @@ from torch import nn
 
 import train_simclr
 from common.data import cytology
-from common.run import checkpoint, log
+from common.run import checkpoint, dist, log
 from common.weights import Published
 from tests.data import cells_tree, cytology_tree
 from tests.runs import (
@@ -310,6 +310,51 @@ def test_eval_repeats_the_test_and_predict_needs_no_labels(whole, cells, tmp_pat
     )
 
 
+def test_the_datas_own_statistics_go_with_the_model(cells, tmp_path, capsys):
+    run = tmp_path / "run"
+    views = "--vertical-flip --rotation 90 --stain 0.05 --grayscale 0.1"
+    argv = flags(NET, "--epochs 1 --bs 32 --normalize data", views, "--data", cells)
+    assert train_simclr.main(flags(argv, "--out", run)) == 0
+    with np.load(run / "features.npz") as stored:
+        parts = (stored["id"], stored["split"])
+        names = [name for name, part in zip(*parts, strict=True) if part != "test"]
+    pixels = np.stack([np.array(Image.open(cells / name)) for name in names]) / 255
+    expected = np.array([pixels.mean((0, 1, 2)), pixels.std((0, 1, 2))])
+    spec = checkpoint.load(run / "pretrain" / "best.pt")["model_spec"]
+    np.testing.assert_allclose(spec["normalization"], expected, atol=1e-6)
+    capsys.readouterr()
+    assert train_simclr.main(flags(argv, "--out", run)) == 0
+    assert "already finished" in capsys.readouterr().out
+
+    base = ["--data", str(cells), "--device", "cpu"]
+    later = flags(base, "--stage linear --out", tmp_path / "linear", "--from", run)
+    assert train_simclr.main(later) == 0
+    tested = {
+        run: "pretrain/test/knn_accuracy",
+        tmp_path / "linear": "linear/test/accuracy",
+    }
+    for source, metric in tested.items():
+        args, _ = train_simclr.parse_args(flags(base, "--eval", source))
+        exported = train_simclr.export_spec(args, dist.Dist(0, 1, torch.device("cpu")))
+        assert list(map(list, exported.normalization)) == spec["normalization"]
+        assert train_simclr.main(flags(base, "--eval", source, "--out", tmp_path)) == 0
+        result = json.loads((tmp_path / "eval.json").read_text())
+        name = metric.replace("pretrain", "eval").replace("linear", "eval")
+        assert result[name] == summary(source)[metric]
+    later = flags(later, "--normalize imagenet --resume none")
+    assert train_simclr.main(later) == 0
+    stored = checkpoint.load(tmp_path / "linear" / "best.pt")["model_spec"]
+    assert "normalization" not in stored
+    foreign = {"format": 2, "model": {}, "model_spec": {"script": "simclr", "normalization": "x"}}
+    torch.save(foreign, tmp_path / "foreign.pt")
+    refused(
+        train_simclr.main,
+        flags(base, "--stage linear --from", tmp_path / "foreign.pt"),
+        capsys,
+        "model_spec",
+    )
+
+
 def test_predictions_of_files_and_of_their_folder_lie_side_by_side(whole, cells, tmp_path, capsys):
     run = shutil.copytree(whole, tmp_path / "run")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -415,6 +460,15 @@ BAD = {  # flags -> the flag, file or value that the refusal names
     "blur of more than all": ("--blur 1.5", "--blur"),
     "blur of what has no views": ("--stage linear --from none --blur 0", "--blur"),
     "crops of nothing": ("--crop-min 0", "--crop-min"),
+    "blur of what is too small": ("--blur 0.1", "20 px"),
+    "a turn by half of that": ("--rotation 45", "none, 90, any"),
+    "a turn of what is stored": ("--stage linear --from none --rotation 90", "--rotation"),
+    "stains without augmentation": ("--augment none --stain 0.1", "--stain"),
+    "grayscale of another stage": (
+        "--stage finetune --from none --grayscale 0",
+        "--grayscale has no effect",
+    ),
+    "statistics of nothing": ("--normalize mean", "imagenet, data"),
     "warm-up longer than training": ("--epochs 2 --warmup-epochs 5", "--warmup-epochs 5"),
     "a device that is not there": ("--device cuda:77", "cuda:77"),
     "a batch without negatives": ("--bs 1", "--bs"),
