@@ -320,7 +320,7 @@ def test_the_datas_own_statistics_go_with_the_model(cells, tmp_path, capsys):
         names = [name for name, part in zip(*parts, strict=True) if part != "test"]
     pixels = np.stack([np.array(Image.open(cells / name)) for name in names]) / 255
     expected = np.array([pixels.mean((0, 1, 2)), pixels.std((0, 1, 2))])
-    spec = checkpoint.load(run / "pretrain" / "best.pt")["model_spec"]
+    spec = checkpoint.load(run / "best.pt")["model_spec"]
     np.testing.assert_allclose(spec["normalization"], expected, atol=1e-6)
     capsys.readouterr()
     assert train_simclr.main(flags(argv, "--out", run)) == 0
