@@ -243,11 +243,9 @@ def test_images_without_labels_are_checked_on_what_there_is(tmp_path):
 def test_the_views_are_shown_with_what_was_drawn_for_them(stage, views, tmp_path, monkeypatch):
     grids = []
     monkeypatch.setattr(figures, "save_grid", lambda path, images, _: grids.append(images))
-    argv = flags(
-        "--data", cells_tree(tmp_path / "cells"), "--out", tmp_path / "run", "--stage", stage
-    )
+    argv = flags("--data", cells_tree(tmp_path / "cells"), "--out", tmp_path / "run")
     argv += flags("--backbone resnet18 --stem cifar --image-size 20 --bs 16 --device cpu")
-    argv += flags("--rotation 90 --stain 0.1 --normalize data --check views")
+    argv += flags("--rotation 90 --stain 0.1 --normalize data --check views --stage " + stage)
     assert train_simclr.main(argv) == 0
     (item,) = json.loads((tmp_path / "run" / "check.json").read_text())["items"]
     header, *rows = item["rows"]
