@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import amp, config, distill, linear_eval, metrics, optim
+from common import amp, config, distill, linear_eval, optim
 from common.check import reference
 from common.check.result import CheckSpec, NetworkView
 from common.check.runner import check
@@ -223,6 +223,27 @@ def parse_args(argv: list[str] | None = None):
         help="published weights to start from: `imagenet`, torchvision's, downloaded once, or a"
         " file, .pt, .pth or .safetensors",
     )
+    group.number(
+        "--label-fraction",
+        float,
+        1.0,
+        "share of the labels that the linear protocol and fine-tuning have, evenly by class; the"
+        " images stay in the pretraining",
+        above=0,
+        high=1,
+    )
+    group.choice(
+        "--class-weights",
+        ["none", "balanced"],
+        "none",
+        "weights of the classes in fine-tuning's loss; balanced: a rare class weighs more",
+    )
+    group.choice(
+        "--sampler",
+        ["none", "balanced"],
+        "none",
+        "how fine-tuning's batches are drawn; balanced: as many images of each class",
+    )
     group.choice(
         "--head-bias",
         HEAD_BIAS,
@@ -353,7 +374,7 @@ def parse_args(argv: list[str] | None = None):
         )
     if args.stage == "pretrain":
         refuse(
-            ["patience", "teacher", "head_bias"],
+            ["patience", "teacher", "head_bias", "label_fraction", "class_weights", "sampler"],
             "with --stage pretrain, which neither stops early nor classifies",
         )
     if args.stage == "linear":
@@ -361,6 +382,13 @@ def parse_args(argv: list[str] | None = None):
             ["augment", *FINETUNE_VIEW_FLAGS, "eval_every", "log_every", "head_bias"],
             "with --stage linear: features are stored, every epoch is logged",
         )
+        refuse(["class_weights", "sampler"], "with --stage linear, which weighs images alike")
+    if args.sampler == "balanced":
+        refuse(["head_bias"], "with --sampler balanced, whose batches hold all classes alike")
+        if args.class_weights == "balanced":
+            parser.error(
+                "--class-weights and --sampler correct one imbalance twice; give one of them"
+            )
     if args.augment == "none":
         refuse(VIEW_FLAGS, "with --augment none")
     if args.protocol == "none":
@@ -425,8 +453,16 @@ def build_data(
     group_items(images, args, CARD.items, world.say, own_splits=targets is None)
     if targets is None:
         classes = dict.fromkeys(("linear", "finetune"), images.classes)
-        return Data(images, sampling.split(images, args.fraction, world.say), classes, None)
-    return Data(images, *cytology.protocol(images, targets, args.fraction, stored, world.say))
+        data = Data(images, sampling.split(images, args.fraction, world.say), classes, None)
+    else:
+        data = Data(images, *cytology.protocol(images, targets, args.fraction, stored, world.say))
+    if args.label_fraction == 1:
+        return data
+    stages = settings(args)
+    fewer = sampling.fewer_labels(
+        images, data.splits, args.label_fraction, stages, args.seed, world.say
+    )
+    return data._replace(splits=fewer)
 
 
 def validate(
@@ -457,6 +493,9 @@ def validate(
             flag = "--bs" if name == next(iter(stages)) else f"--{name}-bs"
             try:
                 sampling.check_batch(name, stage.bs, len(parts[0]), divisors[name], flag)
+                if name == "finetune" and args.sampler == "balanced":
+                    labels = images.labels[parts[0]]
+                    sampling.balanced_batches(parts[0], labels, stage.bs, 0, 0, flag=flag)
             except InputError as error:
                 refused.append(str(error))
     if refused:
@@ -618,7 +657,13 @@ def finetune_step(run: Run, model, optimizer, scaler, batch: Batch) -> Step:
     optimizer.zero_grad(set_to_none=True)
     with amp.autocast(run.args.precision, run.world.device):
         logits = model(x)
-    terms = {"ce": nn.functional.cross_entropy(logits.float(), batch.labels)}
+    if "class_weights" in run.model_spec:
+        weights = amp.to_device(torch.tensor(run.model_spec["class_weights"]), x.device)
+        ce = nn.functional.cross_entropy(logits.float(), batch.labels, weights, reduction="sum")
+        # Not by the sum of the weights, which differs between processes.
+        terms = {"ce": ce / len(x)}
+    else:
+        terms = {"ce": nn.functional.cross_entropy(logits.float(), batch.labels)}
     loss = sum(add_distillation(run, terms, logits, x).values())
     scaler.scale(loss).backward()
     norm, bad = amp.guarded_step(optimizer, scaler, loss, run.args.clip_grad)
@@ -701,7 +746,7 @@ def pretrain(run: Run, weights: dict | None) -> None:
     figures.representation(run, features)
     if "pretrain/test/knn_accuracy" in results:
         labels, splits = run.data.labels, run.splits
-        share = metrics.majority_accuracy(labels[splits["train"]], labels[splits["test"]])
+        share = linear_eval.majority_accuracy(run, "train", labels, splits["test"])
         results["pretrain/test/majority_knn_accuracy"] = share
     log.metrics("pretrain", progress.step, progress.epoch, results)
     run.finish(progress, progress.results | results | {"pretrain/train/loss_at_chance": chance})
@@ -769,7 +814,7 @@ def finetune(run: Run, weights: dict | None) -> None:
     loop.foresee(finetune_step, partial(fetch, run, labels=labels), train)
     for epoch in loop.epochs():
         model.train()
-        batches = sampling.epoch_batches(train, stage.bs, args.seed, epoch, progress.batch, world)
+        batches = finetune_batches(run, epoch, progress.batch)
         for batch in loop.batches(fetch(run, batches, epoch, labels)):
             lr = loop.set_lr(optimizer)
             step = finetune_step(run, trained, optimizer, scaler, batch)
@@ -788,11 +833,21 @@ def finetune(run: Run, weights: dict | None) -> None:
         return scores, logits
 
     results, logits = test_best_and_last(progress, model, test)
-    share = metrics.majority_accuracy(labels[train], labels[test_split])
+    share = linear_eval.majority_accuracy(run, "finetune_train", labels, test_split)
     results["finetune/test/majority_accuracy"] = share
+    results["finetune/train/labels"] = len(train) + len(dev)
     figures.classified(run, "finetune", test_split, logits, labels[test_split], classes)
     log.metrics("finetune", progress.step, progress.epoch, results)
     run.finish(progress, results)
+
+
+def finetune_batches(run: Run, epoch: int, done: int = 0) -> list[np.ndarray]:
+    """This process's share of an epoch's batches of fine-tuning, but for the first `done`."""
+    train, bs = run.splits["finetune_train"], run.stages["finetune"].bs
+    if run.args.sampler == "balanced":
+        labels = run.data.labels[train]
+        return sampling.balanced_batches(train, labels, bs, run.args.seed, epoch, done, run.world)
+    return sampling.epoch_batches(train, bs, run.args.seed, epoch, done, run.world)
 
 
 def check_spec(run: Run, name: str, weights: dict | None) -> CheckSpec:
@@ -806,11 +861,13 @@ def check_spec(run: Run, name: str, weights: dict | None) -> CheckSpec:
         "linear": ("train", "dev"),
         "finetune": ("finetune_train", "finetune_dev"),
     }[name]
-    loss = reference.cross_entropy
+    weights = np.array(run.model_spec.get("class_weights", 1.0))
+    loss = partial(reference.cross_entropy, weights=weights)
     if is_pretrain:
         loss = partial(reference.contrastive, views=2, temperature=args.temperature)
     steps = {"pretrain": train_step, "linear": None, "finetune": finetune_step}
     larger = LARGER.get(run.model_spec["backbone"])
+    is_balanced = name == "finetune" and args.sampler == "balanced"
     return CheckSpec(
         run=run,
         stage=name,
@@ -828,6 +885,7 @@ def check_spec(run: Run, name: str, weights: dict | None) -> CheckSpec:
             normalization=normalization(run.model_spec),
         ),
         labels=labels,
+        batches=partial(finetune_batches, run) if is_balanced else None,
         starts_at_prior=name == "finetune" and args.head_bias == "prior",
         larger=larger and partial(build_model, run.with_spec(backbone=larger), name),
         views=lambda batch: drawn_views(run, batch) if is_pretrain else [drawn_crops(run, batch)],
@@ -932,6 +990,10 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
         spec["normalization"] = augment.channel_statistics(read)
     elif args.normalize is None and "normalization" in source:
         spec["normalization"] = source["normalization"]
+    if args.class_weights == "balanced":
+        labels = images.labels_in(classes["finetune"])[splits["finetune_train"]]
+        counts = np.bincount(labels, minlength=len(classes["finetune"]))
+        spec["class_weights"] = sampling.class_weights(counts.clip(min=1), None).tolist()
     stages = settings(args)
     validate(args, world, images, splits, stages)
     start = {"weights": checkpoint.weights_digest(weights)} if weights else {}

@@ -355,6 +355,28 @@ def test_the_datas_own_statistics_go_with_the_model(cells, tmp_path, capsys):
     )
 
 
+def test_a_share_of_the_labels_is_said_and_used(cells, tmp_path, capsys):
+    run = tmp_path / "run"
+    argv = flags(SMALL, "--epochs 1 --label-fraction 0.2 --sampler balanced --data", cells)
+    assert train_simclr.main(flags(argv, "--finetune-bs 6 --finetune-epochs 1 --out", run)) == 0
+    said = capsys.readouterr().out
+    result = summary(run)
+    labels = [result[f"{stage}/train/labels"] for stage in ("linear", "finetune")]
+    assert labels == [13, 13]  # 10 of train and 3 of dev: one of each class
+    for stage in ("linear", "finetune"):
+        assert f"{stage}: 13 of 60 labels (--label-fraction): long 4, round 4, split 5" in said
+    assert "pretrain: 60 images" in said and "cross-validation of 13 items" in said
+    assert "finetune: 10 training, 3 dev" in said
+    assert result["finetune/test/majority_accuracy"] == pytest.approx(1 / 3)
+    for source, stage in ((run, "finetune"), (run / "pretrain" / "best.pt", "pretrain")):
+        use = flags("--device cpu --data", cells, "--eval", source, "--out", tmp_path)
+        assert train_simclr.main(use) == 0
+        metric = "knn_accuracy" if stage == "pretrain" else "accuracy"
+        again = json.loads((tmp_path / "eval.json").read_text())[f"eval/test/{metric}"]
+        assert again == pytest.approx(result[f"{stage}/test/{metric}"], abs=1e-9)
+        (tmp_path / "eval.json").unlink()
+
+
 def test_predictions_of_files_and_of_their_folder_lie_side_by_side(whole, cells, tmp_path, capsys):
     run = shutil.copytree(whole, tmp_path / "run")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -468,6 +490,25 @@ BAD = {  # flags -> the flag, file or value that the refusal names
         "--stage finetune --from none --grayscale 0",
         "--grayscale has no effect",
     ),
+    "labels of a stage without": ("--label-fraction 0.5", "--label-fraction"),
+    "a share of no labels": ("--stage all --label-fraction 0", "--label-fraction"),
+    "weights of what is solved": (
+        "--stage linear --from none --class-weights balanced",
+        "--class-weights",
+    ),
+    "one imbalance corrected twice": (
+        "--stage all --class-weights balanced --sampler balanced",
+        "give one of them",
+    ),
+    "a prior of even batches": (
+        "--stage all --head-bias prior --sampler balanced",
+        "--head-bias has no effect",
+    ),
+    "even batches of few": (
+        "--stage all --bs 16 --label-fraction 0.5 --sampler balanced --finetune-bs 9"
+        " --data {uneven}",
+        "lower --finetune-bs",
+    ),
     "statistics of nothing": ("--normalize mean", "imagenet, data"),
     "warm-up longer than training": ("--epochs 2 --warmup-epochs 5", "--warmup-epochs 5"),
     "a device that is not there": ("--device cuda:77", "cuda:77"),
@@ -484,6 +525,12 @@ def test_bad_input_is_one_line_and_exit_code_2(case, cells, tmp_path, capsys, mo
         one.mkdir()
         for i, path in enumerate(sorted((cells / "long").iterdir())):
             (one / f"{i}.png").write_bytes(path.read_bytes())
+    uneven = tmp_path / "uneven"
+    if "{uneven}" in BAD[case][0]:
+        for name, count in (("long", 24), ("round", 24), ("split", 2)):
+            (uneven / name).mkdir(parents=True)
+            for path in sorted((cells / name).iterdir())[:count]:
+                (uneven / name / path.name).write_bytes(path.read_bytes())
     empty, few = tmp_path / "empty", tmp_path / "few"
     empty.mkdir()
     for name in ("long", "round"):
@@ -502,7 +549,14 @@ def test_bad_input_is_one_line_and_exit_code_2(case, cells, tmp_path, capsys, mo
     )
     (damaged / "summary.json").write_text('{"status": "finis')
     text, name = BAD[case]
-    places = {"cells": cells, "one": one, "few": few, "empty": empty, "damaged": damaged}
+    places = {
+        "cells": cells,
+        "one": one,
+        "uneven": uneven,
+        "few": few,
+        "empty": empty,
+        "damaged": damaged,
+    }
     text = text.format(tmp=tmp_path / "nothing_here", **places)
     argv = flags(NET, "--data", cells, "--out", tmp_path / "out", text)
     refused(train_simclr.main, argv, capsys, name)

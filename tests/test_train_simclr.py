@@ -8,6 +8,7 @@ import torch
 from torchvision.transforms.v2 import functional as TF
 
 import train_simclr
+from common.check import reference
 from common.errors import InputError
 from common.run import dist
 from common.run.loop import Batch
@@ -48,6 +49,26 @@ def test_accumulation_keeps_the_negatives_and_the_gradient():
     for name, value in gradients[0].items():
         scale = max(value.abs().max().item(), 1e-6)
         assert (gradients[1][name] - value).abs().max().item() <= 1e-4 * scale, name
+
+
+@pytest.mark.parametrize("weights", [None, [0.5, 2.0, 1.0]])
+def test_the_loss_of_fine_tuning_is_the_weighted_cross_entropy(weights):
+    args, _ = train_simclr.parse_args([*NET, "--stage", "finetune", "--from", "none"])
+    spec = {"backbone": "resnet18", "stem": "cifar", "image_size": 8}
+    spec["classes"] = {"finetune": ["a", "b", "c"]}
+    world = dist.Dist(0, 1, torch.device("cpu"))
+    spec |= {"class_weights": weights} if weights else {}
+    run = train_simclr.Run(args, world, None, {}, Path(), None, spec)
+    model = train_simclr.build_model(run, "finetune").eval()
+    pixels = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
+    labels = torch.tensor([0, 0, 0, 1, 0, 2, 2, 0])
+    batch = Batch(pixels, np.arange(8), labels, 0)
+    logits = model(train_simclr.one_view(run, batch)).detach().double().numpy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = train_simclr.amp.scaler("fp32", world.device)
+    step = train_simclr.finetune_step(run, model, optimizer, scaler, batch)
+    expected = reference.cross_entropy(logits, labels.numpy(), weights=np.array(weights or 1.0))
+    assert step.terms["loss"].item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("augment", ["simclr", "none"])
