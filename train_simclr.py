@@ -861,8 +861,8 @@ def check_spec(run: Run, name: str, weights: dict | None) -> CheckSpec:
         "linear": ("train", "dev"),
         "finetune": ("finetune_train", "finetune_dev"),
     }[name]
-    weights = np.array(run.model_spec.get("class_weights", 1.0))
-    loss = partial(reference.cross_entropy, weights=weights)
+    class_weights = np.array(run.model_spec.get("class_weights", 1.0))
+    loss = partial(reference.cross_entropy, weights=class_weights)
     if is_pretrain:
         loss = partial(reference.contrastive, views=2, temperature=args.temperature)
     steps = {"pretrain": train_step, "linear": None, "finetune": finetune_step}

@@ -260,6 +260,20 @@ def test_the_views_are_shown_with_what_was_drawn_for_them(stage, views, tmp_path
 
 
 @pytest.mark.e2e
+@pytest.mark.parametrize("balance", ["--class-weights", "--sampler"])
+def test_fine_tuning_of_uneven_classes_is_checked_as_it_trains(balance, tmp_path):
+    data = cells_tree(tmp_path / "cells", per_class=16)
+    for path in sorted((data / "long").iterdir())[6:]:
+        path.unlink()
+    argv = flags("--data", data, "--out", tmp_path / "run", balance, "balanced")
+    argv += flags("--stage finetune --from none --bs 6 --device cpu")
+    argv += flags("--backbone resnet18 --stem cifar --image-size 8")
+    assert train_simclr.main([*argv, "--check", "loss-at-init,eval-invariance,seed"]) == 0
+    items = json.loads((tmp_path / "run" / "check.json").read_text())["items"]
+    assert [item["status"] for item in items] == ["PASS"] * 3, items
+
+
+@pytest.mark.e2e
 def test_strong_colors_on_images_of_little_contrast_are_no_failure(tmp_path):
     rng = np.random.default_rng(0)
     for k in range(48):
