@@ -576,7 +576,19 @@ def test_bad_input_is_refused():
         augment.identity_params(1, 0)
 
 
-def test_make_view_never_reads_the_device_and_does_not_loop_over_samples():
+EVERY_WAY = pytest.mark.parametrize(
+    "settings",
+    [
+        augment.ViewSettings(),
+        augment.ViewSettings(vertical_flip=True, rotation="90", stain=0.1),
+        augment.ViewSettings(rotation="any", stain=0.1),
+    ],
+    ids=["paper", "quarter turns", "any angle"],
+)
+
+
+@EVERY_WAY
+def test_make_view_never_reads_the_device_and_does_not_loop_over_samples(settings):
     class Record(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             calls.append(func.overloadpacket.__name__)
@@ -587,18 +599,19 @@ def test_make_view_never_reads_the_device_and_does_not_loop_over_samples():
         calls = []
         # A meta tensor takes the way of a device and has no values: reading one would raise.
         images = torch.empty((n, 3, 24, 24), dtype=torch.uint8, device="meta")
-        params = augment.simclr_params(0, 0, np.arange(n), 0, 24, 24)
+        params = augment.simclr_params(0, 0, np.arange(n), 0, 24, 24, settings)
         with Record():
-            views = augment.make_view(images, params, 24)
+            views = augment.make_view(images, params, 24, "reflection")
         assert views.device.type == "meta" and views.shape == (n, 3, 24, 24)
         counts.append(len(calls))
     assert counts[0] == counts[1] > 50
 
 
+@EVERY_WAY
 @pytest.mark.parametrize("at_once", [1, 2, 7, 24])
-def test_views_do_not_depend_on_how_many_a_cpu_makes_at_once(monkeypatch, at_once):
+def test_views_do_not_depend_on_how_many_a_cpu_makes_at_once(monkeypatch, at_once, settings):
     images = random_images(24, 40, 40)
-    params = augment.simclr_params(0, 4, np.arange(24), 0, 40, 32)
+    params = augment.simclr_params(0, 4, np.arange(24), 0, 40, 32, settings)
     monkeypatch.setattr(augment, "_CPU_VALUES", 24 * 3 * 32 * 32)
     whole = augment.make_view(images, params, 32)
     monkeypatch.setattr(augment, "_CPU_VALUES", at_once * 3 * 32 * 32 // torch.get_num_threads())
@@ -624,11 +637,12 @@ def test_take_keeps_the_rows_that_are_named():
 
 
 @pytest.mark.gpu
-def test_a_gpu_makes_the_same_views_without_synchronizing():
+@EVERY_WAY
+def test_a_gpu_makes_the_same_views_without_synchronizing(settings):
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA or ROCm device")
     images = random_images(16, 45, 61)
-    params = augment.simclr_params(9, 2, np.arange(16), 1, (45, 61), 40)
+    params = augment.simclr_params(9, 2, np.arange(16), 1, (45, 61), 40, settings)
     expected = augment.normalize(augment.make_view(images, params, 40))
     on_device = images.cuda()
     augment.normalize(augment.make_view(on_device, params, 40))
@@ -640,9 +654,10 @@ def test_a_gpu_makes_the_same_views_without_synchronizing():
     torch.testing.assert_close(views.cpu(), expected, atol=2e-4, rtol=0)
 
 
-def test_autocast_does_not_touch_the_pixels():
+@EVERY_WAY
+def test_autocast_does_not_touch_the_pixels(settings):
     images = torch.randint(0, 256, (4, 3, 20, 20), dtype=torch.uint8)
-    params = augment.simclr_params(0, 0, np.arange(4), 0, 20, 16)
+    params = augment.simclr_params(0, 0, np.arange(4), 0, 20, 16, settings)
     with torch.autocast("cpu", torch.bfloat16):
         inside = augment.make_view(images, params, 16)
     assert (
