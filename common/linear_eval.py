@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from common import amp, logistic, metrics, optim
 from common.data import augment, sampling
 from common.distill import add_distillation
-from common.errors import InputError, plural
+from common.errors import InputError, first_few, plural
 from common.features import representation
 from common.live import digits
 from common.report import figures
@@ -100,8 +100,9 @@ def linear(
             f"linear protocol, {source.title + ':':24}test accuracy {accuracy}, macro F1 {f1},"
             f" kNN {knn}"
         )
-    share = metrics.majority_accuracy(labels[run.splits["train"]], labels[test])
+    share = majority_accuracy(run, "train", labels, test)
     run.results["majority/test/accuracy"] = share
+    run.results["linear/train/labels"] = len(run.splits["train"]) + len(run.splits["dev"])
     run.log.say(f"linear protocol, {'majority class:':24}test accuracy {digits(share)}")
     for name, source in list(sources.items())[1:]:
         if hits["linear"] is None or hits[name] is None:
@@ -115,6 +116,12 @@ def linear(
             f"linear protocol, {sources['linear'].title} minus {source.title}:"
             f" accuracy {interval_text(run.results, key)}"
         )
+
+
+def majority_accuracy(run: Run, part: str, labels: np.ndarray, test: np.ndarray) -> float:
+    """Accuracy of the most frequent class of a part, also of the labels that a stage leaves out."""
+    whole = run.splits.get(f"all_{part}", run.splits[part])
+    return metrics.majority_accuracy(labels[whole], labels[test])
 
 
 def kind_of(stage: str, source: str) -> str:
@@ -184,7 +191,7 @@ def test_selected(run: Run, progress: Progress, rows: Tensor) -> dict:
     logits = apply(progress.best_weights(), rows[test])
     if name == "linear":
         figures.classified(run, name, test, logits, labels, classes)
-    neighbors = representation(run, rows.__getitem__, "test", f"{name}/test")
+    neighbors = representation(run, rows.__getitem__, "test", f"{name}/test", bank="train")
     return tested(f"{name}/test", logits, labels, len(classes)) | neighbors
 
 
@@ -251,6 +258,13 @@ def solved_protocol(
         progress.check_stop()
         return dist.mean(torch.tensor(accuracy, device=world.device)).item()
 
+    counts = np.bincount(labels[items], minlength=len(classes))
+    single = [name for name, count in zip(classes, counts, strict=True) if count == 1]
+    if single and name == "linear":
+        run.log.say(
+            f"WARN linear: one labeled image of {first_few(single)}: cross-validation never gets it"
+            " right; a larger --label-fraction, or more images"
+        )
     with progress.interruptible():
         solution = logistic.solve(
             rows,

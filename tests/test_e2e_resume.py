@@ -30,7 +30,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SIMCLR = flags("--backbone resnet18 --stem cifar --image-size 8 --device cpu --bs 16")
 STAGES = flags("--stage all --epochs 3 --finetune-bs 16 --finetune-epochs 2 --seed 3")
 SGD = flags("--stage linear --from none --linear-solver sgd --epochs 4")
-FINETUNE = flags("--stage finetune --from none --epochs 2")
+FINETUNE = flags(
+    "--stage finetune --from none --epochs 2 --sampler balanced --normalize data",
+    "--vertical-flip --rotation any --stain 0.1",
+)
 TSM = flags(
     "--backbone conv_small_035 --image-size 32 --n-segment 4 --device cpu --bs 4 --accum 2",
     "--epochs 4 --eval-every 1 --clips 2 --seed 3 --sampler balanced --patience 2",

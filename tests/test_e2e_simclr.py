@@ -16,7 +16,7 @@ from torch import nn
 
 import train_simclr
 from common.data import cytology
-from common.run import checkpoint, log
+from common.run import checkpoint, dist, log
 from common.weights import Published
 from tests.data import cells_tree, cytology_tree
 from tests.runs import (
@@ -310,6 +310,73 @@ def test_eval_repeats_the_test_and_predict_needs_no_labels(whole, cells, tmp_pat
     )
 
 
+def test_the_datas_own_statistics_go_with_the_model(cells, tmp_path, capsys):
+    run = tmp_path / "run"
+    views = "--vertical-flip --rotation 90 --stain 0.05 --grayscale 0.1"
+    argv = flags(NET, "--epochs 1 --bs 32 --normalize data", views, "--data", cells)
+    assert train_simclr.main(flags(argv, "--out", run)) == 0
+    with np.load(run / "features.npz") as stored:
+        parts = (stored["id"], stored["split"])
+        names = [name for name, part in zip(*parts, strict=True) if part != "test"]
+    pixels = np.stack([np.array(Image.open(cells / name)) for name in names]) / 255
+    expected = np.array([pixels.mean((0, 1, 2)), pixels.std((0, 1, 2))])
+    spec = checkpoint.load(run / "best.pt")["model_spec"]
+    np.testing.assert_allclose(spec["normalization"], expected, atol=1e-6)
+    capsys.readouterr()
+    assert train_simclr.main(flags(argv, "--out", run)) == 0
+    assert "already finished" in capsys.readouterr().out
+
+    base = ["--data", str(cells), "--device", "cpu"]
+    later = flags(base, "--stage linear --out", tmp_path / "linear", "--from", run)
+    assert train_simclr.main(later) == 0
+    tested = {
+        run: "pretrain/test/knn_accuracy",
+        tmp_path / "linear": "linear/test/accuracy",
+    }
+    for source, metric in tested.items():
+        args, _ = train_simclr.parse_args(flags(base, "--eval", source))
+        exported = train_simclr.export_spec(args, dist.Dist(0, 1, torch.device("cpu")))
+        assert list(map(list, exported.normalization)) == spec["normalization"]
+        assert train_simclr.main(flags(base, "--eval", source, "--out", tmp_path)) == 0
+        result = json.loads((tmp_path / "eval.json").read_text())
+        name = metric.replace("pretrain", "eval").replace("linear", "eval")
+        assert result[name] == summary(source)[metric]
+    later = flags(later, "--normalize imagenet --resume none")
+    assert train_simclr.main(later) == 0
+    stored = checkpoint.load(tmp_path / "linear" / "best.pt")["model_spec"]
+    assert "normalization" not in stored
+    foreign = {"format": 2, "model": {}, "model_spec": {"script": "simclr", "normalization": "x"}}
+    torch.save(foreign, tmp_path / "foreign.pt")
+    refused(
+        train_simclr.main,
+        flags(base, "--stage linear --from", tmp_path / "foreign.pt"),
+        capsys,
+        "model_spec",
+    )
+
+
+def test_a_share_of_the_labels_is_said_and_used(cells, tmp_path, capsys):
+    run = tmp_path / "run"
+    argv = flags(SMALL, "--epochs 1 --label-fraction 0.2 --sampler balanced --data", cells)
+    assert train_simclr.main(flags(argv, "--finetune-bs 6 --finetune-epochs 1 --out", run)) == 0
+    said = capsys.readouterr().out
+    result = summary(run)
+    labels = [result[f"{stage}/train/labels"] for stage in ("linear", "finetune")]
+    assert labels == [13, 13]  # 10 of train and 3 of dev: one of each class
+    for stage in ("linear", "finetune"):
+        assert f"{stage}: 13 of 60 labels (--label-fraction): long 4, round 4, split 5" in said
+    assert "pretrain: 60 images" in said and "cross-validation of 13 items" in said
+    assert "finetune: 10 training, 3 dev" in said
+    assert result["finetune/test/majority_accuracy"] == pytest.approx(1 / 3)
+    for source, stage in ((run, "finetune"), (run / "pretrain" / "best.pt", "pretrain")):
+        use = flags("--device cpu --data", cells, "--eval", source, "--out", tmp_path)
+        assert train_simclr.main(use) == 0
+        metric = "knn_accuracy" if stage == "pretrain" else "accuracy"
+        again = json.loads((tmp_path / "eval.json").read_text())[f"eval/test/{metric}"]
+        assert again == pytest.approx(result[f"{stage}/test/{metric}"], abs=1e-9)
+        (tmp_path / "eval.json").unlink()
+
+
 def test_predictions_of_files_and_of_their_folder_lie_side_by_side(whole, cells, tmp_path, capsys):
     run = shutil.copytree(whole, tmp_path / "run")
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -411,6 +478,38 @@ BAD = {  # flags -> the flag, file or value that the refusal names
     "a solver that is not there": ("--stage all --linear-solver adam", "lbfgs, sgd"),
     "patience without early stopping": ("--patience 3", "--patience"),
     "colors without augmentation": ("--augment none --color-strength 2", "--color-strength"),
+    "crops without augmentation": ("--augment none --crop-min 0.5", "--crop-min"),
+    "blur of more than all": ("--blur 1.5", "--blur"),
+    "blur of what has no views": ("--stage linear --from none --blur 0", "--blur"),
+    "crops of nothing": ("--crop-min 0", "--crop-min"),
+    "blur of what is too small": ("--blur 0.1", "20 px"),
+    "a turn by half of that": ("--rotation 45", "none, 90, any"),
+    "a turn of what is stored": ("--stage linear --from none --rotation 90", "--rotation"),
+    "stains without augmentation": ("--augment none --stain 0.1", "--stain"),
+    "grayscale of another stage": (
+        "--stage finetune --from none --grayscale 0",
+        "--grayscale has no effect",
+    ),
+    "labels of a stage without": ("--label-fraction 0.5", "--label-fraction"),
+    "a share of no labels": ("--stage all --label-fraction 0", "--label-fraction"),
+    "weights of what is solved": (
+        "--stage linear --from none --class-weights balanced",
+        "--class-weights",
+    ),
+    "one imbalance corrected twice": (
+        "--stage all --class-weights balanced --sampler balanced",
+        "give one of them",
+    ),
+    "a prior of even batches": (
+        "--stage all --head-bias prior --sampler balanced",
+        "--head-bias has no effect",
+    ),
+    "even batches of few": (
+        "--stage all --bs 16 --label-fraction 0.5 --sampler balanced --finetune-bs 9"
+        " --data {uneven}",
+        "lower --finetune-bs",
+    ),
+    "statistics of nothing": ("--normalize mean", "imagenet, data"),
     "warm-up longer than training": ("--epochs 2 --warmup-epochs 5", "--warmup-epochs 5"),
     "a device that is not there": ("--device cuda:77", "cuda:77"),
     "a batch without negatives": ("--bs 1", "--bs"),
@@ -426,6 +525,12 @@ def test_bad_input_is_one_line_and_exit_code_2(case, cells, tmp_path, capsys, mo
         one.mkdir()
         for i, path in enumerate(sorted((cells / "long").iterdir())):
             (one / f"{i}.png").write_bytes(path.read_bytes())
+    uneven = tmp_path / "uneven"
+    if "{uneven}" in BAD[case][0]:
+        for name, count in (("long", 24), ("round", 24), ("split", 2)):
+            (uneven / name).mkdir(parents=True)
+            for path in sorted((cells / name).iterdir())[:count]:
+                (uneven / name / path.name).write_bytes(path.read_bytes())
     empty, few = tmp_path / "empty", tmp_path / "few"
     empty.mkdir()
     for name in ("long", "round"):
@@ -444,7 +549,14 @@ def test_bad_input_is_one_line_and_exit_code_2(case, cells, tmp_path, capsys, mo
     )
     (damaged / "summary.json").write_text('{"status": "finis')
     text, name = BAD[case]
-    places = {"cells": cells, "one": one, "few": few, "empty": empty, "damaged": damaged}
+    places = {
+        "cells": cells,
+        "one": one,
+        "uneven": uneven,
+        "few": few,
+        "empty": empty,
+        "damaged": damaged,
+    }
     text = text.format(tmp=tmp_path / "nothing_here", **places)
     argv = flags(NET, "--data", cells, "--out", tmp_path / "out", text)
     refused(train_simclr.main, argv, capsys, name)

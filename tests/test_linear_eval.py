@@ -123,12 +123,18 @@ def test_protocol_reaches_what_scikit_learn_reaches(tmp_path):
     )
 
 
-def test_the_solved_protocol_is_that_of_scikit_learn(tmp_path):
+@pytest.mark.parametrize("share", [1.0, 0.1])
+def test_the_solved_protocol_is_that_of_scikit_learn(share, tmp_path):
     linear_model = pytest.importorskip(
         "sklearn.linear_model", reason="pip install -r tests/requirements.txt"
     )
     run = setting(tmp_path, solved=True)
     labels, rest, test = run.data.labels, run.splits["rest"], run.splits["test"]
+    if share < 1:
+        parts = run.splits | {f"finetune_{name}": run.splits[name] for name in ("train", "dev")}
+        run.splits = sampling.fewer_labels(run.data, parts, share, [], 0, print)
+        rest = np.union1d(run.splits["train"], run.splits["dev"])
+        assert len(rest) == pytest.approx(share * len(run.splits["rest"]), abs=1)
     rows = blobs(labels, noise=1.8)
     results, progress = solved(run, rows)
     x = rows.double().numpy()
@@ -143,6 +149,23 @@ def test_the_solved_protocol_is_that_of_scikit_learn(tmp_path):
     reached = (expected.argmax(1) == labels[test]).mean()
     assert 0.6 < reached < 1
     assert results["linear/test/accuracy"] == pytest.approx(reached)
+
+
+def test_one_label_of_each_class_is_enough_and_said(tmp_path, capsys):
+    run = setting(tmp_path, solved=True)
+    labels = run.data.labels
+    rows = blobs(labels, noise=0.8)
+    for name in ("train", "dev"):
+        run.splits[f"all_{name}"] = run.splits[name]
+    run.splits["train"] = np.array([np.flatnonzero(labels == k)[0] for k in range(3)])
+    run.splits["dev"] = run.splits["train"][:0]
+    results, _ = solved(run, rows)
+    assert results["linear/cv/accuracy"] == 0 and results["linear/test/accuracy"] > 0.8
+    assert "one labeled image of c0, c1, c2" in capsys.readouterr().out
+    # Neighbors are those that have labels here, all of them where the features alone are judged.
+    fewer = representation(run, rows.__getitem__, "test", "linear/test", bank="train")
+    whole = representation(run, rows.__getitem__, "test", "linear/test")
+    assert fewer.items() <= results.items() and fewer != whole
 
 
 def test_the_test_part_does_not_move_the_solution(tmp_path):

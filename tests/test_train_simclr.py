@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms.v2 import functional as TF
 
 import train_simclr
+from common.check import reference
 from common.errors import InputError
 from common.run import dist
 from common.run.loop import Batch
@@ -47,6 +49,73 @@ def test_accumulation_keeps_the_negatives_and_the_gradient():
     for name, value in gradients[0].items():
         scale = max(value.abs().max().item(), 1e-6)
         assert (gradients[1][name] - value).abs().max().item() <= 1e-4 * scale, name
+
+
+@pytest.mark.parametrize("weights", [None, [0.5, 2.0, 1.0]])
+def test_the_loss_of_fine_tuning_is_the_weighted_cross_entropy(weights):
+    args, _ = train_simclr.parse_args([*NET, "--stage", "finetune", "--from", "none"])
+    spec = {"backbone": "resnet18", "stem": "cifar", "image_size": 8}
+    spec["classes"] = {"finetune": ["a", "b", "c"]}
+    world = dist.Dist(0, 1, torch.device("cpu"))
+    spec |= {"class_weights": weights} if weights else {}
+    run = train_simclr.Run(args, world, None, {}, Path(), None, spec)
+    model = train_simclr.build_model(run, "finetune").eval()
+    pixels = torch.randint(0, 256, (8, 3, 16, 16), dtype=torch.uint8)
+    labels = torch.tensor([0, 0, 0, 1, 0, 2, 2, 0])
+    batch = Batch(pixels, np.arange(8), labels, 0)
+    logits = model(train_simclr.one_view(run, batch)).detach().double().numpy()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = train_simclr.amp.scaler("fp32", world.device)
+    step = train_simclr.finetune_step(run, model, optimizer, scaler, batch)
+    expected = reference.cross_entropy(logits, labels.numpy(), weights=np.array(weights or 1.0))
+    assert step.terms["loss"].item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("augment", ["simclr", "none"])
+def test_every_view_is_normalized_by_the_models_statistics(augment):
+    args, _ = train_simclr.parse_args([*NET, "--augment", augment])
+    pixels = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    batch = Batch(pixels, np.arange(4), None, 0)
+    mean, std = [0.1, 0.2, 0.3], [0.5, 0.25, 0.125]
+
+    def made(**more):
+        run = train_simclr.Run(args, None, None, {}, Path(), None, {"image_size": 8} | more)
+        views = [train_simclr.two_views(run, batch), train_simclr.one_view(run, batch)]
+        return torch.cat([*views, train_simclr.one_view(run, batch._replace(epoch=None))])
+
+    expected = TF.normalize(train_simclr.augment.denormalize(made()), mean, std)
+    torch.testing.assert_close(made(normalization=[mean, std]), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "flag, finetune",
+    [
+        ("--blur 1", False),
+        ("--crop-min 0.9", False),
+        ("--color-strength 0.1", False),
+        ("--grayscale 1", False),
+        ("--vertical-flip", True),
+        ("--rotation 90", True),
+        ("--rotation any", True),
+        ("--stain 0.3", True),
+        ("--seed 1", True),
+    ],
+)
+def test_every_flag_of_the_views_changes_them(flag, finetune):
+    pixels = torch.randint(0, 256, (8, 3, 24, 24), dtype=torch.uint8)
+    batch = Batch(pixels, np.arange(8), None, 0)
+
+    def made(*more):
+        args, _ = train_simclr.parse_args([*NET, *more])
+        run = train_simclr.Run(args, None, None, {}, Path(), None, {"image_size": 20})
+        evaluated = train_simclr.one_view(run, batch._replace(epoch=None))
+        return train_simclr.two_views(run, batch), train_simclr.one_view(run, batch), evaluated
+
+    views, crops, evaluated = made()
+    other_views, other_crops, other_evaluated = made(*flag.split())
+    assert not torch.allclose(views, other_views)
+    assert torch.equal(crops, other_crops) != finetune
+    assert torch.equal(evaluated, other_evaluated)
 
 
 def test_views_are_functions_of_seed_epoch_and_image():
