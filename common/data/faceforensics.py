@@ -4,7 +4,6 @@ A video's key is (dataset, method, compression, video), so that the manipulation
 folders share a name, stay videos of their own. `split` refuses parts that share a person.
 """
 
-import io
 import re
 from collections import Counter, defaultdict
 from itertools import pairwise
@@ -12,7 +11,6 @@ from pathlib import PurePosixPath
 
 import numpy as np
 import torch
-from PIL import Image
 
 from common import reading
 from common.data import face_layouts
@@ -35,6 +33,7 @@ from common.data.images import (
     hidden,
     is_image,
     list_files,
+    open_image,
     reason,
 )
 from common.data.sampling import TEST_SHARE, hold_out
@@ -376,7 +375,7 @@ def _one_face(files: list[str], numbers: list[int], face: str, read) -> tuple[li
 
     def area(name: str) -> int:
         try:
-            with Image.open(io.BytesIO(read(name))) as image:
+            with open_image(read(name)) as image:
                 return image.width * image.height
         except DECODE_ERRORS:
             return 0  # decoding names it
