@@ -25,6 +25,7 @@ traffic.
 import common  # noqa: F401  # isort: skip  (it refuses an older Python)
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -348,11 +349,16 @@ def settings(args) -> dict[str, config.StageConfig]:
 
 
 def build_data(
-    args, path: str | tuple, world: dist.Dist, labels: bool = True, preferred: str | None = None
+    args, path: str | tuple, world: dist.Dist, labels: bool = True, of_run: dict | None = None
 ) -> faceforensics.FaceVideos:
-    """The videos of `path`, said in one line; of the compression `preferred` where that is there
-    and --compression is not given.
+    """The videos of `path`, said in one line.
+
+    Args:
+        of_run: the flags of a run that is evaluated: its compression is read where that is there
+            and --compression is not given, and of its own data its --frames-root.
     """
+    of_run = of_run or {}
+    own_root = of_run.get("frames_root") if is_same_path(path, of_run.get("data")) else None
     return faceforensics.prepare(
         path,
         store_size=args.store_size,
@@ -360,12 +366,18 @@ def build_data(
         workers=args.workers,
         fps=args.fps,
         compression=args.compression,
-        preferred=preferred,
-        frames_root=args.frames_root,
+        preferred=of_run.get("compression"),
+        frames_root=args.frames_root or own_root,
         face=args.face,
         labels=labels,
         say=world.say,
     )
+
+
+def is_same_path(path: str | tuple, other: str | None) -> bool:
+    """Whether both name one place."""
+    known = isinstance(path, str) and other is not None
+    return known and os.path.abspath(path) == os.path.abspath(other)
 
 
 def train_items(args, videos, splits: dict) -> np.ndarray:
@@ -554,9 +566,8 @@ def evaluate(
         for batch in fetch(run, done.left):
             with amp.autocast(args.precision, run.world.device):
                 x = frames_of(run, batch, change)
-                logits, of_frames = model(x)
-                of_frames = model.frame_logits(x).squeeze(2) if each_frame else of_frames
-            done.add(torch.cat([logits, of_frames], 1).float())
+                logits, of_frames = (model.with_frames if each_frame else model)(x)
+            done.add(torch.cat([logits, of_frames.flatten(1)], 1).float())
     rows = done.rows(len(items)).unflatten(0, (-1, clips))
     amp.require_finite(rows, "scores")
     return rows[..., 0], rows[..., 1:]
@@ -760,14 +771,18 @@ def evaluate_on(args, world: dist.Dist, loaded: LoadedRun, threshold: float) -> 
     """The test metrics on each data set of --data, in eval/NAME/ of the run, and their table."""
     stored = checkpoint.config_of(args.eval)
     paths = loaded.path if isinstance(loaded.path, tuple) else (loaded.path,)
+    model = loaded.with_weights(partial(build_model, loaded.as_run(args, world, None, {})))
     for path, name in zip(paths, names_of_data(paths), strict=True):
-        videos = build_data(args, path, world, preferred=stored.get("compression"))
+        videos = build_data(args, path, world, of_run=stored)
         # What the run held out itself of its data, wherever they lie now.
         own = videos.fingerprint == (stored.get("identity") or {}).get("data")
-        own |= os.path.abspath(path) == os.path.abspath(stored.get("data", ""))
+        own |= is_same_path(path, stored.get("data"))
         test = scored_videos(args, videos, own, bool(stored.get("allow_shared_persons")), world.say)
+        if args.perturb and len(set(videos.labels[test])) < 2:
+            raise InputError(
+                f"--perturb: {videos.name} has no AUC, which needs real and fake videos"
+            )
         run = loaded.as_run(args, world, videos, {})
-        model = loaded.with_weights(partial(build_model, run))
         logits, frames = evaluate(run, model, test, each_frame=True)
         scores = metrics.video_scores(logits)
         values = score(run, "eval/test", test, logits, threshold)
@@ -807,8 +822,6 @@ def evaluate_on(args, world: dist.Dist, loaded: LoadedRun, threshold: float) -> 
 def perturbed(run: Run, model: nn.Module, test: np.ndarray, kinds: list[str]) -> dict:
     """The AUC of videos `test` by kind and level of change: kind -> ((level, AUC), ...)."""
     labels = run.data.labels[test]
-    if len(set(labels)) < 2:
-        raise InputError("--perturb: an AUC needs real and fake videos")
     found = {}
     for kind in kinds:
         points = []
@@ -824,7 +837,8 @@ def names_of_data(paths: tuple[str, ...]) -> list[str]:
     """A short name for each data set: its own, with those of the folders above that tell it from
     the others.
     """
-    parts = [Path(os.path.abspath(path)).with_suffix("").parts for path in paths]
+    bare = [re.sub(r"\.(zip|csv|json)$", "", os.path.abspath(path), flags=re.I) for path in paths]
+    parts = [Path(path).parts for path in bare]
     depth = 1
     while len({path[-depth:] for path in parts}) < len(parts) and depth < max(map(len, parts)):
         depth += 1

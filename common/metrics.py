@@ -248,8 +248,8 @@ def best_threshold(target: Labels, scores: Scores) -> float:
     best = int(gained.argmax())
     if best == 0:
         return float(np.nextafter(levels[0], np.inf))
-    middle = (levels[best - 1] + levels[best]) / 2 if best < len(levels) else levels[-1]
-    return float(middle if best == len(levels) or middle > levels[best] else levels[best - 1])
+    middle = (levels[best - 1] + levels[best]) / 2  # answering 1 throughout gains nothing, too
+    return float(middle if middle > levels[best] else levels[best - 1])
 
 
 def answers(target: Labels, scores: Scores, threshold: float) -> dict[str, float]:

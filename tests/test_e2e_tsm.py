@@ -466,7 +466,12 @@ def test_other_data_are_scored_whole_each_in_its_folder_and_in_one_table(
     run = tmp_path / "run"
     shutil.copytree(whole, run)
     argv = flags("--eval", run, "--device cpu --perturb noise")
-    refused(train_tsm.main, [*argv, "--data", str(tmp_path / "lab")], capsys, "--perturb: an AUC")
+    refused(
+        train_tsm.main,
+        [*argv, "--data", str(tmp_path / "lab")],
+        capsys,
+        "--perturb: lab has no AUC",
+    )
     argv = flags("--eval", run, "--device cpu --data", tmp_path / "celeb", tmp_path / "lab", ffpp)
     assert train_tsm.main(argv) == 0
     out = capsys.readouterr().out
@@ -499,6 +504,33 @@ def test_other_data_are_scored_whole_each_in_its_folder_and_in_one_table(
         levels = [row["level"] for row in csv.DictReader(file)]
     assert levels == ["", "90", "70", "50", "30", "10"]
     assert "(split val)" in capsys.readouterr().out
+
+
+def test_data_sets_have_names_that_tell_them_apart():
+    names = train_tsm.names_of_data
+    assert names(("a/ffpp.zip",)) == ["ffpp"] and names(("x/df.v1", "x/df.v2")) == [
+        "df.v1",
+        "df.v2",
+    ]
+    assert names(("a/test", "b/test")) == ["a-test", "b-test"]
+
+
+def test_frames_elsewhere_are_found_again_in_evaluation(ffpp, tmp_path):
+    """--frames-root of the run's own data is the run's."""
+    listed = tmp_path / "lists" / "all.csv"
+    listed.parent.mkdir()
+    rows = ["video_id,label,path,split"]
+    for part in ("train", "val", "test"):
+        for a, b in json.loads((ffpp / "splits" / f"{part}.json").read_text()):
+            real = f"original_sequences/youtube/c23/frames/{a}"
+            fake = f"manipulated_sequences/Deepfakes/c23/frames/{a}_{b}"
+            rows += [f"{a},real,{real},{part}", f"{a}_{b},fake,{fake},{part}"]
+    listed.write_text("\n".join(rows) + "\n")
+    argv = flags(NET, "--data", listed, "--frames-root", ffpp, "--bs 4 --epochs 2 --accum 1")
+    assert train_tsm.main([*argv, "--out", str(tmp_path / "run")]) == 0
+    assert train_tsm.main(flags("--eval", tmp_path / "run", "--device cpu")) == 0
+    found = json.loads((tmp_path / "run" / "eval" / "all" / "eval.json").read_text())
+    assert found["eval/test/video_auc"] == summary(tmp_path / "run")["train/test/video_auc"]
 
 
 def test_several_data_sets_are_for_evaluation_alone(ffpp, tmp_path, capsys):

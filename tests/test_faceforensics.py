@@ -462,11 +462,15 @@ class Decoder:
         )
 
 
-def test_video_files_have_their_own_rate_and_bad_ones_are_named(tmp_path, monkeypatch):
+def decode_by(monkeypatch, decoder):
+    """Let `decoder` stand in for torchcodec's."""
     monkeypatch.setitem(sys.modules, "torchcodec", types.SimpleNamespace())
-    monkeypatch.setitem(
-        sys.modules, "torchcodec.decoders", types.SimpleNamespace(VideoDecoder=Decoder)
-    )
+    decoders = types.SimpleNamespace(VideoDecoder=decoder)
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", decoders)
+
+
+def test_video_files_have_their_own_rate_and_bad_ones_are_named(tmp_path, monkeypatch):
+    decode_by(monkeypatch, Decoder)
     root = tmp_path / "files"
     for number, video in enumerate(
         (
@@ -515,9 +519,7 @@ def test_files_of_variable_frame_rate_are_cut_by_their_time_stamps(tmp_path, mon
             pixels = torch.from_numpy(shown.astype(np.uint8))[:, None, None, None]
             return types.SimpleNamespace(data=pixels.expand(-1, 3, 12, 12))
 
-    monkeypatch.setitem(sys.modules, "torchcodec", types.SimpleNamespace())
-    decoders = types.SimpleNamespace(VideoDecoder=Timed)
-    monkeypatch.setitem(sys.modules, "torchcodec.decoders", decoders)
+    decode_by(monkeypatch, Timed)
     for kind in ("real", "fake"):
         (tmp_path / kind).mkdir()
         (tmp_path / kind / "a.mp4").write_text("20")
@@ -529,10 +531,7 @@ def test_files_of_variable_frame_rate_are_cut_by_their_time_stamps(tmp_path, mon
 
 
 def test_no_video_file_is_left_out_for_its_name(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchcodec", types.SimpleNamespace())
-    monkeypatch.setitem(
-        sys.modules, "torchcodec.decoders", types.SimpleNamespace(VideoDecoder=Decoder)
-    )
+    decode_by(monkeypatch, Decoder)
     for count, name in enumerate(("a/x.mp4", "a/x.avi", "b/x.mp4"), 20):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(str(count))
@@ -713,6 +712,7 @@ def test_folders_by_label_and_method_are_read(tmp_path):
     ("names", "said"),
     [
         (["real/a", "fake/b", "authentic/c"], "authentic says neither real, original"),
+        (["real/0", "real/1", "fake/Deepfakes"], r"fake/Deepfakes says neither .* of its own"),
         (["real/Deepfakes/a", "fake/b"], "real/Deepfakes/a: its folders say both"),
         (["train/test/real/a", "train/fake/b"], "its folders name two splits"),
         (
@@ -912,9 +912,7 @@ def test_a_damaged_frame_of_a_file_is_named_by_its_number(tmp_path, monkeypatch)
                 raise RuntimeError("no such frame")
             return super().get_frames_at(indices)
 
-    monkeypatch.setitem(sys.modules, "torchcodec", types.SimpleNamespace())
-    decoders = types.SimpleNamespace(VideoDecoder=Damaged)
-    monkeypatch.setitem(sys.modules, "torchcodec.decoders", decoders)
+    decode_by(monkeypatch, Damaged)
     for kind in ("real", "fake"):
         (tmp_path / kind).mkdir()
         (tmp_path / kind / "a.mp4").write_text("20")

@@ -180,9 +180,9 @@ def find(tree: Tree, labels: bool) -> Found:
             # Beside videos that are only to be classified anybody's files may lie.
             with contextlib.nullcontext() if labels else contextlib.suppress(InputError):
                 jsons[name] = _parsed(tree, name)
-    tables = {name: None for name in tree.lists if name.lower().endswith(".csv")}
-    for name in tables:
-        tables[name] = _header(tree.lists[name])
+    tables = {
+        name: _header(data) for name, data in tree.lists.items() if name.lower().endswith(".csv")
+    }
     benches = {name: content for name, content in jsons.items() if _is_bench(content)}
     parts = {name: content for name, content in jsons.items() if _is_dfdc(content)}
     answers = [name for name, header in tables.items() if {"filename", "label"} <= set(header)]
@@ -570,8 +570,8 @@ def _from_folders(tree: Tree) -> tuple[list[Record], str]:
         if "masks" in words:
             continue
         labels = {_FOLDERS[word] for word in words if word in _FOLDERS}
-        if not labels:
-            # Images beside each other in real/ are no frames of a video of that name.
+        # Images side by side in real/ or fake/Deepfakes/ are no frames of a video of that name.
+        if not labels or (video.lower() in _FOLDERS and not video.isdigit()):
             without[name if video.lower() in _FOLDERS else folders[0] if folders else name] += 1
             continue
         if len(labels) == 2:

@@ -140,11 +140,13 @@ class ClipModel(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             return self.head(features)
 
-    def frame_logits(self, clips: Tensor) -> Tensor:
-        """Logits (n, T, num_classes) of the frames of `clips`: a clip's are their weighted mean."""
+    def with_frames(self, clips: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits of clips, and those of their frames (n, T, num_classes), whose weighted mean
+        they are.
+        """
         features = self.head_input(clips)
         with torch.autocast(features.device.type, enabled=False):
-            return self.head.classifier(features)
+            return self.head(features)[0], self.head.classifier(features)
 
     def head_input(self, clips: Tensor) -> Tensor:
         """Features (n, T, 1280) of clips, in the precision of the head."""

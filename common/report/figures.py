@@ -246,18 +246,18 @@ _EVALUATED += ("frame_auc", "video_detection_rate", "video_false_alarm_rate")
 
 
 def evaluated(folder: Path) -> None:
-    """Print the table of a run's evaluations, eval/DATA/eval.json, and write it: eval/table.csv, a
-    table of the report, and the report again.
+    """Print the table of a run's evaluations, eval/DATA/eval.json, and write it: eval/table.csv,
+    and a table of the report.
     """
     rows = []
-    kinds = set()
+    kinds = set()  # of manipulation, or compressions
     for file in sorted(folder.glob("eval/*/eval.json")):
         found = json.loads(file.read_text(encoding="utf-8"))
         scores = {k.removeprefix("eval/test/"): v for k, v in found.items() if k.count("/") == 2}
         rows.append((file.parent.name, found["data"], scores))
-        kinds |= {name.removeprefix("video_auc_") for name in scores if "video_auc_" in name}
-    kinds = sorted(kinds - {"low", "high"} - {k for k in kinds if k.endswith(("_low", "_high"))})
-    columns = [*_EVALUATED, *(f"video_auc_{kind}" for kind in kinds)]
+        named = (name for name in scores if name.startswith("video_accuracy_"))
+        kinds |= {name.removeprefix("video_accuracy_") for name in named}
+    columns = [*_EVALUATED, *(f"video_auc_{kind}" for kind in sorted(kinds))]
     columns = [name for name in columns if any(name in scores for *_, scores in rows)]
     header = ["data", "real", "fake", *columns]
     table = [header]
