@@ -4,6 +4,7 @@ early stopping, bad input.
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -481,6 +482,7 @@ def test_other_data_are_scored_whole_each_in_its_folder_and_in_one_table(
         "scoring 12 of 48 videos (split test)",
     ):
         assert text in out
+    assert re.search(r"^data +real +fake +video_auc .*\nceleb +6 +6 +\d", out, re.M)
     found = {n: json.loads((run / "eval" / n / "eval.json").read_text()) for n in ("celeb", "lab")}
     with open(run / "eval" / "celeb" / "eval.csv") as file:
         rows = list(csv.DictReader(file))

@@ -268,7 +268,7 @@ def evaluated(folder: Path) -> None:
         exact.append([*counts, *(scores.get(column, "") for column in exact[0][3:])])
     with atomic_write(folder / "eval" / "table.csv") as file:
         file.write(csv_text(exact))
-    say(aligned(table), f"table: {folder / 'eval' / 'table.csv'}")
+    say(*aligned(table).split("\n"), f"table: {folder / 'eval' / 'table.csv'}")
     if not (folder / "log.jsonl").exists():  # a checkpoint alone has no report
         return
     put(
@@ -298,7 +298,7 @@ def perturbed(folder: Path, name: str, found: dict, auc: float) -> None:
     header = ["video AUC", "0", "1", "2", "3", "4", "5"]
     table = [[kind, auc, *(value for _, value in points)] for kind, points in found.items()]
     shown = [[kind, *(f"{value:.4f}" for value in values)] for kind, *values in table]
-    say(aligned([header, *shown]), f"levels: {folder / 'perturb.csv'}")
+    say(*aligned([header, *shown]).split("\n"), f"levels: {folder / 'perturb.csv'}")
     run = folder.parent.parent
     if (run / "log.jsonl").exists():
         put(
