@@ -27,8 +27,10 @@ from common.models.inception_resnet_v2 import InceptionResNetV2
 from common.run import checkpoint
 from common.run.files import FORMAT
 
+OWN = ("inception_resnet_v2", "resnet18_narrow")
 
-@pytest.mark.parametrize("name", [name for name in BACKBONES if name != "inception_resnet_v2"])
+
+@pytest.mark.parametrize("name", [name for name in BACKBONES if name not in OWN])
 def test_a_backbone_is_torchvisions_of_the_same_seed_without_its_head(name):
     torch.manual_seed(3)
     backbone = build_backbone(name)
@@ -62,6 +64,24 @@ def test_features_have_their_width_and_reach_the_first_layer(name):
     (backbone.eval()(x[:1]) * torch.randn(backbone.num_features)).sum().backward()
     first = next(module for module in backbone.modules() if isinstance(module, nn.Conv2d))
     assert first.weight.grad.isfinite().all() and first.weight.grad.abs().max() > 0
+
+
+def test_the_narrow_resnet_is_half_of_torchvisions_with_the_stem_for_small_images():
+    """Its weights as a part of a ResNet-18 whose other channels are zero give the same features."""
+    torch.manual_seed(0)
+    narrow = randomize(build_backbone("resnet18_narrow")).eval()
+    wide = build_backbone("resnet18", "cifar").eval()
+    state = {key: torch.zeros_like(tensor) for key, tensor in wide.state_dict().items()}
+    state |= {key: torch.ones_like(state[key]) for key in state if key.endswith("running_var")}
+    assert list(state) == list(narrow.state_dict())
+    for key, tensor in narrow.state_dict().items():
+        assert [2 * n for n in tensor.shape[:1]] == list(state[key].shape[:1]), key
+        state[key][tuple(slice(n) for n in tensor.shape)] = tensor
+    wide.load_state_dict(state)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(wide(x)[:, :256], narrow(x))
+        assert narrow(x).std(0).median() > 0
 
 
 class GatedLate(nn.Module):
@@ -347,7 +367,7 @@ def test_torchvisions_weights_have_an_address_and_a_digest():
     manual = (Path(__file__).parents[1] / "docs" / "simclr.md").read_text()
     for name in BACKBONES:
         found = published_weights(name)
-        if name == "inception_resnet_v2":
+        if name in OWN:
             assert found == {}
             continue
         url, sha256 = found["imagenet"]

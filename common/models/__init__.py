@@ -15,6 +15,7 @@ from common import weights
 from common.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from common.errors import InputError, printable
 from common.models.inception_resnet_v2 import InceptionResNetV2
+from common.models.narrow import NarrowResNet
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ BACKBONES = {
     # The stride of these is 32, and of a ResNet with the stem `cifar` 8: of smaller inputs the last
     # maps would have less than one pixel.
     "resnet18": Backbone(models.resnet18, 32, 8),
+    "resnet18_narrow": Backbone(partial(NarrowResNet, [2, 2, 2, 2]), 8),
     "resnet34": Backbone(models.resnet34, 32, 8),
     "resnet50": Backbone(models.resnet50, 32, 8),
     "resnet101": Backbone(models.resnet101, 32, 8),
@@ -50,7 +52,12 @@ BACKBONES = {
     "inception_resnet_v2": Backbone(InceptionResNetV2, 75),
 }
 
-LARGER = {"resnet18": "resnet34", "resnet34": "resnet50", "resnet50": "resnet101"}
+LARGER = {
+    "resnet18_narrow": "resnet18",
+    "resnet18": "resnet34",
+    "resnet34": "resnet50",
+    "resnet50": "resnet101",
+}
 
 # What timm and older collections call the last layer. The auxiliary one of inception_v3 serves
 # training only.
