@@ -45,11 +45,12 @@ from common.models import (
     BACKBONES,
     LARGER,
     build_backbone,
+    feature_widths,
     input_size,
     load_published,
     published_weights,
 )
-from common.models.heads import HEAD_BIAS, Classifier, SimCLR, init_bias_to_prior
+from common.models.heads import FEATURES, HEAD_BIAS, Classifier, SimCLR, init_bias_to_prior
 from common.report import figures, page
 from common.run import checkpoint, dist
 from common.run.card import Card
@@ -179,6 +180,14 @@ def parse_args(argv: list[str] | None = None):
         "how the linear protocol finds its layer: lbfgs solves it and chooses its penalty by"
         " cross-validation, sgd trains it as the cytology recipe does (default: lbfgs; sgd with"
         " --protocol cytology, --grid-index or --teacher)",
+    )
+    group.choice(
+        "--features",
+        FEATURES,
+        None,
+        "what the solved layer reads of the backbone: gap, its outputs; 2x2, the maps of its last"
+        " stage pooled to 2x2; stages, those of its last two; unset: chosen by cross-validation,"
+        " for random weights too",
     )
     group.number(
         "--grid-index",
@@ -315,7 +324,7 @@ def parse_args(argv: list[str] | None = None):
     else:
         refuse(["from_run"], f"with --stage {args.stage}, which trains its backbone")
     if args.stage in ("pretrain", "finetune"):
-        refuse(["linear_solver"], f"with --stage {args.stage}")
+        refuse(["linear_solver", "features"], f"with --stage {args.stage}")
     elif linear_solver(args) == "lbfgs":
         shared = ["patience", "max_steps", "clip_grad", "lr_schedule", "warmup_epochs", "teacher"]
         flags = ["search", *config.STAGE_FLAGS, *shared] if args.stage == "linear" else []
@@ -323,6 +332,8 @@ def parse_args(argv: list[str] | None = None):
             [*(f"linear_{flag}" for flag in config.STAGE_FLAGS), *flags],
             "on a linear layer that is solved; add --linear-solver sgd to train it",
         )
+    else:
+        refuse(["features"], "on a linear layer that is trained, which reads gap")
     if args.stage == "pretrain":
         refuse(
             ["patience", "teacher", "head_bias"],
@@ -455,7 +466,9 @@ def build_model(run: Run, kind: str, weights: dict | None = None) -> nn.Module:
         model = SimCLR(model, spec["proj_dim"])
     elif kind in spec["classes"]:
         num_classes = len(spec["classes"][kind])
-        model = Classifier(model, nn.Linear(model.num_features, num_classes))
+        features = spec.get("features", "gap")
+        width = feature_widths(model, spec["image_size"])[features]
+        model = Classifier(model, nn.Linear(width, num_classes), features)
     if run.stages and kind == "finetune" and args.head_bias == "prior":
         labels = run.data.labels_in(spec["classes"][kind])
         init_bias_to_prior(model.head, labels[run.splits["finetune_train"]])
@@ -694,14 +707,21 @@ def linear(run: Run, weights: dict | None) -> None:
     network = build_model(run, "features")
     random = network.state_dict()
 
-    def features(backbone: dict, progress) -> Tensor:
+    def features(backbone: dict, progress, names: list[str]) -> dict[str, Tensor]:
         encoder = build_model(run, "features", backbone)
-        compute = partial(evaluate, run, encoder, np.arange(len(run.data)), progress)
-        if backbone is random:
-            return compute()
-        return stored_features(run, checkpoint.weights_digest(backbone), compute)
+        rows = {}
+        if "gap" in names:
+            compute = partial(evaluate, run, encoder, np.arange(len(run.data)), progress)
+            digest = checkpoint.weights_digest(backbone)
+            rows["gap"] = compute() if backbone is random else stored_features(run, digest, compute)
+        if names != ["gap"]:  # the maps of `stages` end with those of `2x2`
+            reader = Classifier(encoder, nn.Identity(), names[-1])
+            maps = evaluate(run, reader, np.arange(len(run.data)), progress)
+            rows |= {name: maps[:, -widths[name] :] for name in names if name != "gap"}
+        return rows
 
-    linear_eval.linear(run, weights, random, network.num_features, features)
+    widths = feature_widths(network, run.model_spec["image_size"])
+    linear_eval.linear(run, weights, random, widths, features)
 
 
 def finetune(run: Run, weights: dict | None) -> None:
@@ -859,6 +879,10 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
     )
     if backbone not in list(BACKBONES) or stem not in STEMS:
         raise InputError(f"--from {args.from_run} has the unknown backbone {backbone}, {stem}")
+    if args.features not in (None, "gap") and not BACKBONES[backbone].stages:
+        raise InputError(
+            f"--features {args.features}: {backbone} has no maps, allowed is gap; leave it out"
+        )
     published_notes = []
     if args.weights:
         file = locate(args.weights, backbone, published_weights(backbone))

@@ -408,6 +408,15 @@ BAD = {  # flags -> the flag, file or value that the refusal names
         "--teacher",
     ),
     "a solver without its stage": ("--linear-solver sgd", "--linear-solver"),
+    "features of what is trained": (
+        "--stage linear --from none --linear-solver sgd --features 2x2",
+        "--features",
+    ),
+    "features without a linear layer": ("--features gap", "--features"),
+    "features that a backbone has not": (
+        "--stage all --backbone vit_b_16 --stem imagenet --image-size 224 --features 2x2",
+        "--features 2x2: vit_b_16",
+    ),
     "a solver that is not there": ("--stage all --linear-solver adam", "lbfgs, sgd"),
     "patience without early stopping": ("--patience 3", "--patience"),
     "colors without augmentation": ("--augment none --color-strength 2", "--color-strength"),
@@ -669,17 +678,18 @@ def test_a_run_with_a_torchvision_classifier_is_evaluated_and_predicts(tmp_path,
     run = tmp_path / "run"
     flags = (
         "--backbone mobilenet_v3_large --image-size 32 --device cpu --stage all --bs 544 --epochs 1"
-        " --finetune-bs 400 --finetune-epochs 1"
+        " --finetune-bs 400 --finetune-epochs 1 --features stages"
     )
     assert train_simclr.main([*flags.split(), "--out", str(run)]) == 0
     assert "2 steps of 544 an epoch" in capsys.readouterr().out
     plain = torchvision.models.mobilenet_v3_large(weights=None)
     plain.classifier[3] = nn.Identity()
     plain.load_state_dict(torch.load(run / "backbone.pt", weights_only=True), strict=True)
-    for stage in ("linear", "finetune"):
+    for stage, width in (("linear", 4 * 112 + 960), ("finetune", 1280)):
         source = run / stage / "best.pt"
         stored = checkpoint.load(source)["model"]
-        assert stored["head.weight"].shape == (8, 1280) and "backbone.classifier.0.weight" in stored
+        assert stored["head.weight"].shape == (8, width)
+        assert "backbone.classifier.0.weight" in stored
         argv = ["--eval", str(source), "--device", "cpu", "--out", str(tmp_path)]
         assert train_simclr.main(argv) == 0
         repeated = json.loads((tmp_path / "eval.json").read_text())["eval/test/accuracy"]
