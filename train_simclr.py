@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import amp, config, distill, linear_eval, metrics, optim
+from common import amp, config, distill, linear_eval, metrics, optim, recipe
 from common.check import reference
 from common.check.result import CheckSpec, NetworkView
 from common.check.runner import check
@@ -54,6 +54,7 @@ from common.models.heads import FEATURES, HEAD_BIAS, Classifier, SimCLR, init_bi
 from common.report import figures, page
 from common.run import checkpoint, dist
 from common.run.card import Card
+from common.run.directory import earlier_config
 from common.run.evaluation import Evaluation
 from common.run.inference import load_run, restore_data_flags
 from common.run.launch import launch, run_sweep
@@ -99,24 +100,8 @@ STAGES = {
 }
 
 
-def lars_lr(bs: int) -> float:
-    """SimCLR's rule, appendix B.1."""
-    return 0.075 * math.sqrt(bs)
-
-
-def sgd_lr(bs: int) -> float:
-    """SimSiam's rule, arXiv:2011.10566."""
-    return 0.05 * bs / 256
-
-
-def adamw_lr(bs: int) -> float:
-    """The same rate for every batch."""
-    return 1e-3
-
-
 # Of the linear stage where it is solved, which has no batch: that is part of the directory's name.
 SOLVED = {"epochs": 1, "lr": 0.0, "optimizer": "lbfgs"}
-LR_OF = {"lars": lars_lr, "sgd": sgd_lr, "adamw": adamw_lr}
 # Color strength 0.5 is the paper's for small images (appendix B.9).
 DEMO = {
     "backbone": "resnet18",
@@ -131,6 +116,7 @@ DEMO = {
     "finetune_lr": 1e-3,
 }
 SEARCH = {
+    None: {"lr": (0.05, 5.0)},  # --search keeps the paper's recipe
     "lars": {"lr": (0.05, 5.0)},
     "sgd": {"lr": (5e-3, 0.5)},
     "adamw": {"lr": (1e-4, 1e-2)},
@@ -146,10 +132,8 @@ DEFAULTS = {"backbone": "resnet50", "stem": STEMS[0]}
 
 def parse_args(argv: list[str] | None = None):
     bs = STAGES["pretrain"]["bs"]
-    lr_rule = (
-        f"lars {LR_OF['lars'](bs):g} * sqrt(bs / {bs}), sgd {LR_OF['sgd'](bs):g} * bs / {bs},"
-        f" adamw {LR_OF['adamw'](bs):g}"
-    )
+    lars, sgd, adamw = (recipe.LR_OF[name](bs) for name in ("lars", "sgd", "adamw"))
+    lr_rule = f"lars {lars:g} * sqrt(bs / {bs}), sgd {sgd:g} * bs / {bs}, adamw {adamw:g}"
     parser = config.base_parser(CARD.name, __doc__, STAGES, lr=lr_rule)
     parser.aliases["--cell"] = "--grid-index"
     parser.set_help(
@@ -276,7 +260,17 @@ def parse_args(argv: list[str] | None = None):
         above=0,
         high=1,
     )
-    group.choice("--optimizer", LR_OF, "lars", "optimizer of the pretraining")
+    group.choice(
+        "--recipe",
+        ["auto", "paper"],
+        "auto",
+        "optimizer where neither it nor --lr is given: paper takes lars, auto adamw at"
+        f" {recipe.AUTO['lr']:g} below {recipe.SHORT} steps; --protocol cytology, --grid-index and"
+        " --search imply paper",
+    )
+    group.choice(
+        "--optimizer", recipe.LR_OF, None, "optimizer of the pretraining; unset: as --recipe says"
+    )
     group.number(
         "--fraction",
         float,
@@ -289,7 +283,7 @@ def parse_args(argv: list[str] | None = None):
         "--profile", "time the phases of a step; with --accum, forward includes making the views"
     )
     args = config.parse(parser, argv, DEMO, SEARCH)
-    args = restore_data_flags(parser, argv, args, ["store_size"])
+    args = restore_data_flags(parser, argv, args, ["store_size", "precision"])
     if args.grid_index is not None:
         cell = CELLS[args.grid_index]
         parser.set_defaults(**cell)
@@ -309,6 +303,7 @@ def parse_args(argv: list[str] | None = None):
             "temperature",
             *VIEW_FLAGS,
             "optimizer",
+            "recipe",
             "fraction",
             "accum",
             "impl",
@@ -353,8 +348,7 @@ def parse_args(argv: list[str] | None = None):
 
 def linear_solver(args) -> str:
     """--linear-solver, or what stands for it where it is unset."""
-    is_recipe = args.protocol == "cytology" or args.grid_index is not None
-    return args.linear_solver or ("sgd" if is_recipe or args.teacher else "lbfgs")
+    return args.linear_solver or ("sgd" if recipe.is_paper(args) or args.teacher else "lbfgs")
 
 
 def settings(args) -> dict[str, config.StageConfig]:
@@ -364,10 +358,10 @@ def settings(args) -> dict[str, config.StageConfig]:
     for name in names:
         defaults = STAGES[name]
         if name == "pretrain":
-            defaults = defaults | {"optimizer": args.optimizer}
+            defaults = defaults | {"optimizer": args.optimizer or recipe.PAPER}
         elif name == "linear" and linear_solver(args) == "lbfgs":
             defaults = defaults | SOLVED
-        lr_of = LR_OF.get(defaults["optimizer"])
+        lr_of = recipe.LR_OF.get(defaults["optimizer"])
         is_first = name == names[0]
         stages[name] = config.stage_config(args, name, defaults, first=is_first, lr_of=lr_of)
         if stages[name].optimizer == "lbfgs":  # the defaults of --linear-epochs, ... are sgd's
@@ -904,6 +898,15 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
     start = {"weights": checkpoint.weights_digest(weights)} if weights else {}
     teacher, teacher_id = distill.read(args, spec, same=("image_size", "classes"))
     first_stage = next(iter(stages.values()))
+    name = f"{backbone}-{args.stage}-bs{first_stage.bs}"
+    facts = dict(data=images.fingerprint, stage=args.stage, **spec, **start, **teacher_id)
+    steps = first_stage.epochs * (len(splits["pretrain"]) // first_stage.bs)
+    earlier = earlier_config(args, CARD.name, name, config.run_id(parser, args, **facts))
+    args, notes = recipe.follow(args, steps if "pretrain" in stages else 0, earlier)
+    identity = config.run_id(parser, args, **facts)
+    earlier = earlier_config(args, CARD.name, name, identity)
+    args = recipe.with_precision(args, world.device, spec, earlier)
+    stages = settings(args)
     run = Run.open(
         args,
         world,
@@ -914,12 +917,10 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
         stages,
         card=CARD,
         chance=chance_levels(stages, classes),
-        name=f"{backbone}-{args.stage}-bs{first_stage.bs}",
-        identity=config.run_id(
-            parser, args, data=images.fingerprint, stage=args.stage, **spec, **start, **teacher_id
-        ),
+        name=name,
+        identity=identity,
         input_text=f"input {spec['image_size']} px",
-        notes=published_notes,
+        notes=[*published_notes, *notes],
         kept=protocol and {"split": protocol},
     )
     if protocol and world.is_main and not args.check:
