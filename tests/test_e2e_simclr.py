@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 import train_simclr
+from common import recipe
 from common.data import cytology
 from common.run import checkpoint, log
 from common.weights import Published
@@ -207,6 +208,30 @@ def test_a_longer_run_of_all_stages_keeps_every_line_of_its_log(cells, tmp_path)
     with pytest.raises(SystemExit) as ending:
         train_simclr.main(flags(base, "--epochs 4 --resume", run, "--out", tmp_path / "elsewhere"))
     assert ending.value.code == 2
+
+
+def test_a_run_of_the_papers_recipe_goes_on_under_it(cells, tmp_path, monkeypatch, capsys):
+    """As one of a version without --recipe does, whose directory has the same name."""
+    monkeypatch.chdir(tmp_path)
+    argv = flags(NET, "--data", cells, "--bs 16 --epochs 1")
+    assert ended(train_simclr.main, [*argv, "--recipe", "paper", "--max-steps", "1"]) == 0
+    (folder,) = (tmp_path / "runs" / "simclr").iterdir()
+    file = folder / "config.json"
+    file.write_text(json.dumps({"optimizer": "lars"} | json.loads(file.read_text())))
+    assert train_simclr.main(argv) == 0
+    assert "resuming from step 1" in capsys.readouterr().out
+    assert json.loads(file.read_text())["resolved"]["pretrain"]["optimizer"] == "lars"
+    # A new one follows the data; trained on it keeps what it took, whatever the rule says then.
+    assert train_simclr.main([*argv, "--resume", "none", "--out", "new"]) == 0
+    assert "recipe auto: adamw" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "SHORT", 0)
+        longer = flags(NET, "--data", cells, "--bs 16 --epochs 2 --resume new")
+        assert train_simclr.main(longer) == 0
+    pretrain = json.loads(Path("new", "config.json").read_text())["resolved"]["pretrain"]
+    assert (pretrain["optimizer"], pretrain["lr"], pretrain["epochs"]) == ("adamw", 3e-3, 2)
+    assert train_simclr.main([*argv, "--resume", "none"]) == 0
+    assert len(list(folder.parent.iterdir())) == 2  # another name than the paper's
 
 
 def test_starting_anew_forgets_this_run_alone(cells, tmp_path, capsys):
@@ -417,6 +442,7 @@ BAD = {  # flags -> the flag, file or value that the refusal names
         "--stage all --backbone vit_b_16 --stem imagenet --image-size 224 --features 2x2",
         "--features 2x2: vit_b_16",
     ),
+    "a recipe without pretraining": ("--stage finetune --from none --recipe paper", "--recipe"),
     "a solver that is not there": ("--stage all --linear-solver adam", "lbfgs, sgd"),
     "patience without early stopping": ("--patience 3", "--patience"),
     "colors without augmentation": ("--augment none --color-strength 2", "--color-strength"),
