@@ -111,6 +111,7 @@ DEMO = {
     "epochs": 32,
     "eval_every": 4,
     "color_strength": 0.5,
+    "recipe": "paper",
     "finetune_epochs": 6,
     "finetune_bs": 64,
     "finetune_lr": 1e-3,
