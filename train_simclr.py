@@ -266,8 +266,8 @@ def parse_args(argv: list[str] | None = None):
         ["auto", "paper"],
         "auto",
         "optimizer where neither it nor --lr is given: paper takes lars, auto adamw at"
-        f" {recipe.AUTO['lr']:g} below {recipe.SHORT} steps; --protocol cytology, --grid-index and"
-        " --search imply paper",
+        f" {recipe.AUTO['lr']:g} in fewer than {recipe.SHORT} steps of a batch below"
+        f" {recipe.SMALL}; --protocol cytology, --grid-index and --search imply paper",
     )
     group.choice(
         "--optimizer", recipe.LR_OF, None, "optimizer of the pretraining; unset: as --recipe says"
@@ -903,7 +903,8 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
     facts = dict(data=images.fingerprint, stage=args.stage, **spec, **start, **teacher_id)
     steps = first_stage.epochs * (len(splits["pretrain"]) // first_stage.bs)
     earlier = earlier_config(args, CARD.name, name, config.run_id(parser, args, **facts))
-    args, notes = recipe.follow(args, steps if "pretrain" in stages else 0, earlier)
+    steps = steps if "pretrain" in stages else 0
+    args, notes = recipe.follow(args, steps, first_stage.bs, earlier)
     identity = config.run_id(parser, args, **facts)
     earlier = earlier_config(args, CARD.name, name, identity)
     args = recipe.with_precision(args, world.device, spec, earlier)

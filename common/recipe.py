@@ -9,10 +9,11 @@ from common import amp
 from common.errors import plural
 
 PAPER = "lars"
-# What --recipe auto takes instead of the paper's optimizer below SHORT steps: LARS learns less in
-# them.
+# What --recipe auto takes instead of the paper's optimizer in fewer than SHORT steps of a batch
+# smaller than the paper's smallest: LARS learns less in them.
 AUTO = {"optimizer": "adamw", "lr": 3e-3}
 SHORT = 1000
+SMALL = 256
 # What a CPU that has bf16 trains faster in it: 1.3 to 2 times, at inputs of 32 px and more. With
 # depthwise convolutions it takes twice as long.
 _BF16_ON_CPU = ("resnet18", "resnet18_narrow", "resnet34", "resnet50", "resnet101", "convnext_tiny")
@@ -42,13 +43,13 @@ def is_paper(args) -> bool:
     return args.protocol == "cytology" or args.grid_index is not None
 
 
-def follow(args, steps: int, earlier: dict) -> tuple[argparse.Namespace, list[str]]:
+def follow(args, steps: int, bs: int, earlier: dict) -> tuple[argparse.Namespace, list[str]]:
     """The flags with what --recipe auto sets of them, and a line that says so.
 
     The paper's optimizer stands there as None, given or not: that is no part of a run's identity.
 
     Args:
-        steps: of the pretraining; 0: there is none.
+        steps, bs: of the pretraining; 0 steps: there is none.
         earlier: the flags of the run that goes on, which keeps its recipe; empty: a new one.
     """
     if args.optimizer == PAPER:
@@ -59,12 +60,12 @@ def follow(args, steps: int, earlier: dict) -> tuple[argparse.Namespace, list[st
     if earlier:
         takes = all(earlier.get(name) == value for name, value in AUTO.items())
     else:
-        takes = steps < SHORT
+        takes = steps < SHORT and bs < SMALL
     if not takes:
         return args, []
     note = (
-        f"recipe auto: {AUTO['optimizer']} at {AUTO['lr']:g}, as {plural(steps, 'step')} are too"
-        f" few for {PAPER} (--recipe paper takes it)"
+        f"recipe auto: {AUTO['optimizer']} at {AUTO['lr']:g}, which learns more than {PAPER} in"
+        f" {plural(steps, 'step')} of {bs} (--recipe paper takes that)"
     )
     return argparse.Namespace(**vars(args) | AUTO), [note]
 

@@ -66,26 +66,29 @@ def test_views_are_functions_of_seed_epoch_and_image():
     assert torch.equal(plain[:4], plain[4:])
 
 
-def followed(text: str, steps: int, earlier: dict | None = None) -> tuple:
+def followed(more: str, steps: int, earlier: dict | None = None) -> tuple:
+    text = more if "--bs" in more or "--grid" in more else f"{more} --bs 64"
     args, _ = train_simclr.parse_args(text.split())
-    args, notes = recipe.follow(args, steps, earlier or {})
+    bs = train_simclr.settings(args)["pretrain"].bs
+    args, notes = recipe.follow(args, steps, bs, earlier or {})
     stage = train_simclr.settings(args)["pretrain"]
     return stage.optimizer, stage.lr, len(notes)
 
 
-PAPERS = ("lars", pytest.approx(1.2), 0)
+PAPERS = ("lars", pytest.approx(0.6), 0)
 
 
 def test_the_recipe_follows_the_number_of_steps_and_whatever_is_given_wins():
     few = recipe.SHORT - 1
     assert followed("", few) == ("adamw", 3e-3, 1)
     assert followed("", recipe.SHORT) == PAPERS
+    assert followed("--bs 256", few) == ("lars", pytest.approx(1.2), 0)
     for text in ("--recipe paper", "--optimizer lars", "--protocol cytology", "--search 2"):
         assert followed(text, few) == PAPERS, text
     assert followed("--grid-index 0", few) == ("lars", pytest.approx(0.6), 0)
     assert followed("--lr 2", few) == ("lars", 2, 0)  # a rate of its own optimizer
     assert followed("--optimizer adamw", few) == ("adamw", 1e-3, 0)
-    assert followed("--optimizer sgd", few) == ("sgd", 0.05, 0)
+    assert followed("--optimizer sgd", few) == ("sgd", 0.0125, 0)
 
 
 def test_a_run_that_goes_on_keeps_its_recipe():
@@ -100,11 +103,11 @@ def test_the_recipe_of_before_has_the_name_of_before():
     before = {"demo": False, "x": 1}
     for text in ("--optimizer lars", "--recipe paper", "--protocol cytology"):
         args, parser = train_simclr.parse_args(text.split())
-        found = config.run_id(parser, recipe.follow(args, 5, {})[0], x=1)
+        found = config.run_id(parser, recipe.follow(args, 5, 64, {})[0], x=1)
         assert found == before | ({"protocol": "cytology"} if "cytology" in text else {})
     args, parser = train_simclr.parse_args([])
     given, _ = train_simclr.parse_args(["--optimizer", "adamw", "--lr", "3e-3"])
-    auto = config.run_id(parser, recipe.follow(args, 5, {})[0], x=1)
+    auto = config.run_id(parser, recipe.follow(args, 5, 64, {})[0], x=1)
     assert auto == config.run_id(parser, given, x=1) != before
 
 
