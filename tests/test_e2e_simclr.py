@@ -264,8 +264,8 @@ def test_a_state_of_other_settings_is_not_continued(whole, cells, tmp_path, caps
     run = tmp_path / "run"
     other = flags(argv[:-1], tmp_path / "x", "--bs 8 --resume", run)
     refused(train_simclr.main, other, capsys, "bs is 16 there and 8 here")
-    other = flags(argv, "--bs 16 --optimizer adamw --force-resume")
-    refused(train_simclr.main, other, capsys, "LARS")
+    other = flags(argv, "--bs 16 --optimizer sgd --force-resume")
+    refused(train_simclr.main, other, capsys, "AdamW")
     other = flags(argv[:-1], tmp_path / "y", "--bs 16 --stage finetune --from none")
     refused(train_simclr.main, flags(other, "--force-resume --resume", run), capsys, "start")
 
