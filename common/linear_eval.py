@@ -124,11 +124,6 @@ def linear(
             f"linear protocol, {sources['linear'].title} minus {source.title}:"
             f" accuracy {interval_text(run.results, key)}"
         )
-        if high < 0:
-            run.log.say(
-                f"WARN linear: the {sources['linear'].title} are worse than {source.title};"
-                ' "Small data" in docs/simclr.md says what helps'
-            )
 
 
 def tried(run: Run, widths: dict[str, int]) -> list[str]:
