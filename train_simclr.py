@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import amp, config, distill, linear_eval, optim
+from common import amp, config, distill, linear_eval, optim, recipe
 from common.check import reference
 from common.check.result import CheckSpec, NetworkView
 from common.check.runner import check
@@ -45,14 +45,16 @@ from common.models import (
     BACKBONES,
     LARGER,
     build_backbone,
+    feature_widths,
     input_size,
     load_published,
     published_weights,
 )
-from common.models.heads import HEAD_BIAS, Classifier, SimCLR, init_bias_to_prior
+from common.models.heads import FEATURES, HEAD_BIAS, Classifier, SimCLR, init_bias_to_prior
 from common.report import figures, page
 from common.run import checkpoint, dist
 from common.run.card import Card
+from common.run.directory import earlier_config
 from common.run.evaluation import Evaluation
 from common.run.inference import load_run, restore_data_flags
 from common.run.launch import launch, run_sweep
@@ -98,24 +100,8 @@ STAGES = {
 }
 
 
-def lars_lr(bs: int) -> float:
-    """SimCLR's rule, appendix B.1."""
-    return 0.075 * math.sqrt(bs)
-
-
-def sgd_lr(bs: int) -> float:
-    """SimSiam's rule, arXiv:2011.10566."""
-    return 0.05 * bs / 256
-
-
-def adamw_lr(bs: int) -> float:
-    """The same rate for every batch."""
-    return 1e-3
-
-
 # Of the linear stage where it is solved, which has no batch: that is part of the directory's name.
 SOLVED = {"epochs": 1, "lr": 0.0, "optimizer": "lbfgs"}
-LR_OF = {"lars": lars_lr, "sgd": sgd_lr, "adamw": adamw_lr}
 # Color strength 0.5 is the paper's for small images (appendix B.9).
 DEMO = {
     "backbone": "resnet18",
@@ -125,11 +111,13 @@ DEMO = {
     "epochs": 32,
     "eval_every": 4,
     "color_strength": 0.5,
+    "recipe": "paper",
     "finetune_epochs": 6,
     "finetune_bs": 64,
     "finetune_lr": 1e-3,
 }
 SEARCH = {
+    None: {"lr": (0.05, 5.0)},  # --search keeps the paper's recipe
     "lars": {"lr": (0.05, 5.0)},
     "sgd": {"lr": (5e-3, 0.5)},
     "adamw": {"lr": (1e-4, 1e-2)},
@@ -147,10 +135,8 @@ DEFAULTS = {"backbone": "resnet50", "stem": STEMS[0]}
 
 def parse_args(argv: list[str] | None = None):
     bs = STAGES["pretrain"]["bs"]
-    lr_rule = (
-        f"lars {LR_OF['lars'](bs):g} * sqrt(bs / {bs}), sgd {LR_OF['sgd'](bs):g} * bs / {bs},"
-        f" adamw {LR_OF['adamw'](bs):g}"
-    )
+    lars, sgd, adamw = (recipe.LR_OF[name](bs) for name in ("lars", "sgd", "adamw"))
+    lr_rule = f"lars {lars:g} * sqrt(bs / {bs}), sgd {sgd:g} * bs / {bs}, adamw {adamw:g}"
     parser = config.base_parser(CARD.name, __doc__, STAGES, lr=lr_rule)
     parser.aliases["--cell"] = "--grid-index"
     parser.set_help(
@@ -181,6 +167,14 @@ def parse_args(argv: list[str] | None = None):
         "how the linear protocol finds its layer: lbfgs solves it and chooses its penalty by"
         " cross-validation, sgd trains it as the cytology recipe does (default: lbfgs; sgd with"
         " --protocol cytology, --grid-index or --teacher)",
+    )
+    group.choice(
+        "--features",
+        FEATURES,
+        None,
+        "what the solved layer reads of the backbone: gap, its outputs; 2x2, the maps of its last"
+        " stage pooled to 2x2; stages, those of its last two; unset: chosen by cross-validation,"
+        " for random weights too",
     )
     group.number(
         "--grid-index",
@@ -316,7 +310,17 @@ def parse_args(argv: list[str] | None = None):
     group.number(
         "--grayscale", float, views.grayscale, "share of the views without color", low=0, high=1
     )
-    group.choice("--optimizer", LR_OF, "lars", "optimizer of the pretraining")
+    group.choice(
+        "--recipe",
+        ["auto", "paper"],
+        "auto",
+        "optimizer where neither it nor --lr is given: paper takes lars, auto adamw at"
+        f" {recipe.AUTO['lr']:g} in fewer than {recipe.SHORT} steps of a batch below"
+        f" {recipe.SMALL}; --protocol cytology, --grid-index and --search imply paper",
+    )
+    group.choice(
+        "--optimizer", recipe.LR_OF, None, "optimizer of the pretraining; unset: as --recipe says"
+    )
     group.number(
         "--fraction",
         float,
@@ -329,7 +333,7 @@ def parse_args(argv: list[str] | None = None):
         "--profile", "time the phases of a step; with --accum, forward includes making the views"
     )
     args = config.parse(parser, argv, DEMO, SEARCH)
-    args = restore_data_flags(parser, argv, args, ["store_size"])
+    args = restore_data_flags(parser, argv, args, ["store_size", "precision"])
     if args.grid_index is not None:
         cell = CELLS[args.grid_index]
         parser.set_defaults(**cell)
@@ -349,6 +353,7 @@ def parse_args(argv: list[str] | None = None):
             "temperature",
             *(flag for flag in VIEW_FLAGS if flag not in FINETUNE_VIEW_FLAGS),
             "optimizer",
+            "recipe",
             "fraction",
             "accum",
             "impl",
@@ -364,7 +369,7 @@ def parse_args(argv: list[str] | None = None):
     else:
         refuse(["from_run"], f"with --stage {args.stage}, which trains its backbone")
     if args.stage in ("pretrain", "finetune"):
-        refuse(["linear_solver"], f"with --stage {args.stage}")
+        refuse(["linear_solver", "features"], f"with --stage {args.stage}")
     elif linear_solver(args) == "lbfgs":
         shared = ["patience", "max_steps", "clip_grad", "lr_schedule", "warmup_epochs", "teacher"]
         flags = ["search", *config.STAGE_FLAGS, *shared] if args.stage == "linear" else []
@@ -372,6 +377,8 @@ def parse_args(argv: list[str] | None = None):
             [*(f"linear_{flag}" for flag in config.STAGE_FLAGS), *flags],
             "on a linear layer that is solved; add --linear-solver sgd to train it",
         )
+    else:
+        refuse(["features"], "on a linear layer that is trained, which reads gap")
     if args.stage == "pretrain":
         refuse(
             ["patience", "teacher", "head_bias", "label_fraction", "class_weights", "sampler"],
@@ -398,8 +405,7 @@ def parse_args(argv: list[str] | None = None):
 
 def linear_solver(args) -> str:
     """--linear-solver, or what stands for it where it is unset."""
-    is_recipe = args.protocol == "cytology" or args.grid_index is not None
-    return args.linear_solver or ("sgd" if is_recipe or args.teacher else "lbfgs")
+    return args.linear_solver or ("sgd" if recipe.is_paper(args) or args.teacher else "lbfgs")
 
 
 def settings(args) -> dict[str, config.StageConfig]:
@@ -409,10 +415,10 @@ def settings(args) -> dict[str, config.StageConfig]:
     for name in names:
         defaults = STAGES[name]
         if name == "pretrain":
-            defaults = defaults | {"optimizer": args.optimizer}
+            defaults = defaults | {"optimizer": args.optimizer or recipe.PAPER}
         elif name == "linear" and linear_solver(args) == "lbfgs":
             defaults = defaults | SOLVED
-        lr_of = LR_OF.get(defaults["optimizer"])
+        lr_of = recipe.LR_OF.get(defaults["optimizer"])
         is_first = name == names[0]
         stages[name] = config.stage_config(args, name, defaults, first=is_first, lr_of=lr_of)
         if stages[name].optimizer == "lbfgs":  # the defaults of --linear-epochs, ... are sgd's
@@ -522,7 +528,9 @@ def build_model(run: Run, kind: str, weights: dict | None = None) -> nn.Module:
         model = SimCLR(model, spec["proj_dim"])
     elif kind in spec["classes"]:
         num_classes = len(spec["classes"][kind])
-        model = Classifier(model, nn.Linear(model.num_features, num_classes))
+        features = spec.get("features", "gap")
+        width = feature_widths(model, spec["image_size"])[features]
+        model = Classifier(model, nn.Linear(width, num_classes), features)
     if run.stages and kind == "finetune" and args.head_bias == "prior":
         labels = run.data.labels_in(spec["classes"][kind])
         init_bias_to_prior(model.head, labels[run.splits["finetune_train"]])
@@ -781,14 +789,21 @@ def linear(run: Run, weights: dict | None) -> None:
     network = build_model(run, "features")
     random = network.state_dict()
 
-    def features(backbone: dict, progress) -> Tensor:
+    def features(backbone: dict, progress, names: list[str]) -> dict[str, Tensor]:
         encoder = build_model(run, "features", backbone)
-        compute = partial(evaluate, run, encoder, np.arange(len(run.data)), progress)
-        if backbone is random:
-            return compute()
-        return stored_features(run, checkpoint.weights_digest(backbone), compute)
+        rows = {}
+        if "gap" in names:
+            compute = partial(evaluate, run, encoder, np.arange(len(run.data)), progress)
+            digest = checkpoint.weights_digest(backbone)
+            rows["gap"] = compute() if backbone is random else stored_features(run, digest, compute)
+        if names != ["gap"]:  # the maps of `stages` end with those of `2x2`
+            reader = Classifier(encoder, nn.Identity(), names[-1])
+            maps = evaluate(run, reader, np.arange(len(run.data)), progress)
+            rows |= {name: maps[:, -widths[name] :] for name in names if name != "gap"}
+        return rows
 
-    linear_eval.linear(run, weights, random, network.num_features, features)
+    widths = feature_widths(network, run.model_spec["image_size"])
+    linear_eval.linear(run, weights, random, widths, features)
 
 
 def finetune(run: Run, weights: dict | None) -> None:
@@ -965,6 +980,10 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
     )
     if backbone not in list(BACKBONES) or stem not in STEMS:
         raise InputError(f"--from {args.from_run} has the unknown backbone {backbone}, {stem}")
+    if args.features not in (None, "gap") and not BACKBONES[backbone].stages:
+        raise InputError(
+            f"--features {args.features}: {backbone} has no maps, allowed is gap; leave it out"
+        )
     published_notes = []
     if args.weights:
         file = locate(args.weights, backbone, published_weights(backbone))
@@ -999,6 +1018,16 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
     start = {"weights": checkpoint.weights_digest(weights)} if weights else {}
     teacher, teacher_id = distill.read(args, spec, same=("image_size", "classes", "normalization"))
     first_stage = next(iter(stages.values()))
+    name = f"{backbone}-{args.stage}-bs{first_stage.bs}"
+    facts = dict(data=images.fingerprint, stage=args.stage, **spec, **start, **teacher_id)
+    steps = first_stage.epochs * (len(splits["pretrain"]) // first_stage.bs)
+    earlier = earlier_config(args, CARD.name, name, config.run_id(parser, args, **facts))
+    steps = steps if "pretrain" in stages else 0
+    args, notes = recipe.follow(args, steps, first_stage.bs, earlier)
+    identity = config.run_id(parser, args, **facts)
+    earlier = earlier_config(args, CARD.name, name, identity)
+    args = recipe.with_precision(args, world.device, spec, earlier)
+    stages = settings(args)
     run = Run.open(
         args,
         world,
@@ -1009,12 +1038,10 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
         stages,
         card=CARD,
         chance=chance_levels(stages, classes),
-        name=f"{backbone}-{args.stage}-bs{first_stage.bs}",
-        identity=config.run_id(
-            parser, args, data=images.fingerprint, stage=args.stage, **spec, **start, **teacher_id
-        ),
+        name=name,
+        identity=identity,
         input_text=f"input {spec['image_size']} px",
-        notes=published_notes,
+        notes=[*published_notes, *notes],
         kept=protocol and {"split": protocol},
     )
     if protocol and world.is_main and not args.check:

@@ -24,7 +24,7 @@ from common.errors import EXIT_BAD_INPUT, InputError, did_you_mean, plural, say
 NOT_IN_RUN_ID = {
     "check", "compile", "config", "data", "demo", "detect_anomaly", "deterministic", "device",
     "eval", "force_resume", "from_run", "impl", "io_retry", "log_every", "max_item_mb", "max_steps",
-    "out", "predict", "profile", "ranges", "resume", "save_every", "search", "teacher",
+    "out", "predict", "profile", "ranges", "recipe", "resume", "save_every", "search", "teacher",
     "tensorboard", "timeout", "trial", "workers",
 }  # fmt: skip
 

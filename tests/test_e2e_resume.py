@@ -58,7 +58,7 @@ class Case(NamedTuple):
 
 CASES = {
     "simclr": Case(
-        train_simclr, [*SIMCLR, *STAGES], [(1, 9, 2), (10, 20, 2), (20, 45, 2), (61, 66, 1)]
+        train_simclr, [*SIMCLR, *STAGES], [(1, 9, 2), (10, 20, 2), (20, 45, 2), (93, 98, 1)]
     ),
     "simclr linear sgd": Case(train_simclr, [*SIMCLR, *SGD], [(1, 9, 2), (14, 24, 2)]),
     "simclr student": Case(train_simclr, [*SIMCLR, *FINETUNE], [(1, 9, 3)]),

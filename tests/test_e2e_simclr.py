@@ -15,6 +15,7 @@ from PIL import Image
 from torch import nn
 
 import train_simclr
+from common import recipe
 from common.data import cytology
 from common.run import checkpoint, dist, log
 from common.weights import Published
@@ -209,6 +210,30 @@ def test_a_longer_run_of_all_stages_keeps_every_line_of_its_log(cells, tmp_path)
     assert ending.value.code == 2
 
 
+def test_a_run_of_the_papers_recipe_goes_on_under_it(cells, tmp_path, monkeypatch, capsys):
+    """As one of a version without --recipe does, whose directory has the same name."""
+    monkeypatch.chdir(tmp_path)
+    argv = flags(NET, "--data", cells, "--bs 16 --epochs 1")
+    assert ended(train_simclr.main, [*argv, "--recipe", "paper", "--max-steps", "1"]) == 0
+    (folder,) = (tmp_path / "runs" / "simclr").iterdir()
+    file = folder / "config.json"
+    file.write_text(json.dumps({"optimizer": "lars"} | json.loads(file.read_text())))
+    assert train_simclr.main(argv) == 0
+    assert "resuming from step 1" in capsys.readouterr().out
+    assert json.loads(file.read_text())["resolved"]["pretrain"]["optimizer"] == "lars"
+    # A new one follows the data; trained on it keeps what it took, whatever the rule says then.
+    assert train_simclr.main([*argv, "--resume", "none", "--out", "new"]) == 0
+    assert "recipe auto: adamw" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "SHORT", 0)
+        longer = flags(NET, "--data", cells, "--bs 16 --epochs 2 --resume new")
+        assert train_simclr.main(longer) == 0
+    pretrain = json.loads(Path("new", "config.json").read_text())["resolved"]["pretrain"]
+    assert (pretrain["optimizer"], pretrain["lr"], pretrain["epochs"]) == ("adamw", 3e-3, 2)
+    assert train_simclr.main([*argv, "--resume", "none"]) == 0
+    assert len(list(folder.parent.iterdir())) == 2  # another name than the paper's
+
+
 def test_starting_anew_forgets_this_run_alone(cells, tmp_path, capsys):
     argv = [*NET, "--data", str(cells), "--bs", "16", "--epochs", "1", "--max-steps", "2"]
     for name in ("a", "a/inner", "b"):
@@ -239,8 +264,8 @@ def test_a_state_of_other_settings_is_not_continued(whole, cells, tmp_path, caps
     run = tmp_path / "run"
     other = flags(argv[:-1], tmp_path / "x", "--bs 8 --resume", run)
     refused(train_simclr.main, other, capsys, "bs is 16 there and 8 here")
-    other = flags(argv, "--bs 16 --optimizer adamw --force-resume")
-    refused(train_simclr.main, other, capsys, "LARS")
+    other = flags(argv, "--bs 16 --optimizer sgd --force-resume")
+    refused(train_simclr.main, other, capsys, "AdamW")
     other = flags(argv[:-1], tmp_path / "y", "--bs 16 --stage finetune --from none")
     refused(train_simclr.main, flags(other, "--force-resume --resume", run), capsys, "start")
 
@@ -475,6 +500,16 @@ BAD = {  # flags -> the flag, file or value that the refusal names
         "--teacher",
     ),
     "a solver without its stage": ("--linear-solver sgd", "--linear-solver"),
+    "features of what is trained": (
+        "--stage linear --from none --linear-solver sgd --features 2x2",
+        "--features",
+    ),
+    "features without a linear layer": ("--features gap", "--features"),
+    "features that a backbone has not": (
+        "--stage all --backbone vit_b_16 --stem imagenet --image-size 224 --features 2x2",
+        "--features 2x2: vit_b_16",
+    ),
+    "a recipe without pretraining": ("--stage finetune --from none --recipe paper", "--recipe"),
     "a solver that is not there": ("--stage all --linear-solver adam", "lbfgs, sgd"),
     "patience without early stopping": ("--patience 3", "--patience"),
     "colors without augmentation": ("--augment none --color-strength 2", "--color-strength"),
@@ -777,17 +812,18 @@ def test_a_run_with_a_torchvision_classifier_is_evaluated_and_predicts(tmp_path,
     run = tmp_path / "run"
     flags = (
         "--backbone mobilenet_v3_large --image-size 32 --device cpu --stage all --bs 544 --epochs 1"
-        " --finetune-bs 400 --finetune-epochs 1"
+        " --finetune-bs 400 --finetune-epochs 1 --features stages"
     )
     assert train_simclr.main([*flags.split(), "--out", str(run)]) == 0
     assert "2 steps of 544 an epoch" in capsys.readouterr().out
     plain = torchvision.models.mobilenet_v3_large(weights=None)
     plain.classifier[3] = nn.Identity()
     plain.load_state_dict(torch.load(run / "backbone.pt", weights_only=True), strict=True)
-    for stage in ("linear", "finetune"):
+    for stage, width in (("linear", 4 * 112 + 960), ("finetune", 1280)):
         source = run / stage / "best.pt"
         stored = checkpoint.load(source)["model"]
-        assert stored["head.weight"].shape == (8, 1280) and "backbone.classifier.0.weight" in stored
+        assert stored["head.weight"].shape == (8, width)
+        assert "backbone.classifier.0.weight" in stored
         argv = ["--eval", str(source), "--device", "cpu", "--out", str(tmp_path)]
         assert train_simclr.main(argv) == 0
         repeated = json.loads((tmp_path / "eval.json").read_text())["eval/test/accuracy"]

@@ -8,6 +8,7 @@ import torch
 from torchvision.transforms.v2 import functional as TF
 
 import train_simclr
+from common import config, recipe
 from common.check import reference
 from common.errors import InputError
 from common.run import dist
@@ -132,6 +133,69 @@ def test_views_are_functions_of_seed_epoch_and_image():
     run = train_simclr.Run(args, None, None, {}, Path(), None, {"image_size": 8})
     plain = train_simclr.two_views(run, Batch(pixels, ids, None, 2))
     assert torch.equal(plain[:4], plain[4:])
+
+
+def followed(more: str, steps: int, earlier: dict | None = None) -> tuple:
+    text = more if "--bs" in more or "--grid" in more else f"{more} --bs 64"
+    args, _ = train_simclr.parse_args(text.split())
+    bs = train_simclr.settings(args)["pretrain"].bs
+    args, notes = recipe.follow(args, steps, bs, earlier or {})
+    stage = train_simclr.settings(args)["pretrain"]
+    return stage.optimizer, stage.lr, len(notes)
+
+
+PAPERS = ("lars", pytest.approx(0.6), 0)
+
+
+def test_the_recipe_follows_the_number_of_steps_and_whatever_is_given_wins():
+    few = recipe.SHORT - 1
+    assert followed("", few) == ("adamw", 3e-3, 1)
+    assert followed("", recipe.SHORT) == PAPERS
+    assert followed("--bs 256", few) == ("lars", pytest.approx(1.2), 0)
+    for text in ("--recipe paper", "--optimizer lars", "--protocol cytology", "--search 2"):
+        assert followed(text, few) == PAPERS, text
+    assert followed("--grid-index 0", few) == ("lars", pytest.approx(0.6), 0)
+    assert followed("--lr 2", few) == ("lars", 2, 0)  # a rate of its own optimizer
+    assert followed("--optimizer adamw", few) == ("adamw", 1e-3, 0)
+    assert followed("--optimizer sgd", few) == ("sgd", 0.0125, 0)
+
+
+def test_a_run_that_goes_on_keeps_its_recipe():
+    before, auto = {"optimizer": "lars", "lr": None}, {"optimizer": "adamw", "lr": 3e-3}
+    assert followed("", 5, before) == PAPERS
+    assert followed("", 10**6, auto) == ("adamw", 3e-3, 1)
+    assert followed("--recipe paper", 5, auto) == PAPERS
+
+
+def test_the_recipe_of_before_has_the_name_of_before():
+    args, parser = train_simclr.parse_args([])
+    before = {"demo": False, "x": 1}
+    for text in ("--optimizer lars", "--recipe paper", "--protocol cytology"):
+        args, parser = train_simclr.parse_args(text.split())
+        found = config.run_id(parser, recipe.follow(args, 5, 64, {})[0], x=1)
+        assert found == before | ({"protocol": "cytology"} if "cytology" in text else {})
+    args, parser = train_simclr.parse_args([])
+    given, _ = train_simclr.parse_args(["--optimizer", "adamw", "--lr", "3e-3"])
+    auto = config.run_id(parser, recipe.follow(args, 5, 64, {})[0], x=1)
+    assert auto == config.run_id(parser, given, x=1) != before
+
+
+def test_a_cpu_takes_bf16_where_it_is_faster_and_a_run_keeps_its_format(monkeypatch):
+    cpu, spec = torch.device("cpu"), {"backbone": "resnet18_narrow", "image_size": 32}
+
+    def taken(text="", device=cpu, earlier=None, **changed):
+        args, _ = train_simclr.parse_args(text.split())
+        return recipe.with_precision(args, device, spec | changed, earlier or {}).precision
+
+    monkeypatch.setattr(recipe.amp, "cpu_has_bf16", lambda: True)
+    assert taken() == "bf16" and taken("--precision fp32") == "fp32"
+    assert taken(device=torch.device("cuda")) == "auto"
+    for changed in ({"backbone": "mobilenet_v3_large"}, {"image_size": 8}):
+        assert taken(**changed) == "auto"
+    assert taken(earlier={"precision": "auto"}) == "auto"  # of a CPU without, or a version before
+    monkeypatch.setattr(recipe.amp, "cpu_has_bf16", lambda: False)
+    assert taken() == "auto" and taken(earlier={"precision": "bf16"}) == "bf16"
+    assert recipe.amp.dtype_of("auto", cpu) == torch.float32
 
 
 def test_all_batches_that_do_not_fit_are_refused_at_once_with_their_flags():
