@@ -547,11 +547,7 @@ def two_views(run: Run, batch: Batch) -> Tensor:
     statistics = normalization(run.model_spec)
     if run.args.augment == "none":
         return augment.normalize(augment.resize(pixels, size), *statistics).repeat(2, 1, 1, 1)
-    views = [
-        augment.normalize(augment.make_view(pixels, params, size, "reflection"), *statistics)
-        for params in drawn_views(run, batch)
-    ]
-    return torch.cat(views).contiguous(memory_format=torch.channels_last)
+    return augment.make_views(pixels, drawn_views(run, batch), size, statistics, "reflection")
 
 
 def drawn_views(run: Run, batch: Batch) -> list[augment.ViewParams]:

@@ -23,16 +23,15 @@ from torch import Tensor
 
 from common.data.pixels import (
     BEYOND,
-    BLUR,
     OPERATIONS,
     STEPS,
     blur_kernel_size,
     box_bands,
     crop_resize_flip,
+    crop_resize_flip_bytes,
     rotate,
     stain,
     stain_maps,
-    turn,
 )
 from common.rng import uniform
 
@@ -414,7 +413,14 @@ def _check(images: Tensor, params: ViewParams, size: int) -> None:
         )
 
 
-def make_view(images: Tensor, params: ViewParams, size: int, beyond: str = BEYOND[0]) -> Tensor:
+def make_view(
+    images: Tensor,
+    params: ViewParams,
+    size: int,
+    beyond: str = BEYOND[0],
+    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
     """Augment a batch, each sample by its own parameters.
 
     Crop, resize, mirror and rotate, then stain, jitter, grayscale and blur. A GPU takes the whole
@@ -430,10 +436,12 @@ def make_view(images: Tensor, params: ViewParams, size: int, beyond: str = BEYON
         params: ViewParams of n rows.
         size: side of the views in pixels.
         beyond: what a rotation shows beyond the border, see `rotate`.
+        statistics: the channels' means and standard deviations that `normalize` takes, which
+            prepares the views for a backbone while they are in the caches; None: it is left out.
+        out: where to write the views, of any strides; None: a new tensor.
 
     Returns:
-        (n, 3, size, size) float32 in [0, 1] on the images' device; `normalize` prepares it for a
-        backbone.
+        (n, 3, size, size) float32 on the images' device, in [0, 1] without `statistics`.
 
     Raises:
         ValueError: images or params of another type or shape, or a box that leaves the image.
@@ -441,12 +449,32 @@ def make_view(images: Tensor, params: ViewParams, size: int, beyond: str = BEYON
     _check(images, params, size)
     kind = images.device.type
     if not torch.amp.is_autocast_available(kind):
-        return _make_view(images, params, size, beyond)
+        return _make_view(images, params, size, beyond, statistics, out)
     with torch.autocast(kind, enabled=False):  # whose matrix products would round pixels to 16 bits
-        return _make_view(images, params, size, beyond)
+        return _make_view(images, params, size, beyond, statistics, out)
 
 
-def _make_view(images: Tensor, params: ViewParams, size: int, beyond: str) -> Tensor:
+def make_views(
+    images: Tensor,
+    drawn: Sequence[ViewParams],
+    size: int,
+    statistics: tuple[tuple[float, ...], tuple[float, ...]] | None = None,
+    beyond: str = BEYOND[0],
+) -> Tensor:
+    """`make_view` of the same images by several rows of parameters, in one tensor.
+
+    Returns:
+        (v * n, 3, size, size) for v in `drawn`, first all of the first, channels-last in memory.
+    """
+    n = len(images)
+    shape = (len(drawn) * n, size, size, 3)
+    out = torch.empty(shape, device=images.device).permute(0, 3, 1, 2)
+    for params, views in zip(drawn, out.unflatten(0, (len(drawn), n)), strict=True):
+        make_view(images, params, size, beyond, statistics, views)
+    return out
+
+
+def _make_view(images, params, size, beyond, statistics, out) -> Tensor:
     n = len(params)
     on_cpu = images.device.type == "cpu"
     at_once = max(1, n)
@@ -491,32 +519,39 @@ def _make_view(images: Tensor, params: ViewParams, size: int, beyond: str) -> Te
     box, flip, amounts, turns, flip_rows, transposed, stains = floats_there.split(
         [4, 1, len(OPERATIONS), 2, 1, 1, 12], dim=1
     )
-    bands = box_bands(box, flip > 0, flip_rows > 0, params.boxes, size)
+    if not on_cpu:
+        bands = box_bands(box, flip > 0, flip_rows > 0, params.boxes, size)
     next_list = iter(lists_there)
 
-    out = torch.empty((n, 3, size, size), device=images.device)
+    if out is None and len(chunks) != 1:
+        out = torch.empty((n, 3, size, size), device=images.device)
     for chunk, plan in zip(chunks, plans, strict=True):
         plan = [
             (op, rows if isinstance(rows, slice) else next(next_list).long()) for op, rows in plan
         ]
-        pixels = images
-        if len(chunks) > 1:
-            pixels = images.index_select(0, torch.from_numpy(order[chunk]))
-        chunk_bands = (part[chunk] for part in bands)
-        x = crop_resize_flip(pixels, params.boxes[chunk], *chunk_bands)  # [n, x, 3, y]
-        if params.transposed[chunk].any():
-            x = torch.where(transposed[chunk].view(-1, 1, 1, 1) > 0, turn(x), x)
-        if params.angle[chunk].any():
+        rows = params.take(np.arange(n)[chunk]) if len(chunks) > 1 else params
+        if on_cpu:
+            x = crop_resize_flip_bytes(
+                images, order[chunk], rows.boxes, rows.flip, rows.flip_rows, size
+            )
+        else:
+            x = crop_resize_flip(images, rows.boxes, *bands)
+        if rows.transposed.any():
+            x = torch.where(transposed[chunk].view(-1, 1, 1, 1) > 0, x.transpose(2, 3), x)
+        if rows.angle.any():
             x = rotate(x, *turns[chunk].unbind(1), beyond)
-        if (params.stain[chunk] != NO_STAIN).any():
+        if (rows.stain != NO_STAIN).any():
             stain(x, stains[chunk])
         _apply(plan, x, amounts[chunk])
-        x = turn(x)  # [n, y, 3, x]
-        _apply([step for step in plan if step[0] == BLUR], x, amounts[chunk])
+        if statistics:
+            mean, std = _mean_std(x.device, x.dtype, *statistics)
+            x.sub_(mean).div_(std)
+        if out is None:
+            return x
         if len(chunks) == 1:
-            return x.transpose(1, 2).contiguous()
+            return out.copy_(x)
         for row, view in zip(order[chunk], x, strict=True):
-            out[row] = view.transpose(0, 1)
+            out[row] = view
     return out
 
 

@@ -16,7 +16,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import PIL
@@ -30,10 +32,19 @@ from common import config
 from common.data import augment, pack
 from common.data.images import Images, open_image
 from common.data.open import open_images
+from common.errors import aligned
 from common.run.directory import environment
 
 _SIDES = ((256, 256), (300, 400))  # height and width of the generated images, by turns
 _STORE = 256  # side of the squares that this package keeps
+NORMALIZATION = augment.IMAGENET_MEAN, augment.IMAGENET_STD
+
+
+class Pipeline(NamedTuple):
+    """Whether its resize is antialiased, and what makes the views of an epoch."""
+
+    antialiased: bool
+    views: Callable[[int], torch.Tensor]
 
 
 def jpegs(count: int) -> list[bytes]:
@@ -68,34 +79,75 @@ def torchvision_views(size: int) -> v2.Compose:
 
 
 def our_views(pixels: torch.Tensor, epoch: int, size: int) -> torch.Tensor:
-    """Both views (2n, 3, size, size) of uint8 pixels (n, 3, H, W), normalized."""
+    """Both views (2n, 3, size, size) of uint8 pixels (n, 3, H, W), normalized, channels-last."""
     samples = np.arange(len(pixels))
     stored = tuple(pixels.shape[-2:])
-    views = []
-    for view in (0, 1):
-        params = augment.simclr_params(0, epoch, samples, view, stored, size)
-        views.append(augment.normalize(augment.make_view(pixels, params, size)))
-    return torch.cat(views)
+    drawn = [augment.simclr_params(0, epoch, samples, v, stored, size) for v in (0, 1)]
+    return augment.make_views(pixels, drawn, size, NORMALIZATION)
 
 
-def pipelines(
-    files: list[bytes], folder: Path, size: int
-) -> dict[str, Callable[[int], torch.Tensor]]:
-    """name -> function of the epoch that makes all views once."""
-    compose = torchvision_views(size)
+def albumentations_views(size: int):
+    """The same in albumentations, of HWC arrays: not antialiased, rounded after each step."""
+    A = importlib.import_module("albumentations")
+    kernel_size = augment.blur_kernel_size(size)
+    blur = A.GaussianBlur((kernel_size, kernel_size), (0.1, 2.0), p=0.5)
+    return A.Compose(
+        [
+            A.RandomResizedCrop((size, size), scale=(0.08, 1.0)),
+            A.HorizontalFlip(p=0.5),
+            A.ColorJitter(0.8, 0.8, 0.8, 0.2, p=0.8),
+            A.ToGray(p=0.2),
+            *([blur] if kernel_size > 1 else []),
+            A.Normalize(*NORMALIZATION),
+            importlib.import_module("albumentations.pytorch").ToTensorV2(),
+        ]
+    )
 
-    def two_views(image):
-        return compose(image), compose(image)
 
-    def two_views_of_tensor(image):
-        return two_views(v2.functional.pil_to_tensor(image))
+def kornia_views(size: int):
+    """The same in kornia, of batches in [0, 1]: bilinear without antialiasing."""
+    K = importlib.import_module("kornia.augmentation")
+    kernel_size = augment.blur_kernel_size(size)
+    blur = K.RandomGaussianBlur((kernel_size, kernel_size), (0.1, 2.0), p=0.5)
+    return K.AugmentationSequential(
+        K.RandomResizedCrop((size, size), scale=(0.08, 1.0)),
+        K.RandomHorizontalFlip(),
+        K.ColorJitter(0.8, 0.8, 0.8, 0.2, p=0.8),
+        K.RandomGrayscale(p=0.2),
+        *([blur] if kernel_size > 1 else []),
+        K.Normalize(*map(torch.tensor, NORMALIZATION)),
+        data_keys=["input"],
+    )
 
-    def per_image(transform):
+
+def pipelines(files: list[bytes], folder: Path, size: int) -> dict[str, Pipeline]:
+    """name -> what makes all views once; those of others first."""
+
+    def pil(content):
+        return open_image(content).convert("RGB")
+
+    def per_image(decode, transform):
         def run(epoch):
-            images = (open_image(content).convert("RGB") for content in files)
+            images = (decode(content) for content in files)
             return torch.stack([view for image in images for view in transform(image)])
 
         return run
+
+    def twice(transform, *prepare):
+        def run(image):
+            for step in prepare:
+                image = step(image)
+            return transform(image), transform(image)
+
+        return run
+
+    def opencv(content):
+        pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+        return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
+
+    def kornias(epoch):
+        pixels = decoded.float() / 255
+        return torch.cat([batched(pixels), batched(pixels)])
 
     def from_images(path):
         images: Images = open_images(str(path))
@@ -107,24 +159,68 @@ def pipelines(
 
         return run
 
-    def augmentation_alone(epoch):
-        return our_views(decoded, epoch, size)
-
     images = open_images(str(folder / "files"))
-    decoded = torch.stack([images.decode(i) for i in range(len(files))]).contiguous()
+    decoded = next(images.batches([np.arange(len(files))], 1))
+    compose = torchvision_views(size)
     candidates = {
-        "torchvision, PIL images": per_image(two_views),
-        "torchvision, uint8 tensors": per_image(two_views_of_tensor),
+        "torchvision, PIL images": Pipeline(True, per_image(pil, twice(compose))),
+        "torchvision, uint8 tensors": Pipeline(
+            True, per_image(pil, twice(compose, v2.functional.pil_to_tensor))
+        ),
     }
     try:
         lightly = importlib.import_module("lightly.transforms")
-        candidates["lightly"] = per_image(lightly.SimCLRTransform(input_size=size))
+        candidates["lightly"] = Pipeline(
+            True, per_image(pil, lightly.SimCLRTransform(input_size=size))
+        )
+        cv2 = importlib.import_module("cv2")
+        cv2.setNumThreads(0)
+        of_arrays = albumentations_views(size)
+
+        def one(image):
+            return of_arrays(image=image)["image"]
+
+        candidates["albumentations, OpenCV"] = Pipeline(False, per_image(opencv, twice(one)))
+        candidates["albumentations, Pillow"] = Pipeline(
+            False, per_image(pil, twice(one, np.asarray))
+        )
+        batched = kornia_views(size)
+        candidates["kornia, decoded before"] = Pipeline(False, kornias)
     except ImportError as error:
-        print(f"lightly is not compared: {error} (pip install lightly)")
-    candidates["ours, files"] = from_images(folder / "files")
-    candidates["ours, packed file"] = from_images(folder / "images.packed")
-    candidates["ours, augmentation alone"] = augmentation_alone
+        print(f"the peers from here on are not compared: {error} (tests/requirements.txt)")
+    candidates["ours, files"] = Pipeline(True, from_images(folder / "files"))
+    candidates["ours, packed file"] = Pipeline(True, from_images(folder / "images.packed"))
+    candidates["ours, decoded before"] = Pipeline(
+        True, lambda epoch: our_views(decoded, epoch, size)
+    )
     return candidates
+
+
+def parts(files: list[bytes], folder: Path, size: int) -> dict[str, Callable[[], object]]:
+    """name -> one part of "ours, files" for all images: reading and decoding, then the views'."""
+    images = open_images(str(folder / "files"))
+    images.keeps = False
+    everything = [np.arange(len(files))]
+    pixels = next(images.batches(everything, 1))
+    stored = tuple(pixels.shape[-2:])
+    drawn = [augment.simclr_params(0, 1, everything[0], v, stored, size) for v in (0, 1)]
+    none = np.zeros(len(files), bool)
+    steps = {"crop": {}, "color": {"jittered", "grayscale"}, "blur": {"sigma"}}
+
+    def views(kept, statistics=None):
+        switched = ("jittered", "grayscale", "sigma")
+        off = [
+            replace(params, **{n: none * getattr(params, n) for n in switched if n not in kept})
+            for params in drawn
+        ]
+        return lambda: augment.make_views(pixels, off, size, statistics)
+
+    so_far = set()
+    made = {"decode": lambda: next(images.batches(everything, 1))}
+    for name, switches in steps.items():
+        so_far = so_far | set(switches)
+        made[name] = views(so_far)
+    return made | {"normalize": views(so_far, NORMALIZATION)}
 
 
 def measure_cpu(size: int, count: int, repeats: int, folder: Path) -> list[dict]:
@@ -138,43 +234,51 @@ def measure_cpu(size: int, count: int, repeats: int, folder: Path) -> list[dict]
     pack.pack(images, folder / "images.packed", default_size=images.store_size, workers=1)
 
     candidates = pipelines(files, folder, size)
-    seconds = {name: [] for name in candidates}
+    stages = parts(files, folder, size)
+    seconds = {name: [] for name in (*candidates, *stages)}
     for epoch in range(repeats + 1):
-        for name, run in candidates.items():
+        for name, (_, run) in candidates.items():
             begun = time.process_time()
             views = run(epoch)
-            if epoch:  # the first round warms up
-                seconds[name].append(time.process_time() - begun)
+            seconds[name].append(time.process_time() - begun)
             assert views.shape == (2 * count, 3, size, size) and views.dtype == torch.float32
-    print(
-        f"\n{size} px, {count} images, {repeats} rounds, per second of CPU time, one thread each"
-        " pipeline"
-    )
-    print(
-        f"{'pipeline':<28}{'pairs/s':>9}{'views/s':>9}"
-        f"{'x torchvision PIL':>19}{'x tensors':>11}{'x lightly':>11}"
-    )
+        for name, run in stages.items():
+            begun = time.process_time()
+            run()
+            seconds[name].append(time.process_time() - begun)
+    seconds = {name: times[1:] for name, times in seconds.items()}  # the first round warms up
+    print(f"\n{size} px, {count} images, {repeats} rounds, per second of CPU time, one thread each")
     peers = [name for name in candidates if not name.startswith("ours")]
+    fastest = min(peers, key=lambda name: statistics.median(seconds[name]))
+    lines = [["pipeline", "antialiased", "pairs/s", f"x {fastest}"]]
     rows = []
-    for name, times in seconds.items():
-        rate = count / statistics.median(times)
+    for name, (antialiased, _) in candidates.items():
+        rate = count / statistics.median(seconds[name])
         ratios = {
-            peer: statistics.median(a / b for a, b in zip(seconds[peer], times, strict=True))
+            peer: statistics.median(
+                a / b for a, b in zip(seconds[peer], seconds[name], strict=True)
+            )
             for peer in peers
         }
-        pil, tensors, *others = (f"{ratio:.2f}" for ratio in ratios.values())
-        lightly = others[0] if others else "-"
-        print(f"{name:<28}{rate:>9.1f}{2 * rate:>9.1f}{pil:>19}{tensors:>11}{lightly:>11}")
+        said = "yes" if antialiased else "no"
+        lines.append([name, said, f"{rate:.0f}", f"{ratios[fastest]:.2f}"])
         rows.append(
             {
                 "size": size,
                 "pipeline": name,
+                "antialiased": antialiased,
                 "pairs_per_s": rate,
-                "seconds": times,
+                "seconds": seconds[name],
                 "ratio_to": ratios,
             }
         )
-    return rows
+    print(aligned(lines))
+    spent = [1e3 * statistics.median(seconds[name]) / count for name in stages]
+    decode, crop, *later = spent
+    added = [decode, crop, *np.diff([crop, *later])]
+    each = ", ".join(f"{name} {ms:.2f}" for name, ms in zip(stages, added, strict=True))
+    print(f"ours, ms a picture (both views): {each}")
+    return [*rows, {"size": size, "ms_a_picture": dict(zip(stages, added, strict=True))}]
 
 
 def measure_cuda(size: int, repeats: int, batch: int = 256) -> list[dict]:
@@ -183,7 +287,7 @@ def measure_cuda(size: int, repeats: int, batch: int = 256) -> list[dict]:
     pixels = torch.randint(0, 256, (batch, 3, _STORE, _STORE), dtype=torch.uint8, device="cuda")
 
     def augmentation():
-        return our_views(pixels, 0, size).contiguous(memory_format=torch.channels_last)
+        return our_views(pixels, 0, size)
 
     views = augmentation()
 
@@ -249,7 +353,7 @@ def main(argv: list[str] | None = None) -> int:
         facts = environment() | {
             "pillow": PIL.__version__,
             "cpu": _cpu_name(),
-            "lightly": _version("lightly"),
+            **{name: _version(name) for name in ("lightly", "albumentations", "kornia")},
         }
         print("  ".join(f"{key} {value}" for key, value in facts.items() if value is not None))
         rows = []

@@ -18,7 +18,6 @@ from pathlib import PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
 from torch import Tensor
 
 from common import live, reading
@@ -442,10 +441,7 @@ class VideoFiles(Images):
             raise
         except DECODE_ERRORS as error:
             raise self._damaged(f"video {self.ids[self._first_bad(indices)]}", error) from None
-        return [
-            central_square(Image.fromarray(frame.permute(1, 2, 0).numpy()), self.store_size)
-            for frame in frames
-        ]
+        return [central_square(frame, self.store_size) for frame in frames]
 
     def _first_bad(self, indices: np.ndarray) -> int:
         # The first of some frames of a file that cannot be decoded alone.

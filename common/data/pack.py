@@ -24,7 +24,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from common import live, reading
@@ -132,7 +131,7 @@ class PackedImages(Images):
             self._checked[index] = True
         if self.store_size == self._packed_size:
             return torch.from_numpy(pixels)
-        return central_square(Image.fromarray(pixels.transpose(1, 2, 0)), self.store_size)
+        return central_square(torch.from_numpy(pixels), self.store_size)
 
     def _read(self, pixels: np.ndarray, index: int) -> bool:
         # Fills `pixels`; False where the file ends before. A memory map would be no faster, and
