@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from common.data import augment
+from common.data import augment, pixels
 from common.rng import uniform
 
 SAMPLES = np.arange(20_000)
@@ -33,8 +33,8 @@ def some_params(n, height, width, size, **changes):
 
 
 def crop_with_torchvision(image, box, size):
+    # Of bytes, as on a CPU: rounded to whole levels.
     top, left, height, width = map(int, box)
-    image = image.to(torch.float32) / 255
     return TF.resized_crop(
         image,
         top,
@@ -44,7 +44,7 @@ def crop_with_torchvision(image, box, size):
         [size, size],
         interpolation=v2.InterpolationMode.BILINEAR,
         antialias=True,
-    )
+    ).div(255)
 
 
 def view_with_torchvision(image, params, row, size):
@@ -425,6 +425,35 @@ def test_crop_resize_and_flip_equal_torchvision(height, width, size):
     assert_equals_torchvision(images, params, size)
 
 
+@pytest.mark.parametrize("height, width, size", [(37, 29, 23), (24, 40, 64), (5, 3, 4)])
+def test_a_device_crops_without_the_rounding_of_bytes(height, width, size):
+    images = random_images(6, height, width)
+    params = some_params(6, height, width, size, flip=np.arange(6) % 2 == 1)
+    params.flip_rows = np.arange(6) % 3 == 1
+    box, flip, flip_rows = (
+        torch.from_numpy(values) for values in (params.boxes, params.flip, params.flip_rows)
+    )
+    bands = pixels.box_bands(box.float(), flip[:, None], flip_rows[:, None], params.boxes, size)
+    whole = pixels.crop_resize_flip(images, params.boxes, *bands)
+    rounded = augment.make_view(images, params, size)
+    for image, view, row in zip(images, whole, range(6), strict=True):
+        top, left, height, width = params.boxes[row].astype(int).tolist()
+        x = TF.resized_crop(image / 255, top, left, height, width, [size, size], antialias=True)
+        x = x.flip([axis for axis, on in ((2, flip[row]), (1, flip_rows[row])) if on])
+        torch.testing.assert_close(view, x, atol=1e-5, rtol=0)
+    torch.testing.assert_close(rounded, whole, atol=1.001 / 255, rtol=0)
+
+
+def test_views_are_normalized_and_written_where_they_shall():
+    images = random_images(6, 30, 30).contiguous(memory_format=torch.channels_last)
+    drawn = [augment.simclr_params(0, 0, np.arange(6), view, 30, 24) for view in (0, 1)]
+    statistics = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    views = augment.make_views(images, drawn, 24, statistics)
+    assert views.is_contiguous(memory_format=torch.channels_last)
+    expected = torch.cat([augment.make_view(images.contiguous(), params, 24) for params in drawn])
+    torch.testing.assert_close(views, augment.normalize(expected, *statistics))
+
+
 def test_identity_keeps_the_pixels():
     images = random_images(3, 21, 21)
     views = augment.make_view(images, augment.identity_params(3, 21), 21)
@@ -532,7 +561,8 @@ def test_resize_equals_torchvision(height, width, size):
     expected = TF.resize(images / 255, [size, size], antialias=True)
     torch.testing.assert_close(augment.resize(images, size), expected, atol=1e-6, rtol=0)
     drawn = augment.make_view(images, augment.identity_params(3, (height, width)), size)
-    torch.testing.assert_close(augment.resize(images, size), drawn, atol=1e-5, rtol=0)
+    # A CPU's views are rounded to levels of 8 bits.
+    torch.testing.assert_close(augment.resize(images, size), drawn, atol=1.001 / 255, rtol=0)
 
 
 def test_normalize_equals_torchvision():
@@ -669,10 +699,10 @@ def clip_with_torchvision(frames, params, row, size):
     """torchvision's functional forms on a video, which all frames share."""
     top, left, height, width = map(int, params.boxes[row])
     bilinear = v2.InterpolationMode.BILINEAR
-    x = frames.float() / 255
     x = TF.resized_crop(
-        x, top, left, height, width, [size, size], interpolation=bilinear, antialias=True
+        frames, top, left, height, width, [size, size], interpolation=bilinear, antialias=True
     )
+    x = x / 255
     if params.flip[row]:
         x = TF.horizontal_flip(x)
     x = TF.rotate(x, float(params.angle[row]), interpolation=bilinear)
