@@ -171,7 +171,8 @@ def parse_args(argv: list[str] | None = None):
         "--weights",
         metavar="NAME|FILE",
         help="weights to start from: `openai`, CLIP's own (for resnet18 `imagenet`, torchvision's),"
-        " downloaded once, or a file: CLIP's, or for resnet18 the backbone.pt of a SimCLR run",
+        " downloaded once, or a file: CLIP's or that of a model that has it, for resnet18 the"
+        " backbone.pt of a SimCLR run; or a run of this script",
     )
     group.choice(
         "--activation",
@@ -448,7 +449,7 @@ def frames_of(run: Run, batch: Batch) -> Tensor:
         return batch.inputs
     args, size = run.args, run.model_spec["image_size"]
     as_stored = batch.epoch is None or args.augment == "none" or args.cache_features
-    mean, std = normalization(run.model_spec["backbone"])
+    mean, std = normalization(run.model_spec)
     views = []
     for stream in batch.inputs:
         count, length, _, side, _ = stream.shape
@@ -686,7 +687,7 @@ class StreamView(NetworkView):
             size=size,
             eval_batch=EVAL_FRAMES // length // 2,
             parts=2 * length,
-            normalization=normalization(run.model_spec["backbone"]),
+            normalization=normalization(run.model_spec),
         )
 
     def rows(self, output) -> Tensor:
@@ -799,7 +800,7 @@ def export_spec(args, world: dist.Dist) -> ExportSpec:
         inputs={name: f"{clip} {text}" for name, text in raer.SQUARES.items()},
         frames=spec["num_frames"],
         size=spec["image_size"],
-        normalization=normalization(spec["backbone"]),
+        normalization=normalization(spec),
         output=PROBABILITIES,
         classes=spec["classes"],
         facts={"method": spec["method"], "tau": tau, "face_margin": args.face_margin},
@@ -815,7 +816,14 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
     clips = build_data(args, args.data, world)
     splits = raer.split(clips, say=world.say)
     counts = validate(args, world, clips, splits, stage, schedule)
-    published, model_facts, weights_text = start(args, clips.store_size, clips.descriptions)
+    published, model_facts, weights_text = start(
+        args, clips.store_size, clips.classes, clips.descriptions
+    )
+    if args.weights and model_facts["tokens"] is None:
+        without = f"with --weights {args.weights}, which has no text tower"
+        config.reject_unused_flags(
+            parser, args, ["clip_vocab", "num_context", "prompt_lr"], without
+        )
     image_lr = args.image_lr
     if image_lr is None:
         from_clip = args.weights and args.backbone != "resnet18"
@@ -830,7 +838,7 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
         **model_facts,
         image_lr=image_lr,
     )
-    same = ("image_size", "classes", "num_frames", pixel_normalization)
+    same = ("image_size", "classes", "num_frames", normalization)
     teacher, teacher_id = distill.read(args, spec, same)
     run = Run.open(
         args,
@@ -863,11 +871,6 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
 def teacher_logits(model: RaerModel, x: Tensor) -> Tensor:
     """Logits (n, K) of a teacher on the student's own input."""
     return model(x)[0]
-
-
-def pixel_normalization(spec: dict) -> tuple:
-    """The mean and deviation that a model's pixels are normalized with."""
-    return normalization(spec["backbone"])
 
 
 def chance_levels(args, classes: list[str]) -> dict[str, tuple[str, float]]:

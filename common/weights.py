@@ -281,7 +281,7 @@ def _read_torch(path: Path):
     code = next((e.filename for e in entries if e.filename.endswith("/constants.pkl")), None)
     if code:
         return read_torchscript(path, code.removesuffix("constants.pkl"))
-    return checkpoint.load(path)
+    return checkpoint.load(path, with_objects=True)
 
 
 def read_torchscript(path: Path, root: str) -> dict[str, Tensor]:
@@ -388,7 +388,8 @@ def unwrap(state, path: Path) -> dict[str, Tensor]:
         )
         state = state if inner is None else state[inner]
     if not isinstance(state, dict) or not state:
-        what = f"it is a {type(state).__name__}" if not isinstance(state, dict) else "it is empty"
+        other = not isinstance(state, dict) or isinstance(state, checkpoint.Unread)
+        what = f"it is a {type(state).__name__}" if other else "it is empty"
         raise InputError(f"weights {path} holds no state dict of tensors: {what}")
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):

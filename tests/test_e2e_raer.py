@@ -246,6 +246,12 @@ def test_a_run_from_clips_weights_learns_prompts_and_is_used_without_them(
         name for name in moved if not torch.equal(best["model"][name], state["visual" + name[5:]])
     }
     assert bool(moved) == (tune == "full")
+    again = flags("--weights", folder, "--clip-vocab", vocab, "--backbone vit_b_32 --bs 8")
+    again += flags("--data", tree, "--out", tmp_path / "again", "--num-frames 3 --device cpu")
+    stopped_after([*again, "--num-context", "8" if tune == "none" else "4"], 1)
+    out = capsys.readouterr().out
+    parts = {"none": "fusion, prompts.context\n", "full": "fusion; begins anew: prompts.context\n"}
+    assert f"taken over: temporal, {parts[tune]}" in out
     weights.unlink(), vocab.unlink()
     capsys.readouterr()
     used = ["--data", str(tree), "--eval", str(folder), "--out", str(tmp_path), "--device", "cpu"]
@@ -274,6 +280,59 @@ def test_a_bare_run_trains_its_tower_and_says_so(tree, tmp_path, monkeypatch, ca
     assert not any(torch.equal(towers["bare"][n], x) for n, x in towers["frozen"].items())
     used = flags("--device cpu --data", tree, "--eval", tmp_path / "bare", "--out", tmp_path)
     assert train_raer.main(used) == 0
+
+
+def test_a_run_starts_from_the_model_of_another(whole, tree, tmp_path, capsys):
+    def two_classes(part, clip, count, label):
+        return (clip, count, label) if label != "3" else None
+
+    fewer = lists_of(tree, tmp_path / "fewer", two_classes)
+    (fewer / "classes.txt").write_text("calm\tone\nglad\ttwo\n")
+    stored = checkpoint.load(whole / "best.pt")["model"]
+    anew = {"same": set(), "fewer": {"classes"}, "frames": {"temporal"}}
+    for name, parts in anew.items():
+        data = fewer if name == "fewer" else tree
+        argv = flags(NET, "--data", data, "--out", tmp_path / name, "--weights", whole / "best.pt")
+        argv += flags("--lr 1e-6 --num-frames", 2 if name == "frames" else 3)
+        capsys.readouterr()
+        stopped_after([*argv], 1)
+        out = capsys.readouterr().out
+        assert ("its classes are calm, glad, puzzled" in out) == (name == "fewer")
+        assert ("; begins anew: " + ", ".join(parts) in out) == bool(parts)
+        model = checkpoint.load(tmp_path / name / "last.pt")["parts"]["model"]
+        for key, tensor in model.items():
+            if "norm_in" not in key:  # running statistics
+                same = tensor.shape == stored[key].shape and torch.allclose(
+                    tensor, stored[key], rtol=0, atol=1e-4
+                )
+                assert same or key.partition(".")[0] in parts
+        assert all(any(key.startswith(part) for key in model) for part in parts)
+    argv = flags(NET, "--data", tree, "--out", tmp_path / "bad", "--weights", whole)
+    refused(train_raer.main, [*argv, "--backbone", "vit_b_32"], capsys, "--backbone vit_tiny")
+    refused(train_raer.main, [*argv, "--image-size", "16"], capsys, "--image-size 24")
+    refused(
+        train_raer.main, [*argv, "--num-context", "4"], capsys, "--num-context", "no text tower"
+    )
+
+
+def test_weights_of_dfer_clip_get_the_pixels_that_they_were_tuned_on(tree, tmp_path, monkeypatch):
+    small = clip.Variant(16, 2, 2, 8, 24, text_width=16, text_layers=2, text_heads=2)
+    monkeypatch.setitem(clip.VARIANTS, "vit_b_32", small)
+    state = clip.build_image_tower("vit_b_32", 16).state_dict()
+    seen = []
+    normalize = train_raer.augment.normalize
+    monkeypatch.setattr(
+        train_raer.augment, "normalize", lambda *given: seen.append(given[1:]) or normalize(*given)
+    )
+    for name, more in {"plain": {}, "dfer": {"prompt_learner.ctx": torch.zeros(1)}}.items():
+        root = "clip_model_.visual." if more else ""
+        torch.save({root + n: t for n, t in state.items()} | more, tmp_path / "w.pt")
+        argv = flags("--backbone vit_b_32 --num-frames 3 --bs 8 --device cpu --image-size 16")
+        argv += flags("--weights", tmp_path / "w.pt", "--activation quick_gelu --data", tree)
+        stopped_after([*argv, "--out", str(tmp_path / name)], 1)
+        pixels = ((0.0,) * 3, (1.0,) * 3) if more else (clip.CLIP_MEAN, clip.CLIP_STD)
+        assert set(seen) == {pixels}
+        seen.clear()
 
 
 def lists_of(tree, folder, edit):

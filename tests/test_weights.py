@@ -264,6 +264,8 @@ def test_files_that_are_no_weights_are_refused(tmp_path):
         ({"module.w": torch.ones(2), "w": torch.ones(2)}, "with and without the prefix"),
         (argparse.Namespace(lr=1), "asks to run argparse.Namespace; store its state dict alone"),
         (nn.Linear(2, 2), "asks to run torch.nn.modules.linear.Linear"),
+        ({"model": nn.Linear(2, 2)}, "tensors: it is a torch.nn.modules.linear.Linear"),
+        ({"w": torch.ones(2), "n": argparse.Namespace(lr=1)}, "'n' is argparse.Namespace"),
     ):
         torch.save(value, tmp_path / "w.pt")
         refused("w.pt", match)

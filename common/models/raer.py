@@ -12,16 +12,19 @@ already fit. Without one a class is a learned vector.
 
 import copy
 import math
+import os
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.data.augment import IMAGENET_MEAN, IMAGENET_STD
-from common.errors import InputError
+from common.errors import InputError, printable
 from common.models import build_backbone, input_size, load_published, published_weights
 from common.models.bpe import Tokenizer
 from common.models.clip import (
+    CLIP,
     CLIP_MEAN,
     CLIP_STD,
     OPENAI,
@@ -164,6 +167,9 @@ class RaerModel(nn.Module):
         scale: of the cosines, fixed: CLIP's own where there is one. None: no cosine, the logits are
             inner products.
         layers, dropout: of the temporal transformers.
+
+    Attributes:
+        taken: what it has from the run that it starts from, in words.
     """
 
     def __init__(
@@ -194,6 +200,7 @@ class RaerModel(nn.Module):
             nn.Linear(2 * width, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, width)
         )
         self.prompts = prompts
+        self.taken = ""
         self.classes = None
         if prompts is None:
             self.classes = nn.Linear(width, num_classes, bias=False)
@@ -294,30 +301,58 @@ class RaerModel(nn.Module):
         logits = "inner products" if self.scale is None else f"cosines times {self.scale:.4g}"
         return (
             f"{count:.2f} million parameters, {trained:.2f} million of them trained;"
-            f" classes are {classes}; {logits}"
+            f" classes are {classes}; {logits}{self.taken}"
         )
 
+    def take_over(self, other: "RaerModel", classes: bool) -> None:
+        """Take the parts behind the towers from another model, those that fit, the rest stays anew.
 
-def normalization(backbone: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        Args:
+            classes: whether both have the same ones, and what tells them apart is taken, too.
+        """
+        ours, theirs = self.state_dict(), other.state_dict()
+        parts = {"temporal.": True, "fusion.": True, "adapter.": True}
+        parts |= {"classes.": classes, "prompts.context": classes}
+        fates: dict[bool, list[str]] = {True: [], False: []}
+        for part, allowed in parts.items():
+            here, there = (
+                {name: tensor for name, tensor in state.items() if name.startswith(part)}
+                for state in (ours, theirs)
+            )
+            fits = {n: t.shape for n, t in here.items()} == {n: t.shape for n, t in there.items()}
+            if here:
+                fates[allowed and fits].append(part.rstrip("."))
+            if allowed and fits:
+                ours |= there
+        self.load_state_dict(ours)
+        texts = {True: "taken over", False: "begins anew"}
+        self.taken = "".join(f"; {texts[fate]}: {', '.join(x)}" for fate, x in fates.items() if x)
+
+
+def normalization(model_spec: dict) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(mean, std) of the pixels in [0, 1] that a tower expects.
 
     CLIP's own, and for SimCLR's ResNet ImageNet's.
     """
-    return (IMAGENET_MEAN, IMAGENET_STD) if backbone == "resnet18" else (CLIP_MEAN, CLIP_STD)
+    if not model_spec.get("normalized", True):
+        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    of_imagenet = model_spec["backbone"] == "resnet18"
+    return (IMAGENET_MEAN, IMAGENET_STD) if of_imagenet else (CLIP_MEAN, CLIP_STD)
 
 
 def start(
-    args, store_size: int, descriptions: list[str]
+    args, store_size: int, classes: list[str], descriptions: list[str]
 ) -> tuple[nn.Module | None, dict, str | None]:
     """Read `--weights`, and gather the facts from which a checkpoint rebuilds the model.
 
-    Returns the published model (None without `--weights`), these facts, and what was done.
+    Returns the published model (None without `--weights`; a `RaerModel` where a run's is given),
+    these facts, and what was done.
 
     Args:
         args: backbone, weights, image_size, activation, clip_vocab, logit_scale, num_context and
             method.
         store_size: side of the stored frames in pixels.
-        descriptions: a sentence for each class.
+        descriptions: a sentence for each of `classes`.
 
     Raises:
         InputError: the weights are of another architecture, or the size is one that the tower does
@@ -335,7 +370,9 @@ def start(
         openai = {"openai": OPENAI[args.backbone]} if args.backbone in OPENAI else {}
         named = published_weights(args.backbone) if is_resnet else openai
         file = locate(args.weights, args.backbone, named)
-    if is_resnet:
+    if file and (run := _read_run(file)):
+        published, note = _start_run(args, file, run, classes, descriptions, model_spec)
+    elif is_resnet:
         published, note = _start_resnet(args, file, store_size, model_spec)
     else:
         published, note = _start_clip(args, file, store_size, descriptions, model_spec)
@@ -343,6 +380,51 @@ def start(
         model_spec["scale"] = None
     model_spec["weights"] = checkpoint.weights_digest(published.state_dict()) if published else None
     return published, model_spec, note
+
+
+def _read_run(file) -> dict | None:
+    # The selected model of a run of this script, a folder or a file of it; None for other files.
+    state = None
+    if os.path.isdir(file) or checkpoint.is_marked(Path(file)):
+        state = checkpoint.load_selected(file) if os.path.isdir(file) else checkpoint.load(file)
+    spec = state.get("model_spec") if state else None
+    if not isinstance(spec, dict) or spec.get("script") != "raer":
+        return None
+    return checkpoint.load_selected(file)
+
+
+def _start_run(
+    args, file, run: dict, classes: list[str], descriptions: list[str], model_spec: dict
+) -> tuple[nn.Module, str]:
+    # Adds what the run's model_spec says of the towers to `model_spec`.
+    spec = run["model_spec"]
+    for name in ("backbone", "image_size", "activation"):
+        given = getattr(args, name)
+        if given not in (None, spec[name]):
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(
+                f"--weights {file} is a run with {flag} {spec[name]}, received {given};"
+                " give the run's"
+            )
+    with checkpoint.foreign(file):
+        published = build_raer(spec, 0.0)
+    checkpoint.load_weights(published, run["model"], file)
+    published.trained_on = spec["classes"]
+    names = ("activation", "stem", "image_size", "normalized")
+    model_spec |= {name: spec[name] for name in names if name in spec}
+    model_spec["scale"] = args.logit_scale or spec["scale"] or _START_SCALE
+    if published.prompts is not None and args.method != "tau-norm":
+        model_spec["tokens"] = _tokens(args, published.prompts.tower, descriptions)
+    note = f"started from the run {file} (epoch {run.get('epoch')})"
+    if classes != spec["classes"]:
+        note += f"; its classes are {', '.join(spec['classes'])}"
+    return published, printable(note)
+
+
+def _tokens(args, tower: nn.Module, descriptions: list[str]) -> list[list[int]]:
+    ids = Tokenizer.read(args.clip_vocab)(descriptions)
+    Prompts(copy.deepcopy(tower), ids, args.num_context)  # refuses what is too long
+    return ids.tolist()
 
 
 def _start_resnet(
@@ -380,10 +462,10 @@ def _start_clip(
     published, note = read_clip(file, name, size, args.activation)
     model_spec["activation"] = published.activation
     model_spec["scale"] = args.logit_scale or published.logit_scale.exp().item()
-    if args.method != "tau-norm":
-        ids = Tokenizer.read(args.clip_vocab)(descriptions)
-        Prompts(copy.deepcopy(published.text), ids, args.num_context)  # refuses what is too long
-        model_spec["tokens"] = ids.tolist()
+    if not published.normalized:
+        model_spec["normalized"] = False
+    if published.text is not None and args.method != "tau-norm":
+        model_spec["tokens"] = _tokens(args, published.text, descriptions)
     return published, note
 
 
@@ -391,12 +473,18 @@ def build_raer(model_spec: dict, dropout: float, published: nn.Module | None = N
     """The model of `model_spec`, with the weights of `published` where they are given.
 
     Args:
-        published: CLIP or a ResNet-18, which is copied; None: random weights.
+        published: CLIP, a ResNet-18 or the model of another run, which is copied; None: random
+            weights.
     """
     name = model_spec["backbone"]
     size = model_spec["image_size"]
     prompts = None
     published = copy.deepcopy(published)
+    run = published if isinstance(published, RaerModel) else None
+    if run is not None and name == "resnet18":
+        published = run.image
+    elif run is not None:
+        published = CLIP(run.image, run.prompts and run.prompts.tower)
     if name == "resnet18":
         image = published or build_backbone(name, model_spec["stem"])
         width = image.num_features
@@ -411,7 +499,7 @@ def build_raer(model_spec: dict, dropout: float, published: nn.Module | None = N
         image = clip.visual
         width = image.num_features
         prompts = Prompts(clip.text, torch.tensor(model_spec["tokens"]), model_spec["num_context"])
-    return RaerModel(
+    model = RaerModel(
         image,
         width,
         len(model_spec["classes"]),
@@ -422,3 +510,6 @@ def build_raer(model_spec: dict, dropout: float, published: nn.Module | None = N
         layers=model_spec["temporal_layers"],
         dropout=dropout,
     )
+    if run is not None:
+        model.take_over(run, model_spec["classes"] == run.trained_on)
+    return model

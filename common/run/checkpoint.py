@@ -122,6 +122,16 @@ def is_whole(path: Path) -> bool:
     return retried(lambda: _is_whole(path), path)
 
 
+def is_marked(path: Path) -> bool:
+    """Whether a file ends as those of this project do; nothing more of it is read."""
+    try:
+        with reading.pending(path), reading.open_file(path) as file:
+            file.seek(-_COMMENT, os.SEEK_END)
+            return file.read().startswith(_MARK)
+    except OSError:  # too short, or not there, which its reader says better
+        return False
+
+
 def _is_whole(path: Path) -> bool:
     with reading.pending(path), reading.open_file(path) as file:
         hasher = hashlib.sha256()
@@ -132,10 +142,32 @@ def _is_whole(path: Path) -> bool:
         return file.read() == _MARK + hasher.hexdigest().encode()
 
 
-def load(path: Path) -> dict:
+class Unread(dict):
+    """What stands for an object of a class that is not imported: empty, whatever is said of it."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+def _stand_ins(data: bytes) -> list[tuple[type, str]]:
+    # One for each name that a file of torch.save asks to import.
+    if not zipfile.is_zipfile(io.BytesIO(data)):
+        return []
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
+    return [(type(name, (Unread,), {}), name) for name in names]
+
+
+def load(path: Path, with_objects: bool = False) -> dict:
     """Read a checkpoint on the CPU after checking every byte of it.
 
     A file without our mark is read unchecked.
+
+    Args:
+        with_objects: let it hold objects of any class beside the tensors, as other projects keep
+            their meters and settings; each becomes `Unread`, and nothing of it is imported or run.
 
     Raises:
         InputError: missing, damaged, of another run format, or not a file of tensors and plain
@@ -155,8 +187,14 @@ def load(path: Path) -> dict:
         raise InputError(f"checkpoint {path} is damaged: it is cut short")
     try:
         _refuse_bombs(data, path)
-        with warnings.catch_warnings(action="ignore"):  # what cannot be read is refused
+        stand_ins = _stand_ins(data) if with_objects else []
+        with (
+            warnings.catch_warnings(action="ignore"),  # what cannot be read is refused
+            torch.serialization.safe_globals(stand_ins),
+        ):
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        if isinstance(state, Unread):
+            raise UnpicklingError(f"GLOBAL {type(state).__name__}")
         _check_sizes(state, len(data), path)
     except InputError:
         raise
