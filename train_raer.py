@@ -131,6 +131,11 @@ def parse_args(argv: list[str] | None = None):
         low=0,
         high=1,
     )
+    group.switch(
+        "--as-clip",
+        "with --predict: images that lie in a folder that is given are the frames of one clip;"
+        " unset: each is an item",
+    )
     group.number(
         "--face-margin",
         float,
@@ -259,9 +264,11 @@ def parse_args(argv: list[str] | None = None):
     args = restore_data_flags(parser, argv, args, [*reading, "store_size"])
 
     config.check_inference_flags(
-        parser, args, reading if args.predict else [*reading, "label_base"]
+        parser, args, [*reading, "as_clip" if args.predict else "label_base"]
     )
     refuse = partial(config.reject_unused_flags, parser, args)
+    if not args.predict:
+        refuse(["as_clip"], "without --predict")
     refuse(["impl"], "here: no kernel is used")
     if args.data == "sample" and not (args.eval or args.predict):
         refuse([*reading, "label_base"], "on the embedded clips")
@@ -341,6 +348,7 @@ def build_data(
         box_format=args.box_format,
         allow_missing=args.allow_missing,
         labels=labels,
+        as_clip=labels or args.as_clip,
         label_base=base,
         known=spec.get("classes"),
         say=world.say,
@@ -671,6 +679,7 @@ def encode(run: Run, model: RaerModel, progress) -> Tensor:
     compute = partial(evaluate, run, model, everything, None, progress, flat_features)
     digest = checkpoint.weights_digest(model.image.state_dict())
     made_with = f"{digest} {length} {args.face_margin} {args.precision} {len(everything)}"
+    made_with += f" {run.model_spec['activation']} {normalization(run.model_spec)}"
     rows = stored_features(run, made_with, compute)
     return rows.view(len(rows), 2, length, -1)
 

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from common.models import raer as models
 from common.run import checkpoint, log
 from common.weights import Published
 from tests.data import RAER_CLASSES, raer_tree
-from tests.runs import flags, next_after, refused, summary
+from tests.runs import ended, flags, next_after, refused, summary
 
 pytestmark = pytest.mark.e2e
 
@@ -111,6 +112,33 @@ def test_features_of_other_crops_are_encoded_again(tree, tmp_path):
     np.testing.assert_allclose(features[0][:, 1], features[1][:, 1], rtol=1e-5)
 
 
+def test_an_encoding_goes_on_where_it_stopped(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_raer, "EVAL_FRAMES", 24)  # 4 clips at once, of 52
+    encode, encoded = models.RaerModel.encode, []
+
+    def interrupted(self, frames):
+        encoded.append(len(frames))
+        if len(encoded) == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return encode(self, frames)
+
+    monkeypatch.setattr(models.RaerModel, "encode", interrupted)
+    argv = flags(NET, "--data", tree, "--epochs 1 --cache-features --out")
+    assert ended(train_raer.main, [*argv, str(tmp_path / "run")]) == 75
+    assert not (tmp_path / "run" / "features.npz").exists() and sum(encoded) == 20
+    stopped_after([*argv, str(tmp_path / "run")], 1)
+    assert sum(encoded[5:]) in (52 - 20, 52 - 16)
+    stopped_after([*argv, str(tmp_path / "whole")], 1)
+    rows = [np.load(tmp_path / name / "features.npz")["features"] for name in ("run", "whole")]
+    np.testing.assert_array_equal(*rows)
+    # What is damaged, or of another crop, is made again.
+    file, before = tmp_path / "run" / "features.npz", len(encoded)
+    file.write_bytes(file.read_bytes()[:-200])
+    stopped_after([*argv, str(tmp_path / "run")], 2)
+    assert sum(encoded[before:]) == 52
+    np.testing.assert_array_equal(np.load(file)["features"], rows[0])
+
+
 def test_crt_draws_its_classifier_anew_once(tree, tmp_path, monkeypatch):
     drawn, reset = [], models.RaerModel.reset_classes
 
@@ -168,6 +196,22 @@ def test_a_model_with_a_dead_part_ends_with_4_and_its_name(tree, tmp_path, monke
         "audit failed: epochs from 0: fusion.0.weight is trainable and in 0"
     )
     assert error.count("\n") == 1
+
+
+def test_loose_images_are_predicted_one_by_one(whole, tree, tmp_path, capsys):
+    folder = tree / "test" / "clip 2-0"
+    argv = flags("--resume", whole, "--device cpu --missing-box full --out", tmp_path)
+    assert train_raer.main([*argv, "--predict", str(folder)]) == 0
+    assert train_raer.main([*argv, "--predict", str(folder), "--as-clip"]) == 0
+    assert train_raer.main([*argv, "--predict", str(folder / "000.png")]) == 0
+    names = []
+    for name in ("predictions.csv", "predictions-2.csv", "predictions-3.csv"):
+        with open(tmp_path / name) as file:
+            names.append([row["id"] for row in csv.DictReader(file)])
+    assert names == [["000.png", "001.png", "002.png", "003.png"], ["clip 2-0"], ["000"]]
+    refused(train_raer.main, flags(NET, "--data", tree, "--as-clip"), capsys, "--as-clip")
+    argv = flags("--eval", whole, "--data", tree, "--as-clip")
+    refused(train_raer.main, argv, capsys, "--as-clip")
 
 
 def test_eval_and_predict_repeat_what_the_run_found(whole, tree, tmp_path, capsys):

@@ -15,7 +15,7 @@ from PIL import ExifTags, Image
 from common.data import raer
 from common.data.images import UNLABELED
 from common.errors import InputError
-from tests.data import FACE_BOX, numbered_raer, numbered_raer_frame
+from tests.data import BODY_BOX, FACE_BOX, numbered_raer, numbered_raer_frame
 
 LISTS = {
     "train": [
@@ -89,10 +89,11 @@ def test_several_paths_are_clips_with_the_boxes_of_their_own(tmp_path, monkeypat
     assert two.ids == list(folders) and len(two.notes) == 1
 
 
-@pytest.mark.parametrize("name", ["absent", "empty", "a/0.png"])
+@pytest.mark.parametrize("name", ["absent", "empty", "a/note.txt"])
 def test_one_of_several_paths_without_clips_is_refused_by_name(tmp_path, name):
     numbered_raer_frame(tmp_path / "a" / "0.png")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "a" / "note.txt").write_text("no image")
     with pytest.raises(InputError, match=name):
         opened((str(tmp_path / "a"), str(tmp_path / name)), labels=False, missing_box="full")
 
@@ -689,6 +690,58 @@ def test_folders_without_lists_are_clips_without_labels(tmp_path):
     assert (clips.labels == UNLABELED).all() and not clips.splits.any()
     one = opened(root / "d" / "c 3", labels=False, missing_box="full")
     assert one.ids == ["c 3"] and one.lengths.tolist() == [3]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda file: {file: [1, 2, 11, 12]},
+        lambda file: {f"somewhere/photos/{file.upper()}": [1, 2, 11, 12]},
+        lambda file: {"photos": {file: [1, 2, 11, 12]}},
+        lambda file: {file: {file: [1, 2, 11, 12]}},
+    ],
+)
+@pytest.mark.parametrize("place", ["folder", "zip", "zip of a folder", "several"])
+def test_images_that_lie_loose_are_a_clip_each_unless_told_otherwise(tmp_path, form, place):
+    root = tmp_path / "photos"
+    for k in range(12):
+        numbered_raer_frame(root / f"{k}.png", k)
+    merged = {}
+    for k in range(12):
+        for key, value in form(f"{k}.png").items():
+            merged[key] = merged.get(key, {}) | value if isinstance(value, dict) else value
+    (root / "face.json").write_text(json.dumps(merged))
+    (root / "body.json").write_text(json.dumps({f"{k}.png": BODY_BOX for k in range(12)}))
+    path = root if place == "folder" else zipped(root, "" if place == "zip" else "photos/")
+    if place == "several":
+        numbered_raer_frame(tmp_path / "one.png", 12)
+        path = (str(path), str(tmp_path / "one.png"))
+    clips = opened(path, labels=False, as_clip=False, missing_box="full")
+    count = 13 if place == "several" else 12
+    assert len(clips) == count and (clips.lengths == 1).all()
+    before = f"{path[0]}/" if place == "several" else ""
+    assert clips.ids[:12] == [f"{before}{k}.png" for k in range(12)]
+    assert "12 images lie in no folder" in clips.notes[0] and "--as-clip" in clips.notes[0]
+    if place == "several":
+        assert clips.ids[12] == str(tmp_path / "one.png")
+        assert "1 of 13 frames have no face box, 1 of 13 clips no body" in clips.notes[1]
+    else:
+        assert len(clips.notes) == 1
+    assert clips.images.faces[:12].tolist() == [[1, 2, 11, 12]] * 12
+    assert clips.images.bodies[:12].tolist() == [BODY_BOX] * 12
+    assert all((shown(clips, k, [0])[0][0, 0] == k).all() for k in range(12))
+    (root / "body.json").unlink(), (root / "face.json").unlink()
+    whole = opened(root, labels=False, as_clip=True, missing_box="full")
+    assert whole.ids == ["photos"] and whole.lengths.tolist() == [12]
+
+
+def test_an_image_beside_clips_is_a_clip_and_theirs_keep_their_boxes(tmp_path):
+    root = numbered_raer(tmp_path / "raer", {"test": [("a", 1), ("b", 2)]})
+    numbered_raer_frame(root / "8.png", 9)
+    clips = opened(root, labels=False, as_clip=False, missing_box="full")
+    assert clips.ids == ["a", "b", "8.png"] and clips.lengths.tolist() == [3, 3, 1]
+    boxes = dict(zip(clips.ids, clips.images.faces[np.cumsum(clips.lengths) - 1], strict=True))
+    assert boxes["a"].tolist() == FACE_BOX and np.isnan(boxes["8.png"]).all()
 
 
 def test_nothing_there_is_refused(tmp_path):

@@ -17,6 +17,9 @@ from 0):
 - `classes.txt`, a line a class in the order of the labels: the name, and after a tab a description
   for the text encoder. Without this file they are RAER's five.
 
+Without lists, folders of frames are clips without labels; images that lie in the folder itself are
+an item each, whose box has its file's name for a key.
+
 The face stream shows the face's box with a margin, stretched to a square; the context stream the
 body's box, letterboxed in black. One decoding of a frame gives both.
 """
@@ -283,6 +286,7 @@ def open_clips(
     labels=True,
     label_base: int | None = None,
     known: list[str] | None = None,
+    as_clip=True,
 ) -> EmotionClips:
     """The clips of a folder or of a .zip, or the embedded data set (`sample`).
 
@@ -303,6 +307,8 @@ def open_clips(
         labels: False takes any folders of frames, as clips without labels or splits.
         label_base: what the lists call the first class; None: 0 where a 0 occurs in them, else 1.
         known: a model's classes in its order, those of data without classes.txt.
+        as_clip: images that lie in the folder itself are the frames of one clip; False: each is a
+            clip.
 
     Raises:
         InputError: missing or not readable; a line, class or box that is not as above; a label
@@ -312,13 +318,18 @@ def open_clips(
     if path == "sample":
         return _sample()
     if isinstance(path, str):
-        tree = _tree(path)
+        tree = _tree(path, as_clip)
         title = Path(path).name
     else:
-        tree = _joined(path)
+        tree = _joined(path, as_clip)
         path = title = tree.path
     names, descriptions = list(CLASSES), list(CLASSES.values())
     notes = []
+    if tree.num_loose > 1:
+        notes.append(
+            f"{tree.num_loose} images lie in no folder of a clip: each is an item; --as-clip takes"
+            " those of a folder as the frames of one clip"
+        )
     if labels:
         lists = _lists(tree)
         names, descriptions = _classes(tree, known)
@@ -513,11 +524,13 @@ class _Tree(NamedTuple):
     read: Callable[[int], bytes]
     sizes: list[int]
     keys: list[int]
+    num_loose: int = 0  # images that are a clip each
     parts: dict[str, "_Tree"] = {}  # of several paths, by path
 
 
-def _tree(path: str) -> _Tree:
-    files, sizes, keys, read = list_files(path, _is_wanted)
+def _tree(path: str, as_clip: bool) -> _Tree:
+    alone = path.lower().endswith(SUFFIXES) and not Path(path).is_dir()
+    files, sizes, keys, read = list_files((path,) if alone else path, _is_wanted, SUFFIXES)
     top = posixpath.commonpath([posixpath.dirname(name) for name in files]) if files else ""
     names = [name[len(top) :].lstrip("/") for name in files]
     folders = defaultdict(list)
@@ -528,12 +541,15 @@ def _tree(path: str) -> _Tree:
         raise InputError(f"{path}: no folders of frames there; allowed are {', '.join(SUFFIXES)}")
     for frames in folders.values():
         frames.sort(key=lambda i: natural_order(names[i]))
-    return _Tree(path, names, dict(folders), read, sizes, keys)
+    # In an archive the images of its only folder lie loose, too.
+    loose = [] if as_clip or alone or (top and Path(path).is_dir()) else folders.pop("", [])
+    folders |= {names[i]: [i] for i in loose}
+    return _Tree(path, names, dict(folders), read, sizes, keys, len(loose))
 
 
-def _joined(paths: tuple[str, ...]) -> _Tree:
+def _joined(paths: tuple[str, ...], as_clip: bool) -> _Tree:
     # The trees of several paths as one, each name with its path before it.
-    parts = {path: _tree(path) for path in paths}
+    parts = {path: _tree(path, as_clip) for path in paths}
     names: list[str] = []
     folders: dict[str, list[int]] = {}
     where: list[tuple[_Tree, int]] = []
@@ -549,7 +565,8 @@ def _joined(paths: tuple[str, ...]) -> _Tree:
 
     sizes = [size for tree in parts.values() for size in tree.sizes]
     keys = [key for tree in parts.values() for key in tree.keys]
-    return _Tree(first_few(paths), names, folders, read, sizes, keys, parts)
+    num_loose = sum(tree.num_loose for tree in parts.values())
+    return _Tree(first_few(paths), names, folders, read, sizes, keys, num_loose, parts)
 
 
 def _below(path: str, folder: str) -> str:
@@ -763,15 +780,30 @@ def _boxes(tree: _Tree, name: str) -> dict:
     content = {
         str(PurePosixPath(clip.replace("\\", "/"))): value for clip, value in content.items()
     }
+    images = _flat(content)
     if name == "face.json":
         content = _nested(content)
-    found = _found_loosely(list(content), tree.folders)
+    loose = {folder for folder in tree.folders if is_image(folder)} if tree.num_loose else ()
+    found = _found_loosely(list(content), tree.folders.keys() - loose)
+    if loose:
+        rest = [key for key in images if posixpath.dirname(key) not in found]
+        content = images | content
+        found |= _found_loosely(rest, loose)
     if content and not found:
         raise InputError(
             f"{tree.path}: {tree.names[position]}: no key is a clip's folder: the first is"
             f" {next(iter(content))}, expected is one as {next(iter(tree.folders))}"
         )
     return {found[key]: value for key, value in content.items() if key in found}
+
+
+def _flat(content: dict) -> dict:
+    # {"folder": {"frame.png": box}} as {"folder/frame.png": box}, beside those that are so already
+    flat: dict = {}
+    for key, value in content.items():
+        nested = value if isinstance(value, dict) else {"": value}
+        flat |= {posixpath.join(key, file).rstrip("/"): box for file, box in nested.items()}
+    return flat
 
 
 def _nested(content: dict) -> dict:
@@ -858,6 +890,8 @@ def _face_boxes(tree: _Tree, lines: list[_Line], box_format: str) -> dict[str, n
     strange = None
     for line in lines:
         by_file = content.get(line.clip) or {}
+        if isinstance(by_file, list) and is_image(line.clip):  # a clip of one image
+            by_file = {posixpath.basename(line.clip): by_file}
         if not isinstance(by_file, dict):
             raise InputError(
                 f"{tree.path}: {name}: {line.clip}: expected {{frame's file name: box}},"
