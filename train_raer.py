@@ -26,6 +26,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -38,9 +39,10 @@ from common.check.runner import check
 from common.data import augment, raer, sampling
 from common.data.groups import group_items
 from common.distill import add_distillation
-from common.errors import InputError, plural
+from common.errors import InputError, aligned, plural, say
 from common.export import PROBABILITIES, ExportSpec
 from common.features import stored_features
+from common.live import digits
 from common.longtail import Phase, Schedule, read_schedule
 from common.models.clip import ACTIVATIONS, OPENAI, VARIANTS
 from common.models.raer import TUNES, FixedPrompts, RaerModel, build_raer, normalization, start
@@ -48,6 +50,7 @@ from common.report import figures, page
 from common.run import checkpoint, dist
 from common.run.card import Card
 from common.run.evaluation import Evaluation
+from common.run.files import read_json
 from common.run.inference import LoadedRun, load_run, restore_data_flags
 from common.run.launch import launch, run_sweep
 from common.run.loop import Batch, Loop, Step
@@ -680,6 +683,7 @@ def encode(run: Run, model: RaerModel, progress) -> Tensor:
     digest = checkpoint.weights_digest(model.image.state_dict())
     made_with = f"{digest} {length} {args.face_margin} {args.precision} {len(everything)}"
     made_with += f" {run.model_spec['activation']} {normalization(run.model_spec)}"
+    made_with += f" {run.world.device.type}"
     rows = stored_features(run, made_with, compute)
     return rows.view(len(rows), 2, length, -1)
 
@@ -889,9 +893,36 @@ def chance_levels(args, classes: list[str]) -> dict[str, tuple[str, float]]:
     return {"train": (f"a guess, ln {len(classes)}", math.log(len(classes)))}
 
 
+def run_demo(parser, argv: list[str] | None, args) -> bool:
+    """--demo alone: cross-entropy and the three stages on the same features, and both figures.
+
+    Returns whether that was asked for; with --method and in other modes --demo is one run.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    words = [word.partition("=")[0] for word in config.expanded(parser, argv)]
+    others = ("method", "schedule", "eval", "predict", "check", "search", "max_steps")
+    here = args.resume in ("auto", "none")
+    if not (args.demo and here) or any(f"--{name.replace('_', '-')}" in words for name in others):
+        return False
+    columns = {}
+    for method in ("ce", "three-stage"):
+        out = ["--out", str(Path(args.out, method))] if args.out else []
+        main([*argv, *out, "--method", method])
+        summary = read_json(Run.latest / "summary.json") or {}
+        columns[method] = [summary.get(name) for name in CARD.headlines]
+        majority = [summary.get(f"train/test/majority_{name}") for name in ("uar", "war")]
+    table = [["", "majority class", *columns]]
+    for i, title in enumerate(CARD.headlines.values()):
+        values = [majority[i], *(column[i] for column in columns.values())]
+        table.append([title, *("-" if value is None else digits(value) for value in values)])
+    if dist.launched_first():
+        say(*aligned(table).split("\n"))
+    return True
+
+
 def main(argv: list[str] | None = None) -> int:
     args, parser = parse_args(argv)
-    if run_sweep(main, parser, argv, args, SEARCH, "uar"):
+    if run_sweep(main, parser, argv, args, SEARCH, "uar") or run_demo(parser, argv, args):
         return 0
     return launch(parser, args, run_inference, run_training)
 

@@ -12,6 +12,7 @@ import torch
 
 import train_raer
 from common import longtail
+from common.data.synthetic import emotion_clips
 from common.models import clip
 from common.models import raer as models
 from common.run import checkpoint, log
@@ -156,6 +157,30 @@ def test_crt_draws_its_classifier_anew_once(tree, tmp_path, monkeypatch):
     stopped_after([*argv, "--out", str(tmp_path / "run")], 13)
     assert drawn == [True]  # at step 12 of 20
     assert train_raer.main([*argv, "--out", str(tmp_path / "run")]) == 0 and drawn == [True]
+
+
+def test_the_demo_sets_both_methods_beside_the_majority_class(tmp_path, monkeypatch, capsys):
+    drawn = emotion_clips()
+    few = drawn._replace(**{name: part[::9] for name, part in drawn._asdict().items()})
+    monkeypatch.setattr(train_raer.raer, "emotion_clips", lambda: few)
+    encode, encoded = models.RaerModel.encode, []
+    monkeypatch.setattr(
+        models.RaerModel, "encode", lambda self, x: encoded.append(len(x)) or encode(self, x)
+    )
+    argv = flags("--demo --device cpu --epochs 1 --num-frames 1 --out", tmp_path / "demo")
+    assert train_raer.main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(encoded) == len(few.labels)  # once for both
+    results = [summary(tmp_path / "demo" / method) for method in ("ce", "three-stage")]
+    assert lines[-3].split() == ["majority", "class", "ce", "three-stage"]
+    for line, name in zip(lines[-2:], ("uar", "war"), strict=True):
+        figures = [results[0][f"train/test/majority_{name}"]]
+        figures += [result[f"train/test/{name}"] for result in results]
+        assert line.startswith(name.upper())
+        assert [float(cell) for cell in line.split()[-3:]] == pytest.approx(figures, rel=1e-3)
+    # A method that is asked for is one run.
+    assert train_raer.main([*argv[:-1], str(tmp_path / "one"), "--method", "ce"]) == 0
+    assert summary(tmp_path / "one") and "majority class  ce" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", list(longtail.SCHEDULES))
