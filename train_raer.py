@@ -45,7 +45,16 @@ from common.features import stored_features
 from common.live import digits
 from common.longtail import Phase, Schedule, read_schedule
 from common.models.clip import ACTIVATIONS, OPENAI, VARIANTS
-from common.models.raer import TUNES, FixedPrompts, RaerModel, build_raer, normalization, start
+from common.models.raer import (
+    STREAMS,
+    TUNES,
+    FixedPrompts,
+    RaerModel,
+    build_raer,
+    normalization,
+    start,
+    streams_of,
+)
 from common.report import figures, page
 from common.run import checkpoint, dist
 from common.run.card import Card
@@ -103,6 +112,13 @@ def parse_args(argv: list[str] | None = None):
     group = parser.add_argument_group("clips")
     group.number(
         "--num-frames", int, 16, "frames of a clip, one from each of N equal segments", low=1
+    )
+    group.choice(
+        "--streams",
+        STREAMS,
+        "both",
+        "what is seen of a clip: both the face and the scene, or the face alone, at half the work"
+        " and without boxes of bodies",
     )
     group.choice(
         "--missing-box",
@@ -311,11 +327,12 @@ def tuned_part(args) -> str:
 def describe_random_tower(args, bs: int) -> str:
     """What becomes of an image tower without --weights: it trains, or it never will."""
     tune = tuned_part(args)
+    frames = len(STREAMS[args.streams]) * bs * args.num_frames
     others = "" if args.backbone == "vit_tiny" else "; --weights starts from trained ones"
     if tune == "full":
         return (
             f"no --weights: all of {args.backbone} trains from random ones (--tune full), forward"
-            f" and backward of {2 * bs * args.num_frames} frames a step{others}"
+            f" and backward of {frames} frames a step{others}"
         )
     warn = "" if args.demo else "WARN "
     return (
@@ -351,6 +368,7 @@ def build_data(
         box_format=args.box_format,
         allow_missing=args.allow_missing,
         labels=labels,
+        streams=spec.get("streams", args.streams),
         as_clip=labels or args.as_clip,
         label_base=base,
         known=spec.get("classes"),
@@ -427,7 +445,7 @@ def fetch(
 ) -> Iterator[Batch]:
     """The batches of items, item i is clip i % len(clips), and their labels, on the device.
 
-    Inputs are the faces and contexts, two uint8 (n, T, 3, h, h), of the frames that `epoch` draws
+    Inputs are the faces and contexts, each uint8 (n, T, 3, h, h), of the frames that `epoch` draws
     or, in evaluation (None) and with --cache-features, of those in the middle of their segments; or
     else rows of `cached`, the features of all clips.
     """
@@ -453,7 +471,7 @@ def frame_numbers(run: Run, items: np.ndarray, epoch: int | None) -> tuple[np.nd
 
 
 def frames_of(run: Run, batch: Batch) -> Tensor:
-    """The model's input: normalized frames (n, 2, T, 3, s, s) of the two streams, augmented in
+    """The model's input: normalized frames (n, 2, T, 3, s, s) of the streams, augmented in
     training by one draw for all frames of both; or cached features as they are.
     """
     if isinstance(batch.inputs, Tensor):
@@ -525,7 +543,7 @@ def evaluate(
     """
     model.eval()
     shard = dist.shard(indices, run.world)
-    frames = 2 * run.model_spec["num_frames"]
+    frames = run.model_spec["num_frames"] * len(streams_of(run.model_spec))
     parts = np.array_split(shard, -(-len(shard) * frames // EVAL_FRAMES))
     parts = [part for part in parts if len(part)]
     with Evaluation(progress, model, parts, "encoding" if outputs else "") as done:
@@ -683,9 +701,10 @@ def encode(run: Run, model: RaerModel, progress) -> Tensor:
     digest = checkpoint.weights_digest(model.image.state_dict())
     made_with = f"{digest} {length} {args.face_margin} {args.precision} {len(everything)}"
     made_with += f" {run.model_spec['activation']} {normalization(run.model_spec)}"
-    made_with += f" {run.world.device.type}"
+    streams = len(streams_of(run.model_spec))
+    made_with += f" {run.world.device.type} {streams}"
     rows = stored_features(run, made_with, compute)
-    return rows.view(len(rows), 2, length, -1)
+    return rows.view(len(rows), streams, length, -1)
 
 
 class StreamView(NetworkView):
@@ -694,12 +713,12 @@ class StreamView(NetworkView):
     """
 
     def __init__(self, run: Run, size: int):
-        length = run.model_spec["num_frames"]
+        frames = run.model_spec["num_frames"] * len(streams_of(run.model_spec))
         super().__init__(
             run,
             size=size,
-            eval_batch=EVAL_FRAMES // length // 2,
-            parts=2 * length,
+            eval_batch=EVAL_FRAMES // frames,
+            parts=frames,
             normalization=normalization(run.model_spec),
         )
 
@@ -806,11 +825,12 @@ def export_spec(args, world: dist.Dist) -> ExportSpec:
     def answer(network: RaerModel, x: Tensor) -> Tensor:
         return longtail.decide(spec["method"], counts, network, network(x)[0], tau).softmax(1)
 
+    squares = list(raer.SQUARES.items())[: len(streams_of(spec))]
     clip = f"the middle frame of each of {spec['num_frames']} equal parts of a clip; of each:"
     return ExportSpec(
         model=model,
         answer=answer,
-        inputs={name: f"{clip} {text}" for name, text in raer.SQUARES.items()},
+        inputs={name: f"{clip} {text}" for name, text in squares},
         frames=spec["num_frames"],
         size=spec["image_size"],
         normalization=normalization(spec),
@@ -851,7 +871,9 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
         **model_facts,
         image_lr=image_lr,
     )
-    same = ("image_size", "classes", "num_frames", normalization)
+    if args.streams != "both":
+        spec["streams"] = args.streams
+    same = ("image_size", "classes", "num_frames", "streams", normalization)
     teacher, teacher_id = distill.read(args, spec, same)
     run = Run.open(
         args,

@@ -223,6 +223,26 @@ def test_a_model_with_a_dead_part_ends_with_4_and_its_name(tree, tmp_path, monke
     assert error.count("\n") == 1
 
 
+def test_the_face_alone_needs_no_bodies(tree, tmp_path, monkeypatch, capsys):
+    alone = lists_of(tree, tmp_path / "alone", lambda _, *line: line)
+    (alone / "body.json").unlink()
+    argv = flags(NET, "--epochs 2 --data", alone, "--out", tmp_path / "run")
+    refused(train_raer.main, argv, capsys, "--streams face", "body.json")
+    argv += ["--streams", "face"]
+    for more in (["--tune", "full"], ["--cache-features", "--out", str(tmp_path / "cached")]):
+        assert train_raer.main([*argv, *more]) == 0
+    model = checkpoint.load(tmp_path / "run" / "best.pt")["model"]
+    assert model["fusion.0.weight"].shape == (192, 192)
+    assert not any("context" in name for name in model)
+    # The bodies' boxes change nothing, and a model without bodies needs none.
+    used = flags("--eval", tmp_path / "run", "--device cpu --out", tmp_path)
+    for data in (alone, tree):
+        assert train_raer.main([*used, "--data", str(data)]) == 0
+        found = json.loads((tmp_path / "eval.json").read_text())
+        assert found["eval/test/war"] == summary(tmp_path / "run")["train/test/war"]
+    refused(train_raer.main, [*used, "--streams", "face"], capsys, "--streams")
+
+
 def test_loose_images_are_predicted_one_by_one(whole, tree, tmp_path, capsys):
     folder = tree / "test" / "clip 2-0"
     argv = flags("--resume", whole, "--device cpu --missing-box full --out", tmp_path)
@@ -491,6 +511,7 @@ BAD = {  # flags -> the flag, file or value that the refusal names
     "--data nowhere": "nowhere",
     "--missing-box zero": "--missing-box",
     "--label-base 2": "--label-base",
+    "--streams body": "--streams",
     "--label-base 0": "--label-base 1",
 }
 

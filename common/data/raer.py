@@ -105,6 +105,8 @@ class _Line(NamedTuple):
 class TwoStreams(Images):
     """Frames as uint8 (2, 3, store_size, store_size): the face's square, and the context's.
 
+    Where `bodies` is None it is the face's alone, (1, 3, store_size, store_size).
+
     Attributes:
         faces, bodies: (n, 4) float64 boxes left, top, right, bottom in pixels of each frame as it
             is seen, turned by its EXIF orientation; NaN where there is none, which stands for the
@@ -121,7 +123,7 @@ class TwoStreams(Images):
         sizes,
         read,
         faces: np.ndarray,
-        bodies: np.ndarray,
+        bodies: np.ndarray | None,
         margin: float,
         keys=(),
     ):
@@ -131,16 +133,19 @@ class TwoStreams(Images):
         labels = [UNLABELED] * len(files)
         splits = [""] * len(files)
         super().__init__(name, files, labels, [], splits, sizes=sizes, keys=keys, read=read)
-        self.content.facts["box"] = codes(np.concatenate([faces, bodies], 1))
-        digest = hashlib.sha256(self.fingerprint.encode() + faces.tobytes() + bodies.tobytes())
-        self.fingerprint = digest.hexdigest()[:8]
+        boxes = [faces] if bodies is None else [faces, bodies]
+        self.content.facts["box"] = codes(np.concatenate(boxes, 1))
+        told = self.fingerprint.encode() + b"".join(rows.tobytes() for rows in boxes)
+        self.fingerprint = hashlib.sha256(told).hexdigest()[:8]
 
     @property
     def _shape(self) -> tuple[int, ...]:
-        return (2, 3, self.store_size, self.store_size)
+        return (1 + (self.bodies is not None), 3, self.store_size, self.store_size)
 
     def _cut(self, image: Image.Image, index: int) -> Tensor:
         face = crop_square(image, _grown(self.faces[index], self.margin), self.store_size)
+        if self.bodies is None:
+            return face[None]
         context = letterbox(image, self.bodies[index], self.store_size)
         return torch.stack([face, context])
 
@@ -183,8 +188,8 @@ class EmotionClips(Videos):
 
     def batches(
         self, clips: Iterable[tuple[np.ndarray, np.ndarray]], workers: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The faces and the contexts of each batch of clips.
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """The faces and the contexts of each batch of clips, or the faces alone.
 
         Each is uint8 (b, T, 3, store_size, store_size). Threads decode them ahead of use. A batch
         is (clips (b,), positions (b, T)), as `Videos.batches` takes it. A frame is decoded once for
@@ -287,6 +292,7 @@ def open_clips(
     label_base: int | None = None,
     known: list[str] | None = None,
     as_clip=True,
+    streams="both",
 ) -> EmotionClips:
     """The clips of a folder or of a .zip, or the embedded data set (`sample`).
 
@@ -307,6 +313,7 @@ def open_clips(
         labels: False takes any folders of frames, as clips without labels or splits.
         label_base: what the lists call the first class; None: 0 where a 0 occurs in them, else 1.
         known: a model's classes in its order, those of data without classes.txt.
+        streams: "both", or "face": no body is read or cut.
         as_clip: images that lie in the folder itself are the frames of one clip; False: each is a
             clip.
 
@@ -315,8 +322,9 @@ def open_clips(
             beyond the classes; a clip that is listed twice or in two splits; clips without frames,
             with others than listed, or without boxes.
     """
+    with_body = streams == "both"
     if path == "sample":
-        return _sample()
+        return _sample(with_body)
     if isinstance(path, str):
         tree = _tree(path, as_clip)
         title = Path(path).name
@@ -353,7 +361,7 @@ def open_clips(
     lines = _with_frames(tree, listed, on_bad_item, allow_missing, notes)
 
     faces_of = _face_boxes(tree, lines, box_format)
-    body_of = _body_boxes(tree, lines, box_format)
+    body_of = _body_boxes(tree, lines, box_format) if with_body else {}
     name_of = dict(enumerate(names, base)) if labels else {}
     kept = _decide_missing(tree, lines, faces_of, body_of, missing_box, name_of, notes)
     used = [(line, rows) for line, rows in zip(lines, kept, strict=True) if len(rows)]
@@ -373,7 +381,9 @@ def open_clips(
         [tree.sizes[i] for i in position],
         content,
         faces=np.concatenate([faces_of[line.clip][rows] for line, rows in used]),
-        bodies=np.repeat([body_of[line.clip] for line, _ in used], counts, axis=0),
+        bodies=np.repeat([body_of[line.clip] for line, _ in used], counts, axis=0)
+        if with_body
+        else None,
         margin=margin,
         keys=[tree.keys[i] for i in position],
     )
@@ -494,11 +504,11 @@ def _grown(box: np.ndarray, margin: float) -> np.ndarray:
     return np.array([left - x, top - y, right + x, bottom + y])
 
 
-def _sample() -> EmotionClips:
+def _sample(with_body: bool) -> EmotionClips:
     drawn = emotion_clips()
     count, length = drawn.face.shape[:2]
-    streams = torch.from_numpy(np.stack([drawn.face, drawn.context], 2))
-    pixels = streams.flatten(0, 1)  # [count * length, 2, 3, S, S]
+    streams = [drawn.face, drawn.context] if with_body else [drawn.face]
+    pixels = torch.from_numpy(np.stack(streams, 2)).flatten(0, 1)  # [count * length, 2, 3, S, S]
     files = [f"{i:06d}" for i in range(len(pixels))]
     images = Images("sample", files, [UNLABELED] * len(files), [], [""] * len(files), pixels=pixels)
     return EmotionClips(
@@ -931,30 +941,36 @@ def _body_boxes(tree: _Tree, lines: list[_Line], box_format: str) -> dict[str, n
 def _decide_missing(
     tree: _Tree, lines, faces, bodies, missing_box: str, name_of: dict[int, str], notes: list[str]
 ) -> list[np.ndarray]:
-    """The frames of each clip that are used, by --missing-box; counted by the class names."""
+    """The frames of each clip that are used, by --missing-box; counted by the class names.
+
+    `bodies` is empty where no body is read.
+    """
     without_face = {line.clip: np.isnan(faces[line.clip][:, 0]) for line in lines}
-    without_body = [line.clip for line in lines if np.isnan(bodies[line.clip][0])]
+    without_body = [line.clip for line in lines if bodies and np.isnan(bodies[line.clip][0])]
     num_frames = sum(len(mask) for mask in without_face.values())
     num_missing = sum(int(mask.sum()) for mask in without_face.values())
     everything = [np.arange(len(faces[line.clip])) for line in lines]
     if not num_missing and not without_body:
         return everything
     clips = without_body or [clip for clip, mask in without_face.items() if mask.any()]
-    missing = (
-        f"{num_missing} of {num_frames} frames have no face box,"
-        f" {len(without_body)} of {len(lines)} clips no body box (first: {clips[0]})"
-    )
-    by_class = _missing_by_class(lines, without_face, bodies, name_of)
+    missing = f"{num_missing} of {num_frames} frames have no face box"
+    if bodies:
+        missing += f", {len(without_body)} of {len(lines)} clips no body box"
+    missing += f" (first: {clips[0]})"
+    gone_body = set(without_body)
+    by_class = _missing_by_class(lines, without_face, gone_body, name_of)
     if by_class:
         counts = ", ".join(f"{name} {lost} of {all_}" for name, lost, all_ in by_class)
         missing += f"; frames without one of them by class: {counts}"
+    files = ("face.json", "body.json") if bodies else ("face.json",)
     for part in tree.parts.values() or [tree]:
-        gone = [name for name in ("face.json", "body.json") if _position(part, name) is None]
+        gone = [name for name in files if _position(part, name) is None]
         missing += f"; {part.path} has no {' and no '.join(gone)}" if gone else ""
     if missing_box == "error":
+        alone = "; --streams face needs no body.json" if without_body else ""
         raise InputError(
-            f"{tree.path}: {missing}; complete face.json and body.json, or --missing-box full or"
-            " skip"
+            f"{tree.path}: {missing}; complete {' and '.join(files)}, or --missing-box full or"
+            f" skip{alone}"
         )
     if missing_box == "full":
         notes.append(f"{missing}: the whole frame stands for it")
@@ -968,7 +984,7 @@ def _decide_missing(
                 )
         return everything
     kept = [
-        rows[~(without_face[line.clip] | np.isnan(bodies[line.clip][0]))]
+        rows[~(without_face[line.clip] | (line.clip in gone_body))]
         for line, rows in zip(lines, everything, strict=True)
     ]
     lost = sum(not len(rows) for rows in kept)
@@ -976,11 +992,11 @@ def _decide_missing(
     return kept
 
 
-def _missing_by_class(lines, without_face, bodies, name_of) -> list[tuple[str, int, int]]:
+def _missing_by_class(lines, without_face, without_body, name_of) -> list[tuple[str, int, int]]:
     """(class, frames without a face's or a body's box, all frames) of the labeled classes."""
     lost, everything = Counter(), Counter()
     for line in lines:
-        mask = without_face[line.clip] | np.isnan(bodies[line.clip][0])
+        mask = without_face[line.clip] | (line.clip in without_body)
         lost[line.label] += int(mask.sum())
         everything[line.label] += len(mask)
     return [(name, lost[i], everything[i]) for i, name in name_of.items() if everything[i]]
@@ -1007,6 +1023,8 @@ def _refuse_degenerate(
         sizes = np.array(list(read_sizes), np.float64)
     sizes = np.repeat(sizes, np.diff([*firsts, len(images)]), axis=0)
     for name, boxes in (("face.json", images.faces), ("body.json", images.bodies)):
+        if boxes is None:
+            continue
         inside = np.minimum(boxes[:, 2:], sizes) - np.maximum(boxes[:, :2], 0)
         bad = np.flatnonzero((inside < 1).any(1))
         other = BOX_FORMATS[box_format == "xyxy"]

@@ -39,7 +39,7 @@ from common.run import checkpoint
 from common.weights import locate, of_backbone, read
 
 TUNES = ("none", "adapter", "full")
-STREAMS = ("face", "context")
+STREAMS = {"both": ("face", "context"), "face": ("face",)}
 _START_SCALE = 1 / 0.07  # what CLIP's own training starts from
 
 
@@ -161,6 +161,7 @@ class RaerModel(nn.Module):
         width: d.
         num_classes: K.
         num_frames: T.
+        streams: a key of STREAMS, those that there are.
         tune: "none" (the tower is frozen), "adapter" (frozen, with a trainable residual behind it)
             or "full".
         prompts: `Prompts`, or None: the classes are learned vectors.
@@ -179,6 +180,7 @@ class RaerModel(nn.Module):
         num_classes: int,
         *,
         num_frames: int,
+        streams: str = "both",
         tune: str,
         prompts: Prompts | None = None,
         scale: float | None,
@@ -194,10 +196,13 @@ class RaerModel(nn.Module):
         self.num_classes = num_classes
         self.adapter = Adapter(width) if tune == "adapter" else None
         self.temporal = nn.ModuleDict(
-            {name: Temporal(width, num_frames, layers, dropout) for name in STREAMS}
+            {name: Temporal(width, num_frames, layers, dropout) for name in STREAMS[streams]}
         )
         self.fusion = nn.Sequential(
-            nn.Linear(2 * width, width), nn.GELU(), nn.Dropout(dropout), nn.Linear(width, width)
+            nn.Linear(len(self.temporal) * width, width),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(width, width),
         )
         self.prompts = prompts
         self.taken = ""
@@ -278,8 +283,8 @@ class RaerModel(nn.Module):
         """z (n, d) of frames (n, 2, T, 3, s, s), or of what `encode` gave for them."""
         x = self.encode(x) if x.ndim == 6 else x
         x = self.adapter(x) if self.adapter else x
-        both = [self.temporal[name](x[:, i]) for i, name in enumerate(STREAMS)]
-        z = self.fusion(torch.cat(both, 1))
+        streams = [temporal(x[:, i]) for i, temporal in enumerate(self.temporal.values())]
+        z = self.fusion(torch.cat(streams, 1))
         if self.prompts is None:
             return z
         return z + math.sqrt(z.shape[1]) * F.normalize(x.float().mean((1, 2)), dim=1)
@@ -338,6 +343,11 @@ def normalization(model_spec: dict) -> tuple[tuple[float, ...], tuple[float, ...
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     of_imagenet = model_spec["backbone"] == "resnet18"
     return (IMAGENET_MEAN, IMAGENET_STD) if of_imagenet else (CLIP_MEAN, CLIP_STD)
+
+
+def streams_of(model_spec: dict) -> tuple[str, ...]:
+    """The streams that a model sees."""
+    return STREAMS[model_spec.get("streams", "both")]
 
 
 def start(
@@ -504,6 +514,7 @@ def build_raer(model_spec: dict, dropout: float, published: nn.Module | None = N
         width,
         len(model_spec["classes"]),
         num_frames=model_spec["num_frames"],
+        streams=model_spec.get("streams", "both"),
         tune=model_spec["tune"],
         prompts=prompts,
         scale=model_spec["scale"],
