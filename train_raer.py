@@ -120,6 +120,13 @@ def parse_args(argv: list[str] | None = None):
         "what is seen of a clip: both the face and the scene, or the face alone, at half the work"
         " and without boxes of bodies",
     )
+    for part in ("train", "test"):
+        group.add_argument(
+            f"--{part}-list",
+            metavar="FILE",
+            help=f"list of the {part} clips in the place of {part}.txt: lines as there, or"
+            " `clip label` (FERV39k, MAFW), or the columns `video_name,label` (DFEW)",
+        )
     group.choice(
         "--missing-box",
         raer.MISSING_BOX,
@@ -280,17 +287,21 @@ def parse_args(argv: list[str] | None = None):
     )
     reading = ["missing_box", "face_margin", "box_format", "allow_missing"]
     args = config.parse(parser, argv, DEMO, SEARCH)
-    args = restore_data_flags(parser, argv, args, [*reading, "store_size"])
+    # A list is that of the data that the run was trained on.
+    listed = ["test_list"] if args.eval and args.data == "sample" else []
+    args = restore_data_flags(parser, argv, args, [*reading, "store_size", *listed])
 
     config.check_inference_flags(
-        parser, args, [*reading, "as_clip" if args.predict else "label_base"]
+        parser, args, [*reading, *(["as_clip"] if args.predict else ["label_base", "test_list"])]
     )
     refuse = partial(config.reject_unused_flags, parser, args)
     if not args.predict:
         refuse(["as_clip"], "without --predict")
     refuse(["impl"], "here: no kernel is used")
     if args.data == "sample" and not (args.eval or args.predict):
-        refuse([*reading, "label_base"], "on the embedded clips")
+        refuse([*reading, "label_base", "train_list", "test_list"], "on the embedded clips")
+    if not (args.eval or args.predict) and bool(args.train_list) != bool(args.test_list):
+        parser.error("--train-list and --test-list belong together: give both")
     if not args.weights or args.backbone == "resnet18" or args.method == "tau-norm":
         refuse(
             ["clip_vocab", "num_context", "prompt_lr"], "without the text tower of CLIP's weights"
@@ -358,6 +369,7 @@ def build_data(
     """The clips of `path`, said in one line; a model's `spec` tells classes and label base."""
     spec = spec or {}
     base = spec.get("label_base") if args.label_base is None else args.label_base
+    lists = {"test": args.test_list} if spec else {"train": args.train_list, "test": args.test_list}
     clips = raer.prepare(
         path,
         store_size=args.store_size,
@@ -369,6 +381,7 @@ def build_data(
         allow_missing=args.allow_missing,
         labels=labels,
         streams=spec.get("streams", args.streams),
+        lists={part: file for part, file in lists.items() if file},
         as_clip=labels or args.as_clip,
         label_base=base,
         known=spec.get("classes"),

@@ -243,6 +243,26 @@ def test_the_face_alone_needs_no_bodies(tree, tmp_path, monkeypatch, capsys):
     refused(train_raer.main, [*used, "--streams", "face"], capsys, "--streams")
 
 
+def test_lists_elsewhere_are_those_of_the_run(tree, tmp_path, capsys):
+    data = lists_of(tree, tmp_path / "data", lambda _, *line: line)
+    for part in ("train", "test"):
+        names = [line.rsplit(" ", 2) for line in (data / f"{part}.txt").read_text().splitlines()]
+        lines = [f"/somewhere/{clip} {RAER_CLASSES[int(label) - 1]}\n" for clip, _, label in names]
+        (tmp_path / f"{part}.csv").write_text("".join(lines))
+        (data / f"{part}.txt").unlink()
+    (data / "val.txt").unlink()
+    argv = flags(NET, "--epochs 2 --cache-features --data", data, "--out", tmp_path / "run")
+    given = [f"--train-list={tmp_path}/train.csv", f"--test-list={tmp_path}/test.csv"]
+    assert train_raer.main([*argv, *given]) == 0
+    for more in ([], flags("--data", data, "--test-list", tmp_path / "test.csv")):
+        used = flags("--device cpu --eval", tmp_path / "run", "--out", tmp_path, more)
+        assert train_raer.main(used) == 0
+        found = json.loads((tmp_path / "eval.json").read_text())
+        assert found["eval/test/uar"] == summary(tmp_path / "run")["train/test/uar"]
+    refused(train_raer.main, [*argv, given[0]], capsys, "--test-list")
+    refused(train_raer.main, [*NET, *given], capsys, "--train-list")
+
+
 def test_loose_images_are_predicted_one_by_one(whole, tree, tmp_path, capsys):
     folder = tree / "test" / "clip 2-0"
     argv = flags("--resume", whole, "--device cpu --missing-box full --out", tmp_path)

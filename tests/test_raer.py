@@ -744,6 +744,91 @@ def test_an_image_beside_clips_is_a_clip_and_theirs_keep_their_boxes(tmp_path):
     assert boxes["a"].tolist() == FACE_BOX and np.isnan(boxes["8.png"]).all()
 
 
+# How the projects' own files list clips: the folder of a clip, and its lines by label.
+PUBLIC = {
+    "DFEW": ("Clip/clip_224x224/0000{}", "video_name,label", "{},{}", ("1", "7")),
+    "DFER-CLIP's DFEW": ("DFEW_Frame_Face/0000{}", "", "/data/x/DFEW_Frame_Face/0000{} 3 {}", "06"),
+    "FERV39k": ("2_ClipsforFaceCrop/Action/Happy/000{}", "", "Action/Happy/000{} {}", None),
+    "MAFW": ("data/frames/0000{}", "", "0000{}.mp4 {}", None),
+    "MAE-DFER's": ("data/frames/0000{}", "", "/root/data/frames/0000{} {}", "06"),
+}
+
+
+@pytest.mark.parametrize("form", PUBLIC)
+def test_lists_of_public_projects_are_read(tmp_path, form):
+    folder, header, line, labels = PUBLIC[form]
+    names = [f"class {k}" for k in range(7)]
+    if labels is None:
+        names = ["Angry", "Happy"]
+        labels = names
+    else:
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "classes.txt").write_text("\n".join(names))
+    lists = {}
+    for part, numbers in {"train": (1, 2), "test": (3, 4)}.items():
+        lines = [header] if header else []
+        for number, label in zip(numbers, labels, strict=True):
+            numbered_raer_frame(tmp_path / "data" / folder.format(number) / "0.png", number)
+            for k in (1, 2):
+                numbered_raer_frame(tmp_path / "data" / folder.format(number) / f"{k}.png", number)
+            lines.append(line.format(number, label))
+        lists[part] = str(tmp_path / f"{part}.csv")
+        (tmp_path / f"{part}.csv").write_text("\n".join(lines) + "\n")
+    clips = opened(tmp_path / "data", lists=lists, streams="face", missing_box="full")
+    assert clips.classes == names and clips.splits.tolist() == ["train"] * 2 + ["test"] * 2
+    assert clips.labels.tolist() == [0, len(names) - 1] * 2
+    for k in range(4):
+        ((face,),) = clips.batches([(np.array([k]), np.array([[0]]))], 2)
+        assert (face[0, 0, 0] == k + 1).all()
+    with pytest.raises(InputError, match="test.csv line .*'odd', expected "):
+        (tmp_path / "test.csv").write_text((tmp_path / "test.csv").read_text() + "odd\n")
+        opened(tmp_path / "data", lists=lists, missing_box="full")
+    with pytest.raises(InputError, match="--train-list .*absent.csv cannot be read"):
+        opened(tmp_path / "data", lists={"train": "absent.csv"})
+
+
+def test_labels_that_are_names_are_all_of_them_known(tmp_path):
+    root = numbered_raer(tmp_path / "raer", {"train": [("a/1", 1), ("a/2", 2)]})
+    (root / "train.txt").write_text("a/1 glad\na/2 calm\n")
+    (root / "test.txt").write_text("a/3 glad\n")
+    numbered_raer_frame(root / "a" / "3" / "0.png")
+    clips = opened(root, missing_box="full", known=["glad", "calm", "odd"])
+    assert clips.labels.tolist() == [0, 1, 0] and clips.label_base is None
+    with pytest.raises(
+        InputError, match="line 2: label calm; did you mean calms.*allowed are calms"
+    ):
+        opened(root, known=["calms", "glad"])
+    with pytest.raises(InputError, match="--label-base 1: labels of .* are names"):
+        opened(root, label_base=1)
+    (root / "test.txt").write_text("a/3 1\n")
+    with pytest.raises(InputError, match="some labels are numbers and some are names"):
+        opened(root)
+
+
+def test_folders_of_classes_hold_images_or_folders_of_frames(tmp_path):
+    for k, name in enumerate(["train/calm/1.png", "train/glad/2.png", "train/glad/long/1.png"]):
+        numbered_raer_frame(tmp_path / name, k)
+    numbered_raer_frame(tmp_path / "train/glad/long/2.png", 2)
+    numbered_raer_frame(tmp_path / "testing/glad/1.png", 3)
+    clips = opened(tmp_path, missing_box="full")
+    found = dict(
+        zip(clips.ids, zip(clips.splits, clips.labels, clips.lengths, strict=True), strict=True)
+    )
+    assert clips.classes == ["calm", "glad"] and found == {
+        "train/calm/1.png": ("train", 0, 1),
+        "train/glad/2.png": ("train", 1, 1),
+        "train/glad/long": ("train", 1, 2),
+        "testing/glad/1.png": ("test", 1, 1),
+    }
+    assert "no lists: 4 clips in folders SPLIT/CLASS" in clips.notes
+    (tmp_path / "classes.txt").write_text("glad\ncalm\n")
+    assert opened(tmp_path, missing_box="full").classes == ["glad", "calm"]
+    # With boxes, or another folder, it is RAER's layout, whose lists are missing.
+    (tmp_path / "face.json").write_text("{}")
+    with pytest.raises(InputError, match="no train.txt .*--train-list .*train/CLASS"):
+        opened(tmp_path, missing_box="full")
+
+
 def test_nothing_there_is_refused(tmp_path):
     (tmp_path / "train.txt").write_text("a/1 3 1\n")
     with pytest.raises(InputError, match="no folders of frames there"):

@@ -8,6 +8,7 @@ from 0):
 - `train.txt`, `test.txt` and perhaps `val.txt`, a line a clip: `CLIP_FOLDER NUM_FRAMES LABEL`. The
   folder may have spaces in its name, and may be absolute: what lies above the data is dropped.
   Labels count from 1, or from 0 where a 0 occurs, where nothing else is asked for.
+  Also read are the forms of DFEW's, FERV39k's and MAFW's lists, see `_lines`.
 - the folders of frames that these name.
 - `face.json`: `{clip folder: {frame's file name: [left, top, right, bottom]}}` and `body.json`:
   `{clip folder: [left, top, right, bottom]}`, in pixels of the frame, turned by its EXIF
@@ -17,8 +18,10 @@ from 0):
 - `classes.txt`, a line a class in the order of the labels: the name, and after a tab a description
   for the text encoder. Without this file they are RAER's five.
 
-Without lists, folders of frames are clips without labels; images that lie in the folder itself are
-an item each, whose box has its file's name for a key.
+Without lists and boxes, `SPLIT/CLASS/` has images, a clip each, or folders of frames.
+
+For answers alone, folders of frames are clips without labels; images that lie in the folder itself
+are an item each, whose box has its file's name for a key.
 
 The face stream shows the face's box with a margin, stretched to a square; the context stream the
 body's box, letterboxed in black. One decoding of a frame gives both.
@@ -57,7 +60,7 @@ from common.data.images import (
 )
 from common.data.sampling import hold_out, hold_out_groups, say_lost
 from common.data.synthetic import emotion_clips
-from common.errors import InputError, first_few, plural
+from common.errors import InputError, did_you_mean, first_few, plural
 from common.rng import uniform
 from common.run.content import codes
 
@@ -96,8 +99,8 @@ _FRAME_STREAM = 2**31 + 2  # beside data's and clips' streams; no view has this 
 
 class _Line(NamedTuple):
     clip: str  # as it is listed
-    count: int
-    label: int
+    count: int | None  # of its frames, where the list says it
+    label: int | str
     split: str
     place: str  # file and line number
 
@@ -293,6 +296,7 @@ def open_clips(
     known: list[str] | None = None,
     as_clip=True,
     streams="both",
+    lists: dict[str, str] | None = None,
 ) -> EmotionClips:
     """The clips of a folder or of a .zip, or the embedded data set (`sample`).
 
@@ -313,6 +317,7 @@ def open_clips(
         labels: False takes any folders of frames, as clips without labels or splits.
         label_base: what the lists call the first class; None: 0 where a 0 occurs in them, else 1.
         known: a model's classes in its order, those of data without classes.txt.
+        lists: the files that list the clips of "train" and "test", in the place of those in `path`.
         streams: "both", or "face": no body is read or cut.
         as_clip: images that lie in the folder itself are the frames of one clip; False: each is a
             clip.
@@ -339,16 +344,32 @@ def open_clips(
             " those of a folder as the frames of one clip"
         )
     if labels:
-        lists = _lists(tree)
-        names, descriptions = _classes(tree, known)
-        lines = [line for part, name in lists.items() for line in _lines(tree, name, part)]
-        base = label_base
+        by_folder = None if lists else _class_folders(tree)
+        if by_folder:
+            tree, lines = by_folder
+            notes.append(f"no lists: {plural(len(lines), 'clip')} in folders SPLIT/CLASS")
+        else:
+            texts = _list_texts(tree, lists or {}, notes)
+            lines = [
+                line
+                for part, (place, text) in texts.items()
+                for line in _lines(tree.path, place, text, part)
+            ]
+        base, named = label_base, sorted({x.label for x in lines if isinstance(x.label, str)})
+        if named and len(named) < len({line.label for line in lines}):
+            raise InputError(f"{path}: some labels are numbers and some are names; give one kind")
+        names, descriptions = _classes(tree, known, named)
+        if named and base is not None and known is None:
+            raise InputError(f"--label-base {base}: labels of {path} are names; leave it out")
+        if named:
+            base, lines = 0, _numbered(tree.path, lines, names)
         if base is None:
             base = 0 if any(line.label == 0 for line in lines) else 1
-        notes.append(_check_labels(tree, lines, base, names))
+        note = _check_labels(tree, lines, base, names)
+        notes.append(f"labels are names: {', '.join(names)}" if named else note)
         if names == list(CLASSES) and _position(tree, "classes.txt") is None:
-            notes[0] += " (RAER's classes, the default without classes.txt)"
-        found = _found([line.clip for line in lines], tree.folders)
+            notes[-1] += " (RAER's classes, the default without classes.txt)"
+        found = _found_loosely([line.clip for line in lines], tree.folders, (_stem,))
         lines = [line._replace(clip=found.get(line.clip, line.clip)) for line in lines]
         _refuse_repeats(path, lines)
     else:
@@ -400,7 +421,7 @@ def open_clips(
         descriptions=descriptions,
         notes=notes,
     )
-    clips.label_base = base if labels else None
+    clips.label_base = base if labels and not named else None
     clips.num_absent = len(listed) - len(lines)
     return clips
 
@@ -621,7 +642,8 @@ def _lists(tree: _Tree) -> dict[str, int]:
     if not positions:
         raise InputError(
             f"{tree.path}: no train.txt or test.txt there,"
-            " with lines `clip_folder num_frames label`"
+            " with lines `clip_folder num_frames label`; --train-list and --test-list name them"
+            " elsewhere, or give folders train/CLASS and test/CLASS"
         )
     return {part: positions[part] for part in ("train", "val", "test") if part in positions}
 
@@ -642,11 +664,16 @@ def _content(tree: _Tree, position: int) -> bytes:
         raise InputError(f"{tree.path}: {name} cannot be read: {reason(error)}") from None
 
 
-def _classes(tree: _Tree, known: list[str] | None) -> tuple[list[str], list[str]]:
-    """Names and descriptions; of a model's `known` classes the names alone."""
+def _classes(tree: _Tree, known: list[str] | None, named: list[str]) -> tuple[list[str], list[str]]:
+    """Names and descriptions; of a model's `known` classes the names alone.
+
+    Without classes.txt they are those that the lists name (`named`), or RAER's.
+    """
     position = _position(tree, "classes.txt")
     if position is None and known:
         return known, []
+    if position is None and named:
+        return named, [CLASSES.get(name, f"an expression of {name}") for name in named]
     if position is None:
         return list(CLASSES), list(CLASSES.values())
     rows = [line.partition("\t") for line in _text(tree, position).splitlines() if line.strip()]
@@ -678,21 +705,94 @@ def _classes(tree: _Tree, known: list[str] | None) -> tuple[list[str], list[str]
     return names, descriptions
 
 
-def _lines(tree: _Tree, position: int, part: str) -> list[_Line]:
+def _class_folders(tree: _Tree) -> tuple[_Tree, list[_Line]] | None:
+    """The clips of folders SPLIT/CLASS without lists and boxes, or None.
+
+    Images that lie there are a clip of one frame each, folders below it one clip each.
+    """
+    files = ("train.txt", "val.txt", "test.txt", "face.json", "body.json")
+    parts = {folder: folder.split("/") for folder in tree.folders}
+    fits = all(len(names) > 1 and names[0].lower() in SPLITS for names in parts.values())
+    if not fits or any(_position(tree, name) is not None for name in files):
+        return None
+    folders, lines = {}, []
+    for folder, (part, label, *deeper) in parts.items():
+        rows = tree.folders[folder]
+        clips = {folder: rows} if deeper else {tree.names[i]: [i] for i in rows}
+        folders |= clips
+        lines += [_Line(clip, None, label, SPLITS[part.lower()], clip) for clip in clips]
+    return tree._replace(folders=folders), lines
+
+
+def _list_texts(tree: _Tree, lists: dict[str, str], notes: list[str]) -> dict[str, tuple[str, str]]:
+    """The place, for messages, and the text of the list of each split."""
+    if not lists:
+        return {
+            part: (tree.names[position], _text(tree, position))
+            for part, position in _lists(tree).items()
+        }
+    texts = {}
+    for part, file in lists.items():
+        try:
+            texts[part] = file, reading.decode_table(reading.read_bytes(file), file)
+        except UnicodeDecodeError as error:
+            raise InputError(f"--{part}-list {file} is not UTF-8 text: {error}") from None
+        except DECODE_ERRORS as error:
+            raise InputError(f"--{part}-list {file} cannot be read: {reason(error)}") from None
+    notes.append("clips are listed by " + ", ".join(f"{file} ({p})" for p, file in lists.items()))
+    return texts
+
+
+def _lines(path: str, name: str, text: str, part: str) -> list[_Line]:
+    """The clips of a list.
+
+    All lines have one form: `clip_folder num_frames label` (RAER's, DFER-CLIP's), `clip label`
+    (FERV39k's and MAFW's official lists, whose labels are names), or the columns `video_name,label`
+    (DFEW's official ones, whose names are numbers of five digits).
+
+    Raises:
+        InputError: a line has another form.
+    """
+    rows = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    header = [cell.strip().lower() for cell in rows[0][1].split(",")] if rows else []
+    table = {"video_name", "label"} <= set(header)
+    width = 2
+    if table:
+        form = "`video_name,label`"
+        rows = rows[1:]
+    elif rows and len(fields := rows[0][1].rsplit(maxsplit=2)) == 3 and fields[1].isdecimal():
+        form, width = "`clip_folder num_frames label`", 3
+    else:
+        form = "`clip_folder num_frames label`, `clip label` or columns `video_name,label`"
     lines = []
-    for number, line in enumerate(_text(tree, position).splitlines(), 1):
-        fields = line.rsplit(maxsplit=2)
-        place = f"{tree.names[position]} line {number}"
-        if not fields:
-            continue
-        numbers = all(field.isdecimal() and len(field) < 18 for field in fields[1:])
-        if len(fields) < 3 or not numbers:
-            raise InputError(
-                f"{tree.path}: {place}: {line!r}, expected `clip_folder num_frames label`"
-            )
+    for number, line in rows:
+        place = f"{name} line {number}"
+        if table:
+            cells = dict(zip(header, [cell.strip() for cell in line.split(",")], strict=False))
+            fields = [cells.get("video_name", "").zfill(5), cells.get("label", "")]
+        else:
+            fields = line.rsplit(maxsplit=width - 1)
+        numbers = fields[1:] if width == 3 or table else []
+        if len(fields) < width or not all(x.isdecimal() and len(x) < 18 for x in numbers):
+            raise InputError(f"{path}: {place}: {line!r:.100}, expected {form}")
         clip = str(PurePosixPath(fields[0].strip().replace("\\", "/")))
-        lines.append(_Line(clip, int(fields[1]), int(fields[2]), part, place))
+        label = int(fields[-1]) if fields[-1].isdecimal() else fields[-1]
+        count = int(fields[1]) if width == 3 else None
+        lines.append(_Line(clip, count, label, part, place))
     return lines
+
+
+def _numbered(path: str, lines: list[_Line], names: list[str]) -> list[_Line]:
+    """Lines whose labels are names, with these names' numbers, counted from 0."""
+    number = {name: i for i, name in enumerate(names)}
+    for line in lines:
+        if line.label not in number:
+            hint = did_you_mean(line.label, names)
+            raise InputError(
+                f"{path}: {line.place}: label {line.label}{hint}, allowed are {', '.join(names)};"
+                " fix it, or name every class in classes.txt"
+            )
+    return [line._replace(label=number[line.label]) for line in lines]
 
 
 def _check_labels(tree: _Tree, lines: list[_Line], base: int, names: list[str]) -> str:
@@ -733,7 +833,7 @@ def _with_frames(
     wrong = [
         f"{line.clip} has {len(tree.folders[line.clip])} frames, {line.place} says {line.count}"
         for line in there
-        if len(tree.folders[line.clip]) != line.count
+        if line.count not in (None, len(tree.folders[line.clip]))
     ]
     if on_bad_item == "error" and absent:
         raise InputError(
@@ -853,10 +953,13 @@ def _found(listed: list[str], there: Collection[str]) -> dict[str, str]:
     return found
 
 
-def _found_loosely(keys: list[str], there: Collection[str]) -> dict[str, str]:
-    """As `_found`, also in another case, with an extension, and by base names that are unique."""
+def _found_loosely(keys: list[str], there: Collection[str], forms=()) -> dict[str, str]:
+    """As `_found`, also by other forms of the names, where these are unique.
+
+    Unset: in another case, with an extension, and by base names.
+    """
     found = _found(keys, there)
-    for form in (_plain, lambda name: posixpath.basename(_plain(name))):
+    for form in forms or (_plain, lambda name: posixpath.basename(_plain(name))):
         left = [key for key in keys if key not in found]
         of_form = defaultdict(list)
         for folder in there:
@@ -870,6 +973,12 @@ def _found_loosely(keys: list[str], there: Collection[str]) -> dict[str, str]:
             if folder is not None and folder not in taken:
                 found[key] = folder
     return found
+
+
+def _stem(name: str) -> str:
+    # As lists call a folder of frames or a file of video by each other's name.
+    stem, extension = posixpath.splitext(name)
+    return stem if extension.lower() in VIDEO_SUFFIXES else name
 
 
 def _plain(name: str) -> str:
