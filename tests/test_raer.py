@@ -829,6 +829,48 @@ def test_folders_of_classes_hold_images_or_folders_of_frames(tmp_path):
         opened(tmp_path, missing_box="full")
 
 
+def test_video_files_are_clips(tmp_path, monkeypatch):
+    pytest.importorskip("torchcodec", reason="pip install torchcodec, and FFmpeg")
+    from torchcodec.encoders import VideoEncoder
+
+    root = tmp_path / "dfew"
+    (root / "Clip" / "original").mkdir(parents=True)
+    for number, length in {1: 9, 2: 5, 12: 6}.items():
+        frames = torch.zeros(length, 3, 48, 64, dtype=torch.uint8)
+        frames[..., :32] = 20 * number
+        frames[:, :, :, 32:] = torch.arange(length, dtype=torch.uint8)[:, None, None, None] * 20
+        VideoEncoder(frames, frame_rate=25).to_file(str(root / f"Clip/original/{number}.mp4"))
+    (root / "train.txt").write_text("00001 1\n00012 2\n")
+    (root / "test.txt").write_text("00002 3\n")
+    boxes = {"12.mp4": {f"{k}": [0, 0, 32, 48] for k in range(6)}}
+    (root / "face.json").write_text(json.dumps(boxes))
+    clips = opened(root, streams="face", missing_box="full")
+    assert clips.ids == [f"Clip/original/{k}.mp4" for k in (1, 12, 2)]
+    assert clips.lengths.tolist() == [9, 6, 5]
+    assert "14 of 20 frames have no face box" in clips.notes[1]
+    ((face,),) = clips.batches([(np.array([0, 1]), np.array([[8, 0], [5, 0]]))], 2)
+    whole, cropped = face.float()
+    side = face.shape[-1]
+    assert whole[0, 0, side // 2, side // 4].item() == pytest.approx(20, abs=6)
+    assert whole[0, 0, side // 2, side * 3 // 4].item() == pytest.approx(160, abs=6)
+    assert cropped[:, :, side // 2, side // 2].flatten().tolist() == pytest.approx([240] * 6, abs=6)
+    monkeypatch.chdir(root / "Clip" / "original")
+    both = opened(("1.mp4", "2.mp4"), labels=False, missing_box="full")
+    assert both.ids == ["1.mp4", "2.mp4"] and both.lengths.tolist() == [9, 5]
+    assert shown(both, 1, [4])[1].shape == (1, 3, side, side)
+    alone = opened("1.mp4", labels=False, as_clip=False, missing_box="full")
+    assert len(alone) == 1 and alone.lengths.tolist() == [9]
+    (root / "Clip" / "original" / "2.mp4").write_bytes(b"no video")
+    with pytest.raises(InputError, match=r"1 of 3 video files cannot be read .*2\.mp4.* skip"):
+        opened(root, streams="face", missing_box="full")
+    numbered_raer_frame(root / "a" / "1.png")
+    with pytest.raises(InputError, match="some are video files and some are images"):
+        opened(("1.mp4", str(root / "a")), labels=False)
+    (root / "face.json").unlink()
+    left = opened(root, labels=False, missing_box="full")
+    assert len(left) == 1 and "3 video files beside folders of frames left out" in left.notes[0]
+
+
 def test_nothing_there_is_refused(tmp_path):
     (tmp_path / "train.txt").write_text("a/1 3 1\n")
     with pytest.raises(InputError, match="no folders of frames there"):

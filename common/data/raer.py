@@ -43,7 +43,7 @@ from PIL import Image
 from torch import Tensor
 
 from common import live, reading
-from common.data.clips import VIDEO_SUFFIXES, Videos, natural_order, renaming
+from common.data.clips import VIDEO_SUFFIXES, VideoFiles, Videos, natural_order, renaming
 from common.data.groups import refuse_spanning
 from common.data.images import (
     DECODE_ERRORS,
@@ -105,8 +105,10 @@ class _Line(NamedTuple):
     place: str  # file and line number
 
 
-class TwoStreams(Images):
-    """Frames as uint8 (2, 3, store_size, store_size): the face's square, and the context's.
+class _Streams:
+    """What `Images` decodes as the two streams.
+
+    Frames as uint8 (2, 3, store_size, store_size): the face's square, and the context's.
 
     Where `bodies` is None it is the face's alone, (1, 3, store_size, store_size).
 
@@ -119,25 +121,11 @@ class TwoStreams(Images):
 
     _drafts = False  # the boxes count pixels of the frame as it is
 
-    def __init__(
-        self,
-        name: str,
-        files: list[str],
-        sizes,
-        read,
-        faces: np.ndarray,
-        bodies: np.ndarray | None,
-        margin: float,
-        keys=(),
-    ):
+    def _set_boxes(self, faces: np.ndarray, bodies: np.ndarray | None, margin: float) -> None:
         self.faces = faces
         self.bodies = bodies
         self.margin = margin
-        labels = [UNLABELED] * len(files)
-        splits = [""] * len(files)
-        super().__init__(name, files, labels, [], splits, sizes=sizes, keys=keys, read=read)
         boxes = [faces] if bodies is None else [faces, bodies]
-        self.content.facts["box"] = codes(np.concatenate(boxes, 1))
         told = self.fingerprint.encode() + b"".join(rows.tobytes() for rows in boxes)
         self.fingerprint = hashlib.sha256(told).hexdigest()[:8]
 
@@ -151,6 +139,32 @@ class TwoStreams(Images):
             return face[None]
         context = letterbox(image, self.bodies[index], self.store_size)
         return torch.stack([face, context])
+
+
+class TwoStreams(_Streams, Images):
+    """Two streams of the frames in files of images; arguments as `Images` takes them, and boxes."""
+
+    def __init__(
+        self, name: str, files: list[str], sizes, read, faces, bodies, margin: float, keys=()
+    ):
+        labels = [UNLABELED] * len(files)
+        splits = [""] * len(files)
+        super().__init__(name, files, labels, [], splits, sizes=sizes, keys=keys, read=read)
+        boxes = [faces] if bodies is None else [faces, bodies]
+        self.content.facts["box"] = codes(np.concatenate(boxes, 1))
+        self._set_boxes(faces, bodies, margin)
+
+
+class VideoStreams(_Streams, VideoFiles):
+    """Two streams of the frames of video files; the boxes follow when the frames are counted."""
+
+    def take_boxes(self, frames: np.ndarray, faces, bodies, margin: float) -> None:
+        """Set the boxes (n, 4) of `frames` (n,); no other frame is decoded then."""
+        every = np.full((2, len(self), 4), np.nan)
+        every[0, frames] = faces
+        if bodies is not None:
+            every[1, frames] = bodies
+        self._set_boxes(every[0], None if bodies is None else every[1], margin)
 
 
 class EmotionClips(Videos):
@@ -337,7 +351,10 @@ def open_clips(
         tree = _joined(path, as_clip)
         path = title = tree.path
     names, descriptions = list(CLASSES), list(CLASSES.values())
-    notes = []
+    notes = list(tree.notes)
+    videos = None
+    if tree.videos:
+        tree, videos = _with_videos(tree, title, workers, on_bad_item, notes)
     if tree.num_loose > 1:
         notes.append(
             f"{tree.num_loose} images lie in no folder of a clip: each is an item; --as-clip takes"
@@ -392,24 +409,31 @@ def open_clips(
     counts = [len(rows) for _, rows in used]
     ends = np.cumsum(counts)
     frames = np.split(np.arange(ends[-1]), ends[:-1])
+    faces = np.concatenate([faces_of[line.clip][rows] for line, rows in used])
+    bodies = None
+    if with_body:
+        bodies = np.repeat([body_of[line.clip] for line, _ in used], counts, axis=0)
 
     def content(index: int) -> bytes:
         return tree.read(position[index])
 
-    images = TwoStreams(
-        title,
-        [tree.names[i] for i in position],
-        [tree.sizes[i] for i in position],
-        content,
-        faces=np.concatenate([faces_of[line.clip][rows] for line, rows in used]),
-        bodies=np.repeat([body_of[line.clip] for line, _ in used], counts, axis=0)
-        if with_body
-        else None,
-        margin=margin,
-        keys=[tree.keys[i] for i in position],
-    )
-    firsts = [indices[0] for indices in frames]
-    _refuse_degenerate(path, images, content, firsts, workers, box_format)
+    if videos is not None:
+        of_frames = np.array(position) - len(tree.sizes)
+        images, frames = videos, np.split(of_frames, ends[:-1])
+        images.take_boxes(of_frames, faces, bodies, margin)
+    else:
+        images = TwoStreams(
+            title,
+            [tree.names[i] for i in position],
+            [tree.sizes[i] for i in position],
+            content,
+            faces=faces,
+            bodies=bodies,
+            margin=margin,
+            keys=[tree.keys[i] for i in position],
+        )
+        firsts = [indices[0] for indices in frames]
+        _refuse_degenerate(path, images, content, firsts, workers, box_format)
     clips = EmotionClips(
         title,
         ids=[line.clip or Path(path).stem for line, _ in used],
@@ -545,7 +569,7 @@ def _sample(with_body: bool) -> EmotionClips:
 
 
 def _is_wanted(name: str) -> bool:
-    return name.lower().endswith((*SUFFIXES, ".txt", ".json")) and not hidden(name)
+    return name.lower().endswith((*SUFFIXES, *VIDEO_SUFFIXES, ".txt", ".json")) and not hidden(name)
 
 
 class _Tree(NamedTuple):
@@ -556,26 +580,39 @@ class _Tree(NamedTuple):
     sizes: list[int]
     keys: list[int]
     num_loose: int = 0  # images that are a clip each
+    videos: dict[str, int] = {}  # positions of video files, by clip; their folders are empty
+    notes: tuple[str, ...] = ()
     parts: dict[str, "_Tree"] = {}  # of several paths, by path
 
 
 def _tree(path: str, as_clip: bool) -> _Tree:
-    alone = path.lower().endswith(SUFFIXES) and not Path(path).is_dir()
-    files, sizes, keys, read = list_files((path,) if alone else path, _is_wanted, SUFFIXES)
+    suffixes = (*SUFFIXES, *VIDEO_SUFFIXES)
+    alone = path.lower().endswith(suffixes) and not Path(path).is_dir()
+    files, sizes, keys, read = list_files((path,) if alone else path, _is_wanted, suffixes)
     top = posixpath.commonpath([posixpath.dirname(name) for name in files]) if files else ""
     names = [name[len(top) :].lstrip("/") for name in files]
     folders = defaultdict(list)
     for i, name in enumerate(names):
         if is_image(name):
             folders[posixpath.dirname(name)].append(i)
+    videos = {
+        "" if alone else name: i
+        for i, name in enumerate(names)
+        if name.lower().endswith(VIDEO_SUFFIXES)
+    }
+    notes = ()
+    if folders and videos:
+        notes = (f"{path}: {plural(len(videos), 'video file')} beside folders of frames left out",)
+        videos = {}
+    folders |= {name: [] for name in videos}
     if not folders:
-        raise InputError(f"{path}: no folders of frames there; allowed are {', '.join(SUFFIXES)}")
+        raise InputError(f"{path}: no folders of frames there; allowed are {', '.join(suffixes)}")
     for frames in folders.values():
         frames.sort(key=lambda i: natural_order(names[i]))
     # In an archive the images of its only folder lie loose, too.
     loose = [] if as_clip or alone or (top and Path(path).is_dir()) else folders.pop("", [])
     folders |= {names[i]: [i] for i in loose}
-    return _Tree(path, names, dict(folders), read, sizes, keys, len(loose))
+    return _Tree(path, names, dict(folders), read, sizes, keys, len(loose), videos, notes)
 
 
 def _joined(paths: tuple[str, ...], as_clip: bool) -> _Tree:
@@ -583,10 +620,12 @@ def _joined(paths: tuple[str, ...], as_clip: bool) -> _Tree:
     parts = {path: _tree(path, as_clip) for path in paths}
     names: list[str] = []
     folders: dict[str, list[int]] = {}
+    videos: dict[str, int] = {}
     where: list[tuple[_Tree, int]] = []
     for path, tree in parts.items():
         for folder, rows in tree.folders.items():
             folders[_below(path, folder)] = [len(names) + row for row in rows]
+        videos |= {_below(path, clip): len(names) + i for clip, i in tree.videos.items()}
         names += [posixpath.join(path, name) for name in tree.names]
         where += [(tree, i) for i in range(len(tree.names))]
 
@@ -597,7 +636,44 @@ def _joined(paths: tuple[str, ...], as_clip: bool) -> _Tree:
     sizes = [size for tree in parts.values() for size in tree.sizes]
     keys = [key for tree in parts.values() for key in tree.keys]
     num_loose = sum(tree.num_loose for tree in parts.values())
-    return _Tree(first_few(paths), names, folders, read, sizes, keys, num_loose, parts)
+    notes = tuple(note for tree in parts.values() for note in tree.notes)
+    if videos and len(videos) < len(folders):
+        raise InputError(
+            f"{first_few(paths)}: some are video files and some are images; give one kind at a time"
+        )
+    return _Tree(
+        first_few(paths), names, folders, read, sizes, keys, num_loose, videos, notes, parts
+    )
+
+
+def _with_videos(
+    tree: _Tree, title: str, workers: int, on_bad_item: str, notes: list[str]
+) -> tuple[_Tree, VideoStreams]:
+    """The tree with the frames of its video files, which are numbered behind its files."""
+    rows = list(tree.videos.values())
+    opened = VideoStreams(
+        title,
+        [tree.names[i] for i in rows],
+        [tree.sizes[i] for i in rows],
+        lambda index: tree.read(rows[index]),
+        workers,
+        keys=[tree.keys[i] for i in rows],
+    )
+    if opened.errors:
+        first = min(opened.errors)
+        fault = (
+            f"{len(opened.errors)} of {plural(len(rows), 'video file')} cannot be read"
+            f" (first: {tree.names[rows[first]]}: {opened.errors[first]})"
+        )
+        if on_bad_item == "error":
+            raise InputError(f"{tree.path}: {fault}; --on-bad-item skip leaves them out")
+        notes.append(fault)
+    folders = {
+        clip: list(len(tree.sizes) + opened.file_frames(k))
+        for k, clip in enumerate(tree.videos)
+        if k not in opened.errors
+    }
+    return tree._replace(names=tree.names + opened.ids, folders=folders), opened
 
 
 def _below(path: str, folder: str) -> str:
@@ -976,9 +1052,10 @@ def _found_loosely(keys: list[str], there: Collection[str], forms=()) -> dict[st
 
 
 def _stem(name: str) -> str:
-    # As lists call a folder of frames or a file of video by each other's name.
+    # A list may name a video's folder or its file, and number it with or without zeros.
     stem, extension = posixpath.splitext(name)
-    return stem if extension.lower() in VIDEO_SUFFIXES else name
+    folder, base = posixpath.split(stem if extension.lower() in VIDEO_SUFFIXES else name)
+    return posixpath.join(folder, base.zfill(5) if base.isdecimal() else base)
 
 
 def _plain(name: str) -> str:
@@ -1017,6 +1094,8 @@ def _face_boxes(tree: _Tree, lines: list[_Line], box_format: str) -> dict[str, n
                 f" got {by_file!r:.60}"
             )
         files = [posixpath.basename(tree.names[i]) for i in tree.folders[line.clip]]
+        if tree.videos:
+            files = [file.rpartition("#")[2] for file in files]
         if by_file and not by_file.keys() & set(files):
             plain = {_plain(posixpath.basename(file)): box for file, box in by_file.items()}
             by_file = {file: plain[_plain(file)] for file in files if _plain(file) in plain}
