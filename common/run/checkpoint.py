@@ -142,36 +142,18 @@ def _is_whole(path: Path) -> bool:
         return file.read() == _MARK + hasher.hexdigest().encode()
 
 
-class Unread(dict):
-    """What stands for an object of a class that is not imported: empty, whatever is said of it."""
-
-    def __init__(self, *args, **kwargs):
-        pass
-
-    def __setstate__(self, state):
-        pass
+class AsksToRun(InputError):
+    """A file whose objects are of classes, which `torch.load` would have to import."""
 
 
-def _stand_ins(data: bytes) -> list[tuple[type, str]]:
-    # One for each name that a file of torch.save asks to import.
-    if not zipfile.is_zipfile(io.BytesIO(data)):
-        return []
-    names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
-    return [(type(name, (Unread,), {}), name) for name in names]
-
-
-def load(path: Path, with_objects: bool = False) -> dict:
+def load(path: Path) -> dict:
     """Read a checkpoint on the CPU after checking every byte of it.
 
     A file without our mark is read unchecked.
 
-    Args:
-        with_objects: let it hold objects of any class beside the tensors, as other projects keep
-            their meters and settings; each becomes `Unread`, and nothing of it is imported or run.
-
     Raises:
         InputError: missing, damaged, of another run format, or not a file of tensors and plain
-            values.
+            values; where it has others, `AsksToRun`.
     """
     path = Path(path)
     try:
@@ -187,14 +169,8 @@ def load(path: Path, with_objects: bool = False) -> dict:
         raise InputError(f"checkpoint {path} is damaged: it is cut short")
     try:
         _refuse_bombs(data, path)
-        stand_ins = _stand_ins(data) if with_objects else []
-        with (
-            warnings.catch_warnings(action="ignore"),  # what cannot be read is refused
-            torch.serialization.safe_globals(stand_ins),
-        ):
+        with warnings.catch_warnings(action="ignore"):  # what cannot be read is refused
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        if isinstance(state, Unread):
-            raise UnpicklingError(f"GLOBAL {type(state).__name__}")
         _check_sizes(state, len(data), path)
     except InputError:
         raise
@@ -204,8 +180,11 @@ def load(path: Path, with_objects: bool = False) -> dict:
         # torch's own text advises to run what the file asks for.
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         if wanted:
-            reason = f"it asks to run {wanted[1]}; store its state dict alone"
-        elif isinstance(error, (RuntimeError, OSError)):
+            raise AsksToRun(
+                f"checkpoint {path} is not a file of tensors and plain values: it asks to run"
+                f" {wanted[1]}; store its state dict alone"
+            ) from None
+        if isinstance(error, (RuntimeError, OSError)):
             reason = str(error).split("\n")[0].split(" This is an internal")[0][:200].strip()
         else:
             reason = "its pickle is damaged or of another format"
