@@ -520,9 +520,9 @@ def load_backbone(source: str, script: str) -> tuple[dict[str, Tensor], dict]:
     else:
         state = checkpoint.load(path)
     model_spec = state.get("model_spec", {}) if isinstance(state, dict) else {}
-    sizes = ("image_size", "proj_dim")
+    kinds = {"image_size": int, "proj_dim": int, "normalization": list}
     if not isinstance(model_spec, dict) or not all(
-        type(model_spec.get(name, 1)) is int for name in sizes
+        type(model_spec.get(name, kind())) is kind for name, kind in kinds.items()
     ):
         raise InputError(f"--from {source}: its model_spec is none of train_{script}.py")
     if model_spec.get("script", script) != script:
