@@ -43,7 +43,7 @@ from common.errors import InputError, aligned, plural, say
 from common.export import PROBABILITIES, ExportSpec
 from common.features import stored_features
 from common.live import digits
-from common.longtail import Phase, Schedule, read_schedule
+from common.longtail import Augmentation, Phase, Schedule, read_schedule
 from common.models.clip import ACTIVATIONS, OPENAI, VARIANTS
 from common.models.raer import (
     STREAMS,
@@ -79,9 +79,6 @@ CARD = Card(
 )
 STAGE = {"bs": 32, "lr": 1e-2, "wd": 1e-4, "optimizer": "sgd", "warmup_epochs": 0.0}
 PRETRAINED_IMAGE_LR = 1e-5  # CLIP-CAER's; a tower that does not start from CLIP trains at --lr
-JITTER = (0.3, 0.3, 0.3, 0.1)  # brightness, contrast, saturation, hue
-DEGREES = 15
-CROP = (0.5, 1.0)  # of the area
 DEMO = {
     "backbone": "vit_tiny",
     "num_frames": 8,
@@ -279,10 +276,23 @@ def parse_args(argv: list[str] | None = None):
         "--prompt-lr", float, 1e-3, "learning rate of the learned tokens of --num-context", low=0
     )
     group.number(
+        "--fusion-lr",
+        float,
+        None,
+        "learning rate of the fusion of the streams; unset: --lr (CLIP-CAER: 1e-5)",
+        low=0,
+    )
+    group.choice(
+        "--select",
+        ["uar", "war"],
+        "uar",
+        "figure on the validation clips by which the best epoch is chosen",
+    )
+    group.number(
         "--patience",
         int,
         None,
-        "validations without a better UAR before training stops; unset: it never stops early",
+        "validations without a better --select before training stops; unset: it never stops early",
         low=1,
     )
     reading = ["missing_box", "face_margin", "box_format", "allow_missing"]
@@ -419,6 +429,11 @@ def validate(
     counts = np.bincount(clips.labels[splits["train"]], minlength=len(clips.classes))
     sampling.check_batch("train", stage.bs, len(splits["train"]), world.world_size * args.accum)
     longtail.check(table, counts, args.la_prior, world.say)
+    if (args.cache_features or args.augment == "none") and table.augmentation != Augmentation():
+        raise InputError(
+            f"--schedule {args.schedule}: its augmentation has no effect with --cache-features or"
+            " --augment none; leave one out"
+        )
     return counts
 
 
@@ -438,13 +453,17 @@ def build_model(run: Run, published=None) -> RaerModel:
 
 def build_optimizer(run: Run, model: RaerModel) -> torch.optim.Optimizer:
     """One or two groups a part, each with the part's own peak rate."""
-    stage, groups = run.stages["train"], []
-    for part, modules in model.parts().items():
+    stage, groups, parts = run.stages["train"], [], model.parts()
+    if run.args.fusion_lr is not None:
+        parts["temporal"] = [part for part in parts["temporal"] if part is not model.fusion]
+        parts["fusion"] = [model.fusion]
+    for part, modules in parts.items():
         if any(p.requires_grad for module in modules for p in module.parameters()):
             rate = {
                 "temporal": stage.lr,
                 "image": run.model_spec["image_lr"],
                 "prompts": run.args.prompt_lr,
+                "fusion": run.args.fusion_lr,
             }[part]
             groups += [g | {"lr": rate} for g in optim.param_groups(modules, stage.wd)]
     return optim.build_optimizer(stage.optimizer, groups, lr=stage.lr)
@@ -499,9 +518,18 @@ def frames_of(run: Run, batch: Batch) -> Tensor:
         if as_stored:
             x = augment.resize(frames, size)
         else:
+            vary = run.schedule.augmentation
             params = augment.clip_params(
-                args.seed, batch.epoch, batch.items, 0, side, JITTER, CROP, DEGREES
+                args.seed,
+                batch.epoch,
+                batch.items,
+                0,
+                side,
+                (*(vary.jitter,) * 3, vary.hue),
+                (vary.crop, 1.0),
+                vary.degrees,
             )
+            params.flip &= vary.mirror
             x = augment.make_view(frames, params.repeat(length), size)
         views.append(augment.normalize(x, mean, std).unflatten(0, (count, length)))
     return torch.stack(views, 1)
@@ -617,8 +645,8 @@ def audit_phase(run: Run, model: RaerModel, phase: Phase, cached: Tensor | None)
 
 
 def train(run: Run, published) -> None:
-    """Train by the schedule, validate every --eval-every epochs, and test the epoch of the best UAR
-    on the validation split.
+    """Train by the schedule, validate every --eval-every epochs, and test the epoch of the best
+    --select on the validation split.
     """
     args, world, log, clips = run.args, run.world, run.log, run.data
     stage = run.stages["train"]
@@ -677,8 +705,8 @@ def train(run: Run, published) -> None:
             tau = longtail.best_tau(args.method, counts, model, logits, clips.labels[val])
             scores = longtail.decide(args.method, counts, model, logits, tau)
             values |= score(run, "train/val", val, scores, log.say) | {"train/val/tau": tau}
-            uar = values["train/val/uar"]
-            progress.select(uar, model.state_dict(), values, higher_is_better=True)
+            value = values[f"train/val/{args.select}"]
+            progress.select(value, model.state_dict(), values, higher_is_better=True)
             progress.results = values
         loop.end_epoch(values | phase_values(phase))
 
@@ -761,7 +789,7 @@ def check_spec(run: Run, published) -> CheckSpec:
     args, stage, spec = run.args, run.stages["train"], run.model_spec
     audit_run = run
     phase = run.schedule.phases[0]
-    run = replace(run, schedule=Schedule(stage.epochs, (phase,)))
+    run = replace(run, schedule=replace(run.schedule, epochs=stage.epochs, phases=(phase,)))
     larger = run.with_spec(temporal_layers=1 + spec["temporal_layers"])
     return CheckSpec(
         run=run,
@@ -877,7 +905,7 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
     spec = dict(
         script=CARD.name,
         classes=clips.classes,
-        schedule=[written.epochs, *map(asdict, written.phases)],
+        schedule=written.as_list(),
         **{name: getattr(args, name) for name in MODEL_FLAGS},
         tune=tuned_part(args),
         counts=counts.tolist(),

@@ -71,11 +71,39 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class Augmentation:
+    """How training clips vary, all frames of a clip alike.
+
+    Attributes:
+        jitter: brightness, contrast and saturation vary by factors in 1 +- jitter.
+        hue: varies by +- hue turns.
+        degrees: the rotation is uniform in +- degrees.
+        crop: smallest share of the area that a random resized crop keeps; 1: all.
+        mirror: whether half of the clips are mirrored.
+    """
+
+    jitter: float = 0.3
+    hue: float = 0.1
+    degrees: float = 15.0
+    crop: float = 0.5
+    mirror: bool = True
+
+
+_MOST = {"jitter": 1, "hue": 0.5, "degrees": 180, "crop": 1}
+
+
+@dataclass(frozen=True)
 class Schedule:
     """Phases in the order of their starts, the first at 0, over `epochs` epochs."""
 
     epochs: int
     phases: tuple[Phase, ...]
+    augmentation: Augmentation = Augmentation()
+
+    def as_list(self) -> list:
+        """All that tells one schedule from another, as plain values."""
+        changed = [] if self.augmentation == Augmentation() else [asdict(self.augmentation)]
+        return [self.epochs, *map(asdict, self.phases), *changed]
 
     def index(self, epoch: int) -> int:
         """Which phase an epoch belongs to; one beyond the end to the last."""
@@ -107,7 +135,7 @@ class Schedule:
         ]
         ends = [phase.start for phase in phases[1:]] + [epochs]
         lasting = [phase for phase, end in zip(phases, ends, strict=True) if phase.start < end]
-        return Schedule(epochs, tuple(lasting))
+        return replace(self, epochs=epochs, phases=tuple(lasting))
 
     def cells(self) -> list[list[str]]:
         """The table as text: a header, then a row a phase; constant columns left out."""
@@ -193,7 +221,8 @@ def read_schedule(path: str) -> Schedule:
     """A schedule from a TOML or JSON file.
 
     It has `epochs`, `phases`, a list of tables with the attributes of `Phase`, and perhaps
-    `allow_double_balance`: whether a phase may have a weighted sampler and class weights at once.
+    `augmentation`, a table with those of `Augmentation`, and `allow_double_balance`: whether a
+    phase may have a weighted sampler and class weights at once.
 
     Raises:
         InputError: it cannot be read, or says something that no schedule has.
@@ -210,10 +239,11 @@ def read_schedule(path: str) -> Schedule:
         raise InputError(
             f"--schedule {path}: allow_double_balance is {double!r}, allowed true, false"
         )
+    varied = table.pop("augmentation", {}) if isinstance(table, dict) else {}
     wanted = ["epochs", "phases"]
     for key in table if isinstance(table, dict) else []:
         if key not in wanted:
-            known = [*wanted, "allow_double_balance"]
+            known = [*wanted, "augmentation", "allow_double_balance"]
             raise InputError(
                 f"--schedule {path}: unknown key {key!r}{did_you_mean(key, known)}; allowed are"
                 f" {', '.join(known)}"
@@ -241,7 +271,28 @@ def read_schedule(path: str) -> Schedule:
         raise InputError(
             f"--schedule {path}: starts must rise from 0 and stay below epochs, received {starts}"
         )
-    return Schedule(table["epochs"], phases)
+    return Schedule(table["epochs"], phases, _augmentation(varied, f"--schedule {path}"))
+
+
+def _augmentation(row, where: str) -> Augmentation:
+    known = [field.name for field in fields(Augmentation)]
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: augmentation is no table; expected any of {', '.join(known)}")
+    for name, value in row.items():
+        if name not in known:
+            raise InputError(
+                f"{where}: unknown key augmentation.{name}{did_you_mean(name, known)}; allowed are"
+                f" {', '.join(known)}"
+            )
+        fits = isinstance(value, bool)
+        allowed = "true, false"
+        if name in _MOST:
+            least = 0.01 if name == "crop" else 0
+            allowed = f"{least} to {_MOST[name]}"
+            fits = not fits and isinstance(value, (int, float)) and least <= value <= _MOST[name]
+        if not fits:
+            raise InputError(f"{where}: augmentation.{name} is {value!r}, allowed {allowed}")
+    return Augmentation(**row)
 
 
 def _phase(row, where: str) -> Phase:

@@ -532,6 +532,9 @@ BAD = {  # flags -> the flag, file or value that the refusal names
     "--missing-box zero": "--missing-box",
     "--label-base 2": "--label-base",
     "--streams body": "--streams",
+    "--select f1": "--select",
+    "--fusion-lr -1": "--fusion-lr",
+    "--method ce --streams face --train-list x": "--test-list",
     "--label-base 0": "--label-base 1",
 }
 
@@ -564,6 +567,27 @@ def test_damaged_trees_and_other_models_are_refused_in_one_line(tree, whole, tmp
     other = flags(SMALL, "--data", tree, "--out", whole, "--temporal-layers 2")
     refuses(other, "temporal_layers is 1 there and 2 here")
     refuses([*other, "--force-resume"], "temporal")
+
+
+def test_flags_of_rates_and_selection_change_the_run(tree, tmp_path):
+    argv = flags(NET, "--data", tree, "--epochs 4 --cache-features --lr 5e-3")
+    moved = {}
+    for rate in ("1e-12", "1e-2"):
+        folder = tmp_path / rate
+        assert train_raer.main([*argv, "--fusion-lr", rate, "--out", str(folder)]) == 0
+        state = checkpoint.load(folder / "last.pt")["parts"]["model"]
+        moved[rate] = state["fusion.0.weight"], state["classes.weight"]
+    torch.manual_seed(0)
+    start = models.build_raer(checkpoint.load(folder / "best.pt")["model_spec"], 0.1)
+    assert torch.allclose(moved["1e-12"][0], start.fusion[0].weight, atol=1e-6)
+    assert not torch.allclose(moved["1e-2"][0], start.fusion[0].weight, atol=1e-3)
+    assert not torch.allclose(moved["1e-12"][1], start.classes.weight, atol=1e-3)
+    for name in ("uar", "war"):
+        folder = tmp_path / name
+        assert train_raer.main([*argv, "--select", name, "--out", str(folder)]) == 0
+        values = [line.get(f"train/val/{name}") for line in log.read(folder)]
+        best = max(value for value in values if value is not None)
+        assert summary(folder)["best_value"] == best
 
 
 def test_an_inert_cap_warns(tree, tmp_path, capsys):

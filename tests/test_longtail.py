@@ -1,6 +1,7 @@
 """The long-tail schedule: its table, its loss terms, and the parameters that each phase trains."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ TABLE = Schedule(
 )
 
 
+STILL = {"epochs": 6, "phases": [{"start": 0}]}
 DOUBLE = {"start": 0, "sampler": "weighted", "weights": "effective"}
 
 
@@ -93,6 +95,12 @@ def test_a_table_is_read_as_it_stands(tmp_path):
         ({"epoch": 6, "phases": [{"start": 0}]}, "unknown key 'epoch'; did you mean epochs"),
         ({"epochs": 6, "phases": [DOUBLE]}, "phase 0: .*twice; .*allow_double_balance = true"),
         ({"epochs": 6, "phases": [DOUBLE], "allow_double_balance": 1}, "is 1, allowed true"),
+        (STILL | {"augmentation": 3}, "augmentation is no table; expected any of jitter"),
+        (STILL | {"augmentation": {"jiter": 0.1}}, "augmentation.jiter'?; did you mean jitter"),
+        (STILL | {"augmentation": {"jitter": 1.5}}, "jitter is 1.5, allowed 0 to 1"),
+        (STILL | {"augmentation": {"crop": 0}}, "crop is 0, allowed 0.01 to 1"),
+        (STILL | {"augmentation": {"degrees": True}}, "degrees is True, allowed 0 to 180"),
+        (STILL | {"augmentation": {"mirror": 1}}, "mirror is 1, allowed true, false"),
     ],
 )
 def test_a_bad_table_is_refused_in_one_line(tmp_path, table, message):
@@ -107,6 +115,19 @@ def test_a_table_may_balance_twice_where_it_says_so(tmp_path):
     table = {"epochs": 6, "phases": [DOUBLE], "allow_double_balance": True}
     (tmp_path / "table.json").write_text(json.dumps(table))
     assert read_schedule(str(tmp_path / "table.json")).phases == (Phase(**DOUBLE),)
+
+
+def test_a_table_may_say_how_clips_vary(tmp_path):
+    (tmp_path / "table.toml").write_text(
+        "epochs = 6\n[[phases]]\nstart = 0\n[augmentation]\njitter = 0\nmirror = false\n"
+    )
+    schedule = read_schedule(str(tmp_path / "table.toml"))
+    assert schedule.augmentation == longtail.Augmentation(jitter=0, mirror=False)
+    assert schedule.scaled(3).augmentation == schedule.augmentation
+    plain = longtail.SCHEDULES["three-stage"]
+    # The name of a run that leaves the augmentation alone is what it was.
+    assert plain.as_list() == [60, *(asdict(phase) for phase in plain.phases)]
+    assert schedule.as_list()[-1]["jitter"] == 0
 
 
 def test_a_missing_table_and_another_suffix_are_refused(tmp_path):
