@@ -24,7 +24,7 @@ import common  # noqa: F401  # isort: skip  (it refuses an older Python)
 import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -44,16 +44,18 @@ from common.export import PROBABILITIES, ExportSpec
 from common.features import stored_features
 from common.live import digits
 from common.longtail import Augmentation, Phase, Schedule, read_schedule
-from common.models.clip import ACTIVATIONS, OPENAI, VARIANTS
+from common.models.clip import ACTIVATIONS, VARIANTS
 from common.models.raer import (
     STREAMS,
     TUNES,
     FixedPrompts,
     RaerModel,
     build_raer,
+    describe_random_tower,
     normalization,
     start,
     streams_of,
+    tuned_part,
 )
 from common.report import figures, page
 from common.run import checkpoint, dist
@@ -339,29 +341,6 @@ def parse_args(argv: list[str] | None = None):
     return args, parser
 
 
-def tuned_part(args) -> str:
-    """--tune; unset, all of a tower of CLIP that has no --weights, unless its features are kept."""
-    random_tower = not args.weights and args.backbone in OPENAI and not args.cache_features
-    return args.tune or ("full" if random_tower else "none")
-
-
-def describe_random_tower(args, bs: int) -> str:
-    """What becomes of an image tower without --weights: it trains, or it never will."""
-    tune = tuned_part(args)
-    frames = len(STREAMS[args.streams]) * bs * args.num_frames
-    others = "" if args.backbone == "vit_tiny" else "; --weights starts from trained ones"
-    if tune == "full":
-        return (
-            f"no --weights: all of {args.backbone} trains from random ones (--tune full), forward"
-            f" and backward of {frames} frames a step{others}"
-        )
-    warn = "" if args.demo else "WARN "
-    return (
-        f"{warn}no --weights and --tune {tune}: the image tower is random and stays so, only what"
-        f" follows it learns; --tune full trains it{others}"
-    )
-
-
 def written_schedule(args) -> Schedule:
     """The table of phases of --schedule or --method, over the epochs that it was written for."""
     return read_schedule(args.schedule) if args.schedule else longtail.SCHEDULES[args.method]
@@ -519,17 +498,7 @@ def frames_of(run: Run, batch: Batch) -> Tensor:
             x = augment.resize(frames, size)
         else:
             vary = run.schedule.augmentation
-            params = augment.clip_params(
-                args.seed,
-                batch.epoch,
-                batch.items,
-                0,
-                side,
-                (*(vary.jitter,) * 3, vary.hue),
-                (vary.crop, 1.0),
-                vary.degrees,
-            )
-            params.flip &= vary.mirror
+            params = vary.params(args.seed, batch.epoch, batch.items, side)
             x = augment.make_view(frames, params.repeat(length), size)
         views.append(augment.normalize(x, mean, std).unflatten(0, (count, length)))
     return torch.stack(views, 1)
@@ -708,7 +677,7 @@ def train(run: Run, published) -> None:
             value = values[f"train/val/{args.select}"]
             progress.select(value, model.state_dict(), values, higher_is_better=True)
             progress.results = values
-        loop.end_epoch(values | phase_values(phase))
+        loop.end_epoch(values | phase.values("train/schedule/"))
 
     def test(network, selected):
         logits = evaluate(run, network, test_split, cached, progress)
@@ -720,12 +689,6 @@ def train(run: Run, published) -> None:
     figures.classified(run, "train", test_split, scores, clips.labels[test_split], clips.classes)
     log.metrics("train", progress.step, progress.epoch, results)
     run.finish(progress, progress.results | results)
-
-
-def phase_values(phase: Phase) -> dict[str, float]:
-    """The numbers of a phase, for its epochs' lines in log.jsonl."""
-    numbers = {n: value for n, value in asdict(phase).items() if isinstance(value, (int, float))}
-    return {f"train/schedule/{name}": value for name, value in numbers.items()}
 
 
 def encode(run: Run, model: RaerModel, progress) -> Tensor:

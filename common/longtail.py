@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import amp, losses, metrics, reading
-from common.data import sampling
+from common.data import augment, sampling
 from common.errors import InputError, did_you_mean
 from common.models.raer import RaerModel
 
@@ -69,6 +69,11 @@ class Phase:
     weights: str = "none"
     trains: str = "all"
 
+    def values(self, prefix: str) -> dict[str, float]:
+        """The numbers, for the lines of their epochs in log.jsonl."""
+        settings = asdict(self).items()
+        return {prefix + name: x for name, x in settings if isinstance(x, (int, float))}
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -87,6 +92,13 @@ class Augmentation:
     degrees: float = 15.0
     crop: float = 0.5
     mirror: bool = True
+
+    def params(self, seed: int, epoch: int, clips: np.ndarray, side: int) -> augment.ViewParams:
+        """The draws of `clips` (n,), n rows, for frames of `side` pixels."""
+        spread, scale = (*(self.jitter,) * 3, self.hue), (self.crop, 1.0)
+        params = augment.clip_params(seed, epoch, clips, 0, side, spread, scale, self.degrees)
+        params.flip &= self.mirror
+        return params
 
 
 _MOST = {"jitter": 1, "hue": 0.5, "degrees": 180, "crop": 1}

@@ -350,6 +350,29 @@ def streams_of(model_spec: dict) -> tuple[str, ...]:
     return STREAMS[model_spec.get("streams", "both")]
 
 
+def tuned_part(args) -> str:
+    """--tune; unset, all of a tower of CLIP that has no --weights, unless its features are kept."""
+    random_tower = not args.weights and args.backbone in OPENAI and not args.cache_features
+    return args.tune or ("full" if random_tower else "none")
+
+
+def describe_random_tower(args, bs: int) -> str:
+    """What becomes of an image tower without --weights: it trains, or it never will."""
+    tune = tuned_part(args)
+    frames = len(STREAMS[args.streams]) * bs * args.num_frames
+    others = "" if args.backbone == "vit_tiny" else "; --weights starts from trained ones"
+    if tune == "full":
+        return (
+            f"no --weights: all of {args.backbone} trains from random ones (--tune full), forward"
+            f" and backward of {frames} frames a step{others}"
+        )
+    warn = "" if args.demo else "WARN "
+    return (
+        f"{warn}no --weights and --tune {tune}: the image tower is random and stays so, only what"
+        f" follows it learns; --tune full trains it{others}"
+    )
+
+
 def start(
     args, store_size: int, classes: list[str], descriptions: list[str]
 ) -> tuple[nn.Module | None, dict, str | None]:
