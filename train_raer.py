@@ -48,6 +48,7 @@ from common.models.clip import ACTIVATIONS, VARIANTS
 from common.models.raer import (
     STREAMS,
     TUNES,
+    WITHOUT_TEXT,
     FixedPrompts,
     RaerModel,
     build_raer,
@@ -314,16 +315,21 @@ def parse_args(argv: list[str] | None = None):
         refuse([*reading, "label_base", "train_list", "test_list"], "on the embedded clips")
     if not (args.eval or args.predict) and bool(args.train_list) != bool(args.test_list):
         parser.error("--train-list and --test-list belong together: give both")
-    if not args.weights or args.backbone == "resnet18" or args.method == "tau-norm":
+    if not args.weights or args.backbone == "resnet18" or args.method in WITHOUT_TEXT:
         refuse(
             ["clip_vocab", "num_context", "prompt_lr"], "without the text tower of CLIP's weights"
         )
     if args.backbone == "resnet18" or not args.weights:
         refuse(["activation"], "without CLIP's weights")
-    if args.method in ("tau-norm", "ldam-drw"):
+    if args.method in (*WITHOUT_TEXT, "ldam-drw"):
         refuse(
             ["logit_scale"],
             f"with --method {args.method}, whose logits have no scale, or its loss's own",
+        )
+    if args.method == "linear-probe":
+        refuse(
+            ["tune", "temporal_layers", "dropout", "fusion_lr"],
+            "with --method linear-probe, a linear layer on frozen features",
         )
     tune = tuned_part(args)
     if args.backbone == "resnet18" or tune != "full":
@@ -775,7 +781,7 @@ def check_spec(run: Run, published) -> CheckSpec:
         batches=partial(epoch_batches, run, phase),
         optimizer=partial(build_optimizer, run),
         audit=partial(audit_phases, audit_run),
-        larger=partial(build_model, larger, published),
+        larger=None if args.method == "linear-probe" else partial(build_model, larger, published),
     )
 
 

@@ -11,6 +11,8 @@
                        (Kang et al. 2020, arXiv:1910.09217)
     crt                ce; then the classifier alone, from random weights, classes drawn equally
                        often (the same paper)
+    linear-probe       ce of one linear layer on the mean of the frames' frozen features: what the
+                       features give by themselves
 
 First the schedules: a `Schedule` is a table of `Phase`s, one row of settings for some epochs.
 SCHEDULES holds each method's, `read_schedule` takes one from a file. The learning rate falls at the
@@ -207,6 +209,7 @@ _PHASES = {
         Phase(41, "weighted", trains="classes"),
         Phase(51, "weighted", lr=0.1, trains="classes"),
     ),
+    "linear-probe": _CROSS_ENTROPY,
 }
 SCHEDULES = {name: Schedule(60, phases) for name, phases in _PHASES.items()}
 

@@ -190,17 +190,20 @@ def test_every_method_trains_on_cached_features(tree, tmp_path, method):
         NET, "--data", tree, "--epochs 6 --cache-features --method", method, "--out", folder
     )
     # Cosines at CLIP's scale want smaller steps than the default on so few clips, inner products
-    # (tau-norm) do not.
-    rate = [] if method == "tau-norm" else ["--lr", "5e-3"]
-    assert train_raer.main([*argv, *rate, "--dropout", "0"]) == 0
+    # do not.
+    inner = method in models.WITHOUT_TEXT
+    more = [] if inner else ["--lr", "5e-3"]
+    more += [] if method == "linear-probe" else ["--dropout", "0"]
+    assert train_raer.main([*argv, *more]) == 0
     result = summary(folder)
     assert result["train/test/uar"] > 0.5  # the classes differ in color
     tau = result["train/val/tau"]
     assert tau in {round(0.1 * i, 1) for i in range(11)} if method == "tau-norm" else tau == 1.0
     state = checkpoint.load(folder / "best.pt")
-    assert state["model_spec"]["counts"] == [22, 8, 4] and (
-        state["model_spec"]["scale"] is None
-    ) == (method == "tau-norm")
+    assert (
+        state["model_spec"]["counts"] == [22, 8, 4]
+        and (state["model_spec"]["scale"] is None) == inner
+    )
     capped = [
         line.get("train/schedule/cap") for line in log.read(folder) if "train/schedule/lr" in line
     ]
@@ -518,6 +521,9 @@ BAD = {  # flags -> the flag, file or value that the refusal names
     "--image-lr 1": "--image-lr",
     "--method tau-norm --logit-scale 3": "--logit-scale",
     "--method ldam-drw --logit-scale 3": "--logit-scale",
+    "--method linear-probe --logit-scale 3": "--logit-scale",
+    "--method linear-probe --tune adapter": "--tune",
+    "--method linear-probe --temporal-layers 2": "--temporal-layers",
     "--num-frames 1 --accum 8": "--accum 8",
     "--schedule none.json": "none.json",
     "--image-size 13": "--image-size 13",

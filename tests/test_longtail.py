@@ -170,6 +170,22 @@ def clip_like(num_classes=4, dim=16, tune="none", prompts=True):
     )
 
 
+def test_a_linear_probe_is_one_layer_on_standardized_means():
+    torch.manual_seed(0)
+    model = models.RaerModel(
+        torch.nn.Identity(), 4, 3, num_frames=5, tune="none", scale=None, probe=True
+    )
+    x = 3 + torch.randn(400, 2, 5, 4) * torch.arange(1, 5)
+    for _ in range(200):  # the running statistics
+        model.train()(x)
+    rows = x.numpy().astype(float)
+    mean, deviation = (f(rows, axis=(0, 2), keepdims=True) for f in (np.mean, np.std))
+    z = ((rows - mean) / deviation).mean(2).reshape(400, 8)
+    weight, bias = (p.detach().double().numpy() for p in model.classes.parameters())
+    logits = model.eval()(x)[0].detach()
+    np.testing.assert_allclose(logits, z @ weight.T + bias, rtol=0, atol=2e-3)
+
+
 @pytest.mark.parametrize("method", list(longtail.SCHEDULES))
 @pytest.mark.parametrize("tune", ["none", "adapter"])
 @pytest.mark.parametrize("prompts", [True, False])

@@ -13,6 +13,7 @@ already fit. Without one a class is a learned vector.
 import copy
 import math
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,6 +40,7 @@ from common.run import checkpoint
 from common.weights import locate, of_backbone, read
 
 TUNES = ("none", "adapter", "full")
+WITHOUT_TEXT = ("tau-norm", "linear-probe")  # methods whose classes are learned vectors, always
 STREAMS = {"both": ("face", "context"), "face": ("face",)}
 _START_SCALE = 1 / 0.07  # what CLIP's own training starts from
 
@@ -74,6 +76,17 @@ class Temporal(nn.Module):
         x = self.norm_in(x.flatten(0, 1)).unflatten(0, x.shape[:2])
         x = torch.cat([self.token.expand(x.shape[0], 1, -1), x], 1) + self.position
         return self.norm_out(self.encoder(x)[:, 0])
+
+
+class MeanOfFrames(nn.Module):
+    """Features of T frames (n, T, d), standardized, to their mean (n, d)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.flatten(0, 1)).unflatten(0, x.shape[:2]).mean(1)
 
 
 class Adapter(nn.Module):
@@ -167,6 +180,7 @@ class RaerModel(nn.Module):
         prompts: `Prompts`, or None: the classes are learned vectors.
         scale: of the cosines, fixed: CLIP's own where there is one. None: no cosine, the logits are
             inner products.
+        probe: nothing but a linear layer reads the frames' mean features.
         layers, dropout: of the temporal transformers.
 
     Attributes:
@@ -184,6 +198,7 @@ class RaerModel(nn.Module):
         tune: str,
         prompts: Prompts | None = None,
         scale: float | None,
+        probe: bool = False,
         layers: int = 1,
         dropout: float = 0.0,
     ):
@@ -195,20 +210,24 @@ class RaerModel(nn.Module):
         self.scale = scale
         self.num_classes = num_classes
         self.adapter = Adapter(width) if tune == "adapter" else None
-        self.temporal = nn.ModuleDict(
-            {name: Temporal(width, num_frames, layers, dropout) for name in STREAMS[streams]}
-        )
-        self.fusion = nn.Sequential(
-            nn.Linear(len(self.temporal) * width, width),
-            nn.GELU(),
-            nn.Dropout(dropout),
-            nn.Linear(width, width),
-        )
+        temporal = partial(Temporal, width, num_frames, layers, dropout)
+        if probe:
+            temporal = partial(MeanOfFrames, width)
+        self.temporal = nn.ModuleDict({name: temporal() for name in STREAMS[streams]})
+        joint = len(self.temporal) * width
+        self.fusion = nn.Identity()
+        if not probe:
+            self.fusion = nn.Sequential(
+                nn.Linear(joint, width),
+                nn.GELU(),
+                nn.Dropout(dropout),
+                nn.Linear(width, width),
+            )
         self.prompts = prompts
         self.taken = ""
         self.classes = None
         if prompts is None:
-            self.classes = nn.Linear(width, num_classes, bias=False)
+            self.classes = nn.Linear(joint if probe else width, num_classes, bias=probe)
         self.choose_trained(only_classes=False)
 
     def train(self, mode: bool = True):
@@ -293,7 +312,8 @@ class RaerModel(nn.Module):
         z = self.clip_features(x).float()
         classes = self.class_features()
         if self.scale is None:
-            return z @ classes.T, classes
+            bias = self.classes.bias
+            return z @ classes.T + (0 if bias is None else bias), classes
         return cosine_logits(z, classes, self.scale), classes
 
     def describe(self) -> str:
@@ -351,9 +371,10 @@ def streams_of(model_spec: dict) -> tuple[str, ...]:
 
 
 def tuned_part(args) -> str:
-    """--tune; unset, all of a tower of CLIP that has no --weights, unless its features are kept."""
-    random_tower = not args.weights and args.backbone in OPENAI and not args.cache_features
-    return args.tune or ("full" if random_tower else "none")
+    """--tune; unset, all of a tower of CLIP that has no --weights, unless it must stay as it is."""
+    random_tower = not args.weights and args.backbone in OPENAI
+    fixed = args.cache_features or args.method == "linear-probe"
+    return args.tune or ("full" if random_tower and not fixed else "none")
 
 
 def describe_random_tower(args, bs: int) -> str:
@@ -409,7 +430,7 @@ def start(
         published, note = _start_resnet(args, file, store_size, model_spec)
     else:
         published, note = _start_clip(args, file, store_size, descriptions, model_spec)
-    if args.method == "tau-norm":
+    if args.method in WITHOUT_TEXT:
         model_spec["scale"] = None
     model_spec["weights"] = checkpoint.weights_digest(published.state_dict()) if published else None
     return published, model_spec, note
@@ -446,7 +467,7 @@ def _start_run(
     names = ("activation", "stem", "image_size", "normalized")
     model_spec |= {name: spec[name] for name in names if name in spec}
     model_spec["scale"] = args.logit_scale or spec["scale"] or _START_SCALE
-    if published.prompts is not None and args.method != "tau-norm":
+    if published.prompts is not None and args.method not in WITHOUT_TEXT:
         model_spec["tokens"] = _tokens(args, published.prompts.tower, descriptions)
     note = f"started from the run {file} (epoch {run.get('epoch')})"
     if classes != spec["classes"]:
@@ -497,7 +518,7 @@ def _start_clip(
     model_spec["scale"] = args.logit_scale or published.logit_scale.exp().item()
     if not published.normalized:
         model_spec["normalized"] = False
-    if published.text is not None and args.method != "tau-norm":
+    if published.text is not None and args.method not in WITHOUT_TEXT:
         model_spec["tokens"] = _tokens(args, published.text, descriptions)
     return published, note
 
@@ -541,6 +562,7 @@ def build_raer(model_spec: dict, dropout: float, published: nn.Module | None = N
         tune=model_spec["tune"],
         prompts=prompts,
         scale=model_spec["scale"],
+        probe=model_spec["method"] == "linear-probe",
         layers=model_spec["temporal_layers"],
         dropout=dropout,
     )
