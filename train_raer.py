@@ -44,7 +44,7 @@ from common.export import PROBABILITIES, ExportSpec
 from common.features import stored_features
 from common.live import digits
 from common.longtail import Augmentation, Phase, Schedule, read_schedule
-from common.models.clip import ACTIVATIONS, VARIANTS
+from common.models.clip import ACTIVATIONS, VARIANTS, cosine_logits
 from common.models.raer import (
     STREAMS,
     TUNES,
@@ -54,6 +54,7 @@ from common.models.raer import (
     build_raer,
     describe_random_tower,
     normalization,
+    own_classes,
     start,
     streams_of,
     tuned_part,
@@ -80,6 +81,7 @@ CARD = Card(
         "train/test/war": "WAR on the test clips",
     },
 )
+TRAINING = {"train": "{data} {backbone} {weights}"}
 STAGE = {"bs": 32, "lr": 1e-2, "wd": 1e-4, "optimizer": "sgd", "warmup_epochs": 0.0}
 PRETRAINED_IMAGE_LR = 1e-5  # CLIP-CAER's; a tower that does not start from CLIP trains at --lr
 DEMO = {
@@ -96,6 +98,12 @@ SEARCH = {
     "sgd": {"lr": (1e-3, 0.1), "wd": (1e-6, 1e-2)},
     "adamw": {"lr": (1e-5, 1e-2), "wd": (1e-4, 0.3)},
 }
+OF_TEXT = ["clip_vocab", "num_context", "prompt_lr", "zero_shot"]
+OF_TRAINING = [
+    "epochs", "lr", "wd", "warmup_epochs", "optimizer", "image_lr", "prompt_lr", "fusion_lr",
+    "method", "schedule", "la_prior", "select", "patience", "tune", "num_context",
+    "temporal_layers", "dropout", "augment", "cache_features", "check", "teacher", "search",
+]  # fmt: skip
 MODEL_FLAGS = ["backbone", "num_frames", "num_context", "temporal_layers", "method"]
 
 
@@ -211,6 +219,11 @@ def parse_args(argv: list[str] | None = None):
         None,
         "activation function of CLIP's weights, where their file does not say it",
     )
+    group.switch(
+        "--zero-shot",
+        "train nothing: what CLIP of --weights answers on the test clips as it is (where it has"
+        " text, every run ends with this beside its own figures)",
+    )
     group.add_argument(
         "--clip-vocab",
         metavar="FILE",
@@ -316,9 +329,9 @@ def parse_args(argv: list[str] | None = None):
     if not (args.eval or args.predict) and bool(args.train_list) != bool(args.test_list):
         parser.error("--train-list and --test-list belong together: give both")
     if not args.weights or args.backbone == "resnet18" or args.method in WITHOUT_TEXT:
-        refuse(
-            ["clip_vocab", "num_context", "prompt_lr"], "without the text tower of CLIP's weights"
-        )
+        refuse(OF_TEXT, "without the text tower of CLIP's weights")
+    if args.zero_shot:
+        refuse(OF_TRAINING, "with --zero-shot, which trains nothing")
     if args.backbone == "resnet18" or not args.weights:
         refuse(["activation"], "without CLIP's weights")
     if args.method in (*WITHOUT_TEXT, "ldam-drw"):
@@ -692,9 +705,43 @@ def train(run: Run, published) -> None:
         return score(run, "train/test", test_split, scores, log.say), scores
 
     results, scores = test_best_and_last(progress, model, test)
+    results |= zero_shot(run, model, published, cached, progress)[0]
     figures.classified(run, "train", test_split, scores, clips.labels[test_split], clips.classes)
     log.metrics("train", progress.step, progress.epoch, results)
     run.finish(progress, progress.results | results)
+
+
+def zero_shot(
+    run: Run, model: RaerModel, published, cached: Tensor | None = None, progress=None
+) -> tuple[dict, dict[str, Tensor]]:
+    """What CLIP answers on the test clips as --weights has it: UAR and WAR by one text a class and
+    by several, and the cosines (n, K) of both; nothing where it has no text.
+    """
+    classes, test_split = own_classes(published), run.splits["test"]
+    if not classes:
+        return {}, {}
+    if run.model_spec["tune"] == "full":
+        model = build_model(run, published)
+    features = evaluate(run, model, test_split, cached, progress, model.mean_features)
+    cosines = {name: cosine_logits(features, texts, 1.0) for name, texts in classes.items()}
+    results = {}
+    for name, scores in cosines.items():
+        labels, answers = run.data.labels[test_split], scores.argmax(1).numpy()
+        found = metrics.long_tail(labels, answers, len(run.data.classes))
+        results |= {f"train/test/{name}_{metric}": found[metric] for metric in ("uar", "war")}
+    return results, cosines
+
+
+def test_untrained(run: Run, published) -> None:
+    """--zero-shot: the figures of CLIP as it is, by one text a class, by several beside them."""
+    results, cosines = zero_shot(run, build_model(run, published), published)
+    test_split, labels = run.splits["test"], run.data.labels
+    scores = cosines["zero_shot"]
+    results = {name: value for name, value in results.items() if "templates" in name}
+    results |= score(run, "train/test", test_split, scores, run.log.say)
+    figures.classified(run, "train", test_split, scores, labels[test_split], run.data.classes)
+    run.log.metrics("train", 0, 0, results)
+    run.results |= results
 
 
 def encode(run: Run, model: RaerModel, progress) -> Tensor:
@@ -864,8 +911,10 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
     )
     if args.weights and model_facts["tokens"] is None:
         without = f"with --weights {args.weights}, which has no text tower"
-        config.reject_unused_flags(
-            parser, args, ["clip_vocab", "num_context", "prompt_lr"], without
+        config.reject_unused_flags(parser, args, OF_TEXT, without)
+    if args.zero_shot and not own_classes(published):
+        raise InputError(
+            f"--zero-shot: --weights {args.weights} is a run, not CLIP as it came; give CLIP's"
         )
     image_lr = args.image_lr
     if image_lr is None:
@@ -894,7 +943,7 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
         # What the lists call classes is no other run's: it names none.
         spec | {"label_base": clips.label_base},
         stages,
-        card=CARD,
+        card=replace(CARD, following=TRAINING) if args.zero_shot else CARD,
         chance=chance_levels(args, clips.classes),
         name=f"{args.backbone}-{args.method}-bs{stage.bs}",
         identity=config.run_id(
@@ -910,7 +959,7 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
         return check(run, {"train": check_spec(run, published)})
     figures.put_tables(run, {"Schedule": longtail.schedule_table(schedule)})
     with run.session(page):
-        train(run, published)
+        test_untrained(run, published) if args.zero_shot else train(run, published)
 
 
 def teacher_logits(model: RaerModel, x: Tensor) -> Tensor:

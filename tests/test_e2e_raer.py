@@ -364,6 +364,21 @@ def test_a_run_from_clips_weights_learns_prompts_and_is_used_without_them(
     out = capsys.readouterr().out
     parts = {"none": "fusion, prompts.context\n", "full": "fusion; begins anew: prompts.context\n"}
     assert f"taken over: temporal, {parts[tune]}" in out
+    # CLIP's own answer stands beside the result, and is the one of the towers as they came.
+    untrained = tmp_path / "untrained"
+    bare = argv[: argv.index("--epochs")] + ["--data", str(tree), "--out", str(untrained)]
+    assert train_raer.main([*bare, "--zero-shot"]) == 0
+    assert "next: python train_raer.py --data" in capsys.readouterr().out
+    result, own = summary(folder), summary(untrained)
+    for name in ("uar", "war"):
+        several = f"train/test/zero_shot_templates_{name}"
+        assert result[f"train/test/zero_shot_{name}"] == own[f"train/test/{name}"]
+        assert result[several] == own[several]
+    assert (untrained / "confusion.csv").exists() and not (untrained / "best.pt").exists()
+    assert "CLIP untrained, several texts" in (folder / "report.html").read_text()
+    refused(train_raer.main, [*bare, "--zero-shot", "--tune", "full"], capsys, "--tune")
+    again = flags("--weights", folder, "--clip-vocab", vocab, "--zero-shot --backbone vit_b_32")
+    refused(train_raer.main, [*again, "--data", str(tree)], capsys, "--zero-shot", "a run")
     weights.unlink(), vocab.unlink()
     capsys.readouterr()
     used = ["--data", str(tree), "--eval", str(folder), "--out", str(tmp_path), "--device", "cpu"]
@@ -521,6 +536,7 @@ BAD = {  # flags -> the flag, file or value that the refusal names
     "--image-lr 1": "--image-lr",
     "--method tau-norm --logit-scale 3": "--logit-scale",
     "--method ldam-drw --logit-scale 3": "--logit-scale",
+    "--zero-shot": "--zero-shot",
     "--method linear-probe --logit-scale 3": "--logit-scale",
     "--method linear-probe --tune adapter": "--tune",
     "--method linear-probe --temporal-layers 2": "--temporal-layers",

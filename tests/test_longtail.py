@@ -12,6 +12,7 @@ from common.check import audit
 from common.data import sampling
 from common.errors import InputError
 from common.longtail import Phase, Schedule, read_schedule
+from common.models import clip
 from common.models import raer as models
 from common.models.clip import TextTower
 
@@ -168,6 +169,31 @@ def clip_like(num_classes=4, dim=16, tune="none", prompts=True):
     return models.RaerModel(
         torch.nn.Identity(), dim, num_classes, num_frames=5, tune=tune, prompts=text, scale=20.0
     )
+
+
+def test_clips_own_answer_is_its_logits_for_images_and_texts():
+    small = clip.Variant(16, 2, 2, 8, 24, text_width=16, text_layers=2, text_heads=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(clip.VARIANTS, "small", small)
+        published = clip.build_clip("small", 16, vocab=50)
+    ids = torch.tensor([[[48, 3 + i, 9 + j, 49] for i in range(5)] for j in range(3)])
+    published.own_texts = {"zero_shot": ids[:1], "zero_shot_templates": ids}
+    model = models.RaerModel(
+        published.visual, 24, 5, num_frames=1, streams="face", tune="none", scale=1.0
+    )
+    images = torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        features = model.mean_features(images[:, None, None])
+        logits = torch.stack([published(images, rows) for rows in ids])
+    found = {
+        name: clip.cosine_logits(features, texts, published.logit_scale.exp().item())
+        for name, texts in models.own_classes(published).items()
+    }
+    torch.testing.assert_close(found["zero_shot"], logits[0].detach())
+    # The direction of the mean of unit features has the mean cosine, but for one factor a class.
+    ratio = found["zero_shot_templates"] / logits.mean(0)
+    torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-3, atol=1e-3)
+    assert models.own_classes(None) == models.own_classes(torch.nn.Identity()) == {}
 
 
 def test_a_linear_probe_is_one_layer_on_standardized_means():

@@ -42,6 +42,14 @@ from common.weights import locate, of_backbone, read
 TUNES = ("none", "adapter", "full")
 WITHOUT_TEXT = ("tau-norm", "linear-probe")  # methods whose classes are learned vectors, always
 STREAMS = {"both": ("face", "context"), "face": ("face",)}
+# Around the name of a class, for CLIP's own answer by several texts.
+TEMPLATES = (
+    "a photo of {}.",
+    "a photo of a face that shows {}.",
+    "a close-up photo of an expression of {}.",
+    "a photo of a person in a state of {}.",
+    "a frame of a video of {}.",
+)
 _START_SCALE = 1 / 0.07  # what CLIP's own training starts from
 
 
@@ -308,6 +316,10 @@ class RaerModel(nn.Module):
             return z
         return z + math.sqrt(z.shape[1]) * F.normalize(x.float().mean((1, 2)), dim=1)
 
+    def mean_features(self, x: Tensor) -> Tensor:
+        """The image tower's own features of clips, (n, d): the mean of all frames."""
+        return (self.encode(x) if x.ndim == 6 else x).float().mean((1, 2))
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         z = self.clip_features(x).float()
         classes = self.class_features()
@@ -429,7 +441,7 @@ def start(
     elif is_resnet:
         published, note = _start_resnet(args, file, store_size, model_spec)
     else:
-        published, note = _start_clip(args, file, store_size, descriptions, model_spec)
+        published, note = _start_clip(args, file, store_size, classes, descriptions, model_spec)
     if args.method in WITHOUT_TEXT:
         model_spec["scale"] = None
     model_spec["weights"] = checkpoint.weights_digest(published.state_dict()) if published else None
@@ -468,17 +480,33 @@ def _start_run(
     model_spec |= {name: spec[name] for name in names if name in spec}
     model_spec["scale"] = args.logit_scale or spec["scale"] or _START_SCALE
     if published.prompts is not None and args.method not in WITHOUT_TEXT:
-        model_spec["tokens"] = _tokens(args, published.prompts.tower, descriptions)
+        tokenizer = Tokenizer.read(args.clip_vocab)
+        model_spec["tokens"] = _tokens(tokenizer, args, published.prompts.tower, descriptions)
     note = f"started from the run {file} (epoch {run.get('epoch')})"
     if classes != spec["classes"]:
         note += f"; its classes are {', '.join(spec['classes'])}"
     return published, printable(note)
 
 
-def _tokens(args, tower: nn.Module, descriptions: list[str]) -> list[list[int]]:
-    ids = Tokenizer.read(args.clip_vocab)(descriptions)
+def _tokens(tokenizer: Tokenizer, args, tower: nn.Module, descriptions: list[str]) -> list:
+    ids = tokenizer(descriptions)
     Prompts(copy.deepcopy(tower), ids, args.num_context)  # refuses what is too long
     return ids.tolist()
+
+
+@torch.no_grad()
+def own_classes(published: nn.Module | None) -> dict[str, Tensor]:
+    """CLIP's own features (K, d) of classes, untrained, by the name of the figures that they give.
+
+    "zero_shot" is of the descriptions, "zero_shot_templates" the mean of unit features over
+    TEMPLATES. Empty where `start` read no texts for CLIP: without a text tower, from a run, and for
+    methods that have learned vectors.
+    """
+    texts = getattr(published, "own_texts", {})
+    return {
+        name: sum(F.normalize(published.text(ids).float(), dim=1) for ids in rows)
+        for name, rows in texts.items()
+    }
 
 
 def _start_resnet(
@@ -498,7 +526,7 @@ def _start_resnet(
 
 
 def _start_clip(
-    args, file, store_size: int, descriptions: list[str], model_spec: dict
+    args, file, store_size: int, classes: list[str], descriptions: list[str], model_spec: dict
 ) -> tuple[nn.Module | None, str | None]:
     # Adds `image_size` to `model_spec`, and with weights their activation, scale and tokens.
     name = args.backbone
@@ -519,7 +547,11 @@ def _start_clip(
     if not published.normalized:
         model_spec["normalized"] = False
     if published.text is not None and args.method not in WITHOUT_TEXT:
-        model_spec["tokens"] = _tokens(args, published.text, descriptions)
+        tokenizer = Tokenizer.read(args.clip_vocab)
+        model_spec["tokens"] = _tokens(tokenizer, args, published.text, descriptions)
+        several = [[template.format(name) for name in classes] for template in TEMPLATES]
+        texts = {"zero_shot": [descriptions], "zero_shot_templates": several}
+        published.own_texts = {name: list(map(tokenizer, rows)) for name, rows in texts.items()}
     return published, note
 
 
