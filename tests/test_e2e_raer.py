@@ -234,6 +234,7 @@ def test_the_face_alone_needs_no_bodies(tree, tmp_path, monkeypatch, capsys):
     argv += ["--streams", "face"]
     for more in (["--tune", "full"], ["--cache-features", "--out", str(tmp_path / "cached")]):
         assert train_raer.main([*argv, *more]) == 0
+    assert "WARN figures" not in capsys.readouterr().out
     model = checkpoint.load(tmp_path / "run" / "best.pt")["model"]
     assert model["fusion.0.weight"].shape == (192, 192)
     assert not any("context" in name for name in model)
