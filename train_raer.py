@@ -605,10 +605,8 @@ def score(run: Run, prefix: str, indices: np.ndarray, scores: Tensor, say=None) 
 
 def audit_phases(run: Run, model: RaerModel, cached: Tensor | None = None) -> list[str]:
     """What the audit of every phase's settings finds, three steps each on a copy."""
-    problems = []
-    for phase in run.schedule.phases:
-        problems += audit_phase(run, model, phase, cached)
-    return problems
+    phases = run.schedule.phases
+    return [problem for phase in phases for problem in audit_phase(run, model, phase, cached)]
 
 
 def audit_phase(run: Run, model: RaerModel, phase: Phase, cached: Tensor | None) -> list[str]:
@@ -755,11 +753,13 @@ def encode(run: Run, model: RaerModel, progress) -> Tensor:
         return model.encode(x).flatten(1)
 
     compute = partial(evaluate, run, model, everything, None, progress, flat_features)
-    digest = checkpoint.weights_digest(model.image.state_dict())
-    made_with = f"{digest} {length} {args.face_margin} {args.precision} {len(everything)}"
-    made_with += f" {run.model_spec['activation']} {normalization(run.model_spec)}"
     streams = len(streams_of(run.model_spec))
-    made_with += f" {run.world.device.type} {streams}"
+    digest = checkpoint.weights_digest(model.image.state_dict())
+    made_with = (
+        f"{digest} {length} {args.face_margin} {args.precision} {len(everything)}"
+        f" {run.model_spec['activation']} {normalization(run.model_spec)}"
+        f" {run.world.device.type} {streams}"
+    )
     rows = stored_features(run, made_with, compute)
     return rows.view(len(rows), streams, length, -1)
 
@@ -985,19 +985,17 @@ def run_demo(parser, argv: list[str] | None, args) -> bool:
     here = args.resume in ("auto", "none")
     if not (args.demo and here) or any(f"--{name.replace('_', '-')}" in words for name in others):
         return False
-    columns = {}
+    columns = {"majority class": []}
     for method in ("ce", "three-stage"):
         out = ["--out", str(Path(args.out, method))] if args.out else []
         main([*argv, *out, "--method", method])
         summary = read_json(Run.latest / "summary.json") or {}
         columns[method] = [summary.get(name) for name in CARD.headlines]
-        majority = [summary.get(f"train/test/majority_{name}") for name in ("uar", "war")]
-    table = [["", "majority class", *columns]]
-    for i, title in enumerate(CARD.headlines.values()):
-        values = [majority[i], *(column[i] for column in columns.values())]
-        table.append([title, *("-" if value is None else digits(value) for value in values)])
+    columns["majority class"] = [summary.get(f"train/test/majority_{x}") for x in ("uar", "war")]
+    shown = [["-" if x is None else digits(x) for x in column] for column in columns.values()]
+    rows = zip(CARD.headlines.values(), *shown, strict=True)
     if dist.launched_first():
-        say(*aligned(table).split("\n"))
+        say(*aligned([["", *columns], *map(list, rows)]).split("\n"))
     return True
 
 

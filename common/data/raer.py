@@ -217,7 +217,7 @@ class EmotionClips(Videos):
 
     def describe_frames(self, num_frames: int) -> str:
         """How clips are read, in one line: how many have too few frames, by name."""
-        text = f"clips of {num_frames} frames, one of each of as many equal segments"
+        text = f"clips of {plural(num_frames, 'frame')}, one of each of as many equal segments"
         few = self.lengths < num_frames
         if few.any():
             first = self.ids[int(few.argmax())]
