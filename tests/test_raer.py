@@ -5,6 +5,7 @@ out by folder.
 import io
 import json
 import posixpath
+import re
 import zipfile
 
 import numpy as np
@@ -733,6 +734,8 @@ def test_images_that_lie_loose_are_a_clip_each_unless_told_otherwise(tmp_path, f
     (root / "body.json").unlink(), (root / "face.json").unlink()
     whole = opened(root, labels=False, as_clip=True, missing_box="full")
     assert whole.ids == ["photos"] and whole.lengths.tolist() == [12]
+    with pytest.raises(InputError, match=rf"no body box \(first: {re.escape(str(root))}\)"):
+        opened(root, labels=False, as_clip=True, missing_box="error")
 
 
 def test_an_image_beside_clips_is_a_clip_and_theirs_keep_their_boxes(tmp_path):

@@ -1144,7 +1144,7 @@ def _decide_missing(
     missing = f"{num_missing} of {num_frames} frames have no face box"
     if bodies:
         missing += f", {len(without_body)} of {len(lines)} clips no body box"
-    missing += f" (first: {clips[0]})"
+    missing += f" (first: {clips[0] or tree.path})"
     gone_body = set(without_body)
     by_class = _missing_by_class(lines, without_face, gone_body, name_of)
     if by_class:
