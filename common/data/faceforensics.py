@@ -15,6 +15,7 @@ import torch
 from common import reading
 from common.data import face_layouts
 from common.data.clips import (
+    RATES,
     VIDEO_SUFFIXES,
     VideoFiles,
     Videos,
@@ -46,6 +47,7 @@ SAMPLES = {
     "sample-flicker": {"variant": "flicker", "num_faces": 60, "size": 32},
 }
 FACES = ("largest", "first")
+_SCENE = 1.3  # a picture's sides are 4 : 3 or wider, a face's crop is about square
 _MOST_FACES = 10  # of a frame, so that its second number can be a face's
 
 
@@ -145,6 +147,12 @@ def prepare(
     for note in videos.notes:
         say(note)
     say(videos.describe())
+    if videos.images.aspect > _SCENE:
+        say(
+            f"WARN {videos.name}: frames of {videos.images.aspect:.2g} : 1, as whole scenes have:"
+            " the central square alone is read, and a face beside it is lost; python -m common.data"
+            " crop-faces cuts faces out"
+        )
     return videos
 
 
@@ -204,7 +212,7 @@ def open_videos(
         if is_table:
             lists = {only: _content(path, only, lambda _: reading.read_bytes(given), 0)}
         else:
-            listed = [name for name in names if is_list(name) and not only]
+            listed = [name for name in names if is_list(name) and not only and not _is_rates(name)]
             lists = {name: _content(path, name, read, number[name]) for name in listed}
         there, behind = _videos(names, labels)
         records, unlisted, notes = face_layouts.find(Tree(path, there, lists, place, only), labels)
@@ -253,7 +261,9 @@ def open_videos(
         raise InputError(f"{path}: no videos there{names}")
     times = None
     if kinds == {False}:
-        used, times, rates, more = _ordered_frames(used, fps, face, lambda n: read(number[n]))
+        tables = {n: _content(path, n, read, number[n]) for n in filter(_is_rates, names)}
+        own = _own_rates(path, tables)
+        used, times, rates, more = _ordered_frames(used, fps, own, face, lambda n: read(number[n]))
         notes += more
     used_files = list(dict.fromkeys(name for record in used for name in record.files))
     order = {name: i for i, name in enumerate(used_files)}
@@ -307,31 +317,56 @@ def _refuse_repeats(path: str, records: list[Record]) -> None:
         )
 
 
-def _ordered_frames(used: list[Record], fps: float, face: str, read) -> tuple:
+def _is_rates(name: str) -> bool:
+    return PurePosixPath(name).name == RATES
+
+
+def _own_rates(path: str, lists: dict[str, bytes]) -> dict[str, float]:
+    """The frames a second of folders of frames, by their names, as files named RATES say."""
+    rates = {}
+    for name, data in lists.items():
+        what = f"{path}: {name}"
+        for line, row in reading.csv_rows(data, what, ("video", "fps")):
+            try:
+                rate = float(row["fps"])
+            except ValueError:
+                rate = 0.0
+            if not 0 < rate < 1e6:
+                raise InputError(f"{what} line {line}: fps {row['fps']!r} is no rate")
+            rates[str(PurePosixPath(name).parent / row["video"])] = rate
+    return rates
+
+
+def _ordered_frames(used: list[Record], fps: float, own_rates: dict, face: str, read) -> tuple:
     """The videos with one face a frame, the times of frames that are not evenly apart (None where
-    all are), the rates, and what is to be said."""
+    all are), the rates, and what is to be said. The numbers of frames count at `fps`, or where
+    `own_rates` has a folder's at that."""
     chosen, times, rates = [], [], []
-    faced, gaps, steps = [], [], []
+    faced, gaps, steps, known = [], [], [], []
     for record in used:
+        own = own_rates.get(record.files[0].rpartition("/")[0])
+        base = own or fps
+        known += [record.name] * (own is not None)
         files, numbers = record.files, _numbers_of(record.files)
         if numbers is not None and len(set(numbers)) < len(numbers):
             faced.append(record.name)
             files, numbers = _one_face(files, numbers, face, read)
-        rate, when = fps, None
+        rate, when = base, None
         if numbers is not None and len(numbers) > 1:
             apart = np.diff(numbers)
             if apart.min() == apart.max():
-                rate = fps / int(apart[0])
-                if apart[0] > 1:
+                rate = base / int(apart[0])
+                if apart[0] > 1 and own is None:
                     steps.append(int(apart[0]))
             else:
                 gaps.append(record.name)
-                when = (np.array(numbers, np.float64) - numbers[0]) / fps
-                rate = fps * len(apart) / float(numbers[-1] - numbers[0])
+                when = (np.array(numbers, np.float64) - numbers[0]) / base
+                rate = base * len(apart) / float(numbers[-1] - numbers[0])
         chosen.append(record._replace(files=files))
         times.append(when)
         rates.append(rate)
     notes = []
+    rate_of = "their rates" if known else f"--fps {fps:g}"
     if faced:
         notes.append(
             f"WARN {plural(len(faced), 'video')} with frames of several faces: {first_few(faced)};"
@@ -345,10 +380,12 @@ def _ordered_frames(used: list[Record], fps: float, face: str, read) -> tuple:
             f"{plural(len(steps), 'video')} with one of {every} frames, as their numbers say:"
             f" {left} of --fps {fps:g} frames a second are there"
         )
+    if known:
+        notes.append(f"{RATES} has the rates of {plural(len(known), 'video')}: --fps is not theirs")
     if gaps:
         notes.append(
             f"{plural(len(gaps), 'video')} with gaps in the frames' numbers:"
-            f" {first_few(gaps)}; clips are cut by the time that the numbers give at --fps {fps:g}"
+            f" {first_few(gaps)}; clips are cut by the time that the numbers give at {rate_of}"
         )
     return chosen, times if gaps else None, rates, notes
 
@@ -508,7 +545,7 @@ def _is_wanted(name: str) -> bool:
 
 
 def _is_shown(name: str) -> bool:
-    return is_image(name) or (is_video(name) and not hidden(name))
+    return is_image(name) or ((is_video(name) or _is_rates(name)) and not hidden(name))
 
 
 def _videos(
