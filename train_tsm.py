@@ -45,6 +45,7 @@ from common.data import augment, faceforensics, sampling
 from common.data.clips import VideoFiles
 from common.data.groups import group_items
 from common.data.images import SQUARE
+from common.data.pack import PackedImages
 from common.data.perturb import LEVELS, perturb
 from common.distill import add_distillation
 from common.errors import InputError, as_input_error, only_warn, plural, say
@@ -837,7 +838,9 @@ def names_of_data(paths: tuple[str, ...]) -> list[str]:
     """A short name for each data set: its own, with those of the folders above that tell it from
     the others.
     """
-    bare = [re.sub(r"\.(zip|csv|json)$", "", os.path.abspath(path), flags=re.I) for path in paths]
+    bare = [
+        re.sub(r"\.(zip|csv|json|packed)$", "", os.path.abspath(path), flags=re.I) for path in paths
+    ]
     parts = [Path(path).parts for path in bare]
     depth = 1
     while len({path[-depth:] for path in parts}) < len(parts) and depth < max(map(len, parts)):
@@ -927,10 +930,12 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
     stages = settings(args)
     stage = stages["train"]
     videos = build_data(args, args.data, world)
+    refuse = partial(config.reject_unused_flags, parser, args)
     if isinstance(videos.images, VideoFiles):
-        refuse = partial(config.reject_unused_flags, parser, args)
         refuse(["fps"], "on video files, which have their own rate")
         refuse(["face"], "on video files")
+    elif isinstance(videos.images, PackedImages):
+        refuse(["fps", "face", "frames_root"], "on packed clips: give it to common.data pack")
     group_items(videos, args, "videos", world.say)
     splits = faceforensics.split(
         videos, allow_shared_persons=args.allow_shared_persons, say=world.say

@@ -4,7 +4,10 @@ import time
 from pathlib import Path
 
 from common import config, reading
+from common.data import faceforensics
 from common.data.crops import crop_faces
+from common.data.faceforensics import FACES
+from common.data.images import Images
 from common.data.open import open_images
 from common.data.pack import SUFFIX, pack
 from common.errors import InputError, exit_codes, plural, say
@@ -38,10 +41,18 @@ def main(argv: list[str] | None = None) -> int:
         metavar="JSON",
         help="for crop-faces: {video: {frame: [[x1, y1, x2, y2], ...], ...}, ...}, docs/tsm.md",
     )
+    group = parser.add_argument_group("clips")
+    group.switch("--clips", "pack videos, in a layout of docs/tsm.md, for train_tsm.py")
+    group.number("--fps", float, 25.0, "as of train_tsm.py", above=0)
+    group.choice("--face", FACES, FACES[0], "as of train_tsm.py")
+    group.add_argument("--frames-root", metavar="DIR", help="as of train_tsm.py")
     config.reading_flags(parser)
     args = parser.parse_args(argv)
     refuse = config.reject_unused_flags
+    if not args.clips:
+        refuse(parser, args, ["fps", "face", "frames_root"], "without --clips")
     if args.command == "crop-faces":
+        refuse(parser, args, ["clips"], "with crop-faces")
         refuse(parser, args, ["store_size"], "with crop-faces, which keeps the pixels")
         if args.boxes is None:
             parser.error("crop-faces needs --boxes JSON")
@@ -63,6 +74,16 @@ def _pack(args) -> None:
     if target.suffix != SUFFIX or target.is_dir():
         raise InputError(f"{target}: the packed file's name must end in {SUFFIX}")
     begun = time.perf_counter()
+    images = _pack_clips(args, target) if args.clips else _pack_images(args, target)
+    seconds = time.perf_counter() - begun
+    written = target.stat().st_size
+    say(
+        f"read {images.num_bytes / 1e6:.1f} MB, wrote {written / 1e6:.1f} MB to {target} in"
+        f" {seconds:.1f} s ({len(images) / seconds:.0f} images/s)"
+    )
+
+
+def _pack_images(args, target: Path) -> Images:
     images = open_images(args.src)
     default_size = images.store_size
     left_out = []
@@ -74,12 +95,18 @@ def _pack(args) -> None:
         say(f"left out {plural(len(left_out), 'damaged image')}{first}")
     say(images.describe())
     pack(images, target, default_size=default_size, left_out=left_out, workers=args.workers)
-    seconds = time.perf_counter() - begun
-    written = target.stat().st_size
-    say(
-        f"read {images.num_bytes / 1e6:.1f} MB, wrote {written / 1e6:.1f} MB to {target} in"
-        f" {seconds:.1f} s ({len(images) / seconds:.0f} images/s)"
-    )
+    return images
+
+
+def _pack_clips(args, target: Path) -> Images:
+    reading_as = {"fps": args.fps, "face": args.face, "frames_root": args.frames_root}
+    how = {"workers": args.workers, "on_bad_item": args.on_bad_item}
+    videos = faceforensics.prepare(args.src, store_size=None, say=say, **how, **reading_as)
+    default_size = videos.store_size
+    if args.store_size:
+        videos.resize_store(args.store_size)
+    faceforensics.pack_videos(videos, target, default_size=default_size, workers=args.workers)
+    return videos.images
 
 
 if __name__ == "__main__":

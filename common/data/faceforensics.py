@@ -7,7 +7,7 @@ folders share a name, stay videos of their own. `split` refuses parts that share
 import re
 from collections import Counter, defaultdict
 from itertools import pairwise
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ from common.data.images import (
     open_image,
     reason,
 )
+from common.data.pack import SUFFIX, PackedImages, pack
 from common.data.sampling import TEST_SHARE, hold_out
 from common.data.synthetic import face_clips
 from common.errors import InputError, first_few, plural
@@ -195,6 +196,8 @@ def open_videos(
     notes = []
     if isinstance(path, str):
         given = existing(path)
+        if given.suffix == SUFFIX and not given.is_dir():
+            return _packed(path, compression, preferred)
         is_file = not given.is_dir()
         is_table = is_file and given.suffix.lower() in (".csv", ".json")
         only = given.name if is_table or (is_file and is_video(given.name)) else ""
@@ -203,7 +206,7 @@ def open_videos(
         place = existing(frames_root) if frames_root is not None else given
         place = given.parent if only and frames_root is None else place
         files, sizes, keys, read = list_files(
-            str(place), _is_wanted, (".csv", ".json", *VIDEO_SUFFIXES)
+            str(place), _is_wanted, (".csv", ".json", SUFFIX, *VIDEO_SUFFIXES)
         )
         names = files
         if not only:
@@ -231,20 +234,10 @@ def open_videos(
     if labels and any(record.split for record in records):
         unlisted += [record.name for record in records if not record.split]
         records = [record for record in records if record.split]
-    levels = sorted({record.key[2] for record in records})
-    if compression is None and preferred not in (None, "all"):
-        compression = preferred if preferred in levels else None
-        if compression is None:
-            there = f" ({', '.join(levels)})" if any(levels) else ""
-            notes.append(
-                f"no videos with compression {preferred}, as in training: all are read{there}"
-            )
-    if compression not in (None, "all"):
-        records = [record for record in records if record.key[2] == compression]
-        if not records:
-            raise InputError(
-                f"{path}: no videos with compression {compression!r}, there are {levels}"
-            )
+    levels = {record.key[2] for record in records}
+    chosen, more = _chosen_levels(path, levels, compression, preferred)
+    notes += more
+    records = [record for record in records if record.key[2] in chosen]
     _refuse_repeats(path, records)
 
     kinds = {is_video(record.files[0]) for record in records if not record.missing}
@@ -294,6 +287,91 @@ def open_videos(
             f" {first_few(missing)}; complete the data, or --on-bad-item skip"
         )
     return FaceVideos(title, used, frames, rates, images, missing, unlisted, notes, times)
+
+
+def _chosen_levels(path: str, levels: set[str], compression: str | None, preferred: str | None):
+    """The compressions of `levels` that are read, see `open_videos`, and what is to be said."""
+    levels = sorted(levels)
+    if compression is None and preferred not in (None, "all"):
+        if preferred in levels:
+            return [preferred], []
+        there = f" ({', '.join(levels)})" if any(levels) else ""
+        note = f"no videos with compression {preferred}, as in training: all are read{there}"
+        return levels, [note]
+    if compression in (None, "all"):
+        return levels, []
+    if compression not in levels:
+        raise InputError(f"{path}: no videos with compression {compression!r}, there are {levels}")
+    return [compression], []
+
+
+def pack_videos(videos: FaceVideos, path: Path, *, default_size: int, workers: int) -> None:
+    """Write videos to a packed file, from which `open_videos` reads the same ones.
+
+    `default_size` is as of `pack`.
+
+    Raises:
+        InputError: a frame is damaged, or the file cannot be written.
+    """
+    images = videos.images
+    rows = np.concatenate(videos.frames)
+    files = isinstance(images, VideoFiles)
+    entries = []
+    for i, frames in enumerate(videos.frames):
+        sizes = images.sizes[images.files_of(frames[:1]) if files else frames]
+        times = videos.times[i]
+        entries.append(
+            {
+                "key": list(videos.keys[i]),
+                "label": int(videos.labels[i]),
+                "split": videos.splits[i],
+                "group": "" if videos.groups is None else videos.groups[i],
+                "persons": list(videos.persons[i]),
+                "length": len(frames),
+                "sizes": sizes.tolist(),
+                "rate": float(videos.rates[i]),
+                "times": None if times is None else times.tolist(),
+            }
+        )
+    pack(
+        images,
+        path,
+        default_size=default_size,
+        left_out=videos.missing if len(rows) < len(images) else (),  # damaged, not absent
+        workers=workers,
+        videos=entries,
+        rows=rows,
+    )
+
+
+def _packed(path: str, compression: str | None, preferred: str | None) -> FaceVideos:
+    images = PackedImages(Path(path))
+    if images.videos is None:
+        raise InputError(f"{path} holds images, no videos; pack them with --clips")
+    levels = {video["key"][2] for video in images.videos}
+    chosen, notes = _chosen_levels(path, levels, compression, preferred)
+    kept = np.array([video["key"][2] in chosen for video in images.videos])
+    videos = [video for video, is_kept in zip(images.videos, kept, strict=True) if is_kept]
+    if not kept.all():
+        lengths = [video["length"] for video in images.videos]
+        sizes = [size for video in videos for size in video["sizes"]]
+        images.keep(np.flatnonzero(np.repeat(kept, lengths)), sizes)
+    records = [
+        Record(
+            tuple(video["key"]),
+            video["label"],
+            video["split"],
+            [],
+            group=video["group"],
+            persons=tuple(video["persons"]),
+        )
+        for video in videos
+    ]
+    ends = np.cumsum([video["length"] for video in videos])
+    frames = np.split(np.arange(ends[-1]), ends[:-1])
+    rates = [video["rate"] for video in videos]
+    times = [video["times"] and np.array(video["times"], np.float64) for video in videos]
+    return FaceVideos(images.name, records, frames, rates, images, notes=notes, times=times)
 
 
 def _refuse_repeats(path: str, records: list[Record]) -> None:

@@ -150,10 +150,8 @@ class Images:
         self.keeps = True
         self.num_bytes = sum(sizes) if pixels is None else pixels.nbytes
         self._cached = None if pixels is None else np.ones(len(ids), bool)
-        content = f"{ids}{list(sizes)}".encode()
-        if pixels is not None:
-            content += hashlib.sha256(pixels.numpy().tobytes()).digest()
-        self.fingerprint = hashlib.sha256(content).hexdigest()[:8]
+        content = b"" if pixels is None else hashlib.sha256(pixels.numpy().tobytes()).digest()
+        self.fingerprint = listing_fingerprint(ids, sizes, content)
         self.native_size = pixels.shape[-1] if pixels is not None else self._probe()
         self.store_size = pixels.shape[-1] if pixels is not None else min(256, self.native_size)
 
@@ -401,6 +399,11 @@ class Images:
             self.groups = self.groups[kept]
         self.sizes = self.sizes[kept]
         self._read_bytes = read
+
+
+def listing_fingerprint(ids: list[str], sizes, content: bytes = b"") -> str:
+    """Eight digits that stand for names, the sizes of their files, and `content`."""
+    return hashlib.sha256(f"{ids}{list(sizes)}".encode() + content).hexdigest()[:8]
 
 
 def check_damaged(name: str, ids: list[str], bad: np.ndarray, cap: float, unit: str) -> list[str]:
