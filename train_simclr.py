@@ -844,8 +844,10 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
     if backbone not in list(BACKBONES) or stem not in STEMS:
         raise InputError(f"--from {args.from_run} has the unknown backbone {backbone}, {stem}")
     published_notes = []
-    if args.weights:
-        file = locate(args.weights, backbone, published_weights(backbone))
+    if args.weights or (weights and not source):
+        file = args.from_run
+        if args.weights:
+            file = locate(args.weights, backbone, published_weights(backbone))
         published = build_backbone(backbone, stem)
         published_notes = load_published(published, file).split("\n")
         weights = published.state_dict()

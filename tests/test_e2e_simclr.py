@@ -15,8 +15,11 @@ from PIL import Image
 from torch import nn
 
 import train_simclr
+from common import weights
 from common.data import cytology
+from common.errors import InputError
 from common.run import checkpoint, log
+from common.run.files import FORMAT
 from common.weights import Published
 from tests.data import cells_tree, cytology_tree
 from tests.runs import (
@@ -253,7 +256,7 @@ def test_stages_start_from_a_run_and_refuse_another_identity(whole, cells, tmp_p
         train_simclr.main(
             flags(base, "--stage linear --from", whole / "backbone.pt", "--backbone resnet18")
         )
-    assert ending.value.code == 2 and "conv1.weight" in capsys.readouterr().err
+    assert ending.value.code == 2 and "it needs --stem cifar" in capsys.readouterr().err
     argv = flags(base, "--stage linear --from", whole, "--out", tmp_path / "run", "--image-size 8")
     assert train_simclr.main([*argv, "--seed", "3"]) == 0
     assert (
@@ -375,6 +378,28 @@ def test_a_foreign_checkpoint_is_refused(cells, tmp_path, content, capsys):
     torch.save(content, tmp_path / "foreign.pt")
     argv = flags(NET, "--data", cells, "--bs 16 --stage finetune --from", tmp_path / "foreign.pt")
     refused(train_simclr.main, argv, capsys, "foreign.pt")
+
+
+def test_from_takes_the_files_of_public_training_code(whole, cells, tmp_path, capsys):
+    backbone = checkpoint.load(whole / "backbone.pt")
+    moco = {f"module.encoder_q.{name}": tensor for name, tensor in backbone.items()}
+    torch.save({"state_dict": moco | {"module.queue": torch.ones(2)}}, tmp_path / "moco.pt")
+    start = flags(NET, "--data", cells, "--seed 3 --stage linear --from", tmp_path / "moco.pt")
+    assert train_simclr.main([*start, "--out", str(tmp_path / "run")]) == 0
+    assert "the query encoder, as MoCo evaluates it" in capsys.readouterr().out
+    measured = "linear/test/accuracy"
+    assert summary(tmp_path / "run")[measured] == summary(whole)[measured]
+    moco["module.encoder_q.conv1.weight"] = backbone["conv1.weight"][:, :1]
+    torch.save({"state_dict": moco}, tmp_path / "moco.pt")
+    refused(train_simclr.main, [*start, "--out", str(tmp_path / "x")], capsys, "1 channel")
+    # A run's model as nn.DataParallel holds it; another script's is still refused.
+    spec = {"script": "simclr", "image_size": 8}
+    model = {f"module.backbone.{name}": tensor for name, tensor in backbone.items()}
+    torch.save({"format": FORMAT, "model": model, "model_spec": spec}, tmp_path / "ddp.pt")
+    loaded, read = weights.load_backbone(str(tmp_path / "ddp.pt"), "simclr")
+    assert read == spec and loaded.keys() == backbone.keys()
+    with pytest.raises(InputError, match="train_simclr.py"):
+        weights.load_backbone(str(tmp_path / "ddp.pt"), "tsm")
 
 
 BAD = {  # flags -> the flag, file or value that the refusal names

@@ -49,6 +49,7 @@ _STATE = {
     "stage": str, "start": str, "place": dict, "kinds": dict, "parts": dict, "sums": dict,
     "rng": dict,
 }  # fmt: skip
+_MAX_CLASSES = 30  # of a foreign file
 _COUNTS = ("step", "epoch", "batch", "best_epoch", "evals_without_gain", "planned", "log_lines")
 # What torch.load raises on damaged files, found by damaging them.
 UNREADABLE = (
@@ -132,10 +133,27 @@ def _is_whole(path: Path) -> bool:
         return file.read() == _MARK + hasher.hexdigest().encode()
 
 
-def load(path: Path) -> dict:
+class Object:
+    """What stands in a foreign file for an object of a class; nothing of the class is run."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __setstate__(self, _):
+        pass
+
+    def __setitem__(self, *_):
+        pass
+
+
+def load(path: Path, *, objects: bool = False) -> dict:
     """Read a checkpoint on the CPU after checking every byte of it.
 
     A file without our mark is read unchecked.
+
+    Args:
+        objects: what is neither a tensor nor a plain value, as the flags that a training script
+            keeps beside its weights, becomes an `Object`; otherwise it is refused.
 
     Raises:
         InputError: missing, damaged, of another run format, or not a file of tensors and plain
@@ -156,7 +174,7 @@ def load(path: Path) -> dict:
     try:
         _refuse_bombs(data, path)
         with warnings.catch_warnings(action="ignore"):  # what cannot be read is refused
-            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            state = _unpickle(data, objects)
         _check_sizes(state, len(data), path)
     except InputError:
         raise
@@ -177,6 +195,23 @@ def load(path: Path) -> dict:
     if _is_ours(state):
         check_format(state, path)
     return state
+
+
+def _unpickle(data: bytes, objects: bool):
+    names = []  # of classes, which torch.load tells one at a time
+    while True:
+        try:
+            with torch.serialization.safe_globals([(Object, name) for name in names]):
+                state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except UnpicklingError as error:
+            wanted = re.search(r"GLOBAL (\S+)", str(error))
+            if not objects or not wanted or wanted[1] in names or len(names) == _MAX_CLASSES:
+                raise
+            names.append(wanted[1])
+        else:
+            if isinstance(state, Object):
+                raise UnpicklingError(f"GLOBAL {names[0]}")
+            return state
 
 
 def _refuse_bombs(data: bytes, path: Path) -> None:
