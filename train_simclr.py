@@ -136,6 +136,12 @@ SEARCH = {
     "linear": {"lr": (0.02, 2.0)},
     "finetune": {"lr": (1e-5, 1e-2), "wd": (1e-6, 0.1)},
 }
+# The parts of the data that a stage uses; it trains on the first.
+PARTS = {
+    "pretrain": ("pretrain",),
+    "linear": ("train", "dev", "test"),
+    "finetune": ("finetune_train", "finetune_dev", "finetune_test"),
+}
 STEMS = ["imagenet", "cifar"]
 EVAL_IMAGES = 256  # at once
 # Where neither a flag nor --from says otherwise.
@@ -385,40 +391,82 @@ def build_data(
     return Data(images, *cytology.protocol(images, targets, args.fraction, stored, world.say))
 
 
+def fit_batches(
+    args, world: dist.Dist, splits: dict, stages: dict[str, config.StageConfig]
+) -> dict[str, config.StageConfig]:
+    """The stages; the default batch of a labeled one is no larger than its data."""
+    fitted = {}
+    for name, stage in stages.items():
+        flag = "bs" if name == next(iter(stages)) else f"{name}_bs"
+        count = len(splits[PARTS[name][0]])
+        is_set = name == "pretrain" or getattr(args, flag) not in (None, STAGES[name]["bs"])
+        if not is_set and stage.optimizer != "lbfgs" and count < stage.bs:
+            parts = divisor(args, world, name)
+            bs = max(count // parts, 1) * parts
+            world.say(
+                f"{name}: {plural(count, 'training image')}, fewer than a batch of {stage.bs}:"
+                f" --{flag.replace('_', '-')} is {bs}"
+            )
+            stage = replace(stage, bs=bs)
+        fitted[name] = stage
+    return fitted
+
+
+def divisor(args, world: dist.Dist, name: str) -> int:
+    """What the batch of a stage is divided by."""
+    if name == "linear":  # every process does all of it
+        return 1
+    return world.world_size * (args.accum if name == "pretrain" else 1)
+
+
 def validate(
-    args, world: dist.Dist, images: Images, splits: dict, stages: dict[str, config.StageConfig]
+    args,
+    world: dist.Dist,
+    images: Images,
+    splits: dict,
+    stages: dict[str, config.StageConfig],
+    spec: dict,
 ) -> None:
     """Refuse what the stages could not use, before anything is written."""
-    needed = {
-        "pretrain": ("pretrain",),
-        "linear": ("train", "dev", "test"),
-        "finetune": ("finetune_train", "finetune_dev", "finetune_test"),
-    }
-    divisors = {
-        "pretrain": world.world_size * args.accum,
-        "linear": 1,  # every process does all of it
-        "finetune": world.world_size,
-    }
     refused = []
     for name, stage in stages.items():
-        parts = [splits[part] for part in needed[name]]
+        parts = [splits[part] for part in PARTS[name]]
+        flag = "--bs" if name == next(iter(stages)) else f"--{name}-bs"
         if name == "pretrain" and stage.bs < 2:
-            raise InputError("pretrain: a batch of 1 has no negatives; give --bs 2 or more")
+            refused.append("pretrain: a batch of 1 has no negatives; give --bs 2 or more")
         if name != "pretrain" and (len(images.classes) < 2 or not all(map(len, parts))):
             raise InputError(
                 f"{name} needs labeled images of two classes in train, dev and test:"
                 f" {images.describe()}"
             )
         if stage.optimizer != "lbfgs":
-            flag = "--bs" if name == next(iter(stages)) else f"--{name}-bs"
             try:
-                sampling.check_batch(name, stage.bs, len(parts[0]), divisors[name], flag)
+                sampling.check_batch(
+                    name, stage.bs, len(parts[0]), divisor(args, world, name), flag
+                )
             except InputError as error:
                 refused.append(str(error))
+        if name == "finetune" and stage.bs == 1 and not trains_on_one(spec):
+            refused.append(
+                f"finetune: a batch of 1 leaves the BatchNorm of {spec['backbone']} one value a"
+                f" channel at {spec['image_size']} px; give {flag} 2 or more"
+            )
     if refused:
         raise InputError(". ".join(refused))
     with as_input_error("--impl", args.impl):
         nt_xent(*torch.eye(4, device=world.device).chunk(2), args.temperature, impl=args.impl)
+
+
+def trains_on_one(spec: dict) -> bool:
+    """Whether the backbone trains on a single image: not where BatchNorm sees maps of 1x1."""
+    with torch.device("meta"):
+        model = build_backbone(spec["backbone"], spec["stem"]).train()
+        image = torch.empty(1, 3, spec["image_size"], spec["image_size"])
+    try:
+        model(image)
+    except ValueError:  # of BatchNorm
+        return False
+    return True
 
 
 def build_model(run: Run, kind: str, weights: dict | None = None) -> nn.Module:
@@ -861,8 +909,8 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
         targets=targets,
         proj_dim=source.get("proj_dim", args.proj_dim),
     )
-    stages = settings(args)
-    validate(args, world, images, splits, stages)
+    stages = fit_batches(args, world, splits, settings(args))
+    validate(args, world, images, splits, stages, spec)
     start = {"weights": checkpoint.weights_digest(weights)} if weights else {}
     teacher, teacher_id = distill.read(args, spec, same=("image_size", "classes"))
     first_stage = next(iter(stages.values()))
