@@ -18,6 +18,7 @@ import train_simclr
 from common import weights
 from common.data import cytology
 from common.errors import InputError
+from common.features.__main__ import main as features_of
 from common.run import checkpoint, log
 from common.run.files import FORMAT
 from common.weights import Published
@@ -400,6 +401,51 @@ def test_from_takes_the_files_of_public_training_code(whole, cells, tmp_path, ca
     assert read == spec and loaded.keys() == backbone.keys()
     with pytest.raises(InputError, match="train_simclr.py"):
         weights.load_backbone(str(tmp_path / "ddp.pt"), "tsm")
+
+
+def test_features_of_any_images_are_the_runs_own(whole, cells, tmp_path, capsys):
+    def computed(*words):
+        assert features_of([*map(str, words)]) == 0
+        capsys.readouterr()
+        with np.load(words[-1]) as stored:
+            return dict(stored)
+
+    with np.load(whole / "features.npz") as stored:
+        own = dict(stored)
+    place = {name: i for i, name in enumerate(own["id"])}
+    device = ("--device", "cpu")
+    again = computed(*device, whole, cells, tmp_path / "all.npz")
+    assert again.keys() == own.keys() | {"data"}
+    rows = [place[name] for name in again["id"]]
+    assert sorted(rows) == list(range(len(place)))
+    np.testing.assert_array_equal(again["features"], own["features"][rows])
+    assert (again["label"] == -1).all() and (again["split"] == "").all()
+    np.testing.assert_array_equal(again["content"], own["content"][rows])
+    # Some of them, as they come; a file of this command is replaced.
+    some = [cells / "long" / "03.png", cells / "round"]
+    few = computed(*device, whole / "pretrain", *some, tmp_path / "all.npz")
+    assert few["data"].tolist() == [*map(str, some)]
+    rows = [place[str(Path(name).relative_to(cells))] for name in few["id"]]
+    np.testing.assert_allclose(few["features"], own["features"][rows], rtol=1e-5, atol=1e-6)
+    assert len(rows) == 1 + len([*(cells / "round").iterdir()])
+    # Of another stage, the backbone that this one has trained on.
+    tuned = computed(*device, whole / "finetune", cells, tmp_path / "tuned.npz")
+    assert tuned["features"].shape == again["features"].shape
+    assert not np.allclose(tuned["features"], again["features"], rtol=1e-2)
+    # What is not to be written over, and what has no features.
+    before = (whole / "features.npz").read_bytes()
+    (tmp_path / "mine.npz").write_bytes(b"mine")
+    torch.save({"model_spec": {"script": "tsm"}, "model": {}, "format": FORMAT}, tmp_path / "t.pt")
+    for words, named in (
+        ([whole, cells, whole / "features.npz"], "features.npz is there"),
+        ([whole, cells, tmp_path / "mine.npz"], "mine.npz is there"),
+        ([whole, cells, tmp_path / "x.npy"], "end in .npz"),
+        ([whole, cells, tmp_path / "no" / "x.npz"], "no folder"),
+        ([whole, tmp_path / "nothing", tmp_path / "x.npz"], "nothing"),
+        ([tmp_path / "t.pt", cells, tmp_path / "x.npz"], "train_tsm.py"),
+    ):
+        refused(features_of, [*map(str, words)], capsys, named)
+    assert (whole / "features.npz").read_bytes() == before
 
 
 BAD = {  # flags -> the flag, file or value that the refusal names

@@ -64,22 +64,29 @@ def stored_features(run: Run, weights: str, compute: Callable[[], Tensor]) -> Te
         splits = np.full(len(items), "", dtype="<U5")
         for part, name in _SPLITS.items():
             splits[run.splits.get(part, [])] = name
-
-        def store():
-            with atomic_write(file, "wb", stream=True) as stored:
-                np.savez(
-                    stored,
-                    features=rows.numpy(),
-                    id=np.array(items.ids),
-                    label=items.labels,
-                    split=splits,
-                    classes=np.array(items.classes, dtype=str),
-                    key=key,
-                    content=read,
-                )
-
-        retried(store, file, was_there=True)
+        write_features(file, rows, items, split=splits, key=key, content=read)
     return rows
+
+
+def write_features(file: Path, rows: Tensor, items, **columns) -> None:
+    """Write features (n, d) of all `items`, their ids and labels, and what else is given, as .npz.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+
+    def store():
+        with atomic_write(file, "wb", stream=True) as stored:
+            np.savez(
+                stored,
+                features=rows.numpy(),
+                id=np.array(items.ids),
+                label=items.labels,
+                classes=np.array(items.classes, dtype=str),
+                **columns,
+            )
+
+    retried(store, file, was_there=True)
 
 
 def _read_features(file: Path, key: str, digests: np.ndarray, say) -> Tensor | None:
