@@ -39,7 +39,12 @@ from common.data.open import prepare
 from common.distill import add_distillation
 from common.errors import InputError, as_input_error, plural
 from common.export import PROBABILITIES, ExportSpec
-from common.features import contrast, representation, stored_features
+from common.features import (
+    contrast,
+    representation,
+    say_if_not_learning,
+    stored_features,
+)
 from common.live import digits
 from common.models import (
     BACKBONES,
@@ -674,6 +679,9 @@ def pretrain(run: Run, weights: dict | None) -> None:
         if loop.is_eval_epoch():
             outputs = partial(evaluate, run, model.backbone, progress=progress)
             values |= representation(run, outputs, "dev", "pretrain/val")
+            if epoch < args.eval_every and "pretrain/val/knn_accuracy" in values:
+                values |= untrained(run, "dev", "pretrain/start", weights, progress)
+            values |= say_if_not_learning(run, values, epoch + 1)
         progress.select(loss, model.state_dict(), values, higher_is_better=False)
         progress.results = values
         loop.end_epoch(values)
@@ -693,8 +701,20 @@ def pretrain(run: Run, weights: dict | None) -> None:
         labels, splits = run.data.labels, run.splits
         share = metrics.majority_accuracy(labels[splits["train"]], labels[splits["test"]])
         results["pretrain/test/majority_knn_accuracy"] = share
+        pixels = partial(linear_eval.raw_pixels, run, progress=progress)
+        results |= representation(run, pixels, "test", "pretrain_pixels/test")
+        results |= untrained(run, "test", "pretrain_random/test", None, progress)
     log.metrics("pretrain", progress.step, progress.epoch, results)
     run.finish(progress, progress.results | results | {"pretrain/train/loss_at_chance": chance})
+
+
+def untrained(run: Run, queries: str, prefix: str, weights: dict | None, progress) -> dict:
+    """`representation` of the backbone that pretraining began with, random without `weights`."""
+    random = checkpoint.rng_state()
+    backbone = build_model(run, "features", weights)
+    checkpoint.set_rng_state(random)
+    outputs = partial(evaluate, run, backbone, progress=progress)
+    return representation(run, outputs, queries, prefix)
 
 
 def trained_backbone(run: Run) -> dict:

@@ -1,7 +1,6 @@
 """The linear protocol on frozen features, beside the same on baselines."""
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -67,7 +66,11 @@ def linear(
     if weights:
         sources["linear"] = Source("learned features", weights, width, features)
         sources["linear_random"] = random_source
-    pixels = partial(raw_pixels, run)
+    everything = np.arange(len(run.data))
+
+    def pixels(_, progress: Progress) -> Tensor:
+        return raw_pixels(run, everything, progress)
+
     sources["linear_pixels"] = Source(f"raw pixels ({PIXELS} px)", {}, 3 * PIXELS**2, pixels)
     labels = run.data.labels_in(classes)
     test = run.splits["test"]
@@ -130,10 +133,9 @@ def kind_of(stage: str, source: str) -> str:
     return stage.split("_")[0]
 
 
-def raw_pixels(run: Run, _, progress: Progress) -> Tensor:
-    """The pixels of all images at PIXELS x PIXELS as features (n, 3 PIXELS**2)."""
-    count = len(run.data)
-    batches = np.array_split(np.arange(count), -(-count // 256))
+def raw_pixels(run: Run, items: np.ndarray, progress: Progress) -> Tensor:
+    """The pixels of images at PIXELS x PIXELS as features (n, 3 PIXELS**2)."""
+    batches = np.array_split(items, -(-len(items) // 256))
     with Evaluation(progress, None, batches) as done:
         for pixels in run.data.batches(done.left, run.args.workers):
             done.add(augment.resize(pixels, PIXELS).flatten(1))

@@ -1,5 +1,6 @@
 """train_simclr.py as its users run it: whole runs, stages, use of a model, bad input."""
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -401,6 +402,36 @@ def test_from_takes_the_files_of_public_training_code(whole, cells, tmp_path, ca
     assert read == spec and loaded.keys() == backbone.keys()
     with pytest.raises(InputError, match="train_simclr.py"):
         weights.load_backbone(str(tmp_path / "ddp.pt"), "tsm")
+
+
+def test_a_pretraining_that_does_not_learn_warns_once_and_one_that_learns_does_not(
+    cells, tmp_path, capsys
+):
+    colors = tmp_path / "colors"  # easily told apart, without labels
+    colors.mkdir()
+    for i, color in enumerate(np.random.default_rng(0).integers(0, 256, (64, 3))):
+        Image.new("RGB", (8, 8), tuple(color)).save(colors / f"{i}.png")
+    argv = flags(NET, "--bs 16 --epochs 4 --eval-every 1 --optimizer adamw --color-strength 0")
+    train_simclr.main([*argv, "--data", str(colors), "--out", str(tmp_path / "healthy")])
+    assert "WARN" not in capsys.readouterr().out
+    assert "What to try" not in (tmp_path / "healthy/report.html").read_text()
+
+    argv = flags(NET, "--bs 16 --epochs 4 --eval-every 1 --augment none --data", cells, "--out")
+    stopped = [*argv, str(tmp_path / "stopped")]
+    said = []
+    for run in ([*argv, str(tmp_path / "broken")], [*stopped, "--max-steps", "11"], stopped):
+        with contextlib.suppress(SystemExit):  # of --max-steps
+            train_simclr.main(run)
+        said.append([x for x in capsys.readouterr().out.split("\n") if x.startswith("WARN")])
+    assert [len(lines) for lines in said] == [1, 1, 0]
+    assert "same embedding" in said[0][0] and "--augment simclr" in said[0][0]
+    assert "1 at the start" in said[0][0]
+    lines = log.read(tmp_path / "broken")
+    assert [x["epoch"] for x in lines if "pretrain/warn/views_alike" in x] == [2]
+    timing = dict.fromkeys(log.TIMING)
+    assert [x | timing for x in lines] == [x | timing for x in log.read(tmp_path / "stopped")]
+    top = (tmp_path / "broken/report.html").read_text().partition("<h2")[0]
+    assert "After epoch 2 of pretrain: both views of an image have the same embedding" in top
 
 
 def test_features_of_any_images_are_the_runs_own(whole, cells, tmp_path, capsys):
