@@ -268,7 +268,7 @@ def _refuse_channels(channels: int, name: str, path: str | Path) -> None:
     cure = (
         f"store {name} as w.repeat(1, 3, 1, 1) / 3, which gives the same on gray images"
         if channels == 1
-        else f"store of {name} the channels of red, green and blue alone, as w[:, [0, 1, 2]]"
+        else f"store {name} with the channels of red, green and blue alone, as w[:, [0, 1, 2]]"
     )
     raise InputError(
         f"{path}: its first convolution takes {plural(channels, 'channel')}, the images here have"
