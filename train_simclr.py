@@ -16,10 +16,11 @@ Everything, small, in minutes on two CPU cores:
 """
 
 import common  # noqa: F401  # isort: skip  (it refuses an older Python)
+import argparse
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import amp, config, distill, linear_eval, metrics, optim
+from common import amp, config, distill, linear_eval, optim, recipe
 from common.check import reference
 from common.check.result import CheckSpec, NetworkView
 from common.check.runner import check
@@ -50,14 +51,16 @@ from common.models import (
     BACKBONES,
     LARGER,
     build_backbone,
+    feature_widths,
     input_size,
     load_published,
     published_weights,
 )
-from common.models.heads import HEAD_BIAS, Classifier, SimCLR, init_bias_to_prior
+from common.models.heads import FEATURES, HEAD_BIAS, Classifier, SimCLR, init_bias_to_prior
 from common.report import figures, page
 from common.run import checkpoint, dist
 from common.run.card import Card
+from common.run.directory import earlier_config
 from common.run.evaluation import Evaluation
 from common.run.inference import load_run, restore_data_flags
 from common.run.launch import launch, run_sweep
@@ -103,24 +106,8 @@ STAGES = {
 }
 
 
-def lars_lr(bs: int) -> float:
-    """SimCLR's rule, appendix B.1."""
-    return 0.075 * math.sqrt(bs)
-
-
-def sgd_lr(bs: int) -> float:
-    """SimSiam's rule, arXiv:2011.10566."""
-    return 0.05 * bs / 256
-
-
-def adamw_lr(bs: int) -> float:
-    """The same rate for every batch."""
-    return 1e-3
-
-
 # Of the linear stage where it is solved, which has no batch: that is part of the directory's name.
 SOLVED = {"epochs": 1, "lr": 0.0, "optimizer": "lbfgs"}
-LR_OF = {"lars": lars_lr, "sgd": sgd_lr, "adamw": adamw_lr}
 # Color strength 0.5 is the paper's for small images (appendix B.9).
 DEMO = {
     "backbone": "resnet18",
@@ -130,11 +117,13 @@ DEMO = {
     "epochs": 32,
     "eval_every": 4,
     "color_strength": 0.5,
+    "recipe": "paper",
     "finetune_epochs": 6,
     "finetune_bs": 64,
     "finetune_lr": 1e-3,
 }
 SEARCH = {
+    None: {"lr": (0.05, 5.0)},  # --search keeps the paper's recipe
     "lars": {"lr": (0.05, 5.0)},
     "sgd": {"lr": (5e-3, 0.5)},
     "adamw": {"lr": (1e-4, 1e-2)},
@@ -149,16 +138,17 @@ PARTS = {
 }
 STEMS = ["imagenet", "cifar"]
 EVAL_IMAGES = 256  # at once
+VIEW_FLAGS = [field.name for field in fields(augment.ViewSettings)]
+FINETUNE_VIEW_FLAGS = ["vertical_flip", "rotation", "stain"]
+STATISTICS_IMAGES = 2000  # whose mean and deviation --normalize data takes
 # Where neither a flag nor --from says otherwise.
 DEFAULTS = {"backbone": "resnet50", "stem": STEMS[0]}
 
 
 def parse_args(argv: list[str] | None = None):
     bs = STAGES["pretrain"]["bs"]
-    lr_rule = (
-        f"lars {LR_OF['lars'](bs):g} * sqrt(bs / {bs}), sgd {LR_OF['sgd'](bs):g} * bs / {bs},"
-        f" adamw {LR_OF['adamw'](bs):g}"
-    )
+    lars, sgd, adamw = (recipe.LR_OF[name](bs) for name in ("lars", "sgd", "adamw"))
+    lr_rule = f"lars {lars:g} * sqrt(bs / {bs}), sgd {sgd:g} * bs / {bs}, adamw {adamw:g}"
     parser = config.base_parser(CARD.name, __doc__, STAGES, lr=lr_rule)
     parser.aliases["--cell"] = "--grid-index"
     parser.set_help(
@@ -190,6 +180,14 @@ def parse_args(argv: list[str] | None = None):
         " cross-validation, sgd trains it as the cytology recipe does (default: lbfgs; sgd with"
         " --protocol cytology, --grid-index or --teacher)",
     )
+    group.choice(
+        "--features",
+        FEATURES,
+        None,
+        "what the solved layer reads of the backbone: gap, its outputs; 2x2, the maps of its last"
+        " stage pooled to 2x2; stages, those of its last two; unset: chosen by cross-validation,"
+        " for random weights too",
+    )
     group.number(
         "--grid-index",
         int,
@@ -210,6 +208,7 @@ def parse_args(argv: list[str] | None = None):
         default=cytology.TARGETS,
         help="labels that --protocol cytology fine-tunes on, comma-separated",
     )
+    views = augment.ViewSettings()
     group = parser.add_argument_group("model")
     group.choice(
         "--backbone",
@@ -229,6 +228,27 @@ def parse_args(argv: list[str] | None = None):
         metavar="NAME|FILE",
         help="published weights to start from: `imagenet`, torchvision's, downloaded once, or a"
         " file, .pt, .pth or .safetensors",
+    )
+    group.number(
+        "--label-fraction",
+        float,
+        1.0,
+        "share of the labels that the linear protocol and fine-tuning have, evenly by class; the"
+        " images stay in the pretraining",
+        above=0,
+        high=1,
+    )
+    group.choice(
+        "--class-weights",
+        ["none", "balanced"],
+        "none",
+        "weights of the classes in fine-tuning's loss; balanced: a rare class weighs more",
+    )
+    group.choice(
+        "--sampler",
+        ["none", "balanced"],
+        "none",
+        "how fine-tuning's batches are drawn; balanced: as many images of each class",
     )
     group.choice(
         "--head-bias",
@@ -250,19 +270,69 @@ def parse_args(argv: list[str] | None = None):
         "side that images are decoded to, pixels; unset: their own, at most 256",
         low=8,
     )
-    group = parser.add_argument_group("pretraining")
-    group.number("--proj-dim", int, 128, "outputs of the projection head", low=2)
-    group.number("--temperature", float, 0.2, "temperature of the NT-Xent loss", above=0)
+    group.choice(
+        "--normalize",
+        ["imagenet", "data"],
+        None,
+        "mean and deviation of the channels that pixels are normalized by: ImageNet's, or those of"
+        " the images to train on (default: imagenet, or those of --from)",
+    )
+    group = parser.add_argument_group("views, of the pretraining and of fine-tuning")
     group.choice(
         "--augment",
         ["simclr", "none"],
         "simclr",
         "how views are made; none: every view is the image itself",
     )
-    group.number(
-        "--color-strength", float, 1.0, "strength of the color distortion", low=0, high=2.5
+    group.switch("--vertical-flip", "mirror half of the views top to bottom, too")
+    group.choice(
+        "--rotation",
+        augment.ROTATIONS,
+        views.rotation,
+        "turn the views: by 90, a multiple of 90 degrees, or any angle",
     )
-    group.choice("--optimizer", LR_OF, "lars", "optimizer of the pretraining")
+    group.number(
+        "--stain",
+        float,
+        views.stain,
+        "strength of the jitter of stains, hematoxylin, eosin and DAB, in optical density, as 0.05",
+        low=0,
+        high=1,
+    )
+    group = parser.add_argument_group("pretraining")
+    group.number("--proj-dim", int, 128, "outputs of the projection head", low=2)
+    group.number("--temperature", float, 0.2, "temperature of the NT-Xent loss", above=0)
+    group.number(
+        "--color-strength",
+        float,
+        views.color_strength,
+        "strength of the color distortion",
+        low=0,
+        high=2.5,
+    )
+    group.number("--blur", float, views.blur, "share of the views that are blurred", low=0, high=1)
+    group.number(
+        "--crop-min",
+        float,
+        views.crop_min,
+        "smallest share of an image's area that a view shows",
+        above=0,
+        high=1,
+    )
+    group.number(
+        "--grayscale", float, views.grayscale, "share of the views without color", low=0, high=1
+    )
+    group.choice(
+        "--recipe",
+        ["auto", "paper"],
+        "auto",
+        "optimizer where neither it nor --lr is given: paper takes lars, auto adamw at"
+        f" {recipe.AUTO['lr']:g} in fewer than {recipe.SHORT} steps of a batch below"
+        f" {recipe.SMALL}; --protocol cytology, --grid-index and --search imply paper",
+    )
+    group.choice(
+        "--optimizer", recipe.LR_OF, None, "optimizer of the pretraining; unset: as --recipe says"
+    )
     group.number(
         "--fraction",
         float,
@@ -275,7 +345,7 @@ def parse_args(argv: list[str] | None = None):
         "--profile", "time the phases of a step; with --accum, forward includes making the views"
     )
     args = config.parse(parser, argv, DEMO, SEARCH)
-    args = restore_data_flags(parser, argv, args, ["store_size"])
+    args = restore_data_flags(parser, argv, args, ["store_size", "precision"])
     if args.grid_index is not None:
         cell = CELLS[args.grid_index]
         parser.set_defaults(**cell)
@@ -293,8 +363,9 @@ def parse_args(argv: list[str] | None = None):
         pretraining_only = [
             "proj_dim",
             "temperature",
-            "color_strength",
+            *(flag for flag in VIEW_FLAGS if flag not in FINETUNE_VIEW_FLAGS),
             "optimizer",
+            "recipe",
             "fraction",
             "accum",
             "impl",
@@ -310,7 +381,7 @@ def parse_args(argv: list[str] | None = None):
     else:
         refuse(["from_run"], f"with --stage {args.stage}, which trains its backbone")
     if args.stage in ("pretrain", "finetune"):
-        refuse(["linear_solver"], f"with --stage {args.stage}")
+        refuse(["linear_solver", "features"], f"with --stage {args.stage}")
     elif linear_solver(args) == "lbfgs":
         shared = ["patience", "max_steps", "clip_grad", "lr_schedule", "warmup_epochs", "teacher"]
         flags = ["search", *config.STAGE_FLAGS, *shared] if args.stage == "linear" else []
@@ -318,18 +389,27 @@ def parse_args(argv: list[str] | None = None):
             [*(f"linear_{flag}" for flag in config.STAGE_FLAGS), *flags],
             "on a linear layer that is solved; add --linear-solver sgd to train it",
         )
+    else:
+        refuse(["features"], "on a linear layer that is trained, which reads gap")
     if args.stage == "pretrain":
         refuse(
-            ["patience", "teacher", "head_bias"],
+            ["patience", "teacher", "head_bias", "label_fraction", "class_weights", "sampler"],
             "with --stage pretrain, which neither stops early nor classifies",
         )
     if args.stage == "linear":
         refuse(
-            ["augment", "eval_every", "log_every", "head_bias"],
+            ["augment", *FINETUNE_VIEW_FLAGS, "eval_every", "log_every", "head_bias"],
             "with --stage linear: features are stored, every epoch is logged",
         )
+        refuse(["class_weights", "sampler"], "with --stage linear, which weighs images alike")
+    if args.sampler == "balanced":
+        refuse(["head_bias"], "with --sampler balanced, whose batches hold all classes alike")
+        if args.class_weights == "balanced":
+            parser.error(
+                "--class-weights and --sampler correct one imbalance twice; give one of them"
+            )
     if args.augment == "none":
-        refuse(["color_strength"], "with --augment none")
+        refuse(VIEW_FLAGS, "with --augment none")
     if args.protocol == "none":
         refuse(["target_labels"], "without --protocol cytology")
     return args, parser
@@ -337,8 +417,7 @@ def parse_args(argv: list[str] | None = None):
 
 def linear_solver(args) -> str:
     """--linear-solver, or what stands for it where it is unset."""
-    is_recipe = args.protocol == "cytology" or args.grid_index is not None
-    return args.linear_solver or ("sgd" if is_recipe or args.teacher else "lbfgs")
+    return args.linear_solver or ("sgd" if recipe.is_paper(args) or args.teacher else "lbfgs")
 
 
 def settings(args) -> dict[str, config.StageConfig]:
@@ -348,10 +427,10 @@ def settings(args) -> dict[str, config.StageConfig]:
     for name in names:
         defaults = STAGES[name]
         if name == "pretrain":
-            defaults = defaults | {"optimizer": args.optimizer}
+            defaults = defaults | {"optimizer": args.optimizer or recipe.PAPER}
         elif name == "linear" and linear_solver(args) == "lbfgs":
             defaults = defaults | SOLVED
-        lr_of = LR_OF.get(defaults["optimizer"])
+        lr_of = recipe.LR_OF.get(defaults["optimizer"])
         is_first = name == names[0]
         stages[name] = config.stage_config(args, name, defaults, first=is_first, lr_of=lr_of)
         if stages[name].optimizer == "lbfgs":  # the defaults of --linear-epochs, ... are sgd's
@@ -392,29 +471,34 @@ def build_data(
     group_items(images, args, CARD.items, world.say, own_splits=targets is None)
     if targets is None:
         classes = dict.fromkeys(("linear", "finetune"), images.classes)
-        return Data(images, sampling.split(images, args.fraction, world.say), classes, None)
-    return Data(images, *cytology.protocol(images, targets, args.fraction, stored, world.say))
+        data = Data(images, sampling.split(images, args.fraction, world.say), classes, None)
+    else:
+        data = Data(images, *cytology.protocol(images, targets, args.fraction, stored, world.say))
+    if args.label_fraction == 1:
+        return data
+    stages = settings(args)
+    fewer = sampling.fewer_labels(
+        images, data.splits, args.label_fraction, stages, args.seed, world.say
+    )
+    return data._replace(splits=fewer)
 
 
-def fit_batches(
-    args, world: dist.Dist, splits: dict, stages: dict[str, config.StageConfig]
-) -> dict[str, config.StageConfig]:
-    """The stages; the default batch of a labeled one is no larger than its data."""
+def fit_batches(args, world: dist.Dist, splits: dict) -> argparse.Namespace:
+    """The flags; the default batch of a labeled stage is no larger than its data."""
     fitted = {}
+    stages = settings(args)
     for name, stage in stages.items():
         flag = "bs" if name == next(iter(stages)) else f"{name}_bs"
         count = len(splits[PARTS[name][0]])
-        is_set = name == "pretrain" or getattr(args, flag) not in (None, STAGES[name]["bs"])
+        is_set = name == "pretrain" or stage.bs != STAGES[name]["bs"]
         if not is_set and stage.optimizer != "lbfgs" and count < stage.bs:
             parts = divisor(args, world, name)
-            bs = max(count // parts, 1) * parts
+            fitted[flag] = max(count // parts, 1) * parts
             world.say(
                 f"{name}: {plural(count, 'training image')}, fewer than a batch of {stage.bs}:"
-                f" --{flag.replace('_', '-')} is {bs}"
+                f" --{flag.replace('_', '-')} is {fitted[flag]}"
             )
-            stage = replace(stage, bs=bs)
-        fitted[name] = stage
-    return fitted
+    return argparse.Namespace(**vars(args) | fitted)
 
 
 def divisor(args, world: dist.Dist, name: str) -> int:
@@ -449,6 +533,9 @@ def validate(
                 sampling.check_batch(
                     name, stage.bs, len(parts[0]), divisor(args, world, name), flag
                 )
+                if name == "finetune" and args.sampler == "balanced":
+                    labels = images.labels[parts[0]]
+                    sampling.balanced_batches(parts[0], labels, stage.bs, 0, 0, flag=flag)
             except InputError as error:
                 refused.append(str(error))
         if name == "finetune" and stage.bs == 1 and not trains_on_one(spec):
@@ -492,7 +579,9 @@ def build_model(run: Run, kind: str, weights: dict | None = None) -> nn.Module:
         model = SimCLR(model, spec["proj_dim"])
     elif kind in spec["classes"]:
         num_classes = len(spec["classes"][kind])
-        model = Classifier(model, nn.Linear(model.num_features, num_classes))
+        features = spec.get("features", "gap")
+        width = feature_widths(model, spec["image_size"])[features]
+        model = Classifier(model, nn.Linear(width, num_classes), features)
     if run.stages and kind == "finetune" and args.head_bias == "prior":
         labels = run.data.labels_in(spec["classes"][kind])
         init_bias_to_prior(model.head, labels[run.splits["finetune_train"]])
@@ -505,35 +594,49 @@ def build_model(run: Run, kind: str, weights: dict | None = None) -> nn.Module:
 
 def two_views(run: Run, batch: Batch) -> Tensor:
     """Normalized views (2n, 3, s, s) of a batch's pixels: first view a of every image, then b."""
-    args, pixels = run.args, batch.inputs
-    size = run.model_spec["image_size"]
-    if args.augment == "none":
-        return augment.normalize(augment.resize(pixels, size)).repeat(2, 1, 1, 1)
-    views = []
-    for view in (0, 1):
-        params = augment.simclr_params(
-            args.seed,
-            batch.epoch,
-            batch.items,
-            view,
-            pixels.shape[-1],
-            size,
-            args.color_strength,
-        )
-        views.append(augment.normalize(augment.make_view(pixels, params, size)))
+    pixels, size = batch.inputs, run.model_spec["image_size"]
+    statistics = normalization(run.model_spec)
+    if run.args.augment == "none":
+        return augment.normalize(augment.resize(pixels, size), *statistics).repeat(2, 1, 1, 1)
+    views = [
+        augment.normalize(augment.make_view(pixels, params, size, "reflection"), *statistics)
+        for params in drawn_views(run, batch)
+    ]
     return torch.cat(views).contiguous(memory_format=torch.channels_last)
+
+
+def drawn_views(run: Run, batch: Batch) -> list[augment.ViewParams]:
+    """What `two_views` makes its views by."""
+    args, side = run.args, batch.inputs.shape[-1]
+    size, settings = run.model_spec["image_size"], augment.ViewSettings.of(args)
+    return [
+        augment.simclr_params(args.seed, batch.epoch, batch.items, view, side, size, settings)
+        for view in (0, 1)
+    ]
 
 
 def one_view(run: Run, batch: Batch) -> Tensor:
     """Normalized crops (n, 3, s, s) of a batch's pixels, or the images as they are."""
-    args, pixels = run.args, batch.inputs
-    size = run.model_spec["image_size"]
-    if args.augment == "none" or batch.epoch is None:
+    pixels, size = batch.inputs, run.model_spec["image_size"]
+    if run.args.augment == "none" or batch.epoch is None:
         x = augment.resize(pixels, size)
     else:
-        params = augment.crop_flip_params(args.seed, batch.epoch, batch.items, 0, pixels.shape[-1])
-        x = augment.make_view(pixels, params, size)
-    return augment.normalize(x).contiguous(memory_format=torch.channels_last)
+        x = augment.make_view(pixels, drawn_crops(run, batch), size, "reflection")
+    x = augment.normalize(x, *normalization(run.model_spec))
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def drawn_crops(run: Run, batch: Batch) -> augment.ViewParams:
+    """What `one_view` makes the views of fine-tuning by."""
+    args, side = run.args, batch.inputs.shape[-1]
+    settings = augment.ViewSettings.of(args)
+    return augment.crop_flip_params(args.seed, batch.epoch, batch.items, 0, side, settings=settings)
+
+
+def normalization(spec: dict) -> tuple:
+    """Mean and deviation of the channels of pixels in [0, 1] that a model expects."""
+    values = spec.get("normalization", (augment.IMAGENET_MEAN, augment.IMAGENET_STD))
+    return tuple(map(tuple, values))
 
 
 def fetch(
@@ -613,7 +716,13 @@ def finetune_step(run: Run, model, optimizer, scaler, batch: Batch) -> Step:
     optimizer.zero_grad(set_to_none=True)
     with amp.autocast(run.args.precision, run.world.device):
         logits = model(x)
-    terms = {"ce": nn.functional.cross_entropy(logits.float(), batch.labels)}
+    if "class_weights" in run.model_spec:
+        weights = amp.to_device(torch.tensor(run.model_spec["class_weights"]), x.device)
+        ce = nn.functional.cross_entropy(logits.float(), batch.labels, weights, reduction="sum")
+        # Not by the sum of the weights, which differs between processes.
+        terms = {"ce": ce / len(x)}
+    else:
+        terms = {"ce": nn.functional.cross_entropy(logits.float(), batch.labels)}
     loss = sum(add_distillation(run, terms, logits, x).values())
     scaler.scale(loss).backward()
     norm, bad = amp.guarded_step(optimizer, scaler, loss, run.args.clip_grad)
@@ -699,7 +808,7 @@ def pretrain(run: Run, weights: dict | None) -> None:
     figures.representation(run, features)
     if "pretrain/test/knn_accuracy" in results:
         labels, splits = run.data.labels, run.splits
-        share = metrics.majority_accuracy(labels[splits["train"]], labels[splits["test"]])
+        share = linear_eval.majority_accuracy(run, "train", labels, splits["test"])
         results["pretrain/test/majority_knn_accuracy"] = share
         pixels = partial(linear_eval.raw_pixels, run, progress=progress)
         results |= representation(run, pixels, "test", "pretrain_pixels/test")
@@ -735,7 +844,7 @@ def trained_backbone(run: Run) -> dict:
 def save_views(run: Run, batch: Batch) -> None:
     """Write figures/views.png: the first images of the run as the network sees them."""
     first = Batch(batch.inputs[:8], batch.items[:8], None, batch.epoch)
-    pictures = augment.denormalize(two_views(run, first))
+    pictures = augment.denormalize(two_views(run, first), *normalization(run.model_spec))
     figures.save_grid(run.folder / "figures" / "views.png", pictures, 8)
 
 
@@ -746,14 +855,21 @@ def linear(run: Run, weights: dict | None) -> None:
     network = build_model(run, "features")
     random = network.state_dict()
 
-    def features(backbone: dict, progress) -> Tensor:
+    def features(backbone: dict, progress, names: list[str]) -> dict[str, Tensor]:
         encoder = build_model(run, "features", backbone)
-        compute = partial(evaluate, run, encoder, np.arange(len(run.data)), progress)
-        if backbone is random:
-            return compute()
-        return stored_features(run, checkpoint.weights_digest(backbone), compute)
+        rows = {}
+        if "gap" in names:
+            compute = partial(evaluate, run, encoder, np.arange(len(run.data)), progress)
+            digest = checkpoint.weights_digest(backbone)
+            rows["gap"] = compute() if backbone is random else stored_features(run, digest, compute)
+        if names != ["gap"]:  # the maps of `stages` end with those of `2x2`
+            reader = Classifier(encoder, nn.Identity(), names[-1])
+            maps = evaluate(run, reader, np.arange(len(run.data)), progress)
+            rows |= {name: maps[:, -widths[name] :] for name in names if name != "gap"}
+        return rows
 
-    linear_eval.linear(run, weights, random, network.num_features, features)
+    widths = feature_widths(network, run.model_spec["image_size"])
+    linear_eval.linear(run, weights, random, widths, features)
 
 
 def finetune(run: Run, weights: dict | None) -> None:
@@ -779,7 +895,7 @@ def finetune(run: Run, weights: dict | None) -> None:
     loop.foresee(finetune_step, partial(fetch, run, labels=labels), train)
     for epoch in loop.epochs():
         model.train()
-        batches = sampling.epoch_batches(train, stage.bs, args.seed, epoch, progress.batch, world)
+        batches = finetune_batches(run, epoch, progress.batch)
         for batch in loop.batches(fetch(run, batches, epoch, labels)):
             lr = loop.set_lr(optimizer)
             step = finetune_step(run, trained, optimizer, scaler, batch)
@@ -798,11 +914,21 @@ def finetune(run: Run, weights: dict | None) -> None:
         return scores, logits
 
     results, logits = test_best_and_last(progress, model, test)
-    share = metrics.majority_accuracy(labels[train], labels[test_split])
+    share = linear_eval.majority_accuracy(run, "finetune_train", labels, test_split)
     results["finetune/test/majority_accuracy"] = share
+    results["finetune/train/labels"] = len(train) + len(dev)
     figures.classified(run, "finetune", test_split, logits, labels[test_split], classes)
     log.metrics("finetune", progress.step, progress.epoch, results)
     run.finish(progress, results)
+
+
+def finetune_batches(run: Run, epoch: int, done: int = 0) -> list[np.ndarray]:
+    """This process's share of an epoch's batches of fine-tuning, but for the first `done`."""
+    train, bs = run.splits["finetune_train"], run.stages["finetune"].bs
+    if run.args.sampler == "balanced":
+        labels = run.data.labels[train]
+        return sampling.balanced_batches(train, labels, bs, run.args.seed, epoch, done, run.world)
+    return sampling.epoch_batches(train, bs, run.args.seed, epoch, done, run.world)
 
 
 def check_spec(run: Run, name: str, weights: dict | None) -> CheckSpec:
@@ -816,11 +942,13 @@ def check_spec(run: Run, name: str, weights: dict | None) -> CheckSpec:
         "linear": ("train", "dev"),
         "finetune": ("finetune_train", "finetune_dev"),
     }[name]
-    loss = reference.cross_entropy
+    class_weights = np.array(run.model_spec.get("class_weights", 1.0))
+    loss = partial(reference.cross_entropy, weights=class_weights)
     if is_pretrain:
         loss = partial(reference.contrastive, views=2, temperature=args.temperature)
     steps = {"pretrain": train_step, "linear": None, "finetune": finetune_step}
     larger = LARGER.get(run.model_spec["backbone"])
+    is_balanced = name == "finetune" and args.sampler == "balanced"
     return CheckSpec(
         run=run,
         stage=name,
@@ -831,10 +959,17 @@ def check_spec(run: Run, name: str, weights: dict | None) -> CheckSpec:
         evaluate=partial(evaluate, run),
         loss=loss,
         augmented=args.augment != "none",
-        view=NetworkView(run, size=min(16, stage.bs), eval_batch=EVAL_IMAGES),
+        view=NetworkView(
+            run,
+            size=min(16, stage.bs),
+            eval_batch=EVAL_IMAGES,
+            normalization=normalization(run.model_spec),
+        ),
         labels=labels,
+        batches=partial(finetune_batches, run) if is_balanced else None,
         starts_at_prior=name == "finetune" and args.head_bias == "prior",
         larger=larger and partial(build_model, run.with_spec(backbone=larger), name),
+        views=lambda batch: drawn_views(run, batch) if is_pretrain else [drawn_crops(run, batch)],
     )
 
 
@@ -887,7 +1022,7 @@ def export_spec(args, world: dist.Dist) -> ExportSpec:
         answer=lambda network, x: network(x) if is_pretrain else network(x).softmax(1),
         inputs={"images": SQUARE},
         size=spec["image_size"],
-        normalization=(augment.IMAGENET_MEAN, augment.IMAGENET_STD),
+        normalization=normalization(spec),
         output="features" if is_pretrain else PROBABILITIES,
         classes=spec["classes"].get(kind),
     )
@@ -911,6 +1046,10 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
     )
     if backbone not in list(BACKBONES) or stem not in STEMS:
         raise InputError(f"--from {args.from_run} has the unknown backbone {backbone}, {stem}")
+    if args.features not in (None, "gap") and not BACKBONES[backbone].stages:
+        raise InputError(
+            f"--features {args.features}: {backbone} has no maps, allowed is gap; leave it out"
+        )
     published_notes = []
     if args.weights or (weights and not source):
         file = args.from_run
@@ -929,11 +1068,35 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
         targets=targets,
         proj_dim=source.get("proj_dim", args.proj_dim),
     )
-    stages = fit_batches(args, world, splits, settings(args))
+    if augment.blur_kernel_size(spec["image_size"]) == 1:
+        config.reject_unused_flags(parser, args, ["blur"], "on views below 20 px")
+    if args.normalize == "data":
+        first = sampling.hash_order(images.ids, splits["pretrain"], "statistics")
+        batches = np.array_split(np.array(first[:STATISTICS_IMAGES]), STATISTICS_IMAGES // 100)
+        read = images.batches([items for items in batches if len(items)], args.workers)
+        spec["normalization"] = augment.channel_statistics(read)
+    elif args.normalize is None and "normalization" in source:
+        spec["normalization"] = source["normalization"]
+    if args.class_weights == "balanced":
+        labels = images.labels_in(classes["finetune"])[splits["finetune_train"]]
+        counts = np.bincount(labels, minlength=len(classes["finetune"]))
+        spec["class_weights"] = sampling.class_weights(counts.clip(min=1), None).tolist()
+    args = fit_batches(args, world, splits)
+    stages = settings(args)
     validate(args, world, images, splits, stages, spec)
     start = {"weights": checkpoint.weights_digest(weights)} if weights else {}
-    teacher, teacher_id = distill.read(args, spec, same=("image_size", "classes"))
+    teacher, teacher_id = distill.read(args, spec, same=("image_size", "classes", "normalization"))
     first_stage = next(iter(stages.values()))
+    name = f"{backbone}-{args.stage}-bs{first_stage.bs}"
+    facts = dict(data=images.fingerprint, stage=args.stage, **spec, **start, **teacher_id)
+    steps = first_stage.epochs * (len(splits["pretrain"]) // first_stage.bs)
+    earlier = earlier_config(args, CARD.name, name, config.run_id(parser, args, **facts))
+    steps = steps if "pretrain" in stages else 0
+    args, notes = recipe.follow(args, steps, first_stage.bs, earlier)
+    identity = config.run_id(parser, args, **facts)
+    earlier = earlier_config(args, CARD.name, name, identity)
+    args = recipe.with_precision(args, world.device, spec, earlier)
+    stages = settings(args)
     run = Run.open(
         args,
         world,
@@ -944,12 +1107,10 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
         stages,
         card=CARD,
         chance=chance_levels(stages, classes),
-        name=f"{backbone}-{args.stage}-bs{first_stage.bs}",
-        identity=config.run_id(
-            parser, args, data=images.fingerprint, stage=args.stage, **spec, **start, **teacher_id
-        ),
+        name=name,
+        identity=identity,
         input_text=f"input {spec['image_size']} px",
-        notes=published_notes,
+        notes=[*published_notes, *notes],
         kept=protocol and {"split": protocol},
     )
     if protocol and world.is_main and not args.check:

@@ -24,10 +24,14 @@ traffic.
 
 import common  # noqa: F401  # isort: skip  (it refuses an older Python)
 import math
+import os
+import re
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -38,10 +42,12 @@ from common.check import reference
 from common.check.result import CheckSpec, NetworkView
 from common.check.runner import check
 from common.data import augment, faceforensics, sampling
+from common.data.clips import VideoFiles
 from common.data.groups import group_items
 from common.data.images import SQUARE
+from common.data.perturb import LEVELS, perturb
 from common.distill import add_distillation
-from common.errors import InputError, as_input_error, plural, say
+from common.errors import InputError, as_input_error, only_warn, plural, say
 from common.export import PROBABILITIES, ExportSpec
 from common.live import digits
 from common.losses import focal_bce
@@ -59,9 +65,10 @@ from common.models.tsm import (
 from common.report import figures, page
 from common.run import checkpoint, dist
 from common.run.card import Card
+from common.run.directory import output_folder
 from common.run.evaluation import Evaluation
 from common.run.files import write_new
-from common.run.inference import load_run, restore_data_flags
+from common.run.inference import LoadedRun, load_run, restore_data_flags
 from common.run.launch import launch, run_sweep
 from common.run.loop import Batch, Loop, Step
 from common.run.run import Run, test_best_and_last
@@ -103,6 +110,8 @@ MODEL_FLAGS = [
     "aggregate",
     "clip_seconds",
 ]
+READING = ["compression", "fps", "frames_root", "face"]  # flags of how data are read
+FREEZE_BN = 0.33  # of the recipe, with --weights
 MIN_SIZE = 32  # the stride of MobileNetV4: a smaller frame leaves less than one pixel
 EVAL_FRAMES = 256  # at once
 
@@ -110,17 +119,50 @@ EVAL_FRAMES = 256  # at once
 def parse_args(argv: list[str] | None = None):
     parser = config.base_parser(CARD.name, __doc__, {"train": STAGE})
     parser.set_defaults(accum=2, eval_every=2)  # the recipe's
+    parser.evaluate_several()
     parser.set_help(
-        data="videos in the layout of FaceForensics++: a folder, a .zip of one, or embedded ones:"
-        f" {', '.join(faceforensics.SAMPLES)}"
+        data="videos in a layout of docs/tsm.md: a folder, a .zip of one, a .csv, or embedded ones:"
+        f" {', '.join(faceforensics.SAMPLES)}; with --eval several"
     )
     group = parser.add_argument_group("clips")
     group.add_argument(
         "--compression",
         metavar="LEVEL",
-        help="read this level of compression alone, such as c23; unset: all that are there",
+        help="read this level of compression alone, such as c23; unset or `all`: all that are"
+        " there, and in evaluation that of training where it is there",
     )
-    group.number("--fps", float, 25.0, "frames a second of videos that are folders", above=0)
+    group.add_argument(
+        "--frames-root",
+        metavar="DIR",
+        help="folder or .zip of the frames that a .json or .csv of --data lists; unset: where it"
+        " lies",
+    )
+    group.choice(
+        "--face", faceforensics.FACES, "largest", "which of several faces of a frame is taken"
+    )
+    group.switch(
+        "--allow-shared-persons",
+        "train although the data's own splits share persons, and hold out pairs, not persons",
+    )
+    group.choice(
+        "--split",
+        ["val", "test", "all"],
+        None,
+        "videos that --eval scores; unset: the test split, and all where the data name none",
+    )
+    group.choice(
+        "--perturb",
+        [*LEVELS, "all"],
+        None,
+        "with --eval: score the videos again at five levels of this change of their frames",
+    )
+    group.number(
+        "--fps",
+        float,
+        25.0,
+        "frames a second of the videos whose frames are in folders, numbered as in the video",
+        above=0,
+    )
     group.number("--n-segment", int, 8, "frames of a clip", low=1)
     group.number("--clip-seconds", float, 2.0, "time that a clip covers, seconds", above=0)
     group.number("--train-clips", int, 1, "clips drawn from each training video in an epoch", low=1)
@@ -195,8 +237,9 @@ def parse_args(argv: list[str] | None = None):
     group.number(
         "--freeze-bn",
         float,
-        0.0,
-        "share of the BatchNorm layers, from the first on, that stay as they are",
+        None,
+        "share of the BatchNorm layers, from the first on, that stay as they are; unset:"
+        f" {FREEZE_BN} with --weights, else none",
         low=0,
         high=1,
     )
@@ -251,17 +294,23 @@ def parse_args(argv: list[str] | None = None):
         metavar="FOLDER",
         help="score one sequence of frames, frame by frame, with the run that --resume names",
     )
-    reading = ["clips", "compression", "fps"]
     args = config.parse(parser, argv, DEMO, SEARCH)
-    restored = reading if args.eval else ["clips", "fps"]
-    args = restore_data_flags(parser, argv, args, [*restored, "store_size"])
+    args = restore_data_flags(parser, argv, args, ["clips", "fps", "face", "store_size"])
 
-    config.check_inference_flags(parser, args, [*reading, "impl"])
+    config.check_inference_flags(parser, args, ["clips", *READING, "split", "perturb", "impl"])
     refuse = partial(config.reject_unused_flags, parser, args)
+    if not args.eval:
+        refuse(["split", "perturb"], "without --eval")
     if args.stream:
-        refuse(reading, "with --stream")
-    elif args.data in faceforensics.SAMPLES and not (args.eval or args.predict):
-        refuse(["compression", "fps"], "on the embedded clips")
+        refuse(["clips", "compression", "frames_root"], "with --stream")
+    elif args.predict:
+        refuse(["frames_root"], "with --predict")
+    elif not args.eval and args.data in faceforensics.SAMPLES:
+        refuse([*READING, "allow_shared_persons"], "on the embedded clips")
+    if args.weights and args.freeze_bn is None:
+        args.freeze_bn = FREEZE_BN
+    elif not args.weights:
+        refuse(["freeze_bn"], "without --weights: random layers have to learn their statistics")
     if args.shift == "none":
         refuse(["fold_div", "direction", "padding", "impl"], "with --shift none")
     if args.loss == "bce":
@@ -300,17 +349,35 @@ def settings(args) -> dict[str, config.StageConfig]:
 
 
 def build_data(
-    args, path: str | tuple, world: dist.Dist, labels: bool = True
+    args, path: str | tuple, world: dist.Dist, labels: bool = True, of_run: dict | None = None
 ) -> faceforensics.FaceVideos:
-    """The videos of `path`, said in one line."""
-    reading = dict(
-        store_size=args.store_size, on_bad_item=args.on_bad_item, workers=args.workers, fps=args.fps
+    """The videos of `path`, said in one line.
+
+    Args:
+        of_run: the flags of a run that is evaluated: its compression is read where that is there
+            and --compression is not given, and of its own data its --frames-root.
+    """
+    of_run = of_run or {}
+    own_root = of_run.get("frames_root") if is_same_path(path, of_run.get("data")) else None
+    return faceforensics.prepare(
+        path,
+        store_size=args.store_size,
+        on_bad_item=args.on_bad_item,
+        workers=args.workers,
+        fps=args.fps,
+        compression=args.compression,
+        preferred=of_run.get("compression"),
+        frames_root=args.frames_root or own_root,
+        face=args.face,
+        labels=labels,
+        say=world.say,
     )
-    videos = faceforensics.prepare(
-        path, compression=args.compression, labels=labels, say=world.say, **reading
-    )
-    group_items(videos, args, "videos", world.say)
-    return videos
+
+
+def is_same_path(path: str | tuple, other: str | None) -> bool:
+    """Whether both name one place."""
+    known = isinstance(path, str) and other is not None
+    return known and os.path.abspath(path) == os.path.abspath(other)
 
 
 def train_items(args, videos, splits: dict) -> np.ndarray:
@@ -386,15 +453,15 @@ def build_model(run: Run, published: dict | None = None) -> ClipModel:
         drawn = np.concatenate(epoch_batches(args, run.data, items, run.stages["train"].bs, 0))
         init_bias_to_prior(model.head.classifier, run.data.labels[drawn % len(run.data)])
     model = dist.sync_batchnorm(model, world).to(world.device, memory_format=torch.channels_last)
-    frozen = freeze_bn(model, args.freeze_bn)
-    if args.freeze_bn and not frozen:
+    share = args.freeze_bn or 0
+    frozen = freeze_bn(model, share)
+    if share and not frozen:
         raise InputError(
-            f"--freeze-bn {args.freeze_bn:g} freezes no BatchNorm layer; raise it, or leave it out"
+            f"--freeze-bn {share:g} freezes no BatchNorm layer; raise it, or give --freeze-bn 0"
         )
     if frozen:
         run.log.say(
-            f"--freeze-bn {args.freeze_bn:g}: {len(frozen)} BatchNorm layers, {frozen[0]} to"
-            f" {frozen[-1]}"
+            f"--freeze-bn {share:g}: {len(frozen)} BatchNorm layers, {frozen[0]} to {frozen[-1]}"
         )
     backbone.checkpoint_blocks = args.checkpoint_blocks
     if args.compile:
@@ -402,11 +469,13 @@ def build_model(run: Run, published: dict | None = None) -> ClipModel:
     return model
 
 
-def frames_of(run: Run, batch: Batch) -> Tensor:
+def frames_of(run: Run, batch: Batch, change: Callable | None = None) -> Tensor:
     """Normalized frames (n * T, 3, s, s) of clips (n, T, 3, h, h), augmented in training: one draw
-    for all frames of a clip.
+    for all frames of a clip. `change` is done to the decoded frames.
     """
     frames = batch.inputs.flatten(0, 1)
+    if change is not None:
+        frames = change(frames, seed=int(batch.items[0]))
     size = run.model_spec["image_size"]
     if batch.epoch is None or run.args.augment == "none":
         x = augment.resize(frames, size)
@@ -477,10 +546,16 @@ def train_step(run: Run, model, optimizer, scaler, batch: Batch) -> Step:
 
 @torch.no_grad()
 def evaluate(
-    run: Run, model: nn.Module, indices: np.ndarray, progress=None
+    run: Run,
+    model: nn.Module,
+    indices: np.ndarray,
+    progress=None,
+    each_frame: bool = False,
+    change: Callable | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Logits (n, clips) of --clips clips of each video of `indices` (n,), and the shares of their
-    frames (n, clips, T), float32 on the CPU, by the model in evaluation mode.
+    frames (n, clips, T) or with `each_frame` the frames' logits, float32 on the CPU, by the model
+    in evaluation mode. `change` is done to the decoded frames.
     """
     model.eval()
     args, clips, length = run.args, run.args.clips, run.model_spec["n_segment"]
@@ -490,8 +565,9 @@ def evaluate(
     with Evaluation(progress, model, np.array_split(shard, pieces)) as done:
         for batch in fetch(run, done.left):
             with amp.autocast(args.precision, run.world.device):
-                logits, shares = model(frames_of(run, batch))
-            done.add(torch.cat([logits, shares], 1).float())
+                x = frames_of(run, batch, change)
+                logits, of_frames = (model.with_frames if each_frame else model)(x)
+            done.add(torch.cat([logits, of_frames.flatten(1)], 1).float())
     rows = done.rows(len(items)).unflatten(0, (-1, clips))
     amp.require_finite(rows, "scores")
     return rows[..., 0], rows[..., 1:]
@@ -509,8 +585,16 @@ def score(
     """Metrics of videos and clips (n, clips) named `PREFIX/video_auc` and so on; see
     `metrics.videos`.
     """
-    labels, methods = run.data.labels[indices], run.data.methods[indices]
-    values = metrics.videos(labels, methods, logits, run.args.seed, threshold)
+    data = run.data
+    values = metrics.videos(
+        data.labels[indices],
+        data.methods[indices],
+        logits,
+        run.args.seed,
+        threshold,
+        units=data.units(indices),
+        compressions=[data.keys[i][2] for i in indices],
+    )
     return {f"{prefix}/{name}": value for name, value in values.items()}
 
 
@@ -574,7 +658,8 @@ def train(run: Run, published: dict | None) -> None:
     results, (logits, shares, threshold) = test_best_and_last(progress, model, test)
     share = metrics.majority_accuracy(videos.labels[run.splits["train"]], videos.labels[test_split])
     results["train/test/majority_video_accuracy"] = share
-    figures.detected(run, test_split, metrics.video_scores(logits), threshold)
+    units = videos.units(test_split)
+    figures.detected(run, test_split, metrics.video_scores(logits), threshold, units)
     if args.aggregate == "attention":
         attention_gallery(run, test_split, logits, shares)
     log.metrics("train", progress.step, progress.epoch, results)
@@ -664,19 +749,14 @@ def run_inference(args, world: dist.Dist) -> None:
         raise InputError(
             f"{loaded.source} was saved before its first validation: there is no threshold yet"
         )
-    videos = build_data(args, loaded.path, world, labels=bool(args.eval))
+    if args.eval:
+        evaluate_on(args, world, loaded, threshold)
+        return
+    videos = build_data(args, loaded.path, world, labels=False)
     run = loaded.as_run(args, world, videos, {})
     model = loaded.with_weights(partial(build_model, run))
     if args.stream:
         stream(run, model)
-        return
-    if args.eval:
-        test = faceforensics.split(videos, ["test"])["test"]
-        logits, _ = evaluate(run, model, test)
-        scores = metrics.video_scores(logits)
-        answers = videos, test, classes, scores
-        values = score(run, "eval/test", test, logits, threshold)
-        loaded.write(values, world, answers, (scores >= threshold).astype(int))
         return
     loaded.say_who_answers(world, classes)
     logits, _ = evaluate(run, model, np.arange(len(videos)))
@@ -685,6 +765,107 @@ def run_inference(args, world: dist.Dist) -> None:
     chosen = (scores >= threshold).astype(int)
     note = f"; fake from a score of {digits(threshold)} on"
     loaded.write_predictions(world, videos.ids, classes, shares, chosen, note)
+
+
+def evaluate_on(args, world: dist.Dist, loaded: LoadedRun, threshold: float) -> None:
+    """The test metrics on each data set of --data, in eval/NAME/ of the run, and their table."""
+    stored = checkpoint.config_of(args.eval)
+    paths = loaded.path if isinstance(loaded.path, tuple) else (loaded.path,)
+    model = loaded.with_weights(partial(build_model, loaded.as_run(args, world, None, {})))
+    for path, name in zip(paths, names_of_data(paths), strict=True):
+        videos = build_data(args, path, world, of_run=stored)
+        # What the run held out itself of its data, wherever they lie now.
+        own = videos.fingerprint == (stored.get("identity") or {}).get("data")
+        own |= is_same_path(path, stored.get("data"))
+        test = scored_videos(args, videos, own, bool(stored.get("allow_shared_persons")), world.say)
+        if args.perturb and len(set(videos.labels[test])) < 2:
+            raise InputError(
+                f"--perturb: {videos.name} has no AUC, which needs real and fake videos"
+            )
+        run = loaded.as_run(args, world, videos, {})
+        logits, frames = evaluate(run, model, test, each_frame=True)
+        scores = metrics.video_scores(logits)
+        values = score(run, "eval/test", test, logits, threshold)
+        labels = videos.labels[test]
+        if len(set(labels)) == 2:
+            of_frame = np.repeat(labels, frames[0].numel())
+            values["eval/test/frame_auc"] = metrics.detection(of_frame, frames.flatten())["auc"]
+        facts = {
+            "data": {
+                "path": str(path),
+                "fingerprint": videos.fingerprint,
+                "real": int((labels == 0).sum()),
+                "fake": int((labels == 1).sum()),
+                "videos": len(videos),
+                "compressions": sorted({videos.keys[i][2] for i in test}),
+                "methods": sorted(set(videos.methods[test])),
+            },
+            "checkpoint": {"source": loaded.source, "epoch": loaded.state.get("epoch")},
+            "threshold": threshold,
+            "flags": {flag: getattr(args, flag) for flag in READING},
+        }
+        place = replace(loaded, folder=output_folder(str(loaded.folder / "eval" / name)))
+        answers = videos, test, loaded.model_spec["classes"], scores
+        place.write(values, world, answers, (scores >= threshold).astype(int), facts)
+        if args.perturb:
+            kinds = list(LEVELS) if args.perturb == "all" else [args.perturb]
+            found = perturbed(run, model, test, kinds)
+            if world.is_main:
+                figures.perturbed(place.folder, name, found, values.get("eval/test/video_auc"))
+    if world.is_main:
+        figures.evaluated(loaded.folder)
+        if (loaded.folder / "log.jsonl").exists():
+            with only_warn(say, "report"):
+                page.write(loaded.folder)
+
+
+def perturbed(run: Run, model: nn.Module, test: np.ndarray, kinds: list[str]) -> dict:
+    """The AUC of videos `test` by kind and level of change: kind -> ((level, AUC), ...)."""
+    labels = run.data.labels[test]
+    found = {}
+    for kind in kinds:
+        points = []
+        for level in LEVELS[kind]:
+            logits, _ = evaluate(run, model, test, change=partial(perturb, name=kind, value=level))
+            auc = metrics.detection(labels, metrics.video_scores(logits))["auc"]
+            points.append((level, auc))
+        found[kind] = tuple(points)
+    return found
+
+
+def names_of_data(paths: tuple[str, ...]) -> list[str]:
+    """A short name for each data set: its own, with those of the folders above that tell it from
+    the others.
+    """
+    bare = [re.sub(r"\.(zip|csv|json)$", "", os.path.abspath(path), flags=re.I) for path in paths]
+    parts = [Path(path).parts for path in bare]
+    depth = 1
+    while len({path[-depth:] for path in parts}) < len(parts) and depth < max(map(len, parts)):
+        depth += 1
+    return ["-".join(path[-depth:]) for path in parts]
+
+
+def scored_videos(
+    args, videos: faceforensics.FaceVideos, own: bool, allow_shared_persons: bool, say
+) -> np.ndarray:
+    """The positions of the videos that --eval scores: of --split; unset, those of the test split
+    that the data name or that the run has held out of its `own`, and else all.
+    """
+    everything = np.arange(len(videos))
+    wanted = args.split or ("test" if own or (videos.splits == "test").any() else "all")
+    if wanted == "all":
+        chosen = everything
+    elif (videos.splits == wanted).any():
+        chosen = np.flatnonzero(videos.splits == wanted)
+    else:
+        group_items(videos, args, "videos", say)
+        parts = faceforensics.split(videos, [wanted], allow_shared_persons)
+        chosen = parts[wanted]
+    why = f"split {wanted}" if wanted != "all" else "--split all" if args.split else "no test split"
+    if own and wanted == "all":
+        why += ": those that the run was trained on, too"
+    say(f"scoring {len(chosen)} of {plural(len(videos), 'video')} ({why})")
+    return chosen
 
 
 def export_spec(args, world: dist.Dist) -> ExportSpec:
@@ -721,8 +902,16 @@ def stream(run: Run, model: ClipModel) -> None:
     flow = Stream(model.eval(), shift_step)
     lines = ["frame,score_fake"]
     video = np.zeros(1, np.int64)
-    frames = [(video, np.array([[t]])) for t in range(int(run.data.lengths[0]))]
-    for t, pixels in enumerate(run.data.batches(frames, run.args.workers)):
+    spec, length = run.model_spec, int(run.data.lengths[0])
+    # As far apart as the frames of a clip in training.
+    apart = max(1.0, spec["clip_seconds"] / spec["n_segment"] * run.data.rates[0])
+    taken = np.unique(np.floor(np.arange(0, length, apart) + 1e-6).astype(int))
+    run.world.say(
+        f"{len(taken)} of {plural(length, 'frame')}, {apart / run.data.rates[0]:.3g} s apart, as"
+        " clips were in training"
+    )
+    frames = [(video, np.array([[t]])) for t in taken]
+    for t, pixels in zip(taken, run.data.batches(frames, run.args.workers), strict=True):
         x = frames_of(run, Batch(amp.to_device(pixels, run.world.device), video, None, None))
         with amp.autocast(run.args.precision, run.world.device):
             logits, _ = flow(x)
@@ -738,7 +927,14 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
     stages = settings(args)
     stage = stages["train"]
     videos = build_data(args, args.data, world)
-    splits = faceforensics.split(videos)
+    if isinstance(videos.images, VideoFiles):
+        refuse = partial(config.reject_unused_flags, parser, args)
+        refuse(["fps"], "on video files, which have their own rate")
+        refuse(["face"], "on video files")
+    group_items(videos, args, "videos", world.say)
+    splits = faceforensics.split(
+        videos, allow_shared_persons=args.allow_shared_persons, say=world.say
+    )
     size = args.image_size or max(min(224, videos.store_size), MIN_SIZE)
     if size < MIN_SIZE:
         raise InputError(f"--image-size {size}: the smallest that MobileNetV4 takes is {MIN_SIZE}")

@@ -45,6 +45,14 @@ def has_bf16(device: torch.device) -> bool:
     return bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def cpu_has_bf16() -> bool:
+    """Whether this machine's CPU multiplies bf16 itself (AVX512_BF16; those with AMX have it)."""
+    return (
+        torch.cpu._is_avx512_bf16_supported()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    )
+
+
 def dtype_of(precision: str, device: torch.device) -> torch.dtype:
     """The dtype that `--precision` means on a device.
 

@@ -24,7 +24,7 @@ from common.errors import EXIT_BAD_INPUT, InputError, did_you_mean, plural, say
 NOT_IN_RUN_ID = {
     "check", "compile", "config", "data", "demo", "detect_anomaly", "deterministic", "device",
     "eval", "force_resume", "from_run", "impl", "io_retry", "log_every", "max_item_mb", "max_steps",
-    "out", "predict", "profile", "ranges", "resume", "save_every", "search", "teacher",
+    "out", "predict", "profile", "ranges", "recipe", "resume", "save_every", "search", "teacher",
     "tensorboard", "timeout", "trial", "workers",
 }  # fmt: skip
 
@@ -205,6 +205,11 @@ class Parser(_Flags, argparse.ArgumentParser):
         """Replace the help of flags (attribute names), as `set_defaults` replaces defaults."""
         for action in self._actions:
             action.help = texts.get(action.dest, action.help)
+
+    def evaluate_several(self) -> None:
+        """Let --data take several values, with --eval alone."""
+        action = next(action for action in self._actions if action.dest == "data")
+        action.nargs = "+"
 
     def hide(self, *names: str) -> None:
         """Leave shared flags (attribute names) that the script refuses out of --help."""
@@ -528,6 +533,10 @@ def parse(
         reject_unused_flags(parser, args, ["trial", "ranges"], "without --search")
     elif args.trial is not None:
         args = parser.parse_args(_trial_flags(parser, args, argv, ranges or {}) + argv)
+    if isinstance(args.data, list):
+        if len(args.data) > 1 and not args.eval:
+            parser.error(f"--data takes several values with --eval alone: {' '.join(args.data)}")
+        args.data = args.data[0] if len(args.data) == 1 else args.data
     if args.detect_anomaly:
         reject_unused_flags(
             parser, args, ["compile"], "with --detect-anomaly, which looks at each layer"

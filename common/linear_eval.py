@@ -1,6 +1,7 @@
 """The linear protocol on frozen features, beside the same on baselines."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from common import amp, logistic, metrics, optim
 from common.data import augment, sampling
 from common.distill import add_distillation
-from common.errors import InputError, plural
+from common.errors import InputError, first_few, plural
 from common.features import representation
 from common.live import digits
 from common.report import figures
@@ -23,6 +24,10 @@ from common.run.run import Run
 
 PIXELS = 32  # side of the raw-pixel baseline's images
 FOLDS = 5  # of the cross-validation
+# What is tried where --features is unset: so many float32 numbers of all items, 1 GB, and so many
+# products of the solver's first turn. Raw pixels of 13,000 items take as many.
+MOST_NUMBERS = 2**28
+MOST_PRODUCTS = 1.2e11
 
 
 class Source(NamedTuple):
@@ -31,22 +36,22 @@ class Source(NamedTuple):
     Attributes:
         title: how they are called.
         weights: those that make them.
-        width: their dimension.
-        features: computes them.
+        width: the dimension of the only ones that a trained layer reads.
+        features: computes them, (n, d) of all items by their name: the solved protocol chooses.
     """
 
     title: str
     weights: dict[str, Tensor]
     width: int
-    features: Callable[[dict[str, Tensor], Progress], Tensor]
+    features: Callable[[dict[str, Tensor], Progress], dict[str, Tensor]]
 
 
 def linear(
     run: Run,
     weights: dict[str, Tensor] | None,
     random: dict[str, Tensor],
-    width: int,
-    features: Callable[[dict[str, Tensor], Progress], Tensor],
+    widths: dict[str, int],
+    features: Callable[[dict[str, Tensor], Progress, list[str]], dict[str, Tensor]],
 ) -> None:
     """The linear protocol on a backbone's features and, beside it, on two baselines.
 
@@ -56,11 +61,14 @@ def linear(
     Args:
         weights: the backbone's; None: it is the random-weight one.
         random: the weights of the random-weight backbone.
-        width: the features' dimension.
-        features: gives the features (n, width) of all images for a backbone's weights.
+        widths: the features' dimensions by their names, `gap` first.
+        features: gives for a backbone's weights the features (n, width) of all images that have
+            these names.
     """
     stage = run.stages["linear"]
     classes = run.model_spec["classes"]["linear"]
+    features = partial(features, names=tried(run, widths))
+    width = widths["gap"]
     random_source = Source("random-weight backbone", random, width, features)
     sources = {"linear": random_source}
     if weights:
@@ -68,8 +76,8 @@ def linear(
         sources["linear_random"] = random_source
     everything = np.arange(len(run.data))
 
-    def pixels(_, progress: Progress) -> Tensor:
-        return raw_pixels(run, everything, progress)
+    def pixels(_, progress: Progress) -> dict[str, Tensor]:
+        return {"pixels": raw_pixels(run, everything, progress)}
 
     sources["linear_pixels"] = Source(f"raw pixels ({PIXELS} px)", {}, 3 * PIXELS**2, pixels)
     labels = run.data.labels_in(classes)
@@ -89,9 +97,11 @@ def linear(
             protocol = linear_protocol
         if not run.is_done(progress):
             rows = source.features(source.weights, progress)
-            amp.require_finite(rows, "features")
+            for candidate in rows.values():
+                amp.require_finite(candidate, "features")
             results = protocol(run, progress, rows, source.weights)
-            answers = apply(progress.best_weights(), rows[test]).argmax(1).numpy()
+            read = rows[progress.model_spec.get("features", next(iter(rows)))]
+            answers = apply(progress.best_weights(), read[test]).argmax(1).numpy()
             is_right = torch.from_numpy(answers == labels[test])
             run.finish(progress, results | {f"{name}/test/hits": is_right})
         hits[name] = run.results.pop(f"{name}/test/hits", None)  # no metric of the summary
@@ -103,8 +113,9 @@ def linear(
             f"linear protocol, {source.title + ':':24}test accuracy {accuracy}, macro F1 {f1},"
             f" kNN {knn}"
         )
-    share = metrics.majority_accuracy(labels[run.splits["train"]], labels[test])
+    share = majority_accuracy(run, "train", labels, test)
     run.results["majority/test/accuracy"] = share
+    run.results["linear/train/labels"] = len(run.splits["train"]) + len(run.splits["dev"])
     run.log.say(f"linear protocol, {'majority class:':24}test accuracy {digits(share)}")
     for name, source in list(sources.items())[1:]:
         if hits["linear"] is None or hits[name] is None:
@@ -118,6 +129,45 @@ def linear(
             f"linear protocol, {sources['linear'].title} minus {source.title}:"
             f" accuracy {interval_text(run.results, key)}"
         )
+
+
+def majority_accuracy(run: Run, part: str, labels: np.ndarray, test: np.ndarray) -> float:
+    """Accuracy of the most frequent class of a part, also of the labels that a stage leaves out."""
+    whole = run.splits.get(f"all_{part}", run.splits[part])
+    return metrics.majority_accuracy(labels[whole], labels[test])
+
+
+def tried(run: Run, widths: dict[str, int]) -> list[str]:
+    """Which features the linear layer may read: those of --features, or all that are affordable.
+
+    What is left out is said. A layer that is trained reads `gap`.
+
+    Args:
+        widths: of those that the backbone has, `gap` first.
+    """
+    if run.stages["linear"].optimizer != "lbfgs":
+        return ["gap"]
+    backbone, asked = run.model_spec["backbone"], run.args.features
+    if asked:
+        return [asked if asked in widths else "gap"]  # 2x2 of maps with a single place
+    if len(widths) == 1:
+        run.log.say(f"linear: {backbone} has no maps to choose features from: gap")
+    fitted = len(run.splits["train"]) + len(run.splits["dev"])
+    large = [
+        name
+        for name, width in widths.items()
+        if name != "gap"
+        and (
+            len(run.data) * width > MOST_NUMBERS
+            or fitted * width * min(fitted, width) > MOST_PRODUCTS
+        )
+    ]
+    for name in large:
+        run.log.say(
+            f"linear: features {name} are not tried, {widths[name]:,} for each of"
+            f" {plural(fitted, 'item')} take long; --features {name} reads them alone"
+        )
+    return [name for name in widths if name not in large]
 
 
 def kind_of(stage: str, source: str) -> str:
@@ -186,7 +236,7 @@ def test_selected(run: Run, progress: Progress, rows: Tensor) -> dict:
     logits = apply(progress.best_weights(), rows[test])
     if name == "linear":
         figures.classified(run, name, test, logits, labels, classes)
-    neighbors = representation(run, rows.__getitem__, "test", f"{name}/test")
+    neighbors = representation(run, rows.__getitem__, "test", f"{name}/test", bank="train")
     return tested(f"{name}/test", logits, labels, len(classes)) | neighbors
 
 
@@ -223,17 +273,18 @@ def stratified_folds(
 
 
 def solved_protocol(
-    run: Run, progress: Progress, rows: Tensor, backbone: dict[str, Tensor]
+    run: Run, progress: Progress, rows: dict[str, Tensor], backbone: dict[str, Tensor]
 ) -> dict:
     """Solve the linear layer on frozen features and test it, see `common.logistic`.
 
-    It is fitted to train and dev, its penalty chosen by cross-validation on them. Every rank does
-    all of it. A stop leaves the stage at its beginning.
+    It is fitted to train and dev; its penalty and, of several, its features are chosen by
+    cross-validation on them. Every rank does all of it. A stop leaves the stage at its beginning.
 
     Args:
-        progress: the stage's state.
-        rows: features (n, d) float32 of all items. The stored layer, `head.*` in best.pt beside
-            `backbone.*`, takes them as they are.
+        progress: the stage's state; the name of the chosen features joins its `model_spec`.
+        rows: features (n, d) float32 of all items by their name, of equally good ones the first is
+            chosen. The stored layer, `head.*` in best.pt beside `backbone.*`, takes them as they
+            are.
         backbone: the weights that made the rows.
 
     Returns:
@@ -253,21 +304,31 @@ def solved_protocol(
         progress.check_stop()
         return dist.mean(torch.tensor(accuracy, device=world.device)).item()
 
-    with progress.interruptible():
-        solution = logistic.solve(
-            rows,
-            torch.from_numpy(items),
-            torch.from_numpy(labels[items]),
-            torch.from_numpy(stratified_folds(run.data.ids, labels, items, FOLDS, run.data.groups)),
-            len(classes),
-            # Others, as mps, have no float64.
-            world.device if world.device.type == "cuda" else torch.device("cpu"),
-            evaluated,
-            agreed,
+    counts = np.bincount(labels[items], minlength=len(classes))
+    single = [name for name, count in zip(classes, counts, strict=True) if count == 1]
+    if single and name == "linear":
+        run.log.say(
+            f"WARN linear: one labeled image of {first_few(single)}: cross-validation never gets it"
+            " right; a larger --label-fraction, or more images"
         )
+    device = world.device
+    if device.type != "cuda":
+        device = torch.device("cpu")  # others, as mps, have no float64
+    folds = stratified_folds(run.data.ids, labels, items, FOLDS, run.data.groups)
+    of_items = torch.from_numpy(items), torch.from_numpy(labels[items]), torch.from_numpy(folds)
+    accuracies = {}
+    for candidate, values in rows.items():
+        with progress.interruptible():
+            solved = logistic.solve(values, *of_items, len(classes), device, evaluated, agreed)
+        if solved.accuracy > max(accuracies.values(), default=-1.0):
+            chosen, solution = candidate, solved
+        accuracies[candidate] = solved.accuracy
+    progress.model_spec["features"] = chosen
+    others = [f"{k} {digits(v)}" for k, v in accuracies.items() if k != chosen]
     run.log.say(
-        f"{name}: penalty {solution.penalty:.2g}, accuracy {solution.accuracy:.4f} in {FOLDS}-fold"
-        f" cross-validation of {plural(len(items), 'item')}"
+        f"{name}: features {chosen}, penalty {solution.penalty:.2g}, accuracy"
+        f" {solution.accuracy:.4f} in {FOLDS}-fold cross-validation of {plural(len(items), 'item')}"
+        + (f" ({', '.join(others)})" if others else "")
     )
     if solution.unsolved:
         at = ", ".join(f"{penalty:.2g}" for penalty in solution.unsolved)
@@ -277,13 +338,13 @@ def solved_protocol(
     weights = {f"backbone.{key}": tensor for key, tensor in backbone.items()} | layer
     progress.select(solution.accuracy, weights, results, higher_is_better=True)
     progress.end_epoch()
-    results |= test_selected(run, progress, rows)
+    results |= test_selected(run, progress, rows[chosen])
     run.log.metrics(name, progress.step, progress.epoch, results, quiet=True)
     return results
 
 
 def linear_protocol(
-    run: Run, progress: Progress, rows: Tensor, backbone: dict[str, Tensor]
+    run: Run, progress: Progress, rows: dict[str, Tensor], backbone: dict[str, Tensor]
 ) -> dict:
     """Train a linear layer on frozen features and test the one of the best macro F1 on dev.
 
@@ -292,9 +353,9 @@ def linear_protocol(
 
     Args:
         progress: the stage's state, whose parts are `head` and `optimizer`.
-        rows: features (n, d) float32 of all items; standardized with the training part's mean and
-            deviation. The stored layer, `head.*` in best.pt beside `backbone.*`, takes them as they
-            are.
+        rows: features (n, d) float32 of all items, by their one name; standardized with the
+            training part's mean and deviation. The stored layer, `head.*` in best.pt beside
+            `backbone.*`, takes them as they are.
         backbone: the weights that made the rows.
 
     Returns:
@@ -303,6 +364,7 @@ def linear_protocol(
     args = run.args
     device = run.world.device
     name = progress.stage
+    (rows,) = rows.values()
     head, optimizer = (progress.parts[part] for part in ("head", "optimizer"))
     stage = run.settings_of(name)
     train, dev, test = (run.splits[split] for split in ("train", "dev", "test"))

@@ -236,48 +236,107 @@ def detection(target: Labels, scores: Scores) -> dict[str, float]:
 
 
 def best_threshold(target: Labels, scores: Scores) -> float:
-    """Return the threshold of highest accuracy: `scores >= threshold` is then the answer 1.
+    """Return the threshold of highest balanced accuracy: `scores >= threshold` is the answer 1.
 
-    It lies halfway between two neighboring scores; where one answer for all is best, just above the
-    highest score or at the lowest. Of equally good ones it is the highest. Arguments and errors as
-    for `detection`.
+    It is the mean of the shares of 1 and of 0 that are answered rightly, so that it does not depend
+    on how many there are of each. The threshold lies halfway between two neighboring scores; where
+    one answer for all is best, just above the highest score. Of equally good ones it is the
+    highest. Arguments and errors as for `detection`.
     """
     levels, hits, alarms = _operating_points(*_detections(target, scores))
-    right = np.append(0, hits - alarms)  # relative to answering 0 throughout
-    best = int(right.argmax())
+    gained = np.append(0, hits * alarms[-1] - alarms * hits[-1])  # over answering 0 throughout
+    best = int(gained.argmax())
     if best == 0:
         return float(np.nextafter(levels[0], np.inf))
-    if best == len(levels):
-        return float(levels[-1])
-    middle = (levels[best - 1] + levels[best]) / 2
+    middle = (levels[best - 1] + levels[best]) / 2  # answering 1 throughout gains nothing, too
     return float(middle if middle > levels[best] else levels[best - 1])
 
 
+def answers(target: Labels, scores: Scores, threshold: float) -> dict[str, float]:
+    """Score the answers of a detector: accuracy and balanced_accuracy at `threshold`.
+
+    Arguments and errors as for `detection`.
+    """
+    target, scores = _detections(target, scores)
+    right = (scores >= threshold) == target
+    balanced = (right[target == 1].mean() + right[target == 0].mean()) / 2
+    return {"accuracy": float(right.mean()), "balanced_accuracy": float(balanced)}
+
+
+def hits_at(target: Labels, scores: Scores, alarm_rate: float) -> float:
+    """Return the largest share of 1 that is found with at most a share of false alarms.
+
+    Args:
+        target, scores: as in `detection`, with its errors.
+        alarm_rate: share of the items of class 0.
+    """
+    _, hits, alarms = _operating_points(*_detections(target, scores))
+    allowed = alarms <= alarm_rate * alarms[-1] + 1e-9
+    return float(hits[allowed].max(initial=0) / hits[-1])
+
+
+def _draws(target: np.ndarray, units, seed: int, rounds: int) -> np.ndarray:
+    """Return how often each draw of the bootstrap takes each item, (rounds, n) floats.
+
+    What is drawn with replacement are the units, among those that hold the same classes, so that no
+    class is ever lost.
+    """
+    of = np.arange(len(target))
+    if units is not None:
+        of = np.unique(np.asarray(units, dtype=object), return_inverse=True)[1]
+        if len(of) != len(target):
+            raise ValueError(f"units must be one a label, got {len(of)} for {len(target)} labels")
+    count = of.max() + 1
+    holds = np.bincount(of, target == 1, count).astype(bool) * 2
+    holds += np.bincount(of, target == 0, count).astype(bool)
+    drawn = np.zeros((rounds, count))
+    rng = np.random.Generator(np.random.PCG64(seed))
+    for kind in (2, 1, 3):
+        alike = np.flatnonzero(holds == kind)
+        if len(alike):
+            share = np.full(len(alike), 1 / len(alike))
+            drawn[:, alike] = rng.multinomial(len(alike), share, rounds)
+    return drawn[:, of]
+
+
 def auc_interval(
-    target: Labels, scores: Scores, seed: int, rounds: int = 1000, level: float = 0.95
+    target: Labels,
+    scores: Scores,
+    seed: int,
+    units: Sequence | np.ndarray | None = None,
+    rounds: int = 1000,
+    level: float = 0.95,
 ) -> tuple[float, float]:
     """Return the percentile bootstrap interval of the AUC, a function of the arguments alone.
 
-    The items of each class are drawn again with replacement. Items must be independent: videos, not
-    their clips. Memory is O(rounds * N + positives * negatives).
+    Where no pair is ranked wrongly (or rightly) every draw gives the same; then one end is what m
+    independent pairs allow, of which all were: a^m = (1 - level) / 2. Memory is O(rounds * N +
+    positives * negatives).
 
     Args:
         target, scores: as in `detection`, with its errors.
         seed, rounds: of the bootstrap.
+        units: (N,) names of what is independent and drawn, such as the pair of persons whose videos
+            these are; unset: each item. Clips of one video are not.
         level: share of the bootstrap's values inside the interval.
 
     Returns:
         (low, high)
     """
     target, scores = _detections(target, scores)
+    drawn = _draws(target, units, seed, rounds)
     positive = scores[target == 1][:, None]
     negative = scores[target == 0]
     wins = (positive > negative) + 0.5 * (positive == negative)  # [positives, negatives]
-    rng = np.random.Generator(np.random.PCG64(seed))
-    drawn, other = (rng.multinomial(n, np.full(n, 1 / n), rounds).astype(float) for n in wins.shape)
+    found, other = drawn[:, target == 1], drawn[:, target == 0]
     # Sums of halves are exact in any order: the same bits on every machine.
-    areas = ((drawn @ wins) * other).sum(1) / wins.size
+    areas = ((found @ wins) * other).sum(1) / (found.sum(1) * other.sum(1))
     low, high = np.quantile(areas, [(1 - level) / 2, (1 + level) / 2])
+    if wins.min() == wins.max() != 0.5:
+        names = np.arange(len(target)) if units is None else np.asarray(units, dtype=object)
+        pairs = min(len(set(names[target == kind])) for kind in (0, 1))
+        end = ((1 - level) / 2) ** (1 / pairs)
+        low, high = (end, 1.0) if wins.min() else (0.0, 1 - end)
     return float(low), float(high)
 
 
@@ -299,12 +358,15 @@ def videos(
     logits: Tensor,
     seed: int,
     threshold: float | None = None,
+    units: np.ndarray | None = None,
+    compressions: Sequence[str] | None = None,
 ) -> dict[str, float]:
     """Score videos from their clips.
 
-    With a threshold, in a test: the accuracy too, and all scores again for each method of
-    manipulation beside all real videos, if there are several. Without one, in validation: the
-    threshold of the best accuracy, and the interval of the AUC.
+    With a threshold, in a test: the answers too, the shares of fakes found with 1 and 10 % false
+    alarms, and all scores again for each method of manipulation beside all real videos and for each
+    compression, if there are several. Without one, in validation: the threshold of the best
+    balanced accuracy. Videos of one class have no AUC: only the share that is called fake.
 
     Args:
         labels: (n,) integers, 1 is fake.
@@ -312,29 +374,44 @@ def videos(
         logits: (n, clips), positive for fake, on the CPU.
         seed: of the interval's bootstrap.
         threshold: a score from which on a video counts as fake.
+        units: (n,) names of what the bootstrap draws, see `auc_interval`.
+        compressions: (n,) strings.
 
     Returns:
-        dict of clip_auc, video_auc, video_ap, video_eer and so on; a method's scores end in its
-        name.
+        dict of clip_auc, video_auc, its interval video_auc_low and video_auc_high, video_ap,
+        video_eer and so on; a method's or a compression's scores end in its name.
 
     Raises:
         ValueError: as in `detection`.
     """
     scores = video_scores(logits)
+    if threshold is not None and len(set(labels)) == 1:
+        found = int((scores >= threshold).sum())
+        low, high = share_interval(found, len(scores))
+        name = "video_detection_rate" if labels[0] == 1 else "video_false_alarm_rate"
+        return {name: found / len(scores), f"{name}_low": low, f"{name}_high": high}
     values = {"clip_auc": detection(np.repeat(labels, logits.shape[1]), logits.flatten())["auc"]}
     groups = {"": np.full(len(labels), True)}
-    fake_methods = sorted(set(methods[labels == 1]))
-    if threshold is not None and len(fake_methods) > 1:
-        for method in fake_methods:
-            groups[f"_{method}"] = (labels == 0) | (methods == method)
+    kinds = sorted(set(methods[labels == 1]) - {""})
+    if threshold is not None and len(kinds) > 1:
+        groups |= {f"_{kind}": (labels == 0) | (methods == kind) for kind in kinds}
+    levels = sorted({*([] if compressions is None else compressions)} - {""})
+    if threshold is not None and len(levels) > 1:
+        groups |= {f"_{level}": np.asarray(compressions) == level for level in levels}
     for suffix, kept in groups.items():
-        group_scores = detection(labels[kept], scores[kept])
+        target, kept_scores = labels[kept], scores[kept]
+        if len(set(target)) < 2:  # a compression of fakes alone
+            continue
+        of_group = detection(target, kept_scores)
+        ends = auc_interval(target, kept_scores, seed, None if units is None else units[kept])
+        of_group["auc_low"], of_group["auc_high"] = ends
         if threshold is not None:
-            group_scores["accuracy"] = float(((scores[kept] >= threshold) == labels[kept]).mean())
-        for metric, value in group_scores.items():
+            of_group |= answers(target, kept_scores, threshold)
+            for percent in (1, 10):
+                of_group[f"tpr_at_fpr_{percent}"] = hits_at(target, kept_scores, percent / 100)
+        for metric, value in of_group.items():
             values[f"video_{metric}{suffix}"] = value
     if threshold is None:
-        values["video_auc_low"], values["video_auc_high"] = auc_interval(labels, scores, seed)
         values["threshold"] = best_threshold(labels, scores)
     return values
 
@@ -378,6 +455,7 @@ def roc(
     target: Labels,
     scores: Scores,
     seed: int,
+    units: Sequence | np.ndarray | None = None,
     rounds: int = 500,
     level: float = 0.95,
     places: int = 41,
@@ -386,8 +464,7 @@ def roc(
 
     Args:
         target, scores: as in `detection`, with its errors.
-        seed, rounds, level: of the percentile bootstrap, which draws the items of each class again
-            with replacement.
+        seed, units, rounds, level: of the percentile bootstrap, see `auc_interval`.
         places: false alarm rates, evenly spaced over [0, 1], at which the interval is given.
 
     Returns:
@@ -396,24 +473,25 @@ def roc(
         highest share of hits there.
     """
     target, scores = _detections(target, scores)
+    order = np.argsort(-scores, kind="stable")
+    ends = np.append(np.flatnonzero(np.diff(scores[order])), len(scores) - 1)
 
-    def curve(positives: np.ndarray, negatives: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        levels = np.concatenate([positives, negatives])
-        labels = np.repeat([1, 0], [len(positives), len(negatives)])
-        _, hits, alarms = _operating_points(labels, levels)
-        return np.append(0, alarms) / len(negatives), np.append(0, hits) / len(positives)
+    def curve(weights: np.ndarray) -> list[np.ndarray]:
+        # The shares of class 0 and of class 1 from each score on.
+        shares = []
+        for kind in (0, 1):
+            sums = np.cumsum((weights * (target == kind))[order])[ends]
+            shares.append(np.append(0, sums / sums[-1]))
+        return shares
 
-    positive = scores[target == 1]
-    negative = scores[target == 0]
     rates = np.linspace(0, 1, places)
-    rng = np.random.Generator(np.random.PCG64(seed))
     drawn = np.empty((rounds, places))
-    for row in drawn:
-        alarms, hits = curve(*(rng.choice(part, len(part)) for part in (positive, negative)))
+    for row, weights in zip(drawn, _draws(target, units, seed, rounds), strict=True):
+        alarms, hits = curve(weights)
         most_hits = np.searchsorted(alarms, rates + 1e-12, side="right") - 1  # for these alarms
         row[:] = hits[most_hits]
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return np.stack(curve(positive, negative), 1), np.stack([rates, low, high], 1)
+    return np.stack(curve(np.ones(len(target))), 1), np.stack([rates, low, high], 1)
 
 
 def share_interval(hits: int, count: int, level: float = 0.95) -> tuple[float, float]:

@@ -18,6 +18,7 @@ import socket
 import sys
 import zipfile
 import zlib
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,6 +49,17 @@ _STORAGES = {
     "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }  # fmt: skip
+# What a pickle with objects may name: what is used as it is, functions whose values no weights
+# need, and classes of Python's own that only hold settings.
+_PLAIN = {"collections.OrderedDict": OrderedDict, "__builtin__.set": set, "torch.Size": tuple}
+_VALUES = {
+    "collections.defaultdict", "__builtin__.complex", "torch.device", "numpy.dtype",
+    *(
+        f"numpy.{core}.multiarray.{name}"
+        for core in ("core", "_core") for name in ("scalar", "_reconstruct")
+    ),
+}  # fmt: skip
+_HARMLESS = {"argparse.Namespace", "typing.Any"}
 _MAX_MODULES = 100_000  # of a TorchScript archive, which may name one module in many places
 # Where training scripts keep the model's state dict: this project's, timm's and Lightning's, the
 # PyTorch tutorials', VISSL's.
@@ -316,7 +328,49 @@ def _read_torch(path: Path):
     code = next((e.filename for e in entries if e.filename.endswith("/constants.pkl")), None)
     if code:
         return read_torchscript(path, code.removesuffix("constants.pkl"))
-    return checkpoint.load(path, objects=True)
+    try:
+        return checkpoint.load(path)
+    except checkpoint.AsksToRun:
+        root = next((e.filename for e in entries if e.filename.endswith("/data.pkl")), None)
+        state = read_objects(path, root.removesuffix("data.pkl")) if root else None
+        if state is None or isinstance(state, Unread):
+            raise
+        return state
+
+
+class Unread:
+    """What stands for an object of a class that is not imported: empty, whatever is said of it."""
+
+    def __init__(self, *_, **__):  # a pickle makes objects without it; who calls it runs something
+        raise pickle.UnpicklingError(f"it asks to run {type(self).__name__}")
+
+    def ignore(self, *_):
+        """Take what a pickle says of an object."""
+
+    __setstate__ = __setitem__ = append = extend = ignore
+
+
+def read_objects(path: Path, root: str):
+    """What a file of `torch.save` holds, with an `Unread` for each object of a class.
+
+    So training scripts keep settings and meters beside the weights. Nothing is imported or run;
+    objects of classes of torch and Python's own, and calls, but of NumPy's values, are refused.
+
+    Args:
+        root: folder of the archive inside the file, with its slash.
+
+    Raises:
+        InputError: the archive is damaged or asks for anything else.
+    """
+    try:
+        with reading.pending(path), reading.open_zip(path) as archive:
+            return _ObjectUnpickler(archive, root).load()
+    except checkpoint.UNREADABLE as error:
+        reason = f"{error}".split("\n")[0][:200]
+        raise InputError(
+            f"checkpoint {path} is not a file of tensors and plain values: {reason}; store its"
+            " state dict alone"
+        ) from None
 
 
 def read_torchscript(path: Path, root: str) -> dict[str, Tensor]:
@@ -408,6 +462,27 @@ class _TorchScriptUnpickler(pickle.Unpickler):
 
     def _untyped(self, value, *_):
         return value
+
+
+class _ObjectUnpickler(_TorchScriptUnpickler):
+    """Tensors and plain values; objects of other classes as `Unread`."""
+
+    def find_class(self, module: str, name: str):
+        full = f"{module}.{name}"
+        if full in _PLAIN:
+            return _PLAIN[full]
+        if full in ("torch._utils._rebuild_parameter", "_codecs.encode"):
+            return self._untyped
+        unread = type(full, (Unread,), {})
+        if full in _VALUES:
+            return lambda *_: unread.__new__(unread)
+        if full in _HARMLESS or isinstance(getattr(torch, name, None), torch.dtype):
+            return unread
+        if module.split(".")[0] in ("torch", *sys.stdlib_module_names):
+            if (module, name) == ("torch._utils", "_rebuild_tensor_v2") or name in _STORAGES:
+                return super().find_class(module, name)
+            raise pickle.UnpicklingError(f"it asks to run {full:.200}")
+        return unread
 
 
 def unwrap(state, path: Path) -> dict[str, Tensor]:
@@ -522,11 +597,11 @@ def load_backbone(source: str, script: str) -> tuple[dict[str, Tensor], dict]:
     elif path.suffix == ".safetensors":
         state = {"model": read_safetensors(path)}
     else:
-        state = checkpoint.load(path, objects=True)
+        state = _read_torch(path)
     model_spec = state.get("model_spec", {}) if isinstance(state, dict) else {}
-    sizes = ("image_size", "proj_dim")
+    kinds = {"image_size": int, "proj_dim": int, "normalization": list}
     if not isinstance(model_spec, dict) or not all(
-        type(model_spec.get(name, 1)) is int for name in sizes
+        type(model_spec.get(name, kind())) is kind for name, kind in kinds.items()
     ):
         raise InputError(f"--from {source}: its model_spec is none of train_{script}.py")
     if model_spec.get("script", script) != script:

@@ -1,6 +1,7 @@
 """Batched augmentation against torchvision's functional forms and distributions."""
 
 import dataclasses
+import hashlib
 import math
 
 import numpy as np
@@ -152,6 +153,60 @@ def test_simclr_probabilities_and_ranges():
     assert np.abs(np.corrcoef(switches) - np.eye(4)).max() < 4 / math.sqrt(len(SAMPLES))
 
 
+@pytest.mark.parametrize(
+    "params, expected",
+    [
+        (augment.simclr_params(3, 5, np.arange(500), 1, (60, 80), 32), "75e085cca5bc768d"),
+        (augment.crop_flip_params(3, 5, np.arange(500), 0, 64), "c09ce93b28ae787a"),
+    ],
+)
+def test_the_draws_are_those_of_earlier_versions(params, expected):
+    digest = hashlib.sha256()
+    for name in ["boxes", "flip", "jittered", "factors", "order", "grayscale", "sigma", "angle"]:
+        digest.update(np.ascontiguousarray(getattr(params, name)).tobytes())
+    assert digest.hexdigest()[:16] == expected  # of version 0.1.0
+
+
+ORIENTED = augment.ViewSettings(vertical_flip=True, rotation="90")
+
+
+def test_orientations_are_equally_likely_and_move_nothing_else():
+    plain = augment.simclr_params(0, 0, SAMPLES, 0, 64, 48)
+    for settings, codes in (
+        (augment.ViewSettings(vertical_flip=True), 4),
+        (augment.ViewSettings(rotation="90"), 8),
+        (ORIENTED, 8),
+    ):
+        params = augment.simclr_params(0, 0, SAMPLES, 0, 64, 48, settings)
+        drawn = params.flip + 2 * params.flip_rows + 4 * params.transposed
+        counts = np.bincount(drawn, minlength=codes)
+        assert len(counts) == codes
+        expected = len(SAMPLES) / codes
+        assert ((counts - expected) ** 2 / expected).sum() < 24.3  # chi-square, 7 df, p = 0.001
+        for field in dataclasses.fields(params):
+            if field.name not in ("flip", "flip_rows", "transposed"):
+                kept = getattr(plain, field.name)
+                np.testing.assert_array_equal(getattr(params, field.name), kept)
+        trained = augment.crop_flip_params(0, 0, SAMPLES, 0, 64, settings=settings)
+        np.testing.assert_array_equal(trained.flip_rows, params.flip_rows)
+        np.testing.assert_array_equal(trained.transposed, params.transposed)
+    switches = np.stack([params.flip_rows, params.transposed, params.jittered, params.grayscale])
+    assert np.abs(np.corrcoef(switches) - np.eye(4)).max() < 4 / math.sqrt(len(SAMPLES))
+
+
+def test_grayscale_angle_and_stain_are_drawn_as_asked():
+    settings = augment.ViewSettings(grayscale=0.7, rotation="any", stain=0.3)
+    params = augment.simclr_params(0, 0, SAMPLES, 0, 64, 48, settings)
+    assert abs(params.grayscale.mean() - 0.7) < 4 * math.sqrt(0.21 / len(SAMPLES))
+    assert -180 <= params.angle.min() < -179.9 and 179.9 < params.angle.max() < 180
+    assert abs(params.angle.mean()) < 4 * 360 / math.sqrt(12 * len(SAMPLES))
+    low, high = [0.7] * 3 + [-0.3] * 3, [1.3] * 3 + [0.3] * 3
+    np.testing.assert_allclose(params.stain.min(0), low, atol=1e-3)
+    np.testing.assert_allclose(params.stain.max(0), high, atol=1e-3)
+    drawn = np.column_stack([params.stain, params.angle, params.factors])
+    assert np.abs(np.corrcoef(drawn.T) - np.eye(11)).max() < 5 / math.sqrt(len(SAMPLES))
+
+
 def assert_same_distribution(ours, theirs):
     # Kolmogorov-Smirnov for two samples at one in ten million (4 to 5 sigma); both are drawn from
     # fixed seeds.
@@ -178,18 +233,38 @@ def test_factors_orders_and_sigmas_follow_torchvisions_distribution():
 
 
 def test_strength_scales_the_jitter():
-    params = augment.simclr_params(0, 0, SAMPLES, 0, 32, 32, strength=0.5, blur=0)
+    small = augment.ViewSettings(color_strength=0.5, blur=0)
+    params = augment.simclr_params(0, 0, SAMPLES, 0, 32, 32, small)
     assert params.factors[:, :3].min() >= 0.6 and params.factors[:, :3].max() <= 1.4
     assert np.abs(params.factors[:, 3]).max() <= 0.1 and not params.sigma.any()
-    strong = augment.simclr_params(0, 0, SAMPLES, 0, 32, 32, strength=2).factors[:, :3]
+    strong = augment.ViewSettings(color_strength=2)
+    strong = augment.simclr_params(0, 0, SAMPLES, 0, 32, 32, strong).factors[:, :3]
     assert 0 <= strong.min() < 1e-3 and 2.599 < strong.max() <= 2.6
 
 
+def test_blur_and_smallest_crop_move_nothing_else():
+    before = augment.simclr_params(0, 0, SAMPLES, 0, 256, 224)
+    often = augment.simclr_params(0, 0, SAMPLES, 0, 256, 224, augment.ViewSettings(blur=0.8))
+    assert abs((often.sigma > 0).mean() - 0.8) < 4 * math.sqrt(0.16 / len(SAMPLES))
+    seen = before.sigma > 0
+    np.testing.assert_array_equal(often.sigma[seen], before.sigma[seen])
+    large = augment.simclr_params(0, 0, SAMPLES, 0, 256, 224, augment.ViewSettings(crop_min=0.6))
+    assert 0.58 < (large.boxes[:, 2:].prod(axis=1) / 256**2).min() < 0.62
+    for field in dataclasses.fields(before):
+        values = getattr(before, field.name)
+        if field.name != "sigma":
+            np.testing.assert_array_equal(getattr(often, field.name), values)
+        if field.name != "boxes":
+            np.testing.assert_array_equal(getattr(large, field.name), values)
+
+
+@pytest.mark.parametrize("crop_min", [0.08, 0.4])
 @pytest.mark.parametrize("height, width", [(256, 256), (60, 200)])
-def test_boxes_follow_torchvisions_distribution(height, width):
-    boxes = augment.simclr_params(1, 0, SAMPLES, 0, (height, width), 224).boxes
+def test_boxes_follow_torchvisions_distribution(height, width, crop_min):
+    settings = augment.ViewSettings(crop_min=crop_min)
+    boxes = augment.simclr_params(1, 0, SAMPLES, 0, (height, width), 224, settings).boxes
     torch.manual_seed(0)
-    crop = v2.RandomResizedCrop(224)
+    crop = v2.RandomResizedCrop(224, scale=(crop_min, 1.0))
     image = torch.empty(3, height, width)
     drawn = [crop.make_params([image]) for _ in range(4000)]
     reference = np.array([[p["top"], p["left"], p["height"], p["width"]] for p in drawn], float)
@@ -225,6 +300,108 @@ def test_boxes_fall_back_to_torchvisions_central_crop(height, width):
     )
     expected = [central[key] for key in ("top", "left", "height", "width")]
     np.testing.assert_array_equal(boxes, np.tile(expected, (50, 1)))
+
+
+@pytest.mark.parametrize("size", [20, 33])
+def test_quarter_turns_and_mirrors_are_exact(size):
+    images = random_images(8, 40, 52)
+    drawn = augment.simclr_params(5, 0, np.arange(8), 0, (40, 52), size)
+    drawn = dataclasses.replace(drawn, jittered=np.zeros(8, bool), sigma=np.zeros(8))
+    upright = dataclasses.replace(drawn, flip=np.zeros(8, bool))
+    expected = augment.make_view(images, upright, size)
+    flips, rows, transposed = (np.arange(8) >> bit & 1 == 1 for bit in range(3))
+    turned = dataclasses.replace(drawn, flip=flips, flip_rows=rows, transposed=transposed)
+    views = augment.make_view(images, turned, size)
+    for code, view in enumerate(expected):
+        if code & 1:
+            view = view.flip(2)
+        if code & 2:
+            view = view.flip(1)
+        if code & 4:
+            view = view.transpose(1, 2)
+        torch.testing.assert_close(views[code], view, rtol=0, atol=1e-6)
+    alone = augment.make_view(images[:4], turned.take(np.arange(4)), size)  # of them none lies
+    assert torch.equal(views[:4], alone)
+
+
+def test_turns_by_90_degrees_are_rot90():
+    images = random_images(64, 24, 24)
+    identity = augment.identity_params(64, 24)
+    drawn = augment.crop_flip_params(
+        1, 0, np.arange(64), 0, 24, settings=augment.ViewSettings(rotation="90")
+    )
+    plain = augment.crop_flip_params(1, 0, np.arange(64), 0, 24)
+    views = augment.make_view(images, dataclasses.replace(drawn, boxes=identity.boxes), 24)
+    mirrored = augment.make_view(images, dataclasses.replace(plain, boxes=identity.boxes), 24)
+    turns = [
+        [k for k in range(4) if torch.equal(view, torch.rot90(before, k, (1, 2)))]
+        for view, before in zip(views, mirrored, strict=True)
+    ]
+    assert all(len(found) == 1 for found in turns) and len(set(map(tuple, turns))) == 4
+
+
+def test_channel_statistics_are_those_of_all_pixels():
+    images = random_images(7, 12, 9)
+    images[:, 2] = 51
+    mean, std = augment.channel_statistics(images.split(3))
+    pixels = images.double() / 255
+    np.testing.assert_allclose(mean, pixels.mean((0, 2, 3)), atol=1e-6)
+    expected = [*pixels.std((0, 2, 3), correction=0).tolist()[:2], 1 / 255]
+    np.testing.assert_allclose(std, expected, atol=1e-6)
+    assert mean[2] == 0.2 and augment.channel_statistics(images.split(2)) == [mean, std]
+
+
+def test_any_angle_reflects_beyond_the_border():
+    ndimage = pytest.importorskip("scipy.ndimage")
+    images = random_images(6, 31, 31)
+    params = augment.identity_params(6, 31)
+    params.angle = np.array([0.0, 30, -45, 90, 117, 180])
+    views = augment.make_view(images, params, 31, beyond="reflection")
+    pixels = images.double().numpy() / 255
+    for view, image, angle in zip(views, pixels, params.angle, strict=True):
+        expected = ndimage.rotate(
+            image, angle, (2, 1), reshape=False, order=1, mode="reflect", prefilter=False
+        )
+        np.testing.assert_allclose(view.numpy(), expected, atol=2e-5)
+    assert views[2, :, 0, 0].max() > 0
+    assert augment.make_view(images, params, 31)[2, :, 0, 0].max() == 0
+
+
+# Table of Ruifrok and Johnston as it is used in digital pathology.
+STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+
+
+def test_stain_jitter_is_the_published_formula():
+    images = random_images(5, 20, 20, seed=3).clamp(min=1)
+    params = augment.identity_params(5, 20)
+    params.stain = np.random.default_rng(0).uniform(-0.2, 0.2, (5, 6)) + augment.NO_STAIN
+    params.stain[4] = augment.NO_STAIN
+    views = augment.make_view(images, params, 20)
+    plain = augment.make_view(images, augment.identity_params(5, 20), 20)
+    for view, image, amounts in zip(views, plain.double().numpy(), params.stain, strict=True):
+        stains = -np.log10(image.transpose(1, 2, 0)) @ np.linalg.inv(STAINS)
+        pixels = 10 ** -((stains * amounts[:3] + amounts[3:]) @ STAINS)
+        np.testing.assert_allclose(
+            view.numpy(), pixels.clip(0, 1).transpose(2, 0, 1), atol=2e-5, rtol=1e-4
+        )
+    torch.testing.assert_close(views[4], plain[4], atol=1e-6, rtol=1e-5)
+    black = torch.zeros(5, 3, 20, 20, dtype=torch.uint8)
+    assert augment.make_view(black, params, 20).max() < 0.1  # neither lit nor colored
+
+
+def test_stain_jitter_agrees_with_scikit_image():
+    color = pytest.importorskip("skimage.color")
+    rng = np.random.default_rng(0)
+    # Of three stains alone, of which none has less than nothing: the others are cut off there.
+    stained = color.hed2rgb(rng.uniform(0.02, 0.1, (4, 24, 24, 3)))
+    images = torch.from_numpy(np.rint(255 * stained).astype(np.uint8)).permute(0, 3, 1, 2)
+    params = augment.identity_params(4, 24)
+    params.stain = np.column_stack([rng.uniform(0.8, 1.2, (4, 3)), rng.uniform(0, 0.1, (4, 3))])
+    views = augment.make_view(images.contiguous(), params, 24).permute(0, 2, 3, 1).numpy()
+    for view, image, amounts in zip(views, images.permute(0, 2, 3, 1), params.stain, strict=True):
+        # Its densities are counted in six decades.
+        stains = color.rgb2hed(image.numpy()) * amounts[:3] + amounts[3:] / 6
+        np.testing.assert_allclose(view, color.hed2rgb(stains), atol=5e-3)
 
 
 def test_crop_flip_changes_crop_and_flip_only():
@@ -383,17 +560,35 @@ def test_bad_input_is_refused():
         moved = dataclasses.replace(params, boxes=np.tile(np.array(boxes, float), (2, 1)))
         with pytest.raises(ValueError, match="whole pixels"):
             augment.make_view(images, moved, 8)
-    with pytest.raises(ValueError, match="strength"):
-        augment.simclr_params(0, 0, [0], 0, 8, 8, strength=3)
-    with pytest.raises(ValueError, match="blur"):
-        augment.simclr_params(0, 0, [0], 0, 8, 8, blur=2)
+    for setting, value in (
+        ("color_strength", 3),
+        ("blur", 2),
+        ("crop_min", 0),
+        ("grayscale", -0.1),
+        ("stain", 1.1),
+        ("rotation", "45"),
+    ):
+        with pytest.raises(ValueError, match=setting):
+            augment.ViewSettings(**{setting: value})
     with pytest.raises(ValueError, match="scale"):
         augment.crop_flip_params(0, 0, [0], 0, 8, scale=(1.0, 0.5))
     with pytest.raises(ValueError, match="size_in"):
         augment.identity_params(1, 0)
 
 
-def test_make_view_never_reads_the_device_and_does_not_loop_over_samples():
+EVERY_WAY = pytest.mark.parametrize(
+    "settings",
+    [
+        augment.ViewSettings(),
+        augment.ViewSettings(vertical_flip=True, rotation="90", stain=0.1),
+        augment.ViewSettings(rotation="any", stain=0.1),
+    ],
+    ids=["paper", "quarter turns", "any angle"],
+)
+
+
+@EVERY_WAY
+def test_make_view_never_reads_the_device_and_does_not_loop_over_samples(settings):
     class Record(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             calls.append(func.overloadpacket.__name__)
@@ -404,18 +599,19 @@ def test_make_view_never_reads_the_device_and_does_not_loop_over_samples():
         calls = []
         # A meta tensor takes the way of a device and has no values: reading one would raise.
         images = torch.empty((n, 3, 24, 24), dtype=torch.uint8, device="meta")
-        params = augment.simclr_params(0, 0, np.arange(n), 0, 24, 24)
+        params = augment.simclr_params(0, 0, np.arange(n), 0, 24, 24, settings)
         with Record():
-            views = augment.make_view(images, params, 24)
+            views = augment.make_view(images, params, 24, "reflection")
         assert views.device.type == "meta" and views.shape == (n, 3, 24, 24)
         counts.append(len(calls))
     assert counts[0] == counts[1] > 50
 
 
+@EVERY_WAY
 @pytest.mark.parametrize("at_once", [1, 2, 7, 24])
-def test_views_do_not_depend_on_how_many_a_cpu_makes_at_once(monkeypatch, at_once):
+def test_views_do_not_depend_on_how_many_a_cpu_makes_at_once(monkeypatch, at_once, settings):
     images = random_images(24, 40, 40)
-    params = augment.simclr_params(0, 4, np.arange(24), 0, 40, 32)
+    params = augment.simclr_params(0, 4, np.arange(24), 0, 40, 32, settings)
     monkeypatch.setattr(augment, "_CPU_VALUES", 24 * 3 * 32 * 32)
     whole = augment.make_view(images, params, 32)
     monkeypatch.setattr(augment, "_CPU_VALUES", at_once * 3 * 32 * 32 // torch.get_num_threads())
@@ -441,11 +637,12 @@ def test_take_keeps_the_rows_that_are_named():
 
 
 @pytest.mark.gpu
-def test_a_gpu_makes_the_same_views_without_synchronizing():
+@EVERY_WAY
+def test_a_gpu_makes_the_same_views_without_synchronizing(settings):
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA or ROCm device")
     images = random_images(16, 45, 61)
-    params = augment.simclr_params(9, 2, np.arange(16), 1, (45, 61), 40)
+    params = augment.simclr_params(9, 2, np.arange(16), 1, (45, 61), 40, settings)
     expected = augment.normalize(augment.make_view(images, params, 40))
     on_device = images.cuda()
     augment.normalize(augment.make_view(on_device, params, 40))
@@ -457,9 +654,10 @@ def test_a_gpu_makes_the_same_views_without_synchronizing():
     torch.testing.assert_close(views.cpu(), expected, atol=2e-4, rtol=0)
 
 
-def test_autocast_does_not_touch_the_pixels():
+@EVERY_WAY
+def test_autocast_does_not_touch_the_pixels(settings):
     images = torch.randint(0, 256, (4, 3, 20, 20), dtype=torch.uint8)
-    params = augment.simclr_params(0, 0, np.arange(4), 0, 20, 16)
+    params = augment.simclr_params(0, 0, np.arange(4), 0, 20, 16, settings)
     with torch.autocast("cpu", torch.bfloat16):
         inside = augment.make_view(images, params, 16)
     assert (

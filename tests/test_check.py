@@ -20,6 +20,7 @@ from common.check.result import FAIL, SKIP, NetworkView, Result
 from common.check.runner import ITEMS
 from common.longtail import Phase
 from common.models.heads import init_bias_to_prior
+from common.report import figures
 from common.run.loop import Step
 from kernels import nt_xent, sup_con
 from tests import bugs
@@ -235,6 +236,41 @@ def test_images_without_labels_are_checked_on_what_there_is(tmp_path):
         "leakage": "PASS",
         "zero-input": "SKIP",
     }
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("stage, views", [("pretrain", 2), ("finetune --from none", 1)])
+def test_the_views_are_shown_with_what_was_drawn_for_them(stage, views, tmp_path, monkeypatch):
+    grids = []
+    monkeypatch.setattr(figures, "save_grid", lambda path, images, _: grids.append(images))
+    argv = flags("--data", cells_tree(tmp_path / "cells"), "--out", tmp_path / "run")
+    argv += flags("--backbone resnet18 --stem cifar --image-size 20 --bs 16 --device cpu")
+    argv += flags("--rotation 90 --stain 0.1 --normalize data --check views --stage " + stage)
+    assert train_simclr.main(argv) == 0
+    (item,) = json.loads((tmp_path / "run" / "check.json").read_text())["items"]
+    header, *rows = item["rows"]
+    assert item["status"] == "PASS" and len(rows) == 8 * views
+    assert [row[:2] for row in rows] == [
+        [str(view), str(image)] for view in range(1, views + 1) for image in range(1, 9)
+    ]
+    assert {"transposed", "hematoxylin"} <= set(re.findall(r"\w+", str(rows)))
+    assert ("saturation" in str(rows)) == (views == 2)
+    (grid,) = grids
+    assert len(grid) == 8 * (1 + views) and grid.min() > -1e-3 and grid.max() < 1 + 1e-3
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize("balance", ["--class-weights", "--sampler"])
+def test_fine_tuning_of_uneven_classes_is_checked_as_it_trains(balance, tmp_path):
+    data = cells_tree(tmp_path / "cells", per_class=16)
+    for path in sorted((data / "long").iterdir())[6:]:
+        path.unlink()
+    argv = flags("--data", data, "--out", tmp_path / "run", balance, "balanced")
+    argv += flags("--stage finetune --from none --bs 6 --device cpu")
+    argv += flags("--backbone resnet18 --stem cifar --image-size 8")
+    assert train_simclr.main([*argv, "--check", "loss-at-init,eval-invariance,seed"]) == 0
+    items = json.loads((tmp_path / "run" / "check.json").read_text())["items"]
+    assert [item["status"] for item in items] == ["PASS"] * 3, items
 
 
 @pytest.mark.e2e

@@ -73,7 +73,7 @@ def simclr(cells, tmp_path_factory):
     folder = tmp_path_factory.mktemp("simclr") / "run"
     argv = flags(
         "--backbone resnet18 --stem cifar --image-size 8 --device cpu",
-        "--stage all --bs 8 --epochs 1",
+        "--stage all --bs 8 --epochs 1 --features stages",
         "--finetune-bs 8 --finetune-epochs 2",
         *("--data", cells, "--out", folder),
     )

@@ -133,7 +133,8 @@ def test_no_group_spans_the_parts_of_a_run_and_eval_finds_its_test_split(
     sides = [{re.search(pattern, ids[i])[1] for i in part} for part in parts]
     assert all(map(len, sides)) and len(set.union(*sides)) == sum(map(len, sides))
     assert script.main(flags("--eval", tmp_path / "run", "--device cpu")) == 0
-    result = json.loads((tmp_path / "run" / "eval.json").read_text())
+    (file,) = (tmp_path / "run").rglob("eval.json")
+    result = json.loads(file.read_text())
     assert result[f"eval/{metric.split('/', 1)[1]}"] == pytest.approx(
         summary(tmp_path / "run")[metric], abs=1e-6
     )

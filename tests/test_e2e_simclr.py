@@ -16,11 +16,11 @@ from PIL import Image
 from torch import nn
 
 import train_simclr
-from common import weights
+from common import recipe, weights
 from common.data import cytology
 from common.errors import InputError
 from common.features.__main__ import main as features_of
-from common.run import checkpoint, log
+from common.run import checkpoint, dist, log
 from common.run.files import FORMAT
 from common.weights import Published
 from tests.data import cells_tree, cytology_tree
@@ -214,6 +214,30 @@ def test_a_longer_run_of_all_stages_keeps_every_line_of_its_log(cells, tmp_path)
     assert ending.value.code == 2
 
 
+def test_a_run_of_the_papers_recipe_goes_on_under_it(cells, tmp_path, monkeypatch, capsys):
+    """As one of a version without --recipe does, whose directory has the same name."""
+    monkeypatch.chdir(tmp_path)
+    argv = flags(NET, "--data", cells, "--bs 16 --epochs 1")
+    assert ended(train_simclr.main, [*argv, "--recipe", "paper", "--max-steps", "1"]) == 0
+    (folder,) = (tmp_path / "runs" / "simclr").iterdir()
+    file = folder / "config.json"
+    file.write_text(json.dumps({"optimizer": "lars"} | json.loads(file.read_text())))
+    assert train_simclr.main(argv) == 0
+    assert "resuming from step 1" in capsys.readouterr().out
+    assert json.loads(file.read_text())["resolved"]["pretrain"]["optimizer"] == "lars"
+    # A new one follows the data; trained on it keeps what it took, whatever the rule says then.
+    assert train_simclr.main([*argv, "--resume", "none", "--out", "new"]) == 0
+    assert "recipe auto: adamw" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "SHORT", 0)
+        longer = flags(NET, "--data", cells, "--bs 16 --epochs 2 --resume new")
+        assert train_simclr.main(longer) == 0
+    pretrain = json.loads(Path("new", "config.json").read_text())["resolved"]["pretrain"]
+    assert (pretrain["optimizer"], pretrain["lr"], pretrain["epochs"]) == ("adamw", 3e-3, 2)
+    assert train_simclr.main([*argv, "--resume", "none"]) == 0
+    assert len(list(folder.parent.iterdir())) == 2  # another name than the paper's
+
+
 def test_starting_anew_forgets_this_run_alone(cells, tmp_path, capsys):
     argv = [*NET, "--data", str(cells), "--bs", "16", "--epochs", "1", "--max-steps", "2"]
     for name in ("a", "a/inner", "b"):
@@ -244,8 +268,8 @@ def test_a_state_of_other_settings_is_not_continued(whole, cells, tmp_path, caps
     run = tmp_path / "run"
     other = flags(argv[:-1], tmp_path / "x", "--bs 8 --resume", run)
     refused(train_simclr.main, other, capsys, "bs is 16 there and 8 here")
-    other = flags(argv, "--bs 16 --optimizer adamw --force-resume")
-    refused(train_simclr.main, other, capsys, "LARS")
+    other = flags(argv, "--bs 16 --optimizer sgd --force-resume")
+    refused(train_simclr.main, other, capsys, "AdamW")
     other = flags(argv[:-1], tmp_path / "y", "--bs 16 --stage finetune --from none")
     refused(train_simclr.main, flags(other, "--force-resume --resume", run), capsys, "start")
 
@@ -313,6 +337,73 @@ def test_eval_repeats_the_test_and_predict_needs_no_labels(whole, cells, tmp_pat
         capsys,
         "pretrain",
     )
+
+
+def test_the_datas_own_statistics_go_with_the_model(cells, tmp_path, capsys):
+    run = tmp_path / "run"
+    views = "--vertical-flip --rotation 90 --stain 0.05 --grayscale 0.1"
+    argv = flags(NET, "--epochs 1 --bs 32 --normalize data", views, "--data", cells)
+    assert train_simclr.main(flags(argv, "--out", run)) == 0
+    with np.load(run / "features.npz") as stored:
+        parts = (stored["id"], stored["split"])
+        names = [name for name, part in zip(*parts, strict=True) if part != "test"]
+    pixels = np.stack([np.array(Image.open(cells / name)) for name in names]) / 255
+    expected = np.array([pixels.mean((0, 1, 2)), pixels.std((0, 1, 2))])
+    spec = checkpoint.load(run / "best.pt")["model_spec"]
+    np.testing.assert_allclose(spec["normalization"], expected, atol=1e-6)
+    capsys.readouterr()
+    assert train_simclr.main(flags(argv, "--out", run)) == 0
+    assert "already finished" in capsys.readouterr().out
+
+    base = ["--data", str(cells), "--device", "cpu"]
+    later = flags(base, "--stage linear --out", tmp_path / "linear", "--from", run)
+    assert train_simclr.main(later) == 0
+    tested = {
+        run: "pretrain/test/knn_accuracy",
+        tmp_path / "linear": "linear/test/accuracy",
+    }
+    for source, metric in tested.items():
+        args, _ = train_simclr.parse_args(flags(base, "--eval", source))
+        exported = train_simclr.export_spec(args, dist.Dist(0, 1, torch.device("cpu")))
+        assert list(map(list, exported.normalization)) == spec["normalization"]
+        assert train_simclr.main(flags(base, "--eval", source, "--out", tmp_path)) == 0
+        result = json.loads((tmp_path / "eval.json").read_text())
+        name = metric.replace("pretrain", "eval").replace("linear", "eval")
+        assert result[name] == summary(source)[metric]
+    later = flags(later, "--normalize imagenet --resume none")
+    assert train_simclr.main(later) == 0
+    stored = checkpoint.load(tmp_path / "linear" / "best.pt")["model_spec"]
+    assert "normalization" not in stored
+    foreign = {"format": 2, "model": {}, "model_spec": {"script": "simclr", "normalization": "x"}}
+    torch.save(foreign, tmp_path / "foreign.pt")
+    refused(
+        train_simclr.main,
+        flags(base, "--stage linear --from", tmp_path / "foreign.pt"),
+        capsys,
+        "model_spec",
+    )
+
+
+def test_a_share_of_the_labels_is_said_and_used(cells, tmp_path, capsys):
+    run = tmp_path / "run"
+    argv = flags(SMALL, "--epochs 1 --label-fraction 0.2 --sampler balanced --data", cells)
+    assert train_simclr.main(flags(argv, "--finetune-bs 6 --finetune-epochs 1 --out", run)) == 0
+    said = capsys.readouterr().out
+    result = summary(run)
+    labels = [result[f"{stage}/train/labels"] for stage in ("linear", "finetune")]
+    assert labels == [13, 13]  # 10 of train and 3 of dev: one of each class
+    for stage in ("linear", "finetune"):
+        assert f"{stage}: 13 of 60 labels (--label-fraction): long 4, round 4, split 5" in said
+    assert "pretrain: 60 images" in said and "cross-validation of 13 items" in said
+    assert "finetune: 10 training, 3 dev" in said
+    assert result["finetune/test/majority_accuracy"] == pytest.approx(1 / 3)
+    for source, stage in ((run, "finetune"), (run / "pretrain" / "best.pt", "pretrain")):
+        use = flags("--device cpu --data", cells, "--eval", source, "--out", tmp_path)
+        assert train_simclr.main(use) == 0
+        metric = "knn_accuracy" if stage == "pretrain" else "accuracy"
+        again = json.loads((tmp_path / "eval.json").read_text())[f"eval/test/{metric}"]
+        assert again == pytest.approx(result[f"{stage}/test/{metric}"], abs=1e-9)
+        (tmp_path / "eval.json").unlink()
 
 
 def test_predictions_of_files_and_of_their_folder_lie_side_by_side(whole, cells, tmp_path, capsys):
@@ -510,9 +601,51 @@ BAD = {  # flags -> the flag, file or value that the refusal names
         "--teacher",
     ),
     "a solver without its stage": ("--linear-solver sgd", "--linear-solver"),
+    "features of what is trained": (
+        "--stage linear --from none --linear-solver sgd --features 2x2",
+        "--features",
+    ),
+    "features without a linear layer": ("--features gap", "--features"),
+    "features that a backbone has not": (
+        "--stage all --backbone vit_b_16 --stem imagenet --image-size 224 --features 2x2",
+        "--features 2x2: vit_b_16",
+    ),
+    "a recipe without pretraining": ("--stage finetune --from none --recipe paper", "--recipe"),
     "a solver that is not there": ("--stage all --linear-solver adam", "lbfgs, sgd"),
     "patience without early stopping": ("--patience 3", "--patience"),
     "colors without augmentation": ("--augment none --color-strength 2", "--color-strength"),
+    "crops without augmentation": ("--augment none --crop-min 0.5", "--crop-min"),
+    "blur of more than all": ("--blur 1.5", "--blur"),
+    "blur of what has no views": ("--stage linear --from none --blur 0", "--blur"),
+    "crops of nothing": ("--crop-min 0", "--crop-min"),
+    "blur of what is too small": ("--blur 0.1", "20 px"),
+    "a turn by half of that": ("--rotation 45", "none, 90, any"),
+    "a turn of what is stored": ("--stage linear --from none --rotation 90", "--rotation"),
+    "stains without augmentation": ("--augment none --stain 0.1", "--stain"),
+    "grayscale of another stage": (
+        "--stage finetune --from none --grayscale 0",
+        "--grayscale has no effect",
+    ),
+    "labels of a stage without": ("--label-fraction 0.5", "--label-fraction"),
+    "a share of no labels": ("--stage all --label-fraction 0", "--label-fraction"),
+    "weights of what is solved": (
+        "--stage linear --from none --class-weights balanced",
+        "--class-weights",
+    ),
+    "one imbalance corrected twice": (
+        "--stage all --class-weights balanced --sampler balanced",
+        "give one of them",
+    ),
+    "a prior of even batches": (
+        "--stage all --head-bias prior --sampler balanced",
+        "--head-bias has no effect",
+    ),
+    "even batches of few": (
+        "--stage all --bs 16 --label-fraction 0.5 --sampler balanced --finetune-bs 9"
+        " --data {uneven}",
+        "lower --finetune-bs",
+    ),
+    "statistics of nothing": ("--normalize mean", "imagenet, data"),
     "warm-up longer than training": ("--epochs 2 --warmup-epochs 5", "--warmup-epochs 5"),
     "a device that is not there": ("--device cuda:77", "cuda:77"),
     "a batch without negatives": ("--bs 1", "--bs"),
@@ -528,6 +661,12 @@ def test_bad_input_is_one_line_and_exit_code_2(case, cells, tmp_path, capsys, mo
         one.mkdir()
         for i, path in enumerate(sorted((cells / "long").iterdir())):
             (one / f"{i}.png").write_bytes(path.read_bytes())
+    uneven = tmp_path / "uneven"
+    if "{uneven}" in BAD[case][0]:
+        for name, count in (("long", 24), ("round", 24), ("split", 2)):
+            (uneven / name).mkdir(parents=True)
+            for path in sorted((cells / name).iterdir())[:count]:
+                (uneven / name / path.name).write_bytes(path.read_bytes())
     empty, few = tmp_path / "empty", tmp_path / "few"
     empty.mkdir()
     for name in ("long", "round"):
@@ -546,7 +685,14 @@ def test_bad_input_is_one_line_and_exit_code_2(case, cells, tmp_path, capsys, mo
     )
     (damaged / "summary.json").write_text('{"status": "finis')
     text, name = BAD[case]
-    places = {"cells": cells, "one": one, "few": few, "empty": empty, "damaged": damaged}
+    places = {
+        "cells": cells,
+        "one": one,
+        "uneven": uneven,
+        "few": few,
+        "empty": empty,
+        "damaged": damaged,
+    }
     text = text.format(tmp=tmp_path / "nothing_here", **places)
     argv = flags(NET, "--data", cells, "--out", tmp_path / "out", text)
     refused(train_simclr.main, argv, capsys, name)
@@ -767,17 +913,18 @@ def test_a_run_with_a_torchvision_classifier_is_evaluated_and_predicts(tmp_path,
     run = tmp_path / "run"
     flags = (
         "--backbone mobilenet_v3_large --image-size 32 --device cpu --stage all --bs 544 --epochs 1"
-        " --finetune-bs 400 --finetune-epochs 1"
+        " --finetune-bs 400 --finetune-epochs 1 --features stages"
     )
     assert train_simclr.main([*flags.split(), "--out", str(run)]) == 0
     assert "2 steps of 544 an epoch" in capsys.readouterr().out
     plain = torchvision.models.mobilenet_v3_large(weights=None)
     plain.classifier[3] = nn.Identity()
     plain.load_state_dict(torch.load(run / "backbone.pt", weights_only=True), strict=True)
-    for stage in ("linear", "finetune"):
+    for stage, width in (("linear", 4 * 112 + 960), ("finetune", 1280)):
         source = run / stage / "best.pt"
         stored = checkpoint.load(source)["model"]
-        assert stored["head.weight"].shape == (8, 1280) and "backbone.classifier.0.weight" in stored
+        assert stored["head.weight"].shape == (8, width)
+        assert "backbone.classifier.0.weight" in stored
         argv = ["--eval", str(source), "--device", "cpu", "--out", str(tmp_path)]
         assert train_simclr.main(argv) == 0
         repeated = json.loads((tmp_path / "eval.json").read_text())["eval/test/accuracy"]

@@ -4,6 +4,8 @@ early stopping, bad input.
 
 import csv
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 
 import train_tsm
 from common.models.mobilenet_v4 import build_mobilenet_v4
+from common.report import __main__ as report
 from common.run import checkpoint, log
 from tests.data import clip_folders, ffpp_tree, ordered_clips, write_clip
 from tests.runs import flags, next_after, refused, same, start_ranks, succeed, summary
@@ -111,7 +114,12 @@ def test_eval_repeats_the_test(whole, ffpp, tmp_path):
     for source, suffix in ((whole, ""), (whole / "last.pt", "_last_epoch")):
         argv = ["--data", str(ffpp), "--device", "cpu", "--out", str(tmp_path)]
         assert train_tsm.main([*argv, "--eval", str(source)]) == 0
-        found = json.loads((tmp_path / "eval.json").read_text())
+        found = json.loads((tmp_path / "eval" / "ffpp" / "eval.json").read_text())
+        assert found["data"]["real"] == 4 and found["data"]["fake"] == 8
+        assert found["checkpoint"]["source"] == str(source) and found["flags"]["fps"] == 25
+        assert found["data"]["methods"] == ["Deepfakes", "FaceSwap", "youtube"]
+        assert 0 <= found.pop("eval/test/frame_auc") <= 1
+        found = {name: value for name, value in found.items() if "/" in name}
         assert found.keys() >= {
             "eval/test/video_auc_Deepfakes",
             "eval/test/clip_auc",
@@ -137,7 +145,7 @@ def test_clips_that_are_longer_than_a_batch_of_frames_are_evaluated_one_by_one(
     monkeypatch.setattr(train_tsm, "EVAL_FRAMES", 2)
     argv = ["--data", str(ffpp), "--device", "cpu", "--out", str(tmp_path), "--eval", str(whole)]
     assert train_tsm.main(argv) == 0
-    found = json.loads((tmp_path / "eval.json").read_text())
+    found = json.loads((tmp_path / "eval" / "ffpp" / "eval.json").read_text())
     assert found["eval/test/video_auc"] == pytest.approx(
         summary(whole)["train/test/video_auc"], abs=0.05
     )
@@ -145,7 +153,10 @@ def test_clips_that_are_longer_than_a_batch_of_frames_are_evaluated_one_by_one(
 
 def test_two_processes_train_the_same_model_as_one(ffpp, tmp_path):
     # BatchNorm of chunks is that of other clips; over processes alone it is proven in test_dist.py.
+    weights = build_mobilenet_v4("conv_small_035").state_dict()
+    torch.save(weights, tmp_path / "weights.pt")
     argv = flags(NET, "--data", ffpp, "--bs 8 --accum 2 --dropout 0 --freeze-bn 1 --clip-grad 0.01")
+    argv += ["--weights", str(tmp_path / "weights.pt")]
     two = flags(argv, "--max-steps 1 --out", tmp_path / "two")
     succeed(*start_ranks(train_tsm, [two, two]))
     stopped_at([*argv, "--out", str(tmp_path / "one")], 1)
@@ -158,10 +169,9 @@ def test_two_processes_train_the_same_model_as_one(ffpp, tmp_path):
 
 
 def test_frozen_batchnorm_is_named_and_stays(ffpp, tmp_path, capsys):
-    stopped_at(
-        flags(NET, "--data", ffpp, "--bs 8 --freeze-bn 0.33 --out", tmp_path / "run"),
-        2,
-    )
+    torch.save(build_mobilenet_v4("conv_small_035").state_dict(), tmp_path / "weights.pt")
+    argv = flags(NET, "--data", ffpp, "--bs 8 --weights", tmp_path / "weights.pt")
+    stopped_at(flags(argv, "--out", tmp_path / "run"), 2)  # as the recipe has it
     assert (
         "--freeze-bn 0.33: 15 BatchNorm layers, backbone.bn1 to backbone.blocks.2."
         in capsys.readouterr().out
@@ -171,9 +181,15 @@ def test_frozen_batchnorm_is_named_and_stays(ffpp, tmp_path, capsys):
     assert counts == [0] * 15 + [4] * 31  # two steps of two chunks
     refused(
         train_tsm.main,
-        flags(NET, "--data", ffpp, "--bs 8 --freeze-bn 0.01 --out", tmp_path / "none"),
+        flags(argv, "--freeze-bn 0.01 --out", tmp_path / "none"),
         capsys,
         "--freeze-bn 0.01",
+    )
+    refused(
+        train_tsm.main,
+        flags(NET, "--data", ffpp, "--bs 8 --freeze-bn 0.33"),
+        capsys,
+        "--freeze-bn has no effect without --weights",
     )
     assert torch.equal(model["backbone.bn1.running_mean"], torch.zeros(32))
 
@@ -187,7 +203,6 @@ LIVE = {
     "mean": ["--aggregate", "mean"],
     "dropout": ["--dropout", "0"],
     "spatial dropout": ["--dropout2d"],
-    "frozen": ["--freeze-bn", "0.5"],
     "plain loss": ["--loss", "bce"],
     "gamma": ["--gamma", "1"],
     "alpha": ["--alpha", "0.3"],
@@ -247,7 +262,7 @@ def test_a_stream_gives_the_scores_of_the_offline_path(ordered, tmp_path, shift,
     )
     run = str(tmp_path / "run")
     assert train_tsm.main([*argv, "--direction", "past", "--out", run]) == 0
-    use = ["--resume", run, "--device", "cpu", "--out", str(tmp_path)]
+    use = ["--resume", run, "--device", "cpu", "--out", str(tmp_path), "--fps", "2"]
     assert train_tsm.main([*use, "--predict", str(ordered / "test03")]) == 0
     (row,) = csv.DictReader((tmp_path / "predictions.csv").read_text().splitlines())
     assert train_tsm.main([*use, "--stream", str(ordered / "test03")]) == 0
@@ -439,3 +454,88 @@ def test_videos_shorter_than_a_clip_repeat_their_last_frame_and_it_is_said(tmp_p
     assert (
         out.count("have fewer than 4 frames and repeat the last") == 1 and "18 of 18 videos" in out
     )
+
+
+def test_other_data_are_scored_whole_each_in_its_folder_and_in_one_table(
+    whole, ffpp, tmp_path, capsys
+):
+    rng = np.random.default_rng(0)
+    for name, kinds in (("celeb", ("real", "fake")), ("lab", ("fake",))):
+        for kind in kinds:
+            for i in range(6):
+                write_clip(tmp_path / name / kind / f"v{i}", rng, 0)
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    argv = flags("--eval", run, "--device cpu --perturb noise")
+    refused(
+        train_tsm.main,
+        [*argv, "--data", str(tmp_path / "lab")],
+        capsys,
+        "--perturb: lab has no AUC",
+    )
+    argv = flags("--eval", run, "--device cpu --data", tmp_path / "celeb", tmp_path / "lab", ffpp)
+    assert train_tsm.main(argv) == 0
+    out = capsys.readouterr().out
+    for text in (
+        "scoring 12 of 12 videos (no test split)",
+        "scoring 6 of 6 videos (no test split)",
+        "scoring 12 of 48 videos (split test)",
+    ):
+        assert text in out
+    assert re.search(r"^data +real +fake +video_auc .*\nceleb +6 +6 +\d", out, re.M)
+    found = {n: json.loads((run / "eval" / n / "eval.json").read_text()) for n in ("celeb", "lab")}
+    with open(run / "eval" / "celeb" / "eval.csv") as file:
+        rows = list(csv.DictReader(file))
+    real, fake = ([float(r["fake"]) for r in rows if r["label"] == k] for k in ("real", "fake"))
+    wins = [(f > r) + 0.5 * (f == r) for f in fake for r in real]
+    assert found["celeb"]["eval/test/video_auc"] == pytest.approx(np.mean(wins))
+    assert "eval/test/video_auc" not in found["lab"]
+    assert 0 <= found["lab"]["eval/test/video_detection_rate"] <= 1
+    with open(run / "eval" / "table.csv") as file:
+        table = {row["data"]: row for row in csv.DictReader(file)}
+    assert list(table) == ["celeb", "ffpp", "lab"] and table["lab"]["video_auc"] == ""
+    assert float(table["celeb"]["video_auc"]) == found["celeb"]["eval/test/video_auc"]
+    assert "Evaluations on other data" in (run / "report.html").read_text()
+    argv = [str(run), str(whole), "--text"]
+    capsys.readouterr()
+    assert report.main(argv) == 0
+    assert "eval_celeb/test/video_auc" in capsys.readouterr().out
+    argv = flags("--eval", run, "--device cpu --split val --perturb jpeg --data", ffpp)
+    assert train_tsm.main(argv) == 0
+    with open(run / "eval" / "ffpp" / "perturb.csv") as file:
+        levels = [row["level"] for row in csv.DictReader(file)]
+    assert levels == ["", "90", "70", "50", "30", "10"]
+    assert "(split val)" in capsys.readouterr().out
+
+
+def test_data_sets_have_names_that_tell_them_apart():
+    names = train_tsm.names_of_data
+    assert names(("a/ffpp.zip",)) == ["ffpp"] and names(("x/df.v1", "x/df.v2")) == [
+        "df.v1",
+        "df.v2",
+    ]
+    assert names(("a/test", "b/test")) == ["a-test", "b-test"]
+
+
+def test_frames_elsewhere_are_found_again_in_evaluation(ffpp, tmp_path):
+    """--frames-root of the run's own data is the run's."""
+    listed = tmp_path / "lists" / "all.csv"
+    listed.parent.mkdir()
+    rows = ["video_id,label,path,split"]
+    for part in ("train", "val", "test"):
+        for a, b in json.loads((ffpp / "splits" / f"{part}.json").read_text()):
+            real = f"original_sequences/youtube/c23/frames/{a}"
+            fake = f"manipulated_sequences/Deepfakes/c23/frames/{a}_{b}"
+            rows += [f"{a},real,{real},{part}", f"{a}_{b},fake,{fake},{part}"]
+    listed.write_text("\n".join(rows) + "\n")
+    argv = flags(NET, "--data", listed, "--frames-root", ffpp, "--bs 4 --epochs 2 --accum 1")
+    assert train_tsm.main([*argv, "--out", str(tmp_path / "run")]) == 0
+    assert train_tsm.main(flags("--eval", tmp_path / "run", "--device cpu")) == 0
+    found = json.loads((tmp_path / "run" / "eval" / "all" / "eval.json").read_text())
+    assert found["eval/test/video_auc"] == summary(tmp_path / "run")["train/test/video_auc"]
+
+
+def test_several_data_sets_are_for_evaluation_alone(ffpp, tmp_path, capsys):
+    argv = flags(NET, "--data", ffpp, tmp_path)
+    refused(train_tsm.main, argv, capsys, "--data takes several values with --eval alone")
+    refused(train_tsm.main, flags(NET, "--split all"), capsys, "--split has no effect without")

@@ -7,6 +7,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from common.data import faceforensics
 from common.errors import InputError
@@ -338,8 +339,16 @@ def test_pairs_are_held_out_in_their_closure(tmp_path):
         ("01__outside_talking", ("01",)),
         ("id3_0001", ("id3",)),
         ("id3_id16_0001", ("id3", "id16")),
-        ("anna_2", ("anna_2",)),
-        ("00231", ("00231",)),
+        ("anna_2", ()),
+        ("00231", ()),
+        ("003.mp4", ("003",)),
+        ("c23/videos/003_017.avi", ("003", "017")),
+        ("Deepfakes_003_017", ("003", "017")),
+        ("c23_FaceSwap_003_017.mp4", ("003", "017")),
+        ("manipulated\\01_02__walk.mp4", ("01", "02")),
+        ("id0_id1_0007.mp4", ("id0", "id1")),
+        ("clip_003", ()),
+        ("id0_smile", ()),
     ],
 )
 def test_names_tell_the_persons(video, persons):
@@ -352,7 +361,7 @@ def test_names_tell_the_persons(video, persons):
         (
             ["a,real,a", "b,2,b"],
             "video_id,label,path",
-            r"line 3: label '2', allowed are 0, real, 1, fake",
+            r"line 3: label '2', allowed are 0, real, original, pristine, 1, fake",
         ),
         (
             ["a,real,a,tain"],
@@ -424,7 +433,7 @@ def test_several_paths_are_videos_whose_names_say_where_they_are(tree, tmp_path,
         ("empty", "leave it out"),
         ("a/0.png", "allowed are a folder, a .zip of one, .mp4"),
         ("list.csv", "allowed are a folder, a .zip of one, .mp4.* a .csv stands alone"),
-        ("v.mp4", "folders of frames and video files in one data set"),
+        ("v.mp4", "images .* and video files .* in one data set"),
     ],
 )
 def test_one_of_several_paths_that_is_no_video_is_refused_by_name(tmp_path, name, said):
@@ -453,11 +462,15 @@ class Decoder:
         )
 
 
-def test_video_files_have_their_own_rate_and_bad_ones_are_named(tmp_path, monkeypatch):
+def decode_by(monkeypatch, decoder):
+    """Let `decoder` stand in for torchcodec's."""
     monkeypatch.setitem(sys.modules, "torchcodec", types.SimpleNamespace())
-    monkeypatch.setitem(
-        sys.modules, "torchcodec.decoders", types.SimpleNamespace(VideoDecoder=Decoder)
-    )
+    decoders = types.SimpleNamespace(VideoDecoder=decoder)
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", decoders)
+
+
+def test_video_files_have_their_own_rate_and_bad_ones_are_named(tmp_path, monkeypatch):
+    decode_by(monkeypatch, Decoder)
     root = tmp_path / "files"
     for number, video in enumerate(
         (
@@ -485,15 +498,40 @@ def test_video_files_have_their_own_rate_and_bad_ones_are_named(tmp_path, monkey
     assert all(pixels(kept, i) == [[n, n]] * n for i, n in enumerate(kept.lengths))
     numbered_frames(root / "other" / "a", 2)
     table(root, ["a,real,other/a", "b,fake,original_sequences/youtube/c23/videos/000.mp4"])
-    with pytest.raises(InputError, match="folders of frames and video files in one data set"):
+    with pytest.raises(
+        InputError, match=r"images \(other/a/0.png\) and video files \(.*000.mp4\) in one data set"
+    ):
         opened(root / "list.csv")
 
 
+def test_files_of_variable_frame_rate_are_cut_by_their_time_stamps(tmp_path, monkeypatch):
+    """Ten frames in the first second, then ten in nine: half of them are not half of the time."""
+    times = np.append(np.arange(10) / 10, 1 + 0.9 * np.arange(10))
+
+    class Timed(Decoder):
+        def __init__(self, content):
+            super().__init__(content)
+            more = {"average_fps": 2.0, "begin_stream_seconds": 0.0, "end_stream_seconds": 10.0}
+            self.metadata = types.SimpleNamespace(**vars(self.metadata) | more)
+
+        def get_frames_played_at(self, seconds):
+            shown = np.searchsorted(times, seconds, side="right") - 1
+            pixels = torch.from_numpy(shown.astype(np.uint8))[:, None, None, None]
+            return types.SimpleNamespace(data=pixels.expand(-1, 3, 12, 12))
+
+    decode_by(monkeypatch, Timed)
+    for kind in ("real", "fake"):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "a.mp4").write_text("20")
+    videos = opened(tmp_path)
+    clips = videos.eval_clips(np.array([0]), 8, 8.0, 1)  # a second from frame to frame
+    (frames,) = videos.batches([(np.array([0]), clips[0])], 1)
+    shown = times[frames[0, :, 0, 5, 5].numpy()]
+    assert (np.abs(np.diff(shown) - 1) <= 0.9).all() and shown[-1] - shown[0] > 6
+
+
 def test_no_video_file_is_left_out_for_its_name(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchcodec", types.SimpleNamespace())
-    monkeypatch.setitem(
-        sys.modules, "torchcodec.decoders", types.SimpleNamespace(VideoDecoder=Decoder)
-    )
+    decode_by(monkeypatch, Decoder)
     for count, name in enumerate(("a/x.mp4", "a/x.avi", "b/x.mp4"), 20):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(str(count))
@@ -585,3 +623,299 @@ def test_a_group_in_two_splits_is_refused_where_both_are_used(people):
     with pytest.raises(InputError, match=r"1 group is in two splits: x \(list/web/p0 in train, l"):
         faceforensics.split(videos)
     assert len(faceforensics.split(videos, ["test"])["test"]) == 20
+
+
+def files(root, names, size=4):
+    for k, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (size, size), (k, k, k)).save(path)
+    return root
+
+
+def said(root, **changes):
+    lines = []
+    options = dict(store_size=None, on_bad_item="error", workers=1, fps=25.0, say=lines.append)
+    videos = faceforensics.prepare(str(root), **options | changes)
+    return videos, "\n".join(lines)
+
+
+def three_tables(root, column=None):
+    """Thirty pairs in train.csv, val.csv and test.csv; `column` is what a column split says."""
+    for part, numbers in (("train", range(30)), ("val", range(30, 36)), ("test", range(36, 42))):
+        rows = []
+        for i in numbers:
+            for label in ("pristine", "fake"):
+                video = f"{2 * i:03d}" + ("" if label == "pristine" else f"_{2 * i + 1:03d}")
+                numbered_frames(root / "v" / video, 2)
+                rows.append(f"{video},{label},v/{video}" + (f",{column}" if column else ""))
+        header = "video_id,label,path" + (",split" if column else "")
+        table(root, rows, header, f"{part}.csv")
+    return root
+
+
+def test_tables_named_for_splits_are_these_splits(tmp_path):
+    videos = opened(three_tables(tmp_path / "three"))
+    parts = faceforensics.split(videos)
+    assert {name: len(indices) for name, indices in parts.items()} == {
+        "train": 60,
+        "val": 12,
+        "test": 12,
+    }
+    assert {videos.keys[i][0] for i in parts["test"]} == {"test"}
+    alone = opened(tmp_path / "three" / "test.csv")
+    assert len(alone) == 12 and set(alone.splits) == {"test"}
+    with pytest.raises(InputError, match=r"test.csv line 2: split train in a table .* for test"):
+        opened(three_tables(tmp_path / "wrong", "train"))
+
+
+def test_tables_that_share_a_person_or_a_folder_are_refused(tmp_path):
+    root = three_tables(tmp_path / "shared")
+    numbered_frames(root / "v" / "000_099", 2)
+    row = (root / "test.csv").read_text()
+    (root / "test.csv").write_text(row + "000_099,fake,v/000_099\n")
+    with pytest.raises(InputError, match=r"000 \(train/000 in train, test/000_099 in test\)"):
+        faceforensics.split(opened(root))
+    (root / "test.csv").write_text(row + "again,fake,v/000\n")
+    with pytest.raises(InputError, match=r"v/000/0.png as .*again \(fake in test\).* train/000"):
+        opened(root)
+
+
+def labeled(root, names, frames=2):
+    for name in names:
+        numbered_frames(root / name, frames)
+    return root
+
+
+def test_folders_by_label_and_method_are_read(tmp_path):
+    pairs = [("000", "000_001"), ("001", "001_000")]
+    names = [f"original/{real}" for real, _ in pairs]
+    names += [f"{method}/{fake}" for method in ("Deepfakes", "FaceShifter") for _, fake in pairs]
+    videos = opened(labeled(tmp_path / "kaggle", names))
+    assert videos.labels.sum() == 4 and len(videos) == 6
+    assert set(videos.methods) == {"original", "Deepfakes", "FaceShifter"}
+    assert videos.persons[videos.ids.index("Deepfakes/001_000")] == ("/001", "/000")
+    names = [
+        f"{part}/{kind}/{part}{i}"
+        for part in ("train", "val", "test")
+        for kind in ("real", "fake/SimSwap", "fake/Blend")
+        for i in range(2)
+    ]
+    for top in ("", "some/top/"):
+        videos = opened(labeled(tmp_path / f"splits{len(top)}", [top + name for name in names]))
+        assert [(videos.splits == part).sum() for part in ("train", "val", "test")] == [6, 6, 6]
+        assert set(videos.methods) == {"real", "SimSwap", "Blend"}
+        assert (videos.labels == (videos.methods != "real")).all()
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["real/a", "fake/b", "authentic/c"], "authentic says neither real, original"),
+        (["real/0", "real/1", "fake/Deepfakes"], r"fake/Deepfakes says neither .* of its own"),
+        (["real/Deepfakes/a", "fake/b"], "real/Deepfakes/a: its folders say both"),
+        (["train/test/real/a", "train/fake/b"], "its folders name two splits"),
+        (
+            ["train/real", "train/fake"],
+            r"train/fake, train/real say neither .* a folder of its own",
+        ),
+    ],
+)
+def test_folders_that_do_not_say_a_label_are_refused(tmp_path, names, said):
+    with pytest.raises(InputError, match=said):
+        opened(labeled(tmp_path / "set", names))
+
+
+def celeb(root):
+    """Celeb-DF: persons 0 to 3, fakes of every two, and two videos of strangers."""
+    names = [f"Celeb-real/id{i}_000{k}" for i in range(4) for k in range(2)]
+    names += [f"Celeb-synthesis/id{i}_id{j}_0000" for i in range(4) for j in range(4) if i != j]
+    names += ["YouTube-real/00170", "YouTube-real/00171"]
+    return labeled(root, names)
+
+
+def test_celeb_df_is_tested_by_its_list_and_trained_on_with_consent(tmp_path):
+    root = celeb(tmp_path / "Celeb-DF-v2")
+    listed = ["1 YouTube-real/00170.mp4", "1 Celeb-real/id0_0000.mp4"]
+    listed += ["0 Celeb-synthesis/id0_id1_0000.mp4"]
+    (root / "List_of_testing_videos.txt").write_text("\n".join(listed))
+    videos = opened(root)
+    assert len(videos) == 22 and videos.labels.sum() == 12
+    test = faceforensics.split(videos, ["test"])["test"]
+    assert sorted(videos.keys[i][3] for i in test) == ["00170", "id0_0000", "id0_id1_0000"]
+    with pytest.raises(InputError, match="persons are in two splits.*--allow-shared-persons"):
+        faceforensics.split(videos)
+    lines = []
+    parts = faceforensics.split(videos, allow_shared_persons=True, say=lines.append)
+    assert len(parts["test"]) == 3 and lines[0].startswith("WARN --allow-shared-persons: ")
+    (root / "List_of_testing_videos.txt").unlink()
+    with pytest.raises(InputError, match="20 of 22 videos are linked by persons"):
+        faceforensics.split(opened(root))
+
+
+def dfdc(root):
+    """Two parts of DFDC: fakes beside their originals, all of them `train`."""
+    for part in range(2):
+        content = {}
+        for i in range(10):
+            for kind in ("real", "fake"):
+                name = f"p{part}{kind}{i}"
+                numbered_frames(root / f"dfdc_train_part_{part}" / name, 2)
+                content[f"{name}.mp4"] = {"label": kind.upper(), "split": "train"}
+                if kind == "fake":
+                    content[f"{name}.mp4"]["original"] = f"p{part}real{i}.mp4"
+        (root / f"dfdc_train_part_{part}" / "metadata.json").write_text(json.dumps(content))
+    return root
+
+
+def test_dfdc_keeps_a_fake_with_its_original(tmp_path):
+    videos = opened(dfdc(tmp_path / "dfdc"))
+    assert len(videos) == 40 and videos.labels.sum() == 20 and set(videos.splits) == {""}
+    side = {}
+    for part, indices in faceforensics.split(videos).items():
+        assert len(indices) >= 6
+        for i in indices:
+            assert side.setdefault(videos.keys[i][3].replace("fake", "real"), part) == part
+    one = opened(tmp_path / "dfdc" / "dfdc_train_part_0")
+    assert len(one) == 20
+    public = labeled(tmp_path / "public", ["videos/aa", "videos/bb"])
+    (public / "labels.csv").write_text("filename,label\naa.mp4,1\nbb.mp4,0\n")
+    videos = opened(public)
+    assert dict(zip([key[3] for key in videos.keys], videos.labels, strict=True)) == {
+        "aa": 1,
+        "bb": 0,
+    }
+    (public / "labels.csv").write_text("filename,label\naa.mp4,1\ncc.mp4,0\n")
+    with pytest.raises(InputError, match=r"1 of 2 listed videos cannot be used: cc \(it is not"):
+        opened(public)
+
+
+@pytest.mark.parametrize(
+    ("label", "is_fake"),
+    [("RealismSwap_Fake", 1), ("Celeb-real", 0), ("DFDCP_FakeA", 1), ("FF-F2F", 1), ("Real", 0)],
+)
+def test_labels_of_deepfakebench_are_words(tmp_path, label, is_fake):
+    def rename(sets):
+        for by_split in sets["FaceForensics++"]["FF-DF"].values():
+            for entry in by_split["c23"].values():
+                entry["label"] = label
+
+    assert opened(bench(tmp_path / "set", rename)).labels.sum() == 3 + 3 * is_fake
+
+
+@pytest.mark.parametrize("label", ["Unrealistic", "Real_vs_Fake", "", "7"])
+def test_other_labels_of_deepfakebench_are_refused(tmp_path, label):
+    def rename(sets):
+        sets["FaceForensics++"][label] = sets["FaceForensics++"].pop("FF-DF")
+        for by_split in sets["FaceForensics++"][label].values():
+            for entry in by_split["c23"].values():
+                entry["label"] = label
+
+    with pytest.raises(InputError, match=f"label '{label}'; expected one with the word real or"):
+        opened(bench(tmp_path / "set", rename))
+
+
+def test_deepfakebench_lists_lie_anywhere_and_repeat_each_other(tmp_path):
+    root = bench(tmp_path / "frames")
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    (root / "FaceForensics++.json").rename(lists / "FaceForensics++.json")
+    whole = opened(lists / "FaceForensics++.json", frames_root=str(root))
+    assert len(whole) == 12
+    sets = json.loads((lists / "FaceForensics++.json").read_text())
+    (root / "FaceForensics++.json").write_text(json.dumps(sets))
+    small = {"FF-DF": {k: v for k, v in sets["FaceForensics++"].items() if k != "FF-FS"}}
+    (root / "FF-DF.json").write_text(json.dumps(small))
+    videos, text = said(root)
+    assert len(videos) == 12 and "9 videos that two lists name alike counted once" in text
+    with pytest.raises(InputError, match="--frames-root: .* lists no frames"):
+        opened(root, frames_root=str(root))
+
+
+@pytest.mark.parametrize("value", [None, [], 3, "x"])
+def test_wrong_types_in_a_bench_list_are_named(tmp_path, value):
+    def spoil(sets):
+        sets["FaceForensics++"]["FF-DF"]["val"] = value
+
+    with pytest.raises(
+        InputError, match=r"FaceForensics\+\+/FF-DF/val: expected a table of videos"
+    ):
+        opened(bench(tmp_path / "set", spoil))
+
+
+def test_a_part_of_a_bench_list_that_is_one_video_is_that_video(tmp_path):
+    def flatten(sets):
+        by_split = sets["FaceForensics++"]["FF-DF"]
+        by_split["val"] = by_split["val"]["c23"]["002_003"]
+
+    videos = opened(bench(tmp_path / "set", flatten))
+    assert len(videos) == 12
+    (index,) = [i for i, key in enumerate(videos.keys) if key[1:] == ("FF-DF", "", "002_003")]
+    assert videos.splits[index] == "val" and videos.lengths[index] == 12
+
+
+def test_numbers_of_frames_give_the_time_between_them(tmp_path):
+    root = tmp_path / "set"
+    files(root, [f"real/a/{k}.png" for k in range(40)])
+    files(root, [f"fake/b/frame_{10 * k:04d}.png" for k in range(40)])
+    files(root, [f"fake/c/{k}.png" for k in (*range(10), *range(30, 60))])
+    videos, text = said(root)
+    assert videos.rates.tolist() == [2.5, pytest.approx(25 * 39 / 59), 25]
+    assert "1 video with one of 10 frames, as their numbers say: 2.5 of --fps 25" in text
+    assert "1 video with gaps in the frames' numbers: fake/c; clips are cut by the time" in text
+    first = videos.ids.index("fake/c")
+    clips = videos.eval_clips(np.array([first]), 8, 2.0, 2)[0]
+    numbers = np.array([*range(10), *range(30, 60)])[clips]
+    assert numbers[0].tolist() == [0, 6, 9, 30, 31, 32, 37, 43]  # 6.25 frames apart, or the next
+    assert numbers[1].tolist() == [9, 30, 31, 34, 40, 46, 52, 59]
+
+
+def test_several_faces_of_a_frame_are_said_and_one_is_taken(tmp_path):
+    root = tmp_path / "set"
+    files(root, [f"real/a/frame_{k}_{face}.png" for k in range(12) for face in range(2)], 4)
+    files(root, [f"real/a/frame_{k}_1.png" for k in range(12)], 9)
+    files(root, [f"fake/b/000_{k:03d}.png" for k in range(12)])
+    for face, number in (("largest", 1), ("first", 0)):
+        videos, text = said(root, face=face)
+        assert videos.lengths.tolist() == [12, 12] and "1 video with frames of several" in text
+        names = [videos.images.ids[i] for i in videos.frames[videos.ids.index("real/a")]]
+        assert names == [f"real/a/frame_{k}_{number}.png" for k in range(12)]
+
+
+def test_files_that_stand_behind_a_folder_are_said(tmp_path):
+    root = labeled(tmp_path / "set", ["real/a", "fake/b"])
+    (root / "real" / "a.mp4").write_text("20")
+    _, text = said(root)
+    assert "passed over 1 video file beside folders or files of the same name: real/a.mp4" in text
+
+
+def test_names_that_tell_no_person_are_said_once(tmp_path, people):
+    lines = []
+    faceforensics.split(opened(people), say=lines.append)
+    assert len(lines) == 1 and "80 of 80 videos tell no person: list/web/p0" in lines[0]
+    lines.clear()
+    faceforensics.split(opened(numbered_ffpp(tmp_path / "ffpp")), say=lines.append)
+    assert not lines
+
+
+def test_anybodys_tables_beside_videos_to_classify_do_not_matter(tmp_path):
+    root = labeled(tmp_path / "set", ["a", "b"])
+    (root / "notes.json").write_text("{broken")
+    (root / "files.csv").write_text("path,label\na,maybe\n")
+    assert opened(root, labels=False).ids == ["a", "b"]
+
+
+def test_a_damaged_frame_of_a_file_is_named_by_its_number(tmp_path, monkeypatch):
+    class Damaged(Decoder):
+        def get_frames_at(self, indices):
+            if 7 in indices:
+                raise RuntimeError("no such frame")
+            return super().get_frames_at(indices)
+
+    decode_by(monkeypatch, Damaged)
+    for kind in ("real", "fake"):
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / "a.mp4").write_text("20")
+    videos = opened(tmp_path)
+    with pytest.raises(InputError, match=r"video real/a.mp4#7 .*no such frame"):
+        pixels(videos, videos.ids.index("real/a"))

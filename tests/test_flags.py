@@ -142,7 +142,6 @@ EXPECTED_DEFAULTS = {
         "--bs": "64",
         "--lr": "0.0003",
         "--wd": "0.01",
-        "--freeze-bn": "0.0",
         "--seed": "0",
     },
     "raer": {

@@ -24,7 +24,7 @@ FLOORS = (
     ("data.",),
     ("weights", "distill", "features"),
     ("models.",),
-    ("longtail", "deep_cluster"),
+    ("longtail", "deep_cluster", "recipe"),
     ("report.",),
     ("linear_eval", "export", "features.__main__"),
     ("check.",),

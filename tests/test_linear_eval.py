@@ -57,13 +57,13 @@ def setting(folder, count=600, classes=3, solved=False):
         max_steps=None,
         resume="auto",
     )
-    args.workers, args.detect_anomaly = 1, False
+    args.workers, args.detect_anomaly, args.features = 1, False, None
     epochs, optimizer = (1, "lbfgs") if solved else (30, "sgd")
     stage = config.StageConfig(
         "linear", epochs=epochs, bs=64, lr=0.2, wd=0.0, optimizer=optimizer, warmup_epochs=0.0
     )
     world = dist.Dist(0, 1, torch.device("cpu"))
-    model_spec = {"classes": {"linear": items.classes}, "image_size": 8}
+    model_spec = {"classes": {"linear": items.classes}, "image_size": 8, "backbone": "resnet18"}
     signals = Signals()
     return Run(
         args,
@@ -83,11 +83,12 @@ def protocol(run, rows):
     head = nn.Linear(rows.shape[1], len(run.data.classes))
     optimizer = optim.build_optimizer("sgd", optim.param_groups([head], 0.0), lr=0.2)
     progress = run.open_stage("linear", {"head": head, "optimizer": optimizer}, start="x")
-    return linear_eval.linear_protocol(run, progress, rows, {}), progress
+    return linear_eval.linear_protocol(run, progress, {"gap": rows}, {}), progress
 
 
 def solved(run, rows):
     progress = run.open_stage("linear", {}, start="x")
+    rows = rows if isinstance(rows, dict) else {"gap": rows}
     return linear_eval.solved_protocol(run, progress, rows, {}), progress
 
 
@@ -123,12 +124,18 @@ def test_protocol_reaches_what_scikit_learn_reaches(tmp_path):
     )
 
 
-def test_the_solved_protocol_is_that_of_scikit_learn(tmp_path):
+@pytest.mark.parametrize("share", [1.0, 0.1])
+def test_the_solved_protocol_is_that_of_scikit_learn(share, tmp_path):
     linear_model = pytest.importorskip(
         "sklearn.linear_model", reason="pip install -r tests/requirements.txt"
     )
     run = setting(tmp_path, solved=True)
     labels, rest, test = run.data.labels, run.splits["rest"], run.splits["test"]
+    if share < 1:
+        parts = run.splits | {f"finetune_{name}": run.splits[name] for name in ("train", "dev")}
+        run.splits = sampling.fewer_labels(run.data, parts, share, [], 0, print)
+        rest = np.union1d(run.splits["train"], run.splits["dev"])
+        assert len(rest) == pytest.approx(share * len(run.splits["rest"]), abs=1)
     rows = blobs(labels, noise=1.8)
     results, progress = solved(run, rows)
     x = rows.double().numpy()
@@ -143,6 +150,66 @@ def test_the_solved_protocol_is_that_of_scikit_learn(tmp_path):
     reached = (expected.argmax(1) == labels[test]).mean()
     assert 0.6 < reached < 1
     assert results["linear/test/accuracy"] == pytest.approx(reached)
+
+
+def test_one_label_of_each_class_is_enough_and_said(tmp_path, capsys):
+    run = setting(tmp_path, solved=True)
+    labels = run.data.labels
+    rows = blobs(labels, noise=0.8)
+    for name in ("train", "dev"):
+        run.splits[f"all_{name}"] = run.splits[name]
+    run.splits["train"] = np.array([np.flatnonzero(labels == k)[0] for k in range(3)])
+    run.splits["dev"] = run.splits["train"][:0]
+    results, _ = solved(run, rows)
+    assert results["linear/cv/accuracy"] == 0 and results["linear/test/accuracy"] > 0.8
+    assert "one labeled image of c0, c1, c2" in capsys.readouterr().out
+    # Neighbors are those that have labels here, all of them where the features alone are judged.
+    fewer = representation(run, rows.__getitem__, "test", "linear/test", bank="train")
+    whole = representation(run, rows.__getitem__, "test", "linear/test")
+    assert fewer.items() <= results.items() and fewer != whole
+
+
+def test_features_are_chosen_by_cross_validation_and_stored_with_the_layer(tmp_path, capsys):
+    run = setting(tmp_path, solved=True)
+    labels = run.data.labels
+    good = blobs(labels, noise=1.8)
+    rows = {"gap": blobs(labels, noise=4.0), "2x2": good[:, :10], "stages": good}
+    # The worse ones are the best on the test part, which has no say.
+    test = run.splits["test"]
+    rows["gap"][test] = nn.functional.one_hot(torch.from_numpy(labels[test]), 20).float() * 1e4
+    results, progress = solved(run, rows)
+    (tmp_path / "alone").mkdir()
+    alone = setting(tmp_path / "alone", solved=True)
+    expected, alone_progress = solved(alone, good)
+    assert results == expected
+    layer, alone_layer = progress.best_weights(), alone_progress.best_weights()
+    assert all(torch.equal(layer[name], alone_layer[name]) for name in alone_layer)
+    assert progress.model_spec["features"] == "stages" and "features" not in run.model_spec
+    assert "features stages" in capsys.readouterr().out
+    progress.save()
+    assert checkpoint.load(tmp_path / "best.pt")["model_spec"]["features"] == "stages"
+    (tmp_path / "equal").mkdir()
+    run = setting(tmp_path / "equal", solved=True)
+    assert solved(run, {"gap": good, "stages": good})[1].model_spec["features"] == "gap"
+
+
+def test_features_that_cost_too_much_are_not_tried_and_that_is_said(tmp_path, monkeypatch, capsys):
+    run = setting(tmp_path, solved=True)
+    widths = {"gap": 20, "2x2": 80, "stages": 120}
+    assert linear_eval.tried(run, widths) == ["gap", "2x2", "stages"]
+    monkeypatch.setattr(linear_eval, "MOST_NUMBERS", 600 * 80)
+    assert linear_eval.tried(run, widths) == ["gap", "2x2"]
+    monkeypatch.setattr(linear_eval, "MOST_PRODUCTS", 600 * 20 * 20)
+    capsys.readouterr()
+    assert linear_eval.tried(run, widths) == ["gap"]
+    said = capsys.readouterr().out
+    assert "features 2x2 are not tried" in said and "--features stages" in said
+    run.args.features = "stages"
+    assert linear_eval.tried(run, widths) == ["stages"]
+    run.args.features = None
+    assert linear_eval.tried(run, {"gap": 20}) == ["gap"]
+    assert "resnet18 has no maps" in capsys.readouterr().out
+    assert linear_eval.tried(setting(tmp_path), widths) == ["gap"]  # a layer that is trained
 
 
 def test_the_test_part_does_not_move_the_solution(tmp_path):
@@ -195,16 +262,16 @@ def test_no_group_is_in_two_folds(number):
 
 @pytest.mark.parametrize("is_solved", [True, False], ids=["lbfgs", "sgd"])
 def test_gains_are_over_the_same_images_and_outlast_a_resume(is_solved, tmp_path):
-    def features(weights, _):
+    def features(weights, _, names):
         asked.append(weights)
-        return blobs(run.data.labels, noise=1.0 if "learned" in weights else 3.0)
+        return {"gap": blobs(run.data.labels, noise=1.0 if "learned" in weights else 3.0)}
 
     asked = []
     results = []
     for _ in range(2):
         run = setting(tmp_path, solved=is_solved)
         weights, random = {"learned": torch.ones(1)}, {"random": torch.ones(1)}
-        linear_eval.linear(run, weights, random, 20, features)
+        linear_eval.linear(run, weights, random, {"gap": 20}, features)
         results.append(run.results)
     assert len(asked) == 2  # a stage that has ended computes none again
     assert results[0] == results[1] and not any("hits" in name for name in results[0])
@@ -227,9 +294,13 @@ def test_gains_are_over_the_same_images_and_outlast_a_resume(is_solved, tmp_path
 def test_features_that_are_not_finite_end_the_stage(tmp_path):
     run = setting(tmp_path, solved=True)
     rows = blobs(run.data.labels, noise=1.0)
-    rows[5, 2] = torch.nan
+    bad = rows.clone()
+    bad[5, 2] = torch.nan
+    features = {"gap": rows, "stages": bad}
     with pytest.raises(Diverged, match="features"):
-        linear_eval.linear(run, None, {"random": torch.ones(1)}, 20, lambda *_: rows)
+        linear_eval.linear(
+            run, None, {"random": torch.ones(1)}, {"gap": 20}, lambda *_, names: features
+        )
 
 
 def test_it_stops_when_dev_no_longer_improves(tmp_path):

@@ -178,9 +178,17 @@ def test_the_best_threshold_is_the_best_of_all():
         target, scores = detections(2 + seed * 3, (None, 3, 12)[seed % 3], seed)
         scores *= (-1) ** seed
         threshold = metrics.best_threshold(target, scores)
-        accuracy = ((scores >= threshold) == target).mean()
-        tried = [((scores >= t) == target).mean() for t in [*scores, scores.max() + 1]]
-        assert accuracy == max(tried)
+
+        def balanced(t, target=target, scores=scores):
+            return ((scores >= t)[target == 1].mean() + (scores < t)[target == 0].mean()) / 2
+
+        tried = [balanced(t) for t in [*scores, scores.max() + 1]]
+        assert balanced(threshold) == pytest.approx(max(tried), abs=1e-12)
+        found = metrics.answers(target, scores, threshold)
+        assert found["balanced_accuracy"] == pytest.approx(balanced(threshold), abs=1e-12)
+        assert found["accuracy"] == ((scores >= threshold) == target).mean()
+    uneven = np.repeat([0, 1], [10, 40]), np.append(np.arange(10.0), 9 - np.arange(40.0) / 5)
+    assert metrics.answers(*uneven, metrics.best_threshold(*uneven))["balanced_accuracy"] >= 0.5
     assert metrics.best_threshold([0, 0, 1, 1], [1.0, 2, 4, 5]) == 3
     near = np.array([1.0, np.nextafter(1.0, 2)])  # nothing lies between neighbors
     assert ((near >= metrics.best_threshold([0, 1], near)) == [False, True]).all()
@@ -201,7 +209,71 @@ def test_the_interval_has_the_width_of_delongs():
     assert (high - low) / (2 * 1.96 * error) == pytest.approx(1, abs=0.05)
     assert metrics.auc_interval(target, scores, seed=0, rounds=4000) == (low, high)
     assert metrics.auc_interval(target, scores, seed=1, rounds=4000) != (low, high)
-    assert metrics.auc_interval([0, 0, 1, 1], [1.0, 2, 3, 4], seed=0) == (1, 1)
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_the_interval_of_a_perfect_auc_has_the_width_that_its_pairs_allow(flipped):
+    """All of m independent pairs are ranked rightly with a probability of AUC^m."""
+    target = np.repeat([0, 1], [18, 90])
+    scores = (1 - 2 * flipped) * np.arange(108.0)
+    low, high = metrics.auc_interval(target, scores, seed=0)
+    assert (high - low) == pytest.approx(1 - 0.025 ** (1 / 18))
+    assert (low, high)[not flipped] == (0.0 if flipped else 1.0)
+    units = np.append(np.arange(18), np.arange(90) // 10)  # nine of them hold fakes
+    low, high = metrics.auc_interval(target, scores, 0, units)
+    assert (high - low) == pytest.approx(1 - 0.025 ** (1 / 9))
+
+
+def test_the_interval_of_repeated_items_is_that_of_their_units():
+    """Four copies of each fake tell no more than one: drawn alone they seem to."""
+    rng = np.random.default_rng(0)
+    truths, widths = [], {"items": [], "units": []}
+    held = {"items": 0, "units": 0}
+    for seed in range(120):
+        own = rng.normal(0, 1, 30)
+        target = np.repeat([0, 1], [30, 120])
+        scores = np.append(own + rng.normal(0, 0.3, 30), np.repeat(rng.normal(0.8, 1, 30), 4))
+        units = np.append(np.arange(30), 100 + np.arange(120) // 4)
+        truths.append(metrics.detection(target, scores)["auc"])
+        truth = 0.5 * (1 + math.erf(0.8 / math.sqrt(2 + 0.09) / math.sqrt(2)))
+        for name, given in (("items", None), ("units", units)):
+            low, high = metrics.auc_interval(target, scores, seed, given, rounds=200)
+            widths[name].append(high - low)
+            held[name] += low <= truth <= high
+    spread = 2 * 1.96 * np.std(truths)
+    assert np.mean(widths["units"]) / spread == pytest.approx(1, abs=0.15)
+    assert np.mean(widths["items"]) < 0.85 * spread and held["units"] > 0.88 * 120 > held["items"]
+
+
+def test_hits_at_a_rate_of_false_alarms_are_scikit_learns():
+    oracle = pytest.importorskip("sklearn.metrics", reason=ORACLE)
+    for seed in range(10):
+        target, scores = detections(300, (None, 12)[seed % 2], seed)
+        fpr, tpr, _ = oracle.roc_curve(target, scores, drop_intermediate=False)
+        for rate in (0.01, 0.1):
+            assert metrics.hits_at(target, scores, rate) == pytest.approx(tpr[fpr <= rate].max())
+
+
+def test_videos_are_scored_by_method_and_compression_and_without_empty_names():
+    rng = np.random.default_rng(0)
+    labels = np.tile([0, 1, 1, 1], 20)
+    methods = np.tile(np.array(["web", "swap", "blend", ""], dtype=object), 20)
+    levels = ["c23"] * 40 + ["c40"] * 40
+    logits = torch.from_numpy(rng.normal(labels[:, None], 1, (80, 2)))
+    found = metrics.videos(labels, methods, logits, 0, 0.5, compressions=levels)
+    scores = logits.double().sigmoid().mean(1).numpy()
+    for name, kept in (
+        ("swap", (labels == 0) | (methods == "swap")),
+        ("c40", np.arange(80) >= 40),
+    ):
+        alone = metrics.detection(labels[kept], scores[kept])["auc"]
+        assert found[f"video_auc_{name}"] == alone
+    assert not [name for name in found if name.endswith("_") or "web" in name]
+    assert found["video_auc_low"] < found["video_auc"] < found["video_auc_high"]
+    fakes = labels == 1
+    alone = metrics.videos(labels[fakes], methods[fakes], logits[fakes], 0, 0.5)
+    assert alone["video_detection_rate"] == (scores[fakes] >= 0.5).mean()
+    assert alone["video_detection_rate_low"] < alone["video_detection_rate"]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from common.models import (
     BACKBONES,
     Backbone,
     build_backbone,
+    feature_widths,
     input_size,
     load_published,
     min_image_size,
@@ -30,8 +31,10 @@ from common.models.inception_resnet_v2 import InceptionResNetV2
 from common.run import checkpoint
 from common.run.files import FORMAT
 
+OWN = ("inception_resnet_v2", "resnet18_narrow")
 
-@pytest.mark.parametrize("name", [name for name in BACKBONES if name != "inception_resnet_v2"])
+
+@pytest.mark.parametrize("name", [name for name in BACKBONES if name not in OWN])
 def test_a_backbone_is_torchvisions_of_the_same_seed_without_its_head(name):
     torch.manual_seed(3)
     backbone = build_backbone(name)
@@ -65,6 +68,73 @@ def test_features_have_their_width_and_reach_the_first_layer(name):
     (backbone.eval()(x[:1]) * torch.randn(backbone.num_features)).sum().backward()
     first = next(module for module in backbone.modules() if isinstance(module, nn.Conv2d))
     assert first.weight.grad.isfinite().all() and first.weight.grad.abs().max() > 0
+
+
+def test_the_narrow_resnet_is_half_of_torchvisions_with_the_stem_for_small_images():
+    """Its weights as a part of a ResNet-18 whose other channels are zero give the same features."""
+    torch.manual_seed(0)
+    narrow = randomize(build_backbone("resnet18_narrow")).eval()
+    wide = build_backbone("resnet18", "cifar").eval()
+    state = {key: torch.zeros_like(tensor) for key, tensor in wide.state_dict().items()}
+    state |= {key: torch.ones_like(state[key]) for key in state if key.endswith("running_var")}
+    assert list(state) == list(narrow.state_dict())
+    for key, tensor in narrow.state_dict().items():
+        assert [2 * n for n in tensor.shape[:1]] == list(state[key].shape[:1]), key
+        state[key][tuple(slice(n) for n in tensor.shape)] = tensor
+    wide.load_state_dict(state)
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(wide(x)[:, :256], narrow(x))
+        assert narrow(x).std(0).median() > 0
+
+
+# Of two images at 64 px (Inception at 128): the channels of the last two stages, and their sides.
+MAPS = {
+    "resnet18": (256, 512, 4, 2),
+    "resnet18_narrow": (128, 256, 16, 8),
+    "resnet50": (1024, 2048, 4, 2),
+    "convnext_tiny": (384, 768, 4, 2),
+    "efficientnet_b0": (112, 1280, 4, 2),
+    "mobilenet_v3_large": (112, 960, 4, 2),
+    "inception_v3": (768, 2048, 6, 2),
+    "inception_resnet_v2": (1088, 1536, 6, 2),
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_a_head_reads_the_maps_of_the_last_two_stages(name):
+    torch.manual_seed(0)
+    backbone = build_backbone(name).eval()
+    size = 128 if "inception" in name else 64
+    x = torch.randn(2, 3, size, size)
+    before, last, side, last_side = MAPS[name]
+    maps = []
+    for stage in backbone.stages:
+        backbone.get_submodule(stage).register_forward_hook(lambda *io: maps.append(io[-1]))
+    with torch.no_grad():
+        outputs = backbone(x)
+        both = Classifier(backbone, nn.Identity(), "stages")(x)
+        of_last = Classifier(backbone, nn.Identity(), "2x2")(x)
+    shapes = [tuple(m.shape) for m in maps[:2]]
+    assert shapes == [(2, before, side, side), (2, last, last_side, last_side)]
+    half, last_half = side // 2, last_side // 2
+    corner = maps[0][:, :, half:, :half].mean((2, 3))  # of 2x2 places the third
+    assert feature_widths(backbone, size) == {
+        "gap": outputs.shape[1],
+        "2x2": 4 * last,
+        "stages": 4 * (before + last),
+    }
+    assert of_last.shape == (2, 4 * last) and both.shape == (2, 4 * (before + last))
+    torch.testing.assert_close(both[:, : 4 * before].view(2, before, 4)[:, :, 2], corner)
+    last_corner = maps[1][:, :, :last_half, last_half:].mean((2, 3))
+    torch.testing.assert_close(of_last.view(2, last, 4)[:, :, 1], last_corner)
+    torch.testing.assert_close(both[:, 4 * before :], of_last, rtol=0, atol=0)
+
+
+def test_of_maps_of_one_place_that_place_is_read():
+    backbone = build_backbone("resnet18").eval()
+    assert feature_widths(backbone, 32) == {"gap": 512, "stages": 4 * 256 + 512}
+    assert feature_widths(build_backbone("vit_b_16"), 224) == {"gap": 768}
 
 
 class GatedLate(nn.Module):
@@ -565,7 +635,7 @@ def test_torchvisions_weights_have_an_address_and_a_digest():
     manual = (Path(__file__).parents[1] / "docs" / "simclr.md").read_text()
     for name in BACKBONES:
         found = published_weights(name)
-        if name == "inception_resnet_v2":
+        if name in OWN:
             assert found == {}
             continue
         url, sha256 = found["imagenet"]

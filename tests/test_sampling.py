@@ -132,8 +132,8 @@ def test_balanced_batches_are_functions_of_seed_and_epoch_and_shared_by_processe
 
 def test_a_class_too_small_for_a_balanced_batch_is_refused():
     indices, labels = imbalanced((50, 5))
-    with pytest.raises(InputError, match="needs 6 items of class 1, which has 5"):
-        sampling.balanced_batches(indices, labels, 12, 0, 0)
+    with pytest.raises(InputError, match="needs 6 items of class 1, which has 5; lower --x-bs"):
+        sampling.balanced_batches(indices, labels, 12, 0, 0, flag="--x-bs")
 
 
 def test_batch_sizes_that_do_not_fit_are_refused():
@@ -292,6 +292,54 @@ def test_no_group_is_in_test_and_the_rest_or_in_dev_and_train(seed):
         assert used == (labels >= 0).sum()
     left_out = len(labels) - len(parts["rest"]) - len(parts["test"])
     assert not left_out or said[0].startswith(f"left out {left_out} unlabeled image")
+
+
+@pytest.mark.parametrize("share", [0.001, 0.02, 0.1, 0.5, 1.0])
+def test_a_share_of_the_labels_is_even_where_the_classes_have_them(share):
+    labels = np.repeat([0, 1, 2, 3, -1], [900, 200, 40, 3, 57])
+    images = images_of(labels.tolist())
+    parts = sampling.split(images)
+    said = []
+    fewer = sampling.fewer_labels(images, parts, share, ["finetune"], 0, said.append)
+    for name in ("rest", "pretrain", "test", "finetune_test"):
+        assert np.array_equal(fewer[name], parts[name])
+    for name in ("train", "dev", "finetune_train", "finetune_dev"):
+        whole, kept = parts[name], fewer[name]
+        assert np.array_equal(fewer[f"all_{name}"], whole)
+        assert set(kept) <= set(whole) and (np.diff(kept) > 0).all()
+        has = np.bincount(labels[whole], minlength=4)
+        counts = np.bincount(labels[kept], minlength=4)
+        assert len(kept) == max(round(share * len(whole)), (has > 0).sum())
+        assert (counts[has > 0] > 0).all()
+        spared = counts < has  # these have as many of each, to within one
+        assert not spared.any() or np.ptp(counts[spared]) <= 1
+        assert not spared.any() or counts.max() <= counts[spared].min() + 1
+    counts = np.bincount(
+        labels[np.concatenate([fewer["finetune_train"], fewer["finetune_dev"]])], minlength=4
+    )
+    of_classes = ", ".join(f"c{k} {count}" for k, count in enumerate(counts))
+    assert len(said) == 1 and said[0].startswith(f"finetune: {counts.sum():,} of ")
+    assert said[0].endswith(of_classes)
+
+
+def test_shares_of_the_labels_are_nested_and_follow_the_seed():
+    images = images_of(np.repeat([0, 1, 2], [500, 100, 20]).tolist())
+    parts = sampling.split(images)
+
+    def train(share, seed=0):
+        return set(sampling.fewer_labels(images, parts, share, [], seed, print)["train"])
+
+    assert train(0.01) <= train(0.1) <= train(0.4) <= train(1.0) == set(parts["train"])
+    assert train(0.1) == train(0.1) != train(0.1, seed=1)
+
+
+def test_a_share_of_the_labels_keeps_groups_apart():
+    _, labels, groups = grouping(0, num_groups=60)
+    images = images_of(labels.tolist(), groups)
+    fewer = sampling.fewer_labels(images, sampling.split(images), 0.1, [], 0, print)
+    sides = {name: set(groups[fewer[name]]) for name in ("train", "dev", "test")}
+    assert all(sides.values()) and not sides["train"] & sides["dev"]
+    assert not (sides["train"] | sides["dev"]) & sides["test"]
 
 
 def test_a_class_that_groups_cost_a_part_is_named():

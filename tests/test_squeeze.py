@@ -89,7 +89,7 @@ def test_an_ensemble_averages_probabilities(images, tmp_path, capsys):
     capsys.readouterr()
     assert train_simclr.main(["--ensemble", *runs, "--out", str(tmp_path), "--device", "cpu"]) == 0
     said = capsys.readouterr().out
-    members = [ensemble.read(tmp_path / f"member{i}" / "eval.csv", "x") for i in (0, 1)]
+    members = [ensemble.read(tmp_path / f"member{i}", "x") for i in (0, 1)]
     assert members[0][2] == ["long", "round", "split"] and len(members[0][0]) == 12
     np.testing.assert_allclose(members[0][3].sum(1), 1, atol=1e-6)
     with open(tmp_path / "ensemble.csv", newline="") as file:

@@ -16,9 +16,10 @@ from tests.runs import flags
 NET = flags("--backbone conv_small_035 --image-size 32 --n-segment 4 --device cpu --workers 2")
 
 
-def a_run(*argv):
+def a_run(*argv, freeze_bn=None):
     """What a step needs, without data or a directory."""
     args, _ = train_tsm.parse_args([*NET, "--dropout", "0", *argv])
+    args.freeze_bn = freeze_bn
     world = dist.Dist(0, 1, torch.device("cpu"))
     model_spec = {name: getattr(args, name) for name in train_tsm.MODEL_FLAGS} | {"image_size": 32}
     quiet = log.Log(None, main=False)
@@ -35,7 +36,7 @@ def test_accumulation_equals_the_large_batch_where_batchnorm_is_frozen(shift, fr
     frames_of, gradients = train_tsm.frames_of, []
     monkeypatch.setattr(train_tsm, "frames_of", lambda *given: frames_of(*given).double())
     for accum in ("1", "4"):
-        run = a_run("--shift", shift, "--freeze-bn", frozen, "--accum", accum)
+        run = a_run("--shift", shift, "--accum", accum, freeze_bn=float(frozen))
         model = train_tsm.build_model(run).double().train()
         with torch.no_grad():  # from zero a whole clip would weigh its frames alike
             model.head.attention.weight.normal_(generator=torch.Generator().manual_seed(1))

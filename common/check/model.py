@@ -25,6 +25,7 @@ from common.check.trial import (
     typical_batches,
 )
 from common.data import augment
+from common.errors import plural
 
 ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish)
 
@@ -179,6 +180,33 @@ def inputs(spec: CheckSpec) -> Result:
         threshold = "0 to 1; evaluation as stored"
         return Result(status, "; ".join(problems), threshold, fix, pictures, rows)
     return Result(PASS, value, "evaluation as stored, training in 0 to 1", "", pictures, rows)
+
+
+def views(spec: CheckSpec) -> Result:
+    """A few items as they are stored, below each its views, and what was drawn for these."""
+    if spec.views is None or not spec.augmented:
+        return skip("there is no augmentation whose draws could be shown")
+    items = small_batches(spec, 1)[0][:8]
+    (batch,) = spec.fetch([items], 0)
+    trial = Trial(spec)
+    with record_calls(trial.model) as (calls, _):
+        trial.go(items, share=0.0)
+    mean, std = spec.view.normalization
+    seen = torch.cat([augment.denormalize(_images(call), mean, std) for call in calls])
+    stored = augment.resize(batch.inputs, seen.shape[-1]).cpu()
+    drawn = spec.views(batch)
+    height, width = batch.inputs.shape[-2:]
+    crops = [params.boxes[:, 2:].prod(1) / (height * width) for params in drawn]
+    rows = [["view", "image", "crop", "mirrored, turned", "color", "blur", "stains"]]
+    for number, (params, shares) in enumerate(zip(drawn, crops, strict=True), 1):
+        for image, (words, share) in enumerate(zip(params.in_words(), shares, strict=True), 1):
+            rows.append([str(number), str(image), f"{share:.0%}", *words])
+    value = (
+        f"{plural(len(items), 'image')}, {plural(len(drawn), 'view')} of each, crops of"
+        f" {np.min(crops):.0%} to {np.max(crops):.0%}"
+    )
+    picture = save_images(spec, "views", torch.cat([stored, seen]), len(items))
+    return Result(PASS, value, "", "", [picture], rows)
 
 
 def _images(call: tuple) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from common.config import StageConfig
-from common.data.augment import IMAGENET_MEAN, IMAGENET_STD
+from common.data.augment import IMAGENET_MEAN, IMAGENET_STD, ViewParams
 from common.run.loop import Batch, Step
 from common.run.run import Run
 
@@ -145,6 +145,8 @@ class CheckSpec:
         optimizer: the optimizer of a network; unset: that of the stage's settings.
         audit: a network -> problems that the script's own audit finds.
         larger: gives a network of more capacity than `build`'s.
+        views: a batch -> what was drawn for each of its items' views, in their order; unset: the
+            script does not say.
     """
 
     run: Run
@@ -163,6 +165,7 @@ class CheckSpec:
     optimizer: Callable[[nn.Module], torch.optim.Optimizer] | None = None
     audit: Callable[[nn.Module], list[str]] | None = None
     larger: Callable[[], nn.Module] | None = None
+    views: Callable[[Batch], list[ViewParams]] | None = None
 
     @property
     def settings(self) -> StageConfig:

@@ -156,6 +156,7 @@ ITEMS = {
     "human-baseline": human.item,
     "seed": model.seed,
     "inputs": model.inputs,
+    "views": model.views,
     "eval-invariance": model.eval_invariance,
     "loss-at-init": model.loss_at_init,
     "head-bias": model.head_bias,

@@ -14,7 +14,7 @@ Source: SimCLR, appendix A (Chen et al. 2020, arXiv:2002.05709).
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from common.data.pixels import (
+    BEYOND,
     BLUR,
     OPERATIONS,
     STEPS,
@@ -29,6 +30,8 @@ from common.data.pixels import (
     box_bands,
     crop_resize_flip,
     rotate,
+    stain,
+    stain_maps,
     turn,
 )
 from common.rng import uniform
@@ -42,9 +45,10 @@ Side = int | tuple[int, int]  # of a square, or (height, width), in pixels
 # torchvision gives a random crop this many tries before it takes the central one.
 CROP_TRIES = 10
 CROP_RATIO = (3 / 4, 4 / 3)
+ROTATIONS = ("none", "90", "any")
+NO_STAIN = np.repeat([1.0, 0.0], 3)
 
-# Columns of one sample's row of uniforms. The crop's come first, so that `crop_flip_params` draws a
-# prefix of the row.
+# Columns of one sample's row of uniforms. New ones come last: what is drawn from the others stays.
 _AREA = slice(0, CROP_TRIES)
 _RATIO = slice(CROP_TRIES, 2 * CROP_TRIES)
 _TOP, _LEFT, _FLIP = range(2 * CROP_TRIES, 2 * CROP_TRIES + 3)
@@ -52,12 +56,59 @@ _NUM_CROP_FLIP = _FLIP + 1
 _JITTERED, _GRAYSCALE, _BLURRED, _SIGMA = range(_NUM_CROP_FLIP, _NUM_CROP_FLIP + 4)
 _FACTORS = slice(_SIGMA + 1, _SIGMA + 5)
 _ORDER = slice(_SIGMA + 5, _SIGMA + 9)
-_NUM_SIMCLR = _ANGLE = _ORDER.stop
+_ANGLE = _ORDER.stop  # of clips; of the others it is the turn
+_FLIP_ROWS = _ANGLE + 1
+_STAIN = slice(_FLIP_ROWS + 1, _FLIP_ROWS + 7)
+_NUM_SIMCLR = _STAIN.stop
 
 # float32 values of views that a CPU thread works on at once: 1 MiB, a core's second-level cache.
 _CPU_VALUES = 2**18
 # A run of samples of so many values takes an operation in the time of its calls.
 _CPU_RUN = 2**14
+
+
+@dataclass(frozen=True)
+class ViewSettings:
+    """What SimCLR's views are drawn from; the defaults are those of the paper, appendix A.
+
+    Attributes:
+        color_strength: of the color jitter, 0 to 2.5 (hue then spans the whole circle).
+        blur: probability of the blur.
+        crop_min: smallest share of the image's area that a crop takes.
+        grayscale: probability of grayscale.
+        vertical_flip: whether half of the views are mirrored top to bottom.
+        rotation: `90`, a multiple of 90 degrees; `any`, any angle; `none`.
+        stain: of the jitter of hematoxylin, eosin and DAB, 0 to 1: a stain's density is multiplied
+            by a factor uniform in 1 +- stain, and moved by a shift uniform in +- stain (Tellez et
+            al. 2019, arXiv:1902.06543, whose light jitter has 0.05 and strong one 0.2).
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    color_strength: float = 1.0
+    blur: float = 0.5
+    crop_min: float = 0.08
+    grayscale: float = 0.2
+    vertical_flip: bool = False
+    rotation: str = ROTATIONS[0]
+    stain: float = 0.0
+
+    def __post_init__(self):
+        if not 0 <= self.color_strength <= 2.5:
+            raise ValueError(f"color_strength must be in [0, 2.5], got {self.color_strength}")
+        for name in ("blur", "grayscale", "stain"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if not 0 < self.crop_min <= 1:
+            raise ValueError(f"crop_min must be in (0, 1], got {self.crop_min}")
+        if self.rotation not in ROTATIONS:
+            raise ValueError(f"rotation must be one of {ROTATIONS}, got {self.rotation!r}")
+
+    @classmethod
+    def of(cls, args) -> "ViewSettings":
+        """The settings that the flags of the same names give."""
+        return cls(**{field.name: getattr(args, field.name) for field in fields(cls)})
 
 
 @dataclass
@@ -74,6 +125,10 @@ class ViewParams:
         grayscale: (n,) bool.
         sigma: (n,) float64, blur's standard deviation in output pixels, 0 for none.
         angle: (n,) float64, rotation in degrees, counter-clockwise, 0 for none.
+        flip_rows: (n,) bool, mirror top to bottom.
+        transposed: (n,) bool, rows become columns, behind both mirrors: with them every turn by
+            multiples of 90 degrees.
+        stain: (n, 6) float64: factors (1 keeps) and shifts (0 keeps) of the stains' densities.
     """
 
     boxes: np.ndarray
@@ -84,6 +139,9 @@ class ViewParams:
     grayscale: np.ndarray
     sigma: np.ndarray
     angle: np.ndarray
+    flip_rows: np.ndarray
+    transposed: np.ndarray
+    stain: np.ndarray
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -95,6 +153,33 @@ class ViewParams:
     def take(self, rows: np.ndarray) -> "ViewParams":
         """Return the rows that an index array names, in its order."""
         return ViewParams(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
+
+    def in_words(self) -> list[list[str]]:
+        """Of each row but for its crop: mirrors and turn, color, blur, stains; "" for none."""
+        lines = []
+        for row in range(len(self)):
+            turns = {
+                "left to right": self.flip[row],
+                "top to bottom": self.flip_rows[row],
+                "transposed": self.transposed[row],
+                f"{self.angle[row]:.0f} degrees": self.angle[row] != 0,
+            }
+            colors = []
+            if self.jittered[row]:
+                factors = [f"{name} {{:.2f}}" for name in ("brightness", "contrast", "saturation")]
+                factors.append("hue {:+.2f}")
+                colors = [factors[op].format(self.factors[row, op]) for op in self.order[row]]
+            if self.grayscale[row]:
+                colors.append("gray")
+            stains = []
+            if (self.stain[row] != NO_STAIN).any():
+                names = ("hematoxylin", "eosin", "DAB")
+                by_stain = zip(names, *self.stain[row].reshape(2, 3), strict=True)
+                stains = [f"{name} x {by:.2f} {shift:+.2f}" for name, by, shift in by_stain]
+            blur = f"{self.sigma[row]:.1f} px" if self.sigma[row] else ""
+            words = [text for text, applies in turns.items() if applies]
+            lines.append([", ".join(words), ", ".join(colors), blur, ", ".join(stains)])
+        return lines
 
 
 def _height_width(size_in: Side) -> tuple[int, int]:
@@ -155,6 +240,9 @@ def identity_params(n: int, size_in: Side) -> ViewParams:
         grayscale=np.zeros(n, bool),
         sigma=np.zeros(n),
         angle=np.zeros(n),
+        flip_rows=np.zeros(n, bool),
+        transposed=np.zeros(n, bool),
+        stain=np.tile(NO_STAIN, (n, 1)),
     )
 
 
@@ -165,13 +253,17 @@ def crop_flip_params(
     view: int,
     size_in: Side,
     scale: tuple[float, float] = (0.5, 1.0),
+    settings: ViewSettings = ViewSettings(),
 ) -> ViewParams:
     """Draw the parameters of supervised training: a random resized crop, half of them mirrored.
+
+    Of the settings it takes `vertical_flip`, `rotation` and `stain`.
 
     Args:
         seed, epoch, samples, view: keys of the draw, see `uniform`.
         size_in: source side in pixels, or (H, W).
         scale: range of the crop's share of the image's area.
+        settings: what the flags set.
 
     Returns:
         ViewParams of n rows.
@@ -179,11 +271,25 @@ def crop_flip_params(
     Raises:
         ValueError: `samples`, `size_in` or `scale` is out of range.
     """
-    u = uniform(seed, epoch, samples, view, _NUM_CROP_FLIP)
+    u = uniform(seed, epoch, samples, view, _NUM_SIMCLR)
     params = identity_params(len(u), size_in)
     params.boxes = _crop_boxes(u, size_in, scale)
     params.flip = u[:, _FLIP] < 0.5
+    _turn_and_stain(params, u, settings)
     return params
+
+
+def _turn_and_stain(params: ViewParams, u: np.ndarray, settings: ViewSettings) -> None:
+    if settings.vertical_flip:
+        params.flip_rows = u[:, _FLIP_ROWS] < 0.5
+    if settings.rotation == "any":
+        params.angle = 360 * u[:, _ANGLE] - 180
+    elif settings.rotation == "90":
+        quarter = np.floor(4 * u[:, _ANGLE])
+        params.flip = params.flip ^ np.isin(quarter, (1, 2))
+        params.flip_rows = params.flip_rows ^ np.isin(quarter, (2, 3))
+        params.transposed = quarter % 2 == 1
+    params.stain = params.stain + settings.stain * (2 * u[:, _STAIN] - 1)
 
 
 def clip_params(
@@ -246,49 +352,44 @@ def simclr_params(
     view: int,
     size_in: Side,
     size_out: int,
-    strength: float = 1.0,
-    blur: float = 0.5,
+    settings: ViewSettings = ViewSettings(),
 ) -> ViewParams:
     """Draw the parameters of one SimCLR view (appendix A of the paper).
 
-    A crop of 8 to 100 % of the area; with the probabilities in brackets a mirror image (0.5),
-    color jitter of 0.8, 0.8, 0.8 and 0.2 times `strength` in random order (0.8), grayscale (0.2),
-    and Gaussian blur with sigma uniform in [0.1, 2] output pixels (`blur`). The paper's CIFAR-10
-    setting (B.9) is strength 0.5 and blur 0.
+    A crop of `crop_min` to 100 % of the area; with the probabilities in brackets a mirror image
+    (0.5), color jitter of 0.8, 0.8, 0.8 and 0.2 times `color_strength` in random order (0.8),
+    grayscale (`grayscale`), and Gaussian blur with sigma uniform in [0.1, 2] output pixels
+    (`blur`). The paper's CIFAR-10 setting (B.9) is strength 0.5 and blur 0. The other settings are
+    off by default.
 
     Args:
         seed, epoch, samples, view: keys of the draw, see `uniform`.
         size_in: source side in pixels, or (H, W).
         size_out: side of the view in pixels; below 20 a tenth of it holds no kernel and nothing is
             blurred.
-        strength: the jitter's strength, 0 to 2.5 (hue then spans the whole circle).
-        blur: probability of the blur.
+        settings: what the flags set.
 
     Returns:
         ViewParams of n rows.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: `samples` or `size_in` is out of range.
     """
-    if not 0 <= strength <= 2.5:
-        raise ValueError(f"strength must be in [0, 2.5], got {strength}")
-    if not 0 <= blur <= 1:
-        raise ValueError(f"blur must be a probability, got {blur}")
     u = uniform(seed, epoch, samples, view, _NUM_SIMCLR)
-    spread = strength * np.array([0.8, 0.8, 0.8, 0.2])
+    spread = settings.color_strength * np.array([0.8, 0.8, 0.8, 0.2])
     low = np.array([*np.maximum(1 - spread[:3], 0), -spread[3]])
     high = np.array([*(1 + spread[:3]), spread[3]])
-    blurred = (u[:, _BLURRED] < blur) & (blur_kernel_size(size_out) > 1)
-    return ViewParams(
-        boxes=_crop_boxes(u, size_in, (0.08, 1.0)),
-        flip=u[:, _FLIP] < 0.5,
-        jittered=u[:, _JITTERED] < 0.8,
-        factors=low + (high - low) * u[:, _FACTORS],
-        order=u[:, _ORDER].argsort(axis=1),
-        grayscale=u[:, _GRAYSCALE] < 0.2,
-        sigma=np.where(blurred, 0.1 + 1.9 * u[:, _SIGMA], 0.0),
-        angle=np.zeros(len(u)),
-    )
+    blurred = (u[:, _BLURRED] < settings.blur) & (blur_kernel_size(size_out) > 1)
+    params = identity_params(len(u), size_in)
+    params.boxes = _crop_boxes(u, size_in, (settings.crop_min, 1.0))
+    params.flip = u[:, _FLIP] < 0.5
+    params.jittered = u[:, _JITTERED] < 0.8
+    params.factors = low + (high - low) * u[:, _FACTORS]
+    params.order = u[:, _ORDER].argsort(axis=1)
+    params.grayscale = u[:, _GRAYSCALE] < settings.grayscale
+    params.sigma = np.where(blurred, 0.1 + 1.9 * u[:, _SIGMA], 0.0)
+    _turn_and_stain(params, u, settings)
+    return params
 
 
 def _check(images: Tensor, params: ViewParams, size: int) -> None:
@@ -313,13 +414,13 @@ def _check(images: Tensor, params: ViewParams, size: int) -> None:
         )
 
 
-def make_view(images: Tensor, params: ViewParams, size: int) -> Tensor:
+def make_view(images: Tensor, params: ViewParams, size: int, beyond: str = BEYOND[0]) -> Tensor:
     """Augment a batch, each sample by its own parameters.
 
-    Crop, resize, mirror and rotate, then jitter, grayscale and blur. A GPU takes the whole batch at
-    once. A CPU takes a few samples at a time, as many as its caches hold (one of 224 pixels a
-    thread): at that size a pass over the whole batch waits for memory, several times longer than it
-    computes.
+    Crop, resize, mirror and rotate, then stain, jitter, grayscale and blur. A GPU takes the whole
+    batch at once. A CPU takes a few samples at a time, as many as its caches hold (one of 224
+    pixels a thread): at that size a pass over the whole batch waits for memory, several times
+    longer than it computes.
 
     The same batch gives the same bits with the same number of threads. In another one a sample's
     view agrees to 1e-6.
@@ -328,6 +429,7 @@ def make_view(images: Tensor, params: ViewParams, size: int) -> Tensor:
         images: (n, 3, H, W) uint8 on any device.
         params: ViewParams of n rows.
         size: side of the views in pixels.
+        beyond: what a rotation shows beyond the border, see `rotate`.
 
     Returns:
         (n, 3, size, size) float32 in [0, 1] on the images' device; `normalize` prepares it for a
@@ -339,12 +441,12 @@ def make_view(images: Tensor, params: ViewParams, size: int) -> Tensor:
     _check(images, params, size)
     kind = images.device.type
     if not torch.amp.is_autocast_available(kind):
-        return _make_view(images, params, size)
+        return _make_view(images, params, size, beyond)
     with torch.autocast(kind, enabled=False):  # whose matrix products would round pixels to 16 bits
-        return _make_view(images, params, size)
+        return _make_view(images, params, size, beyond)
 
 
-def _make_view(images: Tensor, params: ViewParams, size: int) -> Tensor:
+def _make_view(images: Tensor, params: ViewParams, size: int, beyond: str) -> Tensor:
     n = len(params)
     on_cpu = images.device.type == "cpu"
     at_once = max(1, n)
@@ -374,6 +476,9 @@ def _make_view(images: Tensor, params: ViewParams, size: int) -> Tensor:
             params.sigma,
             np.cos(radians),
             np.sin(radians),
+            params.flip_rows,
+            params.transposed,
+            *stain_maps(params.stain),
         ]
     ).astype(np.float32)
     lists = [rows for plan in plans for _, rows in plan if not isinstance(rows, slice)]
@@ -383,8 +488,10 @@ def _make_view(images: Tensor, params: ViewParams, size: int) -> Tensor:
     packed = packed.to(images.device, non_blocking=True)
     floats_there, *lists_there = packed.split([floats.size, *map(len, lists)])
     floats_there = floats_there.view(torch.float32).view(floats.shape)
-    box, flip, amounts, turns = floats_there.split([4, 1, len(OPERATIONS), 2], dim=1)
-    bands = box_bands(box, flip > 0, params.boxes, size)
+    box, flip, amounts, turns, flip_rows, transposed, stains = floats_there.split(
+        [4, 1, len(OPERATIONS), 2, 1, 1, 12], dim=1
+    )
+    bands = box_bands(box, flip > 0, flip_rows > 0, params.boxes, size)
     next_list = iter(lists_there)
 
     out = torch.empty((n, 3, size, size), device=images.device)
@@ -397,8 +504,12 @@ def _make_view(images: Tensor, params: ViewParams, size: int) -> Tensor:
             pixels = images.index_select(0, torch.from_numpy(order[chunk]))
         chunk_bands = (part[chunk] for part in bands)
         x = crop_resize_flip(pixels, params.boxes[chunk], *chunk_bands)  # [n, x, 3, y]
+        if params.transposed[chunk].any():
+            x = torch.where(transposed[chunk].view(-1, 1, 1, 1) > 0, turn(x), x)
         if params.angle[chunk].any():
-            x = rotate(x, *turns[chunk].unbind(1))
+            x = rotate(x, *turns[chunk].unbind(1), beyond)
+        if (params.stain[chunk] != NO_STAIN).any():
+            stain(x, stains[chunk])
         _apply(plan, x, amounts[chunk])
         x = turn(x)  # [n, y, 3, x]
         _apply([step for step in plan if step[0] == BLUR], x, amounts[chunk])
@@ -495,7 +606,31 @@ def normalize(
     return (x - mean).div_(std)
 
 
-def denormalize(x: Tensor) -> Tensor:
-    """Undo `normalize` with its defaults, for pictures."""
-    mean, std = _mean_std(x.device, x.dtype, IMAGENET_MEAN, IMAGENET_STD)
+def denormalize(
+    x: Tensor,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+) -> Tensor:
+    """Undo `normalize`, for pictures."""
+    mean, std = _mean_std(x.device, x.dtype, mean, std)
     return x * std + mean
+
+
+def channel_statistics(batches: Iterable[Tensor]) -> list[list[float]]:
+    """The channels' means and standard deviations for `normalize`, to six digits.
+
+    They are counted in integers, so that every machine finds the same. A deviation is at least that
+    of one step of eight bits: a constant channel stays finite.
+
+    Args:
+        batches: uint8 images (n, 3, H, W).
+    """
+    counts = torch.zeros(3, 256, dtype=torch.int64)
+    for images in batches:
+        for channel, count in enumerate(counts):
+            count += torch.bincount(images[:, channel].flatten(), minlength=256)
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    shares = counts / counts.sum(1, keepdim=True).double()
+    mean = shares @ levels
+    std = (shares @ levels.square() - mean.square()).clamp(min=0).sqrt().clamp(min=1 / 255)
+    return [[round(value, 6) for value in values.tolist()] for values in (mean, std)]

@@ -35,7 +35,8 @@ from common.errors import InputError, plural
 from common.rng import uniform
 from common.run.content import Content, OtherContent, codes
 
-VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v")
+VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
+VIDEO_SUFFIXES += (".ts", ".mts", ".m2ts", ".3gp", ".ogv")
 _START_STREAM = 2**31 + 1  # beside sampling's _ORDER_STREAM; no view has this number
 
 
@@ -51,6 +52,8 @@ class Videos:
         frames: n int64 arrays, the positions of each video's frames in `images`, in order of time.
         lengths: (n,) int64, frames of each video.
         rates: (n,) float64, frames a second.
+        times: of each video None or, where its frames are not evenly apart, float64 seconds of
+            each from the first.
         images: `Images` of all frames.
         fingerprint: eight digits that stand for the listing: names, labels, splits, rates and sizes
             of all frames.
@@ -69,6 +72,7 @@ class Videos:
         rates,
         images: Images,
         groups=None,
+        times=None,
     ):
         self.name = name
         self.ids = list(ids)
@@ -82,6 +86,10 @@ class Videos:
         digest = hashlib.sha256(f"{images.fingerprint}{self.ids}{list(self.splits)}".encode())
         for part in (self.labels, self.rates, self.lengths, *self.frames):
             digest.update(part.tobytes())
+        self.times = [None] * len(self.ids) if times is None else list(times)
+        for when in self.times:
+            if when is not None:
+                digest.update(when.tobytes())
         self.groups = groups if groups is None else np.asarray(groups, dtype=object)
         if groups is not None:
             digest.update(f"{list(groups)}".encode())
@@ -160,13 +168,22 @@ class Videos:
         """
         drawn = uniform(seed, epoch, items, _START_STREAM, 1)[:, 0]
         videos = items % len(self)
-        return train_clips(drawn, self.lengths[videos], self.rates[videos], n_segment, seconds)
+        clips = train_clips(drawn, self.lengths[videos], self.rates[videos], n_segment, seconds)
+        for row, video in enumerate(videos):
+            if self.times[video] is not None:
+                share = drawn[row : row + 1]
+                (clips[row],) = timed_clips(self.times[video], share, n_segment, seconds)
+        return clips
 
     def eval_clips(
         self, indices: np.ndarray, n_segment: int, seconds: float, count: int
     ) -> np.ndarray:
         """`count` evenly spaced clips of each video: (b, count, n_segment) positions."""
-        return eval_clips(self.lengths[indices], self.rates[indices], n_segment, seconds, count)
+        clips = eval_clips(self.lengths[indices], self.rates[indices], n_segment, seconds, count)
+        for row, video in enumerate(indices):
+            if self.times[video] is not None:
+                clips[row] = timed_clips(self.times[video], _spread(count), n_segment, seconds)
+        return clips
 
     def batches(
         self, clips: Iterable[tuple[np.ndarray, np.ndarray]], workers: int
@@ -197,6 +214,7 @@ class Videos:
             self.groups = self.groups[kept]
         self.lengths = self.lengths[kept]
         self.rates = self.rates[kept]
+        self.times = [self.times[i] for i in kept]
 
     def drop_damaged(self, workers: int, cap: float = 0.01) -> list[str]:
         """Leave out the videos with a frame that cannot be decoded; returns their names.
@@ -268,8 +286,34 @@ def eval_clips(lengths, rates, n_segment: int, seconds: float, count: int) -> np
     """
     offsets = clip_offsets(lengths, rates, n_segment, seconds)
     spare = (np.asarray(lengths) - 1 - offsets[:, -1])[:, None]  # [n, 1]
-    share = np.linspace(0, 1, count) if count > 1 else np.array([0.5])
-    return np.floor(spare * share + 0.5).astype(np.int64)[:, :, None] + offsets[:, None]
+    return np.floor(spare * _spread(count) + 0.5).astype(np.int64)[:, :, None] + offsets[:, None]
+
+
+def _spread(count: int) -> np.ndarray:
+    return np.linspace(0, 1, count) if count > 1 else np.array([0.5])
+
+
+def timed_clips(times: np.ndarray, shares: np.ndarray, n_segment: int, seconds: float):
+    """Clips of a video whose frames are not evenly apart: (c, n_segment) int64 positions.
+
+    They cover the time that the clips of `clip_offsets` do. A position is the last frame at its
+    time, and the next frame where that is taken already.
+
+    Args:
+        times: (n,) seconds of the frames, rising from 0.
+        shares: (c,) where each clip begins, from the earliest to the latest possible time.
+    """
+    last = len(times) - 1
+    if last < n_segment:
+        return np.tile(np.minimum(np.arange(n_segment), last), (len(shares), 1))
+    span = min(seconds * (n_segment - 1) / n_segment, times[last])
+    starts = shares * (times[last] - span)
+    wanted = starts[:, None] + np.linspace(0, span, n_segment)
+    positions = np.searchsorted(times, wanted + 1e-9, side="right") - 1
+    steps = np.arange(n_segment)
+    positions = np.maximum.accumulate(positions - steps, 1) + steps  # each frame once
+    # Back from the end where that went beyond it.
+    return np.clip(np.minimum(positions, last - steps[::-1]), 0, last)
 
 
 def natural_order(name: str) -> list:
@@ -316,7 +360,8 @@ def frame_images(name: str, files: list[str], sizes, read, keys=()) -> Images:
 
 
 class VideoFiles(Images):
-    """Frames of video files, numbered through.
+    """Frames of video files, numbered through; of one with a variable frame rate moments that are
+    evenly apart stand for them.
 
     The frames of one file that a batch needs are decoded in one pass.
 
@@ -391,16 +436,27 @@ class VideoFiles(Images):
         video_decoder = _video_decoder()
         try:
             decoder = video_decoder(self._read_file(file))
-            within = (indices - self._firsts[file]).tolist()
-            frames = decoder.get_frames_at(indices=within).data  # [n, 3, H, W]
+            within = indices - self._firsts[file]
+            frames = _frames_at(decoder, within, int(self.counts[file]))
         except OtherContent:
             raise
         except DECODE_ERRORS as error:
-            raise self._damaged(f"video {self.ids[indices[0]]}", error) from None
+            raise self._damaged(f"video {self.ids[self._first_bad(indices)]}", error) from None
         return [
             central_square(Image.fromarray(frame.permute(1, 2, 0).numpy()), self.store_size)
             for frame in frames
         ]
+
+    def _first_bad(self, indices: np.ndarray) -> int:
+        # The first of some frames of a file that cannot be decoded alone.
+        file = int(self.files_of(indices[:1])[0])
+        for index in indices:
+            try:
+                decoder = _video_decoder()(self._read_file(file))
+                _frames_at(decoder, np.array([index - self._firsts[file]]), int(self.counts[file]))
+            except DECODE_ERRORS:
+                return int(index)
+        return int(indices[0])
 
     def decode(self, index: int) -> Tensor:
         """One frame as uint8 (3, store_size, store_size).
@@ -409,6 +465,19 @@ class VideoFiles(Images):
             InputError: the file is damaged; the message names it.
         """
         return self._decode_group(np.array([index]))[0]
+
+
+def _frames_at(decoder, within: np.ndarray, count: int) -> Tensor:
+    """The pixels (n, 3, H, W) shown at these of `count` moments that are evenly apart.
+
+    They are the frames of these numbers, but in a file of variable frame rate.
+    """
+    begin = getattr(decoder.metadata, "begin_stream_seconds", None)
+    end = getattr(decoder.metadata, "end_stream_seconds", None)
+    if begin is None or end is None or not end > begin:
+        return decoder.get_frames_at(indices=within.tolist()).data
+    seconds = begin + (within + 0.5) * (end - begin) / count
+    return decoder.get_frames_played_at(seconds=seconds.tolist()).data
 
 
 def _video_decoder():

@@ -30,7 +30,14 @@ from pathlib import Path
 import numpy as np
 
 from common.data.images import UNLABELED, Images
-from common.data.sampling import FINETUNE_DEV_SHARE, TEST_SHARE, hash_order, hold_out, say_lost
+from common.data.sampling import (
+    FINETUNE_DEV_SHARE,
+    TEST_SHARE,
+    even_shares,
+    hash_order,
+    hold_out,
+    say_lost,
+)
 from common.errors import InputError, first_few
 from common.live import digits
 from common.run import checkpoint
@@ -108,7 +115,7 @@ def draw(
             members[name] = np.concatenate([held, trained])
             taken[name] = len(held) + min(most - len(held), len(trained) // 2)
     pool = {name: members[name][taken[name] :] for name in others[: NUM_LABELS["A1"]]}
-    share = _even(SIZES["A1"], {name: len(rows) for name, rows in pool.items()})
+    share = even_shares(SIZES["A1"], {name: len(rows) for name, rows in pool.items()})
     total = sum(counts[name] for name in targets)
     wanted = {
         part: min(SIZES[part], total * SIZES[part] // (SIZES["B1"] + SIZES["B2"]))
@@ -161,16 +168,6 @@ def draw(
 
 def _sides(rows: np.ndarray, tested: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return rows[tested[rows]], rows[~tested[rows]]
-
-
-def _even(total: int, holds: dict[str, int]) -> dict[str, int]:
-    # Smallest first: what a small label cannot give is shared among the larger ones.
-    share = {}
-    left = total
-    for done, name in enumerate(sorted(holds, key=lambda name: (holds[name], name))):
-        share[name] = min(holds[name], left // (len(holds) - done))
-        left -= share[name]
-    return share
 
 
 def _proportional(total: int, holds: dict[str, int]) -> dict[str, int]:

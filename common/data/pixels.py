@@ -14,6 +14,11 @@ from torch import Tensor
 
 # ITU-R 601 luma as torchvision rounds it; the sum is 0.9999, so white turns to 0.9999.
 LUMA = (0.2989, 0.587, 0.114)
+# Optical densities of red, green and blue of hematoxylin, eosin and DAB, as `rgb_from_hed` of
+# scikit-image.
+RGB_OF_HED = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11], [0.27, 0.57, 0.78]])
+HED_OF_RGB = np.linalg.inv(RGB_OF_HED)
+BEYOND = ("zeros", "reflection")  # what a rotation shows beyond the border, grid_sample's words
 
 
 def blur_kernel_size(size: int) -> int:
@@ -56,13 +61,13 @@ def _resize_bands(
 
 
 def box_bands(
-    box: Tensor, flip: Tensor, boxes: np.ndarray, size: int
+    box: Tensor, flip: Tensor, flip_rows: Tensor, boxes: np.ndarray, size: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Antialiased bilinear weights of the rows and of the columns of n boxes.
 
     Args:
         box: (n, 4) float tensor: top, left, height, width in source pixels.
-        flip: (n, 1) bool tensor, mirror left to right.
+        flip, flip_rows: (n, 1) bool tensors, mirror left to right, and top to bottom.
         boxes: the (n, 4) array of `box` on the host.
         size: side of the views in pixels.
 
@@ -74,7 +79,7 @@ def box_bands(
     largest_height, largest_width = boxes[:, 2:].max(0, initial=1)
     taps_y = max(2, math.ceil(2 * largest_height / size))
     taps_x = max(2, math.ceil(2 * largest_width / size))
-    rows = _resize_bands(top, height, torch.zeros_like(flip), size, taps_y)
+    rows = _resize_bands(top, height, flip_rows, size, taps_y)
     columns = _resize_bands(left, width, flip, size, taps_x)
     return (*rows, *columns)
 
@@ -128,7 +133,7 @@ def crop_resize_flip(
     return _combine_rows(columns, pixel_x, weights_x, left).div_(255).clamp_(0, 1)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, beyond: str = BEYOND[0]) -> Tensor:
     """Rotate images counter-clockwise about their centers.
 
     Bilinear between pixel centers, black beyond the border: torchvision's `rotate` with its default
@@ -137,6 +142,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Args:
         x: [n, x, 3, y] float32.
         cos, sin: (n,) of the angles.
+        beyond: `zeros`, black beyond the border, or `reflection`, the image mirrored there.
 
     Returns:
         Like x.
@@ -150,7 +156,39 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     sin = sin.view(-1, 1, 1)
     place = [cos * down + sin * across, cos * across - sin * down]
     grid = torch.stack(place, dim=3)  # [n, x, y, 2]
-    return F.grid_sample(x.transpose(1, 2), grid, align_corners=False).transpose(1, 2).contiguous()
+    x = F.grid_sample(x.transpose(1, 2), grid, padding_mode=beyond, align_corners=False)
+    return x.transpose(1, 2).contiguous()
+
+
+def stain_maps(amounts: np.ndarray) -> np.ndarray:
+    """What `stain` needs of factors and shifts (n, 6) of the stains' densities: (12, n) float64.
+
+    A matrix from the logarithms of red, green and blue to those of each, and what is added.
+    """
+    factors, shifts = amounts[:, None, :3], amounts[:, 3:]
+    matrix = (HED_OF_RGB * factors) @ RGB_OF_HED  # [n, 3, 3]
+    return np.concatenate([matrix.reshape(-1, 9), -math.log(10) * shifts @ RGB_OF_HED], 1).T
+
+
+def stain(x: Tensor, maps: Tensor) -> None:
+    """Change the densities of the stains hematoxylin, eosin and DAB, in place.
+
+    Optical density, -log10 of a channel, is a sum of the stains' shares (Ruifrok and Johnston 2001;
+    the shares are scikit-image's), each of which is multiplied and moved: one affine map of the
+    channels' logarithms. A channel below 1 / 255 counts as that: eight bits know nothing darker,
+    and a logarithm without end would color black.
+
+    Args:
+        x: [n, x, 3, y] float32 in [0, 1].
+        maps: (n, 12), `stain_maps` of the samples.
+    """
+    logs = x.clamp(min=1 / 255).log_().unbind(2)
+    for channel in range(3):
+        # Not a matrix product, which may round to TF32.
+        out = maps[:, 9 + channel].view(-1, 1, 1)
+        for source, values in enumerate(logs):
+            out = torch.addcmul(out, values, maps[:, 3 * source + channel].view(-1, 1, 1))
+        x[:, :, channel] = out.exp_().clamp_(max=1)
 
 
 def _luma(r: Tensor, g: Tensor, b: Tensor) -> Tensor:

@@ -165,6 +165,58 @@ def split(images: Images, fraction: float = 1.0, say=print) -> dict[str, np.ndar
     return parts
 
 
+def even_shares(total: int, holds: dict) -> dict:
+    """How much of `total` each name gives, evenly, where it holds so much; by `holds`' names.
+
+    Smallest first: what a small one cannot give is shared among the larger ones.
+    """
+    share = {}
+    left = total
+    for done, name in enumerate(sorted(holds, key=lambda name: (holds[name], name))):
+        share[name] = min(holds[name], left // (len(holds) - done))
+        left -= share[name]
+    return share
+
+
+def fewer_labels(
+    images: Images, splits: dict[str, np.ndarray], share: float, stages: list[str], seed: int, say
+) -> dict[str, np.ndarray]:
+    """The parts of an image set as `split` gives them, with a share of the labels.
+
+    Train and dev of each labeled stage keep so many of their images, as many of each class where it
+    has them, and one at least (SimCLR, section 5: 1 and 10 % of ImageNet's). Which ones follows
+    from the images' names and the seed; a larger share holds those of a smaller one. `all_train`
+    and so on are the whole parts, `pretrain` stays whole.
+
+    Args:
+        stages: those of which the counts are said.
+    """
+    ids, labels = images.ids, images.labels
+    parts = dict(splits)
+    for stage, prefix in (("linear", ""), ("finetune", "finetune_")):
+        kept = []
+        for name in (f"{prefix}train", f"{prefix}dev"):
+            whole = splits[name]
+            classes, counts = np.unique(labels[whole], return_counts=True)
+            total = max(round(share * len(whole)), len(classes))
+            taken = even_shares(total, dict(zip(classes, counts.tolist(), strict=True)))
+            rows = [
+                hash_order(ids, whole[labels[whole] == label], f"labels {seed}")[:count]
+                for label, count in taken.items()
+            ]
+            parts[f"all_{name}"] = whole
+            parts[name] = np.sort(np.concatenate([*rows, []]).astype(np.int64))
+            kept.append(parts[name])
+        if stage in stages:
+            held = np.bincount(labels[np.concatenate(kept)], minlength=len(images.classes))
+            of_classes = ", ".join(
+                f"{name} {count}" for name, count in zip(images.classes, held, strict=True) if count
+            )
+            whole = sum(len(splits[f"{prefix}{part}"]) for part in ("train", "dev"))
+            say(f"{stage}: {held.sum():,} of {whole:,} labels (--label-fraction): {of_classes}")
+    return parts
+
+
 def say_lost(data, pool: np.ndarray, parts: dict[str, np.ndarray], say) -> None:
     """Say which classes of `pool` one of the `parts` held out of it lacks."""
     for name, indices in parts.items():
@@ -210,6 +262,7 @@ def balanced_batches(
     epoch: int,
     done: int = 0,
     world=None,
+    flag: str = "--bs",
 ) -> list[np.ndarray]:
     """As `epoch_batches`, but every batch holds as many items of each class, to within one.
 
@@ -221,6 +274,7 @@ def balanced_batches(
     Args:
         indices: (n,) items to draw from.
         labels: (n,) their classes, integers.
+        flag: the one that sets the batch.
 
     Raises:
         InputError: a class has fewer items than a batch needs.
@@ -236,7 +290,7 @@ def balanced_batches(
         if len(items) < need:
             raise InputError(
                 f"--sampler balanced: a batch of {bs} needs {need} items of class {label}, which"
-                f" has {len(items)}; lower --bs, or give --sampler none"
+                f" has {len(items)}; lower {flag}, or give --sampler none"
             )
 
     def drawn(number: int, batch: int) -> np.ndarray:

@@ -50,6 +50,8 @@ def stored_features(run: Run, weights: str, compute: Callable[[], Tensor]) -> Te
     content = content_of(items)
     form = content.form if content else ""
     made_of = f"{weights} {items.fingerprint} {items.store_size} {run.model_spec['image_size']}"
+    if "normalization" in run.model_spec:
+        made_of += f" {run.model_spec['normalization']}"
     key = f"{made_of} {form}"
 
     def digests() -> np.ndarray:
@@ -106,7 +108,11 @@ def _read_features(file: Path, key: str, digests: np.ndarray, say) -> Tensor | N
 
 
 def representation(
-    run: Run, outputs: Callable[[np.ndarray], Tensor], queries: str, prefix: str
+    run: Run,
+    outputs: Callable[[np.ndarray], Tensor],
+    queries: str,
+    prefix: str,
+    bank: str = "all_train",
 ) -> dict:
     """How good features are without training: kNN accuracy and effective rank.
 
@@ -118,6 +124,7 @@ def representation(
         outputs: gives the features (n, d) of items.
         queries: the part of the data that the features are judged by.
         prefix: what the metrics are named by, as `pretrain/test`.
+        bank: the part with the neighbors; `all_train` is `train` where no labels are left out.
 
     Raises:
         Diverged: a feature is not finite.
@@ -126,22 +133,22 @@ def representation(
     labels = items.labels
 
     def sample(part: str, most: int) -> np.ndarray:
-        indices = run.splits[part]
+        indices = run.splits[part if part in run.splits else "train"]
         share = min(1.0, most / max(len(indices), 1))
         return sampling.hold_out(items.ids, labels, indices, share, "knn")
 
     of_classes = len(items.classes) > 1
     labeled = of_classes and len(run.splits[queries]) > 1 and len(run.splits["train"])
-    bank = sample("train", KNN_BANK) if labeled else []
+    of_bank = sample(bank, KNN_BANK) if labeled else []
     asked = sample(queries if labeled else "rest", KNN_QUERIES)
-    rows = outputs(np.concatenate([bank, asked]).astype(np.int64))
+    rows = outputs(np.concatenate([of_bank, asked]).astype(np.int64))
     amp.require_finite(rows, "features")
     if not labeled:
         return {f"{prefix}/effective_rank": metrics.effective_rank(rows)}
-    in_bank = rows[: len(bank)]
-    of_queries = rows[len(bank) :]
+    in_bank = rows[: len(of_bank)]
+    of_queries = rows[len(of_bank) :]
     accuracy = metrics.knn_accuracy(
-        in_bank, labels[bank], of_queries, labels[asked], len(items.classes)
+        in_bank, labels[of_bank], of_queries, labels[asked], len(items.classes)
     )
     values = {f"{prefix}/knn_accuracy": accuracy}
     if queries == "test":

@@ -15,7 +15,9 @@ from torchvision.ops import StochasticDepth
 from common import weights
 from common.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from common.errors import InputError, plural, printable
+from common.models.heads import FEATURES, Classifier
 from common.models.inception_resnet_v2 import InceptionResNetV2
+from common.models.narrow import NarrowResNet
 
 
 @dataclass(frozen=True)
@@ -27,31 +29,46 @@ class Backbone:
         min_size: the smallest side of its input in pixels.
         min_size_cifar: the same with `--stem cifar`; None: it has no such stem.
         fixed_size: it takes no other side than `min_size`.
+        stages: its last two stages, each the last module whose maps have that resolution; none: it
+            has no maps.
     """
 
     build: Callable[[], nn.Module]
     min_size: int
     min_size_cifar: int | None = None
     fixed_size: bool = False
+    stages: tuple[str, ...] = ("layer3", "layer4")  # a ResNet's
 
 
 BACKBONES = {
     # The stride of these is 32, and of a ResNet with the stem `cifar` 8: of smaller inputs the last
     # maps would have less than one pixel.
     "resnet18": Backbone(models.resnet18, 32, 8),
+    "resnet18_narrow": Backbone(partial(NarrowResNet, [2, 2, 2, 2]), 8),
     "resnet34": Backbone(models.resnet34, 32, 8),
     "resnet50": Backbone(models.resnet50, 32, 8),
     "resnet101": Backbone(models.resnet101, 32, 8),
-    "convnext_tiny": Backbone(models.convnext_tiny, 32),
-    "efficientnet_b0": Backbone(models.efficientnet_b0, 32),
-    "mobilenet_v3_large": Backbone(models.mobilenet_v3_large, 32),
-    "vit_b_16": Backbone(models.vit_b_16, 224, fixed_size=True),
+    "convnext_tiny": Backbone(models.convnext_tiny, 32, stages=("features.5", "features.7")),
+    "efficientnet_b0": Backbone(models.efficientnet_b0, 32, stages=("features.5", "features.8")),
+    "mobilenet_v3_large": Backbone(
+        models.mobilenet_v3_large, 32, stages=("features.12", "features.16")
+    ),
+    "vit_b_16": Backbone(models.vit_b_16, 224, fixed_size=True, stages=()),
     # Unpadded 3x3 convolutions eat the border: at 74 px a map is smaller than the next kernel.
-    "inception_v3": Backbone(partial(models.inception_v3, aux_logits=False, init_weights=True), 75),
-    "inception_resnet_v2": Backbone(InceptionResNetV2, 75),
+    "inception_v3": Backbone(
+        partial(models.inception_v3, aux_logits=False, init_weights=True),
+        75,
+        stages=("Mixed_6e", "Mixed_7c"),
+    ),
+    "inception_resnet_v2": Backbone(InceptionResNetV2, 75, stages=("repeat_1", "conv2d_7b")),
 }
 
-LARGER = {"resnet18": "resnet34", "resnet34": "resnet50", "resnet50": "resnet101"}
+LARGER = {
+    "resnet18_narrow": "resnet18",
+    "resnet18": "resnet34",
+    "resnet34": "resnet50",
+    "resnet50": "resnet101",
+}
 
 # What timm and older collections call the last layer. The auxiliary one of inception_v3 serves
 # training only.
@@ -92,7 +109,7 @@ def build_backbone(name: str, stem: str = "imagenet") -> nn.Module:
             (SimCLR, appendix B.9).
 
     Returns:
-        The network, with the attributes `num_features` and `head_name`.
+        The network, with the attributes `num_features`, `head_name` and `stages`.
     """
     size = min_image_size(name, stem)
     model = BACKBONES[name].build()
@@ -105,6 +122,7 @@ def build_backbone(name: str, stem: str = "imagenet") -> nn.Module:
             module.p = 0.0
     linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear)]
     assert linears, f"{name} has no Linear layer that could be its last one"
+    model.stages = BACKBONES[name].stages
     model.head_name = linears[-1]
     model.num_features = model.get_submodule(model.head_name).in_features
     model.set_submodule(model.head_name, nn.Identity())
@@ -123,6 +141,21 @@ def _output_shape(model: nn.Module, size: int) -> tuple[int, ...] | str:
     state = {key: tensor.to("meta") for key, tensor in model.state_dict().items()}
     outputs = torch.func.functional_call(model, state, images)
     return tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+
+
+def feature_widths(backbone: nn.Module, size: int) -> dict[str, int]:
+    """How wide the features of `build_backbone`'s network are that a head can read, by their name.
+
+    `gap` are its outputs, and see `pooled_maps`. Where the last maps have a single place, `2x2` is
+    `gap` and left out.
+    """
+    widths = {"gap": backbone.num_features}
+    for features in FEATURES[1:] if backbone.stages else ():
+        reader = Classifier(backbone, nn.Identity(), features)
+        widths[features] = _output_shape(reader, size)[1]
+    if widths.get("2x2") == widths["gap"]:
+        del widths["2x2"]
+    return widths
 
 
 def input_size(name: str, stem: str, wanted: int | None, store_size: int) -> int:

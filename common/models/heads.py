@@ -1,6 +1,7 @@
 """Heads that stand on a backbone."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -30,16 +31,48 @@ class SimCLR(nn.Module):
         return self.projector(self.backbone(x))
 
 
-class Classifier(nn.Module):
-    """Backbone and head: images (n, 3, s, s) to logits (n, num_classes)."""
+FEATURES = ("gap", "2x2", "stages")
 
-    def __init__(self, backbone: nn.Module, head: nn.Module):
+
+@torch.compiler.disable  # of hooks that are new at every call a compiled program sees the first
+def pooled_maps(backbone: nn.Module, x: Tensor, features: str) -> Tensor:
+    """Maps inside a backbone as features (n, width) of images (n, 3, s, s).
+
+    Args:
+        backbone: of `build_backbone`, with `stages`.
+        features: `2x2` are the maps of its last stage pooled to 2x2 places, `stages` those of its
+            last two stages. Of a map of a single place that place is taken.
+    """
+    maps = []
+    names = backbone.stages if features == "stages" else backbone.stages[-1:]
+    hooks = [
+        backbone.get_submodule(name).register_forward_hook(lambda *io: maps.append(io[-1]))
+        for name in names
+    ]
+    try:
+        backbone.forward(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.cat([F.adaptive_avg_pool2d(m, min(2, m.shape[-1])).flatten(1) for m in maps], 1)
+
+
+class Classifier(nn.Module):
+    """Backbone and head: images (n, 3, s, s) to logits (n, num_classes).
+
+    `features` is what the head reads: `gap`, the backbone's outputs, or see `pooled_maps`.
+    """
+
+    def __init__(self, backbone: nn.Module, head: nn.Module, features: str = "gap"):
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.features = features
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.backbone(x))
+        if self.features == "gap":
+            return self.head(self.backbone(x))
+        return self.head(pooled_maps(self.backbone, x, self.features))
 
 
 HEAD_BIAS = ("random", "prior")

@@ -136,12 +136,24 @@ class ClipModel(nn.Module):
         return self.frame_features(frames, *self.shift.hooks(length)).unflatten(0, (-1, length))
 
     def forward(self, clips: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.head_input(clips)
+        with torch.autocast(features.device.type, enabled=False):
+            return self.head(features)
+
+    def with_frames(self, clips: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits of clips, and those of their frames (n, T, num_classes), whose weighted mean
+        they are.
+        """
+        features = self.head_input(clips)
+        with torch.autocast(features.device.type, enabled=False):
+            return self.head(features)[0], self.head.classifier(features)
+
+    def head_input(self, clips: Tensor) -> Tensor:
+        """Features (n, T, 1280) of clips, in the precision of the head."""
         n_segment = clips.shape[1] if clips.dim() == 5 else self.shift.n_segment
         frames = clips.flatten(0, 1) if clips.dim() == 5 else clips
         features = self.frame_features(frames, *self.shift.hooks(n_segment))
-        with torch.autocast(features.device.type, enabled=False):
-            features = features.to(self.head.classifier.weight.dtype)
-            return self.head(features.unflatten(0, (-1, n_segment)))
+        return features.to(self.head.classifier.weight.dtype).unflatten(0, (-1, n_segment))
 
     def describe(self) -> str:
         """One line: where the shift sits and how much it moves."""

@@ -19,8 +19,9 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 from common import metrics
-from common.errors import only_warn
-from common.run.files import atomic_write, write_json
+from common.errors import aligned, only_warn, say
+from common.report.record import interval_text
+from common.run.files import atomic_write, csv_text, write_json
 
 SIDE = 96  # of a picture, pixels
 SHOWN = 12  # items of a gallery
@@ -200,17 +201,20 @@ def _errors(
 
 
 @for_report
-def detected(run, indices: np.ndarray, scores: np.ndarray, threshold: float) -> None:
+def detected(
+    run, indices: np.ndarray, scores: np.ndarray, threshold: float, units: np.ndarray
+) -> None:
     """ROC curve, table of methods and the worst errors of a detector of fakes on videos `indices`
     (n,).
 
     Args:
         scores: (n,) probabilities of fake.
         threshold: from which on a video is called fake.
+        units: (n,) names of what the bootstrap draws.
     """
     labels = run.data.labels[indices]
     methods = run.data.methods[indices]
-    _methods(run, labels, methods, scores, threshold)
+    _methods(run, labels, methods, scores, threshold, units)
     answers = (scores >= threshold).astype(np.int64)
     distance = np.abs(scores - threshold)
     wrong = np.flatnonzero(answers != labels)
@@ -237,12 +241,90 @@ def detected(run, indices: np.ndarray, scores: np.ndarray, threshold: float) -> 
     _errors(run, "train", indices, groups, caption, summary)
 
 
+_EVALUATED = ("video_auc", "video_ap", "video_eer", "video_balanced_accuracy", "clip_auc")
+_EVALUATED += ("frame_auc", "video_detection_rate", "video_false_alarm_rate")
+
+
+def evaluated(folder: Path) -> None:
+    """Print the table of a run's evaluations, eval/DATA/eval.json, and write it: eval/table.csv,
+    and a table of the report.
+    """
+    rows = []
+    kinds = set()  # of manipulation, or compressions
+    for file in sorted(folder.glob("eval/*/eval.json")):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        scores = {k.removeprefix("eval/test/"): v for k, v in found.items() if k.count("/") == 2}
+        rows.append((file.parent.name, found["data"], scores))
+        named = (name for name in scores if name.startswith("video_accuracy_"))
+        kinds |= {name.removeprefix("video_accuracy_") for name in named}
+    columns = [*_EVALUATED, *(f"video_auc_{kind}" for kind in sorted(kinds))]
+    columns = [name for name in columns if any(name in scores for *_, scores in rows)]
+    header = ["data", "real", "fake", *columns]
+    table = [header]
+    exact = [[*header[:3], *(f"{c}{end}" for c in columns for end in ("", "_low", "_high"))]]
+    for name, data, scores in rows:
+        counts = [name, data["real"], data["fake"]]
+        table.append([*counts, *(interval_text(scores, column) for column in columns)])
+        exact.append([*counts, *(scores.get(column, "") for column in exact[0][3:])])
+    with atomic_write(folder / "eval" / "table.csv") as file:
+        file.write(csv_text(exact))
+    say(*aligned(table).split("\n"), f"table: {folder / 'eval' / 'table.csv'}")
+    if not (folder / "log.jsonl").exists():  # a checkpoint alone has no report
+        return
+    put(
+        folder,
+        "evaluations",
+        "table",
+        "Evaluations on other data",
+        "Each data set with its videos, scored by the selected model at validation's threshold;"
+        " in brackets 95 % intervals by bootstrap over persons, or pairs of them.",
+        header=header,
+        rows=table[1:],
+    )
+
+
+def perturbed(folder: Path, name: str, found: dict, auc: float) -> None:
+    """Print the AUC of a data set's videos at each level of change, and write it as perturb.csv and
+    as curves of the report.
+
+    Args:
+        folder: eval/NAME of a run.
+        found: kind -> ((level, AUC), ...), from mild to strong.
+        auc: of the videos as they are.
+    """
+    rows = [[kind, level, value] for kind, points in found.items() for level, value in points]
+    with atomic_write(folder / "perturb.csv") as file:
+        file.write(csv_text([["change", "level", "video_auc"], ["none", "", auc], *rows]))
+    header = ["video AUC", "0", "1", "2", "3", "4", "5"]
+    table = [[kind, auc, *(value for _, value in points)] for kind, points in found.items()]
+    shown = [[kind, *(f"{value:.4f}" for value in values)] for kind, *values in table]
+    say(*aligned([header, *shown]).split("\n"), f"levels: {folder / 'perturb.csv'}")
+    run = folder.parent.parent
+    if (run / "log.jsonl").exists():
+        put(
+            run,
+            f"perturbed_{name}",
+            "lines",
+            f"{name}: video AUC as frames get worse",
+            "From left to right five levels of each change, 0: the videos as they are; the levels"
+            f" are in eval/{name}/perturb.csv. 0.5 is guessing.",
+            series={kind: list(enumerate(values)) for kind, *values in table},
+            x_label="level",
+            y_label="video AUC",
+        )
+
+
 def _methods(
-    run, labels: np.ndarray, methods: np.ndarray, scores: np.ndarray, threshold: float
+    run,
+    labels: np.ndarray,
+    methods: np.ndarray,
+    scores: np.ndarray,
+    threshold: float,
+    units: np.ndarray,
 ) -> None:
     # The table of methods and the ROC curve.
     seed = run.args.seed
-    kinds = sorted(set(methods[labels == 1]))
+    kinds = sorted(set(methods[labels == 1]) - {""})
     groups = {"all": np.full(len(labels), True)}
     if len(kinds) > 1:
         for kind in kinds:
@@ -253,9 +335,9 @@ def _methods(
     for name, kept in groups.items():
         target = labels[kept]
         values = scores[kept]
-        points, band = metrics.roc(target, values, seed)
+        points, band = metrics.roc(target, values, seed, units[kept])
         results = metrics.detection(target, values)
-        low, high = metrics.auc_interval(target, values, seed)
+        low, high = metrics.auc_interval(target, values, seed, units[kept])
         legend = f"{name}, AUC {results['auc']:.3f} ({low:.3f} to {high:.3f})"
         series[legend] = points
         if name == "all":
@@ -269,7 +351,8 @@ def _methods(
                 f"{low:.4f} to {high:.4f}",
                 results["ap"],
                 results["eer"],
-                float(((values >= threshold) == target).mean()),
+                *metrics.answers(target, values, threshold).values(),
+                *(metrics.hits_at(target, values, rate) for rate in (0.01, 0.1)),
             ]
         )
     put(
@@ -280,8 +363,21 @@ def _methods(
         "One row for all fakes, and where there are several methods of manipulation one for each,"
         " beside all real videos. AUC: chance that a fake scores above a real video, 0.5 is"
         " guessing. AP: average precision. EER: equal error rate. Accuracy at the threshold of"
-        f" validation, {threshold:.4f}. The interval: bootstrap over videos.",
-        header=["manipulation", "fake", "real", "AUC", "95 % interval", "AP", "EER", "accuracy"],
+        f" validation, {threshold:.4f}; balanced: the mean over real and fake. TPR: fakes found"
+        " with 1 and 10 % false alarms. The interval: bootstrap over persons, or pairs of them.",
+        header=[
+            "manipulation",
+            "fake",
+            "real",
+            "AUC",
+            "95 % interval",
+            "AP",
+            "EER",
+            "accuracy",
+            "balanced",
+            "TPR, 1 %",
+            "TPR, 10 %",
+        ],
         rows=rows,
     )
     put(
@@ -291,7 +387,7 @@ def _methods(
         "ROC curve, test videos",
         "How many fakes are found (upwards) for how many false alarms (to the right), as the"
         " threshold falls. The closer to the upper left corner, the better; the dashed diagonal is"
-        " guessing. The band is the 95 % interval of all fakes, by bootstrap over videos.",
+        " guessing. The band is the 95 % interval of all fakes, by bootstrap over persons.",
         series=series,
         bands=bands,
         diagonal="guessing",

@@ -28,6 +28,7 @@ _KEYS = {
     "summary.json": {"status": (str,), "seconds": (*_NUMBER, _NOTHING)},
     "check.json": {"command": (str,), "items": (list,), "seconds": _NUMBER},
     "card": {"headlines": (dict,), "chance": (dict,)},
+    "eval.json": {},
     "line": {"stage": (str,), "step": _NUMBER, "epoch": _NUMBER},
 }
 
@@ -121,6 +122,21 @@ def state_text(status: str, lines: list[dict], settings: dict, seconds: float | 
     return f"{status}{where}"
 
 
+def evaluations(folder: Path) -> dict:
+    """The scores of a run on other data, of eval/DATA/eval.json, as `eval_DATA/test/video_auc`.
+
+    Raises:
+        InputError: one of the files is not as --eval writes it.
+    """
+    scores = {}
+    for file in sorted(folder.glob("eval/*/eval.json")):
+        with naming(file):
+            for name, value in checked(file, "eval.json", read_json(file)).items():
+                if name.count("/") == 2:
+                    scores[f"eval_{file.parent.name}/{name.split('/', 1)[1]}"] = value
+    return scores
+
+
 class Record:
     """The files of a run directory, as far as they are there.
 
@@ -169,6 +185,7 @@ class Record:
                 for name, value in line.items()
                 if name.count("/") == 2
             }
+        self.scores |= evaluations(self.folder)
 
     def _lines(self, name: str) -> list[dict]:
         path = self.folder / name

@@ -14,7 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from common.errors import InputError, OtherFormat, did_you_mean, first_few, plural, printable, say
-from common.report.record import checked, naming, read_part
+from common.report.record import checked, evaluations, naming, read_part
 from common.run.files import FORMAT, read_config
 
 # Two-sided 95 % quantiles of Student's t for 1 to 30 degrees of freedom; the normal one beyond.
@@ -48,6 +48,7 @@ def read_runs(folder: Path) -> list[dict]:
                 continue  # of something else
             checked(file, "config.json", flags)
             summary = read_part(file.parent, "summary.json") or {"status": "started"}
+            summary = evaluations(file.parent) | summary
         except OtherFormat:
             of_other_format.append(str(file.parent))
             continue

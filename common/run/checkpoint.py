@@ -49,7 +49,6 @@ _STATE = {
     "stage": str, "start": str, "place": dict, "kinds": dict, "parts": dict, "sums": dict,
     "rng": dict,
 }  # fmt: skip
-_MAX_CLASSES = 30  # of a foreign file
 _COUNTS = ("step", "epoch", "batch", "best_epoch", "evals_without_gain", "planned", "log_lines")
 # What torch.load raises on damaged files, found by damaging them.
 UNREADABLE = (
@@ -123,6 +122,16 @@ def is_whole(path: Path) -> bool:
     return retried(lambda: _is_whole(path), path)
 
 
+def is_marked(path: Path) -> bool:
+    """Whether a file ends as those of this project do; nothing more of it is read."""
+    try:
+        with reading.pending(path), reading.open_file(path) as file:
+            file.seek(-_COMMENT, os.SEEK_END)
+            return file.read().startswith(_MARK)
+    except OSError:  # too short, or not there, which its reader says better
+        return False
+
+
 def _is_whole(path: Path) -> bool:
     with reading.pending(path), reading.open_file(path) as file:
         hasher = hashlib.sha256()
@@ -133,31 +142,18 @@ def _is_whole(path: Path) -> bool:
         return file.read() == _MARK + hasher.hexdigest().encode()
 
 
-class Object:
-    """What stands in a foreign file for an object of a class; nothing of the class is run."""
-
-    def __init__(self, *_, **__):
-        pass
-
-    def __setstate__(self, _):
-        pass
-
-    def __setitem__(self, *_):
-        pass
+class AsksToRun(InputError):
+    """A file whose objects are of classes, which `torch.load` would have to import."""
 
 
-def load(path: Path, *, objects: bool = False) -> dict:
+def load(path: Path) -> dict:
     """Read a checkpoint on the CPU after checking every byte of it.
 
     A file without our mark is read unchecked.
 
-    Args:
-        objects: what is neither a tensor nor a plain value, as the flags that a training script
-            keeps beside its weights, becomes an `Object`; otherwise it is refused.
-
     Raises:
         InputError: missing, damaged, of another run format, or not a file of tensors and plain
-            values.
+            values; where it has others, `AsksToRun`.
     """
     path = Path(path)
     try:
@@ -174,7 +170,7 @@ def load(path: Path, *, objects: bool = False) -> dict:
     try:
         _refuse_bombs(data, path)
         with warnings.catch_warnings(action="ignore"):  # what cannot be read is refused
-            state = _unpickle(data, objects)
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         _check_sizes(state, len(data), path)
     except InputError:
         raise
@@ -184,8 +180,11 @@ def load(path: Path, *, objects: bool = False) -> dict:
         # torch's own text advises to run what the file asks for.
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         if wanted:
-            reason = f"it asks to run {wanted[1]}; store its state dict alone"
-        elif isinstance(error, (RuntimeError, OSError)):
+            raise AsksToRun(
+                f"checkpoint {path} is not a file of tensors and plain values: it asks to run"
+                f" {wanted[1]}; store its state dict alone"
+            ) from None
+        if isinstance(error, (RuntimeError, OSError)):
             reason = str(error).split("\n")[0].split(" This is an internal")[0][:200].strip()
         else:
             reason = "its pickle is damaged or of another format"
@@ -195,23 +194,6 @@ def load(path: Path, *, objects: bool = False) -> dict:
     if _is_ours(state):
         check_format(state, path)
     return state
-
-
-def _unpickle(data: bytes, objects: bool):
-    names = []  # of classes, which torch.load tells one at a time
-    while True:
-        try:
-            with torch.serialization.safe_globals([(Object, name) for name in names]):
-                state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        except UnpicklingError as error:
-            wanted = re.search(r"GLOBAL (\S+)", str(error))
-            if not objects or not wanted or wanted[1] in names or len(names) == _MAX_CLASSES:
-                raise
-            names.append(wanted[1])
-        else:
-            if isinstance(state, Object):
-                raise UnpicklingError(f"GLOBAL {names[0]}")
-            return state
 
 
 def _refuse_bombs(data: bytes, path: Path) -> None:

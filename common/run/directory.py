@@ -62,6 +62,24 @@ def run_dir(args, script: str, name: str, identity: dict) -> Path:
     return Path("runs") / script / f"{name}-{config.digest(identity)}"
 
 
+def earlier_config(args, script: str, name: str, identity: dict) -> dict:
+    """What config.json says of the run that these flags go on with; empty: they begin one.
+
+    Args:
+        script, name, identity: as `run_dir` takes them.
+    """
+    folder = run_dir(args, script, name, identity)
+    try:
+        env = read_json(folder / "env.json", _ENV, lambda _: None) or {}
+        mode = config.resume_mode(args, env.get("slurm_job"))
+        there = None if mode == "none" else read_config(folder)
+        if there is None and mode not in ("auto", "none"):
+            there = checkpoint.config_of(mode)
+        return there or {}
+    except InputError:
+        return {}  # `create_run_dir` refuses it by name
+
+
 def output_folder(path: str) -> Path:
     """The folder for the results of using a model: `path`, or the one that a checkpoint lies in.
 

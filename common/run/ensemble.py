@@ -43,12 +43,13 @@ def judge(main, argv: list[str] | None, args, metric: str) -> None:
     for i, name in enumerate(names):
         member = folder / f"member{i}"
         if is_main:  # what another run left there is no answer of this one
-            (member / FILE).unlink(missing_ok=True)
+            for answer in member.rglob(FILE):
+                answer.unlink()
         main([*others, "--eval", name, "--out", str(member)])
     if not is_main:  # the group of processes has ended
         return
     with exit_codes():
-        members = [read(folder / f"member{i}" / FILE, name) for i, name in enumerate(names)]
+        members = [read(folder / f"member{i}", name) for i, name in enumerate(names)]
         ids, labels, classes, _ = members[0]
         for name, (member_ids, _, member_classes, _) in zip(names, members, strict=True):
             if member_classes != classes or member_ids != ids:
@@ -81,13 +82,15 @@ def judge(main, argv: list[str] | None, args, metric: str) -> None:
         write_answer(folder, texts)
 
 
-def read(path: Path, source: str) -> tuple[list[str], np.ndarray, list[str], np.ndarray]:
-    """The ids, labels (n,), classes and probabilities (n, C) in the eval.csv of --eval.
+def read(folder: Path, source: str) -> tuple[list[str], np.ndarray, list[str], np.ndarray]:
+    """The ids, labels (n,), classes and probabilities (n, C) in the eval.csv that --eval left in or
+    below `folder`.
 
     Raises:
-        InputError: --eval left no such file.
+        InputError: there is none.
     """
-    if not path.exists():
+    path = next(folder.rglob(FILE), None)
+    if path is None:
         raise InputError(
             f"--ensemble: {source} has no classifier; name runs of stages that classify"
         )

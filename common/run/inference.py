@@ -42,7 +42,7 @@ class LoadedRun:
         state: the checkpoint.
         source: where it is from, for messages.
         folder: where results go.
-        path: the data to read; the paths, where --predict has several.
+        path: the data to read; the paths, where --predict or --eval has several.
     """
 
     state: dict
@@ -76,6 +76,7 @@ class LoadedRun:
         world: dist.Dist,
         answers: tuple | None = None,
         chosen: np.ndarray | None = None,
+        facts: dict | None = None,
     ) -> None:
         """Write eval.json: the test metrics, named `eval/test/...`, and print them.
 
@@ -86,6 +87,7 @@ class LoadedRun:
                 positions (n,) of the test items in it, the classes and their probabilities (n, C),
                 or (n,) those of the second of two.
             chosen: (n,) the classes' numbers; unset: the classes of the highest probabilities.
+            facts: what else eval.json tells.
         """
         results = {f"eval/{name.split('/', 1)[1]}": value for name, value in results.items()}
         if not world.is_main:
@@ -107,7 +109,7 @@ class LoadedRun:
             counts = metrics.confusion_matrix(target, chosen, len(classes)).tolist()
             rows = [[name, *row] for name, row in zip(classes, counts, strict=True)]
             confusion = csv_text([["true", *classes], *rows])
-        texts = {"eval.json": json_text(results), "eval.csv": table}
+        texts = {"eval.json": json_text(results | (facts or {})), "eval.csv": table}
         write_answer(self.folder, texts | {"eval_confusion.csv": confusion})
 
     def say_who_answers(
@@ -168,6 +170,7 @@ def load_run(args, card: Card) -> LoadedRun:
     if script != card.name:
         raise InputError(f"{source} is of train_{script}.py; use that script")
     path = getattr(args, "stream", None) or args.data
+    path = tuple(path) if isinstance(path, list) else path
     if args.predict:
         _check_paths(args.predict)
         path = args.predict[0] if len(args.predict) == 1 else tuple(args.predict)
