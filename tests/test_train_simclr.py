@@ -249,7 +249,7 @@ def test_an_unset_batch_of_a_labeled_stage_shrinks_to_its_data(world_size, capsy
 
     def batches(flags):
         args, _ = train_simclr.parse_args([*NET, *flags.split()])
-        stages = train_simclr.fit_batches(args, world, splits, train_simclr.settings(args))
+        stages = train_simclr.settings(train_simclr.fit_batches(args, world, splits))
         said = capsys.readouterr().out
         assert said.count("fewer than a batch of 256") == said.count("\n")
         return {name: stage.bs for name, stage in stages.items()}, said
