@@ -20,6 +20,7 @@ from common.run.run import Run
 
 KNN_BANK = 4096  # items among which neighbors are sought, at most
 KNN_QUERIES = 1024  # items whose neighbors are sought, at most
+LOSS = "pretrain/train/loss_over_chance"
 WARNED = "pretrain/warn/"
 # What features.npz calls the parts of the data, a later one over an earlier one.
 _SPLITS = {
@@ -185,11 +186,12 @@ def say_if_not_learning(run: Run, values: dict, epoch: int) -> dict:
         return {}
     stage = run.stages["pretrain"]
     start, now = (said.get(f"pretrain/{split}/knn_accuracy") for split in ("start", "val"))
-    ratio = said["pretrain/train/loss_over_chance"]
+    ratio = said[LOSS]
     problem = monitor.contrastive_problem(
         epoch / stage.epochs,
         bs=stage.bs,
         loss_over_chance=ratio,
+        first_loss=next(line[LOSS] for line in [*lines, values] if LOSS in line),
         alignment=said["alignment"],
         uniformity=said["uniformity"],
         effective_rank=said["pretrain/val/effective_rank"],
