@@ -218,8 +218,8 @@ def test_an_action_that_helps_starts_anew():
 # Measured: pretraining runs of a ResNet-10 of half the width on images of 32 px (photographs of
 # faces, blood cells, CIFAR-10, the embedded sample), 11 to 40 steps an epoch; color strength 1,
 # temperature 0.2 and each optimizer's own rate where nothing else is said. After the batch and the
-# first epoch's loss over chance, at three points: (share of the epochs, loss over chance, alignment,
-# uniformity, effective rank, gain of the kNN accuracy over its start).
+# first epoch's loss over chance, at three points: (share of the epochs, loss over chance,
+# alignment, uniformity, effective rank, gain of the kNN accuracy over its start).
 HEALTHY = {
     "blood cells, adamw, bs 128, 8 epochs, temperature 0.07": (128, 1.739,
         (0.50, 1.599, 1.81, -3.32, 29.4, 0.160),
