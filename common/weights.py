@@ -93,6 +93,19 @@ LAYOUTS = {
     "0.": "",  # nn.Sequential of a backbone and a head
     "1.": "",  # ... of a normalization and a backbone
 }
+# What timm, and after it DINO, MoCo v3 and MAE, call the parts of torchvision's ViT.
+_VIT_PARTS = {
+    r"^patch_embed\.proj\.": "conv_proj.",
+    r"^cls_token$": "class_token",
+    r"^pos_embed$": "encoder.pos_embedding",
+    r"^norm\.": "encoder.ln.",
+    r"^blocks\.(\d+)\.": r"encoder.layers.encoder_layer_\1.",
+    r"\.norm([12])\.": r".ln_\1.",
+    r"\.attn\.qkv\.": ".self_attention.in_proj_",
+    r"\.attn\.proj\.": ".self_attention.out_proj.",
+    r"\.mlp\.fc1\.": ".mlp.0.",
+    r"\.mlp\.fc2\.": ".mlp.3.",
+}
 _NUMBERS = frozenset(map(str, range(100)))  # of the children of an nn.Sequential
 _NAMES = ("imagenet", "openai")
 _SILENCE = 30  # seconds without a byte after which a server counts as gone
@@ -527,7 +540,8 @@ def layouts(
     """What of a state dict may be a backbone: the whole of it, then by what LAYOUTS takes off.
 
     Each also with the names that torchvision has, where a file numbers the `children` of the
-    backbone (nn.Sequential, as lightly's) or calls a ResNet's `downsample` `shortcut` (SupCon).
+    backbone (nn.Sequential, as lightly's), calls a ResNet's `downsample` `shortcut` (SupCon) or the
+    parts of a ViT as timm does.
 
     Yields:
         What was taken off, part by part, and the rest: names of the file -> those of the backbone.
@@ -544,6 +558,9 @@ def layouts(
             first = first_of[old]
             rest = new.removeprefix(first).replace(".shortcut.", ".downsample.")
             renamed[old] = child_of.get(first, first) + rest
+        if "patch_embed.proj.weight" in renamed.values():
+            for theirs, ours in _VIT_PARTS.items():
+                renamed = {old: re.sub(theirs, ours, new) for old, new in renamed.items()}
         if renamed != left:
             yield taken, renamed
         prefix = next((p for p in LAYOUTS if any(n.startswith(p) for n in left.values())), None)

@@ -441,7 +441,7 @@ STORED = {
     "BYOL, Lightning Bolts": (
         lambda b, o: {
             "pytorch-lightning_version": "1.9",
-            "callbacks": {argparse.ArgumentParser: {"best": 1.0}},
+            "callbacks": {pytest.Item: {"best": 1.0}},  # a class, as a key
             "state_dict": under("online_network.encoder.", b)
             | under("online_network.projector.", HEAD)
             | under("target_network.encoder.", o),
@@ -497,6 +497,30 @@ def test_a_backbone_is_found_in_the_files_of_public_training_code(tmp_path, layo
     said = said.replace("N", str(count)).replace("M", str(count + 2))
     pattern = ".*".join(re.escape(part) for part in said.split(".*"))
     assert re.search(f"^started from .*{pattern}", notes), notes
+
+
+@pytest.mark.parametrize("prefix", ["", "module.base_encoder.", "teacher.backbone."])
+def test_a_vision_transformer_with_timms_names_gives_timms_outputs(tmp_path, prefix):
+    timm = pytest.importorskip("timm", reason="tests/requirements.txt")
+    size = {"patch_size": 4, "num_classes": 0}
+    theirs = timm.models.VisionTransformer(
+        8, embed_dim=12, depth=2, num_heads=3, mlp_ratio=2, **size
+    ).eval()
+    ours = torchvision.models.VisionTransformer(8, 4, 2, 3, 12, 24).eval()
+    ours.head_name, ours.heads.head = "heads.head", nn.Identity()
+    for tensor in theirs.state_dict().values():
+        tensor.copy_(torch.randn(tensor.shape))
+    beside = {"head.mlp.0.weight": torch.ones(2, 2), "decoder_pos_embed": torch.ones(1, 5, 4)}
+    torch.save(under(prefix, theirs.state_dict() | beside), tmp_path / "w.pth")
+    load_published(ours, tmp_path / "w.pth")
+    images = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs(images))
+    # Of another width it is refused by the names that torchvision has.
+    state = timm.models.VisionTransformer(8, embed_dim=6, depth=2, num_heads=3, **size).state_dict()
+    torch.save(under(prefix, state), tmp_path / "w.pth")
+    with pytest.raises(InputError, match=r"token is \(1, 1, 6\), the model's is \(1, 1, 12\)"):
+        load_published(ours, tmp_path / "w.pth")
 
 
 def test_another_network_is_taken_only_where_nothing_better_is_there(tmp_path):
