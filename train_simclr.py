@@ -16,7 +16,6 @@ Everything, small, in minutes on two CPU cores:
 """
 
 import common  # noqa: F401  # isort: skip  (it refuses an older Python)
-import argparse
 import math
 import sys
 from collections.abc import Iterator
@@ -55,6 +54,7 @@ from common.models import (
     input_size,
     load_published,
     published_weights,
+    trains_on_one,
 )
 from common.models.heads import FEATURES, HEAD_BIAS, Classifier, SimCLR, init_bias_to_prior
 from common.report import figures, page
@@ -483,29 +483,10 @@ def build_data(
     return data._replace(splits=fewer)
 
 
-def fit_batches(args, world: dist.Dist, splits: dict) -> argparse.Namespace:
-    """The flags; the default batch of a labeled stage is no larger than its data."""
-    fitted = {}
-    stages = settings(args)
-    for name, stage in stages.items():
-        flag = "bs" if name == next(iter(stages)) else f"{name}_bs"
-        count = len(splits[PARTS[name][0]])
-        is_set = name == "pretrain" or stage.bs != STAGES[name]["bs"]
-        if not is_set and stage.optimizer != "lbfgs" and count < stage.bs:
-            parts = divisor(args, world, name)
-            fitted[flag] = max(count // parts, 1) * parts
-            world.say(
-                f"{name}: {plural(count, 'training image')}, fewer than a batch of {stage.bs}:"
-                f" --{flag.replace('_', '-')} is {fitted[flag]}"
-            )
-    return argparse.Namespace(**vars(args) | fitted)
-
-
-def divisor(args, world: dist.Dist, name: str) -> int:
-    """What the batch of a stage is divided by."""
-    if name == "linear":  # every process does all of it
-        return 1
-    return world.world_size * (args.accum if name == "pretrain" else 1)
+def divisors(args, world: dist.Dist) -> dict[str, int]:
+    """What the batches of the stages are divided by; every process does all of the linear one."""
+    world_size = world.world_size
+    return {"pretrain": world_size * args.accum, "linear": 1, "finetune": world_size}
 
 
 def validate(
@@ -530,15 +511,15 @@ def validate(
             )
         if stage.optimizer != "lbfgs":
             try:
-                sampling.check_batch(
-                    name, stage.bs, len(parts[0]), divisor(args, world, name), flag
-                )
+                divisor = divisors(args, world)[name]
+                sampling.check_batch(name, stage.bs, len(parts[0]), divisor, flag)
                 if name == "finetune" and args.sampler == "balanced":
                     labels = images.labels[parts[0]]
                     sampling.balanced_batches(parts[0], labels, stage.bs, 0, 0, flag=flag)
             except InputError as error:
                 refused.append(str(error))
-        if name == "finetune" and stage.bs == 1 and not trains_on_one(spec):
+        network = spec["backbone"], spec["stem"], spec["image_size"]
+        if name == "finetune" and stage.bs == 1 and not trains_on_one(*network):
             refused.append(
                 f"finetune: a batch of 1 leaves the BatchNorm of {spec['backbone']} one value a"
                 f" channel at {spec['image_size']} px; give {flag} 2 or more"
@@ -547,18 +528,6 @@ def validate(
         raise InputError(". ".join(refused))
     with as_input_error("--impl", args.impl):
         nt_xent(*torch.eye(4, device=world.device).chunk(2), args.temperature, impl=args.impl)
-
-
-def trains_on_one(spec: dict) -> bool:
-    """Whether the backbone trains on a single image: not where BatchNorm sees maps of 1x1."""
-    with torch.device("meta"):
-        model = build_backbone(spec["backbone"], spec["stem"]).train()
-        image = torch.empty(1, 3, spec["image_size"], spec["image_size"])
-    try:
-        model(image)
-    except ValueError:  # of BatchNorm
-        return False
-    return True
 
 
 def build_model(run: Run, kind: str, weights: dict | None = None) -> nn.Module:
@@ -878,7 +847,7 @@ def finetune(run: Run, weights: dict | None) -> None:
     stage = run.stages["finetune"]
     classes = run.model_spec["classes"]["finetune"]
     labels = run.data.labels_in(classes)
-    train, dev, test_split = (run.splits[f"finetune_{part}"] for part in ("train", "dev", "test"))
+    train, dev, test_split = (run.splits[part] for part in PARTS["finetune"])
     model = build_model(run, "finetune", weights)
     optimizer = optim.of_stage(stage, [model])
     scaler = amp.scaler(args.precision, world.device)
@@ -937,11 +906,6 @@ def check_spec(run: Run, name: str, weights: dict | None) -> CheckSpec:
     is_pretrain = name == "pretrain"
     classes = run.model_spec["classes"].get(name, [])
     labels = None if is_pretrain else run.data.labels_in(classes)
-    splits = {
-        "pretrain": ("pretrain", "test"),
-        "linear": ("train", "dev"),
-        "finetune": ("finetune_train", "finetune_dev"),
-    }[name]
     class_weights = np.array(run.model_spec.get("class_weights", 1.0))
     loss = partial(reference.cross_entropy, weights=class_weights)
     if is_pretrain:
@@ -952,7 +916,7 @@ def check_spec(run: Run, name: str, weights: dict | None) -> CheckSpec:
     return CheckSpec(
         run=run,
         stage=name,
-        splits=splits,
+        splits=("pretrain", "test") if is_pretrain else PARTS[name][:2],
         build=partial(build_model, run, name, weights),
         fetch=partial(fetch, run, labels=labels),
         step=steps[name],
@@ -1081,7 +1045,8 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
         labels = images.labels_in(classes["finetune"])[splits["finetune_train"]]
         counts = np.bincount(labels, minlength=len(classes["finetune"]))
         spec["class_weights"] = sampling.class_weights(counts.clip(min=1), None).tolist()
-    args = fit_batches(args, world, splits)
+    counts = {name: len(splits[parts[0]]) for name, parts in PARTS.items()}
+    args, small = recipe.fit_batches(args, settings(args), STAGES, counts, divisors(args, world))
     stages = settings(args)
     validate(args, world, images, splits, stages, spec)
     start = {"weights": checkpoint.weights_digest(weights)} if weights else {}
@@ -1110,7 +1075,7 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
         name=name,
         identity=identity,
         input_text=f"input {spec['image_size']} px",
-        notes=[*published_notes, *notes],
+        notes=[*published_notes, *small, *notes],
         kept=protocol and {"split": protocol},
     )
     if protocol and world.is_main and not args.check:

@@ -243,25 +243,27 @@ def test_a_batch_of_one_is_refused_where_batchnorm_cannot_train_on_it(spec, trai
 
 
 @pytest.mark.parametrize("world_size", [1, 4])
-def test_an_unset_batch_of_a_labeled_stage_shrinks_to_its_data(world_size, capsys):
+def test_an_unset_batch_of_a_labeled_stage_shrinks_to_its_data(world_size):
     world = dist.Dist(0, world_size, torch.device("cpu"))
-    splits = {"pretrain": range(500), "train": range(250), "finetune_train": range(35)}
+
+    counts = {"pretrain": 500, "linear": 250, "finetune": 35}
 
     def batches(flags):
         args, _ = train_simclr.parse_args([*NET, *flags.split()])
-        stages = train_simclr.settings(train_simclr.fit_batches(args, world, splits))
-        said = capsys.readouterr().out
-        assert said.count("fewer than a batch of 256") == said.count("\n")
-        return {name: stage.bs for name, stage in stages.items()}, said
+        stages, parts = train_simclr.settings(args), train_simclr.divisors(args, world)
+        args, said = recipe.fit_batches(args, stages, train_simclr.STAGES, counts, parts)
+        return {name: stage.bs for name, stage in train_simclr.settings(args).items()}, said
 
     fit = 35 // world_size * world_size
     assert batches("--stage all --linear-solver sgd") == (
         {"pretrain": 256, "linear": 250, "finetune": fit},
-        "linear: 250 training images, fewer than a batch of 256: --linear-bs is 250\n"
-        f"finetune: 35 training images, fewer than a batch of 256: --finetune-bs is {fit}\n",
+        [
+            "linear: 250 training images, fewer than a batch of 256: --linear-bs is 250",
+            f"finetune: 35 training images, fewer than a batch of 256: --finetune-bs is {fit}",
+        ],
     )
-    assert "--bs is 250\n" in batches("--stage linear --linear-solver sgd --from none")[1]
+    assert "--bs is 250" in batches("--stage linear --linear-solver sgd --from none")[1][0]
     # What is set, solved or enough stays, to be refused where it does not fit.
-    assert batches("--stage finetune --from none --bs 64") == ({"finetune": 64}, "")
-    assert batches("--stage linear --from none") == ({"linear": 256}, "")
-    assert batches("--stage pretrain --bs 512") == ({"pretrain": 512}, "")
+    assert batches("--stage finetune --from none --bs 64") == ({"finetune": 64}, [])
+    assert batches("--stage linear --from none") == ({"linear": 256}, [])
+    assert batches("--stage pretrain --bs 512") == ({"pretrain": 512}, [])

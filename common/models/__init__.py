@@ -143,6 +143,18 @@ def _output_shape(model: nn.Module, size: int) -> tuple[int, ...] | str:
     return tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
 
 
+def trains_on_one(name: str, stem: str, size: int) -> bool:
+    """Whether a backbone trains on a single image: not where BatchNorm sees maps of 1x1."""
+    with torch.device("meta"):
+        model = build_backbone(name, stem).train()
+        image = torch.empty(1, 3, size, size)
+    try:
+        model(image)
+    except ValueError:  # of BatchNorm
+        return False
+    return True
+
+
 def feature_widths(backbone: nn.Module, size: int) -> dict[str, int]:
     """How wide the features of `build_backbone`'s network are that a head can read, by their name.
 
