@@ -75,6 +75,7 @@ LAYOUTS = {
     "online_network.": "the online network, as BYOL evaluates it",
     "online_network_state_dict.": "the online network, as BYOL evaluates it",
     "online_encoder.": "the online network, as BYOL evaluates it",
+    "online_net.": "the online network, as BYOL evaluates it",
     "teacher.": "the teacher, as DINO evaluates it",
     "teacher_backbone.": "the teacher, as DINO evaluates it",
     "student.": "the student; there is no teacher",

@@ -466,6 +466,14 @@ STORED = {
         ),
         "online_encoder.net.*left out: net* (N), online_encoder.projector* (2), target_encoder*",
     ),
+    "BYOL, OpenMMLab": (
+        lambda b, o: {
+            "state_dict": under("online_net.0.", b)
+            | under("online_net.1.", HEAD)
+            | under("target_net.0.", o)
+        },
+        "online_net.0.*, the online network.*left out: online_net.1* (2), target_net* (N)",
+    ),
     "OpenSelfSup": (
         lambda b, o: {
             "meta": {"epoch": 3},
