@@ -26,7 +26,6 @@ from common.data.images import (
     DECODE_ERRORS,
     UNLABELED,
     Images,
-    central_square,
     check_damaged,
     describe_labels,
     reason,
@@ -443,8 +442,8 @@ class VideoFiles(Images):
         except DECODE_ERRORS as error:
             raise self._damaged(f"video {self.ids[self._first_bad(indices)]}", error) from None
         return [
-            central_square(Image.fromarray(frame.permute(1, 2, 0).numpy()), self.store_size)
-            for frame in frames
+            self._cut(Image.fromarray(frame.permute(1, 2, 0).numpy()), int(index))
+            for frame, index in zip(frames, indices, strict=True)
         ]
 
     def _first_bad(self, indices: np.ndarray) -> int:

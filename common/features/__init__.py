@@ -38,8 +38,9 @@ _SPLITS = {
 def stored_features(run: Run, weights: str, compute: Callable[[], Tensor]) -> Tensor:
     """Features (n, d) float32 of all items in their order.
 
-    They are read from the run directory's features.npz, or computed and kept there. The file holds
-    `features`, `id`, `label` (-1: none), `split` ("": in no part), `classes`.
+    They are read from the run directory's features.npz, or computed and kept there; those of
+    embedded data, which have no bytes to verify, are also taken from the runs beside it. The file
+    holds `features`, `id`, `label` (-1: none), `split` ("": in no part), `classes`.
 
     Args:
         weights: the digest of the weights that make them: features of other weights, items, bytes
@@ -63,7 +64,11 @@ def stored_features(run: Run, weights: str, compute: Callable[[], Tensor]) -> Te
     missing = torch.tensor(int(rows is None), device=run.world.device)
     if not dist.all_reduce(missing, "max"):
         return rows
-    rows = compute()
+    rows = None
+    if content is None and run.world.world_size == 1:
+        for other in sorted(run.folder.parent.glob(f"*/{file.name}")):
+            rows = _read_features(other, key, digests(), lambda _: None) if rows is None else rows
+    rows = compute() if rows is None else rows
     read = digests()  # of all that was read for them
     if run.world.is_main:
         splits = np.full(len(items), "", dtype="<U5")

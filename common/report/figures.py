@@ -76,8 +76,8 @@ def picture(pixels: Tensor) -> str:
 
 
 def pictures(run, items: np.ndarray) -> list[str]:
-    """Pictures of data items: an image; three frames of a video; face and scene in the middle of a
-    two-stream clip.
+    """Pictures of data items: an image; three frames of a video; what is seen in the middle of a
+    clip of streams, face and scene or the face.
     """
     data = run.data
     workers = run.args.workers
@@ -90,7 +90,7 @@ def pictures(run, items: np.ndarray) -> list[str]:
     (clips,) = data.batches([(items, frames)], workers)
     if isinstance(clips, Tensor):
         return [picture(torch.cat(list(clip), 2)) for clip in clips]
-    return [picture(torch.cat([face[1], scene[1]], 2)) for face, scene in zip(*clips, strict=True)]
+    return [picture(torch.cat([part[1] for part in clip], 2)) for clip in zip(*clips, strict=True)]
 
 
 @for_report

@@ -540,17 +540,26 @@ def accuracy_section(scores: dict) -> str:
 
 
 def recall_section(scores: dict) -> str:
-    """Test recalls of a classifier, of the selected epoch, the last one and the majority class."""
-    rows = []
-    for metric in ("uar", "war"):
-        name = f"train/test/{metric}"
-        if name in scores:
-            selected = interval_text(scores, name)
-            last = interval_text(scores, f"{name}_last_epoch")
-            majority = interval_text(scores, f"train/test/majority_{metric}")
-            rows.append((metric.upper(), selected, last, majority))
-    header = ("", "selected epoch (95 % interval)", "last epoch", "majority class")
-    return table(rows, header) if rows else ""
+    """Test recalls of a classifier, of the selected epoch, the last one and what they have to
+    beat.
+    """
+    columns = {
+        "selected epoch (95 % interval)": "{}",
+        "last epoch": "{}_last_epoch",
+        "CLIP untrained": "zero_shot_{}",
+        "CLIP untrained, several texts": "zero_shot_templates_{}",
+        "majority class": "majority_{}",
+    }
+    columns = {
+        title: f"train/test/{name}"
+        for title, name in columns.items()
+        if f"train/test/{name.format('uar')}" in scores
+    }
+    rows = [
+        (metric.upper(), *(interval_text(scores, name.format(metric)) for name in columns.values()))
+        for metric in ("uar", "war")
+    ]
+    return table(rows, ("", *columns)) if columns else ""
 
 
 def detection_section(scores: dict) -> str:

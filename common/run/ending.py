@@ -35,6 +35,8 @@ def baselines_of(scores: dict, name: str) -> dict[str, float]:
     of_run = (
         ("raw pixels", f"{stage}_pixels/{split}/{metric}"),
         ("random weights", f"{stage}_random/{split}/{metric}"),
+        ("CLIP untrained", f"{stage}/{split}/zero_shot_{metric}"),
+        ("CLIP untrained, several texts", f"{stage}/{split}/zero_shot_templates_{metric}"),
         ("majority class", f"{stage}/{split}/majority_{metric}"),
         ("majority class", f"majority{name.removeprefix('linear')}"),
     )
