@@ -19,6 +19,7 @@ import sys
 import zipfile
 import zlib
 from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -61,8 +62,52 @@ _VALUES = {
 _HARMLESS = {"argparse.Namespace", "typing.Any"}
 _MAX_MODULES = 100_000  # of a TorchScript archive, which may name one module in many places
 # Where training scripts keep the model's state dict: this project's, timm's and Lightning's, the
-# PyTorch tutorials'.
-_CONTAINERS = ("parts", "state_dict", "model", "model_state", "model_state_dict", "net")
+# PyTorch tutorials', VISSL's.
+_CONTAINERS = (
+    "parts", "state_dict", "model", "model_state", "model_state_dict", "net", "classy_state_dict",
+    "base_model",
+)  # fmt: skip
+# What public training code puts before the names of its backbone, and what is said of it. Of
+# several networks in one file the first is taken: the one that the project itself evaluates.
+LAYOUTS = {
+    "encoder_q.": "the query encoder, as MoCo evaluates it",
+    "base_encoder.": "the base encoder, as MoCo v3 evaluates it",
+    "online_network.": "the online network, as BYOL evaluates it",
+    "online_network_state_dict.": "the online network, as BYOL evaluates it",
+    "online_encoder.": "the online network, as BYOL evaluates it",
+    "online_net.": "the online network, as BYOL evaluates it",
+    "teacher.": "the teacher, as DINO evaluates it",
+    "teacher_backbone.": "the teacher, as DINO evaluates it",
+    "student.": "the student; there is no teacher",
+    "trunk.": "",  # VISSL
+    "_feature_blocks.": "",  # VISSL
+    "module.": "",  # SupCon, inside of "encoder."
+    "model.": "",  # Lightning, lightly
+    "backbone.": "",  # this project, lightly, solo-learn, Barlow Twins, VICReg, OpenMMLab
+    "encoder.": "",  # SupCon, SimSiam, PyTorch Lightning Bolts
+    "net.": "",
+    "network.": "",
+    "resnet.": "",
+    "convnet.": "",
+    "feature_extractor.": "",
+    "f.": "",
+    "0.": "",  # nn.Sequential of a backbone and a head
+    "1.": "",  # ... of a normalization and a backbone
+}
+# What timm, and after it DINO, MoCo v3 and MAE, call the parts of torchvision's ViT.
+_VIT_PARTS = {
+    r"^patch_embed\.proj\.": "conv_proj.",
+    r"^cls_token$": "class_token",
+    r"^pos_embed$": "encoder.pos_embedding",
+    r"^norm\.": "encoder.ln.",
+    r"^blocks\.(\d+)\.": r"encoder.layers.encoder_layer_\1.",
+    r"\.norm([12])\.": r".ln_\1.",
+    r"\.attn\.qkv\.": ".self_attention.in_proj_",
+    r"\.attn\.proj\.": ".self_attention.out_proj.",
+    r"\.mlp\.fc1\.": ".mlp.0.",
+    r"\.mlp\.fc2\.": ".mlp.3.",
+}
+_NUMBERS = frozenset(map(str, range(100)))  # of the children of an nn.Sequential
 _NAMES = ("imagenet", "openai")
 _SILENCE = 30  # seconds without a byte after which a server counts as gone
 
@@ -173,6 +218,10 @@ def read(path: str | Path) -> dict[str, Tensor]:
         state = read_safetensors(path)
     else:
         state = unwrap(_read_torch(path), path)
+    return _without_wrappers(state, path)
+
+
+def _without_wrappers(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     names = {
         name: name.removeprefix("module.").replace("_orig_mod.", "").removeprefix("module.")
         for name in state
@@ -453,6 +502,8 @@ class _ObjectUnpickler(_TorchScriptUnpickler):
 def unwrap(state, path: Path) -> dict[str, Tensor]:
     """The state dict inside what a training script saved.
 
+    Of several side by side (`teacher`, `student`) it is one whose names begin with theirs.
+
     Raises:
         InputError: there is none.
     """
@@ -462,6 +513,14 @@ def unwrap(state, path: Path) -> dict[str, Tensor]:
             None,
         )
         state = state if inner is None else state[inner]
+    if isinstance(state, dict) and not any(isinstance(v, Tensor) for v in state.values()):
+        side_by_side = {
+            f"{key}.{name}": tensor
+            for key, inner in state.items()
+            if isinstance(inner, dict) and all(isinstance(v, Tensor) for v in inner.values())
+            for name, tensor in inner.items()
+        }
+        state = side_by_side or state
     if not isinstance(state, dict) or not state:
         what = f"it is a {type(state).__name__}" if not isinstance(state, dict) else "it is empty"
         raise InputError(f"weights {path} holds no state dict of tensors: {what}")
@@ -469,11 +528,47 @@ def unwrap(state, path: Path) -> dict[str, Tensor]:
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise InputError(
                 f"weights {path} holds no state dict of tensors: {name!r} is"
-                f" {type(tensor).__name__}, not a tensor"
+                f" {type(tensor).__name__}, not a tensor; store the state dict alone"
             )
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
             raise InputError(f"weights {path}: {name} is sparse, quantized or without values")
     return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def layouts(
+    names: Iterable[str], children: list[str]
+) -> Iterator[tuple[list[str], dict[str, str]]]:
+    """What of a state dict may be a backbone: the whole of it, then by what LAYOUTS takes off.
+
+    Each also with the names that torchvision has, where a file numbers the `children` of the
+    backbone (nn.Sequential, as lightly's), calls a ResNet's `downsample` `shortcut` (SupCon) or the
+    parts of a ViT as timm does.
+
+    Yields:
+        What was taken off, part by part, and the rest: names of the file -> those of the backbone.
+    """
+    taken = []
+    left = {name: name for name in names}
+    while True:
+        yield taken, left
+        first_of = {old: new.split(".")[0] for old, new in left.items()}
+        numbers = sorted({int(first) for first in first_of.values() if first in _NUMBERS})
+        child_of = dict(zip(map(str, numbers), children, strict=False))
+        renamed = {}
+        for old, new in left.items():
+            first = first_of[old]
+            rest = new.removeprefix(first).replace(".shortcut.", ".downsample.")
+            renamed[old] = child_of.get(first, first) + rest
+        if "patch_embed.proj.weight" in renamed.values():
+            for theirs, ours in _VIT_PARTS.items():
+                renamed = {old: re.sub(theirs, ours, new) for old, new in renamed.items()}
+        if renamed != left:
+            yield taken, renamed
+        prefix = next((p for p in LAYOUTS if any(n.startswith(p) for n in left.values())), None)
+        if prefix is None:
+            return
+        taken = [*taken, prefix]
+        left = {o: n.removeprefix(prefix) for o, n in left.items() if n.startswith(prefix)}
 
 
 def of_backbone(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -517,8 +612,10 @@ def load_backbone(source: str, script: str) -> tuple[dict[str, Tensor], dict]:
                 f"--from {path} is not a finished run: run it to its end, or name a checkpoint"
                 " file in it"
             )
+    elif path.suffix == ".safetensors":
+        state = {"model": read_safetensors(path)}
     else:
-        state = checkpoint.load(path)
+        state = _read_torch(path)
     model_spec = state.get("model_spec", {}) if isinstance(state, dict) else {}
     kinds = {"image_size": int, "proj_dim": int, "normalization": list}
     if not isinstance(model_spec, dict) or not all(
@@ -530,7 +627,7 @@ def load_backbone(source: str, script: str) -> tuple[dict[str, Tensor], dict]:
             f"--from {source} is of train_{model_spec['script']}.py, allowed are runs of"
             f" train_{script}.py"
         )
-    weights = of_backbone(unwrap(state, path))
+    weights = of_backbone(_without_wrappers(unwrap(state, path), path))
     weights = {name: tensor for name, tensor in weights.items() if not name.startswith("fc.")}
     return weights, model_spec
 

@@ -37,7 +37,7 @@ from common.models.clip import (
     read_clip,
 )
 from common.run import checkpoint
-from common.weights import locate, of_backbone, read
+from common.weights import locate, read
 
 TUNES = ("none", "adapter", "full")
 WITHOUT_TEXT = ("tau-norm", "linear-probe")  # methods whose classes are learned vectors, always
@@ -514,7 +514,9 @@ def _start_resnet(
 ) -> tuple[nn.Module | None, str | None]:
     # Adds `stem` and `image_size` to `model_spec`.
     name = args.backbone
-    kernel = of_backbone(read(file)).get("conv1.weight") if file else None
+    tensors = read(file).values() if file else ()
+    # Of all convolutions the first one alone takes the three channels of an image.
+    kernel = next((t for t in tensors if t.ndim == 4 and t.shape[1] == 3), None)
     small = store_size < 64 if kernel is None else kernel.shape[-1] == 3
     stem = "cifar" if small else "imagenet"
     model_spec["stem"] = stem

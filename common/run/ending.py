@@ -40,6 +40,13 @@ def baselines_of(scores: dict, name: str) -> dict[str, float]:
         ("majority class", f"{stage}/{split}/majority_{metric}"),
         ("majority class", f"majority{name.removeprefix('linear')}"),
     )
+    majority = f"{stage}/{split}/majority_{metric}"
+    if stage == "finetune" and scores.get(majority) == scores.get(f"majority/{split}/{metric}"):
+        # The linear protocol's, on the same images: the majority class has the same share of both.
+        of_run += (
+            ("raw pixels", f"linear_pixels/{split}/{metric}"),
+            ("random weights", f"linear_random/{split}/{metric}"),
+        )
     found = {label: scores[key] for label, key in of_run if is_number(scores.get(key))}
     untrained = {
         key.split("/")[0].removeprefix("kmeans_"): value
