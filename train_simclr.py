@@ -502,20 +502,20 @@ def fetch(
 
 
 def train_step(run: Run, model, optimizer, scaler, batch: Batch) -> Step:
-    """One update of the pretraining; `extra` are the embeddings z (2n, d), view a above view b."""
+    """One update of the pretraining; `extra` are the loss's statistics."""
     optimizer.zero_grad(set_to_none=True)
     views = two_views(run, batch)
     run.lap("augmentation")
     with amp.autocast(run.args.precision, run.world.device):
         z = model(views)
     run.lap("forward")
-    loss = contrastive_loss(run, *z.chunk(2))
+    loss, stats = contrastive_loss(run, *z.chunk(2))
     run.lap("loss")
     scaler.scale(loss).backward()
     run.lap("backward")
     norm, bad = amp.guarded_step(optimizer, scaler, loss, run.args.clip_grad)
     run.lap("optimizer")
-    return Step({"loss": loss.detach()}, norm, bad, extra=z.detach())
+    return Step({"loss": loss.detach()}, norm, bad, extra=stats)
 
 
 def gradcache_step(run: Run, model, optimizer, scaler, batch: Batch) -> Step:
@@ -533,7 +533,7 @@ def gradcache_step(run: Run, model, optimizer, scaler, batch: Batch) -> Step:
         parts = [model(two_views(run, chunk)).chunk(2) for chunk in batch.chunks(args.accum)]
     z_a, z_b = (torch.cat(side).requires_grad_() for side in zip(*parts, strict=True))
     run.lap("forward")
-    loss = contrastive_loss(run, z_a, z_b)
+    loss, stats = contrastive_loss(run, z_a, z_b)
     run.lap("loss")
     scaler.scale(loss).backward()
     slices = batch.slices(args.accum)
@@ -545,13 +545,17 @@ def gradcache_step(run: Run, model, optimizer, scaler, batch: Batch) -> Step:
     run.lap("backward")
     norm, bad = amp.guarded_step(optimizer, scaler, loss, run.args.clip_grad)
     run.lap("optimizer")
-    return Step({"loss": loss.detach()}, norm, bad, extra=torch.cat([z_a, z_b]).detach())
+    return Step({"loss": loss.detach()}, norm, bad, extra=stats)
 
 
-def contrastive_loss(run: Run, z_a: Tensor, z_b: Tensor) -> Tensor:
-    """NT-Xent of the two views' embeddings (n, d), against the batch of all processes."""
+def contrastive_loss(run: Run, z_a: Tensor, z_b: Tensor) -> tuple[Tensor, NamedTuple]:
+    """NT-Xent of the two views' embeddings (n, d), against the batch of all processes.
+
+    With its statistics in every step, so that --log-every changes no bit of the training.
+    """
     gather = dist.all_gather_rows if run.world.world_size > 1 else None
-    return nt_xent(z_a, z_b, run.args.temperature, gather=gather, impl=run.args.impl)
+    options = {"gather": gather, "impl": run.args.impl, "return_stats": True}
+    return nt_xent(z_a, z_b, run.args.temperature, **options)
 
 
 def finetune_step(run: Run, model, optimizer, scaler, batch: Batch) -> Step:
@@ -617,7 +621,7 @@ def pretrain(run: Run, weights: dict | None) -> None:
                 save_views(run, batch)
             lr = loop.set_lr(optimizer)
             step = step_of(run, trained, optimizer, scaler, batch)
-            loop.end_step(step, lr, more=partial(contrast, step.extra))
+            loop.end_step(step, lr, more=partial(contrast, step.extra, args.temperature))
         loss = progress.mean("loss")
         values = {
             "pretrain/train/loss": loss,

@@ -142,6 +142,19 @@ def representation(
     return values | {f"{prefix}/effective_rank": metrics.effective_rank(of_queries)}
 
 
-def contrast(z: Tensor) -> dict:
-    """Figures of the embeddings z (2n, d) of a batch on all ranks, view a above view b."""
-    return metrics.contrastive(*(dist.all_gather_rows(view) for view in z.float().chunk(2)))
+def contrast(stats, temperature: float) -> dict[str, float]:
+    """Figures of a batch on all ranks, as of `metrics.contrastive`, from the loss's statistics.
+
+    Args:
+        stats: rank, positive and potential of the rows of this rank, as `kernels.nt_xent` returns
+            them.
+        temperature: of the loss.
+    """
+    values = {
+        "top1": (stats.rank < 1).float(),
+        "top5": (stats.rank < 5).float(),
+        "alignment": 2 - 2 * temperature * stats.positive,
+        "uniformity": stats.potential,
+    }
+    means = {name: dist.mean(value.mean()).item() for name, value in values.items()}
+    return means | {"uniformity": float(np.log(means["uniformity"]))}

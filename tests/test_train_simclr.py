@@ -5,11 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import train_simclr
+from common import metrics
 from common.errors import InputError
 from common.run import dist
 from common.run.loop import Batch
+from kernels import nt_xent
 
 NET = ["--backbone", "resnet18", "--stem", "cifar", "--image-size", "8", "--device", "cpu"]
 
@@ -42,11 +45,29 @@ def test_accumulation_keeps_the_negatives_and_the_gradient():
         scaler = train_simclr.amp.scaler("fp32", world.device)
         step_of = train_simclr.train_step if accum == 1 else train_simclr.gradcache_step
         step = step_of(run, model, optimizer, scaler, batch)
-        assert step.extra.shape == (16, 16) and not step.bad
-        gradients.append(step.terms | {name: p.grad for name, p in model.named_parameters()})
+        assert not step.bad
+        values = {"top1": step.extra.top1.float(), "potential": step.extra.potential}
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        gradients.append(step.terms | values | grads)
     for name, value in gradients[0].items():
         scale = max(value.abs().max().item(), 1e-6)
         assert (gradients[1][name] - value).abs().max().item() <= 1e-4 * scale, name
+
+
+def test_the_console_costs_no_second_pass_over_the_similarities():
+    """A step's values are those of the embeddings, without one more product."""
+    args, _ = train_simclr.parse_args(NET)
+    run = train_simclr.Run(args, dist.Dist(0, 1, torch.device("cpu")), None, {}, Path(), None, {})
+    z_a, z_b = torch.randn(2, 24, 8, generator=torch.Generator().manual_seed(0))
+    z_b = z_a + z_b
+    with FlopCounterMode(display=False) as plain:
+        nt_xent(z_a, z_b, args.temperature)
+    with FlopCounterMode(display=False) as counter:
+        _, stats = train_simclr.contrastive_loss(run, z_a, z_b)
+        values = train_simclr.contrast(stats, args.temperature)
+    assert counter.get_total_flops() == plain.get_total_flops() == 2 * 48 * 48 * 8
+    assert values == pytest.approx(metrics.contrastive(z_a, z_b), abs=1e-5)
+    assert 0 < values["top1"] < 1
 
 
 def test_views_are_functions_of_seed_epoch_and_image():
