@@ -31,6 +31,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,7 @@ except ImportError:
     tl = None
 
 Gather = Callable[[torch.Tensor], torch.Tensor]
+REDUCTIONS = ("mean", "sum", "none")
 
 # A row shorter than this has no direction: it is mapped to zeros, and it gets no gradient rather
 # than 1e12 times one.
@@ -125,6 +127,25 @@ FEW_ROWS_TILES = {
     "sm_100": (16, 128, 4, 3),
     "other": (16, 64, 4, 2),  # fits 64 KB of shared memory
 }
+
+
+class Stats(NamedTuple):
+    """What the similarities of a loss's M rows say, found while they were made; no gradients.
+
+    Of `nt_xent` M is 2N, z_a's rows above z_b's. K are the rows of all processes. Ties count
+    against a row, also those within rounding (32 units in the last place of fp32, of fp64 for fp64
+    inputs): a collapsed representation scores 0. So does nan.
+    """
+
+    loss: torch.Tensor  # (M,) the rows' losses
+    lse: torch.Tensor  # (M,) natural log-sum-exp of similarity / tau, the loss's denominator
+    positive: torch.Tensor  # (M,) similarity / tau of the positive, or the mean of several
+    top1: torch.Tensor  # (M,) bool: the nearest of all other rows is a positive
+    # Of `nt_xent` alone, else None.
+    rank: torch.Tensor | None  # (M,) int64: 0 to K - 2 negatives are at least as near
+    # (M,) mean exp(-2 |z_i - z_j|^2) over the K - 1 other rows: the log of its mean is the
+    # uniformity of Wang and Isola 2020, arXiv:2005.10242. None without normalization, too.
+    potential: torch.Tensor | None
 
 
 def few_rows_tile(target: str) -> tuple[int, int, int, int]:
@@ -255,8 +276,13 @@ def reference_tiles(
             yield slice(m, m + step), slice(n, n + step), s, symmetric and n != m
 
 
-def reference_lse(rows: torch.Tensor, keys: torch.Tensor, pair_shift: int) -> torch.Tensor:
-    """Natural log-sum-exp of each row over the keys outside its group: (m, D), (k, D) -> (m,)."""
+def reference_lse(
+    rows: torch.Tensor, keys: torch.Tensor, pair_shift: int, watch: Callable | None = None
+) -> torch.Tensor:
+    """Natural log-sum-exp of each row over the keys outside its group: (m, D), (k, D) -> (m,).
+
+    watch(row slice, key slice, similarities) sees each row with each key once.
+    """
     top = rows.new_full((rows.shape[0],), -math.inf)
     total = rows.new_zeros(rows.shape[0])
 
@@ -268,6 +294,10 @@ def reference_lse(rows: torch.Tensor, keys: torch.Tensor, pair_shift: int) -> to
         top[where] = new_top
 
     for m, n, s, mirrored in reference_tiles(rows, keys, pair_shift):
+        if watch is not None:
+            watch(m, n, s)
+            if mirrored:
+                watch(n, m, s.T)
         add(m, s, 1)
         if mirrored:
             add(n, s, 0)
@@ -284,6 +314,27 @@ def reference_weighted_sum(rows, keys, lse_rows, lse_keys, pair_shift) -> torch.
         if mirrored:
             out[n].addmm_(weight.T, rows[m])
     return out
+
+
+def with_row_gradients(weighted_sum: Callable, d_rows, d_keys, lse_rows, lse_keys) -> torch.Tensor:
+    """sum_j (d_i exp(s_ij - lse_i) + d_j exp(s_ij - lse_j)) u_j, for upstream gradients d: (m, D).
+
+    weighted_sum(lse_rows, lse_keys), natural, is that sum with d = 1. A factor above zero is one
+    more summand in the exponent, so each sign is a pass.
+    """
+    top = d_keys.abs().max()
+    top = torch.where(top == 0, 1.0, top)
+    total = 0.0
+    for sign in (1.0, -1.0):
+        of_rows, of_keys = ((sign * d / top).clamp_min(0).log() for d in (d_rows, d_keys))
+        total = total + sign * weighted_sum(lse_rows - of_rows, lse_keys - of_keys)
+    return total * top
+
+
+def tie_margin(u: torch.Tensor) -> torch.Tensor:
+    """(m,): within how much of a similarity of a row another one is as large, to what is known."""
+    length = torch.linalg.vector_norm(u, dim=1)
+    return 32 * torch.finfo(u.dtype).eps * length * length.max()
 
 
 @jit
@@ -511,6 +562,72 @@ def full_kernel(
 
 
 @jit(do_not_specialize=["num_rows", "num_keys"])
+def stats_kernel(
+    rows_ptr,
+    keys_ptr,
+    of_rows_ptr,
+    of_keys_ptr,
+    factor_ptr,
+    slots_ptr,
+    num_rows,
+    num_keys,
+    keys_per_split,
+    stride_slot,
+    stride_kind,
+    PAIR_SHIFT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """`full_kernel`, and two more numbers of each row beside its maximum and its sum.
+
+    For pairs (PAIR_SHIFT 1): how many similarities are not below the row's bound (of_rows), and the
+    sum of 2^(factor s - 4 log2(e)). Else, with the labels of rows and keys: the largest similarity
+    of a row's own class, and of others.
+    """
+    pid_m = tl.program_id(0)
+    split = tl.program_id(1)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows, rows_lo = load_planes(rows_ptr, offs_m, offs_d, SPLIT, BLOCK_D)
+    of_rows = tl.load(of_rows_ptr + offs_m, mask=offs_m < num_rows, other=0)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    if PAIR_SHIFT:
+        factor = tl.load(factor_ptr)
+        first = tl.zeros([BLOCK_M], tl.float32)
+        second = tl.zeros([BLOCK_M], tl.float32)
+    else:
+        first = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        second = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    begin = split * keys_per_split
+    for start in range(begin, tl.minimum(begin + keys_per_split, num_keys), BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        keys, keys_lo = load_planes(keys_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
+        s = similarities(rows, rows_lo, keys, keys_lo, SPLIT)  # [BLOCK_M, BLOCK_N]
+        same_group = (offs_m >> PAIR_SHIFT)[:, None] == (offs_n >> PAIR_SHIFT)[None, :]
+        s = tl.where(same_group | (offs_n >= num_keys)[None, :], float("-inf"), s)
+        if PAIR_SHIFT:
+            first += tl.sum(tl.where(s < of_rows[:, None], 0.0, 1.0), 1)
+            second += tl.sum(tl.exp2(s * factor - 5.770780163555854), 1)
+        else:
+            labels = tl.load(of_keys_ptr + offs_n, mask=offs_n < num_keys, other=0)
+            same = of_rows[:, None] == labels[None, :]
+            first = tl.maximum(first, tl.max(tl.where(same, s, float("-inf")), 1))
+            second = tl.maximum(second, tl.max(tl.where(same, float("-inf"), s), 1))
+        new_top = tl.maximum(top, tl.max(s, 1))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        total = total * tl.exp2(top - base) + tl.sum(tl.exp2(s - base[:, None]), 1)
+        top = new_top
+    out = slots_ptr + split.to(tl.int64) * stride_slot + offs_m
+    tl.store(out, top)
+    tl.store(out + stride_kind, total)
+    tl.store(out + 2 * stride_kind, first)
+    tl.store(out + 3 * stride_kind, second)
+
+
+@jit(do_not_specialize=["num_rows", "num_keys"])
 def bwd_kernel(
     rows_ptr,
     keys_ptr,
@@ -674,6 +791,29 @@ def slot_sums(u, keys, num_rows, num_keys, pair_shift, split, shift):
         total = sums.sum(0) if total is None else total.add_(sums.sum(0))
         del sums  # before the next pass takes as much again
     return None, total[None], -1, 0
+
+
+def stats_sums(u, keys, num_rows, num_keys, pair_shift, split, of_rows, of_keys, factor):
+    """Launch the forward tiles that keep statistics, on the full grid.
+
+    -> tops and sums as of `slot_sums`; (num_rows,) fp32, two of them: see `stats_kernel`.
+    """
+    options = (num_rows, num_keys, pair_shift, split, of_rows.dtype)
+    splits, launch = _stats_plan(u.shape, u.dtype, u.device, *options)
+    slots = torch.empty(4, splits, u.shape[0], dtype=torch.float32, device=u.device)
+    launch((u, keys, of_rows, of_keys, factor, slots))
+    more = slots[2:, :, :num_rows]
+    return slots[0], slots[1], *(more.sum(1) if pair_shift else more.amax(1))
+
+
+@plan
+def _stats_plan(shape, dtype, device, num_rows, num_keys, pair_shift, split, labels):
+    """-> the number of slots, the launch, with the ranges of `_full_plan`. labels: their dtype."""
+    splits, full = _full_plan(shape, dtype, device, num_keys, pair_shift, split)
+    _, per_split, size, *constants = full.known
+    constants = dict(zip(stats_kernel.arg_names[-5:], constants, strict=True))
+    integers = (num_rows, num_keys, per_split, size, splits * size)
+    return splits, Launch(stats_kernel, full.grid, integers, constants, **full.options)
 
 
 @plan

@@ -45,7 +45,9 @@ from .dispatch import (
 from .similarity import (
     LOG2_E,
     NORM_EPS,
+    REDUCTIONS,
     Gather,
+    Stats,
     block_d,
     comes_last,
     empty_rows,
@@ -64,11 +66,14 @@ from .similarity import (
     shift_of,
     similarities,
     slot_sums,
+    stats_sums,
     store_planes,
     sum_of_programs,
     sum_ranges,
+    tie_margin,
     weighted_sums,
     why_not_fused,
+    with_row_gradients,
 )
 
 try:
@@ -90,15 +95,17 @@ def sup_con_reference(
     *,
     normalize: bool = True,
     gather: Gather | None = None,
-) -> torch.Tensor:
+    reduction: str = "mean",
+    return_stats: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, Stats]:
     """SupCon in plain PyTorch, in fp32 (fp64 for fp64 inputs).
 
     Arguments, result and errors as for `sup_con`.
     """
-    return _sup_con(z, labels, temperature, normalize, gather, "torch")
+    return _sup_con(z, labels, temperature, normalize, gather, reduction, return_stats, "torch")
 
 
-def _sup_con(z, labels, temperature, normalize, gather, kind):
+def _sup_con(z, labels, temperature, normalize, gather, reduction, return_stats, kind):
     """kind: "torch", or the dtype whose 16-bit planes the Triton kernels multiply."""
     with no_autocast(z.device):
         rows = z.to(torch.promote_types(z.dtype, torch.float32))
@@ -107,9 +114,13 @@ def _sup_con(z, labels, temperature, normalize, gather, kind):
         # <u_i, u_j> = s_ij: the temperature's gradient is autograd's business.
         u = (rows / temperature**0.5).contiguous()
         shift = shift_of(None if isinstance(temperature, torch.Tensor) else temperature, normalize)
-        if gather is None and torch.compiler.is_compiling():
+        rows = reduction != "mean"
+        if gather is None and not rows and not return_stats and torch.compiler.is_compiling():
             return _forward_op(u, labels, kind, normalize, shift)[0]
-        return _SupCon.call(u, labels, gather, kind, normalize, shift)[0]
+        options = (kind, normalize, shift, rows, return_stats)
+        loss, *_, row_loss, lse, positive, top1 = _SupCon.call(u, labels, gather, *options)
+    loss = loss.sum() if reduction == "sum" else loss
+    return (loss, Stats(row_loss, lse, positive, top1, None, None)) if return_stats else loss
 
 
 def _reference_positive_sum(rows, keys, labels, labels_keys, starts, ends, order):
@@ -181,9 +192,19 @@ def _to_planes(keys, num_rows, dtype, normalized):
     return rows, hi, split, plane == torch.float16
 
 
-def _triton_lse(rows, keys, dtype, normalized, shift):
+def _triton_lse(rows, keys, dtype, normalized, shift, labels=None, labels_keys=None):
+    """-> lse (m,); with labels also each row's largest similarity in its own class, in others."""
     u, u_keys, split, _ = _to_planes(keys, len(rows), dtype, normalized)
-    tops, sums, half_slot, half_row = slot_sums(u, u_keys, len(rows), len(keys), 0, split, shift)
+    half_slot, half_row, nearest = -1, 0, ()
+    if labels is None:
+        tops, sums, half_slot, half_row = slot_sums(
+            u, u_keys, len(rows), len(keys), 0, split, shift
+        )
+    else:
+        classes = labels.contiguous(), labels_keys.contiguous()
+        tops, sums, *nearest = stats_sums(
+            u, u_keys, len(rows), len(keys), 0, split, *classes, labels
+        )
     if tops is None:
         if half_slot >= 0:
             sums[half_slot, :half_row] = 0.0
@@ -192,7 +213,7 @@ def _triton_lse(rows, keys, dtype, normalized, shift):
         top = tops.amax(0)
         base = top.masked_fill(top == -math.inf, 0.0)
         lse = (sums * (tops - base).exp2()).sum(0).log2() + base
-    return lse[: len(rows)] / LOG2_E
+    return lse[: len(rows)] / LOG2_E, *(x / LOG2_E for x in nearest)
 
 
 def _triton_weighted_sum(rows, keys, lse_rows, lse_keys, dtype, normalized, shift):
@@ -203,20 +224,40 @@ def _triton_weighted_sum(rows, keys, lse_rows, lse_keys, dtype, normalized, shif
     return partial.sum(0)[: len(rows), : rows.shape[1]] / LOG2_E**0.5
 
 
-@on_device_of_first
-def _forward(u, labels, gather, kind, normalized, shift):
-    """-> loss (), keys (K, D), lse of the rows (M,) and keys (K,), mean positives (M, D), scale ().
+def _nearest(rows, keys, labels, labels_keys):
+    """`_triton_lse` with labels, tile by tile."""
+    nearest = rows.new_full((2, len(rows)), -math.inf)
 
-    The scale is 1/M' times the world's size. What is of the keys is None where they are the rows.
+    def watch(m, n, s):
+        same = labels[m, None] == labels_keys[None, n]
+        for best, mask in zip(nearest, (~same, same), strict=True):
+            best[m] = torch.maximum(best[m], s.masked_fill(mask, -math.inf).amax(1))
+
+    return reference_lse(rows, keys, 0, watch), *nearest
+
+
+def _groups(labels_keys):
+    """-> begin and end of each key's class among the sorted keys, their order; all (K,)."""
+    ordered, order = labels_keys.sort(stable=True)
+    starts = torch.searchsorted(ordered, labels_keys)
+    return starts, torch.searchsorted(ordered, labels_keys, right=True), order
+
+
+@on_device_of_first
+def _forward(u, labels, gather, kind, normalized, shift, rows=False, stats=False):
+    """-> loss, keys (K, D), lse of rows (M,) and keys (K,), mean positives (M, D), scale (), ...
+
+    The loss is (), with rows=True (M,). The scale is 1/M' times the world's size. What is of the
+    keys is None where they are the rows. Then, for rows=True alone, the keys' labels and the index
+    of further gathers (K,); last the first four members of `Stats`, or None.
     """
+    index = None
     if gather is None:
         keys = u
         labels_keys = labels
     else:
         keys, index, labels_keys = own_rows_first(gather, u, labels)
-    ordered, order = labels_keys.sort(stable=True)
-    starts = torch.searchsorted(ordered, labels_keys)
-    ends = torch.searchsorted(ordered, labels_keys, right=True)
+    starts, ends, order = _groups(labels_keys)
     num_positives = ends - starts - 1
     m = u.shape[0]
     scale = (keys.shape[0] // m) / (num_positives > 0).sum().clamp_min(1).to(u.dtype)
@@ -224,38 +265,80 @@ def _forward(u, labels, gather, kind, normalized, shift):
     positives = positive_sum(u, keys, labels, labels_keys, starts, ends, order)
     valid = num_positives[:m] > 0
     positives = torch.where(valid[:, None], positives / num_positives[:m, None].clamp_min(1), 0.0)
-    if kind == "torch":
-        lse = reference_lse(u, keys, 0)
+    classes = (labels, labels_keys) if stats else ()
+    if kind != "torch":
+        lse, *nearest = _triton_lse(u, keys, getattr(torch, kind), normalized, shift, *classes)
+    elif stats:
+        lse, *nearest = _nearest(u, keys, *classes)
     else:
-        lse = _triton_lse(u, keys, getattr(torch, kind), normalized, shift)
-    loss = torch.where(valid, lse - (u * positives).sum(1), 0.0).sum() * scale
+        lse = reference_lse(u, keys, 0)
+    positive = (u * positives).sum(1)
+    row_loss = torch.where(valid, lse - positive, 0.0)
+    members = (None,) * 4
+    if stats:
+        same, other = nearest
+        members = row_loss.clone(), lse, positive, same > other + tie_margin(u)
+    loss = row_loss if rows else row_loss.sum() * scale
     lse = lse.masked_fill(~valid, math.inf)
+    grouping = (labels_keys.clone(), index) if rows else (None, None)
     if gather is None:
-        return loss, None, lse, None, positives, scale
-    return loss, keys, lse, gather(lse)[index], positives, scale
+        return loss, None, lse, None, positives, scale, *grouping, *members
+    return loss, keys, lse, gather(lse)[index], positives, scale, *grouping, *members
 
 
 @on_device_of_first
-def _backward(dloss, u, keys, lse, lse_keys, positives, scale, kind, normalized, shift):
-    if keys is None:
+def _backward(
+    dloss,
+    u,
+    keys,
+    lse,
+    lse_keys,
+    positives,
+    scale,
+    labels_keys,
+    index,
+    kind,
+    normalized,
+    shift,
+    gather=None,
+):
+    own = keys is None
+    if own:
         keys, lse_keys = u, lse
-    if kind == "torch":
-        with no_autocast(u.device):
-            du = reference_weighted_sum(u, keys, lse, lse_keys, 0)
-    else:
-        du = _triton_weighted_sum(u, keys, lse, lse_keys, getattr(torch, kind), normalized, shift)
-    return ((du - 2 * positives) * (dloss * scale),)
+
+    def weighted_sum(lse, lse_keys):
+        if kind == "torch":
+            with no_autocast(u.device):
+                return reference_weighted_sum(u, keys, lse, lse_keys, 0)
+        return _triton_weighted_sum(u, keys, lse, lse_keys, getattr(torch, kind), normalized, shift)
+
+    if not dloss.dim():
+        return ((weighted_sum(lse, lse_keys) - 2 * positives) * (dloss * scale),)
+    d_keys = dloss if own else gather(dloss.contiguous())[index]
+    du = with_row_gradients(weighted_sum, dloss, d_keys, lse, lse_keys)
+    # A row is a positive of its positives, and they have as many: their sum is weighted, too.
+    starts, ends, order = groups = _groups(labels_keys)
+    m = u.shape[0]
+    keys = keys * d_keys[:, None]
+    rows = keys if own else keys[:m]
+    positive_sum = _reference_positive_sum if kind == "torch" else _triton_positive_sum
+    with no_autocast(u.device):
+        sums = positive_sum(rows, keys, labels_keys[:m], labels_keys, *groups)
+    count = (ends - starts - 1)[:m, None].clamp_min(1)
+    # Alone in its class a row has no positives; where class sums are taken, only nearly.
+    sums = sums.masked_fill((ends - starts)[:m, None] == 1, 0.0)
+    return (du - positives * dloss[:, None] - sums / count,)
 
 
 class _SupCon(Operation):
     @staticmethod
-    def forward(u, labels, gather, kind, normalized, shift):
-        return _forward(u, labels, gather, kind, normalized, shift)
+    def forward(u, labels, gather, *options):
+        return _forward(u, labels, gather, *options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.options = inputs[3:]
-        save(ctx, inputs[:1], output)
+        ctx.options = *inputs[3:6], inputs[2]
+        save(ctx, inputs[:1], output, unsaved=4)
 
     @staticmethod
     def backward(ctx, dloss, *_):
@@ -528,7 +611,7 @@ _few_forward_op.register_autograd(_differentiate_few, setup_context=_save_few)
 def _forward_op(
     u: torch.Tensor, labels: torch.Tensor, kind: str, normalized: bool, shift: float | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    loss, _, lse, _, positives, scale = _forward(u, labels, None, kind, normalized, shift)
+    loss, _, lse, _, positives, scale, *_ = _forward(u, labels, None, kind, normalized, shift)
     return loss, lse, positives, scale
 
 
@@ -548,7 +631,8 @@ def _backward_op(
     normalized: bool,
     shift: float | None,
 ) -> torch.Tensor:
-    return _backward(dloss, u, None, lse, None, positives, scale, kind, normalized, shift)[0]
+    saved = (u, None, lse, None, positives, scale, None, None)
+    return _backward(dloss, *saved, kind, normalized, shift)[0]
 
 
 @_backward_op.register_fake
@@ -576,8 +660,10 @@ def sup_con(
     *,
     normalize: bool = True,
     gather: Gather | None = None,
+    reduction: str = "mean",
+    return_stats: bool = False,
     impl: str = "auto",
-) -> torch.Tensor:
+) -> torch.Tensor | tuple[torch.Tensor, Stats]:
     """SupCon loss: each row against all others, its positives those of the same label.
 
     With several processes each computes its own rows' share, scaled so that averaging values and
@@ -594,16 +680,24 @@ def sup_con(
             as zeros and gets no gradient.
         gather: None, or a callable that takes this process's (n, ...) rows and returns all
             processes' rows, concatenated in rank order, the same n from each, without autograd. It
-            is called three times per forward (rows, labels, sums) and never in the backward.
+            is called three times per forward (rows, labels, sums) and never in the backward, but
+            for reductions other than "mean" once there.
+        reduction: "mean" over the rows of all processes that have positives, "sum" of this
+            process's rows, or "none": (M,), where a row without positives has 0. The gradient of
+            the latter two is that of all processes' rows, each times its own upstream gradient, of
+            any sign, and costs two passes over the similarities.
+        return_stats: return (loss, `Stats`). The loss and its gradient stay what they are, to
+            rounding; the forward pass takes the full grid.
         impl: "auto" (Triton on a GPU, else the reference; said once through
             logging.getLogger("kernels")), "triton" or "torch".
 
     Returns:
-        Scalar loss, fp32 (fp64 for fp64 inputs).
+        The loss, fp32 (fp64 for fp64 inputs), a scalar but for reduction="none"; with statistics
+        the pair of both.
 
     Raises:
         ValueError: shapes, dtypes or devices that disagree, a temperature that is not positive,
-            impl="triton" where it cannot run.
+            an unknown reduction, impl="triton" where it cannot run.
 
     Source: Khosla et al. 2020, arXiv:2004.11362, L_out of equation 2.
     """
@@ -617,6 +711,8 @@ def sup_con(
             f"sup_con: labels are {tuple(labels.shape)} {labels.dtype} on {labels.device}; "
             f"they must be ({z.shape[0]},) integers on {z.device}"
         )
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"sup_con: reduction={reduction!r}, allowed are 'mean', 'sum' and 'none'")
     if isinstance(temperature, torch.Tensor):
         if temperature.numel() != 1:
             raise ValueError(
@@ -625,15 +721,16 @@ def sup_con(
         temperature = temperature.reshape(())
     elif not 0 < temperature < math.inf:
         raise ValueError(f"sup_con: temperature={temperature} must be a positive number")
+    options = (normalize, gather, reduction, return_stats)
     if choose_impl("sup_con", impl, z, why_not_fused(z, normalize, temperature)) == "torch":
-        return _sup_con(z, labels, temperature, normalize, gather, "torch")
+        return _sup_con(z, labels, temperature, *options, "torch")
     is_tensor = isinstance(temperature, torch.Tensor)
     shifted = shift_of(None if is_tensor else temperature, normalize) is not None
     width = block_d(z.shape[1]) * (1 + planes(z.dtype, normalize)[1])
     few = z.shape[0] <= FEW_ROWS and width <= FEW_ROWS_WIDTH
-    if few and shifted and gather is None:
+    if few and shifted and options[1:] == (None, "mean", False):
         if torch.compiler.is_compiling():
             return _few_forward_op(z, labels, float(temperature))[0]
         return _FewRows.call(z, labels, float(temperature))[0]
     kind = str(z.dtype).removeprefix("torch.")
-    return _sup_con(z, labels, temperature, normalize, gather, kind)
+    return _sup_con(z, labels, temperature, *options, kind)

@@ -123,8 +123,8 @@ def similarity_cases(target, every):
             for d in (16, 64, 128, 256, 512)
         ]
     for planes, element, block_d in chosen:
-        for name in ("half", "full", "bwd"):
-            tile = similarity.tile(name, planes, block_d, target)
+        for name in ("half", "full", "bwd", "stats"):
+            tile = similarity.tile(name.replace("stats", "full"), planes, block_d, target)
             if tile is None or (
                 name == "half" and (planes, element) == (2, "bf16")
             ):  # rows of unknown length: full grid
@@ -133,6 +133,7 @@ def similarity_cases(target, every):
                 "half": similarity.half_kernel,
                 "full": similarity.full_kernel,
                 "bwd": similarity.bwd_kernel,
+                "stats": similarity.stats_kernel,
             }[name]
             block_m, block_n, warps, stages = tile
             sums = (
@@ -147,7 +148,7 @@ def similarity_cases(target, every):
                 kernel,
                 element,
                 fp32=sums,
-                aligned=("stride_slot", "keys_per_split"),
+                aligned=("stride_slot", "stride_kind", "keys_per_split"),
                 scalars=("shift",),
             )
             constants = {
@@ -158,6 +159,12 @@ def similarity_cases(target, every):
             }
             constants["BLOCK_D"] = block_d
             label = f"{element}{' hi+lo' if planes == 2 else ''} D={block_d}, {block_m}x{block_n}"
+            if name == "stats":
+                for kind, of_rows, shift in (("pairs", "*fp32", 1), ("classes", "*i64", 0)):
+                    of = {"of_rows_ptr": of_rows, "of_keys_ptr": of_rows, "factor_ptr": "*fp32"}
+                    sized = constants | {"PAIR_SHIFT": shift}
+                    yield f"stats of {kind} {label}", kernel, types | of, sized, warps, stages
+                continue
             if name != "bwd":
                 yield f"{name} {label}", kernel, types, constants, warps, stages
                 continue
@@ -369,7 +376,7 @@ def check(target, reports):
         assert report["shared"] <= TARGETS[target], report
         products = any(
             name in report["kernel"]
-            for name in ("half_", "full_", "bwd_kernel", "few_rows", "conv1x1")
+            for name in ("half_", "full_", "stats_", "bwd_kernel", "few_rows", "conv1x1")
         )
         assert (report["tensor_cores"] > 0) == products, report
         if report["kernel"] == "temporal_shift_kernel" or "runs of 8" in report["label"]:
