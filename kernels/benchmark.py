@@ -443,6 +443,15 @@ def bench(op, device, dtype, options):
     return rows
 
 
+def ptxas_version(device):
+    """Of the assembler that comes with Triton, which has another one for Blackwell; or None."""
+    if triton is None or not torch.version.cuda:
+        return None
+    nvidia = triton.knobs.nvidia
+    blackwell = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10
+    return (nvidia.ptxas_blackwell if blackwell else nvidia.ptxas).version
+
+
 def commit():
     if shutil.which("git") is None:
         return None
@@ -494,6 +503,8 @@ def main(argv=None):
         "device": device_name,
         "torch": torch.__version__,
         "triton": None if triton is None else triton.__version__,
+        "cuda": torch.version.cuda,
+        "ptxas": ptxas_version(device),
         "python": platform.python_version(),
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

@@ -78,7 +78,7 @@ BLOCK = 32 if INTERPRETED else 128
 # the last one.
 TILES = {
     "sm_80": {
-        (1, 64): ((64, 128, 4, 2), (64, 128, 4, 2), (64, 128, 4, 2)),
+        (1, 64): ((64, 128, 4, 2), (64, 128, 4, 2), (64, 64, 4, 2)),
         (1, 128): ((64, 128, 4, 2), (64, 128, 4, 2), (64, 128, 4, 2)),
         (1, 256): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
         (1, 512): ((64, 64, 8, 1), (64, 64, 8, 1), (64, 64, 8, 2)),
@@ -89,7 +89,7 @@ TILES = {
         (1, 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 128, 4, 3)),
         (1, 128): ((64, 128, 4, 3), (128, 128, 8, 2), (64, 128, 4, 2)),
         (1, 256): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
-        (1, 512): ((64, 64, 8, 1), (64, 64, 8, 1), (64, 64, 8, 2)),
+        (1, 512): ((64, 64, 8, 1), (64, 64, 8, 1), (64, 32, 8, 2)),
         (2, 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
         (2, 128): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
     },
@@ -98,7 +98,7 @@ TILES = {
         (1, 128): ((64, 64, 4, 2), (64, 128, 4, 2), (64, 64, 4, 2)),
         (1, 256): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
         (1, 512): ((64, 64, 8, 1), (64, 64, 8, 1), (64, 64, 8, 1)),
-        (2, 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2)),
+        (2, 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
         (2, 128): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
     },
     "gfx942": {
@@ -510,6 +510,49 @@ def full_kernel(
     tl.store(sums_ptr + split.to(tl.int64) * stride_slot + offs_m, total)
 
 
+@jit
+def _add_tile(
+    acc,
+    rows,
+    rows_lo,
+    lse_rows,
+    keys_ptr,
+    lse_keys_ptr,
+    offs_m,
+    start,
+    offs_d,
+    shift,
+    num_keys,
+    MASKED: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    PAIR_SHIFT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    LOG2_SCALE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """acc + the weighted keys of the block at start; lse_rows: with SHIFTED 2^(shift - lse)."""
+    local_n = tl.arange(0, BLOCK_N)
+    offs_n = start + local_n
+    keys, keys_lo = load_planes(keys_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
+    inside = local_n < num_keys - start  # as in half_kernel
+    if MASKED:
+        lse_keys = tl.load(lse_keys_ptr + offs_n, mask=inside, other=float("inf"))
+    else:
+        lse_keys = tl.load(lse_keys_ptr + offs_n)
+    s = similarities(rows, rows_lo, keys, keys_lo, SPLIT)  # [BLOCK_M, BLOCK_N]
+    if SHIFTED:
+        inverse_keys = tl.exp2(shift - lse_keys)
+        weight = tl.exp2(s - (shift - LOG2_SCALE)) * (lse_rows[:, None] + inverse_keys[None, :])
+    else:
+        weight = tl.exp2(s - (lse_rows - LOG2_SCALE)[:, None])
+        weight += tl.exp2(s - (lse_keys - LOG2_SCALE)[None, :])
+    if MASKED:
+        same_group = ((offs_m - start) >> PAIR_SHIFT)[:, None] == (local_n >> PAIR_SHIFT)[None, :]
+        weight = tl.where(same_group | (inside == 0)[None, :], 0.0, weight)
+    return add_weighted(acc, weight, keys, keys_lo, SPLIT)
+
+
 @jit(do_not_specialize=["num_rows", "num_keys"])
 def bwd_kernel(
     rows_ptr,
@@ -533,6 +576,9 @@ def bwd_kernel(
     """The weighted sum over one range of keys, fp32, into slot [range, row].
 
     SHIFTED: one exponential serves both terms.
+
+    Blocks of keys that need no mask come first, in a loop of their own: with a branch between the
+    two products of a tile ptxas lets each of their instructions wait for the one before.
     """
     pid_m = tl.program_id(0)
     split = tl.program_id(1)
@@ -541,26 +587,60 @@ def bwd_kernel(
     rows, rows_lo = load_planes(rows_ptr, offs_m, offs_d, SPLIT, BLOCK_D)
     lse_rows = tl.load(lse_rows_ptr + offs_m, mask=offs_m < num_rows, other=float("inf"))
     if SHIFTED:
-        inverse_rows = tl.exp2(shift - lse_rows)
-        shift_scaled = shift - LOG2_SCALE
+        lse_rows = tl.exp2(shift - lse_rows)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     begin = split * keys_per_split
-    for start in range(begin, tl.minimum(begin + keys_per_split, num_keys), BLOCK_N):
-        offs_n = start + tl.arange(0, BLOCK_N)
-        keys, keys_lo = load_planes(keys_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
-        lse_keys = tl.load(lse_keys_ptr + offs_n, mask=offs_n < num_keys, other=float("inf"))
-        s = similarities(rows, rows_lo, keys, keys_lo, SPLIT)  # [BLOCK_M, BLOCK_N]
-        if SHIFTED:
-            inverse_keys = tl.exp2(shift - lse_keys)
-            weight = tl.exp2(s - shift_scaled) * (inverse_rows[:, None] + inverse_keys[None, :])
-        else:
-            weight = tl.exp2(s - (lse_rows - LOG2_SCALE)[:, None])
-            weight += tl.exp2(s - (lse_keys - LOG2_SCALE)[None, :])
-        diagonal = (start < (pid_m + 1) * BLOCK_M) & (start + BLOCK_N > pid_m * BLOCK_M)
-        if diagonal | (start + BLOCK_N > num_keys):
-            same_group = (offs_m >> PAIR_SHIFT)[:, None] == (offs_n >> PAIR_SHIFT)[None, :]
-            weight = tl.where(same_group | (offs_n >= num_keys)[None, :], 0.0, weight)
-        acc = add_weighted(acc, weight, keys, keys_lo, SPLIT)
+    end = tl.minimum(begin + keys_per_split, num_keys)
+    whole = tl.minimum(end, num_keys // BLOCK_N * BLOCK_N)
+    WIDTH: tl.constexpr = BLOCK_M if BLOCK_M > BLOCK_N else BLOCK_N
+    diagonal = pid_m * BLOCK_M // WIDTH * WIDTH
+    # The part of the diagonal's blocks that lies in this range.
+    first = tl.maximum(diagonal, begin)
+    masked = tl.maximum(tl.minimum(diagonal + WIDTH, whole) - first, 0)
+    for step in range(begin, whole - masked, BLOCK_N):
+        start = tl.where(step < first, step, step + masked)
+        acc = _add_tile(
+            acc,
+            rows,
+            rows_lo,
+            lse_rows,
+            keys_ptr,
+            lse_keys_ptr,
+            offs_m,
+            start,
+            offs_d,
+            shift,
+            num_keys,
+            False,
+            SHIFTED,
+            PAIR_SHIFT,
+            SPLIT,
+            LOG2_SCALE,
+            BLOCK_N,
+            BLOCK_D,
+        )
+    for step in range(whole - masked, end, BLOCK_N):
+        start = tl.where(step < whole, first + step - (whole - masked), step)
+        acc = _add_tile(
+            acc,
+            rows,
+            rows_lo,
+            lse_rows,
+            keys_ptr,
+            lse_keys_ptr,
+            offs_m,
+            start,
+            offs_d,
+            shift,
+            num_keys,
+            True,
+            SHIFTED,
+            PAIR_SHIFT,
+            SPLIT,
+            LOG2_SCALE,
+            BLOCK_N,
+            BLOCK_D,
+        )
     slot_ptr = partial_ptr + split.to(tl.int64) * stride_slot
     out = slot_ptr + offs_m.to(tl.int64)[:, None] * BLOCK_D + offs_d[None, :]
     tl.store(out, acc * 2.0 ** (-LOG2_SCALE))

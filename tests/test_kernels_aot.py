@@ -1,5 +1,5 @@
-"""Every kernel compiles ahead of time for five GPUs, without one: no spills, tensor cores used,
-shared memory within limits.
+"""Every kernel compiles ahead of time for five GPUs, without one: no spills, tensor cores used and
+not made to wait for each other, shared memory within limits.
 
 Run as a program (`python -m tests.test_kernels_aot sm_90`) it prints one JSON line per kernel: the
 tables of kernels/README.md. The compiler refuses to work in a process that has TRITON_INTERPRET
@@ -76,6 +76,7 @@ def compile_kernel(kernel, types, constants, target, warps, stages):
     report["carried"] = [
         loop.count(" = ") for loop in re.findall(r"iter_args\((.*?)\) ->", compiled.asm["ttgir"])
     ]
+    report["triton"] = triton.__version__
     if amd:
         report["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1])
         report["spills"] = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", assembly)[1])
@@ -96,7 +97,27 @@ def compile_kernel(kernel, types, constants, target, warps, stages):
     )
     for name in ("SHFL", "MUFU.EX2"):
         report[name.lower()] = len(re.findall(rf"\b{re.escape(name)}\b", sass))
+    nvidia = triton.knobs.nvidia
+    ptxas = nvidia.ptxas_blackwell if target == "sm_100" else nvidia.ptxas
+    report["ptxas"] = ptxas.version
+    if "wgmma" in assembly:
+        report["serialized"] = serialized(ptxas.path, assembly)
     return report
+
+
+def serialized(ptxas, assembly):
+    """Does ptxas say that instructions of a product wait for each other, one by one?"""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
+        ptx.write(assembly)
+        ptx.flush()
+        gpu = re.search(r"\.target (\w+)", assembly)[1]
+        said = subprocess.run(
+            [ptxas, "-v", f"--gpu-name={gpu}", ptx.name, "-o", os.devnull],
+            capture_output=True,
+            text=True,
+        )
+    assert said.returncode == 0, said.stderr
+    return "serializ" in said.stderr
 
 
 def argument_types(kernel, element, *, fp32=(), int64=(), aligned=(), scalars=()):
@@ -372,6 +393,7 @@ def check(target, reports):
             for name in ("half_", "full_", "bwd_kernel", "few_rows", "conv1x1")
         )
         assert (report["tensor_cores"] > 0) == products, report
+        assert not report.get("serialized"), report
         if report["kernel"] == "temporal_shift_kernel" or "runs of 8" in report["label"]:
             assert report["wide_accesses"] > 0, report
         if report["label"] == "shift bf16 replicate":

@@ -25,7 +25,7 @@ def one_thread():
 def test_every_operation_on_the_cpu(op, capsys):
     kernels.benchmark.main(["--op", op, "--cpu", "--quick", "--peers"])
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {"device", "torch", "triton", "commit", "date"} <= report.keys()
+    assert {"device", "torch", "triton", "cuda", "ptxas", "commit", "date"} <= report.keys()
     by_name = {(row["implementation"], row["pass"], row["shape"]): row for row in report["rows"]}
     names = {name for name, _, _ in by_name}
     assert any(name.startswith("ours") for name in names) and "eager" in names
