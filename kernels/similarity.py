@@ -315,6 +315,50 @@ def sum_ranges(
 
 
 @jit
+def merge_slots(
+    tops_ptr,
+    sums_ptr,
+    rows,
+    mask_r,
+    shift,
+    num_slots,
+    half_slot,
+    half_row,
+    stride_slot,
+    SHIFTED: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """The log-sum-exps, base 2, of what `slot_sums` left for some rows: [BLOCK_R]."""
+    top = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    for first in range(0, num_slots, SLOTS):
+        slots = first + tl.arange(0, SLOTS)
+        offs = slots.to(tl.int64)[:, None] * stride_slot + rows[None, :]
+        written = (slots != half_slot)[:, None] | (rows >= half_row)[None, :]
+        mask = (slots < num_slots)[:, None] & mask_r[None, :] & written
+        sums = tl.load(sums_ptr + offs, mask=mask, other=0.0)  # [SLOTS, BLOCK_R]
+        if SHIFTED:
+            total += tl.sum(sums, 0)
+        else:
+            tops = tl.load(tops_ptr + offs, mask=mask, other=float("-inf"))
+            new_top = tl.maximum(top, tl.max(tops, 0))
+            base = tl.where(new_top == float("-inf"), 0.0, new_top)
+            total = total * tl.exp2(top - base) + tl.sum(sums * tl.exp2(tops - base[None, :]), 0)
+            top = new_top
+    if SHIFTED:
+        top = tl.full([BLOCK_R], 0.0, tl.float32) + shift
+    return log2_sum(total, top)
+
+
+@jit
+def log2_sum(total, top):
+    # Compared with zero alone: a nan is no empty sum.
+    empty = total == 0.0
+    return tl.where(empty, float("-inf"), top + tl.log2(tl.where(empty, 1.0, total)))
+
+
+@jit
 def comes_last(count_ptr):
     """Is this the last program of the launch to come here?
 
@@ -710,6 +754,19 @@ def _num_splits(blocks: int, steps: int, most: int, slots: int) -> int:
     return min(range(1, max(1, min(steps, most, 64)) + 1), key=cost)
 
 
+def key_ranges(
+    blocks: int, num_keys: int, block_n: int, range_bytes: int, device: torch.device
+) -> tuple[int, int]:
+    """-> into how many ranges to cut the keys of each block of rows; keys of a range.
+
+    range_bytes: what all blocks store of one range.
+    """
+    steps = ceil_div(num_keys, block_n)
+    splits = _num_splits(blocks, steps, SLOT_BYTES // range_bytes or 1, 2 * num_sms(device))
+    per_split = ceil_div(steps, splits)
+    return ceil_div(steps, per_split), per_split * block_n
+
+
 def gather_keys(
     gather: Gather | None, u: torch.Tensor, num_rows: int
 ) -> tuple[torch.Tensor, int, torch.Tensor | None]:
@@ -761,11 +818,7 @@ def _full_plan(shape, dtype, device, num_keys, pair_shift, split):
     """-> the number of slots, the launch."""
     size, dim = shape[0], shape[1] // (2 if split else 1)
     block_m, block_n, warps, stages = tile("full", 1 + split, dim, target_name(device))
-    steps = ceil_div(num_keys, block_n)
-    most = SLOT_BYTES // (8 * size) or 1
-    splits = _num_splits(size // block_m, steps, most, 2 * num_sms(device))
-    per_split = ceil_div(steps, splits)
-    splits = ceil_div(steps, per_split)
+    splits, per_split = key_ranges(size // block_m, num_keys, block_n, 8 * size, device)
     constants = {
         "PAIR_SHIFT": pair_shift,
         "SPLIT": split,
@@ -773,7 +826,7 @@ def _full_plan(shape, dtype, device, num_keys, pair_shift, split):
         "BLOCK_N": block_n,
         "BLOCK_D": dim,
     }
-    integers = (num_keys, per_split * block_n, size)
+    integers = (num_keys, per_split, size)
     grid = (size // block_m, splits)
     return splits, Launch(full_kernel, grid, integers, constants, warps, stages)
 
@@ -823,12 +876,8 @@ def _weighted_plan(shape, dtype, device, num_rows, num_keys, pair_shift, split, 
     """-> the shape of the result, the launch."""
     size, dim = shape[0], shape[1] // (2 if split else 1)
     block_m, block_n, warps, stages = tile("bwd", 1 + split, dim, target_name(device))
-    steps = ceil_div(num_keys, block_n)
-    most = SLOT_BYTES // (4 * size * dim) or 1
-    splits = _num_splits(size // block_m, steps, most, 2 * num_sms(device))
-    per_split = ceil_div(steps, splits)
-    splits = ceil_div(steps, per_split)
-    integers = (num_rows, num_keys, per_split * block_n, size * dim)
+    splits, per_split = key_ranges(size // block_m, num_keys, block_n, 4 * size * dim, device)
+    integers = (num_rows, num_keys, per_split, size * dim)
     constants = {
         "SHIFTED": shifted,
         "PAIR_SHIFT": pair_shift,

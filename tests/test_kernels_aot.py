@@ -233,6 +233,7 @@ def loss_cases(target):
         "SLOTS": 16,
         "BLOCK_R": 128,
         "BLOCK_K": 64,
+        "BLOCK_N": 128,
         "LOG2_SCALE": 0.0,
     }
     for kernel in (
@@ -244,6 +245,8 @@ def loss_cases(target):
         supervised.class_sum_kernel,
         supervised._sup_con_prepare_kernel,
         supervised._sup_con_few_rows_fwd_kernel,
+        supervised._sup_con_positives_kernel,
+        supervised._sup_con_finish_kernel,
         supervised._sup_con_epilogue_kernel,
     ):
         warps, stages = 4, 3
@@ -252,7 +255,7 @@ def loss_cases(target):
             "bf16",
             fp32=fp32,
             int64=("order_ptr", "starts_ptr", "ends_ptr", "labels_ptr"),
-            aligned=("stride_slot",),
+            aligned=("stride_slot", "keys_per_split"),
             scalars=("temperature", "shift"),
         )
         constants = {name: common[name] for name in kernel.arg_names if name in common}
@@ -263,6 +266,24 @@ def loss_cases(target):
             constants = {
                 name: value for name, value in constants.items() if name in kernel.arg_names
             }
+        if kernel is supervised._sup_con_positives_kernel:
+            for planes, element, block_d in ((1, "bf16", 128), (2, "fp16", 128), (1, "bf16", 512)):
+                tile = similarity.tile("bwd", planes, block_d, target)
+                if tile is None:
+                    continue
+                block_m, block_n, warps, stages = tile
+                typed = types | {"u_ptr": f"*{element}"}
+                sized = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d}
+                label = f"{kernel.__name__} {element}{' hi+lo' if planes == 2 else ''} D={block_d}"
+                yield (
+                    label,
+                    kernel,
+                    typed,
+                    constants | sized | {"SPLIT": planes == 2},
+                    warps,
+                    stages,
+                )
+            continue
         if "few_rows" not in kernel.__name__:
             yield kernel.__name__, kernel, types, constants, warps, stages
             continue
@@ -390,7 +411,14 @@ def check(target, reports):
         assert report["shared"] <= TARGETS[target], report
         products = any(
             name in report["kernel"]
-            for name in ("half_", "full_", "bwd_kernel", "few_rows", "conv1x1")
+            for name in (
+                "half_",
+                "full_",
+                "bwd_kernel",
+                "few_rows",
+                "positives",
+                "conv1x1",
+            )
         )
         assert (report["tensor_cores"] > 0) == products, report
         assert not report.get("serialized"), report
