@@ -66,6 +66,8 @@ from .similarity import (
     inverse_norm,
     load_planes,
     load_rows,
+    log2_sum,
+    merge_slots,
     normalize_rows,
     own_rows_first,
     planes,
@@ -313,13 +315,6 @@ def _row_losses(negatives, pos, DECOUPLED: tl.constexpr):
 
 
 @jit
-def _log2_sum(total, top):
-    # Compared with zero alone: a nan is no empty sum.
-    empty = total == 0.0
-    return tl.where(empty, float("-inf"), top + tl.log2(tl.where(empty, 1.0, total)))
-
-
-@jit
 def _add_losses(partials_ptr, loss_ptr, loss):
     """Leave this program's loss; the program that comes last adds them all up."""
     tl.store(partials_ptr + 1 + tl.program_id(0), loss)
@@ -350,25 +345,20 @@ def _nt_xent_finish_kernel(
     """Merge the slots of each row into its base-2 log-sum-exps and add up the rows' losses."""
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_r = offs_r < num_rows
-    top = tl.full([BLOCK_R], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_R], tl.float32)
-    for first in range(0, num_slots, SLOTS):
-        slots = first + tl.arange(0, SLOTS)
-        offs = slots.to(tl.int64)[:, None] * stride_slot + offs_r[None, :]
-        written = (slots != half_slot)[:, None] | (offs_r >= half_row)[None, :]
-        mask = (slots < num_slots)[:, None] & mask_r[None, :] & written
-        sums = tl.load(sums_ptr + offs, mask=mask, other=0.0)  # [SLOTS, BLOCK_R]
-        if SHIFTED:
-            total += tl.sum(sums, 0)
-        else:
-            tops = tl.load(tops_ptr + offs, mask=mask, other=float("-inf"))
-            new_top = tl.maximum(top, tl.max(tops, 0))
-            base = tl.where(new_top == float("-inf"), 0.0, new_top)
-            total = total * tl.exp2(top - base) + tl.sum(sums * tl.exp2(tops - base[None, :]), 0)
-            top = new_top
-    if SHIFTED:
-        top = tl.full([BLOCK_R], 0.0, tl.float32) + shift
-    negatives = _log2_sum(total, top)
+    negatives = merge_slots(
+        tops_ptr,
+        sums_ptr,
+        offs_r,
+        mask_r,
+        shift,
+        num_slots,
+        half_slot,
+        half_row,
+        stride_slot,
+        SHIFTED,
+        SLOTS,
+        BLOCK_R,
+    )
     lse, loss = _row_losses(
         negatives, tl.load(pos_ptr + (offs_r >> 1), mask=mask_r, other=0.0), DECOUPLED
     )
@@ -405,7 +395,7 @@ def _nt_xent_few_rows_fwd_kernel(
         e = tl.exp2(similarities(rows, rows_lo, keys, keys_lo, SPLIT) - shift)
         same_pair = (offs_m >> 1)[:, None] == (offs_n >> 1)[None, :]
         total += tl.where(same_pair | (offs_n >= num_rows)[None, :], 0.0, e)
-    negatives = _log2_sum(tl.sum(total, 1), shift)
+    negatives = log2_sum(tl.sum(total, 1), shift)
     lse, loss = _row_losses(
         negatives, tl.load(pos_ptr + (offs_m >> 1), mask=mask_m, other=0.0), DECOUPLED
     )

@@ -80,7 +80,7 @@ BLOCK = 32 if INTERPRETED else 128
 # the last one.
 TILES = {
     "sm_80": {
-        (1, 64): ((64, 128, 4, 2), (64, 128, 4, 2), (64, 128, 4, 2)),
+        (1, 64): ((64, 128, 4, 2), (64, 128, 4, 2), (64, 64, 4, 2)),
         (1, 128): ((64, 128, 4, 2), (64, 128, 4, 2), (64, 128, 4, 2)),
         (1, 256): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
         (1, 512): ((64, 64, 8, 1), (64, 64, 8, 1), (64, 64, 8, 2)),
@@ -91,7 +91,7 @@ TILES = {
         (1, 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 128, 4, 3)),
         (1, 128): ((64, 128, 4, 3), (128, 128, 8, 2), (64, 128, 4, 2)),
         (1, 256): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
-        (1, 512): ((64, 64, 8, 1), (64, 64, 8, 1), (64, 64, 8, 2)),
+        (1, 512): ((64, 64, 8, 1), (64, 64, 8, 1), (64, 32, 8, 2)),
         (2, 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
         (2, 128): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
     },
@@ -100,7 +100,7 @@ TILES = {
         (1, 128): ((64, 64, 4, 2), (64, 128, 4, 2), (64, 64, 4, 2)),
         (1, 256): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
         (1, 512): ((64, 64, 8, 1), (64, 64, 8, 1), (64, 64, 8, 1)),
-        (2, 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2)),
+        (2, 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
         (2, 128): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
     },
     "gfx942": {
@@ -366,6 +366,50 @@ def sum_ranges(
 
 
 @jit
+def merge_slots(
+    tops_ptr,
+    sums_ptr,
+    rows,
+    mask_r,
+    shift,
+    num_slots,
+    half_slot,
+    half_row,
+    stride_slot,
+    SHIFTED: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """The log-sum-exps, base 2, of what `slot_sums` left for some rows: [BLOCK_R]."""
+    top = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    for first in range(0, num_slots, SLOTS):
+        slots = first + tl.arange(0, SLOTS)
+        offs = slots.to(tl.int64)[:, None] * stride_slot + rows[None, :]
+        written = (slots != half_slot)[:, None] | (rows >= half_row)[None, :]
+        mask = (slots < num_slots)[:, None] & mask_r[None, :] & written
+        sums = tl.load(sums_ptr + offs, mask=mask, other=0.0)  # [SLOTS, BLOCK_R]
+        if SHIFTED:
+            total += tl.sum(sums, 0)
+        else:
+            tops = tl.load(tops_ptr + offs, mask=mask, other=float("-inf"))
+            new_top = tl.maximum(top, tl.max(tops, 0))
+            base = tl.where(new_top == float("-inf"), 0.0, new_top)
+            total = total * tl.exp2(top - base) + tl.sum(sums * tl.exp2(tops - base[None, :]), 0)
+            top = new_top
+    if SHIFTED:
+        top = tl.full([BLOCK_R], 0.0, tl.float32) + shift
+    return log2_sum(total, top)
+
+
+@jit
+def log2_sum(total, top):
+    # Compared with zero alone: a nan is no empty sum.
+    empty = total == 0.0
+    return tl.where(empty, float("-inf"), top + tl.log2(tl.where(empty, 1.0, total)))
+
+
+@jit
 def comes_last(count_ptr):
     """Is this the last program of the launch to come here?
 
@@ -561,6 +605,49 @@ def full_kernel(
     tl.store(sums_ptr + split.to(tl.int64) * stride_slot + offs_m, total)
 
 
+@jit
+def _add_tile(
+    acc,
+    rows,
+    rows_lo,
+    lse_rows,
+    keys_ptr,
+    lse_keys_ptr,
+    offs_m,
+    start,
+    offs_d,
+    shift,
+    num_keys,
+    MASKED: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    PAIR_SHIFT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    LOG2_SCALE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """acc + the weighted keys of the block at start; lse_rows: with SHIFTED 2^(shift - lse)."""
+    local_n = tl.arange(0, BLOCK_N)
+    offs_n = start + local_n
+    keys, keys_lo = load_planes(keys_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
+    inside = local_n < num_keys - start  # as in half_kernel
+    if MASKED:
+        lse_keys = tl.load(lse_keys_ptr + offs_n, mask=inside, other=float("inf"))
+    else:
+        lse_keys = tl.load(lse_keys_ptr + offs_n)
+    s = similarities(rows, rows_lo, keys, keys_lo, SPLIT)  # [BLOCK_M, BLOCK_N]
+    if SHIFTED:
+        inverse_keys = tl.exp2(shift - lse_keys)
+        weight = tl.exp2(s - (shift - LOG2_SCALE)) * (lse_rows[:, None] + inverse_keys[None, :])
+    else:
+        weight = tl.exp2(s - (lse_rows - LOG2_SCALE)[:, None])
+        weight += tl.exp2(s - (lse_keys - LOG2_SCALE)[None, :])
+    if MASKED:
+        same_group = ((offs_m - start) >> PAIR_SHIFT)[:, None] == (local_n >> PAIR_SHIFT)[None, :]
+        weight = tl.where(same_group | (inside == 0)[None, :], 0.0, weight)
+    return add_weighted(acc, weight, keys, keys_lo, SPLIT)
+
+
 @jit(do_not_specialize=["num_rows", "num_keys"])
 def stats_kernel(
     rows_ptr,
@@ -650,6 +737,9 @@ def bwd_kernel(
     """The weighted sum over one range of keys, fp32, into slot [range, row].
 
     SHIFTED: one exponential serves both terms.
+
+    Blocks of keys that need no mask come first, in a loop of their own: with a branch between the
+    two products of a tile ptxas lets each of their instructions wait for the one before.
     """
     pid_m = tl.program_id(0)
     split = tl.program_id(1)
@@ -658,26 +748,60 @@ def bwd_kernel(
     rows, rows_lo = load_planes(rows_ptr, offs_m, offs_d, SPLIT, BLOCK_D)
     lse_rows = tl.load(lse_rows_ptr + offs_m, mask=offs_m < num_rows, other=float("inf"))
     if SHIFTED:
-        inverse_rows = tl.exp2(shift - lse_rows)
-        shift_scaled = shift - LOG2_SCALE
+        lse_rows = tl.exp2(shift - lse_rows)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     begin = split * keys_per_split
-    for start in range(begin, tl.minimum(begin + keys_per_split, num_keys), BLOCK_N):
-        offs_n = start + tl.arange(0, BLOCK_N)
-        keys, keys_lo = load_planes(keys_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
-        lse_keys = tl.load(lse_keys_ptr + offs_n, mask=offs_n < num_keys, other=float("inf"))
-        s = similarities(rows, rows_lo, keys, keys_lo, SPLIT)  # [BLOCK_M, BLOCK_N]
-        if SHIFTED:
-            inverse_keys = tl.exp2(shift - lse_keys)
-            weight = tl.exp2(s - shift_scaled) * (inverse_rows[:, None] + inverse_keys[None, :])
-        else:
-            weight = tl.exp2(s - (lse_rows - LOG2_SCALE)[:, None])
-            weight += tl.exp2(s - (lse_keys - LOG2_SCALE)[None, :])
-        diagonal = (start < (pid_m + 1) * BLOCK_M) & (start + BLOCK_N > pid_m * BLOCK_M)
-        if diagonal | (start + BLOCK_N > num_keys):
-            same_group = (offs_m >> PAIR_SHIFT)[:, None] == (offs_n >> PAIR_SHIFT)[None, :]
-            weight = tl.where(same_group | (offs_n >= num_keys)[None, :], 0.0, weight)
-        acc = add_weighted(acc, weight, keys, keys_lo, SPLIT)
+    end = tl.minimum(begin + keys_per_split, num_keys)
+    whole = tl.minimum(end, num_keys // BLOCK_N * BLOCK_N)
+    WIDTH: tl.constexpr = BLOCK_M if BLOCK_M > BLOCK_N else BLOCK_N
+    diagonal = pid_m * BLOCK_M // WIDTH * WIDTH
+    # The part of the diagonal's blocks that lies in this range.
+    first = tl.maximum(diagonal, begin)
+    masked = tl.maximum(tl.minimum(diagonal + WIDTH, whole) - first, 0)
+    for step in range(begin, whole - masked, BLOCK_N):
+        start = tl.where(step < first, step, step + masked)
+        acc = _add_tile(
+            acc,
+            rows,
+            rows_lo,
+            lse_rows,
+            keys_ptr,
+            lse_keys_ptr,
+            offs_m,
+            start,
+            offs_d,
+            shift,
+            num_keys,
+            False,
+            SHIFTED,
+            PAIR_SHIFT,
+            SPLIT,
+            LOG2_SCALE,
+            BLOCK_N,
+            BLOCK_D,
+        )
+    for step in range(whole - masked, end, BLOCK_N):
+        start = tl.where(step < whole, first + step - (whole - masked), step)
+        acc = _add_tile(
+            acc,
+            rows,
+            rows_lo,
+            lse_rows,
+            keys_ptr,
+            lse_keys_ptr,
+            offs_m,
+            start,
+            offs_d,
+            shift,
+            num_keys,
+            True,
+            SHIFTED,
+            PAIR_SHIFT,
+            SPLIT,
+            LOG2_SCALE,
+            BLOCK_N,
+            BLOCK_D,
+        )
     slot_ptr = partial_ptr + split.to(tl.int64) * stride_slot
     out = slot_ptr + offs_m.to(tl.int64)[:, None] * BLOCK_D + offs_d[None, :]
     tl.store(out, acc * 2.0 ** (-LOG2_SCALE))
@@ -745,6 +869,19 @@ def _num_splits(blocks: int, steps: int, most: int, slots: int) -> int:
         return ceil_div(blocks * ceil_div(steps, per_split), slots) * (per_split + 2)
 
     return min(range(1, max(1, min(steps, most, 64)) + 1), key=cost)
+
+
+def key_ranges(
+    blocks: int, num_keys: int, block_n: int, range_bytes: int, device: torch.device
+) -> tuple[int, int]:
+    """-> into how many ranges to cut the keys of each block of rows; keys of a range.
+
+    range_bytes: what all blocks store of one range.
+    """
+    steps = ceil_div(num_keys, block_n)
+    splits = _num_splits(blocks, steps, SLOT_BYTES // range_bytes or 1, 2 * num_sms(device))
+    per_split = ceil_div(steps, splits)
+    return ceil_div(steps, per_split), per_split * block_n
 
 
 def gather_keys(
@@ -821,11 +958,7 @@ def _full_plan(shape, dtype, device, num_keys, pair_shift, split):
     """-> the number of slots, the launch."""
     size, dim = shape[0], shape[1] // (2 if split else 1)
     block_m, block_n, warps, stages = tile("full", 1 + split, dim, target_name(device))
-    steps = ceil_div(num_keys, block_n)
-    most = SLOT_BYTES // (8 * size) or 1
-    splits = _num_splits(size // block_m, steps, most, 2 * num_sms(device))
-    per_split = ceil_div(steps, splits)
-    splits = ceil_div(steps, per_split)
+    splits, per_split = key_ranges(size // block_m, num_keys, block_n, 8 * size, device)
     constants = {
         "PAIR_SHIFT": pair_shift,
         "SPLIT": split,
@@ -833,7 +966,7 @@ def _full_plan(shape, dtype, device, num_keys, pair_shift, split):
         "BLOCK_N": block_n,
         "BLOCK_D": dim,
     }
-    integers = (num_keys, per_split * block_n, size)
+    integers = (num_keys, per_split, size)
     grid = (size // block_m, splits)
     return splits, Launch(full_kernel, grid, integers, constants, warps, stages)
 
@@ -883,12 +1016,8 @@ def _weighted_plan(shape, dtype, device, num_rows, num_keys, pair_shift, split, 
     """-> the shape of the result, the launch."""
     size, dim = shape[0], shape[1] // (2 if split else 1)
     block_m, block_n, warps, stages = tile("bwd", 1 + split, dim, target_name(device))
-    steps = ceil_div(num_keys, block_n)
-    most = SLOT_BYTES // (4 * size * dim) or 1
-    splits = _num_splits(size // block_m, steps, most, 2 * num_sms(device))
-    per_split = ceil_div(steps, splits)
-    splits = ceil_div(steps, per_split)
-    integers = (num_rows, num_keys, per_split * block_n, size * dim)
+    splits, per_split = key_ranges(size // block_m, num_keys, block_n, 4 * size * dim, device)
+    integers = (num_rows, num_keys, per_split, size * dim)
     constants = {
         "SHIFTED": shifted,
         "PAIR_SHIFT": pair_shift,

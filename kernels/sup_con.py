@@ -11,10 +11,11 @@ With the class sums C_y = sum_{y_j = y} z_j, and v_i = 1 where P_i is not empty,
                         - 2 v_i / |P_i| (C_{y_i} - z_i) ]
 
 so v is an infinite log-sum-exp in the tiles' eyes, and the backward needs no labels, only the mean
-positive of each row. Up to some thousand rows these come from the tiles themselves, as the product
-of (y_i = y_j) with the rows: two launches forward, two backward. Above, where that product costs
-more than sorting, and for many processes, class sums are taken over sorted labels: no atomics, no
-number of classes on the host.
+positive of each row. Up to some ten thousand rows these come from the product of (y_i = y_j) with
+the rows: of few rows in the kernel that takes them through all keys (two launches forward, two
+backward), above in one beside the tiles of similarity.py (four and two). Beyond, where that product
+costs more than sorting, and for many processes, class sums are taken over sorted labels: no
+atomics, no number of classes on the host.
 
 M x M similarities and label comparisons are never materialized; kept for the backward are O(M D).
 The Triton path takes what `nt_xent` takes. The second derivative raises.
@@ -53,8 +54,10 @@ from .similarity import (
     empty_rows,
     few_rows_tile,
     inverse_norm,
+    key_ranges,
     load_planes,
     load_rows,
+    merge_slots,
     normalize_rows,
     own_rows_first,
     padded,
@@ -71,6 +74,7 @@ from .similarity import (
     sum_of_programs,
     sum_ranges,
     tie_margin,
+    tile,
     weighted_sums,
     why_not_fused,
     with_row_gradients,
@@ -81,8 +85,10 @@ try:
 except ImportError:
     tl = None
 
-# Up to so many rows, and so wide a row of planes, the tiles compare labels (README.md).
-FEW_ROWS = 40 if INTERPRETED else 8192
+# Up to so many rows tiles compare labels; above, sorting them costs less (README.md).
+COMPARED_ROWS = 100 if INTERPRETED else 16384
+# Up to so many, and so wide a row of planes, one program takes some rows through all keys.
+FEW_ROWS = 40 if INTERPRETED else 2048
 FEW_ROWS_WIDTH = 64 if INTERPRETED else 256
 _LABEL_TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -375,6 +381,41 @@ def _sup_con_prepare_kernel(
     store_planes(u_ptr, rows, offs_d, u, FP16, SPLIT, BLOCK_D)
 
 
+@jit
+def _finish_rows(
+    u,
+    lse,
+    positives,
+    count,
+    rows,
+    mask_r,
+    lse_ptr,
+    positives_ptr,
+    partials_ptr,
+    loss_ptr,
+    scale_ptr,
+    BLOCK_D: tl.constexpr,
+):
+    """Store log-sum-exps and mean positives of some rows; the last program adds up the losses.
+
+    positives: the sum over the `count` other rows of each row's class.
+    """
+    valid = (count > 0.0) & mask_r
+    positives = tl.where(valid[:, None], positives / tl.maximum(count, 1.0)[:, None], 0.0)
+    loss = tl.where(valid, (lse - tl.sum(u * positives, 1)) * 0.6931471805599453, 0.0)
+    tl.store(lse_ptr + rows, tl.where(valid, lse, float("inf")), mask=mask_r)
+    offs = rows.to(tl.int64)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    tl.store(positives_ptr + offs, positives, mask=mask_r[:, None])
+    losses_ptr = partials_ptr + 1
+    valids_ptr = losses_ptr + tl.num_programs(0)
+    tl.store(losses_ptr + tl.program_id(0), tl.sum(loss, 0))
+    tl.store(valids_ptr + tl.program_id(0), tl.sum(valid.to(tl.float32), 0))
+    if comes_last(partials_ptr):
+        scale = 1.0 / tl.maximum(sum_of_programs(valids_ptr), 1.0)
+        tl.store(scale_ptr, scale)
+        tl.store(loss_ptr, sum_of_programs(losses_ptr) * scale)
+
+
 @jit(do_not_specialize=["num_rows"])
 def _sup_con_few_rows_fwd_kernel(
     u_ptr,
@@ -415,25 +456,135 @@ def _sup_con_few_rows_fwd_kernel(
         positives = tl.dot(same, keys, positives, input_precision="ieee")
         if SPLIT:
             positives = tl.dot(same, keys_lo, positives, input_precision="ieee")
-    count = tl.max(count, 1)
-    valid = (count > 0.0) & mask_m
-    positives = positives / tl.maximum(count, 1.0)[:, None]
     u = rows.to(tl.float32)
     if SPLIT:
         u += rows_lo.to(tl.float32)
     lse = shift + tl.log2(tl.sum(total, 1))
-    loss = tl.where(valid, (lse - tl.sum(u * positives, 1)) * 0.6931471805599453, 0.0)
-    tl.store(lse_ptr + offs_m, tl.where(valid, lse, float("inf")), mask=mask_m)
-    offs = offs_m[:, None] * BLOCK_D + offs_d[None, :]
-    tl.store(positives_ptr + offs, positives, mask=mask_m[:, None])
-    losses_ptr = partials_ptr + 1
-    valids_ptr = losses_ptr + tl.num_programs(0)
-    tl.store(losses_ptr + tl.program_id(0), tl.sum(loss, 0))
-    tl.store(valids_ptr + tl.program_id(0), tl.sum(valid.to(tl.float32), 0))
-    if comes_last(partials_ptr):
-        scale = 1.0 / tl.maximum(sum_of_programs(valids_ptr), 1.0)
-        tl.store(scale_ptr, scale)
-        tl.store(loss_ptr, sum_of_programs(losses_ptr) * scale)
+    _finish_rows(
+        u,
+        lse,
+        positives,
+        tl.max(count, 1),
+        offs_m,
+        mask_m,
+        lse_ptr,
+        positives_ptr,
+        partials_ptr,
+        loss_ptr,
+        scale_ptr,
+        BLOCK_D,
+    )
+
+
+@jit(do_not_specialize=["num_rows"])
+def _sup_con_positives_kernel(
+    u_ptr,
+    labels_ptr,
+    partial_ptr,
+    num_rows,
+    keys_per_split,
+    stride_slot,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The sum of the keys of each row's class, itself among them, over one range of keys.
+
+    A product of (y_i = y_j) with the keys, which costs the same whatever the classes' sizes. Keys
+    beyond the rows are zeros, so that nothing is masked; counting here would serialize the product.
+    """
+    split = tl.program_id(1)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    labels_m = tl.load(labels_ptr + offs_m, mask=offs_m < num_rows, other=0)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    begin = split * keys_per_split
+    for start in range(begin, tl.minimum(begin + keys_per_split, num_rows), BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        keys, keys_lo = load_planes(u_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
+        labels_n = tl.load(labels_ptr + offs_n, mask=offs_n < num_rows, other=0)
+        same = tl.where(labels_m[:, None] == labels_n[None, :], 1.0, 0.0)  # [BLOCK_M, BLOCK_N]
+        same = same.to(keys.dtype)
+        acc = tl.dot(same, keys, acc, input_precision="ieee")
+        if SPLIT:
+            acc = tl.dot(same, keys_lo, acc, input_precision="ieee")
+    slot_ptr = partial_ptr + split.to(tl.int64) * stride_slot
+    tl.store(slot_ptr + offs_m.to(tl.int64)[:, None] * BLOCK_D + offs_d[None, :], acc)
+
+
+@jit
+def _sup_con_finish_kernel(
+    u_ptr,
+    tops_ptr,
+    sums_ptr,
+    labels_ptr,
+    partial_ptr,
+    lse_ptr,
+    positives_ptr,
+    partials_ptr,
+    loss_ptr,
+    scale_ptr,
+    shift,
+    num_rows,
+    num_slots,
+    half_slot,
+    half_row,
+    stride_slot,
+    num_ranges,
+    stride_range,
+    SHIFTED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Merge what the tiles left of each row, and add up the losses."""
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_r = rows < num_rows
+    lse = merge_slots(
+        tops_ptr,
+        sums_ptr,
+        rows,
+        mask_r,
+        shift,
+        num_slots,
+        half_slot,
+        half_row,
+        stride_slot,
+        SHIFTED,
+        SLOTS,
+        BLOCK_R,
+    )
+    u, u_lo = load_planes(u_ptr, rows, offs_d, SPLIT, BLOCK_D)
+    u = u.to(tl.float32)
+    if SPLIT:
+        u += u_lo.to(tl.float32)
+    positives = sum_ranges(partial_ptr, rows, offs_d, num_ranges, stride_range, BLOCK_R, BLOCK_D)
+    labels_r = tl.load(labels_ptr + rows, mask=mask_r, other=0)
+    count = tl.full([BLOCK_R], -1.0, tl.float32)  # without the row itself
+    for start in range(0, num_rows, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        inside = offs_n < num_rows
+        labels_n = tl.load(labels_ptr + offs_n, mask=inside, other=0)
+        same = (labels_r[:, None] == labels_n[None, :]) & inside[None, :]
+        count += tl.sum(tl.where(same, 1.0, 0.0), 1)
+    _finish_rows(
+        u,
+        lse,
+        positives - u,
+        count,
+        rows,
+        mask_r,
+        lse_ptr,
+        positives_ptr,
+        partials_ptr,
+        loss_ptr,
+        scale_ptr,
+        BLOCK_D,
+    )
 
 
 @jit
@@ -480,26 +631,65 @@ def _block_r(width: int) -> int:
 
 @plan
 def _few_plan(shape, dtype, device, strides, label_dtype):
-    """-> rows' shape and dtype, their width, number of programs; launches: prepare and forward."""
+    """-> rows' shape and dtype, number of programs, are rows split; launches.
+
+    They are prepare and, of few rows, all that is left, else None.
+    """
     num_rows, dim = shape
     plane, split = planes(dtype, True)
     buffer = row_buffer(num_rows, dim, dtype, True)
     width = block_d(dim)
-    block_m, block_n, warps, stages = few_rows_tile(target_name(device))
+    block_r = _block_r(width)
     constants = {
         "EPS": NORM_EPS,
         "FP16": plane == torch.float16,
         "SPLIT": split,
-        "BLOCK_R": _block_r(width),
+        "BLOCK_R": block_r,
         "BLOCK_D": width,
     }
-    grid = (buffer[0][0] // _block_r(width),)
+    grid = (buffer[0][0] // block_r,)
     prepare = Launch(_sup_con_prepare_kernel, grid, (*strides, num_rows, dim), constants)
+    if num_rows > FEW_ROWS or buffer[0][1] > FEW_ROWS_WIDTH:
+        return *buffer, ceil_div(num_rows, block_r), split, prepare, None
+    block_m, block_n, warps, stages = few_rows_tile(target_name(device))
     constants = {"SPLIT": split, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": width}
-    programs = ceil_div(num_rows, block_m)
+    grid = (ceil_div(num_rows, block_m),)
     integers = (num_rows,)
-    forward = Launch(_sup_con_few_rows_fwd_kernel, (programs,), integers, constants, warps, stages)
-    return *buffer, width, programs, prepare, forward
+    forward = Launch(_sup_con_few_rows_fwd_kernel, grid, integers, constants, warps, stages)
+    return *buffer, *grid, split, prepare, forward
+
+
+@plan
+def _positives_plan(shape, dtype, device, num_rows, split, label_dtype):
+    """-> the shape of the sums, the launch."""
+    size, width = shape[0], shape[1] // (2 if split else 1)
+    block_m, block_n, warps, stages = tile("bwd", 1 + split, width, target_name(device))
+    blocks = size // block_m
+    splits, per_split = key_ranges(blocks, num_rows, block_n, 4 * size * width, device)
+    integers = (num_rows, per_split, size * width)
+    constants = {"SPLIT": split, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": width}
+    grid = (blocks, splits)
+    launch = Launch(_sup_con_positives_kernel, grid, integers, constants, warps, stages)
+    return (splits, size, width), launch
+
+
+@plan
+def _finish_plan(
+    num_rows, slots, half_slot, half_row, ranges, device, dtype, split, shifted, label_dtype
+):
+    """The launch. slots, ranges: shapes of what the tiles left."""
+    block_r = _block_r(ranges[2])
+    of_slots = (slots[0], half_slot, half_row, slots[1])
+    integers = (num_rows, *of_slots, ranges[0], ranges[1] * ranges[2])
+    constants = {
+        "SHIFTED": shifted,
+        "SPLIT": split,
+        "SLOTS": 16,
+        "BLOCK_R": block_r,
+        "BLOCK_N": 128,
+        "BLOCK_D": ranges[2],
+    }
+    return Launch(_sup_con_finish_kernel, (ceil_div(num_rows, block_r),), integers, constants)
 
 
 @on_device_of_first
@@ -508,18 +698,31 @@ def _few_forward(z, labels, temperature):
     num_rows, dtype, device = z.shape[0], z.dtype, z.device
     z = z.float() if INTERPRETED and dtype == torch.bfloat16 else z
     labels = labels.contiguous()
-    shape, plane, width, programs, prepare, forward = _few_plan(
+    shape, plane, programs, split, prepare, forward = _few_plan(
         z.shape, dtype, device, z.stride(), labels.dtype
     )
     u = torch.empty(shape, dtype=plane, device=device)
     partials = torch.empty(1 + 2 * programs, dtype=torch.float32, device=device)
     prepare((z, u, partials), temperature)
     lse = torch.empty(num_rows, dtype=torch.float32, device=device)
+    width = block_d(z.shape[1])
     positives = torch.empty(num_rows, width, dtype=torch.float32, device=device)
     loss = torch.empty((), dtype=torch.float32, device=device)
     scale = torch.empty_like(loss)
-    tensors = (u, labels, lse, positives, partials, loss, scale)
-    forward(tensors, shift_of(temperature, True))
+    results = (lse, positives, partials, loss, scale)
+    shift = shift_of(temperature, True)
+    if forward is not None:
+        forward((u, labels, *results), shift)
+        return loss, u, lse, positives, scale
+    tops, sums, half_slot, half_row = slot_sums(u, u, num_rows, num_rows, 0, split, shift)
+    ranges, add_positives = _positives_plan(shape, plane, device, num_rows, split, labels.dtype)
+    partial = torch.empty(ranges, dtype=torch.float32, device=device)
+    add_positives((u, labels, partial))
+    of_slots = (sums.shape, half_slot, half_row)
+    finish = _finish_plan(
+        num_rows, *of_slots, ranges, device, plane, split, tops is None, labels.dtype
+    )
+    finish((u, sums if tops is None else tops, sums, labels, partial, *results), shift)
     return loss, u, lse, positives, scale
 
 
@@ -726,9 +929,7 @@ def sup_con(
         return _sup_con(z, labels, temperature, *options, "torch")
     is_tensor = isinstance(temperature, torch.Tensor)
     shifted = shift_of(None if is_tensor else temperature, normalize) is not None
-    width = block_d(z.shape[1]) * (1 + planes(z.dtype, normalize)[1])
-    few = z.shape[0] <= FEW_ROWS and width <= FEW_ROWS_WIDTH
-    if few and shifted and options[1:] == (None, "mean", False):
+    if z.shape[0] <= COMPARED_ROWS and shifted and options[1:] == (None, "mean", False):
         if torch.compiler.is_compiling():
             return _few_forward_op(z, labels, float(temperature))[0]
         return _FewRows.call(z, labels, float(temperature))[0]

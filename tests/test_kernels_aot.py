@@ -1,5 +1,5 @@
-"""Every kernel compiles ahead of time for five GPUs, without one: no spills, tensor cores used,
-shared memory within limits.
+"""Every kernel compiles ahead of time for five GPUs, without one: no spills, tensor cores used and
+not made to wait for each other, shared memory within limits.
 
 Run as a program (`python -m tests.test_kernels_aot sm_90`) it prints one JSON line per kernel: the
 tables of kernels/README.md. The compiler refuses to work in a process that has TRITON_INTERPRET
@@ -76,6 +76,7 @@ def compile_kernel(kernel, types, constants, target, warps, stages):
     report["carried"] = [
         loop.count(" = ") for loop in re.findall(r"iter_args\((.*?)\) ->", compiled.asm["ttgir"])
     ]
+    report["triton"] = triton.__version__
     if amd:
         report["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1])
         report["spills"] = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", assembly)[1])
@@ -96,7 +97,27 @@ def compile_kernel(kernel, types, constants, target, warps, stages):
     )
     for name in ("SHFL", "MUFU.EX2"):
         report[name.lower()] = len(re.findall(rf"\b{re.escape(name)}\b", sass))
+    nvidia = triton.knobs.nvidia
+    ptxas = nvidia.ptxas_blackwell if target == "sm_100" else nvidia.ptxas
+    report["ptxas"] = ptxas.version
+    if "wgmma" in assembly:
+        report["serialized"] = serialized(ptxas.path, assembly)
     return report
+
+
+def serialized(ptxas, assembly):
+    """Does ptxas say that instructions of a product wait for each other, one by one?"""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
+        ptx.write(assembly)
+        ptx.flush()
+        gpu = re.search(r"\.target (\w+)", assembly)[1]
+        said = subprocess.run(
+            [ptxas, "-v", f"--gpu-name={gpu}", ptx.name, "-o", os.devnull],
+            capture_output=True,
+            text=True,
+        )
+    assert said.returncode == 0, said.stderr
+    return "serializ" in said.stderr
 
 
 def argument_types(kernel, element, *, fp32=(), int64=(), aligned=(), scalars=()):
@@ -219,6 +240,7 @@ def loss_cases(target):
         "SLOTS": 16,
         "BLOCK_R": 128,
         "BLOCK_K": 64,
+        "BLOCK_N": 128,
         "LOG2_SCALE": 0.0,
     }
     for kernel in (
@@ -230,6 +252,8 @@ def loss_cases(target):
         supervised.class_sum_kernel,
         supervised._sup_con_prepare_kernel,
         supervised._sup_con_few_rows_fwd_kernel,
+        supervised._sup_con_positives_kernel,
+        supervised._sup_con_finish_kernel,
         supervised._sup_con_epilogue_kernel,
     ):
         warps, stages = 4, 3
@@ -238,7 +262,7 @@ def loss_cases(target):
             "bf16",
             fp32=fp32,
             int64=("order_ptr", "starts_ptr", "ends_ptr", "labels_ptr"),
-            aligned=("stride_slot",),
+            aligned=("stride_slot", "keys_per_split"),
             scalars=("temperature", "shift"),
         )
         constants = {name: common[name] for name in kernel.arg_names if name in common}
@@ -249,6 +273,24 @@ def loss_cases(target):
             constants = {
                 name: value for name, value in constants.items() if name in kernel.arg_names
             }
+        if kernel is supervised._sup_con_positives_kernel:
+            for planes, element, block_d in ((1, "bf16", 128), (2, "fp16", 128), (1, "bf16", 512)):
+                tile = similarity.tile("bwd", planes, block_d, target)
+                if tile is None:
+                    continue
+                block_m, block_n, warps, stages = tile
+                typed = types | {"u_ptr": f"*{element}"}
+                sized = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d}
+                label = f"{kernel.__name__} {element}{' hi+lo' if planes == 2 else ''} D={block_d}"
+                yield (
+                    label,
+                    kernel,
+                    typed,
+                    constants | sized | {"SPLIT": planes == 2},
+                    warps,
+                    stages,
+                )
+            continue
         if "few_rows" not in kernel.__name__:
             yield kernel.__name__, kernel, types, constants, warps, stages
             continue
@@ -376,9 +418,18 @@ def check(target, reports):
         assert report["shared"] <= TARGETS[target], report
         products = any(
             name in report["kernel"]
-            for name in ("half_", "full_", "stats_", "bwd_kernel", "few_rows", "conv1x1")
+            for name in (
+                "half_",
+                "full_",
+                "stats_",
+                "bwd_kernel",
+                "few_rows",
+                "positives",
+                "conv1x1",
+            )
         )
         assert (report["tensor_cores"] > 0) == products, report
+        assert not report.get("serialized"), report
         if report["kernel"] == "temporal_shift_kernel" or "runs of 8" in report["label"]:
             assert report["wide_accesses"] > 0, report
         if report["label"] == "shift bf16 replicate":

@@ -327,6 +327,33 @@ def test_blocks_narrower_than_the_padding_leave_no_padded_row_in_the_sums(
     assert relative(loss, true_loss) < 1e-6 and relative(grad, true_grad) < 1e-5
 
 
+@pytest.mark.parametrize("tile", [(16, 32), (32, 16), (64, 16)])
+def test_backward_tiles_mask_the_diagonal_and_the_ragged_end_and_nothing_else(
+    monkeypatch, tile, forget_plans
+):
+    """Ranges of keys in which the diagonal's blocks are all, some, none or the ragged one."""
+    monkeypatch.setattr(kernels.similarity, "BLOCK", 64)
+    monkeypatch.setattr(kernels.similarity, "tile", lambda *_: (*tile, 1, 1))
+    generator = torch.Generator().manual_seed(sum(tile))
+    for num_rows, num_keys in [(2, 2), (34, 98), (64, 64), (66, 66)]:
+        for pair_shift, shift in ((0, 12.0), (1, 12.0), (1, None)):
+            forget_plans()
+            keys = torch.zeros(kernels.similarity.padded(num_keys), 16)  # zeros beyond the keys
+            keys[:num_keys] = torch.randn(num_keys, 16, generator=generator)
+            u = keys[: kernels.similarity.padded(num_rows)]
+            lse = 5 + torch.rand(num_keys, generator=generator)
+            got = kernels.similarity.weighted_sums(
+                u, keys, lse[:num_rows], lse, num_rows, num_keys, pair_shift, False, shift, False
+            )
+            exact = keys[:num_keys].double() * math.log(2) ** 0.5  # base 2 to base e
+            natural = lse.double() * math.log(2)
+            truth = kernels.similarity.reference_weighted_sum(
+                exact[:num_rows], exact, natural[:num_rows], natural, pair_shift
+            )
+            truth = truth / math.log(2) ** 0.5
+            assert relative(got.double().sum(0)[:num_rows], truth) < 1e-5
+
+
 def not_finite(results):
     return [(x.isnan(), x.isposinf(), x.isneginf()) for x in results]
 

@@ -4,6 +4,7 @@ processes.
 
 import math
 import multiprocessing
+import sys
 
 import pytest
 import torch
@@ -185,12 +186,38 @@ def test_kernel_is_as_exact_as_its_precision_allows(m, d, temperature):
         assert relative(grad, true_grad) <= tolerance
 
 
+LABELS = {
+    "even": lambda m: torch.arange(m) % 5,
+    "long-tailed": lambda m: (torch.arange(m) * 20 // m - 7).clamp_min(0),  # 40 %, then 5 % each
+    "two classes": lambda m: (torch.arange(m) < m // 3).long(),
+    "zeros and a row alone": lambda m: (torch.arange(m) == 3).long(),
+}
+
+
+@pytest.mark.parametrize("kind", LABELS)
+@pytest.mark.parametrize("m", [33, 64])
+def test_one_program_tiles_and_sorted_labels_agree(m, kind, monkeypatch, forget_plans):
+    """Of few rows one launch, of more a product for the positives beside tiles, of most a sort."""
+    z, labels = batch(m, 12, 5)[0], LABELS[kind](m)
+    truth = run(sup_con_reference, z.double(), labels, 0.1, upstream=-2.5)
+    module = sys.modules["kernels.sup_con"]
+    for few, compared, full_grid_rows in ((99, 99, 0), (0, 0, 0), (0, 99, 0), (0, 99, 99)):
+        monkeypatch.setattr(module, "FEW_ROWS", few)
+        monkeypatch.setattr(module, "COMPARED_ROWS", compared)
+        monkeypatch.setattr(kernels.similarity, "FULL_GRID_ROWS", full_grid_rows)
+        forget_plans()
+        loss, grad = run(sup_con, z, labels, 0.1, upstream=-2.5, impl="triton")
+        assert relative(loss, truth[0]) < 1e-6 and relative(grad, truth[1]) < 5e-6
+    again = run(sup_con, z, labels, 0.1, upstream=-2.5, impl="triton")
+    assert torch.equal(loss, again[0]) and torch.equal(grad, again[1])
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [0.07, 0.5])
 @pytest.mark.parametrize(
-    ("m", "d"), [(1, 16), (67, 33), (512, 128), (3000, 100), (9000, 64)]
-)  # few rows, and many
+    ("m", "d"), [(1, 16), (67, 33), (512, 128), (3000, 100), (9000, 64), (17000, 32)]
+)  # few rows, more, and many
 def test_kernel_on_the_gpu(m, d, temperature, dtype):
     z, labels = (x.cuda() for x in batch(m, d, 5, dtype))
     true_loss, true_grad = run(sup_con_reference, z.double(), labels, temperature, upstream=-3.0)
