@@ -649,6 +649,135 @@ def _add_tile(
 
 
 @jit(do_not_specialize=["num_rows", "num_keys"])
+def _add_tile(
+    acc,
+    rows,
+    rows_lo,
+    lse_rows,
+    keys_ptr,
+    lse_keys_ptr,
+    offs_m,
+    start,
+    offs_d,
+    shift,
+    num_keys,
+    MASKED: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    PAIR_SHIFT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    LOG2_SCALE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """acc + the weighted keys of the block at start; lse_rows: with SHIFTED 2^(shift - lse)."""
+    local_n = tl.arange(0, BLOCK_N)
+    offs_n = start + local_n
+    keys, keys_lo = load_planes(keys_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
+    inside = local_n < num_keys - start  # as in half_kernel
+    if MASKED:
+        lse_keys = tl.load(lse_keys_ptr + offs_n, mask=inside, other=float("inf"))
+    else:
+        lse_keys = tl.load(lse_keys_ptr + offs_n)
+    s = similarities(rows, rows_lo, keys, keys_lo, SPLIT)  # [BLOCK_M, BLOCK_N]
+    if SHIFTED:
+        inverse_keys = tl.exp2(shift - lse_keys)
+        weight = tl.exp2(s - (shift - LOG2_SCALE)) * (lse_rows[:, None] + inverse_keys[None, :])
+    else:
+        weight = tl.exp2(s - (lse_rows - LOG2_SCALE)[:, None])
+        weight += tl.exp2(s - (lse_keys - LOG2_SCALE)[None, :])
+    if MASKED:
+        same_group = ((offs_m - start) >> PAIR_SHIFT)[:, None] == (local_n >> PAIR_SHIFT)[None, :]
+        weight = tl.where(same_group | (inside == 0)[None, :], 0.0, weight)
+    return add_weighted(acc, weight, keys, keys_lo, SPLIT)
+
+
+@jit(do_not_specialize=["num_rows", "num_keys"])
+def _add_tile(
+    acc,
+    rows,
+    rows_lo,
+    lse_rows,
+    keys_ptr,
+    lse_keys_ptr,
+    offs_m,
+    start,
+    offs_d,
+    shift,
+    num_keys,
+    MASKED: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    PAIR_SHIFT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    LOG2_SCALE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """acc + the weighted keys of the block at start; lse_rows: with SHIFTED 2^(shift - lse)."""
+    local_n = tl.arange(0, BLOCK_N)
+    offs_n = start + local_n
+    keys, keys_lo = load_planes(keys_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
+    inside = local_n < num_keys - start  # as in half_kernel
+    if MASKED:
+        lse_keys = tl.load(lse_keys_ptr + offs_n, mask=inside, other=float("inf"))
+    else:
+        lse_keys = tl.load(lse_keys_ptr + offs_n)
+    s = similarities(rows, rows_lo, keys, keys_lo, SPLIT)  # [BLOCK_M, BLOCK_N]
+    if SHIFTED:
+        inverse_keys = tl.exp2(shift - lse_keys)
+        weight = tl.exp2(s - (shift - LOG2_SCALE)) * (lse_rows[:, None] + inverse_keys[None, :])
+    else:
+        weight = tl.exp2(s - (lse_rows - LOG2_SCALE)[:, None])
+        weight += tl.exp2(s - (lse_keys - LOG2_SCALE)[None, :])
+    if MASKED:
+        same_group = ((offs_m - start) >> PAIR_SHIFT)[:, None] == (local_n >> PAIR_SHIFT)[None, :]
+        weight = tl.where(same_group | (inside == 0)[None, :], 0.0, weight)
+    return add_weighted(acc, weight, keys, keys_lo, SPLIT)
+
+
+@jit(do_not_specialize=["num_rows", "num_keys"])
+def _add_tile(
+    acc,
+    rows,
+    rows_lo,
+    lse_rows,
+    keys_ptr,
+    lse_keys_ptr,
+    offs_m,
+    start,
+    offs_d,
+    shift,
+    num_keys,
+    MASKED: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    PAIR_SHIFT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    LOG2_SCALE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """acc + the weighted keys of the block at start; lse_rows: with SHIFTED 2^(shift - lse)."""
+    local_n = tl.arange(0, BLOCK_N)
+    offs_n = start + local_n
+    keys, keys_lo = load_planes(keys_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
+    inside = local_n < num_keys - start  # as in half_kernel
+    if MASKED:
+        lse_keys = tl.load(lse_keys_ptr + offs_n, mask=inside, other=float("inf"))
+    else:
+        lse_keys = tl.load(lse_keys_ptr + offs_n)
+    s = similarities(rows, rows_lo, keys, keys_lo, SPLIT)  # [BLOCK_M, BLOCK_N]
+    if SHIFTED:
+        inverse_keys = tl.exp2(shift - lse_keys)
+        weight = tl.exp2(s - (shift - LOG2_SCALE)) * (lse_rows[:, None] + inverse_keys[None, :])
+    else:
+        weight = tl.exp2(s - (lse_rows - LOG2_SCALE)[:, None])
+        weight += tl.exp2(s - (lse_keys - LOG2_SCALE)[None, :])
+    if MASKED:
+        same_group = ((offs_m - start) >> PAIR_SHIFT)[:, None] == (local_n >> PAIR_SHIFT)[None, :]
+        weight = tl.where(same_group | (inside == 0)[None, :], 0.0, weight)
+    return add_weighted(acc, weight, keys, keys_lo, SPLIT)
+
+
+@jit(do_not_specialize=["num_rows", "num_keys"])
 def stats_kernel(
     rows_ptr,
     keys_ptr,
@@ -670,7 +799,7 @@ def stats_kernel(
     """`full_kernel`, and two more numbers of each row beside its maximum and its sum.
 
     For pairs (PAIR_SHIFT 1): how many similarities are not below the row's bound (of_rows), and the
-    sum of 2^(factor s - 4 log2(e)). Else, with the labels of rows and keys: the largest similarity
+    sum of 2^(factor s - 4 log2(e)). Else, with the classes of rows and keys: the largest similarity
     of a row's own class, and of others.
     """
     pid_m = tl.program_id(0)
@@ -944,13 +1073,22 @@ def stats_sums(u, keys, num_rows, num_keys, pair_shift, split, of_rows, of_keys,
 
 
 @plan
-def _stats_plan(shape, dtype, device, num_rows, num_keys, pair_shift, split, labels):
-    """-> the number of slots, the launch, with the ranges of `_full_plan`. labels: their dtype."""
-    splits, full = _full_plan(shape, dtype, device, num_keys, pair_shift, split)
-    _, per_split, size, *constants = full.known
-    constants = dict(zip(stats_kernel.arg_names[-5:], constants, strict=True))
+def _stats_plan(shape, dtype, device, num_rows, num_keys, pair_shift, split, of_rows):
+    """-> the number of slots, the launch. of_rows: the dtype of bounds or classes."""
+    size, dim = shape[0], shape[1] // (2 if split else 1)
+    # The forward's tile of 512 columns would spill on gfx942.
+    block_m, block_n, warps, stages = tile("bwd", 1 + split, dim, target_name(device))
+    splits, per_split = key_ranges(size // block_m, num_keys, block_n, 16 * size, device)
+    constants = {
+        "PAIR_SHIFT": pair_shift,
+        "SPLIT": split,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_D": dim,
+    }
     integers = (num_rows, num_keys, per_split, size, splits * size)
-    return splits, Launch(stats_kernel, full.grid, integers, constants, **full.options)
+    grid = (size // block_m, splits)
+    return splits, Launch(stats_kernel, grid, integers, constants, warps, stages)
 
 
 @plan

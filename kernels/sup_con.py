@@ -198,18 +198,17 @@ def _to_planes(keys, num_rows, dtype, normalized):
     return rows, hi, split, plane == torch.float16
 
 
-def _triton_lse(rows, keys, dtype, normalized, shift, labels=None, labels_keys=None):
-    """-> lse (m,); with labels also each row's largest similarity in its own class, in others."""
+def _triton_lse(rows, keys, dtype, normalized, shift, classes=None, classes_keys=None):
+    """-> lse (m,); with classes also each row's largest similarity in its own class, in others."""
     u, u_keys, split, _ = _to_planes(keys, len(rows), dtype, normalized)
     half_slot, half_row, nearest = -1, 0, ()
-    if labels is None:
+    if classes is None:
         tops, sums, half_slot, half_row = slot_sums(
             u, u_keys, len(rows), len(keys), 0, split, shift
         )
     else:
-        classes = labels.contiguous(), labels_keys.contiguous()
         tops, sums, *nearest = stats_sums(
-            u, u_keys, len(rows), len(keys), 0, split, *classes, labels
+            u, u_keys, len(rows), len(keys), 0, split, classes, classes_keys, classes
         )
     if tops is None:
         if half_slot >= 0:
@@ -230,12 +229,12 @@ def _triton_weighted_sum(rows, keys, lse_rows, lse_keys, dtype, normalized, shif
     return partial.sum(0)[: len(rows), : rows.shape[1]] / LOG2_E**0.5
 
 
-def _nearest(rows, keys, labels, labels_keys):
-    """`_triton_lse` with labels, tile by tile."""
+def _nearest(rows, keys, classes, classes_keys):
+    """`_triton_lse` with classes, tile by tile."""
     nearest = rows.new_full((2, len(rows)), -math.inf)
 
     def watch(m, n, s):
-        same = labels[m, None] == labels_keys[None, n]
+        same = classes[m, None] == classes_keys[None, n]
         for best, mask in zip(nearest, (~same, same), strict=True):
             best[m] = torch.maximum(best[m], s.masked_fill(mask, -math.inf).amax(1))
 
@@ -271,7 +270,8 @@ def _forward(u, labels, gather, kind, normalized, shift, rows=False, stats=False
     positives = positive_sum(u, keys, labels, labels_keys, starts, ends, order)
     valid = num_positives[:m] > 0
     positives = torch.where(valid[:, None], positives / num_positives[:m, None].clamp_min(1), 0.0)
-    classes = (labels, labels_keys) if stats else ()
+    # A class is where it starts, in 32 bits: labels of 64 would take twice the registers.
+    classes = (starts[:m].int(), starts.int()) if stats else ()
     if kind != "torch":
         lse, *nearest = _triton_lse(u, keys, getattr(torch, kind), normalized, shift, *classes)
     elif stats:

@@ -145,7 +145,7 @@ def similarity_cases(target, every):
         ]
     for planes, element, block_d in chosen:
         for name in ("half", "full", "bwd", "stats"):
-            tile = similarity.tile(name.replace("stats", "full"), planes, block_d, target)
+            tile = similarity.tile(name.replace("stats", "bwd"), planes, block_d, target)
             if tile is None or (
                 name == "half" and (planes, element) == (2, "bf16")
             ):  # rows of unknown length: full grid
@@ -181,7 +181,7 @@ def similarity_cases(target, every):
             constants["BLOCK_D"] = block_d
             label = f"{element}{' hi+lo' if planes == 2 else ''} D={block_d}, {block_m}x{block_n}"
             if name == "stats":
-                for kind, of_rows, shift in (("pairs", "*fp32", 1), ("classes", "*i64", 0)):
+                for kind, of_rows, shift in (("pairs", "*fp32", 1), ("classes", "*i32", 0)):
                     of = {"of_rows_ptr": of_rows, "of_keys_ptr": of_rows, "factor_ptr": "*fp32"}
                     sized = constants | {"PAIR_SHIFT": shift}
                     yield f"stats of {kind} {label}", kernel, types | of, sized, warps, stages
