@@ -12,6 +12,7 @@ Scripts run in forks of this process, which has imported them once and never tou
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import re
@@ -52,7 +53,7 @@ RUNS = {
     "simclr": (
         train_simclr,
         cells_tree,
-        "--backbone resnet18 --stem cifar --image-size 8 --bs 16 --epochs 2",
+        "--backbone resnet18_narrow --image-size 8 --bs 16 --epochs 2",
     ),
     "tsm": (
         train_tsm,
@@ -76,7 +77,7 @@ TSM = "--backbone conv_medium --image-size 224 --n-segment 8 --bs 16"
 RAER = "--backbone vit_b_16 --tune full --checkpoint-blocks --bs 8 --max-steps 6"
 # What stands in for them in a dry run, with the same lines to be read.
 SMALL = {
-    SIMCLR: "--backbone resnet18 --stem cifar --image-size 8 --bs 4 --max-steps 5 --profile",
+    SIMCLR: "--backbone resnet18_narrow --image-size 8 --bs 4 --max-steps 5 --profile",
     PLAIN: "--backbone resnet18 --image-size 32 --bs 4 --steps 5 --images 32 --workers 1",
     TSM: "--backbone conv_small_035 --image-size 32 --n-segment 2 --bs 2",
     RAER: "--backbone vit_tiny --tune full --checkpoint-blocks --num-frames 1 --bs 2 --max-steps 3",
@@ -133,6 +134,7 @@ class Lab:
         code = 1
         try:
             os.setsid()
+            gc.freeze()  # what was imported is no garbage, however often it is looked for
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_DFL)
             os.environ |= env or {}
@@ -243,7 +245,11 @@ def compare(lab: Lab, op: str) -> None:
     out.unlink(missing_ok=True)
     argv = ["--op", op, "--peers", "--json", str(out)]
     try:
-        lab.run(op, kernels.benchmark.main, [*argv, *(["--cpu", "--quick"] if lab.dry else [])])
+        lab.run(
+            op,
+            kernels.benchmark.main,
+            [*argv, *(["--cpu", "--quick", "--calls", "3"] if lab.dry else [])],
+        )
     finally:
         rows = json.loads(out.read_text())["rows"] if out.exists() else []
         rows = [row for row in rows if row["pass"] == "fwd+bwd"]
