@@ -566,7 +566,7 @@ class Problem:
 
 
 def tiles_of(kernel, problem, quick):
-    """(BLOCK_M, BLOCK_N, warps, stages) to try, that of the table first."""
+    """Tiles to try, as in `similarity.TILES`, that of the table first."""
     sizes = ((16, 32), (1,), (1,)) if INTERPRETED else ((32, 64, 128), (4, 8), (1, 2, 3, 4))
     blocks, warps, stages = sizes
     tiles = [problem.table(kernel)]
@@ -575,6 +575,9 @@ def tiles_of(kernel, problem, quick):
             if similarity.BLOCK % m or similarity.BLOCK % n or (kernel == "half" and n % m):
                 continue
             tiles += [(m, n, w, s) for w in warps for s in stages]
+            # Two tiles of more than 32 similarities a thread leave the registers.
+            ahead = warps if kernel == "bwd" else ()
+            tiles += [(m, n, w, s, True) for w in ahead if m * n <= 1024 * w for s in stages]
     return list(dict.fromkeys(tiles))[: 2 if quick else None]
 
 

@@ -75,9 +75,9 @@ LOG2_FP16_SCALE = 13.0
 BLOCK = 32 if INTERPRETED else 128
 
 # (BLOCK_M, BLOCK_N, warps, stages) of the half, the full and the backward kernel, by planes and
-# BLOCK_D. Nothing spills; within that the half grid's owner and the backward's key block are as
-# wide as leaves two blocks on a multiprocessor (reports in README.md). Targets without a table take
-# the last one.
+# BLOCK_D; a fifth number of the backward's, True, is AHEAD. Nothing spills; within that the half
+# grid's owner and the backward's key block are as wide as leaves two blocks on a multiprocessor
+# (reports in README.md). Targets without a table take the last one.
 TILES = {
     "sm_80": {
         (1, 64): ((64, 128, 4, 2), (64, 128, 4, 2), (64, 64, 4, 2)),
@@ -153,7 +153,7 @@ def few_rows_tile(target: str) -> tuple[int, int, int, int]:
     return FEW_ROWS_TILES.get(target, FEW_ROWS_TILES["other"])
 
 
-def tile(kernel: str, num_planes: int, width: int, target: str) -> tuple[int, int, int, int] | None:
+def tile(kernel: str, num_planes: int, width: int, target: str) -> tuple[int, ...] | None:
     """(BLOCK_M, BLOCK_N, warps, stages) of kernel "half", "full" or "bwd"; None if it cannot fit.
 
     Rows are num_planes planes of `width` columns (BLOCK_D).
@@ -606,36 +606,27 @@ def full_kernel(
 
 
 @jit
-def _add_tile(
-    acc,
-    rows,
-    rows_lo,
+def _weights(
+    s,
     lse_rows,
-    keys_ptr,
     lse_keys_ptr,
     offs_m,
     start,
-    offs_d,
     shift,
     num_keys,
     MASKED: tl.constexpr,
     SHIFTED: tl.constexpr,
     PAIR_SHIFT: tl.constexpr,
-    SPLIT: tl.constexpr,
     LOG2_SCALE: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
 ):
-    """acc + the weighted keys of the block at start; lse_rows: with SHIFTED 2^(shift - lse)."""
+    """The weights of the keys from start on; lse_rows: with SHIFTED 2^(shift - lse)."""
     local_n = tl.arange(0, BLOCK_N)
-    offs_n = start + local_n
-    keys, keys_lo = load_planes(keys_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
     inside = local_n < num_keys - start  # as in half_kernel
     if MASKED:
-        lse_keys = tl.load(lse_keys_ptr + offs_n, mask=inside, other=float("inf"))
+        lse_keys = tl.load(lse_keys_ptr + start + local_n, mask=inside, other=float("inf"))
     else:
-        lse_keys = tl.load(lse_keys_ptr + offs_n)
-    s = similarities(rows, rows_lo, keys, keys_lo, SPLIT)  # [BLOCK_M, BLOCK_N]
+        lse_keys = tl.load(lse_keys_ptr + start + local_n)
     if SHIFTED:
         inverse_keys = tl.exp2(shift - lse_keys)
         weight = tl.exp2(s - (shift - LOG2_SCALE)) * (lse_rows[:, None] + inverse_keys[None, :])
@@ -645,7 +636,7 @@ def _add_tile(
     if MASKED:
         same_group = ((offs_m - start) >> PAIR_SHIFT)[:, None] == (local_n >> PAIR_SHIFT)[None, :]
         weight = tl.where(same_group | (inside == 0)[None, :], 0.0, weight)
-    return add_weighted(acc, weight, keys, keys_lo, SPLIT)
+    return weight
 
 
 @jit(do_not_specialize=["num_rows", "num_keys"])
@@ -859,13 +850,15 @@ def bwd_kernel(
     PAIR_SHIFT: tl.constexpr,
     SPLIT: tl.constexpr,
     LOG2_SCALE: tl.constexpr,
+    AHEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """The weighted sum over one range of keys, fp32, into slot [range, row].
 
-    SHIFTED: one exponential serves both terms.
+    SHIFTED: one exponential serves both terms. AHEAD: the similarities of the next keys are under
+    way while the exponentials of these are taken.
 
     Blocks of keys that need no mask come first, in a loop of their own: with a branch between the
     two products of a tile ptxas lets each of their instructions wait for the one before.
@@ -874,6 +867,7 @@ def bwd_kernel(
     split = tl.program_id(1)
     offs_d = tl.arange(0, BLOCK_D)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    local_n = tl.arange(0, BLOCK_N)
     rows, rows_lo = load_planes(rows_ptr, offs_m, offs_d, SPLIT, BLOCK_D)
     lse_rows = tl.load(lse_rows_ptr + offs_m, mask=offs_m < num_rows, other=float("inf"))
     if SHIFTED:
@@ -887,50 +881,61 @@ def bwd_kernel(
     # The part of the diagonal's blocks that lies in this range.
     first = tl.maximum(diagonal, begin)
     masked = tl.maximum(tl.minimum(diagonal + WIDTH, whole) - first, 0)
+    if AHEAD:
+        start = tl.where(begin < first, begin, begin + masked)
+        start = tl.maximum(tl.minimum(start, whole - BLOCK_N), 0)  # where there is none, any
+        keys, keys_lo = load_planes(keys_ptr, start + local_n, offs_d, SPLIT, BLOCK_D)
+        s = similarities(rows, rows_lo, keys, keys_lo, SPLIT)  # [BLOCK_M, BLOCK_N]
     for step in range(begin, whole - masked, BLOCK_N):
         start = tl.where(step < first, step, step + masked)
-        acc = _add_tile(
-            acc,
-            rows,
-            rows_lo,
+        if AHEAD:
+            next_step = tl.minimum(step + BLOCK_N, whole - masked - BLOCK_N)  # the last one twice
+            next_start = tl.where(next_step < first, next_step, next_step + masked)
+            next_keys, next_keys_lo = load_planes(
+                keys_ptr, next_start + local_n, offs_d, SPLIT, BLOCK_D
+            )
+            next_s = similarities(rows, rows_lo, next_keys, next_keys_lo, SPLIT)
+        else:
+            keys, keys_lo = load_planes(keys_ptr, start + local_n, offs_d, SPLIT, BLOCK_D)
+            s = similarities(rows, rows_lo, keys, keys_lo, SPLIT)
+        weight = _weights(
+            s,
             lse_rows,
-            keys_ptr,
             lse_keys_ptr,
             offs_m,
             start,
-            offs_d,
             shift,
             num_keys,
             False,
             SHIFTED,
             PAIR_SHIFT,
-            SPLIT,
             LOG2_SCALE,
             BLOCK_N,
-            BLOCK_D,
         )
+        acc = add_weighted(acc, weight, keys, keys_lo, SPLIT)
+        if AHEAD:
+            keys = next_keys
+            keys_lo = next_keys_lo
+            s = next_s
     for step in range(whole - masked, end, BLOCK_N):
         start = tl.where(step < whole, first + step - (whole - masked), step)
-        acc = _add_tile(
-            acc,
-            rows,
-            rows_lo,
+        keys, keys_lo = load_planes(keys_ptr, start + local_n, offs_d, SPLIT, BLOCK_D)
+        s = similarities(rows, rows_lo, keys, keys_lo, SPLIT)
+        weight = _weights(
+            s,
             lse_rows,
-            keys_ptr,
             lse_keys_ptr,
             offs_m,
             start,
-            offs_d,
             shift,
             num_keys,
             True,
             SHIFTED,
             PAIR_SHIFT,
-            SPLIT,
             LOG2_SCALE,
             BLOCK_N,
-            BLOCK_D,
         )
+        acc = add_weighted(acc, weight, keys, keys_lo, SPLIT)
     slot_ptr = partial_ptr + split.to(tl.int64) * stride_slot
     out = slot_ptr + offs_m.to(tl.int64)[:, None] * BLOCK_D + offs_d[None, :]
     tl.store(out, acc * 2.0 ** (-LOG2_SCALE))
@@ -1077,7 +1082,7 @@ def _stats_plan(shape, dtype, device, num_rows, num_keys, pair_shift, split, of_
     """-> the number of slots, the launch. of_rows: the dtype of bounds or classes."""
     size, dim = shape[0], shape[1] // (2 if split else 1)
     # The forward's tile of 512 columns would spill on gfx942.
-    block_m, block_n, warps, stages = tile("bwd", 1 + split, dim, target_name(device))
+    block_m, block_n, warps, stages, *_ = tile("bwd", 1 + split, dim, target_name(device))
     splits, per_split = key_ranges(size // block_m, num_keys, block_n, 16 * size, device)
     constants = {
         "PAIR_SHIFT": pair_shift,
@@ -1153,7 +1158,7 @@ def weighted_sums(u, keys, lse, lse_keys, num_rows, num_keys, pair_shift, split,
 def _weighted_plan(shape, dtype, device, num_rows, num_keys, pair_shift, split, shifted, fp16):
     """-> the shape of the result, the launch."""
     size, dim = shape[0], shape[1] // (2 if split else 1)
-    block_m, block_n, warps, stages = tile("bwd", 1 + split, dim, target_name(device))
+    block_m, block_n, warps, stages, *ahead = tile("bwd", 1 + split, dim, target_name(device))
     splits, per_split = key_ranges(size // block_m, num_keys, block_n, 4 * size * dim, device)
     integers = (num_rows, num_keys, per_split, size * dim)
     constants = {
@@ -1161,6 +1166,7 @@ def _weighted_plan(shape, dtype, device, num_rows, num_keys, pair_shift, split, 
         "PAIR_SHIFT": pair_shift,
         "SPLIT": split,
         "LOG2_SCALE": LOG2_FP16_SCALE if fp16 else 0.0,
+        "AHEAD": bool(ahead),
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_D": dim,

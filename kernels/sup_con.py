@@ -663,7 +663,7 @@ def _few_plan(shape, dtype, device, strides, label_dtype):
 def _positives_plan(shape, dtype, device, num_rows, split, label_dtype):
     """-> the shape of the sums, the launch."""
     size, width = shape[0], shape[1] // (2 if split else 1)
-    block_m, block_n, warps, stages = tile("bwd", 1 + split, width, target_name(device))
+    block_m, block_n, warps, stages, *_ = tile("bwd", 1 + split, width, target_name(device))
     blocks = size // block_m
     splits, per_split = key_ranges(blocks, num_rows, block_n, 4 * size * width, device)
     integers = (num_rows, per_split, size * width)

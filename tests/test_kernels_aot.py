@@ -97,6 +97,9 @@ def compile_kernel(kernel, types, constants, target, warps, stages):
     )
     for name in ("SHFL", "MUFU.EX2"):
         report[name.lower()] = len(re.findall(rf"\b{re.escape(name)}\b", sass))
+    # Exponentials between an asynchronous product and the wait for it.
+    products = re.findall(r"\bHGMMA\b.*?\bWARPGROUP\.DEPBAR", sass, re.DOTALL)
+    report["overlapped"] = sum(product.count("MUFU.EX2") for product in products)
     nvidia = triton.knobs.nvidia
     ptxas = nvidia.ptxas_blackwell if target == "sm_100" else nvidia.ptxas
     report["ptxas"] = ptxas.version
@@ -156,7 +159,7 @@ def similarity_cases(target, every):
                 "bwd": similarity.bwd_kernel,
                 "stats": similarity.stats_kernel,
             }[name]
-            block_m, block_n, warps, stages = tile
+            block_m, block_n, warps, stages, *_ = tile
             sums = (
                 "slots_ptr",
                 "tops_ptr",
@@ -189,7 +192,17 @@ def similarity_cases(target, every):
             if name != "bwd":
                 yield f"{name} {label}", kernel, types, constants, warps, stages
                 continue
-            constants["LOG2_SCALE"] = 13.0 if element == "fp16" else 0.0
+            constants |= {"LOG2_SCALE": 13.0 if element == "fp16" else 0.0, "AHEAD": False}
+            if (target, planes, element, block_d) == ("sm_90", 1, "bf16", 128):
+                for m, n, *launch in ((128, 64, 8, 2), (64, 64, 4, 3)):
+                    ahead = {"AHEAD": True, "SHIFTED": True, "BLOCK_M": m, "BLOCK_N": n}
+                    yield (
+                        f"bwd ahead bf16 D=128, {m}x{n}",
+                        kernel,
+                        types,
+                        constants | ahead,
+                        *launch,
+                    )
             shifted = (True, False) if every or block_d == 128 else (True,)
             for flag in shifted if element == "fp16" or planes == 1 else (False,):
                 yield (
@@ -278,7 +291,7 @@ def loss_cases(target):
                 tile = similarity.tile("bwd", planes, block_d, target)
                 if tile is None:
                     continue
-                block_m, block_n, warps, stages = tile
+                block_m, block_n, warps, stages, *_ = tile
                 typed = types | {"u_ptr": f"*{element}"}
                 sized = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d}
                 label = f"{kernel.__name__} {element}{' hi+lo' if planes == 2 else ''} D={block_d}"
@@ -430,6 +443,7 @@ def check(target, reports):
         )
         assert (report["tensor_cores"] > 0) == products, report
         assert not report.get("serialized"), report
+        assert (report.get("overlapped", 0) > 0) == ("ahead" in report["label"]), report
         if report["kernel"] == "temporal_shift_kernel" or "runs of 8" in report["label"]:
             assert report["wide_accesses"] > 0, report
         if report["label"] == "shift bf16 replicate":

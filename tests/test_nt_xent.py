@@ -327,13 +327,14 @@ def test_blocks_narrower_than_the_padding_leave_no_padded_row_in_the_sums(
     assert relative(loss, true_loss) < 1e-6 and relative(grad, true_grad) < 1e-5
 
 
+@pytest.mark.parametrize("ahead", [(), (True,)])
 @pytest.mark.parametrize("tile", [(16, 32), (32, 16), (64, 16)])
 def test_backward_tiles_mask_the_diagonal_and_the_ragged_end_and_nothing_else(
-    monkeypatch, tile, forget_plans
+    monkeypatch, tile, ahead, forget_plans
 ):
     """Ranges of keys in which the diagonal's blocks are all, some, none or the ragged one."""
     monkeypatch.setattr(kernels.similarity, "BLOCK", 64)
-    monkeypatch.setattr(kernels.similarity, "tile", lambda *_: (*tile, 1, 1))
+    monkeypatch.setattr(kernels.similarity, "tile", lambda *_: (*tile, 1, 1, *ahead))
     generator = torch.Generator().manual_seed(sum(tile))
     for num_rows, num_keys in [(2, 2), (34, 98), (64, 64), (66, 66)]:
         for pair_shift, shift in ((0, 12.0), (1, 12.0), (1, None)):
