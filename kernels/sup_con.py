@@ -90,6 +90,7 @@ COMPARED_ROWS = 100 if INTERPRETED else 16384
 # Up to so many, and so wide a row of planes, one program takes some rows through all keys.
 FEW_ROWS = 40 if INTERPRETED else 2048
 FEW_ROWS_WIDTH = 64 if INTERPRETED else 256
+CLASS_SPAN = 512  # rows of a class that one program adds up
 _LABEL_TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -148,20 +149,23 @@ def class_sum_kernel(
     ends_ptr,
     out_ptr,
     dim,
+    STEP: tl.constexpr,
+    SPAN: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Add the rows order[p : ends[p]] of the class that starts at sorted position p.
+    """Add the rows order[p], order[p + STEP], ... of SPAN sorted positions of one class.
 
-    Other positions have nothing to do.
+    p are the class's start and every SPAN positions on; others have nothing to do.
     """
     position = tl.program_id(0)
-    if tl.load(starts_ptr + position) == position:
-        end = tl.load(ends_ptr + position).to(tl.int32)
+    start = tl.load(starts_ptr + position).to(tl.int32)
+    if (position - start) % SPAN == 0:
+        end = tl.minimum(tl.load(ends_ptr + position).to(tl.int32), position + SPAN)
         offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         total = tl.zeros([BLOCK_D], tl.float32)
-        for first in range(position, end, BLOCK_K):
-            positions = first + tl.arange(0, BLOCK_K)
+        for first in range(position, end, BLOCK_K * STEP):
+            positions = first + tl.arange(0, BLOCK_K) * STEP
             inside = positions < end
             rows = tl.load(order_ptr + positions, mask=inside, other=0)
             mask = inside[:, None] & (offs_d < dim)[None, :]
@@ -172,12 +176,15 @@ def class_sum_kernel(
 
 def _triton_positive_sum(rows, keys, labels, labels_keys, starts, ends, order):
     m, dim = rows.shape
-    # One row per sorted position; only those where a class starts are written.
+    # One row per sorted position; what is read in the end are those where a class starts.
     sums = torch.empty_like(keys)
     block = min(32, block_d(dim))
-    class_sum_kernel[(keys.shape[0], ceil_div(dim, block))](
-        keys, order, starts[order], ends[order], sums, dim, BLOCK_K=64, BLOCK_D=block
-    )
+    of_class = starts[order], ends[order], sums, dim
+    add = class_sum_kernel[(keys.shape[0], ceil_div(dim, block))]
+    # No program adds up a class of any size alone: first its parts, then their sums, in place.
+    add(keys, order, *of_class, STEP=1, SPAN=CLASS_SPAN, BLOCK_K=64, BLOCK_D=block)
+    positions = torch.arange(len(keys), device=keys.device)
+    add(sums, positions, *of_class, STEP=CLASS_SPAN, SPAN=2**30, BLOCK_K=64, BLOCK_D=block)
     return sums[starts[:m]] - rows
 
 

@@ -280,7 +280,7 @@ def loss_cases(target):
         )
         constants = {name: common[name] for name in kernel.arg_names if name in common}
         if kernel is supervised.class_sum_kernel:
-            constants["BLOCK_D"] = 32
+            constants |= {"BLOCK_D": 32, "STEP": 1, "SPAN": supervised.CLASS_SPAN}
         if "sup_con" in kernel.__name__:
             constants["BLOCK_R"] = supervised._block_r(constants["BLOCK_D"])
             constants = {

@@ -212,6 +212,32 @@ def test_one_program_tiles_and_sorted_labels_agree(m, kind, monkeypatch, forget_
     assert torch.equal(loss, again[0]) and torch.equal(grad, again[1])
 
 
+@pytest.mark.parametrize("span", [2, 8, 512])
+def test_no_program_adds_up_a_class_of_any_size_alone(span, monkeypatch):
+    module = sys.modules["kernels.sup_con"]
+    monkeypatch.setattr(module, "CLASS_SPAN", span)
+    launch, parts = module.class_sum_kernel.run, []
+
+    def record(*arguments, SPAN, STEP, **options):
+        launch(*arguments, SPAN=SPAN, STEP=STEP, **options)
+        if STEP == 1:
+            parts.append(arguments[4].clone())
+
+    monkeypatch.setattr(module.class_sum_kernel, "run", record)
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([7] * 150 + [-2] * 49 + [3])[torch.randperm(200, generator=generator)]
+    keys = torch.randn(200, 5, generator=generator)
+    groups = module._groups(labels)
+    got = module._triton_positive_sum(keys, keys, labels, labels, *groups)
+    truth = module._reference_positive_sum(keys, keys, labels, labels, *groups)
+    torch.testing.assert_close(got, truth, rtol=1e-5, atol=1e-5)
+    ordered = keys[groups[2]]
+    for start, end in ((0, 49), (49, 50), (50, 200)):
+        for first in range(start, end, span):
+            part = ordered[first : min(first + span, end)].sum(0)
+            torch.testing.assert_close(parts[0][first], part, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [0.07, 0.5])
