@@ -21,6 +21,17 @@ maximum; and up to 4,096 rows, where writing and merging the half grid's slots c
 the tiles (forward and backward of NT-Xent at M = 2,048 on an H200: 29.4 us with the full grid, 30.4
 with the half one; at M = 8,192, 110 and 106).
 
+Which path when, of M rows of this process:
+
+    forward   M <= 1,024 (SupCon 2,048), own keys, a shift: all in one kernel of the loss's file
+              M <= 4,096, no shift, or gathered keys: full_kernel
+              else: half_kernel
+              statistics: stats_kernel, on the full grid
+    backward  few rows of NT-Xent: one kernel of its file
+              else: bwd_kernel, whose ranges are then added up
+    positives of SupCon: few rows in the forward; up to 16,384 a product with (y_i = y_j); else,
+              with gathered keys, statistics or rows, sums over sorted labels
+
 In the Triton path s is in base 2 (rows carry sqrt(log2 e)); rows are 16-bit, or two 16-bit planes
 side by side, hi + lo, for fp32.
 """
@@ -105,7 +116,7 @@ TILES = {
     },
     "gfx942": {
         (1, 64): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
-        (1, 128): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+        (1, 128): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 1)),
         (1, 256): ((64, 64, 4, 2), (64, 64, 4, 2), (32, 32, 4, 2)),
         (1, 512): ((64, 64, 8, 1), (64, 64, 8, 1), (32, 32, 4, 1)),
         (2, 64): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
@@ -495,7 +506,7 @@ def load_planes(ptr, rows, offs_d, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr):
         "first_offset",
         "last_offset",
         "first_slot",
-        "offsets_per_split",
+        "offsets_per_range",
     ]
 )
 def half_kernel(
@@ -507,7 +518,7 @@ def half_kernel(
     first_offset,
     last_offset,
     first_slot,
-    offsets_per_split,
+    offsets_per_range,
     stride_slot,
     PAIR_SHIFT: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -521,13 +532,13 @@ def half_kernel(
     into a slot per range.
     """
     owner = tl.program_id(0)
-    split = tl.program_id(1)
+    key_range = tl.program_id(1)
     offs_d = tl.arange(0, BLOCK_D)
     local_n = tl.arange(0, BLOCK_N)
     offs_n = owner * BLOCK_N + local_n
     cols, cols_lo = load_planes(u_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
-    begin = first_offset + split * offsets_per_split
-    end = tl.minimum(begin + offsets_per_split, last_offset)
+    begin = first_offset + key_range * offsets_per_range
+    end = tl.minimum(begin + offsets_per_range, last_offset)
     # With an even number of blocks the farthest offset pairs J with J + T/2 twice: the lower half
     # of the owners does it.
     if (num_blocks % 2 == 0) & (owner * 2 >= num_blocks):
@@ -561,7 +572,7 @@ def half_kernel(
         col_sums += tl.sum(tl.reshape(e, [BLOCK_M // 16, 2, 8, BLOCK_N]), 1)
         row_slot_ptr = slots_ptr + (offset - first_slot).to(tl.int64) * stride_slot
         tl.store(row_slot_ptr + offs_m, tl.sum(e, 1))
-    slot = last_offset - first_slot + split
+    slot = last_offset - first_slot + key_range
     tl.store(slots_ptr + slot.to(tl.int64) * stride_slot + offs_n, tl.sum(tl.sum(col_sums, 0), 0))
 
 
@@ -572,7 +583,7 @@ def full_kernel(
     tops_ptr,
     sums_ptr,
     num_keys,
-    keys_per_split,
+    keys_per_range,
     stride_slot,
     PAIR_SHIFT: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -582,14 +593,14 @@ def full_kernel(
 ):
     """Maximum and sum of 2^(s - maximum) of a block of rows over a range of keys, into its slot."""
     pid_m = tl.program_id(0)
-    split = tl.program_id(1)
+    key_range = tl.program_id(1)
     offs_d = tl.arange(0, BLOCK_D)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     rows, rows_lo = load_planes(rows_ptr, offs_m, offs_d, SPLIT, BLOCK_D)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    begin = split * keys_per_split
-    for start in range(begin, tl.minimum(begin + keys_per_split, num_keys), BLOCK_N):
+    begin = key_range * keys_per_range
+    for start in range(begin, tl.minimum(begin + keys_per_range, num_keys), BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
         keys, keys_lo = load_planes(keys_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
         s = similarities(rows, rows_lo, keys, keys_lo, SPLIT)  # [BLOCK_M, BLOCK_N]
@@ -601,8 +612,8 @@ def full_kernel(
         base = tl.where(new_top == float("-inf"), 0.0, new_top)  # 2^(-inf - -inf) is nan
         total = total * tl.exp2(top - base) + tl.sum(tl.exp2(s - base[:, None]), 1)
         top = new_top
-    tl.store(tops_ptr + split.to(tl.int64) * stride_slot + offs_m, top)
-    tl.store(sums_ptr + split.to(tl.int64) * stride_slot + offs_m, total)
+    tl.store(tops_ptr + key_range.to(tl.int64) * stride_slot + offs_m, top)
+    tl.store(sums_ptr + key_range.to(tl.int64) * stride_slot + offs_m, total)
 
 
 @jit
@@ -640,135 +651,6 @@ def _weights(
 
 
 @jit(do_not_specialize=["num_rows", "num_keys"])
-def _add_tile(
-    acc,
-    rows,
-    rows_lo,
-    lse_rows,
-    keys_ptr,
-    lse_keys_ptr,
-    offs_m,
-    start,
-    offs_d,
-    shift,
-    num_keys,
-    MASKED: tl.constexpr,
-    SHIFTED: tl.constexpr,
-    PAIR_SHIFT: tl.constexpr,
-    SPLIT: tl.constexpr,
-    LOG2_SCALE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """acc + the weighted keys of the block at start; lse_rows: with SHIFTED 2^(shift - lse)."""
-    local_n = tl.arange(0, BLOCK_N)
-    offs_n = start + local_n
-    keys, keys_lo = load_planes(keys_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
-    inside = local_n < num_keys - start  # as in half_kernel
-    if MASKED:
-        lse_keys = tl.load(lse_keys_ptr + offs_n, mask=inside, other=float("inf"))
-    else:
-        lse_keys = tl.load(lse_keys_ptr + offs_n)
-    s = similarities(rows, rows_lo, keys, keys_lo, SPLIT)  # [BLOCK_M, BLOCK_N]
-    if SHIFTED:
-        inverse_keys = tl.exp2(shift - lse_keys)
-        weight = tl.exp2(s - (shift - LOG2_SCALE)) * (lse_rows[:, None] + inverse_keys[None, :])
-    else:
-        weight = tl.exp2(s - (lse_rows - LOG2_SCALE)[:, None])
-        weight += tl.exp2(s - (lse_keys - LOG2_SCALE)[None, :])
-    if MASKED:
-        same_group = ((offs_m - start) >> PAIR_SHIFT)[:, None] == (local_n >> PAIR_SHIFT)[None, :]
-        weight = tl.where(same_group | (inside == 0)[None, :], 0.0, weight)
-    return add_weighted(acc, weight, keys, keys_lo, SPLIT)
-
-
-@jit(do_not_specialize=["num_rows", "num_keys"])
-def _add_tile(
-    acc,
-    rows,
-    rows_lo,
-    lse_rows,
-    keys_ptr,
-    lse_keys_ptr,
-    offs_m,
-    start,
-    offs_d,
-    shift,
-    num_keys,
-    MASKED: tl.constexpr,
-    SHIFTED: tl.constexpr,
-    PAIR_SHIFT: tl.constexpr,
-    SPLIT: tl.constexpr,
-    LOG2_SCALE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """acc + the weighted keys of the block at start; lse_rows: with SHIFTED 2^(shift - lse)."""
-    local_n = tl.arange(0, BLOCK_N)
-    offs_n = start + local_n
-    keys, keys_lo = load_planes(keys_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
-    inside = local_n < num_keys - start  # as in half_kernel
-    if MASKED:
-        lse_keys = tl.load(lse_keys_ptr + offs_n, mask=inside, other=float("inf"))
-    else:
-        lse_keys = tl.load(lse_keys_ptr + offs_n)
-    s = similarities(rows, rows_lo, keys, keys_lo, SPLIT)  # [BLOCK_M, BLOCK_N]
-    if SHIFTED:
-        inverse_keys = tl.exp2(shift - lse_keys)
-        weight = tl.exp2(s - (shift - LOG2_SCALE)) * (lse_rows[:, None] + inverse_keys[None, :])
-    else:
-        weight = tl.exp2(s - (lse_rows - LOG2_SCALE)[:, None])
-        weight += tl.exp2(s - (lse_keys - LOG2_SCALE)[None, :])
-    if MASKED:
-        same_group = ((offs_m - start) >> PAIR_SHIFT)[:, None] == (local_n >> PAIR_SHIFT)[None, :]
-        weight = tl.where(same_group | (inside == 0)[None, :], 0.0, weight)
-    return add_weighted(acc, weight, keys, keys_lo, SPLIT)
-
-
-@jit(do_not_specialize=["num_rows", "num_keys"])
-def _add_tile(
-    acc,
-    rows,
-    rows_lo,
-    lse_rows,
-    keys_ptr,
-    lse_keys_ptr,
-    offs_m,
-    start,
-    offs_d,
-    shift,
-    num_keys,
-    MASKED: tl.constexpr,
-    SHIFTED: tl.constexpr,
-    PAIR_SHIFT: tl.constexpr,
-    SPLIT: tl.constexpr,
-    LOG2_SCALE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    """acc + the weighted keys of the block at start; lse_rows: with SHIFTED 2^(shift - lse)."""
-    local_n = tl.arange(0, BLOCK_N)
-    offs_n = start + local_n
-    keys, keys_lo = load_planes(keys_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
-    inside = local_n < num_keys - start  # as in half_kernel
-    if MASKED:
-        lse_keys = tl.load(lse_keys_ptr + offs_n, mask=inside, other=float("inf"))
-    else:
-        lse_keys = tl.load(lse_keys_ptr + offs_n)
-    s = similarities(rows, rows_lo, keys, keys_lo, SPLIT)  # [BLOCK_M, BLOCK_N]
-    if SHIFTED:
-        inverse_keys = tl.exp2(shift - lse_keys)
-        weight = tl.exp2(s - (shift - LOG2_SCALE)) * (lse_rows[:, None] + inverse_keys[None, :])
-    else:
-        weight = tl.exp2(s - (lse_rows - LOG2_SCALE)[:, None])
-        weight += tl.exp2(s - (lse_keys - LOG2_SCALE)[None, :])
-    if MASKED:
-        same_group = ((offs_m - start) >> PAIR_SHIFT)[:, None] == (local_n >> PAIR_SHIFT)[None, :]
-        weight = tl.where(same_group | (inside == 0)[None, :], 0.0, weight)
-    return add_weighted(acc, weight, keys, keys_lo, SPLIT)
-
-
-@jit(do_not_specialize=["num_rows", "num_keys"])
 def stats_kernel(
     rows_ptr,
     keys_ptr,
@@ -778,7 +660,7 @@ def stats_kernel(
     slots_ptr,
     num_rows,
     num_keys,
-    keys_per_split,
+    keys_per_range,
     stride_slot,
     stride_kind,
     PAIR_SHIFT: tl.constexpr,
@@ -794,7 +676,7 @@ def stats_kernel(
     of a row's own class, and of others.
     """
     pid_m = tl.program_id(0)
-    split = tl.program_id(1)
+    key_range = tl.program_id(1)
     offs_d = tl.arange(0, BLOCK_D)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     rows, rows_lo = load_planes(rows_ptr, offs_m, offs_d, SPLIT, BLOCK_D)
@@ -808,8 +690,8 @@ def stats_kernel(
     else:
         first = tl.full([BLOCK_M], float("-inf"), tl.float32)
         second = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    begin = split * keys_per_split
-    for start in range(begin, tl.minimum(begin + keys_per_split, num_keys), BLOCK_N):
+    begin = key_range * keys_per_range
+    for start in range(begin, tl.minimum(begin + keys_per_range, num_keys), BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
         keys, keys_lo = load_planes(keys_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
         s = similarities(rows, rows_lo, keys, keys_lo, SPLIT)  # [BLOCK_M, BLOCK_N]
@@ -819,15 +701,15 @@ def stats_kernel(
             first += tl.sum(tl.where(s < of_rows[:, None], 0.0, 1.0), 1)
             second += tl.sum(tl.exp2(s * factor - 5.770780163555854), 1)
         else:
-            labels = tl.load(of_keys_ptr + offs_n, mask=offs_n < num_keys, other=0)
-            same = of_rows[:, None] == labels[None, :]
+            classes = tl.load(of_keys_ptr + offs_n, mask=offs_n < num_keys, other=0)
+            same = of_rows[:, None] == classes[None, :]
             first = tl.maximum(first, tl.max(tl.where(same, s, float("-inf")), 1))
             second = tl.maximum(second, tl.max(tl.where(same, float("-inf"), s), 1))
         new_top = tl.maximum(top, tl.max(s, 1))
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
         total = total * tl.exp2(top - base) + tl.sum(tl.exp2(s - base[:, None]), 1)
         top = new_top
-    out = slots_ptr + split.to(tl.int64) * stride_slot + offs_m
+    out = slots_ptr + key_range.to(tl.int64) * stride_slot + offs_m
     tl.store(out, top)
     tl.store(out + stride_kind, total)
     tl.store(out + 2 * stride_kind, first)
@@ -844,7 +726,7 @@ def bwd_kernel(
     shift,
     num_rows,
     num_keys,
-    keys_per_split,
+    keys_per_range,
     stride_slot,
     SHIFTED: tl.constexpr,
     PAIR_SHIFT: tl.constexpr,
@@ -864,7 +746,7 @@ def bwd_kernel(
     two products of a tile ptxas lets each of their instructions wait for the one before.
     """
     pid_m = tl.program_id(0)
-    split = tl.program_id(1)
+    key_range = tl.program_id(1)
     offs_d = tl.arange(0, BLOCK_D)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     local_n = tl.arange(0, BLOCK_N)
@@ -873,8 +755,8 @@ def bwd_kernel(
     if SHIFTED:
         lse_rows = tl.exp2(shift - lse_rows)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    begin = split * keys_per_split
-    end = tl.minimum(begin + keys_per_split, num_keys)
+    begin = key_range * keys_per_range
+    end = tl.minimum(begin + keys_per_range, num_keys)
     whole = tl.minimum(end, num_keys // BLOCK_N * BLOCK_N)
     WIDTH: tl.constexpr = BLOCK_M if BLOCK_M > BLOCK_N else BLOCK_N
     diagonal = pid_m * BLOCK_M // WIDTH * WIDTH
@@ -936,7 +818,7 @@ def bwd_kernel(
             BLOCK_N,
         )
         acc = add_weighted(acc, weight, keys, keys_lo, SPLIT)
-    slot_ptr = partial_ptr + split.to(tl.int64) * stride_slot
+    slot_ptr = partial_ptr + key_range.to(tl.int64) * stride_slot
     out = slot_ptr + offs_m.to(tl.int64)[:, None] * BLOCK_D + offs_d[None, :]
     tl.store(out, acc * 2.0 ** (-LOG2_SCALE))
 
@@ -991,16 +873,16 @@ def shift_of(temperature: float | None, normalized: bool) -> float | None:
 
 
 @functools.cache
-def _num_splits(blocks: int, steps: int, most: int, slots: int) -> int:
+def _num_ranges(blocks: int, steps: int, most: int, slots: int) -> int:
     """Into how many ranges to cut each block's steps.
 
     The programs are to fill whole waves of the device's slots. The cost of a wave is its steps plus
     two for loading, storing and, later, reading the partial result.
     """
 
-    def cost(splits: int) -> float:
-        per_split = ceil_div(steps, splits)
-        return ceil_div(blocks * ceil_div(steps, per_split), slots) * (per_split + 2)
+    def cost(num_ranges: int) -> float:
+        per_range = ceil_div(steps, num_ranges)
+        return ceil_div(blocks * ceil_div(steps, per_range), slots) * (per_range + 2)
 
     return min(range(1, max(1, min(steps, most, 64)) + 1), key=cost)
 
@@ -1013,9 +895,9 @@ def key_ranges(
     range_bytes: what all blocks store of one range.
     """
     steps = ceil_div(num_keys, block_n)
-    splits = _num_splits(blocks, steps, SLOT_BYTES // range_bytes or 1, 2 * num_sms(device))
-    per_split = ceil_div(steps, splits)
-    return ceil_div(steps, per_split), per_split * block_n
+    num_ranges = _num_ranges(blocks, steps, SLOT_BYTES // range_bytes or 1, 2 * num_sms(device))
+    per_range = ceil_div(steps, num_ranges)
+    return ceil_div(steps, per_range), per_range * block_n
 
 
 def gather_keys(
@@ -1043,8 +925,8 @@ def slot_sums(u, keys, num_rows, num_keys, pair_shift, split, shift):
     """
     size = u.shape[0]
     if shift is None or keys is not u or num_rows <= FULL_GRID_ROWS:
-        splits, full = _full_plan(u.shape, u.dtype, u.device, num_keys, pair_shift, split)
-        tops = torch.empty(splits, size, dtype=torch.float32, device=u.device)
+        num_ranges, full = _full_plan(u.shape, u.dtype, u.device, num_keys, pair_shift, split)
+        tops = torch.empty(num_ranges, size, dtype=torch.float32, device=u.device)
         sums = torch.empty_like(tops)
         full((u, keys, tops, sums))
         return tops, sums, -1, 0
@@ -1070,8 +952,8 @@ def stats_sums(u, keys, num_rows, num_keys, pair_shift, split, of_rows, of_keys,
     -> tops and sums as of `slot_sums`; (num_rows,) fp32, two of them: see `stats_kernel`.
     """
     options = (num_rows, num_keys, pair_shift, split, of_rows.dtype)
-    splits, launch = _stats_plan(u.shape, u.dtype, u.device, *options)
-    slots = torch.empty(4, splits, u.shape[0], dtype=torch.float32, device=u.device)
+    num_ranges, launch = _stats_plan(u.shape, u.dtype, u.device, *options)
+    slots = torch.empty(4, num_ranges, u.shape[0], dtype=torch.float32, device=u.device)
     launch((u, keys, of_rows, of_keys, factor, slots))
     more = slots[2:, :, :num_rows]
     return slots[0], slots[1], *(more.sum(1) if pair_shift else more.amax(1))
@@ -1083,7 +965,7 @@ def _stats_plan(shape, dtype, device, num_rows, num_keys, pair_shift, split, of_
     size, dim = shape[0], shape[1] // (2 if split else 1)
     # The forward's tile of 512 columns would spill on gfx942.
     block_m, block_n, warps, stages, *_ = tile("bwd", 1 + split, dim, target_name(device))
-    splits, per_split = key_ranges(size // block_m, num_keys, block_n, 16 * size, device)
+    num_ranges, per_range = key_ranges(size // block_m, num_keys, block_n, 16 * size, device)
     constants = {
         "PAIR_SHIFT": pair_shift,
         "SPLIT": split,
@@ -1091,9 +973,9 @@ def _stats_plan(shape, dtype, device, num_rows, num_keys, pair_shift, split, of_
         "BLOCK_N": block_n,
         "BLOCK_D": dim,
     }
-    integers = (num_rows, num_keys, per_split, size, splits * size)
-    grid = (size // block_m, splits)
-    return splits, Launch(stats_kernel, grid, integers, constants, warps, stages)
+    integers = (num_rows, num_keys, per_range, size, num_ranges * size)
+    grid = (size // block_m, num_ranges)
+    return num_ranges, Launch(stats_kernel, grid, integers, constants, warps, stages)
 
 
 @plan
@@ -1101,7 +983,7 @@ def _full_plan(shape, dtype, device, num_keys, pair_shift, split):
     """-> the number of slots, the launch."""
     size, dim = shape[0], shape[1] // (2 if split else 1)
     block_m, block_n, warps, stages = tile("full", 1 + split, dim, target_name(device))
-    splits, per_split = key_ranges(size // block_m, num_keys, block_n, 8 * size, device)
+    num_ranges, per_range = key_ranges(size // block_m, num_keys, block_n, 8 * size, device)
     constants = {
         "PAIR_SHIFT": pair_shift,
         "SPLIT": split,
@@ -1109,9 +991,9 @@ def _full_plan(shape, dtype, device, num_keys, pair_shift, split):
         "BLOCK_N": block_n,
         "BLOCK_D": dim,
     }
-    integers = (num_keys, per_split, size)
-    grid = (size // block_m, splits)
-    return splits, Launch(full_kernel, grid, integers, constants, warps, stages)
+    integers = (num_keys, per_range, size)
+    grid = (size // block_m, num_ranges)
+    return num_ranges, Launch(full_kernel, grid, integers, constants, warps, stages)
 
 
 @plan
@@ -1129,15 +1011,15 @@ def _half_plan(shape, dtype, device, num_rows, pair_shift, split):
     # None is empty: only the last is ragged, and the kernel masks no other.
     blocks = ceil_div(num_rows, block_n)
     offsets = blocks // 2 + 1
-    splits = _num_splits(blocks, offsets * (block_n // block_m), offsets, 2 * num_sms(device))
-    per_pass = max(1, min(offsets, SLOT_BYTES // (4 * size) - splits))
+    num_ranges = _num_ranges(blocks, offsets * (block_n // block_m), offsets, 2 * num_sms(device))
+    per_pass = max(1, min(offsets, SLOT_BYTES // (4 * size) - num_ranges))
     passes = []
     for first in range(0, offsets, per_pass):
         last = min(first + per_pass, offsets)
-        per_split = ceil_div(last - first, min(splits, last - first))
-        ranges = ceil_div(last - first, per_split)
+        per_range = ceil_div(last - first, min(num_ranges, last - first))
+        ranges = ceil_div(last - first, per_range)
         first_slot = max(first, 1)  # the diagonal has no row sums
-        integers = (num_rows, blocks, first, last, first_slot, per_split, size)
+        integers = (num_rows, blocks, first, last, first_slot, per_range, size)
         half = Launch(half_kernel, (blocks, ranges), integers, constants, warps, stages)
         passes.append((last - first_slot + ranges, half))
     half_slot = last - first_slot - 1 if blocks % 2 == 0 else -1
@@ -1159,8 +1041,8 @@ def _weighted_plan(shape, dtype, device, num_rows, num_keys, pair_shift, split, 
     """-> the shape of the result, the launch."""
     size, dim = shape[0], shape[1] // (2 if split else 1)
     block_m, block_n, warps, stages, *ahead = tile("bwd", 1 + split, dim, target_name(device))
-    splits, per_split = key_ranges(size // block_m, num_keys, block_n, 4 * size * dim, device)
-    integers = (num_rows, num_keys, per_split, size * dim)
+    num_ranges, per_range = key_ranges(size // block_m, num_keys, block_n, 4 * size * dim, device)
+    integers = (num_rows, num_keys, per_range, size * dim)
     constants = {
         "SHIFTED": shifted,
         "PAIR_SHIFT": pair_shift,
@@ -1171,5 +1053,5 @@ def _weighted_plan(shape, dtype, device, num_rows, num_keys, pair_shift, split, 
         "BLOCK_N": block_n,
         "BLOCK_D": dim,
     }
-    grid = (size // block_m, splits)
-    return (splits, size, dim), Launch(bwd_kernel, grid, integers, constants, warps, stages)
+    grid = (size // block_m, num_ranges)
+    return (num_ranges, size, dim), Launch(bwd_kernel, grid, integers, constants, warps, stages)

@@ -489,7 +489,7 @@ def _sup_con_positives_kernel(
     labels_ptr,
     partial_ptr,
     num_rows,
-    keys_per_split,
+    keys_per_range,
     stride_slot,
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -501,13 +501,13 @@ def _sup_con_positives_kernel(
     A product of (y_i = y_j) with the keys, which costs the same whatever the classes' sizes. Keys
     beyond the rows are zeros, so that nothing is masked; counting here would serialize the product.
     """
-    split = tl.program_id(1)
+    key_range = tl.program_id(1)
     offs_d = tl.arange(0, BLOCK_D)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     labels_m = tl.load(labels_ptr + offs_m, mask=offs_m < num_rows, other=0)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    begin = split * keys_per_split
-    for start in range(begin, tl.minimum(begin + keys_per_split, num_rows), BLOCK_N):
+    begin = key_range * keys_per_range
+    for start in range(begin, tl.minimum(begin + keys_per_range, num_rows), BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
         keys, keys_lo = load_planes(u_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
         labels_n = tl.load(labels_ptr + offs_n, mask=offs_n < num_rows, other=0)
@@ -516,7 +516,7 @@ def _sup_con_positives_kernel(
         acc = tl.dot(same, keys, acc, input_precision="ieee")
         if SPLIT:
             acc = tl.dot(same, keys_lo, acc, input_precision="ieee")
-    slot_ptr = partial_ptr + split.to(tl.int64) * stride_slot
+    slot_ptr = partial_ptr + key_range.to(tl.int64) * stride_slot
     tl.store(slot_ptr + offs_m.to(tl.int64)[:, None] * BLOCK_D + offs_d[None, :], acc)
 
 
@@ -672,12 +672,12 @@ def _positives_plan(shape, dtype, device, num_rows, split, label_dtype):
     size, width = shape[0], shape[1] // (2 if split else 1)
     block_m, block_n, warps, stages, *_ = tile("bwd", 1 + split, width, target_name(device))
     blocks = size // block_m
-    splits, per_split = key_ranges(blocks, num_rows, block_n, 4 * size * width, device)
-    integers = (num_rows, per_split, size * width)
+    num_ranges, per_range = key_ranges(blocks, num_rows, block_n, 4 * size * width, device)
+    integers = (num_rows, per_range, size * width)
     constants = {"SPLIT": split, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": width}
-    grid = (blocks, splits)
+    grid = (blocks, num_ranges)
     launch = Launch(_sup_con_positives_kernel, grid, integers, constants, warps, stages)
-    return (splits, size, width), launch
+    return (num_ranges, size, width), launch
 
 
 @plan

@@ -172,7 +172,7 @@ def similarity_cases(target, every):
                 kernel,
                 element,
                 fp32=sums,
-                aligned=("stride_slot", "stride_kind", "keys_per_split"),
+                aligned=("stride_slot", "stride_kind", "keys_per_range"),
                 scalars=("shift",),
             )
             constants = {
@@ -275,7 +275,7 @@ def loss_cases(target):
             "bf16",
             fp32=fp32,
             int64=("order_ptr", "starts_ptr", "ends_ptr", "labels_ptr"),
-            aligned=("stride_slot", "keys_per_split"),
+            aligned=("stride_slot", "keys_per_range"),
             scalars=("temperature", "shift"),
         )
         constants = {name: common[name] for name in kernel.arg_names if name in common}
