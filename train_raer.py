@@ -24,8 +24,9 @@ import common  # noqa: F401  # isort: skip  (it refuses an older Python)
 import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -38,16 +39,31 @@ from common.check.runner import check
 from common.data import augment, raer, sampling
 from common.data.groups import group_items
 from common.distill import add_distillation
-from common.errors import InputError, plural
+from common.errors import InputError, aligned, plural, say
 from common.export import PROBABILITIES, ExportSpec
 from common.features import stored_features
-from common.longtail import Phase, Schedule, read_schedule
-from common.models.clip import ACTIVATIONS, OPENAI, VARIANTS
-from common.models.raer import TUNES, FixedPrompts, RaerModel, build_raer, normalization, start
+from common.live import digits
+from common.longtail import Augmentation, Phase, Schedule, read_schedule
+from common.models.clip import ACTIVATIONS, VARIANTS, cosine_logits
+from common.models.raer import (
+    STREAMS,
+    TUNES,
+    WITHOUT_TEXT,
+    FixedPrompts,
+    RaerModel,
+    build_raer,
+    describe_random_tower,
+    normalization,
+    own_classes,
+    start,
+    streams_of,
+    tuned_part,
+)
 from common.report import figures, page
 from common.run import checkpoint, dist
 from common.run.card import Card
 from common.run.evaluation import Evaluation
+from common.run.files import read_json
 from common.run.inference import LoadedRun, load_run, restore_data_flags
 from common.run.launch import launch, run_sweep
 from common.run.loop import Batch, Loop, Step
@@ -65,11 +81,9 @@ CARD = Card(
         "train/test/war": "WAR on the test clips",
     },
 )
+TRAINING = {"train": "{data} {backbone} {weights}"}
 STAGE = {"bs": 32, "lr": 1e-2, "wd": 1e-4, "optimizer": "sgd", "warmup_epochs": 0.0}
 PRETRAINED_IMAGE_LR = 1e-5  # CLIP-CAER's; a tower that does not start from CLIP trains at --lr
-JITTER = (0.3, 0.3, 0.3, 0.1)  # brightness, contrast, saturation, hue
-DEGREES = 15
-CROP = (0.5, 1.0)  # of the area
 DEMO = {
     "backbone": "vit_tiny",
     "num_frames": 8,
@@ -84,6 +98,12 @@ SEARCH = {
     "sgd": {"lr": (1e-3, 0.1), "wd": (1e-6, 1e-2)},
     "adamw": {"lr": (1e-5, 1e-2), "wd": (1e-4, 0.3)},
 }
+OF_TEXT = ["clip_vocab", "num_context", "prompt_lr", "zero_shot"]
+OF_TRAINING = [
+    "epochs", "lr", "wd", "warmup_epochs", "optimizer", "image_lr", "prompt_lr", "fusion_lr",
+    "method", "schedule", "la_prior", "select", "patience", "tune", "num_context",
+    "temporal_layers", "dropout", "augment", "cache_features", "check", "teacher", "search",
+]  # fmt: skip
 MODEL_FLAGS = ["backbone", "num_frames", "num_context", "temporal_layers", "method"]
 
 
@@ -101,6 +121,20 @@ def parse_args(argv: list[str] | None = None):
     group.number(
         "--num-frames", int, 16, "frames of a clip, one from each of N equal segments", low=1
     )
+    group.choice(
+        "--streams",
+        STREAMS,
+        "both",
+        "what is seen of a clip: both the face and the scene, or the face alone, at half the work"
+        " and without boxes of bodies",
+    )
+    for part in ("train", "test"):
+        group.add_argument(
+            f"--{part}-list",
+            metavar="FILE",
+            help=f"list of the {part} clips in the place of {part}.txt: lines as there, or"
+            " `clip label` (FERV39k, MAFW), or the columns `video_name,label` (DFEW)",
+        )
     group.choice(
         "--missing-box",
         raer.MISSING_BOX,
@@ -130,6 +164,11 @@ def parse_args(argv: list[str] | None = None):
         "share of the clips, without frames or damaged, that --on-bad-item skip leaves out at most",
         low=0,
         high=1,
+    )
+    group.switch(
+        "--as-clip",
+        "with --predict: images that lie in a folder that is given are the frames of one clip;"
+        " unset: each is an item",
     )
     group.number(
         "--face-margin",
@@ -171,13 +210,19 @@ def parse_args(argv: list[str] | None = None):
         "--weights",
         metavar="NAME|FILE",
         help="weights to start from: `openai`, CLIP's own (for resnet18 `imagenet`, torchvision's),"
-        " downloaded once, or a file: CLIP's, or for resnet18 the backbone.pt of a SimCLR run",
+        " downloaded once, or a file: CLIP's or that of a model that has it, for resnet18 the"
+        " backbone.pt of a SimCLR run; or a run of this script",
     )
     group.choice(
         "--activation",
         ACTIVATIONS,
         None,
         "activation function of CLIP's weights, where their file does not say it",
+    )
+    group.switch(
+        "--zero-shot",
+        "train nothing: what CLIP of --weights answers on the test clips as it is (where it has"
+        " text, every run ends with this beside its own figures)",
     )
     group.add_argument(
         "--clip-vocab",
@@ -247,33 +292,57 @@ def parse_args(argv: list[str] | None = None):
         "--prompt-lr", float, 1e-3, "learning rate of the learned tokens of --num-context", low=0
     )
     group.number(
+        "--fusion-lr",
+        float,
+        None,
+        "learning rate of the fusion of the streams; unset: --lr (CLIP-CAER: 1e-5)",
+        low=0,
+    )
+    group.choice(
+        "--select",
+        ["uar", "war"],
+        "uar",
+        "figure on the validation clips by which the best epoch is chosen",
+    )
+    group.number(
         "--patience",
         int,
         None,
-        "validations without a better UAR before training stops; unset: it never stops early",
+        "validations without a better --select before training stops; unset: it never stops early",
         low=1,
     )
     reading = ["missing_box", "face_margin", "box_format", "allow_missing"]
     args = config.parse(parser, argv, DEMO, SEARCH)
-    args = restore_data_flags(parser, argv, args, [*reading, "store_size"])
+    # A list is that of the data that the run was trained on.
+    listed = ["test_list"] if args.eval and args.data == "sample" else []
+    args = restore_data_flags(parser, argv, args, [*reading, "store_size", *listed])
 
     config.check_inference_flags(
-        parser, args, reading if args.predict else [*reading, "label_base"]
+        parser, args, [*reading, *(["as_clip"] if args.predict else ["label_base", "test_list"])]
     )
     refuse = partial(config.reject_unused_flags, parser, args)
+    if not args.predict:
+        refuse(["as_clip"], "without --predict")
     refuse(["impl"], "here: no kernel is used")
     if args.data == "sample" and not (args.eval or args.predict):
-        refuse([*reading, "label_base"], "on the embedded clips")
-    if not args.weights or args.backbone == "resnet18" or args.method == "tau-norm":
-        refuse(
-            ["clip_vocab", "num_context", "prompt_lr"], "without the text tower of CLIP's weights"
-        )
+        refuse([*reading, "label_base", "train_list", "test_list"], "on the embedded clips")
+    if not (args.eval or args.predict) and bool(args.train_list) != bool(args.test_list):
+        parser.error("--train-list and --test-list belong together: give both")
+    if not args.weights or args.backbone == "resnet18" or args.method in WITHOUT_TEXT:
+        refuse(OF_TEXT, "without the text tower of CLIP's weights")
+    if args.zero_shot:
+        refuse(OF_TRAINING, "with --zero-shot, which trains nothing")
     if args.backbone == "resnet18" or not args.weights:
         refuse(["activation"], "without CLIP's weights")
-    if args.method in ("tau-norm", "ldam-drw"):
+    if args.method in (*WITHOUT_TEXT, "ldam-drw"):
         refuse(
             ["logit_scale"],
             f"with --method {args.method}, whose logits have no scale, or its loss's own",
+        )
+    if args.method == "linear-probe":
+        refuse(
+            ["tune", "temporal_layers", "dropout", "fusion_lr"],
+            "with --method linear-probe, a linear layer on frozen features",
         )
     tune = tuned_part(args)
     if args.backbone == "resnet18" or tune != "full":
@@ -289,28 +358,6 @@ def parse_args(argv: list[str] | None = None):
             "--augment clip has no effect with --cache-features, which encodes each clip once"
         )
     return args, parser
-
-
-def tuned_part(args) -> str:
-    """--tune; unset, all of a tower of CLIP that has no --weights, unless its features are kept."""
-    random_tower = not args.weights and args.backbone in OPENAI and not args.cache_features
-    return args.tune or ("full" if random_tower else "none")
-
-
-def describe_random_tower(args, bs: int) -> str:
-    """What becomes of an image tower without --weights: it trains, or it never will."""
-    tune = tuned_part(args)
-    others = "" if args.backbone == "vit_tiny" else "; --weights starts from trained ones"
-    if tune == "full":
-        return (
-            f"no --weights: all of {args.backbone} trains from random ones (--tune full), forward"
-            f" and backward of {2 * bs * args.num_frames} frames a step{others}"
-        )
-    warn = "" if args.demo else "WARN "
-    return (
-        f"{warn}no --weights and --tune {tune}: the image tower is random and stays so, only what"
-        f" follows it learns; --tune full trains it{others}"
-    )
 
 
 def written_schedule(args) -> Schedule:
@@ -330,6 +377,7 @@ def build_data(
     """The clips of `path`, said in one line; a model's `spec` tells classes and label base."""
     spec = spec or {}
     base = spec.get("label_base") if args.label_base is None else args.label_base
+    lists = {"test": args.test_list} if spec else {"train": args.train_list, "test": args.test_list}
     clips = raer.prepare(
         path,
         store_size=args.store_size,
@@ -340,6 +388,9 @@ def build_data(
         box_format=args.box_format,
         allow_missing=args.allow_missing,
         labels=labels,
+        streams=spec.get("streams", args.streams),
+        lists={part: file for part, file in lists.items() if file},
+        as_clip=labels or args.as_clip,
         label_base=base,
         known=spec.get("classes"),
         say=world.say,
@@ -376,6 +427,11 @@ def validate(
     counts = np.bincount(clips.labels[splits["train"]], minlength=len(clips.classes))
     sampling.check_batch("train", stage.bs, len(splits["train"]), world.world_size * args.accum)
     longtail.check(table, counts, args.la_prior, world.say)
+    if (args.cache_features or args.augment == "none") and table.augmentation != Augmentation():
+        raise InputError(
+            f"--schedule {args.schedule}: its augmentation has no effect with --cache-features or"
+            " --augment none; leave one out"
+        )
     return counts
 
 
@@ -395,13 +451,17 @@ def build_model(run: Run, published=None) -> RaerModel:
 
 def build_optimizer(run: Run, model: RaerModel) -> torch.optim.Optimizer:
     """One or two groups a part, each with the part's own peak rate."""
-    stage, groups = run.stages["train"], []
-    for part, modules in model.parts().items():
+    stage, groups, parts = run.stages["train"], [], model.parts()
+    if run.args.fusion_lr is not None:
+        parts["temporal"] = [part for part in parts["temporal"] if part is not model.fusion]
+        parts["fusion"] = [model.fusion]
+    for part, modules in parts.items():
         if any(p.requires_grad for module in modules for p in module.parameters()):
             rate = {
                 "temporal": stage.lr,
                 "image": run.model_spec["image_lr"],
                 "prompts": run.args.prompt_lr,
+                "fusion": run.args.fusion_lr,
             }[part]
             groups += [g | {"lr": rate} for g in optim.param_groups(modules, stage.wd)]
     return optim.build_optimizer(stage.optimizer, groups, lr=stage.lr)
@@ -415,7 +475,7 @@ def fetch(
 ) -> Iterator[Batch]:
     """The batches of items, item i is clip i % len(clips), and their labels, on the device.
 
-    Inputs are the faces and contexts, two uint8 (n, T, 3, h, h), of the frames that `epoch` draws
+    Inputs are the faces and contexts, each uint8 (n, T, 3, h, h), of the frames that `epoch` draws
     or, in evaluation (None) and with --cache-features, of those in the middle of their segments; or
     else rows of `cached`, the features of all clips.
     """
@@ -441,14 +501,14 @@ def frame_numbers(run: Run, items: np.ndarray, epoch: int | None) -> tuple[np.nd
 
 
 def frames_of(run: Run, batch: Batch) -> Tensor:
-    """The model's input: normalized frames (n, 2, T, 3, s, s) of the two streams, augmented in
+    """The model's input: normalized frames (n, 2, T, 3, s, s) of the streams, augmented in
     training by one draw for all frames of both; or cached features as they are.
     """
     if isinstance(batch.inputs, Tensor):
         return batch.inputs
     args, size = run.args, run.model_spec["image_size"]
     as_stored = batch.epoch is None or args.augment == "none" or args.cache_features
-    mean, std = normalization(run.model_spec["backbone"])
+    mean, std = normalization(run.model_spec)
     views = []
     for stream in batch.inputs:
         count, length, _, side, _ = stream.shape
@@ -456,9 +516,8 @@ def frames_of(run: Run, batch: Batch) -> Tensor:
         if as_stored:
             x = augment.resize(frames, size)
         else:
-            params = augment.clip_params(
-                args.seed, batch.epoch, batch.items, 0, side, JITTER, CROP, DEGREES
-            )
+            vary = run.schedule.augmentation
+            params = vary.params(args.seed, batch.epoch, batch.items, side)
             x = augment.make_view(frames, params.repeat(length), size)
         views.append(augment.normalize(x, mean, std).unflatten(0, (count, length)))
     return torch.stack(views, 1)
@@ -513,7 +572,7 @@ def evaluate(
     """
     model.eval()
     shard = dist.shard(indices, run.world)
-    frames = 2 * run.model_spec["num_frames"]
+    frames = run.model_spec["num_frames"] * len(streams_of(run.model_spec))
     parts = np.array_split(shard, -(-len(shard) * frames // EVAL_FRAMES))
     parts = [part for part in parts if len(part)]
     with Evaluation(progress, model, parts, "encoding" if outputs else "") as done:
@@ -546,10 +605,8 @@ def score(run: Run, prefix: str, indices: np.ndarray, scores: Tensor, say=None) 
 
 def audit_phases(run: Run, model: RaerModel, cached: Tensor | None = None) -> list[str]:
     """What the audit of every phase's settings finds, three steps each on a copy."""
-    problems = []
-    for phase in run.schedule.phases:
-        problems += audit_phase(run, model, phase, cached)
-    return problems
+    phases = run.schedule.phases
+    return [problem for phase in phases for problem in audit_phase(run, model, phase, cached)]
 
 
 def audit_phase(run: Run, model: RaerModel, phase: Phase, cached: Tensor | None) -> list[str]:
@@ -574,8 +631,8 @@ def audit_phase(run: Run, model: RaerModel, phase: Phase, cached: Tensor | None)
 
 
 def train(run: Run, published) -> None:
-    """Train by the schedule, validate every --eval-every epochs, and test the epoch of the best UAR
-    on the validation split.
+    """Train by the schedule, validate every --eval-every epochs, and test the epoch of the best
+    --select on the validation split.
     """
     args, world, log, clips = run.args, run.world, run.log, run.data
     stage = run.stages["train"]
@@ -634,10 +691,10 @@ def train(run: Run, published) -> None:
             tau = longtail.best_tau(args.method, counts, model, logits, clips.labels[val])
             scores = longtail.decide(args.method, counts, model, logits, tau)
             values |= score(run, "train/val", val, scores, log.say) | {"train/val/tau": tau}
-            uar = values["train/val/uar"]
-            progress.select(uar, model.state_dict(), values, higher_is_better=True)
+            value = values[f"train/val/{args.select}"]
+            progress.select(value, model.state_dict(), values, higher_is_better=True)
             progress.results = values
-        loop.end_epoch(values | phase_values(phase))
+        loop.end_epoch(values | phase.values("train/schedule/"))
 
     def test(network, selected):
         logits = evaluate(run, network, test_split, cached, progress)
@@ -646,15 +703,43 @@ def train(run: Run, published) -> None:
         return score(run, "train/test", test_split, scores, log.say), scores
 
     results, scores = test_best_and_last(progress, model, test)
+    results |= zero_shot(run, model, published, cached, progress)[0]
     figures.classified(run, "train", test_split, scores, clips.labels[test_split], clips.classes)
     log.metrics("train", progress.step, progress.epoch, results)
     run.finish(progress, progress.results | results)
 
 
-def phase_values(phase: Phase) -> dict[str, float]:
-    """The numbers of a phase, for its epochs' lines in log.jsonl."""
-    numbers = {n: value for n, value in asdict(phase).items() if isinstance(value, (int, float))}
-    return {f"train/schedule/{name}": value for name, value in numbers.items()}
+def zero_shot(
+    run: Run, model: RaerModel, published, cached: Tensor | None = None, progress=None
+) -> tuple[dict, dict[str, Tensor]]:
+    """What CLIP answers on the test clips as --weights has it: UAR and WAR by one text a class and
+    by several, and the cosines (n, K) of both; nothing where it has no text.
+    """
+    classes, test_split = own_classes(published), run.splits["test"]
+    if not classes:
+        return {}, {}
+    if run.model_spec["tune"] == "full":
+        model = build_model(run, published)
+    features = evaluate(run, model, test_split, cached, progress, model.mean_features)
+    cosines = {name: cosine_logits(features, texts, 1.0) for name, texts in classes.items()}
+    results = {}
+    for name, scores in cosines.items():
+        labels, answers = run.data.labels[test_split], scores.argmax(1).numpy()
+        found = metrics.long_tail(labels, answers, len(run.data.classes))
+        results |= {f"train/test/{name}_{metric}": found[metric] for metric in ("uar", "war")}
+    return results, cosines
+
+
+def test_untrained(run: Run, published) -> None:
+    """--zero-shot: the figures of CLIP as it is, by one text a class, by several beside them."""
+    results, cosines = zero_shot(run, build_model(run, published), published)
+    test_split, labels = run.splits["test"], run.data.labels
+    scores = cosines["zero_shot"]
+    results = {name: value for name, value in results.items() if "templates" in name}
+    results |= score(run, "train/test", test_split, scores, run.log.say)
+    figures.classified(run, "train", test_split, scores, labels[test_split], run.data.classes)
+    run.log.metrics("train", 0, 0, results)
+    run.results |= results
 
 
 def encode(run: Run, model: RaerModel, progress) -> Tensor:
@@ -668,10 +753,15 @@ def encode(run: Run, model: RaerModel, progress) -> Tensor:
         return model.encode(x).flatten(1)
 
     compute = partial(evaluate, run, model, everything, None, progress, flat_features)
+    streams = len(streams_of(run.model_spec))
     digest = checkpoint.weights_digest(model.image.state_dict())
-    made_with = f"{digest} {length} {args.face_margin} {args.precision} {len(everything)}"
+    made_with = (
+        f"{digest} {length} {args.face_margin} {args.precision} {len(everything)}"
+        f" {run.model_spec['activation']} {normalization(run.model_spec)}"
+        f" {run.world.device.type} {streams}"
+    )
     rows = stored_features(run, made_with, compute)
-    return rows.view(len(rows), 2, length, -1)
+    return rows.view(len(rows), streams, length, -1)
 
 
 class StreamView(NetworkView):
@@ -680,13 +770,13 @@ class StreamView(NetworkView):
     """
 
     def __init__(self, run: Run, size: int):
-        length = run.model_spec["num_frames"]
+        frames = run.model_spec["num_frames"] * len(streams_of(run.model_spec))
         super().__init__(
             run,
             size=size,
-            eval_batch=EVAL_FRAMES // length // 2,
-            parts=2 * length,
-            normalization=normalization(run.model_spec["backbone"]),
+            eval_batch=EVAL_FRAMES // frames,
+            parts=frames,
+            normalization=normalization(run.model_spec),
         )
 
     def rows(self, output) -> Tensor:
@@ -715,7 +805,7 @@ def check_spec(run: Run, published) -> CheckSpec:
     args, stage, spec = run.args, run.stages["train"], run.model_spec
     audit_run = run
     phase = run.schedule.phases[0]
-    run = replace(run, schedule=Schedule(stage.epochs, (phase,)))
+    run = replace(run, schedule=replace(run.schedule, epochs=stage.epochs, phases=(phase,)))
     larger = run.with_spec(temporal_layers=1 + spec["temporal_layers"])
     return CheckSpec(
         run=run,
@@ -738,7 +828,7 @@ def check_spec(run: Run, published) -> CheckSpec:
         batches=partial(epoch_batches, run, phase),
         optimizer=partial(build_optimizer, run),
         audit=partial(audit_phases, audit_run),
-        larger=partial(build_model, larger, published),
+        larger=None if args.method == "linear-probe" else partial(build_model, larger, published),
     )
 
 
@@ -792,14 +882,15 @@ def export_spec(args, world: dist.Dist) -> ExportSpec:
     def answer(network: RaerModel, x: Tensor) -> Tensor:
         return longtail.decide(spec["method"], counts, network, network(x)[0], tau).softmax(1)
 
+    squares = list(raer.SQUARES.items())[: len(streams_of(spec))]
     clip = f"the middle frame of each of {spec['num_frames']} equal parts of a clip; of each:"
     return ExportSpec(
         model=model,
         answer=answer,
-        inputs={name: f"{clip} {text}" for name, text in raer.SQUARES.items()},
+        inputs={name: f"{clip} {text}" for name, text in squares},
         frames=spec["num_frames"],
         size=spec["image_size"],
-        normalization=normalization(spec["backbone"]),
+        normalization=normalization(spec),
         output=PROBABILITIES,
         classes=spec["classes"],
         facts={"method": spec["method"], "tau": tau, "face_margin": args.face_margin},
@@ -815,7 +906,16 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
     clips = build_data(args, args.data, world)
     splits = raer.split(clips, say=world.say)
     counts = validate(args, world, clips, splits, stage, schedule)
-    published, model_facts, weights_text = start(args, clips.store_size, clips.descriptions)
+    published, model_facts, weights_text = start(
+        args, clips.store_size, clips.classes, clips.descriptions
+    )
+    if args.weights and model_facts["tokens"] is None:
+        without = f"with --weights {args.weights}, which has no text tower"
+        config.reject_unused_flags(parser, args, OF_TEXT, without)
+    if args.zero_shot and not own_classes(published):
+        raise InputError(
+            f"--zero-shot: --weights {args.weights} is a run, not CLIP as it came; give CLIP's"
+        )
     image_lr = args.image_lr
     if image_lr is None:
         from_clip = args.weights and args.backbone != "resnet18"
@@ -823,14 +923,16 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
     spec = dict(
         script=CARD.name,
         classes=clips.classes,
-        schedule=[written.epochs, *map(asdict, written.phases)],
+        schedule=written.as_list(),
         **{name: getattr(args, name) for name in MODEL_FLAGS},
         tune=tuned_part(args),
         counts=counts.tolist(),
         **model_facts,
         image_lr=image_lr,
     )
-    same = ("image_size", "classes", "num_frames", pixel_normalization)
+    if args.streams != "both":
+        spec["streams"] = args.streams
+    same = ("image_size", "classes", "num_frames", "streams", normalization)
     teacher, teacher_id = distill.read(args, spec, same)
     run = Run.open(
         args,
@@ -841,7 +943,7 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
         # What the lists call classes is no other run's: it names none.
         spec | {"label_base": clips.label_base},
         stages,
-        card=CARD,
+        card=replace(CARD, following=TRAINING) if args.zero_shot else CARD,
         chance=chance_levels(args, clips.classes),
         name=f"{args.backbone}-{args.method}-bs{stage.bs}",
         identity=config.run_id(
@@ -857,17 +959,12 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
         return check(run, {"train": check_spec(run, published)})
     figures.put_tables(run, {"Schedule": longtail.schedule_table(schedule)})
     with run.session(page):
-        train(run, published)
+        test_untrained(run, published) if args.zero_shot else train(run, published)
 
 
 def teacher_logits(model: RaerModel, x: Tensor) -> Tensor:
     """Logits (n, K) of a teacher on the student's own input."""
     return model(x)[0]
-
-
-def pixel_normalization(spec: dict) -> tuple:
-    """The mean and deviation that a model's pixels are normalized with."""
-    return normalization(spec["backbone"])
 
 
 def chance_levels(args, classes: list[str]) -> dict[str, tuple[str, float]]:
@@ -877,9 +974,34 @@ def chance_levels(args, classes: list[str]) -> dict[str, tuple[str, float]]:
     return {"train": (f"a guess, ln {len(classes)}", math.log(len(classes)))}
 
 
+def run_demo(parser, argv: list[str] | None, args) -> bool:
+    """--demo alone: cross-entropy and the three stages on the same features, and both figures.
+
+    Returns whether that was asked for; with --method and in other modes --demo is one run.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    words = [word.partition("=")[0] for word in config.expanded(parser, argv)]
+    others = ("method", "schedule", "eval", "predict", "check", "search", "max_steps")
+    here = args.resume in ("auto", "none")
+    if not (args.demo and here) or any(f"--{name.replace('_', '-')}" in words for name in others):
+        return False
+    columns = {"majority class": []}
+    for method in ("ce", "three-stage"):
+        out = ["--out", str(Path(args.out, method))] if args.out else []
+        main([*argv, *out, "--method", method])
+        summary = read_json(Run.latest / "summary.json") or {}
+        columns[method] = [summary.get(name) for name in CARD.headlines]
+    columns["majority class"] = [summary.get(f"train/test/majority_{x}") for x in ("uar", "war")]
+    shown = [["-" if x is None else digits(x) for x in column] for column in columns.values()]
+    rows = zip(CARD.headlines.values(), *shown, strict=True)
+    if dist.launched_first():
+        say(*aligned([["", *columns], *map(list, rows)]).split("\n"))
+    return True
+
+
 def main(argv: list[str] | None = None) -> int:
     args, parser = parse_args(argv)
-    if run_sweep(main, parser, argv, args, SEARCH, "uar"):
+    if run_sweep(main, parser, argv, args, SEARCH, "uar") or run_demo(parser, argv, args):
         return 0
     return launch(parser, args, run_inference, run_training)
 

@@ -39,7 +39,12 @@ from common.data.open import prepare
 from common.distill import add_distillation
 from common.errors import InputError, as_input_error, plural
 from common.export import PROBABILITIES, ExportSpec
-from common.features import contrast, representation, stored_features
+from common.features import (
+    contrast,
+    representation,
+    say_if_not_learning,
+    stored_features,
+)
 from common.live import digits
 from common.models import (
     BACKBONES,
@@ -49,6 +54,7 @@ from common.models import (
     input_size,
     load_published,
     published_weights,
+    trains_on_one,
 )
 from common.models.heads import FEATURES, HEAD_BIAS, Classifier, SimCLR, init_bias_to_prior
 from common.report import figures, page
@@ -123,6 +129,12 @@ SEARCH = {
     "adamw": {"lr": (1e-4, 1e-2)},
     "linear": {"lr": (0.02, 2.0)},
     "finetune": {"lr": (1e-5, 1e-2), "wd": (1e-6, 0.1)},
+}
+# The parts of the data that a stage uses; it trains on the first.
+PARTS = {
+    "pretrain": ("pretrain",),
+    "linear": ("train", "dev", "test"),
+    "finetune": ("finetune_train", "finetune_dev", "finetune_test"),
 }
 STEMS = ["imagenet", "cifar"]
 EVAL_IMAGES = 256  # at once
@@ -471,39 +483,47 @@ def build_data(
     return data._replace(splits=fewer)
 
 
+def divisors(args, world: dist.Dist) -> dict[str, int]:
+    """What the batches of the stages are divided by; every process does all of the linear one."""
+    world_size = world.world_size
+    return {"pretrain": world_size * args.accum, "linear": 1, "finetune": world_size}
+
+
 def validate(
-    args, world: dist.Dist, images: Images, splits: dict, stages: dict[str, config.StageConfig]
+    args,
+    world: dist.Dist,
+    images: Images,
+    splits: dict,
+    stages: dict[str, config.StageConfig],
+    spec: dict,
 ) -> None:
     """Refuse what the stages could not use, before anything is written."""
-    needed = {
-        "pretrain": ("pretrain",),
-        "linear": ("train", "dev", "test"),
-        "finetune": ("finetune_train", "finetune_dev", "finetune_test"),
-    }
-    divisors = {
-        "pretrain": world.world_size * args.accum,
-        "linear": 1,  # every process does all of it
-        "finetune": world.world_size,
-    }
     refused = []
     for name, stage in stages.items():
-        parts = [splits[part] for part in needed[name]]
+        parts = [splits[part] for part in PARTS[name]]
+        flag = "--bs" if name == next(iter(stages)) else f"--{name}-bs"
         if name == "pretrain" and stage.bs < 2:
-            raise InputError("pretrain: a batch of 1 has no negatives; give --bs 2 or more")
+            refused.append("pretrain: a batch of 1 has no negatives; give --bs 2 or more")
         if name != "pretrain" and (len(images.classes) < 2 or not all(map(len, parts))):
             raise InputError(
                 f"{name} needs labeled images of two classes in train, dev and test:"
                 f" {images.describe()}"
             )
         if stage.optimizer != "lbfgs":
-            flag = "--bs" if name == next(iter(stages)) else f"--{name}-bs"
             try:
-                sampling.check_batch(name, stage.bs, len(parts[0]), divisors[name], flag)
+                divisor = divisors(args, world)[name]
+                sampling.check_batch(name, stage.bs, len(parts[0]), divisor, flag)
                 if name == "finetune" and args.sampler == "balanced":
                     labels = images.labels[parts[0]]
                     sampling.balanced_batches(parts[0], labels, stage.bs, 0, 0, flag=flag)
             except InputError as error:
                 refused.append(str(error))
+        network = spec["backbone"], spec["stem"], spec["image_size"]
+        if name == "finetune" and stage.bs == 1 and not trains_on_one(*network):
+            refused.append(
+                f"finetune: a batch of 1 leaves the BatchNorm of {spec['backbone']} one value a"
+                f" channel at {spec['image_size']} px; give {flag} 2 or more"
+            )
     if refused:
         raise InputError(". ".join(refused))
     with as_input_error("--impl", args.impl):
@@ -733,6 +753,9 @@ def pretrain(run: Run, weights: dict | None) -> None:
         if loop.is_eval_epoch():
             outputs = partial(evaluate, run, model.backbone, progress=progress)
             values |= representation(run, outputs, "dev", "pretrain/val")
+            if epoch < args.eval_every and "pretrain/val/knn_accuracy" in values:
+                values |= untrained(run, "dev", "pretrain/start", weights, progress)
+            values |= say_if_not_learning(run, values, epoch + 1)
         progress.select(loss, model.state_dict(), values, higher_is_better=False)
         progress.results = values
         loop.end_epoch(values)
@@ -752,8 +775,20 @@ def pretrain(run: Run, weights: dict | None) -> None:
         labels, splits = run.data.labels, run.splits
         share = linear_eval.majority_accuracy(run, "train", labels, splits["test"])
         results["pretrain/test/majority_knn_accuracy"] = share
+        pixels = partial(linear_eval.raw_pixels, run, progress=progress)
+        results |= representation(run, pixels, "test", "pretrain_pixels/test")
+        results |= untrained(run, "test", "pretrain_random/test", None, progress)
     log.metrics("pretrain", progress.step, progress.epoch, results)
     run.finish(progress, progress.results | results | {"pretrain/train/loss_at_chance": chance})
+
+
+def untrained(run: Run, queries: str, prefix: str, weights: dict | None, progress) -> dict:
+    """`representation` of the backbone that pretraining began with, random without `weights`."""
+    random = checkpoint.rng_state()
+    backbone = build_model(run, "features", weights)
+    checkpoint.set_rng_state(random)
+    outputs = partial(evaluate, run, backbone, progress=progress)
+    return representation(run, outputs, queries, prefix)
 
 
 def trained_backbone(run: Run) -> dict:
@@ -808,7 +843,7 @@ def finetune(run: Run, weights: dict | None) -> None:
     stage = run.stages["finetune"]
     classes = run.model_spec["classes"]["finetune"]
     labels = run.data.labels_in(classes)
-    train, dev, test_split = (run.splits[f"finetune_{part}"] for part in ("train", "dev", "test"))
+    train, dev, test_split = (run.splits[part] for part in PARTS["finetune"])
     model = build_model(run, "finetune", weights)
     optimizer = optim.of_stage(stage, [model])
     scaler = amp.scaler(args.precision, world.device)
@@ -867,11 +902,6 @@ def check_spec(run: Run, name: str, weights: dict | None) -> CheckSpec:
     is_pretrain = name == "pretrain"
     classes = run.model_spec["classes"].get(name, [])
     labels = None if is_pretrain else run.data.labels_in(classes)
-    splits = {
-        "pretrain": ("pretrain", "test"),
-        "linear": ("train", "dev"),
-        "finetune": ("finetune_train", "finetune_dev"),
-    }[name]
     class_weights = np.array(run.model_spec.get("class_weights", 1.0))
     loss = partial(reference.cross_entropy, weights=class_weights)
     if is_pretrain:
@@ -882,7 +912,7 @@ def check_spec(run: Run, name: str, weights: dict | None) -> CheckSpec:
     return CheckSpec(
         run=run,
         stage=name,
-        splits=splits,
+        splits=("pretrain", "test") if is_pretrain else PARTS[name][:2],
         build=partial(build_model, run, name, weights),
         fetch=partial(fetch, run, labels=labels),
         step=steps[name],
@@ -981,8 +1011,10 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
             f"--features {args.features}: {backbone} has no maps, allowed is gap; leave it out"
         )
     published_notes = []
-    if args.weights:
-        file = locate(args.weights, backbone, published_weights(backbone))
+    if args.weights or (weights and not source):
+        file = args.from_run
+        if args.weights:
+            file = locate(args.weights, backbone, published_weights(backbone))
         published = build_backbone(backbone, stem)
         published_notes = load_published(published, file).split("\n")
         weights = published.state_dict()
@@ -1009,8 +1041,10 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
         labels = images.labels_in(classes["finetune"])[splits["finetune_train"]]
         counts = np.bincount(labels, minlength=len(classes["finetune"]))
         spec["class_weights"] = sampling.class_weights(counts.clip(min=1), None).tolist()
+    counts = {name: len(splits[parts[0]]) for name, parts in PARTS.items()}
+    args, small = recipe.fit_batches(args, settings(args), STAGES, counts, divisors(args, world))
     stages = settings(args)
-    validate(args, world, images, splits, stages)
+    validate(args, world, images, splits, stages, spec)
     start = {"weights": checkpoint.weights_digest(weights)} if weights else {}
     teacher, teacher_id = distill.read(args, spec, same=("image_size", "classes", "normalization"))
     first_stage = next(iter(stages.values()))
@@ -1037,7 +1071,7 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
         name=name,
         identity=identity,
         input_text=f"input {spec['image_size']} px",
-        notes=[*published_notes, *notes],
+        notes=[*published_notes, *small, *notes],
         kept=protocol and {"split": protocol},
     )
     if protocol and world.is_main and not args.check:

@@ -45,6 +45,7 @@ from common.data import augment, faceforensics, sampling
 from common.data.clips import VideoFiles
 from common.data.groups import group_items
 from common.data.images import SQUARE
+from common.data.pack import PackedImages
 from common.data.perturb import LEVELS, perturb
 from common.distill import add_distillation
 from common.errors import InputError, as_input_error, only_warn, plural, say
@@ -59,6 +60,7 @@ from common.models.tsm import (
     Shift,
     Stream,
     freeze_bn,
+    grad_cam,
     start_weights,
     training_memory,
 )
@@ -653,15 +655,16 @@ def train(run: Run, published: dict | None) -> None:
         logits, shares = evaluate(run, network, test_split, progress)
         threshold = selected["train/val/threshold"]
         scores = score(run, "train/test", test_split, logits, threshold)
-        return scores, (logits, shares, threshold)
+        return scores, (network, logits, shares, threshold)
 
-    results, (logits, shares, threshold) = test_best_and_last(progress, model, test)
+    results, (best, logits, shares, threshold) = test_best_and_last(progress, model, test)
     share = metrics.majority_accuracy(videos.labels[run.splits["train"]], videos.labels[test_split])
     results["train/test/majority_video_accuracy"] = share
     units = videos.units(test_split)
     figures.detected(run, test_split, metrics.video_scores(logits), threshold, units)
     if args.aggregate == "attention":
         attention_gallery(run, test_split, logits, shares)
+    cam_gallery(run, best, test_split, logits, threshold)
     log.metrics("train", progress.step, progress.epoch, results)
     run.finish(progress, progress.results | results)
 
@@ -680,6 +683,40 @@ def attention_gallery(run: Run, indices: np.ndarray, logits: Tensor, shares: Ten
     (batch,) = fetch(run, [indices[rows] + middle * len(run.data)])
     scores = logits[rows, middle].sigmoid()
     figures.attention_frames(run, indices[rows], batch.inputs.cpu(), shares[rows, middle], scores)
+
+
+@figures.for_report
+def cam_gallery(
+    run: Run, model: ClipModel, indices: np.ndarray, logits: Tensor, threshold: float
+) -> None:
+    """Leave the middle clips of the videos that are most confidently right and wrong for the
+    report, and where the model looks in them.
+    """
+    middle = run.args.clips // 2
+    scores = logits[:, middle].sigmoid().numpy()
+    right = (scores >= threshold) == (run.data.labels[indices] == 1)
+    order = np.argsort(-np.abs(scores - threshold), kind="stable")
+    rows = np.concatenate([order[right[order]][:3], order[~right[order]][:3]])
+    (batch,) = fetch(run, [indices[rows] + middle * len(run.data)])
+    x = frames_of(run, batch)
+    said_fake = torch.from_numpy(scores[rows] >= threshold).to(x.device)
+    shares = []
+
+    def answers() -> Tensor:
+        with amp.autocast(run.args.precision, run.world.device):
+            fake, weights = model(x)
+        shares.append(weights.detach().float().cpu())
+        return torch.where(said_fake, fake[:, 0], -fake[:, 0])
+
+    model.eval()
+    maps = grad_cam(model.backbone.blocks[-1][-1], answers).cpu()
+    titles = [
+        f"{'right' if right[row] else 'wrong'}: {run.data.ids[indices[row]]}, score of fake"
+        f" {scores[row]:.3f}"
+        for row in rows
+    ]
+    maps = maps.unflatten(0, batch.inputs.shape[:2])
+    figures.looked_at(run, titles, batch.inputs.cpu(), maps, *shares)
 
 
 class ClipView(NetworkView):
@@ -837,7 +874,9 @@ def names_of_data(paths: tuple[str, ...]) -> list[str]:
     """A short name for each data set: its own, with those of the folders above that tell it from
     the others.
     """
-    bare = [re.sub(r"\.(zip|csv|json)$", "", os.path.abspath(path), flags=re.I) for path in paths]
+    bare = [
+        re.sub(r"\.(zip|csv|json|packed)$", "", os.path.abspath(path), flags=re.I) for path in paths
+    ]
     parts = [Path(path).parts for path in bare]
     depth = 1
     while len({path[-depth:] for path in parts}) < len(parts) and depth < max(map(len, parts)):
@@ -927,10 +966,12 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
     stages = settings(args)
     stage = stages["train"]
     videos = build_data(args, args.data, world)
+    refuse = partial(config.reject_unused_flags, parser, args)
     if isinstance(videos.images, VideoFiles):
-        refuse = partial(config.reject_unused_flags, parser, args)
         refuse(["fps"], "on video files, which have their own rate")
         refuse(["face"], "on video files")
+    elif isinstance(videos.images, PackedImages):
+        refuse(["fps", "face", "frames_root"], "on packed clips: give it to common.data pack")
     group_items(videos, args, "videos", world.say)
     splits = faceforensics.split(
         videos, allow_shared_persons=args.allow_shared_persons, say=world.say

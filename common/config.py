@@ -379,18 +379,7 @@ def base_parser(
     )
 
     machine = parser.add_argument_group("machine")
-    machine.add_argument(
-        "--device",
-        default="auto",
-        help="cpu, cuda, cuda:N or mps; auto takes a GPU where there is one",
-    )
-    machine.choice(
-        "--precision",
-        ["auto", "fp32", "bf16", "fp16"],
-        "auto",
-        "number format of the forward pass; auto: bf16 on a GPU that has it, fp16 on an older"
-        " one, fp32 elsewhere",
-    )
+    device_flags(machine)
     machine.switch("--compile", "compile the model with torch.compile")
     machine.choice(
         "--impl",
@@ -490,6 +479,22 @@ def base_parser(
         above=0,
     )
     return parser
+
+
+def device_flags(group: _Group | Parser) -> None:
+    """Add the flags of every program that runs a network."""
+    group.add_argument(
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:N or mps; auto takes a GPU where there is one",
+    )
+    group.choice(
+        "--precision",
+        ["auto", "fp32", "bf16", "fp16"],
+        "auto",
+        "number format of the forward pass; auto: bf16 on a GPU that has it, fp16 on an older"
+        " one, fp32 elsewhere",
+    )
 
 
 def reading_flags(group: _Group | Parser) -> None:

@@ -74,7 +74,11 @@ def linear(
     if weights:
         sources["linear"] = Source("learned features", weights, width, features)
         sources["linear_random"] = random_source
-    pixels = partial(raw_pixels, run)
+    everything = np.arange(len(run.data))
+
+    def pixels(_, progress: Progress) -> dict[str, Tensor]:
+        return {"pixels": raw_pixels(run, everything, progress)}
+
     sources["linear_pixels"] = Source(f"raw pixels ({PIXELS} px)", {}, 3 * PIXELS**2, pixels)
     labels = run.data.labels_in(classes)
     test = run.splits["test"]
@@ -179,14 +183,13 @@ def kind_of(stage: str, source: str) -> str:
     return stage.split("_")[0]
 
 
-def raw_pixels(run: Run, _, progress: Progress) -> dict[str, Tensor]:
-    """The pixels of all images at PIXELS x PIXELS as features (n, 3 PIXELS**2), `pixels`."""
-    count = len(run.data)
-    batches = np.array_split(np.arange(count), -(-count // 256))
+def raw_pixels(run: Run, items: np.ndarray, progress: Progress) -> Tensor:
+    """The pixels of images at PIXELS x PIXELS as features (n, 3 PIXELS**2)."""
+    batches = np.array_split(items, -(-len(items) // 256))
     with Evaluation(progress, None, batches) as done:
         for pixels in run.data.batches(done.left, run.args.workers):
             done.add(augment.resize(pixels, PIXELS).flatten(1))
-    return {"pixels": done.rows()}
+    return done.rows()
 
 
 def score(prefix: str, logits: Tensor, labels: np.ndarray, num_classes: int) -> dict:

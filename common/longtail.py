@@ -11,6 +11,8 @@
                        (Kang et al. 2020, arXiv:1910.09217)
     crt                ce; then the classifier alone, from random weights, classes drawn equally
                        often (the same paper)
+    linear-probe       ce of one linear layer on the mean of the frames' frozen features: what the
+                       features give by themselves
 
 First the schedules: a `Schedule` is a table of `Phase`s, one row of settings for some epochs.
 SCHEDULES holds each method's, `read_schedule` takes one from a file. The learning rate falls at the
@@ -29,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import amp, losses, metrics, reading
-from common.data import sampling
+from common.data import augment, sampling
 from common.errors import InputError, did_you_mean
 from common.models.raer import RaerModel
 
@@ -69,6 +71,40 @@ class Phase:
     weights: str = "none"
     trains: str = "all"
 
+    def values(self, prefix: str) -> dict[str, float]:
+        """The numbers, for the lines of their epochs in log.jsonl."""
+        settings = asdict(self).items()
+        return {prefix + name: x for name, x in settings if isinstance(x, (int, float))}
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How training clips vary, all frames of a clip alike.
+
+    Attributes:
+        jitter: brightness, contrast and saturation vary by factors in 1 +- jitter.
+        hue: varies by +- hue turns.
+        degrees: the rotation is uniform in +- degrees.
+        crop: smallest share of the area that a random resized crop keeps; 1: all.
+        mirror: whether half of the clips are mirrored.
+    """
+
+    jitter: float = 0.3
+    hue: float = 0.1
+    degrees: float = 15.0
+    crop: float = 0.5
+    mirror: bool = True
+
+    def params(self, seed: int, epoch: int, clips: np.ndarray, side: int) -> augment.ViewParams:
+        """The draws of `clips` (n,), n rows, for frames of `side` pixels."""
+        spread, scale = (*(self.jitter,) * 3, self.hue), (self.crop, 1.0)
+        params = augment.clip_params(seed, epoch, clips, 0, side, spread, scale, self.degrees)
+        params.flip &= self.mirror
+        return params
+
+
+_MOST = {"jitter": 1, "hue": 0.5, "degrees": 180, "crop": 1}
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -76,6 +112,12 @@ class Schedule:
 
     epochs: int
     phases: tuple[Phase, ...]
+    augmentation: Augmentation = Augmentation()
+
+    def as_list(self) -> list:
+        """All that tells one schedule from another, as plain values."""
+        changed = [] if self.augmentation == Augmentation() else [asdict(self.augmentation)]
+        return [self.epochs, *map(asdict, self.phases), *changed]
 
     def index(self, epoch: int) -> int:
         """Which phase an epoch belongs to; one beyond the end to the last."""
@@ -107,7 +149,7 @@ class Schedule:
         ]
         ends = [phase.start for phase in phases[1:]] + [epochs]
         lasting = [phase for phase, end in zip(phases, ends, strict=True) if phase.start < end]
-        return Schedule(epochs, tuple(lasting))
+        return replace(self, epochs=epochs, phases=tuple(lasting))
 
     def cells(self) -> list[list[str]]:
         """The table as text: a header, then a row a phase; constant columns left out."""
@@ -167,6 +209,7 @@ _PHASES = {
         Phase(41, "weighted", trains="classes"),
         Phase(51, "weighted", lr=0.1, trains="classes"),
     ),
+    "linear-probe": _CROSS_ENTROPY,
 }
 SCHEDULES = {name: Schedule(60, phases) for name, phases in _PHASES.items()}
 
@@ -193,7 +236,8 @@ def read_schedule(path: str) -> Schedule:
     """A schedule from a TOML or JSON file.
 
     It has `epochs`, `phases`, a list of tables with the attributes of `Phase`, and perhaps
-    `allow_double_balance`: whether a phase may have a weighted sampler and class weights at once.
+    `augmentation`, a table with those of `Augmentation`, and `allow_double_balance`: whether a
+    phase may have a weighted sampler and class weights at once.
 
     Raises:
         InputError: it cannot be read, or says something that no schedule has.
@@ -210,10 +254,11 @@ def read_schedule(path: str) -> Schedule:
         raise InputError(
             f"--schedule {path}: allow_double_balance is {double!r}, allowed true, false"
         )
+    varied = table.pop("augmentation", {}) if isinstance(table, dict) else {}
     wanted = ["epochs", "phases"]
     for key in table if isinstance(table, dict) else []:
         if key not in wanted:
-            known = [*wanted, "allow_double_balance"]
+            known = [*wanted, "augmentation", "allow_double_balance"]
             raise InputError(
                 f"--schedule {path}: unknown key {key!r}{did_you_mean(key, known)}; allowed are"
                 f" {', '.join(known)}"
@@ -241,7 +286,28 @@ def read_schedule(path: str) -> Schedule:
         raise InputError(
             f"--schedule {path}: starts must rise from 0 and stay below epochs, received {starts}"
         )
-    return Schedule(table["epochs"], phases)
+    return Schedule(table["epochs"], phases, _augmentation(varied, f"--schedule {path}"))
+
+
+def _augmentation(row, where: str) -> Augmentation:
+    known = [field.name for field in fields(Augmentation)]
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: augmentation is no table; expected any of {', '.join(known)}")
+    for name, value in row.items():
+        if name not in known:
+            raise InputError(
+                f"{where}: unknown key augmentation.{name}{did_you_mean(name, known)}; allowed are"
+                f" {', '.join(known)}"
+            )
+        fits = isinstance(value, bool)
+        allowed = "true, false"
+        if name in _MOST:
+            least = 0.01 if name == "crop" else 0
+            allowed = f"{least} to {_MOST[name]}"
+            fits = not fits and isinstance(value, (int, float)) and least <= value <= _MOST[name]
+        if not fits:
+            raise InputError(f"{where}: augmentation.{name} is {value!r}, allowed {allowed}")
+    return Augmentation(**row)
 
 
 def _phase(row, where: str) -> Phase:

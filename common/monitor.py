@@ -1,4 +1,5 @@
-"""Watch a score over the epochs: trend, stability, alarms, plateaus and early stopping.
+"""Watch a score over the epochs: trend, stability, alarms, plateaus and early stopping; and whether
+contrastive pretraining learns.
 
 All figures are functions of the scores and actions so far, so a resumed run that restores these
 goes on exactly.
@@ -14,6 +15,92 @@ WINDOW = 2 * PATIENCE  # epochs that trend and stability look at
 LEAST_STABILITY = 0.3
 _SURE = 2.0  # standard deviations that the trend test asks for
 _MOST_ACTIONS = 2  # on one plateau
+
+# What `contrastive_problem` goes by: chosen on 34 small runs, 13 of them broken on purpose, whose
+# figures are in tests/test_monitor.py; its errors on runs not seen before are in docs/simclr.md.
+WARMED_UP = 0.5  # of the epochs; before, healthy runs may look collapsed
+LEARNS_BY = 0.75  # of the epochs; before, healthy runs may be near chance
+NEAR_CHANCE = 0.98  # loss over chance
+FAR_ABOVE_CHANCE = 2.0
+# Share of its first epoch's mean by which the loss falls: near chance are also short runs on strong
+# augmentation, which learn. Without labels there is less to go by.
+LEAST_FALL = 0.03
+LEAST_FALL_UNLABELED = 0.01
+KNN_GAIN = 0.05  # a gain of the kNN accuracy over its start shows learning, whatever the loss is
+LEAST_NEGATIVES = 14  # of a row: those of a batch of 8
+COLLAPSED = -1.4  # uniformity; of points spread at random it is near -4
+LOW_RANK = 8.0  # effective rank of the features; runs that learn have it or COLLAPSED, not both
+LEAST_RANK = 1.5
+ALIKE = 0.01  # alignment, the squared distance of two views on the unit sphere
+# What is wrong, and what to try.
+PROBLEMS = {
+    "few_negatives": (
+        "a batch this small has hardly any negatives to tell an image from",
+        "a larger --bs, 64 or more; --accum computes it in chunks",
+    ),
+    "views_alike": (
+        "both views of an image have the same embedding: there is nothing to learn",
+        "--augment simclr, or a higher --color-strength",
+    ),
+    "collapsed": (
+        "the embeddings have collapsed: those of different images lie close together",
+        "a lower --lr or more --warmup-epochs, a lower --wd, a larger --bs, a lower"
+        " --color-strength, and whether the images differ at all",
+    ),
+    "far_above_chance": (
+        "the loss is far above that of a guess: the temperature is too low for a network to follow",
+        "a --temperature from 0.1 to 0.5",
+    ),
+    "near_chance": (
+        "the loss is still near that of a guess, and nearest neighbors are no better than at the"
+        " start",
+        "more --epochs, or a higher --lr where these are few; --optimizer adamw, whose rate needs"
+        " fewer steps than that of lars; a --color-strength of 0.5 or less, where the distortions"
+        " are too strong for the images; a larger --bs",
+    ),
+}
+
+
+def contrastive_problem(
+    share: float,
+    *,
+    bs: int,
+    loss_over_chance: float,
+    first_loss: float,
+    alignment: float,
+    uniformity: float,
+    effective_rank: float,
+    knn_gain: float | None,
+) -> str | None:
+    """The name in PROBLEMS of what keeps a contrastive pretraining from learning; None: it learns.
+
+    Args:
+        share: of the epochs that are done.
+        bs: images of a batch, over all processes and chunks.
+        loss_over_chance, first_loss: mean loss of the epoch, and of the first one, over that of a
+            guess.
+        alignment, uniformity: of a batch's embeddings, see `metrics.contrastive`.
+        effective_rank: of the features.
+        knn_gain: kNN accuracy less that of the network at its start; None: there are no labels.
+    """
+    if share < WARMED_UP:
+        return None
+    if 2 * bs - 2 < LEAST_NEGATIVES:
+        return "few_negatives"
+    if uniformity > COLLAPSED and loss_over_chance > 1:
+        return "collapsed"
+    if knn_gain is not None and knn_gain >= KNN_GAIN:
+        return None
+    if effective_rank < (LOW_RANK if uniformity > COLLAPSED else LEAST_RANK):
+        return "collapsed"
+    if alignment < ALIKE:
+        return "views_alike"
+    if loss_over_chance > FAR_ABOVE_CHANCE:
+        return "far_above_chance"
+    least_fall = LEAST_FALL_UNLABELED if knn_gain is None else LEAST_FALL
+    fell = 1 - loss_over_chance / first_loss >= least_fall
+    is_near = share >= LEARNS_BY and loss_over_chance > NEAR_CHANCE and not fell
+    return "near_chance" if is_near else None
 
 
 def slope(scores: list[float]) -> float:

@@ -70,6 +70,33 @@ def follow(args, steps: int, bs: int, earlier: dict) -> tuple[argparse.Namespace
     return argparse.Namespace(**vars(args) | AUTO), [note]
 
 
+def fit_batches(
+    args, stages: dict, defaults: dict[str, dict], counts: dict[str, int], divisors: dict[str, int]
+) -> tuple[argparse.Namespace, list[str]]:
+    """The flags with a batch for each labeled stage of fewer items than its default, and the lines
+    that say so.
+
+    Args:
+        stages: the settings of those to run; `defaults` what of these no flag sets.
+        counts: the items that each trains on.
+        divisors: what its batch is divided by.
+    """
+    fitted = {}
+    notes = []
+    for name, stage in stages.items():
+        is_set = name == "pretrain" or stage.bs != defaults[name]["bs"]
+        if is_set or stage.optimizer == "lbfgs" or stage.bs <= counts[name]:
+            continue
+        flag = "bs" if name == next(iter(stages)) else f"{name}_bs"
+        parts = divisors[name]
+        fitted[flag] = max(counts[name] // parts, 1) * parts
+        notes.append(
+            f"{name}: {plural(counts[name], 'training image')}, fewer than a batch of {stage.bs}:"
+            f" --{flag.replace('_', '-')} is {fitted[flag]}"
+        )
+    return argparse.Namespace(**vars(args) | fitted), notes
+
+
 def with_precision(args, device: torch.device, spec: dict, earlier: dict) -> argparse.Namespace:
     """The flags with bf16 for `--precision auto` on a CPU that is faster with it.
 

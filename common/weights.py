@@ -18,6 +18,8 @@ import socket
 import sys
 import zipfile
 import zlib
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -47,10 +49,65 @@ _STORAGES = {
     "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }  # fmt: skip
+# What a pickle with objects may name: what is used as it is, functions whose values no weights
+# need, and classes of Python's own that only hold settings.
+_PLAIN = {"collections.OrderedDict": OrderedDict, "__builtin__.set": set, "torch.Size": tuple}
+_VALUES = {
+    "collections.defaultdict", "__builtin__.complex", "torch.device", "numpy.dtype",
+    *(
+        f"numpy.{core}.multiarray.{name}"
+        for core in ("core", "_core") for name in ("scalar", "_reconstruct")
+    ),
+}  # fmt: skip
+_HARMLESS = {"argparse.Namespace", "typing.Any"}
 _MAX_MODULES = 100_000  # of a TorchScript archive, which may name one module in many places
 # Where training scripts keep the model's state dict: this project's, timm's and Lightning's, the
-# PyTorch tutorials'.
-_CONTAINERS = ("parts", "state_dict", "model", "model_state", "model_state_dict", "net")
+# PyTorch tutorials', VISSL's.
+_CONTAINERS = (
+    "parts", "state_dict", "model", "model_state", "model_state_dict", "net", "classy_state_dict",
+    "base_model",
+)  # fmt: skip
+# What public training code puts before the names of its backbone, and what is said of it. Of
+# several networks in one file the first is taken: the one that the project itself evaluates.
+LAYOUTS = {
+    "encoder_q.": "the query encoder, as MoCo evaluates it",
+    "base_encoder.": "the base encoder, as MoCo v3 evaluates it",
+    "online_network.": "the online network, as BYOL evaluates it",
+    "online_network_state_dict.": "the online network, as BYOL evaluates it",
+    "online_encoder.": "the online network, as BYOL evaluates it",
+    "online_net.": "the online network, as BYOL evaluates it",
+    "teacher.": "the teacher, as DINO evaluates it",
+    "teacher_backbone.": "the teacher, as DINO evaluates it",
+    "student.": "the student; there is no teacher",
+    "trunk.": "",  # VISSL
+    "_feature_blocks.": "",  # VISSL
+    "module.": "",  # SupCon, inside of "encoder."
+    "model.": "",  # Lightning, lightly
+    "backbone.": "",  # this project, lightly, solo-learn, Barlow Twins, VICReg, OpenMMLab
+    "encoder.": "",  # SupCon, SimSiam, PyTorch Lightning Bolts
+    "net.": "",
+    "network.": "",
+    "resnet.": "",
+    "convnet.": "",
+    "feature_extractor.": "",
+    "f.": "",
+    "0.": "",  # nn.Sequential of a backbone and a head
+    "1.": "",  # ... of a normalization and a backbone
+}
+# What timm, and after it DINO, MoCo v3 and MAE, call the parts of torchvision's ViT.
+_VIT_PARTS = {
+    r"^patch_embed\.proj\.": "conv_proj.",
+    r"^cls_token$": "class_token",
+    r"^pos_embed$": "encoder.pos_embedding",
+    r"^norm\.": "encoder.ln.",
+    r"^blocks\.(\d+)\.": r"encoder.layers.encoder_layer_\1.",
+    r"\.norm([12])\.": r".ln_\1.",
+    r"\.attn\.qkv\.": ".self_attention.in_proj_",
+    r"\.attn\.proj\.": ".self_attention.out_proj.",
+    r"\.mlp\.fc1\.": ".mlp.0.",
+    r"\.mlp\.fc2\.": ".mlp.3.",
+}
+_NUMBERS = frozenset(map(str, range(100)))  # of the children of an nn.Sequential
 _NAMES = ("imagenet", "openai")
 _SILENCE = 30  # seconds without a byte after which a server counts as gone
 
@@ -161,6 +218,10 @@ def read(path: str | Path) -> dict[str, Tensor]:
         state = read_safetensors(path)
     else:
         state = unwrap(_read_torch(path), path)
+    return _without_wrappers(state, path)
+
+
+def _without_wrappers(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     names = {
         name: name.removeprefix("module.").replace("_orig_mod.", "").removeprefix("module.")
         for name in state
@@ -281,7 +342,49 @@ def _read_torch(path: Path):
     code = next((e.filename for e in entries if e.filename.endswith("/constants.pkl")), None)
     if code:
         return read_torchscript(path, code.removesuffix("constants.pkl"))
-    return checkpoint.load(path)
+    try:
+        return checkpoint.load(path)
+    except checkpoint.AsksToRun:
+        root = next((e.filename for e in entries if e.filename.endswith("/data.pkl")), None)
+        state = read_objects(path, root.removesuffix("data.pkl")) if root else None
+        if state is None or isinstance(state, Unread):
+            raise
+        return state
+
+
+class Unread:
+    """What stands for an object of a class that is not imported: empty, whatever is said of it."""
+
+    def __init__(self, *_, **__):  # a pickle makes objects without it; who calls it runs something
+        raise pickle.UnpicklingError(f"it asks to run {type(self).__name__}")
+
+    def ignore(self, *_):
+        """Take what a pickle says of an object."""
+
+    __setstate__ = __setitem__ = append = extend = ignore
+
+
+def read_objects(path: Path, root: str):
+    """What a file of `torch.save` holds, with an `Unread` for each object of a class.
+
+    So training scripts keep settings and meters beside the weights. Nothing is imported or run;
+    objects of classes of torch and Python's own, and calls, but of NumPy's values, are refused.
+
+    Args:
+        root: folder of the archive inside the file, with its slash.
+
+    Raises:
+        InputError: the archive is damaged or asks for anything else.
+    """
+    try:
+        with reading.pending(path), reading.open_zip(path) as archive:
+            return _ObjectUnpickler(archive, root).load()
+    except checkpoint.UNREADABLE as error:
+        reason = f"{error}".split("\n")[0][:200]
+        raise InputError(
+            f"checkpoint {path} is not a file of tensors and plain values: {reason}; store its"
+            " state dict alone"
+        ) from None
 
 
 def read_torchscript(path: Path, root: str) -> dict[str, Tensor]:
@@ -375,8 +478,31 @@ class _TorchScriptUnpickler(pickle.Unpickler):
         return value
 
 
+class _ObjectUnpickler(_TorchScriptUnpickler):
+    """Tensors and plain values; objects of other classes as `Unread`."""
+
+    def find_class(self, module: str, name: str):
+        full = f"{module}.{name}"
+        if full in _PLAIN:
+            return _PLAIN[full]
+        if full in ("torch._utils._rebuild_parameter", "_codecs.encode"):
+            return self._untyped
+        unread = type(full, (Unread,), {})
+        if full in _VALUES:
+            return lambda *_: unread.__new__(unread)
+        if full in _HARMLESS or isinstance(getattr(torch, name, None), torch.dtype):
+            return unread
+        if module.split(".")[0] in ("torch", *sys.stdlib_module_names):
+            if (module, name) == ("torch._utils", "_rebuild_tensor_v2") or name in _STORAGES:
+                return super().find_class(module, name)
+            raise pickle.UnpicklingError(f"it asks to run {full:.200}")
+        return unread
+
+
 def unwrap(state, path: Path) -> dict[str, Tensor]:
     """The state dict inside what a training script saved.
+
+    Of several side by side (`teacher`, `student`) it is one whose names begin with theirs.
 
     Raises:
         InputError: there is none.
@@ -387,6 +513,14 @@ def unwrap(state, path: Path) -> dict[str, Tensor]:
             None,
         )
         state = state if inner is None else state[inner]
+    if isinstance(state, dict) and not any(isinstance(v, Tensor) for v in state.values()):
+        side_by_side = {
+            f"{key}.{name}": tensor
+            for key, inner in state.items()
+            if isinstance(inner, dict) and all(isinstance(v, Tensor) for v in inner.values())
+            for name, tensor in inner.items()
+        }
+        state = side_by_side or state
     if not isinstance(state, dict) or not state:
         what = f"it is a {type(state).__name__}" if not isinstance(state, dict) else "it is empty"
         raise InputError(f"weights {path} holds no state dict of tensors: {what}")
@@ -394,11 +528,47 @@ def unwrap(state, path: Path) -> dict[str, Tensor]:
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise InputError(
                 f"weights {path} holds no state dict of tensors: {name!r} is"
-                f" {type(tensor).__name__}, not a tensor"
+                f" {type(tensor).__name__}, not a tensor; store the state dict alone"
             )
         if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
             raise InputError(f"weights {path}: {name} is sparse, quantized or without values")
     return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def layouts(
+    names: Iterable[str], children: list[str]
+) -> Iterator[tuple[list[str], dict[str, str]]]:
+    """What of a state dict may be a backbone: the whole of it, then by what LAYOUTS takes off.
+
+    Each also with the names that torchvision has, where a file numbers the `children` of the
+    backbone (nn.Sequential, as lightly's), calls a ResNet's `downsample` `shortcut` (SupCon) or the
+    parts of a ViT as timm does.
+
+    Yields:
+        What was taken off, part by part, and the rest: names of the file -> those of the backbone.
+    """
+    taken = []
+    left = {name: name for name in names}
+    while True:
+        yield taken, left
+        first_of = {old: new.split(".")[0] for old, new in left.items()}
+        numbers = sorted({int(first) for first in first_of.values() if first in _NUMBERS})
+        child_of = dict(zip(map(str, numbers), children, strict=False))
+        renamed = {}
+        for old, new in left.items():
+            first = first_of[old]
+            rest = new.removeprefix(first).replace(".shortcut.", ".downsample.")
+            renamed[old] = child_of.get(first, first) + rest
+        if "patch_embed.proj.weight" in renamed.values():
+            for theirs, ours in _VIT_PARTS.items():
+                renamed = {old: re.sub(theirs, ours, new) for old, new in renamed.items()}
+        if renamed != left:
+            yield taken, renamed
+        prefix = next((p for p in LAYOUTS if any(n.startswith(p) for n in left.values())), None)
+        if prefix is None:
+            return
+        taken = [*taken, prefix]
+        left = {o: n.removeprefix(prefix) for o, n in left.items() if n.startswith(prefix)}
 
 
 def of_backbone(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -442,8 +612,10 @@ def load_backbone(source: str, script: str) -> tuple[dict[str, Tensor], dict]:
                 f"--from {path} is not a finished run: run it to its end, or name a checkpoint"
                 " file in it"
             )
+    elif path.suffix == ".safetensors":
+        state = {"model": read_safetensors(path)}
     else:
-        state = checkpoint.load(path)
+        state = _read_torch(path)
     model_spec = state.get("model_spec", {}) if isinstance(state, dict) else {}
     kinds = {"image_size": int, "proj_dim": int, "normalization": list}
     if not isinstance(model_spec, dict) or not all(
@@ -455,7 +627,7 @@ def load_backbone(source: str, script: str) -> tuple[dict[str, Tensor], dict]:
             f"--from {source} is of train_{model_spec['script']}.py, allowed are runs of"
             f" train_{script}.py"
         )
-    weights = of_backbone(unwrap(state, path))
+    weights = of_backbone(_without_wrappers(unwrap(state, path), path))
     weights = {name: tensor for name, tensor in weights.items() if not name.startswith("fc.")}
     return weights, model_spec
 

@@ -2,18 +2,21 @@
 
     python -m kernels.benchmark --op all --peers     on a GPU
     python -m kernels.benchmark --op nt_xent --cpu   on a laptop
+    python -m kernels.benchmark --sweep --minutes 5  every tile of the losses' kernels, on a GPU
 
 Every implementation is compared with the fp64 reference first, and nothing is timed if one of ours
-is wrong. Then each runs alone, forward and forward+backward: median and 20/80 quantiles of the time
-of a call, the peak memory beyond the inputs, and the share of the written bound. On a GPU a call is
-timed twice: as it is, from an idle GPU, where Python and launches count, and ("graph") as a CUDA
-graph behind other work, where only the GPU's own time does. The last line of the output is one JSON
-object with everything in the table.
+is wrong. Then each runs alone, forward and forward+backward: median, minimum and 20/80 quantiles of
+the time of a call, the peak memory beyond the inputs, and the share of the written bounds. On a GPU
+a call is timed twice: as it is, from an idle GPU, where Python and launches count, and ("graph") as
+a CUDA graph behind other work, where only the GPU's own time does. The last line of the output is
+one JSON object with everything in the table; --json keeps it, and what there is of it if the
+program is ended early.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import contextlib
 import ctypes
 import datetime
@@ -22,6 +25,8 @@ import gc
 import importlib
 import json
 import math
+import multiprocessing
+import os
 import pathlib
 import platform
 import re
@@ -39,39 +44,44 @@ from . import (
     nt_xent_reference,
     shift_conv1x1,
     shift_conv1x1_reference,
+    similarity,
     sup_con,
     sup_con_reference,
     temporal_shift,
     temporal_shift_reference,
 )
-from .dispatch import triton
+from .dispatch import INTERPRETED, target_name, triton
 
 # Dense 16-bit FLOP/s and 2^x per second: H200 at its sustained clock, 132 SMs x 16 ex2 x 1.98 GHz.
 RATES = {"NVIDIA H200": (790e12, 4.18e12)}
-TEMPERATURE = 0.1
 PEERS = ("lightly", "pytorch-metric-learning")
 OPS = ("nt_xent", "sup_con", "temporal_shift", "shift_conv1x1")
+LOSSES = OPS[:2]
 LOSS_BOUND = (
     "max(FLOP / tensor rate, exp / exp rate); forward M^2 D, M^2 / 2 (half grid);"
-    " backward 4 M^2 D, M^2; M rows"
+    " backward 4 M^2 D, M^2 (of a half grid, which nobody has: 3 M^2 D, M^2 / 2); M rows"
 )
+# What is timed for its speed alone: it computes something else.
+OTHERS = ("fused kernel, no shift", "1x1 convolution alone")
 
 
-def nt_xent_eager(z_a, z_b):
+def nt_xent_eager(z_a, z_b, temperature):
     """The usual form: the whole matrix, a masked diagonal, cross entropy."""
     z = F.normalize(torch.cat((z_a, z_b)), dim=1)
-    logits = (z @ z.T).float() / TEMPERATURE
+    logits = (z @ z.T).float() / temperature
     logits = logits.masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -math.inf)
     return F.cross_entropy(logits, torch.arange(len(z), device=z.device).roll(len(z_a)))
 
 
-def sup_con_eager(z, labels):
+def sup_con_eager(z, labels, temperature):
     z = F.normalize(z, dim=1)
-    logits = (z @ z.T).float() / TEMPERATURE
+    logits = (z @ z.T).float() / temperature
     diagonal = torch.eye(len(z), dtype=torch.bool, device=z.device)
     positives = (labels[:, None] == labels[None, :]) & ~diagonal
     log_prob = logits - logits.masked_fill(diagonal, -math.inf).logsumexp(1, keepdim=True)
-    return -((log_prob * positives).sum(1) / positives.sum(1)).mean()
+    count = positives.sum(1)
+    row_losses = -(log_prob * positives).sum(1) / count.clamp_min(1)
+    return row_losses.sum() / (count > 0).sum()
 
 
 def official_shift(x, n_segment, fold_div=8):
@@ -90,14 +100,20 @@ def shift_conv1x1_without_bias(x, weight, n_segment):
 
 
 REFERENCES = {
-    "nt_xent": functools.partial(nt_xent_reference, temperature=TEMPERATURE),
-    "sup_con": functools.partial(sup_con_reference, temperature=TEMPERATURE),
+    "nt_xent": nt_xent_reference,
+    "sup_con": sup_con_reference,
     "temporal_shift": temporal_shift_reference,
     "shift_conv1x1": shift_conv1x1_without_bias,
 }
 
 
-def peers(op):
+def reference(op, temperature):
+    if op in LOSSES:
+        return functools.partial(REFERENCES[op], temperature=temperature)
+    return REFERENCES[op]
+
+
+def peers(op, temperature):
     """name -> function of the op's inputs, for what is installed."""
     wanted = {
         "nt_xent": (
@@ -114,11 +130,11 @@ def peers(op):
             print(f"{name} is not installed and not compared (pip install {name})")
             continue
         if name == "lightly":
-            functions[name] = losses.NTXentLoss(temperature=TEMPERATURE)
+            functions[name] = losses.NTXentLoss(temperature=temperature)
         elif op == "nt_xent":
-            functions[name] = _of_two_views(losses.NTXentLoss(temperature=TEMPERATURE))
+            functions[name] = _of_two_views(losses.NTXentLoss(temperature=temperature))
         else:
-            functions[name] = losses.SupConLoss(temperature=TEMPERATURE)
+            functions[name] = losses.SupConLoss(temperature=temperature)
     return functions
 
 
@@ -130,9 +146,18 @@ def _of_two_views(loss):
     return of_two_views
 
 
-def cases(op, device, dtype, quick):
+def labels_of(kind, rows, generator):
+    """(rows,) labels: "even" in up to 100 classes, "long-tailed" (35 % in the first) or "two"."""
+    if kind == "long-tailed":
+        shares = 0.65 ** torch.arange(20.0)
+        return torch.multinomial(shares, rows, replacement=True, generator=generator)
+    return torch.arange(rows) % (2 if kind == "two" else max(1, min(100, rows // 8)))
+
+
+def cases(op, device, dtype, options):
     """Yield (shape's name, differentiable inputs, other inputs, number of rows, D)."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(options.seed)
+    quick = options.quick
 
     def random(*shape):
         return torch.randn(shape, generator=generator).to(device, dtype)
@@ -140,13 +165,16 @@ def cases(op, device, dtype, quick):
     on_gpu = device.type == "cuda"
     if op in ("nt_xent", "sup_con"):
         sizes = (256, 1024, 4096, 16384, 65536) if on_gpu else (256, 8192)
-        for n in (32,) if quick else sizes:
-            z_a, z_b = random(n, 128), random(n, 128)
+        sizes, dim = [options.n] if options.n else [32] if quick else sizes, options.dim
+        for n in sizes:
+            z_a, z_b = random(n, dim), random(n, dim)
             if op == "nt_xent":
-                yield f"N={n} D=128", (z_a, z_b), (), 2 * n, 128
+                yield f"N={n} D={dim}", (z_a, z_b), (), 2 * n, dim
             else:
-                labels = torch.arange(2 * n, device=device) % min(100, n // 4)
-                yield f"M={2 * n} D=128", (torch.cat((z_a, z_b)),), (labels,), 2 * n, 128
+                labels = labels_of(options.labels, 2 * n, generator).to(device)
+                shape = f"M={2 * n} D={dim}"
+                shape += "" if options.labels == "even" else f" {options.labels} labels"
+                yield shape, (torch.cat((z_a, z_b)),), (labels,), 2 * n, dim
         return
     if quick:
         shapes = [(16, 16, 4)]
@@ -174,7 +202,7 @@ def cases(op, device, dtype, quick):
                 yield f"{name} -> {outputs}", (x, weight), (8,), 0, 0
 
 
-def variants(op, case_rows, on_gpu, with_peers):
+def variants(op, case_rows, on_gpu, with_peers, temperature):
     """name -> function; ours, which is checked, comes last.
 
     Whole-matrix forms are left out where their matrix would not fit.
@@ -182,11 +210,11 @@ def variants(op, case_rows, on_gpu, with_peers):
     impl = "triton" if on_gpu else "torch"
     can_compile = triton is not None if on_gpu else shutil.which("g++") or shutil.which("clang++")
     if op == "nt_xent":
-        eager = nt_xent_eager
-        ours = functools.partial(nt_xent, temperature=TEMPERATURE, impl=impl)
+        eager = functools.partial(nt_xent_eager, temperature=temperature)
+        ours = functools.partial(nt_xent, temperature=temperature, impl=impl)
     elif op == "sup_con":
-        eager = sup_con_eager
-        ours = functools.partial(sup_con, temperature=TEMPERATURE, impl=impl)
+        eager = functools.partial(sup_con_eager, temperature=temperature)
+        ours = functools.partial(sup_con, temperature=temperature, impl=impl)
     elif op == "temporal_shift":
         eager = official_shift
         ours = functools.partial(temporal_shift, impl=impl)
@@ -219,9 +247,9 @@ def variants(op, case_rows, on_gpu, with_peers):
         if on_gpu:
             functions["our shift, then cuDNN"] = shift_then_convolution
     if on_gpu and case_rows <= 32768:
-        functions["chunked reference" if case_rows else "reference"] = REFERENCES[op]
+        functions["chunked reference" if case_rows else "reference"] = reference(op, temperature)
     if with_peers:
-        for peer, function in peers(op).items():
+        for peer, function in peers(op, temperature).items():
             most_rows = 8192
             if peer == "lightly":
                 most_rows = 32768
@@ -249,16 +277,17 @@ def gradients(function, inputs, others):
     return out.detach(), torch.autograd.grad(out, inputs, upstream)
 
 
-def check(op, function, inputs, others, dtype):
+def check(op, function, inputs, others, dtype, temperature, ours):
     """The relative error of forward and gradients against fp64, on at most 2,048 rows.
 
-    Above the tolerance it ends the program.
+    Of ours it ends the program above the tolerance.
     """
     if op in ("nt_xent", "sup_con"):
         inputs = [x[:1024] for x in inputs]
         others = [x[:1024] for x in others]
     out, grads = gradients(function, inputs, others)
-    true_out, true_grads = gradients(REFERENCES[op], [x.double() for x in inputs], others)
+    truth = reference(op, temperature)
+    true_out, true_grads = gradients(truth, [x.double() for x in inputs], others)
     tolerance = 2e-2
     if dtype == torch.float32:
         tolerance = 1e-4 if op == "shift_conv1x1" else 1e-5
@@ -266,7 +295,7 @@ def check(op, function, inputs, others, dtype):
     for got, truth in zip((out, *grads), (true_out, *true_grads), strict=True):
         error = (got.double() - truth).norm() / truth.norm().clamp_min(1e-12)
         worst = max(worst, error.item())
-    if not worst <= tolerance:
+    if ours and not worst <= tolerance:
         print(
             f"{op}: relative error {worst:.1e} is above {tolerance:.0e}: a wrong kernel is"
             " not timed",
@@ -353,35 +382,40 @@ def graphed(call):
     return graph.replay
 
 
-def loss_bound(rows, dim, backward, device):
-    """Milliseconds that arithmetic alone takes; None where the device's rates are not known."""
+def loss_bound(rows, dim, backward, device, half_backward=False):
+    """Milliseconds that arithmetic alone takes; None where the device's rates are not known.
+
+    half_backward: of the algorithm that has the fewest operations, whose backward takes each
+    similarity once, too.
+    """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     if name not in RATES:
         return None
     tensor, exp = RATES[name]
     bound = max(rows**2 * dim / tensor, rows**2 / 2 / exp)
     if backward:
-        bound += max(4 * rows**2 * dim / tensor, rows**2 / exp)
+        products, exps = (3, 0.5) if half_backward else (4, 1)
+        bound += max(products * rows**2 * dim / tensor, exps * rows**2 / exp)
     return 1e3 * bound
 
 
-def bench(op, device, dtype, options):
-    rows = []
+def bench(op, device, dtype, options, rows, keep):
+    """Append an operation's rows; keep() is called after each shape."""
     calls = 3 if options.quick else options.calls
     on_gpu = device.type == "cuda"
     if op == "nt_xent":
         print(f"\nbound of the losses: {LOSS_BOUND}")
-    for shape, inputs, others, num_rows, dim in cases(op, device, dtype, options.quick):
+    for shape, inputs, others, num_rows, dim in cases(op, device, dtype, options):
         torch._dynamo.reset()
-        candidates = variants(op, num_rows, on_gpu, options.peers)
+        candidates = variants(op, num_rows, on_gpu, options.peers, options.temperature)
         if options.quick:
             candidates.pop("torch.compile(eager)", None)
         ours = next(name for name in candidates if name.startswith("ours"))
-        error = check(op, candidates[ours], inputs, others, dtype)
-        print(
-            f"\n{op} {shape} {str(dtype).removeprefix('torch.')}: relative error of ours against"
-            f" fp64 {error:.1e}"
-        )
+        arguments = (inputs, others, dtype, options.temperature)
+        errors = {ours: check(op, candidates[ours], *arguments, ours=True)}
+        for name in candidates.keys() - {ours, *OTHERS}:
+            errors[name] = check(op, candidates[name], *arguments, ours=False)
+        print(f"\n{op} {shape} {str(dtype).removeprefix('torch.')}; error: relative, against fp64")
         copy_ms = None
         if op == "temporal_shift":
             copy = functools.partial(torch.empty_like(inputs[0]).copy_, inputs[0])
@@ -392,7 +426,7 @@ def bench(op, device, dtype, options):
             )
         print(
             f"{'implementation':<34}{'pass':<9}{'median ms':>11}"
-            f"{'20 %':>10}{'80 %':>10}{'peak MB':>10}{'of bound':>10}"
+            f"{'min':>10}{'20 %':>10}{'80 %':>10}{'peak MB':>10}{'of bound':>10}{'error':>9}"
         )
         for name, function in candidates.items():
             for backward in (False, True):
@@ -414,7 +448,7 @@ def bench(op, device, dtype, options):
                         "shape": shape,
                         "dtype": str(dtype),
                         "implementation": label,
-                        "error": error,
+                        "error": errors.get(name),
                         "pass": "fwd+bwd" if backward else "fwd",
                     }
                     with torch.set_grad_enabled(backward):
@@ -424,23 +458,231 @@ def bench(op, device, dtype, options):
                             timed()
                         times = measure(timed, device, calls, idle=not label.endswith(", graph"))
                     row["ms"] = statistics.median(times)
+                    row["ms_min"] = times[0]
                     row["ms_20"] = times[len(times) // 5]
                     row["ms_80"] = times[-1 - len(times) // 5]
-                    bound = None
+                    bound = least = None
                     if num_rows:
                         bound = loss_bound(num_rows, dim, backward, device)
+                        least = loss_bound(num_rows, dim, backward, device, half_backward=True)
                     elif copy_ms:
-                        bound = copy_ms * (1 + backward)
+                        bound = least = copy_ms * (1 + backward)
                     row["share_of_bound"] = bound / row["ms"] if bound else None
+                    row["share_of_least"] = least / row["ms"] if least else None
                     share = f"{100 * row['share_of_bound']:.0f} %" if bound else "-"
                     memory = "-" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}"
+                    error = "-" if row["error"] is None else f"{row['error']:.1e}"
                     print(
-                        f"{label:<34}{row['pass']:<9}{row['ms']:>11.4f}"
-                        f"{row['ms_20']:>10.4f}{row['ms_80']:>10.4f}{memory:>10}{share:>10}",
+                        f"{label:<34}{row['pass']:<9}{row['ms']:>11.4f}{row['ms_min']:>10.4f}"
+                        f"{row['ms_20']:>10.4f}{row['ms_80']:>10.4f}{memory:>10}{share:>10}"
+                        f"{error:>9}",
                         flush=True,
                     )
                     rows.append(row)
-    return rows
+        keep()
+
+
+class Problem:
+    """Launches of the losses' tiles for random rows, with any tile in place of the table's.
+
+    kernel: "half", "full" or "bwd".
+    """
+
+    def __init__(self, device, dtype, rows, dim, temperature, seed=0):
+        self.device, self.rows = device, rows
+        plane, self.split = similarity.planes(dtype, True)
+        shape, buffer = similarity.row_buffer(rows, dim, dtype, True)
+        self.fp16 = plane == torch.float16
+        self.shift = similarity.shift_of(temperature, True)
+        if self.shift is None:
+            raise ValueError(f"temperature {temperature} is too low for one shift for all rows")
+        z = torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed))
+        z = F.normalize(z) * (similarity.LOG2_E / temperature) ** 0.5
+        self.u = torch.zeros(shape, dtype=buffer, device=device)
+        self.u[:rows, :dim] = z.to(device, buffer)
+        self.width = shape[1] // (1 + self.split)
+
+    @functools.cached_property
+    def lse(self):
+        return self.result("full")
+
+    def table(self, kernel):
+        return similarity.tile(kernel, 1 + self.split, self.width, target_name(self.device))
+
+    @contextlib.contextmanager
+    def using(self, tile):
+        """Plans are made with this tile; those of others are forgotten before and after."""
+        table, rows = similarity.tile, similarity.FULL_GRID_ROWS
+        plans = (similarity._half_plan, similarity._full_plan, similarity._weighted_plan)
+        try:
+            similarity.tile, similarity.FULL_GRID_ROWS = lambda *_: tile, 0
+            for plan in plans:
+                plan.cache_clear()
+            yield
+        finally:
+            similarity.tile, similarity.FULL_GRID_ROWS = table, rows
+            for plan in plans:
+                plan.cache_clear()
+
+    def call(self, kernel):
+        """One launch -> what it made of each row."""
+        u, rows = self.u, self.rows
+        if kernel == "bwd":
+            last = (rows, rows, 1, self.split, self.shift, self.fp16)
+            return similarity.weighted_sums(u, u, self.lse, self.lse, *last)
+        shift = self.shift if kernel == "half" else None
+        return similarity.slot_sums(u, u, rows, rows, 1, self.split, shift)
+
+    def result(self, kernel):
+        """(rows, ...) of any tile alike."""
+        out = self.call(kernel)
+        if kernel == "bwd":
+            return out.sum(0)[: self.rows]
+        tops, sums, half_slot, half_row = out
+        if half_slot >= 0:
+            sums[half_slot, :half_row] = 0.0
+        scaled = sums if tops is None else sums * (tops - tops.amax(0)).exp2()
+        total = scaled.sum(0).log2() + (self.shift if tops is None else tops.amax(0))
+        return total[: self.rows]
+
+    def compile(self, kernel, tile):
+        """Into Triton's cache on the disk, for a launch of another process."""
+        of_rows = (self.u.shape, self.u.dtype, self.device)
+        with self.using(tile):
+            if kernel == "bwd":
+                last = (self.rows, self.rows, 1, self.split, True, self.fp16)
+                tensors, floats = 3, (self.shift,)
+                launch = similarity._weighted_plan(*of_rows, *last)[1]
+            elif kernel == "full":
+                tensors, floats = 2, ()
+                launch = similarity._full_plan(*of_rows, self.rows, 1, self.split)[1]
+            else:
+                tensors, floats = 1, (self.shift,)
+                launch = similarity._half_plan(*of_rows, self.rows, 1, self.split)[0][0][1]
+        types = [self.u.dtype] * (1 if kernel == "half" else 2) + [torch.float32] * tensors
+        if not INTERPRETED:  # which compiles nothing
+            arguments = (*types, *floats, *launch.known)
+            launch.kernel.warmup(*arguments, grid=launch.grid, **launch.options)
+
+
+def tiles_of(kernel, problem, quick):
+    """Tiles to try, as in `similarity.TILES`, that of the table first."""
+    sizes = ((16, 32), (1,), (1,)) if INTERPRETED else ((32, 64, 128), (4, 8), (1, 2, 3, 4))
+    blocks, warps, stages = sizes
+    tiles = [problem.table(kernel)]
+    for m in blocks:
+        for n in blocks:
+            if similarity.BLOCK % m or similarity.BLOCK % n or (kernel == "half" and n % m):
+                continue
+            tiles += [(m, n, w, s) for w in warps for s in stages]
+            # Two tiles of more than 32 similarities a thread leave the registers.
+            ahead = warps if kernel == "bwd" else ()
+            tiles += [(m, n, w, s, True) for w in ahead if m * n <= 1024 * w for s in stages]
+    return list(dict.fromkeys(tiles))[: 2 if quick else None]
+
+
+def compile_ahead(problem, jobs):
+    """In a process of its own. A tile that does not fit says so when it is launched."""
+    problem = Problem(*problem)
+    for kernel, tile in jobs:
+        with contextlib.suppress(Exception):
+            problem.compile(kernel, tile)
+
+
+def sweep(device, dtype, options):
+    """Time the tiles -> the JSON's members: rows, the table's new row, how many were timed."""
+    end = time.monotonic() + 60 * options.minutes
+    rows = 2 * (options.n or (32 if options.quick else 4096))
+    described = (device, dtype, rows, options.dim, options.temperature, options.seed)
+    problem = Problem(*described)
+    tried = {name: tiles_of(name, problem, options.quick) for name in ("bwd", "half", "full")}
+    jobs = [(kernel, tile) for kernel, tiles in tried.items() for tile in tiles]
+    workers = 1 if options.quick else max(1, min(8, (os.cpu_count() or 2) - 1))
+    timed, best = [], {}
+    with concurrent.futures.ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn")
+    ) as pool:
+        # One by one and in order, so that what is compiled first is timed first.
+        ahead = {job: pool.submit(compile_ahead, described, [job]) for job in jobs}
+        for kernel, tiles in tried.items():
+            with problem.using(tiles[0]):
+                truth = problem.result(kernel)
+            for tile in tiles:
+                row = {"kernel": kernel, "tile": tile}
+                if time.monotonic() > end:
+                    break
+                try:
+                    ahead[kernel, tile].result(max(0.0, end - time.monotonic()))
+                    with problem.using(tile):
+                        got = problem.result(kernel)
+                        call = functools.partial(problem.call, kernel)
+                        calls = 3 if options.quick else 15
+                        row["ms"] = statistics.median(measure(call, device, calls, idle=False))
+                    row["error"] = ((got - truth).norm() / truth.norm()).item()
+                except TimeoutError:
+                    break
+                except Exception as error:  # too large for the GPU, or for the compiler
+                    row["failed"] = str(error).splitlines()[0] if str(error) else repr(error)
+                timed.append(row)
+                if row.get("error", 1.0) < 1e-2 and row["ms"] < best.get(kernel, row)["ms"] + 1e-9:
+                    best[kernel] = row
+                value = f"{row['ms']:.4f} ms" if "ms" in row else row["failed"][:60]
+                print(f"{kernel:<6}{'x'.join(map(str, tile[:2])):<9}{tile[2:]!s:<8}{value}")
+        for future in ahead.values():
+            future.cancel()
+    table = [best[k]["tile"] if k in best else problem.table(k) for k in ("half", "full", "bwd")]
+    text = ", ".join(map(str, table))
+    paste = [f"({1 + problem.split}, {problem.width}): ({text}),  # {target_name(device)}"]
+    print(
+        f"{len(timed)} of {len(jobs)} tiles; for TILES of kernels/similarity.py:", *paste, sep="\n"
+    )
+    return {"rows": timed, "paste": paste, "timed": len(timed), "tiles": len(jobs)}
+
+
+def ptxas_version(device):
+    """Of the assembler that comes with Triton, which has another one for Blackwell; or None."""
+    if triton is None or not torch.version.cuda:
+        return None
+    nvidia = triton.knobs.nvidia
+    blackwell = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10
+    return (nvidia.ptxas_blackwell if blackwell else nvidia.ptxas).version
+
+
+def processor():
+    """The CPU's name."""
+    with contextlib.suppress(OSError):
+        text = pathlib.Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+        found = re.search(r"model name\s*: (.+)", text)
+        if found:
+            return found[1]
+    return platform.processor() or platform.machine()
+
+
+def clocks():
+    """Driver and clocks of the GPU, as nvidia-smi has them; None without one."""
+    fields = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"]
+    printed = subprocess.run(command, capture_output=True, encoding="utf-8").stdout.splitlines()
+    return dict(zip(fields.split(","), printed[0].split(", "), strict=False)) if printed else None
+
+
+def header(device):
+    """Where and with what it is timed."""
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else "CPU",
+        "cpu": f"{processor()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "triton": None if triton is None else triton.__version__,
+        "cuda": torch.version.cuda,
+        "ptxas": ptxas_version(device),
+        "python": platform.python_version(),
+        "clocks": clocks() if on_gpu else None,
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
 
 
 def commit():
@@ -475,9 +717,40 @@ def parse_args(argv):
         action="store_true",
         help="tiny shapes, to see that it runs; no figures worth keeping",
     )
+    losses = parser.add_argument_group("the losses")
+    losses.add_argument(
+        "--n",
+        type=int,
+        help="pairs of rows (256 to 65536; --sweep: 4096); SupCon has twice as many",
+    )
+    losses.add_argument("--dim", type=int, default=128, help="columns of the rows")
+    losses.add_argument("--temperature", type=float, default=0.1, help="of the similarities")
+    losses.add_argument(
+        "--labels",
+        choices=("even", "long-tailed", "two"),
+        default="even",
+        help="SupCon's: up to 100 classes of one size, one of 35 %% and ever smaller ones, or two",
+    )
+    losses.add_argument(
+        "--sweep",
+        action="store_true",
+        help="time every tile of the losses' kernels instead, and print the row of the table",
+    )
+    losses.add_argument("--minutes", type=float, default=5.0, help="in which --sweep ends")
+    parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="keep the last line here")
     args = parser.parse_args(argv)
     if not args.cpu and not torch.cuda.is_available():
         parser.error("there is no GPU; --cpu times what runs without one")
+    for name in ("n", "dim", "calls", "temperature", "minutes"):
+        if getattr(args, name) is not None and not 0 < getattr(args, name) < math.inf:
+            parser.error(f"--{name} {getattr(args, name)}: it must be above 0")
+    if args.sweep and args.cpu and not INTERPRETED:
+        parser.error("--sweep times Triton kernels; with --cpu it needs TRITON_INTERPRET=1")
+    if args.sweep and similarity.shift_of(args.temperature, True) is None:
+        parser.error(f"--sweep with --temperature {args.temperature}: it must be 0.0128 or more")
+    if args.json and not args.json.parent.is_dir():
+        parser.error(f"--json {args.json}: there is no folder {args.json.parent}")
     return args
 
 
@@ -485,24 +758,20 @@ def main(argv=None):
     args = parse_args(argv)
     device = torch.device("cpu" if args.cpu else "cuda")
     dtype = getattr(torch, args.dtype or ("float32" if args.cpu else "bfloat16"))
-    if args.cpu:
-        processor = platform.processor() or platform.machine()
-        device_name = f"{processor}, {torch.get_num_threads()} threads"
+    report = header(device) | {"quick": args.quick, "seed": args.seed, "rows": []}
+    print("  ".join(f"{key} {value}" for key, value in report.items() if key != "rows"))
+
+    def keep():
+        if args.json:
+            args.json.write_text(json.dumps(report) + "\n", encoding="utf-8")
+
+    if args.sweep:
+        report |= sweep(device, dtype, args)
+        keep()
     else:
-        device_name = torch.cuda.get_device_name()
-    header = {
-        "device": device_name,
-        "torch": torch.__version__,
-        "triton": None if triton is None else triton.__version__,
-        "python": platform.python_version(),
-        "commit": commit(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-    print("  ".join(f"{key} {value}" for key, value in header.items()))
-    rows = []
-    for op in OPS if args.op == "all" else (args.op,):
-        rows += bench(op, device, dtype, args)
-    print(json.dumps(header | {"rows": rows}))
+        for op in OPS if args.op == "all" else (args.op,):
+            bench(op, device, dtype, args, report["rows"], keep)
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -202,9 +202,12 @@ def _with_context(operation: type[Operation]) -> type[torch.autograd.Function]:
     return type(operation.__name__, (torch.autograd.Function,), members)
 
 
-def save(ctx, inputs: tuple, outputs: tuple) -> None:
-    """Save inputs and all outputs but the first, the loss, which alone is differentiable."""
-    ctx.save_for_backward(*inputs, *outputs[1:])
+def save(ctx, inputs: tuple, outputs: tuple, unsaved: int = 0) -> None:
+    """Save inputs and all outputs but the first, the loss, which alone is differentiable.
+
+    unsaved: how many of the last outputs the backward does not need.
+    """
+    ctx.save_for_backward(*inputs, *outputs[1 : len(outputs) - unsaved])
     ctx.mark_non_differentiable(*[x for x in outputs[1:] if x is not None])
     ctx.set_materialize_grads(False)
 
@@ -256,12 +259,15 @@ def no_autocast(device: torch.device) -> contextlib.AbstractContextManager:
 def breaks_graph_to_gather(function):
     """Have torch.compile leave a call with gather= as it is, between two graphs.
 
-    What the caller's function does is not for the compiler to trace.
+    What the caller's function does is not for the compiler to trace. Other reductions and
+    statistics are no registered operators: calls for them are left, too.
     """
 
     @functools.wraps(function)
     def whole(*args, gather=None, **options):
-        if gather is not None and torch.compiler.is_compiling():
+        apart = gather is not None or options.get("return_stats")
+        apart = apart or options.get("reduction", "mean") != "mean"
+        if apart and torch.compiler.is_compiling():
             return torch.compiler.disable(function)(*args, gather=gather, **options)
         return function(*args, gather=gather, **options)
 

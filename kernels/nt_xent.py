@@ -51,9 +51,12 @@ from .dispatch import (
     target_name,
 )
 from .similarity import (
+    LOG2_E,
     LOG2_FP16_SCALE,
     NORM_EPS,
+    REDUCTIONS,
     Gather,
+    Stats,
     add_weighted,
     block_d,
     comes_last,
@@ -63,6 +66,8 @@ from .similarity import (
     inverse_norm,
     load_planes,
     load_rows,
+    log2_sum,
+    merge_slots,
     normalize_rows,
     own_rows_first,
     planes,
@@ -72,11 +77,14 @@ from .similarity import (
     shift_of,
     similarities,
     slot_sums,
+    stats_sums,
     store_planes,
     sum_of_programs,
     sum_ranges,
+    tie_margin,
     weighted_sums,
     why_not_fused,
+    with_row_gradients,
 )
 
 try:
@@ -100,14 +108,16 @@ def nt_xent_reference(
     normalize: bool = True,
     gather: Gather | None = None,
     decoupled: bool = False,
-) -> torch.Tensor:
+    reduction: str = "mean",
+    return_stats: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, Stats]:
     """NT-Xent in plain PyTorch; arguments, result and errors as for `nt_xent`.
 
     Computes in fp32 (fp64 for fp64 inputs) whatever autocast says, and needs O(M D) memory plus one
     tile: similarities are made tile by tile, once for the log-sum-exps and once more in the
     backward.
     """
-    _check(z_a, z_b, temperature)
+    _check(z_a, z_b, temperature, reduction)
     with no_autocast(z_a.device):
         z = torch.stack((z_a, z_b), 1).flatten(0, 1)  # [M, D], interleaved
         z = z.to(torch.promote_types(z.dtype, torch.float32))
@@ -116,61 +126,121 @@ def nt_xent_reference(
         # <u_i, u_j> = s_ij: the temperature's gradient is autograd's business.
         u = z / temperature**0.5
         pos = (u[0::2] * u[1::2]).sum(1)
-        if gather is None and torch.compiler.is_compiling():
+        rows = reduction == "none"
+        if gather is None and not rows and not return_stats and torch.compiler.is_compiling():
             # One node of the graph, however many tiles.
-            return _reference_forward_op(u, pos, decoupled)[0]
-        return _Reference.call(u, pos, gather, decoupled)[0]
+            out = _reference_forward_op(u, pos, decoupled)
+        else:
+            scale = temperature.detach() if isinstance(temperature, torch.Tensor) else temperature
+            watched = scale if return_stats else None
+            out = _Reference.call(u, pos, gather, decoupled, rows, watched)
+    return _result(out, 2 * len(z_a), normalize, reduction, return_stats)
 
 
-def _reference_forward(u, pos, gather, decoupled):
-    """-> loss (), keys (K, D), log-sum-exps (lse) of the rows (M,) and of the keys (K,), negatives.
+def _result(out, num_rows, normalize, reduction, return_stats):
+    """-> what the user gets, from the outputs of a forward, of which statistics are the last."""
+    loss = out[0]
+    if reduction == "sum":
+        loss = loss * num_rows
+    elif reduction == "none":
+        loss = _in_views(loss)
+    if not return_stats:
+        return loss
+    stats = Stats(*map(_in_views, out[-6:]))
+    return loss, stats if normalize else stats._replace(potential=None)
 
-    The last are the logs of the rows' sums over their negatives (M,). What is of the keys is None
-    where they are the rows.
+
+def _in_views(x):
+    """(M,) of interleaved rows -> (M,), the first view's above the second's."""
+    return x.view(-1, 2).T.flatten()
+
+
+def _row_stats(loss, lse, pos, nearer, potential, cosine, num_keys):
+    """-> the members of `Stats`, interleaved; nearer and potential are the tiles' sums (M,)."""
+    rank = nearer.long().clamp_max(num_keys - 2)  # where it is nan, masked ones were counted, too
+    potential = (potential + (4 * (cosine - 1)).exp()) / (num_keys - 1)
+    # An output of an operation is a tensor of its own.
+    return loss.clone(), lse.clone(), pos, rank == 0, rank, potential
+
+
+def _row_loss(negatives, lse, pos, decoupled):
+    if decoupled:
+        return lse - pos
+    return torch.logaddexp(negatives - pos, torch.zeros_like(pos))  # softplus, at every magnitude
+
+
+def _reference_forward(u, pos, gather, decoupled, rows=False, temperature=None):
+    """-> loss, keys (K, D), log-sum-exp (lse) of rows (M,) and keys (K,), negatives, index, stats.
+
+    The loss is (), with rows=True (M,). Negatives are the logs of the rows' sums over their
+    negatives (M,). What is of the keys is None where they are the rows; the index (K,), of further
+    gathers, is there for rows=True alone; the six statistics where a temperature is given.
     """
     keys, index = (None, None) if gather is None else own_rows_first(gather, u)[:2]
     pos = pos.repeat_interleave(2)
-    negatives = reference_lse(u, u if keys is None else keys, pair_shift=1)
+    num_keys = len(u if keys is None else keys)
+    watch = None
+    if temperature is not None:
+        bound = pos - tie_margin(u)
+        nearer, potential = torch.zeros_like(pos), torch.zeros_like(pos)
+
+        def watch(m, n, s):
+            nearer[m] += (~(s < bound[m, None])).sum(1)
+            potential[m] += (4 * temperature * s - 4).exp_().sum(1)
+
+    negatives = reference_lse(u, u if keys is None else keys, 1, watch)
     if decoupled:
         # One image in the world has no negatives: nothing to push away from, only the attraction
         # remains.
         lse = negatives.masked_fill(negatives == -math.inf, 0.0)
-        loss = lse - pos
     else:
         lse = torch.logaddexp(negatives, pos)
-        # Softplus, at every magnitude.
-        loss = torch.logaddexp(negatives - pos, torch.zeros_like(pos))
+    loss = _row_loss(negatives, lse, pos, decoupled)
+    stats = (None,) * 6
+    if temperature is not None:
+        cosine = pos * temperature
+        stats = _row_stats(loss, lse, pos, nearer, potential, cosine, num_keys)
     lse_keys = None if gather is None else gather(lse)[index]
-    return loss.mean(), keys, lse, lse_keys, negatives
+    loss = loss if rows else loss.mean()
+    return loss, keys, lse, lse_keys, negatives, index if rows else None, *stats
 
 
-def _reference_backward(dloss, u, pos, keys, lse, lse_keys, negatives, decoupled):
+def _reference_backward(
+    dloss, u, pos, keys, lse, lse_keys, negatives, index, decoupled, gather=None
+):
     """-> du (M, D), dpos (N,)."""
     if keys is None:
         keys, lse_keys = u, lse
-    scale = dloss / u.shape[0]
-    with no_autocast(u.device):
-        du = reference_weighted_sum(u, keys, lse, lse_keys, pair_shift=1) * scale
+
+    def weighted_sum(lse_rows, lse_keys):
+        with no_autocast(u.device):
+            return reference_weighted_sum(u, keys, lse_rows, lse_keys, pair_shift=1)
+
     if decoupled:
         sigma = torch.ones_like(negatives)
     else:
         sigma = torch.sigmoid(negatives - pos.repeat_interleave(2))
-    return du, sigma.view(-1, 2).sum(1) * -scale
+    if dloss.dim():
+        d_keys = dloss if index is None else gather(dloss.contiguous())[index]
+        du = with_row_gradients(weighted_sum, dloss, d_keys, lse, lse_keys)
+        return du, -(sigma * dloss).view(-1, 2).sum(1)
+    scale = dloss / u.shape[0]
+    return weighted_sum(lse, lse_keys) * scale, sigma.view(-1, 2).sum(1) * -scale
 
 
 class _Reference(Operation):
     @staticmethod
-    def forward(u, pos, gather, decoupled):
-        return _reference_forward(u, pos, gather, decoupled)
+    def forward(u, pos, gather, decoupled, rows, temperature):
+        return _reference_forward(u, pos, gather, decoupled, rows, temperature)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.decoupled = inputs[3]
-        save(ctx, inputs[:2], output)
+        ctx.options = inputs[3], inputs[2]
+        save(ctx, inputs[:2], output, unsaved=6)
 
     @staticmethod
     def backward(ctx, dloss, *_):
-        return gradients(ctx, _reference_backward, dloss, ctx.decoupled)
+        return gradients(ctx, _reference_backward, dloss, *ctx.options)
 
 
 @jit
@@ -245,13 +315,6 @@ def _row_losses(negatives, pos, DECOUPLED: tl.constexpr):
 
 
 @jit
-def _log2_sum(total, top):
-    # Compared with zero alone: a nan is no empty sum.
-    empty = total == 0.0
-    return tl.where(empty, float("-inf"), top + tl.log2(tl.where(empty, 1.0, total)))
-
-
-@jit
 def _add_losses(partials_ptr, loss_ptr, loss):
     """Leave this program's loss; the program that comes last adds them all up."""
     tl.store(partials_ptr + 1 + tl.program_id(0), loss)
@@ -282,25 +345,20 @@ def _nt_xent_finish_kernel(
     """Merge the slots of each row into its base-2 log-sum-exps and add up the rows' losses."""
     offs_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_r = offs_r < num_rows
-    top = tl.full([BLOCK_R], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_R], tl.float32)
-    for first in range(0, num_slots, SLOTS):
-        slots = first + tl.arange(0, SLOTS)
-        offs = slots.to(tl.int64)[:, None] * stride_slot + offs_r[None, :]
-        written = (slots != half_slot)[:, None] | (offs_r >= half_row)[None, :]
-        mask = (slots < num_slots)[:, None] & mask_r[None, :] & written
-        sums = tl.load(sums_ptr + offs, mask=mask, other=0.0)  # [SLOTS, BLOCK_R]
-        if SHIFTED:
-            total += tl.sum(sums, 0)
-        else:
-            tops = tl.load(tops_ptr + offs, mask=mask, other=float("-inf"))
-            new_top = tl.maximum(top, tl.max(tops, 0))
-            base = tl.where(new_top == float("-inf"), 0.0, new_top)
-            total = total * tl.exp2(top - base) + tl.sum(sums * tl.exp2(tops - base[None, :]), 0)
-            top = new_top
-    if SHIFTED:
-        top = tl.full([BLOCK_R], 0.0, tl.float32) + shift
-    negatives = _log2_sum(total, top)
+    negatives = merge_slots(
+        tops_ptr,
+        sums_ptr,
+        offs_r,
+        mask_r,
+        shift,
+        num_slots,
+        half_slot,
+        half_row,
+        stride_slot,
+        SHIFTED,
+        SLOTS,
+        BLOCK_R,
+    )
     lse, loss = _row_losses(
         negatives, tl.load(pos_ptr + (offs_r >> 1), mask=mask_r, other=0.0), DECOUPLED
     )
@@ -337,7 +395,7 @@ def _nt_xent_few_rows_fwd_kernel(
         e = tl.exp2(similarities(rows, rows_lo, keys, keys_lo, SPLIT) - shift)
         same_pair = (offs_m >> 1)[:, None] == (offs_n >> 1)[None, :]
         total += tl.where(same_pair | (offs_n >= num_rows)[None, :], 0.0, e)
-    negatives = _log2_sum(tl.sum(total, 1), shift)
+    negatives = log2_sum(tl.sum(total, 1), shift)
     lse, loss = _row_losses(
         negatives, tl.load(pos_ptr + (offs_m >> 1), mask=mask_m, other=0.0), DECOUPLED
     )
@@ -586,11 +644,22 @@ def _finish_plan(num_rows, slots, half_slot, half_row, device, shifted, decouple
 
 
 @on_device_of_first
-def _triton_forward(z_a, z_b, temperature_tensor, temperature, normalize, decoupled, gather=None):
-    """-> loss (), rows u, keys, positives (N,), negatives (M,), lse of the rows (M,) and keys (K,).
+def _triton_forward(
+    z_a,
+    z_b,
+    temperature_tensor,
+    temperature,
+    normalize,
+    decoupled,
+    gather=None,
+    rows=False,
+    stats=False,
+):
+    """-> loss, u, keys, positives (N,), negatives (M,), lse of rows (M,) and keys (K,), index, ...
 
-    Logs are base 2; negatives are the logs of the rows' sums over their negatives. What is of the
-    keys is None where they are the rows.
+    The loss is (), with rows=True (M,). Logs are base 2; negatives are the logs of the rows' sums
+    over their negatives. What is of the keys is None where they are the rows; the index (K,), of
+    further gathers, is there for rows=True alone. The six members of `Stats`, or None, are last.
     """
     dtype, device = z_a.dtype, z_a.device
     num_pairs = z_a.shape[0]
@@ -617,20 +686,54 @@ def _triton_forward(z_a, z_b, temperature_tensor, temperature, normalize, decoup
     negatives = torch.empty(num_rows, dtype=torch.float32, device=device)
     lse = torch.empty_like(negatives)
     loss = torch.empty((), dtype=torch.float32, device=device)
-    if few is not None:
+    keys = index = lse_keys = None
+    num_keys = num_rows
+    if few is not None and not stats:
         few((u, pos, negatives, lse, partials, loss), shift)
-        return loss, u, None, pos, negatives, lse, None
-    keys, num_keys, index = gather_keys(gather, u, num_rows)
-    tops, sums, half_slot, half_row = slot_sums(u, keys, num_rows, num_keys, 1, split, shift)
-    finish = _finish_plan(
-        num_rows, sums.shape, half_slot, half_row, device, tops is None, decoupled
-    )
-    finish(
-        (sums if tops is None else tops, sums, pos, negatives, lse, partials, loss), shift or 0.0
-    )
-    if gather is None:
-        return loss, u, None, pos, negatives, lse, None
-    return loss, u, keys, pos, negatives, lse, gather(lse)[index]
+    else:
+        keys, num_keys, index = gather_keys(gather, u, num_rows)
+        if stats:
+            tops, sums, *counts = _counts(
+                u, keys, temperature_tensor, temperature, num_rows, num_keys, split
+            )
+            half_slot, half_row = -1, 0
+        else:
+            tops, sums, half_slot, half_row = slot_sums(
+                u, keys, num_rows, num_keys, 1, split, shift
+            )
+        finish = _finish_plan(
+            num_rows, sums.shape, half_slot, half_row, device, tops is None, decoupled
+        )
+        finish(
+            (sums if tops is None else tops, sums, pos, negatives, lse, partials, loss),
+            shift or 0.0,
+        )
+        if gather is None:
+            keys = None
+        else:
+            lse_keys = gather(lse)[index]
+    members = (None,) * 6
+    if rows or stats:
+        logs = [x / LOG2_E for x in (negatives, lse, pos.repeat_interleave(2))]
+        row_loss = _row_loss(*logs, decoupled)
+        loss = row_loss if rows else loss
+    if stats:
+        cosine = logs[2] * (temperature if learned is None else temperature_tensor)
+        members = _row_stats(row_loss, *logs[1:], *counts, cosine, num_keys)
+    return loss, u, keys, pos, negatives, lse, lse_keys, index if rows else None, *members
+
+
+def _counts(u, keys, temperature_tensor, temperature, num_rows, num_keys, split):
+    """`stats_sums` of pairs: of the rows as the tiles see them, so that ties are ties."""
+    rows = u[:num_rows].float()
+    if split:
+        rows = sum(rows.chunk(2, 1))
+    bound = (rows[0::2] * rows[1::2]).sum(1).repeat_interleave(2) - tie_margin(rows)
+    if temperature_tensor is None:
+        factor = torch.full((1,), 4 * temperature, device=u.device)
+    else:
+        factor = (4 * temperature_tensor).float().view(1)
+    return stats_sums(u, keys, num_rows, num_keys, 1, split, bound, bound, factor)
 
 
 @plan
@@ -689,9 +792,11 @@ def _triton_backward(
     negatives,
     lse,
     lse_keys,
+    index,
     temperature,
     normalize,
     decoupled,
+    gather=None,
 ):
     """-> dz_a, dz_b (N, D), dtemperature, like the tensor, or None."""
     dtype, device = z_a.dtype, z_a.device
@@ -702,6 +807,22 @@ def _triton_backward(
     strides = (*z_a.stride(), *z_b.stride())
     options = (z_a.shape, dtype, device, strides, learned, normalize, decoupled)
     split, fp16, few = _backward_plan(*options, keys is None, shift is not None)
+    if dloss.dim():
+
+        def tiles(lse, lse_keys):
+            rows, every = u, u if keys is None else keys
+            num_keys = lse_keys.shape[0]
+            lses = lse * LOG2_E, lse_keys * LOG2_E
+            partial = weighted_sums(rows, every, *lses, num_rows, num_keys, 1, split, shift, fp16)
+            return partial.sum(0)[:num_rows]
+
+        d_keys = dloss if index is None else gather(dloss.contiguous())[index]
+        lses = (lse / LOG2_E, (lse if keys is None else lse_keys) / LOG2_E)
+        sums = with_row_gradients(tiles, dloss, d_keys, *lses)
+        temperature = temperature if learned is None else temperature_tensor
+        return _row_epilogue(
+            sums, dloss, z_a, z_b, pos, negatives, temperature, dtype, normalize, decoupled
+        )
     if few is None:  # first of all, so that the GPU need not wait for the rest
         if keys is None:
             keys, lse_keys = u, lse
@@ -736,6 +857,31 @@ def _triton_backward(
     return dz_a.to(dtype), dz_b.to(dtype), dtau
 
 
+def _row_epilogue(sums, dloss, z_a, z_b, pos, negatives, temperature, dtype, normalize, decoupled):
+    """`_nt_xent_epilogue_kernel` for an upstream gradient of each row, which `sums` has in it."""
+    z = torch.stack((z_a, z_b), 1).flatten(0, 1).float()
+    inverse = 1.0
+    if normalize:
+        norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
+        inverse = torch.where(norm <= NORM_EPS, 0.0, 1 / norm.clamp_min(NORM_EPS))
+    z = z * inverse
+    sigma = dloss
+    if not decoupled:
+        sigma = torch.sigmoid((negatives - pos.repeat_interleave(2)) / LOG2_E) * dloss
+    sigma = sigma.view(-1, 2).sum(1).repeat_interleave(2)
+    others = z.view(-1, 2, z.shape[1]).flip(1).flatten(0, 1)
+    dz = sums[:, : z.shape[1]] * (temperature / LOG2_E) ** 0.5 - sigma[:, None] * others
+    dz = dz / temperature
+    radial = (z * dz).sum(1, keepdim=True)
+    dtau = None
+    if isinstance(temperature, torch.Tensor):
+        dtau = (radial.sum() / (-2 * temperature)).to(temperature.dtype).view_as(temperature)
+    if normalize:
+        dz = (dz - z * radial) * inverse
+    dz_a, dz_b = dz.to(dtype).view(-1, 2, z.shape[1]).unbind(1)
+    return dz_a, dz_b, dtau
+
+
 def _shift_and_type(temperature_tensor, temperature, normalize):
     """-> the shift, None without one; the dtype of a temperature that is a tensor, else None."""
     if temperature_tensor is not None:
@@ -757,15 +903,13 @@ def _block_p(block_d: int) -> int:
 
 class _NTXent(Operation):
     @staticmethod
-    def forward(z_a, z_b, temperature_tensor, temperature, normalize, decoupled, gather):
-        return _triton_forward(
-            z_a, z_b, temperature_tensor, temperature, normalize, decoupled, gather
-        )
+    def forward(z_a, z_b, temperature_tensor, *options):
+        return _triton_forward(z_a, z_b, temperature_tensor, *options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.options = inputs[3:6]
-        save(ctx, inputs[:3], output)
+        ctx.options = inputs[3:7]
+        save(ctx, inputs[:3], output, unsaved=6)
 
     @staticmethod
     def backward(ctx, dloss, *_):
@@ -781,7 +925,7 @@ def _forward_op(
     normalize: bool,
     decoupled: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    loss, u, _, pos, negatives, lse, _ = _triton_forward(
+    loss, u, _, pos, negatives, lse, *_ = _triton_forward(
         z_a, z_b, temperature_tensor, temperature, normalize, decoupled
     )
     return loss, u, pos, negatives, lse
@@ -820,6 +964,7 @@ def _backward_op(
         negatives,
         lse,
         None,
+        None,
         temperature,
         normalize,
         decoupled,
@@ -854,7 +999,7 @@ _forward_op.register_autograd(_differentiate, setup_context=_save_for_backward)
 def _reference_forward_op(
     u: torch.Tensor, pos: torch.Tensor, decoupled: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    loss, _, lse, _, negatives = _reference_forward(u, pos, None, decoupled)
+    loss, _, lse, _, negatives, *_ = _reference_forward(u, pos, None, decoupled)
     return loss, lse, negatives
 
 
@@ -872,7 +1017,7 @@ def _reference_backward_op(
     negatives: torch.Tensor,
     decoupled: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _reference_backward(dloss, u, pos, None, lse, None, negatives, decoupled)
+    return _reference_backward(dloss, u, pos, None, lse, None, negatives, None, decoupled)
 
 
 @_reference_backward_op.register_fake
@@ -892,7 +1037,9 @@ def _differentiate_reference(ctx, dloss, *_):
 _reference_forward_op.register_autograd(_differentiate_reference, setup_context=_save_reference)
 
 
-def _check(z_a, z_b, temperature):
+def _check(z_a, z_b, temperature, reduction):
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"nt_xent: reduction={reduction!r}, allowed are 'mean', 'sum' and 'none'")
     if z_a.dim() != 2 or z_a.shape != z_b.shape or not z_a.numel():
         raise ValueError(
             f"nt_xent: z_a {tuple(z_a.shape)}, z_b {tuple(z_b.shape)}; both must be (N, D), N"
@@ -921,8 +1068,10 @@ def nt_xent(
     normalize: bool = True,
     gather: Gather | None = None,
     decoupled: bool = False,
+    reduction: str = "mean",
+    return_stats: bool = False,
     impl: str = "auto",
-) -> torch.Tensor:
+) -> torch.Tensor | tuple[torch.Tensor, Stats]:
     """NT-Xent loss of two views: the mean of log-sum-exp minus positive over 2N rows.
 
     It is not the loss of CLIP, where a row meets the other tower's rows alone: here the rows of its
@@ -946,32 +1095,49 @@ def nt_xent(
             as zeros and gets no gradient.
         gather: None, or a callable that takes this process's (n, ...) rows and returns all
             processes' rows, concatenated in rank order, the same n from each, without autograd. It
-            is called twice per forward and never in the backward.
+            is called twice per forward and never in the backward; with reduction="none" once there.
         decoupled: leave the positive out of the denominator (DCL). A single pair in the world has
             no denominator at all: its loss is then minus its similarity over the temperature.
+        reduction: "mean" and "sum" of this process's 2N rows, or "none": (2N,), z_a's rows above
+            z_b's. The gradient of rows is that of all processes' rows, each times its own upstream
+            gradient, of any sign, and costs two passes over the similarities.
+        return_stats: return (loss, `Stats`). The loss and its gradient stay what they are, to
+            rounding; above 1,024 rows on a GPU the forward pass takes the full grid.
         impl: "auto" (Triton on a GPU, else the reference; said once through
             logging.getLogger("kernels")), "triton" or "torch".
 
     Returns:
-        Scalar loss, fp32 (fp64 for fp64 inputs).
+        The loss, fp32 (fp64 for fp64 inputs), a scalar but for reduction="none"; with statistics
+        the pair of both.
 
     Raises:
         ValueError: shapes, dtypes or devices that disagree, a temperature that is not positive,
-            impl="triton" where it cannot run.
+            an unknown reduction, impl="triton" where it cannot run.
 
     Source: Chen et al. 2020, arXiv:2002.05709; decoupled: Yeh et al. 2022, arXiv:2110.06848.
     """
-    _check(z_a, z_b, temperature)
+    _check(z_a, z_b, temperature, reduction)
     if choose_impl("nt_xent", impl, z_a, why_not_fused(z_a, normalize, temperature)) == "torch":
         return nt_xent_reference(
-            z_a, z_b, temperature, normalize=normalize, gather=gather, decoupled=decoupled
+            z_a,
+            z_b,
+            temperature,
+            normalize=normalize,
+            gather=gather,
+            decoupled=decoupled,
+            reduction=reduction,
+            return_stats=return_stats,
         )
     temperature_tensor = None
     if isinstance(temperature, torch.Tensor):
         temperature_tensor = temperature.to(z_a.device)
         temperature = 1.0
     temperature = float(temperature)  # an integer 1 would be compiled in as a constant
-    if gather is None and torch.compiler.is_compiling():
+    arguments = (z_a, z_b, temperature_tensor, temperature, normalize, decoupled)
+    rows = reduction == "none"
+    if gather is None and not rows and not return_stats and torch.compiler.is_compiling():
         # Eager goes without: the dispatcher costs more than a launch.
-        return _forward_op(z_a, z_b, temperature_tensor, temperature, normalize, decoupled)[0]
-    return _NTXent.call(z_a, z_b, temperature_tensor, temperature, normalize, decoupled, gather)[0]
+        out = _forward_op(*arguments)
+    else:
+        out = _NTXent.call(*arguments, gather, rows, return_stats)
+    return _result(out, 2 * len(z_a), normalize, reduction, return_stats)

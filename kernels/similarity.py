@@ -21,6 +21,17 @@ maximum; and up to 4,096 rows, where writing and merging the half grid's slots c
 the tiles (forward and backward of NT-Xent at M = 2,048 on an H200: 29.4 us with the full grid, 30.4
 with the half one; at M = 8,192, 110 and 106).
 
+Which path when, of M rows of this process:
+
+    forward   M <= 1,024 (SupCon 2,048), own keys, a shift: all in one kernel of the loss's file
+              M <= 4,096, no shift, or gathered keys: full_kernel
+              else: half_kernel
+              statistics: stats_kernel, on the full grid
+    backward  few rows of NT-Xent: one kernel of its file
+              else: bwd_kernel, whose ranges are then added up
+    positives of SupCon: few rows in the forward; up to 16,384 a product with (y_i = y_j); else,
+              with gathered keys, statistics or rows, sums over sorted labels
+
 In the Triton path s is in base 2 (rows carry sqrt(log2 e)); rows are 16-bit, or two 16-bit planes
 side by side, hi + lo, for fp32.
 """
@@ -31,6 +42,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +65,7 @@ except ImportError:
     tl = None
 
 Gather = Callable[[torch.Tensor], torch.Tensor]
+REDUCTIONS = ("mean", "sum", "none")
 
 # A row shorter than this has no direction: it is mapped to zeros, and it gets no gradient rather
 # than 1e12 times one.
@@ -73,12 +86,12 @@ LOG2_FP16_SCALE = 13.0
 BLOCK = 32 if INTERPRETED else 128
 
 # (BLOCK_M, BLOCK_N, warps, stages) of the half, the full and the backward kernel, by planes and
-# BLOCK_D. Nothing spills; within that the half grid's owner and the backward's key block are as
-# wide as leaves two blocks on a multiprocessor (reports in README.md). Targets without a table take
-# the last one.
+# BLOCK_D; a fifth number of the backward's, True, is AHEAD. Nothing spills; within that the half
+# grid's owner and the backward's key block are as wide as leaves two blocks on a multiprocessor
+# (reports in README.md). Targets without a table take the last one.
 TILES = {
     "sm_80": {
-        (1, 64): ((64, 128, 4, 2), (64, 128, 4, 2), (64, 128, 4, 2)),
+        (1, 64): ((64, 128, 4, 2), (64, 128, 4, 2), (64, 64, 4, 2)),
         (1, 128): ((64, 128, 4, 2), (64, 128, 4, 2), (64, 128, 4, 2)),
         (1, 256): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
         (1, 512): ((64, 64, 8, 1), (64, 64, 8, 1), (64, 64, 8, 2)),
@@ -89,7 +102,7 @@ TILES = {
         (1, 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 128, 4, 3)),
         (1, 128): ((64, 128, 4, 3), (128, 128, 8, 2), (64, 128, 4, 2)),
         (1, 256): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
-        (1, 512): ((64, 64, 8, 1), (64, 64, 8, 1), (64, 64, 8, 2)),
+        (1, 512): ((64, 64, 8, 1), (64, 64, 8, 1), (64, 32, 8, 2)),
         (2, 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
         (2, 128): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
     },
@@ -98,12 +111,12 @@ TILES = {
         (1, 128): ((64, 64, 4, 2), (64, 128, 4, 2), (64, 64, 4, 2)),
         (1, 256): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
         (1, 512): ((64, 64, 8, 1), (64, 64, 8, 1), (64, 64, 8, 1)),
-        (2, 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2)),
+        (2, 64): ((64, 64, 4, 3), (64, 64, 4, 3), (64, 64, 4, 3)),
         (2, 128): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
     },
     "gfx942": {
         (1, 64): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
-        (1, 128): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
+        (1, 128): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 1)),
         (1, 256): ((64, 64, 4, 2), (64, 64, 4, 2), (32, 32, 4, 2)),
         (1, 512): ((64, 64, 8, 1), (64, 64, 8, 1), (32, 32, 4, 1)),
         (2, 64): ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2)),
@@ -127,12 +140,31 @@ FEW_ROWS_TILES = {
 }
 
 
+class Stats(NamedTuple):
+    """What the similarities of a loss's M rows say, found while they were made; no gradients.
+
+    Of `nt_xent` M is 2N, z_a's rows above z_b's. K are the rows of all processes. Ties count
+    against a row, also those within rounding (32 units in the last place of fp32, of fp64 for fp64
+    inputs): a collapsed representation scores 0. So does nan.
+    """
+
+    loss: torch.Tensor  # (M,) the rows' losses
+    lse: torch.Tensor  # (M,) natural log-sum-exp of similarity / tau, the loss's denominator
+    positive: torch.Tensor  # (M,) similarity / tau of the positive, or the mean of several
+    top1: torch.Tensor  # (M,) bool: the nearest of all other rows is a positive
+    # Of `nt_xent` alone, else None.
+    rank: torch.Tensor | None  # (M,) int64: 0 to K - 2 negatives are at least as near
+    # (M,) mean exp(-2 |z_i - z_j|^2) over the K - 1 other rows: the log of its mean is the
+    # uniformity of Wang and Isola 2020, arXiv:2005.10242. None without normalization, too.
+    potential: torch.Tensor | None
+
+
 def few_rows_tile(target: str) -> tuple[int, int, int, int]:
     """(BLOCK_M, BLOCK_N, warps, stages) where a program takes a few rows through all keys."""
     return FEW_ROWS_TILES.get(target, FEW_ROWS_TILES["other"])
 
 
-def tile(kernel: str, num_planes: int, width: int, target: str) -> tuple[int, int, int, int] | None:
+def tile(kernel: str, num_planes: int, width: int, target: str) -> tuple[int, ...] | None:
     """(BLOCK_M, BLOCK_N, warps, stages) of kernel "half", "full" or "bwd"; None if it cannot fit.
 
     Rows are num_planes planes of `width` columns (BLOCK_D).
@@ -255,8 +287,13 @@ def reference_tiles(
             yield slice(m, m + step), slice(n, n + step), s, symmetric and n != m
 
 
-def reference_lse(rows: torch.Tensor, keys: torch.Tensor, pair_shift: int) -> torch.Tensor:
-    """Natural log-sum-exp of each row over the keys outside its group: (m, D), (k, D) -> (m,)."""
+def reference_lse(
+    rows: torch.Tensor, keys: torch.Tensor, pair_shift: int, watch: Callable | None = None
+) -> torch.Tensor:
+    """Natural log-sum-exp of each row over the keys outside its group: (m, D), (k, D) -> (m,).
+
+    watch(row slice, key slice, similarities) sees each row with each key once.
+    """
     top = rows.new_full((rows.shape[0],), -math.inf)
     total = rows.new_zeros(rows.shape[0])
 
@@ -268,6 +305,10 @@ def reference_lse(rows: torch.Tensor, keys: torch.Tensor, pair_shift: int) -> to
         top[where] = new_top
 
     for m, n, s, mirrored in reference_tiles(rows, keys, pair_shift):
+        if watch is not None:
+            watch(m, n, s)
+            if mirrored:
+                watch(n, m, s.T)
         add(m, s, 1)
         if mirrored:
             add(n, s, 0)
@@ -284,6 +325,27 @@ def reference_weighted_sum(rows, keys, lse_rows, lse_keys, pair_shift) -> torch.
         if mirrored:
             out[n].addmm_(weight.T, rows[m])
     return out
+
+
+def with_row_gradients(weighted_sum: Callable, d_rows, d_keys, lse_rows, lse_keys) -> torch.Tensor:
+    """sum_j (d_i exp(s_ij - lse_i) + d_j exp(s_ij - lse_j)) u_j, for upstream gradients d: (m, D).
+
+    weighted_sum(lse_rows, lse_keys), natural, is that sum with d = 1. A factor above zero is one
+    more summand in the exponent, so each sign is a pass.
+    """
+    top = d_keys.abs().max()
+    top = torch.where(top == 0, 1.0, top)
+    total = 0.0
+    for sign in (1.0, -1.0):
+        of_rows, of_keys = ((sign * d / top).clamp_min(0).log() for d in (d_rows, d_keys))
+        total = total + sign * weighted_sum(lse_rows - of_rows, lse_keys - of_keys)
+    return total * top
+
+
+def tie_margin(u: torch.Tensor) -> torch.Tensor:
+    """(m,): within how much of a similarity of a row another one is as large, to what is known."""
+    length = torch.linalg.vector_norm(u, dim=1)
+    return 32 * torch.finfo(u.dtype).eps * length * length.max()
 
 
 @jit
@@ -312,6 +374,50 @@ def sum_ranges(
         slot_ptr = partial_ptr + slot * stride_slot
         total += tl.load(slot_ptr + rows[:, None] * BLOCK_D + offs_d[None, :])
     return total
+
+
+@jit
+def merge_slots(
+    tops_ptr,
+    sums_ptr,
+    rows,
+    mask_r,
+    shift,
+    num_slots,
+    half_slot,
+    half_row,
+    stride_slot,
+    SHIFTED: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """The log-sum-exps, base 2, of what `slot_sums` left for some rows: [BLOCK_R]."""
+    top = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    for first in range(0, num_slots, SLOTS):
+        slots = first + tl.arange(0, SLOTS)
+        offs = slots.to(tl.int64)[:, None] * stride_slot + rows[None, :]
+        written = (slots != half_slot)[:, None] | (rows >= half_row)[None, :]
+        mask = (slots < num_slots)[:, None] & mask_r[None, :] & written
+        sums = tl.load(sums_ptr + offs, mask=mask, other=0.0)  # [SLOTS, BLOCK_R]
+        if SHIFTED:
+            total += tl.sum(sums, 0)
+        else:
+            tops = tl.load(tops_ptr + offs, mask=mask, other=float("-inf"))
+            new_top = tl.maximum(top, tl.max(tops, 0))
+            base = tl.where(new_top == float("-inf"), 0.0, new_top)
+            total = total * tl.exp2(top - base) + tl.sum(sums * tl.exp2(tops - base[None, :]), 0)
+            top = new_top
+    if SHIFTED:
+        top = tl.full([BLOCK_R], 0.0, tl.float32) + shift
+    return log2_sum(total, top)
+
+
+@jit
+def log2_sum(total, top):
+    # Compared with zero alone: a nan is no empty sum.
+    empty = total == 0.0
+    return tl.where(empty, float("-inf"), top + tl.log2(tl.where(empty, 1.0, total)))
 
 
 @jit
@@ -400,7 +506,7 @@ def load_planes(ptr, rows, offs_d, SPLIT: tl.constexpr, BLOCK_D: tl.constexpr):
         "first_offset",
         "last_offset",
         "first_slot",
-        "offsets_per_split",
+        "offsets_per_range",
     ]
 )
 def half_kernel(
@@ -412,7 +518,7 @@ def half_kernel(
     first_offset,
     last_offset,
     first_slot,
-    offsets_per_split,
+    offsets_per_range,
     stride_slot,
     PAIR_SHIFT: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -426,13 +532,13 @@ def half_kernel(
     into a slot per range.
     """
     owner = tl.program_id(0)
-    split = tl.program_id(1)
+    key_range = tl.program_id(1)
     offs_d = tl.arange(0, BLOCK_D)
     local_n = tl.arange(0, BLOCK_N)
     offs_n = owner * BLOCK_N + local_n
     cols, cols_lo = load_planes(u_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
-    begin = first_offset + split * offsets_per_split
-    end = tl.minimum(begin + offsets_per_split, last_offset)
+    begin = first_offset + key_range * offsets_per_range
+    end = tl.minimum(begin + offsets_per_range, last_offset)
     # With an even number of blocks the farthest offset pairs J with J + T/2 twice: the lower half
     # of the owners does it.
     if (num_blocks % 2 == 0) & (owner * 2 >= num_blocks):
@@ -466,7 +572,7 @@ def half_kernel(
         col_sums += tl.sum(tl.reshape(e, [BLOCK_M // 16, 2, 8, BLOCK_N]), 1)
         row_slot_ptr = slots_ptr + (offset - first_slot).to(tl.int64) * stride_slot
         tl.store(row_slot_ptr + offs_m, tl.sum(e, 1))
-    slot = last_offset - first_slot + split
+    slot = last_offset - first_slot + key_range
     tl.store(slots_ptr + slot.to(tl.int64) * stride_slot + offs_n, tl.sum(tl.sum(col_sums, 0), 0))
 
 
@@ -477,7 +583,7 @@ def full_kernel(
     tops_ptr,
     sums_ptr,
     num_keys,
-    keys_per_split,
+    keys_per_range,
     stride_slot,
     PAIR_SHIFT: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -487,14 +593,14 @@ def full_kernel(
 ):
     """Maximum and sum of 2^(s - maximum) of a block of rows over a range of keys, into its slot."""
     pid_m = tl.program_id(0)
-    split = tl.program_id(1)
+    key_range = tl.program_id(1)
     offs_d = tl.arange(0, BLOCK_D)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     rows, rows_lo = load_planes(rows_ptr, offs_m, offs_d, SPLIT, BLOCK_D)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    begin = split * keys_per_split
-    for start in range(begin, tl.minimum(begin + keys_per_split, num_keys), BLOCK_N):
+    begin = key_range * keys_per_range
+    for start in range(begin, tl.minimum(begin + keys_per_range, num_keys), BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
         keys, keys_lo = load_planes(keys_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
         s = similarities(rows, rows_lo, keys, keys_lo, SPLIT)  # [BLOCK_M, BLOCK_N]
@@ -506,8 +612,108 @@ def full_kernel(
         base = tl.where(new_top == float("-inf"), 0.0, new_top)  # 2^(-inf - -inf) is nan
         total = total * tl.exp2(top - base) + tl.sum(tl.exp2(s - base[:, None]), 1)
         top = new_top
-    tl.store(tops_ptr + split.to(tl.int64) * stride_slot + offs_m, top)
-    tl.store(sums_ptr + split.to(tl.int64) * stride_slot + offs_m, total)
+    tl.store(tops_ptr + key_range.to(tl.int64) * stride_slot + offs_m, top)
+    tl.store(sums_ptr + key_range.to(tl.int64) * stride_slot + offs_m, total)
+
+
+@jit
+def _weights(
+    s,
+    lse_rows,
+    lse_keys_ptr,
+    offs_m,
+    start,
+    shift,
+    num_keys,
+    MASKED: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    PAIR_SHIFT: tl.constexpr,
+    LOG2_SCALE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The weights of the keys from start on; lse_rows: with SHIFTED 2^(shift - lse)."""
+    local_n = tl.arange(0, BLOCK_N)
+    inside = local_n < num_keys - start  # as in half_kernel
+    if MASKED:
+        lse_keys = tl.load(lse_keys_ptr + start + local_n, mask=inside, other=float("inf"))
+    else:
+        lse_keys = tl.load(lse_keys_ptr + start + local_n)
+    if SHIFTED:
+        inverse_keys = tl.exp2(shift - lse_keys)
+        weight = tl.exp2(s - (shift - LOG2_SCALE)) * (lse_rows[:, None] + inverse_keys[None, :])
+    else:
+        weight = tl.exp2(s - (lse_rows - LOG2_SCALE)[:, None])
+        weight += tl.exp2(s - (lse_keys - LOG2_SCALE)[None, :])
+    if MASKED:
+        same_group = ((offs_m - start) >> PAIR_SHIFT)[:, None] == (local_n >> PAIR_SHIFT)[None, :]
+        weight = tl.where(same_group | (inside == 0)[None, :], 0.0, weight)
+    return weight
+
+
+@jit(do_not_specialize=["num_rows", "num_keys"])
+def stats_kernel(
+    rows_ptr,
+    keys_ptr,
+    of_rows_ptr,
+    of_keys_ptr,
+    factor_ptr,
+    slots_ptr,
+    num_rows,
+    num_keys,
+    keys_per_range,
+    stride_slot,
+    stride_kind,
+    PAIR_SHIFT: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """`full_kernel`, and two more numbers of each row beside its maximum and its sum.
+
+    For pairs (PAIR_SHIFT 1): how many similarities are not below the row's bound (of_rows), and the
+    sum of 2^(factor s - 4 log2(e)). Else, with the classes of rows and keys: the largest similarity
+    of a row's own class, and of others.
+    """
+    pid_m = tl.program_id(0)
+    key_range = tl.program_id(1)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows, rows_lo = load_planes(rows_ptr, offs_m, offs_d, SPLIT, BLOCK_D)
+    of_rows = tl.load(of_rows_ptr + offs_m, mask=offs_m < num_rows, other=0)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    if PAIR_SHIFT:
+        factor = tl.load(factor_ptr)
+        first = tl.zeros([BLOCK_M], tl.float32)
+        second = tl.zeros([BLOCK_M], tl.float32)
+    else:
+        first = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        second = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    begin = key_range * keys_per_range
+    for start in range(begin, tl.minimum(begin + keys_per_range, num_keys), BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        keys, keys_lo = load_planes(keys_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
+        s = similarities(rows, rows_lo, keys, keys_lo, SPLIT)  # [BLOCK_M, BLOCK_N]
+        same_group = (offs_m >> PAIR_SHIFT)[:, None] == (offs_n >> PAIR_SHIFT)[None, :]
+        s = tl.where(same_group | (offs_n >= num_keys)[None, :], float("-inf"), s)
+        if PAIR_SHIFT:
+            first += tl.sum(tl.where(s < of_rows[:, None], 0.0, 1.0), 1)
+            second += tl.sum(tl.exp2(s * factor - 5.770780163555854), 1)
+        else:
+            classes = tl.load(of_keys_ptr + offs_n, mask=offs_n < num_keys, other=0)
+            same = of_rows[:, None] == classes[None, :]
+            first = tl.maximum(first, tl.max(tl.where(same, s, float("-inf")), 1))
+            second = tl.maximum(second, tl.max(tl.where(same, float("-inf"), s), 1))
+        new_top = tl.maximum(top, tl.max(s, 1))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        total = total * tl.exp2(top - base) + tl.sum(tl.exp2(s - base[:, None]), 1)
+        top = new_top
+    out = slots_ptr + key_range.to(tl.int64) * stride_slot + offs_m
+    tl.store(out, top)
+    tl.store(out + stride_kind, total)
+    tl.store(out + 2 * stride_kind, first)
+    tl.store(out + 3 * stride_kind, second)
 
 
 @jit(do_not_specialize=["num_rows", "num_keys"])
@@ -520,48 +726,99 @@ def bwd_kernel(
     shift,
     num_rows,
     num_keys,
-    keys_per_split,
+    keys_per_range,
     stride_slot,
     SHIFTED: tl.constexpr,
     PAIR_SHIFT: tl.constexpr,
     SPLIT: tl.constexpr,
     LOG2_SCALE: tl.constexpr,
+    AHEAD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """The weighted sum over one range of keys, fp32, into slot [range, row].
 
-    SHIFTED: one exponential serves both terms.
+    SHIFTED: one exponential serves both terms. AHEAD: the similarities of the next keys are under
+    way while the exponentials of these are taken.
+
+    Blocks of keys that need no mask come first, in a loop of their own: with a branch between the
+    two products of a tile ptxas lets each of their instructions wait for the one before.
     """
     pid_m = tl.program_id(0)
-    split = tl.program_id(1)
+    key_range = tl.program_id(1)
     offs_d = tl.arange(0, BLOCK_D)
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    local_n = tl.arange(0, BLOCK_N)
     rows, rows_lo = load_planes(rows_ptr, offs_m, offs_d, SPLIT, BLOCK_D)
     lse_rows = tl.load(lse_rows_ptr + offs_m, mask=offs_m < num_rows, other=float("inf"))
     if SHIFTED:
-        inverse_rows = tl.exp2(shift - lse_rows)
-        shift_scaled = shift - LOG2_SCALE
+        lse_rows = tl.exp2(shift - lse_rows)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    begin = split * keys_per_split
-    for start in range(begin, tl.minimum(begin + keys_per_split, num_keys), BLOCK_N):
-        offs_n = start + tl.arange(0, BLOCK_N)
-        keys, keys_lo = load_planes(keys_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
-        lse_keys = tl.load(lse_keys_ptr + offs_n, mask=offs_n < num_keys, other=float("inf"))
+    begin = key_range * keys_per_range
+    end = tl.minimum(begin + keys_per_range, num_keys)
+    whole = tl.minimum(end, num_keys // BLOCK_N * BLOCK_N)
+    WIDTH: tl.constexpr = BLOCK_M if BLOCK_M > BLOCK_N else BLOCK_N
+    diagonal = pid_m * BLOCK_M // WIDTH * WIDTH
+    # The part of the diagonal's blocks that lies in this range.
+    first = tl.maximum(diagonal, begin)
+    masked = tl.maximum(tl.minimum(diagonal + WIDTH, whole) - first, 0)
+    if AHEAD:
+        start = tl.where(begin < first, begin, begin + masked)
+        start = tl.maximum(tl.minimum(start, whole - BLOCK_N), 0)  # where there is none, any
+        keys, keys_lo = load_planes(keys_ptr, start + local_n, offs_d, SPLIT, BLOCK_D)
         s = similarities(rows, rows_lo, keys, keys_lo, SPLIT)  # [BLOCK_M, BLOCK_N]
-        if SHIFTED:
-            inverse_keys = tl.exp2(shift - lse_keys)
-            weight = tl.exp2(s - shift_scaled) * (inverse_rows[:, None] + inverse_keys[None, :])
+    for step in range(begin, whole - masked, BLOCK_N):
+        start = tl.where(step < first, step, step + masked)
+        if AHEAD:
+            next_step = tl.minimum(step + BLOCK_N, whole - masked - BLOCK_N)  # the last one twice
+            next_start = tl.where(next_step < first, next_step, next_step + masked)
+            next_keys, next_keys_lo = load_planes(
+                keys_ptr, next_start + local_n, offs_d, SPLIT, BLOCK_D
+            )
+            next_s = similarities(rows, rows_lo, next_keys, next_keys_lo, SPLIT)
         else:
-            weight = tl.exp2(s - (lse_rows - LOG2_SCALE)[:, None])
-            weight += tl.exp2(s - (lse_keys - LOG2_SCALE)[None, :])
-        diagonal = (start < (pid_m + 1) * BLOCK_M) & (start + BLOCK_N > pid_m * BLOCK_M)
-        if diagonal | (start + BLOCK_N > num_keys):
-            same_group = (offs_m >> PAIR_SHIFT)[:, None] == (offs_n >> PAIR_SHIFT)[None, :]
-            weight = tl.where(same_group | (offs_n >= num_keys)[None, :], 0.0, weight)
+            keys, keys_lo = load_planes(keys_ptr, start + local_n, offs_d, SPLIT, BLOCK_D)
+            s = similarities(rows, rows_lo, keys, keys_lo, SPLIT)
+        weight = _weights(
+            s,
+            lse_rows,
+            lse_keys_ptr,
+            offs_m,
+            start,
+            shift,
+            num_keys,
+            False,
+            SHIFTED,
+            PAIR_SHIFT,
+            LOG2_SCALE,
+            BLOCK_N,
+        )
         acc = add_weighted(acc, weight, keys, keys_lo, SPLIT)
-    slot_ptr = partial_ptr + split.to(tl.int64) * stride_slot
+        if AHEAD:
+            keys = next_keys
+            keys_lo = next_keys_lo
+            s = next_s
+    for step in range(whole - masked, end, BLOCK_N):
+        start = tl.where(step < whole, first + step - (whole - masked), step)
+        keys, keys_lo = load_planes(keys_ptr, start + local_n, offs_d, SPLIT, BLOCK_D)
+        s = similarities(rows, rows_lo, keys, keys_lo, SPLIT)
+        weight = _weights(
+            s,
+            lse_rows,
+            lse_keys_ptr,
+            offs_m,
+            start,
+            shift,
+            num_keys,
+            True,
+            SHIFTED,
+            PAIR_SHIFT,
+            LOG2_SCALE,
+            BLOCK_N,
+        )
+        acc = add_weighted(acc, weight, keys, keys_lo, SPLIT)
+    slot_ptr = partial_ptr + key_range.to(tl.int64) * stride_slot
     out = slot_ptr + offs_m.to(tl.int64)[:, None] * BLOCK_D + offs_d[None, :]
     tl.store(out, acc * 2.0 ** (-LOG2_SCALE))
 
@@ -616,18 +873,31 @@ def shift_of(temperature: float | None, normalized: bool) -> float | None:
 
 
 @functools.cache
-def _num_splits(blocks: int, steps: int, most: int, slots: int) -> int:
+def _num_ranges(blocks: int, steps: int, most: int, slots: int) -> int:
     """Into how many ranges to cut each block's steps.
 
     The programs are to fill whole waves of the device's slots. The cost of a wave is its steps plus
     two for loading, storing and, later, reading the partial result.
     """
 
-    def cost(splits: int) -> float:
-        per_split = ceil_div(steps, splits)
-        return ceil_div(blocks * ceil_div(steps, per_split), slots) * (per_split + 2)
+    def cost(num_ranges: int) -> float:
+        per_range = ceil_div(steps, num_ranges)
+        return ceil_div(blocks * ceil_div(steps, per_range), slots) * (per_range + 2)
 
     return min(range(1, max(1, min(steps, most, 64)) + 1), key=cost)
+
+
+def key_ranges(
+    blocks: int, num_keys: int, block_n: int, range_bytes: int, device: torch.device
+) -> tuple[int, int]:
+    """-> into how many ranges to cut the keys of each block of rows; keys of a range.
+
+    range_bytes: what all blocks store of one range.
+    """
+    steps = ceil_div(num_keys, block_n)
+    num_ranges = _num_ranges(blocks, steps, SLOT_BYTES // range_bytes or 1, 2 * num_sms(device))
+    per_range = ceil_div(steps, num_ranges)
+    return ceil_div(steps, per_range), per_range * block_n
 
 
 def gather_keys(
@@ -655,8 +925,8 @@ def slot_sums(u, keys, num_rows, num_keys, pair_shift, split, shift):
     """
     size = u.shape[0]
     if shift is None or keys is not u or num_rows <= FULL_GRID_ROWS:
-        splits, full = _full_plan(u.shape, u.dtype, u.device, num_keys, pair_shift, split)
-        tops = torch.empty(splits, size, dtype=torch.float32, device=u.device)
+        num_ranges, full = _full_plan(u.shape, u.dtype, u.device, num_keys, pair_shift, split)
+        tops = torch.empty(num_ranges, size, dtype=torch.float32, device=u.device)
         sums = torch.empty_like(tops)
         full((u, keys, tops, sums))
         return tops, sums, -1, 0
@@ -676,16 +946,26 @@ def slot_sums(u, keys, num_rows, num_keys, pair_shift, split, shift):
     return None, total[None], -1, 0
 
 
+def stats_sums(u, keys, num_rows, num_keys, pair_shift, split, of_rows, of_keys, factor):
+    """Launch the forward tiles that keep statistics, on the full grid.
+
+    -> tops and sums as of `slot_sums`; (num_rows,) fp32, two of them: see `stats_kernel`.
+    """
+    options = (num_rows, num_keys, pair_shift, split, of_rows.dtype)
+    num_ranges, launch = _stats_plan(u.shape, u.dtype, u.device, *options)
+    slots = torch.empty(4, num_ranges, u.shape[0], dtype=torch.float32, device=u.device)
+    launch((u, keys, of_rows, of_keys, factor, slots))
+    more = slots[2:, :, :num_rows]
+    return slots[0], slots[1], *(more.sum(1) if pair_shift else more.amax(1))
+
+
 @plan
-def _full_plan(shape, dtype, device, num_keys, pair_shift, split):
-    """-> the number of slots, the launch."""
+def _stats_plan(shape, dtype, device, num_rows, num_keys, pair_shift, split, of_rows):
+    """-> the number of slots, the launch. of_rows: the dtype of bounds or classes."""
     size, dim = shape[0], shape[1] // (2 if split else 1)
-    block_m, block_n, warps, stages = tile("full", 1 + split, dim, target_name(device))
-    steps = ceil_div(num_keys, block_n)
-    most = SLOT_BYTES // (8 * size) or 1
-    splits = _num_splits(size // block_m, steps, most, 2 * num_sms(device))
-    per_split = ceil_div(steps, splits)
-    splits = ceil_div(steps, per_split)
+    # The forward's tile of 512 columns would spill on gfx942.
+    block_m, block_n, warps, stages, *_ = tile("bwd", 1 + split, dim, target_name(device))
+    num_ranges, per_range = key_ranges(size // block_m, num_keys, block_n, 16 * size, device)
     constants = {
         "PAIR_SHIFT": pair_shift,
         "SPLIT": split,
@@ -693,9 +973,27 @@ def _full_plan(shape, dtype, device, num_keys, pair_shift, split):
         "BLOCK_N": block_n,
         "BLOCK_D": dim,
     }
-    integers = (num_keys, per_split * block_n, size)
-    grid = (size // block_m, splits)
-    return splits, Launch(full_kernel, grid, integers, constants, warps, stages)
+    integers = (num_rows, num_keys, per_range, size, num_ranges * size)
+    grid = (size // block_m, num_ranges)
+    return num_ranges, Launch(stats_kernel, grid, integers, constants, warps, stages)
+
+
+@plan
+def _full_plan(shape, dtype, device, num_keys, pair_shift, split):
+    """-> the number of slots, the launch."""
+    size, dim = shape[0], shape[1] // (2 if split else 1)
+    block_m, block_n, warps, stages = tile("full", 1 + split, dim, target_name(device))
+    num_ranges, per_range = key_ranges(size // block_m, num_keys, block_n, 8 * size, device)
+    constants = {
+        "PAIR_SHIFT": pair_shift,
+        "SPLIT": split,
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_D": dim,
+    }
+    integers = (num_keys, per_range, size)
+    grid = (size // block_m, num_ranges)
+    return num_ranges, Launch(full_kernel, grid, integers, constants, warps, stages)
 
 
 @plan
@@ -713,15 +1011,15 @@ def _half_plan(shape, dtype, device, num_rows, pair_shift, split):
     # None is empty: only the last is ragged, and the kernel masks no other.
     blocks = ceil_div(num_rows, block_n)
     offsets = blocks // 2 + 1
-    splits = _num_splits(blocks, offsets * (block_n // block_m), offsets, 2 * num_sms(device))
-    per_pass = max(1, min(offsets, SLOT_BYTES // (4 * size) - splits))
+    num_ranges = _num_ranges(blocks, offsets * (block_n // block_m), offsets, 2 * num_sms(device))
+    per_pass = max(1, min(offsets, SLOT_BYTES // (4 * size) - num_ranges))
     passes = []
     for first in range(0, offsets, per_pass):
         last = min(first + per_pass, offsets)
-        per_split = ceil_div(last - first, min(splits, last - first))
-        ranges = ceil_div(last - first, per_split)
+        per_range = ceil_div(last - first, min(num_ranges, last - first))
+        ranges = ceil_div(last - first, per_range)
         first_slot = max(first, 1)  # the diagonal has no row sums
-        integers = (num_rows, blocks, first, last, first_slot, per_split, size)
+        integers = (num_rows, blocks, first, last, first_slot, per_range, size)
         half = Launch(half_kernel, (blocks, ranges), integers, constants, warps, stages)
         passes.append((last - first_slot + ranges, half))
     half_slot = last - first_slot - 1 if blocks % 2 == 0 else -1
@@ -742,21 +1040,18 @@ def weighted_sums(u, keys, lse, lse_keys, num_rows, num_keys, pair_shift, split,
 def _weighted_plan(shape, dtype, device, num_rows, num_keys, pair_shift, split, shifted, fp16):
     """-> the shape of the result, the launch."""
     size, dim = shape[0], shape[1] // (2 if split else 1)
-    block_m, block_n, warps, stages = tile("bwd", 1 + split, dim, target_name(device))
-    steps = ceil_div(num_keys, block_n)
-    most = SLOT_BYTES // (4 * size * dim) or 1
-    splits = _num_splits(size // block_m, steps, most, 2 * num_sms(device))
-    per_split = ceil_div(steps, splits)
-    splits = ceil_div(steps, per_split)
-    integers = (num_rows, num_keys, per_split * block_n, size * dim)
+    block_m, block_n, warps, stages, *ahead = tile("bwd", 1 + split, dim, target_name(device))
+    num_ranges, per_range = key_ranges(size // block_m, num_keys, block_n, 4 * size * dim, device)
+    integers = (num_rows, num_keys, per_range, size * dim)
     constants = {
         "SHIFTED": shifted,
         "PAIR_SHIFT": pair_shift,
         "SPLIT": split,
         "LOG2_SCALE": LOG2_FP16_SCALE if fp16 else 0.0,
+        "AHEAD": bool(ahead),
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_D": dim,
     }
-    grid = (size // block_m, splits)
-    return (splits, size, dim), Launch(bwd_kernel, grid, integers, constants, warps, stages)
+    grid = (size // block_m, num_ranges)
+    return (num_ranges, size, dim), Launch(bwd_kernel, grid, integers, constants, warps, stages)

@@ -11,10 +11,11 @@ With the class sums C_y = sum_{y_j = y} z_j, and v_i = 1 where P_i is not empty,
                         - 2 v_i / |P_i| (C_{y_i} - z_i) ]
 
 so v is an infinite log-sum-exp in the tiles' eyes, and the backward needs no labels, only the mean
-positive of each row. Up to some thousand rows these come from the tiles themselves, as the product
-of (y_i = y_j) with the rows: two launches forward, two backward. Above, where that product costs
-more than sorting, and for many processes, class sums are taken over sorted labels: no atomics, no
-number of classes on the host.
+positive of each row. Up to some ten thousand rows these come from the product of (y_i = y_j) with
+the rows: of few rows in the kernel that takes them through all keys (two launches forward, two
+backward), above in one beside the tiles of similarity.py (four and two). Beyond, where that product
+costs more than sorting, and for many processes, class sums are taken over sorted labels: no
+atomics, no number of classes on the host.
 
 M x M similarities and label comparisons are never materialized; kept for the backward are O(M D).
 The Triton path takes what `nt_xent` takes. The second derivative raises.
@@ -45,14 +46,18 @@ from .dispatch import (
 from .similarity import (
     LOG2_E,
     NORM_EPS,
+    REDUCTIONS,
     Gather,
+    Stats,
     block_d,
     comes_last,
     empty_rows,
     few_rows_tile,
     inverse_norm,
+    key_ranges,
     load_planes,
     load_rows,
+    merge_slots,
     normalize_rows,
     own_rows_first,
     padded,
@@ -64,11 +69,15 @@ from .similarity import (
     shift_of,
     similarities,
     slot_sums,
+    stats_sums,
     store_planes,
     sum_of_programs,
     sum_ranges,
+    tie_margin,
+    tile,
     weighted_sums,
     why_not_fused,
+    with_row_gradients,
 )
 
 try:
@@ -76,9 +85,12 @@ try:
 except ImportError:
     tl = None
 
-# Up to so many rows, and so wide a row of planes, the tiles compare labels (README.md).
-FEW_ROWS = 40 if INTERPRETED else 8192
+# Up to so many rows tiles compare labels; above, sorting them costs less (README.md).
+COMPARED_ROWS = 100 if INTERPRETED else 16384
+# Up to so many, and so wide a row of planes, one program takes some rows through all keys.
+FEW_ROWS = 40 if INTERPRETED else 2048
 FEW_ROWS_WIDTH = 64 if INTERPRETED else 256
+CLASS_SPAN = 512  # rows of a class that one program adds up
 _LABEL_TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -90,15 +102,17 @@ def sup_con_reference(
     *,
     normalize: bool = True,
     gather: Gather | None = None,
-) -> torch.Tensor:
+    reduction: str = "mean",
+    return_stats: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, Stats]:
     """SupCon in plain PyTorch, in fp32 (fp64 for fp64 inputs).
 
     Arguments, result and errors as for `sup_con`.
     """
-    return _sup_con(z, labels, temperature, normalize, gather, "torch")
+    return _sup_con(z, labels, temperature, normalize, gather, reduction, return_stats, "torch")
 
 
-def _sup_con(z, labels, temperature, normalize, gather, kind):
+def _sup_con(z, labels, temperature, normalize, gather, reduction, return_stats, kind):
     """kind: "torch", or the dtype whose 16-bit planes the Triton kernels multiply."""
     with no_autocast(z.device):
         rows = z.to(torch.promote_types(z.dtype, torch.float32))
@@ -107,9 +121,13 @@ def _sup_con(z, labels, temperature, normalize, gather, kind):
         # <u_i, u_j> = s_ij: the temperature's gradient is autograd's business.
         u = (rows / temperature**0.5).contiguous()
         shift = shift_of(None if isinstance(temperature, torch.Tensor) else temperature, normalize)
-        if gather is None and torch.compiler.is_compiling():
+        rows = reduction != "mean"
+        if gather is None and not rows and not return_stats and torch.compiler.is_compiling():
             return _forward_op(u, labels, kind, normalize, shift)[0]
-        return _SupCon.call(u, labels, gather, kind, normalize, shift)[0]
+        options = (kind, normalize, shift, rows, return_stats)
+        loss, *_, row_loss, lse, positive, top1 = _SupCon.call(u, labels, gather, *options)
+    loss = loss.sum() if reduction == "sum" else loss
+    return (loss, Stats(row_loss, lse, positive, top1, None, None)) if return_stats else loss
 
 
 def _reference_positive_sum(rows, keys, labels, labels_keys, starts, ends, order):
@@ -131,20 +149,23 @@ def class_sum_kernel(
     ends_ptr,
     out_ptr,
     dim,
+    STEP: tl.constexpr,
+    SPAN: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Add the rows order[p : ends[p]] of the class that starts at sorted position p.
+    """Add the rows order[p], order[p + STEP], ... of SPAN sorted positions of one class.
 
-    Other positions have nothing to do.
+    p are the class's start and every SPAN positions on; others have nothing to do.
     """
     position = tl.program_id(0)
-    if tl.load(starts_ptr + position) == position:
-        end = tl.load(ends_ptr + position).to(tl.int32)
+    start = tl.load(starts_ptr + position).to(tl.int32)
+    if (position - start) % SPAN == 0:
+        end = tl.minimum(tl.load(ends_ptr + position).to(tl.int32), position + SPAN)
         offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         total = tl.zeros([BLOCK_D], tl.float32)
-        for first in range(position, end, BLOCK_K):
-            positions = first + tl.arange(0, BLOCK_K)
+        for first in range(position, end, BLOCK_K * STEP):
+            positions = first + tl.arange(0, BLOCK_K) * STEP
             inside = positions < end
             rows = tl.load(order_ptr + positions, mask=inside, other=0)
             mask = inside[:, None] & (offs_d < dim)[None, :]
@@ -155,12 +176,15 @@ def class_sum_kernel(
 
 def _triton_positive_sum(rows, keys, labels, labels_keys, starts, ends, order):
     m, dim = rows.shape
-    # One row per sorted position; only those where a class starts are written.
+    # One row per sorted position; what is read in the end are those where a class starts.
     sums = torch.empty_like(keys)
     block = min(32, block_d(dim))
-    class_sum_kernel[(keys.shape[0], ceil_div(dim, block))](
-        keys, order, starts[order], ends[order], sums, dim, BLOCK_K=64, BLOCK_D=block
-    )
+    of_class = starts[order], ends[order], sums, dim
+    add = class_sum_kernel[(keys.shape[0], ceil_div(dim, block))]
+    # No program adds up a class of any size alone: first its parts, then their sums, in place.
+    add(keys, order, *of_class, STEP=1, SPAN=CLASS_SPAN, BLOCK_K=64, BLOCK_D=block)
+    positions = torch.arange(len(keys), device=keys.device)
+    add(sums, positions, *of_class, STEP=CLASS_SPAN, SPAN=2**30, BLOCK_K=64, BLOCK_D=block)
     return sums[starts[:m]] - rows
 
 
@@ -181,9 +205,18 @@ def _to_planes(keys, num_rows, dtype, normalized):
     return rows, hi, split, plane == torch.float16
 
 
-def _triton_lse(rows, keys, dtype, normalized, shift):
+def _triton_lse(rows, keys, dtype, normalized, shift, classes=None, classes_keys=None):
+    """-> lse (m,); with classes also each row's largest similarity in its own class, in others."""
     u, u_keys, split, _ = _to_planes(keys, len(rows), dtype, normalized)
-    tops, sums, half_slot, half_row = slot_sums(u, u_keys, len(rows), len(keys), 0, split, shift)
+    half_slot, half_row, nearest = -1, 0, ()
+    if classes is None:
+        tops, sums, half_slot, half_row = slot_sums(
+            u, u_keys, len(rows), len(keys), 0, split, shift
+        )
+    else:
+        tops, sums, *nearest = stats_sums(
+            u, u_keys, len(rows), len(keys), 0, split, classes, classes_keys, classes
+        )
     if tops is None:
         if half_slot >= 0:
             sums[half_slot, :half_row] = 0.0
@@ -192,7 +225,7 @@ def _triton_lse(rows, keys, dtype, normalized, shift):
         top = tops.amax(0)
         base = top.masked_fill(top == -math.inf, 0.0)
         lse = (sums * (tops - base).exp2()).sum(0).log2() + base
-    return lse[: len(rows)] / LOG2_E
+    return lse[: len(rows)] / LOG2_E, *(x / LOG2_E for x in nearest)
 
 
 def _triton_weighted_sum(rows, keys, lse_rows, lse_keys, dtype, normalized, shift):
@@ -203,20 +236,40 @@ def _triton_weighted_sum(rows, keys, lse_rows, lse_keys, dtype, normalized, shif
     return partial.sum(0)[: len(rows), : rows.shape[1]] / LOG2_E**0.5
 
 
-@on_device_of_first
-def _forward(u, labels, gather, kind, normalized, shift):
-    """-> loss (), keys (K, D), lse of the rows (M,) and keys (K,), mean positives (M, D), scale ().
+def _nearest(rows, keys, classes, classes_keys):
+    """`_triton_lse` with classes, tile by tile."""
+    nearest = rows.new_full((2, len(rows)), -math.inf)
 
-    The scale is 1/M' times the world's size. What is of the keys is None where they are the rows.
+    def watch(m, n, s):
+        same = classes[m, None] == classes_keys[None, n]
+        for best, mask in zip(nearest, (~same, same), strict=True):
+            best[m] = torch.maximum(best[m], s.masked_fill(mask, -math.inf).amax(1))
+
+    return reference_lse(rows, keys, 0, watch), *nearest
+
+
+def _groups(labels_keys):
+    """-> begin and end of each key's class among the sorted keys, their order; all (K,)."""
+    ordered, order = labels_keys.sort(stable=True)
+    starts = torch.searchsorted(ordered, labels_keys)
+    return starts, torch.searchsorted(ordered, labels_keys, right=True), order
+
+
+@on_device_of_first
+def _forward(u, labels, gather, kind, normalized, shift, rows=False, stats=False):
+    """-> loss, keys (K, D), lse of rows (M,) and keys (K,), mean positives (M, D), scale (), ...
+
+    The loss is (), with rows=True (M,). The scale is 1/M' times the world's size. What is of the
+    keys is None where they are the rows. Then, for rows=True alone, the keys' labels and the index
+    of further gathers (K,); last the first four members of `Stats`, or None.
     """
+    index = None
     if gather is None:
         keys = u
         labels_keys = labels
     else:
         keys, index, labels_keys = own_rows_first(gather, u, labels)
-    ordered, order = labels_keys.sort(stable=True)
-    starts = torch.searchsorted(ordered, labels_keys)
-    ends = torch.searchsorted(ordered, labels_keys, right=True)
+    starts, ends, order = _groups(labels_keys)
     num_positives = ends - starts - 1
     m = u.shape[0]
     scale = (keys.shape[0] // m) / (num_positives > 0).sum().clamp_min(1).to(u.dtype)
@@ -224,38 +277,81 @@ def _forward(u, labels, gather, kind, normalized, shift):
     positives = positive_sum(u, keys, labels, labels_keys, starts, ends, order)
     valid = num_positives[:m] > 0
     positives = torch.where(valid[:, None], positives / num_positives[:m, None].clamp_min(1), 0.0)
-    if kind == "torch":
-        lse = reference_lse(u, keys, 0)
+    # A class is where it starts, in 32 bits: labels of 64 would take twice the registers.
+    classes = (starts[:m].int(), starts.int()) if stats else ()
+    if kind != "torch":
+        lse, *nearest = _triton_lse(u, keys, getattr(torch, kind), normalized, shift, *classes)
+    elif stats:
+        lse, *nearest = _nearest(u, keys, *classes)
     else:
-        lse = _triton_lse(u, keys, getattr(torch, kind), normalized, shift)
-    loss = torch.where(valid, lse - (u * positives).sum(1), 0.0).sum() * scale
+        lse = reference_lse(u, keys, 0)
+    positive = (u * positives).sum(1)
+    row_loss = torch.where(valid, lse - positive, 0.0)
+    members = (None,) * 4
+    if stats:
+        same, other = nearest
+        members = row_loss.clone(), lse, positive, same > other + tie_margin(u)
+    loss = row_loss if rows else row_loss.sum() * scale
     lse = lse.masked_fill(~valid, math.inf)
+    grouping = (labels_keys.clone(), index) if rows else (None, None)
     if gather is None:
-        return loss, None, lse, None, positives, scale
-    return loss, keys, lse, gather(lse)[index], positives, scale
+        return loss, None, lse, None, positives, scale, *grouping, *members
+    return loss, keys, lse, gather(lse)[index], positives, scale, *grouping, *members
 
 
 @on_device_of_first
-def _backward(dloss, u, keys, lse, lse_keys, positives, scale, kind, normalized, shift):
-    if keys is None:
+def _backward(
+    dloss,
+    u,
+    keys,
+    lse,
+    lse_keys,
+    positives,
+    scale,
+    labels_keys,
+    index,
+    kind,
+    normalized,
+    shift,
+    gather=None,
+):
+    own = keys is None
+    if own:
         keys, lse_keys = u, lse
-    if kind == "torch":
-        with no_autocast(u.device):
-            du = reference_weighted_sum(u, keys, lse, lse_keys, 0)
-    else:
-        du = _triton_weighted_sum(u, keys, lse, lse_keys, getattr(torch, kind), normalized, shift)
-    return ((du - 2 * positives) * (dloss * scale),)
+
+    def weighted_sum(lse, lse_keys):
+        if kind == "torch":
+            with no_autocast(u.device):
+                return reference_weighted_sum(u, keys, lse, lse_keys, 0)
+        return _triton_weighted_sum(u, keys, lse, lse_keys, getattr(torch, kind), normalized, shift)
+
+    if not dloss.dim():
+        return ((weighted_sum(lse, lse_keys) - 2 * positives) * (dloss * scale),)
+    d_keys = dloss if own else gather(dloss.contiguous())[index]
+    du = with_row_gradients(weighted_sum, dloss, d_keys, lse, lse_keys)
+    # A row is a positive of its positives, and they have as many: their sum is weighted, too.
+    starts, ends, order = groups = _groups(labels_keys)
+    m = u.shape[0]
+    keys = keys * d_keys[:, None]
+    rows = keys if own else keys[:m]
+    positive_sum = _reference_positive_sum if kind == "torch" else _triton_positive_sum
+    with no_autocast(u.device):
+        sums = positive_sum(rows, keys, labels_keys[:m], labels_keys, *groups)
+    count = (ends - starts - 1)[:m, None].clamp_min(1)
+    # Alone in its class a row has no positives; where class sums are taken, only nearly.
+    sums = sums.masked_fill((ends - starts)[:m, None] == 1, 0.0)
+    return (du - positives * dloss[:, None] - sums / count,)
 
 
 class _SupCon(Operation):
     @staticmethod
-    def forward(u, labels, gather, kind, normalized, shift):
-        return _forward(u, labels, gather, kind, normalized, shift)
+    def forward(u, labels, gather, *options):
+        return _forward(u, labels, gather, *options)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.options = inputs[3:]
-        save(ctx, inputs[:1], output)
+        ctx.options = *inputs[3:6], inputs[2]
+        save(ctx, inputs[:1], output, unsaved=4)
 
     @staticmethod
     def backward(ctx, dloss, *_):
@@ -290,6 +386,41 @@ def _sup_con_prepare_kernel(
     u = z * (inverse_norm(z, True, EPS) * tl.sqrt(1.4426950408889634 / temperature))[:, None]
     # Zeros beyond the rows: tiles load without a mask.
     store_planes(u_ptr, rows, offs_d, u, FP16, SPLIT, BLOCK_D)
+
+
+@jit
+def _finish_rows(
+    u,
+    lse,
+    positives,
+    count,
+    rows,
+    mask_r,
+    lse_ptr,
+    positives_ptr,
+    partials_ptr,
+    loss_ptr,
+    scale_ptr,
+    BLOCK_D: tl.constexpr,
+):
+    """Store log-sum-exps and mean positives of some rows; the last program adds up the losses.
+
+    positives: the sum over the `count` other rows of each row's class.
+    """
+    valid = (count > 0.0) & mask_r
+    positives = tl.where(valid[:, None], positives / tl.maximum(count, 1.0)[:, None], 0.0)
+    loss = tl.where(valid, (lse - tl.sum(u * positives, 1)) * 0.6931471805599453, 0.0)
+    tl.store(lse_ptr + rows, tl.where(valid, lse, float("inf")), mask=mask_r)
+    offs = rows.to(tl.int64)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    tl.store(positives_ptr + offs, positives, mask=mask_r[:, None])
+    losses_ptr = partials_ptr + 1
+    valids_ptr = losses_ptr + tl.num_programs(0)
+    tl.store(losses_ptr + tl.program_id(0), tl.sum(loss, 0))
+    tl.store(valids_ptr + tl.program_id(0), tl.sum(valid.to(tl.float32), 0))
+    if comes_last(partials_ptr):
+        scale = 1.0 / tl.maximum(sum_of_programs(valids_ptr), 1.0)
+        tl.store(scale_ptr, scale)
+        tl.store(loss_ptr, sum_of_programs(losses_ptr) * scale)
 
 
 @jit(do_not_specialize=["num_rows"])
@@ -332,25 +463,135 @@ def _sup_con_few_rows_fwd_kernel(
         positives = tl.dot(same, keys, positives, input_precision="ieee")
         if SPLIT:
             positives = tl.dot(same, keys_lo, positives, input_precision="ieee")
-    count = tl.max(count, 1)
-    valid = (count > 0.0) & mask_m
-    positives = positives / tl.maximum(count, 1.0)[:, None]
     u = rows.to(tl.float32)
     if SPLIT:
         u += rows_lo.to(tl.float32)
     lse = shift + tl.log2(tl.sum(total, 1))
-    loss = tl.where(valid, (lse - tl.sum(u * positives, 1)) * 0.6931471805599453, 0.0)
-    tl.store(lse_ptr + offs_m, tl.where(valid, lse, float("inf")), mask=mask_m)
-    offs = offs_m[:, None] * BLOCK_D + offs_d[None, :]
-    tl.store(positives_ptr + offs, positives, mask=mask_m[:, None])
-    losses_ptr = partials_ptr + 1
-    valids_ptr = losses_ptr + tl.num_programs(0)
-    tl.store(losses_ptr + tl.program_id(0), tl.sum(loss, 0))
-    tl.store(valids_ptr + tl.program_id(0), tl.sum(valid.to(tl.float32), 0))
-    if comes_last(partials_ptr):
-        scale = 1.0 / tl.maximum(sum_of_programs(valids_ptr), 1.0)
-        tl.store(scale_ptr, scale)
-        tl.store(loss_ptr, sum_of_programs(losses_ptr) * scale)
+    _finish_rows(
+        u,
+        lse,
+        positives,
+        tl.max(count, 1),
+        offs_m,
+        mask_m,
+        lse_ptr,
+        positives_ptr,
+        partials_ptr,
+        loss_ptr,
+        scale_ptr,
+        BLOCK_D,
+    )
+
+
+@jit(do_not_specialize=["num_rows"])
+def _sup_con_positives_kernel(
+    u_ptr,
+    labels_ptr,
+    partial_ptr,
+    num_rows,
+    keys_per_range,
+    stride_slot,
+    SPLIT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The sum of the keys of each row's class, itself among them, over one range of keys.
+
+    A product of (y_i = y_j) with the keys, which costs the same whatever the classes' sizes. Keys
+    beyond the rows are zeros, so that nothing is masked; counting here would serialize the product.
+    """
+    key_range = tl.program_id(1)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    labels_m = tl.load(labels_ptr + offs_m, mask=offs_m < num_rows, other=0)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    begin = key_range * keys_per_range
+    for start in range(begin, tl.minimum(begin + keys_per_range, num_rows), BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        keys, keys_lo = load_planes(u_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
+        labels_n = tl.load(labels_ptr + offs_n, mask=offs_n < num_rows, other=0)
+        same = tl.where(labels_m[:, None] == labels_n[None, :], 1.0, 0.0)  # [BLOCK_M, BLOCK_N]
+        same = same.to(keys.dtype)
+        acc = tl.dot(same, keys, acc, input_precision="ieee")
+        if SPLIT:
+            acc = tl.dot(same, keys_lo, acc, input_precision="ieee")
+    slot_ptr = partial_ptr + key_range.to(tl.int64) * stride_slot
+    tl.store(slot_ptr + offs_m.to(tl.int64)[:, None] * BLOCK_D + offs_d[None, :], acc)
+
+
+@jit
+def _sup_con_finish_kernel(
+    u_ptr,
+    tops_ptr,
+    sums_ptr,
+    labels_ptr,
+    partial_ptr,
+    lse_ptr,
+    positives_ptr,
+    partials_ptr,
+    loss_ptr,
+    scale_ptr,
+    shift,
+    num_rows,
+    num_slots,
+    half_slot,
+    half_row,
+    stride_slot,
+    num_ranges,
+    stride_range,
+    SHIFTED: tl.constexpr,
+    SPLIT: tl.constexpr,
+    SLOTS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Merge what the tiles left of each row, and add up the losses."""
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask_r = rows < num_rows
+    lse = merge_slots(
+        tops_ptr,
+        sums_ptr,
+        rows,
+        mask_r,
+        shift,
+        num_slots,
+        half_slot,
+        half_row,
+        stride_slot,
+        SHIFTED,
+        SLOTS,
+        BLOCK_R,
+    )
+    u, u_lo = load_planes(u_ptr, rows, offs_d, SPLIT, BLOCK_D)
+    u = u.to(tl.float32)
+    if SPLIT:
+        u += u_lo.to(tl.float32)
+    positives = sum_ranges(partial_ptr, rows, offs_d, num_ranges, stride_range, BLOCK_R, BLOCK_D)
+    labels_r = tl.load(labels_ptr + rows, mask=mask_r, other=0)
+    count = tl.full([BLOCK_R], -1.0, tl.float32)  # without the row itself
+    for start in range(0, num_rows, BLOCK_N):
+        offs_n = start + tl.arange(0, BLOCK_N)
+        inside = offs_n < num_rows
+        labels_n = tl.load(labels_ptr + offs_n, mask=inside, other=0)
+        same = (labels_r[:, None] == labels_n[None, :]) & inside[None, :]
+        count += tl.sum(tl.where(same, 1.0, 0.0), 1)
+    _finish_rows(
+        u,
+        lse,
+        positives - u,
+        count,
+        rows,
+        mask_r,
+        lse_ptr,
+        positives_ptr,
+        partials_ptr,
+        loss_ptr,
+        scale_ptr,
+        BLOCK_D,
+    )
 
 
 @jit
@@ -397,26 +638,65 @@ def _block_r(width: int) -> int:
 
 @plan
 def _few_plan(shape, dtype, device, strides, label_dtype):
-    """-> rows' shape and dtype, their width, number of programs; launches: prepare and forward."""
+    """-> rows' shape and dtype, number of programs, are rows split; launches.
+
+    They are prepare and, of few rows, all that is left, else None.
+    """
     num_rows, dim = shape
     plane, split = planes(dtype, True)
     buffer = row_buffer(num_rows, dim, dtype, True)
     width = block_d(dim)
-    block_m, block_n, warps, stages = few_rows_tile(target_name(device))
+    block_r = _block_r(width)
     constants = {
         "EPS": NORM_EPS,
         "FP16": plane == torch.float16,
         "SPLIT": split,
-        "BLOCK_R": _block_r(width),
+        "BLOCK_R": block_r,
         "BLOCK_D": width,
     }
-    grid = (buffer[0][0] // _block_r(width),)
+    grid = (buffer[0][0] // block_r,)
     prepare = Launch(_sup_con_prepare_kernel, grid, (*strides, num_rows, dim), constants)
+    if num_rows > FEW_ROWS or buffer[0][1] > FEW_ROWS_WIDTH:
+        return *buffer, ceil_div(num_rows, block_r), split, prepare, None
+    block_m, block_n, warps, stages = few_rows_tile(target_name(device))
     constants = {"SPLIT": split, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": width}
-    programs = ceil_div(num_rows, block_m)
+    grid = (ceil_div(num_rows, block_m),)
     integers = (num_rows,)
-    forward = Launch(_sup_con_few_rows_fwd_kernel, (programs,), integers, constants, warps, stages)
-    return *buffer, width, programs, prepare, forward
+    forward = Launch(_sup_con_few_rows_fwd_kernel, grid, integers, constants, warps, stages)
+    return *buffer, *grid, split, prepare, forward
+
+
+@plan
+def _positives_plan(shape, dtype, device, num_rows, split, label_dtype):
+    """-> the shape of the sums, the launch."""
+    size, width = shape[0], shape[1] // (2 if split else 1)
+    block_m, block_n, warps, stages, *_ = tile("bwd", 1 + split, width, target_name(device))
+    blocks = size // block_m
+    num_ranges, per_range = key_ranges(blocks, num_rows, block_n, 4 * size * width, device)
+    integers = (num_rows, per_range, size * width)
+    constants = {"SPLIT": split, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": width}
+    grid = (blocks, num_ranges)
+    launch = Launch(_sup_con_positives_kernel, grid, integers, constants, warps, stages)
+    return (num_ranges, size, width), launch
+
+
+@plan
+def _finish_plan(
+    num_rows, slots, half_slot, half_row, ranges, device, dtype, split, shifted, label_dtype
+):
+    """The launch. slots, ranges: shapes of what the tiles left."""
+    block_r = _block_r(ranges[2])
+    of_slots = (slots[0], half_slot, half_row, slots[1])
+    integers = (num_rows, *of_slots, ranges[0], ranges[1] * ranges[2])
+    constants = {
+        "SHIFTED": shifted,
+        "SPLIT": split,
+        "SLOTS": 16,
+        "BLOCK_R": block_r,
+        "BLOCK_N": 128,
+        "BLOCK_D": ranges[2],
+    }
+    return Launch(_sup_con_finish_kernel, (ceil_div(num_rows, block_r),), integers, constants)
 
 
 @on_device_of_first
@@ -425,18 +705,31 @@ def _few_forward(z, labels, temperature):
     num_rows, dtype, device = z.shape[0], z.dtype, z.device
     z = z.float() if INTERPRETED and dtype == torch.bfloat16 else z
     labels = labels.contiguous()
-    shape, plane, width, programs, prepare, forward = _few_plan(
+    shape, plane, programs, split, prepare, forward = _few_plan(
         z.shape, dtype, device, z.stride(), labels.dtype
     )
     u = torch.empty(shape, dtype=plane, device=device)
     partials = torch.empty(1 + 2 * programs, dtype=torch.float32, device=device)
     prepare((z, u, partials), temperature)
     lse = torch.empty(num_rows, dtype=torch.float32, device=device)
+    width = block_d(z.shape[1])
     positives = torch.empty(num_rows, width, dtype=torch.float32, device=device)
     loss = torch.empty((), dtype=torch.float32, device=device)
     scale = torch.empty_like(loss)
-    tensors = (u, labels, lse, positives, partials, loss, scale)
-    forward(tensors, shift_of(temperature, True))
+    results = (lse, positives, partials, loss, scale)
+    shift = shift_of(temperature, True)
+    if forward is not None:
+        forward((u, labels, *results), shift)
+        return loss, u, lse, positives, scale
+    tops, sums, half_slot, half_row = slot_sums(u, u, num_rows, num_rows, 0, split, shift)
+    ranges, add_positives = _positives_plan(shape, plane, device, num_rows, split, labels.dtype)
+    partial = torch.empty(ranges, dtype=torch.float32, device=device)
+    add_positives((u, labels, partial))
+    of_slots = (sums.shape, half_slot, half_row)
+    finish = _finish_plan(
+        num_rows, *of_slots, ranges, device, plane, split, tops is None, labels.dtype
+    )
+    finish((u, sums if tops is None else tops, sums, labels, partial, *results), shift)
     return loss, u, lse, positives, scale
 
 
@@ -528,7 +821,7 @@ _few_forward_op.register_autograd(_differentiate_few, setup_context=_save_few)
 def _forward_op(
     u: torch.Tensor, labels: torch.Tensor, kind: str, normalized: bool, shift: float | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    loss, _, lse, _, positives, scale = _forward(u, labels, None, kind, normalized, shift)
+    loss, _, lse, _, positives, scale, *_ = _forward(u, labels, None, kind, normalized, shift)
     return loss, lse, positives, scale
 
 
@@ -548,7 +841,8 @@ def _backward_op(
     normalized: bool,
     shift: float | None,
 ) -> torch.Tensor:
-    return _backward(dloss, u, None, lse, None, positives, scale, kind, normalized, shift)[0]
+    saved = (u, None, lse, None, positives, scale, None, None)
+    return _backward(dloss, *saved, kind, normalized, shift)[0]
 
 
 @_backward_op.register_fake
@@ -576,8 +870,10 @@ def sup_con(
     *,
     normalize: bool = True,
     gather: Gather | None = None,
+    reduction: str = "mean",
+    return_stats: bool = False,
     impl: str = "auto",
-) -> torch.Tensor:
+) -> torch.Tensor | tuple[torch.Tensor, Stats]:
     """SupCon loss: each row against all others, its positives those of the same label.
 
     With several processes each computes its own rows' share, scaled so that averaging values and
@@ -594,16 +890,24 @@ def sup_con(
             as zeros and gets no gradient.
         gather: None, or a callable that takes this process's (n, ...) rows and returns all
             processes' rows, concatenated in rank order, the same n from each, without autograd. It
-            is called three times per forward (rows, labels, sums) and never in the backward.
+            is called three times per forward (rows, labels, sums) and never in the backward, but
+            for reductions other than "mean" once there.
+        reduction: "mean" over the rows of all processes that have positives, "sum" of this
+            process's rows, or "none": (M,), where a row without positives has 0. The gradient of
+            the latter two is that of all processes' rows, each times its own upstream gradient, of
+            any sign, and costs two passes over the similarities.
+        return_stats: return (loss, `Stats`). The loss and its gradient stay what they are, to
+            rounding; the forward pass takes the full grid.
         impl: "auto" (Triton on a GPU, else the reference; said once through
             logging.getLogger("kernels")), "triton" or "torch".
 
     Returns:
-        Scalar loss, fp32 (fp64 for fp64 inputs).
+        The loss, fp32 (fp64 for fp64 inputs), a scalar but for reduction="none"; with statistics
+        the pair of both.
 
     Raises:
         ValueError: shapes, dtypes or devices that disagree, a temperature that is not positive,
-            impl="triton" where it cannot run.
+            an unknown reduction, impl="triton" where it cannot run.
 
     Source: Khosla et al. 2020, arXiv:2004.11362, L_out of equation 2.
     """
@@ -617,6 +921,8 @@ def sup_con(
             f"sup_con: labels are {tuple(labels.shape)} {labels.dtype} on {labels.device}; "
             f"they must be ({z.shape[0]},) integers on {z.device}"
         )
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"sup_con: reduction={reduction!r}, allowed are 'mean', 'sum' and 'none'")
     if isinstance(temperature, torch.Tensor):
         if temperature.numel() != 1:
             raise ValueError(
@@ -625,15 +931,14 @@ def sup_con(
         temperature = temperature.reshape(())
     elif not 0 < temperature < math.inf:
         raise ValueError(f"sup_con: temperature={temperature} must be a positive number")
+    options = (normalize, gather, reduction, return_stats)
     if choose_impl("sup_con", impl, z, why_not_fused(z, normalize, temperature)) == "torch":
-        return _sup_con(z, labels, temperature, normalize, gather, "torch")
+        return _sup_con(z, labels, temperature, *options, "torch")
     is_tensor = isinstance(temperature, torch.Tensor)
     shifted = shift_of(None if is_tensor else temperature, normalize) is not None
-    width = block_d(z.shape[1]) * (1 + planes(z.dtype, normalize)[1])
-    few = z.shape[0] <= FEW_ROWS and width <= FEW_ROWS_WIDTH
-    if few and shifted and gather is None:
+    if z.shape[0] <= COMPARED_ROWS and shifted and options[1:] == (None, "mean", False):
         if torch.compiler.is_compiling():
             return _few_forward_op(z, labels, float(temperature))[0]
         return _FewRows.call(z, labels, float(temperature))[0]
     kind = str(z.dtype).removeprefix("torch.")
-    return _sup_con(z, labels, temperature, normalize, gather, kind)
+    return _sup_con(z, labels, temperature, *options, kind)

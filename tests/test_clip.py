@@ -4,9 +4,12 @@ activations; checkpointing, autocast, learned context.
 
 import json
 import math
+import re
 import warnings
+from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -132,7 +135,18 @@ IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 
 
 @pytest.mark.parametrize(
-    "layout", ["plain", "ddp", "container", "custom text", "scale of one dimension", "safetensors"]
+    "layout",
+    [
+        "plain",
+        "ddp",
+        "container",
+        "custom text",
+        "scale of one dimension",
+        "safetensors",
+        "lightning",
+        "siglip's bias",
+        "beside a head",
+    ],
 )
 def test_open_clips_layouts(tmp_path, small, layout):
     oracle = small(custom=layout == "custom text")
@@ -142,6 +156,13 @@ def test_open_clips_layouts(tmp_path, small, layout):
         state = {f"module.{name}": tensor for name, tensor in state.items()}
     if layout == "container":
         state = {"epoch": 3, "name": "run", "state_dict": state}
+    if layout == "lightning":
+        state = {f"model.clip.{name}": tensor for name, tensor in state.items()}
+        state = {"state_dict": state, "hyper_parameters": {"args": Namespace(lr=1)}}
+    if layout == "siglip's bias":
+        state["logit_bias"] = torch.tensor(-10.0)
+    if layout == "beside a head":
+        state |= {"head.weight": torch.ones(3, 24), "head.bias": torch.ones(3)}
     if layout == "scale of one dimension":
         state["logit_scale"] = state["logit_scale"].reshape(1)
     if layout == "safetensors":
@@ -153,11 +174,61 @@ def test_open_clips_layouts(tmp_path, small, layout):
     else:
         torch.save(state, file)
     model, said = read_clip(file, "small", 32)
-    assert (
-        said.startswith(f"started from {file} (")
-        and "quick_gelu by its name" in said
-        and "\n" not in said
-    )
+    assert said.startswith(f"started from {file} (") and "quick_gelu by its name" in said
+    left_out = {"siglip's bias": "1 tensor of .*logit_bias", "beside a head": "2 tensors .*head"}
+    assert re.search(left_out[layout], said) if layout in left_out else "\n" not in said
+    assert_open_clips(model.eval(), oracle, IMAGES, texts())
+
+
+@pytest.mark.parametrize("layout", ["visual.", "model.encoder.", "", "Hugging Face's"])
+def test_an_image_tower_alone_is_read(tmp_path, small, layout):
+    oracle = small()
+    state = oracle.visual.state_dict()
+    file = tmp_path / "w.pt"
+    torch.save({layout + name: tensor for name, tensor in state.items()}, file)
+    if layout == "Hugging Face's":
+        oracle = hugging_face(tmp_path, "quick_gelu")
+        state = oracle.state_dict()
+        kept = {name: tensor for name, tensor in state.items() if name.startswith("visi")}
+        torch.save(kept | {"visual_projection.weight": state["visual_projection.weight"]}, file)
+    model, said = read_clip(file, "small", 32, "quick_gelu")
+    assert model.text is None and "the image tower alone" in said
+    with torch.no_grad():
+        features = model.eval().visual(IMAGES)
+        if layout == "Hugging Face's":
+            expected = oracle.visual_projection(oracle.vision_model(IMAGES).pooler_output)
+        else:
+            expected = oracle.encode_image(IMAGES)
+    torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
+
+
+class RecorderMeter:
+    """What the two projects keep beside the weights, an object of their own script."""
+
+    def __init__(self):
+        self.epoch_losses = np.zeros((3, 2), np.float32)
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_checkpoints_of_dfer_clip_and_clip_caer_are_read(tmp_path, small, parallel):
+    oracle = small()
+    state = {f"clip_model_.{name}": tensor for name, tensor in oracle.state_dict().items()}
+    visual = oracle.visual.state_dict()
+    state |= {f"image_encoder.{name}": tensor for name, tensor in visual.items()}
+    state |= {
+        "prompt_learner.ctx": torch.randn(5, 8, 32),
+        "text_encoder.positional_embedding": oracle.positional_embedding.detach(),
+        "temporal_net.pos_embedding": torch.randn(1, 17, 24),
+        "project_fc.weight": torch.randn(24, 48),
+    }
+    if parallel:
+        state = {f"module.{name}": tensor for name, tensor in state.items()}
+    more = {"epoch": 3, "best_acc": np.float64(61.2), "recorder": RecorderMeter()}
+    torch.save({"state_dict": state, "optimizer": {"state": {}}} | more, tmp_path / "best.pth")
+    model, said = read_clip(tmp_path / "best.pth", "small", 32)
+    assert "quick_gelu by the layout of DFER-CLIP" in said and not model.normalized
+    assert f"{len(visual) + 4} tensors of other parts not used (image_encoder, " in said
+    assert "without CLIP's mean" in said
     assert_open_clips(model.eval(), oracle, IMAGES, texts())
 
 
@@ -328,6 +399,9 @@ def test_weights_of_another_architecture_are_refused(tmp_path, small, monkeypatc
     )
     refused({"visual.proj": None}, "1 key missing .first: visual.proj")
     refused({"visual.extra": torch.zeros(1)}, "1 unknown key .first: visual.extra")
+    ema = {f"ema.{name}": tensor for name, tensor in state.items()}
+    refused(ema, "several CLIPs, below , ema.: store the one")
+    refused({"visual.class_embedding": None}, "holds no CLIP: no name ends with class_embedding")
     refused(
         {"token_embedding.weight": torch.zeros(99, 32)}, "text.token_embedding.weight is .99, 32."
     )

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -11,12 +12,13 @@ import torch
 
 import train_raer
 from common import longtail
+from common.data.synthetic import emotion_clips
 from common.models import clip
 from common.models import raer as models
 from common.run import checkpoint, log
 from common.weights import Published
 from tests.data import RAER_CLASSES, raer_tree
-from tests.runs import flags, next_after, refused, summary
+from tests.runs import ended, flags, next_after, refused, summary
 
 pytestmark = pytest.mark.e2e
 
@@ -111,6 +113,33 @@ def test_features_of_other_crops_are_encoded_again(tree, tmp_path):
     np.testing.assert_allclose(features[0][:, 1], features[1][:, 1], rtol=1e-5)
 
 
+def test_an_encoding_goes_on_where_it_stopped(tree, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_raer, "EVAL_FRAMES", 24)  # 4 clips at once, of 52
+    encode, encoded = models.RaerModel.encode, []
+
+    def interrupted(self, frames):
+        encoded.append(len(frames))
+        if len(encoded) == 5:
+            signal.raise_signal(signal.SIGTERM)
+        return encode(self, frames)
+
+    monkeypatch.setattr(models.RaerModel, "encode", interrupted)
+    argv = flags(NET, "--data", tree, "--epochs 1 --cache-features --out")
+    assert ended(train_raer.main, [*argv, str(tmp_path / "run")]) == 75
+    assert not (tmp_path / "run" / "features.npz").exists() and sum(encoded) == 20
+    stopped_after([*argv, str(tmp_path / "run")], 1)
+    assert sum(encoded[5:]) in (52 - 20, 52 - 16)
+    stopped_after([*argv, str(tmp_path / "whole")], 1)
+    rows = [np.load(tmp_path / name / "features.npz")["features"] for name in ("run", "whole")]
+    np.testing.assert_array_equal(*rows)
+    # What is damaged, or of another crop, is made again.
+    file, before = tmp_path / "run" / "features.npz", len(encoded)
+    file.write_bytes(file.read_bytes()[:-200])
+    stopped_after([*argv, str(tmp_path / "run")], 2)
+    assert sum(encoded[before:]) == 52
+    np.testing.assert_array_equal(np.load(file)["features"], rows[0])
+
+
 def test_crt_draws_its_classifier_anew_once(tree, tmp_path, monkeypatch):
     drawn, reset = [], models.RaerModel.reset_classes
 
@@ -130,6 +159,30 @@ def test_crt_draws_its_classifier_anew_once(tree, tmp_path, monkeypatch):
     assert train_raer.main([*argv, "--out", str(tmp_path / "run")]) == 0 and drawn == [True]
 
 
+def test_the_demo_sets_both_methods_beside_the_majority_class(tmp_path, monkeypatch, capsys):
+    drawn = emotion_clips()
+    few = drawn._replace(**{name: part[::9] for name, part in drawn._asdict().items()})
+    monkeypatch.setattr(train_raer.raer, "emotion_clips", lambda: few)
+    encode, encoded = models.RaerModel.encode, []
+    monkeypatch.setattr(
+        models.RaerModel, "encode", lambda self, x: encoded.append(len(x)) or encode(self, x)
+    )
+    argv = flags("--demo --device cpu --epochs 1 --num-frames 1 --out", tmp_path / "demo")
+    assert train_raer.main(argv) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(encoded) == len(few.labels)  # once for both
+    results = [summary(tmp_path / "demo" / method) for method in ("ce", "three-stage")]
+    assert lines[-3].split() == ["majority", "class", "ce", "three-stage"]
+    for line, name in zip(lines[-2:], ("uar", "war"), strict=True):
+        figures = [results[0][f"train/test/majority_{name}"]]
+        figures += [result[f"train/test/{name}"] for result in results]
+        assert line.startswith(name.upper())
+        assert [float(cell) for cell in line.split()[-3:]] == pytest.approx(figures, rel=1e-3)
+    # A method that is asked for is one run.
+    assert train_raer.main([*argv[:-1], str(tmp_path / "one"), "--method", "ce"]) == 0
+    assert summary(tmp_path / "one") and "majority class  ce" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("method", list(longtail.SCHEDULES))
 def test_every_method_trains_on_cached_features(tree, tmp_path, method):
     folder = tmp_path / method
@@ -137,17 +190,20 @@ def test_every_method_trains_on_cached_features(tree, tmp_path, method):
         NET, "--data", tree, "--epochs 6 --cache-features --method", method, "--out", folder
     )
     # Cosines at CLIP's scale want smaller steps than the default on so few clips, inner products
-    # (tau-norm) do not.
-    rate = [] if method == "tau-norm" else ["--lr", "5e-3"]
-    assert train_raer.main([*argv, *rate, "--dropout", "0"]) == 0
+    # do not.
+    inner = method in models.WITHOUT_TEXT
+    more = [] if inner else ["--lr", "5e-3"]
+    more += [] if method == "linear-probe" else ["--dropout", "0"]
+    assert train_raer.main([*argv, *more]) == 0
     result = summary(folder)
     assert result["train/test/uar"] > 0.5  # the classes differ in color
     tau = result["train/val/tau"]
     assert tau in {round(0.1 * i, 1) for i in range(11)} if method == "tau-norm" else tau == 1.0
     state = checkpoint.load(folder / "best.pt")
-    assert state["model_spec"]["counts"] == [22, 8, 4] and (
-        state["model_spec"]["scale"] is None
-    ) == (method == "tau-norm")
+    assert (
+        state["model_spec"]["counts"] == [22, 8, 4]
+        and (state["model_spec"]["scale"] is None) == inner
+    )
     capped = [
         line.get("train/schedule/cap") for line in log.read(folder) if "train/schedule/lr" in line
     ]
@@ -168,6 +224,63 @@ def test_a_model_with_a_dead_part_ends_with_4_and_its_name(tree, tmp_path, monke
         "audit failed: epochs from 0: fusion.0.weight is trainable and in 0"
     )
     assert error.count("\n") == 1
+
+
+def test_the_face_alone_needs_no_bodies(tree, tmp_path, monkeypatch, capsys):
+    alone = lists_of(tree, tmp_path / "alone", lambda _, *line: line)
+    (alone / "body.json").unlink()
+    argv = flags(NET, "--epochs 2 --data", alone, "--out", tmp_path / "run")
+    refused(train_raer.main, argv, capsys, "--streams face", "body.json")
+    argv += ["--streams", "face"]
+    for more in (["--tune", "full"], ["--cache-features", "--out", str(tmp_path / "cached")]):
+        assert train_raer.main([*argv, *more]) == 0
+    assert "WARN figures" not in capsys.readouterr().out
+    model = checkpoint.load(tmp_path / "run" / "best.pt")["model"]
+    assert model["fusion.0.weight"].shape == (192, 192)
+    assert not any("context" in name for name in model)
+    # The bodies' boxes change nothing, and a model without bodies needs none.
+    used = flags("--eval", tmp_path / "run", "--device cpu --out", tmp_path)
+    for data in (alone, tree):
+        assert train_raer.main([*used, "--data", str(data)]) == 0
+        found = json.loads((tmp_path / "eval.json").read_text())
+        assert found["eval/test/war"] == summary(tmp_path / "run")["train/test/war"]
+    refused(train_raer.main, [*used, "--streams", "face"], capsys, "--streams")
+
+
+def test_lists_elsewhere_are_those_of_the_run(tree, tmp_path, capsys):
+    data = lists_of(tree, tmp_path / "data", lambda _, *line: line)
+    for part in ("train", "test"):
+        names = [line.rsplit(" ", 2) for line in (data / f"{part}.txt").read_text().splitlines()]
+        lines = [f"/somewhere/{clip} {RAER_CLASSES[int(label) - 1]}\n" for clip, _, label in names]
+        (tmp_path / f"{part}.csv").write_text("".join(lines))
+        (data / f"{part}.txt").unlink()
+    (data / "val.txt").unlink()
+    argv = flags(NET, "--epochs 2 --cache-features --data", data, "--out", tmp_path / "run")
+    given = [f"--train-list={tmp_path}/train.csv", f"--test-list={tmp_path}/test.csv"]
+    assert train_raer.main([*argv, *given]) == 0
+    for more in ([], flags("--data", data, "--test-list", tmp_path / "test.csv")):
+        used = flags("--device cpu --eval", tmp_path / "run", "--out", tmp_path, more)
+        assert train_raer.main(used) == 0
+        found = json.loads((tmp_path / "eval.json").read_text())
+        assert found["eval/test/uar"] == summary(tmp_path / "run")["train/test/uar"]
+    refused(train_raer.main, [*argv, given[0]], capsys, "--test-list")
+    refused(train_raer.main, [*NET, *given], capsys, "--train-list")
+
+
+def test_loose_images_are_predicted_one_by_one(whole, tree, tmp_path, capsys):
+    folder = tree / "test" / "clip 2-0"
+    argv = flags("--resume", whole, "--device cpu --missing-box full --out", tmp_path)
+    assert train_raer.main([*argv, "--predict", str(folder)]) == 0
+    assert train_raer.main([*argv, "--predict", str(folder), "--as-clip"]) == 0
+    assert train_raer.main([*argv, "--predict", str(folder / "000.png")]) == 0
+    names = []
+    for name in ("predictions.csv", "predictions-2.csv", "predictions-3.csv"):
+        with open(tmp_path / name) as file:
+            names.append([row["id"] for row in csv.DictReader(file)])
+    assert names == [["000.png", "001.png", "002.png", "003.png"], ["clip 2-0"], ["000"]]
+    refused(train_raer.main, flags(NET, "--data", tree, "--as-clip"), capsys, "--as-clip")
+    argv = flags("--eval", whole, "--data", tree, "--as-clip")
+    refused(train_raer.main, argv, capsys, "--as-clip")
 
 
 def test_eval_and_predict_repeat_what_the_run_found(whole, tree, tmp_path, capsys):
@@ -246,6 +359,27 @@ def test_a_run_from_clips_weights_learns_prompts_and_is_used_without_them(
         name for name in moved if not torch.equal(best["model"][name], state["visual" + name[5:]])
     }
     assert bool(moved) == (tune == "full")
+    again = flags("--weights", folder, "--clip-vocab", vocab, "--backbone vit_b_32 --bs 8")
+    again += flags("--data", tree, "--out", tmp_path / "again", "--num-frames 3 --device cpu")
+    stopped_after([*again, "--num-context", "8" if tune == "none" else "4"], 1)
+    out = capsys.readouterr().out
+    parts = {"none": "fusion, prompts.context\n", "full": "fusion; begins anew: prompts.context\n"}
+    assert f"taken over: temporal, {parts[tune]}" in out
+    # CLIP's own answer stands beside the result, and is the one of the towers as they came.
+    untrained = tmp_path / "untrained"
+    bare = argv[: argv.index("--epochs")] + ["--data", str(tree), "--out", str(untrained)]
+    assert train_raer.main([*bare, "--zero-shot"]) == 0
+    assert "next: python train_raer.py --data" in capsys.readouterr().out
+    result, own = summary(folder), summary(untrained)
+    for name in ("uar", "war"):
+        several = f"train/test/zero_shot_templates_{name}"
+        assert result[f"train/test/zero_shot_{name}"] == own[f"train/test/{name}"]
+        assert result[several] == own[several]
+    assert (untrained / "confusion.csv").exists() and not (untrained / "best.pt").exists()
+    assert "CLIP untrained, several texts" in (folder / "report.html").read_text()
+    refused(train_raer.main, [*bare, "--zero-shot", "--tune", "full"], capsys, "--tune")
+    again = flags("--weights", folder, "--clip-vocab", vocab, "--zero-shot --backbone vit_b_32")
+    refused(train_raer.main, [*again, "--data", str(tree)], capsys, "--zero-shot", "a run")
     weights.unlink(), vocab.unlink()
     capsys.readouterr()
     used = ["--data", str(tree), "--eval", str(folder), "--out", str(tmp_path), "--device", "cpu"]
@@ -274,6 +408,59 @@ def test_a_bare_run_trains_its_tower_and_says_so(tree, tmp_path, monkeypatch, ca
     assert not any(torch.equal(towers["bare"][n], x) for n, x in towers["frozen"].items())
     used = flags("--device cpu --data", tree, "--eval", tmp_path / "bare", "--out", tmp_path)
     assert train_raer.main(used) == 0
+
+
+def test_a_run_starts_from_the_model_of_another(whole, tree, tmp_path, capsys):
+    def two_classes(part, clip, count, label):
+        return (clip, count, label) if label != "3" else None
+
+    fewer = lists_of(tree, tmp_path / "fewer", two_classes)
+    (fewer / "classes.txt").write_text("calm\tone\nglad\ttwo\n")
+    stored = checkpoint.load(whole / "best.pt")["model"]
+    anew = {"same": set(), "fewer": {"classes"}, "frames": {"temporal"}}
+    for name, parts in anew.items():
+        data = fewer if name == "fewer" else tree
+        argv = flags(NET, "--data", data, "--out", tmp_path / name, "--weights", whole / "best.pt")
+        argv += flags("--lr 1e-6 --num-frames", 2 if name == "frames" else 3)
+        capsys.readouterr()
+        stopped_after([*argv], 1)
+        out = capsys.readouterr().out
+        assert ("its classes are calm, glad, puzzled" in out) == (name == "fewer")
+        assert ("; begins anew: " + ", ".join(parts) in out) == bool(parts)
+        model = checkpoint.load(tmp_path / name / "last.pt")["parts"]["model"]
+        for key, tensor in model.items():
+            if "norm_in" not in key:  # running statistics
+                same = tensor.shape == stored[key].shape and torch.allclose(
+                    tensor, stored[key], rtol=0, atol=1e-4
+                )
+                assert same or key.partition(".")[0] in parts
+        assert all(any(key.startswith(part) for key in model) for part in parts)
+    argv = flags(NET, "--data", tree, "--out", tmp_path / "bad", "--weights", whole)
+    refused(train_raer.main, [*argv, "--backbone", "vit_b_32"], capsys, "--backbone vit_tiny")
+    refused(train_raer.main, [*argv, "--image-size", "16"], capsys, "--image-size 24")
+    refused(
+        train_raer.main, [*argv, "--num-context", "4"], capsys, "--num-context", "no text tower"
+    )
+
+
+def test_weights_of_dfer_clip_get_the_pixels_that_they_were_tuned_on(tree, tmp_path, monkeypatch):
+    small = clip.Variant(16, 2, 2, 8, 24, text_width=16, text_layers=2, text_heads=2)
+    monkeypatch.setitem(clip.VARIANTS, "vit_b_32", small)
+    state = clip.build_image_tower("vit_b_32", 16).state_dict()
+    seen = []
+    normalize = train_raer.augment.normalize
+    monkeypatch.setattr(
+        train_raer.augment, "normalize", lambda *given: seen.append(given[1:]) or normalize(*given)
+    )
+    for name, more in {"plain": {}, "dfer": {"prompt_learner.ctx": torch.zeros(1)}}.items():
+        root = "clip_model_.visual." if more else ""
+        torch.save({root + n: t for n, t in state.items()} | more, tmp_path / "w.pt")
+        argv = flags("--backbone vit_b_32 --num-frames 3 --bs 8 --device cpu --image-size 16")
+        argv += flags("--weights", tmp_path / "w.pt", "--activation quick_gelu --data", tree)
+        stopped_after([*argv, "--out", str(tmp_path / name)], 1)
+        pixels = ((0.0,) * 3, (1.0,) * 3) if more else (clip.CLIP_MEAN, clip.CLIP_STD)
+        assert set(seen) == {pixels}
+        seen.clear()
 
 
 def lists_of(tree, folder, edit):
@@ -350,6 +537,10 @@ BAD = {  # flags -> the flag, file or value that the refusal names
     "--image-lr 1": "--image-lr",
     "--method tau-norm --logit-scale 3": "--logit-scale",
     "--method ldam-drw --logit-scale 3": "--logit-scale",
+    "--zero-shot": "--zero-shot",
+    "--method linear-probe --logit-scale 3": "--logit-scale",
+    "--method linear-probe --tune adapter": "--tune",
+    "--method linear-probe --temporal-layers 2": "--temporal-layers",
     "--num-frames 1 --accum 8": "--accum 8",
     "--schedule none.json": "none.json",
     "--image-size 13": "--image-size 13",
@@ -363,6 +554,10 @@ BAD = {  # flags -> the flag, file or value that the refusal names
     "--data nowhere": "nowhere",
     "--missing-box zero": "--missing-box",
     "--label-base 2": "--label-base",
+    "--streams body": "--streams",
+    "--select f1": "--select",
+    "--fusion-lr -1": "--fusion-lr",
+    "--method ce --streams face --train-list x": "--test-list",
     "--label-base 0": "--label-base 1",
 }
 
@@ -395,6 +590,27 @@ def test_damaged_trees_and_other_models_are_refused_in_one_line(tree, whole, tmp
     other = flags(SMALL, "--data", tree, "--out", whole, "--temporal-layers 2")
     refuses(other, "temporal_layers is 1 there and 2 here")
     refuses([*other, "--force-resume"], "temporal")
+
+
+def test_flags_of_rates_and_selection_change_the_run(tree, tmp_path):
+    argv = flags(NET, "--data", tree, "--epochs 4 --cache-features --lr 5e-3")
+    moved = {}
+    for rate in ("1e-12", "1e-2"):
+        folder = tmp_path / rate
+        assert train_raer.main([*argv, "--fusion-lr", rate, "--out", str(folder)]) == 0
+        state = checkpoint.load(folder / "last.pt")["parts"]["model"]
+        moved[rate] = state["fusion.0.weight"], state["classes.weight"]
+    torch.manual_seed(0)
+    start = models.build_raer(checkpoint.load(folder / "best.pt")["model_spec"], 0.1)
+    assert torch.allclose(moved["1e-12"][0], start.fusion[0].weight, atol=1e-6)
+    assert not torch.allclose(moved["1e-2"][0], start.fusion[0].weight, atol=1e-3)
+    assert not torch.allclose(moved["1e-12"][1], start.classes.weight, atol=1e-3)
+    for name in ("uar", "war"):
+        folder = tmp_path / name
+        assert train_raer.main([*argv, "--select", name, "--out", str(folder)]) == 0
+        values = [line.get(f"train/val/{name}") for line in log.read(folder)]
+        best = max(value for value in values if value is not None)
+        assert summary(folder)["best_value"] == best
 
 
 def test_an_inert_cap_warns(tree, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """train_simclr.py as its users run it: whole runs, stages, use of a model, bad input."""
 
+import contextlib
 import csv
 import hashlib
 import json
@@ -15,9 +16,12 @@ from PIL import Image
 from torch import nn
 
 import train_simclr
-from common import recipe
+from common import recipe, weights
 from common.data import cytology
+from common.errors import InputError
+from common.features.__main__ import main as features_of
 from common.run import checkpoint, dist, log
+from common.run.files import FORMAT
 from common.weights import Published
 from tests.data import cells_tree, cytology_tree
 from tests.runs import (
@@ -278,7 +282,7 @@ def test_stages_start_from_a_run_and_refuse_another_identity(whole, cells, tmp_p
         train_simclr.main(
             flags(base, "--stage linear --from", whole / "backbone.pt", "--backbone resnet18")
         )
-    assert ending.value.code == 2 and "conv1.weight" in capsys.readouterr().err
+    assert ending.value.code == 2 and "it needs --stem cifar" in capsys.readouterr().err
     argv = flags(base, "--stage linear --from", whole, "--out", tmp_path / "run", "--image-size 8")
     assert train_simclr.main([*argv, "--seed", "3"]) == 0
     assert (
@@ -467,6 +471,103 @@ def test_a_foreign_checkpoint_is_refused(cells, tmp_path, content, capsys):
     torch.save(content, tmp_path / "foreign.pt")
     argv = flags(NET, "--data", cells, "--bs 16 --stage finetune --from", tmp_path / "foreign.pt")
     refused(train_simclr.main, argv, capsys, "foreign.pt")
+
+
+def test_from_takes_the_files_of_public_training_code(whole, cells, tmp_path, capsys):
+    backbone = checkpoint.load(whole / "backbone.pt")
+    moco = {f"module.encoder_q.{name}": tensor for name, tensor in backbone.items()}
+    torch.save({"state_dict": moco | {"module.queue": torch.ones(2)}}, tmp_path / "moco.pt")
+    start = flags(NET, "--data", cells, "--seed 3 --stage linear --from", tmp_path / "moco.pt")
+    assert train_simclr.main([*start, "--out", str(tmp_path / "run")]) == 0
+    assert "the query encoder, as MoCo evaluates it" in capsys.readouterr().out
+    measured = "linear/test/accuracy"
+    assert summary(tmp_path / "run")[measured] == summary(whole)[measured]
+    moco["module.encoder_q.conv1.weight"] = backbone["conv1.weight"][:, :1]
+    torch.save({"state_dict": moco}, tmp_path / "moco.pt")
+    refused(train_simclr.main, [*start, "--out", str(tmp_path / "x")], capsys, "1 channel")
+    # A run's model as nn.DataParallel holds it; another script's is still refused.
+    spec = {"script": "simclr", "image_size": 8}
+    model = {f"module.backbone.{name}": tensor for name, tensor in backbone.items()}
+    torch.save({"format": FORMAT, "model": model, "model_spec": spec}, tmp_path / "ddp.pt")
+    loaded, read = weights.load_backbone(str(tmp_path / "ddp.pt"), "simclr")
+    assert read == spec and loaded.keys() == backbone.keys()
+    with pytest.raises(InputError, match="train_simclr.py"):
+        weights.load_backbone(str(tmp_path / "ddp.pt"), "tsm")
+
+
+def test_a_pretraining_that_does_not_learn_warns_once_and_one_that_learns_does_not(
+    cells, tmp_path, capsys
+):
+    colors = tmp_path / "colors"  # easily told apart, without labels
+    colors.mkdir()
+    for i, color in enumerate(np.random.default_rng(0).integers(0, 256, (64, 3))):
+        Image.new("RGB", (8, 8), tuple(color)).save(colors / f"{i}.png")
+    argv = flags(NET, "--bs 16 --epochs 4 --eval-every 1 --optimizer adamw --color-strength 0")
+    train_simclr.main([*argv, "--data", str(colors), "--out", str(tmp_path / "healthy")])
+    assert "WARN" not in capsys.readouterr().out
+    assert "What to try" not in (tmp_path / "healthy/report.html").read_text()
+
+    argv = flags(NET, "--bs 16 --epochs 4 --eval-every 1 --augment none --data", cells, "--out")
+    stopped = [*argv, str(tmp_path / "stopped")]
+    said = []
+    for run in ([*argv, str(tmp_path / "broken")], [*stopped, "--max-steps", "11"], stopped):
+        with contextlib.suppress(SystemExit):  # of --max-steps
+            train_simclr.main(run)
+        said.append([x for x in capsys.readouterr().out.split("\n") if x.startswith("WARN")])
+    assert [len(lines) for lines in said] == [1, 1, 0]
+    assert "same embedding" in said[0][0] and "--augment simclr" in said[0][0]
+    assert "1 at the start" in said[0][0]
+    lines = log.read(tmp_path / "broken")
+    assert [x["epoch"] for x in lines if "pretrain/warn/views_alike" in x] == [2]
+    timing = dict.fromkeys(log.TIMING)
+    assert [x | timing for x in lines] == [x | timing for x in log.read(tmp_path / "stopped")]
+    top = (tmp_path / "broken/report.html").read_text().partition("<h2")[0]
+    assert "After epoch 2 of pretrain: both views of an image have the same embedding" in top
+
+
+def test_features_of_any_images_are_the_runs_own(whole, cells, tmp_path, capsys):
+    def computed(*words):
+        assert features_of([*map(str, words)]) == 0
+        capsys.readouterr()
+        with np.load(words[-1]) as stored:
+            return dict(stored)
+
+    with np.load(whole / "features.npz") as stored:
+        own = dict(stored)
+    place = {name: i for i, name in enumerate(own["id"])}
+    device = ("--device", "cpu")
+    again = computed(*device, whole, cells, tmp_path / "all.npz")
+    assert again.keys() == own.keys() | {"data"}
+    rows = [place[name] for name in again["id"]]
+    assert sorted(rows) == list(range(len(place)))
+    np.testing.assert_array_equal(again["features"], own["features"][rows])
+    assert (again["label"] == -1).all() and (again["split"] == "").all()
+    np.testing.assert_array_equal(again["content"], own["content"][rows])
+    # Some of them, as they come; a file of this command is replaced.
+    some = [cells / "long" / "03.png", cells / "round"]
+    few = computed(*device, whole / "pretrain", *some, tmp_path / "all.npz")
+    assert few["data"].tolist() == [*map(str, some)]
+    rows = [place[str(Path(name).relative_to(cells))] for name in few["id"]]
+    np.testing.assert_allclose(few["features"], own["features"][rows], rtol=1e-5, atol=1e-6)
+    assert len(rows) == 1 + len([*(cells / "round").iterdir()])
+    # Of another stage, the backbone that this one has trained on.
+    tuned = computed(*device, whole / "finetune", cells, tmp_path / "tuned.npz")
+    assert tuned["features"].shape == again["features"].shape
+    assert not np.allclose(tuned["features"], again["features"], rtol=1e-2)
+    # What is not to be written over, and what has no features.
+    before = (whole / "features.npz").read_bytes()
+    (tmp_path / "mine.npz").write_bytes(b"mine")
+    torch.save({"model_spec": {"script": "tsm"}, "model": {}, "format": FORMAT}, tmp_path / "t.pt")
+    for words, named in (
+        ([whole, cells, whole / "features.npz"], "features.npz is there"),
+        ([whole, cells, tmp_path / "mine.npz"], "mine.npz is there"),
+        ([whole, cells, tmp_path / "x.npy"], "end in .npz"),
+        ([whole, cells, tmp_path / "no" / "x.npz"], "no folder"),
+        ([whole, tmp_path / "nothing", tmp_path / "x.npz"], "nothing"),
+        ([tmp_path / "t.pt", cells, tmp_path / "x.npz"], "train_tsm.py"),
+    ):
+        refused(features_of, [*map(str, words)], capsys, named)
+    assert (whole / "features.npz").read_bytes() == before
 
 
 BAD = {  # flags -> the flag, file or value that the refusal names

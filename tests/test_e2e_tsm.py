@@ -68,6 +68,9 @@ def test_a_run_leaves_what_the_readme_promises(whole, ffpp, tmp_path, capsys):
     watched = json.loads((whole / "figures" / "watched.json").read_text())["rows"]
     assert [row["title"][:4] for row in watched] == ["real"] * 3 + ["fake"] * 3
     assert all(sum(card["share"] for card in row["cards"]) == pytest.approx(1) for row in watched)
+    looked = json.loads((whole / "figures" / "looked.json").read_text())["rows"]
+    titles = [row["title"].partition(":")[0] for row in looked]
+    assert titles == sorted(titles) and "right" in titles and "Where the model looks" in page
     capsys.readouterr()
     assert train_tsm.main([*SMALL, "--data", str(ffpp), "--out", str(whole)]) == 0
     printed = capsys.readouterr().out

@@ -48,6 +48,27 @@ CARD = card_record(train_simclr.CARD, {})
             "no baseline",
         ),
         (
+            "finetune/test/accuracy",  # of the same ones: the majority class has the same share
+            {
+                "finetune/test/accuracy": 0.5,
+                "finetune/test/majority_accuracy": 0.4,
+                "majority/test/accuracy": 0.4,
+                "linear_pixels/test/accuracy": 0.55,
+                "linear_random/test/accuracy": 0.45,
+            },
+            "worse than raw pixels 0.55; random weights 0.45, majority class 0.4",
+        ),
+        (
+            "pretrain/test/knn_accuracy",
+            {
+                "pretrain/test/knn_accuracy": 0.55,
+                "pretrain/test/majority_knn_accuracy": 0.5,
+                "pretrain_pixels/test/knn_accuracy": 0.58,
+                "pretrain_random/test/knn_accuracy": 0.54,
+            },
+            "worse than raw pixels 0.58; random weights 0.54, majority class 0.5",
+        ),
+        (
             "train/test/war",
             {"train/test/war": 0.4, "train/test/majority_war": 0.4},
             "no better than majority class 0.4",

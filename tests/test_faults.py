@@ -78,6 +78,7 @@ def test_whatever_befalls_a_run_the_same_command_ends_it_as_if_nothing_had(scrip
 
 class Small(nn.Module):
     num_features = 16
+    stages = ()
 
     def __init__(self):
         super().__init__()
@@ -1027,7 +1028,9 @@ def test_a_report_that_fails_ends_no_run(tmp_path, monkeypatch, capsys):
         figures.put_tables,
         write_cluster_report,
         train_simclr.save_views,
+        figures.looked_at,
         train_tsm.attention_gallery,
+        train_tsm.cam_gallery,
     ],
 )
 def test_what_a_script_leaves_for_its_report_may_fail(leave):

@@ -26,7 +26,7 @@ FLOORS = (
     ("models.",),
     ("longtail", "deep_cluster", "recipe"),
     ("report.",),
-    ("linear_eval", "export"),
+    ("linear_eval", "export", "features.__main__"),
     ("check.",),
 )
 # What a flag asks for and requirements.txt does not hold.

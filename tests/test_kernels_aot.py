@@ -1,5 +1,5 @@
-"""Every kernel compiles ahead of time for five GPUs, without one: no spills, tensor cores used,
-shared memory within limits.
+"""Every kernel compiles ahead of time for five GPUs, without one: no spills, tensor cores used and
+not made to wait for each other, shared memory within limits.
 
 Run as a program (`python -m tests.test_kernels_aot sm_90`) it prints one JSON line per kernel: the
 tables of kernels/README.md. The compiler refuses to work in a process that has TRITON_INTERPRET
@@ -76,6 +76,7 @@ def compile_kernel(kernel, types, constants, target, warps, stages):
     report["carried"] = [
         loop.count(" = ") for loop in re.findall(r"iter_args\((.*?)\) ->", compiled.asm["ttgir"])
     ]
+    report["triton"] = triton.__version__
     if amd:
         report["registers"] = int(re.search(r"\.vgpr_count:\s+(\d+)", assembly)[1])
         report["spills"] = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", assembly)[1])
@@ -96,7 +97,30 @@ def compile_kernel(kernel, types, constants, target, warps, stages):
     )
     for name in ("SHFL", "MUFU.EX2"):
         report[name.lower()] = len(re.findall(rf"\b{re.escape(name)}\b", sass))
+    # Exponentials between an asynchronous product and the wait for it.
+    products = re.findall(r"\bHGMMA\b.*?\bWARPGROUP\.DEPBAR", sass, re.DOTALL)
+    report["overlapped"] = sum(product.count("MUFU.EX2") for product in products)
+    nvidia = triton.knobs.nvidia
+    ptxas = nvidia.ptxas_blackwell if target == "sm_100" else nvidia.ptxas
+    report["ptxas"] = ptxas.version
+    if "wgmma" in assembly:
+        report["serialized"] = serialized(ptxas.path, assembly)
     return report
+
+
+def serialized(ptxas, assembly):
+    """Does ptxas say that instructions of a product wait for each other, one by one?"""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
+        ptx.write(assembly)
+        ptx.flush()
+        gpu = re.search(r"\.target (\w+)", assembly)[1]
+        said = subprocess.run(
+            [ptxas, "-v", f"--gpu-name={gpu}", ptx.name, "-o", os.devnull],
+            capture_output=True,
+            text=True,
+        )
+    assert said.returncode == 0, said.stderr
+    return "serializ" in said.stderr
 
 
 def argument_types(kernel, element, *, fp32=(), int64=(), aligned=(), scalars=()):
@@ -123,8 +147,8 @@ def similarity_cases(target, every):
             for d in (16, 64, 128, 256, 512)
         ]
     for planes, element, block_d in chosen:
-        for name in ("half", "full", "bwd"):
-            tile = similarity.tile(name, planes, block_d, target)
+        for name in ("half", "full", "bwd", "stats"):
+            tile = similarity.tile(name.replace("stats", "bwd"), planes, block_d, target)
             if tile is None or (
                 name == "half" and (planes, element) == (2, "bf16")
             ):  # rows of unknown length: full grid
@@ -133,8 +157,9 @@ def similarity_cases(target, every):
                 "half": similarity.half_kernel,
                 "full": similarity.full_kernel,
                 "bwd": similarity.bwd_kernel,
+                "stats": similarity.stats_kernel,
             }[name]
-            block_m, block_n, warps, stages = tile
+            block_m, block_n, warps, stages, *_ = tile
             sums = (
                 "slots_ptr",
                 "tops_ptr",
@@ -147,7 +172,7 @@ def similarity_cases(target, every):
                 kernel,
                 element,
                 fp32=sums,
-                aligned=("stride_slot", "keys_per_split"),
+                aligned=("stride_slot", "stride_kind", "keys_per_range"),
                 scalars=("shift",),
             )
             constants = {
@@ -158,10 +183,26 @@ def similarity_cases(target, every):
             }
             constants["BLOCK_D"] = block_d
             label = f"{element}{' hi+lo' if planes == 2 else ''} D={block_d}, {block_m}x{block_n}"
+            if name == "stats":
+                for kind, of_rows, shift in (("pairs", "*fp32", 1), ("classes", "*i32", 0)):
+                    of = {"of_rows_ptr": of_rows, "of_keys_ptr": of_rows, "factor_ptr": "*fp32"}
+                    sized = constants | {"PAIR_SHIFT": shift}
+                    yield f"stats of {kind} {label}", kernel, types | of, sized, warps, stages
+                continue
             if name != "bwd":
                 yield f"{name} {label}", kernel, types, constants, warps, stages
                 continue
-            constants["LOG2_SCALE"] = 13.0 if element == "fp16" else 0.0
+            constants |= {"LOG2_SCALE": 13.0 if element == "fp16" else 0.0, "AHEAD": False}
+            if (target, planes, element, block_d) == ("sm_90", 1, "bf16", 128):
+                for m, n, *launch in ((128, 64, 8, 2), (64, 64, 4, 3)):
+                    ahead = {"AHEAD": True, "SHIFTED": True, "BLOCK_M": m, "BLOCK_N": n}
+                    yield (
+                        f"bwd ahead bf16 D=128, {m}x{n}",
+                        kernel,
+                        types,
+                        constants | ahead,
+                        *launch,
+                    )
             shifted = (True, False) if every or block_d == 128 else (True,)
             for flag in shifted if element == "fp16" or planes == 1 else (False,):
                 yield (
@@ -212,6 +253,7 @@ def loss_cases(target):
         "SLOTS": 16,
         "BLOCK_R": 128,
         "BLOCK_K": 64,
+        "BLOCK_N": 128,
         "LOG2_SCALE": 0.0,
     }
     for kernel in (
@@ -223,6 +265,8 @@ def loss_cases(target):
         supervised.class_sum_kernel,
         supervised._sup_con_prepare_kernel,
         supervised._sup_con_few_rows_fwd_kernel,
+        supervised._sup_con_positives_kernel,
+        supervised._sup_con_finish_kernel,
         supervised._sup_con_epilogue_kernel,
     ):
         warps, stages = 4, 3
@@ -231,17 +275,35 @@ def loss_cases(target):
             "bf16",
             fp32=fp32,
             int64=("order_ptr", "starts_ptr", "ends_ptr", "labels_ptr"),
-            aligned=("stride_slot",),
+            aligned=("stride_slot", "keys_per_range"),
             scalars=("temperature", "shift"),
         )
         constants = {name: common[name] for name in kernel.arg_names if name in common}
         if kernel is supervised.class_sum_kernel:
-            constants["BLOCK_D"] = 32
+            constants |= {"BLOCK_D": 32, "STEP": 1, "SPAN": supervised.CLASS_SPAN}
         if "sup_con" in kernel.__name__:
             constants["BLOCK_R"] = supervised._block_r(constants["BLOCK_D"])
             constants = {
                 name: value for name, value in constants.items() if name in kernel.arg_names
             }
+        if kernel is supervised._sup_con_positives_kernel:
+            for planes, element, block_d in ((1, "bf16", 128), (2, "fp16", 128), (1, "bf16", 512)):
+                tile = similarity.tile("bwd", planes, block_d, target)
+                if tile is None:
+                    continue
+                block_m, block_n, warps, stages, *_ = tile
+                typed = types | {"u_ptr": f"*{element}"}
+                sized = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d}
+                label = f"{kernel.__name__} {element}{' hi+lo' if planes == 2 else ''} D={block_d}"
+                yield (
+                    label,
+                    kernel,
+                    typed,
+                    constants | sized | {"SPLIT": planes == 2},
+                    warps,
+                    stages,
+                )
+            continue
         if "few_rows" not in kernel.__name__:
             yield kernel.__name__, kernel, types, constants, warps, stages
             continue
@@ -369,9 +431,19 @@ def check(target, reports):
         assert report["shared"] <= TARGETS[target], report
         products = any(
             name in report["kernel"]
-            for name in ("half_", "full_", "bwd_kernel", "few_rows", "conv1x1")
+            for name in (
+                "half_",
+                "full_",
+                "stats_",
+                "bwd_kernel",
+                "few_rows",
+                "positives",
+                "conv1x1",
+            )
         )
         assert (report["tensor_cores"] > 0) == products, report
+        assert not report.get("serialized"), report
+        assert (report.get("overlapped", 0) > 0) == ("ahead" in report["label"]), report
         if report["kernel"] == "temporal_shift_kernel" or "runs of 8" in report["label"]:
             assert report["wide_accesses"] > 0, report
         if report["label"] == "shift bf16 replicate":

@@ -34,6 +34,17 @@ def squared(function):
     return loss
 
 
+def weighed(function):
+    """Of row losses and their statistics, with upstream gradients of both signs."""
+
+    @functools.wraps(function)
+    def loss(*args, **options):
+        rows, stats = function(*args, **options, reduction="none", return_stats=True)
+        return (rows * (torch.arange(len(rows), device=rows.device) % 3 - 0.7)).sum()
+
+    return loss
+
+
 LABELS = torch.arange(60) % 4
 FRAMES = rows(4, 16, 2, 2).contiguous(memory_format=torch.channels_last)
 # name -> (differentiable inputs, a scalar of them and of impl). Of the losses those that take few
@@ -57,6 +68,22 @@ OPERATIONS = {
     "sup_con, gather": (
         (rows(20, 8),),
         functools.partial(sup_con, labels=LABELS[:20], temperature=0.2, gather=twice),
+    ),
+    "nt_xent, rows": (
+        (rows(9, 8), rows(9, 8, seed=1), torch.tensor(0.3)),
+        weighed(nt_xent),
+    ),
+    "nt_xent, rows and gather": (
+        (rows(9, 8), rows(9, 8, seed=1)),
+        functools.partial(weighed(nt_xent), temperature=0.2, gather=twice),
+    ),
+    "sup_con, rows": (
+        (rows(20, 8),),
+        functools.partial(weighed(sup_con), labels=LABELS[:20], temperature=0.2),
+    ),
+    "sup_con, rows and gather": (
+        (rows(20, 8),),
+        functools.partial(weighed(sup_con), labels=LABELS[:20], temperature=0.2, gather=twice),
     ),
     "temporal_shift": ((FRAMES,), functools.partial(squared(temporal_shift), n_segment=2)),
     "shift_conv1x1": (
@@ -139,12 +166,23 @@ def test_a_second_derivative_by_torch_func_raises(name, impl):
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("name", [name for name in OPERATIONS if "gather" in name])
-def test_gathering_breaks_a_compiled_graph_once(name, impl):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("nt_xent, gather", {}),
+        ("sup_con, gather", {}),
+        ("nt_xent", {"reduction": "none"}),
+        ("sup_con", {"reduction": "sum"}),
+        ("nt_xent", {"return_stats": True}),
+        ("sup_con", {"return_stats": True}),
+    ],
+)
+def test_what_is_no_operator_breaks_a_compiled_graph_once(name, options, impl):
     inputs, function = OPERATIONS[name]
 
     def step(*inputs):
-        return function(*[2 * x for x in inputs], impl=impl) * 3
+        out = function(*[2 * x for x in inputs], impl=impl, **options)
+        return (out[0] if "return_stats" in options else out).sum() * 3
 
     torch._dynamo.reset()
     explained = torch._dynamo.explain(step)(*inputs)

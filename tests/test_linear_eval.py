@@ -336,6 +336,13 @@ def test_features_are_stored_once_and_not_taken_for_others(tmp_path):
     assert torch.equal(stored_features(run, "weights-b", compute), torch.full((600, 4), 2.0))
     run.data.fingerprint = "other images"
     assert torch.equal(stored_features(run, "weights-b", compute), torch.full((600, 4), 3.0))
+    # Of embedded data, which cannot have other bytes, they serve the runs beside this one, too.
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        run.folder = tmp_path / name
+        assert torch.equal(stored_features(run, "w", compute), torch.full((600, 4), 4.0))
+        assert (run.folder / "features.npz").exists()
+    assert torch.equal(stored_features(run, "x", compute), torch.full((600, 4), 5.0))
 
 
 def test_representation_tells_good_features_from_noise(tmp_path):

@@ -1,6 +1,7 @@
 """The long-tail schedule: its table, its loss terms, and the parameters that each phase trains."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from common.check import audit
 from common.data import sampling
 from common.errors import InputError
 from common.longtail import Phase, Schedule, read_schedule
+from common.models import clip
 from common.models import raer as models
 from common.models.clip import TextTower
 
@@ -19,6 +21,7 @@ TABLE = Schedule(
 )
 
 
+STILL = {"epochs": 6, "phases": [{"start": 0}]}
 DOUBLE = {"start": 0, "sampler": "weighted", "weights": "effective"}
 
 
@@ -93,6 +96,12 @@ def test_a_table_is_read_as_it_stands(tmp_path):
         ({"epoch": 6, "phases": [{"start": 0}]}, "unknown key 'epoch'; did you mean epochs"),
         ({"epochs": 6, "phases": [DOUBLE]}, "phase 0: .*twice; .*allow_double_balance = true"),
         ({"epochs": 6, "phases": [DOUBLE], "allow_double_balance": 1}, "is 1, allowed true"),
+        (STILL | {"augmentation": 3}, "augmentation is no table; expected any of jitter"),
+        (STILL | {"augmentation": {"jiter": 0.1}}, "augmentation.jiter'?; did you mean jitter"),
+        (STILL | {"augmentation": {"jitter": 1.5}}, "jitter is 1.5, allowed 0 to 1"),
+        (STILL | {"augmentation": {"crop": 0}}, "crop is 0, allowed 0.01 to 1"),
+        (STILL | {"augmentation": {"degrees": True}}, "degrees is True, allowed 0 to 180"),
+        (STILL | {"augmentation": {"mirror": 1}}, "mirror is 1, allowed true, false"),
     ],
 )
 def test_a_bad_table_is_refused_in_one_line(tmp_path, table, message):
@@ -107,6 +116,19 @@ def test_a_table_may_balance_twice_where_it_says_so(tmp_path):
     table = {"epochs": 6, "phases": [DOUBLE], "allow_double_balance": True}
     (tmp_path / "table.json").write_text(json.dumps(table))
     assert read_schedule(str(tmp_path / "table.json")).phases == (Phase(**DOUBLE),)
+
+
+def test_a_table_may_say_how_clips_vary(tmp_path):
+    (tmp_path / "table.toml").write_text(
+        "epochs = 6\n[[phases]]\nstart = 0\n[augmentation]\njitter = 0\nmirror = false\n"
+    )
+    schedule = read_schedule(str(tmp_path / "table.toml"))
+    assert schedule.augmentation == longtail.Augmentation(jitter=0, mirror=False)
+    assert schedule.scaled(3).augmentation == schedule.augmentation
+    plain = longtail.SCHEDULES["three-stage"]
+    # The name of a run that leaves the augmentation alone is what it was.
+    assert plain.as_list() == [60, *(asdict(phase) for phase in plain.phases)]
+    assert schedule.as_list()[-1]["jitter"] == 0
 
 
 def test_a_missing_table_and_another_suffix_are_refused(tmp_path):
@@ -147,6 +169,47 @@ def clip_like(num_classes=4, dim=16, tune="none", prompts=True):
     return models.RaerModel(
         torch.nn.Identity(), dim, num_classes, num_frames=5, tune=tune, prompts=text, scale=20.0
     )
+
+
+def test_clips_own_answer_is_its_logits_for_images_and_texts():
+    small = clip.Variant(16, 2, 2, 8, 24, text_width=16, text_layers=2, text_heads=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(clip.VARIANTS, "small", small)
+        published = clip.build_clip("small", 16, vocab=50)
+    ids = torch.tensor([[[48, 3 + i, 9 + j, 49] for i in range(5)] for j in range(3)])
+    published.own_texts = {"zero_shot": ids[:1], "zero_shot_templates": ids}
+    model = models.RaerModel(
+        published.visual, 24, 5, num_frames=1, streams="face", tune="none", scale=1.0
+    )
+    images = torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        features = model.mean_features(images[:, None, None])
+        logits = torch.stack([published(images, rows) for rows in ids])
+    found = {
+        name: clip.cosine_logits(features, texts, published.logit_scale.exp().item())
+        for name, texts in models.own_classes(published).items()
+    }
+    torch.testing.assert_close(found["zero_shot"], logits[0].detach())
+    # The direction of the mean of unit features has the mean cosine, but for one factor a class.
+    ratio = found["zero_shot_templates"] / logits.mean(0)
+    torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-3, atol=1e-3)
+    assert models.own_classes(None) == models.own_classes(torch.nn.Identity()) == {}
+
+
+def test_a_linear_probe_is_one_layer_on_standardized_means():
+    torch.manual_seed(0)
+    model = models.RaerModel(
+        torch.nn.Identity(), 4, 3, num_frames=5, tune="none", scale=None, probe=True
+    )
+    x = 3 + torch.randn(400, 2, 5, 4) * torch.arange(1, 5)
+    for _ in range(200):  # the running statistics
+        model.train()(x)
+    rows = x.numpy().astype(float)
+    mean, deviation = (f(rows, axis=(0, 2), keepdims=True) for f in (np.mean, np.std))
+    z = ((rows - mean) / deviation).mean(2).reshape(400, 8)
+    weight, bias = (p.detach().double().numpy() for p in model.classes.parameters())
+    logits = model.eval()(x)[0].detach()
+    np.testing.assert_allclose(logits, z @ weight.T + bias, rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("method", list(longtail.SCHEDULES))

@@ -3,6 +3,8 @@
 The heads that stand on them, and a run with one of them.
 """
 
+import argparse
+import re
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 import torchvision
 from torch import nn
+from torchvision.models import resnet
 
 from common.data.augment import normalize
 from common.errors import InputError
@@ -324,6 +327,253 @@ def test_weights_of_another_backbone_are_named(tmp_path):
         InputError, match="does not fit this model: .* keys missing .* unknown keys"
     ):
         load_published(build_backbone("resnet18"), file)
+
+
+def tiny_resnet(bottleneck=False):
+    """torchvision's ResNet with few channels, as `build_backbone` leaves one."""
+    block = resnet.Bottleneck if bottleneck else resnet.BasicBlock
+    model = resnet.ResNet(block, [1, 1, 1, 1])
+    model.inplanes = 4
+    model.conv1 = nn.Conv2d(3, 4, 7, 2, 3, bias=False)
+    model.bn1 = nn.BatchNorm2d(4)
+    for stage in range(4):
+        layer = model._make_layer(block, 4 + stage, 1, stride=1 + (stage > 0))
+        setattr(model, f"layer{stage + 1}", layer)
+    for tensor in model.state_dict().values():  # no two models of this process are alike
+        tensor.copy_(torch.randn(tensor.shape).abs() + 1)
+    model.head_name = "fc"
+    model.fc = nn.Identity()
+    return model
+
+
+def under(prefix, state):
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def numbered(state, order):
+    """Names as nn.Sequential gives them to the children of a ResNet."""
+    numbers = {name: str(number) for number, name in enumerate(order)}
+    return {
+        ".".join([numbers[first], *rest]): tensor
+        for (first, *rest), tensor in ((name.split("."), t) for name, t in state.items())
+    }
+
+
+TORCHVISION = ["conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"]
+LIGHTLY = ["conv1", "bn1", "layer1", "layer2", "layer3", "layer4"]  # its own ResNet
+HEAD = {"0.weight": torch.ones(3, 4), "0.bias": torch.ones(3)}
+# How public training code stores a backbone b beside another one o (momentum, target, student),
+# and what the line that reports the loading has to say.
+STORED = {
+    "MoCo v1": (
+        lambda b, o: {
+            "arch": "resnet50",
+            "state_dict": under("module.encoder_q.", b | {"fc.weight": torch.ones(2, 4)})
+            | under("module.encoder_k.", o)
+            | {"module.queue": torch.ones(2, 5), "module.queue_ptr": torch.zeros(1).long()},
+        },
+        "encoder_q.*, the query encoder.*left out: encoder_k.* (N), queue* (1), queue_ptr* (1)",
+    ),
+    "MoCo v2": (
+        lambda b, o: {"state_dict": under("module.encoder_q.", b | under("fc.", HEAD))},
+        "encoder_q.*",
+    ),
+    "MoCo v3": (
+        lambda b, o: {
+            "state_dict": under("module.momentum_encoder.", o)
+            | under("module.base_encoder.", b | under("fc.", HEAD))
+            | under("module.predictor.", HEAD)
+        },
+        "base_encoder.*, the base encoder.*left out: momentum_encoder* (N), predictor* (2)",
+    ),
+    "SupCon": (
+        lambda b, o: {
+            "opt": argparse.Namespace(model="resnet50", learning_rate=0.05),
+            "model": under("encoder.module.", shortcuts(b)) | under("head.", HEAD),
+            "epoch": 1000,
+        },
+        "encoder.module.*left out: head* (2)",
+    ),
+    "lightly, torchvision's children": (
+        lambda b, o: {
+            "state_dict": under("backbone.", numbered(b, TORCHVISION))
+            | under("backbone_momentum.", numbered(o, TORCHVISION))
+            | under("projection_head.layers.", HEAD)
+        },
+        "backbone.*left out: backbone_momentum* (N), projection_head* (2)",
+    ),
+    "lightly, its own ResNet": (
+        lambda b, o: {"state_dict": under("model.backbone.", numbered(shortcuts(b), LIGHTLY))},
+        "model.backbone.*",
+    ),
+    "VISSL": (
+        lambda b, o: {
+            "iteration": 3,
+            "classy_state_dict": {
+                "train": True,
+                "base_model": {
+                    "model": {"trunk": under("_feature_blocks.", b), "heads": under("0.", HEAD)},
+                    "meters": {"name": "accuracy"},
+                },
+            },
+        },
+        "trunk._feature_blocks.*left out: heads* (2)",
+    ),
+    "DINO": (
+        lambda b, o: {
+            "student": under("module.backbone.", o) | under("module.head.mlp.", HEAD),
+            "teacher": under("module.backbone.", b) | under("module.head.mlp.", HEAD),
+            "args": argparse.Namespace(arch="resnet50"),
+            "dino_loss": {"center": torch.ones(1, 5)},
+            "epoch": 3,
+        },
+        "teacher.module.backbone.*, the teacher.*"
+        "left out: student* (M), teacher.module.head* (2), dino_loss* (1)",
+    ),
+    "SwAV": (
+        lambda b, o: (
+            under("module.", b)
+            | under("module.projection_head.", HEAD)
+            | {"module.prototypes.weight": torch.ones(9, 3)}
+        ),
+        "left out: projection_head* (2), prototypes* (1)",
+    ),
+    "BYOL, Lightning Bolts": (
+        lambda b, o: {
+            "pytorch-lightning_version": "1.9",
+            "callbacks": {pytest.Item: {"best": 1.0}},  # a class, as a key
+            "state_dict": under("online_network.encoder.", b)
+            | under("online_network.projector.", HEAD)
+            | under("target_network.encoder.", o),
+        },
+        "online_network.encoder.*, the online network.*left out: online_network.projector* (2),"
+        " target_network* (N)",
+    ),
+    "BYOL, two state dicts": (
+        lambda b, o: {
+            "online_network_state_dict": under("encoder.", numbered(b, TORCHVISION)),
+            "target_network_state_dict": under("encoder.", numbered(o, TORCHVISION)),
+            "optimizer_state_dict": {"state": {}, "param_groups": [{"lr": 0.03}]},
+        },
+        "online_network_state_dict.encoder.*left out: target_network_state_dict* (N)",
+    ),
+    "BYOL, of a wrapped network": (
+        lambda b, o: (
+            under("net.", b)
+            | under("online_encoder.net.", b)
+            | under("online_encoder.projector.", HEAD)
+            | under("target_encoder.net.", o)
+        ),
+        "online_encoder.net.*left out: net* (N), online_encoder.projector* (2), target_encoder*",
+    ),
+    "BYOL, OpenMMLab": (
+        lambda b, o: {
+            "state_dict": under("online_net.0.", b)
+            | under("online_net.1.", HEAD)
+            | under("target_net.0.", o)
+        },
+        "online_net.0.*, the online network.*left out: online_net.1* (2), target_net* (N)",
+    ),
+    "OpenSelfSup": (
+        lambda b, o: {
+            "meta": {"epoch": 3},
+            "state_dict": under("encoder_q.0.", b) | under("encoder_q.1.mlp.", HEAD),
+        },
+        "encoder_q.0.*left out: encoder_q.1* (2)",
+    ),
+    "Lightning of a plain model": (
+        lambda b, o: {"state_dict": under("model.", b | {"fc.weight": torch.ones(7, 4)})},
+        "model.*",
+    ),
+}
+
+
+def shortcuts(state):
+    return {name.replace("downsample", "shortcut"): tensor for name, tensor in state.items()}
+
+
+@pytest.mark.parametrize("layout", STORED)
+@pytest.mark.parametrize("bottleneck", [False, True])
+def test_a_backbone_is_found_in_the_files_of_public_training_code(tmp_path, layout, bottleneck):
+    theirs, other, ours = (tiny_resnet(bottleneck) for _ in range(3))
+    store, said = STORED[layout]
+    torch.save(store(theirs.state_dict(), other.state_dict()), tmp_path / "w.pth")
+    notes = load_published(ours, tmp_path / "w.pth")
+    for name, tensor in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], tensor), name
+    count = len(theirs.state_dict())
+    said = said.replace("N", str(count)).replace("M", str(count + 2))
+    pattern = ".*".join(re.escape(part) for part in said.split(".*"))
+    assert re.search(f"^started from .*{pattern}", notes), notes
+
+
+@pytest.mark.parametrize("prefix", ["", "module.base_encoder.", "teacher.backbone."])
+def test_a_vision_transformer_with_timms_names_gives_timms_outputs(tmp_path, prefix):
+    timm = pytest.importorskip("timm", reason="tests/requirements.txt")
+    size = {"patch_size": 4, "num_classes": 0}
+    theirs = timm.models.VisionTransformer(
+        8, embed_dim=12, depth=2, num_heads=3, mlp_ratio=2, **size
+    ).eval()
+    ours = torchvision.models.VisionTransformer(8, 4, 2, 3, 12, 24).eval()
+    ours.head_name, ours.heads.head = "heads.head", nn.Identity()
+    for tensor in theirs.state_dict().values():
+        tensor.copy_(torch.randn(tensor.shape))
+    beside = {"head.mlp.0.weight": torch.ones(2, 2), "decoder_pos_embed": torch.ones(1, 5, 4)}
+    torch.save(under(prefix, theirs.state_dict() | beside), tmp_path / "w.pth")
+    load_published(ours, tmp_path / "w.pth")
+    images = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs(images))
+    # Of another width it is refused by the names that torchvision has.
+    state = timm.models.VisionTransformer(8, embed_dim=6, depth=2, num_heads=3, **size).state_dict()
+    torch.save(under(prefix, state), tmp_path / "w.pth")
+    with pytest.raises(InputError, match=r"token is \(1, 1, 6\), the model's is \(1, 1, 12\)"):
+        load_published(ours, tmp_path / "w.pth")
+
+
+def test_another_network_is_taken_only_where_nothing_better_is_there(tmp_path):
+    theirs, ours = tiny_resnet(), tiny_resnet()
+    torch.save({"student": under("backbone.", theirs.state_dict())}, tmp_path / "w.pth")
+    assert "student.backbone.*, the student; there is no teacher" in load_published(
+        ours, tmp_path / "w.pth"
+    )
+    # A momentum encoder alone is not taken for the network that was trained.
+    torch.save({"state_dict": under("module.encoder_k.", theirs.state_dict())}, tmp_path / "w.pth")
+    with pytest.raises(InputError, match=r"keys missing \(first: conv1\.weight"):
+        load_published(ours, tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("prefix", ["", "module.encoder_q."])
+def test_a_file_of_which_a_part_fits_is_refused_by_the_missing_names(tmp_path, prefix):
+    state = tiny_resnet().state_dict()
+    part = {name: tensor for name, tensor in state.items() if not name.startswith("layer3")}
+    torch.save({"state_dict": under(prefix, part)}, tmp_path / "w.pth")
+    ours = tiny_resnet()
+    before = {name: tensor.clone() for name, tensor in ours.state_dict().items()}
+    with pytest.raises(InputError, match=r"keys missing \(first: layer3\.0\.conv1\.weight"):
+        load_published(ours, tmp_path / "w.pth")
+    assert all(torch.equal(before[name], tensor) for name, tensor in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("prefix", ["", "module.encoder_q."])
+@pytest.mark.parametrize(
+    ("channels", "cure"),
+    [(1, r"repeat\(1, 3, 1, 1\) / 3"), (4, r"w\[:, "), (13, r"w\[:, ")],
+)
+def test_a_first_convolution_of_other_channels_is_told(tmp_path, channels, cure, prefix):
+    state = tiny_resnet().state_dict() | {"conv1.weight": torch.ones(4, channels, 7, 7)}
+    torch.save({"state_dict": under(prefix, state)}, tmp_path / "w.pth")
+    with pytest.raises(InputError, match=f"its first convolution takes {channels} channel.*{cure}"):
+        load_published(tiny_resnet(), tmp_path / "w.pth")
+    # What the line advises: the same maps of gray images.
+    if channels == 1:
+        state["conv1.weight"] = state["conv1.weight"].repeat(1, 3, 1, 1) / 3
+        torch.save(under(prefix, state), tmp_path / "w.pth")
+        ours = tiny_resnet()
+        load_published(ours, tmp_path / "w.pth")
+        gray = torch.rand(1, 1, 16, 16)
+        expected = nn.functional.conv2d(gray, torch.ones(4, 1, 7, 7), stride=2, padding=3)
+        torch.testing.assert_close(ours.conv1(gray.expand(1, 3, 16, 16)), expected)
 
 
 @pytest.mark.parametrize("name", ["inception_v3", "inception_resnet_v2", "convnext_tiny"])

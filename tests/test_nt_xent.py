@@ -17,21 +17,22 @@ import torch.nn.functional as F
 
 import kernels.dispatch
 import kernels.similarity
+from common import metrics
 from kernels import nt_xent, nt_xent_reference
 
 pytestmark = pytest.mark.kernels
 
 
-def double_loop(z_a, z_b, temperature, decoupled=False):
+def double_loop(z_a, z_b, temperature, decoupled=False, rows=False):
     """The formula of the paper, term by term."""
-    z = [row / row.norm() for pair in zip(z_a, z_b, strict=True) for row in pair]
-    total = 0.0
+    z = [row / row.norm() for row in (*z_a, *z_b)]
+    losses = []
     for i in range(len(z)):
-        positive = i + 1 if i % 2 == 0 else i - 1
+        positive = (i + len(z_a)) % len(z)
         others = [j for j in range(len(z)) if j != i and not (decoupled and j == positive)]
         denominator = sum(torch.exp(z[i] @ z[j] / temperature) for j in others)
-        total = total - z[i] @ z[positive] / temperature + torch.log(denominator)
-    return total / len(z)
+        losses.append(torch.log(denominator) - z[i] @ z[positive] / temperature)
+    return torch.stack(losses) if rows else sum(losses) / len(z)
 
 
 def eager(z_a, z_b, temperature):
@@ -53,7 +54,7 @@ def run(fn, z_a, z_b, *args, upstream=1.0, **kwargs):
     """Loss and the gradients of both views, side by side in fp64."""
     z_a, z_b = z_a.detach().requires_grad_(), z_b.detach().requires_grad_()
     loss = fn(z_a, z_b, *args, **kwargs)
-    grad = torch.autograd.grad(loss * upstream, (z_a, z_b))
+    grad = torch.autograd.grad((loss * upstream).sum(), (z_a, z_b))
     assert grad[0].dtype == z_a.dtype and grad[1].dtype == z_b.dtype
     return loss.detach().double(), torch.cat(grad).double()
 
@@ -112,6 +113,141 @@ def test_reference_equals_lightly():
         got = run(nt_xent_reference, z_a, z_b, 0.2, decoupled=decoupled)
         for ours, theirs in zip(got, run(oracle, z_a, z_b), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize(("n", "temperature"), [(2, 0.5), (9, 0.1), (33, 0.01)])
+def test_rows_and_their_gradients_are_the_double_loops(n, temperature, impl, decoupled):
+    """For upstream gradients of any sign and size, and where most are zero."""
+    z_a, z_b = views(n, 6, torch.float64)
+    upstream = 1e4 * torch.randn(2 * n, dtype=torch.float64, generator=torch.Generator())
+    upstream[1:-1:2] = 0.0
+    exact = run(double_loop, z_a, z_b, temperature, decoupled, rows=True, upstream=upstream)
+    options = {"decoupled": decoupled, "reduction": "none", "impl": impl}
+    if impl == "triton":
+        z_a, z_b = z_a.float(), z_b.float()
+    got = run(nt_xent, z_a, z_b, temperature, **options, upstream=upstream)
+    assert got[0].shape == (2 * n,)
+    tolerance = 1e-12 if impl == "torch" else 2e-6 if temperature >= 0.1 else 2e-5
+    assert relative(got[0], exact[0]) < tolerance
+    assert relative(got[1], exact[1]) < 5 * tolerance
+    assert not run(nt_xent, z_a, z_b, temperature, **options, upstream=0.0)[1].any()
+    total = run(nt_xent, z_a, z_b, temperature, **options | {"reduction": "sum"}, upstream=-2.0)
+    every = run(nt_xent, z_a, z_b, temperature, **options, upstream=-2.0)
+    assert relative(total[0], every[0].sum()) < 5 * tolerance
+    assert relative(total[1], every[1]) < 5 * tolerance
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_rows_without_normalization_and_with_a_tensor_temperature(impl):
+    z_a, z_b = views(20, 5, torch.float64)
+    upstream = torch.randn(40, dtype=torch.float64, generator=torch.Generator())
+    results = []
+    for dtype in (torch.float64, torch.float64 if impl == "torch" else torch.float32):
+        inputs = [x.to(dtype).requires_grad_() for x in (z_a, z_b, torch.tensor([0.4]))]
+        of = "torch" if dtype == torch.float64 else impl
+        losses = nt_xent(*inputs, normalize=False, reduction="none", impl=of)
+        results.append(torch.autograd.grad((losses * upstream).sum(), inputs))
+    for got, truth in zip(*reversed(results), strict=True):
+        assert got.shape == truth.shape and relative(got.double(), truth) < 1e-4
+    inputs = [x.double().requires_grad_() for x in (z_a[:4], z_b[:4], torch.tensor(0.4))]
+    losses = functools.partial(nt_xent_reference, normalize=False, reduction="none")
+    assert torch.autograd.gradcheck(losses, inputs)
+
+
+def scores(stats, temperature):
+    """The figures of `metrics.contrastive`, from the rows' statistics."""
+    return {
+        "top1": stats.top1.double().mean().item(),
+        "top5": (stats.rank < 5).double().mean().item(),
+        "alignment": 2 - 2 * temperature * stats.positive.mean().item(),
+        "uniformity": stats.potential.mean().log().item(),
+    }
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+@pytest.mark.parametrize(
+    ("impl", "dtype"),
+    [("torch", torch.float64), ("torch", torch.float32), ("triton", torch.float32)],
+)
+@pytest.mark.parametrize("n", [1, 9, 40])
+def test_statistics_are_those_of_the_whole_matrix(n, impl, dtype, decoupled, monkeypatch):
+    monkeypatch.setattr(kernels.similarity, "REFERENCE_TILE", 32)
+    z_a, z_b = views(n, 6, dtype, noise=1.5)
+    loss, stats = nt_xent(z_a, z_b, 0.2, decoupled=decoupled, return_stats=True, impl=impl)
+    z = F.normalize(torch.cat((z_a, z_b)).double())
+    s = z @ z.T / 0.2
+    positive = s.diagonal(n).repeat(2)
+    s.fill_diagonal_(-math.inf)
+    pairs = torch.arange(2 * n)
+    negatives = s.clone()
+    negatives[pairs, pairs.roll(n)] = -math.inf
+    lse = (negatives if decoupled and n > 1 else s).logsumexp(1)
+    if decoupled and n == 1:
+        lse = torch.zeros(2).double()
+    rank = (negatives >= positive[:, None]).sum(1)
+    for got, truth in (
+        (stats.loss, lse - positive),
+        (stats.lse, lse),
+        (stats.positive, positive),
+        (stats.loss.mean(), loss),
+    ):
+        torch.testing.assert_close(got.double(), truth.double(), rtol=1e-5, atol=2e-5)
+    assert torch.equal(stats.rank, rank) and torch.equal(stats.top1, rank == 0)
+    assert scores(stats, 0.2) == pytest.approx(metrics.contrastive(z_a, z_b), abs=1e-5)
+    assert not any(x.requires_grad for x in stats)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("n", [5, 40])
+def test_ties_and_nan_count_against_a_row(n, dtype, impl):
+    """Equal rows are equal also where their products are rounded in another order."""
+    row = torch.randn(1, 33, generator=torch.Generator().manual_seed(3)).to(dtype)
+    stats = nt_xent(row.repeat(n, 1), row.repeat(n, 1), 0.1, return_stats=True, impl=impl)[1]
+    assert (stats.rank == 2 * n - 2).all() and not stats.top1.any()
+    z_a, z_b = views(n, 33, dtype, noise=0.01)
+    stats = nt_xent(z_a, z_b, 0.1, return_stats=True, impl=impl)[1]
+    assert stats.top1.all()
+    z_a[1, 0] = math.nan
+    stats = nt_xent(z_a, z_b, 0.1, return_stats=True, impl=impl)[1]
+    assert not stats.top1.any() and (stats.rank <= 2 * n - 2).all()
+    assert stats.rank[1] == 2 * n - 2
+
+
+@pytest.mark.parametrize("gather", [None, lambda x: torch.cat((x.flip(0), x))])
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("n", [9, 40])
+def test_statistics_leave_loss_and_gradient_alone(n, impl, gather):
+    z_a, z_b = views(n, 8)
+    options = {"gather": gather, "impl": impl}
+    expected = run(nt_xent, z_a, z_b, 0.2, **options)
+    got = run(lambda *z: nt_xent(*z, 0.2, **options, return_stats=True)[0], z_a, z_b)
+    rows = run(
+        lambda *z: nt_xent(*z, 0.2, **options, reduction="none", return_stats=True)[0], z_a, z_b
+    )
+    assert relative(rows[0].mean(), expected[0]) < 1e-6
+    for ours, truth in zip(got, expected, strict=True):
+        assert torch.equal(ours, truth) if impl == "torch" else relative(ours, truth) < 1e-6
+
+
+def test_statistics_count_all_processes_rows():
+    z_a, z_b = views(6, 5, torch.float64)
+
+    def gather(x):  # of two processes: rows 0 to 2 and 3 to 5 of both views
+        if x.dim() == 1:  # the rows' sums
+            return torch.cat((x, x))
+        return everybody
+
+    one = []
+    nt_xent(z_a, z_b, 0.2, gather=lambda x: one.append(x.clone()) or x)
+    everybody = one[0]
+    stats = nt_xent(z_a[:3], z_b[:3], 0.2, gather=gather, return_stats=True)[1]
+    every = nt_xent(z_a, z_b, 0.2, return_stats=True)[1]
+    own = [0, 1, 2, 6, 7, 8]
+    for got, truth in zip(stats, every, strict=True):
+        torch.testing.assert_close(got, truth[own])
 
 
 # Blocks are 32 rows in the interpreter: less than one, exactly one, then 2, 4 and 5 of them, ragged
@@ -189,6 +325,34 @@ def test_blocks_narrower_than_the_padding_leave_no_padded_row_in_the_sums(
     loss, grad = run(nt_xent, z_a, z_b, 0.5, impl="triton")
     true_loss, true_grad = run(nt_xent_reference, z_a.double(), z_b.double(), 0.5)
     assert relative(loss, true_loss) < 1e-6 and relative(grad, true_grad) < 1e-5
+
+
+@pytest.mark.parametrize("ahead", [(), (True,)])
+@pytest.mark.parametrize("tile", [(16, 32), (32, 16), (64, 16)])
+def test_backward_tiles_mask_the_diagonal_and_the_ragged_end_and_nothing_else(
+    monkeypatch, tile, ahead, forget_plans
+):
+    """Ranges of keys in which the diagonal's blocks are all, some, none or the ragged one."""
+    monkeypatch.setattr(kernels.similarity, "BLOCK", 64)
+    monkeypatch.setattr(kernels.similarity, "tile", lambda *_: (*tile, 1, 1, *ahead))
+    generator = torch.Generator().manual_seed(sum(tile))
+    for num_rows, num_keys in [(2, 2), (34, 98), (64, 64), (66, 66)]:
+        for pair_shift, shift in ((0, 12.0), (1, 12.0), (1, None)):
+            forget_plans()
+            keys = torch.zeros(kernels.similarity.padded(num_keys), 16)  # zeros beyond the keys
+            keys[:num_keys] = torch.randn(num_keys, 16, generator=generator)
+            u = keys[: kernels.similarity.padded(num_rows)]
+            lse = 5 + torch.rand(num_keys, generator=generator)
+            got = kernels.similarity.weighted_sums(
+                u, keys, lse[:num_rows], lse, num_rows, num_keys, pair_shift, False, shift, False
+            )
+            exact = keys[:num_keys].double() * math.log(2) ** 0.5  # base 2 to base e
+            natural = lse.double() * math.log(2)
+            truth = kernels.similarity.reference_weighted_sum(
+                exact[:num_rows], exact, natural[:num_rows], natural, pair_shift
+            )
+            truth = truth / math.log(2) ** 0.5
+            assert relative(got.double().sum(0)[:num_rows], truth) < 1e-5
 
 
 def not_finite(results):
@@ -355,6 +519,8 @@ def test_the_kernel_gives_the_same_bits_every_time():
 def test_bad_input_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         nt_xent(*arguments)
+    with pytest.raises(ValueError, match="reduction='rows', allowed are 'mean', 'sum' and 'none'"):
+        nt_xent(torch.zeros(3, 4), torch.zeros(3, 4), 0.1, reduction="rows")
 
 
 def test_impl_is_resolved_said_and_refused(monkeypatch, caplog):
@@ -394,8 +560,12 @@ def _rank(rank, world_size, folder, weight, images, options):
     loss = nt_xent(
         x_a @ weight, x_b @ weight, options["temperature"], gather=gather, **options["kwargs"]
     )
-    (loss * 1.7).backward()
     assert len(calls) == 2 and calls[1] == (2 * len(x_a),)
+    if "rows" in options:
+        views = options["rows"].view(2, -1).chunk(world_size, 1)
+        loss = (loss * views[rank].flatten()).sum()
+    (loss * 1.7).backward()
+    assert len(calls) == 2 + ("rows" in options)
     grad, loss = weight.grad, loss.detach()
     for x in (grad, loss):
         torch.distributed.all_reduce(x)
@@ -439,6 +609,24 @@ def test_processes_together_give_the_gradient_of_one(tmp_path, impl, dtype, tole
         ):
             assert relative(got_loss.double(), loss.detach()) < tolerance
             assert relative(got_grad.double(), exact.grad) < tolerance
+
+
+@pytest.mark.parametrize(
+    ("impl", "dtype", "tolerance"),
+    [("torch", torch.float64, 1e-12), ("triton", torch.float32, 3e-6)],
+)
+def test_row_gradients_of_processes_are_those_of_one(tmp_path, impl, dtype, tolerance):
+    generator = torch.Generator().manual_seed(1)
+    weight, x_a, x_b = (torch.randn(n, 6, generator=generator).to(dtype) for n in (6, 8, 8))
+    upstream = torch.randn(16, generator=generator).to(dtype)
+    options = {"temperature": 0.3, "kwargs": {"impl": impl, "reduction": "none"}, "rows": upstream}
+    exact = weight.double().clone().requires_grad_()
+    losses = double_loop(x_a.double() @ exact, x_b.double() @ exact, 0.3, rows=True)
+    loss = (losses * upstream.double()).sum() / 2
+    (loss * 1.7).backward()
+    for got_loss, got_grad in over_processes(2, tmp_path / "2", weight, (x_a, x_b), options):
+        assert relative(got_loss.double(), loss.detach()) < tolerance
+        assert relative(got_grad.double(), exact.grad) < tolerance
 
 
 def test_processes_with_equal_rows_agree(tmp_path):
@@ -510,8 +698,10 @@ def test_few_rows_full_grid_and_half_grid_agree(n, decoupled, monkeypatch, forge
         assert relative(loss, truth[0]) < 1e-6 and relative(grad, truth[1]) < 3e-6
 
 
+@pytest.mark.parametrize("stats", [False, True])
 @pytest.mark.parametrize(("n", "forward", "both"), [(16, 2, 3), (32, 3, 5), (60, 3, 5)])
-def test_at_most_three_forward_and_two_backward_launches(n, forward, both, monkeypatch):
+def test_at_most_three_forward_and_two_backward_launches(n, forward, both, stats, monkeypatch):
+    """With statistics, too: they take no second pass."""
     launches = []
     kind = type(kernels.similarity.half_kernel)
     launcher = kind.__getitem__
@@ -519,10 +709,11 @@ def test_at_most_three_forward_and_two_backward_launches(n, forward, both, monke
         kind, "__getitem__", lambda self, grid: launches.append(self) or launcher(self, grid)
     )
     z_a, z_b = (z.requires_grad_() for z in views(n, 8))
-    loss = nt_xent(z_a, z_b, 0.1, impl="triton")
-    assert len(launches) == forward
-    loss.backward()
-    assert len(launches) == both
+    loss = nt_xent(z_a, z_b, 0.1, return_stats=stats, impl="triton")
+    one_more = stats and forward == 2  # few rows go the way of many
+    assert len(launches) == forward + one_more
+    (loss[0] if stats else loss).backward()
+    assert len(launches) == both + one_more
 
 
 def gpu_views(n, d, dtype, noise=1.0):
@@ -601,6 +792,27 @@ def test_same_bits_and_no_waiting_on_the_gpu(n):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(dz_a.double(), first[1][:n])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("n", [65, 500, 3000])
+def test_rows_and_statistics_on_the_gpu(n, dtype):
+    z_a, z_b = gpu_views(n, 128, dtype)
+    upstream = torch.randn(2 * n, generator=torch.Generator()).cuda()
+    truth = run(nt_xent_reference, z_a.double(), z_b.double(), 0.1, reduction="none")
+    got = run(nt_xent, z_a, z_b, 0.1, reduction="none", impl="triton")
+    assert relative(got[0], truth[0]) < 1e-2 and relative(got[1], truth[1]) < 5e-2
+    options = {"upstream": upstream, "reduction": "none"}
+    truth = run(nt_xent_reference, z_a.double(), z_b.double(), 0.1, **options)
+    got = run(nt_xent, z_a, z_b, 0.1, **options, impl="triton")
+    assert relative(got[1], truth[1]) < 5e-2
+    loss, stats = nt_xent(z_a, z_b, 0.1, return_stats=True, impl="triton")
+    torch.testing.assert_close(loss, nt_xent(z_a, z_b, 0.1, impl="triton"), rtol=1e-5, atol=1e-5)
+    expected = metrics.contrastive(z_a.float(), z_b.float())
+    assert scores(stats, 0.1) == pytest.approx(expected, abs=2e-2)
+    stats = nt_xent(z_a[:1].repeat(n, 1), z_a[:1].repeat(n, 1), 0.1, return_stats=True)[1]
+    assert (stats.rank == 2 * n - 2).all()
 
 
 @pytest.mark.gpu

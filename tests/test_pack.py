@@ -13,11 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from common.data import __main__, pack, sampling
+from common.data import __main__, faceforensics, pack, sampling
 from common.data.open import open_images
 from common.errors import InputError
 from common.retry import io_retry
-from tests.data import image_folder, picture, read_pixels, zipped
+from tests.data import image_folder, numbered_ffpp, picture, read_pixels, zipped
 from tests.runs import refused
 
 NAMES = [
@@ -238,3 +238,88 @@ def test_a_packed_file_that_is_cut_short_while_it_is_read_is_named(tmp_path):
     os.truncate(target, 1000)
     with pytest.raises(InputError, match=r"set\.packed is cut short"):
         images.decode(19)
+
+
+def clips(path, **changes):
+    return faceforensics.open_videos(str(path), workers=2, **changes)
+
+
+def same_clips(a, b):
+    assert (a.ids, a.keys, a.persons) == (b.ids, b.keys, b.persons)
+    assert a.fingerprint == b.fingerprint and a.store_size == b.store_size
+    for name in ("labels", "splits", "lengths", "rates"):
+        assert getattr(a, name).tolist() == getattr(b, name).tolist()
+    assert (a.groups is None) == (b.groups is None)
+    items = np.arange(2 * len(a))
+    drawn = [videos.train_clips(items, 0, 3, 4, 0.5) for videos in (a, b)]
+    (one,), (other,) = (
+        list(videos.batches([(items % len(a), rows)], 2))
+        for videos, rows in zip((a, b), drawn, strict=True)
+    )
+    assert torch.equal(one, other)
+
+
+def test_packed_clips_are_their_source_and_so_is_each_compression(tmp_path):
+    pairs = {"train": [["000", "001"]], "val": [["002", "003"]], "test": [["004", "005"]]}
+    root = numbered_ffpp(tmp_path / "set", pairs, ("Deepfakes",), ("c23", "c40"))
+    target = packed(root, "--clips")
+    same_clips(clips(root), clips(target))
+    for level in ("c23", "c40"):
+        same_clips(clips(root, compression=level), clips(target, compression=level))
+    preferred = clips(target, preferred="c40")
+    assert len(preferred) == 12 and {key[2] for key in preferred.keys} == {"c40"}
+    parts = [faceforensics.split(clips(path)) for path in (root, target)]
+    assert all(np.array_equal(parts[0][name], parts[1][name]) for name in parts[0])
+    with pytest.raises(InputError, match=r"compression 'raw', there are \['c23', 'c40'\]"):
+        clips(target, compression="raw")
+
+
+def test_packed_clips_keep_groups_rates_and_gaps(tmp_path):
+    root = tmp_path / "set"
+    for name, numbers in (("a", range(6)), ("b", (0, 1, 4, 5, 9)), ("c", range(0, 12, 2))):
+        image_folder(root, [f"{name}/{k}.png" for k in numbers])
+    rows = ["a,real,a,p1", "b,fake,b,p2", "c,fake,c,p2"]
+    (root / "list.csv").write_text("\n".join(["video_id,label,path,group", *rows]))
+    plain = clips(root, fps=30.0)
+    one = clips(packed(root, "--clips", "--fps", "30"))
+    same_clips(plain, one)
+    assert one.groups.tolist() == ["p1", "p2", "p2"] and one.rates[2] == 15
+    assert np.array_equal(one.times[1], plain.times[1]) and one.times[0] is None
+
+
+def test_a_damaged_frame_takes_its_packed_video_along(tmp_path):
+    videos = [f"{label}/{k:03d}/0.png" for label in ("real", "fake") for k in range(60)]
+    root = image_folder(tmp_path / "set", videos)
+    before = clips(root).fingerprint
+    (root / "fake/003/0.png").write_bytes(b"no image")
+    with pytest.raises(SystemExit):
+        packed(root, "--clips")
+    one = clips(packed(root, "--clips", "--on-bad-item", "skip"))
+    assert len(one) == 119 and "fake/003" not in one.ids and one.fingerprint != before
+
+
+def test_images_are_no_clips_and_flags_of_clips_need_them(tmp_path, capsys):
+    root = image_folder(tmp_path / "set", NAMES)
+    with pytest.raises(InputError, match=r"set\.packed holds images, no videos; pack them with"):
+        clips(packed(root))
+    with pytest.raises(SystemExit):
+        packed(root, "--fps", "30")
+    assert "--fps has no effect without --clips" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("length", 9), ("key", ["a"]), ("rate", 0), ("times", [1, 2]), ("label", 7)],
+)
+def test_a_list_of_videos_that_cannot_be_is_refused(tmp_path, monkeypatch, field, value):
+    root = image_folder(tmp_path / "set", ["real/a/0.png", "fake/b/0.png"])
+    whole = pack.pack
+
+    def changed(*args, videos, **options):
+        videos[1][field] = value
+        whole(*args, videos=videos, **options)
+
+    monkeypatch.setattr(faceforensics, "pack", changed)
+    target = packed(root, "--clips")
+    with pytest.raises(InputError, match="not a packed data set"):
+        clips(target)

@@ -5,6 +5,7 @@ out by folder.
 import io
 import json
 import posixpath
+import re
 import zipfile
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import ExifTags, Image
 from common.data import raer
 from common.data.images import UNLABELED
 from common.errors import InputError
-from tests.data import FACE_BOX, numbered_raer, numbered_raer_frame
+from tests.data import BODY_BOX, FACE_BOX, numbered_raer, numbered_raer_frame
 
 LISTS = {
     "train": [
@@ -89,10 +90,11 @@ def test_several_paths_are_clips_with_the_boxes_of_their_own(tmp_path, monkeypat
     assert two.ids == list(folders) and len(two.notes) == 1
 
 
-@pytest.mark.parametrize("name", ["absent", "empty", "a/0.png"])
+@pytest.mark.parametrize("name", ["absent", "empty", "a/note.txt"])
 def test_one_of_several_paths_without_clips_is_refused_by_name(tmp_path, name):
     numbered_raer_frame(tmp_path / "a" / "0.png")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "a" / "note.txt").write_text("no image")
     with pytest.raises(InputError, match=name):
         opened((str(tmp_path / "a"), str(tmp_path / name)), labels=False, missing_box="full")
 
@@ -689,6 +691,187 @@ def test_folders_without_lists_are_clips_without_labels(tmp_path):
     assert (clips.labels == UNLABELED).all() and not clips.splits.any()
     one = opened(root / "d" / "c 3", labels=False, missing_box="full")
     assert one.ids == ["c 3"] and one.lengths.tolist() == [3]
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda file: {file: [1, 2, 11, 12]},
+        lambda file: {f"somewhere/photos/{file.upper()}": [1, 2, 11, 12]},
+        lambda file: {"photos": {file: [1, 2, 11, 12]}},
+        lambda file: {file: {file: [1, 2, 11, 12]}},
+    ],
+)
+@pytest.mark.parametrize("place", ["folder", "zip", "zip of a folder", "several"])
+def test_images_that_lie_loose_are_a_clip_each_unless_told_otherwise(tmp_path, form, place):
+    root = tmp_path / "photos"
+    for k in range(12):
+        numbered_raer_frame(root / f"{k}.png", k)
+    merged = {}
+    for k in range(12):
+        for key, value in form(f"{k}.png").items():
+            merged[key] = merged.get(key, {}) | value if isinstance(value, dict) else value
+    (root / "face.json").write_text(json.dumps(merged))
+    (root / "body.json").write_text(json.dumps({f"{k}.png": BODY_BOX for k in range(12)}))
+    path = root if place == "folder" else zipped(root, "" if place == "zip" else "photos/")
+    if place == "several":
+        numbered_raer_frame(tmp_path / "one.png", 12)
+        path = (str(path), str(tmp_path / "one.png"))
+    clips = opened(path, labels=False, as_clip=False, missing_box="full")
+    count = 13 if place == "several" else 12
+    assert len(clips) == count and (clips.lengths == 1).all()
+    before = f"{path[0]}/" if place == "several" else ""
+    assert clips.ids[:12] == [f"{before}{k}.png" for k in range(12)]
+    assert "12 images lie in no folder" in clips.notes[0] and "--as-clip" in clips.notes[0]
+    if place == "several":
+        assert clips.ids[12] == str(tmp_path / "one.png")
+        assert "1 of 13 frames have no face box, 1 of 13 clips no body" in clips.notes[1]
+    else:
+        assert len(clips.notes) == 1
+    assert clips.images.faces[:12].tolist() == [[1, 2, 11, 12]] * 12
+    assert clips.images.bodies[:12].tolist() == [BODY_BOX] * 12
+    assert all((shown(clips, k, [0])[0][0, 0] == k).all() for k in range(12))
+    (root / "body.json").unlink(), (root / "face.json").unlink()
+    whole = opened(root, labels=False, as_clip=True, missing_box="full")
+    assert whole.ids == ["photos"] and whole.lengths.tolist() == [12]
+    with pytest.raises(InputError, match=rf"no body box \(first: {re.escape(str(root))}\)"):
+        opened(root, labels=False, as_clip=True, missing_box="error")
+
+
+def test_an_image_beside_clips_is_a_clip_and_theirs_keep_their_boxes(tmp_path):
+    root = numbered_raer(tmp_path / "raer", {"test": [("a", 1), ("b", 2)]})
+    numbered_raer_frame(root / "8.png", 9)
+    clips = opened(root, labels=False, as_clip=False, missing_box="full")
+    assert clips.ids == ["a", "b", "8.png"] and clips.lengths.tolist() == [3, 3, 1]
+    boxes = dict(zip(clips.ids, clips.images.faces[np.cumsum(clips.lengths) - 1], strict=True))
+    assert boxes["a"].tolist() == FACE_BOX and np.isnan(boxes["8.png"]).all()
+
+
+# How the projects' own files list clips: the folder of a clip, and its lines by label.
+PUBLIC = {
+    "DFEW": ("Clip/clip_224x224/0000{}", "video_name,label", "{},{}", ("1", "7")),
+    "DFER-CLIP's DFEW": ("DFEW_Frame_Face/0000{}", "", "/data/x/DFEW_Frame_Face/0000{} 3 {}", "06"),
+    "FERV39k": ("2_ClipsforFaceCrop/Action/Happy/000{}", "", "Action/Happy/000{} {}", None),
+    "MAFW": ("data/frames/0000{}", "", "0000{}.mp4 {}", None),
+    "MAE-DFER's": ("data/frames/0000{}", "", "/root/data/frames/0000{} {}", "06"),
+}
+
+
+@pytest.mark.parametrize("form", PUBLIC)
+def test_lists_of_public_projects_are_read(tmp_path, form):
+    folder, header, line, labels = PUBLIC[form]
+    names = [f"class {k}" for k in range(7)]
+    if labels is None:
+        names = ["Angry", "Happy"]
+        labels = names
+    else:
+        (tmp_path / "data").mkdir()
+        (tmp_path / "data" / "classes.txt").write_text("\n".join(names))
+    lists = {}
+    for part, numbers in {"train": (1, 2), "test": (3, 4)}.items():
+        lines = [header] if header else []
+        for number, label in zip(numbers, labels, strict=True):
+            numbered_raer_frame(tmp_path / "data" / folder.format(number) / "0.png", number)
+            for k in (1, 2):
+                numbered_raer_frame(tmp_path / "data" / folder.format(number) / f"{k}.png", number)
+            lines.append(line.format(number, label))
+        lists[part] = str(tmp_path / f"{part}.csv")
+        (tmp_path / f"{part}.csv").write_text("\n".join(lines) + "\n")
+    clips = opened(tmp_path / "data", lists=lists, streams="face", missing_box="full")
+    assert clips.classes == names and clips.splits.tolist() == ["train"] * 2 + ["test"] * 2
+    assert clips.labels.tolist() == [0, len(names) - 1] * 2
+    for k in range(4):
+        ((face,),) = clips.batches([(np.array([k]), np.array([[0]]))], 2)
+        assert (face[0, 0, 0] == k + 1).all()
+    with pytest.raises(InputError, match="test.csv line .*'odd', expected "):
+        (tmp_path / "test.csv").write_text((tmp_path / "test.csv").read_text() + "odd\n")
+        opened(tmp_path / "data", lists=lists, missing_box="full")
+    with pytest.raises(InputError, match="--train-list .*absent.csv cannot be read"):
+        opened(tmp_path / "data", lists={"train": "absent.csv"})
+
+
+def test_labels_that_are_names_are_all_of_them_known(tmp_path):
+    root = numbered_raer(tmp_path / "raer", {"train": [("a/1", 1), ("a/2", 2)]})
+    (root / "train.txt").write_text("a/1 glad\na/2 calm\n")
+    (root / "test.txt").write_text("a/3 glad\n")
+    numbered_raer_frame(root / "a" / "3" / "0.png")
+    clips = opened(root, missing_box="full", known=["glad", "calm", "odd"])
+    assert clips.labels.tolist() == [0, 1, 0] and clips.label_base is None
+    with pytest.raises(
+        InputError, match="line 2: label calm; did you mean calms.*allowed are calms"
+    ):
+        opened(root, known=["calms", "glad"])
+    with pytest.raises(InputError, match="--label-base 1: labels of .* are names"):
+        opened(root, label_base=1)
+    (root / "test.txt").write_text("a/3 1\n")
+    with pytest.raises(InputError, match="some labels are numbers and some are names"):
+        opened(root)
+
+
+def test_folders_of_classes_hold_images_or_folders_of_frames(tmp_path):
+    for k, name in enumerate(["train/calm/1.png", "train/glad/2.png", "train/glad/long/1.png"]):
+        numbered_raer_frame(tmp_path / name, k)
+    numbered_raer_frame(tmp_path / "train/glad/long/2.png", 2)
+    numbered_raer_frame(tmp_path / "testing/glad/1.png", 3)
+    clips = opened(tmp_path, missing_box="full")
+    found = dict(
+        zip(clips.ids, zip(clips.splits, clips.labels, clips.lengths, strict=True), strict=True)
+    )
+    assert clips.classes == ["calm", "glad"] and found == {
+        "train/calm/1.png": ("train", 0, 1),
+        "train/glad/2.png": ("train", 1, 1),
+        "train/glad/long": ("train", 1, 2),
+        "testing/glad/1.png": ("test", 1, 1),
+    }
+    assert "no lists: 4 clips in folders SPLIT/CLASS" in clips.notes
+    (tmp_path / "classes.txt").write_text("glad\ncalm\n")
+    assert opened(tmp_path, missing_box="full").classes == ["glad", "calm"]
+    # With boxes, or another folder, it is RAER's layout, whose lists are missing.
+    (tmp_path / "face.json").write_text("{}")
+    with pytest.raises(InputError, match="no train.txt .*--train-list .*train/CLASS"):
+        opened(tmp_path, missing_box="full")
+
+
+def test_video_files_are_clips(tmp_path, monkeypatch):
+    pytest.importorskip("torchcodec", reason="pip install torchcodec, and FFmpeg")
+    from torchcodec.encoders import VideoEncoder
+
+    root = tmp_path / "dfew"
+    (root / "Clip" / "original").mkdir(parents=True)
+    for number, length in {1: 9, 2: 5, 12: 6}.items():
+        frames = torch.zeros(length, 3, 48, 64, dtype=torch.uint8)
+        frames[..., :32] = 20 * number
+        frames[:, :, :, 32:] = torch.arange(length, dtype=torch.uint8)[:, None, None, None] * 20
+        VideoEncoder(frames, frame_rate=25).to_file(str(root / f"Clip/original/{number}.mp4"))
+    (root / "train.txt").write_text("00001 1\n00012 2\n")
+    (root / "test.txt").write_text("00002 3\n")
+    boxes = {"12.mp4": {f"{k}": [0, 0, 32, 48] for k in range(6)}}
+    (root / "face.json").write_text(json.dumps(boxes))
+    clips = opened(root, streams="face", missing_box="full")
+    assert clips.ids == [f"Clip/original/{k}.mp4" for k in (1, 12, 2)]
+    assert clips.lengths.tolist() == [9, 6, 5]
+    assert "14 of 20 frames have no face box" in clips.notes[1]
+    ((face,),) = clips.batches([(np.array([0, 1]), np.array([[8, 0], [5, 0]]))], 2)
+    whole, cropped = face.float()
+    side = face.shape[-1]
+    assert whole[0, 0, side // 2, side // 4].item() == pytest.approx(20, abs=6)
+    assert whole[0, 0, side // 2, side * 3 // 4].item() == pytest.approx(160, abs=6)
+    assert cropped[:, :, side // 2, side // 2].flatten().tolist() == pytest.approx([240] * 6, abs=6)
+    monkeypatch.chdir(root / "Clip" / "original")
+    both = opened(("1.mp4", "2.mp4"), labels=False, missing_box="full")
+    assert both.ids == ["1.mp4", "2.mp4"] and both.lengths.tolist() == [9, 5]
+    assert shown(both, 1, [4])[1].shape == (1, 3, side, side)
+    alone = opened("1.mp4", labels=False, as_clip=False, missing_box="full")
+    assert len(alone) == 1 and alone.lengths.tolist() == [9]
+    (root / "Clip" / "original" / "2.mp4").write_bytes(b"no video")
+    with pytest.raises(InputError, match=r"1 of 3 video files cannot be read .*2\.mp4.* skip"):
+        opened(root, streams="face", missing_box="full")
+    numbered_raer_frame(root / "a" / "1.png")
+    with pytest.raises(InputError, match="some are video files and some are images"):
+        opened(("1.mp4", str(root / "a")), labels=False)
+    (root / "face.json").unlink()
+    left = opened(root, labels=False, missing_box="full")
+    assert len(left) == 1 and "3 video files beside folders of frames left out" in left.notes[0]
 
 
 def test_nothing_there_is_refused(tmp_path):

@@ -1,11 +1,13 @@
 """Functions of train_raer.py: augmentation and scores."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 import train_raer
-from common import config
+from common import config, longtail
 from common.run import dist
 from common.run.loop import Batch
 
@@ -15,6 +17,7 @@ def test_one_draw_a_clip_serves_all_frames_of_both_streams():
         args = type("Args", (), {"augment": None, "seed": 0, "cache_features": False})
         model_spec = {"image_size": 16, "backbone": "vit_tiny"}
         world = dist.Dist(0, 1, torch.device("cpu"))
+        schedule = longtail.SCHEDULES["three-stage"]
 
     frame = torch.randint(0, 256, (3, 1, 3, 20, 20), dtype=torch.uint8).expand(3, 4, 3, 20, 20)
     both = (frame, frame)
@@ -28,6 +31,16 @@ def test_one_draw_a_clip_serves_all_frames_of_both_streams():
         and torch.equal(x[:2], other[:2])
         and not torch.equal(x[2], other[2])
     )
+    # What a schedule file says of it is heeded: here nothing varies, or only mirrored.
+    still = longtail.Augmentation(jitter=0, hue=0, degrees=0, crop=1, mirror=False)
+    for mirror in (False, True):
+        Fake.schedule = replace(Fake.schedule, augmentation=replace(still, mirror=mirror))
+        x = train_raer.frames_of(Fake, Batch(both, np.arange(3), None, 2))
+        for one, stored in zip(x, plain, strict=True):
+            same = torch.allclose(one, stored, atol=0.02)
+            assert same or (mirror and torch.allclose(one, stored.flip(-1), atol=0.02))
+        flipped = [not torch.allclose(a, b, atol=0.02) for a, b in zip(x, plain, strict=True)]
+        assert any(flipped) == mirror
 
 
 def test_a_constant_answer_raises_the_alarm_beside_the_majority_class(capsys):

@@ -11,6 +11,7 @@ import train_simclr
 from common import config, recipe
 from common.check import reference
 from common.errors import InputError
+from common.models import build_backbone
 from common.run import dist
 from common.run.loop import Batch
 
@@ -198,6 +199,9 @@ def test_a_cpu_takes_bf16_where_it_is_faster_and_a_run_keeps_its_format(monkeypa
     assert recipe.amp.dtype_of("auto", cpu) == torch.float32
 
 
+SPEC = {"backbone": "resnet18", "stem": "cifar", "image_size": 8}
+
+
 def test_all_batches_that_do_not_fit_are_refused_at_once_with_their_flags():
     flags = "--stage all --bs 64 --linear-solver sgd --linear-bs 48 --finetune-bs 32"
     args, _ = train_simclr.parse_args([*NET, *flags.split()])
@@ -205,6 +209,61 @@ def test_all_batches_that_do_not_fit_are_refused_at_once_with_their_flags():
     data = train_simclr.build_data(args, "sample", world, None, [])
     few = {name: items[:20] for name, items in data.splits.items()}
     with pytest.raises(InputError) as refused:
-        train_simclr.validate(args, world, data.images, few, train_simclr.settings(args))
+        train_simclr.validate(args, world, data.images, few, train_simclr.settings(args), SPEC)
     for flag in ("--bs", "--linear-bs", "--finetune-bs"):
         assert f"20 training items; lower {flag}" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("spec", "trains"),
+    [
+        (SPEC, False),
+        (SPEC | {"image_size": 16}, True),
+        ({"backbone": "resnet18", "stem": "imagenet", "image_size": 32}, False),
+        ({"backbone": "resnet50", "stem": "imagenet", "image_size": 64}, True),
+        ({"backbone": "convnext_tiny", "stem": "imagenet", "image_size": 32}, True),  # LayerNorm
+        ({"backbone": "mobilenet_v3_large", "stem": "imagenet", "image_size": 32}, False),
+    ],
+)
+def test_a_batch_of_one_is_refused_where_batchnorm_cannot_train_on_it(spec, trains):
+    args, _ = train_simclr.parse_args([*NET, "--stage", "all", "--bs", "1", "--finetune-bs", "1"])
+    world = dist.Dist(0, 1, torch.device("cpu"))
+    data = train_simclr.build_data(args, "sample", world, None, [])
+    model = build_backbone(spec["backbone"], spec["stem"]).train()
+    try:
+        model(torch.rand(1, 3, spec["image_size"], spec["image_size"]))
+        assert trains
+    except ValueError:
+        assert not trains
+    with pytest.raises(InputError) as refused:
+        stages = train_simclr.settings(args)
+        train_simclr.validate(args, world, data.images, data.splits, stages, spec)
+    assert ("give --finetune-bs 2" in str(refused.value)) != trains
+    assert "give --bs 2 or more" in str(refused.value) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+def test_an_unset_batch_of_a_labeled_stage_shrinks_to_its_data(world_size):
+    world = dist.Dist(0, world_size, torch.device("cpu"))
+
+    counts = {"pretrain": 500, "linear": 250, "finetune": 35}
+
+    def batches(flags):
+        args, _ = train_simclr.parse_args([*NET, *flags.split()])
+        stages, parts = train_simclr.settings(args), train_simclr.divisors(args, world)
+        args, said = recipe.fit_batches(args, stages, train_simclr.STAGES, counts, parts)
+        return {name: stage.bs for name, stage in train_simclr.settings(args).items()}, said
+
+    fit = 35 // world_size * world_size
+    assert batches("--stage all --linear-solver sgd") == (
+        {"pretrain": 256, "linear": 250, "finetune": fit},
+        [
+            "linear: 250 training images, fewer than a batch of 256: --linear-bs is 250",
+            f"finetune: 35 training images, fewer than a batch of 256: --finetune-bs is {fit}",
+        ],
+    )
+    assert "--bs is 250" in batches("--stage linear --linear-solver sgd --from none")[1][0]
+    # What is set, solved or enough stays, to be refused where it does not fit.
+    assert batches("--stage finetune --from none --bs 64") == ({"finetune": 64}, [])
+    assert batches("--stage linear --from none") == ({"linear": 256}, [])
+    assert batches("--stage pretrain --bs 512") == ({"pretrain": 512}, [])

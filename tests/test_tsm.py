@@ -12,7 +12,7 @@ from torch import nn
 from common.errors import InputError
 from common.models.heads import TemporalHead
 from common.models.mobilenet_v4 import VARIANTS, build_mobilenet_v4, shift_sites
-from common.models.tsm import ClipModel, Shift, Stream, freeze_bn, training_memory
+from common.models.tsm import ClipModel, Shift, Stream, freeze_bn, grad_cam, training_memory
 from kernels import shift_conv1x1, shift_step, temporal_shift
 
 KERNELS = {"residual": temporal_shift, "expand": shift_conv1x1, "none": None}
@@ -456,3 +456,17 @@ def test_the_head_works_in_fp32_under_autocast():
     assert logits.dtype == weights.dtype == torch.float32
     torch.testing.assert_close(weights.sum(1), torch.ones(2))
     assert not torch.equal(logits, logits.bfloat16().float())
+
+
+def test_grad_cam_of_a_linear_network_is_its_weighted_map():
+    torch.manual_seed(0)
+    layer, head = torch.nn.Conv2d(3, 4, 1, bias=False), torch.nn.Linear(4, 1)
+    x = torch.randn(2, 3, 5, 6)
+    kept = torch.get_rng_state()
+    with torch.no_grad():
+        found = grad_cam(layer, lambda: head(layer(x).mean((2, 3))))
+        # Each of a map's 30 cells has the weight / 30 as its gradient.
+        expected = torch.einsum("c,nchw->nhw", head.weight[0] / 30, layer(x)).clamp(min=0)
+    assert torch.allclose(found, expected, atol=1e-6) and found.any() and (found == 0).any()
+    assert not layer._forward_hooks and layer.weight.grad is None
+    assert torch.equal(kept, torch.get_rng_state())

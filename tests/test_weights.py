@@ -12,7 +12,9 @@ import resource
 import threading
 import warnings
 import zipfile
+from collections import defaultdict
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -244,6 +246,41 @@ def test_own_checkpoints_containers_and_prefixes_are_opened(tmp_path):
         weights.read(tmp_path / "backbone.pt")
 
 
+class Settings(dict):
+    """Of another project."""
+
+
+class History(list):
+    """Of another project."""
+
+
+def with_objects():
+    """A checkpoint with what training scripts keep beside the weights."""
+    state = {"conv.weight": nn.Parameter(torch.randn(3, 2)), "steps": torch.arange(2)[1]}
+    settings = Settings(lr=0.1)
+    settings.names = argparse.Namespace(data="x", more=settings)
+    meters = defaultdict(list, loss=History([np.float64(3), np.ones(2, np.float32)]))
+    return {
+        "state_dict": nn.ModuleDict().state_dict() | state,
+        "args": settings,
+        "meters": [meters, {b"raw", 1 + 2j}],
+        "kind": [torch.float16, torch.device("cuda", 0), torch.Size([2])],
+    }
+
+
+def test_weights_are_read_beside_objects_that_stay_unread(tmp_path, monkeypatch):
+    file = tmp_path / "w.pt"
+    state = with_objects()
+    torch.save(state, file)
+    # Nothing of the classes is there any more.
+    monkeypatch.delattr(argparse, "Namespace")
+    monkeypatch.delitem(globals(), "Settings")
+    monkeypatch.delitem(globals(), "History")
+    assert raw(weights.read(file)) == raw(state["state_dict"])
+    with pytest.raises(InputError, match="asks to run"):
+        checkpoint.load(file)
+
+
 def test_files_that_are_no_weights_are_refused(tmp_path):
     def refused(name, match):
         with pytest.raises(InputError, match=match) as error:
@@ -264,6 +301,8 @@ def test_files_that_are_no_weights_are_refused(tmp_path):
         ({"module.w": torch.ones(2), "w": torch.ones(2)}, "with and without the prefix"),
         (argparse.Namespace(lr=1), "asks to run argparse.Namespace; store its state dict alone"),
         (nn.Linear(2, 2), "asks to run torch.nn.modules.linear.Linear"),
+        ({"model": nn.Linear(2, 2)}, "asks to run torch.nn.modules.linear.Linear; store"),
+        ({"w": torch.ones(2), "n": argparse.Namespace(lr=1)}, "'n' is argparse.Namespace"),
     ):
         torch.save(value, tmp_path / "w.pt")
         refused("w.pt", match)
@@ -373,8 +412,13 @@ def test_a_torchscript_archive_runs_nothing(tmp_path, monkeypatch):
         weights.read(rewrite(file, lambda data: data, zipfile.ZIP_DEFLATED))
 
 
-def test_damaged_torchscript_archives_end_in_one_line(tmp_path, little_memory):
-    file, _ = script(tmp_path)
+@pytest.mark.parametrize("kind", ["TorchScript", "objects"])
+def test_damaged_archives_end_in_one_line(kind, tmp_path, little_memory):
+    if kind == "TorchScript":
+        file, _ = script(tmp_path)
+    else:
+        file = tmp_path / "w.pt"
+        torch.save(with_objects(), file)
     rng, refused = random.Random(0), 0
     for trial in range(400):
 

@@ -203,6 +203,7 @@ class TinyNet(nn.Module):
     """What `build_backbone` gives, in 1,000 parameters."""
 
     num_features = 16
+    stages = ()
 
     def __init__(self):
         super().__init__()

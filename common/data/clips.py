@@ -25,7 +25,6 @@ from common.data.images import (
     DECODE_ERRORS,
     UNLABELED,
     Images,
-    central_square,
     check_damaged,
     describe_labels,
     reason,
@@ -36,6 +35,9 @@ from common.run.content import Content, OtherContent, codes
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv")
 VIDEO_SUFFIXES += (".ts", ".mts", ".m2ts", ".3gp", ".ogv")
+# Beside folders of frames: a table of `video`, a folder below its own, and `fps`, the rate that the
+# numbers of its frames count at.
+RATES = "frame_rates.csv"
 _START_STREAM = 2**31 + 1  # beside sampling's _ORDER_STREAM; no view has this number
 
 
@@ -377,7 +379,7 @@ class VideoFiles(Images):
         self.counts = np.zeros(len(files), np.int64)
         self.rates = np.ones(len(files))
         self.errors: dict[int, str] = {}
-        self._sides: list[int] = []
+        self._sides: list[tuple[int, int]] = []
         with ThreadPoolExecutor(workers) as pool:
             headers = pool.map(self._read_header, range(len(files)))
             opened = live.progress(headers, "opening videos", len(files))
@@ -404,23 +406,18 @@ class VideoFiles(Images):
         """The positions of a file's frames."""
         return self._firsts[file] + np.arange(self.counts[file])
 
-    def _read_header(self, file: int) -> tuple[int, float, int] | Exception:
-        # Frames, frames a second, and the shorter side in pixels.
-        video_decoder = _video_decoder()
+    def _read_header(self, file: int) -> tuple[int, float, tuple[int, int]] | Exception:
+        # Frames, frames a second, and the sides in pixels.
+        _video_decoder()  # its InputError ends the run
         try:
-            decoder = video_decoder(self._read_file(file))
-            header = decoder.metadata
-            if not (len(decoder) and header.average_fps and header.height and header.width):
-                raise ValueError("it says no number of frames, rate or size")
-            reading.within(
-                4 * header.height * header.width, f"{header.width} x {header.height} pixels"
-            )
+            decoder = open_video(self._read_file(file))
         except DECODE_ERRORS as error:
             return error
-        return len(decoder), header.average_fps, min(header.height, header.width)
+        header = decoder.metadata
+        return len(decoder), header.average_fps, (header.height, header.width)
 
     def _probe(self) -> int:
-        return int(np.median(self._sides))
+        return self._shorter_side(self._sides)
 
     def files_of(self, indices: np.ndarray) -> np.ndarray:
         return np.searchsorted(self._firsts + self.counts, indices, side="right")
@@ -441,7 +438,7 @@ class VideoFiles(Images):
             raise
         except DECODE_ERRORS as error:
             raise self._damaged(f"video {self.ids[self._first_bad(indices)]}", error) from None
-        return [central_square(frame, self.store_size) for frame in frames]
+        return [self._cut(frame, int(index)) for frame, index in zip(frames, indices, strict=True)]
 
     def _first_bad(self, indices: np.ndarray) -> int:
         # The first of some frames of a file that cannot be decoded alone.
@@ -474,6 +471,21 @@ def _frames_at(decoder, within: np.ndarray, count: int) -> Tensor:
         return decoder.get_frames_at(indices=within.tolist()).data
     seconds = begin + (within + 0.5) * (end - begin) / count
     return decoder.get_frames_played_at(seconds=seconds.tolist()).data
+
+
+def open_video(content: bytes):
+    """torchcodec's decoder of a video file, whose header says how many frames, what rate and size.
+
+    Raises:
+        InputError: torchcodec or FFmpeg is missing.
+        One of DECODE_ERRORS: it is no such file.
+    """
+    decoder = _video_decoder()(content)
+    header = decoder.metadata
+    if not (len(decoder) and header.average_fps and header.height and header.width):
+        raise ValueError("it says no number of frames, rate or size")
+    reading.within(4 * header.height * header.width, f"{header.width} x {header.height} pixels")
+    return decoder
 
 
 def _video_decoder():

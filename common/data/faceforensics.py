@@ -7,7 +7,7 @@ folders share a name, stay videos of their own. `split` refuses parts that share
 import re
 from collections import Counter, defaultdict
 from itertools import pairwise
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ import torch
 from common import reading
 from common.data import face_layouts
 from common.data.clips import (
+    RATES,
     VIDEO_SUFFIXES,
     VideoFiles,
     Videos,
@@ -36,6 +37,7 @@ from common.data.images import (
     open_image,
     reason,
 )
+from common.data.pack import SUFFIX, PackedImages, pack
 from common.data.sampling import TEST_SHARE, hold_out
 from common.data.synthetic import face_clips
 from common.errors import InputError, first_few, plural
@@ -46,6 +48,7 @@ SAMPLES = {
     "sample-flicker": {"variant": "flicker", "num_faces": 60, "size": 32},
 }
 FACES = ("largest", "first")
+_SCENE = 1.3  # a picture's sides are 4 : 3 or wider, a face's crop is about square
 _MOST_FACES = 10  # of a frame, so that its second number can be a face's
 
 
@@ -145,6 +148,12 @@ def prepare(
     for note in videos.notes:
         say(note)
     say(videos.describe())
+    if videos.images.aspect > _SCENE:
+        say(
+            f"WARN {videos.name}: frames of {videos.images.aspect:.2g} : 1, as whole scenes have:"
+            " the central square alone is read, and a face beside it is lost; python -m common.data"
+            " crop-faces cuts faces out"
+        )
     return videos
 
 
@@ -187,6 +196,8 @@ def open_videos(
     notes = []
     if isinstance(path, str):
         given = existing(path)
+        if given.suffix == SUFFIX and not given.is_dir():
+            return _packed(path, compression, preferred)
         is_file = not given.is_dir()
         is_table = is_file and given.suffix.lower() in (".csv", ".json")
         only = given.name if is_table or (is_file and is_video(given.name)) else ""
@@ -195,7 +206,7 @@ def open_videos(
         place = existing(frames_root) if frames_root is not None else given
         place = given.parent if only and frames_root is None else place
         files, sizes, keys, read = list_files(
-            str(place), _is_wanted, (".csv", ".json", *VIDEO_SUFFIXES)
+            str(place), _is_wanted, (".csv", ".json", SUFFIX, *VIDEO_SUFFIXES)
         )
         names = files
         if not only:
@@ -204,7 +215,7 @@ def open_videos(
         if is_table:
             lists = {only: _content(path, only, lambda _: reading.read_bytes(given), 0)}
         else:
-            listed = [name for name in names if is_list(name) and not only]
+            listed = [name for name in names if is_list(name) and not only and not _is_rates(name)]
             lists = {name: _content(path, name, read, number[name]) for name in listed}
         there, behind = _videos(names, labels)
         records, unlisted, notes = face_layouts.find(Tree(path, there, lists, place, only), labels)
@@ -223,20 +234,10 @@ def open_videos(
     if labels and any(record.split for record in records):
         unlisted += [record.name for record in records if not record.split]
         records = [record for record in records if record.split]
-    levels = sorted({record.key[2] for record in records})
-    if compression is None and preferred not in (None, "all"):
-        compression = preferred if preferred in levels else None
-        if compression is None:
-            there = f" ({', '.join(levels)})" if any(levels) else ""
-            notes.append(
-                f"no videos with compression {preferred}, as in training: all are read{there}"
-            )
-    if compression not in (None, "all"):
-        records = [record for record in records if record.key[2] == compression]
-        if not records:
-            raise InputError(
-                f"{path}: no videos with compression {compression!r}, there are {levels}"
-            )
+    levels = {record.key[2] for record in records}
+    chosen, more = _chosen_levels(path, levels, compression, preferred)
+    notes += more
+    records = [record for record in records if record.key[2] in chosen]
     _refuse_repeats(path, records)
 
     kinds = {is_video(record.files[0]) for record in records if not record.missing}
@@ -253,7 +254,9 @@ def open_videos(
         raise InputError(f"{path}: no videos there{names}")
     times = None
     if kinds == {False}:
-        used, times, rates, more = _ordered_frames(used, fps, face, lambda n: read(number[n]))
+        tables = {n: _content(path, n, read, number[n]) for n in filter(_is_rates, names)}
+        own = _own_rates(path, tables)
+        used, times, rates, more = _ordered_frames(used, fps, own, face, lambda n: read(number[n]))
         notes += more
     used_files = list(dict.fromkeys(name for record in used for name in record.files))
     order = {name: i for i, name in enumerate(used_files)}
@@ -286,6 +289,91 @@ def open_videos(
     return FaceVideos(title, used, frames, rates, images, missing, unlisted, notes, times)
 
 
+def _chosen_levels(path: str, levels: set[str], compression: str | None, preferred: str | None):
+    """The compressions of `levels` that are read, see `open_videos`, and what is to be said."""
+    levels = sorted(levels)
+    if compression is None and preferred not in (None, "all"):
+        if preferred in levels:
+            return [preferred], []
+        there = f" ({', '.join(levels)})" if any(levels) else ""
+        note = f"no videos with compression {preferred}, as in training: all are read{there}"
+        return levels, [note]
+    if compression in (None, "all"):
+        return levels, []
+    if compression not in levels:
+        raise InputError(f"{path}: no videos with compression {compression!r}, there are {levels}")
+    return [compression], []
+
+
+def pack_videos(videos: FaceVideos, path: Path, *, default_size: int, workers: int) -> None:
+    """Write videos to a packed file, from which `open_videos` reads the same ones.
+
+    `default_size` is as of `pack`.
+
+    Raises:
+        InputError: a frame is damaged, or the file cannot be written.
+    """
+    images = videos.images
+    rows = np.concatenate(videos.frames)
+    files = isinstance(images, VideoFiles)
+    entries = []
+    for i, frames in enumerate(videos.frames):
+        sizes = images.sizes[images.files_of(frames[:1]) if files else frames]
+        times = videos.times[i]
+        entries.append(
+            {
+                "key": list(videos.keys[i]),
+                "label": int(videos.labels[i]),
+                "split": videos.splits[i],
+                "group": "" if videos.groups is None else videos.groups[i],
+                "persons": list(videos.persons[i]),
+                "length": len(frames),
+                "sizes": sizes.tolist(),
+                "rate": float(videos.rates[i]),
+                "times": None if times is None else times.tolist(),
+            }
+        )
+    pack(
+        images,
+        path,
+        default_size=default_size,
+        left_out=videos.missing if len(rows) < len(images) else (),  # damaged, not absent
+        workers=workers,
+        videos=entries,
+        rows=rows,
+    )
+
+
+def _packed(path: str, compression: str | None, preferred: str | None) -> FaceVideos:
+    images = PackedImages(Path(path))
+    if images.videos is None:
+        raise InputError(f"{path} holds images, no videos; pack them with --clips")
+    levels = {video["key"][2] for video in images.videos}
+    chosen, notes = _chosen_levels(path, levels, compression, preferred)
+    kept = np.array([video["key"][2] in chosen for video in images.videos])
+    videos = [video for video, is_kept in zip(images.videos, kept, strict=True) if is_kept]
+    if not kept.all():
+        lengths = [video["length"] for video in images.videos]
+        sizes = [size for video in videos for size in video["sizes"]]
+        images.keep(np.flatnonzero(np.repeat(kept, lengths)), sizes)
+    records = [
+        Record(
+            tuple(video["key"]),
+            video["label"],
+            video["split"],
+            [],
+            group=video["group"],
+            persons=tuple(video["persons"]),
+        )
+        for video in videos
+    ]
+    ends = np.cumsum([video["length"] for video in videos])
+    frames = np.split(np.arange(ends[-1]), ends[:-1])
+    rates = [video["rate"] for video in videos]
+    times = [video["times"] and np.array(video["times"], np.float64) for video in videos]
+    return FaceVideos(images.name, records, frames, rates, images, notes=notes, times=times)
+
+
 def _refuse_repeats(path: str, records: list[Record]) -> None:
     listed = Counter((record.name, record.split) for record in records)
     twice = [name for (name, _), count in listed.items() if count > 1]
@@ -307,31 +395,56 @@ def _refuse_repeats(path: str, records: list[Record]) -> None:
         )
 
 
-def _ordered_frames(used: list[Record], fps: float, face: str, read) -> tuple:
+def _is_rates(name: str) -> bool:
+    return PurePosixPath(name).name == RATES
+
+
+def _own_rates(path: str, lists: dict[str, bytes]) -> dict[str, float]:
+    """The frames a second of folders of frames, by their names, as files named RATES say."""
+    rates = {}
+    for name, data in lists.items():
+        what = f"{path}: {name}"
+        for line, row in reading.csv_rows(data, what, ("video", "fps")):
+            try:
+                rate = float(row["fps"])
+            except ValueError:
+                rate = 0.0
+            if not 0 < rate < 1e6:
+                raise InputError(f"{what} line {line}: fps {row['fps']!r} is no rate")
+            rates[str(PurePosixPath(name).parent / row["video"])] = rate
+    return rates
+
+
+def _ordered_frames(used: list[Record], fps: float, own_rates: dict, face: str, read) -> tuple:
     """The videos with one face a frame, the times of frames that are not evenly apart (None where
-    all are), the rates, and what is to be said."""
+    all are), the rates, and what is to be said. The numbers of frames count at `fps`, or where
+    `own_rates` has a folder's at that."""
     chosen, times, rates = [], [], []
-    faced, gaps, steps = [], [], []
+    faced, gaps, steps, known = [], [], [], []
     for record in used:
+        own = own_rates.get(record.files[0].rpartition("/")[0])
+        base = own or fps
+        known += [record.name] * (own is not None)
         files, numbers = record.files, _numbers_of(record.files)
         if numbers is not None and len(set(numbers)) < len(numbers):
             faced.append(record.name)
             files, numbers = _one_face(files, numbers, face, read)
-        rate, when = fps, None
+        rate, when = base, None
         if numbers is not None and len(numbers) > 1:
             apart = np.diff(numbers)
             if apart.min() == apart.max():
-                rate = fps / int(apart[0])
-                if apart[0] > 1:
+                rate = base / int(apart[0])
+                if apart[0] > 1 and own is None:
                     steps.append(int(apart[0]))
             else:
                 gaps.append(record.name)
-                when = (np.array(numbers, np.float64) - numbers[0]) / fps
-                rate = fps * len(apart) / float(numbers[-1] - numbers[0])
+                when = (np.array(numbers, np.float64) - numbers[0]) / base
+                rate = base * len(apart) / float(numbers[-1] - numbers[0])
         chosen.append(record._replace(files=files))
         times.append(when)
         rates.append(rate)
     notes = []
+    rate_of = "their rates" if known else f"--fps {fps:g}"
     if faced:
         notes.append(
             f"WARN {plural(len(faced), 'video')} with frames of several faces: {first_few(faced)};"
@@ -345,10 +458,12 @@ def _ordered_frames(used: list[Record], fps: float, face: str, read) -> tuple:
             f"{plural(len(steps), 'video')} with one of {every} frames, as their numbers say:"
             f" {left} of --fps {fps:g} frames a second are there"
         )
+    if known:
+        notes.append(f"{RATES} has the rates of {plural(len(known), 'video')}: --fps is not theirs")
     if gaps:
         notes.append(
             f"{plural(len(gaps), 'video')} with gaps in the frames' numbers:"
-            f" {first_few(gaps)}; clips are cut by the time that the numbers give at --fps {fps:g}"
+            f" {first_few(gaps)}; clips are cut by the time that the numbers give at {rate_of}"
         )
     return chosen, times if gaps else None, rates, notes
 
@@ -508,7 +623,7 @@ def _is_wanted(name: str) -> bool:
 
 
 def _is_shown(name: str) -> bool:
-    return is_image(name) or (is_video(name) and not hidden(name))
+    return is_image(name) or ((is_video(name) or _is_rates(name)) and not hidden(name))
 
 
 def _videos(

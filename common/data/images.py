@@ -109,6 +109,7 @@ class Images:
         groups: (n,) names of what stays together, see `common.data.groups`; None: nothing does.
         note: what `describe` adds.
         native_size: median shorter side of the images in pixels.
+        aspect: median of longer side / shorter side of those that were looked at.
         store_size: side of the decoded squares in pixels.
         sizes: (n,) int64, bytes of the items' files; empty where there are none.
         num_bytes: what the items take where they lie.
@@ -120,6 +121,7 @@ class Images:
     # JPEG is decoded at a fraction of its size where that is enough for the squares.
     _drafts = True
     groups: np.ndarray | None = None
+    aspect = 1.0
     note = ""
     _white = 65535  # the level of 16-bit pixels that becomes 255, where a file names none
 
@@ -150,10 +152,8 @@ class Images:
         self.keeps = True
         self.num_bytes = sum(sizes) if pixels is None else pixels.nbytes
         self._cached = None if pixels is None else np.ones(len(ids), bool)
-        content = f"{ids}{list(sizes)}".encode()
-        if pixels is not None:
-            content += hashlib.sha256(pixels.numpy().tobytes()).digest()
-        self.fingerprint = hashlib.sha256(content).hexdigest()[:8]
+        content = b"" if pixels is None else hashlib.sha256(pixels.numpy().tobytes()).digest()
+        self.fingerprint = listing_fingerprint(ids, sizes, content)
         self.native_size = pixels.shape[-1] if pixels is not None else self._probe()
         self.store_size = pixels.shape[-1] if pixels is not None else min(256, self.native_size)
 
@@ -280,7 +280,7 @@ class Images:
         for index in np.unique(np.linspace(0, len(self) - 1, 64).astype(int)):
             try:
                 with open_image(self._read_bytes(index)) as image:
-                    sides.append(min(image.size))
+                    sides.append(image.size)
                     if _has_16_bits(image):
                         named = named or _named_white(image) or 0
                         dark = dark or not _named_white(image)
@@ -296,7 +296,12 @@ class Images:
             self._white = self._darkest_white()
         if self._white < 65535:
             self.note += f"; 16-bit pixels scaled by {self._white}: none is above"
-        return int(np.median(sides))
+        return self._shorter_side(sides)
+
+    def _shorter_side(self, sides: list[tuple[int, int]]) -> int:
+        # Of some images' widths and heights.
+        self.aspect = float(np.median([max(pair) / max(min(pair), 1) for pair in sides]))
+        return int(np.median([min(pair) for pair in sides]))
 
     def _darkest_white(self) -> int:
         # Cameras of 12 bits store 16, of which the upper ones are empty then; masks store 8.
@@ -403,6 +408,11 @@ class Images:
             self.groups = self.groups[kept]
         self.sizes = self.sizes[kept]
         self._read_bytes = read
+
+
+def listing_fingerprint(ids: list[str], sizes, content: bytes = b"") -> str:
+    """Eight digits that stand for names, the sizes of their files, and `content`."""
+    return hashlib.sha256(f"{ids}{list(sizes)}".encode() + content).hexdigest()[:8]
 
 
 def check_damaged(name: str, ids: list[str], bad: np.ndarray, cap: float, unit: str) -> list[str]:

@@ -1,11 +1,11 @@
 """A data set decoded once, as one file of uint8 pixels.
 
-`python -m common.data pack SRC DST` writes it.
+`python -m common.data pack SRC DST` writes it; with `--clips` the images are the frames of videos.
 
 Layout of the file: `_MAGIC`, the pixels (n, 3, S, S), then JSON (names, labels, splits, groups
-where there are any, sizes, one CRC-32 an image and one digest of each file that they come from),
-and a trailer with the JSON's length and its SHA-256. Pixels come first, so that packing streams;
-what is known only at the end is at the end.
+where there are any, sizes, one CRC-32 an image, one digest of the file that each comes from, and
+of frames a list of their videos), and a trailer with the JSON's length and its SHA-256. Pixels come
+first, so that packing streams; what is known only at the end is at the end.
 
 A packed set is the set that it was made of: the same ids, labels, splits, groups and, at the side
 it was packed at, the same batches. So a run is the same run on either: the fingerprint is the
@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from common import live, reading
-from common.data.images import UNLABELED, Images, central_square
+from common.data.clips import VideoFiles
+from common.data.images import UNLABELED, Images, central_square, listing_fingerprint
 from common.errors import InputError
 from common.retry import retried
 from common.run.content import Content
@@ -35,6 +36,9 @@ from common.run.files import atomic_write
 
 SUFFIX = ".packed"
 _MAGIC = b"packed uint8 images, version 1\n\0"
+# Of a video: its key (dataset, method, compression, name), frames, bytes of its files, frames a
+# second, and the seconds of its frames or None where they are evenly apart.
+VIDEO_FIELDS = {"key", "label", "split", "group", "persons", "length", "sizes", "rate", "times"}
 _TRAILER = struct.Struct("<Q32s")  # length and SHA-256 of the JSON in front of it
 # Of pixels decoded together: bounds the memory, which holds three such batches.
 _BATCH_BYTES = 16 * 2**20
@@ -84,6 +88,9 @@ class PackedImages(Images):
         self.content = Content(
             self.ids, None, digests=digests if len(digests) else None, crc=self._crc
         )
+        self.videos = index.get("videos")  # what `pack` was given
+        self.left_out = index.get("left_out", [])
+        self._rows = np.arange(len(self.ids))  # where in the file they are
         self._checked = np.zeros(len(self.ids), bool)
         self._read_bytes = self._cache = self._cached = None
         self.keeps = False
@@ -93,10 +100,23 @@ class PackedImages(Images):
     def _set_fingerprint(self, asked: int) -> None:
         # The command asks for `asked` pixels, of the source too; only where that is the packed side
         # they are the same.
+        self._asked = asked
         self.fingerprint = self._source
         if asked != self._packed_size:
             packed = f"{self._source} packed at {self._packed_size}"
             self.fingerprint = hashlib.sha256(packed.encode()).hexdigest()[:8]
+
+    def keep(self, rows: np.ndarray, sizes: list[int]) -> None:
+        """Keep only these images, as if no others had been packed; `sizes` are their files'."""
+        self.ids = [self.ids[row] for row in rows]
+        self.labels, self.splits = self.labels[rows], self.splits[rows]
+        self._rows, self._crc, self._checked = rows, self._crc[rows], self._checked[rows]
+        digests = self.content.digests()[rows]
+        self.content = Content(
+            self.ids, None, digests=digests if digests.any() else None, crc=self._crc
+        )
+        self._source = _without(listing_fingerprint(self.ids, sizes), self.left_out)
+        self._set_fingerprint(self._asked)
 
     def resize_store(self, size: int) -> None:
         """Read squares of another side, at most the packed one (pixels)."""
@@ -142,7 +162,7 @@ class PackedImages(Images):
                 self._checked[:] = False  # it may be another file now
             file = self._file
         left = memoryview(pixels).cast("B")
-        offset = len(_MAGIC) + index * len(left)
+        offset = len(_MAGIC) + int(self._rows[index]) * len(left)
         try:
             while len(left):
                 if hasattr(os, "preadv"):
@@ -169,8 +189,18 @@ def _digests(images: Images) -> np.ndarray:
     # (n,) int64 of the files that the images were read from; empty where there are none.
     if images.content is None:
         return np.zeros(0, np.int64)
+    digests = images.content.digests()
+    if isinstance(images, VideoFiles):
+        return digests[images.files_of(np.arange(len(images)))]
     rows = {name: row for row, name in enumerate(images.content.names)}
-    return images.content.digests()[[rows[name] for name in images.ids]]
+    return digests[[rows[name] for name in images.ids]]
+
+
+def _without(fingerprint: str, left_out) -> str:
+    # That of a set of which damaged items were left out.
+    if not left_out:
+        return fingerprint
+    return hashlib.sha256(f"{fingerprint} without {sorted(left_out)}".encode()).hexdigest()[:8]
 
 
 def _read_index(path: Path) -> dict:
@@ -235,25 +265,79 @@ def _is_index(index) -> bool:
         and type(digests) is str
         and len(digests) in (0, 16 * len(ids))
         and not digests.strip("0123456789abcdef")
+        and ("videos" not in index or _are_videos(index["videos"], len(ids)))
+        and _are_texts(index.get("left_out", []))
     )
 
 
-def pack(images: Images, path: Path, *, default_size: int, left_out=(), workers: int) -> None:
+def _are_texts(values, count: int | None = None) -> bool:
+    return (
+        isinstance(values, list)
+        and all(type(value) is str for value in values)
+        and count in (None, len(values))
+    )
+
+
+def _are_videos(videos, frames: int) -> bool:
+    """Whether a packed set's videos are what `faceforensics.pack_videos` writes."""
+    return (
+        isinstance(videos, list)
+        and all(isinstance(video, dict) and video.keys() == VIDEO_FIELDS for video in videos)
+        and all(
+            _are_texts(video["key"], 4)
+            and video["label"] in (UNLABELED, 0, 1)
+            and video["split"] in ("", "train", "val", "test")
+            and type(video["group"]) is str
+            and _are_texts(video["persons"])
+            and type(video["length"]) is int
+            and video["length"] > 0
+            and isinstance(video["sizes"], list)
+            and all(type(size) is int for size in video["sizes"])
+            and type(video["rate"]) in (int, float)
+            and 0 < video["rate"] < float("inf")
+            and (
+                video["times"] is None
+                or (
+                    isinstance(video["times"], list)
+                    and len(video["times"]) == video["length"]
+                    and all(type(second) in (int, float) for second in video["times"])
+                )
+            )
+            for video in videos
+        )
+        and sum(video["length"] for video in videos) == frames
+    )
+
+
+def pack(
+    images: Images,
+    path: Path,
+    *,
+    default_size: int,
+    left_out=(),
+    workers: int,
+    videos: list[dict] | None = None,
+    rows: np.ndarray | None = None,
+) -> None:
     """Write `images` as they are decoded: `path` holds either the old or the whole new file.
 
-    `default_size` is the side that the source is decoded to where no --store-size is given,
-    `left_out` the names of damaged images. Memory does not grow with the data set.
+    Memory does not grow with the data set.
+
+    Args:
+        default_size: the side that the source is decoded to where no --store-size is given.
+        left_out: the names of damaged images, or of videos with one.
+        videos: those that the images are the frames of, in their order, with VIDEO_FIELDS.
+        rows: the images that are packed; unset: all.
 
     Raises:
         InputError: an image is damaged, or the file cannot be written.
     """
     side = images.store_size
     crc = []
-    source = images.fingerprint
-    if left_out:
-        source = hashlib.sha256(f"{source} without {sorted(left_out)}".encode()).hexdigest()[:8]
+    source = _without(images.fingerprint, left_out)
     images.keeps = False
-    batches = np.array_split(np.arange(len(images)), -(-len(images) * 3 * side**2 // _BATCH_BYTES))
+    rows = np.arange(len(images)) if rows is None else rows
+    batches = np.array_split(rows, -(-len(rows) * 3 * side**2 // _BATCH_BYTES))
     try:
         with atomic_write(path, "wb", stream=True) as file:
             file.write(_MAGIC)
@@ -262,20 +346,23 @@ def pack(images: Images, path: Path, *, default_size: int, left_out=(), workers:
                 for pixels in batch.contiguous().numpy():
                     crc.append(zlib.crc32(pixels))
                     file.write(pixels)
+            digests = _digests(images)
             index = {
-                "ids": images.ids,
-                "labels": images.labels.tolist(),
+                "ids": [images.ids[row] for row in rows],
+                "labels": images.labels[rows].tolist(),
                 "classes": images.classes,
-                "splits": images.splits.tolist(),
+                "splits": images.splits[rows].tolist(),
                 "native_size": images.native_size,
                 "default_size": default_size,
                 "store_size": side,
                 "fingerprint": source,
                 "crc": crc,
-                "digests": _digests(images).tobytes().hex(),
+                "digests": digests[rows].tobytes().hex() if len(digests) else "",
             }
             if images.groups is not None:
-                index["groups"] = images.groups.tolist()
+                index["groups"] = images.groups[rows].tolist()
+            if videos is not None:
+                index |= {"videos": videos, "left_out": sorted(left_out)}
             text = json.dumps(index).encode()
             file.write(text + _TRAILER.pack(len(text), hashlib.sha256(text).digest()))
     except OSError as error:

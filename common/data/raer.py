@@ -8,6 +8,7 @@ from 0):
 - `train.txt`, `test.txt` and perhaps `val.txt`, a line a clip: `CLIP_FOLDER NUM_FRAMES LABEL`. The
   folder may have spaces in its name, and may be absolute: what lies above the data is dropped.
   Labels count from 1, or from 0 where a 0 occurs, where nothing else is asked for.
+  Also read are the forms of DFEW's, FERV39k's and MAFW's lists, see `_lines`.
 - the folders of frames that these name.
 - `face.json`: `{clip folder: {frame's file name: [left, top, right, bottom]}}` and `body.json`:
   `{clip folder: [left, top, right, bottom]}`, in pixels of the frame, turned by its EXIF
@@ -16,6 +17,11 @@ from 0):
   keys may have another root, case or extension.
 - `classes.txt`, a line a class in the order of the labels: the name, and after a tab a description
   for the text encoder. Without this file they are RAER's five.
+
+Without lists and boxes, `SPLIT/CLASS/` has images, a clip each, or folders of frames.
+
+For answers alone, folders of frames are clips without labels; images that lie in the folder itself
+are an item each, whose box has its file's name for a key.
 
 The face stream shows the face's box with a margin, stretched to a square; the context stream the
 body's box, letterboxed in black. One decoding of a frame gives both.
@@ -37,7 +43,7 @@ from PIL import Image
 from torch import Tensor
 
 from common import live, reading
-from common.data.clips import VIDEO_SUFFIXES, Videos, natural_order, renaming
+from common.data.clips import VIDEO_SUFFIXES, VideoFiles, Videos, natural_order, renaming
 from common.data.groups import refuse_spanning
 from common.data.images import (
     DECODE_ERRORS,
@@ -54,7 +60,7 @@ from common.data.images import (
 )
 from common.data.sampling import hold_out, hold_out_groups, say_lost
 from common.data.synthetic import emotion_clips
-from common.errors import InputError, first_few, plural
+from common.errors import InputError, did_you_mean, first_few, plural
 from common.rng import uniform
 from common.run.content import codes
 
@@ -93,14 +99,18 @@ _FRAME_STREAM = 2**31 + 2  # beside data's and clips' streams; no view has this 
 
 class _Line(NamedTuple):
     clip: str  # as it is listed
-    count: int
-    label: int
+    count: int | None  # of its frames, where the list says it
+    label: int | str
     split: str
     place: str  # file and line number
 
 
-class TwoStreams(Images):
-    """Frames as uint8 (2, 3, store_size, store_size): the face's square, and the context's.
+class _Streams:
+    """What `Images` decodes as the two streams.
+
+    Frames as uint8 (2, 3, store_size, store_size): the face's square, and the context's.
+
+    Where `bodies` is None it is the face's alone, (1, 3, store_size, store_size).
 
     Attributes:
         faces, bodies: (n, 4) float64 boxes left, top, right, bottom in pixels of each frame as it
@@ -111,35 +121,51 @@ class TwoStreams(Images):
 
     _drafts = False  # the boxes count pixels of the frame as it is
 
-    def __init__(
-        self,
-        name: str,
-        files: list[str],
-        sizes,
-        read,
-        faces: np.ndarray,
-        bodies: np.ndarray,
-        margin: float,
-        keys=(),
-    ):
+    def _set_boxes(self, faces: np.ndarray, bodies: np.ndarray | None, margin: float) -> None:
         self.faces = faces
         self.bodies = bodies
         self.margin = margin
-        labels = [UNLABELED] * len(files)
-        splits = [""] * len(files)
-        super().__init__(name, files, labels, [], splits, sizes=sizes, keys=keys, read=read)
-        self.content.facts["box"] = codes(np.concatenate([faces, bodies], 1))
-        digest = hashlib.sha256(self.fingerprint.encode() + faces.tobytes() + bodies.tobytes())
-        self.fingerprint = digest.hexdigest()[:8]
+        boxes = [faces] if bodies is None else [faces, bodies]
+        told = self.fingerprint.encode() + b"".join(rows.tobytes() for rows in boxes)
+        self.fingerprint = hashlib.sha256(told).hexdigest()[:8]
 
     @property
     def _shape(self) -> tuple[int, ...]:
-        return (2, 3, self.store_size, self.store_size)
+        return (1 + (self.bodies is not None), 3, self.store_size, self.store_size)
 
-    def _cut(self, image: Image.Image, index: int) -> Tensor:
+    def _cut(self, image: Tensor, index: int) -> Tensor:
+        image = Image.fromarray(image.permute(1, 2, 0).numpy())
         face = crop_square(image, _grown(self.faces[index], self.margin), self.store_size)
+        if self.bodies is None:
+            return face[None]
         context = letterbox(image, self.bodies[index], self.store_size)
         return torch.stack([face, context])
+
+
+class TwoStreams(_Streams, Images):
+    """Two streams of the frames in files of images; arguments as `Images` takes them, and boxes."""
+
+    def __init__(
+        self, name: str, files: list[str], sizes, read, faces, bodies, margin: float, keys=()
+    ):
+        labels = [UNLABELED] * len(files)
+        splits = [""] * len(files)
+        super().__init__(name, files, labels, [], splits, sizes=sizes, keys=keys, read=read)
+        boxes = [faces] if bodies is None else [faces, bodies]
+        self.content.facts["box"] = codes(np.concatenate(boxes, 1))
+        self._set_boxes(faces, bodies, margin)
+
+
+class VideoStreams(_Streams, VideoFiles):
+    """Two streams of the frames of video files; the boxes follow when the frames are counted."""
+
+    def take_boxes(self, frames: np.ndarray, faces, bodies, margin: float) -> None:
+        """Set the boxes (n, 4) of `frames` (n,); no other frame is decoded then."""
+        every = np.full((2, len(self), 4), np.nan)
+        every[0, frames] = faces
+        if bodies is not None:
+            every[1, frames] = bodies
+        self._set_boxes(every[0], None if bodies is None else every[1], margin)
 
 
 class EmotionClips(Videos):
@@ -180,8 +206,8 @@ class EmotionClips(Videos):
 
     def batches(
         self, clips: Iterable[tuple[np.ndarray, np.ndarray]], workers: int
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The faces and the contexts of each batch of clips.
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """The faces and the contexts of each batch of clips, or the faces alone.
 
         Each is uint8 (b, T, 3, store_size, store_size). Threads decode them ahead of use. A batch
         is (clips (b,), positions (b, T)), as `Videos.batches` takes it. A frame is decoded once for
@@ -192,7 +218,7 @@ class EmotionClips(Videos):
 
     def describe_frames(self, num_frames: int) -> str:
         """How clips are read, in one line: how many have too few frames, by name."""
-        text = f"clips of {num_frames} frames, one of each of as many equal segments"
+        text = f"clips of {plural(num_frames, 'frame')}, one of each of as many equal segments"
         few = self.lengths < num_frames
         if few.any():
             first = self.ids[int(few.argmax())]
@@ -283,6 +309,9 @@ def open_clips(
     labels=True,
     label_base: int | None = None,
     known: list[str] | None = None,
+    as_clip=True,
+    streams="both",
+    lists: dict[str, str] | None = None,
 ) -> EmotionClips:
     """The clips of a folder or of a .zip, or the embedded data set (`sample`).
 
@@ -303,33 +332,62 @@ def open_clips(
         labels: False takes any folders of frames, as clips without labels or splits.
         label_base: what the lists call the first class; None: 0 where a 0 occurs in them, else 1.
         known: a model's classes in its order, those of data without classes.txt.
+        lists: the files that list the clips of "train" and "test", in the place of those in `path`.
+        streams: "both", or "face": no body is read or cut.
+        as_clip: images that lie in the folder itself are the frames of one clip; False: each is a
+            clip.
 
     Raises:
         InputError: missing or not readable; a line, class or box that is not as above; a label
             beyond the classes; a clip that is listed twice or in two splits; clips without frames,
             with others than listed, or without boxes.
     """
+    with_body = streams == "both"
     if path == "sample":
-        return _sample()
+        return _sample(with_body)
     if isinstance(path, str):
-        tree = _tree(path)
+        tree = _tree(path, as_clip)
         title = Path(path).name
     else:
-        tree = _joined(path)
+        tree = _joined(path, as_clip)
         path = title = tree.path
     names, descriptions = list(CLASSES), list(CLASSES.values())
-    notes = []
+    notes = list(tree.notes)
+    videos = None
+    if tree.videos:
+        tree, videos = _with_videos(tree, title, workers, on_bad_item, notes)
+    if tree.num_loose > 1:
+        notes.append(
+            f"{tree.num_loose} images lie in no folder of a clip: each is an item; --as-clip takes"
+            " those of a folder as the frames of one clip"
+        )
     if labels:
-        lists = _lists(tree)
-        names, descriptions = _classes(tree, known)
-        lines = [line for part, name in lists.items() for line in _lines(tree, name, part)]
-        base = label_base
+        by_folder = None if lists else _class_folders(tree)
+        if by_folder:
+            tree, lines = by_folder
+            notes.append(f"no lists: {plural(len(lines), 'clip')} in folders SPLIT/CLASS")
+        else:
+            texts = _list_texts(tree, lists or {}, notes)
+            lines = [
+                line
+                for part, (place, text) in texts.items()
+                for line in _lines(tree.path, place, text, part)
+            ]
+        base, named = label_base, sorted({x.label for x in lines if isinstance(x.label, str)})
+        if named and len(named) < len({line.label for line in lines}):
+            raise InputError(f"{path}: some labels are numbers and some are names; give one kind")
+        names, descriptions = _classes(tree, known, named)
+        if named and base is not None and known is None:
+            raise InputError(f"--label-base {base}: labels of {path} are names; leave it out")
+        if named:
+            base, lines = 0, _numbered(tree.path, lines, names)
         if base is None:
             base = 0 if any(line.label == 0 for line in lines) else 1
-        notes.append(_check_labels(tree, lines, base, names))
+        note = _check_labels(tree, lines, base, names)
+        notes.append(f"labels are names: {', '.join(names)}" if named else note)
         if names == list(CLASSES) and _position(tree, "classes.txt") is None:
-            notes[0] += " (RAER's classes, the default without classes.txt)"
-        found = _found([line.clip for line in lines], tree.folders)
+            notes[-1] += " (RAER's classes, the default without classes.txt)"
+        found = _found_loosely([line.clip for line in lines], tree.folders, (_stem,))
         lines = [line._replace(clip=found.get(line.clip, line.clip)) for line in lines]
         _refuse_repeats(path, lines)
     else:
@@ -342,7 +400,7 @@ def open_clips(
     lines = _with_frames(tree, listed, on_bad_item, allow_missing, notes)
 
     faces_of = _face_boxes(tree, lines, box_format)
-    body_of = _body_boxes(tree, lines, box_format)
+    body_of = _body_boxes(tree, lines, box_format) if with_body else {}
     name_of = dict(enumerate(names, base)) if labels else {}
     kept = _decide_missing(tree, lines, faces_of, body_of, missing_box, name_of, notes)
     used = [(line, rows) for line, rows in zip(lines, kept, strict=True) if len(rows)]
@@ -352,22 +410,31 @@ def open_clips(
     counts = [len(rows) for _, rows in used]
     ends = np.cumsum(counts)
     frames = np.split(np.arange(ends[-1]), ends[:-1])
+    faces = np.concatenate([faces_of[line.clip][rows] for line, rows in used])
+    bodies = None
+    if with_body:
+        bodies = np.repeat([body_of[line.clip] for line, _ in used], counts, axis=0)
 
     def content(index: int) -> bytes:
         return tree.read(position[index])
 
-    images = TwoStreams(
-        title,
-        [tree.names[i] for i in position],
-        [tree.sizes[i] for i in position],
-        content,
-        faces=np.concatenate([faces_of[line.clip][rows] for line, rows in used]),
-        bodies=np.repeat([body_of[line.clip] for line, _ in used], counts, axis=0),
-        margin=margin,
-        keys=[tree.keys[i] for i in position],
-    )
-    firsts = [indices[0] for indices in frames]
-    _refuse_degenerate(path, images, content, firsts, workers, box_format)
+    if videos is not None:
+        of_frames = np.array(position) - len(tree.sizes)
+        images, frames = videos, np.split(of_frames, ends[:-1])
+        images.take_boxes(of_frames, faces, bodies, margin)
+    else:
+        images = TwoStreams(
+            title,
+            [tree.names[i] for i in position],
+            [tree.sizes[i] for i in position],
+            content,
+            faces=faces,
+            bodies=bodies,
+            margin=margin,
+            keys=[tree.keys[i] for i in position],
+        )
+        firsts = [indices[0] for indices in frames]
+        _refuse_degenerate(path, images, content, firsts, workers, box_format)
     clips = EmotionClips(
         title,
         ids=[line.clip or Path(path).stem for line, _ in used],
@@ -379,7 +446,7 @@ def open_clips(
         descriptions=descriptions,
         notes=notes,
     )
-    clips.label_base = base if labels else None
+    clips.label_base = base if labels and not named else None
     clips.num_absent = len(listed) - len(lines)
     return clips
 
@@ -483,11 +550,11 @@ def _grown(box: np.ndarray, margin: float) -> np.ndarray:
     return np.array([left - x, top - y, right + x, bottom + y])
 
 
-def _sample() -> EmotionClips:
+def _sample(with_body: bool) -> EmotionClips:
     drawn = emotion_clips()
     count, length = drawn.face.shape[:2]
-    streams = torch.from_numpy(np.stack([drawn.face, drawn.context], 2))
-    pixels = streams.flatten(0, 1)  # [count * length, 2, 3, S, S]
+    streams = [drawn.face, drawn.context] if with_body else [drawn.face]
+    pixels = torch.from_numpy(np.stack(streams, 2)).flatten(0, 1)  # [count * length, 2, 3, S, S]
     files = [f"{i:06d}" for i in range(len(pixels))]
     images = Images("sample", files, [UNLABELED] * len(files), [], [""] * len(files), pixels=pixels)
     return EmotionClips(
@@ -503,7 +570,7 @@ def _sample() -> EmotionClips:
 
 
 def _is_wanted(name: str) -> bool:
-    return name.lower().endswith((*SUFFIXES, ".txt", ".json")) and not hidden(name)
+    return name.lower().endswith((*SUFFIXES, *VIDEO_SUFFIXES, ".txt", ".json")) and not hidden(name)
 
 
 class _Tree(NamedTuple):
@@ -513,33 +580,53 @@ class _Tree(NamedTuple):
     read: Callable[[int], bytes]
     sizes: list[int]
     keys: list[int]
+    num_loose: int = 0  # images that are a clip each
+    videos: dict[str, int] = {}  # positions of video files, by clip; their folders are empty
+    notes: tuple[str, ...] = ()
     parts: dict[str, "_Tree"] = {}  # of several paths, by path
 
 
-def _tree(path: str) -> _Tree:
-    files, sizes, keys, read = list_files(path, _is_wanted)
+def _tree(path: str, as_clip: bool) -> _Tree:
+    suffixes = (*SUFFIXES, *VIDEO_SUFFIXES)
+    alone = path.lower().endswith(suffixes) and not Path(path).is_dir()
+    files, sizes, keys, read = list_files((path,) if alone else path, _is_wanted, suffixes)
     top = posixpath.commonpath([posixpath.dirname(name) for name in files]) if files else ""
     names = [name[len(top) :].lstrip("/") for name in files]
     folders = defaultdict(list)
     for i, name in enumerate(names):
         if is_image(name):
             folders[posixpath.dirname(name)].append(i)
+    videos = {
+        "" if alone else name: i
+        for i, name in enumerate(names)
+        if name.lower().endswith(VIDEO_SUFFIXES)
+    }
+    notes = ()
+    if folders and videos:
+        notes = (f"{path}: {plural(len(videos), 'video file')} beside folders of frames left out",)
+        videos = {}
+    folders |= {name: [] for name in videos}
     if not folders:
-        raise InputError(f"{path}: no folders of frames there; allowed are {', '.join(SUFFIXES)}")
+        raise InputError(f"{path}: no folders of frames there; allowed are {', '.join(suffixes)}")
     for frames in folders.values():
         frames.sort(key=lambda i: natural_order(names[i]))
-    return _Tree(path, names, dict(folders), read, sizes, keys)
+    # In an archive the images of its only folder lie loose, too.
+    loose = [] if as_clip or alone or (top and Path(path).is_dir()) else folders.pop("", [])
+    folders |= {names[i]: [i] for i in loose}
+    return _Tree(path, names, dict(folders), read, sizes, keys, len(loose), videos, notes)
 
 
-def _joined(paths: tuple[str, ...]) -> _Tree:
+def _joined(paths: tuple[str, ...], as_clip: bool) -> _Tree:
     # The trees of several paths as one, each name with its path before it.
-    parts = {path: _tree(path) for path in paths}
+    parts = {path: _tree(path, as_clip) for path in paths}
     names: list[str] = []
     folders: dict[str, list[int]] = {}
+    videos: dict[str, int] = {}
     where: list[tuple[_Tree, int]] = []
     for path, tree in parts.items():
         for folder, rows in tree.folders.items():
             folders[_below(path, folder)] = [len(names) + row for row in rows]
+        videos |= {_below(path, clip): len(names) + i for clip, i in tree.videos.items()}
         names += [posixpath.join(path, name) for name in tree.names]
         where += [(tree, i) for i in range(len(tree.names))]
 
@@ -549,7 +636,45 @@ def _joined(paths: tuple[str, ...]) -> _Tree:
 
     sizes = [size for tree in parts.values() for size in tree.sizes]
     keys = [key for tree in parts.values() for key in tree.keys]
-    return _Tree(first_few(paths), names, folders, read, sizes, keys, parts)
+    num_loose = sum(tree.num_loose for tree in parts.values())
+    notes = tuple(note for tree in parts.values() for note in tree.notes)
+    if videos and len(videos) < len(folders):
+        raise InputError(
+            f"{first_few(paths)}: some are video files and some are images; give one kind at a time"
+        )
+    return _Tree(
+        first_few(paths), names, folders, read, sizes, keys, num_loose, videos, notes, parts
+    )
+
+
+def _with_videos(
+    tree: _Tree, title: str, workers: int, on_bad_item: str, notes: list[str]
+) -> tuple[_Tree, VideoStreams]:
+    """The tree with the frames of its video files, which are numbered behind its files."""
+    rows = list(tree.videos.values())
+    opened = VideoStreams(
+        title,
+        [tree.names[i] for i in rows],
+        [tree.sizes[i] for i in rows],
+        lambda index: tree.read(rows[index]),
+        workers,
+        keys=[tree.keys[i] for i in rows],
+    )
+    if opened.errors:
+        first = min(opened.errors)
+        fault = (
+            f"{len(opened.errors)} of {plural(len(rows), 'video file')} cannot be read"
+            f" (first: {tree.names[rows[first]]}: {opened.errors[first]})"
+        )
+        if on_bad_item == "error":
+            raise InputError(f"{tree.path}: {fault}; --on-bad-item skip leaves them out")
+        notes.append(fault)
+    folders = {
+        clip: list(len(tree.sizes) + opened.file_frames(k))
+        for k, clip in enumerate(tree.videos)
+        if k not in opened.errors
+    }
+    return tree._replace(names=tree.names + opened.ids, folders=folders), opened
 
 
 def _below(path: str, folder: str) -> str:
@@ -594,7 +719,8 @@ def _lists(tree: _Tree) -> dict[str, int]:
     if not positions:
         raise InputError(
             f"{tree.path}: no train.txt or test.txt there,"
-            " with lines `clip_folder num_frames label`"
+            " with lines `clip_folder num_frames label`; --train-list and --test-list name them"
+            " elsewhere, or give folders train/CLASS and test/CLASS"
         )
     return {part: positions[part] for part in ("train", "val", "test") if part in positions}
 
@@ -615,11 +741,16 @@ def _content(tree: _Tree, position: int) -> bytes:
         raise InputError(f"{tree.path}: {name} cannot be read: {reason(error)}") from None
 
 
-def _classes(tree: _Tree, known: list[str] | None) -> tuple[list[str], list[str]]:
-    """Names and descriptions; of a model's `known` classes the names alone."""
+def _classes(tree: _Tree, known: list[str] | None, named: list[str]) -> tuple[list[str], list[str]]:
+    """Names and descriptions; of a model's `known` classes the names alone.
+
+    Without classes.txt they are those that the lists name (`named`), or RAER's.
+    """
     position = _position(tree, "classes.txt")
     if position is None and known:
         return known, []
+    if position is None and named:
+        return named, [CLASSES.get(name, f"an expression of {name}") for name in named]
     if position is None:
         return list(CLASSES), list(CLASSES.values())
     rows = [line.partition("\t") for line in _text(tree, position).splitlines() if line.strip()]
@@ -651,21 +782,94 @@ def _classes(tree: _Tree, known: list[str] | None) -> tuple[list[str], list[str]
     return names, descriptions
 
 
-def _lines(tree: _Tree, position: int, part: str) -> list[_Line]:
+def _class_folders(tree: _Tree) -> tuple[_Tree, list[_Line]] | None:
+    """The clips of folders SPLIT/CLASS without lists and boxes, or None.
+
+    Images that lie there are a clip of one frame each, folders below it one clip each.
+    """
+    files = ("train.txt", "val.txt", "test.txt", "face.json", "body.json")
+    parts = {folder: folder.split("/") for folder in tree.folders}
+    fits = all(len(names) > 1 and names[0].lower() in SPLITS for names in parts.values())
+    if not fits or any(_position(tree, name) is not None for name in files):
+        return None
+    folders, lines = {}, []
+    for folder, (part, label, *deeper) in parts.items():
+        rows = tree.folders[folder]
+        clips = {folder: rows} if deeper else {tree.names[i]: [i] for i in rows}
+        folders |= clips
+        lines += [_Line(clip, None, label, SPLITS[part.lower()], clip) for clip in clips]
+    return tree._replace(folders=folders), lines
+
+
+def _list_texts(tree: _Tree, lists: dict[str, str], notes: list[str]) -> dict[str, tuple[str, str]]:
+    """The place, for messages, and the text of the list of each split."""
+    if not lists:
+        return {
+            part: (tree.names[position], _text(tree, position))
+            for part, position in _lists(tree).items()
+        }
+    texts = {}
+    for part, file in lists.items():
+        try:
+            texts[part] = file, reading.decode_table(reading.read_bytes(file), file)
+        except UnicodeDecodeError as error:
+            raise InputError(f"--{part}-list {file} is not UTF-8 text: {error}") from None
+        except DECODE_ERRORS as error:
+            raise InputError(f"--{part}-list {file} cannot be read: {reason(error)}") from None
+    notes.append("clips are listed by " + ", ".join(f"{file} ({p})" for p, file in lists.items()))
+    return texts
+
+
+def _lines(path: str, name: str, text: str, part: str) -> list[_Line]:
+    """The clips of a list.
+
+    All lines have one form: `clip_folder num_frames label` (RAER's, DFER-CLIP's), `clip label`
+    (FERV39k's and MAFW's official lists, whose labels are names), or the columns `video_name,label`
+    (DFEW's official ones, whose names are numbers of five digits).
+
+    Raises:
+        InputError: a line has another form.
+    """
+    rows = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    header = [cell.strip().lower() for cell in rows[0][1].split(",")] if rows else []
+    table = {"video_name", "label"} <= set(header)
+    width = 2
+    if table:
+        form = "`video_name,label`"
+        rows = rows[1:]
+    elif rows and len(fields := rows[0][1].rsplit(maxsplit=2)) == 3 and fields[1].isdecimal():
+        form, width = "`clip_folder num_frames label`", 3
+    else:
+        form = "`clip_folder num_frames label`, `clip label` or columns `video_name,label`"
     lines = []
-    for number, line in enumerate(_text(tree, position).splitlines(), 1):
-        fields = line.rsplit(maxsplit=2)
-        place = f"{tree.names[position]} line {number}"
-        if not fields:
-            continue
-        numbers = all(field.isdecimal() and len(field) < 18 for field in fields[1:])
-        if len(fields) < 3 or not numbers:
-            raise InputError(
-                f"{tree.path}: {place}: {line!r}, expected `clip_folder num_frames label`"
-            )
+    for number, line in rows:
+        place = f"{name} line {number}"
+        if table:
+            cells = dict(zip(header, [cell.strip() for cell in line.split(",")], strict=False))
+            fields = [cells.get("video_name", "").zfill(5), cells.get("label", "")]
+        else:
+            fields = line.rsplit(maxsplit=width - 1)
+        numbers = fields[1:] if width == 3 or table else []
+        if len(fields) < width or not all(x.isdecimal() and len(x) < 18 for x in numbers):
+            raise InputError(f"{path}: {place}: {line!r:.100}, expected {form}")
         clip = str(PurePosixPath(fields[0].strip().replace("\\", "/")))
-        lines.append(_Line(clip, int(fields[1]), int(fields[2]), part, place))
+        label = int(fields[-1]) if fields[-1].isdecimal() else fields[-1]
+        count = int(fields[1]) if width == 3 else None
+        lines.append(_Line(clip, count, label, part, place))
     return lines
+
+
+def _numbered(path: str, lines: list[_Line], names: list[str]) -> list[_Line]:
+    """Lines whose labels are names, with these names' numbers, counted from 0."""
+    number = {name: i for i, name in enumerate(names)}
+    for line in lines:
+        if line.label not in number:
+            hint = did_you_mean(line.label, names)
+            raise InputError(
+                f"{path}: {line.place}: label {line.label}{hint}, allowed are {', '.join(names)};"
+                " fix it, or name every class in classes.txt"
+            )
+    return [line._replace(label=number[line.label]) for line in lines]
 
 
 def _check_labels(tree: _Tree, lines: list[_Line], base: int, names: list[str]) -> str:
@@ -706,7 +910,7 @@ def _with_frames(
     wrong = [
         f"{line.clip} has {len(tree.folders[line.clip])} frames, {line.place} says {line.count}"
         for line in there
-        if len(tree.folders[line.clip]) != line.count
+        if line.count not in (None, len(tree.folders[line.clip]))
     ]
     if on_bad_item == "error" and absent:
         raise InputError(
@@ -763,15 +967,30 @@ def _boxes(tree: _Tree, name: str) -> dict:
     content = {
         str(PurePosixPath(clip.replace("\\", "/"))): value for clip, value in content.items()
     }
+    images = _flat(content)
     if name == "face.json":
         content = _nested(content)
-    found = _found_loosely(list(content), tree.folders)
+    loose = {folder for folder in tree.folders if is_image(folder)} if tree.num_loose else ()
+    found = _found_loosely(list(content), tree.folders.keys() - loose)
+    if loose:
+        rest = [key for key in images if posixpath.dirname(key) not in found]
+        content = images | content
+        found |= _found_loosely(rest, loose)
     if content and not found:
         raise InputError(
             f"{tree.path}: {tree.names[position]}: no key is a clip's folder: the first is"
             f" {next(iter(content))}, expected is one as {next(iter(tree.folders))}"
         )
     return {found[key]: value for key, value in content.items() if key in found}
+
+
+def _flat(content: dict) -> dict:
+    # {"folder": {"frame.png": box}} as {"folder/frame.png": box}, beside those that are so already
+    flat: dict = {}
+    for key, value in content.items():
+        nested = value if isinstance(value, dict) else {"": value}
+        flat |= {posixpath.join(key, file).rstrip("/"): box for file, box in nested.items()}
+    return flat
 
 
 def _nested(content: dict) -> dict:
@@ -811,10 +1030,13 @@ def _found(listed: list[str], there: Collection[str]) -> dict[str, str]:
     return found
 
 
-def _found_loosely(keys: list[str], there: Collection[str]) -> dict[str, str]:
-    """As `_found`, also in another case, with an extension, and by base names that are unique."""
+def _found_loosely(keys: list[str], there: Collection[str], forms=()) -> dict[str, str]:
+    """As `_found`, also by other forms of the names, where these are unique.
+
+    Unset: in another case, with an extension, and by base names.
+    """
     found = _found(keys, there)
-    for form in (_plain, lambda name: posixpath.basename(_plain(name))):
+    for form in forms or (_plain, lambda name: posixpath.basename(_plain(name))):
         left = [key for key in keys if key not in found]
         of_form = defaultdict(list)
         for folder in there:
@@ -828,6 +1050,13 @@ def _found_loosely(keys: list[str], there: Collection[str]) -> dict[str, str]:
             if folder is not None and folder not in taken:
                 found[key] = folder
     return found
+
+
+def _stem(name: str) -> str:
+    # A list may name a video's folder or its file, and number it with or without zeros.
+    stem, extension = posixpath.splitext(name)
+    folder, base = posixpath.split(stem if extension.lower() in VIDEO_SUFFIXES else name)
+    return posixpath.join(folder, base.zfill(5) if base.isdecimal() else base)
 
 
 def _plain(name: str) -> str:
@@ -858,12 +1087,16 @@ def _face_boxes(tree: _Tree, lines: list[_Line], box_format: str) -> dict[str, n
     strange = None
     for line in lines:
         by_file = content.get(line.clip) or {}
+        if isinstance(by_file, list) and is_image(line.clip):  # a clip of one image
+            by_file = {posixpath.basename(line.clip): by_file}
         if not isinstance(by_file, dict):
             raise InputError(
                 f"{tree.path}: {name}: {line.clip}: expected {{frame's file name: box}},"
                 f" got {by_file!r:.60}"
             )
         files = [posixpath.basename(tree.names[i]) for i in tree.folders[line.clip]]
+        if tree.videos:
+            files = [file.rpartition("#")[2] for file in files]
         if by_file and not by_file.keys() & set(files):
             plain = {_plain(posixpath.basename(file)): box for file, box in by_file.items()}
             by_file = {file: plain[_plain(file)] for file in files if _plain(file) in plain}
@@ -897,30 +1130,36 @@ def _body_boxes(tree: _Tree, lines: list[_Line], box_format: str) -> dict[str, n
 def _decide_missing(
     tree: _Tree, lines, faces, bodies, missing_box: str, name_of: dict[int, str], notes: list[str]
 ) -> list[np.ndarray]:
-    """The frames of each clip that are used, by --missing-box; counted by the class names."""
+    """The frames of each clip that are used, by --missing-box; counted by the class names.
+
+    `bodies` is empty where no body is read.
+    """
     without_face = {line.clip: np.isnan(faces[line.clip][:, 0]) for line in lines}
-    without_body = [line.clip for line in lines if np.isnan(bodies[line.clip][0])]
+    without_body = [line.clip for line in lines if bodies and np.isnan(bodies[line.clip][0])]
     num_frames = sum(len(mask) for mask in without_face.values())
     num_missing = sum(int(mask.sum()) for mask in without_face.values())
     everything = [np.arange(len(faces[line.clip])) for line in lines]
     if not num_missing and not without_body:
         return everything
     clips = without_body or [clip for clip, mask in without_face.items() if mask.any()]
-    missing = (
-        f"{num_missing} of {num_frames} frames have no face box,"
-        f" {len(without_body)} of {len(lines)} clips no body box (first: {clips[0]})"
-    )
-    by_class = _missing_by_class(lines, without_face, bodies, name_of)
+    missing = f"{num_missing} of {num_frames} frames have no face box"
+    if bodies:
+        missing += f", {len(without_body)} of {len(lines)} clips no body box"
+    missing += f" (first: {clips[0] or tree.path})"
+    gone_body = set(without_body)
+    by_class = _missing_by_class(lines, without_face, gone_body, name_of)
     if by_class:
         counts = ", ".join(f"{name} {lost} of {all_}" for name, lost, all_ in by_class)
         missing += f"; frames without one of them by class: {counts}"
+    files = ("face.json", "body.json") if bodies else ("face.json",)
     for part in tree.parts.values() or [tree]:
-        gone = [name for name in ("face.json", "body.json") if _position(part, name) is None]
+        gone = [name for name in files if _position(part, name) is None]
         missing += f"; {part.path} has no {' and no '.join(gone)}" if gone else ""
     if missing_box == "error":
+        alone = "; --streams face needs no body.json" if without_body else ""
         raise InputError(
-            f"{tree.path}: {missing}; complete face.json and body.json, or --missing-box full or"
-            " skip"
+            f"{tree.path}: {missing}; complete {' and '.join(files)}, or --missing-box full or"
+            f" skip{alone}"
         )
     if missing_box == "full":
         notes.append(f"{missing}: the whole frame stands for it")
@@ -934,7 +1173,7 @@ def _decide_missing(
                 )
         return everything
     kept = [
-        rows[~(without_face[line.clip] | np.isnan(bodies[line.clip][0]))]
+        rows[~(without_face[line.clip] | (line.clip in gone_body))]
         for line, rows in zip(lines, everything, strict=True)
     ]
     lost = sum(not len(rows) for rows in kept)
@@ -942,11 +1181,11 @@ def _decide_missing(
     return kept
 
 
-def _missing_by_class(lines, without_face, bodies, name_of) -> list[tuple[str, int, int]]:
+def _missing_by_class(lines, without_face, without_body, name_of) -> list[tuple[str, int, int]]:
     """(class, frames without a face's or a body's box, all frames) of the labeled classes."""
     lost, everything = Counter(), Counter()
     for line in lines:
-        mask = without_face[line.clip] | np.isnan(bodies[line.clip][0])
+        mask = without_face[line.clip] | (line.clip in without_body)
         lost[line.label] += int(mask.sum())
         everything[line.label] += len(mask)
     return [(name, lost[i], everything[i]) for i, name in name_of.items() if everything[i]]
@@ -973,6 +1212,8 @@ def _refuse_degenerate(
         sizes = np.array(list(read_sizes), np.float64)
     sizes = np.repeat(sizes, np.diff([*firsts, len(images)]), axis=0)
     for name, boxes in (("face.json", images.faces), ("body.json", images.bodies)):
+        if boxes is None:
+            continue
         inside = np.minimum(boxes[:, 2:], sizes) - np.maximum(boxes[:, :2], 0)
         bad = np.flatnonzero((inside < 1).any(1))
         other = BOX_FORMATS[box_format == "xyxy"]

@@ -1,6 +1,7 @@
 """Backbones by name, without their last layer, and their start from published weights."""
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ from torchvision.ops import StochasticDepth
 
 from common import weights
 from common.data.augment import IMAGENET_MEAN, IMAGENET_STD
-from common.errors import InputError, printable
+from common.errors import InputError, plural, printable
 from common.models.heads import FEATURES, Classifier
 from common.models.inception_resnet_v2 import InceptionResNetV2
 from common.models.narrow import NarrowResNet
@@ -142,6 +143,18 @@ def _output_shape(model: nn.Module, size: int) -> tuple[int, ...] | str:
     return tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
 
 
+def trains_on_one(name: str, stem: str, size: int) -> bool:
+    """Whether a backbone trains on a single image: not where BatchNorm sees maps of 1x1."""
+    with torch.device("meta"):
+        model = build_backbone(name, stem).train()
+        image = torch.empty(1, 3, size, size)
+    try:
+        model(image)
+    except ValueError:  # of BatchNorm
+        return False
+    return True
+
+
 def feature_widths(backbone: nn.Module, size: int) -> dict[str, int]:
     """How wide the features of `build_backbone`'s network are that a head can read, by their name.
 
@@ -184,10 +197,10 @@ def input_size(name: str, stem: str, wanted: int | None, store_size: int) -> int
 def load_published(model: nn.Module, path: str | Path) -> str:
     """Start a backbone of `build_backbone` from a file of weights.
 
-    The file has torchvision's or timm's keys, or is this project's (`backbone.pt`, `best.pt`). Its
-    head and auxiliary head are left out. Published Inception weights, told by their head of 1,000
-    classes, expect pixels from -1 to 1: the first convolution is changed so that it takes this
-    project's inputs to the same maps.
+    The file has torchvision's or timm's keys, is this project's (`backbone.pt`, `best.pt`), or of
+    one of `weights.LAYOUTS`. Heads, and what else lies beside the backbone, are left out. Published
+    Inception weights, told by their head of 1,000 classes, expect pixels from -1 to 1: the first
+    convolution is changed so that it takes this project's inputs to the same maps.
 
     Returns:
         What was done, a line each, to be logged.
@@ -196,9 +209,9 @@ def load_published(model: nn.Module, path: str | Path) -> str:
         InputError: the file cannot be read or is of another architecture, which is named if the
             table has it.
     """
-    state = weights.of_backbone(weights.read(path))
-    if not _fits(model, state):
-        _refuse_other_architecture(model, state, path)
+    stored = weights.read(path)
+    taken, names = _backbone_in(model, stored) or _refuse_other_architecture(model, stored, path)
+    state = {names[name]: tensor for name, tensor in stored.items() if name in names}
     notes = weights.load(model, state, path, head=_head_prefixes(model), ignore=_UNUSED)
     first_conv = getattr(model, "Conv2d_1a_3x3", None) or getattr(model, "conv2d_1a", None)
     heads = ("fc.weight", "classif.weight", "last_linear.weight")
@@ -208,17 +221,69 @@ def load_published(model: nn.Module, path: str | Path) -> str:
             f"{path}: the first convolution now takes inputs normalized by ImageNet's mean and"
             " deviation"
         )
-    notes.insert(0, f"started from {path} ({len(model.state_dict())} tensors)")
+    what = "".join(f", {weights.LAYOUTS[part]}" for part in taken if weights.LAYOUTS[part])
+    what = f": {''.join(taken)}*{what}" if taken else ""
+    beside = Counter(_part_of(name, taken) for name in stored if name not in names)
+    counts = "".join(f", {part}* ({count})" for part, count in beside.items())
+    said = f"started from {path}{what} ({len(model.state_dict())} tensors)"
+    notes.insert(0, said + (f"; left out:{counts[1:]}" if counts else ""))
     return "\n".join(map(printable, notes))
 
 
+def _backbone_in(
+    model: nn.Module, stored: dict[str, Tensor], any_input: bool = False
+) -> tuple[list[str], dict[str, str]] | None:
+    """Where in a file weights of this architecture are: what `weights.layouts` yields, without what
+    the architecture has no place for.
+
+    With `any_input` the first convolution may have another kernel or other channels.
+    """
+    ours = model.state_dict()
+    children = list(dict.fromkeys(name.split(".")[0] for name in ours))
+    beside = (*_head_prefixes(model), *_UNUSED)
+    first = _first_convolution(model)
+    for taken, all_names in weights.layouts(stored, children):
+        names = {
+            old: new
+            for old, new in all_names.items()
+            if new.split(".")[0] in children or new.startswith(beside)
+        }
+        state = {new: stored[old] for old, new in names.items()}
+        if any_input and len(state.get(first, torch.empty(0)).shape) == 4:
+            state[first] = ours[first]
+        if _fits(model, state):
+            return taken, names
+    return None
+
+
+def _first_convolution(model: nn.Module) -> str:
+    return next(name for name, tensor in model.state_dict().items() if tensor.ndim == 4)
+
+
+def _part_of(name: str, taken: list[str]) -> str:
+    """The part of a name that parts it from the names below `taken`: `teacher.head` of
+    `teacher.head.mlp.0.weight`.
+    """
+    path = ""
+    for prefix in taken:
+        if not name.startswith(path + prefix):
+            break
+        path += prefix
+    return path + name.removeprefix(path).split(".")[0]
+
+
 def _refuse_other_architecture(
-    model: nn.Module, state: dict[str, Tensor], path: str | Path
-) -> None:
-    """Raise an InputError if the weights are of the other stem or of another backbone."""
-    ours = model.state_dict().get("conv1.weight")
-    theirs = state.get("conv1.weight")
-    if ours is not None and theirs is not None and _fits(model, state | {"conv1.weight": ours}):
+    model: nn.Module, stored: dict[str, Tensor], path: str | Path
+) -> tuple[list[str], dict[str, str]]:
+    """Raise an InputError if the weights are of another first convolution or another backbone.
+
+    Otherwise what fits best, whose missing names `weights.load` tells.
+    """
+    if found := _backbone_in(model, stored, any_input=True):
+        first = _first_convolution(model)
+        ours = model.state_dict()[first]
+        theirs = next(stored[old] for old, new in found[1].items() if new == first)
+        _refuse_channels(theirs.shape[1], first, path)
         our_kernel = "x".join(map(str, ours.shape[2:]))
         their_kernel = "x".join(map(str, theirs.shape[2:]))
         stem = "imagenet" if their_kernel == "7x7" else "cifar"
@@ -229,10 +294,31 @@ def _refuse_other_architecture(
     for name in BACKBONES:
         with torch.device("meta"):
             other = build_backbone(name)
-        if _fits(other, state):
+        if _backbone_in(other, stored, any_input=True):
             raise InputError(
                 f"{path} holds weights of {name}; give --backbone {name} or another file"
             )
+    ours = model.state_dict().keys()
+    children = list(dict.fromkeys(name.split(".")[0] for name in ours))
+    return max(
+        weights.layouts(stored, children),
+        key=lambda found: len(ours & set(found[1].values())),
+    )
+
+
+def _refuse_channels(channels: int, name: str, path: str | Path) -> None:
+    """Raise an InputError if a first convolution takes another number of channels than 3."""
+    if channels == 3:
+        return
+    cure = (
+        f"store {name} as w.repeat(1, 3, 1, 1) / 3, which gives the same on gray images"
+        if channels == 1
+        else f"store {name} with the channels of red, green and blue alone, as w[:, [0, 1, 2]]"
+    )
+    raise InputError(
+        f"{path}: its first convolution takes {plural(channels, 'channel')}, the images here have"
+        f" 3 (gray ones are read as RGB): {cure}; or give a file for RGB images"
+    )
 
 
 def _fits(model: nn.Module, state: dict[str, Tensor]) -> bool:

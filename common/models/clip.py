@@ -1,9 +1,10 @@
-"""CLIP's image and text towers, and published weights in their four layouts.
+"""CLIP's image and text towers, and published weights in the layouts that people store them in.
 
 Radford et al. 2021, arXiv:2103.00020.
 
 A state dict has OpenAI's keys for the image tower (`visual.*`) and the same with the prefix `text.`
-for the text tower; `from_published` maps OpenAI's, open_clip's and Hugging Face's names to these.
+for the text tower; `part_of` finds CLIP, or its image tower alone, in a larger model's, and
+`from_published` maps OpenAI's, open_clip's and Hugging Face's names to these.
 
 Activation. OpenAI trained with x * sigmoid(1.702 x), most others with GELU. Weights of the one run
 with the other give features that look right and are not, so `read_clip` takes the activation from
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common import reading, weights
-from common.errors import InputError, printable
+from common.errors import InputError, first_few, plural, printable
 from common.run.checkpoint import load_weights
 
 # Of the pixels in [0, 1] that published weights expect.
@@ -258,12 +259,12 @@ class TextTower(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Both towers and the temperature.
+    """Both towers, or the image tower alone (`text` None), and the temperature.
 
     Keys `visual`, `text` and `logit_scale`, the logarithm of the factor.
     """
 
-    def __init__(self, visual: ImageTower, text: TextTower):
+    def __init__(self, visual: ImageTower, text: TextTower | None):
         super().__init__()
         self.visual = visual
         self.text = text
@@ -340,6 +341,19 @@ def _variant(name: str) -> Variant:
 _TEXT = ("token_embedding.", "positional_embedding", "transformer.", "ln_final.", "text_projection")
 _OPENAI = "input_resolution"  # one of three numbers that OpenAI's archives hold, and no others
 _UNUSED = (_OPENAI, "context_length", "vocab_size", "attn_mask", "position_ids")
+# How the names of a layout begin. The layouts are told by what stands before "class_embedding".
+_LAYOUTS = {
+    "visual.": ("visual.", "text.", *_TEXT, "logit_scale", *_UNUSED),
+    "vision_model.embeddings.": (
+        "vision_model.", "visual_projection.", "text_model.", "text_projection.", "logit_scale",
+    ),
+    "": (
+        "class_embedding", "conv1.", "positional_embedding", "ln_pre.", "transformer.", "ln_post.",
+        "proj",
+    ),
+}  # fmt: skip
+# Of CLIP-CAER and DFER-CLIP, which keep OpenAI's CLIP so, beside their own parts.
+_DFER_CLIP = ("clip_model_.", "prompt_learner.")
 _HUGGING_FACE = {
     "vision_model.embeddings.class_embedding": "visual.class_embedding",
     "vision_model.embeddings.patch_embedding.": "visual.conv1.",
@@ -359,6 +373,35 @@ _HUGGING_FACE = {
     ".mlp.fc1.": ".mlp.c_fc.",
     ".mlp.fc2.": ".mlp.c_proj.",
 }
+
+
+def part_of(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """CLIP, or its image tower alone, in a model that may have more parts.
+
+    Returns its state dict, without what the model puts before the names (Lightning's `model.` for
+    instance) but with `visual.` before those of an image tower, and the names that are not its own.
+
+    Raises:
+        InputError: it holds none or several.
+    """
+    ends = "class_embedding"
+    roots = [name.removesuffix(ends) for name in state if f".{name}".endswith(f".{ends}")]
+    for layout in _LAYOUTS:
+        found = [root.removesuffix(layout) for root in roots if root.endswith(layout)]
+        if found:
+            break
+    else:
+        first = next(iter(state), "none")
+        raise InputError(f"holds no CLIP: no name ends with {ends}, the first is {first!r:.80}")
+    if len(found) > 1:
+        raise InputError(
+            f"holds several CLIPs, below {', '.join(found)}: store the one to start from alone"
+        )
+    own = {name: name.removeprefix(found[0]) for name in state if name.startswith(found[0])}
+    own = {name: short for name, short in own.items() if short.startswith(_LAYOUTS[layout])}
+    tower = "visual." if layout == "" else ""
+    part = {tower + short: state[name] for name, short in own.items()}
+    return part, [name for name in state if name not in own]
 
 
 def from_published(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -474,9 +517,12 @@ def read_clip(
 ) -> tuple[CLIP, str]:
     """CLIP with the published weights in a file, in fp32, and what was done, to be logged.
 
+    Its `text` is None where the file holds the image tower alone, and `normalized` is False where
+    the weights expect pixels in [0, 1] as they are, those of DFER-CLIP and CLIP-CAER.
+
     Args:
         path: OpenAI's `.pt`, a plain state dict, or open_clip's or Hugging Face's `.safetensors` or
-            `.bin`.
+            `.bin`; or a checkpoint of a model that has CLIP, or its image tower, among its parts.
         name: a row of VARIANTS that has a text tower.
         image_size: side of the images in pixels; another one than the weights' resizes the position
             embedding.
@@ -487,8 +533,15 @@ def read_clip(
         InputError: the file cannot be read or is of another architecture, or its activation is
             unknown or differs.
     """
-    raw = weights.read(path)
-    source, origin = source_activation(raw, path)
+    whole = weights.read(path)
+    try:
+        raw, others = part_of(whole)
+    except InputError as error:
+        raise InputError(f"{path} {error}") from None
+    if all(any(name.startswith(part) for name in whole) for part in _DFER_CLIP):
+        source, origin = "quick_gelu", "the layout of DFER-CLIP"
+    else:
+        source, origin = source_activation(raw, path)
     if source is None and activation is None:
         raise InputError(
             f"{path}: GELU or QuickGELU? {origin}; give --activation {' or '.join(ACTIVATIONS)}"
@@ -501,9 +554,20 @@ def read_clip(
     state = from_published(raw)
     with torch.device("meta"):
         model = build_clip(name, image_size, source or activation)
+    if not any(key.startswith("text.") for key in state):
+        model.text = None
+        state.setdefault("logit_scale", torch.tensor(math.log(1 / 0.07)))
     model.to_empty(device="cpu")
+    model.normalized = origin != "the layout of DFER-CLIP"
     reason = origin if source else "request"
     notes = [f"started from {path} ({len(raw)} tensors, {model.activation} by {reason})"]
+    if model.text is None:
+        notes.append(f"{path} holds the image tower alone, no text tower")
+    if others:
+        parts = first_few(list(dict.fromkeys(key.partition(".")[0] for key in others)))
+        notes.append(f"{path}: {plural(len(others), 'tensor')} of other parts not used ({parts})")
+    if not model.normalized:
+        notes.append(f"{path}: its pixels are in [0, 1], without CLIP's mean and deviation")
     _check_patches(state, model, name, path)
     positions = state.get("visual.positional_embedding")
     grid = image_size // model.visual.conv1.kernel_size[0]

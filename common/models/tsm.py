@@ -170,6 +170,31 @@ class ClipModel(nn.Module):
         )
 
 
+def grad_cam(layer: nn.Module, logits: Callable[[], Tensor]) -> Tensor:
+    """Where the map of a layer speaks for an answer: (n, h, w), not below 0.
+
+    Selvaraju et al., Grad-CAM, arXiv:1610.02391: its channels, weighted by the mean of their
+    gradient.
+
+    Args:
+        layer: its output is (n, channels, h, w).
+        logits: runs the network once, and gives the logits that are looked for; they are summed.
+    """
+    maps = []
+
+    def keep(_, inputs, output: Tensor) -> Tensor:
+        maps.append(output.detach().float().requires_grad_())
+        return maps[0]
+
+    hook = layer.register_forward_hook(keep)
+    try:
+        with torch.enable_grad():
+            (slopes,) = torch.autograd.grad(logits().sum(), maps)
+    finally:
+        hook.remove()
+    return (slopes.mean((2, 3), keepdim=True) * maps[0].detach()).sum(1).clamp(min=0)
+
+
 def start_weights(args) -> tuple[dict[str, Tensor] | None, tuple]:
     """The backbone's weights in --weights, and the (mean, std) of pixels that they expect.
 

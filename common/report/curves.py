@@ -128,7 +128,7 @@ def _place(key: str, stage: str) -> tuple[str, str, str] | None:
         _, split, metric = parts
     else:
         return None  # a baseline's, which stands in a table
-    if split in ("test", "cv", "schedule") or metric in _NO_CURVE:
+    if split in ("test", "cv", "schedule", "start", "warn") or metric in _NO_CURVE:
         return None
     if metric.startswith("recall_"):
         return "recall", "series", metric.removeprefix("recall_")

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
@@ -76,8 +77,8 @@ def picture(pixels: Tensor) -> str:
 
 
 def pictures(run, items: np.ndarray) -> list[str]:
-    """Pictures of data items: an image; three frames of a video; face and scene in the middle of a
-    two-stream clip.
+    """Pictures of data items: an image; three frames of a video; what is seen in the middle of a
+    clip of streams, face and scene or the face.
     """
     data = run.data
     workers = run.args.workers
@@ -90,7 +91,7 @@ def pictures(run, items: np.ndarray) -> list[str]:
     (clips,) = data.batches([(items, frames)], workers)
     if isinstance(clips, Tensor):
         return [picture(torch.cat(list(clip), 2)) for clip in clips]
-    return [picture(torch.cat([face[1], scene[1]], 2)) for face, scene in zip(*clips, strict=True)]
+    return [picture(torch.cat([part[1] for part in clip], 2)) for clip in zip(*clips, strict=True)]
 
 
 @for_report
@@ -428,6 +429,45 @@ def attention_frames(run, items: np.ndarray, clips: Tensor, shares: Tensor, scor
         f" its share in the clip's score; equal shares would be {1 / num_frames:.0%}.",
         rows=rows,
         columns=num_frames,
+    )
+
+
+@for_report
+def looked_at(run, titles: list[str], clips: Tensor, maps: Tensor, shares: Tensor) -> None:
+    """Where the model looks in some clips.
+
+    Args:
+        titles: n lines.
+        clips: (n, T, 3, h, w) uint8.
+        maps: (n, T, a, b), at least 0, of `grad_cam`.
+        shares: (n, T) weights of frames.
+    """
+    most = maps.flatten(1).amax(1).clamp(min=1e-12)[:, None, None, None]
+    heat = F.interpolate(maps / most, clips.shape[-2:], mode="bilinear").unsqueeze(2)
+    # Grayer where it is cold; from red to yellow where it is hot.
+    gray = clips.float().mean(2, keepdim=True)
+    color = torch.cat([torch.full_like(heat, 255), 255 * heat, torch.zeros_like(heat)], 2)
+    shown = torch.lerp(gray.expand_as(color), color, 0.5 * heat).to(torch.uint8)
+    rows = [
+        {
+            "title": title,
+            "cards": [
+                {"image": picture(frame), "share": share, "lines": [f"{share:.0%}"]}
+                for frame, share in zip(frames, weights, strict=True)
+            ],
+        }
+        for title, frames, weights in zip(titles, shown, shares.tolist(), strict=True)
+    ]
+    put(
+        run.folder,
+        "looked",
+        "gallery",
+        "Where the model looks",
+        "The test clips whose answers are the most confident, right ones first, then wrong ones."
+        " Yellow is what speaks most for the answer that was given (Grad-CAM of the last map, whose"
+        " cells are 32 pixels of the input wide); below a frame is its share in the clip's score.",
+        rows=rows,
+        columns=clips.shape[1],
     )
 
 

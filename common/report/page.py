@@ -16,6 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from common import monitor
 from common.data.images import open_image, upright
 from common.errors import only_warn
 from common.report import charts
@@ -385,7 +386,8 @@ def page_of(run: Record, detail: float) -> bytes:
         "Everything else": settings_part(run),
     }
     name = run.folder.resolve().name
-    head = [f"<h1>{escape(name)}</h1>", paragraph(run.card["about"]), tiles(run), facts(run)]
+    head = [f"<h1>{escape(name)}</h1>", paragraph(run.card["about"])]
+    head += [warnings_of(run), tiles(run), facts(run)]
     return document(name, head, {title: body for title, body in parts.items() if body})
 
 
@@ -404,6 +406,19 @@ def document(title: str, head: list[str], parts: dict[str, str]) -> bytes:
         f"{''.join(head)}<nav>{links}</nav>{body}</body></html>\n"
     )
     return content.encode("utf-8", "replace")
+
+
+def warnings_of(run: Record) -> str:
+    """What the log says of a training that does not learn (`common.monitor.PROBLEMS`)."""
+    out = []
+    for line in run.lines:
+        for name in line:
+            stage, _, kind = name.partition("/warn/")
+            if kind in monitor.PROBLEMS:
+                wrong, cure = monitor.PROBLEMS[kind]
+                text = f"After epoch {line['epoch']} of {stage}: {wrong}. What to try: {cure}."
+                out.append(f'<p><b class="WARN">WARN</b> {escape(text)}</p>')
+    return "".join(out)
 
 
 def tiles(run: Record) -> str:
@@ -525,17 +540,26 @@ def accuracy_section(scores: dict) -> str:
 
 
 def recall_section(scores: dict) -> str:
-    """Test recalls of a classifier, of the selected epoch, the last one and the majority class."""
-    rows = []
-    for metric in ("uar", "war"):
-        name = f"train/test/{metric}"
-        if name in scores:
-            selected = interval_text(scores, name)
-            last = interval_text(scores, f"{name}_last_epoch")
-            majority = interval_text(scores, f"train/test/majority_{metric}")
-            rows.append((metric.upper(), selected, last, majority))
-    header = ("", "selected epoch (95 % interval)", "last epoch", "majority class")
-    return table(rows, header) if rows else ""
+    """Test recalls of a classifier, of the selected epoch, the last one and what they have to
+    beat.
+    """
+    columns = {
+        "selected epoch (95 % interval)": "{}",
+        "last epoch": "{}_last_epoch",
+        "CLIP untrained": "zero_shot_{}",
+        "CLIP untrained, several texts": "zero_shot_templates_{}",
+        "majority class": "majority_{}",
+    }
+    columns = {
+        title: f"train/test/{name}"
+        for title, name in columns.items()
+        if f"train/test/{name.format('uar')}" in scores
+    }
+    rows = [
+        (metric.upper(), *(interval_text(scores, name.format(metric)) for name in columns.values()))
+        for metric in ("uar", "war")
+    ]
+    return table(rows, ("", *columns)) if columns else ""
 
 
 def detection_section(scores: dict) -> str:

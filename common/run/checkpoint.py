@@ -122,6 +122,16 @@ def is_whole(path: Path) -> bool:
     return retried(lambda: _is_whole(path), path)
 
 
+def is_marked(path: Path) -> bool:
+    """Whether a file ends as those of this project do; nothing more of it is read."""
+    try:
+        with reading.pending(path), reading.open_file(path) as file:
+            file.seek(-_COMMENT, os.SEEK_END)
+            return file.read().startswith(_MARK)
+    except OSError:  # too short, or not there, which its reader says better
+        return False
+
+
 def _is_whole(path: Path) -> bool:
     with reading.pending(path), reading.open_file(path) as file:
         hasher = hashlib.sha256()
@@ -132,6 +142,10 @@ def _is_whole(path: Path) -> bool:
         return file.read() == _MARK + hasher.hexdigest().encode()
 
 
+class AsksToRun(InputError):
+    """A file whose objects are of classes, which `torch.load` would have to import."""
+
+
 def load(path: Path) -> dict:
     """Read a checkpoint on the CPU after checking every byte of it.
 
@@ -139,7 +153,7 @@ def load(path: Path) -> dict:
 
     Raises:
         InputError: missing, damaged, of another run format, or not a file of tensors and plain
-            values.
+            values; where it has others, `AsksToRun`.
     """
     path = Path(path)
     try:
@@ -166,8 +180,11 @@ def load(path: Path) -> dict:
         # torch's own text advises to run what the file asks for.
         wanted = re.search(r"GLOBAL (\S+)", str(error))
         if wanted:
-            reason = f"it asks to run {wanted[1]}; store its state dict alone"
-        elif isinstance(error, (RuntimeError, OSError)):
+            raise AsksToRun(
+                f"checkpoint {path} is not a file of tensors and plain values: it asks to run"
+                f" {wanted[1]}; store its state dict alone"
+            ) from None
+        if isinstance(error, (RuntimeError, OSError)):
             reason = str(error).split("\n")[0].split(" This is an internal")[0][:200].strip()
         else:
             reason = "its pickle is damaged or of another format"

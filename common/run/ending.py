@@ -35,9 +35,18 @@ def baselines_of(scores: dict, name: str) -> dict[str, float]:
     of_run = (
         ("raw pixels", f"{stage}_pixels/{split}/{metric}"),
         ("random weights", f"{stage}_random/{split}/{metric}"),
+        ("CLIP untrained", f"{stage}/{split}/zero_shot_{metric}"),
+        ("CLIP untrained, several texts", f"{stage}/{split}/zero_shot_templates_{metric}"),
         ("majority class", f"{stage}/{split}/majority_{metric}"),
         ("majority class", f"majority{name.removeprefix('linear')}"),
     )
+    majority = f"{stage}/{split}/majority_{metric}"
+    if stage == "finetune" and scores.get(majority) == scores.get(f"majority/{split}/{metric}"):
+        # The linear protocol's, on the same images: the majority class has the same share of both.
+        of_run += (
+            ("raw pixels", f"linear_pixels/{split}/{metric}"),
+            ("random weights", f"linear_random/{split}/{metric}"),
+        )
     found = {label: scores[key] for label, key in of_run if is_number(scores.get(key))}
     untrained = {
         key.split("/")[0].removeprefix("kmeans_"): value

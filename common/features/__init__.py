@@ -9,16 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common import amp, metrics
+from common import amp, metrics, monitor
 from common.data import sampling
+from common.live import digits
 from common.retry import retried
-from common.run import dist
+from common.run import dist, log
 from common.run.content import content_of
 from common.run.files import atomic_write
 from common.run.run import Run
 
 KNN_BANK = 4096  # items among which neighbors are sought, at most
 KNN_QUERIES = 1024  # items whose neighbors are sought, at most
+LOSS = "pretrain/train/loss_over_chance"
+WARNED = "pretrain/warn/"
 # What features.npz calls the parts of the data, a later one over an earlier one.
 _SPLITS = {
     "rest": "train",
@@ -35,8 +38,9 @@ _SPLITS = {
 def stored_features(run: Run, weights: str, compute: Callable[[], Tensor]) -> Tensor:
     """Features (n, d) float32 of all items in their order.
 
-    They are read from the run directory's features.npz, or computed and kept there. The file holds
-    `features`, `id`, `label` (-1: none), `split` ("": in no part), `classes`.
+    They are read from the run directory's features.npz, or computed and kept there; those of
+    embedded data, which have no bytes to verify, are also taken from the runs beside it. The file
+    holds `features`, `id`, `label` (-1: none), `split` ("": in no part), `classes`.
 
     Args:
         weights: the digest of the weights that make them: features of other weights, items, bytes
@@ -60,28 +64,39 @@ def stored_features(run: Run, weights: str, compute: Callable[[], Tensor]) -> Te
     missing = torch.tensor(int(rows is None), device=run.world.device)
     if not dist.all_reduce(missing, "max"):
         return rows
-    rows = compute()
+    rows = None
+    if content is None and run.world.world_size == 1:
+        for other in sorted(run.folder.parent.glob(f"*/{file.name}")):
+            rows = _read_features(other, key, digests(), lambda _: None) if rows is None else rows
+    rows = compute() if rows is None else rows
     read = digests()  # of all that was read for them
     if run.world.is_main:
         splits = np.full(len(items), "", dtype="<U5")
         for part, name in _SPLITS.items():
             splits[run.splits.get(part, [])] = name
-
-        def store():
-            with atomic_write(file, "wb", stream=True) as stored:
-                np.savez(
-                    stored,
-                    features=rows.numpy(),
-                    id=np.array(items.ids),
-                    label=items.labels,
-                    split=splits,
-                    classes=np.array(items.classes, dtype=str),
-                    key=key,
-                    content=read,
-                )
-
-        retried(store, file, was_there=True)
+        write_features(file, rows, items, split=splits, key=key, content=read)
     return rows
+
+
+def write_features(file: Path, rows: Tensor, items, **columns) -> None:
+    """Write features (n, d) of all `items`, their ids and labels, and what else is given, as .npz.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+
+    def store():
+        with atomic_write(file, "wb", stream=True) as stored:
+            np.savez(
+                stored,
+                features=rows.numpy(),
+                id=np.array(items.ids),
+                label=items.labels,
+                classes=np.array(items.classes, dtype=str),
+                **columns,
+            )
+
+    retried(store, file, was_there=True)
 
 
 def _read_features(file: Path, key: str, digests: np.ndarray, say) -> Tensor | None:
@@ -152,3 +167,48 @@ def representation(
 def contrast(z: Tensor) -> dict:
     """Figures of the embeddings z (2n, d) of a batch on all ranks, view a above view b."""
     return metrics.contrastive(*(dist.all_gather_rows(view) for view in z.float().chunk(2)))
+
+
+def say_if_not_learning(run: Run, values: dict, epoch: int) -> dict:
+    """Warn once where the pretraining does not learn, see `monitor.contrastive_problem`.
+
+    It goes by what log.jsonl has, so that a resumed run warns as one that never stopped.
+
+    Args:
+        values: the metrics of an epoch with its evaluation; in the first one also
+            `pretrain/start/knn_accuracy`.
+        epoch: of these, from 1.
+
+    Returns:
+        The event as a metric for the log, `pretrain/warn/NAME`; nothing where all is well or it was
+        said before, and on ranks that have no log.
+    """
+    if not run.log.main:
+        return {}
+    lines = [line for line in log.read(run.folder) if line["stage"] == "pretrain"]
+    said = {name: value for line in lines for name, value in line.items()} | values
+    if any(f"{WARNED}{name}" in said for name in monitor.PROBLEMS) or "alignment" not in said:
+        return {}
+    stage = run.stages["pretrain"]
+    start, now = (said.get(f"pretrain/{split}/knn_accuracy") for split in ("start", "val"))
+    ratio = said[LOSS]
+    problem = monitor.contrastive_problem(
+        epoch / stage.epochs,
+        bs=stage.bs,
+        loss_over_chance=ratio,
+        first_loss=next(line[LOSS] for line in [*lines, values] if LOSS in line),
+        alignment=said["alignment"],
+        uniformity=said["uniformity"],
+        effective_rank=said["pretrain/val/effective_rank"],
+        knn_gain=None if start is None or now is None else now - start,
+    )
+    if problem is None:
+        return {}
+    wrong, cure = monitor.PROBLEMS[problem]
+    knn = "" if start is None else f", kNN accuracy {digits(now)}, {digits(start)} at the start"
+    run.log.say(
+        f"WARN pretrain: {wrong} (after epoch {epoch}: loss over chance {digits(ratio)}, alignment"
+        f" {digits(said['alignment'])}, uniformity {digits(said['uniformity'])}{knn}). What to try:"
+        f" {cure}"
+    )
+    return {f"{WARNED}{problem}": 1.0}
