@@ -20,13 +20,16 @@ def test_every_pipeline_is_timed_on_the_same_images(capsys):
     assert benchmark.main(["--size", "24", "--images", "4", "--repeats", "2"]) == 0
     *_, last = capsys.readouterr().out.strip().split("\n")
     result = json.loads(last)
-    names = [row["pipeline"] for row in result["rows"]]
-    ours = ["ours, files", "ours, packed file", "ours, augmentation alone"]
+    *rows, parts = result["rows"]
+    names = [row["pipeline"] for row in rows]
+    ours = ["ours, files", "ours, packed file", "ours, decoded before"]
     assert (
         names[:2] == ["torchvision, PIL images", "torchvision, uint8 tensors"]
         and names[-3:] == ours
     )
-    for row in result["rows"]:
+    assert list(parts["ms_a_picture"]) == ["decode", "crop", "color", "blur", "normalize"]
+    for row in rows:
+        assert row["antialiased"] != row["pipeline"].startswith(("albumentations", "kornia"))
         assert row["size"] == 24 and len(row["seconds"]) == 2 and row["pairs_per_s"] > 0
     assert result["rows"][0]["ratio_to"]["torchvision, PIL images"] == 1
     assert result["torch"] == torch.__version__ and torch.get_num_threads() == threads
