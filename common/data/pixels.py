@@ -265,9 +265,8 @@ def _hue(x: Tensor, turns: Tensor) -> None:
         (g, 2, falling, -1),
         (b, 4, falling, -1),
     ):
-        fade = (hue - sixths).abs_().clamp_(1, 2)
-        torch.addcmul(start, fade, chroma, value=sign, out=fade)
-        channel.copy_(fade)
+        torch.sub(hue, sixths, out=channel).abs_().clamp_(1, 2)
+        torch.addcmul(start, channel, chroma, value=sign, out=channel)
     x.clamp_(0, 1)
 
 
