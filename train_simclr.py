@@ -556,7 +556,7 @@ def build_model(run: Run, kind: str, weights: dict | None = None) -> nn.Module:
         init_bias_to_prior(model.head, labels[run.splits["finetune_train"]])
     model = dist.sync_batchnorm(model, run.world)
     model = model.to(run.world.device, memory_format=torch.channels_last)
-    if args.compile:
+    if args.compile and kind != "features":  # which one pass needs
         model.compile()
     return model
 
@@ -754,15 +754,16 @@ def pretrain(run: Run, weights: dict | None) -> None:
             "pretrain/train/loss": loss,
             "pretrain/train/loss_over_chance": loss / chance,
         }
+        event = {}
         if loop.is_eval_epoch():
             outputs = partial(evaluate, run, model.backbone, progress=progress)
             values |= representation(run, outputs, "dev", "pretrain/val")
             if epoch < args.eval_every and "pretrain/val/knn_accuracy" in values:
                 values |= untrained(run, "dev", "pretrain/start", weights, progress)
-            values |= say_if_not_learning(run, values, epoch + 1)
+            event = say_if_not_learning(run, values, epoch + 1)  # by the log: not the state's
         progress.select(loss, model.state_dict(), values, higher_is_better=False)
         progress.results = values
-        loop.end_epoch(values)
+        loop.end_epoch(values | event)
 
     def test(network, _):
         outputs = partial(evaluate, run, network.backbone, progress=progress)
