@@ -110,14 +110,13 @@ STAGES = {
 SOLVED = {"epochs": 1, "lr": 0.0, "optimizer": "lbfgs"}
 # Color strength 0.5 is the paper's for small images (appendix B.9).
 DEMO = {
-    "backbone": "resnet18",
+    "backbone": "resnet18_narrow",
     "image_size": 32,
     "stage": "all",
     "bs": 64,
-    "epochs": 32,
+    "epochs": 24,
     "eval_every": 4,
     "color_strength": 0.5,
-    "recipe": "paper",
     "finetune_epochs": 6,
     "finetune_bs": 64,
     "finetune_lr": 1e-3,
