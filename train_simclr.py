@@ -152,7 +152,9 @@ def parse_args(argv: list[str] | None = None):
     parser.aliases["--cell"] = "--grid-index"
     parser.set_help(
         data="images: a folder, a .zip of one, a .csv with the column `path`, a .packed file, or"
-        " `sample`, the embedded ones"
+        " `sample`, the embedded ones",
+        precision="number format of the forward pass; auto: bf16 on a GPU that has it, fp16 on an"
+        " older one, bf16 on a CPU that trains the backbone faster in it, fp32 elsewhere",
     )
     group = parser.add_argument_group("stages")
     group.choice("--stage", [*STAGES, "all"], "pretrain", "stage to run, or all three in turn")
