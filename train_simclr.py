@@ -110,14 +110,13 @@ STAGES = {
 SOLVED = {"epochs": 1, "lr": 0.0, "optimizer": "lbfgs"}
 # Color strength 0.5 is the paper's for small images (appendix B.9).
 DEMO = {
-    "backbone": "resnet18",
+    "backbone": "resnet18_narrow",
     "image_size": 32,
     "stage": "all",
     "bs": 64,
-    "epochs": 32,
+    "epochs": 24,
     "eval_every": 4,
     "color_strength": 0.5,
-    "recipe": "paper",
     "finetune_epochs": 6,
     "finetune_bs": 64,
     "finetune_lr": 1e-3,
@@ -153,7 +152,9 @@ def parse_args(argv: list[str] | None = None):
     parser.aliases["--cell"] = "--grid-index"
     parser.set_help(
         data="images: a folder, a .zip of one, a .csv with the column `path`, a .packed file, or"
-        " `sample`, the embedded ones"
+        " `sample`, the embedded ones",
+        precision="number format of the forward pass; auto: bf16 on a GPU that has it, fp16 on an"
+        " older one, bf16 on a CPU that trains the backbone faster in it, fp32 elsewhere",
     )
     group = parser.add_argument_group("stages")
     group.choice("--stage", [*STAGES, "all"], "pretrain", "stage to run, or all three in turn")
@@ -556,7 +557,7 @@ def build_model(run: Run, kind: str, weights: dict | None = None) -> nn.Module:
         init_bias_to_prior(model.head, labels[run.splits["finetune_train"]])
     model = dist.sync_batchnorm(model, run.world)
     model = model.to(run.world.device, memory_format=torch.channels_last)
-    if args.compile:
+    if args.compile and kind != "features":  # which one pass needs
         model.compile()
     return model
 
@@ -750,15 +751,16 @@ def pretrain(run: Run, weights: dict | None) -> None:
             "pretrain/train/loss": loss,
             "pretrain/train/loss_over_chance": loss / chance,
         }
+        event = {}
         if loop.is_eval_epoch():
             outputs = partial(evaluate, run, model.backbone, progress=progress)
             values |= representation(run, outputs, "dev", "pretrain/val")
             if epoch < args.eval_every and "pretrain/val/knn_accuracy" in values:
                 values |= untrained(run, "dev", "pretrain/start", weights, progress)
-            values |= say_if_not_learning(run, values, epoch + 1)
+            event = say_if_not_learning(run, values, epoch + 1)  # by the log: not the state's
         progress.select(loss, model.state_dict(), values, higher_is_better=False)
         progress.results = values
-        loop.end_epoch(values)
+        loop.end_epoch(values | event)
 
     def test(network, _):
         outputs = partial(evaluate, run, network.backbone, progress=progress)

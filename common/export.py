@@ -8,7 +8,6 @@ normalization are inside.
 import importlib
 import importlib.util
 import json
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from common import config
 from common.errors import InputError, exit_codes, say
 from common.run import checkpoint, dist
 from common.run.directory import environment
-from common.run.files import atomic_write
+from common.run.files import atomic_write, check_target
 
 SUFFIX = ".pt2"
 PROBABILITIES = "probabilities of the classes, float32 (n, classes)"
@@ -140,25 +139,6 @@ def describe(spec: ExportSpec, origin: dict) -> dict:
     }
 
 
-def check_target(target: Path) -> None:
-    """Refuse to write over what is no exported program.
-
-    Raises:
-        InputError: with what is there.
-    """
-    if target.suffix != SUFFIX:
-        raise InputError(f"{target}: the program's name must end in {SUFFIX}")
-    if not target.parent.is_dir():
-        raise InputError(f"{target}: there is no folder {target.parent}")
-    if not target.exists():
-        return
-    if target.is_file() and zipfile.is_zipfile(target):
-        with zipfile.ZipFile(target) as archive:
-            if any(name.endswith(f"extra/{FACTS}") for name in archive.namelist()):
-                return
-    raise InputError(f"{target} is there and is no program of this tool; give another name")
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = config.Parser(prog="python -m common.export", description=__doc__)
     parser.add_argument("run", metavar="RUN", help="run directory, stage's folder or checkpoint")
@@ -168,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with exit_codes():
         target = Path(args.out)
-        check_target(target)
+        check_target(target, SUFFIX, f"extra/{FACTS}", "a program")
         spec, origin = load_spec(args.run, target.parent)
         program = export(spec)
         facts = json.dumps(describe(spec, origin))

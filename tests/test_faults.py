@@ -1106,7 +1106,9 @@ def test_the_same_command_repeats_a_diverged_step_and_names_what_is_not_finite(
             "nt_xent",
             lambda *a, **k: nt_xent(*a, **k) + (float("inf") if len(calls) == poisoned.at else 0),
         )
-    monkeypatch.setattr(train_simclr, "representation", lambda *_: {})
+    monkeypatch.setattr(
+        train_simclr, "representation", lambda *_: {"pretrain/val/effective_rank": 9.0}
+    )
     code, said = ends(argv, capsys)
     assert code == 3 and "--detect-anomaly added to the same command" in said
     step = checkpoint.load(tmp_path / "run" / "last.pt")["place"]["step"]

@@ -42,10 +42,10 @@ def main(argv: list[str] | None = None) -> int:
         help="for crop-faces: {video: {frame: [[x1, y1, x2, y2], ...], ...}, ...}, docs/tsm.md",
     )
     group = parser.add_argument_group("clips")
-    group.switch("--clips", "pack videos, in a layout of docs/tsm.md, for train_tsm.py")
-    group.number("--fps", float, 25.0, "as of train_tsm.py", above=0)
-    group.choice("--face", FACES, FACES[0], "as of train_tsm.py")
-    group.add_argument("--frames-root", metavar="DIR", help="as of train_tsm.py")
+    group.switch("--clips", "pack videos, in a layout of docs/tsm.md")
+    group.number("--fps", float, 25.0, "as in training on them", above=0)
+    group.choice("--face", FACES, FACES[0], "as in training on them")
+    group.add_argument("--frames-root", metavar="DIR", help="as in training on them")
     config.reading_flags(parser)
     args = parser.parse_args(argv)
     refuse = config.reject_unused_flags

@@ -7,7 +7,6 @@ run's features.npz, without labels and splits, and `data`: DATA as it was given.
 """
 
 import importlib
-import zipfile
 from functools import partial
 from pathlib import Path
 
@@ -17,31 +16,12 @@ from common import config, linear_eval
 from common.errors import InputError, exit_codes, plural
 from common.features import write_features
 from common.run import checkpoint, dist
-from common.run.files import BEST
+from common.run.files import BEST, check_target
 from common.run.inference import load_run
 from common.run.launch import launch
 
 SUFFIX = ".npz"
 SCRIPT = "simclr"  # whose models are a backbone and a head
-
-
-def check_target(target: Path) -> None:
-    """Refuse to write over what this command has not written; a run's own features.npz is not.
-
-    Raises:
-        InputError: with what is there.
-    """
-    if target.suffix != SUFFIX:
-        raise InputError(f"{target}: the name of the features must end in {SUFFIX}")
-    if not target.parent.is_dir():
-        raise InputError(f"{target}: there is no folder {target.parent}")
-    if not target.exists():
-        return
-    if target.is_file() and zipfile.is_zipfile(target):
-        with zipfile.ZipFile(target) as archive:
-            if {"features.npy", "data.npy"} <= set(archive.namelist()):
-                return
-    raise InputError(f"{target} is there and is none of this command's; give another name")
 
 
 def source_of(given: str) -> str:
@@ -96,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     target = Path(args.out)
     with exit_codes():
-        check_target(target)
+        check_target(target, SUFFIX, "data.npy", "features")
         source = source_of(args.run)
     script = importlib.import_module(f"train_{SCRIPT}")
     flags = {name: value for name, value in vars(args).items() if name not in ("run", "data")}

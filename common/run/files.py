@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO
@@ -165,6 +166,30 @@ def _place_new(temporary: Path, path: Path) -> None:
 
 def _numbered(path: Path, number: int) -> Path:
     return path.with_stem(f"{path.stem}-{number}")
+
+
+def check_target(target: Path, suffix: str, member: str, what: str) -> None:
+    """Refuse to write an archive over anything but an older one of the same kind.
+
+    Args:
+        suffix: what its name ends in.
+        member: how the name of an entry ends that no other archive has.
+        what: what is written, for messages.
+
+    Raises:
+        InputError: with what is there.
+    """
+    if target.suffix != suffix:
+        raise InputError(f"{target}: the name of {what} must end in {suffix}")
+    if not target.parent.is_dir():
+        raise InputError(f"{target}: there is no folder {target.parent}")
+    if not target.exists():
+        return
+    if target.is_file() and zipfile.is_zipfile(target):
+        with zipfile.ZipFile(target) as archive:
+            if any(name.endswith(member) for name in archive.namelist()):
+                return
+    raise InputError(f"{target} is there and is not {what} of this command; give another name")
 
 
 def write_new(path: Path, text: str) -> Path:
