@@ -127,10 +127,11 @@ def test_the_pixels_of_a_packed_file_cannot_be_replaced(tmp_path, capsys):
 
 def write_packed(path, pixels, index) -> None:
     """A packed file whose checksums are right, whatever it holds."""
-    index["crc"] = [pack.zlib.crc32(image) for image in pixels]
+    images = [image.transpose(1, 2, 0).tobytes() for image in pixels]
+    index["crc"] = [pack.zlib.crc32(image) for image in images]
     text = json.dumps(index).encode()
     trailer = struct.pack("<Q32s", len(text), pack.hashlib.sha256(text).digest())
-    path.write_bytes(pack._MAGIC + b"".join(p.tobytes() for p in pixels) + text + trailer)
+    path.write_bytes(pack._MAGIC + b"".join(images) + text + trailer)
 
 
 @pytest.mark.e2e

@@ -1,10 +1,12 @@
 """Decoding, batches, damaged files and labels of image sets."""
 
 import io
+import itertools
 
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import ExifTags, Image, ImageFile, PngImagePlugin
 from torchvision.transforms.v2 import functional as F
 
@@ -225,6 +227,64 @@ def test_batches_do_not_depend_on_threads_or_on_the_cache(tmp_path, monkeypatch)
     decoded = list(single.batches(order, 1))
     assert all(torch.equal(a, b) for a, b in zip(cached, decoded, strict=True))
     assert single._cache is None
+
+
+def jpegs():
+    """Contents by name: every kind that is common, and damaged ones."""
+    for mode in ("RGB", "L", "CMYK"):
+        for width, height in ((1, 1), (16, 16), (33, 19), (130, 95)):
+            for subsampling, progressive in itertools.product((0, 1, 2), (False, True)):
+                image = picture(width, width, height).convert(mode)
+                exif = image.getexif()
+                exif[274] = 1 + width % 8 if subsampling == 1 else 1  # orientation
+                options = {"subsampling": subsampling, "progressive": progressive, "exif": exif}
+                file = io.BytesIO()
+                image.save(file, "JPEG", **options)
+                name = f"{mode} {width} {subsampling} {progressive}"
+                yield name, file.getvalue()
+                if mode == "RGB" and width == 130:
+                    content = file.getvalue()
+                    yield f"{name} cut", content[:-40]
+                    yield f"{name} longer", content + b"more"
+                    for place in range(len(content) // 2, len(content), len(content) // 9):
+                        extra = content[:place] + b"\xff\x00extra" + content[place:]
+                        yield f"{name} extra at {place}", extra
+
+
+def test_a_jpeg_is_what_pillow_makes_of_it(tmp_path, monkeypatch):
+    """The same pixels, and the same refusals of damaged files."""
+    contents = dict(jpegs())
+    for name, content in contents.items():
+        (tmp_path / f"{name}.jpg").write_bytes(content)
+    by_torchvision = []
+    decode_jpeg = torchvision.io.decode_jpeg
+
+    def counted(*args, **options):
+        pixels = decode_jpeg(*args, **options)
+        by_torchvision.append(1)
+        return pixels
+
+    monkeypatch.setattr(torchvision.io, "decode_jpeg", counted)
+
+    def outcomes():
+        images = open_images(str(tmp_path))
+        for index, name in enumerate(images.ids):
+            try:
+                yield name, images.decode(index)
+            except InputError as error:
+                yield name, str(error)
+
+    found = dict(outcomes())
+    assert len(by_torchvision) > len(contents) / 3
+    monkeypatch.delattr(torchvision.io, "decode_jpeg")
+    refused = 0
+    for name, pixels in outcomes():
+        if isinstance(pixels, str):
+            refused += 1
+            assert found[name] == pixels
+        else:
+            assert torch.equal(found[name], pixels), name
+    assert refused >= 6
 
 
 def damaged(root):

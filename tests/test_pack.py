@@ -3,6 +3,7 @@ refused.
 """
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from common.data import __main__, faceforensics, pack, sampling
+from common.data import images as images_module
 from common.data.open import open_images
 from common.errors import InputError
 from common.retry import io_retry
@@ -152,6 +154,24 @@ def test_every_cut_and_every_flipped_byte_is_found(tmp_path):
         open_images(str(target))
 
 
+def test_a_file_of_the_first_version_with_planes_is_read(tmp_path):
+    target = packed(image_folder(tmp_path / "set", NAMES, width=9, height=7))
+    images = open_images(str(target))
+    planes = [images.decode(i).numpy().tobytes() for i in range(20)]
+    index = {key: value for key, value in pack._read_index(target).items() if key != "planes"}
+    index["crc"] = [pack.zlib.crc32(image) for image in planes]
+    text = json.dumps(index).encode()
+    trailer = pack._TRAILER.pack(len(text), pack.hashlib.sha256(text).digest())
+    old = tmp_path / "old.packed"
+    magic = b"packed uint8 images, version 1\n\0"
+    old.write_bytes(magic + b"".join(planes) + text + trailer)
+    again = open_images(str(old))
+    same(images, again)
+    for one in (images, again):
+        one.resize_store(5)
+    same(images, again)
+
+
 def test_an_image_that_is_damaged_is_named(tmp_path):
     target = packed(image_folder(tmp_path / "set", NAMES, width=8, height=8))
     content = bytearray(target.read_bytes())
@@ -192,9 +212,9 @@ def test_packing_and_reading_take_little_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(pack, "_BATCH_BYTES", 4 * 3 * 64 * 64)
     made = []
     monkeypatch.setattr(
-        torch,
-        "stack",
-        lambda tensors, stack=torch.stack: made.append(len(tensors)) or stack(tensors),
+        images_module.Images,
+        "_empty",
+        lambda self, n, empty=images_module.Images._empty: made.append(n) or empty(self, n),
     )
     target = packed(root, "--workers", "1")
     assert made and max(made) <= 4

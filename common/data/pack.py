@@ -2,7 +2,7 @@
 
 `python -m common.data pack SRC DST` writes it; with `--clips` the images are the frames of videos.
 
-Layout of the file: `_MAGIC`, the pixels (n, 3, S, S), then JSON (names, labels, splits, groups
+Layout of the file: `_MAGIC`, the pixels (n, S, S, 3), then JSON (names, labels, splits, groups
 where there are any, sizes, one CRC-32 an image, one digest of the file that each comes from, and
 of frames a list of their videos), and a trailer with the JSON's length and its SHA-256. Pixels come
 first, so that packing streams; what is known only at the end is at the end.
@@ -35,7 +35,8 @@ from common.run.content import Content
 from common.run.files import atomic_write
 
 SUFFIX = ".packed"
-_MAGIC = b"packed uint8 images, version 1\n\0"
+_MAGIC = b"packed uint8 images, version 2\n\0"
+_PLANES = b"packed uint8 images, version 1\n\0"  # with pixels (n, 3, S, S)
 # Of a video: its key (dataset, method, compression, name), frames, bytes of its files, frames a
 # second, and the seconds of its frames or None where they are evenly apart.
 VIDEO_FIELDS = {"key", "label", "split", "group", "persons", "length", "sizes", "rate", "times"}
@@ -79,6 +80,7 @@ class PackedImages(Images):
         self._source = index["fingerprint"]
         self.num_bytes = path.stat().st_size
         side = self._packed_size = index["store_size"]
+        self._planes = index["planes"]
         self._path = path
         self._lock = threading.Lock()
         self._file = None
@@ -135,7 +137,8 @@ class PackedImages(Images):
         Raises:
             InputError: its bytes are damaged.
         """
-        pixels = np.empty((3, self._packed_size, self._packed_size), np.uint8)
+        side = self._packed_size
+        pixels = np.empty((3, side, side) if self._planes else (side, side, 3), np.uint8)
         try:
             with reading.pending(self._path):
                 whole = retried(lambda: self._read(pixels, index), self._path, was_there=True)
@@ -149,9 +152,10 @@ class PackedImages(Images):
                     f"{self.name} is damaged at image {self.ids[index]}; pack it again"
                 )
             self._checked[index] = True
-        if self.store_size == self._packed_size:
-            return torch.from_numpy(pixels)
-        return central_square(torch.from_numpy(pixels), self.store_size)
+        image = torch.from_numpy(pixels)
+        if not self._planes:
+            image = image.permute(2, 0, 1)
+        return image if self.store_size == side else central_square(image, self.store_size)
 
     def _read(self, pixels: np.ndarray, index: int) -> bool:
         # Fills `pixels`; False where the file ends before. A memory map would be no faster, and
@@ -211,7 +215,8 @@ def _read_index(path: Path) -> dict:
     try:
         size = reading.regular_status(path).st_size
         with reading.pending(path), reading.open_file(path) as file:
-            if file.read(len(_MAGIC)) != _MAGIC:
+            magic = file.read(len(_MAGIC))
+            if magic not in (_MAGIC, _PLANES):
                 raise foreign
             if size < len(_MAGIC) + _TRAILER.size:
                 raise damaged
@@ -236,7 +241,7 @@ def _read_index(path: Path) -> dict:
         raise foreign from None
     if not _is_index(index) or pixels != len(index["ids"]) * 3 * index["store_size"] ** 2:
         raise foreign
-    return index
+    return index | {"planes": magic == _PLANES}
 
 
 def _is_index(index) -> bool:
@@ -343,7 +348,7 @@ def pack(
             file.write(_MAGIC)
             decoded = images.batches(batches, workers)
             for batch in live.progress(decoded, "packing batches", len(batches)):
-                for pixels in batch.contiguous().numpy():
+                for pixels in batch.permute(0, 2, 3, 1).contiguous().numpy():
                     crc.append(zlib.crc32(pixels))
                     file.write(pixels)
             digests = _digests(images)

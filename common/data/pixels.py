@@ -155,13 +155,12 @@ def crop_resize_flip_bytes(
     out = torch.empty(len(rows), 3, size, size)
     boxes = boxes.astype(int).tolist()
     for x, image, (top, left, height, width), *axes in zip(
-        out, rows, boxes, flip_rows, flip, strict=True
+        out, rows.tolist(), boxes, flip_rows.tolist(), flip.tolist(), strict=True
     ):
-        crop = images[image : image + 1, :, top : top + height, left : left + width]
-        crop = F.interpolate(crop, (size, size), mode="bilinear", antialias=True)
-        x.copy_(
-            crop.flip([axis for axis, mirrored in zip((2, 3), axes, strict=True) if mirrored])[0]
-        )
+        crop = images.narrow(0, image, 1).narrow(2, top, height).narrow(3, left, width)
+        crop = F.interpolate(crop, (size, size), mode="bilinear", antialias=True)[0]
+        mirrored = [axis for axis, on in zip((1, 2), axes, strict=True) if on]
+        x.copy_(crop.flip(mirrored) if mirrored else crop)
     return out.div_(255)
 
 
