@@ -131,6 +131,10 @@ def require_finite(rows: Tensor, what: str) -> None:
         )
 
 
+# The share of a step from which waiting for data is worth a change.
+WAITING = 0.1
+
+
 class Phases:
     """The time that steps spend in each phase, for --profile.
 
@@ -167,6 +171,16 @@ class Phases:
         phases = sorted(self.seconds.items(), key=lambda item: -item[1])
         shares = ", ".join(f"{name} {seconds / total:.1%}" for name, seconds in phases)
         return f"{total / self.steps * 1e3:.1f} ms a step: {shares}"
+
+    def describe_input(self, faster: list[str]) -> str:
+        """Whether steps wait for their data, and what would help; empty where none was timed."""
+        if not self.steps:
+            return ""
+        share = self.seconds.get("input", 0.0) / sum(self.seconds.values())
+        if share < WAITING:
+            return f"data are there in time, {share:.1%} of a step"
+        ways = f"; what helps: {', '.join(faster)}" if faster else ""
+        return f"steps wait for data, {share:.1%} of their time{ways}"
 
 
 @contextlib.contextmanager

@@ -198,6 +198,7 @@ def test_phases_share_the_time_of_steps_alone(monkeypatch):
     seconds = iter([0, 7, 9, 50, 53, 54])
     monkeypatch.setattr(amp.time, "perf_counter", lambda: next(seconds))
     phases = amp.Phases(CPU, skip=1)
+    assert phases.describe_input(["--workers 2"]) == ""
     for name in (
         "input",
         "rest",
@@ -207,3 +208,7 @@ def test_phases_share_the_time_of_steps_alone(monkeypatch):
     ):  # a step that does not count, an evaluation, a step
         phases.lap(name)
     assert phases.describe() == "4000.0 ms a step: input 75.0%, rest 25.0%"
+    told = phases.describe_input(["--workers 2", "less"])
+    assert told == "steps wait for data, 75.0% of their time; what helps: --workers 2, less"
+    phases.seconds["input"] = 0.01
+    assert phases.describe_input(["less"]) == "data are there in time, 1.0% of a step"

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import os
 
 import numpy as np
 import pytest
@@ -285,6 +286,20 @@ def test_a_jpeg_is_what_pillow_makes_of_it(tmp_path, monkeypatch):
         else:
             assert torch.equal(found[name], pixels), name
     assert refused >= 6
+
+
+def test_what_speeds_reading_up_is_named(tmp_path, monkeypatch):
+    root = image_folder(tmp_path / "set", CLASSES)
+    images = open_images(str(root))
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert images.faster(2) == [
+        "python -m common.data pack",
+        "--workers 6",
+        "--store-size below 20",
+    ]
+    assert images.faster(6) == ["python -m common.data pack", "--store-size below 20"]
+    pack(images, tmp_path / "set.packed", default_size=20, workers=1)
+    assert open_images(str(tmp_path / "set.packed")).faster(5) == ["--workers 6"]
 
 
 def damaged(root):

@@ -420,6 +420,9 @@ class Run:
                     page = report.write(self.folder)
                 if self.phases:
                     self.log.say(f"profile: {self.phases.describe()}")
+                    told = self.phases.describe_input(self.data.faster(self.args.workers))
+                    if told:
+                        self.log.say(f"profile: {told}")
                 texts = [f"{status}: {page}"]
                 if status == "finished":
                     with only_warn(self.log.say, str(self.folder / "config.json")):
