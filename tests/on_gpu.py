@@ -33,6 +33,7 @@ import train_cluster
 import train_raer
 import train_simclr
 import train_tsm
+from common.data import benchmark as data_benchmark
 from common.errors import plural
 from common.run import dist
 from kernels import nt_xent
@@ -74,12 +75,14 @@ RUNS = {
 SIMCLR = "--backbone resnet50 --bs 256 --image-size 224 --max-steps 50 --profile --eval-every 1000"
 PLAIN = "--backbone resnet50 --bs 256 --image-size 224 --steps 50"
 TSM = "--backbone conv_medium --image-size 224 --n-segment 8 --bs 16"
+VIEWS = "--size 224 --images 16 --repeats 20"
 RAER = "--backbone vit_b_16 --tune full --checkpoint-blocks --bs 8 --max-steps 6"
 # What stands in for them in a dry run, with the same lines to be read.
 SMALL = {
     SIMCLR: "--backbone resnet18_narrow --image-size 8 --bs 4 --max-steps 5 --profile",
     PLAIN: "--backbone resnet18 --image-size 32 --bs 4 --steps 5 --images 32 --workers 1",
     TSM: "--backbone conv_small_035 --image-size 32 --n-segment 2 --bs 2",
+    VIEWS: "--size 24 --images 2 --repeats 1 --pairs 2",
     RAER: "--backbone vit_tiny --tune full --checkpoint-blocks --num-frames 1 --bs 2 --max-steps 3",
 }
 
@@ -284,6 +287,15 @@ def throughput(lab: Lab) -> None:
     lab.found(lab.shown("python -m tests.plain_simclr", PLAIN), value)
 
 
+def views(lab: Lab) -> None:
+    """The augmentation's share of a ResNet-50 step."""
+    printed = lab.run("views", data_benchmark.main, lab.sized(VIEWS))
+    step = json.loads(printed.splitlines()[-1])["rows"][-1]
+    share = f"{step['share']:.1%} of augmentation, forward and backward"
+    value = f"{step['augmentation_ms']:.4g} ms for {step['pairs']} pairs, {share}"
+    lab.found(lab.shown("python -m common.data.benchmark", VIEWS), value)
+
+
 def tsm(lab: Lab) -> None:
     """Peak memory against its prediction; the step with and without the shift."""
     argv = lab.sized(TSM)
@@ -356,6 +368,7 @@ PARTS = {
     **{f"resume {name}": (partial(resume, name=name), 60) for name in RUNS},
     "benchmark nt_xent": (partial(compare, op="nt_xent"), 120),
     "throughput of SimCLR": (throughput, 120),
+    "share of the augmentation": (views, 60),
     "benchmark sup_con": (partial(compare, op="sup_con"), 60),
     "benchmark temporal_shift": (partial(compare, op="temporal_shift"), 60),
     "benchmark shift_conv1x1": (partial(compare, op="shift_conv1x1"), 60),

@@ -35,6 +35,16 @@ def test_every_pipeline_is_timed_on_the_same_images(capsys):
     assert result["torch"] == torch.__version__ and torch.get_num_threads() == threads
 
 
+def test_the_share_of_the_augmentation_is_measured_where_it_is_asked_for(capsys):
+    argv = ["--size", "24", "--images", "2", "--repeats", "1", "--pairs", "2"]
+    assert benchmark.main(argv) == 0
+    *_, last = capsys.readouterr().out.strip().split("\n")
+    step = json.loads(last)["rows"][-1]
+    assert step["pairs"] == 2 and step["size"] == 24
+    both = step["augmentation_ms"] + step["step_ms"]
+    assert 0 < step["share"] < 1 and step["share"] == step["augmentation_ms"] / both
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(capsys):
     refused(benchmark.main, ["--device", "cuda"], capsys, "no GPU")

@@ -292,12 +292,9 @@ def test_what_speeds_reading_up_is_named(tmp_path, monkeypatch):
     root = image_folder(tmp_path / "set", CLASSES)
     images = open_images(str(root))
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    assert images.faster(2) == [
-        "python -m common.data pack",
-        "--workers 6",
-        "--store-size below 20",
-    ]
-    assert images.faster(6) == ["python -m common.data pack", "--store-size below 20"]
+    packing, smaller = "python -m common.data pack", "--store-size below 20"
+    assert images.faster(2) == [packing, "--workers 6", smaller]
+    assert images.faster(6) == [packing, smaller]
     pack(images, tmp_path / "set.packed", default_size=20, workers=1)
     assert open_images(str(tmp_path / "set.packed")).faster(5) == ["--workers 6"]
 

@@ -281,10 +281,10 @@ def measure_cpu(size: int, count: int, repeats: int, folder: Path) -> list[dict]
     return [*rows, {"size": size, "ms_a_picture": dict(zip(stages, added, strict=True))}]
 
 
-def measure_cuda(size: int, repeats: int, batch: int = 256) -> list[dict]:
+def measure_step(device: str, size: int, repeats: int, pairs: int) -> dict:
     """Milliseconds of a batch's augmentation and of a ResNet-50 step, bf16 and channels_last."""
-    model = torchvision.models.resnet50().cuda().to(memory_format=torch.channels_last).train()
-    pixels = torch.randint(0, 256, (batch, 3, _STORE, _STORE), dtype=torch.uint8, device="cuda")
+    model = torchvision.models.resnet50().to(device, memory_format=torch.channels_last).train()
+    pixels = torch.randint(0, 256, (pairs, 3, _STORE, _STORE), dtype=torch.uint8, device=device)
 
     def augmentation():
         return our_views(pixels, 0, size)
@@ -292,39 +292,42 @@ def measure_cuda(size: int, repeats: int, batch: int = 256) -> list[dict]:
     views = augmentation()
 
     def step():
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             loss = model(views).float().square().mean()
         model.zero_grad(set_to_none=True)
         loss.backward()
 
+    def wait():
+        if device != "cpu":
+            torch.accelerator.synchronize()
+
     def milliseconds(call):
         times = []
         for _ in range(repeats + 3):
-            torch.cuda.synchronize()
+            wait()
             begun = time.perf_counter()
             call()
-            torch.cuda.synchronize()
+            wait()
             times.append(1e3 * (time.perf_counter() - begun))
         return statistics.median(times[3:])  # the first ones warm up
 
     augmentation_ms = milliseconds(augmentation)
     step_ms = milliseconds(step)
     share = augmentation_ms / (augmentation_ms + step_ms)
-    print(f"\n{size} px, {batch} pairs on {torch.cuda.get_device_name()}")
+    where = torch.cuda.get_device_name() if device == "cuda" else device
+    print(f"\n{size} px, {pairs} pairs on {where}")
     print(
-        f"augmentation {augmentation_ms:.2f} ms, {1e3 * batch / augmentation_ms:.0f} pairs/s;"
+        f"augmentation {augmentation_ms:.2f} ms, {1e3 * pairs / augmentation_ms:.0f} pairs/s;"
         f" forward and backward {step_ms:.2f} ms"
     )
     print(f"augmentation is {100 * share:.1f} % of augmentation, forward and backward")
-    return [
-        {
-            "size": size,
-            "pairs": batch,
-            "augmentation_ms": augmentation_ms,
-            "step_ms": step_ms,
-            "share": share,
-        }
-    ]
+    return {
+        "size": size,
+        "pairs": pairs,
+        "augmentation_ms": augmentation_ms,
+        "step_ms": step_ms,
+        "share": share,
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -340,13 +343,17 @@ def main(argv: list[str] | None = None) -> int:
         "--device",
         ["cpu", "cuda"],
         "cpu",
-        "cuda: the augmentation's share of a ResNet-50 step, too",
+        "where the augmentation's share of a ResNet-50 step is measured",
+    )
+    parser.number(
+        "--pairs", int, None, "pairs of that step; unset: 256 on a GPU, on a CPU no step", low=2
     )
     parser.number("--images", int, 64, "images a round", low=2)
     parser.number("--repeats", int, 5, "rounds that count", low=1)
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: no GPU is visible")
+    pairs = args.pairs or {"cuda": 256}.get(args.device)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -360,8 +367,8 @@ def main(argv: list[str] | None = None) -> int:
         for size in args.size:
             with tempfile.TemporaryDirectory() as folder:
                 rows += measure_cpu(size, args.images, args.repeats, Path(folder))
-            if args.device == "cuda":
-                rows += measure_cuda(size, args.repeats)
+            if pairs:
+                rows.append(measure_step(args.device, size, args.repeats, pairs))
     finally:
         torch.set_num_threads(threads)
     print(json.dumps(facts | {"rows": rows}))
