@@ -120,15 +120,18 @@ def kornia_views(size: int):
     )
 
 
-def pipelines(files: list[bytes], folder: Path, size: int) -> dict[str, Pipeline]:
+def pipelines(folder: Path, size: int) -> dict[str, Pipeline]:
     """name -> what makes all views once; those of others first."""
+    images = open_images(str(folder / "files"))
+    everything = [np.arange(len(images))]
+    paths = [folder / "files" / name for name in images.ids]
 
-    def pil(content):
-        return open_image(content).convert("RGB")
+    def pil(path):
+        return open_image(path.read_bytes()).convert("RGB")
 
     def per_image(decode, transform):
         def run(epoch):
-            images = (decode(content) for content in files)
+            images = (decode(path) for path in paths)
             return torch.stack([view for image in images for view in transform(image)])
 
         return run
@@ -141,8 +144,9 @@ def pipelines(files: list[bytes], folder: Path, size: int) -> dict[str, Pipeline
 
         return run
 
-    def opencv(content):
-        pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+    def opencv(path):
+        content = np.frombuffer(path.read_bytes(), np.uint8)
+        pixels = cv2.imdecode(content, cv2.IMREAD_COLOR)
         return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)
 
     def kornias(epoch):
@@ -154,13 +158,12 @@ def pipelines(files: list[bytes], folder: Path, size: int) -> dict[str, Pipeline
         images.keeps = False
 
         def run(epoch):
-            pixels = next(images.batches([np.arange(len(files))], 1))
+            pixels = next(images.batches(everything, 1))
             return our_views(pixels, epoch, size)
 
         return run
 
-    images = open_images(str(folder / "files"))
-    decoded = next(images.batches([np.arange(len(files))], 1))
+    decoded = next(images.batches(everything, 1))
     compose = torchvision_views(size)
     candidates = {
         "torchvision, PIL images": Pipeline(True, per_image(pil, twice(compose))),
@@ -196,15 +199,15 @@ def pipelines(files: list[bytes], folder: Path, size: int) -> dict[str, Pipeline
     return candidates
 
 
-def parts(files: list[bytes], folder: Path, size: int) -> dict[str, Callable[[], object]]:
+def parts(folder: Path, size: int) -> dict[str, Callable[[], object]]:
     """name -> one part of "ours, files" for all images: reading and decoding, then the views'."""
     images = open_images(str(folder / "files"))
     images.keeps = False
-    everything = [np.arange(len(files))]
+    everything = [np.arange(len(images))]
     pixels = next(images.batches(everything, 1))
     stored = tuple(pixels.shape[-2:])
     drawn = [augment.simclr_params(0, 1, everything[0], v, stored, size) for v in (0, 1)]
-    none = np.zeros(len(files), bool)
+    none = np.zeros(len(images), bool)
     steps = {"crop": {}, "color": {"jittered", "grayscale"}, "blur": {"sigma"}}
 
     def views(kept, statistics=None):
@@ -225,16 +228,15 @@ def parts(files: list[bytes], folder: Path, size: int) -> dict[str, Callable[[],
 
 def measure_cpu(size: int, count: int, repeats: int, folder: Path) -> list[dict]:
     """Rows of pairs and views per second of CPU time, and the ratios to the pipelines of others."""
-    files = jpegs(count)
     (folder / "files").mkdir(exist_ok=True)
-    for number, content in enumerate(files):
+    for number, content in enumerate(jpegs(count)):
         (folder / "files" / f"{number:05d}.jpg").write_bytes(content)
     images = open_images(str(folder / "files"))
     images.resize_store(_STORE)
     pack.pack(images, folder / "images.packed", default_size=images.store_size, workers=1)
 
-    candidates = pipelines(files, folder, size)
-    stages = parts(files, folder, size)
+    candidates = pipelines(folder, size)
+    stages = parts(folder, size)
     seconds = {name: [] for name in (*candidates, *stages)}
     for epoch in range(repeats + 1):
         for name, (_, run) in candidates.items():
