@@ -16,6 +16,7 @@ WIDTH = 360
 SIZE = 11  # of text
 MAX_LINES = 14  # drawn in one chart
 MAX_GROUPS = 40  # named below a scatter plot
+_ABOVE = 3  # times a level, as that of a guess, above which lines may leave a chart
 _LIGHT = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d")
 _DARK = ("#56b4e9", "#e69f00", "#2fc79b", "#f0b6da", "#e8743b", "#5b8fe0", "#d8d8d8")
 COLORS = len(_LIGHT)
@@ -248,7 +249,11 @@ def _frame_of(series: dict, bands: dict, levels: dict) -> tuple:
     high = max(xs)
     if high == low:
         low, high = low - 0.5, high + 0.5
-    return (low, high), _padded(min(ys), max(ys), 0.05)
+    top = max(ys)
+    if levels:  # one line far above the level would flatten the others
+        lowest = min(max(y for _, y in line) for line in series.values())
+        top = min(top, max(lowest, _ABOVE * max(levels.values())))
+    return (low, high), _padded(min(ys), top, 0.05)
 
 
 def lines(
@@ -318,7 +323,7 @@ def lines(
     named = []
     for i, (name, line) in enumerate(series.items()):
         color = f"s{i % COLORS}" + " r" * (i >= COLORS)
-        points = thin(line, most)
+        points = [(x, min(y, frame[1][1])) for x, y in thin(line, most)]
         if len(points) > 1:
             out.append(f'<polyline class="l {color}" points="{axes.place(points)}"/>')
         if len(points) <= 30:
