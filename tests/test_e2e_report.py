@@ -181,7 +181,6 @@ def test_a_browser_shows_it_on_a_phone_and_on_a_screen(runs, script, tmp_path):
 
 TITLES = {
     "simclr": {
-        "Views",
         "Nearest neighbors",
         "Features on their first two principal axes",
         "Errors on the test split, stage finetune",
