@@ -81,7 +81,7 @@ CARD = Card(
         "finetune/test/accuracy": "accuracy on the test split, fine-tuned",
         "linear/test/accuracy": "accuracy on the test split, linear layer on frozen features",
         "pretrain/test/knn_accuracy": "kNN accuracy on the test split",
-        "pretrain/train/loss_over_chance": "contrastive loss over its chance level",
+        "pretrain/train/loss_over_chance": "contrastive loss over its chance level, last epoch",
     },
     baselines=("linear_random", "linear_pixels"),
     following={

@@ -499,7 +499,8 @@ def device_flags(group: _Group | Parser) -> None:
 
 def reading_flags(group: _Group | Parser) -> None:
     """Add the flags of every program that decodes images."""
-    group.number("--workers", int, min(8, os.cpu_count() or 1), "threads that decode images", low=1)
+    threads = "threads that decode images; unset: as many as there are cores, at most 8"
+    group.number("--workers", int, min(8, os.cpu_count() or 1), threads, low=1)
     group.choice(
         "--on-bad-item",
         ["error", "skip"],

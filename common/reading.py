@@ -311,12 +311,15 @@ def read_settings(path: Path):
         raise InputError(error.strerror) from None
 
 
-def check_memo(data: bytes) -> None:
-    """Refuse a pickle with an absurd index of an object: all up to the highest are allocated.
+def check_memo(data: bytes, pickles: int = 1) -> None:
+    """Refuse pickles, one after another, with an absurd index of an object: all up to the highest
+    are allocated.
 
     Raises:
         UnpicklingError: it does.
     """
-    for op, arg, _ in pickletools.genops(data):
-        if op.name.endswith("PUT") and int(arg) > len(data):
-            raise pickle.UnpicklingError("an absurd memo index")
+    stream = io.BytesIO(data)
+    for _ in range(pickles):
+        for op, arg, _ in pickletools.genops(stream):
+            if op.name.endswith("PUT") and int(arg) > len(data):
+                raise pickle.UnpicklingError("an absurd memo index")

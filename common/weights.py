@@ -62,10 +62,10 @@ _VALUES = {
 _HARMLESS = {"argparse.Namespace", "typing.Any"}
 _MAX_MODULES = 100_000  # of a TorchScript archive, which may name one module in many places
 # Where training scripts keep the model's state dict: this project's, timm's and Lightning's, the
-# PyTorch tutorials', VISSL's.
+# PyTorch tutorials', VISSL's. An average over steps comes first, as timm reads them.
 _CONTAINERS = (
-    "parts", "state_dict", "model", "model_state", "model_state_dict", "net", "classy_state_dict",
-    "base_model",
+    "parts", "state_dict_ema", "model_ema", "state_dict", "model", "model_state",
+    "model_state_dict", "net", "classy_state_dict", "base_model",
 )  # fmt: skip
 # What public training code puts before the names of its backbone, and what is said of it. Of
 # several networks in one file the first is taken: the one that the project itself evaluates.
@@ -346,8 +346,8 @@ def _read_torch(path: Path):
         return checkpoint.load(path)
     except checkpoint.AsksToRun:
         root = next((e.filename for e in entries if e.filename.endswith("/data.pkl")), None)
-        state = read_objects(path, root.removesuffix("data.pkl")) if root else None
-        if state is None or isinstance(state, Unread):
+        state = read_objects(path, root and root.removesuffix("data.pkl"))
+        if isinstance(state, Unread):
             raise
         return state
 
@@ -364,19 +364,22 @@ class Unread:
     __setstate__ = __setitem__ = append = extend = ignore
 
 
-def read_objects(path: Path, root: str):
+def read_objects(path: Path, root: str | None):
     """What a file of `torch.save` holds, with an `Unread` for each object of a class.
 
     So training scripts keep settings and meters beside the weights. Nothing is imported or run;
     objects of classes of torch and Python's own, and calls, but of NumPy's values, are refused.
 
     Args:
-        root: folder of the archive inside the file, with its slash.
+        root: folder of the archive inside the file, with its slash; None: it is no archive, as
+            before PyTorch 1.6.
 
     Raises:
-        InputError: the archive is damaged or asks for anything else.
+        InputError: the file is damaged or asks for anything else.
     """
     try:
+        if root is None:
+            return _OldUnpickler(reading.read_bytes(path, large=True)).load()
         with reading.pending(path), reading.open_zip(path) as archive:
             return _ObjectUnpickler(archive, root).load()
     except checkpoint.UNREADABLE as error:
@@ -499,6 +502,37 @@ class _ObjectUnpickler(_TorchScriptUnpickler):
         return unread
 
 
+class _OldUnpickler(_ObjectUnpickler):
+    """The same of a file from before PyTorch 1.6: five pickles (three constants, the objects, the
+    keys of the storages), then each storage's length and values, little-endian.
+    """
+
+    def __init__(self, data: bytes):
+        reading.check_memo(data, pickles=5)
+        self._file = io.BytesIO(data)
+        self._left = len(data)
+        pickle.Unpickler.__init__(self, self._file)
+        self._storages = {}
+
+    def persistent_load(self, pid) -> Tensor:
+        _, dtype, key, _, count, view = pid
+        if key not in self._storages:
+            self._left -= count * dtype.itemsize
+            if view is not None or count < 0 or self._left < 0:
+                raise pickle.UnpicklingError(f"a storage of {count} elements, view {view}")
+            self._storages[key] = torch.empty(count, dtype=dtype)
+        return self._storages[key]
+
+    def load(self):
+        *_, state, keys = [super(_OldUnpickler, self).load() for _ in range(5)]
+        for key in keys:
+            values = self._storages[key].view(torch.uint8).numpy()
+            count = int.from_bytes(self._file.read(8), "little")
+            if count != len(self._storages[key]) or self._file.readinto(values) < len(values):
+                raise pickle.UnpicklingError(f"storage {key} is cut short")
+        return state
+
+
 def unwrap(state, path: Path) -> dict[str, Tensor]:
     """The state dict inside what a training script saved.
 
@@ -565,8 +599,11 @@ def layouts(
         if renamed != left:
             yield taken, renamed
         prefix = next((p for p in LAYOUTS if any(n.startswith(p) for n in left.values())), None)
-        if prefix is None:
-            return
+        if prefix is None:  # of a name that LAYOUTS lacks there may be one
+            unknown = {n.split(".")[0] for n in left.values() if f".{children[0]}." in n}
+            if len(unknown) != 1:
+                return
+            prefix = f"{unknown.pop()}."
         taken = [*taken, prefix]
         left = {o: n.removeprefix(prefix) for o, n in left.items() if n.startswith(prefix)}
 

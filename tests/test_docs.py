@@ -19,6 +19,7 @@ import train_simclr
 from common import export
 from common.check.runner import chosen_items
 from common.data.open import open_images
+from tests import pages
 from tests.data import cells_tree, read_pixels
 from tests.runs import flags, summary
 
@@ -94,7 +95,14 @@ def test_links_and_paths_exist(page):
 def test_every_flag_is_known_to_some_parser():
     known = OF_SLURM.union(*map(flags_of, [*SCRIPTS, *TOOLS]))
     for page, prose in PROSE.items():
+        if page.name == "flags.md":  # the parsers' own words, which name other projects' flags
+            continue
         assert not set(re.findall(r"(?<![\w-])--[a-z][\w-]*", prose)) - known, page
+
+
+def test_the_page_of_flags_says_what_the_parsers_do():
+    page = (ROOT / "docs" / "flags.md").read_text()
+    assert page == pages.flags_page(), "python -m tests.pages flags writes it anew"
 
 
 def test_every_command_line_parses():

@@ -181,7 +181,6 @@ def test_a_browser_shows_it_on_a_phone_and_on_a_screen(runs, script, tmp_path):
 
 TITLES = {
     "simclr": {
-        "Views",
         "Nearest neighbors",
         "Features on their first two principal axes",
         "Errors on the test split, stage finetune",
@@ -505,7 +504,9 @@ def test_runs_are_compared_on_a_page_and_on_a_terminal(runs, tmp_path, capsys):
     tree = parsed(tmp_path / "both.html")
     rows = {row[0]: row[1:] for row in table_rows(tree)}
     assert rows["dropout"] == ["0.1", "0.625"] and "seed" not in rows
-    assert rows["train/test/uar"][1] == "0.8125 (0.7500 to 0.8750)"
+    assert rows["train/test/uar"][1] == "0.8125 (0.7500 to 0.8750) *"
+    assert rows["command"][0].startswith("python ") and "clips" in rows["data"][0]
+    assert rows["hardware"][0].startswith("CPU")
     assert len(drawn_lines(tree)["train: uar"][0][0]) == 2  # a line of each run
     if CHROMIUM:
         is_sound(tmp_path / "both.html", tmp_path)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from common.errors import Stopped
-from common.report import __main__, charts, figures, page
+from common.report import __main__, charts, compare, figures, page
 from common.report.record import Record, naming
 from common.run import log
 from common.run.files import FORMAT
@@ -80,10 +80,13 @@ def test_report_is_self_contained_and_names_both_conventions(tmp_path):
         "averaged over the 2N rows",
         "summed",
         "0.7500",
-        "majority: always the most frequent class.",
+        "always the most frequent class",
     ):
         assert text in content
-    assert "linear_random:" not in content  # a baseline that this run has not
+    assert "random weights" not in content  # a baseline that this run has not
+    # The views stand on top, once.
+    assert content.index("data:image/png") < content.index("<nav>")
+    assert content.count("data:image/png") == 1
     assert "&lt;cells&gt;" in content and "data:image/png;base64," in content
     drawn = {path.stem for path in (tmp_path / "figures").glob("*.svg")}
     assert {"pretrain_loss", "pretrain_knn_accuracy"} <= drawn
@@ -116,7 +119,59 @@ def test_a_stage_stands_beside_its_best_baseline(tmp_path):
         "worse than raw pixels 0.77; random weights 0.71, majority class 0.5",
     ]
     table = page.accuracy_section(summary)
+    rows = re.findall(r"<tr><td[^>]*>(.*?)</td>", table)
+    assert rows == [
+        "linear layer on the learned features",
+        "linear layer on features of random weights",
+        "linear layer on raw pixels",
+        "always the most frequent class",
+        "linear layer on the learned features minus that on pixels",
+    ]
     assert "0.7500 (0.7000 to 0.8000)" in table and "-0.0200 (-0.0600 to 0.0300)" in table
+
+
+def test_a_page_is_titled_by_its_script_and_data(tmp_path):
+    run_directory(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert page.title_of_run(Record(tmp_path)) == tmp_path.name
+    config |= {"card": {"name": "simclr", "headlines": {}, "chance": {}}, "data": "a/cells.zip"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert page.title_of_run(Record(tmp_path)) == f"simclr: {tmp_path.name}, of cells.zip"
+
+
+def test_without_views_the_first_pictures_or_the_scatter_plot_stand_on_top(tmp_path):
+    run_directory(tmp_path)
+    record = Record(tmp_path)
+    assert page.lead(record, 1.0) == ""
+    axes = dict(x_label="x", y_label="y")
+    groups = dict(points=[[0, 1], [1, 2]], groups=[0, 1], names=["a", "b"])
+    figures.put(tmp_path, "scatter", "scatter", "Features", "", **groups, **axes)
+    assert "Features" in page.lead(record, 1.0)
+    card = {"image": figures.picture(torch.zeros(3, 4, 4, dtype=torch.uint8)), "lines": ["cell"]}
+    rows = [{"title": "Worst", "cards": [card] * 6}, {"title": "Other", "cards": [card]}]
+    figures.put(tmp_path, "neighbors", "gallery", "Errors", "", rows=rows)
+    shown = page.lead(record, 1.0)
+    assert shown.count("<img") == 4 and "Worst" in shown and "Other" not in shown
+    assert "Features" in page.lead(record, 0.0)  # a page that would become too large
+
+
+def test_a_line_far_above_the_level_does_not_flatten_the_others():
+    labels = dict(x_label="step", y_label="loss", levels={"a guess": 2.0})
+    series = {"features": [(0, 2.0), (10, 1.0)], "pixels": [(0, 31.0), (10, 12.0)]}
+    axes = ET.fromstring(charts.lines("loss", series, **labels)).attrib["data-axes"].split()
+    assert float(axes[5]) == pytest.approx(2 + 0.05 * 1)  # the highest near the level, a margin
+    # Of a single line nothing leaves the chart.
+    alone = ET.fromstring(charts.lines("loss", {"pixels": series["pixels"]}, **labels))
+    assert float(alone.attrib["data-axes"].split()[5]) > 31
+
+
+def test_the_best_run_is_marked_by_the_metrics_direction():
+    runs = [{"a/test/uar": 0.2, "a/test/loss": 0.5}, {"a/test/uar": 0.4, "a/test/loss": 0.7}, {}]
+    assert compare.marked("a/test/uar", runs) == ["0.2000", "0.4000 *", "-"]
+    assert compare.marked("a/test/loss", runs) == ["0.5000 *", "0.7000", "-"]
+    assert compare.marked("a/test/uar", [runs[0], runs[0]]) == ["0.2000", "0.2000"]
+    unknown = [{"a/test/threshold": 0.1}, {"a/test/threshold": 0.2}]
+    assert compare.marked("a/test/threshold", unknown) == ["0.1000", "0.2000"]
 
 
 def test_small_numbers_do_not_become_zero_in_a_table():

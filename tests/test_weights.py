@@ -209,6 +209,7 @@ def test_mutated_safetensors_read_as_the_package_reads_them_or_are_refused(tmp_p
 def test_mutated_torch_files_read_or_are_refused(tmp_path, little_memory, legacy):
     rng, file = random.Random(1), tmp_path / "w.pth"
     state = {"state_dict": {"w": torch.ones(20, 3), "b": torch.zeros(3).half()}, "epoch": 3}
+    state["opt"] = argparse.Namespace(lr=0.1)
     torch.save(state, file, _use_new_zipfile_serialization=not legacy)
     good, refused = file.read_bytes(), 0
     for _ in range(600):
@@ -226,6 +227,7 @@ def test_own_checkpoints_containers_and_prefixes_are_opened(tmp_path):
     wrapped = {
         "plain": state,
         "timm": {"epoch": 3, "arch": "resnet18", "state_dict": state, "optimizer": {"state": {}}},
+        "timm's average": {"state_dict": {"conv.weight": torch.ones(1)}, "state_dict_ema": state},
         "torchvision": {"model": state, "lr_scheduler": {}},
         "own last.pt": {"format": FORMAT, "parts": {"model": state}, "place": {"step": 1}},
         "ddp": {"state_dict": {f"module.{n}": t for n, t in state.items()}},
@@ -268,10 +270,11 @@ def with_objects():
     }
 
 
-def test_weights_are_read_beside_objects_that_stay_unread(tmp_path, monkeypatch):
+@pytest.mark.parametrize("legacy", [False, True])
+def test_weights_are_read_beside_objects_that_stay_unread(tmp_path, monkeypatch, legacy):
     file = tmp_path / "w.pt"
     state = with_objects()
-    torch.save(state, file)
+    torch.save(state, file, _use_new_zipfile_serialization=not legacy)
     # Nothing of the classes is there any more.
     monkeypatch.delattr(argparse, "Namespace")
     monkeypatch.delitem(globals(), "Settings")

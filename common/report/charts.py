@@ -16,6 +16,7 @@ WIDTH = 360
 SIZE = 11  # of text
 MAX_LINES = 14  # drawn in one chart
 MAX_GROUPS = 40  # named below a scatter plot
+_ABOVE = 3  # times a level, as that of a guess: lines that lie above may leave a chart
 _LIGHT = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d")
 _DARK = ("#56b4e9", "#e69f00", "#2fc79b", "#f0b6da", "#e8743b", "#5b8fe0", "#d8d8d8")
 COLORS = len(_LIGHT)
@@ -240,14 +241,17 @@ def _padded(low: float, high: float, share: float) -> tuple[float, float]:
 
 
 def _frame_of(series: dict, bands: dict, levels: dict) -> tuple:
-    points = [p for line in series.values() for p in line]
-    xs = [p[0] for p in points]
-    ys = [p[1] for p in points] + list(levels.values())
-    ys += [value for band in bands.values() for p in band for value in p[1:]]
+    xs = [p[0] for line in series.values() for p in line]
     low = min(xs)
     high = max(xs)
     if high == low:
         low, high = low - 0.5, high + 0.5
+    heights = {name: [p[1] for p in line] for name, line in series.items()}
+    # A line far above the levels, as the loss on raw pixels, would flatten the others.
+    far = _ABOVE * max(levels.values(), default=math.inf)
+    near = [ys for ys in heights.values() if np.median(ys) <= far] or list(heights.values())
+    ys = [y for line in near for y in line] + list(levels.values())
+    ys += [value for band in bands.values() for p in band for value in p[1:]]
     return (low, high), _padded(min(ys), max(ys), 0.05)
 
 
@@ -318,7 +322,7 @@ def lines(
     named = []
     for i, (name, line) in enumerate(series.items()):
         color = f"s{i % COLORS}" + " r" * (i >= COLORS)
-        points = thin(line, most)
+        points = [(x, min(y, frame[1][1])) for x, y in thin(line, most)]
         if len(points) > 1:
             out.append(f'<polyline class="l {color}" points="{axes.place(points)}"/>')
         if len(points) <= 30:

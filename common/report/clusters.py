@@ -287,8 +287,8 @@ def _labels_table(
         "header": ["cluster", "matched", *table.classes],
         "rows": rows,
         "text": (
-            "How many test utterances of each label lie in each cluster; the darker, the larger"
-            " its share of the row."
+            "How many test utterances of each label lie in each cluster; the fuller the color,"
+            " the larger the share of the row."
         ),
     }
 

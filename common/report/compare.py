@@ -7,11 +7,18 @@ from common.errors import InputError, aligned, first_few, printable, say
 from common.report import charts, page, tables
 from common.report.curves import FIRST, chart_figure, label_of, title_of
 from common.report.record import LIMIT, Record, interval_text
+from common.run import ending
 from common.run.files import atomic_write
 
 DRAWN = 10  # runs whose curves are drawn together; tables hold all of them
 _PIVOT_VALUES = 3  # headline metrics in the pivot table
 _PARTS = ("_low", "_high", "_sd", "_last_epoch")  # of another metric
+# How the names of metrics end of which more, or less, is better; of others nobody is the best.
+_MORE = (
+    "accuracy", "precision", "recall", "f1", "auc", "ap", "uar", "war", "nmi", "ami", "ari", "acc",
+    "fmi",
+)  # fmt: skip
+_LESS = ("loss", "loss_over_chance", "eer")
 
 
 def names_of(runs: list[dict]) -> list[str]:
@@ -99,13 +106,32 @@ def cells(runs: list[dict], records: list[Record]) -> tuple[list, list, list, li
     column for each run.
     """
     header = ["", *names_of(runs)]
-    states = [["state", *(record.state for record in records)]]
+    facts = {
+        "state": [record.state for record in records],
+        "command": [f"python {record.env.get('command', '')}" for record in records],
+        "data": [record.env.get("data_read", "-") for record in records],
+        "hardware": [page.hardware(record.env) for record in records],
+        "commit": [page.commit_of(record.env) for record in records],
+    }
+    states = [[name, *values] for name, values in facts.items()]
     flags = [[name, *(setting(run, name) for run in runs)] for name in differing(runs)]
     names = metric_names([record.scores for record in records], headlines_of(records))
-    metrics = [
-        [name, *(interval_text(record.scores, name) for record in records)] for name in names
-    ]
+    metrics = [[name, *marked(name, [record.scores for record in records])] for name in names]
     return states, flags, metrics, header
+
+
+def marked(name: str, scores: list[dict]) -> list[str]:
+    """A metric of each run as text, the best with an asterisk, where one is better than another."""
+    texts = [interval_text(values, name) for values in scores]
+    values = [value for value in (s.get(name) for s in scores) if ending.is_number(value)]
+    metric = name.rpartition("/")[2]
+    if metric.endswith(_MORE + _LESS) and len(set(values)) > 1:
+        best = min(values) if metric.endswith(_LESS) else max(values)
+        texts = [
+            f"{text} *" if values.get(name) == best else text
+            for text, values in zip(texts, scores, strict=True)
+        ]
+    return texts
 
 
 def groups(runs: list[dict], headlines: list[str]) -> str | None:
@@ -133,7 +159,7 @@ def text(runs: list[dict]) -> str:
     else:
         parts.append("No setting differs.")
     if metrics:
-        title = "Metrics of the selected epoch (95 % interval or ± deviation where there is one)"
+        title = "Metrics of the selected epoch (with 95 % interval or ± deviation; * the best)"
         parts.append(f"{title}\n{aligned([header, *metrics])}")
     pivot = groups(runs, headlines_of(records))
     if pivot:
@@ -176,7 +202,7 @@ def write(runs: list[dict], path: Path) -> Path:
     if metrics:
         note = page.paragraph(
             "Of the selected epoch, on the split that the name says; with the 95 % interval, or ±"
-            " the deviation, where the run has one."
+            " the deviation, where the run has one. An asterisk marks the best."
         )
         parts["Metrics"] = note + page.table(metrics, header)
     pivot = groups(runs, headlines_of(records))
@@ -212,7 +238,7 @@ def curves(records: list[Record], names: list[str], max_points: int) -> str:
         for stage, charts_of_stage in record.curves.items():
             for metric, chart in charts_of_stage.items():
                 splits = [s for s in ("val", "train", *chart["series"]) if s in chart["series"]]
-                if splits and metric in FIRST:
+                if splits and metric in FIRST and metric != "recall":  # whose lines are classes
                     points = chart["series"][splits[0]]
                     drawn.setdefault((metric, stage), {})[name] = points
     figures = []

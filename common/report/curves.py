@@ -4,7 +4,7 @@ from common.report import charts
 
 # Of a metric: the label of its axis, and what it means.
 METRICS = {
-    "loss": ("loss, nats", "Lower is better; below the dashed line it is better than a guess."),
+    "loss": ("loss, nats", "Lower is better; the dashed line is the loss of a guess."),
     "lr": ("learning rate", ""),
     "grad_norm": ("gradient norm", "A sudden rise warns of divergence."),
     "top1": ("contrastive top-1, share", "Views whose partner is the nearest of the whole batch."),

@@ -121,9 +121,10 @@ def classified(
             f"confusion_{name}",
             "matrix",
             f"Confusion matrix of the test split, stage {name}",
-            "Rows are the true classes, columns the answers; the darker, the larger its share of"
-            " the row. A perfect classifier fills the diagonal alone.",
+            "The fuller the color, the larger the share of the row. A perfect classifier fills the"
+            " diagonal alone.",
             corner="true",
+            above="predicted",
             columns=classes,
             rows=rows,
         )

@@ -30,12 +30,12 @@ _EVERY = 30.0  # seconds between two reports of a run that goes on
 _COST = 50  # times what writing one takes, at least
 _WIDEST = 1000  # pixels of a picture
 _TILES = 4
-# What stands beside a stage's test scores, by the stage's name in them.
-_BASELINES = {
-    "linear_random": (
-        "the linear protocol on a backbone of random weights, which learned features should beat"
-    ),
-    "linear_pixels": "the linear protocol on raw pixels, which learned features should beat",
+# The stages of a classifier and its baselines in words, the answer first.
+_STAGES = {
+    "finetune": "fine-tuned",
+    "linear": "linear layer on the learned features",
+    "linear_random": "linear layer on features of random weights",
+    "linear_pixels": "linear layer on raw pixels",
     "majority": "always the most frequent class",
 }
 _CAPTIONS = {
@@ -80,7 +80,11 @@ td{white-space:nowrap}
 td.w,table.f td{white-space:normal}
 td.w{overflow-wrap:anywhere;min-width:12rem}
 code{overflow-wrap:anywhere;font-size:.9em}
-.wide{overflow-x:auto}
+.wide{overflow-x:auto;background:
+  linear-gradient(90deg,var(--paper) 30%,transparent) 0/2rem 100% no-repeat local,
+  linear-gradient(270deg,var(--paper) 30%,transparent) 100%/2rem 100% no-repeat local,
+  linear-gradient(90deg,var(--rule),transparent) 0/.8rem 100% no-repeat scroll,
+  linear-gradient(270deg,var(--rule),transparent) 100%/.8rem 100% no-repeat scroll}
 table.f td{overflow-wrap:anywhere}
 table.f td:first-child{overflow-wrap:normal;color:var(--faint)}
 .charts{display:grid;gap:1rem;
@@ -125,9 +129,14 @@ th.up{writing-mode:vertical-rl;transform:rotate(180deg);padding:.3rem .2rem;
 .FAIL{color:var(--s1)}
 .WARN{color:var(--s3)}
 .SKIP{color:var(--faint)}
-.found{display:flex;flex-wrap:wrap;column-gap:2.5rem}
-.found section{flex:1 1 100%;min-width:0}
-.found section.half{flex:0 1 440px}
+.found{display:grid;column-gap:2.5rem;
+  grid-template-columns:repeat(auto-fill,minmax(min(100%,400px),1fr))}
+.found section{grid-column:1/-1;min-width:0}
+.found section.half{grid-column:auto}
+.side{display:flex;flex-wrap:wrap;column-gap:2.5rem;align-items:flex-start}
+.side>*{min-width:0;max-width:100%}
+.side .lead{flex:1 1 440px}
+.side .lead+*{flex:1.3 1 440px}
 @media(max-width:600px){
   .card img{height:72px}
   .card,.card figcaption{max-width:172px}
@@ -207,13 +216,15 @@ def _cell(value) -> str:
     return f'<td class="n">{value}</td>'
 
 
-def matrix(corner: str, columns: list[str], rows: list) -> str:
-    """Counts as a table whose cells are the darker, the larger their share of the row; a row begins
-    with its name.
+def matrix(corner: str, columns: list[str], rows: list, above: str = "") -> str:
+    """Counts as a table whose cells have the fuller a color, the larger their share of the row; a
+    row begins with its name. `above` is what the columns are, as `corner` what the rows.
     """
     up = ' class="up"' if len(columns) > 4 else ""
     heads = "".join(f"<th{up}>{escape(name)}</th>" for name in columns)
     out = [f"<tr><th>{escape(corner)}</th>{heads}</tr>"]
+    if above:
+        out.insert(0, f'<tr><th></th><th colspan="{len(columns)}">{escape(above)}</th></tr>')
     for name, *counts in rows:
         total = max(sum(filter(_number, counts)), 1)
         cells = [
@@ -277,7 +288,7 @@ def draw_figure(figure: dict, detail: float) -> str:
     if kind == "gallery":
         return _draw_gallery(figure["rows"], figure.get("columns"), detail)
     if kind == "matrix":
-        return matrix(figure["corner"], figure["columns"], figure["rows"])
+        return matrix(figure["corner"], figure["columns"], figure["rows"], figure.get("above", ""))
     if kind == "table":
         return table(figure["rows"], figure["header"])
     if kind == "bars":
@@ -385,10 +396,44 @@ def page_of(run: Record, detail: float) -> bytes:
         "System": system_part(drawings),
         "Everything else": settings_part(run),
     }
-    name = run.folder.resolve().name
-    head = [f"<h1>{escape(name)}</h1>", paragraph(run.card["about"])]
-    head += [warnings_of(run), tiles(run), facts(run)]
-    return document(name, head, {title: body for title, body in parts.items() if body})
+    title = title_of_run(run)
+    head = [f"<h1>{escape(title)}</h1>", paragraph(run.card["about"])]
+    head += [warnings_of(run), tiles(run)]
+    head.append(f'<div class="side">{lead(run, detail)}{facts(run)}</div>')
+    return document(title, head, {title: body for title, body in parts.items() if body})
+
+
+def title_of_run(run: Record) -> str:
+    """The script, the run directory and the data, as `simclr: demo, of cells.zip`."""
+    data = run.settings.get("data")
+    of_data = f", of {Path(data).name}" if data else ""
+    script = f"{run.card['name']}: " if run.card.get("name") else ""
+    return f"{script}{run.folder.resolve().name}{of_data}"
+
+
+def lead(run: Record, detail: float) -> str:
+    """What the eye falls on first: some views, or the first pictures that the run has to show, or
+    its scatter plot.
+    """
+    folder = run.folder / "figures"
+    views = folder / "views.png"
+    if views.exists():
+        drawn = f'<img alt="views" src="{embedded(views, detail)}"/>'
+        return f'<div class="lead">{drawn}{paragraph(_CAPTIONS["views"])}</div>'
+    for file in sorted(folder.glob("*.json"), key=_rank):
+        with naming(file):
+            figure = json.loads(file.read_text(encoding="utf-8"))
+            kind = figure.get("kind")
+            if kind == "scatter":
+                drawn = draw_figure(figure, detail)
+            elif kind == "gallery" and detail and figure["rows"]:
+                first = figure["rows"][0]
+                drawn = gallery([{**first, "cards": first["cards"][:4]}])
+            else:
+                continue
+            head = f"<h3>{escape(figure['title'])}</h3>"
+            return f'<div class="lead">{head}{drawn}</div>'
+    return ""
 
 
 def document(title: str, head: list[str], parts: dict[str, str]) -> bytes:
@@ -448,18 +493,22 @@ def facts(run: Record) -> str:
     rows.append(("command", f"python {env.get('command', '')}"))
     if "torch" in env:
         rows.append(("data", env.get("data_read", run.settings.get("data"))))
-        rows.append(("hardware", _hardware(env)))
-        commit = (env.get("commit") or "unknown")[:12]
-        if env.get("uncommitted_changes"):
-            commit += ", with uncommitted changes"
-        software = f"Python {env.get('python')}, torch {env['torch']}; commit {commit}"
+        rows.append(("hardware", hardware(env)))
+        software = f"Python {env.get('python')}, torch {env['torch']}; commit {commit_of(env)}"
         rows.append(("software", software))
     rows.append(("folder", str(run.folder.resolve())))
     rows.append(("written", datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")))
     return table(rows, form=' class="f"')
 
 
-def _hardware(env: dict) -> str:
+def commit_of(env: dict) -> str:
+    """The commit of the code that ran."""
+    changed = ", with uncommitted changes" if env.get("uncommitted_changes") else ""
+    return (env.get("commit") or "unknown")[:12] + changed
+
+
+def hardware(env: dict) -> str:
+    """The device of a run, how many processes used it, and their threads."""
     on_gpu = env.get("gpu") and "cpu" not in env.get("device", "")
     device = env["gpu"] if on_gpu else f"CPU, {env.get('cpus')} cores"
     if env.get("processes", 1) > 1:
@@ -510,33 +559,34 @@ def results_part(run: Record) -> str:
         loss_section(run.scores, run.settings),
         own_tables(run.folder, "results"),
     )
-    return "".join(sections)
+    shown = "".join(f"<section>{section}</section>" for section in sections if section)
+    return f'<div class="side">{shown}</div>' if shown else ""
 
 
 def accuracy_section(scores: dict) -> str:
     """Test metrics of classifiers, a row for each stage and each baseline."""
     columns = ("macro_precision", "macro_recall", "macro_f1", "knn_accuracy")
-    stages = [name.split("/")[0] for name in scores if name.endswith("/test/accuracy")]
-    if not stages:
+    found = [name.split("/")[0] for name in scores if name.endswith("/test/accuracy")]
+    if not found:
         return ""
+    stages = sorted(found, key=lambda stage: [*_STAGES, stage].index(stage))
     rows = [
         (
-            stage,
+            _STAGES.get(stage, stage),
             interval_text(scores, f"{stage}/test/accuracy"),
             *(scores.get(f"{stage}/test/{column}", "") for column in columns),
         )
         for stage in stages
     ]
-    notes = [f"{name}: {text}." for name, text in _BASELINES.items() if name in stages]
     gains = [
-        (gain.replace("_", " "), interval_text(scores, f"linear/test/{gain}"))
-        for gain in ("gain_over_pixels", "gain_over_random")
+        (f"{_STAGES['linear']} minus that {of}", interval_text(scores, f"linear/test/{gain}"))
+        for gain, of in (("gain_over_pixels", "on pixels"), ("gain_over_random", "on random ones"))
         if f"linear/test/{gain}" in scores
     ]
-    header = ("stage", "accuracy (95 % interval)", *columns)
-    note = "The linear layer's accuracy minus a baseline's on the same images (95 % interval)."
-    paired = paragraph(note) + table(gains) if gains else ""
-    return table(rows, header) + paragraph(" ".join(notes)) + paired
+    names = ("macro precision", "macro recall", "macro F1", "kNN accuracy")
+    header = ("test split", "accuracy (95 % interval)", *names)
+    gained = ("accuracy of the same images", "difference (95 % interval)")
+    return table(rows, header) + (table(gains, gained) if gains else "")
 
 
 def recall_section(scores: dict) -> str:
@@ -704,7 +754,7 @@ def findings_part(run: Record, detail: float) -> str:
     of_checks = {Path(name).name for item in checks for name in item.get("pictures") or []}
     pictures = []
     for file in sorted(folder.glob("*.png")):
-        if file.name not in of_checks:
+        if file.name not in of_checks and file.name != "views.png":  # that is on top
             title = escape(file.stem.replace("_", " ").capitalize())
             caption = paragraph(_CAPTIONS.get(file.stem, ""))
             image = f'<img alt="{escape(file.stem)}" src="{embedded(file, detail)}"/>'
