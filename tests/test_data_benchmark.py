@@ -28,6 +28,7 @@ def test_every_pipeline_is_timed_on_the_same_images(capsys):
         and names[-3:] == ours
     )
     assert list(parts["ms_a_picture"]) == ["decode", "crop", "color", "blur", "normalize"]
+    assert parts["two_threads"] > 0
     for row in rows:
         assert row["antialiased"] != row["pipeline"].startswith(("albumentations", "kornia"))
         assert row["size"] == 24 and len(row["seconds"]) == 2 and row["pairs_per_s"] > 0

@@ -238,6 +238,8 @@ def measure_cpu(size: int, count: int, repeats: int, folder: Path) -> list[dict]
     candidates = pipelines(folder, size)
     stages = parts(folder, size)
     seconds = {name: [] for name in (*candidates, *stages)}
+    images.keeps = False
+    clock = {1: [], 2: []}  # of that many threads
     for epoch in range(repeats + 1):
         for name, (_, run) in candidates.items():
             begun = time.process_time()
@@ -248,6 +250,10 @@ def measure_cpu(size: int, count: int, repeats: int, folder: Path) -> list[dict]
             begun = time.process_time()
             run()
             seconds[name].append(time.process_time() - begun)
+        for threads, times in clock.items():
+            begun = time.perf_counter()
+            next(images.batches([np.arange(count)], threads))
+            times.append(time.perf_counter() - begun)
     seconds = {name: times[1:] for name, times in seconds.items()}  # the first round warms up
     print(f"\n{size} px, {count} images, {repeats} rounds, per second of CPU time, one thread each")
     peers = [name for name in candidates if not name.startswith("ours")]
@@ -280,7 +286,10 @@ def measure_cpu(size: int, count: int, repeats: int, folder: Path) -> list[dict]
     added = [decode, crop, *np.diff([crop, *later])]
     each = ", ".join(f"{name} {ms:.2f}" for name, ms in zip(stages, added, strict=True))
     print(f"ours, ms a picture (both views): {each}")
-    return [*rows, {"size": size, "ms_a_picture": dict(zip(stages, added, strict=True))}]
+    scaling = statistics.median(clock[1][1:]) / statistics.median(clock[2][1:])
+    print(f"two threads decode {scaling:.2f} times as fast as one, by the clock")
+    ms = dict(zip(stages, added, strict=True))
+    return [*rows, {"size": size, "ms_a_picture": ms, "two_threads": scaling}]
 
 
 def measure_step(device: str, size: int, repeats: int, pairs: int) -> dict:
