@@ -836,6 +836,12 @@ def run_inference(args, world: dist.Dist) -> None:
     """--eval: the test metrics of a checkpoint. --predict: predictions.csv of clips without
     labels.
     """
+    source = args.eval or args.resume
+    if checkpoint.config_of(source).get("zero_shot"):
+        raise InputError(
+            f"{source} is a run of --zero-shot, which trains no model: summary.json has its figures;"
+            " give --zero-shot --weights with other --data for more"
+        )
     loaded = load_run(args, CARD)
     spec = loaded.model_spec
     tau = tau_of(loaded)
@@ -855,6 +861,11 @@ def run_inference(args, world: dist.Dist) -> None:
     if args.eval:
         values = score(run, "eval/test", indices, scores, run.log.say)
         loaded.write(values, world, (clips, indices, spec["classes"], scores.softmax(1)))
+        if spec["tokens"] is not None:
+            world.say(
+                "without CLIP's own answers (zero_shot), for which a run keeps no towers:"
+                " --zero-shot --weights gives them"
+            )
         return
     loaded.write_predictions(world, clips.ids, spec["classes"], scores.softmax(1))
 

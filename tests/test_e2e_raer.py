@@ -384,6 +384,9 @@ def test_a_run_from_clips_weights_learns_prompts_and_is_used_without_them(
     capsys.readouterr()
     used = ["--data", str(tree), "--eval", str(folder), "--out", str(tmp_path), "--device", "cpu"]
     assert train_raer.main([*used, "--precision", "bf16" if tune == "full" else "auto"]) == 0
+    assert "without CLIP's own answers (zero_shot)" in capsys.readouterr().out
+    used = flags("--device cpu --eval", untrained)
+    refused(train_raer.main, used, capsys, "untrained is a run of --zero-shot", "summary.json")
     found = json.loads((tmp_path / "eval.json").read_text())
     assert found["eval/test/uar"] == summary(folder)["train/test/uar"]
 
