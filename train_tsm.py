@@ -892,6 +892,8 @@ def names_of_data(paths: tuple[str, ...]) -> list[str]:
         re.sub(r"\.(zip|csv|json|packed)$", "", os.path.abspath(path), flags=re.I) for path in paths
     ]
     parts = [Path(path).parts for path in bare]
+    if len(set(bare)) < len(bare):
+        raise InputError(f"--data {' '.join(paths)}: one data set is there twice; give it once")
     depth = 1
     while len({path[-depth:] for path in parts}) < len(parts) and depth < max(map(len, parts)):
         depth += 1

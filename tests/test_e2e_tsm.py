@@ -14,6 +14,7 @@ import torch
 
 import train_tsm
 from common.data.__main__ import main as pack
+from common.errors import InputError
 from common.models.mobilenet_v4 import build_mobilenet_v4
 from common.report import __main__ as report
 from common.run import checkpoint, log
@@ -538,6 +539,8 @@ def test_data_sets_have_names_that_tell_them_apart():
         "df.v2",
     ]
     assert names(("a/test", "b/test")) == ["a-test", "b-test"]
+    with pytest.raises(InputError, match=r"--data a b \./a: one data set is there twice"):
+        names(("a", "b", "./a"))
 
 
 def test_frames_elsewhere_are_found_again_in_evaluation(ffpp, tmp_path):

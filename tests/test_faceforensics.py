@@ -69,7 +69,7 @@ def test_compressions_are_kept_apart_and_chosen(tmp_path):
     assert len(opened(root)) == 8 == len(set(opened(root).ids))
     chosen = opened(root, compression="c40")
     assert len(chosen) == 4 and {key[2] for key in chosen.keys} == {"c40"}
-    with pytest.raises(InputError, match=r"compression 'raw', there are \['c23', 'c40'\]"):
+    with pytest.raises(InputError, match=r"compression 'raw'; .*there: c23, c40$"):
         opened(root, compression="raw")
 
 
@@ -381,7 +381,11 @@ def test_names_tell_the_persons(video, persons):
         ),
         (["a,real"], "video_id,label", r"has no path; needed are video_id,label,path"),
         ([], "video_id,label,path", r"has no rows"),
-        (["a,real,a", "a,real,b"], "video_id,label,path", r"1 videos are listed twice: list/a"),
+        (
+            ["a,real,a", "a,fake,b"],
+            "video_id,label,path",
+            r"1 video listed more than once: list/a \(real, fake\);",
+        ),
         (
             ["a,real,a", "c,fake,absent"],
             "video_id,label,path",
@@ -913,7 +917,14 @@ def test_anybodys_tables_beside_videos_to_classify_do_not_matter(tmp_path):
     root = labeled(tmp_path / "set", ["a", "b"])
     (root / "notes.json").write_text("{broken")
     (root / "files.csv").write_text("path,label\na,maybe\n")
-    assert opened(root, labels=False).ids == ["a", "b"]
+    videos = opened(root, labels=False)
+    assert videos.ids == ["a", "b"] and not videos.notes
+    (root / "a" / "0.png").rename(root / "stray.png")
+    videos = opened(root, labels=False)
+    assert videos.ids == ["set", "a", "b"]
+    assert videos.notes == ["1 image beside folders of videos: stray.png"]
+    with pytest.raises(InputError, match=r"compression 'c23'; .*there: none; leave it out"):
+        opened(root, labels=False, compression="c23")
 
 
 def test_a_damaged_frame_of_a_file_is_named_by_its_number(tmp_path, monkeypatch):

@@ -331,7 +331,10 @@ def _chosen_levels(path: str, levels: set[str], compression: str | None, preferr
     if compression in (None, "all"):
         return levels, []
     if compression not in levels:
-        raise InputError(f"{path}: no videos with compression {compression!r}, there are {levels}")
+        there = ", ".join(filter(None, levels)) or "none; leave it out"
+        raise InputError(
+            f"{path}: no videos with compression {compression!r}; levels named there: {there}"
+        )
     return [compression], []
 
 
@@ -405,12 +408,14 @@ def _packed(path: str, compression: str | None, preferred: str | None) -> FaceVi
 
 
 def _refuse_repeats(path: str, records: list[Record]) -> None:
-    listed = Counter((record.name, record.split) for record in records)
-    twice = [name for (name, _), count in listed.items() if count > 1]
+    labels = defaultdict(list)
+    for record in records:
+        labels[record.name, record.split].append(CLASSES[record.label])
+    twice = [f"{name} ({', '.join(of)})" for (name, _), of in labels.items() if of[1:]]
     if twice:
         raise InputError(
-            f"{path}: {len(twice)} videos are listed twice: {first_few(twice)};"
-            " give each a name of its own"
+            f"{path}: {plural(len(twice), 'video')} listed more than once: {first_few(twice)};"
+            " list each once, under a name of its own"
         )
     named = defaultdict(list)  # a video's first file -> the names that it goes by
     for record in records:
