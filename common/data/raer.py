@@ -371,7 +371,7 @@ def open_clips(
             lines = [
                 line
                 for part, (place, text) in texts.items()
-                for line in _lines(tree.path, place, text, part)
+                for line in _lines(tree.path, place, text, part, known is None or part == "test")
             ]
         base, named = label_base, sorted({x.label for x in lines if isinstance(x.label, str)})
         if named and len(named) < len({line.label for line in lines}):
@@ -829,7 +829,7 @@ def _list_texts(tree: _Tree, lists: dict[str, str], notes: list[str]) -> dict[st
     return texts
 
 
-def _lines(path: str, name: str, text: str, part: str) -> list[_Line]:
+def _lines(path: str, name: str, text: str, part: str, needed: bool) -> list[_Line]:
     """The clips of a list.
 
     All lines have one form: `clip_folder num_frames label` (RAER's, DFER-CLIP's), `clip label`
@@ -837,7 +837,7 @@ def _lines(path: str, name: str, text: str, part: str) -> list[_Line]:
     (DFEW's official ones, whose names are numbers of five digits).
 
     Raises:
-        InputError: a line has another form.
+        InputError: a line has another form, or there is none in a list that is needed.
     """
     rows = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     header = [cell.strip().lower() for cell in rows[0][1].split(",")] if rows else []
@@ -850,7 +850,7 @@ def _lines(path: str, name: str, text: str, part: str) -> list[_Line]:
         form, width = "`clip_folder num_frames label`", 3
     else:
         form = "`clip_folder num_frames label`, `clip label` or columns `video_name,label`"
-    if not rows:
+    if needed and not rows:
         raise InputError(f"{path}: {name} lists no clips; expected are lines {form}")
     lines = []
     for number, line in rows:
