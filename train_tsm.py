@@ -307,8 +307,6 @@ def parse_args(argv: list[str] | None = None):
         refuse(["clips", "compression", "frames_root"], "with --stream")
     elif args.predict:
         refuse(["frames_root"], "with --predict")
-    elif not args.eval and args.data in faceforensics.SAMPLES:
-        refuse([*READING, "allow_shared_persons"], "on the embedded clips")
     if args.weights and args.freeze_bn is None:
         args.freeze_bn = FREEZE_BN
     elif not args.weights:
@@ -374,6 +372,19 @@ def build_data(
         labels=labels,
         say=world.say,
     )
+
+
+def refuse_unread(parser, args, videos: faceforensics.FaceVideos) -> None:
+    """Refuse flags of how data are read that these data have no use for."""
+    if isinstance(videos.images, VideoFiles):
+        flags, on = ["fps", "face"], "video files, which have their own rate"
+    elif isinstance(videos.images, PackedImages):
+        flags, on = ["fps", "face", "frames_root"], "packed clips: give it to common.data pack"
+    elif videos.images.in_memory:
+        flags, on = [*READING, "allow_shared_persons"], "the embedded clips"
+    else:
+        return
+    config.reject_unused_flags(parser, args, flags, f"on {on}")
 
 
 def is_same_path(path: str | tuple, other: str | None) -> bool:
@@ -704,7 +715,8 @@ def cam_gallery(
 
     def answers() -> Tensor:
         with amp.autocast(run.args.precision, run.world.device):
-            fake, weights = model(x)
+            # Not by its compiled form, which the hook would have compiled again.
+            fake, weights = model.forward(x)
         shares.append(weights.detach().float().cpu())
         return torch.where(said_fake, fake[:, 0], -fake[:, 0])
 
@@ -775,7 +787,7 @@ def check_spec(run: Run, published: dict | None) -> CheckSpec:
     )
 
 
-def run_inference(args, world: dist.Dist) -> None:
+def run_inference(parser, args, world: dist.Dist) -> None:
     """--eval: the test metrics of a checkpoint. --predict: predictions.csv of videos without
     labels. --stream: one sequence frame by frame.
     """
@@ -787,9 +799,10 @@ def run_inference(args, world: dist.Dist) -> None:
             f"{loaded.source} was saved before its first validation: there is no threshold yet"
         )
     if args.eval:
-        evaluate_on(args, world, loaded, threshold)
+        evaluate_on(parser, args, world, loaded, threshold)
         return
     videos = build_data(args, loaded.path, world, labels=False)
+    refuse_unread(parser, args, videos)
     run = loaded.as_run(args, world, videos, {})
     model = loaded.with_weights(partial(build_model, run))
     if args.stream:
@@ -804,13 +817,14 @@ def run_inference(args, world: dist.Dist) -> None:
     loaded.write_predictions(world, videos.ids, classes, shares, chosen, note)
 
 
-def evaluate_on(args, world: dist.Dist, loaded: LoadedRun, threshold: float) -> None:
+def evaluate_on(parser, args, world: dist.Dist, loaded: LoadedRun, threshold: float) -> None:
     """The test metrics on each data set of --data, in eval/NAME/ of the run, and their table."""
     stored = checkpoint.config_of(args.eval)
     paths = loaded.path if isinstance(loaded.path, tuple) else (loaded.path,)
     model = loaded.with_weights(partial(build_model, loaded.as_run(args, world, None, {})))
     for path, name in zip(paths, names_of_data(paths), strict=True):
         videos = build_data(args, path, world, of_run=stored)
+        refuse_unread(parser, args, videos)
         # What the run held out itself of its data, wherever they lie now.
         own = videos.fingerprint == (stored.get("identity") or {}).get("data")
         own |= is_same_path(path, stored.get("data"))
@@ -878,6 +892,8 @@ def names_of_data(paths: tuple[str, ...]) -> list[str]:
         re.sub(r"\.(zip|csv|json|packed)$", "", os.path.abspath(path), flags=re.I) for path in paths
     ]
     parts = [Path(path).parts for path in bare]
+    if len(set(bare)) < len(bare):
+        raise InputError(f"--data {' '.join(paths)}: one data set is there twice; give it once")
     depth = 1
     while len({path[-depth:] for path in parts}) < len(parts) and depth < max(map(len, parts)):
         depth += 1
@@ -966,12 +982,7 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
     stages = settings(args)
     stage = stages["train"]
     videos = build_data(args, args.data, world)
-    refuse = partial(config.reject_unused_flags, parser, args)
-    if isinstance(videos.images, VideoFiles):
-        refuse(["fps"], "on video files, which have their own rate")
-        refuse(["face"], "on video files")
-    elif isinstance(videos.images, PackedImages):
-        refuse(["fps", "face", "frames_root"], "on packed clips: give it to common.data pack")
+    refuse_unread(parser, args, videos)
     group_items(videos, args, "videos", world.say)
     splits = faceforensics.split(
         videos, allow_shared_persons=args.allow_shared_persons, say=world.say
@@ -1046,7 +1057,7 @@ def main(argv: list[str] | None = None) -> int:
     args, parser = parse_args(argv)
     if run_sweep(main, parser, argv, args, SEARCH, "auc"):
         return 0
-    return launch(parser, args, run_inference, run_training)
+    return launch(parser, args, partial(run_inference, parser), run_training)
 
 
 if __name__ == "__main__":

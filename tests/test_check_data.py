@@ -13,10 +13,11 @@ import train_simclr
 from common import deep_cluster
 from common.check import data as check_data
 from common.check import inspection
-from common.data import clips, sampling, utterances
+from common.data import clips, faceforensics, sampling, utterances
+from common.data.__main__ import main as pack_main
 from common.data.images import UNLABELED, Images
 from common.data.open import open_images
-from tests.data import sample_cells, split_cells
+from tests.data import image_folder, sample_cells, split_cells
 from tests.runs import flags
 
 PIXELS, LABELS, CLASSES = sample_cells()
@@ -315,6 +316,28 @@ def test_a_damaged_frame_names_its_clip(tmp_path):
     assert found.status == "FAIL" and found.value == "1 damaged of 3 clips" and "c1 (" in found.fix
 
 
+def test_corrupt_by_name_reads_every_frame_and_says_how_many(tmp_path, monkeypatch):
+    monkeypatch.setattr(inspection, "LOOKED", 2)
+    monkeypatch.setattr(inspection, "FRAMES", 6)
+    names = [f"{video}/{k}.png" for video in ("real/a", "fake/b") for k in range(5)]
+    root, packed = image_folder(tmp_path / "set", names), tmp_path / "set.packed"
+    pack_main(["pack", "--clips", str(root), str(packed)])
+    (root / "fake/b/3.png").write_bytes(b"no picture")
+    damaged = bytearray(packed.read_bytes())
+    damaged[-packed.stat().st_size // 2] ^= 1
+    packed.write_bytes(damaged)
+    for path, name in ((root, "fake/b/3.png: cannot identify"), (packed, "is damaged at image")):
+        videos = faceforensics.open_videos(str(path), workers=1)
+        seen = inspection.inspect(videos, {"train": np.arange(2)}, 1)
+        found = check_data.corrupt(inspection.read_all(seen, videos, 1), tmp_path)
+        assert found.status == "FAIL" and name in found.fix
+        assert found.value == "1 damaged of 2 clips, all 10 frames read"
+    images = open_images(str(split_cells(tmp_path / "cells", count=20)))
+    seen = inspection.inspect(images, sampling.split(images), 1)
+    assert seen.of == "2 images, 20 in all"
+    assert inspection.read_all(seen, images, 1).of == "20 images, all read"
+
+
 def rows_of(texts=None, modalities=None, labels=None):
     count = len(texts) if texts else len(next(iter(modalities.values())))
     labels = np.arange(count) % 3 if labels is None else labels
@@ -400,6 +423,7 @@ def test_a_check_ends_with_the_damaged_file_and_trains_on_nothing(tmp_path, caps
         )
     assert ending.value.code == 4 and "--check: corrupt" in capsys.readouterr().err
     items = json.loads((tmp_path / "r" / "check.json").read_text())["items"]
+    assert items[0]["value"] == "1 damaged of 60 images, all read"
     assert [item["status"] for item in items] == ["FAIL", "PASS", "SKIP"]
     assert (
         victim.name in items[0]["fix"]

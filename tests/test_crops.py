@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -241,6 +242,47 @@ def test_of_a_variable_rate_the_numbers_are_milliseconds(tmp_path, monkeypatch):
     names = sorted(path.name for path in (tmp_path / "out/real/a").iterdir())
     assert names == ["000000.png", "000100.png", "000200.png", "000900.png"]
     assert (tmp_path / "out" / clips.RATES).read_text().split() == ["video,fps", "real/a,1000"]
+
+
+def test_the_manuals_lines_for_boxes_run_on_opencv_and_give_what_is_read(tmp_path, monkeypatch):
+    cv2 = pytest.importorskip("cv2", reason="pip install opencv-python-headless")
+    manual = (Path(__main__.__file__).parents[2] / "docs" / "tsm.md").read_text()
+    lines = manual.partition("```python\n")[2].partition("```")[0]
+    folder = tmp_path / "in" / "real"
+    folder.mkdir(parents=True)
+    writer = cv2.VideoWriter(str(folder / "a.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 25, (160, 96))
+    for frame in range(12):
+        pixels = np.zeros((96, 160, 3), np.uint8)
+        pixels[20:60, 30 + frame : 70 + frame] = 200 if frame < 10 else 0
+        writer.write(pixels)
+    writer.release()
+    real = cv2.FaceDetectorYN
+
+    class Detector:  # its weights are not here: OpenCV's own calls, one bright box
+        def create(*given):
+            with pytest.raises(cv2.error, match="yunet"):  # not: of another signature
+                real.create(*given)
+            return Detector()
+
+        def setInputSize(self, size):  # noqa: N802
+            assert real.setInputSize
+            self.size = size
+
+        def detect(self, image):
+            assert image.shape == (*self.size[::-1], 3) and real.detect
+            rows, columns = (image[..., 0] > 100).any(1), (image[..., 0] > 100).any(0)
+            if not rows.any():
+                return 1, None
+            corner = [columns.argmax(), rows.argmax(), columns.sum(), rows.sum()]
+            return 1, np.array([[*corner, *[0] * 10, 0.9]], np.float32)
+
+    monkeypatch.setattr(cv2, "FaceDetectorYN", Detector)
+    monkeypatch.setattr(sys, "argv", ["boxes.py", str(tmp_path / "in"), str(tmp_path / "b.json")])
+    exec(compile(lines, "boxes.py", "exec"), {})
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert list(found) == ["real/a.mp4"] and list(found["real/a.mp4"]) == ["0", "5", "10"]
+    near = pytest.approx([35, 20, 75, 60], abs=2)
+    assert found["real/a.mp4"]["5"] == [near] and found["real/a.mp4"]["10"] == []
 
 
 @pytest.mark.parametrize(

@@ -221,7 +221,7 @@ def test_a_model_with_a_dead_part_ends_with_4_and_its_name(tree, tmp_path, monke
         train_raer.main(flags(NET, "--data", tree, "--epochs 1 --out", tmp_path / "run"))
     error = capsys.readouterr().err
     assert ending.value.code == 4 and error.startswith(
-        "audit failed: epochs from 0: fusion.0.weight is trainable and in 0"
+        "audit failed: epochs from 0: classes.weight is trainable and in 0"
     )
     assert error.count("\n") == 1
 
@@ -384,6 +384,9 @@ def test_a_run_from_clips_weights_learns_prompts_and_is_used_without_them(
     capsys.readouterr()
     used = ["--data", str(tree), "--eval", str(folder), "--out", str(tmp_path), "--device", "cpu"]
     assert train_raer.main([*used, "--precision", "bf16" if tune == "full" else "auto"]) == 0
+    assert "without CLIP's own answers (zero_shot)" in capsys.readouterr().out
+    used = flags("--device cpu --eval", untrained)
+    refused(train_raer.main, used, capsys, "untrained is a run of --zero-shot", "summary.json")
     found = json.loads((tmp_path / "eval.json").read_text())
     assert found["eval/test/uar"] == summary(folder)["train/test/uar"]
 
@@ -595,15 +598,26 @@ def test_damaged_trees_and_other_models_are_refused_in_one_line(tree, whole, tmp
 def test_flags_of_rates_and_selection_change_the_run(tree, tmp_path):
     argv = flags(NET, "--data", tree, "--epochs 4 --cache-features --lr 5e-3")
     moved = {}
-    for rate in ("1e-12", "1e-2"):
+    rates = {
+        "1e-12": "--fusion-lr 1e-12",
+        "1e-2": "--fusion-lr 1e-2",
+        "1e-3": "--fusion-lr 1e-3",
+        "unset": "",
+        "adamw 5e-3": "--fusion-lr 5e-3 --optimizer adamw",
+        "adamw": "--optimizer adamw",
+    }
+    for rate, more in rates.items():
         folder = tmp_path / rate
-        assert train_raer.main([*argv, "--fusion-lr", rate, "--out", str(folder)]) == 0
+        assert train_raer.main([*argv, *more.split(), "--out", str(folder)]) == 0
         state = checkpoint.load(folder / "last.pt")["parts"]["model"]
         moved[rate] = state["fusion.0.weight"], state["classes.weight"]
+    assert torch.equal(moved["unset"][0], moved["1e-3"][0])
+    assert torch.allclose(moved["adamw"][0], moved["adamw 5e-3"][0], atol=1e-6)
     torch.manual_seed(0)
     start = models.build_raer(checkpoint.load(folder / "best.pt")["model_spec"], 0.1)
     assert torch.allclose(moved["1e-12"][0], start.fusion[0].weight, atol=1e-6)
-    assert not torch.allclose(moved["1e-2"][0], start.fusion[0].weight, atol=1e-3)
+    for rate in ("1e-2", "adamw"):
+        assert not torch.allclose(moved[rate][0], start.fusion[0].weight, atol=1e-3)
     assert not torch.allclose(moved["1e-12"][1], start.classes.weight, atol=1e-3)
     for name in ("uar", "war"):
         folder = tmp_path / name

@@ -13,10 +13,12 @@ import pytest
 import torch
 
 import train_tsm
+from common.data.__main__ import main as pack
+from common.errors import InputError
 from common.models.mobilenet_v4 import build_mobilenet_v4
 from common.report import __main__ as report
 from common.run import checkpoint, log
-from tests.data import clip_folders, ffpp_tree, ordered_clips, write_clip
+from tests.data import clip_folders, ffpp_tree, image_folder, ordered_clips, write_clip
 from tests.runs import flags, next_after, refused, same, start_ranks, succeed, summary
 
 pytestmark = pytest.mark.e2e
@@ -511,6 +513,25 @@ def test_other_data_are_scored_whole_each_in_its_folder_and_in_one_table(
     assert "(split val)" in capsys.readouterr().out
 
 
+def test_flags_that_the_data_do_not_heed_are_refused_in_use_too(whole, tmp_path, capsys):
+    names = [f"{video}/{k}.png" for video in ("real/a", "fake/b") for k in range(4)]
+    root, packed = image_folder(tmp_path / "set", names), tmp_path / "set.packed"
+    assert pack(["pack", "--clips", str(root), str(packed)]) == 0
+    evaluate = flags("--eval", whole, "--device cpu --out", tmp_path / "out")
+    predict = flags("--resume", whole, "--device cpu --out", tmp_path / "out")
+    for argv, flag, why in (
+        (flags(evaluate, "--data", packed), "--fps 30", "on packed clips"),
+        (flags(evaluate, "--data", root, packed), "--face first", "on packed clips"),
+        (flags(evaluate, "--data", packed), f"--frames-root {root}", "on packed clips"),
+        (flags(predict, "--predict", packed), "--fps 30", "on packed clips"),
+        (flags(evaluate, "--data sample-flicker"), "--compression c23", "on the embedded clips"),
+        (flags(NET, "--data sample"), "--fps 30", "on the embedded clips"),
+    ):
+        refused(train_tsm.main, flags(argv, flag), capsys, flag.split()[0], why)
+    for argv in (flags(evaluate, "--data", packed), flags(predict, "--predict", packed)):
+        assert train_tsm.main(argv) == 0  # what the run was trained with is no flag
+
+
 def test_data_sets_have_names_that_tell_them_apart():
     names = train_tsm.names_of_data
     assert names(("a/ffpp.zip",)) == ["ffpp"] and names(("x/df.v1", "x/df.v2")) == [
@@ -518,6 +539,8 @@ def test_data_sets_have_names_that_tell_them_apart():
         "df.v2",
     ]
     assert names(("a/test", "b/test")) == ["a-test", "b-test"]
+    with pytest.raises(InputError, match=r"--data a b \./a: one data set is there twice"):
+        names(("a", "b", "./a"))
 
 
 def test_frames_elsewhere_are_found_again_in_evaluation(ffpp, tmp_path):

@@ -69,7 +69,7 @@ def test_compressions_are_kept_apart_and_chosen(tmp_path):
     assert len(opened(root)) == 8 == len(set(opened(root).ids))
     chosen = opened(root, compression="c40")
     assert len(chosen) == 4 and {key[2] for key in chosen.keys} == {"c40"}
-    with pytest.raises(InputError, match=r"compression 'raw', there are \['c23', 'c40'\]"):
+    with pytest.raises(InputError, match=r"compression 'raw'; .*there: c23, c40$"):
         opened(root, compression="raw")
 
 
@@ -110,7 +110,7 @@ def test_a_missing_video_is_named_and_left_out_only_on_demand(tmp_path):
     )
 
 
-def test_a_damaged_frame_is_named_and_takes_its_video_along(tmp_path):
+def test_damaged_frames_are_named_and_left_out_alone(tmp_path):
     pairs = {"train": [[f"{2 * i:03d}", f"{2 * i + 1:03d}"] for i in range(30)]}
     root = numbered_ffpp(tmp_path / "bad", pairs, ("Deepfakes",))
     (root / "original_sequences/youtube/c23/frames/004/2.png").write_bytes(b"no image")
@@ -121,13 +121,24 @@ def test_a_damaged_frame_is_named_and_takes_its_video_along(tmp_path):
     videos = faceforensics.prepare(
         str(root), store_size=None, on_bad_item="skip", workers=2, fps=25.0, say=said.append
     )
-    assert (
-        len(videos) == 119 == len(videos.keys)
-        and "FaceForensics++/youtube/c23/004" not in videos.ids
+    row = videos.ids.index("FaceForensics++/youtube/c23/004")
+    whole = pixels(opened(root), videos.ids.index("FaceForensics++/youtube/c23/005"))
+    assert len(videos) == 120 and len(whole) - 1 == videos.lengths[row] == len(videos.times[row])
+    assert said[1] == (
+        "left out 1 damaged frame: FaceForensics++/youtube/c23/004"
+        f" (1 of {len(whole)} frames damaged)"
     )
-    assert (
-        "left out 1 missing or damaged video: FaceForensics++/youtube/c23/004 (damaged)" in said[0]
-    )
+    assert videos.missing == [said[1].partition(": ")[2]] and pixels(videos, row)
+    # A video without a whole frame is left out.
+    for file in (root / "original_sequences/youtube/c23/frames/004").iterdir():
+        file.write_bytes(b"no image")
+    options = dict(store_size=None, on_bad_item="skip", workers=2, say=[].append)
+    videos = faceforensics.prepare(str(root), **options)
+    assert len(videos) == 119 and "FaceForensics++/youtube/c23/004" not in videos.ids
+    for file in (root / "original_sequences/youtube/c23/frames/006").iterdir():
+        file.write_bytes(b"no image")
+    with pytest.raises(InputError, match=r"frames are damaged .*004 \((\d+) of \1 frames damaged"):
+        faceforensics.prepare(str(root), **options)
 
 
 def test_splits_that_share_a_person_are_refused_by_name(tmp_path):
@@ -370,7 +381,11 @@ def test_names_tell_the_persons(video, persons):
         ),
         (["a,real"], "video_id,label", r"has no path; needed are video_id,label,path"),
         ([], "video_id,label,path", r"has no rows"),
-        (["a,real,a", "a,real,b"], "video_id,label,path", r"1 videos are listed twice: list/a"),
+        (
+            ["a,real,a", "a,fake,b"],
+            "video_id,label,path",
+            r"1 video listed more than once: list/a \(real, fake\);",
+        ),
         (
             ["a,real,a", "c,fake,absent"],
             "video_id,label,path",
@@ -574,7 +589,7 @@ def test_the_embedded_videos_are_official_in_shape_and_disjoint():
     assert clip.shape == (1, 8, 3, 40, 40) and clip.dtype == torch.uint8
     with pytest.raises(InputError, match="stored at 40 px"):
         videos.resize_store(32)
-    assert videos.drop_damaged(1) == [] and len(videos) == 576
+    assert videos.drop_damaged_frames(1) == [] and len(videos) == 576
 
 
 def grouped_people(people, group_of, header="video_id,label,path,method"):
@@ -902,7 +917,14 @@ def test_anybodys_tables_beside_videos_to_classify_do_not_matter(tmp_path):
     root = labeled(tmp_path / "set", ["a", "b"])
     (root / "notes.json").write_text("{broken")
     (root / "files.csv").write_text("path,label\na,maybe\n")
-    assert opened(root, labels=False).ids == ["a", "b"]
+    videos = opened(root, labels=False)
+    assert videos.ids == ["a", "b"] and not videos.notes
+    (root / "a" / "0.png").rename(root / "stray.png")
+    videos = opened(root, labels=False)
+    assert videos.ids == ["set", "a", "b"]
+    assert videos.notes == ["1 image beside folders of videos: stray.png"]
+    with pytest.raises(InputError, match=r"compression 'c23'; .*there: none; leave it out"):
+        opened(root, labels=False, compression="c23")
 
 
 def test_a_damaged_frame_of_a_file_is_named_by_its_number(tmp_path, monkeypatch):
@@ -919,3 +941,8 @@ def test_a_damaged_frame_of_a_file_is_named_by_its_number(tmp_path, monkeypatch)
     videos = opened(tmp_path)
     with pytest.raises(InputError, match=r"video real/a.mp4#7 .*no such frame"):
         pixels(videos, videos.ids.index("real/a"))
+    assert videos.drop_damaged_frames(1, cap=0.1) == [
+        f"{kind}/a (1 of 20 frames damaged)" for kind in ("fake", "real")
+    ]
+    assert len(pixels(videos, 0)) == 19
+    assert videos.times[0].tolist() == [k / videos.rates[0] for k in range(20) if k != 7]

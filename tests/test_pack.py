@@ -290,7 +290,7 @@ def test_packed_clips_are_their_source_and_so_is_each_compression(tmp_path):
     assert len(preferred) == 12 and {key[2] for key in preferred.keys} == {"c40"}
     parts = [faceforensics.split(clips(path)) for path in (root, target)]
     assert all(np.array_equal(parts[0][name], parts[1][name]) for name in parts[0])
-    with pytest.raises(InputError, match=r"compression 'raw', there are \['c23', 'c40'\]"):
+    with pytest.raises(InputError, match=r"compression 'raw'; .*there: c23, c40$"):
         clips(target, compression="raw")
 
 

@@ -7,6 +7,7 @@ import json
 import posixpath
 import re
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -736,6 +737,43 @@ def test_images_that_lie_loose_are_a_clip_each_unless_told_otherwise(tmp_path, f
     assert whole.ids == ["photos"] and whole.lengths.tolist() == [12]
     with pytest.raises(InputError, match=rf"no body box \(first: {re.escape(str(root))}\)"):
         opened(root, labels=False, as_clip=True, missing_box="error")
+
+
+@pytest.mark.parametrize("name", ["face.json", "face_detection_result.json"])
+@pytest.mark.parametrize("several", [False, True])
+def test_one_image_takes_its_boxes_from_the_files_beside_it(tmp_path, monkeypatch, name, several):
+    (tmp_path / "a{b}").mkdir()
+    monkeypatch.chdir(tmp_path / "a{b}")
+    for k in range(2):
+        numbered_raer_frame(Path(f"{k}.png"), k)
+    Path(name).write_text(json.dumps({f"{k}.png": [k, 2, 11, 12] for k in range(2)}))
+    Path("body.json").write_text(json.dumps({"1.png": BODY_BOX, "a/clip": BODY_BOX}))
+    for path in ("1.png", "./1.png", str(tmp_path / "a{b}" / "1.png")):
+        given = (path, "0.png") if several else path
+        clips = opened(given, labels=False, as_clip=False, missing_box="full")
+        assert clips.ids == ([path, "0.png"] if several else ["1"])
+        assert clips.images.faces.tolist() == [[1, 2, 11, 12], [0, 2, 11, 12]][: 1 + several]
+        assert clips.images.bodies[0].tolist() == BODY_BOX
+        assert len(clips.notes) == several
+    numbered_raer_frame(Path("2.png"), 2)
+    with pytest.raises(InputError, match="1 of 1 frames have no face box"):
+        opened("2.png", labels=False, as_clip=False, missing_box="error")
+    (note,) = opened("2.png", labels=False, as_clip=False, missing_box="full").notes
+    assert "the whole frame stands for it" in note
+
+
+@pytest.mark.parametrize("text", ["", "\n \n", "video_name,label\n"])
+def test_a_list_of_no_clips_is_refused_by_name(tmp_path, text):
+    root = numbered_raer(tmp_path / "raer", LISTS)
+    empty = tmp_path / "empty.csv"
+    empty.write_text(text)
+    for part in ("train", "test"):
+        other = {"train": str(root / "train.txt"), "test": str(root / "test.txt")}
+        with pytest.raises(InputError, match=r"empty\.csv lists no clips; expected are lines `"):
+            opened(root, lists=other | {part: str(empty)})
+    (root / "val.txt").write_text(text)
+    with pytest.raises(InputError, match=r"val\.txt lists no clips"):
+        opened(root)
 
 
 def test_an_image_beside_clips_is_a_clip_and_theirs_keep_their_boxes(tmp_path):

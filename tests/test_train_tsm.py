@@ -1,10 +1,11 @@
-"""Functions of train_tsm.py: accumulation."""
+"""Functions of train_tsm.py: accumulation, Grad-CAM."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import train_tsm
 from common.data.augment import IMAGENET_MEAN, IMAGENET_STD
@@ -25,6 +26,28 @@ def a_run(*argv, freeze_bn=None):
     quiet = log.Log(None, main=False)
     model_spec |= {"pixels": [list(IMAGENET_MEAN), list(IMAGENET_STD)], "pos_weight": 0.2}
     return Run(args, world, None, {}, Path(), quiet, model_spec)
+
+
+def test_grad_cam_compiles_nothing(monkeypatch):
+    run = a_run("--clips", "1")
+    run.data = type("Two", (), {"__len__": lambda _: 2})()
+    run.data.labels, run.data.ids = np.array([0, 1]), ["a", "b"]
+    pixels = torch.randint(0, 256, (2, 4, 3, 32, 32), dtype=torch.uint8)
+    batch = Batch(pixels, np.arange(2), torch.tensor([0, 1]), None)
+    monkeypatch.setattr(train_tsm, "fetch", lambda *_: iter([batch]))
+    monkeypatch.setattr(run.log, "say", pytest.fail)
+    shown = []
+    monkeypatch.setattr(train_tsm.figures, "looked_at", lambda run, *rest: shown.append(rest))
+    model = train_tsm.build_model(run).eval()
+    for k in range(2):
+        train_tsm.cam_gallery(run, model, np.arange(2), torch.tensor([[-1.0], [-2.0]]), 0.5)
+        if k == 0:
+            model.compile(backend="eager")
+            before = counters["stats"]["unique_graphs"]
+    (_, _, maps, shares), (titles, clips, again, _) = shown
+    assert counters["stats"]["unique_graphs"] == before and torch.equal(maps, again)
+    assert [title[:8] for title in titles] == ["right: a", "wrong: b"]
+    assert maps.shape == (2, 4, 1, 1) and clips.equal(pixels) and shares.shape == (2, 4)
 
 
 @pytest.mark.parametrize("shift", ["residual", "expand"])

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common import metrics
-from common.check.inspection import PARTS, Duplicate, Inspection, empty_folders, inspect
+from common.check.inspection import PARTS, Duplicate, Inspection, empty_folders, inspect, read_all
 from common.check.result import FAIL, PASS, SKIP, WARN, CheckSpec, Result, skip
 from common.data.images import UNLABELED
 from common.errors import first_few, only_warn, plural
@@ -40,7 +40,10 @@ WORST = 64  # items shown
 
 
 def corrupt(seen: Inspection, folder: Path) -> Result:
-    """FAIL for items that cannot be read, WARN for those that hold nothing."""
+    """FAIL for items that cannot be read, WARN for those that hold nothing.
+
+    Where --check names it all of the data are read, among all checks a part of them.
+    """
     rows = [["damaged", text] for text in seen.damaged]
     rows += [["empty", text] for text in seen.doubtful]
     empty = f", {len(seen.doubtful)} empty" if seen.doubtful else ""
@@ -423,7 +426,11 @@ def cached_inspection(spec: CheckSpec) -> Inspection:
 
 def item(name: str, spec: CheckSpec) -> Result:
     """The item of that name of --check, see `CHECKS`."""
-    return result_of(name, cached_inspection(spec), spec.run.folder)
+    seen = cached_inspection(spec)
+    # Among all items a part of the data has to do: reading everything may take hours.
+    if name == "corrupt" and spec.run.args.check != "all":
+        seen = read_all(seen, spec.run.data, spec.run.args.workers)
+    return result_of(name, seen, spec.run.folder)
 
 
 ITEMS = {name: functools.partial(item, name) for name in CHECKS}

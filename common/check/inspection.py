@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,6 +63,7 @@ class Inspection:
         damaged: "NAME (reason)" of the items that cannot be read.
         doubtful: names of items that can be read, but hold nothing.
         empty: folders of classes without any file.
+        all_read: what of all items was decoded to find `damaged`; "" where not all were.
         near_rows: whether items without pictures are alike where their features are.
         supervised: whether the run trains on the labels.
     """
@@ -82,12 +83,15 @@ class Inspection:
     damaged: list[str] = field(default_factory=list)
     doubtful: list[str] = field(default_factory=list)
     empty: list[str] = field(default_factory=list)
+    all_read: str = ""
     near_rows: bool = False
     supervised: bool = True
 
     @property
     def of(self) -> str:
         """`1000 images, 4886 in all`, or `576 images` where all were looked at."""
+        if self.all_read:
+            return f"{self.total} {self.unit}, {self.all_read}"
         looked = len(self.ids) + len(self.damaged)
         if looked >= self.total:
             return f"{looked} {self.unit}"
@@ -180,6 +184,26 @@ def inspect(items, splits: dict[str, np.ndarray], workers: int) -> Inspection:
     )
 
 
+def read_all(seen: Inspection, items, workers: int) -> Inspection:
+    """What was `seen`, with the damaged ones of all items: every image, or frame of a clip, is
+    decoded."""
+    if hasattr(items, "table"):
+        return seen  # opening it has read it
+    if not isinstance(items, Videos):
+        found = items.damaged(workers)
+        damaged = [f"{items.ids[row]} ({_bare(why)})" for row, why in sorted(found.items())]
+        return replace(seen, total=len(items), damaged=damaged, all_read="all read")
+    found = items.images.damaged(workers, np.unique(np.concatenate(items.frames)))
+    damaged = [
+        f"{name} ({items.images.ids[frame]}: {_bare(found[frame])})"
+        for name, frames in zip(items.ids, items.frames, strict=True)
+        for frame in frames.tolist()
+        if frame in found
+    ]
+    every = f"all {items.lengths.sum()} frames read"
+    return replace(seen, total=len(items), damaged=damaged, all_read=every)
+
+
 class _Look(NamedTuple):
     digest: bytes  # of the decoded frames
     thumbs: Tensor  # (V, 3, SIDE, SIDE) uint8
@@ -201,7 +225,7 @@ def _look_at(items, most_frames: int, row: int) -> _Look | str:
         if _are_files(images):
             width, height = _size(images.read(int(frames[0])))
     except (InputError, *DECODE_ERRORS) as error:
-        return f"{items.ids[row]} ({reason(error).split('cannot be read: ')[-1].split(';')[0]})"
+        return f"{items.ids[row]} ({_bare(reason(error))})"
     shown = [decoded[0], decoded[len(decoded) // 2], decoded[-1]] if clips else decoded
     # Of two streams the first, the face, shows what is asked about.
     pixels = torch.stack([frame[0] if frame.ndim == 4 else frame for frame in shown])
@@ -214,6 +238,11 @@ def _look_at(items, most_frames: int, row: int) -> _Look | str:
     facts["entropy, bits"] = float(torch.special.entr(share).sum()) / math.log(2)
     digest = hashlib.sha256(b"".join(frame.numpy().tobytes() for frame in decoded)).digest()
     return _Look(digest, _resized(pixels, SIDE), facts)
+
+
+def _bare(text: str) -> str:
+    # Of what decoding says the reason alone.
+    return text.split("cannot be read: ")[-1].split(";")[0]
 
 
 def inspect_rows(rows, splits: dict[str, np.ndarray]) -> Inspection:

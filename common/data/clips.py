@@ -217,29 +217,22 @@ class Videos:
         self.rates = self.rates[kept]
         self.times = [self.times[i] for i in kept]
 
+    def damaged_frames(self, workers: int) -> list[np.ndarray]:
+        """Whether each frame of each video cannot be decoded; all are tried, but for what lies in
+        memory or in a packed file.
+        """
+        bad: dict[int, str] = {}
+        if not self.images.in_memory:
+            bad = self.images.damaged(workers, np.unique(np.concatenate(self.frames)))
+        return [np.isin(frames, list(bad)) for frames in self.frames]
+
     def drop_damaged(self, workers: int, cap: float = 0.01) -> list[str]:
         """Leave out the videos with a frame that cannot be decoded; returns their names.
-
-        Of a video file only the first and the last frame are tried.
 
         Raises:
             InputError: more than the share `cap` of the videos is damaged.
         """
-
-        def damaged(frames: np.ndarray) -> bool:
-            tried = frames[[0, -1]] if isinstance(self.images, VideoFiles) else frames
-            try:
-                for index in tried:
-                    self.images.decode(int(index))
-            except InputError:
-                return True
-            return False
-
-        if self.images.in_memory:
-            return []
-        with ThreadPoolExecutor(workers) as pool:
-            tried = live.progress(pool.map(damaged, self.frames), "decoding clips", len(self))
-            bad = np.array(list(tried), bool)
+        bad = np.array([frames.any() for frames in self.damaged_frames(workers)], bool)
         names = check_damaged(self.name, self.ids, bad, cap, "videos")
         self.select(np.flatnonzero(~bad))
         return names

@@ -219,7 +219,10 @@ def find(tree: Tree, labels: bool) -> Found:
     if records:
         return Found(records, [], notes)
     if not labels:
-        return Found(unlabeled(tree.videos, tree.place.stem), [], [])
+        loose = tree.videos.get("", [])
+        stray = [f"{plural(len(loose), 'image')} beside folders of videos: {first_few(loose)}"]
+        records = unlabeled(tree.videos, tree.place.stem)
+        return Found(records, [], stray if loose and tree.videos.keys() > {""} else [])
     for note in notes:
         problem = problem or note
     raise InputError(

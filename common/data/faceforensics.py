@@ -98,6 +98,32 @@ class FaceVideos(Videos):
         self.keys = [self.keys[i] for i in kept]
         self.persons = [self.persons[i] for i in kept]
 
+    def drop_damaged_frames(self, workers: int, cap: float = 0.01) -> list[str]:
+        """Leave out the frames that cannot be decoded, and videos of which none can; clips are cut
+        by the time of those that are left. Returns "VIDEO (2 of 10 frames damaged)" of each.
+
+        Raises:
+            InputError: more than the share `cap` of the frames is damaged.
+        """
+        lost = []
+        masks = self.damaged_frames(workers)
+        for i, bad in enumerate(masks):
+            if bad.any():
+                lost.append(f"{self.ids[i]} ({bad.sum()} of {len(bad)} frames damaged)")
+                times = self.times[i]
+                times = np.arange(len(bad)) / self.rates[i] if times is None else times
+                times = times[~bad]
+                self.frames[i], self.times[i] = self.frames[i][~bad], times - times[:1]
+        every = np.concatenate(masks)
+        if every.mean() > cap:
+            raise InputError(
+                f"{self.name}: {every.sum()} of {len(every)} frames are damaged (first: {lost[0]}),"
+                f" more than --on-bad-item skip allows ({cap:.0%})"
+            )
+        self.lengths = np.array([len(frames) for frames in self.frames], np.int64)
+        self.select(np.flatnonzero(self.lengths))
+        return lost
+
     def units(self, indices: np.ndarray) -> np.ndarray:
         """(n,) names of what is drawn independently: videos `indices` with a name in common show
         the same persons.
@@ -139,9 +165,13 @@ def prepare(
     if store_size:
         videos.resize_store(store_size)
     if on_bad_item == "skip":
-        videos.missing += [f"{name} (damaged)" for name in videos.drop_damaged(workers)]
+        before = int(videos.lengths.sum())
         names = f": {first_few(videos.missing)}" if videos.missing else ""
         say(f"left out {plural(len(videos.missing), 'missing or damaged video')}{names}")
+        lost = videos.drop_damaged_frames(workers)
+        names = f": {first_few(lost)}" if lost else ""
+        say(f"left out {plural(before - int(videos.lengths.sum()), 'damaged frame')}{names}")
+        videos.missing += lost
     if videos.unlisted:
         names = first_few(videos.unlisted)
         say(f"left out {plural(len(videos.unlisted), 'video')} that no split lists: {names}")
@@ -301,7 +331,10 @@ def _chosen_levels(path: str, levels: set[str], compression: str | None, preferr
     if compression in (None, "all"):
         return levels, []
     if compression not in levels:
-        raise InputError(f"{path}: no videos with compression {compression!r}, there are {levels}")
+        there = ", ".join(filter(None, levels)) or "none; leave it out"
+        raise InputError(
+            f"{path}: no videos with compression {compression!r}; levels named there: {there}"
+        )
     return [compression], []
 
 
@@ -375,12 +408,14 @@ def _packed(path: str, compression: str | None, preferred: str | None) -> FaceVi
 
 
 def _refuse_repeats(path: str, records: list[Record]) -> None:
-    listed = Counter((record.name, record.split) for record in records)
-    twice = [name for (name, _), count in listed.items() if count > 1]
+    labels = defaultdict(list)
+    for record in records:
+        labels[record.name, record.split].append(CLASSES[record.label])
+    twice = [f"{name} ({', '.join(of)})" for (name, _), of in labels.items() if of[1:]]
     if twice:
         raise InputError(
-            f"{path}: {len(twice)} videos are listed twice: {first_few(twice)};"
-            " give each a name of its own"
+            f"{path}: {plural(len(twice), 'video')} listed more than once: {first_few(twice)};"
+            " list each once, under a name of its own"
         )
     named = defaultdict(list)  # a video's first file -> the names that it goes by
     for record in records:

@@ -79,6 +79,7 @@ SQUARE = (
     " (antialiased bilinear), the center square"
 )
 _CACHE_BYTES = 2 * 2**30
+_TRIED = 64  # frames of a video that `Images.damaged` holds at once
 # What turns an image of each EXIF orientation upright; 1 is upright.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -392,6 +393,32 @@ class Images:
         rows = torch.from_numpy(rows)
         return target.movedim(-3, -1).index_select(0, rows).movedim(-1, -3)
 
+    def damaged(self, workers: int, indices: np.ndarray | None = None) -> dict[int, str]:
+        """Decode the images at `indices` once, unset all: why which of them cannot be read."""
+        indices = np.arange(len(self)) if indices is None else indices
+        groups = []
+        for group in self._groups(indices):
+            groups += np.array_split(group, -(-len(group) // _TRIED))
+        found = {}
+        with (
+            ThreadPoolExecutor(workers) as pool,
+            live.Progress("decoding images", len(indices)) as shown,
+        ):
+            for group, reasons in zip(groups, pool.map(self._tried, groups), strict=True):
+                found |= reasons
+                shown.add(len(group))
+        return found
+
+    def _tried(self, indices: np.ndarray) -> dict[int, str]:
+        try:
+            self._decode_group(indices)
+        except InputError as error:
+            if len(indices) == 1:
+                return {int(indices[0]): str(error)}
+            half = len(indices) // 2
+            return self._tried(indices[:half]) | self._tried(indices[half:])
+        return {}
+
     def drop_damaged(self, workers: int, cap: float = 0.01) -> list[str]:
         """Decode every image once and leave out those that cannot be read; returns their names.
 
@@ -399,18 +426,9 @@ class Images:
             InputError: more than the share `cap` of the images is damaged.
         """
 
-        def damaged(index: int) -> bool:
-            try:
-                self.decode(index)
-            except InputError:
-                return True
-            return False
-
         if self.in_memory:
             return []
-        with ThreadPoolExecutor(workers) as pool:
-            tried = pool.map(damaged, range(len(self)))
-            bad = np.array(list(live.progress(tried, "decoding images", len(self))), bool)
+        bad = np.isin(np.arange(len(self)), list(self.damaged(workers)))
         names = check_damaged(self.name, self.ids, bad, cap, "images")
         if names:
             self._select(np.flatnonzero(~bad))

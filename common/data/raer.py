@@ -21,7 +21,7 @@ from 0):
 Without lists and boxes, `SPLIT/CLASS/` has images, a clip each, or folders of frames.
 
 For answers alone, folders of frames are clips without labels; images that lie in the folder itself
-are an item each, whose box has its file's name for a key.
+are an item each, whose box has its file's name for a key. Of one file the boxes lie beside it.
 
 The face stream shows the face's box with a margin, stretched to a square; the context stream the
 body's box, letterboxed in black. One decoding of a frame gives both.
@@ -29,6 +29,7 @@ body's box, letterboxed in black. One decoding of a frame gives both.
 
 import hashlib
 import math
+import os
 import posixpath
 import re
 from collections import Counter, defaultdict
@@ -371,7 +372,7 @@ def open_clips(
             lines = [
                 line
                 for part, (place, text) in texts.items()
-                for line in _lines(tree.path, place, text, part)
+                for line in _lines(tree.path, place, text, part, known is None or part == "test")
             ]
         base, named = label_base, sorted({x.label for x in lines if isinstance(x.label, str)})
         if named and len(named) < len({line.label for line in lines}):
@@ -437,7 +438,7 @@ def open_clips(
         _refuse_degenerate(path, images, content, firsts, workers, box_format)
     clips = EmotionClips(
         title,
-        ids=[line.clip or Path(path).stem for line, _ in used],
+        ids=[line.clip if line.clip and not tree.alone else Path(path).stem for line, _ in used],
         labels=[line.label - base if line.split else UNLABELED for line, _ in used],
         classes=names,
         splits=[line.split for line, _ in used],
@@ -584,23 +585,30 @@ class _Tree(NamedTuple):
     videos: dict[str, int] = {}  # positions of video files, by clip; their folders are empty
     notes: tuple[str, ...] = ()
     parts: dict[str, "_Tree"] = {}  # of several paths, by path
+    alone: bool = False  # one file, of which only the boxes beside it are read too
+
+    def full_name(self, clip: str) -> str:
+        """The name of a clip among those of several paths."""
+        return self.path if self.alone or not clip else posixpath.join(self.path, clip)
 
 
 def _tree(path: str, as_clip: bool) -> _Tree:
     suffixes = (*SUFFIXES, *VIDEO_SUFFIXES)
     alone = path.lower().endswith(suffixes) and not Path(path).is_dir()
-    files, sizes, keys, read = list_files((path,) if alone else path, _is_wanted, suffixes)
+    if alone:
+        boxes = [f"{name}.json" for part in ("face", "body") for name in (part, _upstream(part))]
+        beside = [posixpath.join(posixpath.dirname(path), name) for name in boxes]
+        given = (path, *filter(os.path.isfile, beside))
+        files, sizes, keys, read = list_files(given, _is_wanted, (*suffixes, ".json"))
+    else:
+        files, sizes, keys, read = list_files(path, _is_wanted, suffixes)
     top = posixpath.commonpath([posixpath.dirname(name) for name in files]) if files else ""
-    names = [name[len(top) :].lstrip("/") for name in files]
+    names = [posixpath.basename(name) if alone else name[len(top) :].lstrip("/") for name in files]
     folders = defaultdict(list)
     for i, name in enumerate(names):
         if is_image(name):
             folders[posixpath.dirname(name)].append(i)
-    videos = {
-        "" if alone else name: i
-        for i, name in enumerate(names)
-        if name.lower().endswith(VIDEO_SUFFIXES)
-    }
+    videos = {name: i for i, name in enumerate(names) if name.lower().endswith(VIDEO_SUFFIXES)}
     notes = ()
     if folders and videos:
         notes = (f"{path}: {plural(len(videos), 'video file')} beside folders of frames left out",)
@@ -611,9 +619,12 @@ def _tree(path: str, as_clip: bool) -> _Tree:
     for frames in folders.values():
         frames.sort(key=lambda i: natural_order(names[i]))
     # In an archive the images of its only folder lie loose, too.
-    loose = [] if as_clip or alone or (top and Path(path).is_dir()) else folders.pop("", [])
+    one_clip = as_clip or (top and Path(path).is_dir())
+    loose = folders.pop("", []) if alone or not one_clip else []
     folders |= {names[i]: [i] for i in loose}
-    return _Tree(path, names, dict(folders), read, sizes, keys, len(loose), videos, notes)
+    num_loose = 0 if alone else len(loose)
+    folders = dict(folders)
+    return _Tree(path, names, folders, read, sizes, keys, num_loose, videos, notes, alone=alone)
 
 
 def _joined(paths: tuple[str, ...], as_clip: bool) -> _Tree:
@@ -625,8 +636,8 @@ def _joined(paths: tuple[str, ...], as_clip: bool) -> _Tree:
     where: list[tuple[_Tree, int]] = []
     for path, tree in parts.items():
         for folder, rows in tree.folders.items():
-            folders[_below(path, folder)] = [len(names) + row for row in rows]
-        videos |= {_below(path, clip): len(names) + i for clip, i in tree.videos.items()}
+            folders[tree.full_name(folder)] = [len(names) + row for row in rows]
+        videos |= {tree.full_name(clip): len(names) + i for clip, i in tree.videos.items()}
         names += [posixpath.join(path, name) for name in tree.names]
         where += [(tree, i) for i in range(len(tree.names))]
 
@@ -677,11 +688,6 @@ def _with_videos(
     return tree._replace(names=tree.names + opened.ids, folders=folders), opened
 
 
-def _below(path: str, folder: str) -> str:
-    # The frames of a path that is one clip lie in no folder.
-    return posixpath.join(path, folder) if folder else path
-
-
 def _beside(tree: _Tree, key_of) -> dict[str, int]:
     """Positions of the files that are no clip's, by the key that `key_of` gives their base names.
 
@@ -699,12 +705,16 @@ def _beside(tree: _Tree, key_of) -> dict[str, int]:
     return positions
 
 
+def _upstream(name: str) -> str:
+    return f"{name}_detection_result"
+
+
 def _position(tree: _Tree, wanted: str) -> int | None:
     """The position of the file of that base name, or of upstream's, that is no clip's."""
-    upstream = wanted.replace(".json", "_detection_result.json")
 
     def key_of(base: str) -> str | None:
-        return wanted if base in (wanted, upstream) else None
+        name, extension = posixpath.splitext(wanted)
+        return wanted if base in (wanted, _upstream(name) + extension) else None
 
     return _beside(tree, key_of).get(wanted)
 
@@ -820,7 +830,7 @@ def _list_texts(tree: _Tree, lists: dict[str, str], notes: list[str]) -> dict[st
     return texts
 
 
-def _lines(path: str, name: str, text: str, part: str) -> list[_Line]:
+def _lines(path: str, name: str, text: str, part: str, needed: bool) -> list[_Line]:
     """The clips of a list.
 
     All lines have one form: `clip_folder num_frames label` (RAER's, DFER-CLIP's), `clip label`
@@ -828,7 +838,7 @@ def _lines(path: str, name: str, text: str, part: str) -> list[_Line]:
     (DFEW's official ones, whose names are numbers of five digits).
 
     Raises:
-        InputError: a line has another form.
+        InputError: a line has another form, or there is none in a list that is needed.
     """
     rows = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     header = [cell.strip().lower() for cell in rows[0][1].split(",")] if rows else []
@@ -841,6 +851,8 @@ def _lines(path: str, name: str, text: str, part: str) -> list[_Line]:
         form, width = "`clip_folder num_frames label`", 3
     else:
         form = "`clip_folder num_frames label`, `clip label` or columns `video_name,label`"
+    if needed and not rows:
+        raise InputError(f"{path}: {name} lists no clips; expected are lines {form}")
     lines = []
     for number, line in rows:
         place = f"{name} line {number}"
@@ -873,8 +885,6 @@ def _numbered(path: str, lines: list[_Line], names: list[str]) -> list[_Line]:
 
 
 def _check_labels(tree: _Tree, lines: list[_Line], base: int, names: list[str]) -> str:
-    if not lines:
-        raise InputError(f"{tree.path}: the lists have no lines `clip_folder num_frames label`")
     last = base + len(names) - 1
     other = 1 - base
     fits = all(other <= line.label < other + len(names) for line in lines)
@@ -949,8 +959,8 @@ def _boxes(tree: _Tree, name: str) -> dict:
     """The content of a file of boxes by the clips' folders."""
     if tree.parts:
         return {
-            _below(path, clip): value
-            for path, part in tree.parts.items()
+            part.full_name(clip): value
+            for part in tree.parts.values()
             for clip, value in _boxes(part, name).items()
         }
     position = _position(tree, name)
@@ -970,13 +980,14 @@ def _boxes(tree: _Tree, name: str) -> dict:
     images = _flat(content)
     if name == "face.json":
         content = _nested(content)
-    loose = {folder for folder in tree.folders if is_image(folder)} if tree.num_loose else ()
+    has_loose = tree.num_loose or tree.alone
+    loose = {folder for folder in tree.folders if is_image(folder)} if has_loose else ()
     found = _found_loosely(list(content), tree.folders.keys() - loose)
     if loose:
         rest = [key for key in images if posixpath.dirname(key) not in found]
         content = images | content
         found |= _found_loosely(rest, loose)
-    if content and not found:
+    if content and not found and not tree.alone:
         raise InputError(
             f"{tree.path}: {tree.names[position]}: no key is a clip's folder: the first is"
             f" {next(iter(content))}, expected is one as {next(iter(tree.folders))}"
