@@ -35,7 +35,7 @@ from common.check.result import CheckSpec, NetworkView
 from common.check.runner import check
 from common.data import sampling, utterances
 from common.data.groups import group_items
-from common.deep_cluster import DISTANCES, Rows, Targets, score
+from common.deep_cluster import DISTANCES, Rows, Targets
 from common.errors import InputError, as_input_error, plural
 from common.live import digits
 from common.models import umc
@@ -69,7 +69,7 @@ CARD = Card(
     headlines={
         "cluster/test/nmi": "NMI with the test labels",
         "cluster/test/acc": "accuracy of the clusters, matched to labels",
-        "cluster/train/stability": "stability of the clusters, last epoch",
+        "cluster/train/stability": "stability of the clusters, epoch kept",
     },
 )
 STAGES = {
@@ -171,7 +171,7 @@ MASK = 0.2  # chance that a view lacks a modality for which another one stands i
 
 def parse_args(argv: list[str] | None = None):
     first_stage = {mode: stages["pretrain"] for mode, stages in STAGES.items()}
-    parser = config.base_parser(CARD.name, __doc__, first_stage)
+    parser = config.base_parser(CARD.name, __doc__, first_stage, least_epochs=0)
     parser.aliases.update(ALIASES)
     parser.set_defaults(log_every=50)
     parser.hide("accum", "ensemble", "eval_every", "on_bad_item", "teacher", "workers")
@@ -218,7 +218,7 @@ def parse_args(argv: list[str] | None = None):
         help="use these modalities alone, comma-separated, as text,timing",
     )
     umc_epochs = "(1 - select-share) / select-growth"
-    for flag, kind, low in (("epochs", int, 1), ("bs", int, 2), ("lr", float, 0), ("wd", float, 0)):
+    for flag, kind, low in (("epochs", int, 0), ("bs", int, 2), ("lr", float, 0), ("wd", float, 0)):
         by_mode = {
             mode: umc_epochs if stages["cluster"][flag] is None else stages["cluster"][flag]
             for mode, stages in STAGES.items()
@@ -498,8 +498,8 @@ def eval_stability(
             rows = deep_cluster.smooth(z, k, smoothing)
             centroids = clustering.kmeans(rows, k, start=model.centroids.cpu()).centroids
             centroids = centroids.to(model.centroids.dtype)
-            clusters, _ = clustering.nearest(z, centroids)
-            values |= deep_cluster.describe(run, z, clusters, targets)
+            clusters, distances = clustering.nearest(z, centroids)
+            values |= deep_cluster.describe(run, z, clusters, distances, targets)
     if targets:
         model.centroids.copy_(centroids)
     return stable, {f"{name}/train/{key}": value for key, value in values.items()}
@@ -530,12 +530,14 @@ def epoch_passes(
     return batches, labels
 
 
-def train(run: Run, name: str, model: umc.Fusion, start: str) -> str:
+def train(
+    run: Run, name: str, model: umc.Fusion, start: str, before: dict[str, umc.Fusion] | None = None
+) -> str:
     """A stage: epochs of `epoch_passes`, each evaluated; keeps the epoch of the most stable
     clusters, or the last one. Returns the digest of its weights.
 
-    The start counts as an epoch of stage 1: where contrastive learning blurs the clusters, it is
-    what stage 2 gets.
+    What a stage starts from counts as its epoch 0: where training blurs the clusters, that is what
+    is kept. Stage 2 is compared with the models `before` it, by name.
     """
     args, world, log, spec = run.args, run.world, run.log, run.model_spec
     stage = run.stages[name]
@@ -561,9 +563,12 @@ def train(run: Run, name: str, model: umc.Fusion, start: str) -> str:
         value = progress.epoch if keeps_last else stable
         progress.select(value, model.state_dict(), values, higher_is_better=True)
 
-    if not is_second and progress.step == 0:
-        stable, values = eval_stability(run, name, model, progress)
+    if progress.step == 0:
+        if is_second:
+            find_clusters(run, model, progress, targets)
+        stable, values = eval_stability(run, name, model, progress, targets)
         log.metrics(name, 0, 0, values)
+        progress.results = values
         progress.epoch = -1  # select() counts from 1: the start is epoch 0
         select(stable, values)
         progress.epoch = 0
@@ -611,7 +616,7 @@ def train(run: Run, name: str, model: umc.Fusion, start: str) -> str:
         loop.end_epoch(values, quiet=True)
     results = progress.results
     if is_second:
-        results |= finish_clustering(run, model, progress, monitor, targets)
+        results |= finish_clustering(run, model, before, progress, monitor, targets)
     run.finish(progress, results)
     model.load_state_dict(progress.best_weights())
     return progress.digest_of_best()
@@ -640,30 +645,51 @@ def view_count(spec: dict) -> int:
     return 2 if spec["views"] == "all" else max(len(spec["widths"]), 2)
 
 
-def finish_clustering(
-    run: Run, model: umc.Fusion, progress, monitor: Monitor, targets: Targets
-) -> dict:
-    """The test metrics of the chosen model, of the last epoch and of k-means without training;
-    writes the tables of the report.
+def find_clusters(run: Run, model: umc.Fusion, progress, targets: Targets) -> None:
+    """Metric, centroids and targets as the first epoch of stage 2 finds them, whatever the model
+    had.
     """
-    table, k, smoothing = run.data.table, run.model_spec["k"], run.model_spec["smoothing"]
-    test_split = run.splits["test"]
+    model.metric.copy_(torch.eye(len(model.metric)))
+    model.centroids.zero_()
+    z = evaluate(run, model, run.splits["train"], progress, raw=True)
+    deep_cluster.assign(run, model, targets, z, run.args.select_share)
 
-    def test(network, _):
-        z = evaluate(run, network, np.arange(len(table)), progress)
+
+def finish_clustering(
+    run: Run, model: umc.Fusion, before: dict, progress, monitor: Monitor, targets: Targets
+) -> dict:
+    """The test metrics of the chosen model, of the last epoch, of the models `before` and of
+    k-means without training; writes the tables of the report.
+    """
+    everything = np.arange(len(run.data))
+
+    def test(network, _, name="cluster"):
+        z = evaluate(run, network, everything, progress)
+        raw = evaluate(run, network, run.splits["train"], progress, raw=True)
+        centroids = network.centroids.cpu()
         with progress.interruptible():
-            scores = score("cluster/test", z[test_split], table.labels[test_split], k, smoothing)
-        return scores, (z, network.centroids.cpu())
+            scores = deep_cluster.test_scores(run, name, z, centroids)
+        return scores, (z, centroids, raw)
 
-    results, (z, centroids) = test_best_and_last(progress, model, test)
+    results, chosen = test_best_and_last(progress, model, test)
+    found = {}
+    for name, network in before.items():
+        fresh = Targets(len(run.splits["train"]))
+        find_clusters(run, network, progress, fresh)
+        _, values = eval_stability(run, name, network, progress, fresh)
+        scores, found[name] = test(network, values, name)
+        results |= deep_cluster.compared(scores | values)
     with progress.interruptible():
+        results |= deep_cluster.changes(run, found | {"cluster": chosen})
         results = deep_cluster.baselines(run) | results
+    z, centroids, _ = chosen
     correlation = deep_cluster.tracking(run)
     if correlation is not None:
         results["cluster/train/stability_tracks_nmi"] = correlation
     run.log.metrics("cluster", progress.step, progress.epoch, results, quiet=True)
+    results |= progress.best_metrics()  # logged with their epoch
     log_scores(run, results)
-    write_clusters(run, z, centroids)
+    write_clusters(run, z, centroids, results["cluster/train/far_distance"])
     write_cluster_report(run, z, centroids, monitor, targets, results)
     return results
 
@@ -730,17 +756,15 @@ def run_inference(args, world: dist.Dist) -> None:
     if args.predict:
         predict(loaded, run, model)
         return
-    test = run.splits["test"]
-    z = evaluate(run, model, test)
-    labels = rows.table.labels[test]
-    results = score("cluster/test", z, labels, spec["k"], spec["smoothing"])
+    z = evaluate(run, model, np.arange(len(rows)))
+    results = deep_cluster.test_scores(run, "cluster", z, model.centroids.cpu())
     if not results:
         raise InputError(f"{rows.table.name}: there is no labeled test utterance to evaluate on")
     loaded.write(results, world)
 
 
 def predict(loaded: LoadedRun, run: Run, model: umc.Fusion) -> None:
-    """Write predictions.csv: the cluster of each utterance."""
+    """Write predictions.csv: the cluster of each utterance, and whether it is far from all."""
     spec, table = run.model_spec, run.data.table
     if spec["stage"] != "cluster":
         raise InputError(
@@ -749,8 +773,10 @@ def predict(loaded: LoadedRun, run: Run, model: umc.Fusion) -> None:
     classes = [str(c) for c in range(spec["k"])]
     loaded.say_who_answers(run.world, classes, "cluster")
     z = evaluate(run, model, np.arange(len(table)))
-    clusters, _, _, scores = deep_cluster.membership(z, model.centroids.cpu())
-    loaded.write_predictions(run.world, table.ids, classes, scores, clusters.tolist())
+    clusters, distances, _, scores = deep_cluster.membership(z, model.centroids.cpu())
+    far, note = deep_cluster.far_rows(distances, loaded.state.get("metrics") or {})
+    chosen = clusters.tolist()
+    loaded.write_predictions(run.world, table.ids, classes, scores, chosen, note, {"far": far})
 
 
 def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
@@ -805,8 +831,10 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
         return check(run, {"pretrain": check_spec(run, basis)})
     with run.session(page):
         model = build_model(run, basis)
+        before = {"start": copy.deepcopy(model)}
         start = train(run, "pretrain", model, "scratch")
-        train(run, "cluster", model, start)
+        before["pretrain"] = copy.deepcopy(model)
+        train(run, "cluster", model, start, before)
 
 
 def chance_levels(stages: dict, spec: dict) -> dict[str, tuple[str, float]]:

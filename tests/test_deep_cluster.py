@@ -63,7 +63,7 @@ def test_centers_are_those_of_smooth_rows_and_rows_are_looked_up_as_they_are():
         clusters = [((z[:, None] - centroids) ** 2).sum(2).argmin(1) for centroids in runs]
         expected = np.mean([metrics_of.normalized_mutual_info_score(labels, c) for c in clusters])
         values.append(
-            deep_cluster.score("x", torch.from_numpy(z), labels, 3, smoothing, seeds=2)["x/nmi"]
+            deep_cluster.score("x/", torch.from_numpy(z), labels, 3, smoothing, seeds=2)["x/nmi"]
         )
         assert values[-1] == pytest.approx(expected, abs=1e-6)
     assert values[0] == values[1] and abs(values[2] - values[0]) > 1e-3
