@@ -6,7 +6,7 @@ arXiv:2405.12775.
 Float arrays of one row per utterance:
   python train_cluster.py --data utterances.npz
 Text, encoded by a model of the BERT family:
-  python train_cluster.py --data acts.tsv --text-model minilm/ --text-layer 3
+  python train_cluster.py --data acts.tsv --text-model minilm/
 The published procedure, uncorrected:
   python train_cluster.py --data acts.tsv --mode umc
 Clusters of new utterances:
@@ -19,6 +19,7 @@ schedule.
 """
 
 import common  # noqa: F401  # isort: skip  (it refuses an older Python)
+import argparse
 import copy
 import math
 import sys
@@ -39,7 +40,7 @@ from common.deep_cluster import DISTANCES, Rows, Targets
 from common.errors import InputError, as_input_error, plural
 from common.live import digits
 from common.models import umc
-from common.models.text import Lsa
+from common.models.text import Lsa, middle_and_last
 from common.monitor import Monitor
 from common.report import page
 from common.report.clusters import (
@@ -188,12 +189,12 @@ def parse_args(argv: list[str] | None = None):
         metavar="DIR",
         help="encoder of the BERT family that reads the text; unset: TF-IDF and SVD",
     )
-    group.number(
+    group.add_argument(
         "--text-layer",
-        int,
-        None,
-        "layer of --text-model whose states are averaged; unset: the last",
-        low=0,
+        type=layer_numbers,
+        metavar="N",
+        help="layer of --text-model whose states are averaged, or several, comma-separated, as 3,6;"
+        " unset: the middle and the last (umc the last)",
     )
     group.number(
         "--max-length",
@@ -308,6 +309,14 @@ def modality_names(text: str) -> list[str]:
     return text.split(",")
 
 
+def layer_numbers(text: str) -> int | list[int]:
+    """--text-layer: a number, or several with commas between them."""
+    numbers = [config.number(int, low=0)(part) for part in text.split(",")]
+    if len({*numbers}) < len(numbers):
+        raise argparse.ArgumentTypeError(f"received {text}: each layer once")
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
 def mode_default(args, name: str):
     """A setting that --mode decides where its own flag does not."""
     value = getattr(args, name)
@@ -335,11 +344,15 @@ def build_data(
 ) -> tuple[Rows, Lsa | None]:
     """The rows of `path`, said in a few lines, and its text features where there are any.
 
-    `reading` are the flags READING by name, `fitted` the checkpoint whose text features are used.
+    `reading` are the flags READING by name, and gets the layers that are not given; `fitted` is the
+    checkpoint whose text features are used.
     """
     table = deep_cluster.read_table(path, reading["max_length"])
     world.say(table.describe())
     group_items(table, args, CARD.items, world.say)
+    layers_unset = args.text_model and args.text_layer is None and args.mode != "umc"
+    if layers_unset and fitted is None and table.texts is not None:
+        reading["text_layer"] = middle_and_last(args.text_model)
     rows, lsa = deep_cluster.read_rows(table, reading, world.device, fitted)
     for problem, examples in utterances.data_problems(table).items():
         world.say(f"  {problem}: {examples}")

@@ -41,14 +41,19 @@ class Rows:
     """
 
     def __init__(
-        self, table: utterances.Utterances, only: list[str] | None, lsa: Lsa | None, encoded, device
+        self,
+        table: utterances.Utterances,
+        only: list[str] | None,
+        lsa: Lsa | None,
+        encoded: dict[str, np.ndarray],
+        device,
     ):
         arrays = {}
         if lsa is not None:
-            arrays[ANCHOR if encoded is None else "words"] = lsa(table.texts)
+            arrays["words" if encoded else ANCHOR] = lsa(table.texts)
         self.as_is = set(arrays)
-        if encoded is not None:
-            arrays[ANCHOR] = encoded
+        arrays.update(encoded)
+        self.of_text = set(arrays)
         arrays.update(table.modalities)
         names = sorted(arrays, key=lambda name: name != ANCHOR)  # the anchor first, as UMC has it
         unknown = set(only or names) - set(names)
@@ -118,19 +123,21 @@ def read_rows(
     given.
     """
     lsa = None
-    encoded = None
+    encoded = {}
     if reading["text_model"]:
         if table.texts is None:
             raise InputError(f"--text-model: {table.name} has no text to encode; leave it out")
-        encoded = encode(
-            reading["text_model"],
-            table.texts,
-            layer=reading["text_layer"],
-            max_length=reading["max_length"],
-            device=device,
-            cache=Path("runs") / "texts",
-        )
-    if table.texts is not None and (encoded is not None or ANCHOR not in table.modalities):
+        layers = reading["text_layer"]
+        for layer in layers if isinstance(layers, list) else [layers]:
+            encoded[f"{ANCHOR}_{layer}" if encoded else ANCHOR] = encode(
+                reading["text_model"],
+                table.texts,
+                layer=layer,
+                max_length=reading["max_length"],
+                device=device,
+                cache=Path("runs") / "texts",
+            )
+    if table.texts is not None and (encoded or ANCHOR not in table.modalities):
         if fitted is None:
             lsa = Lsa.fit([table.texts[i] for i in utterances.split(table)["train"]])
         elif "text" in fitted:  # a run on features alone has none and heeds no text
@@ -236,9 +243,9 @@ def fused_basis(args, rows: Rows, train: np.ndarray, k: int | None):
         estimate = clustering.estimate_k(umc.coordinates(x, *basis[first]).float(), seed=args.seed)
         k = estimate.k
     components = max(min(k - 1, args.base_dim // len(inputs)), 1)
-    # TF-IDF features beside an encoder's states are the same text once more, not another channel to
-    # be checked by it.
-    peers = rows.as_is if anchor else frozenset()
+    # TF-IDF features and further layers are the same text once more, not another channel to be
+    # checked by it.
+    peers = rows.of_text if anchor else frozenset()
     basis, weights, anchor = umc.weighted_basis(
         inputs, rows.as_is, anchor, k, components, args.seed, peers=peers
     )

@@ -393,6 +393,8 @@ BAD = {  # flags -> the flag, file or value that the refusal names
     "unknown modality": ("--modalities text,vidio", "text, room, audio"),
     "text model without text": ("--text-model {tmp}", "text"),
     "layer without a model": ("--text-layer 3", "--text-layer"),
+    "a layer twice": ("--text-model {tmp} --text-layer 3,3", "each layer once"),
+    "no layer": ("--text-model {tmp} --text-layer 3,", "--text-layer"),
     "width not divisible": ("--base-dim 12", "--base-dim 12"),
     "batch larger than the data": ("--bs 200", "lower --bs"),
     "second stage's batch larger than the data": ("--cluster-bs 200", "lower --cluster-bs"),
