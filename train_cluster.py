@@ -159,6 +159,7 @@ ALIASES = {
     "--only": "--modalities",
     "--thres": "--select-share",
 }
+TABLE = ["text_column", "label_column", "encoding", "allow_missing"]  # flags of reading a file
 READING = ["modalities", "text_model", "text_layer", "max_length"]
 SEARCH = {
     "lr": (3e-6, 3e-4),
@@ -182,6 +183,27 @@ def parse_args(argv: list[str] | None = None):
         " `sample`, the embedded ones",
         predict="assign the utterances of these files or folders to the clusters of the run that"
         " --resume names",
+    )
+    group = parser.add_argument_group("files")
+    group.add_argument(
+        "--text-column", metavar="NAME", help="column of the text in a .tsv or .csv; unset: text"
+    )
+    group.add_argument(
+        "--label-column", metavar="NAME", help="column of the label in a .tsv or .csv; unset: label"
+    )
+    group.add_argument(
+        "--encoding",
+        type=text_encoding,
+        metavar="NAME",
+        help="encoding of a .tsv or .csv, as latin-1; unset: UTF-8",
+    )
+    group.number(
+        "--allow-missing",
+        float,
+        0.05,
+        "share of the utterances that may lack the features of a modality, which is masked there",
+        low=0,
+        high=1,
     )
     group = parser.add_argument_group("text")
     group.add_argument(
@@ -273,9 +295,9 @@ def parse_args(argv: list[str] | None = None):
         "--min-epochs", int, 20, "epochs of the clustering stage before it may stop early", low=1
     )
     args = config.parse(parser, argv, DEMO, SEARCH)
-    args = restore_data_flags(parser, argv, args, [])
+    args = restore_data_flags(parser, argv, args, TABLE)
 
-    config.check_inference_flags(parser, args)
+    config.check_inference_flags(parser, args, TABLE)
     refuse = partial(config.reject_unused_flags, parser, args)
     refuse(
         ["ensemble", "teacher"],
@@ -307,6 +329,17 @@ def parse_args(argv: list[str] | None = None):
 def modality_names(text: str) -> list[str]:
     """--modalities: names with commas between them."""
     return text.split(",")
+
+
+def text_encoding(text: str) -> str:
+    """--encoding: one that Python knows and that is of text."""
+    try:
+        "".encode(text)
+    except LookupError:
+        raise argparse.ArgumentTypeError(
+            f"received {text!r}, allowed are utf-16, gb18030, latin-1, and what else Python decodes"
+        ) from None
+    return text
 
 
 def layer_numbers(text: str) -> int | list[int]:
@@ -347,7 +380,10 @@ def build_data(
     `reading` are the flags READING by name, and gets the layers that are not given; `fitted` is the
     checkpoint whose text features are used.
     """
-    table = deep_cluster.read_table(path, reading["max_length"])
+    options = {name: getattr(args, name) for name in TABLE}
+    if args.predict:
+        options["label_column"] = None  # that the run had, and new utterances need not have
+    table = deep_cluster.read_table(path, reading["max_length"], **options)
     world.say(table.describe())
     group_items(table, args, CARD.items, world.say)
     layers_unset = args.text_model and args.text_layer is None and args.mode != "umc"

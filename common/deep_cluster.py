@@ -74,11 +74,17 @@ class Rows:
         return len(self.table)
 
     def pooled(self, name: str) -> Tensor:
-        """(n, D): a modality, a sequence's mean; on the CPU where the device has no float64."""
+        """(n, D): a modality, a sequence's mean; on the CPU where the device has no float64.
+
+        The mean of all others stands for rows that lack it.
+        """
         x = self.inputs[name]
         if name in self.lengths:
             parts = zip(x.split(256), self.lengths[name].split(256), strict=True)
             x = torch.cat([umc.pool(*part) for part in parts])
+            missing = self.lengths[name] == 0
+            if missing.any():
+                x[missing] = x[~missing].mean(0)
         return x.cpu() if x.device.type == "mps" else x
 
     @staticmethod
@@ -102,10 +108,15 @@ class Rows:
         return inputs, lengths
 
 
-def read_table(path: str | tuple[str, ...], max_length: int | None) -> utterances.Utterances:
-    """The utterances of `path`, or the embedded ones (`sample`)."""
+def read_table(
+    path: str | tuple[str, ...], max_length: int | None, **options
+) -> utterances.Utterances:
+    """The utterances of `path`, or the embedded ones (`sample`).
+
+    `options` are those of `open_utterances`.
+    """
     if path != "sample":
-        return utterances.open_utterances(path, max_length)
+        return utterances.open_utterances(path, max_length, **options)
     modalities, labels, classes = synthetic.utterances()
     ids = [f"{i:05d}" for i in range(len(labels))]
     name = "sample (embedded, generated)"

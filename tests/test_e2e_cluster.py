@@ -14,7 +14,7 @@ import train_cluster
 from common import deep_cluster
 from common.run import checkpoint, log
 from common.run.progress import Progress
-from tests.data import WORDS, utterance_arrays, utterances_npz, utterances_tsv
+from tests.data import WORDS, sequences_npz, utterance_arrays, utterances_npz, utterances_tsv
 from tests.runs import ended, flags, next_after, refused, same, start_ranks, succeed, summary
 
 pytestmark = pytest.mark.e2e
@@ -394,6 +394,8 @@ BAD = {  # flags -> the flag, file or value that the refusal names
     "text model without text": ("--text-model {tmp}", "text"),
     "layer without a model": ("--text-layer 3", "--text-layer"),
     "a layer twice": ("--text-model {tmp} --text-layer 3,3", "each layer once"),
+    "no column of a table": ("--label-column act", "--label-column is for a .tsv"),
+    "no encoding": ("--encoding base64", "--encoding"),
     "no layer": ("--text-model {tmp} --text-layer 3,", "--text-layer"),
     "width not divisible": ("--base-dim 12", "--base-dim 12"),
     "batch larger than the data": ("--bs 200", "lower --bs"),
@@ -423,6 +425,27 @@ def test_two_classes_and_one_column(tmp_path):
     argv = flags(SMALL, "--data", tmp_path / "two.npz", "--out", tmp_path / "run")
     assert train_cluster.main(argv) == 0
     assert summary(tmp_path / "run")["cluster/test/nmi"] > 0.8
+
+
+def test_missing_features_and_other_columns(lines, tmp_path, capsys):
+    found = {**np.load(sequences_npz(tmp_path / "some.npz"))}
+    name = next(name for name in found if name.endswith("_len")).removesuffix("_len")
+    found[f"{name}_len"][[3, 8]] = 0
+    np.savez(tmp_path / "some.npz", **found)
+    argv = flags(SMALL, "--data", tmp_path / "some.npz", "--out", tmp_path / "run")
+    refused(train_cluster.main, [*argv, "--allow-missing", "0"], capsys, "--allow-missing 0.")
+    assert train_cluster.main(argv) == 0
+    assert f"{name} is missing: 2 utterances" in capsys.readouterr().out
+    header, rest = lines.read_text().split("\n", 1)
+    columns = header.replace("text", "Utterance").replace("label", "DA")
+    (tmp_path / "acts.tsv").write_text(f"{columns}\n{rest}")
+    argv = flags(SMALL, "--text-column Utterance --label-column DA --data", tmp_path / "acts.tsv")
+    assert train_cluster.main(flags(argv, "--out", tmp_path / "columns")) == 0
+    assert summary(tmp_path / "columns")["cluster/test/nmi"] > 0.6
+    (tmp_path / "new.tsv").write_text("Utterance\n" + "\n".join(WORDS.values()) + "\n")
+    predict = flags("--predict", tmp_path / "new.tsv", "--resume", tmp_path / "columns")
+    assert train_cluster.main(flags(predict, "--device cpu --out", tmp_path)) == 0
+    assert train_cluster.main(flags("--eval", tmp_path / "columns", "--device cpu")) == 0
 
 
 def test_one_class_is_no_number_of_clusters(tmp_path):
