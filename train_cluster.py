@@ -780,7 +780,7 @@ def check_spec(run: Run, basis: dict | None) -> CheckSpec:
         loss=partial(
             reference.contrastive, views=view_count(spec), temperature=spec["temperature"]
         ),
-        augmented=spec["views"] == "all",
+        augmented=spec["views"] == "all" and len(run.data.names) > 1,  # else nothing is masked
         view=view,
         larger=partial(build_model, larger, basis),
     )
