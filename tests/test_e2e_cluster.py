@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shlex
 import shutil
 import signal
 
@@ -146,6 +147,25 @@ def test_three_stages_are_compared_and_the_start_may_win(whole, acts, tmp_path, 
     more = flags(SMALL, "--data", acts, "--force-resume --out", tmp_path / "run")
     assert train_cluster.main(more) == 0  # from no epochs to some, as one that never stopped
     same(*(checkpoint.load(f / "cluster" / "best.pt")["model"] for f in (whole, tmp_path / "run")))
+
+
+def test_the_analysis_is_of_this_run(whole):
+    tables = json.loads((whole / "tables.json").read_text())
+    assert {"Data", "Classes", "State", "Trajectory", "What to try", "Checklist"} <= tables.keys()
+    assert sum(row[1] for row in tables["Classes"]["rows"]) == 160
+    state = dict(tables["State"]["rows"])
+    lines = [line for line in log.read(whole) if "cluster/train/threshold" in line]
+    best = max(lines, key=lambda line: line["cluster/train/nmi"])
+    nmi = f"{best['cluster/train/nmi']:.4f}, epoch {best['epoch']} of 3"
+    assert state["best NMI, training utterances"] == nmi
+    base, _ = train_cluster.parse_args([*SMALL, "--data", "x.npz"])
+    changes = ({"cluster_lr"}, {"select_share", "select_growth"}, {"base_dim"})
+    for row, changed in zip(tables["What to try"]["rows"], changes, strict=True):
+        given, _ = train_cluster.parse_args(shlex.split(row[-1])[2:])
+        own = {name for name in vars(given) if vars(given)[name] != vars(base)[name]}
+        assert own - {"data", "log_every", "device"} == changed
+    boxes = {row[1]: row[0] for row in tables["Checklist"]["rows"]}
+    assert boxes["every cluster is trained on"] == "x" and boxes["no gain"] == ""
 
 
 def test_labels_enter_neither_weights_nor_clusters(whole, acts, tmp_path):

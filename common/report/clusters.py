@@ -15,6 +15,7 @@ from common.errors import aligned
 from common.live import digits
 from common.monitor import Monitor
 from common.report import figures
+from common.report.analysis import analysis
 from common.run import log
 from common.run.files import atomic_write, write_json
 from common.run.run import Run
@@ -309,6 +310,7 @@ def write_cluster_report(
             table, known, clusters, confidence.numpy(), matched
         )
     tables["Monitor"] = _monitor_table(monitor, results)
+    tables |= analysis(run, monitor)
     stability = run.model_spec["stability"]
     if stability:
         tables[f"Metric: {run.model_spec['distance']}"] = {
