@@ -6,7 +6,7 @@ arXiv:2405.12775.
 Float arrays of one row per utterance:
   python train_cluster.py --data utterances.npz
 Text, encoded by a model of the BERT family:
-  python train_cluster.py --data acts.tsv --text-model minilm/ --text-layer 3
+  python train_cluster.py --data acts.tsv --text-model minilm/
 The published procedure, uncorrected:
   python train_cluster.py --data acts.tsv --mode umc
 Clusters of new utterances:
@@ -19,6 +19,7 @@ schedule.
 """
 
 import common  # noqa: F401  # isort: skip  (it refuses an older Python)
+import argparse
 import copy
 import math
 import sys
@@ -35,11 +36,11 @@ from common.check.result import CheckSpec, NetworkView
 from common.check.runner import check
 from common.data import sampling, utterances
 from common.data.groups import group_items
-from common.deep_cluster import DISTANCES, Rows, Targets, score
+from common.deep_cluster import DISTANCES, Rows, Targets
 from common.errors import InputError, as_input_error, plural
 from common.live import digits
 from common.models import umc
-from common.models.text import Lsa
+from common.models.text import Lsa, middle_and_last
 from common.monitor import Monitor
 from common.report import page
 from common.report.clusters import (
@@ -69,7 +70,7 @@ CARD = Card(
     headlines={
         "cluster/test/nmi": "NMI with the test labels",
         "cluster/test/acc": "accuracy of the clusters, matched to labels",
-        "cluster/train/stability": "stability of the clusters, last epoch",
+        "cluster/train/stability": "stability of the clusters, epoch kept",
     },
 )
 STAGES = {
@@ -158,6 +159,7 @@ ALIASES = {
     "--only": "--modalities",
     "--thres": "--select-share",
 }
+TABLE = ["text_column", "label_column", "encoding", "allow_missing"]  # flags of reading a file
 READING = ["modalities", "text_model", "text_layer", "max_length"]
 SEARCH = {
     "lr": (3e-6, 3e-4),
@@ -171,7 +173,7 @@ MASK = 0.2  # chance that a view lacks a modality for which another one stands i
 
 def parse_args(argv: list[str] | None = None):
     first_stage = {mode: stages["pretrain"] for mode, stages in STAGES.items()}
-    parser = config.base_parser(CARD.name, __doc__, first_stage)
+    parser = config.base_parser(CARD.name, __doc__, first_stage, least_epochs=0)
     parser.aliases.update(ALIASES)
     parser.set_defaults(log_every=50)
     parser.hide("accum", "ensemble", "eval_every", "on_bad_item", "teacher", "workers")
@@ -182,18 +184,39 @@ def parse_args(argv: list[str] | None = None):
         predict="assign the utterances of these files or folders to the clusters of the run that"
         " --resume names",
     )
+    group = parser.add_argument_group("files")
+    group.add_argument(
+        "--text-column", metavar="NAME", help="column of the text in a .tsv or .csv; unset: text"
+    )
+    group.add_argument(
+        "--label-column", metavar="NAME", help="column of the label in a .tsv or .csv; unset: label"
+    )
+    group.add_argument(
+        "--encoding",
+        type=text_encoding,
+        metavar="NAME",
+        help="encoding of a .tsv or .csv, as latin-1; unset: UTF-8",
+    )
+    group.number(
+        "--allow-missing",
+        float,
+        0.05,
+        "share of the utterances that may lack the features of a modality, which is masked there",
+        low=0,
+        high=1,
+    )
     group = parser.add_argument_group("text")
     group.add_argument(
         "--text-model",
         metavar="DIR",
         help="encoder of the BERT family that reads the text; unset: TF-IDF and SVD",
     )
-    group.number(
+    group.add_argument(
         "--text-layer",
-        int,
-        None,
-        "layer of --text-model whose states are averaged; unset: the last",
-        low=0,
+        type=layer_numbers,
+        metavar="N",
+        help="layer of --text-model whose states are averaged, or several, comma-separated, as 3,6;"
+        " unset: the middle and the last (umc the last)",
     )
     group.number(
         "--max-length",
@@ -218,7 +241,7 @@ def parse_args(argv: list[str] | None = None):
         help="use these modalities alone, comma-separated, as text,timing",
     )
     umc_epochs = "(1 - select-share) / select-growth"
-    for flag, kind, low in (("epochs", int, 1), ("bs", int, 2), ("lr", float, 0), ("wd", float, 0)):
+    for flag, kind, low in (("epochs", int, 0), ("bs", int, 2), ("lr", float, 0), ("wd", float, 0)):
         by_mode = {
             mode: umc_epochs if stages["cluster"][flag] is None else stages["cluster"][flag]
             for mode, stages in STAGES.items()
@@ -272,9 +295,9 @@ def parse_args(argv: list[str] | None = None):
         "--min-epochs", int, 20, "epochs of the clustering stage before it may stop early", low=1
     )
     args = config.parse(parser, argv, DEMO, SEARCH)
-    args = restore_data_flags(parser, argv, args, [])
+    args = restore_data_flags(parser, argv, args, TABLE)
 
-    config.check_inference_flags(parser, args)
+    config.check_inference_flags(parser, args, TABLE)
     refuse = partial(config.reject_unused_flags, parser, args)
     refuse(
         ["ensemble", "teacher"],
@@ -308,6 +331,25 @@ def modality_names(text: str) -> list[str]:
     return text.split(",")
 
 
+def text_encoding(text: str) -> str:
+    """--encoding: one that Python knows and that is of text."""
+    try:
+        "".encode(text)
+    except LookupError:
+        raise argparse.ArgumentTypeError(
+            f"received {text!r}, allowed are utf-16, gb18030, latin-1, and what else Python decodes"
+        ) from None
+    return text
+
+
+def layer_numbers(text: str) -> int | list[int]:
+    """--text-layer: a number, or several with commas between them."""
+    numbers = [config.number(int, low=0)(part) for part in text.split(",")]
+    if len({*numbers}) < len(numbers):
+        raise argparse.ArgumentTypeError(f"received {text}: each layer once")
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
 def mode_default(args, name: str):
     """A setting that --mode decides where its own flag does not."""
     value = getattr(args, name)
@@ -335,11 +377,18 @@ def build_data(
 ) -> tuple[Rows, Lsa | None]:
     """The rows of `path`, said in a few lines, and its text features where there are any.
 
-    `reading` are the flags READING by name, `fitted` the checkpoint whose text features are used.
+    `reading` are the flags READING by name, and gets the layers that are not given; `fitted` is the
+    checkpoint whose text features are used.
     """
-    table = deep_cluster.read_table(path, reading["max_length"])
+    options = {name: getattr(args, name) for name in TABLE}
+    if args.predict:
+        options["label_column"] = None  # that the run had, and new utterances need not have
+    table = deep_cluster.read_table(path, reading["max_length"], **options)
     world.say(table.describe())
     group_items(table, args, CARD.items, world.say)
+    layers_unset = args.text_model and args.text_layer is None and args.mode != "umc"
+    if layers_unset and fitted is None and table.texts is not None:
+        reading["text_layer"] = middle_and_last(args.text_model)
     rows, lsa = deep_cluster.read_rows(table, reading, world.device, fitted)
     for problem, examples in utterances.data_problems(table).items():
         world.say(f"  {problem}: {examples}")
@@ -498,8 +547,8 @@ def eval_stability(
             rows = deep_cluster.smooth(z, k, smoothing)
             centroids = clustering.kmeans(rows, k, start=model.centroids.cpu()).centroids
             centroids = centroids.to(model.centroids.dtype)
-            clusters, _ = clustering.nearest(z, centroids)
-            values |= deep_cluster.describe(run, z, clusters, targets)
+            clusters, distances = clustering.nearest(z, centroids)
+            values |= deep_cluster.describe(run, z, clusters, distances, targets)
     if targets:
         model.centroids.copy_(centroids)
     return stable, {f"{name}/train/{key}": value for key, value in values.items()}
@@ -530,12 +579,14 @@ def epoch_passes(
     return batches, labels
 
 
-def train(run: Run, name: str, model: umc.Fusion, start: str) -> str:
+def train(
+    run: Run, name: str, model: umc.Fusion, start: str, before: dict[str, umc.Fusion] | None = None
+) -> str:
     """A stage: epochs of `epoch_passes`, each evaluated; keeps the epoch of the most stable
     clusters, or the last one. Returns the digest of its weights.
 
-    The start counts as an epoch of stage 1: where contrastive learning blurs the clusters, it is
-    what stage 2 gets.
+    What a stage starts from counts as its epoch 0: where training blurs the clusters, that is what
+    is kept. Stage 2 is compared with the models `before` it, by name.
     """
     args, world, log, spec = run.args, run.world, run.log, run.model_spec
     stage = run.stages[name]
@@ -561,9 +612,12 @@ def train(run: Run, name: str, model: umc.Fusion, start: str) -> str:
         value = progress.epoch if keeps_last else stable
         progress.select(value, model.state_dict(), values, higher_is_better=True)
 
-    if not is_second and progress.step == 0:
-        stable, values = eval_stability(run, name, model, progress)
+    if progress.step == 0:
+        if is_second:
+            find_clusters(run, model, progress, targets)
+        stable, values = eval_stability(run, name, model, progress, targets)
         log.metrics(name, 0, 0, values)
+        progress.results = values
         progress.epoch = -1  # select() counts from 1: the start is epoch 0
         select(stable, values)
         progress.epoch = 0
@@ -611,7 +665,7 @@ def train(run: Run, name: str, model: umc.Fusion, start: str) -> str:
         loop.end_epoch(values, quiet=True)
     results = progress.results
     if is_second:
-        results |= finish_clustering(run, model, progress, monitor, targets)
+        results |= finish_clustering(run, model, before, progress, monitor, targets)
     run.finish(progress, results)
     model.load_state_dict(progress.best_weights())
     return progress.digest_of_best()
@@ -640,30 +694,51 @@ def view_count(spec: dict) -> int:
     return 2 if spec["views"] == "all" else max(len(spec["widths"]), 2)
 
 
-def finish_clustering(
-    run: Run, model: umc.Fusion, progress, monitor: Monitor, targets: Targets
-) -> dict:
-    """The test metrics of the chosen model, of the last epoch and of k-means without training;
-    writes the tables of the report.
+def find_clusters(run: Run, model: umc.Fusion, progress, targets: Targets) -> None:
+    """Metric, centroids and targets as the first epoch of stage 2 finds them, whatever the model
+    had.
     """
-    table, k, smoothing = run.data.table, run.model_spec["k"], run.model_spec["smoothing"]
-    test_split = run.splits["test"]
+    model.metric.copy_(torch.eye(len(model.metric)))
+    model.centroids.zero_()
+    z = evaluate(run, model, run.splits["train"], progress, raw=True)
+    deep_cluster.assign(run, model, targets, z, run.args.select_share)
 
-    def test(network, _):
-        z = evaluate(run, network, np.arange(len(table)), progress)
+
+def finish_clustering(
+    run: Run, model: umc.Fusion, before: dict, progress, monitor: Monitor, targets: Targets
+) -> dict:
+    """The test metrics of the chosen model, of the last epoch, of the models `before` and of
+    k-means without training; writes the tables of the report.
+    """
+    everything = np.arange(len(run.data))
+
+    def test(network, _, name="cluster"):
+        z = evaluate(run, network, everything, progress)
+        raw = evaluate(run, network, run.splits["train"], progress, raw=True)
+        centroids = network.centroids.cpu()
         with progress.interruptible():
-            scores = score("cluster/test", z[test_split], table.labels[test_split], k, smoothing)
-        return scores, (z, network.centroids.cpu())
+            scores = deep_cluster.test_scores(run, name, z, centroids)
+        return scores, (z, centroids, raw)
 
-    results, (z, centroids) = test_best_and_last(progress, model, test)
+    results, chosen = test_best_and_last(progress, model, test)
+    found = {}
+    for name, network in before.items():
+        fresh = Targets(len(run.splits["train"]))
+        find_clusters(run, network, progress, fresh)
+        _, values = eval_stability(run, name, network, progress, fresh)
+        scores, found[name] = test(network, values, name)
+        results |= deep_cluster.compared(scores | values)
     with progress.interruptible():
+        results |= deep_cluster.changes(run, found | {"cluster": chosen})
         results = deep_cluster.baselines(run) | results
+    z, centroids, _ = chosen
     correlation = deep_cluster.tracking(run)
     if correlation is not None:
         results["cluster/train/stability_tracks_nmi"] = correlation
     run.log.metrics("cluster", progress.step, progress.epoch, results, quiet=True)
+    results |= progress.best_metrics()  # logged with their epoch
     log_scores(run, results)
-    write_clusters(run, z, centroids)
+    write_clusters(run, z, centroids, results["cluster/train/far_distance"])
     write_cluster_report(run, z, centroids, monitor, targets, results)
     return results
 
@@ -705,7 +780,7 @@ def check_spec(run: Run, basis: dict | None) -> CheckSpec:
         loss=partial(
             reference.contrastive, views=view_count(spec), temperature=spec["temperature"]
         ),
-        augmented=spec["views"] == "all",
+        augmented=spec["views"] == "all" and len(run.data.names) > 1,  # else nothing is masked
         view=view,
         larger=partial(build_model, larger, basis),
     )
@@ -730,17 +805,15 @@ def run_inference(args, world: dist.Dist) -> None:
     if args.predict:
         predict(loaded, run, model)
         return
-    test = run.splits["test"]
-    z = evaluate(run, model, test)
-    labels = rows.table.labels[test]
-    results = score("cluster/test", z, labels, spec["k"], spec["smoothing"])
+    z = evaluate(run, model, np.arange(len(rows)))
+    results = deep_cluster.test_scores(run, "cluster", z, model.centroids.cpu())
     if not results:
         raise InputError(f"{rows.table.name}: there is no labeled test utterance to evaluate on")
     loaded.write(results, world)
 
 
 def predict(loaded: LoadedRun, run: Run, model: umc.Fusion) -> None:
-    """Write predictions.csv: the cluster of each utterance."""
+    """Write predictions.csv: the cluster of each utterance, and whether it is far from all."""
     spec, table = run.model_spec, run.data.table
     if spec["stage"] != "cluster":
         raise InputError(
@@ -749,8 +822,10 @@ def predict(loaded: LoadedRun, run: Run, model: umc.Fusion) -> None:
     classes = [str(c) for c in range(spec["k"])]
     loaded.say_who_answers(run.world, classes, "cluster")
     z = evaluate(run, model, np.arange(len(table)))
-    clusters, _, _, scores = deep_cluster.membership(z, model.centroids.cpu())
-    loaded.write_predictions(run.world, table.ids, classes, scores, clusters.tolist())
+    clusters, distances, _, scores = deep_cluster.membership(z, model.centroids.cpu())
+    far, note = deep_cluster.far_rows(distances, loaded.state.get("metrics") or {})
+    chosen = clusters.tolist()
+    loaded.write_predictions(run.world, table.ids, classes, scores, chosen, note, {"far": far})
 
 
 def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
@@ -805,8 +880,10 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
         return check(run, {"pretrain": check_spec(run, basis)})
     with run.session(page):
         model = build_model(run, basis)
+        before = {"start": copy.deepcopy(model)}
         start = train(run, "pretrain", model, "scratch")
-        train(run, "cluster", model, start)
+        before["pretrain"] = copy.deepcopy(model)
+        train(run, "cluster", model, start, before)
 
 
 def chance_levels(stages: dict, spec: dict) -> dict[str, tuple[str, float]]:

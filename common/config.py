@@ -288,7 +288,12 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
 
 def base_parser(
-    script: str, doc: str, stages: dict[str, dict] | None = None, **rules: str
+    script: str,
+    doc: str,
+    stages: dict[str, dict] | None = None,
+    *,
+    least_epochs: int = 1,
+    **rules: str,
 ) -> Parser:
     """The shared flags of a script.
 
@@ -297,6 +302,7 @@ def base_parser(
         doc: the script's docstring, which becomes the head of `--help`.
         stages: default settings by the name of the stage, or of the mode, that they hold in, as
             `stage_config` takes them; shown in `--help`.
+        least_epochs: the lowest value of --epochs.
         rules: what `--help` says where such a setting is None, by the setting's name.
     """
     rules = {"warmup_epochs": "a tenth of the epochs"} | rules  # as in `stage_config`
@@ -338,9 +344,8 @@ def base_parser(
     )
 
     optim = parser.add_argument_group("optimization (of the first stage that runs)")
-    optim.number(
-        "--epochs", int, None, f"passes over the training data{default_of('epochs')}", low=1
-    )
+    epochs_help = f"passes over the training data{default_of('epochs')}"
+    optim.number("--epochs", int, None, epochs_help, low=least_epochs)
     optim.number(
         "--bs",
         int,

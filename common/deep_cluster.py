@@ -25,6 +25,8 @@ ANCHOR = "text"  # the modality that the others are weighed by, where there is o
 DISTANCES = ("discriminant", "euclidean")  # that k-means of stage 2 knows
 SCORES = ("nmi", "ami", "ari", "acc", "fmi", "balanced_accuracy", "minority_recall")
 SHOWN = ("nmi", "ari", "acc")  # on the console
+STAGES = {"start": "start", "pretrain": "after stage 1", "cluster": "after stage 2"}
+FAR = 0.99  # share of the training rows that are nearer to their centroids than a far one
 SEEDS = 10  # k-means runs that score a split
 BASELINE_SEEDS = 3  # the same for a baseline
 STABILITY_ROWS = 2000  # rows that k-means runs on for the stability
@@ -39,14 +41,19 @@ class Rows:
     """
 
     def __init__(
-        self, table: utterances.Utterances, only: list[str] | None, lsa: Lsa | None, encoded, device
+        self,
+        table: utterances.Utterances,
+        only: list[str] | None,
+        lsa: Lsa | None,
+        encoded: dict[str, np.ndarray],
+        device,
     ):
         arrays = {}
         if lsa is not None:
-            arrays[ANCHOR if encoded is None else "words"] = lsa(table.texts)
+            arrays["words" if encoded else ANCHOR] = lsa(table.texts)
         self.as_is = set(arrays)
-        if encoded is not None:
-            arrays[ANCHOR] = encoded
+        arrays.update(encoded)
+        self.of_text = set(arrays)
         arrays.update(table.modalities)
         names = sorted(arrays, key=lambda name: name != ANCHOR)  # the anchor first, as UMC has it
         unknown = set(only or names) - set(names)
@@ -67,11 +74,17 @@ class Rows:
         return len(self.table)
 
     def pooled(self, name: str) -> Tensor:
-        """(n, D): a modality, a sequence's mean; on the CPU where the device has no float64."""
+        """(n, D): a modality, a sequence's mean; on the CPU where the device has no float64.
+
+        The mean of all others stands for rows that lack it.
+        """
         x = self.inputs[name]
         if name in self.lengths:
             parts = zip(x.split(256), self.lengths[name].split(256), strict=True)
             x = torch.cat([umc.pool(*part) for part in parts])
+            missing = self.lengths[name] == 0
+            if missing.any():
+                x[missing] = x[~missing].mean(0)
         return x.cpu() if x.device.type == "mps" else x
 
     @staticmethod
@@ -95,10 +108,15 @@ class Rows:
         return inputs, lengths
 
 
-def read_table(path: str | tuple[str, ...], max_length: int | None) -> utterances.Utterances:
-    """The utterances of `path`, or the embedded ones (`sample`)."""
+def read_table(
+    path: str | tuple[str, ...], max_length: int | None, **options
+) -> utterances.Utterances:
+    """The utterances of `path`, or the embedded ones (`sample`).
+
+    `options` are those of `open_utterances`.
+    """
     if path != "sample":
-        return utterances.open_utterances(path, max_length)
+        return utterances.open_utterances(path, max_length, **options)
     modalities, labels, classes = synthetic.utterances()
     ids = [f"{i:05d}" for i in range(len(labels))]
     name = "sample (embedded, generated)"
@@ -116,19 +134,21 @@ def read_rows(
     given.
     """
     lsa = None
-    encoded = None
+    encoded = {}
     if reading["text_model"]:
         if table.texts is None:
             raise InputError(f"--text-model: {table.name} has no text to encode; leave it out")
-        encoded = encode(
-            reading["text_model"],
-            table.texts,
-            layer=reading["text_layer"],
-            max_length=reading["max_length"],
-            device=device,
-            cache=Path("runs") / "texts",
-        )
-    if table.texts is not None and (encoded is not None or ANCHOR not in table.modalities):
+        layers = reading["text_layer"]
+        for layer in layers if isinstance(layers, list) else [layers]:
+            encoded[f"{ANCHOR}_{layer}" if encoded else ANCHOR] = encode(
+                reading["text_model"],
+                table.texts,
+                layer=layer,
+                max_length=reading["max_length"],
+                device=device,
+                cache=Path("runs") / "texts",
+            )
+    if table.texts is not None and (encoded or ANCHOR not in table.modalities):
         if fitted is None:
             lsa = Lsa.fit([table.texts[i] for i in utterances.split(table)["train"]])
         elif "text" in fitted:  # a run on features alone has none and heeds no text
@@ -234,9 +254,9 @@ def fused_basis(args, rows: Rows, train: np.ndarray, k: int | None):
         estimate = clustering.estimate_k(umc.coordinates(x, *basis[first]).float(), seed=args.seed)
         k = estimate.k
     components = max(min(k - 1, args.base_dim // len(inputs)), 1)
-    # TF-IDF features beside an encoder's states are the same text once more, not another channel to
-    # be checked by it.
-    peers = rows.as_is if anchor else frozenset()
+    # TF-IDF features and further layers are the same text once more, not another channel to be
+    # checked by it.
+    peers = rows.of_text if anchor else frozenset()
     basis, weights, anchor = umc.weighted_basis(
         inputs, rows.as_is, anchor, k, components, args.seed, peers=peers
     )
@@ -299,11 +319,12 @@ def stability(z: Tensor, k: int, seed: int) -> float:
     return metrics.stability(runs)
 
 
-def describe(run: Run, z: Tensor, clusters: Tensor, targets: Targets) -> dict:
+def describe(run: Run, z: Tensor, clusters: Tensor, distances: Tensor, targets: Targets) -> dict:
     """What an epoch trained on, its `targets`, and what became of it.
 
-    Distances, silhouette and, where there are labels, NMI of the `clusters` (n,) at its end: those
-    of the weights that the epoch's stability speaks of.
+    Distances, silhouette and, where there are labels, NMI of the `clusters` (n,) at its end, whose
+    centroids the rows have the `distances` (n,) to: those of the weights that the epoch's stability
+    speaks of.
     """
     k = run.model_spec["k"]
     train = run.splits["train"]
@@ -314,6 +335,7 @@ def describe(run: Run, z: Tensor, clusters: Tensor, targets: Targets) -> dict:
         "selected": int(sizes.sum()),
         "min_samples": int(sizes.min()),
         "max_share": targets.labels.bincount().max().item() / len(z),
+        "far_distance": float(np.quantile(distances, FAR)),
     }
     for name, value in metrics.cluster_distances(z, clusters).items():
         values[f"{name}_distance"] = value
@@ -336,20 +358,30 @@ def figures(monitor: Monitor) -> dict:
 
 
 def score(
-    prefix: str, z: Tensor, labels: np.ndarray, k: int, smoothing: float = 0.0, seeds: int = SEEDS
+    prefix: str,
+    z: Tensor,
+    labels: np.ndarray,
+    k: int,
+    smoothing: float = 0.0,
+    *,
+    seeds: int = SEEDS,
+    fitted: Tensor | None = None,
 ) -> dict:
-    """Metrics of k-means on rows z (n, d), as `PREFIX/nmi` and `PREFIX/nmi_sd`.
+    """Metrics of k-means, of rows z (n, d), as `PREFIXnmi` and `PREFIXnmi_sd`.
 
-    They are the mean and the deviation over seeds. The centroids are those of `smooth` rows; each
-    row, as it is, belongs to the nearest.
+    They are the mean and the deviation over seeds. The centroids are those of the rows `fitted`
+    (m, d), unset of z itself, which are `smooth`; each row of z belongs to the nearest.
 
     Rows without a label are clustered and left out of the score; without any label there is none.
     """
     known = np.flatnonzero(labels >= 0)
     if len(known) < 2:
         return {}
-    z = principal(z)
-    rows = smooth(z, k, smoothing)
+    fitted = z if fitted is None else fitted
+    if z.shape[1] <= umc.WIDE:
+        axes = umc.leading_axes(fitted)
+        z, fitted = z @ axes, fitted @ axes
+    rows = smooth(fitted, k, smoothing)
     scores = []
     for seed in range(seeds):
         centroids = clustering.kmeans(rows, k, seed=seed).centroids
@@ -358,13 +390,63 @@ def score(
     results = {}
     for name in scores[0]:
         values = [by_name[name] for by_name in scores]
-        results[f"{prefix}/{name}"] = float(np.mean(values))
-        results[f"{prefix}/{name}_sd"] = float(np.std(values, ddof=1))
+        results[f"{prefix}{name}"] = float(np.mean(values))
+        results[f"{prefix}{name}_sd"] = float(np.std(values, ddof=1))
+    return results
+
+
+def test_scores(run: Run, name: str, z: Tensor, centroids: Tensor) -> dict:
+    """Test metrics of a model whose rows of all utterances are z (n, base_dim).
+
+    `NAME/test/nmi` is of the clusters that its `centroids` give, those of clusters.csv and of
+    --predict; `NAME/test/refit_nmi` of k-means fitted to the test rows, as it is published.
+    """
+    test = run.splits["test"]
+    labels = run.data.table.labels[test]
+    known = np.flatnonzero(labels >= 0)
+    if len(known) < 2:
+        return {}
+    spec = run.model_spec
+    results = {}
+    if centroids.any():  # stage 1 has none
+        clusters, _ = clustering.nearest(z[test], centroids)
+        scores = metrics.clustering(labels[known], clusters[known])
+        results = {f"{name}/test/{key}": value for key, value in scores.items()}
+    return results | score(f"{name}/test/refit_", z[test], labels, spec["k"], spec["smoothing"])
+
+
+def compared(values: dict) -> dict:
+    """Those of the metrics `values` of a model that the report compares with the run's."""
+    kept = {"stability", "silhouette", *SHOWN}
+    return {name: value for name, value in values.items() if name.split("/")[-1] in kept}
+
+
+def changes(run: Run, models: dict[str, tuple[Tensor, Tensor, Tensor]]) -> dict:
+    """How far training has moved the training rows from the first of `models`.
+
+    They are (z of all rows, centroids, z of the training rows before the metric) by name. Of each
+    later one: `change`, how far z has moved, relative to its length; `agreement`, the adjusted
+    mutual information of the two partitions; `moved`, the share of rows in another cluster.
+    """
+    first, *later = models
+    start = models[first][2]
+    train = run.splits["train"]
+    clusters = {
+        name: clustering.nearest(z[train], centroids)[0]
+        for name, (z, centroids, _) in models.items()
+    }
+    results = {}
+    for name in later:
+        alike = metrics.clustering(clusters[first], clusters[name])
+        change = (models[name][2] - start).norm() / start.norm()
+        results[f"{name}/train/change"] = change.item()
+        results[f"{name}/train/agreement"] = alike["ami"]
+        results[f"{name}/train/moved"] = 1 - alike["acc"]
     return results
 
 
 def baselines(run: Run) -> dict:
-    """The scores of k-means on the test rows without any training.
+    """The scores of k-means without any training, fitted to the training rows as the run is.
 
     It runs on each modality alone and on all of them side by side; with them comes the stability
     that the choice of a distance rests on.
@@ -380,7 +462,7 @@ def baselines(run: Run) -> dict:
             scale = spread.square().sum().sqrt()
         else:
             scale = torch.where(spread > 0, spread, torch.inf)
-        parts[name] = ((x - x[train].mean(0)) / scale)[test]
+        parts[name] = (x - x[train].mean(0)) / scale
     if len(parts) > 1:
         parts["concatenation"] = torch.cat(list(parts.values()), 1)
     labels = run.data.table.labels[test]
@@ -388,8 +470,10 @@ def baselines(run: Run) -> dict:
         f"kmeans_{name}/train/stability": value
         for name, value in (run.model_spec["stability"] or {}).items()
     }
+    fitted = clustering.landmarks(torch.from_numpy(train), clustering.LANDMARKS)
     for name, x in parts.items():
-        results.update(score(f"kmeans_{name}/test", x, labels, k, seeds=BASELINE_SEEDS))
+        prefix = f"kmeans_{name}/test/"
+        results |= score(prefix, x[test], labels, k, seeds=BASELINE_SEEDS, fitted=x[fitted])
     return results
 
 
@@ -421,3 +505,19 @@ def membership(z: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
     confidence = 1 - nearest / second.clamp(min=1e-30)
     shares = (-distances.square() / nearest.square().mean().clamp(min=1e-30)).softmax(1)
     return clusters[:, 0], nearest, confidence, shares
+
+
+def far_rows(distances: Tensor, values: dict) -> tuple[list[str], str]:
+    """`yes` or `no` for each of the `distances` (n,) of rows to their centroids: whether it is
+    above that of the share FAR of the training rows, which is among a model's metrics `values`.
+
+    Empty where a checkpoint of an earlier version does not tell. Returns them with a note of how
+    many there are.
+    """
+    limit = values.get("cluster/train/far_distance")
+    if limit is None:
+        return [""] * len(distances), "; which are far from every cluster, this run does not know"
+    far = ["yes" if distance > limit else "no" for distance in distances.tolist()]
+    count = far.count("yes")
+    share = f"farther from its centroid than {FAR:.0%} of the training utterances"
+    return far, f"; {count} of {len(far)} are far from every cluster: {share}"

@@ -240,16 +240,16 @@ def parse_json(data: bytes, what, **options):
         raise InputError(f"{what} is nested too deeply") from None
 
 
-def decode_table(data: bytes, what) -> str:
-    """The text of a table in UTF-8, a row a line.
+def decode_table(data: bytes, what, encoding: str = "utf-8-sig") -> str:
+    """The text of a table, a row a line.
 
     Raises:
         InputError: its rows would take more than --max-item-mb.
-        UnicodeDecodeError: it is no UTF-8.
+        UnicodeError: it is not of this encoding.
     """
     cells = data.count(b"\t") + data.count(b",")
     within(_text_bytes(data) + 400 * data.count(b"\n") + 64 * cells, what)
-    return data.decode("utf-8-sig")
+    return data.decode(encoding)
 
 
 def csv_rows(data: bytes, what, needed: Sequence[str]) -> list[tuple[int, dict[str, str]]]:

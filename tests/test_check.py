@@ -24,7 +24,7 @@ from common.report import figures
 from common.run.loop import Step
 from kernels import nt_xent, sup_con
 from tests import bugs
-from tests.data import cells_tree
+from tests.data import cells_tree, utterances_tsv
 from tests.runs import flags
 
 QUICK = [  # the others take minutes
@@ -184,6 +184,16 @@ def test_an_item_alone_finds_what_it_finds_among_the_others(tmp_path):
         "loss-decreases"
     ]
     assert alone == among
+
+
+@pytest.mark.e2e
+def test_one_modality_and_repeated_texts_are_no_faults(tmp_path):
+    """Nothing is masked there, and equal rows cannot be told apart."""
+    lines = utterances_tsv(tmp_path / "acts.tsv", num_words=1).read_text().split("\n")
+    assert len({line.split("\t")[1] for line in lines if line}) < len(lines) - 20
+    argv = flags("--device cpu --bs 32 --cluster-bs 32 --data", tmp_path / "acts.tsv")
+    argv += flags("--check seed,overfit --out", tmp_path / "run")
+    assert train_cluster.main(argv) == 0
 
 
 @pytest.mark.e2e

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from common import clustering, deep_cluster
 from common.models import umc
 from common.monitor import Monitor
+from common.report import analysis
 
 
 @pytest.mark.parametrize("spread, expected", [(4, "discriminant"), (1, "euclidean")])
@@ -63,10 +64,30 @@ def test_centers_are_those_of_smooth_rows_and_rows_are_looked_up_as_they_are():
         clusters = [((z[:, None] - centroids) ** 2).sum(2).argmin(1) for centroids in runs]
         expected = np.mean([metrics_of.normalized_mutual_info_score(labels, c) for c in clusters])
         values.append(
-            deep_cluster.score("x", torch.from_numpy(z), labels, 3, smoothing, seeds=2)["x/nmi"]
+            deep_cluster.score("x/", torch.from_numpy(z), labels, 3, smoothing, seeds=2)["x/nmi"]
         )
         assert values[-1] == pytest.approx(expected, abs=1e-6)
     assert values[0] == values[1] and abs(values[2] - values[0]) > 1e-3
+
+
+@pytest.mark.parametrize("count", [5, 12, 40])
+def test_a_trajectory_is_a_line_with_student_s_interval(count):
+    stats = pytest.importorskip("scipy.stats", reason="pip install scipy")
+    rng = np.random.default_rng(0)
+    points = [(e, 0.2 + 0.003 * e + 0.01 * rng.normal()) for e in range(count)]
+    rows = analysis.trajectory("nmi", points)
+    x, y = np.array(points[-20:]).T
+    line = stats.linregress(x, y)
+    noise = np.sqrt(((y - line.intercept - line.slope * x) ** 2).sum() / (len(x) - 2))
+    assert [row[1] for row in rows] == [round(1.5 * x[-1]), round(2 * x[-1])]
+    for _, epoch, middle, ends in rows:
+        expected = line.intercept + line.slope * epoch
+        off = 1 + 1 / len(x) + (epoch - x.mean()) ** 2 / ((x - x.mean()) ** 2).sum()
+        reach = stats.t.ppf(0.975, len(x) - 2) * noise * np.sqrt(off)
+        low, high = map(float, ends.split(" to "))
+        assert float(middle) == pytest.approx(expected, abs=6e-4)
+        assert (low, high) == pytest.approx((expected - reach, expected + reach), abs=0.005)
+    assert "fewer than 5" in analysis.trajectory("nmi", points[:4])[0][2]
 
 
 def act_like(n):

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+import train_cluster
+from common import deep_cluster
 from common.data.utterances import tokens
 from common.errors import InputError
 from common.models import text
@@ -26,6 +28,8 @@ from common.models.text import (
     tfidf,
     word_ngrams,
 )
+from common.run import checkpoint
+from tests.runs import flags
 
 WORDS = tokens(
     "the a you we they go stay know want never always cat dog tree house why how who yes no"
@@ -426,6 +430,49 @@ def test_what_was_encoded_once_is_read_again(tmp_path, monkeypatch):
     for path in cache.iterdir():  # a file cut short is made anew
         path.write_bytes(path.read_bytes()[:100])
     np.testing.assert_array_equal(encode(folder, lines, layer=2, cache=cache), first)
+
+
+@pytest.mark.parametrize(
+    "layers, expected", [(1, [1]), (2, [1, 2]), (3, [1, 3]), (6, [3, 6]), (12, [6, 12])]
+)
+def test_the_middle_and_the_last_layer_are_read_by_default(tmp_path, layers, expected):
+    (tmp_path / "config.json").write_text(json.dumps({"num_hidden_layers": layers}))
+    assert text.middle_and_last(tmp_path) == expected
+
+
+def test_a_run_reads_each_of_its_layers_as_an_encoding_of_the_text(tmp_path):
+    """Trained on, stored, and with --predict; none weighs less than another."""
+    folder = save_model(tmp_path / "model")
+    lines = [f"{LINES[i]}\t{i % 3}" for i in range(90)]
+    (tmp_path / "acts.tsv").write_text("\n".join(["text\tlabel", *lines]) + "\n")
+    (tmp_path / "new.tsv").write_text("\n".join(["text", *LINES[90:]]) + "\n")
+    argv = flags("--device cpu --base-dim 16 --bs 32 --epochs 1 --cluster-bs 32 --cluster-epochs 1")
+    argv += flags("--data", tmp_path / "acts.tsv", "--text-model", folder)
+    widths = {}
+    for name, more in (("default", []), ("umc", ["--mode", "umc"]), ("2", ["--text-layer", "2"])):
+        run = tmp_path / name
+        assert train_cluster.main(flags(argv, more, "--cluster-epochs 1 --out", run)) == 0
+        spec = checkpoint.load(run / "cluster" / "best.pt")["model_spec"]
+        widths[name] = list(spec["widths"])
+        assert spec["weights"]["words"] == 1 and set(spec["weights"].values()) == {1.0}
+        predict = flags(
+            "--predict", tmp_path / "new.tsv", "--resume", run, "--device cpu --out", run
+        )
+        assert train_cluster.main(predict) == 0
+    assert widths == {
+        "default": ["text", "words", "text_3"],
+        "umc": ["text", "words"],
+        "2": ["text", "words"],
+    }
+    rows, _ = deep_cluster.read_rows(
+        deep_cluster.read_table(str(tmp_path / "acts.tsv"), None),
+        {"modalities": None, "text_model": folder, "text_layer": [1, 3], "max_length": None},
+        torch.device("cpu"),
+        None,
+    )
+    for name, layer in (("text", 1), ("text_3", 3)):
+        expected = encode(folder, LINES[:90], layer=layer)
+        np.testing.assert_array_equal(rows.inputs[name].numpy(), expected)
 
 
 def test_minilm_is_transformers(tmp_path):

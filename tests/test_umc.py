@@ -161,3 +161,22 @@ def test_runs_of_neighboring_seeds_share_no_start(monkeypatch):
         umc.discriminant_kmeans(z, 3, 0.1, seed, torch.eye(4, dtype=z.dtype), None)
     found = [seed for seed in seeds if seed is not None]
     assert len(found) == len(set(found)) == 3 * umc.STARTS
+
+
+def test_what_is_missing_counts_as_masked():
+    """Whatever the padding holds, in training and in evaluation, with the axes and without."""
+    torch.manual_seed(0)
+    rows = {"text": torch.randn(5, 4), "audio": torch.randn(5, 3, 4)}
+    lengths = {"audio": torch.tensor([3, 0, 1, 0, 2])}
+    pooled = {"text": rows["text"], "audio": torch.randn(5, 4)}
+    basis, *_ = umc.weighted_basis(pooled, set(), "text", 2, 1, 0)
+    for given in (None, basis):
+        model = umc.Fusion(
+            {"text": 4, "audio": 4}, ["audio"], 8, 2, dropout=0.0, padded_last=False, basis=given
+        )
+        torch.nn.init.normal_(model.fuse.weight)
+        keep = torch.ones(5, 2)
+        keep[[1, 3], 1] = 0
+        masked, _ = model(rows, {"audio": torch.tensor([3, 2, 1, 3, 2])}, keep)
+        for keep in (None, torch.ones(5, 2)):
+            torch.testing.assert_close(model(rows, lengths, keep)[0], masked)

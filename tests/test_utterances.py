@@ -176,7 +176,9 @@ def test_the_padding_may_hold_anything(tmp_path):
         ({"a": np.ones((3, 2)), "note": ["x", "y", "z"]}, "note is <U1 of shape"),
         ({"a": np.ones((3, 4, 2))}, "a_len, its sequences' lengths, is missing"),
         ({"a": np.ones((3, 2)), "a_len": [1, 1, 1]}, "a_len has no use"),
-        ({"a": np.ones((3, 4, 2)), "a_len": [1, 0, 5]}, r"in \[1, 4\]; rows 1, 2 are not"),
+        ({"a": np.ones((3, 4, 2)), "a_len": [1, -1, 5]}, r"in \[0, 4\], 0 .*; rows 1, 2 are not"),
+        ({"a": np.ones((3, 4, 2)), "a_len": [1, 0, 4]}, r"no features of 1 of 3 .* \(1\)"),
+        ({"a": np.ones((3, 4, 2)), "a_len": [0, 0, 0]}, "missing for all utterances"),
         ({"a": np.ones((3, 0))}, "has the shape"),
         ({"a": np.ones((2, 1, 1, 1))}, "has the shape"),
         (
@@ -304,6 +306,38 @@ def test_an_id_that_stands_again_gets_a_number_and_is_counted(tmp_path):
         np.testing.assert_array_equal(values[twice], values[data.ids.index("Ses01_1")])
 
 
+def test_columns_and_encodings_have_names(tmp_path):
+    text = 'Utterance,DA,label\n"Hé, ""you""\nthere",q,9\nOui,nan,8\n'
+    path = tmp_path / "MELD.csv"
+    path.write_bytes(text.encode("latin-1"))
+    options = {"text_column": "utterance", "label_column": "DA", "encoding": "latin-1"}
+    data = open_utterances(str(path), **options)
+    assert data.texts == ['Hé, "you"\nthere', "Oui"] and data.classes == ["q"]
+    assert data.labels.tolist() == [0, -1]
+    path.write_bytes(text.encode("utf-16"))
+    assert open_utterances(str(path), **options | {"encoding": "utf-16"}).texts == data.texts
+    with pytest.raises(InputError, match="MELD.csv, line 1: not UTF-8; .* --encoding latin-1"):
+        open_utterances(str(path))
+    path.write_text(text)
+    with pytest.raises(InputError, match="no column `text` .* Utterance, DA.*--text-column"):
+        open_utterances(str(path))
+    with pytest.raises(InputError, match="no column `act` .*--label-column"):
+        open_utterances(str(path), text_column="Utterance", label_column="act")
+    with pytest.raises(InputError, match="--encoding is for a .tsv or .csv"):
+        open_utterances(npz(tmp_path, x=np.ones((2, 3))), encoding="latin-1")
+
+
+def test_scripts_without_blanks_have_a_token_a_sign():
+    for text, expected in (
+        ("你好吗？OK", ["你", "好", "吗", "？", "ok"]),
+        ("こんにちは", ["こ", "ん", "に", "ち", "は"]),
+        ("ไปไหน", ["ไ", "ป", "ไ", "ห", "น"]),
+        ("어디 가요?", ["어디", "가요", "?"]),
+        ("it's two words", ["it's", "two", "words"]),
+    ):
+        assert utterances.tokens(text) == expected
+
+
 def test_a_label_that_is_not_a_number_is_none(tmp_path):
     data = open_utterances(tsv(tmp_path, "text\tlabel\nHi\tnan\nHo\tq\nHa\tNaN\n"))
     assert data.classes == ["q"] and data.labels.tolist() == [-1, 0, -1]
@@ -385,6 +419,43 @@ def test_a_layout_without_features_is_its_text(tmp_path):
     assert open_utterances(str(tmp_path / "set")).modalities == {}
 
 
+def test_what_lacks_features_is_masked_up_to_a_share_and_counted(tmp_path):
+    _, audio = umc(tmp_path / "set", "MELD-DA")
+    file = tmp_path / "set" / "audio_data" / "wavlm_feats.pkl"
+    del audio["3_2"]
+    file.write_bytes(pickle.dumps(audio))
+    data = open_utterances(str(tmp_path / "set"), allow_missing=0.112)
+    assert data.lengths["audio"].tolist() == [9, 8, 0, 6, 5, 4, 3, 2, 1]
+    assert not data.modalities["audio"][2].any()
+    found = data_problems(data)
+    assert found["audio is missing"] == "1 utterances, masked there (3_2)"
+    assert "video is missing" not in found
+    arrays = {"a": np.ones((4, 3, 2)), "a_len": [1, 0, 3, 2]}
+    data = open_utterances(npz(tmp_path, **arrays), allow_missing=0.25)
+    assert data.lengths["a"].tolist() == [1, 0, 3, 2] and not data.modalities["a"][1].any()
+    with pytest.raises(InputError, match="share of 0.2; --allow-missing 0.25 masks"):
+        open_utterances(npz(tmp_path, **arrays), allow_missing=0.2)
+
+
+def test_a_modality_s_file_of_another_name_is_read_or_named(tmp_path):
+    root = tmp_path / "set"
+    umc(root, "MELD-DA")
+    expected = open_utterances(str(root))
+    known = root / "video_data" / "swin_feats.pkl"
+    other = known.with_name("video_feats.pkl")
+    known.rename(other)
+    data = open_utterances(str(root))
+    assert data.fingerprint == expected.fingerprint and data.unread == []
+    known.write_bytes(other.read_bytes())
+    (root / "faces.npy").write_bytes(b"")
+    data = open_utterances(str(root))
+    assert data.fingerprint == expected.fingerprint
+    assert data_problems(data)["files not read"] == "faces.npy, video_data/video_feats.pkl"
+    known.rename(known.with_name("more.pkl"))
+    with pytest.raises(InputError, match=r"more.pkl, video_data/video_feats.pkl may all"):
+        open_utterances(str(root))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("row", ["header", "another"])
 def test_a_header_row_inside_a_layout_is_refused_with_its_line(tmp_path, layout, row):
@@ -409,7 +480,8 @@ def test_a_layout_whose_first_line_is_data_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("3_2"), r"no features of 1 of 9 utterances \(3_2\)"),
+        (lambda t: t.pop("3_2"), r"no features of 1 of 9 .* \(3_2\).*--allow-missing 0.112"),
+        (lambda t: t.clear(), "no features of any of 9 utterances"),
         (
             lambda t: t.update({"3_2": np.ones((2, 9))}),
             r"3_2 has the shape \(2, 9\); allowed is \(frames, 4\)",

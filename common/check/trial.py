@@ -97,11 +97,31 @@ def typical_batches(spec: CheckSpec, count: int) -> list[np.ndarray]:
 
 
 def varied_batch(spec: CheckSpec) -> np.ndarray:
-    """The first small batch that holds two classes at least, where there is one."""
+    """The first small batch that holds two classes at least, where there is one; without labels,
+    one whose items all differ: nothing tells repeated ones apart.
+    """
     for items in small_batches(spec, 8):
-        if spec.labels is None or len(set(spec.labels[samples_of(spec, items)])) > 1:
+        if spec.labels is None:
+            return _distinct(spec, items)
+        if len(set(spec.labels[samples_of(spec, items)])) > 1:
             return items
     return items
+
+
+def _distinct(spec: CheckSpec, items: np.ndarray) -> np.ndarray:
+    (batch,) = spec.fetch([items], 0)
+    first = {}
+    for k, one in enumerate(batch.chunks(len(items))):
+        first.setdefault(_bytes(one.inputs), k)
+    accum = spec.run.args.accum
+    return items[list(first.values())[: len(first) // accum * accum]]
+
+
+def _bytes(inputs) -> bytes:
+    parts = inputs.values() if isinstance(inputs, dict) else inputs
+    if isinstance(inputs, Tensor):
+        return inputs.cpu().numpy().tobytes()
+    return b"".join(map(_bytes, parts))
 
 
 def samples_of(spec: CheckSpec, items: np.ndarray) -> np.ndarray:

@@ -9,7 +9,9 @@ They come from three kinds of source.
   quotes may hold commas, quotes and line breaks.
 - a folder, or a .zip of one, in the layout of UMC (github.com/thuiar/UMC): `train.tsv`, `dev.tsv`,
   `test.tsv` of MIntRec, MELD-DA or IEMOCAP-DA, and where they exist `video_data/swin_feats.pkl` and
-  `audio_data/wavlm_feats.pkl`.
+  `audio_data/wavlm_feats.pkl`, or the one pickle of another name in such a folder.
+
+A sequence of length 0 is missing: an utterance without features of a modality.
 
 Nothing that a file holds is executed: `.npz` is read without pickles, and the two pickles by an
 unpickler that knows NumPy arrays, dicts, text and numbers.
@@ -47,6 +49,7 @@ from common.retry import retried
 from common.run.content import Content, codes
 
 FEATURES = {"video": "video_data/swin_feats.pkl", "audio": "audio_data/wavlm_feats.pkl"}
+_FEATURE_FILES = (".pkl", ".pickle", ".npy", ".npz", ".pt", ".h5")
 # What NumPy, zipfile and pickle raise on damaged or hostile files.
 _READ_ERRORS = (
     OSError,
@@ -69,7 +72,14 @@ _READ_ERRORS = (
 _ROLES = ("id", "label", "split", "speaker", "group")
 _SHOWN = 5  # names or rows that a message lists
 _MODULE = re.compile(r"numpy\._?core\.(multiarray|numeric)")
-_TOKEN = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*|([^\w\s]|_)\1*")
+# Of scripts without blanks between words (Thai to Burmese, Khmer, kana, ideographs) each sign is a
+# token: runs of tokens are then n-grams of characters.
+_UNSPACED = (
+    r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff"
+    r"\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+_WORD = rf"[^\W_{_UNSPACED}]+"
+_TOKEN = re.compile(rf"[{_UNSPACED}]|{_WORD}(?:['\u2019]{_WORD})*|([^\w\s]|_)\1*")
 
 
 class Utterances:
@@ -85,7 +95,8 @@ class Utterances:
         texts: n strings, or None where the data has features alone.
         speakers: n strings, or None.
         modalities: name -> float32, (n, d), or (n, l, d) with zeros behind each sequence's end.
-        lengths: name -> (n,) int64 in [1, l], for the modalities of three dimensions.
+        lengths: name -> (n,) int64 in [0, l], for the modalities of three dimensions; 0: missing.
+        unread: files with features that are not of the layout, and are left out.
         fingerprint: eight digits that stand for the content.
         content: the utterances as `Content` knows them, for the words of what has changed.
     """
@@ -103,8 +114,10 @@ class Utterances:
         groups=None,
         modalities=None,
         lengths=None,
+        unread=(),
     ):
         self.name = name
+        self.unread = list(unread)
         ids = list(ids)
         self.ids = _unique(ids)
         self.repeated_ids = [new for new, old in zip(self.ids, ids, strict=True) if new != old]
@@ -165,13 +178,23 @@ def _row_shape(values: np.ndarray) -> str:
     return " x ".join(map(str, values.shape[1:]))
 
 
-def open_utterances(path: str | tuple[str, ...], max_length: int | None = None) -> Utterances:
+def open_utterances(
+    path: str | tuple[str, ...],
+    max_length: int | None = None,
+    *,
+    text_column: str | None = None,
+    label_column: str | None = None,
+    encoding: str | None = None,
+    allow_missing: float = 0.0,
+) -> Utterances:
     """The utterances of an `.npz`, a `.tsv` or `.csv`, or a folder or .zip in UMC's layout.
 
     Args:
         path: the file or folder; or several, see `_joined`.
         max_length: sequences keep their first so many rows; None keeps all of them. Padding makes a
             modality as long as its longest sequence, which for video frames is memory.
+        text_column, label_column, encoding: of a .tsv or .csv; None: `text`, `label` and UTF-8.
+        allow_missing: share of utterances that may lack a modality.
 
     Raises:
         InputError: the source cannot be read or is not what the module's docstring says: arrays of
@@ -181,12 +204,18 @@ def open_utterances(path: str | tuple[str, ...], max_length: int | None = None) 
     if not isinstance(path, str):
         for one in path:
             existing(one)
-        return _joined(path, [open_utterances(one, max_length) for one in path])
+        given = dict(text_column=text_column, label_column=label_column, encoding=encoding)
+        given["allow_missing"] = allow_missing
+        return _joined(path, [open_utterances(one, max_length, **given) for one in path])
     place = existing(path)
+    is_table = not place.is_dir() and place.suffix.lower() in (".tsv", ".csv")
+    given = {"text-column": text_column, "label-column": label_column, "encoding": encoding}
+    for flag in [flag for flag, value in given.items() if value is not None and not is_table]:
+        raise InputError(f"--{flag} is for a .tsv or .csv, {path} is none; leave it out")
     if not place.is_dir() and place.suffix.lower() == ".npz":
         fields = _read_npz(place)
-    elif not place.is_dir() and place.suffix.lower() in (".tsv", ".csv"):
-        fields = _read_tsv(place)
+    elif is_table:
+        fields = _read_tsv(place, text_column, label_column, encoding or "utf-8-sig")
     elif place.is_dir() or place.suffix.lower() == ".zip":
         fields = _read_umc(place, max_length)
     else:
@@ -197,6 +226,8 @@ def open_utterances(path: str | tuple[str, ...], max_length: int | None = None) 
     _check_texts(path, fields.get("texts"))
     modalities = fields.pop("modalities", {})
     lengths = fields.pop("lengths", {})
+    for name, values in lengths.items():
+        _check_missing(path, name, values, fields["ids"], allow_missing)
     for name in modalities:
         modalities[name] = _clean(path, name, modalities[name], lengths, max_length, fields["ids"])
     if not modalities and fields.get("texts") is None:
@@ -310,6 +341,13 @@ def data_problems(utterances: Utterances) -> dict[str, str]:
     findings["without label"] = str(int((utterances.labels == UNLABELED).sum()))
     if utterances.texts is not None:
         findings.update(_text_findings(utterances))
+    if utterances.unread:
+        findings["files not read"] = first_few(utterances.unread, _SHOWN)
+    for name, values in utterances.lengths.items():
+        if not values.all():
+            missing = [utterances.ids[i] for i in np.flatnonzero(values == 0)]
+            shown = f"{len(missing)} utterances, masked there ({first_few(missing, _SHOWN)})"
+            findings[f"{name} is missing"] = shown
     for name, values in utterances.modalities.items():
         findings[f"modality {name}"] = _scale(values, utterances.lengths.get(name))
     return findings
@@ -375,6 +413,19 @@ def _check_texts(path: str, texts: list[str] | None) -> None:
     longest = max(map(len, texts or [""]))
     # Its n-grams, each a string of its own.
     reading.within(256 * longest, f"{path}: a text of {longest} characters")
+
+
+def _check_missing(path, name: str, lengths: np.ndarray, ids, allowed: float) -> None:
+    missing = np.flatnonzero(lengths == 0)
+    if len(missing) == len(ids):
+        raise InputError(f"{path}: modality {name} is missing for all utterances; leave it out")
+    if len(missing) > allowed * len(ids):
+        names = first_few([ids[i] for i in missing], _SHOWN)
+        least = math.ceil(1000 * len(missing) / len(ids)) / 1000
+        raise InputError(
+            f"{path}: modality {name} has no features of {len(missing)} of {len(ids)} utterances"
+            f" ({names}), allowed is a share of {allowed:g}; --allow-missing {least:g} masks it"
+        )
 
 
 def _clean(path, name, values, lengths, max_length, ids) -> np.ndarray:
@@ -564,11 +615,11 @@ def _type_and_shape(array: np.ndarray) -> str:
 
 
 def _check_lengths(place: Path, name: str, lengths: np.ndarray, longest: int) -> None:
-    bad = np.flatnonzero((lengths < 1) | (lengths > longest)) if lengths.ndim == 1 else [0]
+    bad = np.flatnonzero((lengths < 0) | (lengths > longest)) if lengths.ndim == 1 else [0]
     if len(bad):
         raise InputError(
-            f"{place}: {name}_len must be integers of shape (N,) in [1, {longest}];"
-            f" rows {first_few(bad, _SHOWN)} are not (give an empty sequence one row of zeros)"
+            f"{place}: {name}_len must be integers of shape (N,) in [0, {longest}], 0 where the"
+            f" modality is missing; rows {first_few(bad, _SHOWN)} are not"
         )
 
 
@@ -593,13 +644,17 @@ def _integer_labels(
     return label, classes.tolist()
 
 
-def _table(name: str, data: bytes) -> tuple[list[str], list[tuple[int, list[str]]]]:
+def _table(
+    name: str, data: bytes, encoding: str = "utf-8-sig"
+) -> tuple[list[str], list[tuple[int, list[str]]]]:
     """The header's cells, and (line number, cells) of every further row of a .tsv or .csv."""
     try:
-        text = reading.decode_table(data, name)
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{name}, line {line}: not UTF-8; save the file as UTF-8") from None
+        text = reading.decode_table(data, name, encoding)
+    except UnicodeError as error:
+        line = data.count(b"\n", 0, getattr(error, "start", 0)) + 1
+        named = "UTF-8" if encoding == "utf-8-sig" else encoding
+        fix = "save the file as UTF-8, or name its encoding, as --encoding latin-1"
+        raise InputError(f"{name}, line {line}: not {named}; {fix}") from None
     if name.lower().endswith(".csv"):
         rule = "a cell with a comma, a quote or a line break stands in quotes"
         reader = csv.reader(io.StringIO(text, newline=""), strict=True)
@@ -647,28 +702,32 @@ def _check_labels(name: str, word: str, rows, column: int) -> None:
             )
 
 
-def _read_tsv(place: Path) -> dict:
+def _read_tsv(
+    place: Path, text_column: str | None, label_column: str | None, encoding: str
+) -> dict:
     try:
         data = reading.read_bytes(place)
     except OSError as error:
         raise InputError(f"{place}: {error.strerror}") from None
-    header, rows = _table(str(place), data)
+    header, rows = _table(str(place), data, encoding)
     columns = [name.strip().lower() for name in header]
-    if "text" not in columns:
-        raise InputError(
-            f"{place}: no column `text` in the header;"
-            f" its columns are {', '.join(header)}{did_you_mean('text', columns)}"
-        )
+    given = {"text": text_column, "label": label_column}
     cells_of = {}
-    for name in ("text", *_ROLES):
+    for role in ("text", *_ROLES):
+        name = (given.get(role) or role).strip().lower()
+        if name not in columns and (role == "text" or given.get(role)):
+            raise InputError(
+                f"{place}: no column `{name}` in the header; its columns are {', '.join(header)}"
+                f"{did_you_mean(name, columns)}; --{role}-column names another"
+            )
         if columns.count(name) > 1:
             raise InputError(
                 f"{place}: the column {name} stands {columns.count(name)} times in the header"
             )
         if name in columns:
-            cells_of[name] = [cells[columns.index(name)] for _, cells in rows]
-    if "label" in cells_of:
-        _check_labels(str(place), "label", rows, columns.index("label"))
+            cells_of[role] = [cells[columns.index(name)] for _, cells in rows]
+            if role == "label":
+                _check_labels(str(place), name, rows, columns.index(name))
     empty = [""] * len(rows)
     labels, classes = _number_labels([name.strip() for name in cells_of.get("label", empty)])
     ids = cells_of.get("id", [str(row) for row in range(len(rows))])
@@ -714,13 +773,16 @@ def _read_umc(place: Path, max_length: int | None) -> dict:
     labels, classes = _number_labels(names)
     modalities = {}
     lengths = {}
+    left = [f for f in files if PurePosixPath(f).suffix.lower() in _FEATURE_FILES]
     for name, file in FEATURES.items():
-        file = (base / file).as_posix()
-        if file in files:
+        file = _feature_file(place, base / file, left)
+        if file is not None:
             where = f"{place}: {file}"
             data = read(file, features=True)
             modalities[name], lengths[name] = _padded(where, data, ids, max_length)
+            left.remove(file)
     return {
+        "unread": left,
         "ids": ids,
         "labels": labels,
         "classes": classes,
@@ -729,6 +791,24 @@ def _read_umc(place: Path, max_length: int | None) -> dict:
         "modalities": modalities,
         "lengths": lengths,
     }
+
+
+def _feature_file(place: Path, known: PurePosixPath, files: list[str]) -> str | None:
+    # The known name, or the one pickle of another name in its folder.
+    pickles = [
+        f
+        for f in files
+        if PurePosixPath(f).parent == known.parent
+        and PurePosixPath(f).suffix.lower() in (".pkl", ".pickle")
+    ]
+    if known.as_posix() in pickles or not pickles:
+        return known.as_posix() if pickles else None
+    if len(pickles) > 1:
+        raise InputError(
+            f"{place}: {first_few(pickles, _SHOWN)} may all be the features of one modality; keep"
+            f" one there, or call it {known.name}"
+        )
+    return pickles[0]
 
 
 def _members(place: Path):
@@ -789,14 +869,14 @@ def _padded(
     each end, and (n,) lengths.
     """
     table = unpickle_arrays(where, data)
-    missing = [name for name in ids if name not in table]
-    if missing:
-        raise InputError(
-            f"{where}: no features of {len(missing)} of {len(ids)} utterances"
-            f" ({first_few(missing, _SHOWN)})"
-        )
     arrays = []
-    for name in ids:
+    here = [row for row, name in enumerate(ids) if name in table]
+    if not here:
+        raise InputError(
+            f"{where}: no features of any of {len(ids)} utterances, as {ids[0]}; it has those of"
+            f" {first_few(list(table), _SHOWN) or 'nothing'}"
+        )
+    for name in [ids[row] for row in here]:
         array = table[name]
         if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
             raise InputError(
@@ -811,13 +891,14 @@ def _padded(
                 f" allowed is (frames, {width}), at least one"
             )
         arrays.append(array[:max_length])
-    lengths = np.array([len(array) for array in arrays], np.int64)
+    lengths = np.zeros(len(ids), np.int64)
+    lengths[here] = [len(array) for array in arrays]
     # Zeros for what a few long sequences alone have: sixteen times the data is no data set's share.
     padded = 4 * len(ids) * int(lengths.max()) * arrays[0].shape[1]
     reading.within(padded - 16 * len(data), f"{where}: padding to {lengths.max()} frames")
     values = np.zeros((len(ids), lengths.max(), arrays[0].shape[1]), np.float32)
-    for row, array in zip(values, arrays, strict=True):
-        row[: len(array)] = array
+    for row, array in zip(here, arrays, strict=True):
+        values[row, : len(array)] = array
     return values, lengths
 
 

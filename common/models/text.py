@@ -534,6 +534,19 @@ def read_bert(folder: str | Path) -> Bert:
     return model.eval()
 
 
+def middle_and_last(folder: str | Path) -> list[int]:
+    """The layers of an encoder's folder that tell most together: the last one is best on topics,
+    one in the middle on what is done with words. One where it has a single one.
+    """
+    count = _layer_count(_read_json(Path(folder) / "config.json"))
+    return sorted({max(count // 2, 1), count}) if count > 0 else [0]
+
+
+def _layer_count(config: dict) -> int:
+    count = config.get("num_hidden_layers")
+    return count if type(count) is int else 0  # refused where it is built
+
+
 @torch.no_grad()
 def encode(
     folder: str | Path,
@@ -569,8 +582,7 @@ def encode(
     folder = Path(folder)
     config = _read_json(folder / "config.json")
     tokenizer = WordPiece.read(folder)
-    num_layers = config.get("num_hidden_layers")
-    num_layers = num_layers if type(num_layers) is int else 0  # refused where it is built
+    num_layers = _layer_count(config)
     layer = num_layers if layer is None else layer
     if not 0 <= layer <= num_layers:
         raise InputError(

@@ -91,13 +91,15 @@ class Fusion(nn.Module):
     ):
         """z and h of `inputs`, name -> (n, D) or (n, L, D) with `lengths` (n,).
 
-        Where `keep` (n, modalities) is 0, a modality's part is zero.
+        Where `keep` (n, modalities) is 0, or a sequence's length, a modality's part is zero.
         """
         parts = []
         path = 0.0
         for i, name in enumerate(self.names):
             x = inputs[name]
             kept = 1.0 if keep is None else keep[:, i, None]
+            if name in self.sequences:
+                kept = kept * (lengths[name] > 0)[:, None]
             if self.linear_path:
                 x = (x - self.get_buffer(f"mean_{name}")) / self.get_buffer(f"scale_{name}")
                 pooled = pool(x, lengths[name]) if name in self.sequences else x
@@ -121,7 +123,7 @@ class Fusion(nn.Module):
 def pool(x: Tensor, lengths: Tensor) -> Tensor:
     """Mean (n, D) of the first `lengths` (n,) steps of sequences (n, L, D)."""
     mask = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
-    return (x * mask[..., None]).sum(1) / lengths[:, None]
+    return (x * mask[..., None]).sum(1) / lengths.clamp(min=1)[:, None]
 
 
 def coordinates(x: Tensor, mean: Tensor, scale: Tensor, axes: Tensor) -> Tensor:

@@ -10,10 +10,12 @@ from torch import Tensor
 from common import metrics
 from common.data import utterances
 from common.data.utterances import tokens
-from common.deep_cluster import SCORES, SHOWN, Targets, membership
+from common.deep_cluster import SCORES, SHOWN, STAGES, Targets, membership
+from common.errors import aligned
 from common.live import digits
 from common.monitor import Monitor
 from common.report import figures
+from common.report.analysis import analysis
 from common.run import log
 from common.run.files import atomic_write, write_json
 from common.run.run import Run
@@ -21,6 +23,7 @@ from common.run.run import Run
 _TYPICAL = 5  # utterances shown of a cluster
 _MISTAKES = 12
 _UNSURE = 6
+_NAMING = 3  # words that name a cluster
 
 
 def distinctive_words(
@@ -98,40 +101,91 @@ def log_choices(run: Run) -> None:
 
 
 def log_scores(run: Run, results: dict) -> None:
-    """One line for each test score among `results`: of the run and of each baseline."""
-    for name in [name.removesuffix("/nmi") for name in results if name.endswith("/test/nmi")]:
-        values = (
-            f"{key} {digits(results[f'{name}/{key}'])} ± {digits(results[f'{name}/{key}_sd'])}"
-            for key in SHOWN
-        )
-        run.log.say(f"{name}: {', '.join(values)}")
+    """What training brought, and one line for each test score among `results`: of the run, of its
+    clusters found afresh and of each baseline.
+    """
+    header, *rows = stage_rows(results)
+    run.log.say(*aligned([header, *rows]).split("\n"), gain(results))
+    for stem, prefix in _scored(results):
+        values = (f"{key} {_score(results, f'{stem}/test/{prefix}{key}', digits)}" for key in SHOWN)
+        run.log.say(f"{_title(stem, prefix)}: {', '.join(values)}")
+
+
+def _scored(results: dict) -> list[tuple[str, str]]:
+    # (stem, prefix) of the scores `STEM/test/PREFIXnmi` but those of the stages before the last.
+    parts = [name.removesuffix("nmi").split("/") for name in results if name.endswith("nmi")]
+    return [
+        (stem, prefix)
+        for stem, split, prefix in parts
+        if split == "test" and prefix in ("", "refit_") and stem not in ("start", "pretrain")
+    ]
+
+
+def _title(stem: str, prefix: str) -> str:
+    if stem != "cluster":
+        return f"plain k-means, {stem.removeprefix('kmeans_')}"
+    return "this run, k-means afresh on the test split" if prefix else "this run"
+
+
+def _score(results: dict, name: str, shown, suffix: str = "") -> str:
+    deviation = results.get(f"{name}_sd{suffix}")
+    spread = "" if deviation is None else f" ± {shown(deviation)}"
+    return f"{shown(results[name + suffix])}{spread}"
+
+
+def stage_rows(results: dict) -> list[list[str]]:
+    """A header, and what the model was at the start, after stage 1 and after stage 2."""
+    columns = {
+        "stability": "train/stability",
+        "silhouette": "train/silhouette",
+        "agreement with the start": "train/agreement",
+        "change of z": "train/change",
+    }
+    columns |= {key: f"test/{key}" for key in SHOWN if f"cluster/test/{key}" in results}
+    rows = [["", *columns]]
+    for stage, name in STAGES.items():
+        values = [results.get(f"{stage}/{key}") for key in columns.values()]
+        rows.append([name, *("" if value is None else f"{value:.3f}" for value in values)])
+    return rows
+
+
+def gain(results: dict) -> str:
+    """One sentence on what training brought."""
+    name, key = "stability", "train/stability"
+    if "cluster/test/nmi" in results:
+        name, key = "NMI", "test/nmi"
+    first, last = (results[f"{stage}/{key}"] for stage in ("start", "cluster"))
+    moved = results["cluster/train/moved"]
+    if not results["cluster/train/change"] and not moved:
+        return "training brought nothing: the start is kept"
+    return (
+        f"training brought {last - first:+.3f} {name} ({first:.3f} to {last:.3f});"
+        f" {moved:.1%} of the training utterances have changed their cluster"
+    )
 
 
 def scores_table(results: dict) -> dict:
     """The test scores among `results` as a table of the report: a row for the chosen epoch, the
-    last one and each baseline.
+    last one, clusters found afresh and each baseline.
     """
     rows = []
-    for key in results:
-        stem, is_nmi, suffix = key.rpartition("/test/nmi")
-        if not is_nmi or suffix not in ("", "_last_epoch"):
-            continue
-        name = "this run" if stem == "cluster" else f"plain k-means, {stem.removeprefix('kmeans_')}"
-        if suffix:
-            name += ", last epoch"
-        scores = [
-            f"{results[f'{stem}/test/{score}{suffix}']:.3f}"
-            f" ± {results[f'{stem}/test/{score}_sd{suffix}']:.3f}"
-            for score in SCORES
-        ]
-        rows.append([name, *scores])
-    rows.sort(key=lambda row: row[0] != "this run")
+    for stem, prefix in _scored(results):
+        for suffix in ("", "_last_epoch"):
+            names = [f"{stem}/test/{prefix}{score}" for score in SCORES]
+            if names[0] + suffix in results:
+                title = _title(stem, prefix) + suffix.replace("_", " ").replace(" last", ", last")
+                rows.append(
+                    [title, *(_score(results, name, "{:.3f}".format, suffix) for name in names)]
+                )
+    rows.sort(key=lambda row: not row[0].startswith("this run"))
     return {
         "part": "results",
         "text": (
             "Agreement with the labels, which training has not seen; 1 is best. nmi, ami, ari and"
-            " fmi compare the two partitions, acc and the recalls give each cluster one label."
-            " Plain k-means is the baseline to beat."
+            " fmi compare the two partitions, acc and the recalls give each cluster one label. This"
+            " run's clusters are those of clusters.csv and --predict; afresh is k-means on the test"
+            " split alone, as it is published. Plain k-means, fitted to the training split, is the"
+            " baseline to beat."
         ),
         "header": ["clusters of", *(score.replace("_", " ") for score in SCORES)],
         "rows": rows,
@@ -170,22 +224,53 @@ def mistakes(
     }
 
 
-def write_clusters(run: Run, z: Tensor, centroids: Tensor) -> None:
-    """Write clusters.csv: the cluster of every utterance by its row of z (n, base_dim).
+def cluster_names(
+    table: utterances.Utterances, clusters: np.ndarray, distance: np.ndarray, k: int
+) -> list[str]:
+    """A name for each cluster: the words that set it apart, or the utterance nearest to its
+    center.
+    """
+    words = [[]] * k
+    if table.texts is not None:
+        words = distinctive_words(table.texts, clusters, k, _NAMING)
+    names = []
+    for c in range(k):
+        members = np.flatnonzero(clusters == c)
+        name = " ".join(words[c])
+        if not name and len(members):
+            name = table.ids[members[distance[members].argmin()]]
+        names.append(name)
+    return names
 
-    Does nothing but on the main process.
+
+def write_clusters(run: Run, z: Tensor, centroids: Tensor, reach: float) -> None:
+    """Write clusters.csv, the cluster of every utterance by its row of z (n, base_dim), and
+    embeddings.npz, these rows.
+
+    An utterance whose distance is above `reach` is far. Does nothing but on the main process.
     """
     if not run.world.is_main:
         return
+    table = run.data.table
     clusters, distance, confidence, _ = membership(z, centroids)
+    names = cluster_names(table, clusters.numpy(), distance.numpy(), len(centroids))
     split = np.full(len(clusters), "train", dtype=object)
     split[run.splits["test"]] = "test"
     columns = (x.tolist() for x in (clusters, confidence, distance))
     with atomic_write(run.folder / "clusters.csv") as file:
         writer = csv.writer(file)
-        writer.writerow(["id", "split", "cluster", "confidence", "distance"])
-        for name, part, cluster, sure, far in zip(run.data.table.ids, split, *columns, strict=True):
-            writer.writerow([name, part, cluster, f"{sure:.6f}", f"{far:.6f}"])
+        writer.writerow(["id", "split", "cluster", "confidence", "distance", "far", "name"])
+        for row, part, c, sure, away in zip(table.ids, split, *columns, strict=True):
+            far = "yes" if away > reach else "no"
+            writer.writerow([row, part, c, f"{sure:.6f}", f"{away:.6f}", far, names[c]])
+    with atomic_write(run.folder / "embeddings.npz", "wb") as file:
+        np.savez(
+            file,
+            id=np.array(table.ids),
+            embedding=z.numpy(),
+            cluster=clusters.numpy(),
+            centroids=centroids.numpy(),
+        )
 
 
 @figures.for_report
@@ -207,7 +292,15 @@ def write_cluster_report(
     tables = {}
     scores = scores_table(results)
     if scores["rows"]:
-        tables["Test scores, mean and deviation of k-means seeds"] = scores
+        tables["Test scores"] = scores
+    header, *rows = stage_rows(results)
+    tables["What training brought"] = {
+        "part": "results",
+        "text": f"{gain(results)[:1].upper()}{gain(results)[1:]}. Stability and silhouette are of"
+        " the training utterances and need no labels.",
+        "header": header,
+        "rows": rows,
+    }
     tables["Clusters"] = _clusters_table(table, clusters, distance.numpy(), targets.sizes(k))
     known = test[table.labels[test] >= 0]
     if len(known):
@@ -217,6 +310,7 @@ def write_cluster_report(
             table, known, clusters, confidence.numpy(), matched
         )
     tables["Monitor"] = _monitor_table(monitor, results)
+    tables |= analysis(run, monitor)
     stability = run.model_spec["stability"]
     if stability:
         tables[f"Metric: {run.model_spec['distance']}"] = {
@@ -251,7 +345,8 @@ def _clusters_table(
         members = np.flatnonzero(clusters == c)
         nearest = members[np.argsort(distance[members], kind="stable")[:_TYPICAL]]
         typical = " | ".join(_utterance(table, i) for i in nearest)
-        rows.append([c, len(members), int(selected[c]), " ".join(words[c]), typical])
+        row = [c, len(members), int(selected[c]), " ".join(words[c]), typical]
+        rows.append(row + ([_majority(table, members)] if table.labeled else []))
     return {
         "as": "cards",
         "header": [
@@ -260,6 +355,7 @@ def _clusters_table(
             "selected, last epoch",
             "words",
             "nearest to the center",
+            *(["most frequent label"] if table.labeled else []),
         ],
         "rows": rows,
         "text": (
@@ -267,6 +363,15 @@ def _clusters_table(
             " on, the words that set it apart from the others, and its most typical utterances."
         ),
     }
+
+
+def _majority(table: utterances.Utterances, members: np.ndarray) -> str:
+    # The label that most of the labeled members have, and the share of them.
+    labels = table.labels[members]
+    counts = np.bincount(labels[labels >= 0], minlength=1)
+    if not counts.any():
+        return "-"
+    return f"{table.classes[counts.argmax()]} ({counts.max() / counts.sum():.0%})"
 
 
 def _labels_table(

@@ -20,17 +20,23 @@ from common.run.run import Run
 
 
 def predictions_text(
-    ids: list[str], classes: list[str], scores: Tensor, chosen: Iterable[int] | None = None
+    ids: list[str],
+    classes: list[str],
+    scores: Tensor,
+    chosen: Iterable[int] | None = None,
+    more: dict[str, list] | None = None,
 ) -> str:
     """The text of predictions.csv: id, the class, and the score (a probability) of every class.
 
-    `chosen` are the classes' numbers; unset: the classes of the highest scores.
+    `chosen` are the classes' numbers; unset: the classes of the highest scores. `more` are columns
+    behind them, by their names.
     """
+    more = more or {}
     if chosen is None:
         chosen = scores.argmax(1).tolist()
-    rows = [["id", "class", *(f"score_{name}" for name in classes)]]
-    for name, index, row in zip(ids, chosen, scores.tolist(), strict=True):
-        rows.append([name, classes[index], *(f"{value:.6f}" for value in row)])
+    rows = [["id", "class", *(f"score_{name}" for name in classes), *more]]
+    for name, index, row, *cells in zip(ids, chosen, scores.tolist(), *more.values(), strict=True):
+        rows.append([name, classes[index], *(f"{value:.6f}" for value in row), *cells])
     return csv_text(rows)
 
 
@@ -140,13 +146,14 @@ class LoadedRun:
         scores: Tensor,
         chosen: Iterable[int] | None = None,
         note: str = "",
+        more: dict[str, list] | None = None,
     ) -> None:
         """Write predictions.csv, see `predictions_text`, and say where it is; `note` follows.
 
         Earlier ones stay: the next is predictions-2.csv.
         """
         if world.is_main:
-            text = predictions_text(ids, classes, scores, chosen)
+            text = predictions_text(ids, classes, scores, chosen, more)
             file = write_new(self.folder / "predictions.csv", text)
             say(f"{plural(len(ids), 'prediction')} in {file}{note}")
 
