@@ -1,6 +1,6 @@
 """RAER: which of five academic emotions does a clip show?
 
-CLIP on the face and on the scene around it, long-tailed, after CLIP-CAER (arXiv:2508.04148).
+CLIP on the face and on the scene around it, long-tailed, after CLIP-CAER (arXiv:2507.00586).
 Logit adjustment: Menon et al., arXiv:2007.07314. Deferred sampling and LDAM: Cao et al.,
 arXiv:1906.07413.
 

@@ -124,6 +124,14 @@ def test_items_of_check_exist():
             assert chosen_items(names)
 
 
+def test_every_paper_that_the_code_names_is_listed():
+    files = [path for room in ("common", "kernels") for path in (ROOT / room).rglob("*.py")]
+    texts = [path.read_text() for path in [*files, *ROOT.glob("train_*.py"), *PAGES]]
+    named = set(re.findall(r"arXiv:\d{4}\.\d{5}", " ".join(texts)))
+    assert len(named) > 40
+    assert not named - set(re.findall(r"arXiv:\S+", (ROOT / "docs" / "references.md").read_text()))
+
+
 @pytest.mark.e2e
 def test_the_snippets_on_a_run_s_products_work(tmp_path, monkeypatch):
     data, run = cells_tree(tmp_path / "cells", per_class=12), tmp_path / "run"
