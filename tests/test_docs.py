@@ -132,6 +132,17 @@ def test_every_paper_that_the_code_names_is_listed():
     assert not named - set(re.findall(r"arXiv:\S+", (ROOT / "docs" / "references.md").read_text()))
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_a_search_draws_is_listed(script):
+    table = (ROOT / "docs" / "check.md").read_text().split("| script | ranges |")[1]
+    row = next(line for line in table.splitlines() if line.startswith(f"| `{script}.py` |"))
+    search = importlib.import_module(script).SEARCH
+    for ranges in [search] if "lr" in search else search.values():
+        for name, (low, high) in ranges.items():
+            assert f"`--{name.replace('_', '-')}`" in row
+            assert f"{low:g} to {high:g}".replace("e-0", "e-") in row, (name, low, high)
+
+
 @pytest.mark.e2e
 def test_the_snippets_on_a_run_s_products_work(tmp_path, monkeypatch):
     data, run = cells_tree(tmp_path / "cells", per_class=12), tmp_path / "run"
