@@ -113,7 +113,8 @@ def parse_args(argv: list[str] | None = None):
     parser = config.base_parser(CARD.name, __doc__, {"train": table})
     parser.hide("impl")
     parser.set_help(
-        data="clips in the layout of RAER: a folder, a .zip of one, or `sample`, the embedded ones",
+        data="clips in a layout of docs/raer.md: a folder, a .zip of one, or `sample`, the embedded"
+        " ones",
         lr_schedule="learning rate after the warm-up: falls by the table of --method, or stays the"
         " same",
     )
