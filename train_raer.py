@@ -1,6 +1,6 @@
 """RAER: which of five academic emotions does a clip show?
 
-CLIP on the face and on the scene around it, long-tailed, after CLIP-CAER (arXiv:2508.04148).
+CLIP on the face and on the scene around it, long-tailed, after CLIP-CAER (arXiv:2507.00586).
 Logit adjustment: Menon et al., arXiv:2007.07314. Deferred sampling and LDAM: Cao et al.,
 arXiv:1906.07413.
 
@@ -115,7 +115,8 @@ def parse_args(argv: list[str] | None = None):
     parser = config.base_parser(CARD.name, __doc__, {"train": table})
     parser.hide("impl")
     parser.set_help(
-        data="clips in the layout of RAER: a folder, a .zip of one, or `sample`, the embedded ones",
+        data="clips in a layout of docs/raer.md: a folder, a .zip of one, or `sample`, the embedded"
+        " ones",
         lr_schedule="learning rate after the warm-up: falls by the table of --method, or stays the"
         " same",
     )

@@ -123,8 +123,8 @@ def parse_args(argv: list[str] | None = None):
     parser.set_defaults(accum=2, eval_every=2)  # the recipe's
     parser.evaluate_several()
     parser.set_help(
-        data="videos in a layout of docs/tsm.md: a folder, a .zip of one, a .csv, or embedded ones:"
-        f" {', '.join(faceforensics.SAMPLES)}; with --eval several"
+        data="videos in a layout of docs/tsm.md: a folder, a .zip of one, a .csv or .json list, a"
+        f" .packed file, or embedded ones: {', '.join(faceforensics.SAMPLES)}; with --eval several"
     )
     group = parser.add_argument_group("clips")
     group.add_argument(

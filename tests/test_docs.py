@@ -35,7 +35,6 @@ PARTS = {
     for page in PAGES
 }
 PROSE = {page: "\n".join(parts[::2]) for page, parts in PARTS.items()}
-SCRIPTS = ["train_simclr", "train_tsm", "train_raer", "train_cluster"]
 TOOLS = [
     "common.data.__main__", "common.data.benchmark", "common.features.__main__",
     "common.report.__main__", "kernels.benchmark", "tests.torture",
@@ -93,7 +92,7 @@ def test_links_and_paths_exist(page):
 
 
 def test_every_flag_is_known_to_some_parser():
-    known = OF_SLURM.union(*map(flags_of, [*SCRIPTS, *TOOLS]))
+    known = OF_SLURM.union(*map(flags_of, [*pages.SCRIPTS, *TOOLS]))
     for page, prose in PROSE.items():
         if page.name == "flags.md":  # the parsers' own words, which name other projects' flags
             continue
@@ -114,7 +113,7 @@ def test_every_command_line_parses():
         module = module + ".__main__" if f"{module}.__main__" in TOOLS else module
         flags = {word for word in words if word.startswith("--")}
         assert flags <= flags_of(module), (program, words)
-        if module in SCRIPTS and "--help" not in words:
+        if module in pages.SCRIPTS and "--help" not in words:
             importlib.import_module(module).parse_args(words)
 
 
@@ -122,6 +121,25 @@ def test_items_of_check_exist():
     for page in PAGES:
         for names in re.findall(r"--check\s+([a-z][a-z,-]+)", page.read_text()):
             assert chosen_items(names)
+
+
+def test_every_paper_that_the_code_names_is_listed():
+    files = [path for room in ("common", "kernels") for path in (ROOT / room).rglob("*.py")]
+    texts = [path.read_text() for path in [*files, *ROOT.glob("train_*.py"), *PAGES]]
+    named = set(re.findall(r"arXiv:\d{4}\.\d{5}", " ".join(texts)))
+    assert len(named) > 40
+    assert not named - set(re.findall(r"arXiv:\S+", (ROOT / "docs" / "references.md").read_text()))
+
+
+@pytest.mark.parametrize("script", pages.SCRIPTS)
+def test_what_a_search_draws_is_listed(script):
+    table = (ROOT / "docs" / "check.md").read_text().split("| script | ranges |")[1]
+    row = next(line for line in table.splitlines() if line.startswith(f"| `{script}.py` |"))
+    search = importlib.import_module(script).SEARCH
+    for ranges in [search] if "lr" in search else search.values():
+        for name, (low, high) in ranges.items():
+            assert f"`--{name.replace('_', '-')}`" in row
+            assert f"{low:g} to {high:g}".replace("e-0", "e-") in row, (name, low, high)
 
 
 @pytest.mark.e2e

@@ -32,6 +32,7 @@ pytestmark = [
 ]
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text().split("## In Slurm")[1].split("\n## ")[0]
+MANUAL = (ROOT / "docs" / "slurm.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -299,14 +300,14 @@ def test_a_job_that_is_ended_goes_on(cluster, folder, command, one_process):
 
 
 def test_without_scontrol_a_chain_of_jobs_goes_on(cluster, folder, command, one_process):
-    """As in a container, where the signal ends in exit code 75; the README's line, word for word
+    """As in a container, where the signal ends in exit code 75; the manual's line, word for word
     but for the run.
     """
     out, tools = folder / "chain", folder / "tools"
     tools.mkdir()
     (tools / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     (tools / "python").chmod(0o755)
-    chain = next(line for line in README.splitlines() if line.startswith("after="))
+    chain = next(line for line in MANUAL.splitlines() if line.startswith("after="))
     run = "train_simclr.py --backbone resnet50 --bs 256"
     assert chain.count(run) == 1
     environment = cluster.env | {

@@ -4,7 +4,7 @@
     -> a temporal transformer for each stream -> fusion -> z (n, d)
     logits = scale * cos(z, class) for classes (K, d)
 
-After CLIP-CAER (arXiv:2508.04148) and DFER-CLIP (arXiv:2308.13382). With pretrained text a class is
+After CLIP-CAER (arXiv:2507.00586) and DFER-CLIP (arXiv:2308.13382). With pretrained text a class is
 the text tower's feature of learnable context (CoOp, arXiv:2109.01134) before the class's
 descriptor, and z starts from the mean of the frames' features, which the text tower's features
 already fit. Without one a class is a learned vector.
