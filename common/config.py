@@ -267,7 +267,8 @@ class Parser(_Flags, argparse.ArgumentParser):
         ours = self.aliases.get(name) or NAMES_ELSEWHERE.get(name)
         if ours is not None and re.match("[-a-z]+", ours)[0] in self.flags():
             return f"; here it is {ours}"
-        return did_you_mean(flag, self.flags())
+        shown = (a for a in self._actions if a.help != argparse.SUPPRESS)
+        return did_you_mean(flag, (option for action in shown for option in action.option_strings))
 
     def error(self, message: str):
         unknown = message.removeprefix("unrecognized arguments: ")

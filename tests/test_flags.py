@@ -245,6 +245,15 @@ def test_a_flag_of_another_project_names_ours(script, flag, hint, capsys):
         assert known or ours not in error
 
 
+def test_no_hint_is_a_flag_that_the_script_refuses(capsys):
+    for flag in ("--patience", "--worker", "--ensembles"):
+        with pytest.raises(SystemExit):
+            train_cluster.parse_args([flag, "3"])
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: unknown flag {flag}")
+        assert all(f"mean --{name}?" not in error for name in ("teacher", "workers", "ensemble"))
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_what_is_no_flag_at_all_says_why(script, capsys):
     for flag, reason in (("--momentum", "fixed"), ("--num-classes", "counted in the data")):
