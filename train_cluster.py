@@ -307,6 +307,8 @@ def parse_args(argv: list[str] | None = None):
         ["accum", "on_bad_item", "eval_every", "workers"],
         "on utterances: batches are whole, every epoch is evaluated",
     )
+    if args.data == "sample" and not (args.eval or args.predict):
+        refuse(["text_column", "label_column", "encoding"], "on the embedded data")
     if args.text_model is None:
         refuse(["text_layer"], "without --text-model")
     keeps_last = mode_default(args, "select_epoch") == "last"

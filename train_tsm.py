@@ -888,12 +888,13 @@ def names_of_data(paths: tuple[str, ...]) -> list[str]:
     """A short name for each data set: its own, with those of the folders above that tell it from
     the others.
     """
-    bare = [
-        re.sub(r"\.(zip|csv|json|packed)$", "", os.path.abspath(path), flags=re.I) for path in paths
-    ]
-    parts = [Path(path).parts for path in bare]
-    if len(set(bare)) < len(bare):
+    places = [os.path.abspath(path) for path in paths]
+    if len(set(places)) < len(places):
         raise InputError(f"--data {' '.join(paths)}: one data set is there twice; give it once")
+    bare = [re.sub(r"\.(zip|csv|json|packed)$", "", place, flags=re.I) for place in places]
+    if len(set(bare)) < len(bare):  # a folder beside its archive
+        bare = places
+    parts = [Path(path).parts for path in bare]
     depth = 1
     while len({path[-depth:] for path in parts}) < len(parts) and depth < max(map(len, parts)):
         depth += 1

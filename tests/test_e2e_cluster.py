@@ -415,6 +415,7 @@ BAD = {  # flags -> the flag, file or value that the refusal names
     "layer without a model": ("--text-layer 3", "--text-layer"),
     "a layer twice": ("--text-model {tmp} --text-layer 3,3", "each layer once"),
     "no column of a table": ("--label-column act", "--label-column is for a .tsv"),
+    "a column of no table": ("--data sample --text-column x", "--text-column has no effect"),
     "no encoding": ("--encoding base64", "--encoding"),
     "no layer": ("--text-model {tmp} --text-layer 3,", "--text-layer"),
     "width not divisible": ("--base-dim 12", "--base-dim 12"),

@@ -539,6 +539,7 @@ def test_data_sets_have_names_that_tell_them_apart():
         "df.v2",
     ]
     assert names(("a/test", "b/test")) == ["a-test", "b-test"]
+    assert names(("x/a", "x/a.zip")) == ["a", "a.zip"]
     with pytest.raises(InputError, match=r"--data a b \./a: one data set is there twice"):
         names(("a", "b", "./a"))
 

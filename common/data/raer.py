@@ -1167,7 +1167,8 @@ def _decide_missing(
         gone = [name for name in files if _position(part, name) is None]
         missing += f"; {part.path} has no {' and no '.join(gone)}" if gone else ""
     if missing_box == "error":
-        alone = "; --streams face needs no body.json" if without_body else ""
+        # For answers alone, without class names, a run has decided on its streams.
+        alone = "; --streams face needs no body.json" if without_body and name_of else ""
         raise InputError(
             f"{tree.path}: {missing}; complete {' and '.join(files)}, or --missing-box full or"
             f" skip{alone}"
