@@ -1,5 +1,6 @@
 """The linear protocol on frozen features, beside the same on baselines."""
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -79,7 +80,8 @@ def linear(
     def pixels(_, progress: Progress) -> dict[str, Tensor]:
         return {"pixels": raw_pixels(run, everything, progress)}
 
-    sources["linear_pixels"] = Source(f"raw pixels ({PIXELS} px)", {}, 3 * PIXELS**2, pixels)
+    side = pixel_side(len(everything))
+    sources["linear_pixels"] = Source(f"raw pixels ({side} px)", {}, 3 * side**2, pixels)
     labels = run.data.labels_in(classes)
     test = run.splits["test"]
     hits = {}
@@ -183,12 +185,18 @@ def kind_of(stage: str, source: str) -> str:
     return stage.split("_")[0]
 
 
+def pixel_side(count: int) -> int:
+    """PIXELS; of more images than MOST_NUMBERS holds at that side, 87,381, as many as it holds."""
+    return max(1, min(PIXELS, math.isqrt(MOST_NUMBERS // (3 * count))))
+
+
 def raw_pixels(run: Run, items: np.ndarray, progress: Progress) -> Tensor:
-    """The pixels of images at PIXELS x PIXELS as features (n, 3 PIXELS**2)."""
+    """The pixels of n images as features (n, 3 s * s) where s is their `pixel_side`."""
+    side = pixel_side(len(items))
     batches = np.array_split(items, -(-len(items) // 256))
     with Evaluation(progress, None, batches) as done:
         for pixels in run.data.batches(done.left, run.args.workers):
-            done.add(augment.resize(pixels, PIXELS).flatten(1))
+            done.add(augment.resize(pixels, side).flatten(1))
     return done.rows()
 
 

@@ -1,5 +1,6 @@
 """The linear protocol and the measures of frozen features, on features whose answer is known."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -289,6 +290,20 @@ def test_gains_are_over_the_same_images_and_outlast_a_resume(is_solved, tmp_path
     assert found[1] > 0 and results[0]["linear/test/gain_over_pixels_low"] > 0
     for name in ("linear", "linear_random", "linear_pixels"):
         assert {f"{name}/test/accuracy_low", f"{name}/test/knn_accuracy_low"} <= results[0].keys()
+
+
+@pytest.mark.parametrize("is_solved", [True, False], ids=["lbfgs", "sgd"])
+def test_the_raw_pixels_of_very_many_images_are_fewer(is_solved, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(linear_eval, "MOST_NUMBERS", 600 * 3 * 5**2 + 7)
+    run = setting(tmp_path, solved=is_solved)
+    features = partial(lambda rows, *_, names: {"gap": rows}, blobs(run.data.labels, noise=1.0))
+    linear_eval.linear(run, None, {"random": torch.ones(1)}, {"gap": 20}, features)
+    layer = checkpoint.load(tmp_path / "linear_pixels" / "best.pt")["model"]
+    assert layer["head.weight"].shape == (3, 75)
+    assert "raw pixels (5 px)" in capsys.readouterr().out
+    monkeypatch.undo()
+    sides = [linear_eval.pixel_side(n) for n in (1, 87_381, 87_382, 10**6, 10**9)]
+    assert sides == [32, 32, 31, 9, 1]
 
 
 def test_features_that_are_not_finite_end_the_stage(tmp_path):
