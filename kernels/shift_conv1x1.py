@@ -44,13 +44,9 @@ from .dispatch import (
     plan,
     say_once,
     target_name,
+    tl,
 )
 from .temporal_shift import _folds, temporal_shift, temporal_shift_reference
-
-try:
-    import triton.language as tl
-except ImportError:
-    tl = None
 
 # Up to so many columns in all products the forward keeps the weight in shared memory while rows
 # pass: what is left is reading and writing. Above, and in the backward, tiles of BLOCK_K columns.

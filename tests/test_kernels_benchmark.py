@@ -9,7 +9,7 @@ import torch
 
 import kernels.benchmark
 import kernels.dispatch
-import kernels.similarity
+import kernels.tiles
 from tests.runs import ended
 
 pytestmark = pytest.mark.kernels
@@ -120,27 +120,29 @@ def test_the_bounds_are_those_written_down(monkeypatch):
 def test_a_sweep_times_tiles_and_prints_the_tables_row(tmp_path, capsys):
     file = tmp_path / "sweep.json"
     argv = ["--sweep", "--cpu", "--quick", "--dtype", "float16", "--dim", "20", "--json", str(file)]
-    before = kernels.similarity.tile
+    before = kernels.tiles.tile
     kernels.benchmark.main(argv)
     report = json.loads(file.read_text())
     assert report["timed"] == report["tiles"] == len(report["rows"]) == 6
     assert {row["kernel"] for row in report["rows"]} == {"bwd", "half", "full"}
     assert all(row["error"] < 1e-3 and row["ms"] > 0 for row in report["rows"])
-    (paste,) = report["paste"]
-    (shape, row), best = eval("{" + paste + "\n}").popitem(), []
+    target, *paste = report["paste"]
+    assert target == "# interpreter"
+    rows = eval("{" + "\n".join(paste) + "\n}")
     for kernel in ("half", "full", "bwd"):
         of_kernel = [row for row in report["rows"] if row["kernel"] == kernel]
-        best.append(tuple(min(of_kernel, key=lambda row: row["ms"])["tile"]))
-    assert shape == (1, 32) and row == tuple(best) and paste.endswith("# interpreter")
-    assert paste in capsys.readouterr().out and kernels.similarity.tile is before
+        best = kernels.tiles.Tile(*min(of_kernel, key=lambda row: row["ms"])["tile"])
+        assert kernels.tiles.Tile(*rows[kernel, "bf16", 64]) == best
+    assert "\n".join(report["paste"]) in capsys.readouterr().out
+    assert kernels.tiles.tile is before
 
 
 @pytest.mark.skipif(not kernels.dispatch.INTERPRETED, reason="in Triton's interpreter")
 def test_a_tile_that_is_wrong_or_does_not_fit_is_no_choice(monkeypatch, capsys):
-    result = kernels.benchmark.Problem.result
+    result, wrong = kernels.benchmark.Problem.result, (16, 16, 1, 1, False)
 
     def broken(self, kernel):
-        if self.table(kernel) != (16, 16, 1, 1):
+        if self.table(kernel) != wrong:
             return result(self, kernel)
         if kernel == "half":
             raise RuntimeError("out of resource: shared memory\nand more")
@@ -151,7 +153,7 @@ def test_a_tile_that_is_wrong_or_does_not_fit_is_no_choice(monkeypatch, capsys):
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     failed = [row["failed"] for row in report["rows"] if "failed" in row]
     assert failed == ["out of resource: shared memory"]
-    assert "((16, 32, 1, 1), (16, 32, 1, 1), (16, 32, 1, 1))" in report["paste"][0]
+    assert [row.partition(": ")[2] for row in report["paste"][1:]] == ["(16, 32, 1, 1),"] * 3
 
 
 @pytest.mark.parametrize(
