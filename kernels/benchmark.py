@@ -570,9 +570,13 @@ def tiles_of(kernel, problem, quick):
             if tiles.BLOCK % m or tiles.BLOCK % n or (kernel == "half" and n % m):
                 continue
             tried += [tiles.Tile(m, n, w, s) for w in warps for s in stages]
-            # Two tiles of more than 32 similarities a thread leave the registers.
-            ahead = [w for w in warps if m * n <= 1024 * w] if kernel == "bwd" else ()
-            tried += [tiles.Tile(m, n, w, s, ahead=True) for w in ahead for s in stages]
+    variants = []
+    for tile in tried if kernel == "bwd" else ():
+        # Two tiles of more than 32 similarities a thread leave the registers.
+        ahead = (False, True) if tile.block_m * tile.block_n <= 1024 * tile.warps else (False,)
+        polynomial = (0, 2, 4) if not problem.operands.split else (0,)
+        variants += [tile._replace(ahead=a, polynomial=p) for a in ahead for p in polynomial]
+    tried += variants
     return list(dict.fromkeys(tried))[: 2 if quick else None]
 
 

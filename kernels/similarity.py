@@ -52,6 +52,13 @@ from .reference import NORM_EPS, Gather, own_rows_first
 from .tiles import FULL_GRID_ROWS, half_grid, key_ranges, log2_scale, padded
 
 _EPS = Constant(NORM_EPS)
+# Of `polynomial_exp2`. Added and subtracted, it leaves the nearest integer; the best coefficients
+# are those of tests/test_nt_xent.py.
+_ROUND = Constant(1.5 * 2.0**23)
+_EXP2_0 = Constant(0.99992807)
+_EXP2_1 = Constant(0.69326099)
+_EXP2_2 = Constant(0.24261112)
+_EXP2_3 = Constant(0.05517167)
 
 
 @jit
@@ -349,6 +356,39 @@ def full_kernel(
 
 
 @jit
+def polynomial_exp2(x):
+    """2^x for -126 <= x <= 127 within 7.5e-5 of itself, on the units that multiply and add.
+
+    x is split into its nearest integer, the exponent, and the rest, of which the best polynomial of
+    degree 3 is taken. A nan stays one.
+    """
+    shifted = x + _ROUND
+    rest = x - (shifted - _ROUND)
+    power = tl.fma(rest, tl.fma(rest, tl.fma(rest, _EXP2_3, _EXP2_2), _EXP2_1), _EXP2_0)
+    exponent = (shifted.to(tl.int32, bitcast=True) << 23) + 0x3F800000
+    return power * exponent.to(tl.float32, bitcast=True)
+
+
+@jit
+def _exp2(x, POLYNOMIAL: tl.constexpr):
+    """2^x; one of every POLYNOMIAL (0: none, 2, 4) neighbors on a thread by `polynomial_exp2`."""
+    if POLYNOMIAL == 0:
+        return tl.exp2(x)
+    M: tl.constexpr = x.shape[0]
+    N: tl.constexpr = x.shape[1]
+    even, odd = tl.split(tl.reshape(x, [M, N // 2, 2]))
+    if POLYNOMIAL == 2:
+        odd = polynomial_exp2(odd)
+    else:
+        # Rows r and r + 8.
+        pairs = tl.permute(tl.reshape(odd, [M // 16, 2, 8, N // 2]), (0, 2, 3, 1))
+        upper, lower = tl.split(pairs)
+        both = tl.join(tl.exp2(upper), polynomial_exp2(lower))
+        odd = tl.reshape(tl.permute(both, (0, 3, 1, 2)), [M, N // 2])
+    return tl.reshape(tl.join(tl.exp2(even), odd), [M, N])
+
+
+@jit
 def _weights(
     s,
     lse_rows,
@@ -361,6 +401,7 @@ def _weights(
     SHIFTED: tl.constexpr,
     PAIR_SHIFT: tl.constexpr,
     LOG2_SCALE: tl.constexpr,
+    POLYNOMIAL: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """The weights of the keys from start on; lse_rows: with SHIFTED 2^(shift - lse)."""
@@ -372,7 +413,8 @@ def _weights(
         lse_keys = tl.load(lse_keys_ptr + start + local_n)
     if SHIFTED:
         inverse_keys = tl.exp2(shift - lse_keys)
-        weight = tl.exp2(s - (shift - LOG2_SCALE)) * (lse_rows[:, None] + inverse_keys[None, :])
+        weight = _exp2(s - (shift - LOG2_SCALE), POLYNOMIAL)
+        weight *= lse_rows[:, None] + inverse_keys[None, :]
     else:
         weight = tl.exp2(s - (lse_rows - LOG2_SCALE)[:, None])
         weight += tl.exp2(s - (lse_keys - LOG2_SCALE)[None, :])
@@ -458,6 +500,7 @@ def bwd_kernel(
     PAIR_SHIFT: tl.constexpr,
     LOG2_SCALE: tl.constexpr,
     AHEAD: tl.constexpr,
+    POLYNOMIAL: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -516,6 +559,7 @@ def bwd_kernel(
             SHIFTED=SHIFTED,
             PAIR_SHIFT=PAIR_SHIFT,
             LOG2_SCALE=LOG2_SCALE,
+            POLYNOMIAL=POLYNOMIAL,
             BLOCK_N=BLOCK_N,
         )
         acc = add_weighted(acc, weight, keys, keys_lo, SPLIT)
@@ -539,6 +583,7 @@ def bwd_kernel(
             SHIFTED=SHIFTED,
             PAIR_SHIFT=PAIR_SHIFT,
             LOG2_SCALE=LOG2_SCALE,
+            POLYNOMIAL=POLYNOMIAL,
             BLOCK_N=BLOCK_N,
         )
         acc = add_weighted(acc, weight, keys, keys_lo, SPLIT)
@@ -694,5 +739,6 @@ def _weighted_plan(shape, dtype, device, num_rows, num_keys, pair_shift, split, 
         PAIR_SHIFT=pair_shift,
         LOG2_SCALE=log2_scale(dtype),
         AHEAD=cut.tile.ahead,
+        POLYNOMIAL=cut.tile.polynomial if shifted and not split else 0,
     )
     return (cut.num_ranges, size, width), launch

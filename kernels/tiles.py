@@ -39,11 +39,12 @@ class Tile(NamedTuple):
     block_n: int
     warps: int
     stages: int
-    ahead: bool = False  # AHEAD of `bwd_kernel`
+    ahead: bool = False  # AHEAD and POLYNOMIAL of `bwd_kernel`
+    polynomial: int = 0
 
     def row(self) -> tuple:
         """As in TILES, without the variants that are off."""
-        return tuple(self) if self.ahead else self[:4]
+        return tuple(self) if self.ahead or self.polynomial else self[:4]
 
     def launch(
         self, kernel, grid: tuple, integers: tuple, split: bool, width: int, constants: dict

@@ -139,7 +139,7 @@ def test_a_sweep_times_tiles_and_prints_the_tables_row(tmp_path, capsys):
 
 @pytest.mark.skipif(not kernels.dispatch.INTERPRETED, reason="in Triton's interpreter")
 def test_a_tile_that_is_wrong_or_does_not_fit_is_no_choice(monkeypatch, capsys):
-    result, wrong = kernels.benchmark.Problem.result, (16, 16, 1, 1, False)
+    result, wrong = kernels.benchmark.Problem.result, (16, 16, 1, 1, False, 0)
 
     def broken(self, kernel):
         if self.table(kernel) != wrong:
@@ -175,3 +175,15 @@ def test_without_a_gpu_it_says_what_to_do(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert ended(kernels.benchmark.main, []) == 2
     assert "--cpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("dtype", "shares"), [(torch.bfloat16, {0, 2, 4}), (torch.float32, {0})])
+def test_a_sweep_tries_the_variants_of_the_backward_after_its_plain_tiles(dtype, shares):
+    problem = kernels.benchmark.Problem(torch.device("cpu"), dtype, 32, 16, 0.1)
+    tried = kernels.benchmark.tiles_of("bwd", problem, quick=False)
+    plain = [not tile.ahead and not tile.polynomial for tile in tried]
+    assert plain == sorted(plain, reverse=True) and len(set(tried)) == len(tried)
+    assert {tile.polynomial for tile in tried} == shares
+    assert {tile.ahead for tile in tried} == {False, True}
+    forward = kernels.benchmark.tiles_of("half", problem, quick=False)
+    assert all(tile == tile[:4] + (False, 0) for tile in forward)
