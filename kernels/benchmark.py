@@ -35,6 +35,7 @@ import statistics
 import subprocess
 import sys
 import time
+import unittest.mock
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +53,7 @@ from . import (
     tiles,
 )
 from .dispatch import INTERPRETED, LOG2_E, target_name, triton
+from .shift_conv1x1 import RESIDENT
 
 # Dense 16-bit FLOP/s and 2^x per second: H200 at its sustained clock, 132 SMs x 16 ex2 x 1.98 GHz.
 RATES = {"NVIDIA H200": (790e12, 4.18e12)}
@@ -231,6 +233,11 @@ def variants(op, case_rows, on_gpu, with_peers, temperature):
         no_channels = x.shape[1] + 1
         return shift_conv1x1(x, weight, None, n_segment, fold_div=no_channels, impl=impl)
 
+    def looped(x, weight, n_segment):
+        # Few channels, too, BLOCK_K at a time: nothing is padded to a power of two.
+        with unittest.mock.patch.dict(RESIDENT, {target_name(x.device): 0}):
+            return ours(x, weight, n_segment)
+
     def convolution_alone(x, weight, n_segment):
         return F.conv2d(x, weight)
 
@@ -247,6 +254,7 @@ def variants(op, case_rows, on_gpu, with_peers, temperature):
         functions["1x1 convolution alone"] = convolution_alone
         if on_gpu:
             functions["our shift, then cuDNN"] = shift_then_convolution
+            functions["fused, forward looped"] = looped
     if on_gpu and case_rows <= 32768:
         functions["chunked reference" if case_rows else "reference"] = reference(op, temperature)
     if with_peers:

@@ -3,6 +3,7 @@ kernel.
 """
 
 import json
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 import kernels.benchmark
 import kernels.dispatch
 import kernels.tiles
+from kernels import shift_conv1x1_reference
 from tests.runs import ended
 
 pytestmark = pytest.mark.kernels
@@ -187,3 +189,24 @@ def test_a_sweep_tries_the_variants_of_the_backward_after_its_plain_tiles(dtype,
     assert {tile.ahead for tile in tried} == {False, True}
     forward = kernels.benchmark.tiles_of("half", problem, quick=False)
     assert all(tile == tile[:4] + (False, 0) for tile in forward)
+
+
+@pytest.mark.skipif(not kernels.dispatch.INTERPRETED, reason="in Triton's interpreter")
+def test_a_convolution_of_few_channels_is_timed_with_the_looped_kernel_too(monkeypatch):
+    """On a GPU; the choice between the two stays what it was."""
+    module = sys.modules["kernels.shift_conv1x1"]
+    resident, looped = module.shift_conv1x1_fwd_kernel, module.shift_conv1x1_fwd_loop_kernel
+    launched, launch = [], type(looped).__getitem__
+    monkeypatch.setattr(
+        type(looped), "__getitem__", lambda self, grid: launched.append(self) or launch(self, grid)
+    )
+    functions = kernels.benchmark.variants("shift_conv1x1", 0, True, False, 0.1)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 16, 3, 3, generator=generator).half()
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(24, 16, generator=generator).half()
+    truth = shift_conv1x1_reference(x.double(), weight.double(), None, 8)
+    for name in ("fused, forward looped", "ours (Triton)"):
+        y = functions[name](x, weight, 8)
+        assert ((y - truth).norm() / truth.norm()).item() < 1e-3
+    assert launched == [looped, resident]
