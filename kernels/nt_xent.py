@@ -93,9 +93,9 @@ from .tiles import (
     few_rows_tile,
     log2_scale,
     planes,
+    readable,
     row_buffer,
     shift_of,
-    stored,
     why_not_fused,
 )
 
@@ -829,15 +829,21 @@ def _epilogue_plan(shape, dtype, device, strides, learned, normalize, decoupled,
 @on_device_of_first
 def _triton_backward(dloss, z_a, z_b, temperature_tensor, *saved, options):
     """-> dz_a, dz_b (N, D), dtemperature, like the tensor, or None. saved: members of `_Saved`."""
-    dtype, device = z_a.dtype, z_a.device
-    num_rows = 2 * z_a.shape[0]
+    dtype = z_a.dtype
     saved = _Saved(*saved)
-    own = saved.keys is None
     of_rows = z_a, z_b
     shift, learned, described, z_a, z_b = _prepared(*of_rows, temperature_tensor, options)
+    own = saved.keys is None
     split, few = _backward_plan(*described, own, shift is not None)
+    if few is not None and not dloss.dim():
+        dz_a = torch.empty(z_a.shape, dtype=z_a.dtype, device=z_a.device)
+        dz_b = torch.empty_like(dz_a)
+        tensors = (z_a, z_b, dloss, saved.u, saved.pos, saved.negatives, saved.lse, dz_a, dz_b)
+        few(tensors, options.temperature, shift)
+        return dz_a.to(dtype), dz_b.to(dtype), None
+    num_rows = 2 * z_a.shape[0]
     keys, lse_keys = (saved.u, saved.lse) if own else (saved.keys, saved.lse_keys)
-    operands = Operands(saved.u, keys, num_rows, len(lse_keys), 1, split, shift)
+    operands = Operands(saved.u, keys, num_rows, lse_keys.shape[0], 1, split, shift)
     if dloss.dim():
 
         def tiles(lse, lse_keys):
@@ -849,20 +855,15 @@ def _triton_backward(dloss, z_a, z_b, temperature_tensor, *saved, options):
         sums = with_row_gradients(tiles, dloss, d_keys, saved.lse / LOG2_E, lse_keys / LOG2_E)
         temperature = options.temperature if learned is None else temperature_tensor
         return _row_epilogue(sums, dloss, *of_rows, saved, temperature, options)
-    if few is None:  # first of all, so that the GPU need not wait for the rest
-        partial = weighted_sums(operands, saved.lse, lse_keys)
-    dz_a = torch.empty(z_a.shape, dtype=z_a.dtype, device=device)
+    # First of all, so that the GPU need not wait for the rest.
+    partial = weighted_sums(operands, saved.lse, lse_keys)
+    dz_a = torch.empty(z_a.shape, dtype=z_a.dtype, device=z_a.device)
     dz_b = torch.empty_like(dz_a)
-    _, _, pos, negatives, lse, *_ = saved
-    if few is not None:
-        tensors = (z_a, z_b, dloss, saved.u, pos, negatives, lse, dz_a, dz_b)
-        few(tensors, options.temperature, shift)
-        return dz_a.to(dtype), dz_b.to(dtype), None
     programs, epilogue = _epilogue_plan(*described, partial.shape)
     count = 0 if learned is None else programs
-    dtemperature = torch.empty(count, dtype=torch.float32, device=device)
-    temperature_or_any = pos if learned is None else temperature_tensor
-    inputs = (z_a, z_b, temperature_or_any, dloss, partial, pos, negatives)
+    dtemperature = torch.empty(count, dtype=torch.float32, device=z_a.device)
+    temperature_or_any = saved.pos if learned is None else temperature_tensor
+    inputs = (z_a, z_b, temperature_or_any, dloss, partial, saved.pos, saved.negatives)
     epilogue((*inputs, dz_a, dz_b, dtemperature), options.temperature)
     if learned is None:
         return dz_a.to(dtype), dz_b.to(dtype), None
@@ -906,7 +907,7 @@ def _prepared(z_a, z_b, temperature_tensor, options):
     else:
         learned = temperature_tensor.dtype
     dtype = z_a.dtype
-    z_a, z_b = z_a.to(stored(dtype)), z_b.to(stored(dtype))
+    z_a, z_b = readable(z_a), readable(z_b)
     of_rows = z_a.shape, dtype, z_a.device, (*z_a.stride(), *z_b.stride())
     described = (*of_rows, learned, options.normalize, options.decoupled)
     return shift, learned, described, z_a, z_b

@@ -208,6 +208,12 @@ def stored(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
 
 
+def readable(x: torch.Tensor) -> torch.Tensor:
+    """The input as kernels read it."""
+    dtype = stored(x.dtype)
+    return x if x.dtype == dtype else x.to(dtype)  # a call of `to` costs as much as an allocation
+
+
 def row_buffer(
     num_rows: int, dim: int, dtype: torch.dtype, normalized: bool
 ) -> tuple[tuple[int, int], torch.dtype]:
