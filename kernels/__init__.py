@@ -15,6 +15,8 @@ from .shift_conv1x1 import shift_conv1x1, shift_conv1x1_reference
 from .sup_con import sup_con, sup_con_reference
 from .temporal_shift import shift_step, temporal_shift, temporal_shift_reference
 
+__version__ = "0.2.0"
+
 __all__ = [
     "nt_xent",
     "nt_xent_reference",

@@ -35,6 +35,7 @@ import statistics
 import subprocess
 import sys
 import time
+import unittest.mock
 
 import torch
 import torch.nn.functional as F
@@ -49,8 +50,10 @@ from . import (
     sup_con_reference,
     temporal_shift,
     temporal_shift_reference,
+    tiles,
 )
-from .dispatch import INTERPRETED, target_name, triton
+from .dispatch import INTERPRETED, LOG2_E, target_name, triton
+from .shift_conv1x1 import RESIDENT
 
 # Dense 16-bit FLOP/s and 2^x per second: H200 at its sustained clock, 132 SMs x 16 ex2 x 1.98 GHz.
 RATES = {"NVIDIA H200": (790e12, 4.18e12)}
@@ -230,6 +233,11 @@ def variants(op, case_rows, on_gpu, with_peers, temperature):
         no_channels = x.shape[1] + 1
         return shift_conv1x1(x, weight, None, n_segment, fold_div=no_channels, impl=impl)
 
+    def looped(x, weight, n_segment):
+        # Few channels, too, BLOCK_K at a time: nothing is padded to a power of two.
+        with unittest.mock.patch.dict(RESIDENT, {target_name(x.device): 0}):
+            return ours(x, weight, n_segment)
+
     def convolution_alone(x, weight, n_segment):
         return F.conv2d(x, weight)
 
@@ -246,6 +254,7 @@ def variants(op, case_rows, on_gpu, with_peers, temperature):
         functions["1x1 convolution alone"] = convolution_alone
         if on_gpu:
             functions["our shift, then cuDNN"] = shift_then_convolution
+            functions["fused, forward looped"] = looped
     if on_gpu and case_rows <= 32768:
         functions["chunked reference" if case_rows else "reference"] = reference(op, temperature)
     if with_peers:
@@ -489,96 +498,94 @@ class Problem:
     """
 
     def __init__(self, device, dtype, rows, dim, temperature, seed=0):
-        self.device, self.rows = device, rows
-        plane, self.split = similarity.planes(dtype, True)
-        shape, buffer = similarity.row_buffer(rows, dim, dtype, True)
-        self.fp16 = plane == torch.float16
-        self.shift = similarity.shift_of(temperature, True)
-        if self.shift is None:
+        self.device = device
+        _, split = tiles.planes(dtype, True)
+        shape, buffer = tiles.row_buffer(rows, dim, dtype, True)
+        shift = tiles.shift_of(temperature, True)
+        if shift is None:
             raise ValueError(f"temperature {temperature} is too low for one shift for all rows")
         z = torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed))
-        z = F.normalize(z) * (similarity.LOG2_E / temperature) ** 0.5
-        self.u = torch.zeros(shape, dtype=buffer, device=device)
-        self.u[:rows, :dim] = z.to(device, buffer)
-        self.width = shape[1] // (1 + self.split)
+        z = F.normalize(z) * (LOG2_E / temperature) ** 0.5
+        u = torch.zeros(shape, dtype=buffer, device=device)
+        u[:rows, :dim] = z.to(device, buffer)
+        self.operands = similarity.Operands(
+            u, u, rows, rows, pair_shift=1, split=split, shift=shift
+        )
+        self.width = shape[1] // (1 + split)
 
     @functools.cached_property
     def lse(self):
         return self.result("full")
 
     def table(self, kernel):
-        return similarity.tile(kernel, 1 + self.split, self.width, target_name(self.device))
+        return tiles.tile(kernel, self.operands.split, self.width, target_name(self.device))
 
     @contextlib.contextmanager
     def using(self, tile):
         """Plans are made with this tile; those of others are forgotten before and after."""
-        table, rows = similarity.tile, similarity.FULL_GRID_ROWS
+        table, rows = tiles.tile, similarity.FULL_GRID_ROWS
         plans = (similarity._half_plan, similarity._full_plan, similarity._weighted_plan)
         try:
-            similarity.tile, similarity.FULL_GRID_ROWS = lambda *_: tile, 0
+            tiles.tile, similarity.FULL_GRID_ROWS = lambda *_: tile, 0
             for plan in plans:
                 plan.cache_clear()
             yield
         finally:
-            similarity.tile, similarity.FULL_GRID_ROWS = table, rows
+            tiles.tile, similarity.FULL_GRID_ROWS = table, rows
             for plan in plans:
                 plan.cache_clear()
 
     def call(self, kernel):
         """One launch -> what it made of each row."""
-        u, rows = self.u, self.rows
         if kernel == "bwd":
-            last = (rows, rows, 1, self.split, self.shift, self.fp16)
-            return similarity.weighted_sums(u, u, self.lse, self.lse, *last)
-        shift = self.shift if kernel == "half" else None
-        return similarity.slot_sums(u, u, rows, rows, 1, self.split, shift)
+            return similarity.weighted_sums(self.operands, self.lse, self.lse)
+        shift = self.operands.shift if kernel == "half" else None
+        return similarity.slot_sums(self.operands._replace(shift=shift))
 
     def result(self, kernel):
         """(rows, ...) of any tile alike."""
         out = self.call(kernel)
-        if kernel == "bwd":
-            return out.sum(0)[: self.rows]
-        tops, sums, half_slot, half_row = out
-        if half_slot >= 0:
-            sums[half_slot, :half_row] = 0.0
-        scaled = sums if tops is None else sums * (tops - tops.amax(0)).exp2()
-        total = scaled.sum(0).log2() + (self.shift if tops is None else tops.amax(0))
-        return total[: self.rows]
+        out = out.sum(0) if kernel == "bwd" else out.merge(self.operands.shift)
+        return out[: self.operands.num_rows]
 
     def compile(self, kernel, tile):
         """Into Triton's cache on the disk, for a launch of another process."""
-        of_rows = (self.u.shape, self.u.dtype, self.device)
+        described = self.operands.described()
         with self.using(tile):
             if kernel == "bwd":
-                last = (self.rows, self.rows, 1, self.split, True, self.fp16)
-                tensors, floats = 3, (self.shift,)
-                launch = similarity._weighted_plan(*of_rows, *last)[1]
+                tensors, floats = 3, (self.operands.shift,)
+                launch = similarity._weighted_plan(*described)[1]
             elif kernel == "full":
                 tensors, floats = 2, ()
-                launch = similarity._full_plan(*of_rows, self.rows, 1, self.split)[1]
+                launch = similarity._full_plan(*described)[1]
             else:
-                tensors, floats = 1, (self.shift,)
-                launch = similarity._half_plan(*of_rows, self.rows, 1, self.split)[0][0][1]
-        types = [self.u.dtype] * (1 if kernel == "half" else 2) + [torch.float32] * tensors
+                tensors, floats = 1, (self.operands.shift,)
+                launch = similarity._half_plan(*described)[0][0][1]
+        types = [self.operands.u.dtype] * (1 if kernel == "half" else 2)
+        types += [torch.float32] * tensors
         if not INTERPRETED:  # which compiles nothing
             arguments = (*types, *floats, *launch.known)
             launch.kernel.warmup(*arguments, grid=launch.grid, **launch.options)
 
 
 def tiles_of(kernel, problem, quick):
-    """Tiles to try, as in `similarity.TILES`, that of the table first."""
+    """Tiles to try, as in `tiles.TILES`, that of the table first."""
     sizes = ((16, 32), (1,), (1,)) if INTERPRETED else ((32, 64, 128), (4, 8), (1, 2, 3, 4))
     blocks, warps, stages = sizes
-    tiles = [problem.table(kernel)]
+    tried = [problem.table(kernel)]
     for m in blocks:
         for n in blocks:
-            if similarity.BLOCK % m or similarity.BLOCK % n or (kernel == "half" and n % m):
+            if tiles.BLOCK % m or tiles.BLOCK % n or (kernel == "half" and n % m):
                 continue
-            tiles += [(m, n, w, s) for w in warps for s in stages]
-            # Two tiles of more than 32 similarities a thread leave the registers.
-            ahead = warps if kernel == "bwd" else ()
-            tiles += [(m, n, w, s, True) for w in ahead if m * n <= 1024 * w for s in stages]
-    return list(dict.fromkeys(tiles))[: 2 if quick else None]
+            tried += [tiles.Tile(m, n, w, s) for w in warps for s in stages]
+    variants = []
+    for tile in tried if kernel == "bwd" else ():
+        # Two tiles of more than 32 similarities a thread leave the registers.
+        ahead = (False, True) if tile.block_m * tile.block_n <= 1024 * tile.warps else (False,)
+        polynomial = (0, 2, 4) if not problem.operands.split else (0,)
+        variants += [tile._replace(ahead=a, polynomial=p) for a in ahead for p in polynomial]
+    tried += variants
+    return list(dict.fromkeys(tried))[: 2 if quick else None]
 
 
 def compile_ahead(problem, jobs):
@@ -590,13 +597,13 @@ def compile_ahead(problem, jobs):
 
 
 def sweep(device, dtype, options):
-    """Time the tiles -> the JSON's members: rows, the table's new row, how many were timed."""
+    """Time the tiles -> the JSON's members: rows, the table's new rows, how many were timed."""
     end = time.monotonic() + 60 * options.minutes
     rows = 2 * (options.n or (32 if options.quick else 4096))
     described = (device, dtype, rows, options.dim, options.temperature, options.seed)
     problem = Problem(*described)
     tried = {name: tiles_of(name, problem, options.quick) for name in ("bwd", "half", "full")}
-    jobs = [(kernel, tile) for kernel, tiles in tried.items() for tile in tiles]
+    jobs = [(kernel, tile) for kernel, choice in tried.items() for tile in choice]
     workers = 1 if options.quick else max(1, min(8, (os.cpu_count() or 2) - 1))
     timed, best = [], {}
     with concurrent.futures.ProcessPoolExecutor(
@@ -604,10 +611,10 @@ def sweep(device, dtype, options):
     ) as pool:
         # One by one and in order, so that what is compiled first is timed first.
         ahead = {job: pool.submit(compile_ahead, described, [job]) for job in jobs}
-        for kernel, tiles in tried.items():
-            with problem.using(tiles[0]):
+        for kernel, choice in tried.items():
+            with problem.using(choice[0]):
                 truth = problem.result(kernel)
-            for tile in tiles:
+            for tile in choice:
                 row = {"kernel": kernel, "tile": tile}
                 if time.monotonic() > end:
                     break
@@ -627,15 +634,15 @@ def sweep(device, dtype, options):
                 if row.get("error", 1.0) < 1e-2 and row["ms"] < best.get(kernel, row)["ms"] + 1e-9:
                     best[kernel] = row
                 value = f"{row['ms']:.4f} ms" if "ms" in row else row["failed"][:60]
-                print(f"{kernel:<6}{'x'.join(map(str, tile[:2])):<9}{tile[2:]!s:<8}{value}")
+                print(f"{kernel:<6}{tile.row()!s:<24}{value}")
         for future in ahead.values():
             future.cancel()
-    table = [best[k]["tile"] if k in best else problem.table(k) for k in ("half", "full", "bwd")]
-    text = ", ".join(map(str, table))
-    paste = [f"({1 + problem.split}, {problem.width}): ({text}),  # {target_name(device)}"]
-    print(
-        f"{len(timed)} of {len(jobs)} tiles; for TILES of kernels/similarity.py:", *paste, sep="\n"
-    )
+    paste = [f"# {target_name(device)}"]
+    for kernel in ("half", "full", "bwd"):
+        key = (kernel, tiles.type_name(problem.operands.split), max(64, problem.width))
+        tile = best[kernel]["tile"] if kernel in best else problem.table(kernel)
+        paste.append(f"{key}: {tile.row()},")
+    print(f"{len(timed)} of {len(jobs)} tiles; for TILES of kernels/tiles.py:", *paste, sep="\n")
     return {"rows": timed, "paste": paste, "timed": len(timed), "tiles": len(jobs)}
 
 
@@ -734,7 +741,7 @@ def parse_args(argv):
     losses.add_argument(
         "--sweep",
         action="store_true",
-        help="time every tile of the losses' kernels instead, and print the row of the table",
+        help="time every tile of the losses' kernels instead, and print the rows of the table",
     )
     losses.add_argument("--minutes", type=float, default=5.0, help="in which --sweep ends")
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
@@ -747,7 +754,7 @@ def parse_args(argv):
             parser.error(f"--{name} {getattr(args, name)}: it must be above 0")
     if args.sweep and args.cpu and not INTERPRETED:
         parser.error("--sweep times Triton kernels; with --cpu it needs TRITON_INTERPRET=1")
-    if args.sweep and similarity.shift_of(args.temperature, True) is None:
+    if args.sweep and tiles.shift_of(args.temperature, True) is None:
         parser.error(f"--sweep with --temperature {args.temperature}: it must be 0.0128 or more")
     if args.json and not args.json.parent.is_dir():
         parser.error(f"--json {args.json}: there is no folder {args.json.parent}")

@@ -8,13 +8,15 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 
 import torch
 
 try:
     import triton
+    import triton.language as tl
 except ImportError:  # there are no wheels for macOS: the references are all there is
-    triton = None
+    triton = tl = None
 
 # Fixed when a kernel is decorated, hence at import: kernels then run on CPU tensors, in NumPy.
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret
@@ -25,6 +27,14 @@ def jit(fn=None, **options):
     if fn is None:
         return functools.partial(jit, **options)
     return fn if triton is None else triton.jit(fn, **options)
+
+
+class Constant(float, *(() if tl is None else (tl.constexpr,))):
+    """A number that kernels may name, too: of globals they take tl.constexpr alone."""
+
+
+LN2 = Constant(math.log(2.0))
+LOG2_E = Constant(math.log2(math.e))
 
 
 @functools.cache

@@ -31,12 +31,16 @@ on a GPU. The second derivative raises.
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import NamedTuple
 
 import torch
 
 from .dispatch import (
     INTERPRETED,
+    LN2,
+    LOG2_E,
     Launch,
     Operation,
     breaks_graph_to_gather,
@@ -49,54 +53,56 @@ from .dispatch import (
     plan,
     save,
     target_name,
+    tl,
 )
-from .similarity import (
-    LOG2_E,
-    LOG2_FP16_SCALE,
+from .reference import (
     NORM_EPS,
     REDUCTIONS,
     Gather,
     Stats,
+    normalize_rows,
+    own_rows_first,
+    reference_lse,
+    reference_weighted_sum,
+    tie_margin,
+    with_row_gradients,
+)
+from .similarity import (
+    Operands,
     add_weighted,
-    block_d,
     comes_last,
-    empty_rows,
-    few_rows_tile,
     gather_keys,
     inverse_norm,
+    load_block,
     load_planes,
     load_rows,
     log2_sum,
     merge_slots,
-    normalize_rows,
-    own_rows_first,
-    planes,
-    reference_lse,
-    reference_weighted_sum,
-    row_buffer,
-    shift_of,
+    same_group,
     similarities,
     slot_sums,
     stats_sums,
     store_planes,
     sum_of_programs,
     sum_ranges,
-    tie_margin,
     weighted_sums,
-    why_not_fused,
-    with_row_gradients,
 )
-
-try:
-    import triton.language as tl
-except ImportError:
-    tl = None
+from .tiles import (
+    block_d,
+    empty_rows,
+    few_rows_tile,
+    log2_scale,
+    planes,
+    readable,
+    row_buffer,
+    shift_of,
+    why_not_fused,
+)
 
 # Up to so many rows, and so wide a row of planes, one program takes some rows through all keys: the
 # arithmetic is nothing there, and every launch counts. Above, the tiles are faster; wider rows
 # would spill (README.md).
-FEW_ROWS = 32 if INTERPRETED else 1024
-FEW_ROWS_WIDTH = 64 if INTERPRETED else 128
+FEW_ROWS, FEW_ROWS_WIDTH = (32, 64) if INTERPRETED else (1024, 128)
 
 
 @breaks_graph_to_gather
@@ -206,7 +212,7 @@ def _reference_forward(u, pos, gather, decoupled, rows=False, temperature=None):
 
 
 def _reference_backward(
-    dloss, u, pos, keys, lse, lse_keys, negatives, index, decoupled, gather=None
+    dloss, u, pos, keys, lse, lse_keys, negatives, index, *, decoupled, gather=None
 ):
     """-> du (M, D), dpos (N,)."""
     if keys is None:
@@ -235,12 +241,12 @@ class _Reference(Operation):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.options = inputs[3], inputs[2]
+        ctx.options = {"gather": inputs[2], "decoupled": inputs[3]}
         save(ctx, inputs[:2], output, unsaved=6)
 
     @staticmethod
     def backward(ctx, dloss, *_):
-        return gradients(ctx, _reference_backward, dloss, *ctx.options)
+        return gradients(ctx, functools.partial(_reference_backward, **ctx.options), dloss)
 
 
 @jit
@@ -260,7 +266,6 @@ def _nt_xent_prepare_kernel(
     dim,
     TEMPERATURE_IS_TENSOR: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    EPS: tl.constexpr,
     FP16: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -277,11 +282,11 @@ def _nt_xent_prepare_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     if TEMPERATURE_IS_TENSOR:
         temperature = tl.load(temperature_ptr).to(tl.float32)
-    scale = tl.sqrt(1.4426950408889634 / temperature)
+    scale = tl.sqrt(LOG2_E / temperature)
     a = load_rows(a_ptr, pairs, offs_d, stride_an, stride_ad, num_pairs, dim)
     b = load_rows(b_ptr, pairs, offs_d, stride_bn, stride_bd, num_pairs, dim)
-    a = a * (inverse_norm(a, NORMALIZE, EPS) * scale)[:, None]
-    b = b * (inverse_norm(b, NORMALIZE, EPS) * scale)[:, None]
+    a = a * (inverse_norm(a, NORMALIZE) * scale)[:, None]
+    b = b * (inverse_norm(b, NORMALIZE) * scale)[:, None]
     tl.store(pos_ptr + pairs, tl.sum(a * b, 1), mask=pairs < num_pairs)
     # Rows beyond M are stored as zeros, so that tiles load without a mask.
     store_planes(u_ptr, pairs * 2, offs_d, a, FP16, SPLIT, BLOCK_D)
@@ -304,19 +309,34 @@ def _row_losses(negatives, pos, DECOUPLED: tl.constexpr):
     if DECOUPLED:
         # One image in the world has no negatives: only the attraction remains.
         lse = tl.where(negatives == float("-inf"), 0.0, negatives)
-        loss = (lse - pos) * 0.6931471805599453
+        loss = (lse - pos) * LN2
     else:
         delta = negatives - pos
-        log2_e: tl.constexpr = 1.4426950408889634
         tail = _log1p(tl.exp2(-tl.abs(delta)))  # softplus(d) = max(d, 0) + log1p(exp(-|d|))
-        loss = tl.maximum(delta, 0.0) * 0.6931471805599453 + tail
-        lse = tl.maximum(negatives, pos) + tail * log2_e
+        loss = tl.maximum(delta, 0.0) * LN2 + tail
+        lse = tl.maximum(negatives, pos) + tail * LOG2_E
     return lse, loss
 
 
 @jit
-def _add_losses(partials_ptr, loss_ptr, loss):
-    """Leave this program's loss; the program that comes last adds them all up."""
+def _finish_rows(
+    negatives,
+    rows,
+    mask,
+    num_rows,
+    pos_ptr,
+    negatives_ptr,
+    lse_ptr,
+    partials_ptr,
+    loss_ptr,
+    DECOUPLED: tl.constexpr,
+):
+    """Store the log-sum-exps of some rows; the program that comes last adds up all losses."""
+    pos = tl.load(pos_ptr + (rows >> 1), mask=mask, other=0.0)
+    lse, loss = _row_losses(negatives, pos, DECOUPLED)
+    tl.store(negatives_ptr + rows, negatives, mask=mask)
+    tl.store(lse_ptr + rows, lse, mask=mask)
+    loss = tl.sum(tl.where(mask, loss, 0.0), 0) / num_rows
     tl.store(partials_ptr + 1 + tl.program_id(0), loss)
     if comes_last(partials_ptr):
         tl.store(loss_ptr, sum_of_programs(partials_ptr + 1))
@@ -355,16 +375,22 @@ def _nt_xent_finish_kernel(
         half_slot,
         half_row,
         stride_slot,
-        SHIFTED,
-        SLOTS,
-        BLOCK_R,
+        SHIFTED=SHIFTED,
+        SLOTS=SLOTS,
+        BLOCK_R=BLOCK_R,
     )
-    lse, loss = _row_losses(
-        negatives, tl.load(pos_ptr + (offs_r >> 1), mask=mask_r, other=0.0), DECOUPLED
+    _finish_rows(
+        negatives,
+        offs_r,
+        mask_r,
+        num_rows,
+        pos_ptr,
+        negatives_ptr,
+        lse_ptr,
+        partials_ptr,
+        loss_ptr,
+        DECOUPLED=DECOUPLED,
     )
-    tl.store(negatives_ptr + offs_r, negatives, mask=mask_r)
-    tl.store(lse_ptr + offs_r, lse, mask=mask_r)
-    _add_losses(partials_ptr, loss_ptr, tl.sum(tl.where(mask_r, loss, 0.0), 0) / num_rows)
 
 
 @jit(do_not_specialize=["num_rows"])
@@ -384,24 +410,48 @@ def _nt_xent_few_rows_fwd_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Tiles and their merging in one: a program takes its rows through all keys."""
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    mask_m = offs_m < num_rows
-    rows, rows_lo = load_planes(u_ptr, offs_m, offs_d, SPLIT, BLOCK_D)
+    offs_m, offs_d, rows, rows_lo = load_block(u_ptr, SPLIT, BLOCK_M, BLOCK_D)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # summed over the warps once, at the end
     for start in range(0, num_rows, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
         keys, keys_lo = load_planes(u_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
         e = tl.exp2(similarities(rows, rows_lo, keys, keys_lo, SPLIT) - shift)
-        same_pair = (offs_m >> 1)[:, None] == (offs_n >> 1)[None, :]
-        total += tl.where(same_pair | (offs_n >= num_rows)[None, :], 0.0, e)
-    negatives = log2_sum(tl.sum(total, 1), shift)
-    lse, loss = _row_losses(
-        negatives, tl.load(pos_ptr + (offs_m >> 1), mask=mask_m, other=0.0), DECOUPLED
+        masked = same_group(offs_m, offs_n, 1)
+        total += tl.where(masked | (offs_n >= num_rows)[None, :], 0.0, e)
+    _finish_rows(
+        log2_sum(tl.sum(total, 1), shift),
+        offs_m,
+        offs_m < num_rows,
+        num_rows,
+        pos_ptr,
+        negatives_ptr,
+        lse_ptr,
+        partials_ptr,
+        loss_ptr,
+        DECOUPLED=DECOUPLED,
     )
-    tl.store(negatives_ptr + offs_m, negatives, mask=mask_m)
-    tl.store(lse_ptr + offs_m, lse, mask=mask_m)
-    _add_losses(partials_ptr, loss_ptr, tl.sum(tl.where(mask_m, loss, 0.0), 0) / num_rows)
+
+
+@jit
+def _load_views(
+    a_ptr,
+    b_ptr,
+    pairs,
+    offs_d,
+    stride_an,
+    stride_ad,
+    stride_bn,
+    stride_bd,
+    num_pairs,
+    dim,
+    NORMALIZE: tl.constexpr,
+):
+    """-> rows of both views, and what each is to be multiplied with."""
+    a = load_rows(a_ptr, pairs, offs_d, stride_an, stride_ad, num_pairs, dim)
+    b = load_rows(b_ptr, pairs, offs_d, stride_bn, stride_bd, num_pairs, dim)
+    inv_a = inverse_norm(a, NORMALIZE)
+    inv_b = inverse_norm(b, NORMALIZE)
+    return a, b, inv_a, inv_b
 
 
 @jit
@@ -415,9 +465,9 @@ def _view_gradients(
     dloss_ptr,
     pos_ptr,
     negatives_ptr,
+    temperature,
     pairs,
     num_pairs,
-    temperature,
     NORMALIZE: tl.constexpr,
     DECOUPLED: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -428,6 +478,8 @@ def _view_gradients(
 
     -> da, db [BLOCK_P, BLOCK_D]; <z, dz> of each pair before the normalization, [BLOCK_P].
     """
+    a = a * inv_a[:, None]
+    b = b * inv_b[:, None]
     mask_p = pairs < num_pairs
     if DECOUPLED:
         sigma = tl.full([BLOCK_P], 2.0, tl.float32)
@@ -437,7 +489,7 @@ def _view_gradients(
         negatives_b = tl.load(negatives_ptr + pairs * 2 + 1, mask=mask_p, other=0.0)
         # 1 - softmax of the positive, from the negatives' side: no cancellation when it is tiny.
         sigma = 1.0 / (1.0 + tl.exp2(pos - negatives_a)) + 1.0 / (1.0 + tl.exp2(pos - negatives_b))
-    unscale = tl.sqrt(temperature / 1.4426950408889634)
+    unscale = tl.sqrt(temperature / LOG2_E)
     scale = tl.load(dloss_ptr).to(tl.float32) / (2.0 * num_pairs * temperature)
     da = (sum_a * unscale - sigma[:, None] * b) * scale
     db = (sum_b * unscale - sigma[:, None] * a) * scale
@@ -480,7 +532,6 @@ def _nt_xent_epilogue_kernel(
     stride_slot,
     TEMPERATURE_IS_TENSOR: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    EPS: tl.constexpr,
     DECOUPLED: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -490,28 +541,37 @@ def _nt_xent_epilogue_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     if TEMPERATURE_IS_TENSOR:
         temperature = tl.load(temperature_ptr).to(tl.float32)
-    a = load_rows(a_ptr, pairs, offs_d, stride_an, stride_ad, num_pairs, dim)
-    b = load_rows(b_ptr, pairs, offs_d, stride_bn, stride_bd, num_pairs, dim)
-    inv_a = inverse_norm(a, NORMALIZE, EPS)
-    inv_b = inverse_norm(b, NORMALIZE, EPS)
+    a, b, inv_a, inv_b = _load_views(
+        a_ptr,
+        b_ptr,
+        pairs,
+        offs_d,
+        stride_an,
+        stride_ad,
+        stride_bn,
+        stride_bd,
+        num_pairs,
+        dim,
+        NORMALIZE,
+    )
     sum_a = sum_ranges(partial_ptr, pairs * 2, offs_d, num_slots, stride_slot, BLOCK_P, BLOCK_D)
     sum_b = sum_ranges(partial_ptr, pairs * 2 + 1, offs_d, num_slots, stride_slot, BLOCK_P, BLOCK_D)
     da, db, radial = _view_gradients(
         sum_a,
         sum_b,
-        a * inv_a[:, None],
-        b * inv_b[:, None],
+        a,
+        b,
         inv_a,
         inv_b,
         dloss_ptr,
         pos_ptr,
         negatives_ptr,
+        temperature,
         pairs,
         num_pairs,
-        temperature,
-        NORMALIZE,
-        DECOUPLED,
-        BLOCK_P,
+        NORMALIZE=NORMALIZE,
+        DECOUPLED=DECOUPLED,
+        BLOCK_P=BLOCK_P,
     )
     if TEMPERATURE_IS_TENSOR:
         dtemperature = tl.sum(tl.where(pairs < num_pairs, radial, 0.0), 0) / (-2.0 * temperature)
@@ -539,20 +599,17 @@ def _nt_xent_few_rows_bwd_kernel(
     num_pairs,
     dim,
     NORMALIZE: tl.constexpr,
-    EPS: tl.constexpr,
     DECOUPLED: tl.constexpr,
-    SPLIT: tl.constexpr,
     LOG2_SCALE: tl.constexpr,
+    SPLIT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Tiles and epilogue in one: a program takes its rows through all keys to their gradients."""
     BLOCK_P: tl.constexpr = BLOCK_M // 2
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_m, offs_d, rows, rows_lo = load_block(u_ptr, SPLIT, BLOCK_M, BLOCK_D)
     num_rows = num_pairs * 2
-    rows, rows_lo = load_planes(u_ptr, offs_m, offs_d, SPLIT, BLOCK_D)
     inverse_rows = tl.exp2(
         shift - tl.load(lse_ptr + offs_m, mask=offs_m < num_rows, other=float("inf"))
     )
@@ -560,39 +617,72 @@ def _nt_xent_few_rows_bwd_kernel(
     for start in range(0, num_rows, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
         keys, keys_lo = load_planes(u_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
+        # `weights` takes a fifth more registers here.
         inverse_keys = tl.exp2(
             shift - tl.load(lse_ptr + offs_n, mask=offs_n < num_rows, other=float("inf"))
         )
         s = similarities(rows, rows_lo, keys, keys_lo, SPLIT)  # [BLOCK_M, BLOCK_N]
         weight = tl.exp2(s - (shift - LOG2_SCALE)) * (inverse_rows[:, None] + inverse_keys[None, :])
-        same_pair = (offs_m >> 1)[:, None] == (offs_n >> 1)[None, :]
-        weight = tl.where(same_pair | (offs_n >= num_rows)[None, :], 0.0, weight)
+        masked = same_group(offs_m, offs_n, 1)
+        weight = tl.where(masked | (offs_n >= num_rows)[None, :], 0.0, weight)
         acc = add_weighted(acc, weight, keys, keys_lo, SPLIT)
     acc *= 2.0 ** (-LOG2_SCALE)
     sum_a, sum_b = tl.split(tl.permute(tl.reshape(acc, [BLOCK_P, 2, BLOCK_D]), (0, 2, 1)))
     pairs = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
-    a = load_rows(a_ptr, pairs, offs_d, stride_an, stride_ad, num_pairs, dim)
-    b = load_rows(b_ptr, pairs, offs_d, stride_bn, stride_bd, num_pairs, dim)
-    inv_a = inverse_norm(a, NORMALIZE, EPS)
-    inv_b = inverse_norm(b, NORMALIZE, EPS)
+    a, b, inv_a, inv_b = _load_views(
+        a_ptr,
+        b_ptr,
+        pairs,
+        offs_d,
+        stride_an,
+        stride_ad,
+        stride_bn,
+        stride_bd,
+        num_pairs,
+        dim,
+        NORMALIZE,
+    )
     da, db, _ = _view_gradients(
         sum_a,
         sum_b,
-        a * inv_a[:, None],
-        b * inv_b[:, None],
+        a,
+        b,
         inv_a,
         inv_b,
         dloss_ptr,
         pos_ptr,
         negatives_ptr,
+        temperature,
         pairs,
         num_pairs,
-        temperature,
-        NORMALIZE,
-        DECOUPLED,
-        BLOCK_P,
+        NORMALIZE=NORMALIZE,
+        DECOUPLED=DECOUPLED,
+        BLOCK_P=BLOCK_P,
     )
     _store_views(da_ptr, db_ptr, da, db, pairs, offs_d, num_pairs, dim)
+
+
+class _Options(NamedTuple):
+    """Of a call, beside its tensors."""
+
+    temperature: float  # 1.0 where it is a tensor
+    normalize: bool
+    decoupled: bool
+    gather: Gather | None = None
+    rows: bool = False  # a loss for each
+    stats: bool = False
+
+
+class _Saved(NamedTuple):
+    """Of a forward for its backward; logs are base 2."""
+
+    u: torch.Tensor
+    keys: torch.Tensor | None  # what is of the keys is None where they are the rows
+    pos: torch.Tensor  # (N,)
+    negatives: torch.Tensor  # (M,) logs of the rows' sums over their negatives
+    lse: torch.Tensor  # (M,)
+    lse_keys: torch.Tensor | None  # (K,)
+    index: torch.Tensor | None  # (K,), of further gathers, for rows=True alone
 
 
 def _few_rows(num_rows, width, own_keys, shifted):
@@ -602,7 +692,10 @@ def _few_rows(num_rows, width, own_keys, shifted):
 
 @plan
 def _forward_plan(shape, dtype, device, strides, learned, normalize, decoupled, own, shifted):
-    """-> rows' shape and dtype, number of partials, launches: prepare; for few rows the rest."""
+    """-> rows' shape and dtype, are they split, number of partials, launches.
+
+    These are prepare and, of few rows, all that is left, else None.
+    """
     num_pairs, dim = shape
     num_rows = 2 * num_pairs
     plane, split = planes(dtype, normalize)
@@ -611,7 +704,6 @@ def _forward_plan(shape, dtype, device, strides, learned, normalize, decoupled, 
     constants = {
         "TEMPERATURE_IS_TENSOR": learned is not None,
         "NORMALIZE": normalize,
-        "EPS": NORM_EPS,
         "FP16": plane == torch.float16,
         "SPLIT": split,
         "BLOCK_P": _block_p(width),
@@ -621,145 +713,100 @@ def _forward_plan(shape, dtype, device, strides, learned, normalize, decoupled, 
     prepare = Launch(_nt_xent_prepare_kernel, grid, (*strides, num_pairs, dim), constants)
     few = None
     if _few_rows(num_rows, buffer[0][1], own, shifted):
-        block_m, block_n, warps, stages = few_rows_tile(target_name(device))
-        constants = {
-            "DECOUPLED": decoupled,
-            "SPLIT": split,
-            "BLOCK_M": block_m,
-            "BLOCK_N": block_n,
-            "BLOCK_D": width,
-        }
-        grid = (ceil_div(num_rows, block_m),)
-        few = Launch(_nt_xent_few_rows_fwd_kernel, grid, (num_rows,), constants, warps, stages)
+        tile = few_rows_tile(target_name(device))
+        grid, constants = (ceil_div(num_rows, tile.block_m),), {"DECOUPLED": decoupled}
+        kernel = _nt_xent_few_rows_fwd_kernel
+        few = tile.launch(kernel, grid, (num_rows,), split, width, constants)
     # One count and one loss a program, of which there are the most where each has 16 rows.
     return *buffer, split, 1 + ceil_div(num_rows, 16), prepare, few
 
 
 @plan
-def _finish_plan(num_rows, slots, half_slot, half_row, device, shifted, decoupled):
+def _finish_plan(num_rows, of_slots, device, shifted, decoupled):
+    """The launch. of_slots: the integers of `Slots`."""
     block_r = 128
     constants = {"SHIFTED": shifted, "DECOUPLED": decoupled, "SLOTS": 16, "BLOCK_R": block_r}
-    integers = (num_rows, slots[0], half_slot, half_row, slots[1])
-    return Launch(_nt_xent_finish_kernel, (ceil_div(num_rows, block_r),), integers, constants)
+    grid = (ceil_div(num_rows, block_r),)
+    return Launch(_nt_xent_finish_kernel, grid, (num_rows, *of_slots), constants)
 
 
 @on_device_of_first
-def _triton_forward(
-    z_a,
-    z_b,
-    temperature_tensor,
-    temperature,
-    normalize,
-    decoupled,
-    gather=None,
-    rows=False,
-    stats=False,
-):
-    """-> loss, u, keys, positives (N,), negatives (M,), lse of rows (M,) and keys (K,), index, ...
-
-    The loss is (), with rows=True (M,). Logs are base 2; negatives are the logs of the rows' sums
-    over their negatives. What is of the keys is None where they are the rows; the index (K,), of
-    further gathers, is there for rows=True alone. The six members of `Stats`, or None, are last.
-    """
-    dtype, device = z_a.dtype, z_a.device
+def _triton_forward(z_a, z_b, temperature_tensor, options):
+    """-> the loss, (), with rows=True (M,); `_Saved`; the six members of `Stats`, or None."""
+    device = z_a.device
     num_pairs = z_a.shape[0]
     num_rows = 2 * num_pairs
-    if INTERPRETED:
-        z_a, z_b = _interpretable(z_a, z_b)
-    shift, learned = _shift_and_type(temperature_tensor, temperature, normalize)
+    shift, learned, described, z_a, z_b = _prepared(z_a, z_b, temperature_tensor, options)
+    gather = options.gather
     shape, plane, split, num_partials, prepare, few = _forward_plan(
-        z_a.shape,
-        dtype,
-        device,
-        (*z_a.stride(), *z_b.stride()),
-        learned,
-        normalize,
-        decoupled,
-        gather is None,
-        shift is not None,
+        *described, gather is None, shift is not None
     )
     u = torch.empty(shape, dtype=plane, device=device)
     pos = torch.empty(num_pairs, dtype=torch.float32, device=device)
     partials = torch.empty(num_partials, dtype=torch.float32, device=device)
     temperature_or_any = pos if learned is None else temperature_tensor
-    prepare((z_a, z_b, temperature_or_any, u, pos, partials), temperature)
+    prepare((z_a, z_b, temperature_or_any, u, pos, partials), options.temperature)
     negatives = torch.empty(num_rows, dtype=torch.float32, device=device)
     lse = torch.empty_like(negatives)
     loss = torch.empty((), dtype=torch.float32, device=device)
+    results = (pos, negatives, lse, partials, loss)
     keys = index = lse_keys = None
     num_keys = num_rows
-    if few is not None and not stats:
-        few((u, pos, negatives, lse, partials, loss), shift)
+    if few is not None and not options.stats:
+        few((u, *results), shift)
     else:
         keys, num_keys, index = gather_keys(gather, u, num_rows)
-        if stats:
-            tops, sums, *counts = _counts(
-                u, keys, temperature_tensor, temperature, num_rows, num_keys, split
-            )
-            half_slot, half_row = -1, 0
+        operands = Operands(u, keys, num_rows, num_keys, pair_shift=1, split=split, shift=shift)
+        if options.stats:
+            slots, counts = _counts(operands, temperature_tensor, options.temperature)
         else:
-            tops, sums, half_slot, half_row = slot_sums(
-                u, keys, num_rows, num_keys, 1, split, shift
-            )
+            slots = slot_sums(operands)
         finish = _finish_plan(
-            num_rows, sums.shape, half_slot, half_row, device, tops is None, decoupled
+            num_rows, slots.integers(), device, slots.tops is None, options.decoupled
         )
-        finish(
-            (sums if tops is None else tops, sums, pos, negatives, lse, partials, loss),
-            shift or 0.0,
-        )
+        finish((*slots.pointers(), *results), shift or 0.0)
         if gather is None:
             keys = None
         else:
             lse_keys = gather(lse)[index]
     members = (None,) * 6
-    if rows or stats:
+    if options.rows or options.stats:
         logs = [x / LOG2_E for x in (negatives, lse, pos.repeat_interleave(2))]
-        row_loss = _row_loss(*logs, decoupled)
-        loss = row_loss if rows else loss
-    if stats:
-        cosine = logs[2] * (temperature if learned is None else temperature_tensor)
+        row_loss = _row_loss(*logs, options.decoupled)
+        loss = row_loss if options.rows else loss
+    if options.stats:
+        cosine = logs[2] * (options.temperature if learned is None else temperature_tensor)
         members = _row_stats(row_loss, *logs[1:], *counts, cosine, num_keys)
-    return loss, u, keys, pos, negatives, lse, lse_keys, index if rows else None, *members
+    index = index if options.rows else None
+    return loss, _Saved(u, keys, pos, negatives, lse, lse_keys, index), members
 
 
-def _counts(u, keys, temperature_tensor, temperature, num_rows, num_keys, split):
+def _counts(operands, temperature_tensor, temperature):
     """`stats_sums` of pairs: of the rows as the tiles see them, so that ties are ties."""
-    rows = u[:num_rows].float()
-    if split:
+    rows = operands.u[: operands.num_rows].float()
+    if operands.split:
         rows = sum(rows.chunk(2, 1))
     bound = (rows[0::2] * rows[1::2]).sum(1).repeat_interleave(2) - tie_margin(rows)
     if temperature_tensor is None:
-        factor = torch.full((1,), 4 * temperature, device=u.device)
+        factor = torch.full((1,), 4 * temperature, device=rows.device)
     else:
         factor = (4 * temperature_tensor).float().view(1)
-    return stats_sums(u, keys, num_rows, num_keys, 1, split, bound, bound, factor)
+    return stats_sums(operands, bound, bound, factor)
 
 
 @plan
 def _backward_plan(shape, dtype, device, strides, learned, normalize, decoupled, own, shifted):
-    """-> are rows split, are they fp16, the launch for few rows or None."""
+    """-> are rows split, the launch for few rows or None."""
     num_pairs, dim = shape
     plane, split = planes(dtype, normalize)
-    fp16 = plane == torch.float16
     width = block_d(dim)
     if not _few_rows(2 * num_pairs, width * (1 + split), own, shifted):
-        return split, fp16, None
-    block_m, block_n, warps, stages = few_rows_tile(target_name(device))
-    constants = {
-        "NORMALIZE": normalize,
-        "EPS": NORM_EPS,
-        "DECOUPLED": decoupled,
-        "SPLIT": split,
-        "LOG2_SCALE": LOG2_FP16_SCALE if fp16 else 0.0,
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
-        "BLOCK_D": width,
-    }
-    grid = (ceil_div(2 * num_pairs, block_m),)
-    integers = (*strides, num_pairs, dim)
-    few = Launch(_nt_xent_few_rows_bwd_kernel, grid, integers, constants, warps, stages)
-    return split, fp16, few
+        return split, None
+    tile = few_rows_tile(target_name(device))
+    constants = {"NORMALIZE": normalize, "DECOUPLED": decoupled, "LOG2_SCALE": log2_scale(plane)}
+    grid, integers = (ceil_div(2 * num_pairs, tile.block_m),), (*strides, num_pairs, dim)
+    kernel = _nt_xent_few_rows_bwd_kernel
+    return split, tile.launch(kernel, grid, integers, split, width, constants)
 
 
 @plan
@@ -772,7 +819,6 @@ def _epilogue_plan(shape, dtype, device, strides, learned, normalize, decoupled,
     constants = {
         "TEMPERATURE_IS_TENSOR": learned is not None,
         "NORMALIZE": normalize,
-        "EPS": NORM_EPS,
         "DECOUPLED": decoupled,
         "BLOCK_P": block_p,
         "BLOCK_D": ranges[2],
@@ -781,93 +827,62 @@ def _epilogue_plan(shape, dtype, device, strides, learned, normalize, decoupled,
 
 
 @on_device_of_first
-def _triton_backward(
-    dloss,
-    z_a,
-    z_b,
-    temperature_tensor,
-    u,
-    keys,
-    pos,
-    negatives,
-    lse,
-    lse_keys,
-    index,
-    temperature,
-    normalize,
-    decoupled,
-    gather=None,
-):
-    """-> dz_a, dz_b (N, D), dtemperature, like the tensor, or None."""
-    dtype, device = z_a.dtype, z_a.device
+def _triton_backward(dloss, z_a, z_b, temperature_tensor, *saved, options):
+    """-> dz_a, dz_b (N, D), dtemperature, like the tensor, or None. saved: members of `_Saved`."""
+    dtype = z_a.dtype
+    saved = _Saved(*saved)
+    of_rows = z_a, z_b
+    shift, learned, described, z_a, z_b = _prepared(*of_rows, temperature_tensor, options)
+    own = saved.keys is None
+    split, few = _backward_plan(*described, own, shift is not None)
+    if few is not None and not dloss.dim():
+        dz_a = torch.empty(z_a.shape, dtype=z_a.dtype, device=z_a.device)
+        dz_b = torch.empty_like(dz_a)
+        tensors = (z_a, z_b, dloss, saved.u, saved.pos, saved.negatives, saved.lse, dz_a, dz_b)
+        few(tensors, options.temperature, shift)
+        return dz_a.to(dtype), dz_b.to(dtype), None
     num_rows = 2 * z_a.shape[0]
-    if INTERPRETED:
-        z_a, z_b = _interpretable(z_a, z_b)
-    shift, learned = _shift_and_type(temperature_tensor, temperature, normalize)
-    strides = (*z_a.stride(), *z_b.stride())
-    options = (z_a.shape, dtype, device, strides, learned, normalize, decoupled)
-    split, fp16, few = _backward_plan(*options, keys is None, shift is not None)
+    keys, lse_keys = (saved.u, saved.lse) if own else (saved.keys, saved.lse_keys)
+    operands = Operands(saved.u, keys, num_rows, lse_keys.shape[0], 1, split, shift)
     if dloss.dim():
 
         def tiles(lse, lse_keys):
-            rows, every = u, u if keys is None else keys
-            num_keys = lse_keys.shape[0]
-            lses = lse * LOG2_E, lse_keys * LOG2_E
-            partial = weighted_sums(rows, every, *lses, num_rows, num_keys, 1, split, shift, fp16)
+            partial = weighted_sums(operands, lse * LOG2_E, lse_keys * LOG2_E)
             return partial.sum(0)[:num_rows]
 
-        d_keys = dloss if index is None else gather(dloss.contiguous())[index]
-        lses = (lse / LOG2_E, (lse if keys is None else lse_keys) / LOG2_E)
-        sums = with_row_gradients(tiles, dloss, d_keys, *lses)
-        temperature = temperature if learned is None else temperature_tensor
-        return _row_epilogue(
-            sums, dloss, z_a, z_b, pos, negatives, temperature, dtype, normalize, decoupled
-        )
-    if few is None:  # first of all, so that the GPU need not wait for the rest
-        if keys is None:
-            keys, lse_keys = u, lse
-        num_keys = lse_keys.shape[0]
-        partial = weighted_sums(u, keys, lse, lse_keys, num_rows, num_keys, 1, split, shift, fp16)
-    dz_a = torch.empty(z_a.shape, dtype=z_a.dtype, device=device)
+        index = saved.index
+        d_keys = dloss if index is None else options.gather(dloss.contiguous())[index]
+        sums = with_row_gradients(tiles, dloss, d_keys, saved.lse / LOG2_E, lse_keys / LOG2_E)
+        temperature = options.temperature if learned is None else temperature_tensor
+        return _row_epilogue(sums, dloss, *of_rows, saved, temperature, options)
+    # First of all, so that the GPU need not wait for the rest.
+    partial = weighted_sums(operands, saved.lse, lse_keys)
+    dz_a = torch.empty(z_a.shape, dtype=z_a.dtype, device=z_a.device)
     dz_b = torch.empty_like(dz_a)
-    if few is not None:
-        tensors = (z_a, z_b, dloss, u, pos, negatives, lse, dz_a, dz_b)
-        few(tensors, temperature, shift)
-        return dz_a.to(dtype), dz_b.to(dtype), None
-    programs, epilogue = _epilogue_plan(*options, partial.shape)
+    programs, epilogue = _epilogue_plan(*described, partial.shape)
     count = 0 if learned is None else programs
-    dtemperature = torch.empty(count, dtype=torch.float32, device=device)
-    temperature_or_any = pos if learned is None else temperature_tensor
-    tensors = (
-        z_a,
-        z_b,
-        temperature_or_any,
-        dloss,
-        partial,
-        pos,
-        negatives,
-        dz_a,
-        dz_b,
-        dtemperature,
-    )
-    epilogue(tensors, temperature)
+    dtemperature = torch.empty(count, dtype=torch.float32, device=z_a.device)
+    temperature_or_any = saved.pos if learned is None else temperature_tensor
+    inputs = (z_a, z_b, temperature_or_any, dloss, partial, saved.pos, saved.negatives)
+    epilogue((*inputs, dz_a, dz_b, dtemperature), options.temperature)
     if learned is None:
         return dz_a.to(dtype), dz_b.to(dtype), None
     dtau = dtemperature.sum().to(learned).view_as(temperature_tensor)
     return dz_a.to(dtype), dz_b.to(dtype), dtau
 
 
-def _row_epilogue(sums, dloss, z_a, z_b, pos, negatives, temperature, dtype, normalize, decoupled):
+def _row_epilogue(sums, dloss, z_a, z_b, saved, temperature, options):
     """`_nt_xent_epilogue_kernel` for an upstream gradient of each row, which `sums` has in it."""
     z = torch.stack((z_a, z_b), 1).flatten(0, 1).float()
     inverse = 1.0
-    if normalize:
+    if options.normalize:
         norm = torch.linalg.vector_norm(z, dim=1, keepdim=True)
         inverse = torch.where(norm <= NORM_EPS, 0.0, 1 / norm.clamp_min(NORM_EPS))
     z = z * inverse
     sigma = dloss
-    if not decoupled:
-        sigma = torch.sigmoid((negatives - pos.repeat_interleave(2)) / LOG2_E) * dloss
+    if not options.decoupled:
+        difference = saved.negatives - saved.pos.repeat_interleave(2)
+        sigma = torch.sigmoid(difference / LOG2_E) * dloss
     sigma = sigma.view(-1, 2).sum(1).repeat_interleave(2)
     others = z.view(-1, 2, z.shape[1]).flip(1).flatten(0, 1)
     dz = sums[:, : z.shape[1]] * (temperature / LOG2_E) ** 0.5 - sigma[:, None] * others
@@ -876,21 +891,26 @@ def _row_epilogue(sums, dloss, z_a, z_b, pos, negatives, temperature, dtype, nor
     dtau = None
     if isinstance(temperature, torch.Tensor):
         dtau = (radial.sum() / (-2 * temperature)).to(temperature.dtype).view_as(temperature)
-    if normalize:
+    if options.normalize:
         dz = (dz - z * radial) * inverse
-    dz_a, dz_b = dz.to(dtype).view(-1, 2, z.shape[1]).unbind(1)
+    dz_a, dz_b = dz.to(z_a.dtype).view(-1, 2, z.shape[1]).unbind(1)
     return dz_a, dz_b, dtau
 
 
-def _shift_and_type(temperature_tensor, temperature, normalize):
-    """-> the shift, None without one; the dtype of a temperature that is a tensor, else None."""
-    if temperature_tensor is not None:
-        return None, temperature_tensor.dtype
-    return shift_of(temperature, normalize), None
-
-
-def _interpretable(*tensors):
-    return [x.float() if x.dtype == torch.bfloat16 else x for x in tensors]
+def _prepared(z_a, z_b, temperature_tensor, options):
+    """-> the shift, None without one; the dtype of a temperature that is a tensor, else None;
+    what plans are made from; the inputs as kernels can read them.
+    """
+    shift = learned = None
+    if temperature_tensor is None:
+        shift = shift_of(options.temperature, options.normalize)
+    else:
+        learned = temperature_tensor.dtype
+    dtype = z_a.dtype
+    z_a, z_b = readable(z_a), readable(z_b)
+    of_rows = z_a.shape, dtype, z_a.device, (*z_a.stride(), *z_b.stride())
+    described = (*of_rows, learned, options.normalize, options.decoupled)
+    return shift, learned, described, z_a, z_b
 
 
 def _block_p(block_d: int) -> int:
@@ -903,17 +923,18 @@ def _block_p(block_d: int) -> int:
 
 class _NTXent(Operation):
     @staticmethod
-    def forward(z_a, z_b, temperature_tensor, *options):
-        return _triton_forward(z_a, z_b, temperature_tensor, *options)
+    def forward(z_a, z_b, temperature_tensor, options):
+        loss, saved, members = _triton_forward(z_a, z_b, temperature_tensor, options)
+        return loss, *saved, *members
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.options = inputs[3:7]
+        ctx.options = inputs[3]
         save(ctx, inputs[:3], output, unsaved=6)
 
     @staticmethod
     def backward(ctx, dloss, *_):
-        return gradients(ctx, _triton_backward, dloss, *ctx.options)
+        return gradients(ctx, functools.partial(_triton_backward, options=ctx.options), dloss)
 
 
 @torch.library.custom_op("kernels::nt_xent_forward", mutates_args=())
@@ -925,10 +946,9 @@ def _forward_op(
     normalize: bool,
     decoupled: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    loss, u, _, pos, negatives, lse, *_ = _triton_forward(
-        z_a, z_b, temperature_tensor, temperature, normalize, decoupled
-    )
-    return loss, u, pos, negatives, lse
+    options = _Options(temperature, normalize, decoupled)
+    loss, saved, _ = _triton_forward(z_a, z_b, temperature_tensor, options)
+    return loss, saved.u, saved.pos, saved.negatives, saved.lse
 
 
 @_forward_op.register_fake
@@ -953,21 +973,10 @@ def _backward_op(
     normalize: bool,
     decoupled: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    saved = _Saved(u, None, pos, negatives, lse, lse_keys=None, index=None)
+    options = _Options(temperature, normalize, decoupled)
     dz_a, dz_b, dtau = _triton_backward(
-        dloss,
-        z_a,
-        z_b,
-        temperature_tensor,
-        u,
-        None,
-        pos,
-        negatives,
-        lse,
-        None,
-        None,
-        temperature,
-        normalize,
-        decoupled,
+        dloss, z_a, z_b, temperature_tensor, *saved, options=options
     )
     return dz_a, dz_b, dz_a.new_empty(0) if dtau is None else dtau
 
@@ -1017,7 +1026,10 @@ def _reference_backward_op(
     negatives: torch.Tensor,
     decoupled: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _reference_backward(dloss, u, pos, None, lse, None, negatives, None, decoupled)
+    of_keys = {"keys": None, "lse_keys": None, "index": None}
+    return _reference_backward(
+        dloss, u, pos, lse=lse, negatives=negatives, decoupled=decoupled, **of_keys
+    )
 
 
 @_reference_backward_op.register_fake
@@ -1133,11 +1145,12 @@ def nt_xent(
         temperature_tensor = temperature.to(z_a.device)
         temperature = 1.0
     temperature = float(temperature)  # an integer 1 would be compiled in as a constant
-    arguments = (z_a, z_b, temperature_tensor, temperature, normalize, decoupled)
+    inputs = (z_a, z_b, temperature_tensor)
+    options = (temperature, normalize, decoupled)
     rows = reduction == "none"
     if gather is None and not rows and not return_stats and torch.compiler.is_compiling():
         # Eager goes without: the dispatcher costs more than a launch.
-        out = _forward_op(*arguments)
+        out = _forward_op(*inputs, *options)
     else:
-        out = _NTXent.call(*arguments, gather, rows, return_stats)
+        out = _NTXent.call(*inputs, _Options(*options, gather, rows, return_stats))
     return _result(out, 2 * len(z_a), normalize, reduction, return_stats)

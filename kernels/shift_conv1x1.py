@@ -44,13 +44,9 @@ from .dispatch import (
     plan,
     say_once,
     target_name,
+    tl,
 )
 from .temporal_shift import _folds, temporal_shift, temporal_shift_reference
-
-try:
-    import triton.language as tl
-except ImportError:
-    tl = None
 
 # Up to so many columns in all products the forward keeps the weight in shared memory while rows
 # pass: what is left is reading and writing. Above, and in the backward, tiles of BLOCK_K columns.
@@ -481,7 +477,7 @@ def _tile(what, device, columns):
 
 
 @plan
-def _forward_plan(shape, outputs, dtype, device, has_bias, n_segment, split, num_shifted):
+def _forward_plan(shape, outputs, dtype, device, has_bias, n_segment, split, num_shifted, resident):
     num, channels, height, width = shape
     area = height * width
     num_rows = num * area
@@ -496,7 +492,7 @@ def _forward_plan(shape, outputs, dtype, device, has_bias, n_segment, split, num
     row_blocks = ceil_div(num_rows, block_m)
     column_blocks = ceil_div(outputs, block_n)
     products = segments(channels, split, num_shifted)
-    if dtype.itemsize == 2 and sum(products.values()) <= RESIDENT.get(target_name(device), 128):
+    if dtype.itemsize == 2 and sum(products.values()) <= resident:
         kernel = shift_conv1x1_fwd_kernel
         # Two programs a multiprocessor walk over the rows, all blocks of columns side by side.
         walkers = max(1, min(2 * num_sms(device) // column_blocks, row_blocks))
@@ -521,9 +517,9 @@ def _forward(x, weight, bias, n_segment, split, num_shifted):
         memory_format=torch.channels_last,
     )
     has_bias = bias is not None
-    forward = _forward_plan(
-        x.shape, outputs, x.dtype, x.device, has_bias, n_segment, split, num_shifted
-    )
+    resident = RESIDENT.get(target_name(x.device), 128)
+    options = (has_bias, n_segment, split, num_shifted, resident)
+    forward = _forward_plan(x.shape, outputs, x.dtype, x.device, *options)
     forward((x, weight, bias if has_bias else y, y))
     return y
 

@@ -23,13 +23,17 @@ The Triton path takes what `nt_xent` takes. The second derivative raises.
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from .dispatch import (
     INTERPRETED,
+    LN2,
+    LOG2_E,
     Launch,
     Operation,
     breaks_graph_to_gather,
@@ -42,54 +46,54 @@ from .dispatch import (
     plan,
     save,
     target_name,
+    tl,
 )
-from .similarity import (
-    LOG2_E,
-    NORM_EPS,
+from .reference import (
     REDUCTIONS,
     Gather,
     Stats,
-    block_d,
-    comes_last,
-    empty_rows,
-    few_rows_tile,
-    inverse_norm,
-    key_ranges,
-    load_planes,
-    load_rows,
-    merge_slots,
     normalize_rows,
     own_rows_first,
-    padded,
-    planes,
     reference_lse,
     reference_tiles,
     reference_weighted_sum,
-    row_buffer,
-    shift_of,
+    tie_margin,
+    with_row_gradients,
+)
+from .similarity import (
+    Operands,
+    comes_last,
+    inverse_norm,
+    joined,
+    load_block,
+    load_planes,
+    load_rows,
+    merge_slots,
     similarities,
     slot_sums,
     stats_sums,
     store_planes,
     sum_of_programs,
     sum_ranges,
-    tie_margin,
-    tile,
     weighted_sums,
+)
+from .tiles import (
+    block_d,
+    empty_rows,
+    few_rows_tile,
+    key_ranges,
+    padded,
+    planes,
+    readable,
+    row_buffer,
+    shift_of,
+    stored,
     why_not_fused,
-    with_row_gradients,
 )
 
-try:
-    import triton.language as tl
-except ImportError:
-    tl = None
-
 # Up to so many rows tiles compare labels; above, sorting them costs less (README.md).
-COMPARED_ROWS = 100 if INTERPRETED else 16384
-# Up to so many, and so wide a row of planes, one program takes some rows through all keys.
-FEW_ROWS = 40 if INTERPRETED else 2048
-FEW_ROWS_WIDTH = 64 if INTERPRETED else 256
+# Of few rows, and so wide a row of planes, one program takes some through all keys.
+COMPARED_ROWS, FEW_ROWS, FEW_ROWS_WIDTH = (100, 40, 64) if INTERPRETED else (16384, 2048, 256)
 CLASS_SPAN = 512  # rows of a class that one program adds up
 _LABEL_TYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -124,8 +128,8 @@ def _sup_con(z, labels, temperature, normalize, gather, reduction, return_stats,
         rows = reduction != "mean"
         if gather is None and not rows and not return_stats and torch.compiler.is_compiling():
             return _forward_op(u, labels, kind, normalize, shift)[0]
-        options = (kind, normalize, shift, rows, return_stats)
-        loss, *_, row_loss, lse, positive, top1 = _SupCon.call(u, labels, gather, *options)
+        options = _Options(kind, normalize, shift, gather, rows, return_stats)
+        loss, *_, row_loss, lse, positive, top1 = _SupCon.call(u, labels, options)
     loss = loss.sum() if reduction == "sum" else loss
     return (loss, Stats(row_loss, lse, positive, top1, None, None)) if return_stats else loss
 
@@ -188,51 +192,32 @@ def _triton_positive_sum(rows, keys, labels, labels_keys, starts, ends, order):
     return sums[starts[:m]] - rows
 
 
-def _to_planes(keys, num_rows, dtype, normalized):
-    """fp32 keys, base e, as padded 16-bit planes, base 2.
-
-    -> rows (a view of the first keys), keys, are they split, are they fp16.
-    """
-    plane, split = planes(dtype, normalized)
+def _operands(keys, num_rows, options):
+    """fp32 keys, base e, of which the first are the rows, as padded 16-bit planes, base 2."""
+    plane, split = planes(getattr(torch, options.kind), options.normalized)
     num_keys, dim = keys.shape
     x = F.pad(keys * LOG2_E**0.5, (0, block_d(dim) - dim, 0, padded(num_keys) - num_keys))
     hi = x.to(plane)
     if split:
         hi = torch.cat((hi, (x - hi.float()).to(plane)), 1)
-    if INTERPRETED and plane == torch.bfloat16:
-        hi = hi.float()
-    rows = hi if num_rows == num_keys else hi[: padded(num_rows)]
-    return rows, hi, split, plane == torch.float16
+    hi = hi.to(stored(plane))
+    u = hi if num_rows == num_keys else hi[: padded(num_rows)]
+    return Operands(u, hi, num_rows, num_keys, pair_shift=0, split=split, shift=options.shift)
 
 
-def _triton_lse(rows, keys, dtype, normalized, shift, classes=None, classes_keys=None):
+def _triton_lse(rows, keys, options, classes=None, classes_keys=None):
     """-> lse (m,); with classes also each row's largest similarity in its own class, in others."""
-    u, u_keys, split, _ = _to_planes(keys, len(rows), dtype, normalized)
-    half_slot, half_row, nearest = -1, 0, ()
+    operands, nearest = _operands(keys, len(rows), options), ()
     if classes is None:
-        tops, sums, half_slot, half_row = slot_sums(
-            u, u_keys, len(rows), len(keys), 0, split, shift
-        )
+        slots = slot_sums(operands)
     else:
-        tops, sums, *nearest = stats_sums(
-            u, u_keys, len(rows), len(keys), 0, split, classes, classes_keys, classes
-        )
-    if tops is None:
-        if half_slot >= 0:
-            sums[half_slot, :half_row] = 0.0
-        lse = sums.sum(0).log2() + shift
-    else:
-        top = tops.amax(0)
-        base = top.masked_fill(top == -math.inf, 0.0)
-        lse = (sums * (tops - base).exp2()).sum(0).log2() + base
-    return lse[: len(rows)] / LOG2_E, *(x / LOG2_E for x in nearest)
+        slots, nearest = stats_sums(operands, classes, classes_keys, classes)
+    return slots.merge(options.shift)[: len(rows)] / LOG2_E, *(x / LOG2_E for x in nearest)
 
 
-def _triton_weighted_sum(rows, keys, lse_rows, lse_keys, dtype, normalized, shift):
-    u, u_keys, split, fp16 = _to_planes(keys, len(rows), dtype, normalized)
-    partial = weighted_sums(
-        u, u_keys, lse_rows * LOG2_E, lse_keys * LOG2_E, len(rows), len(keys), 0, split, shift, fp16
-    )
+def _triton_weighted_sum(rows, keys, lse_rows, lse_keys, options):
+    operands = _operands(keys, len(rows), options)
+    partial = weighted_sums(operands, lse_rows * LOG2_E, lse_keys * LOG2_E)
     return partial.sum(0)[: len(rows), : rows.shape[1]] / LOG2_E**0.5
 
 
@@ -255,15 +240,33 @@ def _groups(labels_keys):
     return starts, torch.searchsorted(ordered, labels_keys, right=True), order
 
 
-@on_device_of_first
-def _forward(u, labels, gather, kind, normalized, shift, rows=False, stats=False):
-    """-> loss, keys (K, D), lse of rows (M,) and keys (K,), mean positives (M, D), scale (), ...
+class _Options(NamedTuple):
+    """Of a call, beside its tensors."""
 
-    The loss is (), with rows=True (M,). The scale is 1/M' times the world's size. What is of the
-    keys is None where they are the rows. Then, for rows=True alone, the keys' labels and the index
-    of further gathers (K,); last the first four members of `Stats`, or None.
-    """
-    index = None
+    kind: str  # as of `_sup_con`
+    normalized: bool
+    shift: float | None
+    gather: Gather | None = None
+    rows: bool = False  # a loss for each
+    stats: bool = False
+
+
+class _Saved(NamedTuple):
+    """Of a forward for its backward."""
+
+    keys: torch.Tensor | None  # (K, D); what is of the keys is None where they are the rows
+    lse: torch.Tensor  # (M,)
+    lse_keys: torch.Tensor | None  # (K,)
+    positives: torch.Tensor  # (M, D), their means
+    scale: torch.Tensor  # (), 1/M' times the world's size
+    labels_keys: torch.Tensor | None  # (K,), and
+    index: torch.Tensor | None  # (K,), of further gathers, for rows=True alone
+
+
+@on_device_of_first
+def _forward(u, labels, options):
+    """-> the loss, (), with rows=True (M,); `_Saved`; four members of `Stats`, or None."""
+    gather, index = options.gather, None
     if gather is None:
         keys = u
         labels_keys = labels
@@ -273,68 +276,60 @@ def _forward(u, labels, gather, kind, normalized, shift, rows=False, stats=False
     num_positives = ends - starts - 1
     m = u.shape[0]
     scale = (keys.shape[0] // m) / (num_positives > 0).sum().clamp_min(1).to(u.dtype)
-    positive_sum = _reference_positive_sum if kind == "torch" else _triton_positive_sum
+    positive_sum = _reference_positive_sum if options.kind == "torch" else _triton_positive_sum
     positives = positive_sum(u, keys, labels, labels_keys, starts, ends, order)
     valid = num_positives[:m] > 0
     positives = torch.where(valid[:, None], positives / num_positives[:m, None].clamp_min(1), 0.0)
     # A class is where it starts, in 32 bits: labels of 64 would take twice the registers.
-    classes = (starts[:m].int(), starts.int()) if stats else ()
-    if kind != "torch":
-        lse, *nearest = _triton_lse(u, keys, getattr(torch, kind), normalized, shift, *classes)
-    elif stats:
+    classes = (starts[:m].int(), starts.int()) if options.stats else ()
+    if options.kind != "torch":
+        lse, *nearest = _triton_lse(u, keys, options, *classes)
+    elif options.stats:
         lse, *nearest = _nearest(u, keys, *classes)
     else:
         lse = reference_lse(u, keys, 0)
     positive = (u * positives).sum(1)
     row_loss = torch.where(valid, lse - positive, 0.0)
     members = (None,) * 4
-    if stats:
+    if options.stats:
         same, other = nearest
         members = row_loss.clone(), lse, positive, same > other + tie_margin(u)
-    loss = row_loss if rows else row_loss.sum() * scale
+    loss = row_loss if options.rows else row_loss.sum() * scale
     lse = lse.masked_fill(~valid, math.inf)
-    grouping = (labels_keys.clone(), index) if rows else (None, None)
-    if gather is None:
-        return loss, None, lse, None, positives, scale, *grouping, *members
-    return loss, keys, lse, gather(lse)[index], positives, scale, *grouping, *members
+    of_keys = {"keys": None, "lse_keys": None}
+    if gather is not None:
+        of_keys = {"keys": keys, "lse_keys": gather(lse)[index]}
+    of_rows = {"labels_keys": None, "index": None}
+    if options.rows:
+        of_rows = {"labels_keys": labels_keys.clone(), "index": index}
+    saved = _Saved(lse=lse, positives=positives, scale=scale, **of_keys, **of_rows)
+    return loss, saved, members
 
 
 @on_device_of_first
-def _backward(
-    dloss,
-    u,
-    keys,
-    lse,
-    lse_keys,
-    positives,
-    scale,
-    labels_keys,
-    index,
-    kind,
-    normalized,
-    shift,
-    gather=None,
-):
+def _backward(dloss, u, *saved, options):
+    """-> du (M, D), alone. saved: members of `_Saved`."""
+    keys, lse, lse_keys, positives, scale, labels_keys, index = _Saved(*saved)
     own = keys is None
     if own:
         keys, lse_keys = u, lse
 
     def weighted_sum(lse, lse_keys):
-        if kind == "torch":
+        if options.kind == "torch":
             with no_autocast(u.device):
                 return reference_weighted_sum(u, keys, lse, lse_keys, 0)
-        return _triton_weighted_sum(u, keys, lse, lse_keys, getattr(torch, kind), normalized, shift)
+        return _triton_weighted_sum(u, keys, lse, lse_keys, options)
 
     if not dloss.dim():
         return ((weighted_sum(lse, lse_keys) - 2 * positives) * (dloss * scale),)
-    d_keys = dloss if own else gather(dloss.contiguous())[index]
+    d_keys = dloss if own else options.gather(dloss.contiguous())[index]
     du = with_row_gradients(weighted_sum, dloss, d_keys, lse, lse_keys)
     # A row is a positive of its positives, and they have as many: their sum is weighted, too.
     starts, ends, order = groups = _groups(labels_keys)
     m = u.shape[0]
     keys = keys * d_keys[:, None]
     rows = keys if own else keys[:m]
-    positive_sum = _reference_positive_sum if kind == "torch" else _triton_positive_sum
+    positive_sum = _reference_positive_sum if options.kind == "torch" else _triton_positive_sum
     with no_autocast(u.device):
         sums = positive_sum(rows, keys, labels_keys[:m], labels_keys, *groups)
     count = (ends - starts - 1)[:m, None].clamp_min(1)
@@ -345,17 +340,18 @@ def _backward(
 
 class _SupCon(Operation):
     @staticmethod
-    def forward(u, labels, gather, *options):
-        return _forward(u, labels, gather, *options)
+    def forward(u, labels, options):
+        loss, saved, members = _forward(u, labels, options)
+        return loss, *saved, *members
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.options = *inputs[3:6], inputs[2]
+        ctx.options = inputs[2]
         save(ctx, inputs[:1], output, unsaved=4)
 
     @staticmethod
     def backward(ctx, dloss, *_):
-        return gradients(ctx, _backward, dloss, *ctx.options)
+        return gradients(ctx, functools.partial(_backward, options=ctx.options), dloss)
 
 
 @jit
@@ -368,7 +364,6 @@ def _sup_con_prepare_kernel(
     stride_zd,
     num_rows,
     dim,
-    EPS: tl.constexpr,
     FP16: tl.constexpr,
     SPLIT: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -383,7 +378,7 @@ def _sup_con_prepare_kernel(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_d = tl.arange(0, BLOCK_D)
     z = load_rows(z_ptr, rows, offs_d, stride_zn, stride_zd, num_rows, dim)
-    u = z * (inverse_norm(z, True, EPS) * tl.sqrt(1.4426950408889634 / temperature))[:, None]
+    u = z * (inverse_norm(z, True) * tl.sqrt(LOG2_E / temperature))[:, None]
     # Zeros beyond the rows: tiles load without a mask.
     store_planes(u_ptr, rows, offs_d, u, FP16, SPLIT, BLOCK_D)
 
@@ -409,7 +404,7 @@ def _finish_rows(
     """
     valid = (count > 0.0) & mask_r
     positives = tl.where(valid[:, None], positives / tl.maximum(count, 1.0)[:, None], 0.0)
-    loss = tl.where(valid, (lse - tl.sum(u * positives, 1)) * 0.6931471805599453, 0.0)
+    loss = tl.where(valid, (lse - tl.sum(u * positives, 1)) * LN2, 0.0)
     tl.store(lse_ptr + rows, tl.where(valid, lse, float("inf")), mask=mask_r)
     offs = rows.to(tl.int64)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     tl.store(positives_ptr + offs, positives, mask=mask_r[:, None])
@@ -421,6 +416,21 @@ def _finish_rows(
         scale = 1.0 / tl.maximum(sum_of_programs(valids_ptr), 1.0)
         tl.store(scale_ptr, scale)
         tl.store(loss_ptr, sum_of_programs(losses_ptr) * scale)
+
+
+@jit
+def _same_class(labels_m, labels_ptr, offs_n, num_rows):
+    """[BLOCK_M, BLOCK_N]; rows beyond the last one are of class 0."""
+    labels_n = tl.load(labels_ptr + offs_n, mask=offs_n < num_rows, other=0)
+    return labels_m[:, None] == labels_n[None, :]
+
+
+@jit
+def _add_class(acc, same, keys, keys_lo, SPLIT: tl.constexpr):
+    acc = tl.dot(same, keys, acc, input_precision="ieee")
+    if SPLIT:
+        acc = tl.dot(same, keys_lo, acc, input_precision="ieee")
+    return acc
 
 
 @jit(do_not_specialize=["num_rows"])
@@ -440,10 +450,8 @@ def _sup_con_few_rows_fwd_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """A program takes its rows through all keys: log-sum-exps, mean positives, losses."""
-    offs_d = tl.arange(0, BLOCK_D)
-    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_m, offs_d, rows, rows_lo = load_block(u_ptr, SPLIT, BLOCK_M, BLOCK_D)
     mask_m = offs_m < num_rows
-    rows, rows_lo = load_planes(u_ptr, offs_m, offs_d, SPLIT, BLOCK_D)
     labels_m = tl.load(labels_ptr + offs_m, mask=mask_m, other=0)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)  # summed over the warps once, at the end
     # The same number 16 times: a product with ones needs fewer registers.
@@ -453,23 +461,16 @@ def _sup_con_few_rows_fwd_kernel(
     for start in range(0, num_rows, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
         keys, keys_lo = load_planes(u_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
-        labels_n = tl.load(labels_ptr + offs_n, mask=offs_n < num_rows, other=0)
+        same = _same_class(labels_m, labels_ptr, offs_n, num_rows)
         e = tl.exp2(similarities(rows, rows_lo, keys, keys_lo, SPLIT) - shift)  # [BLOCK_M, BLOCK_N]
         other = (offs_m[:, None] != offs_n[None, :]) & (offs_n < num_rows)[None, :]
         total += tl.where(other, e, 0.0)
-        same = tl.where(other & (labels_m[:, None] == labels_n[None, :]), 1.0, 0.0)
-        same = same.to(keys.dtype)
+        same = tl.where(other & same, 1.0, 0.0).to(keys.dtype)
         count = tl.dot(same, ones, count, input_precision="ieee")
-        positives = tl.dot(same, keys, positives, input_precision="ieee")
-        if SPLIT:
-            positives = tl.dot(same, keys_lo, positives, input_precision="ieee")
-    u = rows.to(tl.float32)
-    if SPLIT:
-        u += rows_lo.to(tl.float32)
-    lse = shift + tl.log2(tl.sum(total, 1))
+        positives = _add_class(positives, same, keys, keys_lo, SPLIT)
     _finish_rows(
-        u,
-        lse,
+        joined(rows, rows_lo, SPLIT),
+        shift + tl.log2(tl.sum(total, 1)),
         positives,
         tl.max(count, 1),
         offs_m,
@@ -479,7 +480,7 @@ def _sup_con_few_rows_fwd_kernel(
         partials_ptr,
         loss_ptr,
         scale_ptr,
-        BLOCK_D,
+        BLOCK_D=BLOCK_D,
     )
 
 
@@ -510,12 +511,8 @@ def _sup_con_positives_kernel(
     for start in range(begin, tl.minimum(begin + keys_per_range, num_rows), BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
         keys, keys_lo = load_planes(u_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
-        labels_n = tl.load(labels_ptr + offs_n, mask=offs_n < num_rows, other=0)
-        same = tl.where(labels_m[:, None] == labels_n[None, :], 1.0, 0.0)  # [BLOCK_M, BLOCK_N]
-        same = same.to(keys.dtype)
-        acc = tl.dot(same, keys, acc, input_precision="ieee")
-        if SPLIT:
-            acc = tl.dot(same, keys_lo, acc, input_precision="ieee")
+        same = tl.where(_same_class(labels_m, labels_ptr, offs_n, num_rows), 1.0, 0.0)
+        acc = _add_class(acc, same.to(keys.dtype), keys, keys_lo, SPLIT)
     slot_ptr = partial_ptr + key_range.to(tl.int64) * stride_slot
     tl.store(slot_ptr + offs_m.to(tl.int64)[:, None] * BLOCK_D + offs_d[None, :], acc)
 
@@ -561,23 +558,19 @@ def _sup_con_finish_kernel(
         half_slot,
         half_row,
         stride_slot,
-        SHIFTED,
-        SLOTS,
-        BLOCK_R,
+        SHIFTED=SHIFTED,
+        SLOTS=SLOTS,
+        BLOCK_R=BLOCK_R,
     )
     u, u_lo = load_planes(u_ptr, rows, offs_d, SPLIT, BLOCK_D)
-    u = u.to(tl.float32)
-    if SPLIT:
-        u += u_lo.to(tl.float32)
+    u = joined(u, u_lo, SPLIT)
     positives = sum_ranges(partial_ptr, rows, offs_d, num_ranges, stride_range, BLOCK_R, BLOCK_D)
     labels_r = tl.load(labels_ptr + rows, mask=mask_r, other=0)
     count = tl.full([BLOCK_R], -1.0, tl.float32)  # without the row itself
     for start in range(0, num_rows, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
-        inside = offs_n < num_rows
-        labels_n = tl.load(labels_ptr + offs_n, mask=inside, other=0)
-        same = (labels_r[:, None] == labels_n[None, :]) & inside[None, :]
-        count += tl.sum(tl.where(same, 1.0, 0.0), 1)
+        same = _same_class(labels_r, labels_ptr, offs_n, num_rows)
+        count += tl.sum(tl.where(same & (offs_n < num_rows)[None, :], 1.0, 0.0), 1)
     _finish_rows(
         u,
         lse,
@@ -590,7 +583,7 @@ def _sup_con_finish_kernel(
         partials_ptr,
         loss_ptr,
         scale_ptr,
-        BLOCK_D,
+        BLOCK_D=BLOCK_D,
     )
 
 
@@ -609,7 +602,6 @@ def _sup_con_epilogue_kernel(
     dim,
     num_slots,
     stride_slot,
-    EPS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -618,14 +610,14 @@ def _sup_con_epilogue_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     mask_r = rows < num_rows
     z = load_rows(z_ptr, rows, offs_d, stride_zn, stride_zd, num_rows, dim)
-    inverse = inverse_norm(z, True, EPS)
+    inverse = inverse_norm(z, True)
     z = z * inverse[:, None]
     dz = sum_ranges(partial_ptr, rows, offs_d, num_slots, stride_slot, BLOCK_R, BLOCK_D)
     ptrs = positives_ptr + rows[:, None] * BLOCK_D + offs_d[None, :]
     dz -= 2.0 * tl.load(ptrs, mask=mask_r[:, None], other=0.0)
     # Sums of u = z sqrt(log2(e) / tau).
     scale = tl.load(dloss_ptr).to(tl.float32) * tl.load(scale_ptr)
-    dz = dz * (scale / tl.sqrt(temperature * 1.4426950408889634))
+    dz = dz * (scale / tl.sqrt(temperature * LOG2_E))
     dz = (dz - z * tl.sum(z * dz, 1)[:, None]) * inverse[:, None]
     mask = mask_r[:, None] & (offs_d < dim)[None, :]
     ptrs = dz_ptr + rows[:, None] * dim + offs_d[None, :]
@@ -648,7 +640,6 @@ def _few_plan(shape, dtype, device, strides, label_dtype):
     width = block_d(dim)
     block_r = _block_r(width)
     constants = {
-        "EPS": NORM_EPS,
         "FP16": plane == torch.float16,
         "SPLIT": split,
         "BLOCK_R": block_r,
@@ -658,35 +649,25 @@ def _few_plan(shape, dtype, device, strides, label_dtype):
     prepare = Launch(_sup_con_prepare_kernel, grid, (*strides, num_rows, dim), constants)
     if num_rows > FEW_ROWS or buffer[0][1] > FEW_ROWS_WIDTH:
         return *buffer, ceil_div(num_rows, block_r), split, prepare, None
-    block_m, block_n, warps, stages = few_rows_tile(target_name(device))
-    constants = {"SPLIT": split, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": width}
-    grid = (ceil_div(num_rows, block_m),)
-    integers = (num_rows,)
-    forward = Launch(_sup_con_few_rows_fwd_kernel, grid, integers, constants, warps, stages)
+    tile = few_rows_tile(target_name(device))
+    grid = (ceil_div(num_rows, tile.block_m),)
+    forward = tile.launch(_sup_con_few_rows_fwd_kernel, grid, (num_rows,), split, width, {})
     return *buffer, *grid, split, prepare, forward
 
 
 @plan
 def _positives_plan(shape, dtype, device, num_rows, split, label_dtype):
     """-> the shape of the sums, the launch."""
-    size, width = shape[0], shape[1] // (2 if split else 1)
-    block_m, block_n, warps, stages, *_ = tile("bwd", 1 + split, width, target_name(device))
-    blocks = size // block_m
-    num_ranges, per_range = key_ranges(blocks, num_rows, block_n, 4 * size * width, device)
-    integers = (num_rows, per_range, size * width)
-    constants = {"SPLIT": split, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": width}
-    grid = (blocks, num_ranges)
-    launch = Launch(_sup_con_positives_kernel, grid, integers, constants, warps, stages)
-    return (num_ranges, size, width), launch
+    size, width = shape[0], shape[1] // (1 + split)
+    cut = key_ranges("bwd", shape, split, num_rows, 4 * width, device)
+    launch = cut.launch(_sup_con_positives_kernel, (num_rows, cut.per_range, size * width))
+    return (cut.num_ranges, size, width), launch
 
 
 @plan
-def _finish_plan(
-    num_rows, slots, half_slot, half_row, ranges, device, dtype, split, shifted, label_dtype
-):
-    """The launch. slots, ranges: shapes of what the tiles left."""
+def _finish_plan(num_rows, of_slots, ranges, device, dtype, split, shifted, label_dtype):
+    """The launch. of_slots: the integers of `Slots`; ranges: the shape of the positives' sums."""
     block_r = _block_r(ranges[2])
-    of_slots = (slots[0], half_slot, half_row, slots[1])
     integers = (num_rows, *of_slots, ranges[0], ranges[1] * ranges[2])
     constants = {
         "SHIFTED": shifted,
@@ -703,7 +684,7 @@ def _finish_plan(
 def _few_forward(z, labels, temperature):
     """-> loss (), rows u, their lse (M,), mean positives (M, BLOCK_D), 1/M' ()."""
     num_rows, dtype, device = z.shape[0], z.dtype, z.device
-    z = z.float() if INTERPRETED and dtype == torch.bfloat16 else z
+    z = readable(z)
     labels = labels.contiguous()
     shape, plane, programs, split, prepare, forward = _few_plan(
         z.shape, dtype, device, z.stride(), labels.dtype
@@ -721,15 +702,21 @@ def _few_forward(z, labels, temperature):
     if forward is not None:
         forward((u, labels, *results), shift)
         return loss, u, lse, positives, scale
-    tops, sums, half_slot, half_row = slot_sums(u, u, num_rows, num_rows, 0, split, shift)
+    slots = slot_sums(Operands(u, u, num_rows, num_rows, pair_shift=0, split=split, shift=shift))
     ranges, add_positives = _positives_plan(shape, plane, device, num_rows, split, labels.dtype)
     partial = torch.empty(ranges, dtype=torch.float32, device=device)
     add_positives((u, labels, partial))
-    of_slots = (sums.shape, half_slot, half_row)
     finish = _finish_plan(
-        num_rows, *of_slots, ranges, device, plane, split, tops is None, labels.dtype
+        num_rows,
+        slots.integers(),
+        ranges,
+        device,
+        plane,
+        split,
+        shifted=slots.tops is None,
+        label_dtype=labels.dtype,
     )
-    finish((u, sums if tops is None else tops, sums, labels, partial, *results), shift)
+    finish((u, *slots.pointers(), labels, partial, *results), shift)
     return loss, u, lse, positives, scale
 
 
@@ -739,18 +726,17 @@ def _epilogue_plan(shape, dtype, device, strides, ranges):
     num_rows, dim = shape
     block_r = _block_r(ranges[2])
     integers = (*strides, num_rows, dim, ranges[0], ranges[1] * ranges[2])
-    constants = {"EPS": NORM_EPS, "BLOCK_R": block_r, "BLOCK_D": ranges[2]}
+    constants = {"BLOCK_R": block_r, "BLOCK_D": ranges[2]}
     return Launch(_sup_con_epilogue_kernel, (ceil_div(num_rows, block_r),), integers, constants)
 
 
 @on_device_of_first
 def _few_backward(dloss, z, u, lse, positives, scale, temperature):
     num_rows, dtype = z.shape[0], z.dtype
-    plane, split = planes(dtype, True)
-    fp16 = plane == torch.float16
-    shift = shift_of(temperature, True)
-    partial = weighted_sums(u, u, lse, lse, num_rows, num_rows, 0, split, shift, fp16)
-    z = z.float() if INTERPRETED and dtype == torch.bfloat16 else z
+    split, shift = planes(dtype, True)[1], shift_of(temperature, True)
+    operands = Operands(u, u, num_rows, num_rows, pair_shift=0, split=split, shift=shift)
+    partial = weighted_sums(operands, lse, lse)
+    z = readable(z)
     dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     epilogue = _epilogue_plan(z.shape, dtype, z.device, z.stride(), partial.shape)
     epilogue((z, dloss, scale, partial, positives, dz), temperature)
@@ -821,8 +807,8 @@ _few_forward_op.register_autograd(_differentiate_few, setup_context=_save_few)
 def _forward_op(
     u: torch.Tensor, labels: torch.Tensor, kind: str, normalized: bool, shift: float | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    loss, _, lse, _, positives, scale, *_ = _forward(u, labels, None, kind, normalized, shift)
-    return loss, lse, positives, scale
+    loss, saved, _ = _forward(u, labels, _Options(kind, normalized, shift))
+    return loss, saved.lse, saved.positives, saved.scale
 
 
 @_forward_op.register_fake
@@ -841,8 +827,8 @@ def _backward_op(
     normalized: bool,
     shift: float | None,
 ) -> torch.Tensor:
-    saved = (u, None, lse, None, positives, scale, None, None)
-    return _backward(dloss, *saved, kind, normalized, shift)[0]
+    saved = _Saved(None, lse, None, positives, scale, labels_keys=None, index=None)
+    return _backward(dloss, u, *saved, options=_Options(kind, normalized, shift))[0]
 
 
 @_backward_op.register_fake

@@ -34,12 +34,8 @@ from .dispatch import (
     jit,
     on_device_of_first,
     plan,
+    tl,
 )
-
-try:
-    import triton.language as tl
-except ImportError:
-    tl = None
 
 PADDINGS = ("zero", "replicate", "circulant")
 # Elements of a program: 16-byte accesses for 16-bit types, 32 registers.

@@ -18,7 +18,7 @@ import tempfile
 
 import pytest
 
-from kernels import similarity
+from kernels import similarity, tiles
 from kernels.temporal_shift import temporal_shift_kernel
 
 pytestmark = pytest.mark.kernels
@@ -148,7 +148,7 @@ def similarity_cases(target, every):
         ]
     for planes, element, block_d in chosen:
         for name in ("half", "full", "bwd", "stats"):
-            tile = similarity.tile(name.replace("stats", "bwd"), planes, block_d, target)
+            tile = tiles.tile(name.replace("stats", "bwd"), planes == 2, block_d, target)
             if tile is None or (
                 name == "half" and (planes, element) == (2, "bf16")
             ):  # rows of unknown length: full grid
@@ -159,7 +159,7 @@ def similarity_cases(target, every):
                 "bwd": similarity.bwd_kernel,
                 "stats": similarity.stats_kernel,
             }[name]
-            block_m, block_n, warps, stages, *_ = tile
+            block_m, block_n, warps, stages, _ = tile
             sums = (
                 "slots_ptr",
                 "tops_ptr",
@@ -241,7 +241,6 @@ def loss_cases(target):
     common = {
         "TEMPERATURE_IS_TENSOR": True,
         "NORMALIZE": True,
-        "EPS": 1e-12,
         "DECOUPLED": False,
         "BLOCK_P": 16,
     }
@@ -288,10 +287,10 @@ def loss_cases(target):
             }
         if kernel is supervised._sup_con_positives_kernel:
             for planes, element, block_d in ((1, "bf16", 128), (2, "fp16", 128), (1, "bf16", 512)):
-                tile = similarity.tile("bwd", planes, block_d, target)
+                tile = tiles.tile("bwd", planes == 2, block_d, target)
                 if tile is None:
                     continue
-                block_m, block_n, warps, stages, *_ = tile
+                block_m, block_n, warps, stages, _ = tile
                 typed = types | {"u_ptr": f"*{element}"}
                 sized = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d}
                 label = f"{kernel.__name__} {element}{' hi+lo' if planes == 2 else ''} D={block_d}"
@@ -307,7 +306,7 @@ def loss_cases(target):
         if "few_rows" not in kernel.__name__:
             yield kernel.__name__, kernel, types, constants, warps, stages
             continue
-        block_m, block_n, warps, stages = similarity.few_rows_tile(target)
+        block_m, block_n, warps, stages, _ = tiles.few_rows_tile(target)
         constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n}
         widths = [("bf16", 128, False), ("fp16", 64, True)]
         if kernel is supervised._sup_con_few_rows_fwd_kernel:

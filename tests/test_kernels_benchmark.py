@@ -3,13 +3,15 @@ kernel.
 """
 
 import json
+import sys
 
 import pytest
 import torch
 
 import kernels.benchmark
 import kernels.dispatch
-import kernels.similarity
+import kernels.tiles
+from kernels import shift_conv1x1_reference
 from tests.runs import ended
 
 pytestmark = pytest.mark.kernels
@@ -120,27 +122,29 @@ def test_the_bounds_are_those_written_down(monkeypatch):
 def test_a_sweep_times_tiles_and_prints_the_tables_row(tmp_path, capsys):
     file = tmp_path / "sweep.json"
     argv = ["--sweep", "--cpu", "--quick", "--dtype", "float16", "--dim", "20", "--json", str(file)]
-    before = kernels.similarity.tile
+    before = kernels.tiles.tile
     kernels.benchmark.main(argv)
     report = json.loads(file.read_text())
     assert report["timed"] == report["tiles"] == len(report["rows"]) == 6
     assert {row["kernel"] for row in report["rows"]} == {"bwd", "half", "full"}
     assert all(row["error"] < 1e-3 and row["ms"] > 0 for row in report["rows"])
-    (paste,) = report["paste"]
-    (shape, row), best = eval("{" + paste + "\n}").popitem(), []
+    target, *paste = report["paste"]
+    assert target == "# interpreter"
+    rows = eval("{" + "\n".join(paste) + "\n}")
     for kernel in ("half", "full", "bwd"):
         of_kernel = [row for row in report["rows"] if row["kernel"] == kernel]
-        best.append(tuple(min(of_kernel, key=lambda row: row["ms"])["tile"]))
-    assert shape == (1, 32) and row == tuple(best) and paste.endswith("# interpreter")
-    assert paste in capsys.readouterr().out and kernels.similarity.tile is before
+        best = kernels.tiles.Tile(*min(of_kernel, key=lambda row: row["ms"])["tile"])
+        assert kernels.tiles.Tile(*rows[kernel, "bf16", 64]) == best
+    assert "\n".join(report["paste"]) in capsys.readouterr().out
+    assert kernels.tiles.tile is before
 
 
 @pytest.mark.skipif(not kernels.dispatch.INTERPRETED, reason="in Triton's interpreter")
 def test_a_tile_that_is_wrong_or_does_not_fit_is_no_choice(monkeypatch, capsys):
-    result = kernels.benchmark.Problem.result
+    result, wrong = kernels.benchmark.Problem.result, (16, 16, 1, 1, False, 0)
 
     def broken(self, kernel):
-        if self.table(kernel) != (16, 16, 1, 1):
+        if self.table(kernel) != wrong:
             return result(self, kernel)
         if kernel == "half":
             raise RuntimeError("out of resource: shared memory\nand more")
@@ -151,7 +155,7 @@ def test_a_tile_that_is_wrong_or_does_not_fit_is_no_choice(monkeypatch, capsys):
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     failed = [row["failed"] for row in report["rows"] if "failed" in row]
     assert failed == ["out of resource: shared memory"]
-    assert "((16, 32, 1, 1), (16, 32, 1, 1), (16, 32, 1, 1))" in report["paste"][0]
+    assert [row.partition(": ")[2] for row in report["paste"][1:]] == ["(16, 32, 1, 1),"] * 3
 
 
 @pytest.mark.parametrize(
@@ -173,3 +177,36 @@ def test_without_a_gpu_it_says_what_to_do(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert ended(kernels.benchmark.main, []) == 2
     assert "--cpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("dtype", "shares"), [(torch.bfloat16, {0, 2, 4}), (torch.float32, {0})])
+def test_a_sweep_tries_the_variants_of_the_backward_after_its_plain_tiles(dtype, shares):
+    problem = kernels.benchmark.Problem(torch.device("cpu"), dtype, 32, 16, 0.1)
+    tried = kernels.benchmark.tiles_of("bwd", problem, quick=False)
+    plain = [not tile.ahead and not tile.polynomial for tile in tried]
+    assert plain == sorted(plain, reverse=True) and len(set(tried)) == len(tried)
+    assert {tile.polynomial for tile in tried} == shares
+    assert {tile.ahead for tile in tried} == {False, True}
+    forward = kernels.benchmark.tiles_of("half", problem, quick=False)
+    assert all(tile == tile[:4] + (False, 0) for tile in forward)
+
+
+@pytest.mark.skipif(not kernels.dispatch.INTERPRETED, reason="in Triton's interpreter")
+def test_a_convolution_of_few_channels_is_timed_with_the_looped_kernel_too(monkeypatch):
+    """On a GPU; the choice between the two stays what it was."""
+    module = sys.modules["kernels.shift_conv1x1"]
+    resident, looped = module.shift_conv1x1_fwd_kernel, module.shift_conv1x1_fwd_loop_kernel
+    launched, launch = [], type(looped).__getitem__
+    monkeypatch.setattr(
+        type(looped), "__getitem__", lambda self, grid: launched.append(self) or launch(self, grid)
+    )
+    functions = kernels.benchmark.variants("shift_conv1x1", 0, True, False, 0.1)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, 16, 3, 3, generator=generator).half()
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight = torch.randn(24, 16, generator=generator).half()
+    truth = shift_conv1x1_reference(x.double(), weight.double(), None, 8)
+    for name in ("fused, forward looped", "ours (Triton)"):
+        y = functions[name](x, weight, 8)
+        assert ((y - truth).norm() / truth.norm()).item() < 1e-3
+    assert launched == [looped, resident]

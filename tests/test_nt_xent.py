@@ -10,15 +10,21 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed
 import torch.nn.functional as F
 
 import kernels.dispatch
+import kernels.reference
 import kernels.similarity
+import kernels.tiles
 from common import metrics
 from kernels import nt_xent, nt_xent_reference
+from kernels.dispatch import tl
+from kernels.similarity import Operands, polynomial_exp2
+from kernels.tiles import Tile
 
 pytestmark = pytest.mark.kernels
 
@@ -86,7 +92,7 @@ def test_reference_is_the_same_for_every_tile_size(monkeypatch):
     z_a, z_b = views(37, 8, torch.float64)
     expected = run(nt_xent_reference, z_a, z_b, 0.2)
     for tile in (2, 8, 30, 64, 256):
-        monkeypatch.setattr(kernels.similarity, "REFERENCE_TILE", tile)
+        monkeypatch.setattr(kernels.reference, "REFERENCE_TILE", tile)
         for got, truth in zip(run(nt_xent_reference, z_a, z_b, 0.2), expected, strict=True):
             torch.testing.assert_close(got, truth, rtol=1e-12, atol=1e-14)
 
@@ -173,7 +179,7 @@ def scores(stats, temperature):
 )
 @pytest.mark.parametrize("n", [1, 9, 40])
 def test_statistics_are_those_of_the_whole_matrix(n, impl, dtype, decoupled, monkeypatch):
-    monkeypatch.setattr(kernels.similarity, "REFERENCE_TILE", 32)
+    monkeypatch.setattr(kernels.reference, "REFERENCE_TILE", 32)
     z_a, z_b = views(n, 6, dtype, noise=1.5)
     loss, stats = nt_xent(z_a, z_b, 0.2, decoupled=decoupled, return_stats=True, impl=impl)
     z = F.normalize(torch.cat((z_a, z_b)).double())
@@ -306,7 +312,7 @@ def test_passes_over_the_half_grid_change_nothing(monkeypatch, forget_plans):
         z_a, z_b = views(n, 8)
         expected = run(nt_xent, z_a, z_b, 0.2, impl="triton")
         with monkeypatch.context() as patch:
-            patch.setattr(kernels.similarity, "SLOT_BYTES", 4 * 192)
+            patch.setattr(kernels.tiles, "SLOT_BYTES", 4 * 192)
             forget_plans()
             got = run(nt_xent, z_a, z_b, 0.2, impl="triton")
         assert relative(got[0], expected[0]) < 1e-6 and relative(got[1], expected[1]) < 1e-6
@@ -319,40 +325,78 @@ def test_blocks_narrower_than_the_padding_leave_no_padded_row_in_the_sums(
     """A GPU pads to 128 rows and often works on 64 at a time: then the ragged block is not the last
     of the buffer.
     """
-    monkeypatch.setattr(kernels.similarity, "BLOCK", 64)
-    monkeypatch.setattr(kernels.similarity, "tile", lambda *_: (16, 32, 1, 1))
+    monkeypatch.setattr(kernels.tiles, "BLOCK", 64)
+    monkeypatch.setattr(kernels.tiles, "tile", lambda *_: Tile(16, 32, 1, 1))
     z_a, z_b = views(n, 20)
     loss, grad = run(nt_xent, z_a, z_b, 0.5, impl="triton")
     true_loss, true_grad = run(nt_xent_reference, z_a.double(), z_b.double(), 0.5)
     assert relative(loss, true_loss) < 1e-6 and relative(grad, true_grad) < 1e-5
 
 
-@pytest.mark.parametrize("ahead", [(), (True,)])
-@pytest.mark.parametrize("tile", [(16, 32), (32, 16), (64, 16)])
+@pytest.mark.parametrize(
+    ("tile", "ahead", "polynomial"),
+    [
+        *((tile, ahead, 0) for tile in [(16, 32), (32, 16), (64, 16)] for ahead in (False, True)),
+        ((16, 32), False, 2),
+        ((32, 16), True, 4),
+    ],
+)
 def test_backward_tiles_mask_the_diagonal_and_the_ragged_end_and_nothing_else(
-    monkeypatch, tile, ahead, forget_plans
+    monkeypatch, tile, ahead, polynomial, forget_plans
 ):
     """Ranges of keys in which the diagonal's blocks are all, some, none or the ragged one."""
-    monkeypatch.setattr(kernels.similarity, "BLOCK", 64)
-    monkeypatch.setattr(kernels.similarity, "tile", lambda *_: (*tile, 1, 1, *ahead))
-    generator = torch.Generator().manual_seed(sum(tile))
+    monkeypatch.setattr(kernels.tiles, "BLOCK", 64)
+    monkeypatch.setattr(kernels.tiles, "tile", lambda *_: Tile(*tile, 1, 1, ahead, polynomial))
+    generator, worst = torch.Generator().manual_seed(sum(tile)), 0.0
     for num_rows, num_keys in [(2, 2), (34, 98), (64, 64), (66, 66)]:
         for pair_shift, shift in ((0, 12.0), (1, 12.0), (1, None)):
             forget_plans()
-            keys = torch.zeros(kernels.similarity.padded(num_keys), 16)  # zeros beyond the keys
+            keys = torch.zeros(kernels.tiles.padded(num_keys), 16)  # zeros beyond the keys
             keys[:num_keys] = torch.randn(num_keys, 16, generator=generator)
-            u = keys[: kernels.similarity.padded(num_rows)]
+            u = keys[: kernels.tiles.padded(num_rows)]
             lse = 5 + torch.rand(num_keys, generator=generator)
-            got = kernels.similarity.weighted_sums(
-                u, keys, lse[:num_rows], lse, num_rows, num_keys, pair_shift, False, shift, False
-            )
+            operands = Operands(u, keys, num_rows, num_keys, pair_shift, False, shift)
+            got = kernels.similarity.weighted_sums(operands, lse[:num_rows], lse)
             exact = keys[:num_keys].double() * math.log(2) ** 0.5  # base 2 to base e
             natural = lse.double() * math.log(2)
-            truth = kernels.similarity.reference_weighted_sum(
+            truth = kernels.reference.reference_weighted_sum(
                 exact[:num_rows], exact, natural[:num_rows], natural, pair_shift
             )
             truth = truth / math.log(2) ** 0.5
-            assert relative(got.double().sum(0)[:num_rows], truth) < 1e-5
+            error = relative(got.double().sum(0)[:num_rows], truth)
+            assert error < (7.5e-5 if polynomial and shift else 1e-5)
+            worst = max(worst, error)
+    assert (worst > 1e-5) == (polynomial > 0)
+
+
+@kernels.dispatch.jit
+def apply(x_ptr, y_ptr, WIDTH: tl.constexpr):
+    offs = tl.arange(0, WIDTH)
+    tl.store(y_ptr + offs, polynomial_exp2(tl.load(x_ptr + offs)))
+
+
+@pytest.mark.skipif(not kernels.dispatch.INTERPRETED, reason="in Triton's interpreter")
+def test_the_polynomial_is_the_best_of_its_degree_and_each_operation_numpys():
+    x = torch.linspace(-126, 127, 2**16)
+    got = torch.empty_like(x)
+    apply[(1,)](x, got, len(x))
+    one, big = np.float32(1), np.float32(1.5 * 2**23)
+    terms = [np.float32(getattr(kernels.similarity, f"_EXP2_{i}")) for i in range(4)]
+    n = x.numpy() + big
+    rest = x.numpy() - (n - big)
+    power = rest * (rest * (rest * terms[3] + terms[2]) + terms[1]) + terms[0]
+    expected = power * np.ldexp(one, (n - big).astype(int))
+    assert expected.dtype == np.float32 and np.array_equal(got.numpy(), expected)
+    error = (got.double() / x.double().exp2() - 1).abs().max().item()
+    assert error < 7.6e-5 < torch.finfo(torch.float16).eps / 4  # half a unit of a weight
+    # Chebyshev: of degree 3 none is better that errs five times as much, by turns to either side.
+    rest = np.linspace(-0.5, 0.5, 10001)
+    errors = np.polynomial.polynomial.polyval(rest, np.float64(terms)) / np.exp2(rest) - 1
+    turns = np.flatnonzero(np.diff(np.sign(np.diff(errors)))) + 1
+    extremes = errors[[0, *turns, -1]] * [1, -1, 1, -1, 1]
+    np.testing.assert_allclose(extremes, extremes[0], rtol=1e-3)
+    apply[(1,)](torch.full((16,), math.nan), got, 16)
+    assert got[:16].isnan().all()
 
 
 def not_finite(results):

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed
 
+import kernels.reference
 import kernels.similarity
 from kernels import nt_xent_reference, sup_con, sup_con_reference
 
@@ -127,7 +128,7 @@ def test_rows_and_their_gradients_are_the_papers_formula(m, temperature, impl):
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("m", [5, 30, 67])
 def test_statistics_are_those_of_the_whole_matrix(m, impl, monkeypatch):
-    monkeypatch.setattr(kernels.similarity, "REFERENCE_TILE", 32)
+    monkeypatch.setattr(kernels.reference, "REFERENCE_TILE", 32)
     z, labels = batch(m, 6, 4)
     expected = run(sup_con, z, labels, 0.2, impl=impl)
     z = z.requires_grad_()
