@@ -257,8 +257,12 @@ def fused_basis(args, rows: Rows, train: np.ndarray, k: int | None):
     # TF-IDF features and further layers are the same text once more, not another channel to be
     # checked by it.
     peers = rows.of_text if anchor else frozenset()
+    pair = None
+    if args.mode != "umc" and {ANCHOR, "words"} < rows.of_text & {*rows.names}:
+        # What the first layer and the words share are acts, and the last layer adds topics.
+        pair = (ANCHOR, "words")
     basis, weights, anchor = umc.weighted_basis(
-        inputs, rows.as_is, anchor, k, components, args.seed, peers=peers
+        inputs, rows.as_is, anchor, k, components, args.seed, peers=peers, pair=pair
     )
     return basis, weights, anchor, k, estimate
 
