@@ -712,28 +712,29 @@ def finish_clustering(
     """The test metrics of the chosen model, of the last epoch, of the models `before` and of
     k-means without training; writes the tables of the report.
     """
-    everything = np.arange(len(run.data))
+    everything, train_split = np.arange(len(run.data)), run.splits["train"]
+    start = []  # where the training rows were, and in which clusters
 
     def test(network, _, name="cluster"):
         z = evaluate(run, network, everything, progress)
-        raw = evaluate(run, network, run.splits["train"], progress, raw=True)
+        raw = evaluate(run, network, train_split, progress, raw=True)
         centroids = network.centroids.cpu()
         with progress.interruptible():
+            clusters, _ = clustering.nearest(z[train_split], centroids)
             scores = deep_cluster.test_scores(run, name, z, centroids)
-        return scores, (z, centroids, raw)
+        start[:] = start or [raw, clusters]
+        progress.forget_evaluated()
+        return scores | deep_cluster.changes(name, *start, raw, clusters), (z, centroids)
 
-    results, chosen = test_best_and_last(progress, model, test)
-    found = {}
+    results = {}
     for name, network in before.items():
-        fresh = Targets(len(run.splits["train"]))
+        fresh = Targets(len(train_split))
         find_clusters(run, network, progress, fresh)
         _, values = eval_stability(run, name, network, progress, fresh)
-        scores, found[name] = test(network, values, name)
-        results |= deep_cluster.compared(scores | values)
+        results |= deep_cluster.compared(values | test(network, values, name)[0])
+    tested, (z, centroids) = test_best_and_last(progress, model, test)
     with progress.interruptible():
-        results |= deep_cluster.changes(run, found | {"cluster": chosen})
-        results = deep_cluster.baselines(run) | results
-    z, centroids, _ = chosen
+        results = deep_cluster.baselines(run) | results | tested
     correlation = deep_cluster.tracking(run)
     if correlation is not None:
         results["cluster/train/stability_tracks_nmi"] = correlation

@@ -47,6 +47,7 @@ from common.data.groups import group_items
 from common.data.images import SQUARE
 from common.data.pack import PackedImages
 from common.data.perturb import LEVELS, perturb
+from common.data.self_blend import with_pseudo_fakes
 from common.distill import add_distillation
 from common.errors import InputError, as_input_error, only_warn, plural, say
 from common.export import PROBABILITIES, ExportSpec
@@ -176,6 +177,13 @@ def parse_args(argv: list[str] | None = None):
         ["clip", "none"],
         "clip",
         "how training clips vary; clip: mirrored and color-jittered, all frames alike",
+    )
+    group.choice(
+        "--pseudo-fakes",
+        ["none", "sbi"],
+        "none",
+        "fakes made in training; sbi: about half of a batch's fakes are real clips of it, blended"
+        " with themselves",
     )
     group.number(
         "--image-size",
@@ -486,7 +494,11 @@ def frames_of(run: Run, batch: Batch, change: Callable | None = None) -> Tensor:
     """Normalized frames (n * T, 3, s, s) of clips (n, T, 3, h, h), augmented in training: one draw
     for all frames of a clip. `change` is done to the decoded frames.
     """
-    frames = batch.inputs.flatten(0, 1)
+    clips = batch.inputs
+    if batch.epoch is not None and run.args.pseudo_fakes == "sbi":
+        labels = run.data.labels[batch.items % len(run.data)]
+        clips = with_pseudo_fakes(clips, labels, run.args.seed, batch.epoch, batch.items)
+    frames = clips.flatten(0, 1)
     if change is not None:
         frames = change(frames, seed=int(batch.items[0]))
     size = run.model_spec["image_size"]
@@ -829,7 +841,9 @@ def evaluate_on(parser, args, world: dist.Dist, loaded: LoadedRun, threshold: fl
         own = videos.fingerprint == (stored.get("identity") or {}).get("data")
         own |= is_same_path(path, stored.get("data"))
         test = scored_videos(args, videos, own, bool(stored.get("allow_shared_persons")), world.say)
-        if args.perturb and len(set(videos.labels[test])) < 2:
+        labels = videos.labels[test]
+        has_auc = len(set(labels)) == 2
+        if args.perturb and not has_auc:
             raise InputError(
                 f"--perturb: {videos.name} has no AUC, which needs real and fake videos"
             )
@@ -837,8 +851,7 @@ def evaluate_on(parser, args, world: dist.Dist, loaded: LoadedRun, threshold: fl
         logits, frames = evaluate(run, model, test, each_frame=True)
         scores = metrics.video_scores(logits)
         values = score(run, "eval/test", test, logits, threshold)
-        labels = videos.labels[test]
-        if len(set(labels)) == 2:
+        if has_auc:
             of_frame = np.repeat(labels, frames[0].numel())
             values["eval/test/frame_auc"] = metrics.detection(of_frame, frames.flatten())["auc"]
         facts = {

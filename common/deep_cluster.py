@@ -257,8 +257,12 @@ def fused_basis(args, rows: Rows, train: np.ndarray, k: int | None):
     # TF-IDF features and further layers are the same text once more, not another channel to be
     # checked by it.
     peers = rows.of_text if anchor else frozenset()
+    pair = None
+    if args.mode != "umc" and {ANCHOR, "words"} < rows.of_text & {*rows.names}:
+        # What the first layer and the words share are acts, and the last layer adds topics.
+        pair = (ANCHOR, "words")
     basis, weights, anchor = umc.weighted_basis(
-        inputs, rows.as_is, anchor, k, components, args.seed, peers=peers
+        inputs, rows.as_is, anchor, k, components, args.seed, peers=peers, pair=pair
     )
     return basis, weights, anchor, k, estimate
 
@@ -399,7 +403,8 @@ def test_scores(run: Run, name: str, z: Tensor, centroids: Tensor) -> dict:
     """Test metrics of a model whose rows of all utterances are z (n, base_dim).
 
     `NAME/test/nmi` is of the clusters that its `centroids` give, those of clusters.csv and of
-    --predict; `NAME/test/refit_nmi` of k-means fitted to the test rows, as it is published.
+    --predict; of the run's model `cluster/test/refit_nmi` is of k-means fitted to the test rows, as
+    it is published.
     """
     test = run.splits["test"]
     labels = run.data.table.labels[test]
@@ -412,37 +417,31 @@ def test_scores(run: Run, name: str, z: Tensor, centroids: Tensor) -> dict:
         clusters, _ = clustering.nearest(z[test], centroids)
         scores = metrics.clustering(labels[known], clusters[known])
         results = {f"{name}/test/{key}": value for key, value in scores.items()}
-    return results | score(f"{name}/test/refit_", z[test], labels, spec["k"], spec["smoothing"])
+    if name == "cluster":
+        prefix = "cluster/test/refit_"
+        results |= score(prefix, z[test], labels, spec["k"], spec["smoothing"])
+    return results
 
 
 def compared(values: dict) -> dict:
     """Those of the metrics `values` of a model that the report compares with the run's."""
-    kept = {"stability", "silhouette", *SHOWN}
+    kept = {"stability", "silhouette", "change", "agreement", "moved", *SHOWN}
     return {name: value for name, value in values.items() if name.split("/")[-1] in kept}
 
 
-def changes(run: Run, models: dict[str, tuple[Tensor, Tensor, Tensor]]) -> dict:
-    """How far training has moved the training rows from the first of `models`.
+def changes(name: str, start: Tensor, found: Tensor, z: Tensor, clusters: Tensor) -> dict:
+    """How far the training rows have moved from the `start` (n, d), where their clusters were
+    `found` (n,).
 
-    They are (z of all rows, centroids, z of the training rows before the metric) by name. Of each
-    later one: `change`, how far z has moved, relative to its length; `agreement`, the adjusted
-    mutual information of the two partitions; `moved`, the share of rows in another cluster.
+    `NAME/train/change` is how far z (n, d) has moved, relative to its length; `agreement` the
+    adjusted mutual information of the two partitions; `moved` the share of rows in another cluster.
     """
-    first, *later = models
-    start = models[first][2]
-    train = run.splits["train"]
-    clusters = {
-        name: clustering.nearest(z[train], centroids)[0]
-        for name, (z, centroids, _) in models.items()
+    alike = metrics.clustering(found, clusters)
+    return {
+        f"{name}/train/change": ((z - start).norm() / start.norm()).item(),
+        f"{name}/train/agreement": alike["ami"],
+        f"{name}/train/moved": 1 - alike["acc"],
     }
-    results = {}
-    for name in later:
-        alike = metrics.clustering(clusters[first], clusters[name])
-        change = (models[name][2] - start).norm() / start.norm()
-        results[f"{name}/train/change"] = change.item()
-        results[f"{name}/train/agreement"] = alike["ami"]
-        results[f"{name}/train/moved"] = 1 - alike["acc"]
-    return results
 
 
 def baselines(run: Run) -> dict:

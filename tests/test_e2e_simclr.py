@@ -170,7 +170,8 @@ def test_backbone_loads_into_plain_torchvision_and_gives_the_stored_features(who
 
 
 def test_two_processes_train_the_same_model_as_one(cells, tmp_path):
-    argv = flags(NET, "--data", cells, "--bs 16 --epochs 1 --max-steps 1 --optimizer sgd")
+    # With seed 0 a unit of a ReLU lies so near zero that rounding turns it on or off.
+    argv = flags(NET, "--data", cells, "--bs 16 --epochs 1 --max-steps 1 --optimizer sgd --seed 3")
     succeed(*start_ranks(train_simclr, 2 * [flags(argv, "--out", tmp_path / "two")]))
     assert ended(train_simclr.main, flags(argv, "--out", tmp_path / "one")) == 0
     two, one = (checkpoint.load(tmp_path / name / "last.pt") for name in ("two", "one"))

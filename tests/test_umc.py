@@ -82,6 +82,34 @@ def test_wide_rows_have_the_axes_of_scikit_learn(rows):
     np.testing.assert_allclose(np.abs(found), np.abs(pca / np.sqrt(pca.var(0).sum())), atol=1e-6)
 
 
+def test_canonical_axes_solve_the_regularized_problem():
+    """As an eigenproblem in the columns themselves, by NumPy."""
+    rng = np.random.default_rng(0)
+    shared = rng.normal(size=(400, 3)) * [3, 2, 1]
+    x, y = (shared @ rng.normal(size=(3, d)) + rng.normal(size=(400, d)) for d in (7, 5))
+    x, y = x - x.mean(0), y - y.mean(0)
+    a, b = (axes.numpy() for axes in umc.canonical_axes(*map(torch.from_numpy, (x, y)), 3))
+    c = {name: u.T @ v / 400 for name, u, v in (("xx", x, x), ("yy", y, y), ("xy", x, y))}
+    for name in ("xx", "yy"):
+        c[name] += np.trace(c[name]) / len(c[name]) * np.eye(len(c[name]))
+    across = np.linalg.solve(c["xx"], c["xy"]) @ np.linalg.solve(c["yy"], c["xy"].T)
+    values, vectors = np.linalg.eig(across)
+    order = values.real.argsort()[::-1][:3]
+    for i, j in enumerate(order):
+        for axis, covariance, expected in (
+            (a[:, i], c["xx"], vectors.real[:, j]),
+            (b[:, i], c["yy"], np.linalg.solve(c["yy"], c["xy"].T @ vectors.real[:, j])),
+        ):
+            cosine = axis @ expected / np.linalg.norm(axis) / np.linalg.norm(expected)
+            assert abs(cosine) == pytest.approx(1, abs=1e-6)
+            # Of unit length in the regularized covariance, but for the weight.
+            length = np.sqrt(axis @ covariance @ axis)
+            first = np.sqrt(a[:, 0] @ c["xx"] @ a[:, 0])
+            assert length / first == pytest.approx(values.real[j] / values.real[order[0]])
+    assert ((x @ a).var(0).sum() + (y @ b).var(0).sum()) == pytest.approx(2)
+    assert umc.canonical_axes(torch.zeros(9, 3), torch.ones(9, 2), 4)[0].isfinite().all()
+
+
 @pytest.mark.parametrize("columns", [1, 2, 3])
 @pytest.mark.parametrize("k", [2, 3, 4, 5])
 @pytest.mark.parametrize("names", [["text"], ["text", "audio", "video"]])

@@ -12,6 +12,7 @@ from common.errors import InputError
 from common.models.text import krylov_svd
 
 HEADS = 8
+CANONICAL = 100  # principal axes of an encoding that are compared with another one's
 WIDE = 2048  # columns from which on only the axes that are asked for are looked for
 # Of k-means in a metric that follows it.
 STARTS = 3
@@ -140,6 +141,7 @@ def weighted_basis(
     seed: int,
     *,
     peers=frozenset(),
+    pair: tuple[str, str] | None = None,
 ):
     """Principal axes of each modality, with a weight that no label decides.
 
@@ -153,6 +155,7 @@ def weighted_basis(
         rows: name -> (n, D).
         anchor: its name; None: the modality whose agreement with the others is largest in all.
         peers: names of further encodings of what the anchor encodes; their weight is 1, too.
+        pair: two of them that get the `canonical_axes` of each other instead of principal axes.
 
     Returns:
         The basis, name -> (mean (D,), scale (D,), axes (D, C)); the weights by name; the anchor's
@@ -163,6 +166,7 @@ def weighted_basis(
     """
     basis = {}
     clusters = {}
+    scaled = {}
     for name, x in rows.items():
         x = x.double()
         mean = x.mean(0)
@@ -179,11 +183,17 @@ def weighted_basis(
             scale = torch.full_like(spread, spread.square().sum().sqrt().item())
         x = x - mean
         x /= scale
+        if pair and name in pair:
+            scaled[name] = x
         values, vectors = _largest_axes(x, components)
         axes = vectors[:, values > 1e-9 * values[0]] / values.clamp(min=0).sum().sqrt()
         basis[name] = mean, scale, axes
         if len(rows) > 1:
             clusters[name] = clustering.kmeans((x @ axes).float(), k, seed=seed).labels.cpu()
+    if pair:
+        both = canonical_axes(*(scaled[name] for name in pair), components)
+        for name, axes in zip(pair, both, strict=True):
+            basis[name] = *basis[name][:2], axes
     agreement = {name: {} for name in rows}
     for a in rows:
         for b in rows:
@@ -206,6 +216,29 @@ def _largest_axes(x: Tensor, components: int) -> tuple[Tensor, Tensor]:
         return values.flip(0)[:components], vectors.flip(1)[:, :components]
     axes, singular = krylov_svd(x.T, x, components)
     return singular.square() / len(x), axes
+
+
+def canonical_axes(x: Tensor, y: Tensor, components: int) -> tuple[Tensor, Tensor]:
+    """The axes (D, c) and (E, c) along which two encodings x (n, D) and y (n, E) of centered rows
+    tell the same, at most CANONICAL of each looked at.
+
+    Regularized canonical correlation analysis (Vinod 1976): the variance of each principal axis is
+    raised by their mean, so that small axes, where two encodings agree by chance, count less.
+    Coordinates have the square of the correlation as their weight, and together a variance of 2,
+    that of two modalities.
+    """
+    whitened = []
+    for rows in (x, y):
+        values, vectors = _largest_axes(rows, CANONICAL)
+        whitened.append(vectors / (values + values.mean()).clamp(min=1e-30).sqrt())
+    a, b = whitened
+    u, correlation, vt = torch.linalg.svd((x @ a).T @ (y @ b) / len(x), full_matrices=False)
+    weights = correlation[:components].square()
+    a = a @ u[:, : len(weights)] * weights
+    b = b @ vt[: len(weights)].T * weights
+    spread = sum((rows @ axes).square().sum() for rows, axes in ((x, a), (y, b))) / len(x)
+    scale = (2 / spread.clamp(min=1e-30)).sqrt()
+    return a * scale, b * scale
 
 
 def leading_axes(z: Tensor) -> Tensor:

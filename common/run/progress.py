@@ -251,7 +251,8 @@ class Progress:
             self.evaluated[key] = list(found)
         return self.evaluated[key]
 
-    def _forget_evaluated(self) -> None:
+    def forget_evaluated(self) -> None:
+        """Keep no rows of evaluations: they are done with, or of other weights."""
         self.evaluated = {}
         self._found = {}
 
@@ -350,7 +351,7 @@ class Progress:
         self.heartbeat += 1
         self.step += 1
         self.batch += 1
-        self._forget_evaluated()
+        self.forget_evaluated()
         if self._layers and bad:
             self._name_gradients()
         bad_before, asked, due = self._peek()
@@ -536,7 +537,7 @@ class Progress:
         self.epoch += 1
         self.batch = 0
         self.sums = {}
-        self._forget_evaluated()
+        self.forget_evaluated()
 
     def finish(self, results: dict, planned: int) -> None:
         """Store the stage's final metrics.
@@ -548,7 +549,7 @@ class Progress:
         self.finished = True
         self.planned = planned
         self.best_digest = checkpoint.weights_digest(self.best_weights())
-        self._forget_evaluated()
+        self.forget_evaluated()
         self.save()
         dist.barrier()
 
