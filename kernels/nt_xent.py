@@ -907,7 +907,7 @@ def _prepared(z_a, z_b, temperature_tensor, options):
     else:
         learned = temperature_tensor.dtype
     dtype = z_a.dtype
-    z_a, z_b = readable(z_a), readable(z_b)
+    z_a, z_b = readable(z_a, z_b)
     of_rows = z_a.shape, dtype, z_a.device, (*z_a.stride(), *z_b.stride())
     described = (*of_rows, learned, options.normalize, options.decoupled)
     return shift, learned, described, z_a, z_b

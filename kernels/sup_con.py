@@ -684,7 +684,7 @@ def _finish_plan(num_rows, of_slots, ranges, device, dtype, split, shifted, labe
 def _few_forward(z, labels, temperature):
     """-> loss (), rows u, their lse (M,), mean positives (M, BLOCK_D), 1/M' ()."""
     num_rows, dtype, device = z.shape[0], z.dtype, z.device
-    z = readable(z)
+    (z,) = readable(z)
     labels = labels.contiguous()
     shape, plane, programs, split, prepare, forward = _few_plan(
         z.shape, dtype, device, z.stride(), labels.dtype
@@ -736,7 +736,7 @@ def _few_backward(dloss, z, u, lse, positives, scale, temperature):
     split, shift = planes(dtype, True)[1], shift_of(temperature, True)
     operands = Operands(u, u, num_rows, num_rows, pair_shift=0, split=split, shift=shift)
     partial = weighted_sums(operands, lse, lse)
-    z = readable(z)
+    (z,) = readable(z)
     dz = torch.empty(z.shape, dtype=z.dtype, device=z.device)
     epilogue = _epilogue_plan(z.shape, dtype, z.device, z.stride(), partial.shape)
     epilogue((z, dloss, scale, partial, positives, dz), temperature)

@@ -39,8 +39,7 @@ from .dispatch import (
 
 PADDINGS = ("zero", "replicate", "circulant")
 # Elements of a program: 16-byte accesses for 16-bit types, 32 registers.
-BLOCK_SIZE = 128 if INTERPRETED else 1024
-NUM_WARPS = 1 if INTERPRETED else 4
+BLOCK_SIZE, NUM_WARPS = (128, 1) if INTERPRETED else (1024, 4)
 
 
 def temporal_shift_reference(

@@ -7,6 +7,7 @@ made from.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -208,10 +209,9 @@ def stored(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if INTERPRETED and dtype == torch.bfloat16 else dtype
 
 
-def readable(x: torch.Tensor) -> torch.Tensor:
-    """The input as kernels read it."""
-    dtype = stored(x.dtype)
-    return x if x.dtype == dtype else x.to(dtype)  # a call of `to` costs as much as an allocation
+def readable(*inputs: torch.Tensor) -> Iterable[torch.Tensor]:
+    """Inputs as kernels read them."""
+    return [x.to(stored(x.dtype)) for x in inputs] if INTERPRETED else inputs
 
 
 def row_buffer(

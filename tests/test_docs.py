@@ -37,7 +37,8 @@ PARTS = {
 PROSE = {page: "\n".join(parts[::2]) for page, parts in PARTS.items()}
 TOOLS = [
     "common.data.__main__", "common.data.benchmark", "common.features.__main__",
-    "common.report.__main__", "kernels.benchmark", "tests.torture",
+    "common.report.__main__", "kernels.benchmark", "tests.test_kernels_aot",
+    "tests.torture",
 ]  # fmt: skip
 OF_SLURM = {
     "--array", "--dependency", "--kill-on-invalid-dep", "--open-mode", "--parsable", "--partition",

@@ -1,13 +1,15 @@
 """Every kernel compiles ahead of time for five GPUs, without one: no spills, tensor cores used and
 not made to wait for each other, shared memory within limits.
 
-Run as a program (`python -m tests.test_kernels_aot sm_90`) it prints one JSON line per kernel: the
-tables of kernels/README.md. The compiler refuses to work in a process that has TRITON_INTERPRET
-set, so the tests run it that way too.
+Run as a program (`python -m tests.test_kernels_aot sm_90`) it prints one JSON line per kernel;
+`--table docs/kernels.md` writes that page. The compiler refuses to work in a process that has
+TRITON_INTERPRET set, so the tests run it that way too.
 """
 
+import argparse
 import concurrent.futures
 import importlib.metadata
+import itertools
 import json
 import os
 import pathlib
@@ -159,7 +161,7 @@ def similarity_cases(target, every):
                 "bwd": similarity.bwd_kernel,
                 "stats": similarity.stats_kernel,
             }[name]
-            block_m, block_n, warps, stages, _ = tile
+            block_m, block_n, warps, stages, *_ = tile
             sums = (
                 "slots_ptr",
                 "tops_ptr",
@@ -192,17 +194,17 @@ def similarity_cases(target, every):
             if name != "bwd":
                 yield f"{name} {label}", kernel, types, constants, warps, stages
                 continue
-            constants |= {"LOG2_SCALE": 13.0 if element == "fp16" else 0.0, "AHEAD": False}
+            constants |= {"LOG2_SCALE": 13.0 if element == "fp16" else 0.0}
+            constants |= {"AHEAD": False, "POLYNOMIAL": 0}
             if (target, planes, element, block_d) == ("sm_90", 1, "bf16", 128):
-                for m, n, *launch in ((128, 64, 8, 2), (64, 64, 4, 3)):
-                    ahead = {"AHEAD": True, "SHIFTED": True, "BLOCK_M": m, "BLOCK_N": n}
-                    yield (
-                        f"bwd ahead bf16 D=128, {m}x{n}",
-                        kernel,
-                        types,
-                        constants | ahead,
-                        *launch,
-                    )
+                for variant, (m, n, *launch), switched in (
+                    ("ahead", (128, 64, 8, 2), {"AHEAD": True}),
+                    ("ahead", (64, 64, 4, 3), {"AHEAD": True}),
+                    ("half a polynomial", (64, 128, 4, 2), {"POLYNOMIAL": 2}),
+                    ("a quarter a polynomial", (64, 128, 4, 2), {"POLYNOMIAL": 4}),
+                ):
+                    sized = constants | {"SHIFTED": True, "BLOCK_M": m, "BLOCK_N": n} | switched
+                    yield f"bwd, {variant}, bf16 D=128, {m}x{n}", kernel, types, sized, *launch
             shifted = (True, False) if every or block_d == 128 else (True,)
             for flag in shifted if element == "fp16" or planes == 1 else (False,):
                 yield (
@@ -290,7 +292,7 @@ def loss_cases(target):
                 tile = tiles.tile("bwd", planes == 2, block_d, target)
                 if tile is None:
                     continue
-                block_m, block_n, warps, stages, _ = tile
+                block_m, block_n, warps, stages, *_ = tile
                 typed = types | {"u_ptr": f"*{element}"}
                 sized = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_D": block_d}
                 label = f"{kernel.__name__} {element}{' hi+lo' if planes == 2 else ''} D={block_d}"
@@ -306,7 +308,7 @@ def loss_cases(target):
         if "few_rows" not in kernel.__name__:
             yield kernel.__name__, kernel, types, constants, warps, stages
             continue
-        block_m, block_n, warps, stages, _ = tiles.few_rows_tile(target)
+        block_m, block_n, warps, stages, *_ = tiles.few_rows_tile(target)
         constants |= {"BLOCK_M": block_m, "BLOCK_N": block_n}
         widths = [("bf16", 128, False), ("fp16", 64, True)]
         if kernel is supervised._sup_con_few_rows_fwd_kernel:
@@ -391,11 +393,41 @@ def shift_cases(target, every):
             yield label, kernel, types, constants, warps, stages
 
 
-def main(target, every):
-    for cases in (similarity_cases(target, every), loss_cases(target), shift_cases(target, every)):
-        for label, kernel, types, constants, warps, stages in cases:
-            report = compile_kernel(kernel, types, constants, target, warps, stages)
-            print(json.dumps({"label": label, **report}), flush=True)
+def cases(target, every):
+    return (*similarity_cases(target, every), *loss_cases(target), *shift_cases(target, every))
+
+
+TABLE = """# What the compilers report of every kernel
+
+Made without a GPU by
+
+```
+python -m tests.test_kernels_aot --table docs/kernels.md
+```
+
+Triton {triton}; ptxas {ptxas}. Each cell: tile, warps/stages: registers, shared memory,
+instructions of the tensor cores (`mma.sync`, `wgmma`, `tcgen05.mma`, `v_mfma`). The tests assert
+that nothing spills, that no instruction of a product waits for the one before, and that shared
+memory is within the GPU's limit. Where a cell is empty that GPU has no such tile. `python -m
+tests.test_kernels_aot sm_90 --every` reports all types and widths.
+[kernels/README.md](../kernels/README.md) says what these reports decided.
+"""
+
+
+def table(reports):
+    """docs/kernels.md of the reports of all targets."""
+    found = {name: sorted({r[name] for r in reports if name in r}) for name in ("triton", "ptxas")}
+    lines = [TABLE.format(**{k: ", ".join(v) for k, v in found.items()})]
+    lines.append(f"| kernel | {' | '.join(TARGETS)} |\n|{' --- |' * (1 + len(TARGETS))}")
+    rows = {}
+    for r in sorted(reports, key=lambda r: [*TARGETS].index(r["target"])):
+        name, size = re.fullmatch(r"(.*?)(?:, (\d+x\d+))?", r["label"]).groups()
+        cell = f"{size + ' ' if size else ''}{r['warps']}/{r['stages']}: {r['registers']},"
+        cell += f" {r['shared'] / 1024:.0f} KB, {r['tensor_cores']}"
+        rows.setdefault(name, {}).setdefault(r["target"], []).append(cell)
+    for name, cells in rows.items():
+        lines.append(f"| {name} | {' | '.join('; '.join(cells.get(t, ())) for t in TARGETS)} |")
+    return "\n".join(lines)
 
 
 def reports(target, *options):
@@ -443,6 +475,9 @@ def check(target, reports):
         assert (report["tensor_cores"] > 0) == products, report
         assert not report.get("serialized"), report
         assert (report.get("overlapped", 0) > 0) == ("ahead" in report["label"]), report
+        if "polynomial" in report["label"]:
+            (plain,) = [r for r in reports if r["label"] == "bwd bf16 D=128, 64x128"]
+            assert report["mufu.ex2"] < plain["mufu.ex2"], report
         if report["kernel"] == "temporal_shift_kernel" or "runs of 8" in report["label"]:
             assert report["wide_accesses"] > 0, report
         if report["label"] == "shift bf16 replicate":
@@ -462,5 +497,40 @@ def test_every_type_and_width_compiles(target):
     check(target, reports(target, "--every"))
 
 
+def test_the_table_is_of_these_kernels_and_tiles():
+    pytest.importorskip("triton", reason="pip install triton")
+    text = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    versions = re.search(r"Triton (\d\S+); ptxas (\d.*?)\. Each", text).groups()
+    known = dict(zip(("triton", "ptxas"), versions, strict=True))
+    known |= {"registers": 0, "shared": 0, "tensor_cores": 0}
+    made = [
+        {"label": label, "target": target, "warps": warps, "stages": stages, **known}
+        for target in TARGETS
+        for label, _, _, _, warps, stages in cases(target, False)
+    ]
+    figures = re.compile(r"(?<=\d: )\d+, \d+ KB, \d+(?= \||;)")
+    assert figures.sub("0, 0 KB, 0", text) == table(made) + "\n", "make docs/kernels.md anew"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog="python -m tests.test_kernels_aot")
+    parser.add_argument("target", nargs="?", choices=TARGETS, help="print a JSON line per kernel")
+    parser.add_argument("--every", action="store_true", help="of a target: every type and width")
+    parser.add_argument(
+        "--table", type=pathlib.Path, metavar="FILE", help="write a page of all targets"
+    )
+    args = parser.parse_args(argv)
+    if (args.table is None) == (args.target is None):
+        parser.error("name a target, or --table FILE of all")
+    if args.table:
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            made = list(pool.map(reports, TARGETS))
+        args.table.write_text(table([*itertools.chain(*made)]) + "\n", encoding="utf-8")
+    else:
+        for label, kernel, types, constants, warps, stages in cases(args.target, args.every):
+            report = compile_kernel(kernel, types, constants, args.target, warps, stages)
+            print(json.dumps({"label": label, **report}), flush=True)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], "--every" in sys.argv)
+    main()

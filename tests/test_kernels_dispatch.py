@@ -1,6 +1,7 @@
 """What all kernels share: autograd and its transforms, which implementation runs, launches."""
 
 import functools
+import inspect
 import logging
 import pathlib
 import re
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import kernels
 import kernels.dispatch
 import kernels.similarity
 from kernels import nt_xent, shift_conv1x1, sup_con, temporal_shift
@@ -369,9 +371,7 @@ README = (pathlib.Path(kernels.__file__).parent / "README.md").read_text(encodin
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_the_readmes_graph_runs(device, monkeypatch):
-    (example,) = re.findall(
-        r"```python\n(import torch\n.*?make_graphed_callables.*?)```", README, re.S
-    )
+    (example,) = re.findall(r"```python\n([^`]*make_graphed_callables[^`]*)```", README)
     if device == "cpu":  # where there is nothing to capture
         monkeypatch.setattr(
             torch.cuda, "make_graphed_callables", lambda function, samples: function
@@ -383,3 +383,23 @@ def test_the_readmes_graph_runs(device, monkeypatch):
     assert torch.equal(loss, nt_xent(z_a, z_b, 0.1))
     z = [x.detach().requires_grad_() for x in (z_a, z_b)]
     equal((z_a.grad, z_b.grad), torch.autograd.grad(nt_xent(*z, 0.1), z))
+
+
+def test_the_readme_opens_with_what_works():
+    root = pathlib.Path(__file__).resolve().parents[1]
+    named = {}
+    exec(re.search(r"```python\n([^`]*)```", README)[1], named)
+    assert named["y"].shape == (16, 64, 14, 14)
+    signatures = re.findall(r"^\| `(\w+)(\(.*?\))` \|", README, re.MULTILINE)
+    public = {name for name in kernels.__all__ if not name.endswith("_reference")}
+    assert {name for name, _ in signatures} == public
+    for name, signature in signatures:
+        given = inspect.signature(getattr(kernels, name))
+        bare = [
+            parameter.replace(annotation=inspect.Parameter.empty)
+            for parameter in given.parameters.values()
+        ]
+        bare = given.replace(parameters=bare, return_annotation=inspect.Signature.empty)
+        assert str(bare).replace("'", '"') == signature
+    citation = (root / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {kernels.__version__}\n" in citation
