@@ -723,7 +723,6 @@ def finish_clustering(
             clusters, _ = clustering.nearest(z[train_split], centroids)
             scores = deep_cluster.test_scores(run, name, z, centroids)
         start[:] = start or [raw, clusters]
-        progress.forget_evaluated()
         return scores | deep_cluster.changes(name, *start, raw, clusters), (z, centroids)
 
     results = {}

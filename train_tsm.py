@@ -47,7 +47,6 @@ from common.data.groups import group_items
 from common.data.images import SQUARE
 from common.data.pack import PackedImages
 from common.data.perturb import LEVELS, perturb
-from common.data.self_blend import with_pseudo_fakes
 from common.distill import add_distillation
 from common.errors import InputError, as_input_error, only_warn, plural, say
 from common.export import PROBABILITIES, ExportSpec
@@ -177,13 +176,6 @@ def parse_args(argv: list[str] | None = None):
         ["clip", "none"],
         "clip",
         "how training clips vary; clip: mirrored and color-jittered, all frames alike",
-    )
-    group.choice(
-        "--pseudo-fakes",
-        ["none", "sbi"],
-        "none",
-        "fakes made in training; sbi: about half of a batch's fakes are real clips of it, blended"
-        " with themselves",
     )
     group.number(
         "--image-size",
@@ -494,11 +486,7 @@ def frames_of(run: Run, batch: Batch, change: Callable | None = None) -> Tensor:
     """Normalized frames (n * T, 3, s, s) of clips (n, T, 3, h, h), augmented in training: one draw
     for all frames of a clip. `change` is done to the decoded frames.
     """
-    clips = batch.inputs
-    if batch.epoch is not None and run.args.pseudo_fakes == "sbi":
-        labels = run.data.labels[batch.items % len(run.data)]
-        clips = with_pseudo_fakes(clips, labels, run.args.seed, batch.epoch, batch.items)
-    frames = clips.flatten(0, 1)
+    frames = batch.inputs.flatten(0, 1)
     if change is not None:
         frames = change(frames, seed=int(batch.items[0]))
     size = run.model_spec["image_size"]

@@ -37,7 +37,6 @@ FINETUNE = flags(
 TSM = flags(
     "--backbone conv_small_035 --image-size 32 --n-segment 4 --device cpu --bs 4 --accum 2",
     "--epochs 4 --eval-every 1 --clips 2 --seed 3 --sampler balanced --patience 2",
-    "--pseudo-fakes sbi",
 )
 RAER = flags(
     "--backbone vit_tiny --device cpu --num-frames 3 --bs 8 --epochs 4 --eval-every 2 --seed 3"

@@ -219,7 +219,6 @@ LIVE = {
     "time": ["--clip-seconds", "0.01"],
     "floor": ["--min-lr", "2e-4"],
     "chunks": ["--accum", "4"],
-    "fakes of real ones": ["--pseudo-fakes", "sbi"],
 }
 
 

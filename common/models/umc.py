@@ -294,7 +294,7 @@ def discriminant_kmeans(
             z @ metric,
             k,
             seed=STARTS * seed + start,
-            restarts=1,
+            restarts=5,  # a single one too often leaves two clusters in one
             start=centroids,
             max_iterations=20,
         )

@@ -34,7 +34,7 @@ STATE = (*LAST, *BEST, CONTENT, "summary.json", "log.jsonl", "resumes.jsonl")
 WRITTEN = (
     *STATE,
     *("config.json", "env.json", "report.html", "backbone.pt", "features.npz", "split.json"),
-    *("tables.json", "clusters.csv", "confusion.csv"),
+    *("tables.json", "clusters.csv", "embeddings.npz", "confusion.csv"),
 )
 # A temporary file of `atomic_write`.
 _ANSWERS = r"(?:eval|eval_confusion|predictions|stream)(?:-\d+)?\.(?:csv|json)"

@@ -251,8 +251,7 @@ class Progress:
             self.evaluated[key] = list(found)
         return self.evaluated[key]
 
-    def forget_evaluated(self) -> None:
-        """Keep no rows of evaluations: they are done with, or of other weights."""
+    def _forget_evaluated(self) -> None:
         self.evaluated = {}
         self._found = {}
 
@@ -351,7 +350,7 @@ class Progress:
         self.heartbeat += 1
         self.step += 1
         self.batch += 1
-        self.forget_evaluated()
+        self._forget_evaluated()
         if self._layers and bad:
             self._name_gradients()
         bad_before, asked, due = self._peek()
@@ -537,7 +536,7 @@ class Progress:
         self.epoch += 1
         self.batch = 0
         self.sums = {}
-        self.forget_evaluated()
+        self._forget_evaluated()
 
     def finish(self, results: dict, planned: int) -> None:
         """Store the stage's final metrics.
@@ -549,7 +548,7 @@ class Progress:
         self.finished = True
         self.planned = planned
         self.best_digest = checkpoint.weights_digest(self.best_weights())
-        self.forget_evaluated()
+        self._forget_evaluated()
         self.save()
         dist.barrier()
 
