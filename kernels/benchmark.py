@@ -578,14 +578,18 @@ def tiles_of(kernel, problem, quick):
             if tiles.BLOCK % m or tiles.BLOCK % n or (kernel == "half" and n % m):
                 continue
             tried += [tiles.Tile(m, n, w, s) for w in warps for s in stages]
-    variants = []
-    for tile in tried if kernel == "bwd" else ():
+    return list(dict.fromkeys(tried))[: 2 if quick else None]
+
+
+def variants_of(plain, problem):
+    """The backward's tiles with `AHEAD` and `POLYNOMIAL`."""
+    found = []
+    for tile in plain:
         # Two tiles of more than 32 similarities a thread leave the registers.
         ahead = (False, True) if tile.block_m * tile.block_n <= 1024 * tile.warps else (False,)
         polynomial = (0, 2, 4) if not problem.operands.split else (0,)
-        variants += [tile._replace(ahead=a, polynomial=p) for a in ahead for p in polynomial]
-    tried += variants
-    return list(dict.fromkeys(tried))[: 2 if quick else None]
+        found += [tile._replace(ahead=a, polynomial=p) for a in ahead for p in polynomial]
+    return [tile for tile in dict.fromkeys(found) if tile not in plain]
 
 
 def compile_ahead(problem, jobs):
@@ -602,8 +606,10 @@ def sweep(device, dtype, options):
     rows = 2 * (options.n or (32 if options.quick else 4096))
     described = (device, dtype, rows, options.dim, options.temperature, options.seed)
     problem = Problem(*described)
-    tried = {name: tiles_of(name, problem, options.quick) for name in ("bwd", "half", "full")}
-    jobs = [(kernel, tile) for kernel, choice in tried.items() for tile in choice]
+    tried = [(name, tiles_of(name, problem, options.quick)) for name in ("bwd", "half", "full")]
+    if not options.quick:
+        tried.append(("bwd", variants_of(tried[0][1], problem)))
+    jobs = [(kernel, tile) for kernel, choice in tried for tile in choice]
     workers = 1 if options.quick else max(1, min(8, (os.cpu_count() or 2) - 1))
     timed, best = [], {}
     with concurrent.futures.ProcessPoolExecutor(
@@ -611,8 +617,8 @@ def sweep(device, dtype, options):
     ) as pool:
         # One by one and in order, so that what is compiled first is timed first.
         ahead = {job: pool.submit(compile_ahead, described, [job]) for job in jobs}
-        for kernel, choice in tried.items():
-            with problem.using(choice[0]):
+        for kernel, choice in tried:
+            with problem.using(problem.table(kernel)):
                 truth = problem.result(kernel)
             for tile in choice:
                 row = {"kernel": kernel, "tile": tile}
@@ -634,7 +640,7 @@ def sweep(device, dtype, options):
                 if row.get("error", 1.0) < 1e-2 and row["ms"] < best.get(kernel, row)["ms"] + 1e-9:
                     best[kernel] = row
                 value = f"{row['ms']:.4f} ms" if "ms" in row else row["failed"][:60]
-                print(f"{kernel:<6}{tile.row()!s:<24}{value}")
+                print(f"{kernel:<6}{tile.row()!s:<28}{value}")
         for future in ahead.values():
             future.cancel()
     paste = [f"# {target_name(device)}"]

@@ -617,7 +617,7 @@ def _nt_xent_few_rows_bwd_kernel(
     for start in range(0, num_rows, BLOCK_N):
         offs_n = start + tl.arange(0, BLOCK_N)
         keys, keys_lo = load_planes(u_ptr, offs_n, offs_d, SPLIT, BLOCK_D)
-        # `weights` takes a fifth more registers here.
+        # `_weights` of similarity.py would take a fifth more registers.
         inverse_keys = tl.exp2(
             shift - tl.load(lse_ptr + offs_n, mask=offs_n < num_rows, other=float("inf"))
         )

@@ -360,7 +360,7 @@ def polynomial_exp2(x):
     """2^x for -126 <= x <= 127 within 7.5e-5 of itself, on the units that multiply and add.
 
     x is split into its nearest integer, the exponent, and the rest, of which the best polynomial of
-    degree 3 is taken. A nan stays one.
+    degree 3 is taken. A nan stays one. Similarities minus their shift lie between -124.5 and 115.
     """
     shifted = x + _ROUND
     rest = x - (shifted - _ROUND)

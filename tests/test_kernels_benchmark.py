@@ -180,15 +180,14 @@ def test_without_a_gpu_it_says_what_to_do(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(("dtype", "shares"), [(torch.bfloat16, {0, 2, 4}), (torch.float32, {0})])
-def test_a_sweep_tries_the_variants_of_the_backward_after_its_plain_tiles(dtype, shares):
+def test_a_sweep_tries_the_variants_of_the_backward(dtype, shares):
     problem = kernels.benchmark.Problem(torch.device("cpu"), dtype, 32, 16, 0.1)
-    tried = kernels.benchmark.tiles_of("bwd", problem, quick=False)
-    plain = [not tile.ahead and not tile.polynomial for tile in tried]
-    assert plain == sorted(plain, reverse=True) and len(set(tried)) == len(tried)
-    assert {tile.polynomial for tile in tried} == shares
-    assert {tile.ahead for tile in tried} == {False, True}
-    forward = kernels.benchmark.tiles_of("half", problem, quick=False)
-    assert all(tile == tile[:4] + (False, 0) for tile in forward)
+    plain = kernels.benchmark.tiles_of("bwd", problem, quick=False)
+    assert {tile[4:] for tile in plain} == {(False, 0)}
+    variants = kernels.benchmark.variants_of(plain, problem)
+    expected = {(ahead, share) for ahead in (False, True) for share in shares} - {(False, 0)}
+    assert {tile[4:] for tile in variants} == expected
+    assert len({*plain, *variants}) == len(plain) + len(variants)
 
 
 @pytest.mark.skipif(not kernels.dispatch.INTERPRETED, reason="in Triton's interpreter")

@@ -399,6 +399,30 @@ def test_the_polynomial_is_the_best_of_its_degree_and_each_operation_numpys():
     np.testing.assert_allclose(extremes, extremes[0], rtol=1e-3)
 
 
+@pytest.mark.parametrize("temperature", [0.01281, 0.02, 1.0])
+def test_the_polynomial_takes_antipodes_at_every_shifted_temperature(
+    temperature, monkeypatch, forget_plans
+):
+    """All weights of the first row are of its antipodes."""
+    tile = Tile(16, 32, 1, 1, polynomial=2)
+    monkeypatch.setattr(kernels.tiles, "tile", lambda *_: tile)
+    rows = views(32, 8)[0]
+    rows = F.normalize(rows[0] + 0.1 * rows)
+    rows[0] *= -1
+    natural = rows.double() / temperature**0.5
+    lse = kernels.reference.reference_lse(natural, natural, 0)
+    truth = kernels.reference.reference_weighted_sum(natural, natural, lse, lse, 0)
+    u = torch.zeros(32, 16)
+    u[:, :8] = natural / math.log(2) ** 0.5
+    shift = kernels.tiles.shift_of(temperature, True)
+    operands = Operands(u, u, 32, 32, pair_shift=0, split=False, shift=shift)
+    of_rows = (lse / math.log(2)).float()
+    got = kernels.similarity.weighted_sums(operands, of_rows, of_rows).sum(0)[:, :8]
+    got = got.double() * math.log(2) ** 0.5
+    for which in (slice(1), slice(1, None)):
+        assert 1e-6 < relative(got[which], truth[which]) < 1e-4
+
+
 def not_finite(results):
     return [(x.isnan(), x.isposinf(), x.isneginf()) for x in results]
 
