@@ -40,7 +40,8 @@ TOOLS = [
     "common.report.__main__", "kernels.benchmark", "tests.test_kernels_aot",
     "tests.torture",
 ]  # fmt: skip
-OF_SLURM = {
+OF_OTHERS = {  # sbatch, srun and pip
+    "--index-url",
     "--array", "--dependency", "--kill-on-invalid-dep", "--open-mode", "--parsable", "--partition",
     "--pty", "--requeue", "--signal", "--time",
 }  # fmt: skip
@@ -93,7 +94,7 @@ def test_links_and_paths_exist(page):
 
 
 def test_every_flag_is_known_to_some_parser():
-    known = OF_SLURM.union(*map(flags_of, [*pages.SCRIPTS, *TOOLS]))
+    known = OF_OTHERS.union(*map(flags_of, [*pages.SCRIPTS, *TOOLS]))
     for page, prose in PROSE.items():
         if page.name == "flags.md":  # the parsers' own words, which name other projects' flags
             continue
