@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from common import clustering, deep_cluster
 from common.models import umc
 from common.monitor import Monitor
-from common.report import analysis
+from common.report import cluster_analysis
 
 
 @pytest.mark.parametrize("spread, expected", [(4, "discriminant"), (1, "euclidean")])
@@ -75,7 +75,7 @@ def test_a_trajectory_is_a_line_with_student_s_interval(count):
     stats = pytest.importorskip("scipy.stats", reason="pip install scipy")
     rng = np.random.default_rng(0)
     points = [(e, 0.2 + 0.003 * e + 0.01 * rng.normal()) for e in range(count)]
-    rows = analysis.trajectory("nmi", points)
+    rows = cluster_analysis.trajectory("nmi", points)
     x, y = np.array(points[-20:]).T
     line = stats.linregress(x, y)
     noise = np.sqrt(((y - line.intercept - line.slope * x) ** 2).sum() / (len(x) - 2))
@@ -87,7 +87,7 @@ def test_a_trajectory_is_a_line_with_student_s_interval(count):
         low, high = map(float, ends.split(" to "))
         assert float(middle) == pytest.approx(expected, abs=6e-4)
         assert (low, high) == pytest.approx((expected - reach, expected + reach), abs=0.005)
-    assert "fewer than 5" in analysis.trajectory("nmi", points[:4])[0][2]
+    assert "fewer than 5" in cluster_analysis.trajectory("nmi", points[:4])[0][2]
 
 
 def act_like(n):

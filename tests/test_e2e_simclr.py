@@ -176,8 +176,8 @@ def test_two_processes_train_the_same_model_as_one(cells, tmp_path):
     two, one = (checkpoint.load(tmp_path / name / "last.pt") for name in ("two", "one"))
     assert one["place"]["step"] == two["place"]["step"] == 1
     for name, tensor in one["parts"]["model"].items():
-        # A unit of a ReLU so near zero that rounding turns it on or off moves a bias, which began at
-        # zero, by up to a hundredth; in float64 tests/torture.py finds both equal to 1e-12.
+        # A unit of a ReLU so near zero that rounding turns it on or off moves a bias that began at
+        # zero by up to a hundredth; in float64 tests/torture.py finds both equal to 1e-12.
         error = (two["parts"]["model"][name] - tensor).double().norm()
         assert error <= 0.02 * tensor.double().norm(), name
     lines = [[line["loss"] for line in log.read(tmp_path / name)] for name in ("two", "one")]

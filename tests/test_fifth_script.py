@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # The modules of one task, which may name their script.
 OF_ONE_TASK = re.compile(
     r"common/(data/(cytology|faceforensics|raer|utterances)|models/(raer|tsm|umc)|deep_cluster"
-    r"|features/__main__|longtail|report/clusters)\.py"
+    r"|features/__main__|longtail|report/cluster(s|_analysis))\.py"
 )
 
 

@@ -764,9 +764,11 @@ ALONE = {
 def in_double(module) -> None:
     """Let this process train in float64, where an unequal gradient cannot hide behind rounding."""
     build_model, to_float = module.build_model, torch.Tensor.float
-    normalize, take = augment.normalize, deep_cluster.Rows.take
+    normalize, make_views = augment.normalize, augment.make_views
+    take = deep_cluster.Rows.take
     module.build_model = lambda *args, **more: build_model(*args, **more).double()
     augment.normalize = lambda *args: normalize(*args).double()
+    augment.make_views = lambda *args: make_views(*args).double()
     torch.Tensor.float = lambda x: x if x.dtype == torch.float64 else to_float(x)
 
     def taken(self, indices):

@@ -15,7 +15,7 @@ from common.errors import aligned
 from common.live import digits
 from common.monitor import Monitor
 from common.report import figures
-from common.report.analysis import analysis
+from common.report.cluster_analysis import analysis
 from common.run import log
 from common.run.files import atomic_write, write_json
 from common.run.run import Run
