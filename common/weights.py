@@ -85,6 +85,8 @@ LAYOUTS = {
     "model.": "",  # Lightning, lightly
     "backbone.": "",  # this project, lightly, solo-learn, Barlow Twins, VICReg, OpenMMLab
     "encoder.": "",  # SupCon, SimSiam, PyTorch Lightning Bolts
+    "base_model.": "",
+    "main.": "",
     "net.": "",
     "network.": "",
     "resnet.": "",
@@ -599,11 +601,8 @@ def layouts(
         if renamed != left:
             yield taken, renamed
         prefix = next((p for p in LAYOUTS if any(n.startswith(p) for n in left.values())), None)
-        if prefix is None:  # of a name that LAYOUTS lacks there may be one
-            unknown = {n.split(".")[0] for n in left.values() if f".{children[0]}." in n}
-            if len(unknown) != 1:
-                return
-            prefix = f"{unknown.pop()}."
+        if prefix is None:
+            return
         taken = [*taken, prefix]
         left = {o: n.removeprefix(prefix) for o, n in left.items() if n.startswith(prefix)}
 

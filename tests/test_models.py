@@ -485,7 +485,7 @@ STORED = {
         lambda b, o: {"state_dict": under("model.", b | {"fc.weight": torch.ones(7, 4)})},
         "model.*",
     ),
-    "a name of one's own": (
+    "a wrapper": (
         lambda b, o: {"state_dict": under("base_model.", b) | under("head.", HEAD)},
         "base_model.*left out: head* (2)",
     ),

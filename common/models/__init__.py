@@ -221,7 +221,7 @@ def load_published(model: nn.Module, path: str | Path) -> str:
             f"{path}: the first convolution now takes inputs normalized by ImageNet's mean and"
             " deviation"
         )
-    what = "".join(f", {weights.LAYOUTS[part]}" for part in taken if weights.LAYOUTS.get(part))
+    what = "".join(f", {weights.LAYOUTS[part]}" for part in taken if weights.LAYOUTS[part])
     what = f": {''.join(taken)}*{what}" if taken else ""
     beside = Counter(_part_of(name, taken) for name in stored if name not in names)
     counts = "".join(f", {part}* ({count})" for part, count in beside.items())
