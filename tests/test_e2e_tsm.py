@@ -72,7 +72,7 @@ def test_a_run_leaves_what_the_readme_promises(whole, ffpp, tmp_path, capsys):
     assert all(sum(card["share"] for card in row["cards"]) == pytest.approx(1) for row in watched)
     looked = json.loads((whole / "figures" / "looked.json").read_text())["rows"]
     titles = [row["title"].partition(":")[0] for row in looked]
-    assert titles == sorted(titles) and "right" in titles and "Where the model looks" in page
+    assert titles == sorted(titles) and "right" in titles and "the map is one cell" in page
     capsys.readouterr()
     assert train_tsm.main([*SMALL, "--data", str(ffpp), "--out", str(whole)]) == 0
     printed = capsys.readouterr().out
