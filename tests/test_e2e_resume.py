@@ -163,6 +163,24 @@ def test_a_run_interrupted_anywhere_equals_a_whole_one(name, data, tmp_path, mon
         assert (cut / "clusters.csv").read_bytes() == (whole / "clusters.csv").read_bytes()
 
 
+def test_what_a_stage_starts_from_is_selected_once(data, tmp_path, monkeypatch):
+    """A signal between the evaluation of a stage's start and its first step."""
+    argv = flags(CLUSTER, "--data", data["cluster"])
+    assert train_cluster.main(flags(argv, "--out", tmp_path / "whole")) == 0
+    calls = 0
+
+    def foresee(*_):
+        nonlocal calls
+        calls += 1
+        if calls in (1, 3):  # in each of the stages
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Loop, "foresee", foresee)
+    argv += flags("--out", tmp_path / "cut")
+    assert [ended(train_cluster.main, argv) for _ in range(3)] == [75, 75, 0]
+    equal_runs(tmp_path / "whole", tmp_path / "cut")
+
+
 @pytest.mark.parametrize(
     "name", ["simclr", "tsm accumulation, growing loss scale", "raer cached features", "cluster"]
 )
