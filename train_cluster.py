@@ -614,7 +614,7 @@ def train(
         value = progress.epoch if keeps_last else stable
         progress.select(value, model.state_dict(), values, higher_is_better=True)
 
-    if not progress.results:  # else a save before the first step has them
+    if progress.step == 0 and not progress.results:  # else a save before the first step has them
         if is_second:
             find_clusters(run, model, progress, targets)
         stable, values = eval_stability(run, name, model, progress, targets)

@@ -932,8 +932,10 @@ def test_a_run_with_a_torchvision_classifier_is_evaluated_and_predicts(tmp_path,
         argv = ["--eval", str(source), "--device", "cpu", "--out", str(tmp_path)]
         assert train_simclr.main(argv) == 0
         repeated = json.loads((tmp_path / "eval.json").read_text())["eval/test/accuracy"]
-        # After two steps features vary by a millionth of their size: float32 rounds some answers.
-        assert repeated == pytest.approx(summary(run)[f"{stage}/test/accuracy"], abs=0.02)
+        # After two steps features vary by a millionth of their size: as the standardization of the
+        # linear layer is folded into float32, it rounds some answers.
+        rounding = 0.02 if stage == "linear" else 0.0
+        assert repeated == pytest.approx(summary(run)[f"{stage}/test/accuracy"], abs=rounding)
     assert train_simclr.main(["--predict", "sample", "--resume", str(run), "--device", "cpu"]) == 0
     with open(run / "predictions.csv") as file:
         assert len(list(csv.DictReader(file))) == 1280

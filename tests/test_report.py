@@ -13,6 +13,7 @@ from PIL import Image
 
 from common.errors import Stopped
 from common.report import __main__, charts, compare, figures, page
+from common.report.curves import charts_of
 from common.report.record import Record, naming
 from common.run import log
 from common.run.files import FORMAT
@@ -156,10 +157,22 @@ def test_without_views_the_first_pictures_or_the_scatter_plot_stand_on_top(tmp_p
 
 
 def test_a_line_far_above_the_level_does_not_flatten_the_others():
-    labels = dict(x_label="step", y_label="loss", levels={"a guess": 2.0})
+    labels = dict(x_label="step", y_label="loss", levels={"a guess": 2.0}, ceiling=6.0)
     series = {"features": [(0, 2.0), (10, 1.0)], "pixels": [(0, 31.0), (10, 12.0)]}
     axes = ET.fromstring(charts.lines("loss", series, **labels)).attrib["data-axes"].split()
     assert float(axes[5]) == pytest.approx(2 + 0.05 * 1)  # the highest near the level, a margin
+    # An accuracy far above the majority class stays in its chart.
+    curves = {
+        "a": {
+            "accuracy": {
+                "series": {"val": [(0, 0.9)], "val, pixels": [(0, 0.4)]},
+                "bands": {},
+                "levels": {"majority class": 0.1},
+            }
+        }
+    }
+    drawn = charts_of(curves, [], [], {"chance": {}, "items": "images"})["a"]["accuracy"]
+    assert float(ET.fromstring(drawn).attrib["data-axes"].split()[5]) > 0.9
     # Of a single line nothing leaves the chart.
     alone = ET.fromstring(charts.lines("loss", {"pixels": series["pixels"]}, **labels))
     assert float(alone.attrib["data-axes"].split()[5]) > 31

@@ -16,7 +16,6 @@ WIDTH = 360
 SIZE = 11  # of text
 MAX_LINES = 14  # drawn in one chart
 MAX_GROUPS = 40  # named below a scatter plot
-_ABOVE = 3  # times a level, as that of a guess: lines that lie above may leave a chart
 _LIGHT = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d")
 _DARK = ("#56b4e9", "#e69f00", "#2fc79b", "#f0b6da", "#e8743b", "#5b8fe0", "#d8d8d8")
 COLORS = len(_LIGHT)
@@ -240,16 +239,14 @@ def _padded(low: float, high: float, share: float) -> tuple[float, float]:
     return low - pad if low < 0 else max(low - pad, 0.0), high + pad
 
 
-def _frame_of(series: dict, bands: dict, levels: dict) -> tuple:
+def _frame_of(series: dict, bands: dict, levels: dict, ceiling: float) -> tuple:
     xs = [p[0] for line in series.values() for p in line]
     low = min(xs)
     high = max(xs)
     if high == low:
         low, high = low - 0.5, high + 0.5
     heights = {name: [p[1] for p in line] for name, line in series.items()}
-    # A line far above the levels, as the loss on raw pixels, would flatten the others.
-    far = _ABOVE * max(levels.values(), default=math.inf)
-    near = [ys for ys in heights.values() if np.median(ys) <= far] or list(heights.values())
+    near = [ys for ys in heights.values() if np.median(ys) <= ceiling] or list(heights.values())
     ys = [y for line in near for y in line] + list(levels.values())
     ys += [value for band in bands.values() for p in band for value in p[1:]]
     return (low, high), _padded(min(ys), max(ys), 0.05)
@@ -268,6 +265,7 @@ def lines(
     diagonal: str | None = None,
     values: bool = True,
     most: int = 300,
+    ceiling: float = math.inf,
 ) -> str:
     """A line chart as SVG.
 
@@ -282,6 +280,7 @@ def lines(
         values: whether the legend gives the last y of each line, and its interval.
         diagonal: the name of a line from the lower left to the upper right corner.
         most: points that are drawn of a line; of more, the extremes of every stretch.
+        ceiling: a line whose median is above would flatten the others: it may leave the frame.
     """
     levels = levels or {}
     marks = marks or {}
@@ -292,7 +291,7 @@ def lines(
     left_out = len(series) - MAX_LINES
     series = dict(list(series.items())[:MAX_LINES])
     bands = {name: _finite(band) for name, band in (bands or {}).items() if name in series}
-    frame = frame or _frame_of(series, bands, levels)
+    frame = frame or _frame_of(series, bands, levels, ceiling)
     low, high = frame[0]
     steps = [p[0] for line in series.values() for p in line]
     whole = high > 1 and all(float(x).is_integer() for x in steps)

@@ -1,5 +1,7 @@
 """From log.jsonl to the curves of a report."""
 
+import math
+
 from common.report import charts
 
 # Of a metric: the label of its axis, and what it means.
@@ -73,6 +75,7 @@ FIRST = (
 )
 SYSTEM = ("rate", "wait", "memory_gb")
 _STEPS_ONLY = (*SYSTEM, "lr", "grad_norm")  # not also measured over epochs
+_ABOVE = 3  # times the loss of a guess: a line up there, as that of raw pixels, may leave the chart
 _NO_CURVE = ("loss_over_chance", "tau")
 _POSITION = ("stage", "step", "epoch", "time", "eta_s")  # of a line, no metrics
 
@@ -186,9 +189,11 @@ def charts_of(
         marks = marks_of(stage, lines, resumes)
         for metric, chart in charts_of_stage.items():
             levels = chart["levels"]
+            ceiling = math.inf
             if metric == "loss" and stage in card["chance"]:
                 name, loss = card["chance"][stage]
                 levels = {**levels, name: loss}
+                ceiling = _ABOVE * loss
             drawn = charts.lines(
                 f"{stage}: {metric}",
                 chart["series"],
@@ -198,6 +203,7 @@ def charts_of(
                 marks=marks,
                 bands=chart["bands"],
                 most=max_points(detail),
+                ceiling=ceiling,
             )
             if drawn:
                 drawings.setdefault(stage, {})[metric] = drawn
