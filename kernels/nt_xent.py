@@ -251,12 +251,12 @@ class _Reference(Operation):
 
 @jit
 def _nt_xent_prepare_kernel(
-    a_ptr,
-    b_ptr,
-    temperature_ptr,
-    u_ptr,
-    pos_ptr,
-    partials_ptr,
+    a_ptr,  # (N, D)
+    b_ptr,  # (N, D)
+    temperature_ptr,  # (1,), read where it is a tensor
+    u_ptr,  # (padded m, planes x BLOCK_D), 16 bits, written
+    pos_ptr,  # (N,) fp32, written
+    partials_ptr,  # (1 + programs,) fp32, the first written
     temperature,
     stride_an,
     stride_ad,
@@ -344,13 +344,13 @@ def _finish_rows(
 
 @jit
 def _nt_xent_finish_kernel(
-    tops_ptr,
-    sums_ptr,
-    pos_ptr,
-    negatives_ptr,
-    lse_ptr,
-    partials_ptr,
-    loss_ptr,
+    tops_ptr,  # (slots, padded m) fp32
+    sums_ptr,  # the same
+    pos_ptr,  # (N,) fp32
+    negatives_ptr,  # (M,) fp32, written
+    lse_ptr,  # (M,) fp32, written
+    partials_ptr,  # (1 + programs,) fp32
+    loss_ptr,  # () fp32, written
     shift,
     num_rows,
     num_slots,
@@ -395,12 +395,12 @@ def _nt_xent_finish_kernel(
 
 @jit(do_not_specialize=["num_rows"])
 def _nt_xent_few_rows_fwd_kernel(
-    u_ptr,
-    pos_ptr,
-    negatives_ptr,
-    lse_ptr,
-    partials_ptr,
-    loss_ptr,
+    u_ptr,  # (padded m, planes x BLOCK_D), 16 bits
+    pos_ptr,  # (N,) fp32
+    negatives_ptr,  # (M,) fp32, written
+    lse_ptr,  # (M,) fp32, written
+    partials_ptr,  # (1 + programs,) fp32
+    loss_ptr,  # () fp32, written
     shift,
     num_rows,
     DECOUPLED: tl.constexpr,
@@ -511,16 +511,16 @@ def _store_views(da_ptr, db_ptr, da, db, pairs, offs_d, num_pairs, dim):
 
 @jit
 def _nt_xent_epilogue_kernel(
-    a_ptr,
-    b_ptr,
-    temperature_ptr,
-    dloss_ptr,
-    partial_ptr,
-    pos_ptr,
-    negatives_ptr,
-    da_ptr,
-    db_ptr,
-    dtemperature_ptr,
+    a_ptr,  # (N, D)
+    b_ptr,  # (N, D)
+    temperature_ptr,  # (1,), read where it is a tensor
+    dloss_ptr,  # ()
+    partial_ptr,  # (ranges, padded m, BLOCK_D) fp32
+    pos_ptr,  # (N,) fp32
+    negatives_ptr,  # (M,) fp32
+    da_ptr,  # (N, D), written
+    db_ptr,  # (N, D), written
+    dtemperature_ptr,  # (programs,) fp32, written
     temperature,
     stride_an,
     stride_ad,
@@ -581,15 +581,15 @@ def _nt_xent_epilogue_kernel(
 
 @jit
 def _nt_xent_few_rows_bwd_kernel(
-    a_ptr,
-    b_ptr,
-    dloss_ptr,
-    u_ptr,
-    pos_ptr,
-    negatives_ptr,
-    lse_ptr,
-    da_ptr,
-    db_ptr,
+    a_ptr,  # (N, D)
+    b_ptr,  # (N, D)
+    dloss_ptr,  # ()
+    u_ptr,  # (padded m, planes x BLOCK_D), 16 bits
+    pos_ptr,  # (N,) fp32
+    negatives_ptr,  # (M,) fp32
+    lse_ptr,  # (M,) fp32
+    da_ptr,  # (N, D), written
+    db_ptr,  # (N, D), written
     temperature,
     shift,
     stride_an,

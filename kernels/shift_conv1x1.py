@@ -190,10 +190,10 @@ def _weight(weight_ptr, rows, cols, outputs, channels, begin, end):
 
 @jit(do_not_specialize=_SIZES)
 def shift_conv1x1_fwd_kernel(
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    y_ptr,
+    x_ptr,  # (rows, C): N, H, W in this order
+    weight_ptr,  # (O, C)
+    bias_ptr,  # (O,)
+    y_ptr,  # (rows, O), written
     num_rows,
     channels,
     outputs,
@@ -289,7 +289,7 @@ def shift_conv1x1_fwd_kernel(
 
 @jit(do_not_specialize=_SIZES)
 def shift_conv1x1_fwd_loop_kernel(
-    x_ptr,
+    x_ptr,  # as above
     weight_ptr,
     bias_ptr,
     y_ptr,
@@ -340,9 +340,9 @@ def shift_conv1x1_fwd_loop_kernel(
 
 @jit(do_not_specialize=_SIZES)
 def shift_conv1x1_dx_kernel(
-    dy_ptr,
-    weight_ptr,
-    dx_ptr,
+    dy_ptr,  # (rows, O)
+    weight_ptr,  # (O, C)
+    dx_ptr,  # (rows, C), written
     num_rows,
     channels,
     outputs,
@@ -395,9 +395,9 @@ def shift_conv1x1_dx_kernel(
 
 @jit(do_not_specialize=_SIZES)
 def shift_conv1x1_dw_kernel(
-    x_ptr,
-    dy_ptr,
-    partial_ptr,
+    x_ptr,  # (rows, C)
+    dy_ptr,  # (rows, O)
+    partial_ptr,  # (ranges, O, C) fp32, written
     num_rows,
     channels,
     outputs,

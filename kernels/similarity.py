@@ -254,8 +254,8 @@ def add_exponentials(top, total, s):
     ]
 )
 def half_kernel(
-    u_ptr,
-    slots_ptr,
+    u_ptr,  # (padded m, planes x BLOCK_D), 16 bits
+    slots_ptr,  # (slots, padded m) fp32, written
     shift,
     num_rows,
     num_blocks,
@@ -322,10 +322,10 @@ def half_kernel(
 
 @jit(do_not_specialize=["num_keys"])
 def full_kernel(
-    rows_ptr,
-    keys_ptr,
-    tops_ptr,
-    sums_ptr,
+    rows_ptr,  # (padded m, planes x BLOCK_D), 16 bits
+    keys_ptr,  # (padded k, planes x BLOCK_D)
+    tops_ptr,  # (ranges, padded m) fp32, written
+    sums_ptr,  # the same
     num_keys,
     keys_per_range,
     stride_slot,
@@ -426,12 +426,12 @@ def _weights(
 
 @jit(do_not_specialize=["num_rows", "num_keys"])
 def stats_kernel(
-    rows_ptr,
-    keys_ptr,
-    of_rows_ptr,
-    of_keys_ptr,
-    factor_ptr,
-    slots_ptr,
+    rows_ptr,  # (padded m, planes x BLOCK_D), 16 bits
+    keys_ptr,  # (padded k, planes x BLOCK_D)
+    of_rows_ptr,  # (m,) bounds fp32, or classes
+    of_keys_ptr,  # (k,) classes
+    factor_ptr,  # (1,) fp32
+    slots_ptr,  # (4, ranges, padded m) fp32, written
     num_rows,
     num_keys,
     keys_per_range,
@@ -486,11 +486,11 @@ def stats_kernel(
 
 @jit(do_not_specialize=["num_rows", "num_keys"])
 def bwd_kernel(
-    rows_ptr,
-    keys_ptr,
-    lse_rows_ptr,
-    lse_keys_ptr,
-    partial_ptr,
+    rows_ptr,  # (padded m, planes x BLOCK_D), 16 bits
+    keys_ptr,  # (padded k, planes x BLOCK_D)
+    lse_rows_ptr,  # (m,) fp32, base 2
+    lse_keys_ptr,  # (k,)
+    partial_ptr,  # (ranges, padded m, BLOCK_D) fp32, written
     shift,
     num_rows,
     num_keys,

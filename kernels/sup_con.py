@@ -147,11 +147,11 @@ def _reference_positive_sum(rows, keys, labels, labels_keys, starts, ends, order
 
 @jit
 def class_sum_kernel(
-    keys_ptr,
-    order_ptr,
-    starts_ptr,
-    ends_ptr,
-    out_ptr,
+    keys_ptr,  # (K, D) fp32
+    order_ptr,  # (K,), the row at each position, sorted by class
+    starts_ptr,  # (K,), of each position's class
+    ends_ptr,  # (K,)
+    out_ptr,  # (K, D) fp32, written
     dim,
     STEP: tl.constexpr,
     SPAN: tl.constexpr,
@@ -356,9 +356,9 @@ class _SupCon(Operation):
 
 @jit
 def _sup_con_prepare_kernel(
-    z_ptr,
-    u_ptr,
-    partials_ptr,
+    z_ptr,  # (M, D)
+    u_ptr,  # (padded m, planes x BLOCK_D), 16 bits, written
+    partials_ptr,  # (1 + 2 programs,) fp32, the first written
     temperature,
     stride_zn,
     stride_zd,
@@ -435,13 +435,13 @@ def _add_class(acc, same, keys, keys_lo, SPLIT: tl.constexpr):
 
 @jit(do_not_specialize=["num_rows"])
 def _sup_con_few_rows_fwd_kernel(
-    u_ptr,
-    labels_ptr,
-    lse_ptr,
-    positives_ptr,
-    partials_ptr,
-    loss_ptr,
-    scale_ptr,
+    u_ptr,  # (padded m, planes x BLOCK_D), 16 bits
+    labels_ptr,  # (M,)
+    lse_ptr,  # (M,) fp32, written
+    positives_ptr,  # (M, BLOCK_D) fp32, written
+    partials_ptr,  # (1 + 2 programs,) fp32
+    loss_ptr,  # () fp32, written
+    scale_ptr,  # () fp32, written
     shift,
     num_rows,
     SPLIT: tl.constexpr,
@@ -486,9 +486,9 @@ def _sup_con_few_rows_fwd_kernel(
 
 @jit(do_not_specialize=["num_rows"])
 def _sup_con_positives_kernel(
-    u_ptr,
-    labels_ptr,
-    partial_ptr,
+    u_ptr,  # (padded m, planes x BLOCK_D), 16 bits
+    labels_ptr,  # (M,)
+    partial_ptr,  # (ranges, padded m, BLOCK_D) fp32, written
     num_rows,
     keys_per_range,
     stride_slot,
@@ -519,16 +519,16 @@ def _sup_con_positives_kernel(
 
 @jit
 def _sup_con_finish_kernel(
-    u_ptr,
-    tops_ptr,
-    sums_ptr,
-    labels_ptr,
-    partial_ptr,
-    lse_ptr,
-    positives_ptr,
-    partials_ptr,
-    loss_ptr,
-    scale_ptr,
+    u_ptr,  # (padded m, planes x BLOCK_D), 16 bits
+    tops_ptr,  # (slots, padded m) fp32
+    sums_ptr,  # the same
+    labels_ptr,  # (M,)
+    partial_ptr,  # (ranges, padded m, BLOCK_D) fp32
+    lse_ptr,  # (M,) fp32, written
+    positives_ptr,  # (M, BLOCK_D) fp32, written
+    partials_ptr,  # (1 + 2 programs,) fp32
+    loss_ptr,  # () fp32, written
+    scale_ptr,  # () fp32, written
     shift,
     num_rows,
     num_slots,
@@ -589,12 +589,12 @@ def _sup_con_finish_kernel(
 
 @jit
 def _sup_con_epilogue_kernel(
-    z_ptr,
-    dloss_ptr,
-    scale_ptr,
-    partial_ptr,
-    positives_ptr,
-    dz_ptr,
+    z_ptr,  # (M, D)
+    dloss_ptr,  # ()
+    scale_ptr,  # () fp32
+    partial_ptr,  # (ranges, padded m, BLOCK_D) fp32
+    positives_ptr,  # (M, BLOCK_D) fp32
+    dz_ptr,  # (M, D), written
     temperature,
     stride_zn,
     stride_zd,

@@ -75,8 +75,8 @@ def _memory_format(x):
 
 @jit(do_not_specialize=["num_frames", "frame_size", "channels", "area", "split", "num_shifted"])
 def temporal_shift_kernel(
-    x_ptr,
-    y_ptr,
+    x_ptr,  # (N, C, H, W) or (N, H, W, C) in memory
+    y_ptr,  # the same, written
     num_frames,
     frame_size,
     channels,
