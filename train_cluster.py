@@ -305,7 +305,7 @@ def parse_args(argv: list[str] | None = None):
     )
     refuse(
         ["accum", "on_bad_item", "eval_every", "workers"],
-        "on utterances: batches are whole, every epoch is evaluated",
+        "on utterances: they are in memory, batches are whole, every epoch is evaluated",
     )
     if args.data == "sample" and not (args.eval or args.predict):
         refuse(["text_column", "label_column", "encoding"], "on the embedded data")

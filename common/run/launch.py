@@ -138,7 +138,10 @@ def seed_process(args) -> None:
         try:
             os.stat(args.resume)
         except OSError as error:
-            raise InputError(f"--resume {args.resume}: {error.strerror.lower()}") from None
+            raise InputError(
+                f"--resume {args.resume}: {error.strerror.lower()}; give a run directory or one of its"
+                " checkpoints, or leave --resume out"
+            ) from None
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
