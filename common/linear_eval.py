@@ -125,7 +125,7 @@ def linear(
             continue
         gains = hits["linear"].double() - hits[name].double()  # by test image
         key = f"linear/test/gain_over_{name.removeprefix('linear_')}"
-        low, high = metrics.mean_interval(gains)
+        low, high = metrics.mean_interval(gains, least=-1.0)
         run.results |= {key: gains.mean().item(), f"{key}_low": low, f"{key}_high": high}
         run.log.say(
             f"linear protocol, {sources['linear'].title} minus {source.title}:"

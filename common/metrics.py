@@ -149,7 +149,9 @@ def recall_intervals(
     """Return percentile bootstrap intervals of UAR and WAR, a function of the arguments alone.
 
     The items of each class are drawn again with replacement, so no class is ever lost; the hits
-    among n items drawn from n with h hits are binomial.
+    among n items drawn from n with h hits are binomial. Where all items are hits, or none is, every
+    draw gives the same; then one end is what `_alike` allows, for UAR with the size of the smallest
+    class for each.
 
     Args:
         target, predicted, num_classes: as in `confusion_matrix`.
@@ -169,10 +171,24 @@ def recall_intervals(
     drawn = rng.binomial(sizes, hits / np.maximum(sizes, 1), (rounds, num_classes))
     scores = {"uar": (drawn / np.maximum(sizes, 1)).mean(1), "war": drawn.sum(1) / sizes.sum()}
     edges = [(1 - level) / 2, (1 + level) / 2]
-    return {
-        name: tuple(float(edge) for edge in np.quantile(values, edges))
-        for name, values in scores.items()
-    }
+    ends = {name: tuple(map(float, np.quantile(scores[name], edges))) for name in scores}
+    if hits.sum() in (0, sizes.sum()):
+        present = sizes[sizes > 0]
+        items = {"uar": len(present) * present.min(), "war": sizes.sum()}
+        most = {"uar": len(present) / num_classes, "war": 1.0}
+        for name, count in items.items():
+            end = _alike(count, level)
+            low, high = (0.0, 1 - end) if hits.sum() == 0 else (end, 1.0)
+            ends[name] = low * most[name], high * most[name]
+    return ends
+
+
+def _alike(count: int, level: float) -> float:
+    """The smallest share of a kind of which `count` independent items, all of it, can still come.
+
+    The low end of Clopper and Pearson's interval (1934) there: a^count = (1 - level) / 2.
+    """
+    return ((1 - level) / 2) ** (1 / count)
 
 
 def _detections(target: Labels, scores: Scores) -> tuple[np.ndarray, np.ndarray]:
@@ -309,9 +325,8 @@ def auc_interval(
 ) -> tuple[float, float]:
     """Return the percentile bootstrap interval of the AUC, a function of the arguments alone.
 
-    Where no pair is ranked wrongly (or rightly) every draw gives the same; then one end is what m
-    independent pairs allow, of which all were: a^m = (1 - level) / 2. Memory is O(rounds * N +
-    positives * negatives).
+    Where no pair is ranked wrongly (or rightly) every draw gives the same; then one end is what
+    `_alike` allows for as many independent pairs. Memory is O(rounds * N + positives * negatives).
 
     Args:
         target, scores: as in `detection`, with its errors.
@@ -335,7 +350,7 @@ def auc_interval(
     if wins.min() == wins.max() != 0.5:
         names = np.arange(len(target)) if units is None else np.asarray(units, dtype=object)
         pairs = min(len(set(names[target == kind])) for kind in (0, 1))
-        end = ((1 - level) / 2) ** (1 / pairs)
+        end = _alike(pairs, level)
         low, high = (end, 1.0) if wins.min() else (0.0, 1 - end)
     return float(low), float(high)
 
@@ -520,15 +535,20 @@ def share_interval(hits: int, count: int, level: float = 0.95) -> tuple[float, f
 
 
 def mean_interval(
-    values: Sequence[float] | np.ndarray, rounds: int = 2000, level: float = 0.95
+    values: Sequence[float] | np.ndarray,
+    least: float = 0.0,
+    rounds: int = 2000,
+    level: float = 0.95,
 ) -> tuple[float, float]:
     """Return the percentile bootstrap interval of a mean over items, a function of the arguments.
 
     Of an accuracy where the values are 1 for right answers and 0 for wrong ones; of the difference
-    of two on the same items where they are the differences of these.
+    of two on the same items where they are the differences of these. Where all are the same every
+    draw is; then the ends are what `_alike` allows: a few others might be the least or 1.
 
     Args:
         values: (N,) numbers, few of them different, as they are drawn by how often each is there.
+        least: that a value can be, 0 of an answer, -1 of a difference; the most is 1.
         rounds: of the bootstrap.
         level: share of the bootstrap's means inside the interval.
 
@@ -538,6 +558,9 @@ def mean_interval(
     levels, counts = np.unique(np.asarray(values, np.float64), return_counts=True)
     rng = np.random.Generator(np.random.PCG64(0))
     count = counts.sum()
+    if len(levels) == 1:
+        value, others = float(levels[0]), 1 - _alike(count, level)
+        return value - others * (value - least), value + others * (1 - value)
     means = rng.multinomial(count, counts / count, rounds) @ levels / count
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

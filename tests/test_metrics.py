@@ -117,8 +117,6 @@ def test_recall_intervals_are_those_of_drawing_the_items_of_each_class_again():
         assert result[name] == pytest.approx(
             np.quantile(values, [0.025, 0.975]).tolist(), abs=0.015
         )
-    perfect = metrics.recall_intervals(target, target, 3, seed=1)
-    assert perfect == {"uar": (1.0, 1.0), "war": (1.0, 1.0)}
 
 
 def detections(n, levels, seed, share=0.7):
@@ -345,7 +343,27 @@ def test_the_interval_of_a_mean_is_the_percentile_bootstrap(levels):
     found = metrics.mean_interval(values, rounds=20_000)
     assert found == pytest.approx(tuple(expected), abs=0.01)
     assert found == metrics.mean_interval(values[::-1], rounds=20_000)
-    assert metrics.mean_interval(np.ones(3)) == (1, 1)
+
+
+def test_items_that_are_all_alike_leave_an_interval_of_some_width():
+    """Where every draw of a bootstrap gives the same."""
+    stats = pytest.importorskip("scipy.stats", reason=ORACLE)
+
+    def exact(hits, count):
+        return tuple(stats.binomtest(hits, count).proportion_ci(method="exact"))
+
+    assert metrics.mean_interval(np.ones(8)) == pytest.approx(exact(8, 8))
+    assert metrics.mean_interval(np.zeros(8)) == pytest.approx(exact(0, 8))
+    most = exact(0, 8)[1]
+    assert metrics.mean_interval(np.zeros(8), least=-1.0) == pytest.approx((-most, most))
+    for sizes, of_uar in (((9, 9, 9), 27), ((200, 40, 7), 21), ((30, 0, 5), 10)):
+        target = np.repeat(np.arange(3), sizes)
+        classes = np.count_nonzero(sizes) / 3  # one without items is recalled never
+        for predicted, hits in ((target, 1), ((target + 1) % 3, 0)):
+            found = metrics.recall_intervals(target, predicted, 3, seed=0)
+            assert found["war"] == pytest.approx(exact(hits * len(target), len(target)))
+            expected = np.multiply(exact(hits * of_uar, of_uar), classes)
+            assert found["uar"] == pytest.approx(tuple(expected))
 
 
 def contrastive_loops(z_a, z_b):

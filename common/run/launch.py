@@ -139,8 +139,8 @@ def seed_process(args) -> None:
             os.stat(args.resume)
         except OSError as error:
             raise InputError(
-                f"--resume {args.resume}: {error.strerror.lower()}; give a run directory or one of its"
-                " checkpoints, or leave --resume out"
+                f"--resume {args.resume}: {error.strerror.lower()}; give a run directory or one of"
+                " its checkpoints, or leave --resume out"
             ) from None
     random.seed(args.seed)
     np.random.seed(args.seed)
