@@ -684,6 +684,51 @@ def test_tables_named_for_splits_are_these_splits(tmp_path):
         opened(three_tables(tmp_path / "wrong", "train"))
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train_list", "val_list", "test_list"),
+        ("ff_training", "ff-dev", "ff-testset"),
+        ("train_all", "val", "test_all"),
+    ],
+)
+def test_names_that_hold_a_split_are_it_where_train_and_another_are_there(tmp_path, words):
+    named = list(zip(words, ("train", "val", "test"), strict=True))
+    tables = three_tables(tmp_path / "tables")
+    for word, part in named:
+        (tables / f"{part}.csv").rename(tables / f"{word}.csv")
+    kinds = ("real/a", "fake/b", "fake/train_fast/c")  # the last says no split
+    folders = labeled(
+        tmp_path / "folders", [f"{word}/{kind}" for word, _ in named for kind in kinds]
+    )
+    pairs = numbered_ffpp(tmp_path / "pairs", methods=("Deepfakes",))
+    for word, part in named:
+        (pairs / "splits" / f"{part}.json").rename(pairs / "splits" / f"{word}.json")
+    (pairs / "splits" / "more.json").write_text("[]")
+    counts = {"tables": [60, 12, 12], "folders": [3, 3, 3], "pairs": [8, 4, 4]}
+    for root in (tables, folders, pairs):
+        found = opened(root).splits
+        assert [(found == part).sum() for _, part in named] == counts[root.name]
+    assert opened(pairs).notes == ["passed over splits/more.json: no pairs of train, val or test"]
+    one = opened(labeled(tmp_path / "one", ["test_runs/real/a", "test_runs/fake/b"]))
+    assert set(one.splits) == {""} and set(one.methods) == {"real", "fake"}
+
+
+def test_the_official_layout_below_splits_is_in_these_splits(tmp_path):
+    root = tmp_path / "parts"
+    parts = ("train", "val", "test")
+    for k, part in enumerate(parts):
+        pairs = {part: [[f"{2 * k:03d}", f"{2 * k + 1:03d}"]]}
+        numbered_ffpp(root / part, pairs, methods=("Deepfakes",), splits=False)
+    videos = opened(root)
+    assert [(videos.splits == part).sum() for part in parts] == [4, 4, 4]
+    faceforensics.split(videos)
+    again = root / "test/original_sequences/youtube/c23/frames/000"
+    numbered_frames(again)
+    with pytest.raises(InputError, match="1 person is in two splits: 000 "):
+        faceforensics.split(opened(root))
+
+
 def test_tables_that_share_a_person_or_a_folder_are_refused(tmp_path):
     root = three_tables(tmp_path / "shared")
     numbered_frames(root / "v" / "000_099", 2)
