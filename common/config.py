@@ -431,7 +431,7 @@ def base_parser(
     running.add_argument(
         "--eval",
         metavar="CHECKPOINT",
-        help="evaluate a run or a checkpoint on the test split of its data, or of --data, then stop",
+        help="evaluate a run or checkpoint on the test split of its data, or of --data, then stop",
     )
     running.add_argument(
         "--predict",
