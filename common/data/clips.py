@@ -114,6 +114,16 @@ class Videos:
         """What is known of the bytes of the frames' files."""
         return self.images.content
 
+    def shared_with(self, record: dict | None, indices: np.ndarray) -> np.ndarray:
+        """(n,) whether videos `indices` have frames, of those read so far, whose bytes are in a
+        `record` of `common.run.content.load`.
+        """
+        if record is None or self.content is None:
+            return np.zeros(len(indices), bool)
+        stored = np.setdiff1d(record["digests"].numpy(), [0])  # 0: not read
+        is_stored = np.isin(self.content.digests(), stored)
+        return np.array([is_stored[self.images.files_of(self.frames[i])].any() for i in indices])
+
     @property
     def native_size(self) -> int:
         """Median shorter side of the frames in pixels."""
