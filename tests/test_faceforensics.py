@@ -942,6 +942,19 @@ def test_several_faces_of_a_frame_are_said_and_one_is_taken(tmp_path):
         assert names == [f"real/a/frame_{k}_{number}.png" for k in range(12)]
 
 
+def test_faces_whose_frames_lie_together_are_no_longer_video(tmp_path):
+    root = tmp_path / "set"
+    files(root, [f"real/a/id0_{k:03d}.png" for k in (0, 1, 3)], 4)
+    files(root, [f"real/a/id1_{k:03d}.png" for k in (1, 2, 3)], 9)
+    files(root, [f"fake/b/{k:03d}{tail}.png" for k in range(3) for tail in ("", "_1")])
+    videos, text = said(root)
+    assert "1 video with frames of several faces: real/a;" in text
+    assert "1 video with frames whose numbers do not rise: fake/b;" in text
+    names = [videos.images.ids[i] for i in videos.frames[videos.ids.index("real/a")]]
+    assert names == [f"real/a/id{face}_{k:03d}.png" for k, face in enumerate((0, 1, 1, 1))]
+    assert videos.rates.tolist() == [25.0, 25.0] and videos.lengths.tolist() == [6, 4]
+
+
 def test_files_that_stand_behind_a_folder_are_said(tmp_path):
     root = labeled(tmp_path / "set", ["real/a", "fake/b"])
     (root / "real" / "a.mp4").write_text("20")
