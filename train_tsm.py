@@ -44,7 +44,7 @@ from common.check.runner import check
 from common.data import augment, faceforensics, sampling
 from common.data.clips import VideoFiles
 from common.data.groups import group_items
-from common.data.images import SQUARE
+from common.data.images import SQUARE, existing
 from common.data.pack import PackedImages
 from common.data.perturb import LEVELS, perturb
 from common.distill import add_distillation
@@ -527,6 +527,11 @@ def frame_numbers(run: Run, items: np.ndarray, epoch: int | None) -> tuple[np.nd
     return videos, spread[np.arange(len(items)), items // count]
 
 
+def describe_clips(run: Run) -> str:
+    """How clips are cut, in one line."""
+    return run.data.describe_clips(run.model_spec["n_segment"], run.model_spec["clip_seconds"])
+
+
 def criterion(run: Run) -> Callable[[Tensor, Tensor], Tensor]:
     """The loss of logits and labels that the flags choose."""
     gamma = run.args.gamma if run.args.loss == "focal_bce" else 0.0
@@ -808,6 +813,7 @@ def run_inference(parser, args, world: dist.Dist) -> None:
     if args.stream:
         stream(run, model)
         return
+    world.say(describe_clips(run))
     loaded.say_who_answers(world, classes)
     logits, _ = evaluate(run, model, np.arange(len(videos)))
     scores = metrics.video_scores(logits)
@@ -822,6 +828,8 @@ def evaluate_on(parser, args, world: dist.Dist, loaded: LoadedRun, threshold: fl
     stored = checkpoint.config_of(args.eval)
     of_run = content.load(run_dir_of(args.eval), world.say)
     paths = loaded.path if isinstance(loaded.path, tuple) else (loaded.path,)
+    for path in set(paths) - faceforensics.SAMPLES.keys():
+        existing(path)  # before the first is scored
     model = loaded.with_weights(partial(build_model, loaded.as_run(args, world, None, {})))
     for path, name in zip(paths, names_of_data(paths), strict=True):
         videos = build_data(args, path, world, of_run=stored)
@@ -833,6 +841,7 @@ def evaluate_on(parser, args, world: dist.Dist, loaded: LoadedRun, threshold: fl
         labels = videos.labels[test]
         has_auc = len(set(labels)) == 2
         run = loaded.as_run(args, world, videos, {})
+        world.say(describe_clips(run))
         logits, frames = evaluate(run, model, test, each_frame=True)
         scores = metrics.video_scores(logits)
         shared = videos.shared_with(None if own else of_run, test)
@@ -967,12 +976,12 @@ def stream(run: Run, model: ClipModel) -> None:
     lines = ["frame,score_fake"]
     video = np.zeros(1, np.int64)
     spec, length = run.model_spec, int(run.data.lengths[0])
-    # As far apart as the frames of a clip in training.
-    apart = max(1.0, spec["clip_seconds"] / spec["n_segment"] * run.data.rates[0])
+    rate, trained = run.data.rates[0], spec["clip_seconds"] / spec["n_segment"]
+    apart = max(1.0, trained * rate)
     taken = np.unique(np.floor(np.arange(0, length, apart) + 1e-6).astype(int))
     run.world.say(
-        f"{len(taken)} of {plural(length, 'frame')}, {apart / run.data.rates[0]:.3g} s apart, as"
-        " clips were in training"
+        f"{len(taken)} of {plural(length, 'frame')}, {apart / rate:.3g} s apart;"
+        f" clips of training have one every {trained:.3g} s"
     )
     frames = [(video, np.array([[t]])) for t in taken]
     for t, pixels in zip(taken, run.data.batches(frames, run.args.workers), strict=True):
@@ -1034,7 +1043,7 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
         input_text=f"input {size} px",
     )
     distill.attach_teacher(run, teacher, build_model, teacher_logits)
-    run.log.say(videos.describe_clips(args.n_segment, args.clip_seconds))
+    run.log.say(describe_clips(run))
     if args.check:
         return check(run, {"train": check_spec(run, published)})
     with run.session(page):

@@ -481,6 +481,8 @@ def test_other_data_are_scored_whole_each_in_its_folder_and_in_one_table(
     shutil.copytree(whole, run)
     others = [tmp_path / name for name in ("celeb", "lab", "own")]
     argv = flags("--eval", run, "--device cpu --data", *others, ffpp)
+    refused(train_tsm.main, [*argv, str(tmp_path / "typo")], capsys, "typo: no such file")
+    assert not (run / "eval").exists()
     assert train_tsm.main(argv) == 0
     out = capsys.readouterr().out
     assert out.count("WARN") == 1
