@@ -318,7 +318,7 @@ def parse_args(argv: list[str] | None = None):
     reading = ["missing_box", "face_margin", "box_format", "allow_missing"]
     args = config.parse(parser, argv, DEMO, SEARCH)
     # A list is that of the data that the run was trained on.
-    listed = ["test_list"] if args.eval and args.data == "sample" else []
+    listed = ["test_list"] if args.eval and args.data is None else []
     args = restore_data_flags(parser, argv, args, [*reading, "store_size", *listed])
 
     config.check_inference_flags(

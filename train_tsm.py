@@ -44,11 +44,11 @@ from common.check.runner import check
 from common.data import augment, faceforensics, sampling
 from common.data.clips import VideoFiles
 from common.data.groups import group_items
-from common.data.images import SQUARE
+from common.data.images import SQUARE, existing
 from common.data.pack import PackedImages
 from common.data.perturb import LEVELS, perturb
 from common.distill import add_distillation
-from common.errors import InputError, as_input_error, only_warn, plural, say
+from common.errors import InputError, as_input_error, first_few, only_warn, plural, say
 from common.export import PROBABILITIES, ExportSpec
 from common.live import digits
 from common.losses import focal_bce
@@ -65,11 +65,11 @@ from common.models.tsm import (
     training_memory,
 )
 from common.report import figures, page
-from common.run import checkpoint, dist
+from common.run import checkpoint, content, dist
 from common.run.card import Card
 from common.run.directory import output_folder
 from common.run.evaluation import Evaluation
-from common.run.files import write_new
+from common.run.files import run_dir_of, write_new
 from common.run.inference import LoadedRun, load_run, restore_data_flags
 from common.run.launch import launch, run_sweep
 from common.run.loop import Batch, Loop, Step
@@ -527,6 +527,11 @@ def frame_numbers(run: Run, items: np.ndarray, epoch: int | None) -> tuple[np.nd
     return videos, spread[np.arange(len(items)), items // count]
 
 
+def describe_clips(run: Run) -> str:
+    """How clips are cut, in one line."""
+    return run.data.describe_clips(run.model_spec["n_segment"], run.model_spec["clip_seconds"])
+
+
 def criterion(run: Run) -> Callable[[Tensor, Tensor], Tensor]:
     """The loss of logits and labels that the flags choose."""
     gamma = run.args.gamma if run.args.loss == "focal_bce" else 0.0
@@ -808,6 +813,7 @@ def run_inference(parser, args, world: dist.Dist) -> None:
     if args.stream:
         stream(run, model)
         return
+    world.say(describe_clips(run))
     loaded.say_who_answers(world, classes)
     logits, _ = evaluate(run, model, np.arange(len(videos)))
     scores = metrics.video_scores(logits)
@@ -820,7 +826,10 @@ def run_inference(parser, args, world: dist.Dist) -> None:
 def evaluate_on(parser, args, world: dist.Dist, loaded: LoadedRun, threshold: float) -> None:
     """The test metrics on each data set of --data, in eval/NAME/ of the run, and their table."""
     stored = checkpoint.config_of(args.eval)
+    of_run = content.load(run_dir_of(args.eval), world.say)
     paths = loaded.path if isinstance(loaded.path, tuple) else (loaded.path,)
+    for path in set(paths) - faceforensics.SAMPLES.keys():
+        existing(path)  # before the first is scored
     model = loaded.with_weights(partial(build_model, loaded.as_run(args, world, None, {})))
     for path, name in zip(paths, names_of_data(paths), strict=True):
         videos = build_data(args, path, world, of_run=stored)
@@ -831,13 +840,17 @@ def evaluate_on(parser, args, world: dist.Dist, loaded: LoadedRun, threshold: fl
         test = scored_videos(args, videos, own, bool(stored.get("allow_shared_persons")), world.say)
         labels = videos.labels[test]
         has_auc = len(set(labels)) == 2
-        if args.perturb and not has_auc:
-            raise InputError(
-                f"--perturb: {videos.name} has no AUC, which needs real and fake videos"
-            )
         run = loaded.as_run(args, world, videos, {})
+        world.say(describe_clips(run))
         logits, frames = evaluate(run, model, test, each_frame=True)
         scores = metrics.video_scores(logits)
+        shared = videos.shared_with(None if own else of_run, test)
+        if shared.any():
+            world.say(
+                f"WARN {shared.sum()} of {plural(len(test), 'video')} are in the run's own data,"
+                f" too, and may have been learned: {first_few(np.array(videos.ids)[test[shared]])};"
+                f" --eval {args.eval} without --data scores what was held out"
+            )
         values = score(run, "eval/test", test, logits, threshold)
         if has_auc:
             of_frame = np.repeat(labels, frames[0].numel())
@@ -861,9 +874,11 @@ def evaluate_on(parser, args, world: dist.Dist, loaded: LoadedRun, threshold: fl
         place.write(values, world, answers, (scores >= threshold).astype(int), facts)
         if args.perturb:
             kinds = list(LEVELS) if args.perturb == "all" else [args.perturb]
-            found = perturbed(run, model, test, kinds)
+            # The first metric of videos: their AUC, or of one class the share that is called fake.
+            metric = "eval/test/video_auc" if has_auc else next(iter(values))
+            found = perturbed(run, model, test, kinds, threshold, metric)
             if world.is_main:
-                figures.perturbed(place.folder, name, found, values.get("eval/test/video_auc"))
+                figures.perturbed(place.folder, name, found, metric, values[metric])
     if world.is_main:
         figures.evaluated(loaded.folder)
         if (loaded.folder / "log.jsonl").exists():
@@ -871,16 +886,16 @@ def evaluate_on(parser, args, world: dist.Dist, loaded: LoadedRun, threshold: fl
                 page.write(loaded.folder)
 
 
-def perturbed(run: Run, model: nn.Module, test: np.ndarray, kinds: list[str]) -> dict:
-    """The AUC of videos `test` by kind and level of change: kind -> ((level, AUC), ...)."""
-    labels = run.data.labels[test]
+def perturbed(
+    run: Run, model: nn.Module, test: np.ndarray, kinds: list[str], threshold: float, metric: str
+) -> dict:
+    """A metric of videos `test` by kind and level of change: kind -> ((level, value), ...)."""
     found = {}
     for kind in kinds:
         points = []
         for level in LEVELS[kind]:
             logits, _ = evaluate(run, model, test, change=partial(perturb, name=kind, value=level))
-            auc = metrics.detection(labels, metrics.video_scores(logits))["auc"]
-            points.append((level, auc))
+            points.append((level, score(run, "eval/test", test, logits, threshold)[metric]))
         found[kind] = tuple(points)
     return found
 
@@ -915,7 +930,8 @@ def scored_videos(
     elif (videos.splits == wanted).any():
         chosen = np.flatnonzero(videos.splits == wanted)
     else:
-        group_items(videos, args, "videos", say)
+        if own:
+            group_items(videos, args, "videos", say)
         parts = faceforensics.split(videos, [wanted], allow_shared_persons)
         chosen = parts[wanted]
     why = f"split {wanted}" if wanted != "all" else "--split all" if args.split else "no test split"
@@ -960,12 +976,12 @@ def stream(run: Run, model: ClipModel) -> None:
     lines = ["frame,score_fake"]
     video = np.zeros(1, np.int64)
     spec, length = run.model_spec, int(run.data.lengths[0])
-    # As far apart as the frames of a clip in training.
-    apart = max(1.0, spec["clip_seconds"] / spec["n_segment"] * run.data.rates[0])
+    rate, trained = run.data.rates[0], spec["clip_seconds"] / spec["n_segment"]
+    apart = max(1.0, trained * rate)
     taken = np.unique(np.floor(np.arange(0, length, apart) + 1e-6).astype(int))
     run.world.say(
-        f"{len(taken)} of {plural(length, 'frame')}, {apart / run.data.rates[0]:.3g} s apart, as"
-        " clips were in training"
+        f"{len(taken)} of {plural(length, 'frame')}, {apart / rate:.3g} s apart;"
+        f" clips of training have one every {trained:.3g} s"
     )
     frames = [(video, np.array([[t]])) for t in taken]
     for t, pixels in zip(taken, run.data.batches(frames, run.args.workers), strict=True):
@@ -1027,7 +1043,7 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
         input_text=f"input {size} px",
     )
     distill.attach_teacher(run, teacher, build_model, teacher_logits)
-    run.log.say(videos.describe_clips(args.n_segment, args.clip_seconds))
+    run.log.say(describe_clips(run))
     if args.check:
         return check(run, {"train": check_spec(run, published)})
     with run.session(page):

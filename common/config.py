@@ -431,7 +431,7 @@ def base_parser(
     running.add_argument(
         "--eval",
         metavar="CHECKPOINT",
-        help="evaluate a run or a checkpoint on the test split, then stop",
+        help="evaluate a run or checkpoint on the test split of its data, or of --data, then stop",
     )
     running.add_argument(
         "--predict",
@@ -536,6 +536,9 @@ def parse(
     if "--demo" in argv:
         parser.set_defaults(**demo)
     args = parser.parse_args(argv)
+    if args.eval:  # without --data the run's own, see `load_run`
+        parser.set_defaults(data=None)
+        args = parser.parse_args(argv)
     if args.search is None:
         reject_unused_flags(parser, args, ["trial", "ranges"], "without --search")
     elif args.trial is not None:

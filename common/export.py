@@ -93,6 +93,7 @@ def load_spec(source: str, folder: Path) -> tuple[ExportSpec, dict]:
     if not hasattr(script, "export_spec"):
         raise InputError(f"{source} is of {name}.py, whose models are not exported")
     flags = [f"--eval={source}", f"--out={folder}", "--device=cpu", "--precision=fp32"]
+    flags.append("--data=sample")  # none is read: the run's own need not be here
     args, _ = script.parse_args(flags)
     args.impl = "torch"  # the kernels' references, which run anywhere
     spec = script.export_spec(args, dist.Dist(0, 1, torch.device("cpu")))

@@ -143,7 +143,9 @@ def test_the_lines_for_people_count_and_name_short_videos():
         "1 of 4 videos are shorter and have fewer than 8 frames and repeat the last (first: v2)"
         in said
     )
-    assert "shorter" not in videos([100]).describe_clips(8, 2.0)
+    assert videos([100]).describe_clips(8, 2.0) == "clips of 8 frames over 2 s"
+    sparse = videos([100, 100], rates=8.0).describe_clips(8, 0.5)
+    assert "2 of 2 videos have fewer than 16 frames a second and stretch it (first: v0)" in sparse
 
 
 def test_the_fingerprint_follows_frames_labels_rates_and_splits():

@@ -118,6 +118,7 @@ def test_a_model_of_clips_gives_the_scores_of_predict(tmp_path, shift):
     four = np.array([0, 9, 20, 40])
     frames = videos.eval_clips(four, 4, 2.0, 1)[:, 0]
     (pixels,) = videos.batches([(four, frames)], 1)
+    data.rename(tmp_path / "elsewhere")  # a program is made without them
     rows, facts = exported(run, tmp_path, clips=pixels)
     equal(rows, scores[[ids.index(videos.ids[i]) for i in four]])
     state = checkpoint.load(run / "best.pt")

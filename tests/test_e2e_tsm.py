@@ -464,24 +464,30 @@ def test_videos_shorter_than_a_clip_repeat_their_last_frame_and_it_is_said(tmp_p
 def test_other_data_are_scored_whole_each_in_its_folder_and_in_one_table(
     whole, ffpp, tmp_path, capsys
 ):
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(1)
     for name, kinds in (("celeb", ("real", "fake")), ("lab", ("fake",))):
         for kind in kinds:
             for i in range(6):
                 write_clip(tmp_path / name / kind / f"v{i}", rng, 0)
+    # Some of the run's own videos, by which names are not told.
+    for kind, video in (
+        ("real", "youtube/c23/frames/001"),
+        ("fake", "FaceSwap/c23/frames/000_001"),
+    ):
+        (source,) = ffpp.glob(f"*/{video}")
+        shutil.copytree(source, tmp_path / "own" / kind / "own")
+        write_clip(tmp_path / "own" / kind / "new", rng, 0)
     run = tmp_path / "run"
     shutil.copytree(whole, run)
-    argv = flags("--eval", run, "--device cpu --perturb noise")
-    refused(
-        train_tsm.main,
-        [*argv, "--data", str(tmp_path / "lab")],
-        capsys,
-        "--perturb: lab has no AUC",
-    )
-    argv = flags("--eval", run, "--device cpu --data", tmp_path / "celeb", tmp_path / "lab", ffpp)
+    others = [tmp_path / name for name in ("celeb", "lab", "own")]
+    argv = flags("--eval", run, "--device cpu --data", *others, ffpp)
+    refused(train_tsm.main, [*argv, str(tmp_path / "typo")], capsys, "typo: no such file")
+    assert not (run / "eval").exists()
     assert train_tsm.main(argv) == 0
     out = capsys.readouterr().out
+    assert out.count("WARN") == 1
     for text in (
+        "WARN 2 of 4 videos are in the run's own data, too, and may have been learned: fake/own, ",
         "scoring 12 of 12 videos (no test split)",
         "scoring 6 of 6 videos (no test split)",
         "scoring 12 of 48 videos (split test)",
@@ -498,7 +504,7 @@ def test_other_data_are_scored_whole_each_in_its_folder_and_in_one_table(
     assert 0 <= found["lab"]["eval/test/video_detection_rate"] <= 1
     with open(run / "eval" / "table.csv") as file:
         table = {row["data"]: row for row in csv.DictReader(file)}
-    assert list(table) == ["celeb", "ffpp", "lab"] and table["lab"]["video_auc"] == ""
+    assert list(table) == ["celeb", "ffpp", "lab", "own"] and table["lab"]["video_auc"] == ""
     assert float(table["celeb"]["video_auc"]) == found["celeb"]["eval/test/video_auc"]
     assert "Evaluations on other data" in (run / "report.html").read_text()
     argv = [str(run), str(whole), "--text"]
@@ -511,6 +517,14 @@ def test_other_data_are_scored_whole_each_in_its_folder_and_in_one_table(
         levels = [row["level"] for row in csv.DictReader(file)]
     assert levels == ["", "90", "70", "50", "30", "10"]
     assert "(split val)" in capsys.readouterr().out
+    # Videos of one class have no AUC, but a share that is found.
+    argv = flags("--eval", run, "--device cpu --perturb resize --data", tmp_path / "lab")
+    assert train_tsm.main(argv) == 0
+    with open(run / "eval" / "lab" / "perturb.csv") as file:
+        shares = [float(row["video_detection_rate"]) for row in csv.DictReader(file)]
+    assert len(shares) == 6 and shares[0] == found["lab"]["eval/test/video_detection_rate"]
+    out = capsys.readouterr().out
+    assert re.search(r"^video detection rate +0 +1 .*\nresize +[01]\.\d{4} ", out, re.M)
 
 
 def test_flags_that_the_data_do_not_heed_are_refused_in_use_too(whole, tmp_path, capsys):

@@ -684,6 +684,51 @@ def test_tables_named_for_splits_are_these_splits(tmp_path):
         opened(three_tables(tmp_path / "wrong", "train"))
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train_list", "val_list", "test_list"),
+        ("ff_training", "ff-dev", "ff-testset"),
+        ("train_all", "val", "test_all"),
+    ],
+)
+def test_names_that_hold_a_split_are_it_where_train_and_another_are_there(tmp_path, words):
+    named = list(zip(words, ("train", "val", "test"), strict=True))
+    tables = three_tables(tmp_path / "tables")
+    for word, part in named:
+        (tables / f"{part}.csv").rename(tables / f"{word}.csv")
+    kinds = ("real/a", "fake/b", "fake/train_fast/c")  # the last says no split
+    folders = labeled(
+        tmp_path / "folders", [f"{word}/{kind}" for word, _ in named for kind in kinds]
+    )
+    pairs = numbered_ffpp(tmp_path / "pairs", methods=("Deepfakes",))
+    for word, part in named:
+        (pairs / "splits" / f"{part}.json").rename(pairs / "splits" / f"{word}.json")
+    (pairs / "splits" / "more.json").write_text("[]")
+    counts = {"tables": [60, 12, 12], "folders": [3, 3, 3], "pairs": [8, 4, 4]}
+    for root in (tables, folders, pairs):
+        found = opened(root).splits
+        assert [(found == part).sum() for _, part in named] == counts[root.name]
+    assert opened(pairs).notes == ["passed over splits/more.json: no pairs of train, val or test"]
+    one = opened(labeled(tmp_path / "one", ["test_runs/real/a", "test_runs/fake/b"]))
+    assert set(one.splits) == {""} and set(one.methods) == {"real", "fake"}
+
+
+def test_the_official_layout_below_splits_is_in_these_splits(tmp_path):
+    root = tmp_path / "parts"
+    parts = ("train", "val", "test")
+    for k, part in enumerate(parts):
+        pairs = {part: [[f"{2 * k:03d}", f"{2 * k + 1:03d}"]]}
+        numbered_ffpp(root / part, pairs, methods=("Deepfakes",), splits=False)
+    videos = opened(root)
+    assert [(videos.splits == part).sum() for part in parts] == [4, 4, 4]
+    faceforensics.split(videos)
+    again = root / "test/original_sequences/youtube/c23/frames/000"
+    numbered_frames(again)
+    with pytest.raises(InputError, match="1 person is in two splits: 000 "):
+        faceforensics.split(opened(root))
+
+
 def test_tables_that_share_a_person_or_a_folder_are_refused(tmp_path):
     root = three_tables(tmp_path / "shared")
     numbered_frames(root / "v" / "000_099", 2)
@@ -895,6 +940,19 @@ def test_several_faces_of_a_frame_are_said_and_one_is_taken(tmp_path):
         assert videos.lengths.tolist() == [12, 12] and "1 video with frames of several" in text
         names = [videos.images.ids[i] for i in videos.frames[videos.ids.index("real/a")]]
         assert names == [f"real/a/frame_{k}_{number}.png" for k in range(12)]
+
+
+def test_faces_whose_frames_lie_together_are_no_longer_video(tmp_path):
+    root = tmp_path / "set"
+    files(root, [f"real/a/id0_{k:03d}.png" for k in (0, 1, 3)], 4)
+    files(root, [f"real/a/id1_{k:03d}.png" for k in (1, 2, 3)], 9)
+    files(root, [f"fake/b/{k:03d}{tail}.png" for k in range(3) for tail in ("", "_1")])
+    videos, text = said(root)
+    assert "1 video with frames of several faces: real/a;" in text
+    assert "1 video with frames whose numbers do not rise: fake/b;" in text
+    names = [videos.images.ids[i] for i in videos.frames[videos.ids.index("real/a")]]
+    assert names == [f"real/a/id{face}_{k:03d}.png" for k, face in enumerate((0, 1, 1, 1))]
+    assert videos.rates.tolist() == [25.0, 25.0] and videos.lengths.tolist() == [6, 4]
 
 
 def test_files_that_stand_behind_a_folder_are_said(tmp_path):

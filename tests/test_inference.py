@@ -6,6 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import train_cluster
+import train_raer
+import train_simclr
+import train_tsm
 from common.errors import InputError
 from common.run import checkpoint, dist
 from common.run.files import FORMAT
@@ -29,12 +33,24 @@ def test_a_model_whose_data_are_not_here_asks_for_them(data, tmp_path, monkeypat
     state = {"format": FORMAT, "model": {}, "model_spec": {"script": "tsm"}, "config": config}
     file = tmp_path / "m.pt"
     checkpoint.save(file, state)
-    args = SimpleNamespace(eval=str(file), predict=None, data="sample", out=None, resume="auto")
+    args = SimpleNamespace(eval=str(file), predict=None, data=None, out=None, resume="auto")
     if data == "sample":
         assert load_run(args, SimpleNamespace(name="tsm")).path == "sample"
     else:
         with pytest.raises(InputError, match="trained on there/cells.* give --data"):
             load_run(args, SimpleNamespace(name="tsm"))
+
+
+@pytest.mark.parametrize("script", [train_cluster, train_raer, train_simclr, train_tsm])
+def test_data_are_the_runs_own_only_where_none_are_given(script, tmp_path):
+    (tmp_path / "own").mkdir()
+    config = {"data": str(tmp_path / "own")}
+    spec = {"script": script.CARD.name}
+    file = tmp_path / "m.pt"
+    checkpoint.save(file, {"format": FORMAT, "model": {}, "model_spec": spec, "config": config})
+    for given, path in (([], config["data"]), (["--data", "sample"], "sample")):
+        args, _ = script.parse_args(["--eval", str(file), *given])
+        assert load_run(args, script.CARD).path == path
 
 
 def state(script="tsm", **spec):

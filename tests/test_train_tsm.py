@@ -1,6 +1,7 @@
-"""Functions of train_tsm.py: accumulation, Grad-CAM."""
+"""Functions of train_tsm.py: accumulation, Grad-CAM, what is scored."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,10 +9,13 @@ import torch
 from torch._dynamo.utils import counters
 
 import train_tsm
+from common.data import faceforensics
 from common.data.augment import IMAGENET_MEAN, IMAGENET_STD
+from common.errors import InputError
 from common.run import dist, log
 from common.run.loop import Batch
 from common.run.run import Run
+from tests.data import image_folder
 from tests.runs import flags
 
 NET = flags("--backbone conv_small_035 --image-size 32 --n-segment 4 --device cpu --workers 2")
@@ -75,3 +79,14 @@ def test_accumulation_equals_the_large_batch_where_batchnorm_is_frozen(shift, fr
     }
     # The criterion sees float32 logits: a script's losses are taken in single precision.
     assert (max(gaps.values()) < 1e-5) == (frozen == "1"), max(gaps, key=gaps.get)
+
+
+def test_the_groups_of_a_run_part_its_own_data_alone(tmp_path):
+    names = [f"{kind}/v{i}/0.png" for kind in ("real", "fake") for i in range(8)]
+    root = image_folder(tmp_path / "other", names, width=32, height=32)
+    videos = faceforensics.open_videos(str(root), workers=1)
+    args = SimpleNamespace(eval="RUN", predict=None, split="test", group_by=r"(s\d+)_")
+    chosen = train_tsm.scored_videos(args, videos, False, False, len)
+    assert videos.labels[chosen].tolist() == [1, 0]
+    with pytest.raises(InputError, match="16 of 16 videos without a group"):
+        train_tsm.scored_videos(args, videos, True, False, len)

@@ -114,6 +114,16 @@ class Videos:
         """What is known of the bytes of the frames' files."""
         return self.images.content
 
+    def shared_with(self, record: dict | None, indices: np.ndarray) -> np.ndarray:
+        """(n,) whether videos `indices` have frames, of those read so far, whose bytes are in a
+        `record` of `common.run.content.load`.
+        """
+        if record is None or self.content is None:
+            return np.zeros(len(indices), bool)
+        stored = np.setdiff1d(record["digests"].numpy(), [0])  # 0: not read
+        is_stored = np.isin(self.content.digests(), stored)
+        return np.array([is_stored[self.images.files_of(self.frames[i])].any() for i in indices])
+
     @property
     def native_size(self) -> int:
         """Median shorter side of the frames in pixels."""
@@ -141,22 +151,22 @@ class Videos:
     def describe_clips(self, n_segment: int, seconds: float) -> str:
         """How clips are cut, in one line.
 
-        It says how many videos are shorter than a clip or have too few frames, with the first name.
+        It says how many videos are shorter than a clip, or have too few frames in all or a second,
+        with the first name.
         """
         text = f"clips of {n_segment} frames over {seconds:g} s"
         needed = (n_segment - 1) * _interval(self.rates, n_segment, seconds) + 1
         few = self.lengths < n_segment
         shorter = (self.lengths < needed) & ~few
-        for mask, consequence in (
-            (shorter, "shrink the interval"),
-            (few, f"have fewer than {n_segment} frames and repeat the last"),
+        sparse = self.rates * seconds < n_segment * 0.99
+        for mask, what in (
+            (shorter, "are shorter and shrink the interval"),
+            (few, f"are shorter and have fewer than {n_segment} frames and repeat the last"),
+            (sparse, f"have fewer than {n_segment / seconds:g} frames a second and stretch it"),
         ):
             if mask.any():
                 first = self.ids[int(mask.argmax())]
-                text += (
-                    f"; {int(mask.sum())} of {len(self)} videos are shorter and {consequence}"
-                    f" (first: {first})"
-                )
+                text += f"; {int(mask.sum())} of {len(self)} videos {what} (first: {first})"
         return text
 
     def train_clips(

@@ -22,16 +22,17 @@ Layouts, each in a folder or a .zip of one; the first that fits is read:
 """
 
 import contextlib
+import itertools
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from common import reading
 from common.data.clips import VIDEO_SUFFIXES, natural_order, renaming
 from common.data.groups import check_column
-from common.data.images import SPLITS, SUFFIXES, UNLABELED, split_of_cell
+from common.data.images import SPLITS, SUFFIXES, UNLABELED, near_splits, split_of_cell
 from common.errors import InputError, first_few, plural
 
 REAL, FAKE = 0, 1
@@ -212,7 +213,10 @@ def find(tree: Tree, labels: bool) -> Found:
     if parts or (answers and not official):
         return Found(_from_dfdc(tree, parts, answers), [], notes)
     if official:
-        lists = {name: jsons[name] for name in jsons if _split_of(name)}
+        lists = _pair_lists(tree, jsons)
+        others = jsons.keys() - lists.keys()
+        if others:
+            notes.append(f"passed over {first_few(sorted(others))}: no pairs of train, val or test")
         records, unlisted = _from_official(tree, official, lists)
         return Found(records, unlisted, notes)
     records, problem = _from_folders(tree)
@@ -242,27 +246,37 @@ def _header(data: bytes) -> list[str]:
     return [cell.strip().strip('"').lower() for cell in text.partition("\n")[0].split(",")]
 
 
-def _named_split(name: str) -> str:
-    """The split that a file's own name or that of a folder above it says."""
-    path = PurePosixPath(name)
-    for part in (path.stem, *reversed(path.parts[:-1])):
-        if part.lower() in SPLITS:
-            return SPLITS[part.lower()]
-    return ""
+def _split_words(names: Iterable[str]) -> dict[str, str]:
+    """The splits that some of these names, in small letters, say: SPLITS, and names such as
+    `train_list` and `test_list` where train and another one are there.
+    """
+    near = near_splits(name.lower() for name in names)
+    return SPLITS | near if "train" in near.values() and len(set(near.values())) > 1 else SPLITS
+
+
+def _named_splits(names: list[str]) -> dict[str, str]:
+    """The splits of files that their own names or those of folders above them say, by name."""
+    parts_of = {name: PurePosixPath(name.lower()).with_suffix("").parts[::-1] for name in names}
+    words = _split_words(part for parts in parts_of.values() for part in parts)
+    said = {
+        name: [*filter(None, map(SPLITS.get, parts)), *filter(None, map(words.get, parts)), ""]
+        for name, parts in parts_of.items()
+    }
+    return {name: splits[0] for name, splits in said.items()}
 
 
 def _from_tables(tree: Tree, names: list[str]) -> list[Record]:
     # The tables of one data set may speak of the same persons.
     dataset = PurePosixPath(names[0]).stem if len(names) == 1 else ""
-    records = [record for name in names for record in _from_csv(tree, name, dataset)]
+    named = _named_splits(names)
+    records = [record for name in names for record in _from_csv(tree, name, dataset, named[name])]
     check_column(tree.path, [record.group for record in records], [r.name for r in records])
     return records
 
 
-def _from_csv(tree: Tree, name: str, dataset: str) -> list[Record]:
+def _from_csv(tree: Tree, name: str, dataset: str, named: str) -> list[Record]:
     what = f"{tree.path}: {name}"
     rows = reading.csv_rows(tree.lists[name], what, _COLUMNS)
-    named = _named_split(name)
     records = []
     for line, row in rows:
         where = f"{what} line {line}"
@@ -332,8 +346,18 @@ def _official(tree: Tree) -> list[_OfficialVideo]:
     return videos
 
 
-def _split_of(name: str) -> str:
-    return SPLITS.get(PurePosixPath(name).stem.lower(), "")
+def _pair_lists(tree: Tree, jsons: dict) -> dict[str, tuple[str, list]]:
+    """The lists of pairs with their splits, by name; `train.json` and the like have to be some."""
+    lists = {}
+    for name, content in jsons.items():
+        if isinstance(content, list) and all(map(_is_pair, content)):
+            lists[name] = content
+        elif PurePosixPath(name).stem.lower() in SPLITS:
+            raise InputError(
+                f'{tree.path}: {name} is not a list of pairs of videos such as ["000", "003"]'
+            )
+    named = _named_splits(list(lists))
+    return {name: (named[name], pairs) for name, pairs in lists.items() if named[name]}
 
 
 def _from_official(
@@ -352,6 +376,7 @@ def _from_official(
             group = entry.dataset, entry.root, entry.method, entry.compression
             groups[group][entry.video] = tree.videos[entry.name]
     split_of = _official_splits(tree, lists)
+    of_folder = _named_splits([dataset for dataset, *_ in groups])
     records = []
     unlisted = []
     for (dataset, root, method, compression), videos in sorted(groups.items()):
@@ -361,8 +386,10 @@ def _from_official(
             key = (dataset, method, compression, video)
             files = videos.get(video, [])
             missing = "" if files else f"no {kind}"
-            persons = _of_dataset(dataset, identities(video))
-            label, part = ROOTS[root], listed.get(video, "")
+            # train/ and test/ are parts of one data set.
+            whose = "" if of_folder[dataset] else dataset
+            persons = _of_dataset(whose, identities(video))
+            label, part = ROOTS[root], listed.get(video, of_folder[dataset])
             record = Record(key, label, part, files, missing, "", persons)
             if lists and video not in listed:
                 unlisted.append(record.name)
@@ -379,12 +406,7 @@ def _of_dataset(dataset: str, persons: tuple[str, ...]) -> tuple[str, ...]:
 def _official_splits(tree: Tree, lists: dict) -> dict[str, dict[str, str]]:
     """The splits of the videos below each of ROOTS, by name."""
     split_of: dict[str, dict[str, str]] = {root: {} for root in ROOTS}
-    for name, pairs in lists.items():
-        if not isinstance(pairs, list) or not all(_is_pair(pair) for pair in pairs):
-            raise InputError(
-                f'{tree.path}: {name} is not a list of pairs of videos such as ["000", "003"]'
-            )
-        part = _split_of(name)
+    for part, pairs in lists.values():
         for a, b in pairs:
             for root, video in (
                 ("original_sequences", a),
@@ -567,6 +589,7 @@ def _from_folders(tree: Tree) -> tuple[list[Record], str]:
     tests = _testing_list(tree)
     records = []
     without = Counter()
+    near = _split_words({part for name in tree.videos for part in _above_label(name)})
     for name in sorted(tree.videos, key=natural_order):
         *folders, video = PurePosixPath(name).parts or ("",)
         words = [folder.lower() for folder in folders]
@@ -580,6 +603,7 @@ def _from_folders(tree: Tree) -> tuple[list[Record], str]:
         if len(labels) == 2:
             raise InputError(f"{tree.path}: {name}: its folders say both real and fake")
         splits = {SPLITS[word] for word in words if word in SPLITS}
+        splits = splits or {near[word] for word in _above_label(name) if word in near}
         if len(splits) > 1:
             raise InputError(f"{tree.path}: {name}: its folders name two splits")
         (label,) = labels
@@ -589,7 +613,7 @@ def _from_folders(tree: Tree) -> tuple[list[Record], str]:
         method = method or folders[first : first + 1]
         compression = next((word for word in words if word in _COMPRESSIONS), "")
         dataset = "/".join(
-            folder for folder in folders[:first] if folder.lower() not in (*SPLITS, *_KINDS)
+            folder for folder in folders[:first] if folder.lower() not in (*near, *_KINDS)
         )
         part = "".join(splits)
         if tests:
@@ -607,6 +631,11 @@ def _from_folders(tree: Tree) -> tuple[list[Record], str]:
     if records:
         raise InputError(f"{tree.path}: {problem}, or list the videos in a .csv")
     return [], problem
+
+
+def _above_label(name: str) -> Iterator[str]:
+    """The folders of a video above the first that says a label, in small letters."""
+    return itertools.takewhile(lambda part: part not in _FOLDERS, name.lower().split("/")[:-1])
 
 
 def _testing_list(tree: Tree) -> set[str]:

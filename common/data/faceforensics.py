@@ -455,12 +455,13 @@ def _ordered_frames(used: list[Record], fps: float, own_rates: dict, face: str, 
     all are), the rates, and what is to be said. The numbers of frames count at `fps`, or where
     `own_rates` has a folder's at that."""
     chosen, times, rates = [], [], []
-    faced, gaps, steps, known = [], [], [], []
+    faced, gaps, steps, known, unclear = [], [], [], [], []
     for record in used:
         own = own_rates.get(record.files[0].rpartition("/")[0])
         base = own or fps
         known += [record.name] * (own is not None)
-        files, numbers = record.files, _numbers_of(record.files)
+        files, (numbers, is_clear) = record.files, _numbers_of(record.files)
+        unclear += [record.name] * (not is_clear)
         if numbers is not None and len(set(numbers)) < len(numbers):
             faced.append(record.name)
             files, numbers = _one_face(files, numbers, face, read)
@@ -485,6 +486,11 @@ def _ordered_frames(used: list[Record], fps: float, own_rates: dict, face: str, 
             f"WARN {plural(len(faced), 'video')} with frames of several faces: {first_few(faced)};"
             f" the {face} one of each is taken (--face {'|'.join(FACES)}), whoever's it is"
         )
+    if unclear:
+        notes.append(
+            f"WARN {plural(len(unclear), 'video')} with frames whose numbers do not rise:"
+            f" {first_few(unclear)}; they are taken in the order of their names, evenly apart"
+        )
     if steps:
         low, high = min(steps), max(steps)
         every = f"{low}" if low == high else f"{low} to {high}"
@@ -503,19 +509,24 @@ def _ordered_frames(used: list[Record], fps: float, own_rates: dict, face: str, 
     return chosen, times if gaps else None, rates, notes
 
 
-def _numbers_of(files: list[str]) -> list[int] | None:
-    """The numbers of a video's frames in rising order, the last in each file's name or, where that
-    counts faces, the one before; None where they have none or it is not their order."""
+def _numbers_of(files: list[str]) -> tuple[list[int] | None, bool]:
+    """The numbers of a video's frames, and whether there is no doubt of them: the last in each
+    file's name or, where that counts faces, the one before. They rise, but where each face has all
+    of its frames together. None where there are none, or they tell no order."""
     found = [re.findall(r"\d+", PurePosixPath(name).stem) for name in files]
     if not all(found):
-        return None
+        return None, True
     last = [int(numbers[-1][:18]) for numbers in found]
-    if all(len(numbers) > 1 for numbers in found) and max(last) < _MOST_FACES:
-        frames = [int(numbers[-2][:18]) for numbers in found]
-        if len(set(last)) <= len(set(frames)) < len(frames) and frames == sorted(frames):
-            return frames
-    rises = all(a < b for a, b in pairwise(last))
-    return last if rises else None
+    if all(a < b for a, b in pairwise(last)):
+        return last, True
+    if all(len(numbers) > 1 for numbers in found):
+        before = [int(numbers[-2][:18]) for numbers in found]
+        for faces, frames in ((last, before), (before, last)):
+            is_several = max(faces) < _MOST_FACES and len(set(faces)) <= len(set(frames))
+            pairs = list(zip(before, last, strict=True))
+            if is_several and len(set(frames)) < len(frames) and pairs == sorted(set(pairs)):
+                return frames, True
+    return None, len(set(last)) == 1
 
 
 def _one_face(files: list[str], numbers: list[int], face: str, read) -> tuple[list, list]:
@@ -530,6 +541,7 @@ def _one_face(files: list[str], numbers: list[int], face: str, read) -> tuple[li
         except DECODE_ERRORS:
             return 0  # decoding names it
 
+    of_frame = dict(sorted(of_frame.items()))
     chosen = []
     for names in of_frame.values():
         largest = face == "largest" and len(names) > 1

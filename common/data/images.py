@@ -56,6 +56,10 @@ SPLITS = {
     "test": "test",
     "testing": "test",
 }
+_NEARLY_SPLIT = re.compile(
+    f"(?:^|[^a-z])({'|'.join(sorted(SPLITS, key=len, reverse=True))})"
+    "(?:set|data|images|videos|list)?(?![a-z])"
+)
 UNLABELED = -1
 # What systems and file servers put beside files: shadows, thumbnails, bins.
 SYSTEM_FOLDERS = (
@@ -820,6 +824,15 @@ def below_common_folder(files: list[str], is_content) -> list[tuple[str, ...]]:
     ):
         paths = [parts[1:] for parts in paths]
     return paths
+
+
+def near_splits(names: Iterable[str]) -> dict[str, str]:
+    """The splits of names such as `train_images`, `test-set` or `train2017`, of those that say one.
+
+    Whether they are meant so is to be judged from all of them.
+    """
+    found = {name: _NEARLY_SPLIT.search(name.lower()) for name in names}
+    return {name: SPLITS[match[1]] for name, match in found.items() if match}
 
 
 def split_of_cell(cell: str, where: str) -> str:

@@ -20,6 +20,7 @@ from common.data.images import (
     hidden,
     is_image,
     list_files,
+    near_splits,
 )
 from common.data.synthetic import cytology
 from common.data.table import open_table
@@ -27,10 +28,6 @@ from common.errors import InputError, did_you_mean, first_few, plural
 
 # Folders of images without labels, beside splits or classes.
 _UNLABELED_NAMES = ("unlabeled", "unlabelled")
-# `train_images`, `test-set`, `train2017`: splits where all folders are called so.
-_NEARLY_SPLIT = re.compile(
-    f"(?:^|[^a-z])({'|'.join(sorted(SPLITS, key=len, reverse=True))})(?:set|data|images)?(?![a-z])"
-)
 
 
 def prepare(
@@ -207,13 +204,13 @@ def _splits_of_folders(paths: list[tuple[str, ...]], path) -> dict[str, str]:
     deep = {parts[0] for parts in paths if len(parts) > 2}
     exact = {name: SPLITS[name.lower()] for name in folders if _is_split(name)}
     unlabeled = {name: "train" for name in folders if name.lower() in _UNLABELED_NAMES}
-    found = {name: _NEARLY_SPLIT.search(name.lower()) for name in folders if name not in unlabeled}
-    near = {name: SPLITS[match[1]] for name, match in found.items() if match}
-    others = [name for name in found if name not in exact]
+    labeled = [name for name in folders if name not in unlabeled]
+    near = near_splits(labeled)
+    others = [name for name in labeled if name not in exact]
     is_clear = len(set(near.values())) == len(near) > 1 and "train" in near.values()
     if exact and not others:
         return exact | unlabeled
-    if is_clear and len(near) == len(found):
+    if is_clear and len(near) == len(labeled):
         return near | unlabeled
     if not exact and not (is_clear and deep.issuperset(near)):
         return {}

@@ -285,20 +285,23 @@ def evaluated(folder: Path) -> None:
     )
 
 
-def perturbed(folder: Path, name: str, found: dict, auc: float) -> None:
-    """Print the AUC of a data set's videos at each level of change, and write it as perturb.csv and
-    as curves of the report.
+def perturbed(folder: Path, name: str, found: dict, metric: str, unchanged: float) -> None:
+    """Print a metric of a data set's videos at each level of change, and write it as perturb.csv
+    and as curves of the report.
 
     Args:
         folder: eval/NAME of a run.
-        found: kind -> ((level, AUC), ...), from mild to strong.
-        auc: of the videos as they are.
+        found: kind -> ((level, value), ...), from mild to strong.
+        metric: its name, such as `eval/test/video_auc`.
+        unchanged: of the videos as they are.
     """
+    column = metric.rpartition("/")[2]
+    words = column.replace("_", " ").replace("auc", "AUC")
     rows = [[kind, level, value] for kind, points in found.items() for level, value in points]
     with atomic_write(folder / "perturb.csv") as file:
-        file.write(csv_text([["change", "level", "video_auc"], ["none", "", auc], *rows]))
-    header = ["video AUC", "0", "1", "2", "3", "4", "5"]
-    table = [[kind, auc, *(value for _, value in points)] for kind, points in found.items()]
+        file.write(csv_text([["change", "level", column], ["none", "", unchanged], *rows]))
+    header = [words, "0", "1", "2", "3", "4", "5"]
+    table = [[kind, unchanged, *(value for _, value in points)] for kind, points in found.items()]
     shown = [[kind, *(f"{value:.4f}" for value in values)] for kind, *values in table]
     say(*aligned([header, *shown]).split("\n"), f"levels: {folder / 'perturb.csv'}")
     run = folder.parent.parent
@@ -307,12 +310,12 @@ def perturbed(folder: Path, name: str, found: dict, auc: float) -> None:
             run,
             f"perturbed_{name}",
             "lines",
-            f"{name}: video AUC as frames get worse",
+            f"{name}: {words} as frames get worse",
             "From left to right five levels of each change, 0: the videos as they are; the levels"
-            f" are in eval/{name}/perturb.csv. 0.5 is guessing.",
+            f" are in eval/{name}/perturb.csv." + " 0.5 is guessing." * (column == "video_auc"),
             series={kind: list(enumerate(values)) for kind, *values in table},
             x_label="level",
-            y_label="video AUC",
+            y_label=words,
         )
 
 

@@ -181,8 +181,8 @@ def load_run(args, card: Card) -> LoadedRun:
     if args.predict:
         _check_paths(args.predict)
         path = args.predict[0] if len(args.predict) == 1 else tuple(args.predict)
-    if args.eval and args.data == "sample":
-        path = checkpoint.config_of(source).get("data", args.data)
+    if args.eval and args.data is None:
+        path = checkpoint.config_of(source).get("data", "sample")
         if not path.startswith("sample") and not os.path.exists(path):
             raise InputError(f"{source} was trained on {path}, which is not here: give --data")
     if args.out and os.path.isfile(args.out):
