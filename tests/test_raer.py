@@ -540,9 +540,15 @@ def test_files_of_boxes_of_another_form_are_refused(tmp_path):
     root = numbered_raer(tmp_path / "raer", LISTS, faces=lambda boxes: boxes | {"t/1": FACE_BOX})
     with pytest.raises(InputError, match=r"face\.json: t/1: expected \{frame's file name: box\}"):
         opened(root)
-    (root / "face.json").write_text("{")
-    with pytest.raises(InputError, match=r"face\.json is not JSON"):
-        opened(root)
+    faults = {
+        "{": r"face\.json is not JSON",
+        '{"t/1": {}, "t/1": {}}': r"face\.json is not JSON: 't/1' stands twice",
+        '{"t/1": {}, "./t\\\\1": {}}': r"face\.json: t/1 stands twice, in two spellings",
+    }
+    for text, fault in faults.items():
+        (root / "face.json").write_text(text)
+        with pytest.raises(InputError, match=fault):
+            opened(root)
 
 
 def test_the_face_is_stretched_with_its_margin_as_far_as_the_frame_goes():

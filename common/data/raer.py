@@ -992,9 +992,10 @@ def _boxes(tree: _Tree, name: str) -> dict:
         raise InputError(f"{tree.path}: {name} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise InputError(f"{tree.path}: {name} is not an object of clip folders")
-    content = {
-        str(PurePosixPath(clip.replace("\\", "/"))): value for clip, value in content.items()
-    }
+    folders = [str(PurePosixPath(clip.replace("\\", "/"))) for clip in content]
+    if twice := next((clip for clip, count in Counter(folders).items() if count > 1), None):
+        raise InputError(f"{tree.path}: {name}: {twice} stands twice, in two spellings; remove one")
+    content = dict(zip(folders, content.values(), strict=True))
     images = _flat(content)
     if name == "face.json":
         content = _nested(content)
