@@ -81,7 +81,10 @@ CARD = Card(
         "train/test/war": "WAR on the test clips",
     },
 )
-TRAINING = {"train": "{data} {backbone} {weights}"}
+TRAINING = {
+    "train": "{data} {train_list} {test_list} {streams} {missing_box} {box_format} {label_base}"
+    " {num_frames} {image_size} {backbone} {weights} {activation} {clip_vocab}"
+}
 STAGE = {"bs": 32, "lr": 1e-2, "wd": 1e-4, "optimizer": "sgd", "warmup_epochs": 0.0}
 PRETRAINED_IMAGE_LR = 1e-5  # CLIP-CAER's; a tower that does not start from CLIP trains at --lr
 # With SGD, under cosines times CLIP's scale: --lr's 1e-2 costs 8 to 16 points of validation UAR.
@@ -853,7 +856,10 @@ def run_inference(args, world: dist.Dist) -> None:
     clips = build_data(args, loaded.path, world, labels=bool(args.eval), spec=spec)
     if args.eval and clips.classes != spec["classes"]:
         there, known = (", ".join(names) for names in (clips.classes, spec["classes"]))
-        raise InputError(f"{clips.name} has the classes {there}, the model {known}")
+        raise InputError(
+            f"{clips.name} has the classes {there}, the model {known}; count them in classes.txt"
+            " and the lists as the model does"
+        )
     run = loaded.as_run(args, world, clips, {})
     model = loaded.with_weights(partial(build_model, run))
     if args.predict:

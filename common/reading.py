@@ -225,19 +225,29 @@ def check_unpacked(entries: list[zipfile.ZipInfo], what) -> None:
             raise InputError(f"{entry.filename}: zip it with the method deflate, or uncompressed")
 
 
-def parse_json(data: bytes, what, **options):
-    """The value of a JSON text in UTF-8, -16 or -32; `options` are those of `json.loads`.
+def parse_json(data: bytes, what):
+    """The value of a JSON text in UTF-8, -16 or -32.
 
     Raises:
         InputError: it would take more than --max-item-mb, or is nested too deeply.
-        ValueError: it is no JSON.
+        ValueError: it is no JSON, or an object of it has a name twice, of which one would be lost.
     """
     count = sum(data.count(sign) for sign in (b",", b":", b"[", b"{"))
     within(_text_bytes(data) + 48 * count, what)
     try:
-        return json.loads(data, **options)
+        return json.loads(data, object_pairs_hook=_object)
     except RecursionError:
         raise InputError(f"{what} is nested too deeply") from None
+
+
+def _object(pairs: list[tuple]) -> dict:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        for name, _ in pairs:
+            if name not in made:
+                raise ValueError(f"{name!r} stands twice")
+            del made[name]
+    return made
 
 
 def decode_table(data: bytes, what, encoding: str = "utf-8-sig") -> str:

@@ -256,7 +256,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
                 )
             try:
                 text = file.read(length)
-                header = reading.parse_json(text, "its header", object_pairs_hook=_object)
+                header = reading.parse_json(text, "its header")
                 entries = _entries(header, size - 8 - length)
             except ValueError as error:  # JSONDecodeError and UnicodeDecodeError among them
                 raise wrong(f"{error}"[:300]) from None
@@ -270,17 +270,6 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             return tensors
     except OSError as error:
         raise InputError(f"weights {path}: {error.strerror}") from None
-
-
-def _object(pairs: list[tuple]) -> dict:
-    """A JSON object; the format forbids a name that stands twice."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        for name, _ in pairs:
-            if name not in made:
-                raise ValueError(f"{name!r} stands twice in its header")
-            del made[name]
-    return made
 
 
 def _entries(header, size: int) -> list[tuple[str, torch.dtype, list[int], int]]:

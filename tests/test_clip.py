@@ -410,7 +410,7 @@ def test_weights_of_another_architecture_are_refused(tmp_path, small, monkeypatc
         "visual.positional_embedding is .16, 48.",
     )
     refused({"logit_scale": torch.tensor(3)}, "logit_scale is torch.int64")
-    for factor in (100.0, 1 / 0.07, -1.0):
+    for factor in (100.0, 1 / 0.07, 0.07, -1.0):
         refused({"logit_scale": torch.tensor(factor)}, "logit_scale is .*the factor's logarithm")
     refused({}, "vit_tiny has no text tower; allowed are vit_b_32, vit_b_16", "vit_tiny")
     refused({}, "--backbone vit_g_14: allowed are vit_b_32, vit_b_16, vit_l_14", "vit_g_14")

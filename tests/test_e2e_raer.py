@@ -369,7 +369,11 @@ def test_a_run_from_clips_weights_learns_prompts_and_is_used_without_them(
     untrained = tmp_path / "untrained"
     bare = argv[: argv.index("--epochs")] + ["--data", str(tree), "--out", str(untrained)]
     assert train_raer.main([*bare, "--zero-shot"]) == 0
-    assert "next: python train_raer.py --data" in capsys.readouterr().out
+    following = next_after(capsys.readouterr().out, untrained, train_raer.CARD)
+    taken = train_raer.parse_args(flags(following, "--zero-shot"))[0]
+    asked = train_raer.parse_args([*bare, "--zero-shot"])[0]
+    for name in ("data", "weights", "activation", "image_size", "clip_vocab", "num_frames"):
+        assert getattr(taken, name) == getattr(asked, name), name
     result, own = summary(folder), summary(untrained)
     for name in ("uar", "war"):
         several = f"train/test/zero_shot_templates_{name}"

@@ -93,6 +93,7 @@ def test_a_table_is_read_as_it_stands(tmp_path):
             "allowed random, weighted",
         ),
         ({"epochs": 6, "phases": [{"start": 0, "cap": 2.0}]}, "no effect"),
+        ('{"epochs": 6, "epochs": 9, "phases": [{"start": 0}]}', "'epochs' stands twice"),
         ({"epoch": 6, "phases": [{"start": 0}]}, "unknown key 'epoch'; did you mean epochs"),
         ({"epochs": 6, "phases": [DOUBLE]}, "phase 0: .*twice; .*allow_double_balance = true"),
         ({"epochs": 6, "phases": [DOUBLE], "allow_double_balance": 1}, "is 1, allowed true"),

@@ -179,6 +179,21 @@ def test_a_model_s_classes_are_those_of_data_without_the_file(tmp_path):
     assert opened(named, known=known).classes == ["a", "b", "c"]
 
 
+@pytest.mark.parametrize(
+    ("labels", "base"), [([1, 2], None), ([2], None), ([0, 1], 0), ([2, 3], 1)]
+)
+def test_numbers_for_a_model_without_a_base_are_read_if_they_tell_it(tmp_path, labels, base):
+    """A model trained on labels that are names, or on the embedded clips, knows no base."""
+    root = numbered_raer(tmp_path / "raer", {"test": [(f"t/{i}", i) for i in labels]})
+    known = ["calm", "glad", "odd"]
+    if base is None:
+        with pytest.raises(InputError, match=r"count from 0 or from 1.*--label-base 0 or 1"):
+            opened(root, known=known)
+    assert opened(root, known=known, label_base=base or 0).labels.tolist() == [
+        label - (base or 0) for label in labels
+    ]
+
+
 def test_classes_and_descriptions_come_from_the_file(tmp_path):
     classes = "calm\tsomebody calm\nenjoyment\n\nbored"
     lists = {"train": [("a/1", 1), ("a/2", 2)], "test": [("t/1", 3)]}
@@ -199,14 +214,30 @@ def test_classes_and_descriptions_come_from_the_file(tmp_path):
         ("1 calm\n2 glad\n", "'1 calm' has a number"),
         ("0. calm\n1. glad\n", r"'0\. calm' has a number"),
         ("1\tcalm\n2\tglad\n", "'1' has a number"),
-        ("calm, a calm face\nglad\n", "'calm, a calm face' has a comma"),
+        ("(1) calm\n(2) glad\n", r"'\(1\) calm' has a number"),
+        ("0=calm\n1=glad\n", "'0=calm' has a number"),
+        ("glad\t2\ncalm\t1\n", "'glad' has a number for a description"),
+        ("calm, a calm face\nglad\n", "'calm, a calm face' has ',' in"),
+        ("calm: a calm face\nglad\n", "'calm: a calm face' has ':' in"),
+        ("calm - a calm face\nglad\n", "'calm - a calm face' has ' - ' in"),
+        ("calm   a calm face\nglad\n", "'calm   a calm face' has '   ' in"),
+        ("- calm\n- glad\n", "'- calm' has '-' before"),
+        ('"calm"\n"glad"\n', "'\"calm\"' has '\"' before"),
         ("calm\ta face\nglad\ta face\n", "'calm' has the description of another"),
+        ("calm\ta face\nglad\tA  face\n", "'calm' has the description of another"),
+        ("calm\nglad\nCalm\n", "'calm' has the description of another"),
     ],
 )
 def test_classes_of_another_form_are_refused_with_the_form(tmp_path, classes, fault):
     root = numbered_raer(tmp_path / "raer", {"test": [("t/1", 1)]}, classes=classes)
     with pytest.raises(InputError, match=rf"classes\.txt: class {fault}.*name, tab, description"):
         opened(root)
+
+
+def test_names_of_classes_may_have_any_letters_and_words(tmp_path):
+    names = ["mild anger/disgust", "Überraschung", "3d-smile", "level 2", "look-away", "don't know"]
+    lists = {"test": [("t/1", 1)]}
+    assert opened(numbered_raer(tmp_path, lists, classes="\n".join(names))).classes == names
 
 
 def test_raer_s_classes_are_said_to_be_a_default(tmp_path):
@@ -509,9 +540,15 @@ def test_files_of_boxes_of_another_form_are_refused(tmp_path):
     root = numbered_raer(tmp_path / "raer", LISTS, faces=lambda boxes: boxes | {"t/1": FACE_BOX})
     with pytest.raises(InputError, match=r"face\.json: t/1: expected \{frame's file name: box\}"):
         opened(root)
-    (root / "face.json").write_text("{")
-    with pytest.raises(InputError, match=r"face\.json is not JSON"):
-        opened(root)
+    faults = {
+        "{": r"face\.json is not JSON",
+        '{"t/1": {}, "t/1": {}}': r"face\.json is not JSON: 't/1' stands twice",
+        '{"t/1": {}, "./t\\\\1": {}}': r"face\.json: t/1 stands twice, in two spellings",
+    }
+    for text, fault in faults.items():
+        (root / "face.json").write_text(text)
+        with pytest.raises(InputError, match=fault):
+            opened(root)
 
 
 def test_the_face_is_stretched_with_its_margin_as_far_as_the_frame_goes():
@@ -677,7 +714,9 @@ def test_parts_that_training_cannot_use_are_refused(tmp_path):
     with pytest.raises(InputError, match=r"no clips in train; needed is train\.txt"):
         raer.split(only)
     few = {"train": [("a/1", 1), ("a/2", 2)], "test": [("t/1", 3)]}
-    with pytest.raises(InputError, match="train has no clips of confusion"):
+    with pytest.raises(
+        InputError, match=r"train has no clips of confusion, fatigue.*let classes\.txt name"
+    ):
         raer.split(opened(numbered_raer(tmp_path / "few", few)))
 
 
@@ -843,6 +882,9 @@ def test_labels_that_are_names_are_all_of_them_known(tmp_path):
         opened(root, label_base=1)
     (root / "test.txt").write_text("a/3 1\n")
     with pytest.raises(InputError, match="some labels are numbers and some are names"):
+        opened(root)
+    (root / "test.txt").write_text("a/3 Glad\n")
+    with pytest.raises(InputError, match="labels Glad and glad differ in case alone"):
         opened(root)
 
 

@@ -243,7 +243,7 @@ class Videos:
             InputError: more than the share `cap` of the videos is damaged.
         """
         bad = np.array([frames.any() for frames in self.damaged_frames(workers)], bool)
-        names = check_damaged(self.name, self.ids, bad, cap, "videos")
+        names = check_damaged(self.name, self.ids, bad, cap, f"{self._unit}s")
         self.select(np.flatnonzero(~bad))
         return names
 

@@ -378,12 +378,24 @@ def open_clips(
         if named and len(named) < len({line.label for line in lines}):
             raise InputError(f"{path}: some labels are numbers and some are names; give one kind")
         names, descriptions = _classes(tree, known, named)
+        spelled = {name.lower(): name for name in named}
+        if other := [name for name in named if spelled[name.lower()] != name]:
+            raise InputError(
+                f"{path}: labels {other[0]} and {spelled[other[0].lower()]} differ in case alone;"
+                " write them alike"
+            )
         if named and base is not None and known is None:
             raise InputError(f"--label-base {base}: labels of {path} are names; leave it out")
         if named:
             base, lines = 0, _numbered(tree.path, lines, names)
         if base is None:
-            base = 0 if any(line.label == 0 for line in lines) else 1
+            numbers = {line.label for line in lines}
+            base = 0 if 0 in numbers else 1
+            if known and base and max(numbers) < len(names):
+                raise InputError(
+                    f"{path}: labels {min(numbers)} to {max(numbers)} count from 0 or from 1, and"
+                    " the model's own were no numbers; --label-base 0 or 1 says it"
+                )
         note = _check_labels(tree, lines, base, names)
         notes.append(f"labels are names: {', '.join(names)}" if named else note)
         if names == list(CLASSES) and _position(tree, "classes.txt") is None:
@@ -480,15 +492,18 @@ def split(clips: EmotionClips, names=("train", "val", "test"), say=print) -> dic
         counts = np.bincount(clips.labels[parts[name]], minlength=len(clips.classes))
         if not counts.any():
             raise InputError(f"{clips.name}: there are no clips in {name}; needed is {name}.txt")
-        if name == "train" and not counts.all():
-            raise InputError(
-                f"{clips.name}: train has no clips of {clips.classes[int(counts.argmin())]}"
-            )
         if not counts.all():
-            lost, there = (np.array(clips.classes)[mask] for mask in (counts == 0, counts > 0))
+            lost, there = (
+                ", ".join(np.array(clips.classes)[mask]) for mask in (counts == 0, counts > 0)
+            )
+            if name == "train":
+                raise InputError(
+                    f"{clips.name}: train has no clips of {lost}; add some, or let classes.txt name"
+                    f" those alone that there are: {there}"
+                )
             say(
-                f"WARN {name} has no clips of {', '.join(lost)}: they count as 0 in its uar;"
-                f" uar_present is over {', '.join(there)}"
+                f"WARN {name} has no clips of {lost}: they count as 0 in its uar; uar_present is"
+                f" over {there}"
             )
     return {name: parts[name] for name in names}
 
@@ -765,30 +780,33 @@ def _classes(tree: _Tree, known: list[str] | None, named: list[str]) -> tuple[li
         return list(CLASSES), list(CLASSES.values())
     rows = [line.partition("\t") for line in _text(tree, position).splitlines() if line.strip()]
     names = [name.strip() for name, _, _ in rows]
+    descriptions = [
+        text.strip() or CLASSES.get(name, f"an expression of {name}")
+        for name, (_, _, text) in zip(names, rows, strict=True)
+    ]
     if len(set(names)) < max(len(names), 2) or not all(names):
         raise InputError(
             f"{tree.path}: classes.txt names {names}; needed are two classes or more,"
             " a line each, all different"
         )
-    texts = [text.strip() for _, _, text in rows]
-    given = [text for text in texts if text]
-    for name, text in zip(names, texts, strict=True):
+    plain = [" ".join(text.lower().split()) for text in descriptions]  # all that CLIP reads
+    for name, text, same in zip(names, descriptions, plain, strict=True):
         fault = None
-        if re.match(r"\d+[\s.,:)]", name) or name.isdecimal():
+        if re.match(r"[\W_]*\d+([\W_]|$)", name):
             fault = "a number before its name"
-        elif "," in name:
-            fault = "a comma in its name"
-        elif text and given.count(text) > 1:
+        elif text.isdecimal():
+            fault = "a number for a description"
+        elif not name[0].isalnum():
+            fault = f"{name[0]!r} before its name"
+        elif separator := re.search(r"[,;:|=]|\s-\s|\s\s+", name):
+            fault = f"{separator[0]!r} in its name"
+        elif plain.count(same) > 1:
             fault = f"the description of another class, {text!r:.60}"
         if fault:
             raise InputError(
                 f"{tree.path}: classes.txt: class {name!r} has {fault}; expected are lines `name`,"
                 " or name, tab, description, in the order of the labels"
             )
-    descriptions = [
-        text.strip() or CLASSES.get(name, f"an expression of {name}")
-        for name, (_, _, text) in zip(names, rows, strict=True)
-    ]
     return names, descriptions
 
 
@@ -974,9 +992,10 @@ def _boxes(tree: _Tree, name: str) -> dict:
         raise InputError(f"{tree.path}: {name} is not JSON: {error}") from None
     if not isinstance(content, dict):
         raise InputError(f"{tree.path}: {name} is not an object of clip folders")
-    content = {
-        str(PurePosixPath(clip.replace("\\", "/"))): value for clip, value in content.items()
-    }
+    folders = [str(PurePosixPath(clip.replace("\\", "/"))) for clip in content]
+    if twice := next((clip for clip, count in Counter(folders).items() if count > 1), None):
+        raise InputError(f"{tree.path}: {name}: {twice} stands twice, in two spellings; remove one")
+    content = dict(zip(folders, content.values(), strict=True))
     images = _flat(content)
     if name == "face.json":
         content = _nested(content)

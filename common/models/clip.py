@@ -28,9 +28,8 @@ from common.run.checkpoint import load_weights
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 CONTEXT = 77
-_LARGEST_LOG_SCALE = (
-    7.0  # CLIP trains up to ln 100 = 4.6; a factor that is stored as it is: 14, 100
-)
+# CLIP trains from ln 14 = 2.7 up to ln 100 = 4.6; stored otherwise it is 14, 100 or 0.07, 0.01.
+_LOG_SCALES = (1.0, 7.0)
 VOCAB = 49_408
 
 
@@ -580,10 +579,11 @@ def read_clip(
             f"{path}: the position embedding is resized from {old}x{old} to {grid}x{grid} patches"
         )
     load_weights(model, state, path)
-    if not 0 <= model.logit_scale.item() <= _LARGEST_LOG_SCALE:
+    low, high = _LOG_SCALES
+    if not low <= model.logit_scale.item() <= high:
         raise InputError(
             f"{path}: logit_scale is {model.logit_scale.item():.4g}; allowed is the factor's"
-            f" logarithm, 0 to {_LARGEST_LOG_SCALE:g}: store that"
+            f" logarithm, {low:g} to {high:g}: store that"
         )
     return model, "\n".join(map(printable, notes))
 
