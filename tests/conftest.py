@@ -9,8 +9,6 @@ import sys
 import pytest
 import torch
 
-from common import live
-
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
@@ -24,14 +22,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
-
-
-@pytest.fixture(autouse=True)
-def free_line():
-    """A run that a test has stopped in this process can leave its progress, which shows nothing of
-    the next one's until it is collected: its error and its frames hold each other.
-    """
-    live.line.owner = None
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import train_cluster
 import train_raer
 import train_simclr
 import train_tsm
+from common import live
 from common.run import checkpoint, loop
 from common.run.evaluation import Evaluation
 from common.run.files import WRITTEN
@@ -178,6 +179,7 @@ def test_what_a_stage_starts_from_is_selected_once(data, tmp_path, monkeypatch):
     monkeypatch.setattr(Loop, "foresee", foresee)
     argv += flags("--out", tmp_path / "cut")
     assert [ended(train_cluster.main, argv) for _ in range(3)] == [75, 75, 0]
+    assert live.line.owner is None
     equal_runs(tmp_path / "whole", tmp_path / "cut")
 
 

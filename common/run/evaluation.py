@@ -57,9 +57,11 @@ class Evaluation(contextlib.ExitStack):
 
     def __enter__(self) -> "Evaluation":
         found = self.total - sum(map(len, self.left))
-        self.shown = self.enter_context(live.Progress(self.what, self.total, found))
-        if self.progress:
-            self.enter_context(self.progress.interruptible())
+        with contextlib.ExitStack() as entered:  # and left again where a signal comes meanwhile
+            self.shown = entered.enter_context(live.Progress(self.what, self.total, found))
+            if self.progress:
+                entered.enter_context(self.progress.interruptible())
+            self.push(entered.pop_all())
         return self
 
     def add(self, rows: Tensor) -> None:
