@@ -461,6 +461,14 @@ def test_videos_shorter_than_a_clip_repeat_their_last_frame_and_it_is_said(tmp_p
     )
 
 
+def test_a_report_says_on_top_that_persons_may_be_shared(tmp_path):
+    root = ffpp_tree(tmp_path / "ffpp", pairs=(1, 1, 1), count=2)
+    argv = [*NET, "--data", str(root), "--bs", "6", "--out", str(tmp_path / "out")]
+    stopped_at([*argv, "--allow-shared-persons"], 1)
+    head, _, _ = (tmp_path / "out" / "report.html").read_text().partition("<table")
+    assert "persons of the test split may have been trained on" in head
+
+
 def test_other_data_are_scored_whole_each_in_its_folder_and_in_one_table(
     whole, ffpp, tmp_path, capsys
 ):

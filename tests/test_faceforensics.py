@@ -419,6 +419,9 @@ def test_an_unknown_layout_is_refused_but_can_be_predicted(tmp_path):
     videos = opened(root, labels=False)
     assert videos.ids == ["a", "b"] and videos.labels.tolist() == [-1, -1]
     assert "without labels" in videos.describe()
+    numbered_frames(tmp_path / "part/real", 1)  # a stray picture
+    numbered_frames(tmp_path / "part/real/c", 2)
+    assert opened(tmp_path / "part", labels=False).ids == ["real", "real/c"]
     one = opened(root / "clips" / "a", labels=False)
     assert one.ids == ["a"] and [k for _, k in pixels(one, 0)] == [0, 1, 2]
 
@@ -772,12 +775,13 @@ def test_folders_by_label_and_method_are_read(tmp_path):
     ("names", "said"),
     [
         (["real/a", "fake/b", "authentic/c"], "authentic says neither real, original"),
-        (["real/0", "real/1", "fake/Deepfakes"], r"fake/Deepfakes says neither .* of its own"),
+        (["real/0", "real/1", "fake/Deepfakes"], r"images .*: fake/Deepfakes/0.png; .* of its own"),
+        (["real/a", "real", "fake/b"], "images beside videos .*: real/0.png; "),
         (["real/Deepfakes/a", "fake/b"], "real/Deepfakes/a: its folders say both"),
         (["train/test/real/a", "train/fake/b"], "its folders name two splits"),
         (
             ["train/real", "train/fake"],
-            r"train/fake, train/real say neither .* a folder of its own",
+            r"images .*: train/fake/0.png, train/real/0.png; .* a folder of its own",
         ),
     ],
 )

@@ -11,7 +11,7 @@ import torchvision
 from PIL import ExifTags, Image, ImageFile, PngImagePlugin
 from torchvision.transforms.v2 import functional as F
 
-from common.data.images import central_square, upright_size
+from common.data.images import central_square, reason, upright_size
 from common.data.open import open_images, prepare
 from common.data.pack import pack
 from common.errors import InputError
@@ -313,6 +313,14 @@ def test_a_damaged_image_is_named(tmp_path, pack):
     images = open_images(str(zipped(root) if pack else root))
     with pytest.raises(InputError, match=r"x/cut\.jpg in set"):
         read_pixels(images, range(len(images)))
+
+
+def test_a_reason_is_one_line_for_people():
+    error = RuntimeError("SingleStreamDecoder, /src/_core/SingleStreamDecoder.cpp:70, Failed: x\ny")
+    assert reason(error) == "Failed: x" and reason(ValueError()) == "ValueError"
+    assert (
+        reason(ValueError("no <Image object at 0x7f> there, a.cpp:1, b")) == "no there, a.cpp:1, b"
+    )
 
 
 def test_damaged_images_are_left_out_and_counted_up_to_one_percent(tmp_path):

@@ -219,7 +219,12 @@ def find(tree: Tree, labels: bool) -> Found:
             notes.append(f"passed over {first_few(sorted(others))}: no pairs of train, val or test")
         records, unlisted = _from_official(tree, official, lists)
         return Found(records, unlisted, notes)
-    records, problem = _from_folders(tree)
+    try:
+        records, problem = _from_folders(tree)
+    except InputError:
+        if labels:
+            raise
+        records = []
     if records:
         return Found(records, [], notes)
     if not labels:
@@ -589,6 +594,7 @@ def _from_folders(tree: Tree) -> tuple[list[Record], str]:
     tests = _testing_list(tree)
     records = []
     without = Counter()
+    loose = []
     near = _split_words({part for name in tree.videos for part in _above_label(name)})
     for name in sorted(tree.videos, key=natural_order):
         *folders, video = PurePosixPath(name).parts or ("",)
@@ -597,8 +603,12 @@ def _from_folders(tree: Tree) -> tuple[list[Record], str]:
             continue
         labels = {_FOLDERS[word] for word in words if word in _FOLDERS}
         # Images side by side in real/ or fake/Deepfakes/ are no frames of a video of that name.
-        if not labels or (video.lower() in _FOLDERS and not video.isdigit()):
-            without[name if video.lower() in _FOLDERS else folders[0] if folders else name] += 1
+        file = tree.videos[name][0]
+        if video.lower() in _FOLDERS and not (video.isdigit() or is_video(file)):
+            loose.append(file)
+            continue
+        if not labels:
+            without[folders[0] if folders else name] += 1
             continue
         if len(labels) == 2:
             raise InputError(f"{tree.path}: {name}: its folders say both real and fake")
@@ -621,13 +631,18 @@ def _from_folders(tree: Tree) -> tuple[list[Record], str]:
         key = (dataset, "/".join(method), compression, video)
         persons = _of_dataset(dataset, identities(video))
         records.append(Record(key, label, part, tree.videos[name], "", "", persons))
-    if not without:
+    if not without and not loose:
         return records, ""
     problem = (
         f"{first_few(sorted(without))} {'say' if len(without) > 1 else 'says'} neither"
         f" {', '.join(name for name in _FOLDERS if name not in '01')}; each video has a folder of"
         " its own or is a file, and methods of other names lie in fake/"
     )
+    if loose:
+        problem = (
+            f"images beside videos or in place of them: {first_few(loose)}; each video has a folder"
+            " of its own or is a file"
+        )
     if records:
         raise InputError(f"{tree.path}: {problem}, or list the videos in a .csv")
     return [], problem

@@ -605,9 +605,10 @@ def is_image(name: str) -> bool:
 def reason(error: Exception) -> str:
     """Why something could not be read: the first line of an error's message, or else its type.
 
-    Addresses of objects, which no two runs share, are left out.
+    Addresses of objects, which no two runs share, and places in torchcodec's source are left out.
     """
     text = getattr(error, "strerror", None) or str(error)
+    text = re.sub(r"^\w+, \S+\.\w+:\d+, ", "", text)
     return re.sub(r" <\S+ object at 0x\w+>", "", text.split("\n")[0]) or type(error).__name__
 
 
