@@ -841,9 +841,7 @@ def _list_texts(tree: _Tree, lists: dict[str, str], notes: list[str]) -> dict[st
     for part, file in lists.items():
         try:
             texts[part] = file, reading.decode_table(reading.read_bytes(file), file)
-        except UnicodeDecodeError as error:
-            raise InputError(f"--{part}-list {file} is not UTF-8 text: {error}") from None
-        except DECODE_ERRORS as error:
+        except DECODE_ERRORS as error:  # UnicodeDecodeError among them
             raise InputError(f"--{part}-list {file} cannot be read: {reason(error)}") from None
     notes.append("clips are listed by " + ", ".join(f"{file} ({p})" for p, file in lists.items()))
     return texts
@@ -946,32 +944,30 @@ def _with_frames(
         for line in there
         if line.count not in (None, len(tree.folders[line.clip]))
     ]
+    gone = f"{len(absent)} of {len(lines)} clips have no frames: {first_few(absent)}"
+    other = (
+        f"{len(wrong)} of {len(lines)} clips have another number of frames than listed:"
+        f" {first_few(wrong)}"
+    )
     if on_bad_item == "error" and absent:
         raise InputError(
-            f"{tree.path}: {len(absent)} of {len(lines)} clips have no frames: {first_few(absent)};"
-            " complete the data, or --on-bad-item skip leaves them out"
+            f"{tree.path}: {gone}; complete the data, or --on-bad-item skip leaves them out"
         )
     if on_bad_item == "error" and wrong:
         raise InputError(
-            f"{tree.path}: {len(wrong)} of {len(lines)} clips have another number of frames than"
-            f" listed: {first_few(wrong)};"
-            " fix the lists, or --on-bad-item skip takes what is there"
+            f"{tree.path}: {other}; fix the lists, or --on-bad-item skip takes what is there"
         )
     if len(absent) > allow_missing * len(lines):
         raise InputError(
-            f"{tree.path}: {len(absent)} of {len(lines)} clips have no frames: {first_few(absent)},"
-            f" more than --on-bad-item skip leaves out ({allow_missing:.0%}); complete the data, or"
-            " --allow-missing SHARE"
+            f"{tree.path}: {gone}, more than --on-bad-item skip leaves out"
+            f" ({100 * allow_missing:g}%); complete the data, or --allow-missing SHARE"
         )
     if absent:
         notes.append(
             f"left out {len(absent)} of {len(lines)} clips without frames: {first_few(absent)}"
         )
     if wrong:
-        notes.append(
-            f"{len(wrong)} of {len(lines)} clips have another number of frames than listed:"
-            f" {first_few(wrong)}"
-        )
+        notes.append(other)
     return there
 
 
