@@ -307,6 +307,10 @@ def test_clips_without_frames_are_named_and_left_out_on_demand(tmp_path):
         opened(root, on_bad_item="skip")
     clips = opened(root, on_bad_item="skip", allow_missing=0.12)
     assert len(clips) == 8 and clips.notes[1] == "left out 1 of 9 clips without frames: e/gone"
+    other = numbered_raer(tmp_path / "other", {"test": [("t/1", 1)]})
+    (other / "test.txt").write_text("gone/2 3 1\n")
+    with pytest.raises(InputError, match="none of the 1 listed .*: gone/2; .* is named as t/1"):
+        opened(other, on_bad_item="skip", allow_missing=1.0)
     # Absent and damaged ones share what is allowed.
     (root / "t/1/8.png").write_bytes(b"no image")
     (root / "v/1/8.png").unlink()
@@ -883,6 +887,11 @@ def test_labels_that_are_names_are_all_of_them_known(tmp_path):
     (root / "test.txt").write_text("a/3 1\n")
     with pytest.raises(InputError, match="some labels are numbers and some are names"):
         opened(root)
+    for part, line in {"train": "a/1 glad", "test": "a/2 glad"}.items():
+        (root / f"{part}.txt").write_text(f"{line}\n")
+    with pytest.raises(InputError, match=r"the lists name \['glad'\]; needed are two classes"):
+        opened(root)
+    (root / "train.txt").write_text("a/1 glad\na/2 calm\n")
     (root / "test.txt").write_text("a/3 Glad\n")
     with pytest.raises(InputError, match="labels Glad and glad differ in case alone"):
         opened(root)

@@ -774,21 +774,22 @@ def _classes(tree: _Tree, known: list[str] | None, named: list[str]) -> tuple[li
     position = _position(tree, "classes.txt")
     if position is None and known:
         return known, []
-    if position is None and named:
-        return named, [CLASSES.get(name, f"an expression of {name}") for name in named]
-    if position is None:
-        return list(CLASSES), list(CLASSES.values())
-    rows = [line.partition("\t") for line in _text(tree, position).splitlines() if line.strip()]
-    names = [name.strip() for name, _, _ in rows]
+    rows, source = list(named or CLASSES), "the lists name"
+    if position is not None:
+        rows, source = _text(tree, position).splitlines(), "classes.txt names"
+    pairs = [row.partition("\t")[::2] for row in rows if row.strip()]
+    names = [name.strip() for name, _ in pairs]
     descriptions = [
         text.strip() or CLASSES.get(name, f"an expression of {name}")
-        for name, (_, _, text) in zip(names, rows, strict=True)
+        for name, (_, text) in zip(names, pairs, strict=True)
     ]
     if len(set(names)) < max(len(names), 2) or not all(names):
         raise InputError(
-            f"{tree.path}: classes.txt names {names}; needed are two classes or more,"
-            " a line each, all different"
+            f"{tree.path}: {source} {names}; needed are two classes or more, all different, in"
+            " classes.txt a line each"
         )
+    if position is None:
+        return names, descriptions
     plain = [" ".join(text.lower().split()) for text in descriptions]  # all that CLIP reads
     for name, text, same in zip(names, descriptions, plain, strict=True):
         fault = None
@@ -840,9 +841,7 @@ def _list_texts(tree: _Tree, lists: dict[str, str], notes: list[str]) -> dict[st
     for part, file in lists.items():
         try:
             texts[part] = file, reading.decode_table(reading.read_bytes(file), file)
-        except UnicodeDecodeError as error:
-            raise InputError(f"--{part}-list {file} is not UTF-8 text: {error}") from None
-        except DECODE_ERRORS as error:
+        except DECODE_ERRORS as error:  # UnicodeDecodeError among them
             raise InputError(f"--{part}-list {file} cannot be read: {reason(error)}") from None
     notes.append("clips are listed by " + ", ".join(f"{file} ({p})" for p, file in lists.items()))
     return texts
@@ -935,41 +934,40 @@ def _with_frames(
     """The lines whose clip has frames; what the lists say wrongly is refused, or noted."""
     absent = [line.clip for line in lines if line.clip not in tree.folders]
     there = [line for line in lines if line.clip in tree.folders]
+    if not there:
+        raise InputError(
+            f"{tree.path}: none of the {len(lines)} listed clips is there: {first_few(absent)};"
+            f" what is there is named as {next(iter(tree.folders))}"
+        )
     wrong = [
         f"{line.clip} has {len(tree.folders[line.clip])} frames, {line.place} says {line.count}"
         for line in there
         if line.count not in (None, len(tree.folders[line.clip]))
     ]
+    gone = f"{len(absent)} of {len(lines)} clips have no frames: {first_few(absent)}"
+    other = (
+        f"{len(wrong)} of {len(lines)} clips have another number of frames than listed:"
+        f" {first_few(wrong)}"
+    )
     if on_bad_item == "error" and absent:
         raise InputError(
-            f"{tree.path}: {len(absent)} of {len(lines)} clips have no frames: {first_few(absent)};"
-            " complete the data, or --on-bad-item skip leaves them out"
+            f"{tree.path}: {gone}; complete the data, or --on-bad-item skip leaves them out"
         )
     if on_bad_item == "error" and wrong:
         raise InputError(
-            f"{tree.path}: {len(wrong)} of {len(lines)} clips have another number of frames than"
-            f" listed: {first_few(wrong)};"
-            " fix the lists, or --on-bad-item skip takes what is there"
+            f"{tree.path}: {other}; fix the lists, or --on-bad-item skip takes what is there"
         )
     if len(absent) > allow_missing * len(lines):
         raise InputError(
-            f"{tree.path}: {len(absent)} of {len(lines)} clips have no frames: {first_few(absent)},"
-            f" more than --on-bad-item skip leaves out ({allow_missing:.0%}); complete the data, or"
-            " --allow-missing SHARE"
+            f"{tree.path}: {gone}, more than --on-bad-item skip leaves out"
+            f" ({100 * allow_missing:g}%); complete the data, or --allow-missing SHARE"
         )
     if absent:
         notes.append(
             f"left out {len(absent)} of {len(lines)} clips without frames: {first_few(absent)}"
         )
     if wrong:
-        notes.append(
-            f"{len(wrong)} of {len(lines)} clips have another number of frames than listed:"
-            f" {first_few(wrong)}"
-        )
-    if not there:
-        raise InputError(
-            f"{tree.path}: none of the {len(lines)} listed clips is there: {first_few(absent)}"
-        )
+        notes.append(other)
     return there
 
 
