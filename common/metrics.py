@@ -188,7 +188,7 @@ def _alike(count: int, level: float) -> float:
 
     The low end of Clopper and Pearson's interval (1934) there: a^count = (1 - level) / 2.
     """
-    return ((1 - level) / 2) ** (1 / count)
+    return ((1 - level) / 2) ** (1 / int(count))
 
 
 def _detections(target: Labels, scores: Scores) -> tuple[np.ndarray, np.ndarray]:

@@ -293,7 +293,7 @@ BUGS = [
         "red and blue swapped",
         "finetune",
         "inputs",
-        wrap(augment, "normalize", lambda f: lambda x: f(x).flip(1)),
+        wrap(augment, "normalize", lambda f: lambda x, *a: f(x, *a).flip(1)),
     ),
     Bug("images all zero", "pretrain", "inputs", wrap(Images, "batches", _zero_images)),
     Bug(

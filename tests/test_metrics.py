@@ -356,11 +356,13 @@ def test_items_that_are_all_alike_leave_an_interval_of_some_width():
     assert metrics.mean_interval(np.zeros(8)) == pytest.approx(exact(0, 8))
     most = exact(0, 8)[1]
     assert metrics.mean_interval(np.zeros(8), least=-1.0) == pytest.approx((-most, most))
+    assert {type(end) for end in metrics.mean_interval(np.ones(8))} == {float}  # for checkpoints
     for sizes, of_uar in (((9, 9, 9), 27), ((200, 40, 7), 21), ((30, 0, 5), 10)):
         target = np.repeat(np.arange(3), sizes)
         classes = np.count_nonzero(sizes) / 3  # one without items is recalled never
         for predicted, hits in ((target, 1), ((target + 1) % 3, 0)):
             found = metrics.recall_intervals(target, predicted, 3, seed=0)
+            assert {type(end) for ends in found.values() for end in ends} == {float}
             assert found["war"] == pytest.approx(exact(hits * len(target), len(target)))
             expected = np.multiply(exact(hits * of_uar, of_uar), classes)
             assert found["uar"] == pytest.approx(tuple(expected))
