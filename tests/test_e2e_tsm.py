@@ -14,7 +14,6 @@ import torch
 
 import train_tsm
 from common.data.__main__ import main as pack
-from common.errors import InputError
 from common.models.mobilenet_v4 import build_mobilenet_v4
 from common.report import __main__ as report
 from common.run import checkpoint, log
@@ -552,18 +551,6 @@ def test_flags_that_the_data_do_not_heed_are_refused_in_use_too(whole, tmp_path,
         refused(train_tsm.main, flags(argv, flag), capsys, flag.split()[0], why)
     for argv in (flags(evaluate, "--data", packed), flags(predict, "--predict", packed)):
         assert train_tsm.main(argv) == 0  # what the run was trained with is no flag
-
-
-def test_data_sets_have_names_that_tell_them_apart():
-    names = train_tsm.names_of_data
-    assert names(("a/ffpp.zip",)) == ["ffpp"] and names(("x/df.v1", "x/df.v2")) == [
-        "df.v1",
-        "df.v2",
-    ]
-    assert names(("a/test", "b/test")) == ["a-test", "b-test"]
-    assert names(("x/a", "x/a.zip")) == ["a", "a.zip"]
-    with pytest.raises(InputError, match=r"--data a b \./a: one data set is there twice"):
-        names(("a", "b", "./a"))
 
 
 def test_frames_elsewhere_are_found_again_in_evaluation(ffpp, tmp_path):
