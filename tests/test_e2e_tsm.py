@@ -513,6 +513,8 @@ def test_other_data_are_scored_whole_each_in_its_folder_and_in_one_table(
         table = {row["data"]: row for row in csv.DictReader(file)}
     assert list(table) == ["celeb", "ffpp", "lab", "own"] and table["lab"]["video_auc"] == ""
     assert float(table["celeb"]["video_auc"]) == found["celeb"]["eval/test/video_auc"]
+    swap = [float(table["ffpp"][f"video_auc_FaceSwap{end}"]) for end in ("_low", "", "_high")]
+    assert swap == sorted(swap) and table["celeb"]["video_auc_FaceSwap_low"] == ""
     assert "Evaluations on other data" in (run / "report.html").read_text()
     argv = [str(run), str(whole), "--text"]
     capsys.readouterr()
