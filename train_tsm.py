@@ -116,6 +116,7 @@ MODEL_FLAGS = [
     "clip_seconds",
 ]
 READING = ["compression", "fps", "frames_root", "face"]  # flags of how data are read
+SCORING = ["split", "clips", "store_size", "on_bad_item"]  # and of what is scored
 FREEZE_BN = 0.33  # of the recipe, with --weights
 MIN_SIZE = 32  # the stride of MobileNetV4: a smaller frame leaves less than one pixel
 EVAL_FRAMES = 256  # at once
@@ -302,7 +303,7 @@ def parse_args(argv: list[str] | None = None):
     args = config.parse(parser, argv, DEMO, SEARCH)
     args = restore_data_flags(parser, argv, args, ["clips", "fps", "face", "store_size"])
 
-    config.check_inference_flags(parser, args, ["clips", *READING, "split", "perturb", "impl"])
+    config.check_inference_flags(parser, args, [*READING, *SCORING, "perturb", "impl"])
     refuse = partial(config.reject_unused_flags, parser, args)
     if not args.eval:
         refuse(["split", "perturb"], "without --eval")
@@ -869,7 +870,7 @@ def evaluate_on(parser, args, world: dist.Dist, loaded: LoadedRun, threshold: fl
             },
             "checkpoint": {"source": loaded.source, "epoch": loaded.state.get("epoch")},
             "threshold": threshold,
-            "flags": {flag: getattr(args, flag) for flag in READING},
+            "flags": {flag: getattr(args, flag) for flag in [*READING, *SCORING]},
         }
         place = replace(loaded, folder=output_folder(str(loaded.folder / "eval" / name)))
         answers = videos, test, loaded.model_spec["classes"], scores

@@ -525,6 +525,8 @@ def test_other_data_are_scored_whole_each_in_its_folder_and_in_one_table(
     with open(run / "eval" / "ffpp" / "perturb.csv") as file:
         levels = [row["level"] for row in csv.DictReader(file)]
     assert levels == ["", "90", "70", "50", "30", "10"]
+    held = json.loads((run / "eval" / "ffpp" / "eval.json").read_text())["flags"]
+    assert (held["split"], held["clips"], held["store_size"]) == ("val", 2, None)
     assert "(split val)" in capsys.readouterr().out
     # Videos of one class have no AUC, but a share that is found.
     argv = flags("--eval", run, "--device cpu --perturb resize --data", tmp_path / "lab")
