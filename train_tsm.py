@@ -25,13 +25,11 @@ traffic.
 import common  # noqa: F401  # isort: skip  (it refuses an older Python)
 import math
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -70,7 +68,7 @@ from common.run.card import Card
 from common.run.directory import output_folder
 from common.run.evaluation import Evaluation
 from common.run.files import run_dir_of, write_new
-from common.run.inference import LoadedRun, load_run, restore_data_flags
+from common.run.inference import LoadedRun, load_run, names_of_data, restore_data_flags
 from common.run.launch import launch, run_sweep
 from common.run.loop import Batch, Loop, Step
 from common.run.run import Run, test_best_and_last
@@ -118,6 +116,7 @@ MODEL_FLAGS = [
     "clip_seconds",
 ]
 READING = ["compression", "fps", "frames_root", "face"]  # flags of how data are read
+SCORING = ["split", "clips", "store_size", "on_bad_item"]  # and of what is scored
 FREEZE_BN = 0.33  # of the recipe, with --weights
 MIN_SIZE = 32  # the stride of MobileNetV4: a smaller frame leaves less than one pixel
 EVAL_FRAMES = 256  # at once
@@ -304,7 +303,7 @@ def parse_args(argv: list[str] | None = None):
     args = config.parse(parser, argv, DEMO, SEARCH)
     args = restore_data_flags(parser, argv, args, ["clips", "fps", "face", "store_size"])
 
-    config.check_inference_flags(parser, args, ["clips", *READING, "split", "perturb", "impl"])
+    config.check_inference_flags(parser, args, [*READING, *SCORING, "perturb", "impl"])
     refuse = partial(config.reject_unused_flags, parser, args)
     if not args.eval:
         refuse(["split", "perturb"], "without --eval")
@@ -539,9 +538,13 @@ def describe_clips(run: Run) -> str:
 
 def criterion(run: Run) -> Callable[[Tensor, Tensor], Tensor]:
     """The loss of logits and labels that the flags choose."""
-    gamma = run.args.gamma if run.args.loss == "focal_bce" else 0.0
-    pos_weight = run.model_spec["pos_weight"]
-    return partial(focal_bce, gamma=gamma, alpha=run.args.alpha, pos_weight=pos_weight)
+    return partial(focal_bce, **weights_of(run.args, run.model_spec))
+
+
+def weights_of(args, spec: dict) -> dict:
+    """What the loss of a clip and its reference in --check are weighed by."""
+    gamma = args.gamma if args.loss == "focal_bce" else 0.0
+    return {"gamma": gamma, "alpha": args.alpha, "pos_weight": spec["pos_weight"]}
 
 
 def train_step(run: Run, model, optimizer, scaler, batch: Batch) -> Step:
@@ -782,12 +785,7 @@ def check_spec(run: Run, published: dict | None) -> CheckSpec:
         fetch=partial(fetch, run),
         step=train_step,
         evaluate=partial(evaluate_logits, run),
-        loss=partial(
-            reference.focal,
-            gamma=args.gamma if args.loss == "focal_bce" else 0.0,
-            alpha=args.alpha,
-            pos_weight=run.model_spec["pos_weight"],
-        ),
+        loss=partial(reference.focal, **weights_of(args, run.model_spec)),
         augmented=args.augment != "none",
         view=ClipView(run, size=min(8, stage.bs)),
         labels=videos.labels,
@@ -872,7 +870,7 @@ def evaluate_on(parser, args, world: dist.Dist, loaded: LoadedRun, threshold: fl
             },
             "checkpoint": {"source": loaded.source, "epoch": loaded.state.get("epoch")},
             "threshold": threshold,
-            "flags": {flag: getattr(args, flag) for flag in READING},
+            "flags": {flag: getattr(args, flag) for flag in [*READING, *SCORING]},
         }
         place = replace(loaded, folder=output_folder(str(loaded.folder / "eval" / name)))
         answers = videos, test, loaded.model_spec["classes"], scores
@@ -903,23 +901,6 @@ def perturbed(
             points.append((level, score(run, "eval/test", test, logits, threshold)[metric]))
         found[kind] = tuple(points)
     return found
-
-
-def names_of_data(paths: tuple[str, ...]) -> list[str]:
-    """A short name for each data set: its own, with those of the folders above that tell it from
-    the others.
-    """
-    places = [os.path.abspath(path) for path in paths]
-    if len(set(places)) < len(places):
-        raise InputError(f"--data {' '.join(paths)}: one data set is there twice; give it once")
-    bare = [re.sub(r"\.(zip|csv|json|packed)$", "", place, flags=re.I) for place in places]
-    if len(set(bare)) < len(bare):  # a folder beside its archive
-        bare = places
-    parts = [Path(path).parts for path in bare]
-    depth = 1
-    while len({path[-depth:] for path in parts}) < len(parts) and depth < max(map(len, parts)):
-        depth += 1
-    return ["-".join(path[-depth:]) for path in parts]
 
 
 def scored_videos(
@@ -1072,7 +1053,7 @@ def chance_levels(args, spec: dict) -> dict[str, tuple[str, float]]:
     """The label and the loss of a guess, where the loss weighs no class."""
     if args.alpha is not None or spec["pos_weight"]:
         return {}
-    gamma = args.gamma if args.loss == "focal_bce" else 0.0
+    gamma = weights_of(args, spec)["gamma"]
     return {"train": ("a guess, p = 1/2", 0.5**gamma * math.log(2))}
 
 

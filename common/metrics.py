@@ -400,12 +400,6 @@ def videos(
         ValueError: as in `detection`.
     """
     scores = video_scores(logits)
-    if threshold is not None and len(set(labels)) == 1:
-        found = int((scores >= threshold).sum())
-        low, high = share_interval(found, len(scores))
-        name = "video_detection_rate" if labels[0] == 1 else "video_false_alarm_rate"
-        return {name: found / len(scores), f"{name}_low": low, f"{name}_high": high}
-    values = {"clip_auc": detection(np.repeat(labels, logits.shape[1]), logits.flatten())["auc"]}
     groups = {"": np.full(len(labels), True)}
     kinds = sorted(set(methods[labels == 1]) - {""})
     if threshold is not None and len(kinds) > 1:
@@ -413,6 +407,18 @@ def videos(
     levels = sorted({*([] if compressions is None else compressions)} - {""})
     if threshold is not None and len(levels) > 1:
         groups |= {f"_{level}": np.asarray(compressions) == level for level in levels}
+    if threshold is not None and len(set(labels)) == 1:
+        name = "video_detection_rate" if labels[0] == 1 else "video_false_alarm_rate"
+        values = {}
+        for suffix, kept in groups.items():
+            share = float((scores[kept] >= threshold).mean())
+            # As wide as if the videos of a unit were all alike.
+            count = int(kept.sum()) if units is None else len(set(units[kept]))
+            low, high = share_interval(share * count, count)
+            values[f"{name}{suffix}"] = share
+            values |= {f"{name}_low{suffix}": low, f"{name}_high{suffix}": high}
+        return values
+    values = {"clip_auc": detection(np.repeat(labels, logits.shape[1]), logits.flatten())["auc"]}
     for suffix, kept in groups.items():
         target, kept_scores = labels[kept], scores[kept]
         if len(set(target)) < 2:  # a compression of fakes alone
@@ -509,7 +515,7 @@ def roc(
     return np.stack(curve(np.ones(len(target))), 1), np.stack([rates, low, high], 1)
 
 
-def share_interval(hits: int, count: int, level: float = 0.95) -> tuple[float, float]:
+def share_interval(hits: float, count: int, level: float = 0.95) -> tuple[float, float]:
     """Return Wilson's interval (1927) of a share.
 
     Args:

@@ -14,7 +14,6 @@ import torch
 
 import train_tsm
 from common.data.__main__ import main as pack
-from common.errors import InputError
 from common.models.mobilenet_v4 import build_mobilenet_v4
 from common.report import __main__ as report
 from common.run import checkpoint, log
@@ -514,6 +513,8 @@ def test_other_data_are_scored_whole_each_in_its_folder_and_in_one_table(
         table = {row["data"]: row for row in csv.DictReader(file)}
     assert list(table) == ["celeb", "ffpp", "lab", "own"] and table["lab"]["video_auc"] == ""
     assert float(table["celeb"]["video_auc"]) == found["celeb"]["eval/test/video_auc"]
+    swap = [float(table["ffpp"][f"video_auc_FaceSwap{end}"]) for end in ("_low", "", "_high")]
+    assert swap == sorted(swap) and table["celeb"]["video_auc_FaceSwap_low"] == ""
     assert "Evaluations on other data" in (run / "report.html").read_text()
     argv = [str(run), str(whole), "--text"]
     capsys.readouterr()
@@ -524,6 +525,8 @@ def test_other_data_are_scored_whole_each_in_its_folder_and_in_one_table(
     with open(run / "eval" / "ffpp" / "perturb.csv") as file:
         levels = [row["level"] for row in csv.DictReader(file)]
     assert levels == ["", "90", "70", "50", "30", "10"]
+    held = json.loads((run / "eval" / "ffpp" / "eval.json").read_text())["flags"]
+    assert (held["split"], held["clips"], held["store_size"]) == ("val", 2, None)
     assert "(split val)" in capsys.readouterr().out
     # Videos of one class have no AUC, but a share that is found.
     argv = flags("--eval", run, "--device cpu --perturb resize --data", tmp_path / "lab")
@@ -552,18 +555,6 @@ def test_flags_that_the_data_do_not_heed_are_refused_in_use_too(whole, tmp_path,
         refused(train_tsm.main, flags(argv, flag), capsys, flag.split()[0], why)
     for argv in (flags(evaluate, "--data", packed), flags(predict, "--predict", packed)):
         assert train_tsm.main(argv) == 0  # what the run was trained with is no flag
-
-
-def test_data_sets_have_names_that_tell_them_apart():
-    names = train_tsm.names_of_data
-    assert names(("a/ffpp.zip",)) == ["ffpp"] and names(("x/df.v1", "x/df.v2")) == [
-        "df.v1",
-        "df.v2",
-    ]
-    assert names(("a/test", "b/test")) == ["a-test", "b-test"]
-    assert names(("x/a", "x/a.zip")) == ["a", "a.zip"]
-    with pytest.raises(InputError, match=r"--data a b \./a: one data set is there twice"):
-        names(("a", "b", "./a"))
 
 
 def test_frames_elsewhere_are_found_again_in_evaluation(ffpp, tmp_path):

@@ -771,6 +771,12 @@ def test_folders_by_label_and_method_are_read(tmp_path):
         assert (videos.labels == (videos.methods != "real")).all()
 
 
+def test_a_folder_that_says_a_label_may_be_given_itself(tmp_path):
+    root = labeled(tmp_path, ["Celeb-synthesis/id0_id1_0000", "Celeb-synthesis/id1_id0_0000"])
+    whole, part = opened(root), opened(root / "Celeb-synthesis")
+    assert part.ids == whole.ids and part.persons == whole.persons and part.labels.all()
+
+
 @pytest.mark.parametrize(
     ("names", "said"),
     [

@@ -13,7 +13,7 @@ import train_tsm
 from common.errors import InputError
 from common.run import checkpoint, dist
 from common.run.files import FORMAT
-from common.run.inference import LoadedRun, load_run, predictions_text
+from common.run.inference import LoadedRun, load_run, names_of_data, predictions_text
 
 
 def test_predictions_hold_id_class_and_scores():
@@ -124,3 +124,14 @@ def test_every_prediction_gets_a_file_of_its_own(tmp_path, capsys):
     for file, name in (("predictions.csv", "x"), ("predictions-2.csv", "y")):
         with open(tmp_path / file, newline="") as lines:
             assert [row["id"] for row in csv.DictReader(lines)] == [name]
+
+
+def test_data_sets_have_names_that_tell_them_apart():
+    assert names_of_data(("a/ffpp.zip",)) == ["ffpp"] and names_of_data(("x/df.v1", "x/df.v2")) == [
+        "df.v1",
+        "df.v2",
+    ]
+    assert names_of_data(("a/test", "b/test")) == ["a-test", "b-test"]
+    assert names_of_data(("x/a", "x/a.zip")) == ["a", "a.zip"]
+    with pytest.raises(InputError, match=r"--data a b \./a: one data set is there twice"):
+        names_of_data(("a", "b", "./a"))

@@ -272,6 +272,17 @@ def test_videos_are_scored_by_method_and_compression_and_without_empty_names():
     alone = metrics.videos(labels[fakes], methods[fakes], logits[fakes], 0, 0.5)
     assert alone["video_detection_rate"] == (scores[fakes] >= 0.5).mean()
     assert alone["video_detection_rate_low"] < alone["video_detection_rate"]
+    swaps = scores[methods == "swap"] >= 0.5
+    rate, low = (alone[f"video_detection_rate{end}"] for end in ("_swap", "_low_swap"))
+    assert low < rate == swaps.mean()
+    pairs = np.arange(60) // 3
+    paired = metrics.videos(labels[fakes], methods[fakes], logits[fakes], 0, 0.5, units=pairs)
+    rate = alone["video_detection_rate"]
+    ends = [paired[f"video_detection_rate_{end}"] for end in ("low", "high")]
+    assert paired["video_detection_rate"] == rate
+    assert ends == pytest.approx(metrics.share_interval(20 * rate, 20))
+    reals = metrics.videos(labels[~fakes], methods[~fakes], logits[~fakes], 0, 0.5)
+    assert list(reals) == [f"video_false_alarm_rate{end}" for end in ("", "_low", "_high")]
 
 
 @pytest.mark.parametrize(

@@ -221,6 +221,11 @@ def find(tree: Tree, labels: bool) -> Found:
         return Found(records, unlisted, notes)
     try:
         records, problem = _from_folders(tree)
+        own = tree.place.name
+        if labels and not records and own.lower() in _FOLDERS and not own.isdigit():
+            # The folder that was given says it.
+            videos = {f"{own}/{name}": files for name, files in tree.videos.items() if name}
+            records, _ = _from_folders(tree._replace(videos=videos))
     except InputError:
         if labels:
             raise

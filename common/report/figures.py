@@ -9,6 +9,7 @@ import csv
 import functools
 import io
 import json
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -256,10 +257,13 @@ def evaluated(folder: Path) -> None:
     for file in sorted(folder.glob("eval/*/eval.json")):
         found = json.loads(file.read_text(encoding="utf-8"))
         scores = {k.removeprefix("eval/test/"): v for k, v in found.items() if k.count("/") == 2}
+        # The ends of an interval behind the name that they belong to, as `interval_text` has them.
+        scores = {re.sub("_(low|high)_(.+)", r"_\2_\1", name): v for name, v in scores.items()}
         rows.append((file.parent.name, found["data"], scores))
-        named = (name for name in scores if name.startswith("video_accuracy_"))
-        kinds |= {name.removeprefix("video_accuracy_") for name in named}
-    columns = [*_EVALUATED, *(f"video_auc_{kind}" for kind in sorted(kinds))]
+        kinds |= {*found["data"]["methods"], *found["data"]["compressions"]}
+    columns = list(_EVALUATED)
+    for metric in ("video_auc", "video_detection_rate", "video_false_alarm_rate"):
+        columns += [f"{metric}_{kind}" for kind in sorted(kinds)]
     columns = [name for name in columns if any(name in scores for *_, scores in rows)]
     header = ["data", "real", "fake", *columns]
     table = [header]

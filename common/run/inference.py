@@ -1,6 +1,7 @@
 """What --eval, --predict and --stream do with a trained run: load it, write what it answers."""
 
 import os
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,3 +234,20 @@ def restore_data_flags(parser: config.Parser, argv: list[str] | None, args, name
     values = {name: stored[name] for name in names if name in stored}
     parser.set_defaults(**parser.checked(values, f"config.json of {source}"))
     return config.parse(parser, argv, {})
+
+
+def names_of_data(paths: tuple[str, ...]) -> list[str]:
+    """A short name for each data set: its own, with those of the folders above that tell it from
+    the others.
+    """
+    places = [os.path.abspath(path) for path in paths]
+    if len(set(places)) < len(places):
+        raise InputError(f"--data {' '.join(paths)}: one data set is there twice; give it once")
+    bare = [re.sub(r"\.(zip|csv|json|packed)$", "", place, flags=re.I) for place in places]
+    if len(set(bare)) < len(bare):  # a folder beside its archive
+        bare = places
+    parts = [Path(path).parts for path in bare]
+    depth = 1
+    while len({path[-depth:] for path in parts}) < len(parts) and depth < max(map(len, parts)):
+        depth += 1
+    return ["-".join(path[-depth:]) for path in parts]
