@@ -309,7 +309,7 @@ def test_clips_without_frames_are_named_and_left_out_on_demand(tmp_path):
     assert len(clips) == 8 and clips.notes[1] == "left out 1 of 9 clips without frames: e/gone"
     other = numbered_raer(tmp_path / "other", {"test": [("t/1", 1)]})
     (other / "test.txt").write_text("gone/2 3 1\n")
-    with pytest.raises(InputError, match="none of the 1 listed .*: gone/2; .* is named as t/1"):
+    with pytest.raises(InputError, match="none of the 1 listed .*: gone/2; there are t/1"):
         opened(other, on_bad_item="skip", allow_missing=1.0)
     # Absent and damaged ones share what is allowed.
     (root / "t/1/8.png").write_bytes(b"no image")

@@ -391,7 +391,7 @@ def open_clips(
         if base is None:
             numbers = {line.label for line in lines}
             base = 0 if 0 in numbers else 1
-            if known and base and max(numbers) < len(names):
+            if known and base and numbers and max(numbers) < len(names):
                 raise InputError(
                     f"{path}: labels {min(numbers)} to {max(numbers)} count from 0 or from 1, and"
                     " the model's own were no numbers; --label-base 0 or 1 says it"
@@ -937,7 +937,7 @@ def _with_frames(
     if not there:
         raise InputError(
             f"{tree.path}: none of the {len(lines)} listed clips is there: {first_few(absent)};"
-            f" what is there is named as {next(iter(tree.folders))}"
+            f" there are {first_few(list(tree.folders)) or 'none'}"
         )
     wrong = [
         f"{line.clip} has {len(tree.folders[line.clip])} frames, {line.place} says {line.count}"
