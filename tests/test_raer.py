@@ -460,6 +460,29 @@ def test_lists_of_two_roots_are_found_and_an_absent_clip_is_no_other_one(tmp_pat
         opened(root)
 
 
+def test_a_clip_that_is_absent_is_not_read_from_another_folder(tmp_path):
+    """Not where other names stand as they are, even if more clips of the other folder would fit."""
+    lists = {"train": [("a/1", 1), ("b/1", 2), ("b/2", 3)], "test": [("b/7", 1)]}
+    root = numbered_raer(tmp_path / "raer", lists)
+    for name in ("face", "body"):
+        renamed_boxes(root, lambda clip: clip.replace("b/", "c/"), name)
+    with pytest.raises(InputError, match=r"9 of 12 frames have no face box, 3 of 4 clips no body"):
+        opened(root)
+    for part in ("train", "test"):
+        text = (root / f"{part}.txt").read_text()
+        (root / f"{part}.txt").write_text(text.replace("b/", "c/"))
+    with pytest.raises(InputError, match="3 of 4 clips have no frames: c/1, c/2, c/7"):
+        opened(root)
+
+
+def test_a_list_that_is_read_from_a_folder_of_another_name_says_it(tmp_path):
+    root = numbered_raer(tmp_path / "raer", {"train": [("a/b/1", 1), ("a/b/2", 2)]})
+    text = (root / "train.txt").read_text()
+    for top, said in {"a/b/": False, "/x/RAER/a/b/": False, "b/": False, "a/c/": True}.items():
+        (root / "train.txt").write_text(text.replace("a/b/", top))
+        assert any("a/c/1 is read from a/b/1" in note for note in opened(root).notes) == said
+
+
 @pytest.mark.parametrize("missing_box", ["error", "full", "skip"])
 def test_a_file_of_boxes_of_which_no_key_fits_shows_one(tmp_path, missing_box):
     def strange(clip):
