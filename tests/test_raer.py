@@ -309,7 +309,7 @@ def test_clips_without_frames_are_named_and_left_out_on_demand(tmp_path):
     assert len(clips) == 8 and clips.notes[1] == "left out 1 of 9 clips without frames: e/gone"
     other = numbered_raer(tmp_path / "other", {"test": [("t/1", 1)]})
     (other / "test.txt").write_text("gone/2 3 1\n")
-    with pytest.raises(InputError, match="none of the 1 listed .*: gone/2; .* is named as t/1"):
+    with pytest.raises(InputError, match="none of the 1 listed .*: gone/2; there are t/1"):
         opened(other, on_bad_item="skip", allow_missing=1.0)
     # Absent and damaged ones share what is allowed.
     (root / "t/1/8.png").write_bytes(b"no image")
@@ -458,6 +458,29 @@ def test_lists_of_two_roots_are_found_and_an_absent_clip_is_no_other_one(tmp_pat
         file.write("/home/a/RAER/v/1x/1 3 2\n")
     with pytest.raises(InputError, match=r"1 of 9 clips have no frames: /home/a/RAER/v/1x/1"):
         opened(root)
+
+
+def test_a_clip_that_is_absent_is_not_read_from_another_folder(tmp_path):
+    """Not where other names stand as they are, even if more clips of the other folder would fit."""
+    lists = {"train": [("a/1", 1), ("b/1", 2), ("b/2", 3)], "test": [("b/7", 1)]}
+    root = numbered_raer(tmp_path / "raer", lists)
+    for name in ("face", "body"):
+        renamed_boxes(root, lambda clip: clip.replace("b/", "c/"), name)
+    with pytest.raises(InputError, match=r"9 of 12 frames have no face box, 3 of 4 clips no body"):
+        opened(root)
+    for part in ("train", "test"):
+        text = (root / f"{part}.txt").read_text()
+        (root / f"{part}.txt").write_text(text.replace("b/", "c/"))
+    with pytest.raises(InputError, match="3 of 4 clips have no frames: c/1, c/2, c/7"):
+        opened(root)
+
+
+def test_a_list_that_is_read_from_a_folder_of_another_name_says_it(tmp_path):
+    root = numbered_raer(tmp_path / "raer", {"train": [("a/b/1", 1), ("a/b/2", 2)]})
+    text = (root / "train.txt").read_text()
+    for top, said in {"a/b/": False, "/x/RAER/a/b/": False, "b/": False, "a/c/": True}.items():
+        (root / "train.txt").write_text(text.replace("a/b/", top))
+        assert any("a/c/1 is read from a/b/1" in note for note in opened(root).notes) == said
 
 
 @pytest.mark.parametrize("missing_box", ["error", "full", "skip"])

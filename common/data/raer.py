@@ -391,7 +391,7 @@ def open_clips(
         if base is None:
             numbers = {line.label for line in lines}
             base = 0 if 0 in numbers else 1
-            if known and base and max(numbers) < len(names):
+            if known and base and numbers and max(numbers) < len(names):
                 raise InputError(
                     f"{path}: labels {min(numbers)} to {max(numbers)} count from 0 or from 1, and"
                     " the model's own were no numbers; --label-base 0 or 1 says it"
@@ -401,6 +401,13 @@ def open_clips(
         if names == list(CLASSES) and _position(tree, "classes.txt") is None:
             notes[-1] += " (RAER's classes, the default without classes.txt)"
         found = _found_loosely([line.clip for line in lines], tree.folders, (_stem,))
+        for name, folder in found.items():
+            own, other = (f"/{_stem(x)}" for x in (name, folder))
+            if not own.endswith(other) and not other.endswith(own):
+                notes.append(
+                    f"WARN lists name other folders than there are: {name} is read from {folder}"
+                )
+                break
         lines = [line._replace(clip=found.get(line.clip, line.clip)) for line in lines]
         _refuse_repeats(path, lines)
     else:
@@ -937,7 +944,7 @@ def _with_frames(
     if not there:
         raise InputError(
             f"{tree.path}: none of the {len(lines)} listed clips is there: {first_few(absent)};"
-            f" what is there is named as {next(iter(tree.folders))}"
+            f" there are {first_few(list(tree.folders)) or 'none'}"
         )
     wrong = [
         f"{line.clip} has {len(tree.folders[line.clip])} frames, {line.place} says {line.count}"
@@ -1061,21 +1068,24 @@ def _found(listed: list[str], there: Collection[str]) -> dict[str, str]:
 def _found_loosely(keys: list[str], there: Collection[str], forms=()) -> dict[str, str]:
     """As `_found`, also by other forms of the names, where these are unique.
 
-    Unset: in another case, with an extension, and by base names.
+    Unset: in another case, with an extension, and by base names, but for a file of which some keys
+    are as the tree has them: another folder's clip is another clip there.
     """
     found = _found(keys, there)
-    for form in forms or (_plain, lambda name: posixpath.basename(_plain(name))):
-        left = [key for key in keys if key not in found]
+    for form in forms or (_plain, _base):
+        if form is _base and any(_plain(key) == _plain(place) for key, place in found.items()):
+            break
         of_form = defaultdict(list)
         for folder in there:
             of_form[form(folder)].append(folder)
         counts = Counter(map(form, keys))
         forms = {name: folders[0] for name, folders in of_form.items() if len(folders) == 1}
-        matched = _found([form(key) for key in left if counts[form(key)] == 1], forms)
+        # Of all keys: those that are found tell where the others are not to be sought.
+        matched = _found([form(key) for key in keys if counts[form(key)] == 1], forms)
         taken = set(found.values())
-        for key in left:
+        for key in keys:
             folder = forms.get(matched.get(form(key)))
-            if folder is not None and folder not in taken:
+            if key not in found and folder is not None and folder not in taken:
                 found[key] = folder
     return found
 
@@ -1090,6 +1100,10 @@ def _stem(name: str) -> str:
 def _plain(name: str) -> str:
     stem, extension = posixpath.splitext(name.lower())
     return stem if extension in (*SUFFIXES, *VIDEO_SUFFIXES) else name.lower()
+
+
+def _base(name: str) -> str:
+    return posixpath.basename(_plain(name))
 
 
 def _box(tree: _Tree, name: str, where: str, value, box_format: str) -> list[float]:
