@@ -385,10 +385,12 @@ def spectral(x: Tensor, k: int, neighbors: int, *, seed: int = 0) -> Tensor:
     x = x - x.mean(0)
     n = len(x)
     count = min(neighbors, n)
-    blocks = _blocks(x, n)
-    near = [_scores(rows, x[None])[:, 0].topk(count, 1, largest=False).indices for rows in blocks]
+    near = torch.empty(n, count, dtype=torch.int64, device=x.device)
+    for rows, found in zip(_blocks(x, n), near.split(max(_TILE // n, 1)), strict=True):
+        # Into what is there: small tensors that stay would pin the blocks of scores.
+        found.copy_(_scores(rows, x[None])[:, 0].topk(count, 1, largest=False).indices)
     start = torch.arange(n).repeat_interleave(count)
-    end = torch.cat(near).flatten().cpu()
+    end = near.flatten().cpu()
     edges, times = torch.unique(torch.cat([start * n + end, end * n + start]), return_counts=True)
     start, end = edges // n, edges % n
     degree = torch.bincount(start, times.double())
