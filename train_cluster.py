@@ -143,6 +143,13 @@ MODE_DEFAULTS = {
         {"low": 0, "high": 1},
         "number of nearest rows averaged before k-means, as a share of the mean cluster",
     ),
+    "neighbors": (
+        0.04,
+        0.0,
+        {"low": 0, "high": 1},
+        "number of nearest rows that a row is joined with in the graph whose cuts k-means of the"
+        " centers begins with, as a share of the mean cluster; 0: it begins with the last centers",
+    ),
     "temperature": (0.5, 0.2, {"above": 0}, "temperature of the contrastive pretraining"),
     "sup_temperature": (0.5, 20.0, {"above": 0}, "temperature of the loss on selected rows"),
     "unsup_temperature": (1.0, 20.0, {"above": 0}, "temperature of the loss on the other rows"),
@@ -540,14 +547,13 @@ def eval_stability(
     """The stability of the training rows' clusters, and with the rest of an epoch's figures as
     metrics.
     """
-    k, smoothing = run.model_spec["k"], run.model_spec["smoothing"]
     z = evaluate(run, model, run.splits["train"], progress)
     with progress.interruptible():
-        stable = deep_cluster.stability(z, k, run.args.seed)
+        stable = deep_cluster.stability(z, run.model_spec["k"], run.args.seed)
         values = {"stability": stable}
         if targets:  # what the run leaves behind are the clusters of the epoch's end
-            rows = deep_cluster.smooth(z, k, smoothing)
-            centroids = clustering.kmeans(rows, k, start=model.centroids.cpu()).centroids
+            start = model.centroids.cpu()
+            centroids = deep_cluster.centers(z, run.model_spec, run.args.seed, start)
             centroids = centroids.to(model.centroids.dtype)
             clusters, distances = clustering.nearest(z, centroids)
             values |= deep_cluster.describe(run, z, clusters, distances, targets)

@@ -5,6 +5,7 @@ takes no gradient.
 """
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ from common.errors import InputError
 from common.rng import uniform
 
 _TILE = 1 << 22  # numbers in one block of distances: 16 MB in fp32
+_FILTERS = 8  # rounds of the eigenvectors' search
+_DEGREE = 10  # of its polynomials
 _PLAIN_STEPS = 10  # of Sinkhorn's iteration, before Newton's method takes over
 _GROUP = 1 << 27  # numbers that the restarts computed together may hold
 LANDMARKS = 12288  # rows that are all compared with each other; of more, a sample stands for all
@@ -352,6 +355,79 @@ def smooth(x: Tensor, neighbors: int) -> Tensor:
         # An embedding bag averages rows without gathering them first.
         average.copy_(F.embedding_bag(near, x, mode="mean"))
     return averages.add_(mean)
+
+
+@torch.no_grad()
+def spectral(x: Tensor, k: int, neighbors: int, *, seed: int = 0) -> Tensor:
+    """Cluster rows by cuts of the graph of their nearest neighbors.
+
+    Normalized spectral clustering (Ng, Jordan and Weiss 2001): an edge of weight 2 where two rows
+    are each among the other's nearest, of 1 where one is; k-means of the leading eigenvectors'
+    rows at unit length. Unlike k-means of the rows it does not split a large cluster to make all
+    alike. Time and memory of the neighbors are those of `smooth`.
+
+    Args:
+        x: (N, D) finite real tensor.
+        k: clusters, at most N.
+        neighbors: of a row, itself among them; above N, all.
+        seed: of k-means and of where the eigenvectors are looked for from.
+
+    Returns:
+        (N,) int64 labels; each of the k clusters has a row.
+
+    Raises:
+        ValueError: a shape or setting out of range; `InputError` for more clusters than rows or
+            rows not finite.
+    """
+    x = _checked(x)
+    if neighbors < 2:
+        raise ValueError(f"neighbors must be at least 2, the row itself and one, got {neighbors}")
+    x = x - x.mean(0)
+    n = len(x)
+    count = min(neighbors, n)
+    near = torch.empty(n, count, dtype=torch.int64, device=x.device)
+    for rows, found in zip(_blocks(x, n), near.split(max(_TILE // n, 1)), strict=True):
+        # Into what is there: small tensors that stay would pin the blocks of scores.
+        found.copy_(_scores(rows, x[None])[:, 0].topk(count, 1, largest=False).indices)
+    start = torch.arange(n).repeat_interleave(count)
+    end = near.flatten().cpu()
+    edges, times = torch.unique(torch.cat([start * n + end, end * n + start]), return_counts=True)
+    start, end = edges // n, edges % n
+    degree = torch.bincount(start, times.double())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
+        graph = torch.sparse_csr_tensor(
+            torch.searchsorted(start, torch.arange(n + 1)),
+            end,
+            times / (degree[start] * degree[end]).sqrt(),
+            size=(n, n),
+            check_invariants=False,
+        )
+    leading = F.normalize(_leading_eigenvectors(graph, k, seed)).float()
+    return kmeans(leading.to(x.device), k, seed=seed, restarts=5).labels
+
+
+def _leading_eigenvectors(matrix: Tensor, count: int, seed: int) -> Tensor:
+    """(N, c) of a symmetric matrix (N, N) with eigenvalues in [-1, 1], the largest first.
+
+    Subspace iteration, filtered by Chebyshev polynomials that grow above what the subspace has
+    found (Zhou, Saad, Tiago and Chelikowsky 2006).
+    """
+    n = len(matrix)
+    generator = torch.Generator().manual_seed(seed)
+    size = (n, min(count + 10, n))
+    block = torch.linalg.qr(torch.randn(size, generator=generator, dtype=torch.float64))[0]
+    cut = 0.0  # eigenvalues in [-1, cut] are damped
+    for _ in range(_FILTERS):
+        center, radius = (cut - 1) / 2, (cut + 1) / 2
+        before, now = block, (matrix @ block - center * block) / radius
+        for _ in range(_DEGREE - 1):
+            before, now = now, 2 * (matrix @ now - center * now) / radius - before
+        block = torch.linalg.qr(now)[0]
+        values, turn = torch.linalg.eigh(block.T @ (matrix @ block))
+        block = block @ turn.flip(1)
+        cut = min(max(values[0].item(), 0.0), 0.99)
+    return block[:, :count]
 
 
 class Assignment(NamedTuple):

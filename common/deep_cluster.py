@@ -27,6 +27,7 @@ SCORES = ("nmi", "ami", "ari", "acc", "fmi", "balanced_accuracy", "minority_reca
 SHOWN = ("nmi", "ari", "acc")  # on the console
 STAGES = {"start": "start", "pretrain": "after stage 1", "cluster": "after stage 2"}
 FAR = 0.99  # share of the training rows that are nearer to their centroids than a far one
+NEIGHBORS = 10  # least number of neighbors of a row in the graph that is cut
 SEEDS = 10  # k-means runs that score a split
 BASELINE_SEEDS = 3  # the same for a baseline
 STABILITY_ROWS = 2000  # rows that k-means runs on for the stability
@@ -309,6 +310,21 @@ def smooth(z: Tensor, k: int, smoothing: float) -> Tensor:
     rows = clustering.landmarks(z, clustering.LANDMARKS)
     neighbors = round(smoothing * len(rows) / k)
     return clustering.smooth(rows, neighbors) if neighbors > 1 else z
+
+
+def centers(z: Tensor, spec: dict, seed: int, start: Tensor) -> Tensor:
+    """The centroids (k, d) that k-means finds among the `smooth` rows z (n, d).
+
+    By default it begins with the means of the clusters into which `clustering.spectral` cuts the
+    rows, of many the `clustering.landmarks`; without `neighbors` in `spec` it does with `start`.
+    """
+    k = spec["k"]
+    if spec["neighbors"]:
+        rows = clustering.landmarks(z, clustering.LANDMARKS)
+        neighbors = max(round(spec["neighbors"] * len(rows) / k), NEIGHBORS)
+        cut = clustering.spectral(principal(rows), k, neighbors, seed=seed)
+        start = torch.stack([rows[cut == cluster].mean(0) for cluster in range(k)])
+    return clustering.kmeans(smooth(z, k, spec["smoothing"]), k, start=start).centroids
 
 
 def stability(z: Tensor, k: int, seed: int) -> float:

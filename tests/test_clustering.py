@@ -212,6 +212,76 @@ def test_smoothing_needs_a_row_to_average():
         clustering.smooth(torch.ones(3, 2), 0)
 
 
+def rings(counts=(100, 200), seed=0):
+    """Rows (n, 2) on circles around each other, which no two centers tell apart; and their ring."""
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(len(counts)), counts)
+    angle = rng.uniform(0, 2 * np.pi, len(labels))
+    x = (1 + 2 * labels[:, None]) * np.stack([np.cos(angle), np.sin(angle)], 1)
+    return torch.from_numpy(x + 0.1 * rng.normal(size=x.shape)).float(), labels
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_cuts_are_those_of_scikit_learn(offset, monkeypatch):
+    cluster = pytest.importorskip("sklearn.cluster", reason=ORACLE)
+    monkeypatch.setattr(clustering, "_TILE", 300 * 17)  # blocks of 17 rows
+    x, rings_of = rings()
+    ours = clustering.spectral(x + offset, 2, 12)
+    oracle = cluster.SpectralClustering(
+        2, affinity="nearest_neighbors", n_neighbors=12, random_state=0
+    )
+    for labels in (rings_of, oracle.fit(x.numpy()).labels_):
+        assert metrics.clustering(labels, ours)["ari"] == 1
+    assert metrics.clustering(rings_of, clustering.kmeans(x, 2).labels)["ari"] < 0.2
+
+
+@pytest.mark.parametrize("count, size", [(3, 200), (11, 200), (30, 30)])
+def test_leading_eigenvectors_are_numpy_s(count, size):
+    rng = np.random.default_rng(0)
+    axes = np.linalg.qr(rng.normal(size=(size, size)))[0]
+    values = np.concatenate([np.linspace(1, 0.97, count), np.linspace(0.9, -1, size - count)])
+    matrix = axes * values @ axes.T
+    ours = clustering._leading_eigenvectors(torch.from_numpy(matrix), count, 0).numpy()
+    assert ours.shape == (size, count)
+    expected = np.linalg.eigh(matrix)[1][:, ::-1][:, :count]
+    assert np.abs(ours @ ours.T - expected @ expected.T).max() < 1e-6
+
+
+def test_cuts_leave_a_large_cluster_whole():
+    """Where one class holds most rows k-means splits it and joins small ones."""
+    cut, split = [], []
+    for seed in range(3):
+        x, labels = mixture(1500, 5, 8, 0.0, seed=seed, balance=[0.8, 0.05, 0.05, 0.05, 0.05])
+        x += 4 * torch.eye(5, 8)[torch.from_numpy(labels)]
+        x[torch.from_numpy(labels == 0), 5] *= 4  # the large one is wide, too
+        found = (clustering.spectral(x, 5, 20, seed=seed), clustering.kmeans(x, 5).labels)
+        for scores, clusters in zip((cut, split), found, strict=True):
+            scores.append(metrics.clustering(labels, clusters)["ari"])
+    assert min(cut) > max(split) + 0.1
+
+
+@pytest.mark.parametrize(
+    "x, k, neighbors",
+    [
+        (torch.zeros(6, 2), 5, 3),
+        (torch.eye(3).repeat(20, 1), 5, 10),
+        (torch.randn(5, 3), 5, 99),
+        (torch.randn(7, 1), 1, 2),
+    ],
+)
+def test_few_and_equal_rows_are_cut_into_so_many_clusters(x, k, neighbors):
+    labels = clustering.spectral(x, k, neighbors)
+    assert labels.unique().tolist() == list(range(k)) and len(labels) == len(x)
+    assert torch.equal(labels, clustering.spectral(x, k, neighbors))
+
+
+def test_a_row_needs_a_neighbor_to_be_cut_from():
+    with pytest.raises(ValueError, match="neighbors must be at least 2, the row itself and one"):
+        clustering.spectral(torch.randn(3, 2), 2, 1)
+    with pytest.raises(InputError, match="4 clusters need as many rows, got 3"):
+        clustering.spectral(torch.randn(3, 2), 4, 2)
+
+
 def test_kmeans_refuses_what_it_cannot_do():
     x = torch.randn(10, 3)
     with pytest.raises(InputError, match="11 clusters need as many rows, got 10"):

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from common import clustering, deep_cluster
+from common import clustering, deep_cluster, metrics
 from common.models import umc
 from common.monitor import Monitor
 from common.report import cluster_analysis
@@ -90,6 +90,20 @@ def test_a_trajectory_is_a_line_with_student_s_interval(count):
     assert "fewer than 5" in cluster_analysis.trajectory("nmi", points[:4])[0][2]
 
 
+def test_centers_begin_where_the_graph_is_cut_or_where_they_were():
+    x = torch.cat([torch.randn(300, 4), 0.1 * torch.randn(30, 4) + 6, 0.1 * torch.randn(30, 4) - 6])
+    labels = torch.tensor([0] * 300 + [1] * 30 + [2] * 30)
+    spec = {"k": 3, "smoothing": 0.1, "neighbors": 0.1}
+    poor = torch.cat([x[:2], x[300:] * 9])[:3]  # two centers in the large one, one far off
+    found = deep_cluster.centers(x, spec, 0, poor)
+    assert metrics.clustering(labels, clustering.nearest(x, found)[0])["ari"] == 1
+    assert torch.equal(found, deep_cluster.centers(x, spec, 0, 9 * poor))
+    smooth = deep_cluster.smooth(x, 3, 0.1)
+    plain = deep_cluster.centers(x, spec | {"neighbors": 0.0}, 0, poor)
+    assert torch.equal(plain, clustering.kmeans(smooth, 3, start=poor).centroids)
+    assert not torch.equal(plain, found)
+
+
 def act_like(n):
     """Rows (n, 6) of five uneven clusters that overlap, and their labels."""
     rng = np.random.default_rng(0)
@@ -143,6 +157,7 @@ def test_twice_the_rows_are_twice_the_work(balance, monkeypatch):
     monkeypatch.setattr(clustering, "_TILE", 1 << 14)
     monkeypatch.setattr(deep_cluster, "METRIC_RUNS", 1)
     basis = {"text": (torch.zeros(6), torch.ones(6), torch.eye(6))}
+    spec = {"k": 5, "smoothing": 0.1, "neighbors": 0.1}
     work = {}
     for n in (2000, 4000):
         z, _ = act_like(n)
@@ -152,6 +167,7 @@ def test_twice_the_rows_are_twice_the_work(balance, monkeypatch):
             deep_cluster.metric_stability(rows, np.arange(n), basis, 5, 0)
             clustering.select(z, labels, 5, 0.3)
             deep_cluster.smooth(z, 2, 1.0)
+            deep_cluster.centers(z, spec, 0, z[:5])
             deep_cluster.stability(z, 5, 0)
         work[n] = counted
     assert work[4000].total < 2.1 * work[2000].total

@@ -111,7 +111,7 @@ def test_every_command_line_parses():
     assert len(lines) > 100
     for program, *words in lines:
         module = words.pop(0) if program == "-m" else program.removesuffix(".py")
-        module = {"tests.benchmark_tsm": "train_tsm"}.get(module, module)
+        module = module.replace("tests.benchmark_", "train_")
         module = module + ".__main__" if f"{module}.__main__" in TOOLS else module
         flags = {word for word in words if word.startswith("--")}
         assert flags <= flags_of(module), (program, words)

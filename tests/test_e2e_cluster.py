@@ -397,14 +397,15 @@ def test_umc_compares_no_metrics(acts, tmp_path, monkeypatch):
     )
 
 
-def test_smoothing_reaches_the_centers_that_a_run_leaves(whole, acts, tmp_path):
-    argv = [*SMALL, "--smoothing", "0", "--data", str(acts), "--out", str(tmp_path / "run")]
+@pytest.mark.parametrize("flag", ["--smoothing", "--neighbors"])
+def test_what_finds_the_centers_reaches_those_that_a_run_leaves(flag, whole, acts, tmp_path):
+    argv = [*SMALL, flag, "0", "--data", str(acts), "--out", str(tmp_path / "run")]
     assert train_cluster.main(argv) == 0
-    smooth, plain = (
+    default, plain = (
         checkpoint.load(f / "cluster" / "last.pt")["parts"]["model"]
         for f in (whole, tmp_path / "run")
     )
-    assert (smooth["centroids"] - plain["centroids"]).abs().max() > 1e-3
+    assert (default["centroids"] - plain["centroids"]).abs().max() > 1e-3
 
 
 BAD = {  # flags -> the flag, file or value that the refusal names

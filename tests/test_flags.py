@@ -160,6 +160,7 @@ EXPECTED_DEFAULTS = {
         "--cluster-epochs": "12; umc (1 - select-share) / select-growth",
         "--cluster-lr": "3e-05; umc 0.0002",
         "--smoothing": "0.1; umc 0.0",
+        "--neighbors": "0.04; umc 0.0",
         "--seed": "0",
     },
 }

@@ -62,7 +62,7 @@ def test_an_epoch_is_described_by_the_clusters_it_ends_with(monkeypatch):
     labels = np.arange(40) // 20
     table = SimpleNamespace(labels=labels)
     run = SimpleNamespace(
-        model_spec={"k": 2, "smoothing": 0.2},
+        model_spec={"k": 2, "smoothing": 0.2, "neighbors": 0.0},
         splits={"train": np.arange(40)},
         data=SimpleNamespace(table=table),
         args=SimpleNamespace(seed=0),
