@@ -411,7 +411,10 @@ def validate(args, world: dist.Dist, rows: Rows, splits: dict, stages: dict, k) 
         clustered["test"] = splits["test"]
     for name, part in clustered.items():
         if k != "auto" and k > len(part):
-            raise InputError(f"--k {k}: there are {len(part)} {name} utterances; lower --k")
+            raise InputError(
+                f"{len(part)} {name} utterances cannot be in {k} clusters; give a --k of at most"
+                f" {len(part)}"
+            )
     for name, stage in stages.items():
         flag = "--bs" if name == "pretrain" else f"--{name}-bs"
         sampling.check_batch(name, stage.bs, len(splits["train"]), world.world_size, flag)

@@ -410,7 +410,7 @@ def test_what_finds_the_centers_reaches_those_that_a_run_leaves(flag, whole, act
 
 BAD = {  # flags -> the flag, file or value that the refusal names
     "missing file": ("--data {tmp}/absent.npz", "absent.npz"),
-    "more clusters than rows": ("--k 30", "--k 30"),
+    "more clusters than rows": ("--k 30", "in 30 clusters; give a --k of at most"),
     "unknown modality": ("--modalities text,vidio", "text, room, audio"),
     "text model without text": ("--text-model {tmp}", "text"),
     "layer without a model": ("--text-layer 3", "--text-layer"),
