@@ -325,8 +325,9 @@ def auc_interval(
 ) -> tuple[float, float]:
     """Return the percentile bootstrap interval of the AUC, a function of the arguments alone.
 
-    Where no pair is ranked wrongly (or rightly) every draw gives the same; then one end is what
-    `_alike` allows for as many independent pairs. Memory is O(rounds * N + positives * negatives).
+    Where no pair is ranked wrongly (or rightly), or there is one unit, every draw gives the same;
+    then the ends are what `_alike` allows for as many independent pairs. Memory is O(rounds * N +
+    positives * negatives).
 
     Args:
         target, scores: as in `detection`, with its errors.
@@ -347,11 +348,11 @@ def auc_interval(
     # Sums of halves are exact in any order: the same bits on every machine.
     areas = ((found @ wins) * other).sum(1) / (found.sum(1) * other.sum(1))
     low, high = np.quantile(areas, [(1 - level) / 2, (1 + level) / 2])
-    if wins.min() == wins.max() != 0.5:
+    if areas.min() == areas.max() and (wins != 0.5).any():
         names = np.arange(len(target)) if units is None else np.asarray(units, dtype=object)
         pairs = min(len(set(names[target == kind])) for kind in (0, 1))
-        end = _alike(pairs, level)
-        low, high = (end, 1.0) if wins.min() else (0.0, 1 - end)
+        area, others = float(areas[0]), 1 - _alike(pairs, level)
+        low, high = area - others * area, area + others * (1 - area)
     return float(low), float(high)
 
 

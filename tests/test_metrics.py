@@ -222,6 +222,14 @@ def test_the_interval_of_a_perfect_auc_has_the_width_that_its_pairs_allow(flippe
     assert (high - low) == pytest.approx(1 - 0.025 ** (1 / 9))
 
 
+def test_the_interval_of_a_single_unit_is_nearly_everything():
+    """Whose draws are all the same: videos that shared persons link all with each other."""
+    target, scores = [0, 0, 1, 1], [0.1, 0.6, 0.5, 0.9]
+    low, high = metrics.auc_interval(target, scores, 0, ["linked"] * 4)
+    assert high - low == pytest.approx(1 - 0.025) and low < 0.75 < high
+    assert metrics.auc_interval(target, [0.5] * 4, 0) == (0.5, 0.5)
+
+
 def test_the_interval_of_repeated_items_is_that_of_their_units():
     """Four copies of each fake tell no more than one: drawn alone they seem to."""
     rng = np.random.default_rng(0)

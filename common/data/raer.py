@@ -804,7 +804,7 @@ def _classes(tree: _Tree, known: list[str] | None, named: list[str]) -> tuple[li
             fault = "a number before its name"
         elif text.isdecimal():
             fault = "a number for a description"
-        elif not name[0].isalnum():
+        elif re.match(r"[-*+#•–'\"`“‘«]", name):
             fault = f"{name[0]!r} before its name"
         elif separator := re.search(r"[,;:|=]|\s-\s|\s\s+", name):
             fault = f"{separator[0]!r} in its name"
