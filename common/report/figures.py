@@ -466,8 +466,9 @@ def looked_at(run, titles: list[str], clips: Tensor, maps: Tensor, shares: Tenso
         }
         for title, frames, weights in zip(titles, shown, shares.tolist(), strict=True)
     ]
-    cells = maps.shape[-2] * maps.shape[-1]
-    one = " Of an input this small the map is one cell: it tells frames apart, not places."
+    note = ""
+    if maps.shape[-2:] == (1, 1):
+        note = " Of an input this small the map is one cell: it tells frames apart, not places."
     put(
         run.folder,
         "looked",
@@ -476,8 +477,7 @@ def looked_at(run, titles: list[str], clips: Tensor, maps: Tensor, shares: Tenso
         "The test clips whose answers are the most confident, right ones first, then wrong ones."
         " Yellow is what speaks most for the answer that was given (Grad-CAM of the last map, whose"
         " cells are 32 pixels of the input wide); below a frame is its share in the clip's score."
-        + one
-        * (cells == 1),
+        + note,
         rows=rows,
         columns=clips.shape[1],
     )
