@@ -149,9 +149,9 @@ def recall_intervals(
     """Return percentile bootstrap intervals of UAR and WAR, a function of the arguments alone.
 
     The items of each class are drawn again with replacement, so no class is ever lost; the hits
-    among n items drawn from n with h hits are binomial. Where all items are hits, or none is, every
-    draw gives the same; then one end is what `_alike` allows, for UAR with the size of the smallest
-    class for each.
+    among n items drawn from n with h hits are binomial. Where each class is all hit or all missed,
+    every draw gives the same; then each end is what `_alike` allows for the items of these classes,
+    for UAR with the size of the smallest of them for each.
 
     Args:
         target, predicted, num_classes: as in `confusion_matrix`.
@@ -172,14 +172,15 @@ def recall_intervals(
     scores = {"uar": (drawn / np.maximum(sizes, 1)).mean(1), "war": drawn.sum(1) / sizes.sum()}
     edges = [(1 - level) / 2, (1 + level) / 2]
     ends = {name: tuple(map(float, np.quantile(scores[name], edges))) for name in scores}
-    if hits.sum() in (0, sizes.sum()):
-        present = sizes[sizes > 0]
-        items = {"uar": len(present) * present.min(), "war": sizes.sum()}
-        most = {"uar": len(present) / num_classes, "war": 1.0}
-        for name, count in items.items():
-            end = _alike(count, level)
-            low, high = (0.0, 1 - end) if hits.sum() == 0 else (end, 1.0)
-            ends[name] = low * most[name], high * most[name]
+    if ((hits == 0) | (hits == sizes)).all():
+        hit, missed = sizes[hits > 0], sizes[(hits == 0) & (sizes > 0)]
+        uar, war = [len(hit) / num_classes] * 2, [hit.sum() / sizes.sum()] * 2
+        for end, sign, kind in ((0, -1, hit), (1, 1, missed)):
+            if len(kind):
+                others = [1 - _alike(n, level) for n in (len(kind) * kind.min(), kind.sum())]
+                uar[end] += sign * others[0] * len(kind) / num_classes
+                war[end] += sign * others[1] * kind.sum() / sizes.sum()
+        ends = {"uar": tuple(map(float, uar)), "war": tuple(map(float, war))}
     return ends
 
 

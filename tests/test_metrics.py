@@ -385,6 +385,13 @@ def test_items_that_are_all_alike_leave_an_interval_of_some_width():
             assert found["war"] == pytest.approx(exact(hits * len(target), len(target)))
             expected = np.multiply(exact(hits * of_uar, of_uar), classes)
             assert found["uar"] == pytest.approx(tuple(expected))
+    # A model that answers the first two of three classes alone: the third might have a few hits.
+    target = np.repeat(np.arange(3), (9, 12, 7))
+    found = metrics.recall_intervals(target, target % 2, 3, seed=0)
+    low, high = exact(18, 18)[0], exact(0, 7)[1]
+    assert found["uar"] == pytest.approx((low * 2 / 3, 2 / 3 + high / 3))
+    low = exact(21, 21)[0]
+    assert found["war"] == pytest.approx((low * 21 / 28, (21 + 7 * high) / 28))
 
 
 def contrastive_loops(z_a, z_b):
