@@ -159,6 +159,12 @@ def test_crt_draws_its_classifier_anew_once(tree, tmp_path, monkeypatch):
     assert train_raer.main([*argv, "--out", str(tmp_path / "run")]) == 0 and drawn == [True]
 
 
+def test_the_demo_caches_no_features_where_images_change():
+    assert train_raer.parse_args(["--demo"])[0].cache_features
+    for asked in ("--tune full", "--augment clip"):
+        assert not train_raer.parse_args(["--demo", *asked.split()])[0].cache_features
+
+
 def test_the_demo_sets_both_methods_beside_the_majority_class(tmp_path, monkeypatch, capsys):
     drawn = emotion_clips()
     few = drawn._replace(**{name: part[::9] for name, part in drawn._asdict().items()})
