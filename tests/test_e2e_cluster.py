@@ -121,6 +121,12 @@ def test_what_is_scored_is_what_is_left_behind(whole):
     far = [row["split"] for row in rows if row["far"] == "yes"]
     assert 1 <= far.count("train") <= 2  # of 136, one in a hundred
     cards = json.loads((whole / "tables.json").read_text())["Clusters"]
+    counts = np.array([row[1:3] for row in cards["rows"]])  # all rows, and those trained on
+    sizes = np.bincount([int(row["cluster"]) for row in rows])
+    assert counts[:, 0].tolist() == sizes.tolist() and (counts[:, 1] <= sizes).all()
+    lines = map(json.loads, (whole / "log.jsonl").read_text().splitlines())
+    taken = [x["cluster/train/selected"] for x in lines if "cluster/train/selected" in x]
+    assert counts[:, 1].sum() == taken[-1]
     majority = [row[cards["header"].index("most frequent label")] for row in cards["rows"]]
     assert sorted(name[0] for name in majority) == ["a", "b", "c", "d"]
 

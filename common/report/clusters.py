@@ -301,7 +301,9 @@ def write_cluster_report(
         "header": header,
         "rows": rows,
     }
-    tables["Clusters"] = _clusters_table(table, clusters, distance.numpy(), targets.sizes(k))
+    trained = clusters[run.splits["train"]][targets.selected.numpy()]
+    selected = np.bincount(trained, minlength=k)
+    tables["Clusters"] = _clusters_table(table, clusters, distance.numpy(), selected)
     known = test[table.labels[test] >= 0]
     if len(known):
         matched = metrics.match_clusters(table.labels[known], clusters[known])
