@@ -53,7 +53,7 @@ from common.rng import uniform
 from common.run import dist
 from common.run.card import Card
 from common.run.evaluation import Evaluation
-from common.run.inference import LoadedRun, load_run, restore_data_flags
+from common.run.inference import LoadedRun, load_run, restore_flags
 from common.run.launch import launch, run_sweep
 from common.run.loop import Batch, Loop, Step
 from common.run.run import Run, test_best_and_last
@@ -302,7 +302,7 @@ def parse_args(argv: list[str] | None = None):
         "--min-epochs", int, 20, "epochs of the clustering stage before it may stop early", low=1
     )
     args = config.parse(parser, argv, DEMO, SEARCH)
-    args = restore_data_flags(parser, argv, args, TABLE)
+    args = restore_flags(parser, argv, args, CARD.name, TABLE, DEMO)
 
     config.check_inference_flags(parser, args, TABLE)
     refuse = partial(config.reject_unused_flags, parser, args)

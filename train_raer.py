@@ -64,7 +64,7 @@ from common.run import checkpoint, dist
 from common.run.card import Card
 from common.run.evaluation import Evaluation
 from common.run.files import read_json
-from common.run.inference import LoadedRun, load_run, restore_data_flags
+from common.run.inference import LoadedRun, load_run, restore_flags
 from common.run.launch import launch, run_sweep
 from common.run.loop import Batch, Loop, Step
 from common.run.run import Run, test_best_and_last
@@ -322,7 +322,7 @@ def parse_args(argv: list[str] | None = None):
     args = config.parse(parser, argv, DEMO, SEARCH)
     # A list is that of the data that the run was trained on.
     listed = ["test_list"] if args.eval and args.data is None else []
-    args = restore_data_flags(parser, argv, args, [*reading, "store_size", *listed])
+    args = restore_flags(parser, argv, args, CARD.name, [*reading, "store_size", *listed], DEMO)
 
     config.check_inference_flags(
         parser, args, [*reading, *(["as_clip"] if args.predict else ["label_base", "test_list"])]

@@ -62,7 +62,7 @@ from common.run import checkpoint, dist
 from common.run.card import Card
 from common.run.directory import earlier_config
 from common.run.evaluation import Evaluation
-from common.run.inference import load_run, restore_data_flags
+from common.run.inference import load_run, restore_flags
 from common.run.launch import launch, run_sweep
 from common.run.loop import Batch, Loop, Step
 from common.run.run import Run, test_best_and_last
@@ -346,7 +346,7 @@ def parse_args(argv: list[str] | None = None):
         "--profile", "time the phases of a step; with --accum, forward includes making the views"
     )
     args = config.parse(parser, argv, DEMO, SEARCH)
-    args = restore_data_flags(parser, argv, args, ["store_size", "precision"])
+    args = restore_flags(parser, argv, args, CARD.name, ["store_size", "precision"], DEMO)
     if args.grid_index is not None:
         cell = CELLS[args.grid_index]
         parser.set_defaults(**cell)

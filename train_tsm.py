@@ -68,7 +68,7 @@ from common.run.card import Card
 from common.run.directory import output_folder
 from common.run.evaluation import Evaluation
 from common.run.files import run_dir_of, write_new
-from common.run.inference import LoadedRun, load_run, names_of_data, restore_data_flags
+from common.run.inference import LoadedRun, load_run, names_of_data, restore_flags
 from common.run.launch import launch, run_sweep
 from common.run.loop import Batch, Loop, Step
 from common.run.run import Run, test_best_and_last
@@ -301,7 +301,9 @@ def parse_args(argv: list[str] | None = None):
         help="score one sequence of frames, frame by frame, with the run that --resume names",
     )
     args = config.parse(parser, argv, DEMO, SEARCH)
-    args = restore_data_flags(parser, argv, args, ["clips", "fps", "face", "store_size"])
+    args = restore_flags(
+        parser, argv, args, CARD.name, ["clips", "fps", "face", "store_size"], DEMO
+    )
 
     config.check_inference_flags(parser, args, [*READING, *SCORING, "perturb", "impl"])
     refuse = partial(config.reject_unused_flags, parser, args)

@@ -403,7 +403,8 @@ def base_parser(
         "--resume",
         default="auto",
         metavar="{auto,none,PATH}",
-        help="continue the run directory, start anew, or continue from the run or checkpoint PATH",
+        help="continue the run directory, start anew, or continue the run or checkpoint PATH, whose"
+        " flags stand where none is given",
     )
     running.switch("--force-resume", "continue a run although its flags differ")
     running.number(
@@ -564,7 +565,7 @@ def expanded(parser: Parser, argv: list[str] | None) -> list[str]:
     finder = Parser(add_help=False)
     finder.add_argument("--config")
     first, _ = finder.parse_known_args(argv)
-    return (_config_flags(parser, first.config) if first.config else []) + argv
+    return (_config_words(parser, first.config) if first.config else []) + argv
 
 
 def without(argv: list[str], counts: dict[str, int]) -> list[str]:
@@ -598,9 +599,7 @@ def _trial_flags(
         parser.error(str(error))
 
 
-def _config_flags(parser: Parser, file: str) -> list[str]:
-    # A config file becomes flags in front of the command line: one parser checks both, and the
-    # later one wins.
+def _config_words(parser: Parser, file: str) -> list[str]:
     path = Path(file)
     if path.suffix not in (".toml", ".json"):
         parser.error(f"--config {file}: allowed are .toml and .json")
@@ -612,7 +611,15 @@ def _config_flags(parser: Parser, file: str) -> list[str]:
         parser.error(
             f"--config {file}: expected a table of flags, received {type(values).__name__}"
         )
-    # A run's own config.json names flags by their attributes and has further entries.
+    return words(parser, values, f"--config {file}")
+
+
+def words(parser: Parser, values: dict, source: str) -> list[str]:
+    """Stored values of flags as words to put in front of a command line: one parser checks both,
+    and the later one wins.
+
+    A run's own config.json names flags by their attributes and has further entries.
+    """
     actions = {}
     for action in parser._actions:
         for option in action.option_strings:
@@ -627,20 +634,20 @@ def _config_flags(parser: Parser, file: str) -> list[str]:
         action = actions.get(_attribute(name))
         if action is None:
             hint = parser.hint("--" + name.replace("_", "-"))
-            parser.error(f"--config {file}: unknown flag {name!r}{hint}")
+            parser.error(f"{source}: unknown flag {name!r}{hint}")
         if (action.nargs == 0) != isinstance(value, bool):
             wanted = "true or false" if action.nargs == 0 else "a value"
-            parser.error(f"--config {file}: {name} takes {wanted}, received {value!r}")
+            parser.error(f"{source}: {name} takes {wanted}, received {value!r}")
         if value is False:
             continue
         argv.append(action.option_strings[0])
         if value is True:
             continue
         several = action.nargs == "+" and isinstance(value, list)
-        words = [_word([item]) for item in value] if several else [_word(value)]
-        if None in words:
-            parser.error(f"--config {file}: {name} has a value that no flag takes")
-        argv += words
+        given = [_word([item]) for item in value] if several else [_word(value)]
+        if None in given:
+            parser.error(f"{source}: {name} has a value that no flag takes")
+        argv += given
     return argv
 
 

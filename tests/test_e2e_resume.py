@@ -164,6 +164,28 @@ def test_a_run_interrupted_anywhere_equals_a_whole_one(name, data, tmp_path, mon
         assert (cut / "clusters.csv").read_bytes() == (whole / "clusters.csv").read_bytes()
 
 
+@pytest.mark.parametrize(
+    "name", ["simclr", "tsm accumulation, growing loss scale", "raer cached features", "cluster"]
+)
+def test_a_run_named_by_resume_keeps_its_flags_and_data(name, data, tmp_path, capsys):
+    case = CASES[name]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    argv = flags(case.argv, "--data", data[name.split()[0]])
+    assert case.script.main(flags(argv, "--out", whole)) == 0
+    assert ended(case.script.main, flags(argv, "--max-steps 2 --out", cut)) == 0
+    here = flags("--device cpu --log-every 1 --resume", cut)
+    assert case.script.main(here) == 0
+    equal_runs(whole, cut)
+    assert ended(case.script.main, flags(here, "--seed 4")) == 2
+    assert "seed is 3 there and 4 here" in capsys.readouterr().err
+    other = train_raer if case.script is train_tsm else train_tsm
+    before = {path: path.read_bytes() for path in cut.rglob("*.*") if path.is_file()}
+    for more in (flags("--resume", cut), flags("--out", cut), flags("--force-resume --out", cut)):
+        assert ended(other.main, flags("--device cpu", more)) == 2
+        assert f"is of train_{name.split()[0]}.py; use that script" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in cut.rglob("*.*") if path.is_file()}
+
+
 def test_what_a_stage_starts_from_is_selected_once(data, tmp_path, monkeypatch):
     """A signal between the evaluation of a stage's start and its first step."""
     argv = flags(CLUSTER, "--data", data["cluster"])

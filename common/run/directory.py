@@ -40,7 +40,7 @@ from common.run.files import (
 _VERSIONS = ("commit", "uncommitted_changes", "torch", "cuda", "gpu")
 # What else a start of a run is told by.
 _START = ("command", "device", "processes")
-# What `--resume PATH` may change.
+# What `--resume PATH` may change, besides the epochs of later stages.
 _LENGTH = {"epochs", "warmup_epochs"}
 # What env.json holds that is read, see `read_json`.
 _ENV = {"starts": [dict]}
@@ -149,10 +149,14 @@ def create_run_dir(
     known = None
     differences = []
     if stored:
+        script = stored.get("card", {}).get("name", record["card"]["name"])
+        if script != record["card"]["name"]:
+            raise InputError(f"{home} is of train_{script}.py; use that script, or another --out")
         known = contents.load(home, world.say) if content else None
         # To go on for longer is what `--resume PATH --epochs MORE` asks for; any other difference
         # makes another run.
-        free = set() if mode == "auto" else _LENGTH
+        later = {f"{stage}_epochs" for stage in record["card"]["stages"]}
+        free = set() if mode == "auto" else _LENGTH | later
         differences = _differences(stored["identity"], identity, free, known, content)
         if differences and not args.force_resume:
             longer = f", --resume {folder} for more epochs" if mode == "auto" else ""

@@ -1,5 +1,6 @@
 """What --eval, --predict and --stream do with a trained run: load it, write what it answers."""
 
+import argparse
 import os
 import re
 from collections.abc import Callable, Iterable
@@ -18,6 +19,9 @@ from common.run.directory import output_folder
 from common.run.files import BEST, csv_text, json_text, write_answer, write_new
 from common.run.log import Log
 from common.run.run import Run
+
+# What decides a run's result and is no part of its identity: that has it in another form.
+_OF_THE_RUN = {"data", "from_run", "teacher", "recipe"}
 
 
 def predictions_text(
@@ -174,9 +178,7 @@ def load_run(args, card: Card) -> LoadedRun:
     """
     source = args.eval or args.resume
     state = checkpoint.load_selected(source)
-    script = state["model_spec"]["script"]
-    if script != card.name:
-        raise InputError(f"{source} is of train_{script}.py; use that script")
+    _require_script(state["model_spec"]["script"], card.name, source)
     path = getattr(args, "stream", None) or args.data
     path = tuple(path) if isinstance(path, list) else path
     if args.predict:
@@ -212,28 +214,46 @@ def _check_paths(paths: list[str]) -> None:
                 )
 
 
-def restore_data_flags(parser: config.Parser, argv: list[str] | None, args, names: list[str]):
-    """The flags with which a trained run is used: those that say how data are read are its own.
+def restore_flags(
+    parser: config.Parser, argv: list[str] | None, args, script: str, names: list[str], demo: dict
+) -> argparse.Namespace:
+    """The flags of a run that is used or trained on: those that are not given are its own.
 
     Args:
-        names: the attributes of these flags. With --eval, --predict or --stream their default is
-            what the run was trained with; a flag that is given wins. With --eval --group-by is one,
-            so that the test split is the run's.
+        script: the name of the script's card.
+        names: with --eval, --predict or --stream, which only say how data are read, the attributes
+            of the flags that are the run's; with --eval --group-by is one, so that the test split
+            is. With --resume PATH in training all that decide the result are.
+        demo: as `config.parse` takes it.
 
     Returns:
-        `args` as they are, or parsed again with these defaults.
+        `args` as they are, or parsed again.
     """
-    if not is_inference(args):
+    used = is_inference(args)
+    trained_on = args.resume not in ("auto", "none") and os.path.exists(args.resume)
+    if not used and not trained_on or args.search or args.ensemble:
         return args
     source = args.eval or args.resume
     try:
         stored = checkpoint.config_of(source)
+        _require_script(stored.get("card", {}).get("name", script), script, source)
     except InputError as error:
         parser.error(str(error))
-    names = [*names, "group_by"] if args.eval else names
-    values = {name: stored[name] for name in names if name in stored}
-    parser.set_defaults(**parser.checked(values, f"config.json of {source}"))
-    return config.parse(parser, argv, {})
+    if used:
+        names = [*names, "group_by"] if args.eval else names
+        values = {name: stored[name] for name in names if name in stored}
+        parser.set_defaults(**parser.checked(values, f"config.json of {source}"))
+        return config.parse(parser, argv, {})
+    flags = {action.dest for action in parser._actions}
+    names = flags & (_OF_THE_RUN | stored.get("identity", {}).keys())
+    values = {name: stored.get(name) for name in sorted(names)}
+    given = config.words(parser, values, f"config.json of {source}")
+    return config.parse(parser, [*given, *config.expanded(parser, argv)], demo)
+
+
+def _require_script(there: str, script: str, source: str) -> None:
+    if there != script:
+        raise InputError(f"{source} is of train_{there}.py; use that script")
 
 
 def names_of_data(paths: tuple[str, ...]) -> list[str]:

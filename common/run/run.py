@@ -285,6 +285,8 @@ class Run:
         More epochs than before reopen it.
         """
         if self._has_ended(progress):
+            if self.began:
+                self.log.say(f"{progress.stage}: has ended before, from the same start; it stands")
             self._take(progress)
             return True
         self.reopened = progress.epoch if progress.finished else -1
