@@ -46,6 +46,7 @@ from common.report import page
 from common.report.clusters import (
     log_choices,
     log_scores,
+    number_not_found,
     write_cluster_report,
     write_clusters,
 )
@@ -627,7 +628,8 @@ def train(
         if is_second:
             find_clusters(run, model, progress, targets)
         stable, values = eval_stability(run, name, model, progress, targets)
-        log.metrics(name, 0, 0, values)
+        unknown = not is_second and number_not_found(spec)
+        log.metrics(name, 0, 0, values | ({f"{name}/warn/no_number": 1.0} if unknown else {}))
         progress.results = values
         progress.epoch = -1  # select() counts from 1: the start is epoch 0
         select(stable, values)

@@ -34,6 +34,10 @@ LEAST_RANK = 1.5
 ALIKE = 0.01  # alignment, the squared distance of two views on the unit sphere
 # What is wrong, and what to try.
 PROBLEMS = {
+    "no_number": (
+        "the data gives no number of clusters; taken is the most that was tried",
+        "--k with a number of your own",
+    ),
     "few_negatives": (
         "a batch this small has hardly any negatives to tell an image from",
         "a larger --bs, 64 or more; --accum computes it in chunks",
@@ -207,7 +211,9 @@ class Monitor:
             sentences.append(f"no gain for {self.epochs_without_gain} epochs")
         stability_score = stability(self.scores)
         if stability_score < LEAST_STABILITY:
-            sentences.append(f"stability {stability_score:.2f} is below {LEAST_STABILITY}")
+            sentences.append(
+                f"the score jumps: its steadiness {stability_score:.3g} is below {LEAST_STABILITY}"
+            )
         if trend(self.scores) == "declining":
             sentences.append("the score is declining")
         return sentences

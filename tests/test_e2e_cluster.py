@@ -333,18 +333,22 @@ def test_text_is_read_clustered_and_explained(lines, tmp_path):
     assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 5
 
 
-def test_the_number_of_clusters_is_estimated_without_labels(tmp_path):
+@pytest.mark.parametrize("number", [5, 60])
+def test_the_number_of_clusters_is_estimated_without_labels(number, tmp_path, capsys):
     rng = np.random.default_rng(0)
-    centers = 9 * rng.normal(size=(5, 12))
-    text = centers[rng.integers(0, 5, 300)] + rng.normal(size=(300, 12))
+    centers = 9 * rng.normal(size=(number, 12))
+    text = centers[rng.integers(0, number, 300)] + rng.normal(size=(300, 12))
     np.savez(tmp_path / "bare.npz", text=text.astype(np.float32))
-    assert (
-        train_cluster.main(flags(SMALL, "--data", tmp_path / "bare.npz", "--out", tmp_path / "run"))
-        == 0
-    )
+    argv = flags(SMALL, "--base-dim 32 --data", tmp_path / "bare.npz", "--out", tmp_path / "run")
+    assert train_cluster.main(argv) == 0
     titles = json.loads((tmp_path / "run" / "tables.json").read_text())
-    assert "Number of clusters: 5, where the gap is largest" in titles
+    found = number < 30  # the most that is tried
+    why = "where the gap is largest" if found else "the most that was tried: the data gives no"
+    assert any(f"Number of clusters: {min(number, 30)}, {why}" in title for title in titles)
     assert "Test scores" not in titles  # there are no labels
+    printed, page = capsys.readouterr().out, (tmp_path / "run" / "report.html").read_text()
+    assert ("WARN the data gives no number of clusters" in printed) != found
+    assert ("Before pretrain: the data gives no number of clusters" in page) != found
 
 
 @pytest.mark.parametrize("assign", ["sinkhorn", "partial-ot"])

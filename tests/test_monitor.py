@@ -152,7 +152,7 @@ def test_stability_measures_noise_and_not_the_rise():
         and stability([0.0] * 20) == stability([0.3]) == stability([]) == 1
     )
     monitor = Monitor(scores=[0.1, 0.5] * 4)
-    assert monitor.alarms() == ["stability 0.00 is below 0.3"]
+    assert monitor.alarms() == ["the score jumps: its steadiness 0 is below 0.3"]
 
 
 def test_a_score_must_be_finite():

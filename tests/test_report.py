@@ -4,6 +4,7 @@ import json
 import os
 import re
 import xml.etree.ElementTree as ET
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -179,12 +180,18 @@ def test_a_line_far_above_the_level_does_not_flatten_the_others():
 
 
 def test_the_best_run_is_marked_by_the_metrics_direction():
+    marked = partial(compare.marked, same_data=True)
     runs = [{"a/test/uar": 0.2, "a/test/loss": 0.5}, {"a/test/uar": 0.4, "a/test/loss": 0.7}, {}]
-    assert compare.marked("a/test/uar", runs) == ["0.2000", "0.4000 *", "-"]
-    assert compare.marked("a/test/loss", runs) == ["0.5000 *", "0.7000", "-"]
-    assert compare.marked("a/test/uar", [runs[0], runs[0]]) == ["0.2000", "0.2000"]
-    unknown = [{"a/test/threshold": 0.1}, {"a/test/threshold": 0.2}]
-    assert compare.marked("a/test/threshold", unknown) == ["0.1000", "0.2000"]
+    assert marked("a/test/uar", runs) == ["0.2000", "0.4000 *", "-"]
+    assert marked("a/test/loss", runs) == ["0.5000 *", "0.7000", "-"]
+    assert marked("a/test/uar", [runs[0], runs[0]]) == ["0.2000", "0.2000"]
+    assert compare.marked("a/test/uar", runs, same_data=False) == ["0.2000", "0.4000", "-"]
+    # Of others nothing is better, and a baseline is no run's merit.
+    for name in (
+        "a/test/threshold", "majority/test/accuracy", "a/test/majority_uar", "kmeans_text/test/nmi",
+        "linear_pixels/test/accuracy", "linear_random/test/accuracy", "a/test/zero_shot_uar",
+    ):  # fmt: skip
+        assert marked(name, [{name: 0.1}, {name: 0.2}]) == ["0.1000", "0.2000"]
 
 
 def test_small_numbers_do_not_become_zero_in_a_table():

@@ -208,7 +208,7 @@ def say_if_not_learning(run: Run, values: dict, epoch: int) -> dict:
     knn = "" if start is None else f", kNN accuracy {digits(now)}, {digits(start)} at the start"
     run.log.say(
         f"WARN pretrain: {wrong} (after epoch {epoch}: loss over chance {digits(ratio)}, alignment"
-        f" {digits(said['alignment'])}, uniformity {digits(said['uniformity'])}{knn}). What to try:"
-        f" {cure}"
+        f" {digits(said['alignment'])}, uniformity {digits(said['uniformity'])}{knn}). What to try,"
+        f" if it is not so yet: {cure}"
     )
     return {f"{WARNED}{problem}": 1.0}

@@ -38,8 +38,8 @@ def analysis(run: Run, monitor: Monitor) -> dict[str, dict]:
     tables["Trajectory"] = {
         "header": ["score", "epoch", "expected", "95 % of such epochs lie in"],
         "rows": [row for name, points in series.items() for row in trajectory(name, points)],
-        "text": f"A line through the last {WINDOW} epochs of this run, gone on with. It knows"
-        " nothing but these epochs: it is no promise, and scores level off.",
+        "text": f"A line through the last epochs of this run, at most {WINDOW}, gone on with. It"
+        " knows nothing but these epochs: it is no promise, and scores level off.",
     }
     tables["What to try"] = {
         "header": ["", "what", "when", "now", "command"],
@@ -169,13 +169,13 @@ def _boxes(run: Run, monitor: Monitor) -> list[tuple[bool, str, str]]:
         (
             steady >= LEAST_STABILITY,
             "the score is steady",
-            f"its stability, {steady:.2f}, is {LEAST_STABILITY} or more",
+            f"its steadiness, {steady:.3g}, is {LEAST_STABILITY} or more",
         ),
         (waited >= PATIENCE, "no gain", f"{waited} epochs without one, of {PATIENCE}"),
         (
             steady < LEAST_STABILITY,
             "the score jumps",
-            f"its stability, {steady:.2f}, is below {LEAST_STABILITY}",
+            f"its steadiness, {steady:.3g}, is below {LEAST_STABILITY}",
         ),
         (trend == "declining", "the score declines", f"its trend is {trend}"),
     ]

@@ -13,7 +13,7 @@ from common.data.utterances import tokens
 from common.deep_cluster import SCORES, SHOWN, STAGES, Targets, membership
 from common.errors import aligned
 from common.live import digits
-from common.monitor import Monitor
+from common.monitor import PROBLEMS, Monitor
 from common.report import figures
 from common.report.cluster_analysis import analysis
 from common.run import log
@@ -98,6 +98,15 @@ def log_choices(run: Run) -> None:
             f"metric: {model_spec['distance']}, by the stability of clusters before training:"
             f" {_named(model_spec['stability'])}"
         )
+    if number_not_found(model_spec):
+        wrong, cure = PROBLEMS["no_number"]
+        run.log.say(f"WARN {wrong}: {model_spec['k']}. What to try: {cure}")
+
+
+def number_not_found(model_spec: dict) -> bool:
+    """Whether the number of clusters is the last that was tried, see `clustering.estimate_k`."""
+    estimate = model_spec["estimate"]
+    return bool(estimate) and model_spec["k"] == estimate[-1]["k"]
 
 
 def log_scores(run: Run, results: dict) -> None:
@@ -297,7 +306,8 @@ def write_cluster_report(
     tables["What training brought"] = {
         "part": "results",
         "text": f"{gain(results)[:1].upper()}{gain(results)[1:]}. Stability and silhouette are of"
-        " the training utterances and need no labels.",
+        " the training utterances and need no labels; what the distances were compared by before"
+        " training is a mean over several searches for axes and centers, not this start.",
         "header": header,
         "rows": rows,
     }
@@ -327,7 +337,7 @@ def write_cluster_report(
     if estimate:
         columns = list(estimate[0])
         why = "where the gap is largest"
-        if k == estimate[-1]["k"]:
+        if number_not_found(run.model_spec):
             why = "the most that was tried: the data gives no number"
         tables[f"Number of clusters: {k}, {why}"] = {
             "header": columns,

@@ -116,16 +116,22 @@ def cells(runs: list[dict], records: list[Record]) -> tuple[list, list, list, li
     states = [[name, *values] for name, values in facts.items()]
     flags = [[name, *(setting(run, name) for run in runs)] for name in differing(runs)]
     names = metric_names([record.scores for record in records], headlines_of(records))
-    metrics = [[name, *marked(name, [record.scores for record in records])] for name in names]
+    scores = [record.scores for record in records]
+    alike = len({run["identity"].get("data") for run in runs}) == 1
+    metrics = [[name, *marked(name, scores, alike)] for name in names]
     return states, flags, metrics, header
 
 
-def marked(name: str, scores: list[dict]) -> list[str]:
-    """A metric of each run as text, the best with an asterisk, where one is better than another."""
+def marked(name: str, scores: list[dict], same_data: bool) -> list[str]:
+    """A metric of each run as text, the best with an asterisk, where one is better than another.
+
+    Nothing is the best of runs on different data, nor is a baseline.
+    """
     texts = [interval_text(values, name) for values in scores]
     values = [value for value in (s.get(name) for s in scores) if ending.is_number(value)]
     metric = name.rpartition("/")[2]
-    if metric.endswith(_MORE + _LESS) and len(set(values)) > 1:
+    is_ranked = same_data and metric.endswith(_MORE + _LESS) and not ending.is_baseline(name)
+    if is_ranked and len(set(values)) > 1:
         best = min(values) if metric.endswith(_LESS) else max(values)
         texts = [
             f"{text} *" if values.get(name) == best else text
@@ -159,7 +165,10 @@ def text(runs: list[dict]) -> str:
     else:
         parts.append("No setting differs.")
     if metrics:
-        title = "Metrics of the selected epoch (with 95 % interval or ± deviation; * the best)"
+        title = (
+            "Metrics of the selected epoch (with 95 % interval or ± deviation; * the best of one"
+        )
+        title += " data set)"
         parts.append(f"{title}\n{aligned([header, *metrics])}")
     pivot = groups(runs, headlines_of(records))
     if pivot:
@@ -202,7 +211,8 @@ def write(runs: list[dict], path: Path) -> Path:
     if metrics:
         note = page.paragraph(
             "Of the selected epoch, on the split that the name says; with the 95 % interval, or ±"
-            " the deviation, where the run has one. An asterisk marks the best."
+            " the deviation, where the run has one. An asterisk marks the best of runs on the same"
+            " data."
         )
         parts["Metrics"] = note + page.table(metrics, header)
     pivot = groups(runs, headlines_of(records))

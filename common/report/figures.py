@@ -137,7 +137,9 @@ def classified(
     confident = wrong[by_answer][:SHOWN]
     groups = {
         "Worst: the true class got the least probability": worst,
-        "Most confident: the wrong answer got the most": confident[~np.isin(confident, worst)],
+        "Most confident of the others: the wrong answer got the most": confident[
+            ~np.isin(confident, worst)
+        ],
         "Least certain of all": np.argsort(probabilities.max(1), kind="stable")[: SHOWN // 2],
     }
 

@@ -454,14 +454,15 @@ def document(title: str, head: list[str], parts: dict[str, str]) -> bytes:
 
 
 def warnings_of(run: Record) -> str:
-    """What the log says of a training that does not learn (`common.monitor.PROBLEMS`)."""
+    """What the log says of what goes wrong (`common.monitor.PROBLEMS`)."""
     out = []
     for line in run.lines:
         for name in line:
             stage, _, kind = name.partition("/warn/")
             if kind in monitor.PROBLEMS:
                 wrong, cure = monitor.PROBLEMS[kind]
-                text = f"After epoch {line['epoch']} of {stage}: {wrong}. What to try: {cure}."
+                when = f"After epoch {line['epoch']} of" if line["epoch"] else "Before"
+                text = f"{when} {stage}: {wrong}. What to try, if it is not so yet: {cure}."
                 out.append(f'<p><b class="WARN">WARN</b> {escape(text)}</p>')
     return "".join(out)
 

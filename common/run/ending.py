@@ -63,6 +63,17 @@ def baselines_of(scores: dict, name: str) -> dict[str, float]:
     return found
 
 
+def is_baseline(name: str) -> bool:
+    """Whether a metric is of what runs have to beat."""
+    stage, _, metric = name.split("/")
+    return (
+        stage == "majority"
+        or stage.startswith("kmeans_")
+        or stage.endswith(("_pixels", "_random"))
+        or metric.startswith(("majority_", "zero_shot_"))
+    )
+
+
 def compared(scores: dict, name: str) -> str:
     """The baselines of a metric in words, the hardest first, and which of them it does not beat.
 
