@@ -6,6 +6,7 @@ nowhere else. `args` is never changed after parsing: derived values get names of
 
 import argparse
 import contextlib
+import difflib
 import hashlib
 import io
 import json
@@ -264,11 +265,17 @@ class Parser(_Flags, argparse.ArgumentParser):
         name = flag.replace("_", "-")
         if name in NO_FLAG:
             return f"; {NO_FLAG[name]}"
-        ours = self.aliases.get(name) or NAMES_ELSEWHERE.get(name)
-        if ours is not None and re.match("[-a-z]+", ours)[0] in self.flags():
-            return f"; here it is {ours}"
+        elsewhere = {
+            other: ours
+            for other, ours in (NAMES_ELSEWHERE | self.aliases).items()
+            if re.match("[-a-z]+", ours)[0] in self.flags()
+        }
+        if name in elsewhere:
+            return f"; here it is {elsewhere[name]}"
         shown = (a for a in self._actions if a.help != argparse.SUPPRESS)
-        return did_you_mean(flag, (option for action in shown for option in action.option_strings))
+        options = [option for action in shown for option in action.option_strings]
+        near = difflib.get_close_matches(name, [*options, *elsewhere], n=1)
+        return f"; did you mean {elsewhere.get(near[0], near[0])}?" if near else ""
 
     def error(self, message: str):
         unknown = message.removeprefix("unrecognized arguments: ")

@@ -27,6 +27,7 @@ def parse(argv, demo=None):
     ("argv", "message"),
     [
         (["--epoch", "3"], "unknown flag --epoch; did you mean --epochs?"),
+        (["--batchsize", "3"], "unknown flag --batchsize; did you mean --bs?"),
         (["--colr", "red"], "did you mean --color?"),
         (["--color", "gren"], "received 'gren', allowed red, green; did you mean green?"),
         (["--ratio", "0"], "received 0, allowed > 0 <= 1"),

@@ -314,6 +314,7 @@ def test_columns_and_encodings_have_names(tmp_path):
     data = open_utterances(str(path), **options)
     assert data.texts == ['Hé, "you"\nthere', "Oui"] and data.classes == ["q"]
     assert data.labels.tolist() == [0, -1]
+    assert data_problems(data)["not read"] == "column label"
     path.write_bytes(text.encode("utf-16"))
     assert open_utterances(str(path), **options | {"encoding": "utf-16"}).texts == data.texts
     with pytest.raises(InputError, match="MELD.csv, line 1: not UTF-8; .* --encoding latin-1"):
@@ -450,7 +451,7 @@ def test_a_modality_s_file_of_another_name_is_read_or_named(tmp_path):
     (root / "faces.npy").write_bytes(b"")
     data = open_utterances(str(root))
     assert data.fingerprint == expected.fingerprint
-    assert data_problems(data)["files not read"] == "faces.npy, video_data/video_feats.pkl"
+    assert data_problems(data)["not read"] == "faces.npy, video_data/video_feats.pkl"
     known.rename(known.with_name("more.pkl"))
     with pytest.raises(InputError, match=r"more.pkl, video_data/video_feats.pkl may all"):
         open_utterances(str(root))

@@ -118,7 +118,7 @@ class FaceVideos(Videos):
         if every.mean() > cap:
             raise InputError(
                 f"{self.name}: {every.sum()} of {len(every)} frames are damaged (first: {lost[0]}),"
-                f" more than --on-bad-item skip allows ({cap:.0%})"
+                f" more than --on-bad-item skip allows ({cap:.0%}); repair them or take them away"
             )
         self.lengths = np.array([len(frames) for frames in self.frames], np.int64)
         self.select(np.flatnonzero(self.lengths))

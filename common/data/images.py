@@ -468,7 +468,7 @@ def check_damaged(name: str, ids: list[str], bad: np.ndarray, cap: float, unit: 
     if len(damaged) > cap * len(ids):
         raise InputError(
             f"{name}: {len(damaged)} of {len(ids)} {unit} are damaged (first: {damaged[0]}), more"
-            f" than --on-bad-item skip allows ({cap:.0%})"
+            f" than --on-bad-item skip allows ({cap:.0%}); repair them or take them away"
         )
     return damaged
 

@@ -96,7 +96,7 @@ class Utterances:
         speakers: n strings, or None.
         modalities: name -> float32, (n, d), or (n, l, d) with zeros behind each sequence's end.
         lengths: name -> (n,) int64 in [0, l], for the modalities of three dimensions; 0: missing.
-        unread: files with features that are not of the layout, and are left out.
+        unread: what is left out: files of features outside the layout, columns of a table.
         fingerprint: eight digits that stand for the content.
         content: the utterances as `Content` knows them, for the words of what has changed.
     """
@@ -342,7 +342,7 @@ def data_problems(utterances: Utterances) -> dict[str, str]:
     if utterances.texts is not None:
         findings.update(_text_findings(utterances))
     if utterances.unread:
-        findings["files not read"] = first_few(utterances.unread, _SHOWN)
+        findings["not read"] = first_few(utterances.unread, _SHOWN)
     for name, values in utterances.lengths.items():
         if not values.all():
             missing = [utterances.ids[i] for i in np.flatnonzero(values == 0)]
@@ -728,6 +728,7 @@ def _read_tsv(
             cells_of[role] = [cells[columns.index(name)] for _, cells in rows]
             if role == "label":
                 _check_labels(str(place), name, rows, columns.index(name))
+    known = {(given.get(role) or role).strip().lower() for role in ("text", *_ROLES)}
     empty = [""] * len(rows)
     labels, classes = _number_labels([name.strip() for name in cells_of.get("label", empty)])
     ids = cells_of.get("id", [str(row) for row in range(len(rows))])
@@ -739,6 +740,11 @@ def _read_tsv(
         "texts": cells_of["text"],
         "speakers": cells_of.get("speaker"),
         "groups": _groups(place, cells_of.get("group")),
+        "unread": [
+            f"column {shown.strip()}"
+            for shown, name in zip(header, columns, strict=True)
+            if name and name not in known
+        ],
     }
 
 
