@@ -584,7 +584,7 @@ def accuracy_section(scores: dict) -> str:
         for gain, of in (("gain_over_pixels", "on pixels"), ("gain_over_random", "on random ones"))
         if f"linear/test/{gain}" in scores
     ]
-    names = ("macro precision", "macro recall", "macro F1", "kNN accuracy")
+    names = ("macro precision", "macro recall", "macro F1", "kNN accuracy on these features")
     header = ("test split", "accuracy (95 % interval)", *names)
     gained = ("accuracy of the same images", "difference (95 % interval)")
     return table(rows, header) + (table(gains, gained) if gains else "")
