@@ -62,7 +62,7 @@ from common.run import checkpoint, dist
 from common.run.card import Card
 from common.run.directory import earlier_config
 from common.run.evaluation import Evaluation
-from common.run.inference import load_run, restore_flags
+from common.run.inference import load_run, restore_flags, warn_of_known
 from common.run.launch import launch, run_sweep
 from common.run.loop import Batch, Loop, Step
 from common.run.run import Run, test_best_and_last
@@ -968,7 +968,16 @@ def run_inference(args, world: dist.Dist) -> None:
     labels = images.labels_in(classes, test)
     logits = evaluate(run, model, test)
     scores = linear_eval.tested("eval/test", logits, labels[test], len(classes))
+    warn_of_known_images(loaded.source, images, test, world)
     loaded.write(scores, world, (images, test, classes, logits.softmax(1)))
+
+
+def warn_of_known_images(source: str, images: Images, test: np.ndarray, world: dist.Dist) -> None:
+    """Say which images of another data set than its own a run may have learned, once they are
+    read.
+    """
+    if checkpoint.config_of(source).get("identity", {}).get("data") != images.fingerprint:
+        warn_of_known(source, images, test, "test image", world.say)
 
 
 def export_spec(args, world: dist.Dist) -> ExportSpec:
@@ -1091,6 +1100,9 @@ def run_training(parser, args, world: dist.Dist, signals: Signals) -> None:
             linear(run, weights)
         if "finetune" in stages:
             finetune(run, weights)
+        if source:
+            part = "finetune_test" if "finetune" in stages else "test"
+            warn_of_known_images(args.from_run, images, splits[part], world)
 
 
 def build_teacher(run: Run) -> nn.Module:

@@ -46,7 +46,7 @@ from common.data.images import SQUARE, existing
 from common.data.pack import PackedImages
 from common.data.perturb import LEVELS, perturb
 from common.distill import add_distillation
-from common.errors import InputError, as_input_error, first_few, only_warn, plural, say
+from common.errors import InputError, as_input_error, only_warn, plural, say
 from common.export import PROBABILITIES, ExportSpec
 from common.live import digits
 from common.losses import focal_bce
@@ -63,12 +63,18 @@ from common.models.tsm import (
     training_memory,
 )
 from common.report import figures, page
-from common.run import checkpoint, content, dist
+from common.run import checkpoint, dist
 from common.run.card import Card
 from common.run.directory import output_folder
 from common.run.evaluation import Evaluation
-from common.run.files import run_dir_of, write_new
-from common.run.inference import LoadedRun, load_run, names_of_data, restore_flags
+from common.run.files import write_new
+from common.run.inference import (
+    LoadedRun,
+    load_run,
+    names_of_data,
+    restore_flags,
+    warn_of_known,
+)
 from common.run.launch import launch, run_sweep
 from common.run.loop import Batch, Loop, Step
 from common.run.run import Run, test_best_and_last
@@ -831,7 +837,6 @@ def run_inference(parser, args, world: dist.Dist) -> None:
 def evaluate_on(parser, args, world: dist.Dist, loaded: LoadedRun, threshold: float) -> None:
     """The test metrics on each data set of --data, in eval/NAME/ of the run, and their table."""
     stored = checkpoint.config_of(args.eval)
-    of_run = content.load(run_dir_of(args.eval), world.say)
     paths = loaded.path if isinstance(loaded.path, tuple) else (loaded.path,)
     for path in set(paths) - faceforensics.SAMPLES.keys():
         existing(path)  # before the first is scored
@@ -849,13 +854,8 @@ def evaluate_on(parser, args, world: dist.Dist, loaded: LoadedRun, threshold: fl
         world.say(describe_clips(run))
         logits, frames = evaluate(run, model, test, each_frame=True)
         scores = metrics.video_scores(logits)
-        shared = videos.shared_with(None if own else of_run, test)
-        if shared.any():
-            world.say(
-                f"WARN {shared.sum()} of {plural(len(test), 'video')} are in the run's own data,"
-                f" too, and may have been learned: {first_few(np.array(videos.ids)[test[shared]])};"
-                f" --eval {args.eval} without --data scores what was held out"
-            )
+        if not own:
+            warn_of_known(args.eval, videos, test, "video", world.say)
         values = score(run, "eval/test", test, logits, threshold)
         if has_auc:
             of_frame = np.repeat(labels, frames[0].numel())

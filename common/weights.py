@@ -31,7 +31,7 @@ from common import reading
 from common.errors import InputError, printable, say
 from common.retry import retried
 from common.run import checkpoint, dist
-from common.run.files import read_config, read_json
+from common.run.files import read_config, read_json, run_dir_of
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -626,8 +626,9 @@ def load_backbone(source: str, script: str) -> tuple[dict[str, Tensor], dict]:
     """
     path = Path(source)
     if os.path.isdir(path):
-        read_config(path)  # refuses a run of another format
-        summary = read_json(path / "summary.json") or {}
+        run = run_dir_of(source)
+        read_config(run)  # refuses a run of another format
+        summary = read_json(run / "summary.json") or {}
         state = None
         if summary.get("status") == "finished":
             selected = (checkpoint.load_selected_in(folder) for folder in (path / "pretrain", path))

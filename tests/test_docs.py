@@ -41,7 +41,7 @@ TOOLS = [
     "tests.torture",
 ]  # fmt: skip
 OF_OTHERS = {  # sbatch, srun and pip
-    "--index-url",
+    "--index-url", "--account", "--gres",
     "--array", "--dependency", "--kill-on-invalid-dep", "--open-mode", "--parsable", "--partition",
     "--pty", "--requeue", "--signal", "--time",
 }  # fmt: skip

@@ -301,6 +301,29 @@ def test_stages_start_from_a_run_and_refuse_another_identity(whole, cells, tmp_p
     assert train_simclr.main([*argv, "--seed", "4", "--force-resume"]) == 0
 
 
+def test_images_that_a_run_may_have_learned_are_told_in_other_data(whole, cells, tmp_path, capsys):
+    """A table of the run's images and of new ones, with splits of its own."""
+    shutil.copytree(cells, tmp_path / "mixed")
+    rows = ["path,label,split"]
+    for i, path in enumerate(sorted((tmp_path / "mixed").rglob("*.png"))):
+        rows.append(f"{path},{path.parent.name},{'test' if i % 4 == 0 else 'train'}")
+    with Image.open(path) as image:
+        pixels = 255 - np.array(image)
+    Image.fromarray(pixels).save(tmp_path / "other.png")
+    rows.append(f"{tmp_path / 'other.png'},{path.parent.name},test")
+    (tmp_path / "mixed.csv").write_text("\n".join(rows))
+    said = f"WARN 18 of 19 test images are in the data of {whole}, too, and may have been learned"
+    use = flags("--device cpu --data", tmp_path / "mixed.csv", "--out")
+    assert train_simclr.main(flags(use, tmp_path / "a", "--eval", whole)) == 0
+    assert said in capsys.readouterr().out
+    source = whole / "finetune"
+    argv = flags(use, tmp_path / "b", "--stage linear --from", source)
+    assert train_simclr.main(argv) == 0
+    assert said.replace(str(whole), str(source)) in capsys.readouterr().out
+    assert train_simclr.main(flags("--device cpu --eval", whole, "--out", tmp_path / "c")) == 0
+    assert "may have been learned" not in capsys.readouterr().out
+
+
 def test_eval_repeats_the_test_and_predict_needs_no_labels(whole, cells, tmp_path, capsys):
     argv = ["--data", str(cells), "--device", "cpu"]
     for source, stage in (

@@ -494,7 +494,7 @@ def test_other_data_are_scored_whole_each_in_its_folder_and_in_one_table(
     out = capsys.readouterr().out
     assert out.count("WARN") == 1
     for text in (
-        "WARN 2 of 4 videos are in the run's own data, too, and may have been learned: fake/own, ",
+        f"WARN 2 of 4 videos are in the data of {run}, too, and may have been learned: fake/own, ",
         "scoring 12 of 12 videos (no test split)",
         "scoring 6 of 6 videos (no test split)",
         "scoring 12 of 48 videos (split test)",

@@ -198,11 +198,16 @@ def test_select_names_the_data_and_the_protocol_and_passes_over_other_scripts():
         "protocol": "cytology",
         "target_labels": "A,B",
         "targets": ["A", "B"],
+        "identity": {"group_by": r"(p\d+)"},
+        "group_by": r"(p\d+)",
         LOSS: 1.0,
     }
     other = {"script": "cluster", "status": "finished", LOSS: 1.0}
     lines = select_run([run, other]).splitlines()
-    flags = "--stage linear --data 'my cells.zip' --protocol cytology --target-labels A,B --from x"
+    flags = (
+        "--stage linear --data 'my cells.zip' --protocol cytology --target-labels A,B"
+        r" --group-by '(p\d+)' --from x"
+    )
     assert lines[1:] == [f"  python train_simclr.py {flags}"]
 
 

@@ -174,8 +174,8 @@ def inputs(spec: CheckSpec) -> Result:
         problems.append(f"training's deviation is {spread:.2f} times the stored images'")
     if problems:
         fix = (
-            "look at the picture: check the division by 255, the mean and deviation, and what"
-            " augments evaluation"
+            "look at the picture: check the division by 255, the mean and deviation, how strong the"
+            " augmentation is for images of little contrast, and what augments evaluation"
         )
         threshold = "0 to 1; evaluation as stored"
         return Result(status, "; ".join(problems), threshold, fix, pictures, rows)

@@ -118,11 +118,8 @@ class Videos:
         """(n,) whether videos `indices` have frames, of those read so far, whose bytes are in a
         `record` of `common.run.content.load`.
         """
-        if record is None or self.content is None:
-            return np.zeros(len(indices), bool)
-        stored = np.setdiff1d(record["digests"].numpy(), [0])  # 0: not read
-        is_stored = np.isin(self.content.digests(), stored)
-        return np.array([is_stored[self.images.files_of(self.frames[i])].any() for i in indices])
+        is_stored = self.images.shared_with(record, np.arange(len(self.images)))
+        return np.array([is_stored[self.frames[i]].any() for i in indices])
 
     @property
     def native_size(self) -> int:

@@ -286,7 +286,9 @@ def _stored_rows(
         raise InputError(f"{file} holds no target labels or not the sets {', '.join(SIZES)}")
     if record["target_labels"] != targets:
         raise InputError(
-            f"{file} is of the target labels {', '.join(record['target_labels'])}, not of {targets}"
+            f"{file} is of the target labels {_listed(record['target_labels'])}, this command's are"
+            f" {_listed(targets)}: give --protocol cytology --target-labels"
+            f" {','.join(record['target_labels'])}"
         )
     number = {name: i for i, name in enumerate(images.ids)}
     gone = [name for names in record["sets"].values() for name in names if name not in number]
@@ -377,6 +379,9 @@ def select_run(runs: list[dict], value: str = "pretrain/train/loss") -> str:
         command = ["python", "train_simclr.py", "--stage", "linear", "--data", best["data"]]
         if best["targets"] is not None:  # flags of the protocol are refused without it
             command += ["--protocol", best["protocol"], "--target-labels", best["target_labels"]]
+        for name in ("group_by", "store_size", "on_bad_item"):  # whose parts and pixels are its own
+            if name in best["identity"]:
+                command += [f"--{name.replace('_', '-')}", str(best[name])]
         lines.append(text)
         lines.append("  " + shlex.join([*command, "--from", best["run"]]))
     return "\n".join(lines)

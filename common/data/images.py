@@ -275,6 +275,15 @@ class Images:
         """Where in `content` items are."""
         return indices
 
+    def shared_with(self, record: dict | None, indices: np.ndarray) -> np.ndarray:
+        """(n,) whether items `indices`, of those read so far, have files whose bytes are in a
+        `record` of `common.run.content.load`.
+        """
+        if record is None or self.content is None:
+            return np.zeros(len(indices), bool)
+        stored = np.setdiff1d(record["digests"].numpy(), [0])  # 0: not read
+        return np.isin(self.content.digests()[self.files_of(indices)], stored)
+
     def _damaged(self, item: str, error: Exception) -> InputError:
         full = amp.out_of_memory(error, torch.device("cpu"))
         if full:  # nothing is wrong with the item

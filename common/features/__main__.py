@@ -79,7 +79,11 @@ def main(argv: list[str] | None = None) -> int:
         check_target(target, SUFFIX, "data.npy", "features")
         source = source_of(args.run)
     script = importlib.import_module(f"train_{SCRIPT}")
-    flags = {name: value for name, value in vars(args).items() if name not in ("run", "data")}
+    flags = {
+        name: value
+        for name, value in vars(args).items()
+        if name not in ("run", "data") and value != parser.get_default(name)  # else the run's own
+    }
     flags |= {"resume": source, "out": target.parent}
     words = [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
     script_args, script_parser = script.parse_args([*words, "--predict", *args.data])

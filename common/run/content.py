@@ -304,6 +304,10 @@ class Content:
             self._hashes = np.fromiter(map(digest, encoded), np.int64, len(self.names))
         return self._hashes
 
+    def share_in(self, record: dict) -> float:
+        """The share of the names that stand in a record of `load`."""
+        return float((self._rows_in(record) >= 0).mean())
+
     def _rows_in(self, record: dict) -> np.ndarray:
         # (n,) where each name stands in a record; -1: it does not.
         stored = record["names"].numpy()

@@ -351,6 +351,8 @@ def _say_beside(
     if beside:
         path = max(beside)[1]
         record = contents.load(Path(path), world.say) if content else None
+        if record and content.share_in(record) < 0.5:
+            return  # it is of other files altogether
         words = f" ({content.differences(record)})" if record else ""
         world.say(
             f"a run of the same flags on other data lies beside it in {path}{words};"

@@ -14,9 +14,10 @@ from common import config, metrics
 from common.errors import InputError, first_few, plural, say
 from common.live import digits
 from common.run import checkpoint, dist
+from common.run import content as contents
 from common.run.card import Card
 from common.run.directory import output_folder
-from common.run.files import BEST, csv_text, json_text, write_answer, write_new
+from common.run.files import BEST, csv_text, json_text, run_dir_of, write_answer, write_new
 from common.run.log import Log
 from common.run.run import Run
 
@@ -254,6 +255,23 @@ def restore_flags(
 def _require_script(there: str, script: str, source: str) -> None:
     if there != script:
         raise InputError(f"{source} is of train_{there}.py; use that script")
+
+
+def warn_of_known(source: str, data, indices: np.ndarray, unit: str, say) -> None:
+    """Say which of the items `indices` are in the data of the run `source`, too, by their bytes.
+
+    Args:
+        data: what `indices` are of, another data set; it has `shared_with`. Items that have not
+            been read are not known.
+    """
+    shared = data.shared_with(contents.load(run_dir_of(source), say), indices)
+    if shared.any():
+        names = first_few(np.array(data.ids)[indices[shared]])
+        say(
+            f"WARN {shared.sum()} of {plural(len(indices), unit)} are in the data of {source}, too,"
+            f" and may have been learned: {names}; that data itself, as --data, keeps apart what"
+            " was held out"
+        )
 
 
 def names_of_data(paths: tuple[str, ...]) -> list[str]:
