@@ -514,7 +514,8 @@ def membership(z: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor, Tensor, Te
     Returns the nearest centroid, its distance, the confidence 1 - distance / distance to the next,
     and shares (n, k) that add up to 1 and fall with the squared distance in units of its mean.
     """
-    distances = torch.cdist(z.double(), centroids.double())
+    blocks = z.split(2**14)  # in fp64 all rows at once would be the most that a run takes
+    distances = torch.cat([torch.cdist(rows.double(), centroids.double()) for rows in blocks])
     two, clusters = distances.topk(2, dim=1, largest=False)
     nearest, second = two.unbind(1)
     confidence = 1 - nearest / second.clamp(min=1e-30)
