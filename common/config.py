@@ -190,12 +190,14 @@ class Parser(_Flags, argparse.ArgumentParser):
             place in --help.
         without_effect: flags (attribute names) that the others on the command line leave without
             one.
+        note: the end of every error.
     """
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
         self.aliases: dict[str, str] = {}
         self.without_effect: set[str] = set()
+        self.note = ""
 
     def add_argument_group(self, *args, **kwargs) -> _Group:
         group = _Group(self, *args, **kwargs)
@@ -282,7 +284,7 @@ class Parser(_Flags, argparse.ArgumentParser):
         if unknown != message:
             first = unknown.split()[0].split("=")[0]
             message = f"unknown flag {first}{self.hint(first)}"
-        say(f"error: {message} (see --help)", file=sys.stderr)
+        say(f"error: {message}{self.note} (see --help)", file=sys.stderr)
         raise SystemExit(EXIT_BAD_INPUT)
 
 

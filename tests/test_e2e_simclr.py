@@ -275,7 +275,8 @@ def test_a_state_of_other_settings_is_not_continued(whole, cells, tmp_path, caps
     other = flags(argv, "--bs 16 --optimizer sgd --force-resume")
     refused(train_simclr.main, other, capsys, "AdamW")
     other = flags(argv[:-1], tmp_path / "y", "--bs 16 --stage finetune --from none")
-    refused(train_simclr.main, flags(other, "--force-resume --resume", run), capsys, "start")
+    said = "--optimizer has no effect with --stage finetune; flags that are not given are those of"
+    refused(train_simclr.main, flags(other, "--force-resume --resume", run), capsys, said)
 
 
 def test_stages_start_from_a_run_and_refuse_another_identity(whole, cells, tmp_path, capsys):

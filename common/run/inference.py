@@ -249,6 +249,7 @@ def restore_flags(
     names = flags & (_OF_THE_RUN | stored.get("identity", {}).keys())
     values = {name: stored.get(name) for name in sorted(names)}
     given = config.words(parser, values, f"config.json of {source}")
+    parser.note = f"; flags that are not given are those of {source}"
     return config.parse(parser, [*given, *config.expanded(parser, argv)], demo)
 
 
