@@ -276,7 +276,8 @@ class Parser(_Flags, argparse.ArgumentParser):
             return f"; here it is {elsewhere[name]}"
         shown = (a for a in self._actions if a.help != argparse.SUPPRESS)
         options = [option for action in shown for option in action.option_strings]
-        near = difflib.get_close_matches(name, [*options, *elsewhere], n=1)
+        names = options + [other for other, ours in elsewhere.items() if ours in options]
+        near = difflib.get_close_matches(name, names, n=1)
         return f"; did you mean {elsewhere.get(near[0], near[0])}?" if near else ""
 
     def error(self, message: str):

@@ -179,7 +179,9 @@ def load_run(args, card: Card) -> LoadedRun:
     """
     source = args.eval or args.resume
     state = checkpoint.load_selected(source)
-    _require_script(state["model_spec"]["script"], card.name, source)
+    script = state["model_spec"]["script"]
+    if script != card.name:
+        raise InputError(f"{source} is of train_{script}.py; use that script")
     path = getattr(args, "stream", None) or args.data
     path = tuple(path) if isinstance(path, list) else path
     if args.predict:
@@ -237,9 +239,13 @@ def restore_flags(
     source = args.eval or args.resume
     try:
         stored = checkpoint.config_of(source)
-        _require_script(stored.get("card", {}).get("name", script), script, source)
     except InputError as error:
+        if not used:
+            return args  # `create_run_dir` refuses it, with what helps
         parser.error(str(error))
+    there = stored.get("card", {}).get("name", script)
+    if there != script:
+        parser.error(f"{source} is of train_{there}.py; use that script")
     if used:
         names = [*names, "group_by"] if args.eval else names
         values = {name: stored[name] for name in names if name in stored}
@@ -251,11 +257,6 @@ def restore_flags(
     given = config.words(parser, values, f"config.json of {source}")
     parser.note = f"; flags that are not given are those of {source}"
     return config.parse(parser, [*given, *config.expanded(parser, argv)], demo)
-
-
-def _require_script(there: str, script: str, source: str) -> None:
-    if there != script:
-        raise InputError(f"{source} is of train_{there}.py; use that script")
 
 
 def warn_of_known(source: str, data, indices: np.ndarray, unit: str, say) -> None:
