@@ -358,8 +358,9 @@ def parse_args(argv: list[str] | None = None):
         refuse(["image_lr"], f"with --tune {tune}, which freezes the image tower")
     if args.method != "three-stage":
         refuse(["schedule", "la_prior"], f"with --method {args.method}")
-    if args.demo and (tune == "full" or args.augment == "clip"):
-        args.cache_features = False  # what was asked for wins over the demo's own flags
+    asked = "--cache-features" in config.expanded(parser, argv)
+    if args.demo and not asked and (tune == "full" or args.augment == "clip"):
+        args.cache_features = False  # what is asked for wins over the demo's own flags
     if args.cache_features and tune == "full":
         parser.error("--cache-features needs a frozen image tower: --tune none or adapter")
     if args.cache_features and args.augment == "clip":

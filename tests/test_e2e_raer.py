@@ -163,6 +163,8 @@ def test_the_demo_caches_no_features_where_images_change():
     assert train_raer.parse_args(["--demo"])[0].cache_features
     for asked in ("--tune full", "--augment clip"):
         assert not train_raer.parse_args(["--demo", *asked.split()])[0].cache_features
+        with pytest.raises(SystemExit):
+            train_raer.parse_args(["--demo", "--cache-features", *asked.split()])
 
 
 def test_the_demo_sets_both_methods_beside_the_majority_class(tmp_path, monkeypatch, capsys):

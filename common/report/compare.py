@@ -165,10 +165,7 @@ def text(runs: list[dict]) -> str:
     else:
         parts.append("No setting differs.")
     if metrics:
-        title = (
-            "Metrics of the selected epoch (with 95 % interval or ± deviation; * the best of one"
-        )
-        title += " data set)"
+        title = "Metrics of the selected epoch (95 % interval or ± deviation; * best on this data)"
         parts.append(f"{title}\n{aligned([header, *metrics])}")
     pivot = groups(runs, headlines_of(records))
     if pivot:

@@ -65,7 +65,7 @@ def baselines_of(scores: dict, name: str) -> dict[str, float]:
 
 def is_baseline(name: str) -> bool:
     """Whether a metric is of what runs have to beat."""
-    stage, _, metric = name.split("/")
+    stage, metric = name.partition("/")[0], name.rpartition("/")[2]
     return (
         stage == "majority"
         or stage.startswith("kmeans_")

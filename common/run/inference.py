@@ -234,7 +234,7 @@ def restore_flags(
     """
     used = is_inference(args)
     trained_on = args.resume not in ("auto", "none") and os.path.exists(args.resume)
-    if not used and not trained_on or args.search or args.ensemble:
+    if args.search or args.ensemble or not (used or trained_on):
         return args
     source = args.eval or args.resume
     try:
