@@ -520,19 +520,17 @@ def train_step(run: Run, model, optimizer, scaler, batch: Batch) -> Step:
 
 
 @torch.no_grad()
-def evaluate(
-    run: Run, model: umc.Fusion, indices: np.ndarray, progress=None, *, raw: bool = False
-) -> Tensor:
-    """What is clustered of the utterances `indices` (n,): z in the model's metric (`raw`: as the
-    network gives it), float32 (n, base_dim), on the CPU.
+def evaluate(run: Run, model: umc.Fusion, indices: np.ndarray, progress=None) -> Tensor:
+    """z of the utterances `indices` (n,), float32 (n, base_dim), on the CPU; what is clustered is z
+    in the model's metric.
     """
     model.eval()
     parts = np.array_split(indices, -(-len(indices) // eval_batch_of(run.data)))
-    with Evaluation(progress, model, parts, "raw" if raw else "") as done:
+    with Evaluation(progress, model, parts) as done:
         for batch in fetch(run, done.left):
             with amp.autocast(run.args.precision, run.world.device):
                 z, _ = model(*batch.inputs)
-            done.add(z.float() if raw else z.float() @ model.metric)
+            done.add(z.float())
     z = done.rows()
     amp.require_finite(z, "embeddings")
     return z
@@ -546,13 +544,13 @@ def eval_batch_of(rows: Rows) -> int:
 
 
 def eval_stability(
-    run: Run, name: str, model, progress, targets: Targets | None = None
+    run: Run, name: str, model, z: Tensor, progress, targets: Targets | None = None
 ) -> tuple[float, dict]:
-    """The stability of the training rows' clusters, and with the rest of an epoch's figures as
-    metrics.
+    """The stability of the clusters of the training rows z (n, base_dim), and with the rest of an
+    epoch's figures as metrics.
     """
-    z = evaluate(run, model, run.splits["train"], progress)
     with progress.interruptible():
+        z = z @ model.metric.cpu()
         stable = deep_cluster.stability(z, run.model_spec["k"], run.args.seed)
         values = {"stability": stable}
         if targets:  # what the run leaves behind are the clusters of the epoch's end
@@ -624,10 +622,12 @@ def train(
         value = progress.epoch if keeps_last else stable
         progress.select(value, model.state_dict(), values, higher_is_better=True)
 
+    z = None  # of the training rows by the weights as they are
     if progress.step == 0 and not progress.results:  # else a save before the first step has them
+        z = evaluate(run, model, run.splits["train"], progress)
         if is_second:
-            find_clusters(run, model, progress, targets)
-        stable, values = eval_stability(run, name, model, progress, targets)
+            find_clusters(run, model, z, targets)
+        stable, values = eval_stability(run, name, model, z, progress, targets)
         unknown = not is_second and number_not_found(spec)
         log.metrics(name, 0, 0, values | ({f"{name}/warn/no_number": 1.0} if unknown else {}))
         progress.results = values
@@ -643,7 +643,8 @@ def train(
         if is_second and progress.batch == 0:
             share = args.select_share + args.select_growth * epoch
             share = min(share * 0.5 ** halved.count("share"), 1.0)
-            z = evaluate(run, model, run.splits["train"], progress, raw=True)
+            if z is None:
+                z = evaluate(run, model, run.splits["train"], progress)
             deep_cluster.assign(run, model, targets, z, share)
         model.train()
         batches, labels = epoch_passes(run, stage, epoch, targets)
@@ -654,7 +655,8 @@ def train(
             lr = loop.set_lr(optimizer, place, factor=0.5 ** halved.count("lr"))
             step = train_step(run, trained, optimizer, scaler, batch)
             loop.end_step(step, lr)
-        stable, values = eval_stability(run, name, model, progress, targets)
+        z = evaluate(run, model, run.splits["train"], progress)
+        stable, values = eval_stability(run, name, model, z, progress, targets)
         values = {f"{name}/train/loss": progress.mean("loss")} | values
         monitor.add(stable)
         select(stable, values)
@@ -707,13 +709,12 @@ def view_count(spec: dict) -> int:
     return 2 if spec["views"] == "all" else max(len(spec["widths"]), 2)
 
 
-def find_clusters(run: Run, model: umc.Fusion, progress, targets: Targets) -> None:
-    """Metric, centroids and targets as the first epoch of stage 2 finds them, whatever the model
-    had.
+def find_clusters(run: Run, model: umc.Fusion, z: Tensor, targets: Targets) -> None:
+    """Metric, centroids and targets as the first epoch of stage 2 finds them among the training
+    rows z (n, base_dim), whatever the model had.
     """
     model.metric.copy_(torch.eye(len(model.metric)))
     model.centroids.zero_()
-    z = evaluate(run, model, run.splits["train"], progress, raw=True)
     deep_cluster.assign(run, model, targets, z, run.args.select_share)
 
 
@@ -726,25 +727,29 @@ def finish_clustering(
     everything, train_split = np.arange(len(run.data)), run.splits["train"]
     start = []  # where the training rows were, and in which clusters
 
-    def test(network, _, name="cluster"):
-        z = evaluate(run, network, everything, progress)
-        raw = evaluate(run, network, train_split, progress, raw=True)
+    def tested(network, name, z):
+        raw = z[train_split]
         centroids = network.centroids.cpu()
         with progress.interruptible():
+            z = z @ network.metric.cpu()
             clusters, _ = clustering.nearest(z[train_split], centroids)
             scores = deep_cluster.test_scores(run, name, z, centroids)
         start[:] = start or [raw, clusters]
         return scores | deep_cluster.changes(name, *start, raw, clusters), (z, centroids)
 
+    def test(network, _):
+        return tested(network, "cluster", evaluate(run, network, everything, progress))
+
     results = {}
     for name, network in before.items():
         fresh = Targets(len(train_split))
-        find_clusters(run, network, progress, fresh)
-        _, values = eval_stability(run, name, network, progress, fresh)
-        results |= deep_cluster.compared(values | test(network, values, name)[0])
-    tested, (z, centroids) = test_best_and_last(progress, model, test)
+        z = evaluate(run, network, everything, progress)
+        find_clusters(run, network, z[train_split], fresh)
+        _, values = eval_stability(run, name, network, z[train_split], progress, fresh)
+        results |= deep_cluster.compared(values | tested(network, name, z)[0])
+    scores, (z, centroids) = test_best_and_last(progress, model, test)
     with progress.interruptible():
-        results = deep_cluster.baselines(run) | results | tested
+        results = deep_cluster.baselines(run) | results | scores
     correlation = deep_cluster.tracking(run)
     if correlation is not None:
         results["cluster/train/stability_tracks_nmi"] = correlation
@@ -789,7 +794,7 @@ def check_spec(run: Run, basis: dict | None) -> CheckSpec:
         build=partial(build_model, run, basis),
         fetch=partial(fetch, run),
         step=train_step,
-        evaluate=partial(evaluate, run, raw=True),
+        evaluate=partial(evaluate, run),
         loss=partial(
             reference.contrastive, views=view_count(spec), temperature=spec["temperature"]
         ),
@@ -818,7 +823,7 @@ def run_inference(args, world: dist.Dist) -> None:
     if args.predict:
         predict(loaded, run, model)
         return
-    z = evaluate(run, model, np.arange(len(rows)))
+    z = evaluate(run, model, np.arange(len(rows))) @ model.metric.cpu()
     results = deep_cluster.test_scores(run, "cluster", z, model.centroids.cpu())
     if not results:
         raise InputError(f"{rows.table.name}: there is no labeled test utterance to evaluate on")
@@ -834,7 +839,7 @@ def predict(loaded: LoadedRun, run: Run, model: umc.Fusion) -> None:
         )
     classes = [str(c) for c in range(spec["k"])]
     loaded.say_who_answers(run.world, classes, "cluster")
-    z = evaluate(run, model, np.arange(len(table)))
+    z = evaluate(run, model, np.arange(len(table))) @ model.metric.cpu()
     clusters, distances, _, scores = deep_cluster.membership(z, model.centroids.cpu())
     far, note = deep_cluster.far_rows(distances, loaded.state.get("metrics") or {})
     chosen = clusters.tolist()

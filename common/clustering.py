@@ -325,70 +325,67 @@ def kmeans(
 
 
 @torch.no_grad()
-def smooth(x: Tensor, neighbors: int) -> Tensor:
-    """Average each row with its nearest rows: touching clusters part, stray rows move into them.
-
-    One step of the blurring mean shift (Cheng 1995) with the nearest rows for a window.
+def neighbors(x: Tensor, count: int) -> Tensor:
+    """Find each row's nearest rows.
 
     Args:
         x: (N, D) finite real tensor.
-        neighbors: how many rows are averaged, the row itself among them; above N, all.
+        count: how many, the row itself among them; above N, all.
 
     Returns:
-        (N, D); x itself for one neighbor.
+        (N, count) int64 indices, the nearest first.
 
     Raises:
         ValueError: a shape or setting out of range; `InputError` for rows that are not finite.
     """
     x = _checked(x)
-    if neighbors < 1:
-        raise ValueError(f"neighbors must be at least 1, the row itself, got {neighbors}")
-    if neighbors == 1:
-        return x
-    mean = x.mean(0)
-    x = x - mean
-    count = min(neighbors, len(x))
-    averages = torch.empty_like(x)
-    blocks = (_blocks(t, len(x)) for t in (x, averages))
-    for rows, average in zip(*blocks, strict=True):
-        near = _scores(rows, x[None])[:, 0].topk(count, 1, largest=False).indices
-        # An embedding bag averages rows without gathering them first.
-        average.copy_(F.embedding_bag(near, x, mode="mean"))
-    return averages.add_(mean)
+    if count < 1:
+        raise ValueError(f"count must be at least 1, the row itself, got {count}")
+    x = x - x.mean(0)
+    n = len(x)
+    near = torch.empty(n, min(count, n), dtype=torch.int64, device=x.device)
+    for rows, found in zip(_blocks(x, n), near.split(max(_TILE // n, 1)), strict=True):
+        # Into what is there: small tensors that stay would pin the blocks of scores.
+        found.copy_(_scores(rows, x[None])[:, 0].topk(near.shape[1], 1, largest=False).indices)
+    return near
 
 
 @torch.no_grad()
-def spectral(x: Tensor, k: int, neighbors: int, *, seed: int = 0) -> Tensor:
+def smooth(x: Tensor, near: Tensor) -> Tensor:
+    """Average each of the rows x (N, D) with its rows `near` (N, C), of `neighbors`.
+
+    Touching clusters part, stray rows move into them: one step of the blurring mean shift (Cheng
+    1995) with the nearest rows for a window.
+    """
+    x = _checked(x)
+    mean = x.mean(0)
+    # An embedding bag averages rows without gathering them first.
+    return F.embedding_bag(near, x - mean, mode="mean").add_(mean)
+
+
+@torch.no_grad()
+def spectral(near: Tensor, k: int, *, seed: int = 0) -> Tensor:
     """Cluster rows by cuts of the graph of their nearest neighbors.
 
     Normalized spectral clustering (Ng, Jordan and Weiss 2001): an edge of weight 2 where two rows
     are each among the other's nearest, of 1 where one is; k-means of the leading eigenvectors'
     rows at unit length. Unlike k-means of the rows it does not split a large cluster to make all
-    alike. Time and memory of the neighbors are those of `smooth`.
+    alike.
 
     Args:
-        x: (N, D) finite real tensor.
+        near: (N, C) the rows' nearest, themselves among them, of `neighbors`.
         k: clusters, at most N.
-        neighbors: of a row, itself among them; above N, all.
         seed: of k-means and of where the eigenvectors are looked for from.
 
     Returns:
         (N,) int64 labels; each of the k clusters has a row.
 
     Raises:
-        ValueError: a shape or setting out of range; `InputError` for more clusters than rows or
-            rows not finite.
+        ValueError: less than 2 neighbors; `InputError` for more clusters than rows.
     """
-    x = _checked(x)
-    if neighbors < 2:
-        raise ValueError(f"neighbors must be at least 2, the row itself and one, got {neighbors}")
-    x = x - x.mean(0)
-    n = len(x)
-    count = min(neighbors, n)
-    near = torch.empty(n, count, dtype=torch.int64, device=x.device)
-    for rows, found in zip(_blocks(x, n), near.split(max(_TILE // n, 1)), strict=True):
-        # Into what is there: small tensors that stay would pin the blocks of scores.
-        found.copy_(_scores(rows, x[None])[:, 0].topk(count, 1, largest=False).indices)
+    n, count = near.shape
+    if count < min(n, 2):
+        raise ValueError(f"near must have 2 columns, the row itself and one, got {count}")
     start = torch.arange(n).repeat_interleave(count)
     end = near.flatten().cpu()
     edges, times = torch.unique(torch.cat([start * n + end, end * n + start]), return_counts=True)
@@ -404,7 +401,7 @@ def spectral(x: Tensor, k: int, neighbors: int, *, seed: int = 0) -> Tensor:
             check_invariants=False,
         )
     leading = F.normalize(_leading_eigenvectors(graph, k, seed)).float()
-    return kmeans(leading.to(x.device), k, seed=seed, restarts=5).labels
+    return kmeans(leading.to(near.device), k, seed=seed, restarts=5).labels
 
 
 def _leading_eigenvectors(matrix: Tensor, count: int, seed: int) -> Tensor:

@@ -219,7 +219,7 @@ def assign(run: Run, model: umc.Fusion, targets: Targets, raw: Tensor, share: fl
             if args.assign == "sinkhorn":
                 labels = clustering.sinkhorn(clustering.relative_costs(z, result.centroids)).labels
             densest = clustering.select(
-                z,
+                principal(z),
                 labels,
                 k,
                 share,
@@ -308,8 +308,8 @@ def smooth(z: Tensor, k: int, smoothing: float) -> Tensor:
     `clustering.landmarks` that are averaged with each other, and no others come back.
     """
     rows = clustering.landmarks(z, clustering.LANDMARKS)
-    neighbors = round(smoothing * len(rows) / k)
-    return clustering.smooth(rows, neighbors) if neighbors > 1 else z
+    count = round(smoothing * len(rows) / k)
+    return clustering.smooth(rows, clustering.neighbors(rows, count)) if count > 1 else z
 
 
 def centers(z: Tensor, spec: dict, seed: int, start: Tensor) -> Tensor:
@@ -319,12 +319,17 @@ def centers(z: Tensor, spec: dict, seed: int, start: Tensor) -> Tensor:
     rows, of many the `clustering.landmarks`; without `neighbors` in `spec` it does with `start`.
     """
     k = spec["k"]
-    if spec["neighbors"]:
-        rows = clustering.landmarks(z, clustering.LANDMARKS)
-        neighbors = max(round(spec["neighbors"] * len(rows) / k), NEIGHBORS)
-        cut = clustering.spectral(principal(rows), k, neighbors, seed=seed)
+    rows = clustering.landmarks(z, clustering.LANDMARKS)
+    joined = max(round(spec["neighbors"] * len(rows) / k), NEIGHBORS) if spec["neighbors"] else 0
+    averaged = round(spec["smoothing"] * len(rows) / k)
+    if max(joined, averaged) > 1:
+        near = clustering.neighbors(principal(rows), max(joined, averaged))
+    if joined:
+        cut = clustering.spectral(near[:, :joined], k, seed=seed)
         start = torch.stack([rows[cut == cluster].mean(0) for cluster in range(k)])
-    return clustering.kmeans(smooth(z, k, spec["smoothing"]), k, start=start).centroids
+    if averaged > 1:
+        z = clustering.smooth(rows, near[:, :averaged])
+    return clustering.kmeans(z, k, start=start).centroids
 
 
 def stability(z: Tensor, k: int, seed: int) -> float:

@@ -187,13 +187,13 @@ def test_smoothing_equals_scipy(count, offset, monkeypatch):
     x, _ = mixture(60, 3, 7)
     _, near = spatial.KDTree(x.numpy()).query(x.numpy(), k=min(count, 60))
     expected = x.double()[torch.from_numpy(near).view(60, -1)].mean(1)
-    got = clustering.smooth(x + offset, count)
+    got = clustering.smooth(x + offset, clustering.neighbors(x + offset, count))
     assert torch.allclose(got.double() - offset, expected, atol=1e-2 if offset else 1e-5)
 
 
 def test_smoothing_leaves_a_row_among_its_equals():
     x = mixture(4, 1, 7)[0].repeat(6, 1)
-    assert torch.allclose(clustering.smooth(x, 6), x, atol=1e-6)
+    assert torch.allclose(clustering.smooth(x, clustering.neighbors(x, 6)), x, atol=1e-6)
 
 
 def test_smoothing_parts_clusters_that_touch():
@@ -201,15 +201,16 @@ def test_smoothing_parts_clusters_that_touch():
     for seed in range(3):
         x, labels = mixture(2000, 4, 5, 0.0, seed=seed, balance=[0.7, 0.15, 0.1, 0.05])
         x += 3 * torch.eye(4, 5)[torch.from_numpy(labels)]
-        centroids = clustering.kmeans(clustering.smooth(x, 50), 4).centroids
+        near = clustering.neighbors(x, 50)
+        centroids = clustering.kmeans(clustering.smooth(x, near), 4).centroids
         smoothed.append(metrics.clustering(labels, clustering.nearest(x, centroids)[0])["ari"])
         plain.append(metrics.clustering(labels, clustering.kmeans(x, 4).labels)["ari"])
     assert np.mean(smoothed) > np.mean(plain) + 0.05
 
 
-def test_smoothing_needs_a_row_to_average():
-    with pytest.raises(ValueError, match="neighbors must be at least 1, the row itself, got 0"):
-        clustering.smooth(torch.ones(3, 2), 0)
+def test_a_row_has_at_least_itself_as_a_neighbor():
+    with pytest.raises(ValueError, match="count must be at least 1, the row itself, got 0"):
+        clustering.neighbors(torch.ones(3, 2), 0)
 
 
 def rings(counts=(100, 200), seed=0):
@@ -226,7 +227,7 @@ def test_cuts_are_those_of_scikit_learn(offset, monkeypatch):
     cluster = pytest.importorskip("sklearn.cluster", reason=ORACLE)
     monkeypatch.setattr(clustering, "_TILE", 300 * 17)  # blocks of 17 rows
     x, rings_of = rings()
-    ours = clustering.spectral(x + offset, 2, 12)
+    ours = clustering.spectral(clustering.neighbors(x + offset, 12), 2)
     oracle = cluster.SpectralClustering(
         2, affinity="nearest_neighbors", n_neighbors=12, random_state=0
     )
@@ -254,14 +255,15 @@ def test_cuts_leave_a_large_cluster_whole():
         x, labels = mixture(1500, 5, 8, 0.0, seed=seed, balance=[0.8, 0.05, 0.05, 0.05, 0.05])
         x += 4 * torch.eye(5, 8)[torch.from_numpy(labels)]
         x[torch.from_numpy(labels == 0), 5] *= 4  # the large one is wide, too
-        found = (clustering.spectral(x, 5, 20, seed=seed), clustering.kmeans(x, 5).labels)
+        near = clustering.neighbors(x, 20)
+        found = (clustering.spectral(near, 5, seed=seed), clustering.kmeans(x, 5).labels)
         for scores, clusters in zip((cut, split), found, strict=True):
             scores.append(metrics.clustering(labels, clusters)["ari"])
     assert min(cut) > max(split) + 0.1
 
 
 @pytest.mark.parametrize(
-    "x, k, neighbors",
+    "x, k, count",
     [
         (torch.zeros(6, 2), 5, 3),
         (torch.eye(3).repeat(20, 1), 5, 10),
@@ -269,17 +271,18 @@ def test_cuts_leave_a_large_cluster_whole():
         (torch.randn(7, 1), 1, 2),
     ],
 )
-def test_few_and_equal_rows_are_cut_into_so_many_clusters(x, k, neighbors):
-    labels = clustering.spectral(x, k, neighbors)
+def test_few_and_equal_rows_are_cut_into_so_many_clusters(x, k, count):
+    near = clustering.neighbors(x, count)
+    labels = clustering.spectral(near, k)
     assert labels.unique().tolist() == list(range(k)) and len(labels) == len(x)
-    assert torch.equal(labels, clustering.spectral(x, k, neighbors))
+    assert torch.equal(labels, clustering.spectral(near, k))
 
 
 def test_a_row_needs_a_neighbor_to_be_cut_from():
-    with pytest.raises(ValueError, match="neighbors must be at least 2, the row itself and one"):
-        clustering.spectral(torch.randn(3, 2), 2, 1)
+    with pytest.raises(ValueError, match="near must have 2 columns, the row itself and one"):
+        clustering.spectral(torch.arange(3)[:, None], 2)
     with pytest.raises(InputError, match="4 clusters need as many rows, got 3"):
-        clustering.spectral(torch.randn(3, 2), 4, 2)
+        clustering.spectral(torch.tensor([[0, 1], [1, 0], [2, 0]]), 4)
 
 
 def test_kmeans_refuses_what_it_cannot_do():

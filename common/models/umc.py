@@ -283,15 +283,20 @@ def discriminant_kmeans(
     starts by the likelihood, each of ROUNDS rounds or until no label changes. Returns the KMeans
     and its metric.
     """
-    # On the principal axes: an untrained network leaves most of the columns empty.
+    # On the principal axes: where training moves little most of the columns are empty.
     axes = leading_axes(z)
     x = z @ axes
+    y = z @ metric
+    axes_before = leading_axes(y)
+    y = y @ axes_before
+    if centroids is not None:
+        centroids = centroids.to(y) @ axes_before
     best_likelihood = -torch.inf
     best_labels = best_metric = None
     for start in range(STARTS if centroids is None else 1):
         # Seeds of their own: runs of neighboring --seed must not share their starts.
         result = clustering.kmeans(
-            z @ metric,
+            y,
             k,
             seed=STARTS * seed + start,
             restarts=5,  # a single one too often leaves two clusters in one
@@ -301,17 +306,18 @@ def discriminant_kmeans(
         for _ in range(ROUNDS if centroids is None else 2):
             labels = result.labels
             round_metric, likelihood = discriminant(x, labels, shrinkage)
-            y = x @ round_metric
-            result = clustering.kmeans(y, k, start=_means(y, labels, k), max_iterations=5)
+            turned = x @ round_metric
+            result = clustering.kmeans(turned, k, start=_means(turned, labels, k), max_iterations=5)
             if torch.equal(result.labels, labels):
                 break
         if best_labels is None or likelihood > best_likelihood:
             best_likelihood = likelihood
             best_labels = result.labels
             best_metric = round_metric
-    metric = axes @ best_metric @ axes.T
-    y = z @ metric
-    return clustering.kmeans(y, k, start=_means(y, best_labels, k)), metric
+    turned = x @ best_metric
+    result = clustering.kmeans(turned, k, start=_means(turned, best_labels, k))
+    result = result._replace(centroids=result.centroids @ axes.T)
+    return result, axes @ best_metric @ axes.T
 
 
 def _means(x: Tensor, labels: Tensor, k: int) -> Tensor:
