@@ -137,7 +137,7 @@ def equal_runs(a, b):
 
 def same(x, y, where=""):
     if isinstance(x, dict):
-        assert x.keys() == y.keys(), where
+        assert x.keys() == y.keys(), (where, x.keys() ^ y.keys())
         other_place = {"data"} if where.endswith("/config") else set()  # copies are the same data
         for key in x.keys() - {"seconds"} - other_place:
             same(x[key], y[key], f"{where}/{key}")

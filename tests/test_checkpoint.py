@@ -180,6 +180,15 @@ def test_a_best_model_newer_than_the_state_is_known_as_the_best(tmp_path):
     assert (again.best, again.best_epoch) == (0.6, 2) and again.best_metrics() == {"m": 0.6}
 
 
+def test_a_best_model_has_the_metrics_it_was_selected_with(tmp_path):
+    """Not what the script adds to its own meanwhile: a resumed run would not have that there."""
+    model = torch.nn.Linear(2, 1)
+    progress, values = _stage(tmp_path, model), {"m": 0.5}
+    progress.select(0.5, model.state_dict(), values, higher_is_better=True)
+    values["test"] = 0.4
+    assert progress.best_metrics() == {"m": 0.5}
+
+
 @pytest.mark.parametrize("name", ["copy.pt", "last.previous.pt"])
 def test_a_state_that_is_not_finite_is_refused_by_the_name_of_its_file(name, tmp_path):
     model = torch.nn.Linear(2, 1)

@@ -510,7 +510,7 @@ class Progress:
             "model": {name: tensor.detach().clone() for name, tensor in weights.items()},
             "model_spec": self.model_spec,
             "start": self.start,
-            "metrics": metrics,
+            "metrics": dict(metrics),  # the script may go on with its own
             "epoch": self.best_epoch,
             "value": self.best,
             **self.kept,
