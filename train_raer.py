@@ -37,7 +37,7 @@ from common.check import audit, reference
 from common.check.result import CheckSpec, NetworkView
 from common.check.runner import check
 from common.data import augment, raer, sampling
-from common.data.groups import group_items
+from common.data.groups import group_items, groups_of
 from common.distill import add_distillation
 from common.errors import InputError, aligned, plural, say
 from common.export import PROBABILITIES, ExportSpec
@@ -604,7 +604,8 @@ def score(run: Run, prefix: str, indices: np.ndarray, scores: Tensor, say=None) 
     classes, counts = run.model_spec["classes"], run.model_spec["counts"]
     labels = run.data.labels[indices]
     predicted = scores.argmax(1).numpy()
-    values = metrics.emotions(labels, predicted, counts, classes, run.args.seed)
+    groups = groups_of(run.data, indices)
+    values = metrics.emotions(labels, predicted, counts, classes, run.args.seed, groups)
     if say and len(set(predicted)) == 1:
         say(
             f"alarm: {prefix}: all {len(labels)} clips are called {classes[predicted[0]]}: the"

@@ -33,7 +33,7 @@ from common.check.result import CheckSpec, NetworkView
 from common.check.runner import check
 from common.data import augment, cytology, sampling
 from common.data.cytology import CELLS
-from common.data.groups import group_items
+from common.data.groups import group_items, groups_of
 from common.data.images import SQUARE, Images
 from common.data.open import prepare
 from common.distill import add_distillation
@@ -877,7 +877,9 @@ def finetune(run: Run, weights: dict | None) -> None:
 
     def test(network, _):
         logits = evaluate(run, network, test_split, progress)
-        scores = linear_eval.tested("finetune/test", logits, labels[test_split], len(classes))
+        groups = groups_of(run.data, test_split)
+        right = labels[test_split]
+        scores = linear_eval.tested("finetune/test", logits, right, len(classes), groups)
         return scores, logits
 
     results, logits = test_best_and_last(progress, model, test)
@@ -967,7 +969,8 @@ def run_inference(args, world: dist.Dist) -> None:
         raise InputError(f"{images.describe()}: there is no labeled test image to evaluate on")
     labels = images.labels_in(classes, test)
     logits = evaluate(run, model, test)
-    scores = linear_eval.tested("eval/test", logits, labels[test], len(classes))
+    groups = groups_of(images, test)
+    scores = linear_eval.tested("eval/test", logits, labels[test], len(classes), groups)
     warn_of_known_images(loaded.source, images, test, world)
     loaded.write(scores, world, (images, test, classes, logits.softmax(1)))
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from common import amp, logistic, metrics, optim
 from common.data import augment, sampling
+from common.data.groups import groups_of
 from common.distill import add_distillation
 from common.errors import InputError, first_few, plural
 from common.features import representation
@@ -125,7 +126,8 @@ def linear(
             continue
         gains = hits["linear"].double() - hits[name].double()  # by test image
         key = f"linear/test/gain_over_{name.removeprefix('linear_')}"
-        low, high = metrics.mean_interval(gains, least=-1.0)
+        groups = groups_of(run.data, test)
+        low, high = metrics.mean_interval(gains, least=-1.0, units=groups)
         run.results |= {key: gains.mean().item(), f"{key}_low": low, f"{key}_high": high}
         run.log.say(
             f"linear protocol, {sources['linear'].title} minus {source.title}:"
@@ -209,9 +211,17 @@ def score(prefix: str, logits: Tensor, labels: np.ndarray, num_classes: int) -> 
     return {f"{prefix}/{name}": value for name, value in values.items()}
 
 
-def tested(prefix: str, logits: Tensor, labels: np.ndarray, num_classes: int) -> dict:
-    """`score` of a test, and the interval of its accuracy by bootstrap over the items."""
-    low, high = metrics.mean_interval(logits.argmax(1).numpy() == labels)
+def tested(
+    prefix: str,
+    logits: Tensor,
+    labels: np.ndarray,
+    num_classes: int,
+    groups: np.ndarray | None = None,
+) -> dict:
+    """`score` of a test, and the interval of its accuracy by bootstrap over the items' `groups`
+    (n,), None: over the items.
+    """
+    low, high = metrics.mean_interval(logits.argmax(1).numpy() == labels, units=groups)
     interval = {f"{prefix}/accuracy_low": low, f"{prefix}/accuracy_high": high}
     return score(prefix, logits, labels, num_classes) | interval
 
@@ -245,7 +255,8 @@ def test_selected(run: Run, progress: Progress, rows: Tensor) -> dict:
     if name == "linear":
         figures.classified(run, name, test, logits, labels, classes)
     neighbors = representation(run, rows.__getitem__, "test", f"{name}/test", bank="train")
-    return tested(f"{name}/test", logits, labels, len(classes)) | neighbors
+    groups = groups_of(run.data, test)
+    return tested(f"{name}/test", logits, labels, len(classes), groups) | neighbors
 
 
 def stratified_folds(
@@ -407,7 +418,8 @@ def linear_protocol(
         loop.end_epoch(values)
     results = test_selected(run, progress, rows)
     last_logits = apply(unstandardized(head, mean, std), rows[test])
-    last = tested(f"{name}/test", last_logits, labels[test], len(classes))
+    groups = groups_of(run.data, test)
+    last = tested(f"{name}/test", last_logits, labels[test], len(classes), groups)
     results |= {f"{metric}_last_epoch": value for metric, value in last.items()}
     run.log.metrics(name, progress.step, progress.epoch, results, quiet=True)
     return results

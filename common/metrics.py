@@ -143,19 +143,21 @@ def recall_intervals(
     predicted: Labels,
     num_classes: int,
     seed: int,
+    units: Sequence | np.ndarray | None = None,
     rounds: int = 2000,
     level: float = 0.95,
 ) -> dict[str, tuple[float, float]]:
     """Return percentile bootstrap intervals of UAR and WAR, a function of the arguments alone.
 
-    The items of each class are drawn again with replacement, so no class is ever lost; the hits
-    among n items drawn from n with h hits are binomial. Where each class is all hit or all missed,
-    every draw gives the same; then each end is what `_alike` allows for the items of these classes,
-    for UAR with the size of the smallest of them for each.
+    The units are drawn again with replacement among those that hold the same classes, so no class
+    is ever lost. Where each class is all hit or all missed, every draw gives the same; then each
+    end is what `_alike` allows for the units of these classes, for UAR with the number in the
+    smallest of them for each.
 
     Args:
         target, predicted, num_classes: as in `confusion_matrix`.
         seed, rounds: of the bootstrap.
+        units: (N,) names of what is independent and drawn, such as a person; unset: each item.
         level: share of the bootstrap's values inside the interval.
 
     Returns:
@@ -167,21 +169,43 @@ def recall_intervals(
     counts = confusion_matrix(target, predicted, num_classes)
     hits = counts.diagonal()
     sizes = counts.sum(1)
+    target, of = np.asarray(target), _unit_numbers(units, len(target))
+    held = np.zeros((2, of.max() + 1, num_classes), np.int64)  # hits and items of each unit
+    np.add.at(held[0], (of, target), target == np.asarray(predicted))
+    np.add.at(held[1], (of, target), 1)
+    drawn = np.zeros((2, rounds, num_classes))
     rng = np.random.Generator(np.random.PCG64(seed))
-    drawn = rng.binomial(sizes, hits / np.maximum(sizes, 1), (rounds, num_classes))
-    scores = {"uar": (drawn / np.maximum(sizes, 1)).mean(1), "war": drawn.sum(1) / sizes.sum()}
+    for classes in np.unique(held[1] > 0, axis=0):
+        alike = np.concatenate(held[:, ((held[1] > 0) == classes).all(1)], 1)
+        kinds, times = np.unique(alike, axis=0, return_counts=True)
+        taken = rng.multinomial(times.sum(), times / times.sum(), rounds)
+        drawn += (taken @ kinds).reshape(rounds, 2, num_classes).transpose(1, 0, 2)
+    found, items = drawn
+    scores = {"uar": (found / np.maximum(items, 1)).mean(1), "war": found.sum(1) / items.sum(1)}
     edges = [(1 - level) / 2, (1 + level) / 2]
     ends = {name: tuple(map(float, np.quantile(scores[name], edges))) for name in scores}
     if ((hits == 0) | (hits == sizes)).all():
-        hit, missed = sizes[hits > 0], sizes[(hits == 0) & (sizes > 0)]
-        uar, war = [len(hit) / num_classes] * 2, [hit.sum() / sizes.sum()] * 2
+        hit, missed = hits > 0, (hits == 0) & (sizes > 0)
+        uar, war = [hit.sum() / num_classes] * 2, [sizes[hit].sum() / sizes.sum()] * 2
         for end, sign, kind in ((0, -1, hit), (1, 1, missed)):
-            if len(kind):
-                others = [1 - _alike(n, level) for n in (len(kind) * kind.min(), kind.sum())]
-                uar[end] += sign * others[0] * len(kind) / num_classes
-                war[end] += sign * others[1] * kind.sum() / sizes.sum()
+            if kind.any():
+                least = kind.sum() * (held[1] > 0).sum(0)[kind].min()
+                everyone = held[1][:, kind].any(1).sum()
+                others = [1 - _alike(n, level) for n in (least, everyone)]
+                uar[end] += sign * others[0] * kind.sum() / num_classes
+                war[end] += sign * others[1] * sizes[kind].sum() / sizes.sum()
         ends = {"uar": tuple(map(float, uar)), "war": tuple(map(float, war))}
     return ends
+
+
+def _unit_numbers(units: Sequence | np.ndarray | None, count: int) -> np.ndarray:
+    """(N,) the number of each item's unit; each of the `count` items is one if `units` is None."""
+    if units is None:
+        return np.arange(count)
+    of = np.unique(np.asarray(units, dtype=object), return_inverse=True)[1]
+    if len(of) != count:
+        raise ValueError(f"units must be one an item, got {len(of)} for {count} items")
+    return of
 
 
 def _alike(count: int, level: float) -> float:
@@ -298,11 +322,7 @@ def _draws(target: np.ndarray, units, seed: int, rounds: int) -> np.ndarray:
     What is drawn with replacement are the units, among those that hold the same classes, so that no
     class is ever lost.
     """
-    of = np.arange(len(target))
-    if units is not None:
-        of = np.unique(np.asarray(units, dtype=object), return_inverse=True)[1]
-        if len(of) != len(target):
-            raise ValueError(f"units must be one a label, got {len(of)} for {len(target)} labels")
+    of = _unit_numbers(units, len(target))
     count = of.max() + 1
     holds = np.bincount(of, target == 1, count).astype(bool) * 2
     holds += np.bincount(of, target == 0, count).astype(bool)
@@ -440,7 +460,12 @@ def videos(
 
 
 def emotions(
-    labels: Labels, predicted: Labels, counts: Sequence[int], classes: Sequence[str], seed: int
+    labels: Labels,
+    predicted: Labels,
+    counts: Sequence[int],
+    classes: Sequence[str],
+    seed: int,
+    units: Sequence | np.ndarray | None = None,
 ) -> dict[str, float]:
     """Score a classification of emotions, beside the answer of the most frequent training class.
 
@@ -449,6 +474,7 @@ def emotions(
         counts: (K,) training items of each class.
         classes: (K,) names.
         seed: of the intervals' bootstrap.
+        units: (n,) names of what it draws, see `recall_intervals`.
 
     Returns:
         dict of uar and war, the ends of their intervals (uar_low, uar_high, ...), each class's
@@ -461,7 +487,8 @@ def emotions(
     scores = long_tail(labels, predicted, len(classes))
     majority = long_tail(labels, np.full(len(labels), np.argmax(counts)), len(classes))
     values = {"uar": scores["uar"], "war": scores["war"]}
-    for name, interval in recall_intervals(labels, predicted, len(classes), seed).items():
+    intervals = recall_intervals(labels, predicted, len(classes), seed, units)
+    for name, interval in intervals.items():
         values[f"{name}_low"], values[f"{name}_high"] = interval
     for name, recall in zip(classes, scores["recall"], strict=True):
         if not math.isnan(recall):
@@ -545,31 +572,37 @@ def share_interval(hits: float, count: int, level: float = 0.95) -> tuple[float,
 def mean_interval(
     values: Sequence[float] | np.ndarray,
     least: float = 0.0,
+    units: Sequence | np.ndarray | None = None,
     rounds: int = 2000,
     level: float = 0.95,
 ) -> tuple[float, float]:
     """Return the percentile bootstrap interval of a mean over items, a function of the arguments.
 
     Of an accuracy where the values are 1 for right answers and 0 for wrong ones; of the difference
-    of two on the same items where they are the differences of these. Where all are the same every
-    draw is; then the ends are what `_alike` allows: a few others might be the least or 1.
+    of two on the same items where they are the differences of these. Where every draw gives the
+    same, the ends are what `_alike` allows: a few others might be the least or 1.
 
     Args:
         values: (N,) numbers, few of them different, as they are drawn by how often each is there.
         least: that a value can be, 0 of an answer, -1 of a difference; the most is 1.
+        units: (N,) names of what is independent and drawn, such as the patient whose images these
+            are; unset: each item.
         rounds: of the bootstrap.
         level: share of the bootstrap's means inside the interval.
 
     Returns:
         (low, high)
     """
-    levels, counts = np.unique(np.asarray(values, np.float64), return_counts=True)
+    values = np.asarray(values, np.float64)
+    of = _unit_numbers(units, len(values))
+    held = np.stack([np.bincount(of, values), np.bincount(of)], 1)  # sum and items of each unit
+    kinds, counts = np.unique(held, axis=0, return_counts=True)
     rng = np.random.Generator(np.random.PCG64(0))
-    count = counts.sum()
-    if len(levels) == 1:
-        value, others = float(levels[0]), 1 - _alike(count, level)
+    sums, items = (rng.multinomial(len(held), counts / len(held), rounds) @ kinds).T
+    means = sums / items
+    if means.min() == means.max():
+        value, others = float(means[0]), 1 - _alike(len(held), level)
         return value - others * (value - least), value + others * (1 - value)
-    means = rng.multinomial(count, counts / count, rounds) @ levels / count
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
@@ -662,7 +695,7 @@ def effective_rank(features: Tensor) -> float:
     return torch.special.entr(share).sum().exp().item()
 
 
-def knn_accuracy(
+def knn_hits(
     bank: Tensor,
     bank_labels: Labels,
     queries: Tensor,
@@ -671,7 +704,7 @@ def knn_accuracy(
     k: int = 200,
     temperature: float = 0.07,
     tile: int = 1024,
-) -> float:
+) -> np.ndarray:
     """Classify by the k nearest neighbors, each weighted by exp(cosine similarity / temperature).
 
     The protocol of Wu et al. 2018 (arXiv:1805.01978).
@@ -687,7 +720,7 @@ def knn_accuracy(
         tile: queries compared at once; memory is O(tile * N).
 
     Returns:
-        float, the share of right answers; equal votes go to the class of lowest number.
+        (Q,) bool, which answers are right; equal votes go to the class of lowest number.
 
     Raises:
         ValueError: empty input, shapes that do not match, or a setting out of range.
@@ -714,15 +747,15 @@ def knn_accuracy(
     queries = F.normalize(queries.to(bank.dtype), dim=1)
     bank_labels = torch.from_numpy(bank_labels).to(bank.device)
     query_labels = torch.from_numpy(query_labels).to(bank.device)
-    right = 0
+    hits = []
     for chunk, labels in zip(queries.split(tile), query_labels.split(tile), strict=True):
         similarity, neighbors = (chunk @ bank.T).topk(min(k, len(bank)), dim=1)  # [tile, k]
         # Relative to the nearest: the same vote, and no overflow at a low temperature.
         weights = ((similarity - similarity[:, :1]) / temperature).exp_()
         votes = weights.new_zeros(len(chunk), num_classes)
         votes.scatter_add_(1, bank_labels[neighbors], weights)
-        right += (votes.argmax(1) == labels).sum().item()
-    return right / len(queries)
+        hits.append(votes.argmax(1) == labels)
+    return torch.cat(hits).cpu().numpy()
 
 
 def _contingency(target: Labels, clusters: Labels) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -10,6 +10,7 @@ import train_cluster
 import train_raer
 import train_simclr
 import train_tsm
+from common import metrics
 from common.run.run import Run
 from tests.data import cells_tree, image_folder, numbered_raer, utterances_npz, write_clip
 from tests.runs import flags, refused, summary
@@ -122,6 +123,11 @@ def test_no_group_spans_the_parts_of_a_run_and_eval_finds_its_test_split(
         return opened[-1]
 
     monkeypatch.setattr(Run, "open", classmethod(spy))
+    drawn = []  # by the bootstrap of each interval
+    numbers = metrics._unit_numbers
+    monkeypatch.setattr(
+        metrics, "_unit_numbers", lambda units, n: drawn.append(units) or numbers(units, n)
+    )
     argv = flags(text, "--device cpu --data", data, "--group-by", pattern)
     assert script.main([*argv, "--out", str(tmp_path / "run")]) == 0
     assert re.search(r"\d+ groups of .* by --group-by", capsys.readouterr().out)
@@ -133,6 +139,8 @@ def test_no_group_spans_the_parts_of_a_run_and_eval_finds_its_test_split(
     sides = [{re.search(pattern, ids[i])[1] for i in part} for part in parts]
     assert all(map(len, sides)) and len(set.union(*sides)) == sum(map(len, sides))
     assert script.main(flags("--eval", tmp_path / "run", "--device cpu")) == 0
+    if case in ("simclr", "protocol", "raer"):  # of videos it is the persons in them
+        assert drawn and all(set(units) in sides for units in drawn)
     (file,) = (tmp_path / "run").rglob("eval.json")
     result = json.loads(file.read_text())
     assert result[f"eval/{metric.split('/', 1)[1]}"] == pytest.approx(

@@ -67,10 +67,20 @@ def test_groups_that_join_nothing_are_told():
 @pytest.mark.parametrize(
     ("modes", "splits"), [({"predict": "x"}, None), ({"eval": "run"}, ["test", "test"])]
 )
-def test_where_nothing_is_held_out_there_are_no_groups(modes, splits):
+def test_where_nothing_is_held_out_groups_are_not_needed(modes, splits):
     """Neither a name without a group nor a single group may keep a model from answering."""
     for data in (items("a", "b", splits=splits), items("a", "b", splits=splits, groups=["x", "x"])):
-        assert grouped(data, flags(r"(p\d)", **modes)) == [] and data.groups is None
+        said = grouped(data, flags(r"(p\d)", **modes))
+        assert data.groups is None and len(said) == ("eval" in modes)
+        assert all(line.startswith("the images are not grouped: ") for line in said)
+
+
+def test_eval_on_a_test_split_groups_its_items_alone():
+    """For their intervals; another split that shares a group is not used."""
+    data = items("p1/a", "p1/b", "p1/c", "p2/a", splits=["train", "test", "test", "test"])
+    grouped(data, flags(r"(p\d)", eval="run"))
+    assert data.groups.tolist() == ["p1/a", "p1", "p1", "p2"]
+    refuse_spanning(data, data.groups[:, None], {"train": np.array([0]), "test": np.arange(1, 4)})
 
 
 def test_eval_of_a_protocol_needs_groups_whatever_splits_the_data_have():

@@ -352,6 +352,59 @@ def test_the_interval_of_no_item_is_everything():
         metrics.share_interval(5, 4)
 
 
+def grouped_answers():
+    """(n,) answers, right or wrong, that the n items of a group mostly share; groups; labels."""
+    rng = np.random.default_rng(0)
+    groups = np.repeat([f"patient {i}" for i in range(40)], rng.integers(1, 12, 40))
+    skill = dict(zip(dict.fromkeys(groups), rng.random(40), strict=True))
+    hits = rng.random(len(groups)) < [skill[name] for name in groups]
+    return hits, groups, rng.integers(0, 2, len(groups))
+
+
+def test_the_interval_of_a_mean_draws_groups_as_a_whole():
+    hits, groups, _ = grouped_answers()
+    names, rng = np.unique(groups), np.random.default_rng(1)
+    means = []
+    for _ in range(4000):
+        drawn = np.concatenate([hits[groups == name] for name in rng.choice(names, len(names))])
+        means.append(drawn.mean())
+    found = metrics.mean_interval(hits, units=groups, rounds=20_000)
+    assert found == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])), abs=0.01)
+    alone = metrics.mean_interval(hits)
+    assert found[1] - found[0] > 1.3 * (alone[1] - alone[0])
+    items = np.arange(len(hits))
+    assert metrics.mean_interval(hits, units=items) == alone
+    # Of one group every draw is the same: as much as one item tells.
+    low, high = metrics.mean_interval(hits, units=["one"] * len(hits))
+    assert low < 0.05 and high > 0.95
+    right = metrics.mean_interval([1] * 40, units=np.repeat(np.arange(8), 5))
+    assert right == metrics.mean_interval([1] * 8)
+    with pytest.raises(ValueError, match="units must be one an item, got 2 for 3 items"):
+        metrics.mean_interval([0, 1, 1], units=["a", "b"])
+
+
+def test_recall_intervals_draw_groups_as_a_whole():
+    hits, groups, target = grouped_answers()
+    predicted = np.where(hits, target, 1 - target)
+    found = metrics.recall_intervals(target, predicted, 3, seed=0, units=groups, rounds=20_000)
+    rng, kinds = np.random.default_rng(1), {}
+    for name in np.unique(groups):
+        kinds.setdefault(frozenset(target[groups == name].tolist()), []).append(name)
+    scores = {"uar": [], "war": []}
+    for _ in range(4000):
+        names = [name for alike in kinds.values() for name in rng.choice(alike, len(alike))]
+        rows = np.concatenate([np.flatnonzero(groups == name) for name in names])
+        values = metrics.long_tail(target[rows], predicted[rows], 3)
+        for name, drawn in scores.items():
+            drawn.append(values[name])
+    for name, drawn in scores.items():
+        assert found[name] == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])), abs=0.01)
+    alone = metrics.recall_intervals(target, predicted, 3, seed=0)
+    assert np.diff(found["uar"]) > 1.2 * np.diff(alone["uar"])
+    right = metrics.recall_intervals([0, 0, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1], 2, 0, list("aabbcc"))
+    assert right == metrics.recall_intervals([0, 1, 1], [0, 1, 1], 2, 0)
+
+
 @pytest.mark.parametrize("levels", [[0, 1], [-1, 0, 1]], ids=["accuracy", "difference"])
 def test_the_interval_of_a_mean_is_the_percentile_bootstrap(levels):
     stats = pytest.importorskip("scipy.stats", reason=ORACLE)
@@ -500,7 +553,7 @@ def knn_setup(num_bank=60, num_queries=30, num_classes=4, dim=5):
 @pytest.mark.parametrize("temperature", [0.07, 1.0])
 def test_knn_equals_a_double_loop(k, temperature):
     bank, bank_labels, queries, query_labels, num_classes = knn_setup()
-    right = 0
+    right = []
     for query, label in zip(queries, query_labels.tolist(), strict=True):
         similarity = [
             (F.cosine_similarity(query, row, dim=0).item(), i) for i, row in enumerate(bank)
@@ -508,9 +561,9 @@ def test_knn_equals_a_double_loop(k, temperature):
         votes = [0.0] * num_classes
         for s, i in sorted(similarity, reverse=True)[:k]:
             votes[bank_labels[i]] += math.exp(s / temperature)
-        right += max(range(num_classes), key=votes.__getitem__) == label
+        right.append(max(range(num_classes), key=votes.__getitem__) == label)
     for tile in (4, 1024):
-        accuracy = metrics.knn_accuracy(
+        hits = metrics.knn_hits(
             bank,
             bank_labels,
             queries,
@@ -520,8 +573,8 @@ def test_knn_equals_a_double_loop(k, temperature):
             temperature=temperature,
             tile=tile,
         )
-        assert accuracy == right / len(queries)
-    assert 0.3 < right / len(queries) < 1
+        assert hits.tolist() == right
+    assert 0.3 < np.mean(right) < 1
 
 
 def test_knn_equals_scikit_learn():
@@ -533,24 +586,20 @@ def test_knn_equals_scikit_learn():
         algorithm="brute",
         weights=lambda distance: np.exp((1 - distance) / 0.07),
     )
-    expected = oracle.fit(bank.numpy(), bank_labels.numpy()).score(
-        queries.numpy(), query_labels.numpy()
-    )
-    assert (
-        metrics.knn_accuracy(bank, bank_labels, queries, query_labels, num_classes, k=15)
-        == expected
-    )
+    answers = oracle.fit(bank.numpy(), bank_labels.numpy()).predict(queries.numpy())
+    hits = metrics.knn_hits(bank, bank_labels, queries, query_labels, num_classes, k=15)
+    np.testing.assert_array_equal(hits, answers == query_labels.numpy())
 
 
 def test_knn_survives_a_low_temperature():
     bank, bank_labels, queries, query_labels, num_classes = knn_setup()
-    accuracy = metrics.knn_accuracy(
+    hits = metrics.knn_hits(
         bank.float(), bank_labels, queries.float(), query_labels, num_classes, temperature=1e-3
     )
-    nearest = metrics.knn_accuracy(
+    nearest = metrics.knn_hits(
         bank.float(), bank_labels, queries.float(), query_labels, num_classes, k=1
     )
-    assert abs(accuracy - nearest) < 0.1
+    assert abs(hits.mean() - nearest.mean()) < 0.1
 
 
 def test_representations_of_bad_shape_are_refused():
@@ -561,7 +610,7 @@ def test_representations_of_bad_shape_are_refused():
         with pytest.raises(ValueError, match="features must be a real tensor"):
             metrics.effective_rank(bad)
         with pytest.raises(ValueError, match="queries must be a real tensor"):
-            metrics.knn_accuracy(x, labels, bad, labels, 2)
+            metrics.knn_hits(x, labels, bad, labels, 2)
     with pytest.raises(ValueError, match=r"\(4, 3\) and \(3, 3\)"):
         metrics.contrastive(x, x[:3])
     with pytest.raises(ValueError, match="tile"):
@@ -571,13 +620,13 @@ def test_representations_of_bad_shape_are_refused():
     with pytest.raises(ValueError, match="finite"):
         metrics.effective_rank(x * math.nan)
     with pytest.raises(ValueError, match="one width, got 3 and 2"):
-        metrics.knn_accuracy(x, labels, x[:, :2], labels, 2)
+        metrics.knn_hits(x, labels, x[:, :2], labels, 2)
     with pytest.raises(ValueError, match="one label a row"):
-        metrics.knn_accuracy(x, labels, x, labels[:3], 2)
+        metrics.knn_hits(x, labels, x, labels[:3], 2)
     with pytest.raises(ValueError, match="query_labels"):
-        metrics.knn_accuracy(x, labels, x, [0, 1, 2, 0], 2)
+        metrics.knn_hits(x, labels, x, [0, 1, 2, 0], 2)
     with pytest.raises(ValueError, match="temperature"):
-        metrics.knn_accuracy(x, labels, x, labels, 2, temperature=0)
+        metrics.knn_hits(x, labels, x, labels, 2, temperature=0)
 
 
 def labelings(count):

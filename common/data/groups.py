@@ -35,8 +35,8 @@ def check_column(what, groups: Sequence[str], places: Sequence) -> bool:
 def group_items(data, args, unit: str, say: Callable[[str], None], own_splits: bool = True) -> None:
     """Settle `data.groups` by --group-by, or as the data's column has them, and say how many.
 
-    There are none where nothing is held out: with --predict, and with --eval on data that has a
-    test split.
+    There are none with --predict. --eval on data that has a test split holds nothing out: groups
+    of the test items serve their intervals, and there are none where some have no group.
 
     Args:
         data: a data set with `name`, `ids`, `splits` and `groups`.
@@ -48,10 +48,22 @@ def group_items(data, args, unit: str, say: Callable[[str], None], own_splits: b
         InputError: a name has no group by the pattern, all items are in one, or there is a column,
             too.
     """
-    if args.predict or (args.eval and own_splits and (data.splits == "test").any()):
+    if args.predict:
         data.groups = None
         return
+    if args.eval and own_splits and (data.splits == "test").any():
+        try:
+            _find_groups(data, args, unit, say)
+        except InputError as error:
+            data.groups = None
+            say(f"the {unit} are not grouped: {str(error).partition(';')[0]}")
+        if data.groups is not None:  # whose other items may be in other splits, unused here
+            data.groups = np.where(data.splits == "test", data.groups, data.ids)
+    else:
+        _find_groups(data, args, unit, say)
 
+
+def _find_groups(data, args, unit: str, say: Callable[[str], None]) -> None:
     def refuse(received: str, remedy: str) -> None:
         if args.eval:
             remedy = "--eval has the groups of its run; it needs none on data with a test split"
@@ -88,6 +100,11 @@ def group_items(data, args, unit: str, say: Callable[[str], None], own_splits: b
     sizes = f"{low} to {high}" if low < high else high
     largest = f", the largest {names[counts.argmax()]}" if low < high else ""
     say(f"{len(names)} groups of {sizes} {unit} {source}{largest}")
+
+
+def groups_of(data, indices: np.ndarray) -> np.ndarray | None:
+    """The groups (m,) of the items `indices` (m,), None where there are none."""
+    return None if data.groups is None else data.groups[indices]
 
 
 def same_groups(groups: np.ndarray, indices: np.ndarray) -> np.ndarray:

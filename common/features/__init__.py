@@ -11,6 +11,7 @@ from torch import Tensor
 
 from common import amp, metrics, monitor
 from common.data import sampling
+from common.data.groups import groups_of
 from common.live import digits
 from common.retry import retried
 from common.run import dist, log
@@ -153,13 +154,10 @@ def representation(
         return {f"{prefix}/effective_rank": metrics.effective_rank(rows)}
     in_bank = rows[: len(of_bank)]
     of_queries = rows[len(of_bank) :]
-    accuracy = metrics.knn_accuracy(
-        in_bank, labels[of_bank], of_queries, labels[asked], len(items.classes)
-    )
-    values = {f"{prefix}/knn_accuracy": accuracy}
+    hits = metrics.knn_hits(in_bank, labels[of_bank], of_queries, labels[asked], len(items.classes))
+    values = {f"{prefix}/knn_accuracy": float(hits.mean())}
     if queries == "test":
-        is_right = np.arange(len(asked)) < round(accuracy * len(asked))
-        low, high = metrics.mean_interval(is_right)
+        low, high = metrics.mean_interval(hits, units=groups_of(items, asked))
         values |= {f"{prefix}/knn_accuracy_low": low, f"{prefix}/knn_accuracy_high": high}
     return values | {f"{prefix}/effective_rank": metrics.effective_rank(of_queries)}
 
