@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import zipfile
 
 import numpy as np
@@ -110,6 +111,16 @@ def test_one_near_pair_in_a_large_test_warns(folder, tmp_path):
     )
 
 
+def test_equal_images_of_two_labels_are_named(folder, tmp_path):
+    copy = split_cells(tmp_path / "cells")
+    one, other = sorted(path for path in (copy / "train").iterdir() if path.is_dir())[:2]
+    path = min(one.glob("*.png"))
+    shutil.copy(path, other / "twin.png")
+    found = examine(copy, tmp_path)["duplicates"]
+    assert "1 group of equal images, such as" in found.fix
+    assert f"{path.name} ({one.name})" in found.fix and f"twin.png ({other.name})" in found.fix
+
+
 def test_perceptual_hash_is_the_sign_of_low_frequencies():
     fft = pytest.importorskip("scipy.fft", reason="pip install scipy")
     frames = torch.from_numpy(PIXELS[:20])
@@ -139,6 +150,7 @@ def test_a_wrong_label_among_sure_neighbors_is_shown(tmp_path):
     splits = {"train": np.arange(250), "test": np.arange(250, 300)}
     found = examine(images, tmp_path, splits)["label-noise"]
     assert found.status == "PASS" and [row[0] for row in found.rows[1:]] == ["007"]
+    assert found.value.endswith("; look at 007 (c, neighbors say b)")
     assert found.rows[1][1:] == ["c", "b", "100%"] and found.pictures == [
         "figures/check_labels.png"
     ]

@@ -42,7 +42,7 @@ TOOLS = [
 ]  # fmt: skip
 OF_OTHERS = {  # sbatch, srun and pip
     "--index-url", "--account", "--gres",
-    "--array", "--dependency", "--kill-on-invalid-dep", "--open-mode", "--parsable", "--partition",
+    "--array", "--dependency", "--open-mode", "--parsable", "--partition",
     "--pty", "--requeue", "--signal", "--time",
 }  # fmt: skip
 # Bash expands the loops of a page. Nothing runs: there is no PATH, and what would start Python

@@ -113,7 +113,12 @@ def duplicates(seen: Inspection, folder: Path) -> Result:
             _, one, other = across[0]
             fix = f"keep {one} or {other}, and so on: no part may ask what another has shown"
         if unlike:
-            fix += f"; more than one label: {plural(len(unlike), 'group')} of equal {seen.unit}"
+            of_label = {twin.label: twin.name for twin in unlike[0] if twin.label != UNLABELED}
+            named = [f"{name} ({seen.classes[label]})" for label, name in of_label.items()]
+            fix += (
+                f"; more than one label: {plural(len(unlike), 'group')} of equal {seen.unit},"
+                f" such as {first_few(named)}"
+            )
     drawn = [row for pair in near[: WORST // 2] for row in pair]
     pictures = save_thumbs(seen, drawn, folder, "check_duplicates")
     threshold = f"0 exact, {NEAR_SHARE:.0%} near across splits"
@@ -316,6 +321,11 @@ def label_noise(seen: Inspection, folder: Path) -> Result:
         [seen.ids[labeled[i]], seen.classes[truth[i]], seen.classes[rival[i]], f"{against[i]:.0%}"]
         for i in doubted
     ]
+    if contradicted:
+        named = [
+            f"{item} ({label}, neighbors say {other})" for item, label, other, _ in contradicted
+        ]
+        value += f"; look at {first_few(named, 2)}"
     pictures = save_thumbs(seen, labeled[doubted].tolist(), folder, "check_labels")
     header = ["item", "label", "neighbors say", "share of them"]
     return Result(status, value, threshold, fix, pictures, table(header, contradicted))
