@@ -151,8 +151,22 @@ def test_three_stages_are_compared_and_the_start_may_win(whole, acts, tmp_path, 
     )
     assert f"{moved['cluster/train/moved']:.1%} of the training" in capsys.readouterr().out
     more = flags(SMALL, "--data", acts, "--force-resume --out", tmp_path / "run")
-    assert train_cluster.main(more) == 0  # from no epochs to some, as one that never stopped
-    same(*(checkpoint.load(f / "cluster" / "best.pt")["model"] for f in (whole, tmp_path / "run")))
+    assert train_cluster.main(more) == 0  # from no epochs to some; its dropout draws others
+    lines = log.read(tmp_path / "run")
+    for stage, count in (("pretrain", 2), ("cluster", 3)):
+        assert {line["epoch"] for line in lines if line["stage"] == stage} == {*range(count + 1)}
+    assert summary(tmp_path / "run")["start/test/nmi"] == start["start/test/nmi"]
+
+
+def test_the_epoch_of_the_clearest_clusters_is_kept(whole):
+    lines = [line for line in log.read(whole) if "cluster/train/silhouette" in line]
+    assert len(lines) == 4
+    clear = []
+    for line in lines:
+        clear.append(line["cluster/train/stability"] * line["cluster/train/silhouette"])
+        assert line["cluster/train/clarity"] == pytest.approx(clear[-1])
+    best = checkpoint.load(whole / "cluster" / "best.pt")
+    assert (best["epoch"], best["value"]) == (np.argmax(clear), pytest.approx(max(clear)))
 
 
 def test_the_analysis_is_of_this_run(whole):
