@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from common import clustering, deep_cluster, metrics
 from common.models import umc
 from common.monitor import Monitor
-from common.report import cluster_analysis
+from common.report import cluster_analysis, clusters
 
 
 @pytest.mark.parametrize("spread, expected", [(4, "discriminant"), (1, "euclidean")])
@@ -186,6 +186,19 @@ def test_principal_axes_are_those_that_rows_differ_along():
     assert deep_cluster.principal(x[:, :1]).shape == (50, 1)
     wide = torch.ones(2, umc.WIDE + 1)
     assert deep_cluster.principal(wide) is wide
+
+
+def test_the_report_shows_utterances_of_one_text_once():
+    texts = ["Hey!", "hey!", "No.", "Hey!", "Yes."]
+    labels, found = np.array([0, 0, 1, 0, 1]), np.array([1, 1, 0, 1, 1])
+    table = SimpleNamespace(texts=texts, ids=list("abcde"), labels=labels, classes=["g", "s"])
+    sure = np.array([0.7, 0.8, 0.9, 0.6, 0.5])
+    rows = clusters.mistakes(table, np.arange(5), found, sure, {0: 0, 1: 1})["rows"]
+    wrong = [row[1] for row in rows if row[0] == "confident and wrong"]
+    assert wrong == ["No. (c)", "hey! (b)"]
+    assert [row[1] for row in rows[2:]] == ["Yes. (e)", "Hey! (d)", "No. (c)"]
+    table.texts = None
+    assert len(clusters.mistakes(table, np.arange(5), found, sure, {0: 0, 1: 1})["rows"]) == 4 + 5
 
 
 def test_monitor_figures_are_numbers():

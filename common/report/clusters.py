@@ -205,6 +205,18 @@ def _utterance(table: utterances.Utterances, i: int) -> str:
     return table.ids[i] if table.texts is None else f"{table.texts[i]} ({table.ids[i]})"
 
 
+def _distinct(table: utterances.Utterances, order: np.ndarray, count: int) -> list[int]:
+    """The first `count` of the utterances `order` (m,), of those of one text only the first."""
+    if table.texts is None:
+        return order[:count].tolist()
+    first = {}
+    for i in order.tolist():
+        first.setdefault(table.texts[i].casefold(), i)
+        if len(first) == count:
+            break
+    return list(first.values())
+
+
 def mistakes(
     table: utterances.Utterances, known: np.ndarray, clusters, confidence, matched: dict[int, int]
 ) -> dict:
@@ -214,11 +226,11 @@ def mistakes(
     """
     answers = np.array([matched.get(int(c), -1) for c in clusters[known]])
     wrong = known[answers != table.labels[known]]
-    worst = wrong[np.argsort(-confidence[wrong], kind="stable")][:_MISTAKES]
-    unsure = known[np.argsort(confidence[known], kind="stable")][:_UNSURE]
+    worst = _distinct(table, wrong[np.argsort(-confidence[wrong], kind="stable")], _MISTAKES)
+    unsure = _distinct(table, known[np.argsort(confidence[known], kind="stable")], _UNSURE)
     rows = []
     for kind, members in (("confident and wrong", worst), ("least certain", unsure)):
-        for i in members.tolist():
+        for i in members:
             c = int(clusters[i])
             label = table.classes[matched[c]] if c in matched else "no label"
             truth = table.classes[table.labels[i]]
@@ -355,7 +367,8 @@ def _clusters_table(
     rows = []
     for c in range(k):
         members = np.flatnonzero(clusters == c)
-        nearest = members[np.argsort(distance[members], kind="stable")[:_TYPICAL]]
+        order = members[np.argsort(distance[members], kind="stable")]
+        nearest = _distinct(table, order, _TYPICAL)
         typical = " | ".join(_utterance(table, i) for i in nearest)
         row = [c, len(members), int(selected[c]), " ".join(words[c]), typical]
         rows.append(row + ([_majority(table, members)] if table.labeled else []))
