@@ -62,10 +62,10 @@ OPS = ("nt_xent", "sup_con", "temporal_shift", "shift_conv1x1")
 LOSSES = OPS[:2]
 LOSS_BOUND = (
     "max(FLOP / tensor rate, exp / exp rate); forward M^2 D, M^2 / 2 (half grid);"
-    " backward 4 M^2 D, M^2 (of a half grid, which nobody has: 3 M^2 D, M^2 / 2); M rows"
+    " backward 4 M^2 D, M^2 (of a half grid, not built: 3 M^2 D, M^2 / 2); M rows"
 )
 # What is timed for its speed alone: it computes something else.
-OTHERS = ("fused kernel, no shift", "1x1 convolution alone")
+OTHERS = ("fused form, no shift", "1x1 convolution alone")
 
 
 def nt_xent_eager(z_a, z_b, temperature):
@@ -250,8 +250,8 @@ def variants(op, case_rows, on_gpu, with_peers, temperature):
         if can_compile:
             functions["torch.compile(eager)"] = torch.compile(eager, dynamic=False)
     if op == "shift_conv1x1":
-        functions["fused kernel, no shift"] = fused_without_shift
-        functions["1x1 convolution alone"] = convolution_alone
+        functions[OTHERS[0]] = fused_without_shift
+        functions[OTHERS[1]] = convolution_alone
         if on_gpu:
             functions["our shift, then cuDNN"] = shift_then_convolution
             functions["fused, forward looped"] = looped

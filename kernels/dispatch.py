@@ -91,6 +91,13 @@ def choose_impl(op: str, impl: str, x: torch.Tensor, unsupported: str | None = N
     return "triton"
 
 
+def check_tensors(op: str, **tensors) -> None:
+    """Refuse what is no tensor, by the name of its argument."""
+    for name, x in tensors.items():
+        if not isinstance(x, torch.Tensor):
+            raise ValueError(f"{op}: {name} is a {type(x).__name__}; it must be a torch.Tensor")
+
+
 def on_device_of_first(function):
     """Run a function that launches kernels on the GPU of its first argument.
 

@@ -45,6 +45,7 @@ from .dispatch import (
     Operation,
     breaks_graph_to_gather,
     ceil_div,
+    check_tensors,
     choose_impl,
     gradients,
     jit,
@@ -60,6 +61,7 @@ from .reference import (
     REDUCTIONS,
     Gather,
     Stats,
+    check_temperature,
     normalize_rows,
     own_rows_first,
     reference_lse,
@@ -1052,23 +1054,18 @@ _reference_forward_op.register_autograd(_differentiate_reference, setup_context=
 def _check(z_a, z_b, temperature, reduction):
     if reduction not in REDUCTIONS:
         raise ValueError(f"nt_xent: reduction={reduction!r}, allowed are 'mean', 'sum' and 'none'")
+    check_tensors("nt_xent", z_a=z_a, z_b=z_b)
     if z_a.dim() != 2 or z_a.shape != z_b.shape or not z_a.numel():
         raise ValueError(
-            f"nt_xent: z_a {tuple(z_a.shape)}, z_b {tuple(z_b.shape)}; both must be (N, D), N"
-            " and D >= 1"
+            f"nt_xent: z_a {tuple(z_a.shape)}, z_b {tuple(z_b.shape)}; both must be the same"
+            " (N, D), N and D >= 1"
         )
     if z_a.dtype != z_b.dtype or z_a.device != z_b.device or not z_a.is_floating_point():
         raise ValueError(
-            f"nt_xent: z_a is {z_a.dtype} on {z_a.device}, z_b {z_b.dtype} on {z_b.device}; they"
-            " must agree"
+            f"nt_xent: z_a is {z_a.dtype} on {z_a.device}, z_b {z_b.dtype} on {z_b.device}; both"
+            " must be the same floating type on one device"
         )
-    if isinstance(temperature, torch.Tensor):
-        if temperature.numel() != 1:
-            raise ValueError(
-                f"nt_xent: temperature has {temperature.numel()} elements; one number is needed"
-            )
-    elif not 0 < temperature < math.inf:
-        raise ValueError(f"nt_xent: temperature={temperature} must be a positive number")
+    check_temperature("nt_xent", temperature)
 
 
 @breaks_graph_to_gather
@@ -1123,8 +1120,9 @@ def nt_xent(
         the pair of both.
 
     Raises:
-        ValueError: shapes, dtypes or devices that disagree, a temperature that is not positive,
-            an unknown reduction, impl="triton" where it cannot run.
+        ValueError: shapes, dtypes or devices that disagree, a temperature that is not positive (a
+            tensor's value is not looked at), an unknown reduction, impl="triton" where it cannot
+            run.
 
     Source: Chen et al. 2020, arXiv:2002.05709; decoupled: Yeh et al. 2022, arXiv:2110.06848.
     """

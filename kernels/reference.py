@@ -42,6 +42,21 @@ class Stats(NamedTuple):
     potential: torch.Tensor | None
 
 
+def check_temperature(op: str, temperature: float | torch.Tensor) -> None:
+    """Refuse what is neither a positive number nor a tensor of one element, whose value waits on
+    its device and is not looked at.
+    """
+    if isinstance(temperature, torch.Tensor):
+        if temperature.numel() != 1:
+            raise ValueError(
+                f"{op}: temperature has {temperature.numel()} elements; one number is needed"
+            )
+    elif temperature is None or isinstance(temperature, str | bool | list | tuple):
+        raise ValueError(f"{op}: temperature={temperature!r} must be a positive number")
+    elif not 0 < temperature < math.inf:
+        raise ValueError(f"{op}: temperature={temperature} must be a positive number")
+
+
 def own_rows_first(
     gather: Gather, rows: torch.Tensor, labels: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -69,9 +84,9 @@ def own_rows_first(
     fits = gathered.dim() == 2 and gathered.shape[0] % n == 0 and gathered.shape[1] == width
     if not fits or gathered.dtype != rows.dtype:
         raise ValueError(
-            f"gather returned {tuple(gathered.shape)} {gathered.dtype} for {tuple(rows.shape)}"
-            f" {rows.dtype}; expected all processes' rows concatenated along dimension 0, the same"
-            " number from each"
+            f"nt_xent, sup_con: gather returned {tuple(gathered.shape)} {gathered.dtype} for"
+            f" {tuple(rows.shape)} {rows.dtype}; expected all processes' rows concatenated"
+            " along dimension 0, the same number from each"
         )
     same = (gathered.reshape(-1, n, width) == rows).flatten(1).all(1)
     if labels is not None:

@@ -35,6 +35,7 @@ from .dispatch import (
     Launch,
     Operation,
     ceil_div,
+    check_tensors,
     choose_impl,
     gradients,
     jit,
@@ -646,6 +647,9 @@ _forward_op.register_autograd(_differentiate, setup_context=_save_for_backward)
 
 
 def _check(x, weight, bias):
+    check_tensors("shift_conv1x1", weight=weight)
+    if bias is not None:
+        check_tensors("shift_conv1x1", bias=bias)
     if weight.shape[1:] not in ((x.shape[1],), (x.shape[1], 1, 1)):
         raise ValueError(
             f"shift_conv1x1: weight is {tuple(weight.shape)}; for {x.shape[1]} channels it must be "
@@ -720,7 +724,7 @@ def shift_conv1x1(
         ValueError: shapes that disagree, an argument outside what is allowed, impl="triton" where
             it cannot run.
     """
-    split, num_shifted = _folds(x, n_segment, fold_div, direction, padding)
+    split, num_shifted = _folds(x, n_segment, fold_div, direction, padding, "shift_conv1x1")
     _check(x, weight, bias)
     if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)

@@ -38,6 +38,7 @@ from .dispatch import (
     Operation,
     breaks_graph_to_gather,
     ceil_div,
+    check_tensors,
     choose_impl,
     gradients,
     jit,
@@ -52,6 +53,7 @@ from .reference import (
     REDUCTIONS,
     Gather,
     Stats,
+    check_temperature,
     normalize_rows,
     own_rows_first,
     reference_lse,
@@ -892,11 +894,13 @@ def sup_con(
         the pair of both.
 
     Raises:
-        ValueError: shapes, dtypes or devices that disagree, a temperature that is not positive,
-            an unknown reduction, impl="triton" where it cannot run.
+        ValueError: shapes, dtypes or devices that disagree, a temperature that is not positive (a
+            tensor's value is not looked at), an unknown reduction, impl="triton" where it cannot
+            run.
 
     Source: Khosla et al. 2020, arXiv:2004.11362, L_out of equation 2.
     """
+    check_tensors("sup_con", z=z, labels=labels)
     if z.dim() != 2 or not z.numel() or not z.is_floating_point():
         raise ValueError(
             f"sup_con: z is {tuple(z.shape)} {z.dtype}; it must be (M, D) floating point, M"
@@ -905,18 +909,14 @@ def sup_con(
     if labels.shape != z.shape[:1] or labels.device != z.device or labels.dtype not in _LABEL_TYPES:
         raise ValueError(
             f"sup_con: labels are {tuple(labels.shape)} {labels.dtype} on {labels.device}; "
-            f"they must be ({z.shape[0]},) integers on {z.device}"
+            f"they must be ({z.shape[0]},) integers (int64, int32, int16, int8 or uint8) on"
+            f" {z.device}"
         )
     if reduction not in REDUCTIONS:
         raise ValueError(f"sup_con: reduction={reduction!r}, allowed are 'mean', 'sum' and 'none'")
+    check_temperature("sup_con", temperature)
     if isinstance(temperature, torch.Tensor):
-        if temperature.numel() != 1:
-            raise ValueError(
-                f"sup_con: temperature has {temperature.numel()} elements; one number is needed"
-            )
         temperature = temperature.reshape(())
-    elif not 0 < temperature < math.inf:
-        raise ValueError(f"sup_con: temperature={temperature} must be a positive number")
     options = (normalize, gather, reduction, return_stats)
     if choose_impl("sup_con", impl, z, why_not_fused(z, normalize, temperature)) == "torch":
         return _sup_con(z, labels, temperature, *options, "torch")

@@ -30,6 +30,7 @@ from .dispatch import (
     Launch,
     Operation,
     ceil_div,
+    check_tensors,
     choose_impl,
     jit,
     on_device_of_first,
@@ -217,25 +218,26 @@ def _check_integer(op, name, value):
         raise ValueError(f"{op}: {name}={value!r} must be a Python int")
 
 
-def _folds(x, n_segment, fold_div, direction, padding):
+def _folds(x, n_segment, fold_div, direction, padding, op="temporal_shift"):
     """-> the ends of the channels that read the next frame and of those that read the previous."""
+    check_tensors(op, x=x)
     if x.dim() != 4:
-        raise ValueError(f"temporal_shift: x has {x.dim()} dimensions; it must be (B*T, C, H, W)")
-    _check_integer("temporal_shift", "n_segment", n_segment)
-    _check_integer("temporal_shift", "fold_div", fold_div)
+        raise ValueError(f"{op}: x has {x.dim()} dimensions; it must be (B*T, C, H, W)")
+    _check_integer(op, "n_segment", n_segment)
+    _check_integer(op, "fold_div", fold_div)
     if n_segment < 1 or x.shape[0] % n_segment:
         raise ValueError(
-            f"temporal_shift: n_segment={n_segment} must divide the number of frames, {x.shape[0]}"
+            f"{op}: n_segment={n_segment} must divide the number of frames, {x.shape[0]}, and be 1"
+            " or more"
         )
     if direction not in ("both", "past"):
-        raise ValueError(f"temporal_shift: direction={direction!r}, allowed are 'both' and 'past'")
+        raise ValueError(f"{op}: direction={direction!r}, allowed are 'both' and 'past'")
     if padding not in PADDINGS:
-        raise ValueError(f"temporal_shift: padding={padding!r}, allowed are {', '.join(PADDINGS)}")
+        raise ValueError(f"{op}: padding={padding!r}, allowed are {', '.join(PADDINGS)}")
     least = 2 if direction == "both" else 1
     if fold_div < least:
         raise ValueError(
-            f"temporal_shift: fold_div={fold_div} with direction={direction!r} must be"
-            f" {least} or more"
+            f"{op}: fold_div={fold_div} with direction={direction!r} must be {least} or more"
         )
     fold = x.shape[1] // fold_div
     return (fold, 2 * fold) if direction == "both" else (0, fold)
@@ -253,8 +255,8 @@ def temporal_shift(
     """Shift part of the channels by one frame in time.
 
     Args:
-        x: (B*T, C, H, W), any floating dtype; contiguous or channels_last, which the result and the
-            gradient keep (other strides are copied).
+        x: (B*T, C, H, W), any dtype (complex: reference only); contiguous or channels_last, which
+            the result and the gradient keep (other strides are copied).
         n_segment: T, frames per clip; divides the first dimension.
         fold_div: C // fold_div channels are shifted in each direction (none where C < fold_div).
         direction: "both" or "past".
@@ -274,6 +276,8 @@ def temporal_shift(
     unsupported = None
     if x[:1].numel() >= 2**31 - BLOCK_SIZE:
         unsupported = "a frame has 2^31 elements or more"
+    elif x.is_complex():
+        unsupported = "complex numbers"
     if choose_impl("temporal_shift", impl, x, unsupported) == "torch":
         return temporal_shift_reference(
             x, n_segment, fold_div=fold_div, direction=direction, padding=padding
@@ -301,6 +305,9 @@ def shift_step(
         ValueError: a frame that is not (B, C, H, W), a fold_div that is no integer from 1 on, a
             state of another shape, dtype or device.
     """
+    check_tensors("shift_step", x_t=x_t)
+    if state is not None:
+        check_tensors("shift_step", state=state)
     if x_t.dim() != 4:
         raise ValueError(f"shift_step: x_t has {x_t.dim()} dimensions; it must be (B, C, H, W)")
     _check_integer("shift_step", "fold_div", fold_div)

@@ -576,12 +576,16 @@ def test_the_kernel_gives_the_same_bits_every_time():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((torch.zeros(3, 4), torch.zeros(4, 4), 0.1), r"\(3, 4\).*\(4, 4\)"),
+        ((torch.zeros(3, 4), torch.zeros(4, 4), 0.1), r"\(3, 4\).*\(4, 4\).*the same"),
         ((torch.zeros(3, 4), torch.zeros(3, 4).half(), 0.1), "float32.*float16"),
         ((torch.zeros(0, 4), torch.zeros(0, 4), 0.1), "N and D >= 1"),
         ((torch.zeros(3, 4), torch.zeros(3, 4), 0.0), "temperature=0.0"),
         ((torch.zeros(3, 4), torch.zeros(3, 4), torch.ones(2)), "2 elements"),
-        ((torch.zeros(3, 4).long(), torch.zeros(3, 4).long(), 0.1), "int64"),
+        ((torch.zeros(3, 4).long(), torch.zeros(3, 4).long(), 0.1), "int64.*floating type"),
+        (([[0.0]], torch.zeros(1, 1), 0.1), "z_a is a list; it must be a torch.Tensor"),
+        ((torch.zeros(3, 4), np.zeros((3, 4)), 0.1), "z_b is a ndarray"),
+        ((torch.zeros(3, 4), torch.zeros(3, 4), "0.1"), "temperature='0.1' must be a positive"),
+        ((torch.zeros(3, 4), torch.zeros(3, 4), True), "temperature=True"),
     ],
 )
 def test_bad_input_is_named(arguments, message):

@@ -144,6 +144,8 @@ def test_compiles_without_graph_breaks(impl):
         (torch.zeros(8, 16, 3, 3), None, "must be"),
         (torch.zeros(8, 16), torch.zeros(7), r"bias is \(7,\)"),
         (torch.zeros(8, 16).half(), None, "float32, weight torch.float16"),
+        (torch.nn.Conv2d(16, 8, 1), None, "weight is a Conv2d; it must be a torch.Tensor"),
+        (torch.zeros(8, 16), 0.0, "bias is a float"),
     ],
 )
 def test_bad_input_is_named(weight, bias, message):

@@ -419,7 +419,10 @@ def test_compiles_without_graph_breaks(impl):
         ((torch.zeros(3), torch.zeros(3).long(), 0.1), r"z is \(3,\)"),
         ((torch.zeros(3, 4), torch.zeros(2).long(), 0.1), r"labels are \(2,\)"),
         ((torch.zeros(3, 4), torch.zeros(3), 0.1), "float32"),
+        ((torch.zeros(3, 4), torch.zeros(3, dtype=torch.uint16), 0.1), "uint16.*or uint8"),
+        ((torch.zeros(3, 4), [0, 1, 0], 0.1), "labels is a list; it must be a torch.Tensor"),
         ((torch.zeros(3, 4), torch.zeros(3).long(), -1.0), "temperature=-1.0"),
+        ((torch.zeros(3, 4), torch.zeros(3).long(), None), "temperature=None"),
         ((torch.zeros(3, 4), torch.zeros(3).long(), torch.ones(2)), "2 elements"),
     ],
 )

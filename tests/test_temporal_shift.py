@@ -197,6 +197,7 @@ def test_shifting_in_place_corrupts_a_residual_block_in_silence():
         ((8, 16, 4), 4, {}, "3 dimensions"),
         ((9, 16, 4, 4), 4, {}, "n_segment=4 must divide.*9"),
         ((8, 16, 4, 4), 0, {}, "n_segment=0"),
+        ((8, 16, 4, 4), -4, {}, "n_segment=-4 must divide.* 8, and be 1 or more"),
         ((8, 16, 4, 4), 4, {"direction": "future"}, "'future'.*'both' and 'past'"),
         ((8, 16, 4, 4), 4, {"padding": "same"}, "'same'.*circulant"),
         ((8, 16, 4, 4), 4, {"fold_div": 1}, "fold_div=1"),
@@ -205,6 +206,8 @@ def test_shifting_in_place_corrupts_a_residual_block_in_silence():
 def test_bad_input_is_named(shape, n_segment, options, message):
     with pytest.raises(ValueError, match=message):
         temporal_shift(torch.zeros(shape), n_segment, **options)
+    with pytest.raises(ValueError, match="shift_conv1x1: .*" + message):
+        shift_conv1x1(torch.zeros(shape), torch.zeros(2, 16), None, n_segment, **options)
 
 
 @pytest.mark.parametrize(
@@ -225,6 +228,7 @@ def test_numbers_that_are_no_integers_are_named(options, message):
 @pytest.mark.parametrize(
     ("frame", "options", "message"),
     [
+        ([0.0], {}, "x_t is a list; it must be a torch.Tensor"),
         (torch.zeros(2, 16, 4), {}, r"3 dimensions.*\(B, C, H, W\)"),
         (torch.zeros(2, 16, 4, 4), {"fold_div": 0}, "fold_div=0 must be 1 or more"),
         (torch.zeros(2, 16, 4, 4), {"fold_div": -8}, "fold_div=-8"),
