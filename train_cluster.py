@@ -127,11 +127,10 @@ MODE_DEFAULTS = {
         " those spread out",
     ),
     "select_epoch": (
-        "clearest",
+        "stability",
         "last",
-        ["clearest", "last"],
-        "epoch to keep; clearest: that of the clearest clusters, stability times silhouette (in"
-        " stage 1 stability alone)",
+        ["stability", "last"],
+        "epoch to keep: that of the most stable clusters, or the last",
     ),
     "min_select_share": (
         0.1,
@@ -544,25 +543,25 @@ def eval_batch_of(rows: Rows) -> int:
     return 2**20 // cost or 1
 
 
-def describe_epoch(
+def eval_stability(
     run: Run, name: str, model, z: Tensor, progress, targets: Targets | None = None
-) -> dict:
-    """The stability of the clusters of the training rows z (n, base_dim), and with `targets` the
-    rest of an epoch's figures, as metrics.
+) -> tuple[float, dict]:
+    """The stability of the clusters of the training rows z (n, base_dim), and with the rest of an
+    epoch's figures as metrics.
     """
     with progress.interruptible():
         z = z @ model.metric.cpu()
-        values = {"stability": deep_cluster.stability(z, run.model_spec["k"], run.args.seed)}
+        stable = deep_cluster.stability(z, run.model_spec["k"], run.args.seed)
+        values = {"stability": stable}
         if targets:  # what the run leaves behind are the clusters of the epoch's end
             start = model.centroids.cpu()
             centroids = deep_cluster.centers(z, run.model_spec, run.args.seed, start)
             centroids = centroids.to(model.centroids.dtype)
             clusters, distances = clustering.nearest(z, centroids)
             values |= deep_cluster.describe(run, z, clusters, distances, targets)
-            values["clarity"] = values["stability"] * max(values.get("silhouette", 0.0), 0.0)
     if targets:
         model.centroids.copy_(centroids)
-    return {f"{name}/train/{key}": value for key, value in values.items()}
+    return stable, {f"{name}/train/{key}": value for key, value in values.items()}
 
 
 def epoch_passes(
@@ -593,8 +592,8 @@ def epoch_passes(
 def train(
     run: Run, name: str, model: umc.Fusion, start: str, before: dict[str, umc.Fusion] | None = None
 ) -> str:
-    """A stage: epochs of `epoch_passes`, each evaluated; keeps the epoch of the clearest clusters,
-    or the last one. Returns the digest of its weights.
+    """A stage: epochs of `epoch_passes`, each evaluated; keeps the epoch of the most stable
+    clusters, or the last one. Returns the digest of its weights.
 
     What a stage starts from counts as its epoch 0: where training blurs the clusters, that is what
     is kept. Stage 2 is compared with the models `before` it, by name.
@@ -619,9 +618,8 @@ def train(
     log.say(stage.describe(plural(len(run.splits["train"]), "utterance"), steps))
     log.say(loss_band(run, name))
 
-    def select(values: dict) -> None:
-        measure = f"{name}/train/{'clarity' if is_second else 'stability'}"
-        value = progress.epoch if keeps_last else values[measure]
+    def select(stable: float, values: dict) -> None:
+        value = progress.epoch if keeps_last else stable
         progress.select(value, model.state_dict(), values, higher_is_better=True)
 
     z = None  # of the training rows by the weights as they are
@@ -629,12 +627,12 @@ def train(
         z = evaluate(run, model, run.splits["train"], progress)
         if is_second:
             find_clusters(run, model, z, targets)
-        values = describe_epoch(run, name, model, z, progress, targets)
+        stable, values = eval_stability(run, name, model, z, progress, targets)
         unknown = not is_second and number_not_found(spec)
         log.metrics(name, 0, 0, values | ({f"{name}/warn/no_number": 1.0} if unknown else {}))
         progress.results = values
         progress.epoch = -1  # select() counts from 1: the start is epoch 0
-        select(values)
+        select(stable, values)
         progress.epoch = 0
     loop = Loop(run, progress, steps=steps, unit="utterance")
     loop.foresee(train_step, partial(fetch, run), run.splits["train"])
@@ -658,10 +656,10 @@ def train(
             step = train_step(run, trained, optimizer, scaler, batch)
             loop.end_step(step, lr)
         z = evaluate(run, model, run.splits["train"], progress)
-        values = describe_epoch(run, name, model, z, progress, targets)
+        stable, values = eval_stability(run, name, model, z, progress, targets)
         values = {f"{name}/train/loss": progress.mean("loss")} | values
-        monitor.add(values[f"{name}/train/stability"])
-        select(values)
+        monitor.add(stable)
+        select(stable, values)
         if is_second:
             report = deep_cluster.figures(monitor)
             values |= {f"{name}/monitor/{key}": value for key, value in report.items()}
@@ -747,14 +745,14 @@ def finish_clustering(
         fresh = Targets(len(train_split))
         z = evaluate(run, network, everything, progress)
         find_clusters(run, network, z[train_split], fresh)
-        values = describe_epoch(run, name, network, z[train_split], progress, fresh)
+        _, values = eval_stability(run, name, network, z[train_split], progress, fresh)
         results |= deep_cluster.compared(values | tested(network, name, z)[0])
     scores, (z, centroids) = test_best_and_last(progress, model, test)
     with progress.interruptible():
         results = deep_cluster.baselines(run) | results | scores
     correlation = deep_cluster.tracking(run)
     if correlation is not None:
-        results["cluster/train/clarity_tracks_nmi"] = correlation
+        results["cluster/train/stability_tracks_nmi"] = correlation
     run.log.metrics("cluster", progress.step, progress.epoch, results, quiet=True)
     results |= progress.best_metrics()  # logged with their epoch
     log_scores(run, results)

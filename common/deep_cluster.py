@@ -498,12 +498,12 @@ def baselines(run: Run) -> dict:
 
 
 def tracking(run: Run) -> float | None:
-    """Rank correlation of the clarity with the NMI over the epochs of stage 2.
+    """Rank correlation of the stability with the NMI over the epochs of stage 2.
 
     It tells how well choosing by the first serves the second. None where there are no labels or
     fewer than 3 epochs.
     """
-    names = ("cluster/train/clarity", "cluster/train/nmi")
+    names = ("cluster/train/stability", "cluster/train/nmi")
     lines = log.read(run.folder) if run.world.is_main else []
     complete = [line for line in lines if all(name in line for name in names)]
     pairs = np.array([[line[name] for name in names] for line in complete])

@@ -37,12 +37,12 @@ def test_tracking_is_spearman_s_correlation(tmp_path):
     rng = np.random.default_rng(0)
     pairs = np.round(rng.random((12, 2)), 1)
     with open(tmp_path / "log.jsonl", "w") as file:
-        for clear, nmi in pairs.tolist():
+        for stable, nmi in pairs.tolist():
             line = {
                 "stage": "cluster",
                 "step": 0,
                 "epoch": 0,
-                "cluster/train/clarity": clear,
+                "cluster/train/stability": stable,
                 "cluster/train/nmi": nmi,
             }
             file.write(json.dumps(line) + "\n")

@@ -158,17 +158,6 @@ def test_three_stages_are_compared_and_the_start_may_win(whole, acts, tmp_path, 
     assert summary(tmp_path / "run")["start/test/nmi"] == start["start/test/nmi"]
 
 
-def test_the_epoch_of_the_clearest_clusters_is_kept(whole):
-    lines = [line for line in log.read(whole) if "cluster/train/silhouette" in line]
-    assert len(lines) == 4
-    clear = []
-    for line in lines:
-        clear.append(line["cluster/train/stability"] * line["cluster/train/silhouette"])
-        assert line["cluster/train/clarity"] == pytest.approx(clear[-1])
-    best = checkpoint.load(whole / "cluster" / "best.pt")
-    assert (best["epoch"], best["value"]) == (np.argmax(clear), pytest.approx(max(clear)))
-
-
 def test_the_analysis_is_of_this_run(whole):
     tables = json.loads((whole / "tables.json").read_text())
     assert {"Data", "Classes", "State", "Trajectory", "What to try", "Checklist"} <= tables.keys()

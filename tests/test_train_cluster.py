@@ -72,7 +72,7 @@ def test_an_epoch_is_described_by_the_clusters_it_ends_with():
     model = SimpleNamespace(centroids=torch.zeros(2, 8), metric=torch.eye(8))
     model.centroids[1] = 9
     progress = SimpleNamespace(interruptible=contextlib.nullcontext)
-    values = train_cluster.describe_epoch(run, "cluster", model, z, progress, targets)
+    values = train_cluster.eval_stability(run, "cluster", model, z, progress, targets)[1]
     assert values["cluster/train/nmi"] == 1 and values["cluster/train/silhouette"] > 0.5
     assert values["cluster/train/max_share"] == 0.5
 

@@ -427,9 +427,9 @@ def _monitor_table(monitor: Monitor, results: dict) -> dict:
     rows = [[name.replace("_", " "), value] for name, value in monitor.report().items()]
     rows += [[f"action after epoch {done}", name] for done, name in monitor.actions]
     rows += [["alarm", alarm] for alarm in monitor.alarms()]
-    correlation = results.get("cluster/train/clarity_tracks_nmi")
+    correlation = results.get("cluster/train/stability_tracks_nmi")
     if correlation is not None:
-        rows.append(["rank correlation of clarity and nmi", correlation])
+        rows.append(["rank correlation of stability and nmi", correlation])
     if monitor.nothing_helped():
         rows.append(["advice", "halving did not help: --base-dim 512 is worth a run"])
     return {"header": ["figure", "at the last epoch"], "rows": rows}

@@ -36,7 +36,6 @@ METRICS = {
     "war": ("WAR, share", "Right answers among all items."),
     "recall": ("recall, share", "Of each class: the share of its items that is found."),
     "stability": ("stability", "How well clusterings from different seeds agree, 1 at most."),
-    "clarity": ("clarity", "Stability times silhouette; the epoch that has the most is kept."),
     "nmi": ("NMI", "Agreement of clusters and labels, 1 at most."),
     "silhouette": (
         "silhouette",
@@ -68,7 +67,6 @@ FIRST = (
     "war",
     "recall",
     "stability",
-    "clarity",
     "nmi",
     "effective_rank",
     "silhouette",
