@@ -118,7 +118,10 @@ def test_sets_shrink_and_say_so():
         "A1 has 348 images instead of 30,000" in text
         and "B2 has 70 images instead of 7,000" in text
     )
-    assert "half of what each holds: label" in text
+    assert "half of what each holds: label" in text and "single label" not in text
+    _, notes = cytology.draw(tree(dict.fromkeys(TARGETS, 44) | {"one": 60}), TARGETS)
+    assert "A2 has 1 label instead of 30" in " ".join(notes)
+    assert any(note.startswith("A2 has a single label, so that the linear") for note in notes)
 
 
 def test_what_a_small_label_cannot_give_comes_from_the_larger_ones(monkeypatch):

@@ -47,7 +47,9 @@ def test_a_constant_answer_raises_the_alarm_beside_the_majority_class(capsys):
     class Fake:
         args = type("Args", (), {"seed": 0})
         model_spec = {"classes": ["neutrality", "enjoyment", "confusion", "fatigue", "distraction"]}
-        data = type("Clips", (), {"labels": np.repeat(np.arange(5), [277, 26, 6, 31, 84])})
+        data = type(
+            "Clips", (), {"labels": np.repeat(np.arange(5), [277, 26, 6, 31, 84]), "groups": None}
+        )
 
     Fake.model_spec["counts"] = [1106, 103, 24, 126, 338]
     said = []

@@ -38,7 +38,7 @@ from common.data.sampling import (
     hold_out,
     say_lost,
 )
-from common.errors import InputError, first_few
+from common.errors import InputError, first_few, plural
 from common.live import digits
 from common.run import checkpoint
 from common.run.files import read_json, run_dir_of, write_json
@@ -151,9 +151,14 @@ def draw(
     for part, most in NUM_LABELS.items():
         if len(others) < most:
             notes.append(
-                f"{part} has {len(others)} labels instead of {most}:"
+                f"{part} has {plural(len(others), 'label')} instead of {most}:"
                 f" no more hold {TOO_SMALL} images"
             )
+    if len(others) == 1:
+        notes.append(
+            "A2 has a single label, so that the linear layer has nothing to tell apart: its"
+            " accuracy of 1 says nothing"
+        )
     few = [name for name, count in taken.items() if count < each]
     if few:
         notes.append(
