@@ -156,6 +156,16 @@ def test_a_wrong_label_among_sure_neighbors_is_shown(tmp_path):
     ]
 
 
+def test_neighbors_that_know_no_better_than_chance_doubt_no_label(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 255, (300, 3, 16, 16)).astype(np.uint8)
+    labels = np.arange(300) % 10 // 9  # one in ten: most neighbors of these are of the others
+    ids = [f"{i:03d}" for i in range(300)]
+    images = Images("x", ids, labels, list("ab"), [""] * 300, pixels=torch.from_numpy(pixels))
+    splits = {"train": np.arange(250), "test": np.arange(250, 300)}
+    found = examine(images, tmp_path, splits)["label-noise"]
+    assert len(found.rows) > 10 and "look at" not in found.value
+
+
 def test_agreement_is_that_of_scikit_learns_neighbors():
     neighbors = pytest.importorskip("sklearn.neighbors", reason="pip install scikit-learn")
     rng = np.random.default_rng(1)

@@ -321,7 +321,8 @@ def label_noise(seen: Inspection, folder: Path) -> Result:
         [seen.ids[labeled[i]], seen.classes[truth[i]], seen.classes[rival[i]], f"{against[i]:.0%}"]
         for i in doubted
     ]
-    if contradicted:
+    # Where neighbors hardly know better than chance their word against a label is worth nothing.
+    if contradicted and agreement - by_chance > (1 - by_chance) / 2:
         named = [
             f"{item} ({label}, neighbors say {other})" for item, label, other, _ in contradicted
         ]
