@@ -51,10 +51,10 @@ def check_temperature(op: str, temperature: float | torch.Tensor) -> None:
             raise ValueError(
                 f"{op}: temperature has {temperature.numel()} elements; one number is needed"
             )
-    elif temperature is None or isinstance(temperature, str | bool | list | tuple):
+        return
+    is_no_number = temperature is None or isinstance(temperature, str | bool | list | tuple)
+    if is_no_number or not 0 < temperature < math.inf:
         raise ValueError(f"{op}: temperature={temperature!r} must be a positive number")
-    elif not 0 < temperature < math.inf:
-        raise ValueError(f"{op}: temperature={temperature} must be a positive number")
 
 
 def own_rows_first(
