@@ -124,6 +124,9 @@ for (const frame of document.querySelectorAll('iframe')) {
     overlaps,
     outside,
     smallest: Math.min(...heights),
+    cut: [...page.querySelectorAll('.found .wide')].filter(
+      table => table.scrollWidth > table.clientWidth
+    ).length,
     charts: heights.length,
     broken: [...page.images].filter(i => !i.naturalWidth).length,
     images: page.images.length,
@@ -177,6 +180,30 @@ def is_sound(file, folder):
 def test_a_browser_shows_it_on_a_phone_and_on_a_screen(runs, script, tmp_path):
     by_width = is_sound(runs[script] / "report.html", tmp_path)
     assert (by_width["400"]["images"] > 0) == (script != "cluster")
+
+
+def test_a_screen_shows_the_whole_matrix_of_many_classes(runs, tmp_path):
+    folder = shutil.copytree(runs["simclr"], tmp_path / "run")
+    classes = [f"class number {i}" for i in range(20)]
+    counts = [[name, *[i * 7] * len(classes)] for i, name in enumerate(classes)]
+    figures.put(
+        folder,
+        "confusion_linear",
+        "matrix",
+        "Confusion",
+        "",
+        corner="true",
+        columns=classes,
+        rows=counts,
+    )
+    shares = [(f"{name} (1234)", 0.5, 0.4, 0.6) for name in classes]
+    figures.put(
+        folder, "recall_linear", "bars", "Recall", "", label="recall", rows=shares, levels={}
+    )
+    file = page.write(folder)
+    by_width = is_sound(file, tmp_path)
+    assert by_width["1400"]["cut"] == 0 < by_width["400"]["cut"]
+    assert "class number 19 (1234)" in file.read_text()
 
 
 TITLES = {

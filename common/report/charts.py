@@ -434,7 +434,8 @@ def bars(
 
     `levels` are vertical lines.
     """
-    left = 112.0
+    widest = max((width_of(name) for name, *_ in rows), default=0.0)
+    left = min(widest + 10, WIDTH / 2)
     right = WIDTH - 48.0
     step = 22
     bottom = 8 + step * len(rows)

@@ -129,10 +129,9 @@ th.up{writing-mode:vertical-rl;transform:rotate(180deg);padding:.3rem .2rem;
 .FAIL{color:var(--s1)}
 .WARN{color:var(--s3)}
 .SKIP{color:var(--faint)}
-.found{display:grid;column-gap:2.5rem;
-  grid-template-columns:repeat(auto-fill,minmax(min(100%,400px),1fr))}
-.found section{grid-column:1/-1;min-width:0}
-.found section.half{grid-column:auto}
+.found{display:flex;flex-wrap:wrap;column-gap:2.5rem}
+.found section{width:100%}
+.found section.half{width:min-content;min-width:min(100%,400px);max-width:100%}
 .side{display:flex;flex-wrap:wrap;column-gap:2.5rem;align-items:flex-start}
 .side>*{min-width:0;max-width:100%}
 .side .lead{flex:1 1 440px}
