@@ -75,7 +75,7 @@ a{color:var(--s0)}
 table{border-collapse:collapse;margin:.4rem 0;font-size:.9rem}
 td,th{padding:.2rem .9rem .2rem 0;text-align:left;vertical-align:top}
 th{color:var(--faint);font-weight:600}
-td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}
 td{white-space:nowrap}
 td.w,table.f td{white-space:normal}
 td.w{overflow-wrap:anywhere;min-width:12rem}
