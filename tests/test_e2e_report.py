@@ -536,6 +536,11 @@ def test_runs_are_compared_on_a_page_and_on_a_terminal(runs, tmp_path, capsys):
     assert rows["command"][0].startswith("python ") and "clips" in rows["data"][0]
     assert rows["hardware"][0].startswith("CPU")
     assert len(drawn_lines(tree)["train: uar"][0][0]) == 2  # a line of each run
+    titles = ["".join(caption.itertext()).strip() for caption in tree.iter("figcaption")]
+    assert titles[:2] == [
+        "train: loss, train Lower is better.",
+        "train: UAR, val Recall averaged over the classes, each counting the same.",
+    ]
     if CHROMIUM:
         is_sound(tmp_path / "both.html", tmp_path)
     capsys.readouterr()

@@ -239,25 +239,29 @@ def write(runs: list[dict], path: Path) -> Path:
 
 
 def curves(records: list[Record], names: list[str], max_points: int) -> str:
-    """The curves of up to DRAWN runs, each metric of each stage in one chart."""
-    drawn: dict[tuple[str, str], dict[str, list]] = {}  # (metric, stage) -> run -> points
+    """The curves of up to DRAWN runs, a chart for each metric of each stage: measured on held-out
+    items where a run has them, else on those of training, as the title says.
+    """
+    # (metric, stage, split) -> run -> points
+    drawn: dict[tuple[str, str, str], dict[str, list]] = {}
     for record, name in zip(records[:DRAWN], names, strict=False):
         for stage, charts_of_stage in record.curves.items():
             for metric, chart in charts_of_stage.items():
                 splits = [s for s in ("val", "train", *chart["series"]) if s in chart["series"]]
                 if splits and metric in FIRST and metric != "recall":  # whose lines are classes
                     points = chart["series"][splits[0]]
-                    drawn.setdefault((metric, stage), {})[name] = points
+                    drawn.setdefault((metric, stage, splits[0]), {})[name] = points
     figures = []
-    for metric, stage in sorted(drawn, key=lambda key: FIRST.index(key[0])):
+    for metric, stage, split in sorted(drawn, key=lambda key: FIRST.index(key[0])):
         svg = charts.lines(
             f"{stage}: {metric}",
-            drawn[metric, stage],
+            drawn[metric, stage, split],
             x_label="optimizer step",
             y_label=label_of(metric),
             most=max_points,
         )
-        figures.append(chart_figure(f"{stage}: {title_of(metric)}", metric, svg))
+        of_split = "" if split == "last" else f", {split}"
+        figures.append(chart_figure(f"{stage}: {title_of(metric)}{of_split}", metric, svg))
     if not figures:
         return ""
     left_out = len(records) - DRAWN

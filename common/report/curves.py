@@ -6,7 +6,7 @@ from common.report import charts
 
 # Of a metric: the label of its axis, and what it means.
 METRICS = {
-    "loss": ("loss, nats", "Lower is better; the dashed line is the loss of a guess."),
+    "loss": ("loss, nats", "Lower is better."),
     "lr": ("learning rate", ""),
     "grad_norm": ("gradient norm", "A sudden rise warns of divergence."),
     "top1": ("contrastive top-1, share", "Views whose partner is the nearest of the whole batch."),
