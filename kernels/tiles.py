@@ -25,7 +25,8 @@ from .dispatch import (
 MAX_FUSED_D = 512
 # Rows carry 1 / sqrt(tau), which leaves fp16's range at 3e-10 and, from 1e4 on, its digits.
 FUSED_TEMPERATURES = (1e-4, 1e4)
-MAX_SHIFTED = LOG2_E / 0.0128
+_LOG2_E = float(LOG2_E)  # torch.compile of torch 2.10 traces plain numbers alone
+MAX_SHIFTED = _LOG2_E / 0.0128
 SLOT_BYTES = 2**26
 # Every row buffer is padded to a multiple of BLOCK, and so is every grid. Up to FULL_GRID_ROWS
 # halving the tiles gains less than merging their slots costs. (The interpreter's are small, so that
@@ -231,9 +232,9 @@ def empty_rows(
 
 def shift_of(temperature: float | None, normalized: bool) -> float | None:
     """The shift that one exponential may share between row and column, base 2; None: no such."""
-    if temperature is None or not normalized or LOG2_E / temperature > MAX_SHIFTED:
+    if temperature is None or not normalized or _LOG2_E / temperature > MAX_SHIFTED:
         return None
-    farthest = LOG2_E / temperature
+    farthest = _LOG2_E / temperature
     # Only as much headroom as antipodes need: an exponent near 100 would cost E its last five bits.
     return farthest - max(0.0, 2 * farthest - 124.0)
 

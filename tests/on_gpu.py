@@ -129,6 +129,7 @@ class Lab:
     def start(self, name: str, main, argv: list[str], env: dict | None = None) -> int:
         """main(argv) in a process of its own, its output in the file NAME.txt: its id."""
         log = self.folder / f"{name}.txt"
+        log.write_text("")  # that of an earlier try; the process may not come as far as to open it
         sys.stdout.flush()
         pid = os.fork()
         if pid:

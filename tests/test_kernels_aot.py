@@ -37,6 +37,13 @@ TENSOR_CORES = {
     "sm_100": r"tcgen05\.mma|mma\.sync",
 }
 TENSOR_CORES["gfx942"] = "v_mfma"
+# Of Triton before 3.8, by target: a part of the label, and AMD's registers or NVIDIA's bytes and
+# instructions.
+SPILLED_BEFORE_3_8 = {
+    "gfx942": ("D=512", 59),
+    "sm_80": ("hi+lo D=128", 14),
+    "sm_89": ("hi+lo D=128", 14),
+}
 
 
 def compile_kernel(kernel, types, constants, target, warps, stages):
@@ -455,10 +462,11 @@ def pending_reports():
 def check(target, reports):
     assert len(reports) >= 20
     version = tuple(map(int, importlib.metadata.version("triton").split(".")[:2]))
-    # Before 3.8 Triton's AMD compiler spills 59 registers of the bf16 tile of D = 512.
-    spilling = target == "gfx942" and version < (3, 8)
+    spilling, most = "", 0
+    if version < (3, 8):
+        spilling, most = SPILLED_BEFORE_3_8.get(target, ("", 0))
     for report in reports:
-        assert report["spills"] == 0 or (spilling and "D=512" in report["label"]), report
+        assert report["spills"] <= (most if spilling in report["label"] else 0), report
         assert report["shared"] <= TARGETS[target], report
         products = any(
             name in report["kernel"]
@@ -474,7 +482,8 @@ def check(target, reports):
         )
         assert (report["tensor_cores"] > 0) == products, report
         assert not report.get("serialized"), report
-        assert (report.get("overlapped", 0) > 0) == ("ahead" in report["label"]), report
+        if version >= (3, 8) or "ahead" in report["label"]:  # earlier ones overlap others, too
+            assert (report.get("overlapped", 0) > 0) == ("ahead" in report["label"]), report
         if "polynomial" in report["label"]:
             (plain,) = [r for r in reports if r["label"] == "bwd bf16 D=128, 64x128"]
             assert report["mufu.ex2"] < plain["mufu.ex2"], report

@@ -69,13 +69,13 @@ def lab(monkeypatch, tmp_path):
 
 
 def test_what_fails_or_hangs_is_kept_and_the_next_part_begins(lab, tmp_path):
-    parts = {"a": (job(breaks), 60), "b": (job(hangs), 0.05), "c": (job(works), 60)}
+    parts = {"a": (job(breaks), 60), "b": (job(hangs), 0.3), "c": (job(works), 60)}
     code, kept = lab(parts)
     assert code == 4
     assert [part["status"] for part in kept.values()] == ["failed", "killed", "ok"]
     assert "breaks ended with 1" in kept["a"]["tail"][0]
     assert "ValueError: no such kernel" in kept["a"]["tail"][-1]
-    assert kept["b"]["tail"] == ["no end after 0.5 s", "begun"] and kept["b"]["seconds"] < 10
+    assert kept["b"]["tail"] == ["no end after 3.0 s", "begun"] and kept["b"]["seconds"] < 60
     assert all(part["rows"][0] == ["before", "kept"] for part in kept.values())
     assert kept["c"]["rows"][1] == ["printed", "fine"]
     table = (tmp_path / "on_gpu.md").read_text()
