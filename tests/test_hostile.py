@@ -224,6 +224,16 @@ def test_a_member_of_an_archive_is_not_unpacked_beyond_the_limit(tmp_path, monke
         utterances.open_utterances(str(tmp_path / "u.npz"))
 
 
+def test_a_member_without_a_name_is_no_image(tmp_path):
+    image_folder(tmp_path, ["a/x.png"])
+    member = zipfile.ZipInfo("x")
+    member.filename = ""
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.write(tmp_path / "a/x.png", "a/x.png")
+        archive.writestr(member, b"hello")
+    assert len(open_images(str(tmp_path / "x.zip"))) == 1
+
+
 def test_an_array_that_declares_more_than_it_holds_is_not_allocated(tmp_path):
     header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (20, 90000000), }"
     header = header.ljust(117) + b"\n"

@@ -757,7 +757,7 @@ def _zip_files(path: Path, keep, others: list):
     for entry in archive.infolist():
         if keep(entry.filename):
             entries.append(entry)
-        elif not entry.is_dir():
+        elif not entry.filename.endswith("/"):  # is_dir() fails on an empty name
             others.append(entry.filename)
     entries.sort(key=operator.attrgetter("filename"))
 
