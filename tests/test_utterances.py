@@ -368,6 +368,16 @@ LAYOUTS = {
         [[f"Ses01_{i}", f"text {i}", "joke" if i % 2 else "thank"] for i in range(9)],
         [f"Ses01_{i}" for i in range(9)],
     ),
+    "by name": (
+        "Text\tID\tLabel",
+        [[f"text {i}", f"a{i}", "joke" if i % 2 else "thank"] for i in range(9)],
+        [f"a{i}" for i in range(9)],
+    ),
+    "by name, two numbers": (
+        "text\tdialogue\tutterance\tlabel",
+        [[f"text {i}", "3", str(i), "joke" if i % 2 else "thank"] for i in range(9)],
+        [f"3_{i}" for i in range(9)],
+    ),
 }
 
 

@@ -8,8 +8,10 @@ They come from three kinds of source.
   `label`, `split`, `speaker` and `group` are optional. `.csv`: the same with commas; a cell in
   quotes may hold commas, quotes and line breaks.
 - a folder, or a .zip of one, in the layout of UMC (github.com/thuiar/UMC): `train.tsv`, `dev.tsv`,
-  `test.tsv` of MIntRec, MELD-DA or IEMOCAP-DA, and where they exist `video_data/swin_feats.pkl` and
-  `audio_data/wavlm_feats.pkl`, or the one pickle of another name in such a folder.
+  `test.tsv` with the columns `text`, `label` and `id`, or those of MIntRec, MELD-DA or IEMOCAP-DA
+  by their places, and where they exist `video_data/swin_feats.pkl` and
+  `audio_data/wavlm_feats.pkl`, or the one pickle of another name in such a folder: a dict of id ->
+  (frames[, 1], d) float array.
 
 A sequence of length 0 is missing: an utterance without features of a modality.
 
@@ -849,20 +851,28 @@ def _refusing(place: Path, read):
 
 
 def _umc_columns(where: str, header: list[str], first: list[str]) -> tuple[list[int], int, int]:
-    # Columns of the key's parts, the text and the label, as UMC's data/base.py and data/text_pre.py
-    # have them.
+    # Columns of the key's parts, the text and the label: by their names, else by their places, as
+    # UMC's data/base.py and data/text_pre.py have them.
     names = [name.strip().lower() for name in header]
-    if {"season", "episode", "clip", "text", "label"} <= set(names):
-        key = [names.index(name) for name in ("season", "episode", "clip")]
-        return key, names.index("text"), names.index("label")
-    if len(header) >= 4 and first[0].strip().isdigit() and first[1].strip().isdigit():
+    numbers = [cell.strip().isdigit() for cell in first]
+    if {"text", "label"} < set(names):
+        text, label = names.index("text"), names.index("label")
+        key = [names.index(name) for name in ("season", "episode", "clip") if name in names]
+        others = [i for i in range(len(names)) if i not in (text, label)]
+        if len(key) == 3:
+            return key, text, label
+        if "id" in names:
+            return [names.index("id")], text, label
+        pair = len(others) > 1 and numbers[others[0]] and numbers[others[1]]
+        return others[: 2 if pair else 1], text, label
+    if len(header) >= 4 and numbers[0] and numbers[1]:
         return [0, 1], 2, 3
-    if len(header) >= 3 and not first[0].strip().isdigit():
+    if len(header) >= 3 and not numbers[0]:
         return [0], 1, 2
     raise InputError(
-        f"{where}: columns {', '.join(header)}; known are"
-        " MIntRec's (season, episode, clip, text, label),"
-        " MELD-DA's (dialogue, utterance, text, label) and IEMOCAP-DA's (key, text, label)"
+        f"{where}: columns {', '.join(header)}; allowed are an id, text and label by these names,"
+        " and by their places MIntRec's (season, episode, clip, text, label), MELD-DA's (dialogue,"
+        " utterance, text, label) and IEMOCAP-DA's (key, text, label)"
     )
 
 
