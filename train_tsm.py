@@ -693,6 +693,10 @@ def train(run: Run, published: dict | None) -> None:
     share = metrics.majority_accuracy(videos.labels[run.splits["train"]], videos.labels[test_split])
     results["train/test/majority_video_accuracy"] = share
     units = videos.units(test_split)
+    log.say(
+        f"intervals draw the {plural(len(units), 'test video')} in"
+        f" {plural(len(set(units)), 'group')}, each of those that share persons"
+    )
     figures.detected(run, test_split, metrics.video_scores(logits), threshold, units)
     if args.aggregate == "attention":
         attention_gallery(run, test_split, logits, shares)

@@ -66,6 +66,7 @@ def test_a_run_leaves_what_the_readme_promises(whole, ffpp, tmp_path, capsys):
         )
     page = (whole / "report.html").read_text()
     assert "FaceSwap" in page and "Test clips, one a row" in page
+    assert "over 2 groups of videos, each of those that share persons" in page  # of two pairs
     watched = json.loads((whole / "figures" / "watched.json").read_text())["rows"]
     assert [row["title"][:4] for row in watched] == ["real"] * 3 + ["fake"] * 3
     assert all(sum(card["share"] for card in row["cards"]) == pytest.approx(1) for row in watched)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
 from common import metrics
-from common.errors import aligned, only_warn, say
+from common.errors import aligned, only_warn, plural, say
 from common.report.record import interval_text
 from common.run.files import atomic_write, csv_text, write_json
 
@@ -375,7 +375,8 @@ def _methods(
         " beside all real videos. AUC: chance that a fake scores above a real video, 0.5 is"
         " guessing. AP: average precision. EER: equal error rate. Accuracy at the threshold of"
         f" validation, {threshold:.4f}; balanced: the mean over real and fake. TPR: fakes found"
-        " with 1 and 10 % false alarms. The interval: bootstrap over persons, or pairs of them.",
+        f" with 1 and 10 % false alarms. The interval: bootstrap over"
+        f" {plural(len(set(units)), 'group')} of videos, each of those that share persons.",
         header=[
             "manipulation",
             "fake",
@@ -398,7 +399,7 @@ def _methods(
         "ROC curve, test videos",
         "How many fakes are found (upwards) for how many false alarms (to the right), as the"
         " threshold falls. The closer to the upper left corner, the better; the dashed diagonal is"
-        " guessing. The band is the 95 % interval of all fakes, by bootstrap over persons.",
+        " guessing. The band is the 95 % interval of all fakes, by bootstrap over the same groups.",
         series=series,
         bands=bands,
         diagonal="guessing",
