@@ -375,7 +375,7 @@ def _methods(
         " beside all real videos. AUC: chance that a fake scores above a real video, 0.5 is"
         " guessing. AP: average precision. EER: equal error rate. Accuracy at the threshold of"
         f" validation, {threshold:.4f}; balanced: the mean over real and fake. TPR: fakes found"
-        f" with 1 and 10 % false alarms. The interval: bootstrap over"
+        " with 1 and 10 % false alarms. The interval: bootstrap over"
         f" {plural(len(set(units)), 'group')} of videos, each of those that share persons.",
         header=[
             "manipulation",
