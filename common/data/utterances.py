@@ -8,10 +8,10 @@ They come from three kinds of source.
   `label`, `split`, `speaker` and `group` are optional. `.csv`: the same with commas; a cell in
   quotes may hold commas, quotes and line breaks.
 - a folder, or a .zip of one, in the layout of UMC (github.com/thuiar/UMC): `train.tsv`, `dev.tsv`,
-  `test.tsv` with the columns `text`, `label` and `id`, or those of MIntRec, MELD-DA or IEMOCAP-DA
-  by their places, and where they exist `video_data/swin_feats.pkl` and
-  `audio_data/wavlm_feats.pkl`, or the one pickle of another name in such a folder: a dict of id ->
-  (frames[, 1], d) float array.
+  `test.tsv` with the columns `text`, `label` and `id` or MIntRec's `season`, `episode`, `clip`, or
+  with those of MELD-DA or IEMOCAP-DA by their places, and where they exist
+  `video_data/swin_feats.pkl` and `audio_data/wavlm_feats.pkl`, or the one pickle of another name in
+  such a folder: a dict of id -> (frames[, 1], d) float array.
 
 A sequence of length 0 is missing: an utterance without features of a modality.
 
@@ -870,9 +870,9 @@ def _umc_columns(where: str, header: list[str], first: list[str]) -> tuple[list[
     if len(header) >= 3 and not numbers[0]:
         return [0], 1, 2
     raise InputError(
-        f"{where}: columns {', '.join(header)}; allowed are an id, text and label by these names,"
-        " and by their places MIntRec's (season, episode, clip, text, label), MELD-DA's (dialogue,"
-        " utterance, text, label) and IEMOCAP-DA's (key, text, label)"
+        f"{where}: columns {', '.join(header)}; allowed are text, label and id (of MIntRec"
+        " season, episode, clip) by their names, MELD-DA's (dialogue, utterance, text, label) and"
+        " IEMOCAP-DA's (key, text, label) by their places"
     )
 
 
